@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Writes requirements.lock anew from pyproject.toml, through a fresh environment.
+#
+#   scripts/lock.sh                     the newest versions that pyproject.toml admits
+#   scripts/lock.sh torch==2.13.0 ...   the same, with some of them chosen
+#
+# Local version suffixes (+cpu) and torch's own CUDA packages are left out, so that one file serves
+# CPU and CUDA builds of torch: each build pins the CUDA packages it wants.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch" requirements.lock.part' EXIT
+
+"${PYTHON:-python3}" -m venv "$scratch/venv"
+pip=("$scratch/venv/bin/python" -m pip --disable-pip-version-check)
+"${pip[@]}" install --quiet --editable ".[bench,dev]" "$@"
+
+{
+    echo "# Exact versions of everything \`make\` installs: paceline[bench,dev] and what it needs."
+    echo "# Written by scripts/lock.sh; run that again after changing the dependencies in pyproject.toml."
+    "${pip[@]}" freeze --all --exclude-editable |
+        sed -E 's/\+[A-Za-z0-9.]+$//' |
+        grep -Eiv '^(pip|triton|nvidia-[a-z0-9-]+|cuda-[a-z-]+)==' |
+        LC_ALL=C sort --ignore-case
+} >requirements.lock.part
+"${pip[@]}" check
+mv requirements.lock.part requirements.lock

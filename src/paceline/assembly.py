@@ -1,0 +1,253 @@
+"""The composition root: configuration to running engine. The only place that knows every part."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from paceline.config import Config
+from paceline.contracts import AUTO, NONE, Completion, Request, SamplingParams
+from paceline.drafting.catalog import check_settings
+from paceline.drafting.draft_model import DraftModel, DraftModelSettings
+from paceline.drafting.none import NoneDrafter
+from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
+from paceline.engine import Engine
+from paceline.errors import ConfigError, RequestError
+from paceline.models.language_model import LanguageModel, check_packed_forward
+from paceline.models.loading import load_language_model, load_tokenizer
+from paceline.models.vocabulary import Vocabulary, check_same_vocabulary
+from paceline.warping import check_sampling
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from paceline.drafting.base import Drafter
+    from paceline.engine.loop import Choose
+
+    Prompt = str | Sequence[Mapping[str, str]]
+    DraftSpec = PreTrainedModel | Drafter | tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+@dataclass(slots=True)
+class Parts:
+    """Loaded models and drafters, before an engine drives them."""
+
+    config: Config
+    target: LanguageModel
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: Vocabulary
+    drafters: dict[str, Drafter]  # `none` first
+
+
+def build(config: Config) -> Parts:
+    """Load everything a configuration names. Cheap mistakes are found before weights are read."""
+    settings = {name: check_settings(name, d) for name, d in config.drafters.items()}
+    for name in settings:
+        if name == AUTO or name == NONE:
+            raise ConfigError(f"a drafter cannot be called '{name}'; that name has its own meaning")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    tokenizer = load_tokenizer(config.target)
+    vocabulary = Vocabulary.of(tokenizer)
+    for name, chosen in settings.items():
+        if isinstance(chosen, DraftModelSettings):
+            other = Vocabulary.of(load_tokenizer(chosen))
+            check_same_vocabulary(name, vocabulary, other)
+    target = load_language_model(config.target, "target")
+    drafters: dict[str, Drafter] = {NONE: NoneDrafter()}
+    for name, chosen in settings.items():
+        if isinstance(chosen, DraftModelSettings):
+            model = load_language_model(chosen, name)
+            drafters[name] = _draft_model(
+                name, model, chosen.num_draft_tokens, config, target, vocabulary
+            )
+        elif isinstance(chosen, PromptLookupSettings):
+            drafters[name] = PromptLookup(name, chosen)
+    return Parts(config, target, tokenizer, vocabulary, drafters)
+
+
+def _draft_model(
+    name: str,
+    model: LanguageModel,
+    num_draft_tokens: int,
+    config: Config,
+    target: LanguageModel,
+    vocabulary: Vocabulary,
+) -> DraftModel:
+    return DraftModel(
+        name,
+        model,
+        num_draft_tokens=num_draft_tokens,
+        num_tokens=vocabulary.num_tokens,
+        num_logits=target.num_logits,
+        prefill_chunk=config.engine.prefill_chunk,
+    )
+
+
+def build_from_objects(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    drafters: Mapping[str, DraftSpec],
+    config: Config,
+) -> Parts:
+    """The same from models already in memory, which are left as they are.
+
+    A drafter is a transformers model, a pair of model and tokenizer, or a `Drafter`. A model alone
+    is taken to share the target's tokenizer; with its own tokenizer that is checked.
+    """
+    vocabulary = Vocabulary.of(tokenizer)
+    language_model = LanguageModel(target, "target")
+    check_packed_forward(language_model)
+    built: dict[str, Drafter] = {NONE: NoneDrafter()}
+    for name, spec in drafters.items():
+        model: Any = spec
+        if isinstance(spec, tuple):
+            model, own_tokenizer = spec
+            check_same_vocabulary(name, vocabulary, Vocabulary.of(own_tokenizer))
+        if isinstance(model, torch.nn.Module):
+            wrapped = LanguageModel(model, name)  # type: ignore[arg-type]
+            if wrapped.num_logits < vocabulary.num_tokens:
+                raise ConfigError(
+                    f"drafter '{name}' has {wrapped.num_logits} output tokens, the target's "
+                    f"tokenizer {vocabulary.num_tokens}; use a drafter with the target's tokenizer"
+                )
+            check_packed_forward(wrapped)
+            default = DraftModelSettings.model_fields["num_draft_tokens"].default
+            model = _draft_model(name, wrapped, default, config, language_model, vocabulary)
+        built[name] = model
+    return Parts(config, language_model, tokenizer, vocabulary, built)
+
+
+class Pace:
+    """A target with its drafters, ready to generate. Made by `paceline.load`."""
+
+    def __init__(self, parts: Parts, choose: Choose | None = None) -> None:
+        self.parts = parts
+        engine_section = parts.config.engine
+        self.engine = Engine(
+            parts.target,
+            parts.drafters,
+            decode=self._decode,
+            choose=choose,
+            max_rows=engine_section.max_rows,
+            prefill_chunk=engine_section.prefill_chunk,
+        )
+
+    @property
+    def drafters(self) -> list[str]:
+        """The arms' names, `none` first."""
+        return list(self.parts.drafters)
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        text: str = self.parts.tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt. A string goes in as it is, messages through the chat template."""
+        tokenizer = self.parts.tokenizer
+        if isinstance(prompt, str):
+            ids: list[int] = tokenizer(prompt)["input_ids"]
+            return ids
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise RequestError(
+                "messages were given but the target's tokenizer has no chat template; "
+                "give the prompt as a string"
+            )
+        return list(
+            tokenizer.apply_chat_template(
+                [dict(message) for message in prompt],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+            )
+        )
+
+    def stop_token_ids(self) -> frozenset[int]:
+        """Ids that end an answer: the target's generation config, else the tokenizer's."""
+        model = self.parts.target.model
+        generation_config = getattr(model, "generation_config", None)
+        ids = getattr(generation_config, "eos_token_id", None)
+        if ids is None:
+            ids = self.parts.tokenizer.eos_token_id
+        if ids is None:
+            return frozenset()
+        return frozenset(ids if isinstance(ids, list) else [ids])
+
+    def request(
+        self,
+        prompt: Prompt | Sequence[int],
+        id: str = "0",
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int | None = None,
+        sampling: str = "auto",
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        drafter: str = AUTO,
+        **unsupported: Any,
+    ) -> Request:
+        """Build a checked request. `sampling`: auto | residual | invariant; auto is `invariant`
+        when a seed is given and `residual` otherwise. A prompt may also be token ids.
+        """
+        if unsupported:
+            raise RequestError(
+                f"generation setting '{next(iter(unsupported))}' is not supported; supported: "
+                "max_new_tokens, temperature, top_k, top_p, min_p, seed, sampling, stop, "
+                "ignore_eos, drafter"
+            )
+        if sampling not in ("auto", "residual", "invariant"):
+            raise RequestError(f"sampling must be auto, residual or invariant, got '{sampling}'")
+        method = sampling
+        if sampling == "auto":
+            method = "greedy" if temperature == 0 else "residual" if seed is None else "invariant"
+        params = SamplingParams(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=secrets.randbits(62) if seed is None else seed,
+            method=method,  # type: ignore[arg-type]
+        )
+        check_sampling(params)
+        is_ids = not isinstance(prompt, str) and all(isinstance(t, int) for t in prompt)
+        tokens = list(prompt) if is_ids else self.encode(prompt)  # type: ignore[arg-type]
+        request = Request(
+            id=id,
+            prompt_tokens=tuple(tokens),  # type: ignore[arg-type]
+            max_new_tokens=max_new_tokens,
+            sampling=params,
+            stop_token_ids=frozenset() if ignore_eos else self.stop_token_ids(),
+            stop_strings=(stop,) if isinstance(stop, str) else tuple(stop),
+            drafter=drafter,
+        )
+        self.engine.check(request)
+        return request
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], **settings: Any
+    ) -> Completion | list[Completion]:
+        """Complete one prompt, or several at once in their order.
+
+        One prompt is a string or one list of messages and gives one Completion; anything else is a
+        list of prompts. `settings` are those of `request`.
+        """
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))
+        many: Any = [prompts] if single else prompts
+        requests = [self.request(p, id=str(i), **settings) for i, p in enumerate(many)]
+        done = {c.request_id: c for c in self.engine.generate(requests)}
+        ordered = [done[request.id] for request in requests]
+        return ordered[0] if single else ordered
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Completions of prepared requests, as they finish."""
+        return self.engine.generate(requests)

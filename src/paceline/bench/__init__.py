@@ -1,0 +1,1 @@
+"""MEASURE: the cost table, timed runs, tables and plots."""

@@ -1,0 +1,1 @@
+"""COMMAND: one thin file per verb, imported only when that verb runs."""

@@ -1,0 +1,1 @@
+"""COLLECT: prompts to trajectories, replays and features in a store."""

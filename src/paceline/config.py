@@ -1,0 +1,168 @@
+"""One strict schema for paceline.yaml, a section per room. Flags override it, defaults fill it.
+
+A drafter's `settings` belong to the drafter's own schema and are checked where drafters are built.
+Relative paths mean relative to the YAML file.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from paceline.errors import ConfigError
+
+S = TypeVar("S", bound=BaseModel)
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+
+class Section(BaseModel):
+    """Strict base of all sections."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSection(Section):
+    """A transformers causal LM: local folder or hub name."""
+
+    model: str
+    revision: str | None = None
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    trust_remote_code: bool = False
+
+
+class DrafterSection(Section):
+    """One arm: which kind of drafter, with that drafter's own settings."""
+
+    kind: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+class EngineSection(Section):
+    """max_rows: requests decoded at once. prefill_chunk: prompt tokens a forward."""
+
+    max_rows: int = Field(default=8, ge=1)
+    prefill_chunk: int = Field(default=512, ge=1)
+
+
+class LearningSection(Section):
+    """How a policy is trained; `alpha` weighs similarity against cost in the alignment reward."""
+
+    reward: Literal["speed", "alignment"] = "speed"
+    alpha: float = Field(default=0.5, ge=0.0, le=1.0)
+    hidden_units: int = Field(default=64, ge=1)
+    learning_rate: float = Field(default=3e-3, gt=0.0)
+    weight_decay: float = Field(default=1e-2, ge=0.0)
+    entropy_weight: float = Field(default=0.01, ge=0.0)
+    samples_per_prompt: int = Field(default=4, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    max_epochs: int = Field(default=200, ge=1)
+    patience: int = Field(default=25, ge=1)
+    held_out: float = Field(default=0.25, gt=0.0, lt=1.0)
+    seed: int = 0
+
+
+class PathsSection(Section):
+    """Where the offline rooms write and the online ones read."""
+
+    store: Path = Path("runs/collection")
+    costs: Path = Path("runs/costs.json")
+    policy: Path = Path("runs/policy")
+
+
+class Config(Section):
+    """The whole of paceline.yaml."""
+
+    target: ModelSection
+    drafters: dict[str, DrafterSection] = Field(default_factory=dict)
+    engine: EngineSection = EngineSection()
+    learning: LearningSection = LearningSection()
+    paths: PathsSection = PathsSection()
+    threads: int | None = Field(default=None, ge=1)
+
+
+def load_config_file(path: Path | str) -> Config:
+    """Read, validate and anchor a YAML file. Raises ConfigError with what to change."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file; name a configuration with --config") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a mapping with 'target' and 'drafters'")
+    return anchor(parse(Config, raw, str(path)), path.resolve().parent)
+
+
+def parse(schema: type[S], raw: dict[str, Any], where: str) -> S:
+    """Validate a mapping; the first mistake becomes one line that names the nearest valid key."""
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {explain(schema, error)}") from error
+
+
+def explain(schema: type[BaseModel], error: ValidationError) -> str:
+    """The first mistake pydantic found, in one line."""
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        valid = _keys_at(schema, location[:-1])
+        return f"unknown key '{'.'.join(location)}'{nearest(location[-1], valid)}"
+    if first["type"] == "missing":
+        return f"key '{'.'.join(location)}' is missing"
+    return f"'{'.'.join(location)}': {first['msg'].lower()}, got {first['input']!r}"
+
+
+def nearest(name: str, valid: list[str]) -> str:
+    """A clause that names the closest valid name, or all of them."""
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else f"; valid: {', '.join(valid)}"
+
+
+def _keys_at(schema: type[BaseModel], location: list[str]) -> list[str]:
+    current: Any = schema
+    for part in location:
+        field = getattr(current, "model_fields", {}).get(part)
+        if field is not None:
+            current = field.annotation
+        # an entry of a mapping of sections: step into its value type
+        arguments = getattr(current, "__args__", ())
+        if arguments and field is None:
+            current = arguments[-1]
+    return list(getattr(current, "model_fields", {}))
+
+
+def anchor(config: Config, folder: Path) -> Config:
+    """Make relative paths absolute: models that are folders beside the YAML, and our own files."""
+
+    def model_path(name: str) -> str:
+        local = folder / name
+        return str(local) if not Path(name).is_absolute() and local.exists() else name
+
+    def drafter(section: DrafterSection) -> DrafterSection:
+        settings = dict(section.settings)
+        if isinstance(settings.get("model"), str):
+            settings["model"] = model_path(settings["model"])
+        return section.model_copy(update={"settings": settings})
+
+    paths = config.paths
+    return config.model_copy(
+        update={
+            "target": config.target.model_copy(update={"model": model_path(config.target.model)}),
+            "drafters": {name: drafter(d) for name, d in config.drafters.items()},
+            "paths": PathsSection(
+                store=folder / paths.store, costs=folder / paths.costs, policy=folder / paths.policy
+            ),
+        }
+    )

@@ -1,0 +1,174 @@
+"""The records the rooms hand each other.
+
+Knows no model, tokenizer, file or policy; torch appears in type hints only.
+
+Words: a *row* is one request in flight; a *round* is one draft, verify, commit cycle; a *draft* is the
+tokens proposed for a row, a chain here; *accepted* counts the draft tokens kept; *tau* (block
+efficiency) is the mean number of tokens emitted per target forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+FinishReason = Literal["stop", "length"]
+SamplingMethod = Literal["greedy", "residual", "invariant"]
+NONE = "none"
+AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn from the target's logits. Temperature 0 is greedy.
+
+    `method` is how a stochastic draft is judged: `residual` accepts with min(1, p/q), `invariant`
+    draws target and drafter with the same noise, so that a seed gives one text whatever the arm.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    method: SamplingMethod = "greedy"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to complete.
+
+    At most `max_new_tokens` tokens are emitted, exactly that many unless a stop comes first or the
+    target's context is full: the last emitted token is never fed, so a context of C positions
+    gives at most C + 1 - len(prompt_tokens) of them. Every rule holds for each emitted token alone,
+    so a stop or the limit inside an accepted run cuts the run there.
+    """
+
+    id: str
+    prompt_tokens: tuple[int, ...]
+    max_new_tokens: int
+    sampling: SamplingParams = SamplingParams()
+    stop_token_ids: frozenset[int] = frozenset()
+    stop_strings: tuple[str, ...] = ()
+    drafter: str = AUTO
+
+
+class RowView(Protocol):
+    """What a drafter may see of a row: its tokens so far, and how they are sampled."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def tokens(self) -> Sequence[int]: ...
+    @property
+    def sampling(self) -> SamplingParams: ...
+
+
+@dataclass(slots=True)
+class Drafts:
+    """The proposals of one drafter for R rows, as arrays.
+
+    `probs` is the warped distribution each token was drawn from; None means that the tokens are a
+    deterministic function of the text, or were drawn with the noise the judge uses too. Entries at
+    or past a row's length are padding.
+    """
+
+    tokens: Tensor  # [R, K] int64
+    lengths: Sequence[int]  # R
+    probs: Tensor | None = None  # [R, K, V]
+
+
+@dataclass(slots=True)
+class Verdicts:
+    """What the target says of R drafts."""
+
+    num_accepted: Tensor  # [R] int64, draft tokens kept
+    next_tokens: Tensor  # [R] int64, recovered after a rejection, bonus after a full accept
+
+
+@dataclass(frozen=True, slots=True)
+class RoundStats:
+    """One round of one row. `accepted` counts draft tokens that were emitted."""
+
+    drafted: int
+    accepted: int
+
+
+@dataclass(slots=True)
+class Seconds:
+    """Wall-clock seconds of a request by part; shared work of a batch is divided among its rows."""
+
+    prefill: float = 0.0
+    choose: float = 0.0
+    draft: float = 0.0
+    verify: float = 0.0
+    commit: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.prefill + self.choose + self.draft + self.verify + self.commit
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a policy may look at when it chooses: the prefill's by-products and the load."""
+
+    prompt_tokens: Sequence[int]
+    mean_hidden: np.ndarray  # [D] float32, target's final hidden states averaged over the prompt
+    last_hidden: np.ndarray  # [D] float32, at the prompt's last token
+    sampling: SamplingParams
+    rows_in_flight: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Which arm a request got, and with what probability it was chosen."""
+
+    arm: str
+    propensity: float = 1.0
+    scores: dict[str, float] = field(default_factory=dict)
+    policy: str = "fixed"
+
+
+@dataclass(slots=True)
+class Completion:
+    """The answer to a request, with what it cost.
+
+    `text` ends before a stop string; `token_ids` includes the token that completed the stop.
+    `seconds_total` runs from admission to the last token by the clock; `seconds` splits it by part.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    text: str
+    finish_reason: FinishReason
+    drafter: str
+    decision: Decision
+    rounds: list[RoundStats]
+    seconds: Seconds
+    seconds_total: float
+    num_prompt_tokens: int
+    seed: int
+
+    @property
+    def block_efficiency(self) -> float:
+        """tau: emitted tokens per target forward, the prefill's first token not counted."""
+        return (len(self.token_ids) - 1) / len(self.rounds) if self.rounds else 1.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return len(self.token_ids) / self.seconds_total if self.seconds_total > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRecord:
+    """A prompt with its name; `domain` labels tables and is never a feature."""
+
+    id: str
+    domain: str
+    prompt: str

@@ -1,0 +1,1 @@
+"""DISTIL: train drafters against the target, on text that the target itself wrote."""

@@ -1,0 +1,113 @@
+"""The target's own answers to training prompts: what a drafter learns to predict.
+
+Greedy answers decoded in batches with paceline's engine, kept in a shard store, so a killed run
+resumes where it stopped and several drafters share one decoding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from paceline.contracts import NONE, PromptRecord
+from paceline.errors import ConfigError
+from paceline.store import ShardStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from paceline.assembly import Pace
+
+OUTPUT_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("domain", pa.string()),
+        ("prompt_tokens", pa.list_(pa.int32())),
+        ("output_tokens", pa.list_(pa.int32())),
+        ("finish_reason", pa.string()),
+    ]
+)
+
+
+def read_prompts(paths: Iterable[Path]) -> list[PromptRecord]:
+    """Prompts from JSONL files with `id`, `domain` and `prompt`; ids must be unique."""
+    records: list[PromptRecord] = []
+    seen: set[str] = set()
+    for path in paths:
+        try:
+            # not splitlines(): JSON strings may hold other Unicode line ends
+            lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: cannot be read ({error})") from error
+        for number, line in enumerate(lines, start=1):
+            record = _parse(line, f"{path}:{number}")
+            if record.id in seen:
+                raise ConfigError(f"{path}:{number}: id '{record.id}' occurs twice")
+            seen.add(record.id)
+            records.append(record)
+    return records
+
+
+def _parse(line: str, where: str) -> PromptRecord:
+    try:
+        raw = json.loads(line)
+        record = PromptRecord(str(raw["id"]), str(raw.get("domain", "")), str(raw["prompt"]))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{where}: not a JSON object ({error})") from error
+    except KeyError as error:
+        raise ConfigError(f"{where}: key {error} is missing") from error
+    if not record.prompt:
+        raise ConfigError(f"{where}: the prompt is empty")
+    return record
+
+
+def is_validation(id: str, share: float) -> bool:
+    """Whether an id belongs to the validation part: by hash, so no order of lines matters."""
+    digest = hashlib.sha256(id.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def decode_outputs(
+    pace: Pace,
+    prompts: Sequence[PromptRecord],
+    store: ShardStore,
+    max_new_tokens: int,
+    shard_size: int = 512,
+    on_done: Callable[[int], None] = lambda n: None,
+) -> None:
+    """Decode the prompts that the store lacks. Prompts too long for the context are left out."""
+    done = store.ids()
+    context = pace.parts.target.context_length
+    todo = []
+    for record in prompts:
+        if record.id in done:
+            continue
+        tokens = pace.encode([{"role": "user", "content": record.prompt}])
+        if len(tokens) < context:
+            todo.append((record, tokens))
+    # neighbours of like length waste little of a batch
+    todo.sort(key=lambda item: len(item[1]))
+    for first in range(0, len(todo), shard_size):
+        part = todo[first : first + shard_size]
+        requests = [
+            pace.request(t, id=r.id, max_new_tokens=max_new_tokens, drafter=NONE) for r, t in part
+        ]
+        domains = {record.id: record.domain for record, _ in part}
+        prompt_tokens = {record.id: tokens for record, tokens in part}
+        rows = []
+        for completion in pace.stream(requests):
+            rows.append(
+                {
+                    "id": completion.request_id,
+                    "domain": domains[completion.request_id],
+                    "prompt_tokens": prompt_tokens[completion.request_id],
+                    "output_tokens": completion.token_ids,
+                    "finish_reason": completion.finish_reason,
+                }
+            )
+            on_done(1)
+        store.append(rows)

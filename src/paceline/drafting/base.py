@@ -1,0 +1,104 @@
+"""What every drafter does, and what replay may ask of it.
+
+Drafters pull: the engine owns each row's tokens, and `propose` first catches up with them, so a
+drafter that sat out a while cannot be stale. Randomness comes from `paceline.noise`, keyed by the
+row's seed and the position; no drafter keeps a generator.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from torch import Tensor
+
+    from paceline.contracts import Drafts, RowView
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a drafter must be given, as data."""
+
+    same_vocabulary: bool = False
+    hidden_states: bool = False
+    target_weights: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PositionScores:
+    """A chain drafter's teacher-forced judgement of a trajectory of T tokens, by position.
+
+    match: the drafter's most likely token is the trajectory's. ratio: min(1, q/p) at the
+    trajectory's token, the odds that a token drawn from p would also be drawn from q. overlap: sum
+    of min(p, q), the acceptance probability under sampling. confidence: the drafter's largest
+    probability. ratio and overlap are NaN where no target distribution was given.
+    """
+
+    match: np.ndarray  # [T] bool
+    ratio: np.ndarray  # [T] float32
+    overlap: np.ndarray  # [T] float32
+    confidence: np.ndarray  # [T] float32
+
+
+class Foresight(ABC):
+    """What one drafter would have had accepted along one trajectory."""
+
+    scores: PositionScores | None = None
+
+    @abstractmethod
+    def accepted(self, position: int, limit: int) -> tuple[int, int]:
+        """(drafted, accepted) of the round that starts when `position` tokens are emitted.
+
+        limit: the most tokens the engine would let it draft there.
+        """
+
+
+class Drafter(ABC):
+    """Proposes tokens for rows. `name` is the arm's name in configuration, tables and artefacts."""
+
+    kind: ClassVar[str]
+    needs: ClassVar[Needs] = Needs()
+
+    def __init__(self, name: str, num_draft_tokens: int) -> None:
+        self.name = name
+        self.num_draft_tokens = num_draft_tokens
+
+    def start(self, rows: Sequence[RowView]) -> None:
+        """Prepare rows that were just given this drafter, prefilling what they hold so far."""
+
+    @abstractmethod
+    def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
+        """At most min(limit, num_draft_tokens) tokens for each row, after catching up with it."""
+
+    def finish(self, rows: Sequence[RowView]) -> None:
+        """Forget rows that ended or changed drafter."""
+
+    @abstractmethod
+    def would_accept(
+        self, prompt: Sequence[int], trajectory: Sequence[int], p: Tensor | None
+    ) -> Foresight:
+        """Replay: the greedy rounds this drafter would have had along the target's own output.
+
+        p: [T, V] the target's distribution at each trajectory position, for the sampling scores.
+        """
+
+    def num_bytes(self) -> int:
+        """Bytes held now: weights and the state of all rows."""
+        return 0
+
+
+def pad_drafts(drafts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, list[int]]:
+    """Lists of unequal length as [R, K] int64 with -1 behind each end, and the lengths."""
+    lengths = [len(d) for d in drafts]
+    width = max(lengths, default=0)
+    padded = [[*d, *[-1] * (width - len(d))] for d in drafts]
+    return torch.tensor(padded, dtype=torch.int64, device=device).reshape(
+        len(drafts), width
+    ), lengths

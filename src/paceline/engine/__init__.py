@@ -1,0 +1,8 @@
+"""DECODE: rows of requests through rounds of draft, verify, commit.
+
+Knows no tokenizer, policy or file: `choose` and `decode` are functions it is given.
+"""
+
+from paceline.engine.loop import Engine
+
+__all__ = ["Engine"]

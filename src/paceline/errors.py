@@ -1,0 +1,43 @@
+"""The exceptions a user of paceline can meet.
+
+PacelineError                 anything that is the caller's to mend; the CLI prints it and exits with 2
+├── ConfigError               a setting: unknown key, bad value, contradiction, missing file
+├── RequestError              a request that cannot be served: empty, too long, unsupported setting
+├── ModelError                a model that cannot be used: unreadable weights, failed self-check
+├── VocabularyError           a drafter whose tokens are not the target's
+├── ArtefactError             a policy or cost table that was made for something else
+├── StoreError                a collection that is unreadable or of another version
+└── DrafterError              a drafter that broke its contract while a request was running
+"""
+
+
+class PacelineError(Exception):
+    """Base of all errors whose message tells the user what to change."""
+
+
+class ConfigError(PacelineError):
+    """A setting is unknown, of the wrong type, contradictory, or names a missing file."""
+
+
+class RequestError(PacelineError):
+    """A request cannot be served as asked."""
+
+
+class ModelError(PacelineError):
+    """A model cannot be loaded, or failed the self-check at load."""
+
+
+class VocabularyError(PacelineError):
+    """A drafter's token-to-id map differs from the target's."""
+
+
+class ArtefactError(PacelineError):
+    """A policy or cost table was made for other arms, models or features."""
+
+
+class StoreError(PacelineError):
+    """A collection cannot be read, or has another schema version."""
+
+
+class DrafterError(PacelineError):
+    """A drafter proposed something outside its contract."""

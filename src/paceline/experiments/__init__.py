@@ -1,0 +1,1 @@
+"""REPEAT: the demo, and experiments that combine all rooms."""

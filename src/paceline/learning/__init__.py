@@ -1,0 +1,1 @@
+"""LEARN: train and evaluate policies from a collection. No transformer runs here."""

@@ -1,0 +1,1 @@
+"""RUN: everything that knows transformers: weights, row caches, the packed forward, vocabularies."""

@@ -1,0 +1,162 @@
+"""A causal language model as the rest of paceline sees it: packed forward, unembed, row caches.
+
+Runs transformers' own forward on one packed sequence; the attention in `attention.py` tells the rows
+apart. Weights stay where transformers put them and a model the caller handed in is left as it was
+found. Knows no drafting, sampling or text. Symbols: N packed tokens, D hidden size, V logits width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from paceline.errors import ModelError
+from paceline.models.attention import NAME, PackedBatch, Span
+from paceline.models.cache import RowCache
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+class LanguageModel:
+    """The packed forward of one transformers model, with the caches of its rows.
+
+    Several roles may share the weights (a target drafting for itself) by building several of these.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str) -> None:
+        self.name = name
+        self.model = model.eval()
+        config = model.config.get_text_config()
+        self.context_length: int = _context_length(config)
+        self.hidden_size: int = config.hidden_size
+        self.dtype: torch.dtype = model.dtype
+        self.device: torch.device = model.device
+        self.cache = RowCache()
+        head = model.get_output_embeddings()
+        if head is None:
+            raise ModelError(f"{name}: {type(model).__name__} has no output head; use a causal LM")
+        self._head = head
+        self.num_logits: int = head.weight.shape[0]
+        self._logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._body = model.base_model
+        # every attention module reads its implementation from one of these
+        configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+        self._configs = list(configs.values())
+
+    def acquire(self) -> int:
+        """A slot for a new row."""
+        return self.cache.acquire()
+
+    def release(self, slot: int) -> None:
+        """Give a row's slot back; its cached text is forgotten."""
+        self.cache.release(slot)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        spans: Sequence[Span],
+        ancestors: Sequence[Tensor | None] | None = None,
+        cache: RowCache | None = None,
+    ) -> Tensor:
+        """Final hidden states [N, D] of N packed tokens, row after row as `spans` lists them.
+
+        tokens: [N] int64. ancestors: per span None for a chain, or [W, W] bool with True where the
+        column's token is an ancestor of the row's token or the token itself. Each token's keys and
+        values are cached at start + its place in the span.
+        """
+        packed = PackedBatch(spans, self.cache if cache is None else cache, self.device, ancestors)
+        before = [config._attn_implementation for config in self._configs]
+        for config in self._configs:
+            config._attn_implementation_internal = NAME
+        try:
+            output = self._body(
+                input_ids=tokens[None].to(self.device),
+                position_ids=packed.positions(),
+                use_cache=False,
+                packed=packed,
+            )
+        finally:
+            for config, name in zip(self._configs, before, strict=True):
+                config._attn_implementation_internal = name
+        hidden: Tensor = output.last_hidden_state
+        return hidden[0]
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of final hidden states [..., D]."""
+        logits: Tensor = self._head(hidden)
+        if self._logit_cap is not None:
+            logits = torch.tanh(logits / self._logit_cap) * self._logit_cap
+        return logits
+
+    def num_bytes(self) -> int:
+        """Bytes of the weights, tied ones once."""
+        return sum(p.nbytes for p in {id(p): p for p in self.model.parameters()}.values())
+
+    def __repr__(self) -> str:
+        return f"LanguageModel({self.name!r}, {self.dtype}, {self.device})"
+
+
+def _context_length(config: Any) -> int:
+    length = getattr(config, "max_position_embeddings", None)
+    if length is None:
+        raise ModelError(f"{type(config).__name__} names no max_position_embeddings")
+    return int(length)
+
+
+def check_packed_forward(language_model: LanguageModel, seed: int = 0) -> None:
+    """Compare a ragged tree forward with transformers' plain one on random tokens.
+
+    Two rows of unequal length are prefilled together; then one verifies a tree with two branches
+    while the other verifies a chain. Raises ModelError if any logit differs by more than the
+    model's dtype explains: then this architecture keeps state the packed forward does not know.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    vocab = language_model.num_logits
+    long, short = (torch.randint(vocab, (n,), generator=generator) for n in (11, 5))
+    tree, chain = (torch.randint(vocab, (n,), generator=generator) for n in (4, 2))
+    parents = torch.tensor(
+        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]], dtype=torch.bool
+    )
+    cache = RowCache()
+    slots = [cache.acquire(), cache.acquire()]
+    with torch.inference_mode():
+        try:
+            language_model.forward(
+                torch.cat([long, short]),
+                [Span(slots[0], 0, 11), Span(slots[1], 0, 5)],
+                cache=cache,
+            )
+            hidden = language_model.forward(
+                torch.cat([tree, chain]),
+                [Span(slots[0], 11, 4), Span(slots[1], 5, 2)],
+                ancestors=[parents, None],
+                cache=cache,
+            )
+        except (TypeError, AttributeError, RuntimeError) as error:
+            raise ModelError(
+                f"{language_model.name}: {type(language_model.model).__name__} cannot run the "
+                f"packed forward ({error})"
+            ) from error
+        packed = language_model.unembed(hidden).float().cpu()
+        paths = [(long, tree[[0, 1]]), (long, tree[[0, 2, 3]]), (short, chain)]
+        places = [[0, 1], [0, 2, 3], [4, 5]]
+        worst = 0.0
+        scale = 0.0
+        for (text, path), place in zip(paths, places, strict=True):
+            ids = torch.cat([text, path])[None].to(language_model.device)
+            plain = language_model.model(input_ids=ids, use_cache=False).logits[0]
+            plain = plain[-len(place) :].float().cpu()
+            worst = max(worst, (packed[place] - plain).abs().max().item())
+            scale = max(scale, plain.std().item())
+    tolerance = 1e-3 if language_model.dtype == torch.float32 else 0.15
+    if not worst <= tolerance * max(scale, 1e-6):
+        raise ModelError(
+            f"{language_model.name}: the packed forward of {type(language_model.model).__name__} "
+            f"differs from transformers' by {worst:.3g} (logits vary by {scale:.3g}); this "
+            "architecture is not supported"
+        )

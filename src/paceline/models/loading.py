@@ -1,0 +1,141 @@
+"""Models and tokenizers from a local folder or the hub, or a clear line on why not.
+
+Safetensors only; remote code runs only where the configuration says so; every weight of the model
+must come from the file, since a missing one would be filled with noise.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from paceline.errors import ModelError
+from paceline.models.language_model import LanguageModel, check_packed_forward
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedTokenizerBase
+
+    from paceline.config import ModelSection
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence transformers' own progress bars and warnings while our own progress is shown."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is the first of CUDA, MPS and CPU that is there."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if device == "auto":
+        device = next(name for name, there in available.items() if there)
+    if not available[device]:
+        there = ", ".join(name for name, is_there in available.items() if is_there)
+        raise ModelError(f"device '{device}' is not available here; available: {there}")
+    return torch.device(device)
+
+
+def _check_source(model: str) -> None:
+    path = Path(model)
+    looks_local = path.is_absolute() or model.startswith(".") or model.count("/") != 1
+    if path.exists():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{model}: no config.json in this folder; is it a transformers model?")
+    elif looks_local:
+        raise ModelError(f"{model}: no such folder; give a local model folder or a hub name")
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error; transformers' messages run over many."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def load_config(section: ModelSection) -> Any:
+    """The transformers configuration alone, without weights."""
+    _check_source(section.model)
+    try:
+        with _quiet_transformers():
+            return AutoConfig.from_pretrained(
+                section.model,
+                revision=section.revision,
+                trust_remote_code=section.trust_remote_code,
+            )
+    except (OSError, ValueError, HFValidationError) as error:
+        raise ModelError(f"{section.model}: {_reason(error)}") from error
+
+
+def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
+    """The tokenizer that came with the model."""
+    _check_source(section.model)
+    try:
+        with _quiet_transformers():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                section.model,
+                revision=section.revision,
+                trust_remote_code=section.trust_remote_code,
+            )
+    except (OSError, ValueError, HFValidationError) as error:
+        raise ModelError(f"{section.model}: no usable tokenizer ({_reason(error)})") from error
+    return tokenizer
+
+
+def load_language_model(section: ModelSection, name: str) -> LanguageModel:
+    """Weights, self-checked. Raises ModelError if they are unreadable, incomplete or unsupported."""
+    load_config(section)
+    device = resolve_device(section.device)
+    dtype = "auto" if section.dtype == "auto" else _DTYPES[section.dtype]
+    try:
+        with _quiet_transformers():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                section.model,
+                revision=section.revision,
+                trust_remote_code=section.trust_remote_code,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except SafetensorError as error:
+        raise ModelError(
+            f"{section.model}: the weight file is damaged or truncated ({_reason(error)}); "
+            "fetch or copy it again"
+        ) from error
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ModelError(f"{section.model}: {_reason(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{section.model}: {len(missing)} weights are missing from the file (such as "
+            f"'{missing[0]}'); the model would run on noise"
+        )
+    language_model = LanguageModel(model.to(device), name)
+    check_packed_forward(language_model)
+    return language_model

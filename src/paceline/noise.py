@@ -1,0 +1,64 @@
+"""Random numbers as a function of (seed, position, stream), equal on every device.
+
+A counter-based generator (splitmix64) instead of a stateful one: what is drawn at a position does
+not depend on which drafter ran, on the batch, or on how often a round was repeated. The stream says
+what the number is for, so that a draft, its acceptance and its replacement are independent.
+Knows nothing of models or distributions.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TARGET: Final = 1  # the draw that becomes the text
+DRAFT: Final = 2  # a drafter's own draw, under residual sampling
+ACCEPT: Final = 3  # the accept test of residual sampling
+
+_GOLDEN: Final = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
+_MIX_1: Final = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX_2: Final = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift: int64's own shift would drag the sign bit in."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * _MIX_1
+    x = (x ^ _shift(x, 27)) * _MIX_2
+    return x ^ _shift(x, 31)
+
+
+def _bits(seeds: Tensor, positions: Tensor, stream: int) -> Tensor:
+    # Python integers do not wrap, so the stream's offset is wrapped by hand; tensors wrap
+    offset = (_GOLDEN * stream + 2**63) % 2**64 - 2**63
+    return _mix(_mix(seeds + offset) + _GOLDEN * (positions + 1))
+
+
+def uniform(seeds: Tensor, positions: Tensor, stream: int) -> Tensor:
+    """Uniform draws in [0, 1), float64, in the shape of `seeds` and `positions` broadcast."""
+    return _shift(_bits(seeds, positions, stream), 11).to(torch.float64) * 2.0**-53
+
+
+def exponential(seeds: Tensor, positions: Tensor, stream: int, num_tokens: int) -> Tensor:
+    """Standard exponential noise, float32, [..., num_tokens], for the race argmax(p / e).
+
+    The winner of the race is distributed as p (the Gumbel-argmax trick in the linear domain). Only
+    small values can win, so they keep their full relative precision: -log1p(-u) with u near 0.
+    """
+    tokens = torch.arange(1, num_tokens + 1, device=seeds.device)
+    bits = _mix(_bits(seeds, positions, stream)[..., None] + _GOLDEN * tokens)
+    u = (_shift(bits, 11).to(torch.float32) + 0.5) * 2.0**-53
+    # float32 rounds the largest integers up to 1.0, whose logarithm would be infinite
+    return -torch.log1p(-u.clamp_(max=1.0 - 2.0**-24))
+
+
+def race(probs: Tensor, noise: Tensor) -> Tensor:
+    """One draw from each distribution: [..., V] probabilities and noise to [...] token ids."""
+    return (probs / noise).argmax(dim=-1)

@@ -1,0 +1,1 @@
+"""REPLAY: drafters along trajectories, beside the engine and without it."""

@@ -1,0 +1,1 @@
+"""CHOOSE: features, policies and their artefacts. Arms are names here; no engine, no drafters."""

@@ -1,0 +1,168 @@
+"""An append-only table of rows keyed by `id`, in Parquet shards that survive a kill at any moment.
+
+A shard is written under a temporary name and renamed; the manifest, which alone says what exists, is
+replaced last. Whatever the manifest does not list was never finished and is written again. A shard
+therefore holds each of its ids once, and a resumed run skips exactly the ids that are there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from paceline.errors import StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+FORMAT_VERSION: Final = 1
+_MANIFEST: Final = "manifest.json"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file so that a reader sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class ShardStore:
+    """Rows of one kind in one folder.
+
+    `card` says what the rows were made with. Its `identity` entries must be equal when the folder is
+    opened again: rows made with another target do not mix.
+    """
+
+    def __init__(self, folder: Path, kind: str, schema: pa.Schema, identity: Mapping[str, Any]):
+        self.folder = Path(folder)
+        self.schema = schema
+        self.kind = kind
+        self.identity = dict(identity)
+        self._shards: list[dict[str, Any]] = []
+        self._facts: dict[str, Any] = {}
+        manifest = read_manifest(self.folder)
+        if manifest is not None:
+            self._check(manifest)
+            self._shards = manifest["shards"]
+            self._facts = manifest["facts"]
+        else:
+            # claim the folder at once, so that nothing else is collected into it
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write_manifest()
+
+    @classmethod
+    def open(cls, folder: Path, kind: str, schema: pa.Schema) -> ShardStore:
+        """An existing store, whatever it was made with. Raises StoreError if there is none."""
+        manifest = read_manifest(Path(folder))
+        if manifest is None:
+            raise StoreError(f"{folder}: no collection here; run `paceline collect` first")
+        return cls(folder, kind, schema, manifest.get("identity", {}))
+
+    def _check(self, manifest: dict[str, Any]) -> None:
+        where = f"{self.folder}"
+        if manifest.get("format_version") != FORMAT_VERSION:
+            raise StoreError(
+                f"{where}: store format {manifest.get('format_version')}, this version of paceline "
+                f"reads {FORMAT_VERSION}; collect into a new folder or use the version that made it"
+            )
+        if manifest.get("kind") != self.kind:
+            raise StoreError(f"{where}: holds '{manifest.get('kind')}', not '{self.kind}'")
+        if manifest.get("columns") != self.schema.names:
+            raise StoreError(
+                f"{where}: columns {manifest.get('columns')} where {self.schema.names} are "
+                "expected; collect into a new folder"
+            )
+        theirs = manifest.get("identity", {})
+        for key, value in self.identity.items():
+            if theirs.get(key) != value:
+                raise StoreError(
+                    f"{where}: was made with {key} {theirs.get(key)!r}, now it is {value!r}; "
+                    "collect into a new folder"
+                )
+
+    def ids(self) -> set[str]:
+        """Ids of all finished rows."""
+        found: set[str] = set()
+        for shard in self._shards:
+            table = self._read_shard(shard, ["id"])
+            found.update(table.column("id").to_pylist())
+        return found
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write rows as one new shard; on return they are safe."""
+        if not rows:
+            return
+        table = pa.Table.from_pylist([dict(row) for row in rows], schema=self.schema)
+        name = f"shard-{len(self._shards):05d}.parquet"
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        write_atomically(self.folder / name, sink.getvalue().to_pybytes())
+        self._shards.append({"file": name, "rows": len(rows)})
+        self._write_manifest()
+
+    def read(self) -> pa.Table:
+        """All rows, in the order in which they were written."""
+        tables = [self._read_shard(shard, None) for shard in self._shards]
+        return pa.concat_tables(tables) if tables else self.schema.empty_table()
+
+    @property
+    def num_rows(self) -> int:
+        return sum(shard["rows"] for shard in self._shards)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is known of the rows beyond identity: settings, versions, command."""
+        return dict(self._facts)
+
+    def record(self, **facts: Any) -> None:
+        """Add facts to the manifest."""
+        self._facts.update(facts)
+        self._write_manifest()
+
+    def _read_shard(self, shard: dict[str, Any], columns: list[str] | None) -> pa.Table:
+        path = self.folder / shard["file"]
+        try:
+            table = pq.read_table(path, columns=columns)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise StoreError(
+                f"{path}: cannot be read ({error}); the collection is damaged"
+            ) from error
+        if table.num_rows != shard["rows"]:
+            raise StoreError(
+                f"{path}: {table.num_rows} rows where the manifest says {shard['rows']}"
+            )
+        return table
+
+    def _write_manifest(self) -> None:
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "kind": self.kind,
+            "columns": self.schema.names,
+            "identity": self.identity,
+            "facts": self._facts,
+            "shards": self._shards,
+        }
+        write_atomically(self.folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """A folder's manifest; None if there is none yet."""
+    path = folder / _MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(manifest, dict):
+        raise StoreError(f"{path}: not a manifest")
+    return manifest
