@@ -48,7 +48,7 @@ def build(config: Config) -> Parts:
     """Load everything a configuration names. Cheap mistakes are found before weights are read."""
     settings = {name: check_settings(name, d) for name, d in config.drafters.items()}
     for name in settings:
-        if name == AUTO or name == NONE:
+        if name in (AUTO, NONE):
             raise ConfigError(f"a drafter cannot be called '{name}'; that name has its own meaning")
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -9,7 +9,7 @@ efficiency) is the mean number of tokens emitted per target forward.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -172,3 +172,25 @@ class PromptRecord:
     id: str
     domain: str
     prompt: str
+
+
+@dataclass(frozen=True, slots=True)
+class CollectedPrompt:
+    """What a collection knows of one prompt: the target's own output and every arm's replay of it."""
+
+    id: str
+    domain: str
+    prompt_tokens: tuple[int, ...]
+    output_tokens: tuple[int, ...]  # T, the trajectory
+    max_new_tokens: int
+    features: np.ndarray  # [F] float32
+    rounds: dict[str, np.ndarray]  # arm -> [rounds, 2] int: drafted, accepted
+    draft_outputs: dict[str, tuple[int, ...]]  # arm -> its own greedy output, where collected
+
+
+def identity_of_arms(arms: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
+    """One comparable line for each arm from what its drafter says of itself."""
+    return {
+        name: ", ".join(f"{key}={value}" for key, value in sorted(facts.items()))
+        for name, facts in arms.items()
+    }

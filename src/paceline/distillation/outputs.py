@@ -6,21 +6,18 @@ resumes where it stopped and several drafters share one decoding.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from paceline.contracts import NONE, PromptRecord
-from paceline.errors import ConfigError
-from paceline.store import ShardStore
+from paceline.contracts import NONE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from paceline.assembly import Pace
+    from paceline.contracts import PromptRecord
+    from paceline.store import ShardStore
 
 OUTPUT_SCHEMA = pa.schema(
     [
@@ -31,44 +28,6 @@ OUTPUT_SCHEMA = pa.schema(
         ("finish_reason", pa.string()),
     ]
 )
-
-
-def read_prompts(paths: Iterable[Path]) -> list[PromptRecord]:
-    """Prompts from JSONL files with `id`, `domain` and `prompt`; ids must be unique."""
-    records: list[PromptRecord] = []
-    seen: set[str] = set()
-    for path in paths:
-        try:
-            # not splitlines(): JSON strings may hold other Unicode line ends
-            lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read ({error})") from error
-        for number, line in enumerate(lines, start=1):
-            record = _parse(line, f"{path}:{number}")
-            if record.id in seen:
-                raise ConfigError(f"{path}:{number}: id '{record.id}' occurs twice")
-            seen.add(record.id)
-            records.append(record)
-    return records
-
-
-def _parse(line: str, where: str) -> PromptRecord:
-    try:
-        raw = json.loads(line)
-        record = PromptRecord(str(raw["id"]), str(raw.get("domain", "")), str(raw["prompt"]))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{where}: not a JSON object ({error})") from error
-    except KeyError as error:
-        raise ConfigError(f"{where}: key {error} is missing") from error
-    if not record.prompt:
-        raise ConfigError(f"{where}: the prompt is empty")
-    return record
-
-
-def is_validation(id: str, share: float) -> bool:
-    """Whether an id belongs to the validation part: by hash, so no order of lines matters."""
-    digest = hashlib.sha256(id.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def decode_outputs(

@@ -89,6 +89,10 @@ class Drafter(ABC):
         p: [T, V] the target's distribution at each trajectory position, for the sampling scores.
         """
 
+    def identity(self) -> dict[str, object]:
+        """What makes this arm the arm it is; a policy learned with another one is refused."""
+        return {"kind": self.kind, "num_draft_tokens": self.num_draft_tokens}
+
     def num_bytes(self) -> int:
         """Bytes held now: weights and the state of all rows."""
         return 0

@@ -95,6 +95,9 @@ class DraftModel(Drafter):
             if state is not None:
                 self.model.release(state.slot)
 
+    def identity(self) -> dict[str, object]:
+        return {**super().identity(), "model": self.model.fingerprint()}
+
     def num_bytes(self) -> int:
         return self.model.num_bytes() + self.model.cache.num_bytes()
 

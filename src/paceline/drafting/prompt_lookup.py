@@ -62,6 +62,9 @@ class PromptLookup(Drafter):
         super().__init__(name, settings.num_draft_tokens)
         self.settings = settings
 
+    def identity(self) -> dict[str, object]:
+        return {**super().identity(), **self.settings.model_dump()}
+
     def draft(self, tokens: np.ndarray, limit: int) -> list[int]:
         """At most `limit` tokens that may follow `tokens` [n]."""
         limit = min(limit, self.num_draft_tokens)

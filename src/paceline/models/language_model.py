@@ -7,6 +7,7 @@ found. Knows no drafting, sampling or text. Symbols: N packed tokens, D hidden s
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,6 +93,16 @@ class LanguageModel:
         if self._logit_cap is not None:
             logits = torch.tanh(logits / self._logit_cap) * self._logit_cap
         return logits
+
+    def fingerprint(self) -> str:
+        """A short hash of shapes and sampled weights, the same in every dtype the model runs in."""
+        digest = hashlib.sha256(type(self.model).__name__.encode())
+        for name, parameter in self.model.named_parameters():
+            digest.update(f"{name}{tuple(parameter.shape)}".encode())
+            flat = parameter.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 64)][:64]
+            digest.update(sample.to(torch.bfloat16).float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def num_bytes(self) -> int:
         """Bytes of the weights, tied ones once."""

@@ -1,5 +1,6 @@
 """KEEP: Parquet shards with a manifest. Knows schemas and atomic writes, not what the rows mean."""
 
+from paceline.store.prompts import is_validation, read_prompts
 from paceline.store.shards import ShardStore, write_atomically
 
-__all__ = ["ShardStore", "write_atomically"]
+__all__ = ["ShardStore", "is_validation", "read_prompts", "write_atomically"]
