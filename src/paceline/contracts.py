@@ -123,6 +123,7 @@ class Context:
     last_hidden: np.ndarray  # [D] float32, at the prompt's last token
     sampling: SamplingParams
     rows_in_flight: int
+    request_id: str = ""  # for whoever records; never a feature
 
 
 @dataclass(frozen=True, slots=True)

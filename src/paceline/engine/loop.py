@@ -175,6 +175,7 @@ class Engine:
                 last_hidden=row.hidden_last,
                 sampling=row.sampling,
                 rows_in_flight=rows_in_flight,
+                request_id=row.request.id,
             )
         )
 

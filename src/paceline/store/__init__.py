@@ -1,6 +1,7 @@
 """KEEP: Parquet shards with a manifest. Knows schemas and atomic writes, not what the rows mean."""
 
+from paceline.files import write_atomically
 from paceline.store.prompts import is_validation, read_prompts
-from paceline.store.shards import ShardStore, write_atomically
+from paceline.store.shards import ShardStore
 
 __all__ = ["ShardStore", "is_validation", "read_prompts", "write_atomically"]

@@ -8,7 +8,6 @@ therefore holds each of its ids once, and a resumed run skips exactly the ids th
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,23 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from paceline.errors import StoreError
+from paceline.files import write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 FORMAT_VERSION: Final = 1
 _MANIFEST: Final = "manifest.json"
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file so that a reader sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 class ShardStore:
