@@ -1,6 +1,6 @@
 """Files that are replaced whole: a reader sees the old content or the new, never a part.
 
-Knows nothing of what is written. A process killed at any moment leaves at most a `.part` file behind,
+Knows nothing of what is written. A process killed at any moment leaves at most a `.part` file,
 which the next write to the same name replaces.
 """
 

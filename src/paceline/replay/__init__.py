@@ -1,1 +1,5 @@
 """REPLAY: drafters along trajectories, beside the engine and without it."""
+
+from paceline.replay.rounds import Replay, max_output, replay, simulate, target_distributions
+
+__all__ = ["Replay", "max_output", "replay", "simulate", "target_distributions"]

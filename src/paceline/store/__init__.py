@@ -1,7 +1,16 @@
 """KEEP: Parquet shards with a manifest. Knows schemas and atomic writes, not what the rows mean."""
 
 from paceline.files import write_atomically
+from paceline.store.collection import Collection, LoadedCollection, load_collection
 from paceline.store.prompts import is_validation, read_prompts
 from paceline.store.shards import ShardStore
 
-__all__ = ["ShardStore", "is_validation", "read_prompts", "write_atomically"]
+__all__ = [
+    "Collection",
+    "LoadedCollection",
+    "ShardStore",
+    "is_validation",
+    "load_collection",
+    "read_prompts",
+    "write_atomically",
+]

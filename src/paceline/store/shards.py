@@ -1,8 +1,8 @@
 """An append-only table of rows keyed by `id`, in Parquet shards that survive a kill at any moment.
 
-A shard is written under a temporary name and renamed; the manifest, which alone says what exists, is
-replaced last. Whatever the manifest does not list was never finished and is written again. A shard
-therefore holds each of its ids once, and a resumed run skips exactly the ids that are there.
+A shard is written under a temporary name and renamed; the manifest, which alone says what exists,
+is replaced last. Whatever the manifest does not list was never finished and is written again. So a
+shard holds each of its ids once, and a resumed run skips exactly the ids that are there.
 """
 
 from __future__ import annotations
@@ -27,15 +27,23 @@ _MANIFEST: Final = "manifest.json"
 class ShardStore:
     """Rows of one kind in one folder.
 
-    `card` says what the rows were made with. Its `identity` entries must be equal when the folder is
-    opened again: rows made with another target do not mix.
+    `identity` says what the rows were made with and must be equal when the folder is opened again:
+    rows made with another target do not mix. `remedy` ends the message that says so.
     """
 
-    def __init__(self, folder: Path, kind: str, schema: pa.Schema, identity: Mapping[str, Any]):
+    def __init__(
+        self,
+        folder: Path,
+        kind: str,
+        schema: pa.Schema,
+        identity: Mapping[str, Any],
+        remedy: str = "collect into a new folder",
+    ) -> None:
         self.folder = Path(folder)
         self.schema = schema
         self.kind = kind
         self.identity = dict(identity)
+        self._remedy = remedy
         self._shards: list[dict[str, Any]] = []
         self._facts: dict[str, Any] = {}
         manifest = read_manifest(self.folder)
@@ -61,22 +69,25 @@ class ShardStore:
         if manifest.get("format_version") != FORMAT_VERSION:
             raise StoreError(
                 f"{where}: store format {manifest.get('format_version')}, this version of paceline "
-                f"reads {FORMAT_VERSION}; collect into a new folder or use the version that made it"
+                f"reads {FORMAT_VERSION}; {self._remedy} or use the version that made it"
             )
         if manifest.get("kind") != self.kind:
             raise StoreError(f"{where}: holds '{manifest.get('kind')}', not '{self.kind}'")
         if manifest.get("columns") != self.schema.names:
             raise StoreError(
                 f"{where}: columns {manifest.get('columns')} where {self.schema.names} are "
-                "expected; collect into a new folder"
+                f"expected; {self._remedy}"
             )
         theirs = manifest.get("identity", {})
         for key, value in self.identity.items():
             if theirs.get(key) != value:
                 raise StoreError(
                     f"{where}: was made with {key} {theirs.get(key)!r}, now it is {value!r}; "
-                    "collect into a new folder"
+                    f"{self._remedy}"
                 )
+        shards, facts = manifest.get("shards"), manifest.get("facts")
+        if not isinstance(shards, list) or not isinstance(facts, dict):
+            raise StoreError(f"{where}: damaged manifest; delete this folder and collect again")
 
     def ids(self) -> set[str]:
         """Ids of all finished rows."""
@@ -93,7 +104,7 @@ class ShardStore:
         table = pa.Table.from_pylist([dict(row) for row in rows], schema=self.schema)
         name = f"shard-{len(self._shards):05d}.parquet"
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
         write_atomically(self.folder / name, sink.getvalue().to_pybytes())
         self._shards.append({"file": name, "rows": len(rows)})
         self._write_manifest()
@@ -120,14 +131,15 @@ class ShardStore:
     def _read_shard(self, shard: dict[str, Any], columns: list[str] | None) -> pa.Table:
         path = self.folder / shard["file"]
         try:
-            table = pq.read_table(path, columns=columns)
+            table = pq.read_table(path, columns=columns, page_checksum_verification=True)
         except (OSError, pa.ArrowInvalid) as error:
             raise StoreError(
-                f"{path}: cannot be read ({error}); the collection is damaged"
+                f"{path}: damaged ({error}); delete {self.folder} and collect again"
             ) from error
         if table.num_rows != shard["rows"]:
             raise StoreError(
-                f"{path}: {table.num_rows} rows where the manifest says {shard['rows']}"
+                f"{path}: {table.num_rows} rows where the manifest says {shard['rows']}; "
+                f"delete {self.folder} and collect again"
             )
         return table
 
@@ -151,7 +163,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise StoreError(f"{path}: cannot be read ({error})") from error
+        raise StoreError(f"{path}: cannot be read ({error}); delete {folder}") from error
     if not isinstance(manifest, dict):
-        raise StoreError(f"{path}: not a manifest")
+        raise StoreError(f"{path}: not a manifest; delete {folder} and collect again")
     return manifest

@@ -1,0 +1,234 @@
+"""The cost table: measured seconds of every piece of work, read, saved and interpolated.
+
+Knows no model and no clock. What is priced, by (subject, operation):
+
+    target, prefill   tokens = prompt length, from an empty cache to the first token
+    target, forward   tokens = 1 + drafted of each row; unembedding and judging included
+    <arm>, start      tokens = prompt length: the drafter's own prefill
+    <arm>, propose    tokens = drafted
+    engine, round     host seconds a round outside the two lines above, tokens = 0
+
+`context` counts the tokens cached before the work, `rows` the requests that share it; `seconds` is
+for all rows together. Arms are named as in the configuration; `none` costs nothing of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, overload
+
+import numpy as np
+
+from paceline.contracts import NONE
+from paceline.errors import ArtefactError
+from paceline.files import write_atomically
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from numpy.typing import ArrayLike, NDArray
+
+FORMAT_VERSION: Final = 1
+TARGET: Final = "target"
+ENGINE: Final = "engine"
+PREFILL: Final = "prefill"
+FORWARD: Final = "forward"
+START: Final = "start"
+PROPOSE: Final = "propose"
+ROUND: Final = "round"
+_AGAIN: Final = "run `paceline profile`"
+_OF_EVERY_ARM: Final = (START, PROPOSE)
+_OF_THE_ENGINE: Final = ((TARGET, PREFILL), (TARGET, FORWARD), (ENGINE, ROUND))
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One measured cell; the module's docstring says what the fields count."""
+
+    subject: str
+    operation: str
+    tokens: int
+    context: int
+    rows: int
+    seconds: float
+
+
+class CostTable:
+    """Measured seconds and the circumstances they were measured in.
+
+    `fingerprint` says on what and of what the table was measured, one comparable line an entry; the
+    line of arm X stands under "arm X".
+    """
+
+    def __init__(self, fingerprint: Mapping[str, str], measurements: Iterable[Measurement]) -> None:
+        self.fingerprint = dict(fingerprint)
+        self.measurements = tuple(measurements)
+        cells: dict[tuple[str, str], dict[int, dict[tuple[int, int], float]]] = {}
+        for m in self.measurements:
+            cell = cells.setdefault((m.subject, m.operation), {}).setdefault(m.rows, {})
+            if (m.context, m.tokens) in cell:
+                raise ArtefactError(
+                    f"cost table: {m.subject} {m.operation} of {m.tokens} tokens at context "
+                    f"{m.context} is there twice; {_AGAIN} again"
+                )
+            cell[m.context, m.tokens] = m.seconds
+        self._surfaces = {
+            key: {rows: _Surface(cell) for rows, cell in by_rows.items()}
+            for key, by_rows in cells.items()
+        }
+
+    @overload
+    def seconds(
+        self, subject: str, operation: str, tokens: int, context: int = 0, rows: int = 1
+    ) -> float: ...
+    @overload
+    def seconds(
+        self,
+        subject: str,
+        operation: str,
+        tokens: NDArray[Any],
+        context: NDArray[Any] | int = 0,
+        rows: int = 1,
+    ) -> NDArray[np.float64]: ...
+    def seconds(
+        self,
+        subject: str,
+        operation: str,
+        tokens: int | NDArray[Any],
+        context: int | NDArray[Any] = 0,
+        rows: int = 1,
+    ) -> float | NDArray[np.float64]:
+        """Seconds of a piece of work; arrays of tokens and contexts are broadcast.
+
+        Linear between measured tokens and contexts, and on beyond the grid along its last segment,
+        there never below the least that was measured. Rows are those measured that are nearest,
+        the fewer of two. Raises ArtefactError if nothing of the kind was measured.
+        """
+        by_rows = self._surfaces.get((subject, operation))
+        if by_rows is None:
+            raise ArtefactError(f"cost table: no '{operation}' of '{subject}' in it; {_AGAIN}")
+        surface = by_rows[min(by_rows, key=lambda measured: (abs(measured - rows), measured))]
+        priced = surface.seconds(tokens, context)
+        return priced if priced.ndim else float(priced)
+
+    def check(self, arms: Iterable[str], identities: Mapping[str, str] | None = None) -> None:
+        """Raise ArtefactError unless target, engine and these arms are priced.
+
+        identities: arm -> identity line as now configured; an arm that was measured as another one
+        under the same name is refused.
+        """
+        wanted = [*_OF_THE_ENGINE]
+        wanted += [(arm, operation) for arm in arms if arm != NONE for operation in _OF_EVERY_ARM]
+        missing = list(dict.fromkeys(s for s, o in wanted if (s, o) not in self._surfaces))
+        if missing:
+            raise ArtefactError(f"cost table: {', '.join(missing)} not measured; {_AGAIN}")
+        for arm, line in (identities or {}).items():
+            measured = self.fingerprint.get(f"arm {arm}", line)
+            if measured != line:
+                raise ArtefactError(
+                    f"cost table: '{arm}' was measured as ({measured}), it is now ({line}); "
+                    f"{_AGAIN}"
+                )
+
+    def hash(self) -> str:
+        """A short name of this table: circumstances and figures."""
+        return hashlib.sha256(self._to_json().encode()).hexdigest()[:16]
+
+    def save(self, path: Path | str) -> None:
+        """Write as JSON, replacing the file whole."""
+        try:
+            write_atomically(Path(path), self._to_json().encode())
+        except OSError as error:
+            raise ArtefactError(f"{path}: cannot be written ({error})") from error
+
+    def _to_json(self) -> str:
+        return json.dumps(
+            {
+                "format_version": FORMAT_VERSION,
+                "fingerprint": self.fingerprint,
+                "measurements": [asdict(m) for m in self.measurements],
+            },
+            indent=1,
+        )
+
+    @classmethod
+    def load(cls, path: Path | str) -> CostTable:
+        """Read a saved table. Raises ArtefactError if there is none, or a damaged or other one."""
+        try:
+            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ArtefactError(f"{path}: no cost table here; {_AGAIN}") from error
+        except (OSError, ValueError) as error:
+            raise ArtefactError(f"{path}: cannot be read ({error}); {_AGAIN} again") from error
+        if not isinstance(raw, dict):
+            raise ArtefactError(f"{path}: not a cost table; {_AGAIN} again")
+        if raw.get("format_version") != FORMAT_VERSION:
+            raise ArtefactError(
+                f"{path}: cost table of format {raw.get('format_version')}, this version of "
+                f"paceline reads {FORMAT_VERSION}; {_AGAIN} again"
+            )
+        try:
+            measurements = [_parse(entry) for entry in raw["measurements"]]
+            fingerprint = {str(k): str(v) for k, v in raw["fingerprint"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArtefactError(f"{path}: damaged cost table ({error}); {_AGAIN} again") from error
+        return cls(fingerprint, measurements)
+
+
+def _parse(entry: dict[str, Any]) -> Measurement:
+    measurement = Measurement(
+        subject=str(entry["subject"]),
+        operation=str(entry["operation"]),
+        tokens=int(entry["tokens"]),
+        context=int(entry["context"]),
+        rows=int(entry["rows"]),
+        seconds=float(entry["seconds"]),
+    )
+    if not (0 <= measurement.seconds < float("inf")):
+        raise ValueError(f"seconds {measurement.seconds}")
+    return measurement
+
+
+class _Surface:
+    """Seconds over tokens and context: a curve over tokens for each measured context."""
+
+    def __init__(self, cells: Mapping[tuple[int, int], float]) -> None:
+        curves: dict[int, list[tuple[int, float]]] = defaultdict(list)
+        for (context, tokens), seconds in sorted(cells.items()):
+            curves[context].append((tokens, seconds))
+        self._contexts = np.array(list(curves), dtype=np.float64)  # [C]
+        self._curves = [_columns(points) for points in curves.values()]
+        self._least = min(cells.values())
+
+    def seconds(self, tokens: ArrayLike, context: ArrayLike) -> NDArray[np.float64]:
+        tokens, context = np.broadcast_arrays(
+            np.asarray(tokens, dtype=np.float64), np.asarray(context, dtype=np.float64)
+        )
+        # [C, ...]: at every measured context; curves may have been measured at unlike tokens
+        at_contexts = np.stack([_along(xs, ys, tokens) for xs, ys in self._curves])
+        return np.maximum(_along(self._contexts, at_contexts, context), self._least)
+
+
+def _columns(points: Sequence[tuple[int, float]]) -> tuple[NDArray[Any], NDArray[Any]]:
+    xs, ys = zip(*points, strict=True)
+    return np.array(xs, dtype=np.float64), np.array(ys, dtype=np.float64)
+
+
+def _along(xs: NDArray[Any], ys: NDArray[Any], x: NDArray[Any]) -> NDArray[np.float64]:
+    """Piecewise linear through xs [n], ys [n] or [n, ...] at x [...], going on beyond the ends."""
+    if len(xs) == 1:
+        return np.broadcast_to(ys[0], x.shape).astype(np.float64)
+    left = np.clip(np.searchsorted(xs, x, side="right") - 1, 0, len(xs) - 2)
+    weight = (x - xs[left]) / (xs[left + 1] - xs[left])
+    if ys.ndim == 1:
+        low, high = ys[left], ys[left + 1]
+    else:
+        low = np.take_along_axis(ys, left[None], axis=0)[0]
+        high = np.take_along_axis(ys, left[None] + 1, axis=0)[0]
+    # in this form the grid's own values come back to the last bit
+    result: NDArray[np.float64] = (1.0 - weight) * low + weight * high
+    return result

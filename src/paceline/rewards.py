@@ -1,0 +1,122 @@
+"""What a policy is rewarded for, computed from acceptance and costs. Pure; knows no model or file.
+
+`speed` is the predicted speed of an arm over plain decoding (`none`) on one prompt: the rounds come
+from replay, the seconds from the cost table. `alignment` = alpha * similarity + (1 - alpha) * cost
+score is the reward of arXiv 2408.08470; that similarity is the ROUGE-L F1 of the drafter's own
+greedy output with the target's, and the cost score the share of the target's time that the drafter
+saves, is our reading of it (not confirmed).
+Symbols: T output tokens, t seconds per token. A change in any figure raises REWARD_VERSION.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import numpy as np
+from rapidfuzz.distance import LCSseq
+
+from paceline.contracts import NONE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import ArrayLike, NDArray
+
+REWARD_VERSION: Final = 1
+
+
+class SecondsFn(Protocol):
+    """Prices work as `CostTable.seconds` does, for arrays of tokens and contexts at once."""
+
+    def __call__(
+        self, subject: str, operation: str, tokens: NDArray[Any], context: NDArray[Any]
+    ) -> ArrayLike: ...
+
+
+def request_seconds(
+    seconds: SecondsFn, arm: str, num_prompt: int, rounds: NDArray[np.integer[Any]]
+) -> float:
+    """Predicted seconds of one request on its own, from its prefill to its last token.
+
+    rounds: [rounds, 2], drafted and accepted. The choice of the arm is not priced. Without a round
+    the prefill's token was the last, and the engine never starts the drafter.
+    """
+    drafted, accepted = rounds[:, 0], rounds[:, 1]
+    total = _sum(seconds, "target", "prefill", np.array([num_prompt]), np.zeros(1, dtype=int))
+    if not len(rounds):
+        return total
+    # a round leaves its accepted tokens and the target's own one; the last token is never cached
+    context = num_prompt + np.cumsum(accepted + 1) - (accepted + 1)  # [rounds]
+    total += _sum(seconds, "target", "forward", 1 + drafted, context)
+    total += _sum(seconds, "engine", "round", np.zeros_like(context), np.zeros_like(context))
+    if arm != NONE:
+        total += _sum(seconds, arm, "start", np.array([num_prompt]), np.zeros(1, dtype=int))
+        total += _sum(seconds, arm, "propose", drafted, context)
+    return total
+
+
+def _sum(
+    seconds: SecondsFn, subject: str, operation: str, tokens: NDArray[Any], context: NDArray[Any]
+) -> float:
+    priced = np.asarray(seconds(subject, operation, tokens, context), dtype=np.float64)
+    return float(np.broadcast_to(priced, tokens.shape).sum())
+
+
+def speeds(
+    seconds: SecondsFn, num_prompt: int, rounds: Mapping[str, NDArray[np.integer[Any]]]
+) -> dict[str, float]:
+    """The speed reward of each arm: seconds of `none` over seconds of the arm; `none` has 1.
+
+    rounds: arm -> [rounds, 2]; `none` must be among them.
+    """
+    priced = {arm: request_seconds(seconds, arm, num_prompt, r) for arm, r in rounds.items()}
+    return {arm: priced[NONE] / spent for arm, spent in priced.items()}
+
+
+def rouge_l_f1(a: Sequence[int], b: Sequence[int]) -> float:
+    """ROUGE-L F1 of two token sequences: 2 LCS / (len a + len b); 1 if both are empty.
+
+    The longest common subsequence (LCS) is exact. After Lin (2004), with precision and recall
+    weighed alike.
+    """
+    if not a and not b:
+        return 1.0
+    common: int = LCSseq.similarity(a, b)
+    return 2.0 * common / (len(a) + len(b))
+
+
+def token_seconds(seconds: SecondsFn, arm: str, context: int) -> float:
+    """t: what one token of the arm's own plain drafting costs; for `none`, one of the target's."""
+    subject, operation = ("target", "forward") if arm == NONE else (arm, "propose")
+    return _sum(seconds, subject, operation, np.ones(1, dtype=int), np.array([context]))
+
+
+def cost_score(t_arm: float, t_target: float) -> float:
+    """The share of the target's time per token that the drafter saves, clipped to [0, 1]."""
+    return min(max(1.0 - t_arm / t_target, 0.0), 1.0)
+
+
+def alignment_reward(alpha: float, similarity: float, cost: float) -> float:
+    """alpha * similarity + (1 - alpha) * cost score, all in [0, 1]."""
+    return alpha * similarity + (1.0 - alpha) * cost
+
+
+def alignments(
+    seconds: SecondsFn,
+    alpha: float,
+    num_prompt: int,
+    output: Sequence[int],
+    draft_outputs: Mapping[str, Sequence[int]],
+) -> dict[str, float]:
+    """The alignment reward of `none` and of each arm whose own greedy output is given.
+
+    `none` writes the target's output (similarity 1) and saves nothing (cost score 0). The others
+    are priced in the middle of the output.
+    """
+    context = num_prompt + len(output) // 2
+    t_target = token_seconds(seconds, NONE, context)
+    rewards = {NONE: alignment_reward(alpha, 1.0, 0.0)}
+    for arm, own in draft_outputs.items():
+        score = cost_score(token_seconds(seconds, arm, context), t_target)
+        rewards[arm] = alignment_reward(alpha, rouge_l_f1(output, own), score)
+    return rewards
