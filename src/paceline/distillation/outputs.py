@@ -1,24 +1,30 @@
 """The target's own answers to training prompts: what a drafter learns to predict.
 
-Greedy answers decoded in batches with paceline's engine, kept in a shard store, so a killed run
-resumes where it stopped and several drafters share one decoding.
+Greedy answers decoded in batches with paceline's engine, kept in a shard store a data file, so a
+killed run resumes where it stopped and several drafters share one decoding. A cap keeps the prompts
+whose hashes are lowest: a larger cap adds prompts and drops none.
 """
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 
 from paceline.contracts import NONE
+from paceline.distillation.batches import Example
+from paceline.store import ShardStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from paceline.assembly import Pace
     from paceline.contracts import PromptRecord
-    from paceline.store import ShardStore
 
+KIND = "outputs"
 OUTPUT_SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -28,6 +34,36 @@ OUTPUT_SCHEMA = pa.schema(
         ("finish_reason", pa.string()),
     ]
 )
+
+
+def open_outputs(pace: Pace, folder: Path, max_new_tokens: int) -> ShardStore:
+    """The store of this target's answers; another target's or another limit's is refused."""
+    identity = {
+        "target": pace.parts.target.fingerprint(),
+        "tokenizer": pace.parts.vocabulary.hash(),
+        "max_new_tokens": max_new_tokens,
+    }
+    return ShardStore(folder, KIND, OUTPUT_SCHEMA, identity)
+
+
+def lowest_hashes(prompts: Sequence[PromptRecord], cap: int | None) -> list[PromptRecord]:
+    """At most `cap` prompts, by the hash of their ids: no order of lines matters."""
+    return sorted(prompts, key=lambda r: hashlib.sha256(r.id.encode()).digest())[:cap]
+
+
+def read_examples(store: ShardStore, prompts: Sequence[PromptRecord]) -> list[Example]:
+    """The decoded ones of these prompts, in the order of `prompts`."""
+    table = store.read()
+    place = {id: i for i, id in enumerate(table.column("id").to_pylist())}
+    columns = [table.column(name).to_pylist() for name in ("prompt_tokens", "output_tokens")]
+    examples = []
+    for record in prompts:
+        i = place.get(record.id)
+        if i is None or not columns[1][i]:
+            continue
+        tokens = np.array(columns[0][i] + columns[1][i], dtype=np.int64)
+        examples.append(Example(record.id, record.domain, tokens, len(columns[0][i])))
+    return examples
 
 
 def decode_outputs(

@@ -1,0 +1,104 @@
+"""Texts to learn from, and how they become batches.
+
+Texts of like length share a batch and are padded on the right: causal attention never looks there,
+so a batch needs no mask, costs only each text's own attention, and gives every text what it would
+get alone. All orders are functions of (seed, epoch). Knows no model.
+Symbols: B texts a batch, T their padded length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+_POOL: Final = 24  # batches among which texts are sorted by length
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A prompt and the target's answer, end to end."""
+
+    id: str
+    domain: str
+    tokens: np.ndarray  # [prompt + output] int64
+    num_prompt: int
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """`places` index the flattened [B * T] positions whose next token is learned."""
+
+    tokens: Tensor  # [B, T] int64
+    places: Tensor  # [n] int64
+    targets: Tensor  # [n] int64
+    weights: Tensor  # [n] float32
+    examples: Tensor  # [n] int64, which of the B texts
+
+
+def pack_epoch(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:
+    """Batches of text indices: every text once, at most batch_tokens padded tokens each.
+
+    A text longer than that has a batch of its own.
+    """
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(lengths))
+    mean = max(1.0, float(np.mean(lengths))) if len(lengths) else 1.0
+    pool = max(1, int(_POOL * batch_tokens / mean))
+    batches: list[list[int]] = []
+    for first in range(0, len(order), pool):
+        members = order[first : first + pool]
+        members = members[np.argsort(np.asarray(lengths)[members], kind="stable")]
+        batches += _fill([int(i) for i in members], lengths, batch_tokens)
+    return [batches[i] for i in random.permutation(len(batches))]
+
+
+def _fill(members: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Cut texts in ascending length into batches."""
+    batches: list[list[int]] = []
+    for i in members:
+        if not batches or (len(batches[-1]) + 1) * lengths[i] > batch_tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def in_order(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Batches without chance, for validation."""
+    members = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    return _fill(members, lengths, batch_tokens)
+
+
+def collate(examples: Sequence[Example], prompt_weight: float) -> Batch:
+    """Texts to one padded batch. The last token of a text is learned but never fed."""
+    width = max(len(e.tokens) for e in examples) - 1
+    tokens = np.zeros((len(examples), max(1, width)), dtype=np.int64)
+    places, targets, weights, owners = [], [], [], []
+    for i, example in enumerate(examples):
+        fed = len(example.tokens) - 1
+        tokens[i, :fed] = example.tokens[:-1]
+        first = 0 if prompt_weight > 0 else max(0, example.num_prompt - 1)
+        weight = np.full(fed - first, prompt_weight, dtype=np.float32)
+        weight[max(0, example.num_prompt - 1 - first) :] = 1.0
+        places.append(i * width + np.arange(first, fed))
+        targets.append(example.tokens[1 + first :])
+        weights.append(weight)
+        owners.append(np.full(fed - first, i))
+    return Batch(
+        torch.from_numpy(tokens),
+        torch.from_numpy(np.concatenate(places)),
+        torch.from_numpy(np.concatenate(targets)),
+        torch.from_numpy(np.concatenate(weights)),
+        torch.from_numpy(np.concatenate(owners)),
+    )

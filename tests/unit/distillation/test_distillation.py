@@ -1,0 +1,437 @@
+"""Distillation on tiny random models: what may silently go wrong between texts and a drafter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from paceline.assembly import Pace, build_from_objects
+from paceline.config import Config, ModelSection
+from paceline.contracts import PromptRecord
+from paceline.distillation.batches import Example, collate, in_order, pack_epoch
+from paceline.distillation.distill import distill
+from paceline.distillation.head import losses_and_matches, weighted_cross_entropy
+from paceline.distillation.outputs import lowest_hashes
+from paceline.distillation.settings import DistillSettings
+from paceline.distillation.student import Shape, build_student, num_parameters, project
+from paceline.distillation.train import (
+    Progress,
+    evaluate,
+    hidden_states,
+    learning_rate,
+    plan_batches,
+    train,
+)
+from paceline.errors import ConfigError, StoreError
+from paceline.models.language_model import LanguageModel, check_packed_forward
+from paceline.models.vocabulary import Vocabulary
+from paceline.store import is_validation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+VOCAB = 40
+TINY = Shape(num_layers=2, hidden_size=16, mlp_size=24, num_heads=2, num_kv_heads=1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def tiny_target() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        eos_token_id=0,
+        pad_token_id=1,
+        bos_token_id=None,
+        tie_word_embeddings=True,
+        initializer_range=0.5,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return LlamaForCausalLM(config).eval()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<end>", "<pad>", "<unk>", *(f"w{i}" for i in range(VOCAB - 3))]
+    model = models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    inner = Tokenizer(model)
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<end>", pad_token="<pad>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    return tokenizer
+
+
+def student(seed: int = 0) -> LlamaForCausalLM:
+    return build_student(tiny_target(), TINY, "random", seed)
+
+
+def texts(count: int, seed: int = 0, domain: str = "d") -> list[Example]:
+    """Texts of a rule that can be learned: every token follows from the one before."""
+    random = np.random.default_rng(seed)
+    examples = []
+    for i in range(count):
+        num_prompt, num_output = int(random.integers(1, 6)), int(random.integers(1, 12))
+        tokens = (random.integers(VOCAB) + 7 * np.arange(num_prompt + num_output)) % VOCAB
+        examples.append(Example(f"{domain}/{i}", domain, tokens.astype(np.int64), num_prompt))
+    return examples
+
+
+def tiny_settings(**changes: object) -> DistillSettings:
+    plain = {
+        "epochs": 3.0,
+        "batch_tokens": 64,
+        "checkpoint_every": 2,
+        "validate_every": 1.0,
+        "learning_rate": 1e-2,
+    }
+    return DistillSettings.model_validate({**plain, **changes})
+
+
+# --- student --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("init", ["svd", "random"])
+def test_student_speaks_the_targets_language_and_runs_packed(init: str, tmp_path: Path) -> None:
+    target = tiny_target()
+    made = build_student(target, TINY, init, seed=0)  # type: ignore[arg-type]
+    made.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    assert type(loaded) is LlamaForCausalLM
+    for name in ("vocab_size", "max_position_embeddings", "eos_token_id", "rope_parameters"):
+        assert getattr(loaded.config, name) == getattr(target.config, name), name
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    check_packed_forward(LanguageModel(loaded, "student"))
+
+
+def test_student_is_a_function_of_the_seed_and_leaves_the_callers_randomness() -> None:
+    torch.manual_seed(11)
+    before = torch.random.get_rng_state()
+    first, again, other = student(1), student(1), student(2)
+
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True)
+    )
+    assert not torch.equal(first.model.embed_tokens.weight, other.model.embed_tokens.weight)
+
+
+def test_projection_is_the_whitened_strongest_directions() -> None:
+    """Keeping the weakest instead (eigh sorts upwards) would throw the target's geometry away."""
+    torch.manual_seed(0)
+    embedding = torch.randn(30, 8) * torch.tensor([9.0, 7, 5, 3, 1, 1, 0.5, 0.1]) + 4
+    projected = project(embedding, 3)
+    best = torch.linalg.svd(embedding - embedding.mean(dim=0), full_matrices=False)[0][:, :3]
+
+    # singular vectors are determined up to their sign
+    torch.testing.assert_close(projected.abs(), best.abs() * (0.02 / best.std()), atol=1e-5, rtol=0)
+    with pytest.raises(ConfigError, match="exceeds the target's 8"):
+        project(embedding, 9)
+
+
+# --- loss -----------------------------------------------------------------------------------------
+
+
+def test_sliced_head_equals_plain_cross_entropy_in_value_and_gradients() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(600, 16, requires_grad=True)  # more than two slices
+    head = torch.randn(VOCAB, 16, requires_grad=True)
+    targets, weights = torch.randint(VOCAB, (600,)), torch.rand(600)
+
+    plain = (F.cross_entropy(hidden @ head.T, targets, reduction="none") * weights).sum()
+    expected = torch.autograd.grad(3 * plain, [hidden, head])
+    ours = weighted_cross_entropy(hidden, head, targets, weights)
+    found = torch.autograd.grad(3 * ours, [hidden, head])
+
+    torch.testing.assert_close(ours, plain)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    losses, matches = losses_and_matches(hidden.detach(), head.detach(), targets)
+    torch.testing.assert_close((losses * weights).sum(), plain.detach())
+    assert torch.equal(matches, (hidden @ head.T).argmax(-1) == targets)
+
+
+def test_half_precision_head_points_the_same_way() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(300, 16, requires_grad=True)
+    head = (torch.randn(VOCAB, 16) * 0.3).requires_grad_()
+    targets, weights = torch.randint(VOCAB, (300,)), torch.full((300,), 1 / 300)
+    exact = torch.autograd.grad(
+        weighted_cross_entropy(hidden, head, targets, weights), [hidden, head]
+    )
+    half = torch.autograd.grad(
+        weighted_cross_entropy(hidden, head, targets, weights, torch.bfloat16), [hidden, head]
+    )
+    for a, b in zip(exact, half, strict=True):
+        assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+def test_a_batch_gives_every_text_what_it_gets_alone() -> None:
+    """Padding that leaks into a text, or a neighbour's tokens, would change its loss."""
+    model, examples = student(), texts(5)
+    head = model.get_output_embeddings().weight
+    with torch.inference_mode():
+        together = collate(examples, prompt_weight=0.3)
+        losses, _ = losses_and_matches(hidden_states(model, together), head, together.targets)
+        for i, example in enumerate(examples):
+            alone = model(input_ids=torch.from_numpy(example.tokens[:-1])[None]).logits[0]
+            wanted = torch.from_numpy(example.tokens[1:])
+            expected = F.cross_entropy(alone, wanted, reduction="none")
+            own = together.examples == i
+            torch.testing.assert_close(losses[own], expected, atol=1e-5, rtol=1e-5)
+            # planted: a batch that begins its texts elsewhere must be told apart
+            assert not torch.allclose(losses[own].roll(1), expected) or len(expected) == 1
+
+
+def test_first_answer_token_has_full_weight_and_prompts_their_own() -> None:
+    example = Example("a", "d", np.arange(10, 17), num_prompt=3)
+    both = collate([example], prompt_weight=0.25)
+    assert both.targets.tolist() == [11, 12, 13, 14, 15, 16]
+    assert both.weights.tolist() == [0.25, 0.25, 1, 1, 1, 1]
+
+    answers = collate([example], prompt_weight=0.0)
+    assert answers.targets.tolist() == [13, 14, 15, 16]
+    assert answers.weights.tolist() == [1, 1, 1, 1]
+    assert answers.places.tolist() == [2, 3, 4, 5]
+
+
+def test_an_epoch_holds_every_text_once_within_the_budget() -> None:
+    lengths = [int(n) for n in np.random.default_rng(0).integers(1, 70, 500)]
+    first, again = pack_epoch(lengths, 64, 5, 0), pack_epoch(lengths, 64, 5, 0)
+
+    assert first == again
+    assert first != pack_epoch(lengths, 64, 5, 1)
+    for batches in (first, in_order(lengths, 64)):
+        assert sorted(i for batch in batches for i in batch) == list(range(500))
+        for batch in batches:
+            assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 64
+
+
+def test_part_of_an_epoch_is_part_of_its_batches() -> None:
+    examples = texts(80)
+    whole = plan_batches(examples, tiny_settings(epochs=1.0))
+    half = plan_batches(examples, tiny_settings(epochs=1.5))
+    assert half[: len(whole)] == whole
+    assert 0.4 < len(half) / len(whole) - 1 < 0.6
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def test_loss_falls_and_matches_rise_on_a_tiny_set(tmp_path: Path) -> None:
+    model, examples = student(), texts(60)
+    before = evaluate(model, examples)["d"]
+    train(model, examples, examples, tiny_settings(epochs=12.0), tmp_path / "c.pt")
+    after = evaluate(model, examples)["d"]
+
+    assert after.loss < 0.3 * before.loss
+    assert after.match_rate > 0.9
+    assert after.num_tokens == sum(e.num_output for e in examples)
+
+
+class KilledError(Exception):
+    """Stands for a kill between two steps."""
+
+
+def killer(step: int) -> Callable[[Progress], None]:
+    def kill(progress: Progress) -> None:
+        if progress.step == step:
+            raise KilledError
+
+    return kill
+
+
+@pytest.mark.parametrize("step", [1, 4, 7])
+def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(
+    step: int, tmp_path: Path
+) -> None:
+    """Forgetting the optimizer's moments, the step or the best weights would show here."""
+    examples, settings = texts(60), tiny_settings()
+    whole = student()
+    plain = train(whole, examples, texts(9, seed=1), settings, tmp_path / "whole.pt")
+    assert plain.step > 8
+
+    with pytest.raises(KilledError):
+        train(student(), examples, texts(9, seed=1), settings, tmp_path / "part.pt", killer(step))
+    resumed = student(seed=99)  # whatever is built, the checkpoint decides
+    if not (tmp_path / "part.pt").exists():
+        resumed = student()
+    result = train(resumed, examples, texts(9, seed=1), settings, tmp_path / "part.pt")
+
+    assert result.history == plain.history
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_checkpoint_of_other_settings_or_texts_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    with pytest.raises(KilledError):
+        train(student(), texts(60), texts(9), tiny_settings(), path, killer(3))
+    for examples, settings in (
+        (texts(60), tiny_settings(learning_rate=2e-2)),
+        (texts(60, seed=4), tiny_settings()),
+    ):
+        with pytest.raises(ConfigError, match="other settings or other texts"):
+            train(student(), examples, texts(9), settings, path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ConfigError, match="cannot be read; delete it"):
+        train(student(), texts(60), texts(9), tiny_settings(), path)
+
+
+def test_learning_rate_rises_then_falls_to_its_floor() -> None:
+    settings = tiny_settings(learning_rate=1.0, warmup_share=0.1, final_learning_rate=0.1)
+    rates = [learning_rate(step, 100, settings) for step in range(101)]
+    assert rates.index(max(rates)) in (9, 10)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[100] == pytest.approx(0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+# --- choice of prompts ----------------------------------------------------------------------------
+
+
+def test_split_and_cap_do_not_depend_on_the_order_of_lines() -> None:
+    records = [PromptRecord(f"p/{i}", "d", "x") for i in range(2000)]
+    forward, backward = lowest_hashes(records, 300), lowest_hashes(records[::-1], 300)
+    assert forward == backward
+    assert forward == lowest_hashes(records, 900)[:300]
+
+    share = sum(is_validation(r.id, 0.1) for r in records) / len(records)
+    assert 0.08 < share < 0.12
+    # a cap keeps the lowest hashes, which are the validation prompts of every cap
+    assert {r.id for r in records if is_validation(r.id, 0.1)} <= {r.id for r in forward}
+
+
+# --- the verb -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pace() -> Pace:
+    config = Config(target=ModelSection(model="unused"))
+    return Pace(build_from_objects(tiny_target(), tiny_tokenizer(), {}, config))
+
+
+def write_prompts(path: Path, domain: str, count: int) -> Path:
+    random = np.random.default_rng(len(domain))
+    lines = [
+        json.dumps(
+            {
+                "id": f"{domain}/{i}",
+                "domain": domain,
+                "prompt": " ".join(f"w{w}" for w in random.integers(0, VOCAB - 3, 5)),
+                "source": f"{domain} book",
+                "license": "MIT",
+            }
+        )
+        for i in range(count)
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def distill_settings(tmp_path: Path, **changes: object) -> DistillSettings:
+    return tiny_settings(
+        embedding_init="random",
+        outputs=str(tmp_path / "outputs"),
+        max_new_tokens=6,
+        validation_share=0.2,
+        epochs=1.0,
+        **changes,
+    )
+
+
+def test_distill_writes_a_drafter_that_loads_and_says_what_it_is(
+    pace: Pace, tmp_path: Path
+) -> None:
+    apples = write_prompts(tmp_path / "apples.jsonl", "apples", 40)
+    pears = write_prompts(tmp_path / "pears.jsonl", "pears", 40)
+    seen: list[Progress] = []
+    out = tmp_path / "zoo" / "draft"
+    settings = distill_settings(tmp_path, max_prompts={"apples": 30})
+    report = distill(pace, [apples], out, settings, seen.append, also_measure=[pears])
+
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == torch.bfloat16
+    assert model.generation_config.eos_token_id == 0
+    check_packed_forward(LanguageModel(model, "draft"))
+    assert Vocabulary.of(AutoTokenizer.from_pretrained(out)) == pace.parts.vocabulary
+    assert set(report.quality) == {"apples", "pears"}
+    assert report.num_parameters == num_parameters(model)
+    assert {p.phase for p in seen} == {"decode", "train"}
+    assert [p for p in seen if p.phase == "train"][-1].step == report.steps
+    assert not out.with_name("draft.part").exists()
+
+    facts = json.loads((out / "training.json").read_text())
+    readme = (out / "README.md").read_text()
+    assert facts["examples"] == report.num_examples < 30
+    assert facts["data"]["apples"]["texts"] == 30
+    for word in ("apples book", "MIT", "apache-2.0", "| pears | no |", "--max-prompts apples=30"):
+        assert word in readme, word
+    assert str(tmp_path) not in readme + json.dumps(facts)
+
+
+def test_only_validation_prompts_of_other_tasks_are_answered(pace: Pace, tmp_path: Path) -> None:
+    apples = write_prompts(tmp_path / "apples.jsonl", "apples", 30)
+    pears = write_prompts(tmp_path / "pears.jsonl", "pears", 30)
+    settings = distill_settings(tmp_path)
+    seen: list[Progress] = []
+    distill(pace, [apples], tmp_path / "a", settings, seen.append, also_measure=[pears])
+    expected = sum(is_validation(f"pears/{i}", 0.2) for i in range(30))
+    assert 0 < expected < 30
+    assert sum(p.phase == "decode" for p in seen) == 30 + expected
+
+    # answers are kept: the second drafter decodes only what is missing
+    seen.clear()
+    distill(pace, [pears], tmp_path / "b", settings, seen.append, also_measure=[apples])
+    assert sum(p.phase == "decode" for p in seen) == 30 - expected
+
+
+def test_answers_of_another_target_or_limit_are_refused(pace: Pace, tmp_path: Path) -> None:
+    apples = write_prompts(tmp_path / "apples.jsonl", "apples", 30)
+    distill(pace, [apples], tmp_path / "a", distill_settings(tmp_path))
+    other = distill_settings(tmp_path).model_copy(update={"max_new_tokens": 5})
+    with pytest.raises(StoreError, match="max_new_tokens 6, now it is 5"):
+        distill(pace, [apples], tmp_path / "b", other)
+
+
+def test_mistakes_are_found_before_anything_is_decoded(pace: Pace, tmp_path: Path) -> None:
+    apples = write_prompts(tmp_path / "apples.jsonl", "apples", 3)
+    settings = distill_settings(tmp_path)
+    with pytest.raises(ConfigError, match="at least one file"):
+        distill(pace, [], tmp_path / "a", settings)
+    with pytest.raises(ConfigError, match="no such file of prompts"):
+        distill(pace, [tmp_path / "plums.jsonl"], tmp_path / "a", settings)
+    with pytest.raises(ConfigError, match="same name"):
+        distill(pace, [apples, apples], tmp_path / "a", settings)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    with pytest.raises(ConfigError, match="is not a distilled drafter"):
+        distill(pace, [apples], precious, settings)
+    assert not (tmp_path / "outputs").exists()
