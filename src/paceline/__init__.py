@@ -1,5 +1,70 @@
-"""paceline: a language model answers faster, without changing what it answers."""
+"""paceline: a language model answers faster, without changing what it answers.
+
+The names below are loaded when first used, so that importing the package costs nothing.
+"""
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Completion": "paceline.contracts",
+    "Config": "paceline.config",
+    "Drafter": "paceline.drafting.base",
+    "Pace": "paceline.assembly",
+    "PacelineError": "paceline.errors",
+    "PromptRecord": "paceline.contracts",
+    "collect": "paceline.experiments",
+    "demo": "paceline.experiments",
+    "distill": "paceline.distillation",
+    "doctor": "paceline.bench",
+    "evaluate": "paceline.experiments",
+    "learn": "paceline.experiments",
+    "load": "paceline.assembly",
+    "load_config": "paceline.config",
+    "profile": "paceline.experiments",
+    "read_prompts": "paceline.store",
+}
+
+__all__ = [
+    "Completion",
+    "Config",
+    "Drafter",
+    "Pace",
+    "PacelineError",
+    "PromptRecord",
+    "collect",
+    "demo",
+    "distill",
+    "doctor",
+    "evaluate",
+    "learn",
+    "load",
+    "load_config",
+    "profile",
+    "read_prompts",
+]
+
+if TYPE_CHECKING:
+    from paceline.assembly import Pace, load
+    from paceline.bench.doctor import doctor
+    from paceline.config import Config, load_config
+    from paceline.contracts import Completion, PromptRecord
+    from paceline.distillation import distill
+    from paceline.drafting.base import Drafter
+    from paceline.errors import PacelineError
+    from paceline.experiments import collect, demo, evaluate, learn, profile
+    from paceline.store import read_prompts
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'paceline' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paceline.config import Config
-from paceline.contracts import AUTO, NONE, Completion, Request, SamplingParams
+from paceline.config import Config, ModelSection, load_config
+from paceline.contracts import (
+    AUTO,
+    NONE,
+    Completion,
+    Request,
+    SamplingParams,
+    identity_of_arms,
+)
 from paceline.drafting.catalog import check_settings
 from paceline.drafting.draft_model import DraftModel, DraftModelSettings
 from paceline.drafting.none import NoneDrafter
@@ -19,6 +27,7 @@ from paceline.errors import ConfigError, RequestError
 from paceline.models.language_model import LanguageModel, check_packed_forward
 from paceline.models.loading import load_language_model, load_tokenizer
 from paceline.models.vocabulary import Vocabulary, check_same_vocabulary
+from paceline.selection import PolicyIdentity, is_policy, load_policy
 from paceline.warping import check_sampling
 
 if TYPE_CHECKING:
@@ -233,21 +242,64 @@ class Pace:
         self.engine.check(request)
         return request
 
-    def generate(
-        self, prompts: Prompt | Sequence[Prompt], **settings: Any
-    ) -> Completion | list[Completion]:
-        """Complete one prompt, or several at once in their order.
+    def complete(self, prompt: Prompt, **settings: Any) -> Completion:
+        """Complete one prompt, a string or a list of messages; `settings` as in `request`."""
+        return next(self.engine.generate([self.request(prompt, **settings)]))
 
-        One prompt is a string or one list of messages and gives one Completion; anything else is a
-        list of prompts. `settings` are those of `request`.
+    def generate(self, prompts: Sequence[Prompt], **settings: Any) -> list[Completion]:
+        """Complete several prompts, decoded together; completions come in the prompts' order.
+
+        `settings` are those of `request` and hold for all of them.
         """
-        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))
-        many: Any = [prompts] if single else prompts
-        requests = [self.request(p, id=str(i), **settings) for i, p in enumerate(many)]
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], dict)):
+            raise RequestError("generate takes a list of prompts; use complete for one prompt")
+        requests = [self.request(p, id=str(i), **settings) for i, p in enumerate(prompts)]
         done = {c.request_id: c for c in self.engine.generate(requests)}
-        ordered = [done[request.id] for request in requests]
-        return ordered[0] if single else ordered
+        return [done[request.id] for request in requests]
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Completions of prepared requests, as they finish."""
         return self.engine.generate(requests)
+
+
+def load(
+    config: Config | Path | str | None = None,
+    *,
+    target: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    drafters: Mapping[str, DraftSpec] | None = None,
+    policy: Path | str | None = None,
+    with_policy: bool = True,
+) -> Pace:
+    """A target with its drafters, ready to generate.
+
+    Either a configuration (a path to paceline.yaml, or a `Config`), or `target`, `tokenizer` and
+    `drafters` as objects in memory. A learned policy is loaded from `policy`, by default from where
+    the configuration says, if it is there; without one, requests must name a drafter. A policy made
+    for other models raises ArtefactError; `with_policy=False` leaves it alone.
+    """
+    if (config is None) == (target is None):
+        raise ConfigError("load takes a configuration, or target=, tokenizer= and drafters=")
+    if target is not None:
+        if tokenizer is None:
+            raise ConfigError("load(target=...) also needs tokenizer=")
+        placeholder = Config(target=ModelSection(model="in memory"))
+        parts = build_from_objects(target, tokenizer, drafters or {}, placeholder)
+    else:
+        assert config is not None
+        parts = build(config if isinstance(config, Config) else load_config(config))
+    folder = Path(policy) if policy is not None else parts.config.paths.policy
+    wanted = with_policy and (
+        policy is not None or (target is None and is_policy(folder))
+    )
+    return Pace(parts, load_policy(folder, policy_identity(parts)).choose if wanted else None)
+
+
+def policy_identity(parts: Parts) -> PolicyIdentity:
+    """What a policy must have been learned for to serve these parts."""
+    return PolicyIdentity(
+        target=parts.target.fingerprint(),
+        tokenizer=parts.vocabulary.hash(),
+        hidden_size=parts.target.hidden_size,
+        arms=identity_of_arms({name: d.identity() for name, d in parts.drafters.items()}),
+    )

@@ -86,7 +86,7 @@ class Config(Section):
     threads: int | None = Field(default=None, ge=1)
 
 
-def load_config_file(path: Path | str) -> Config:
+def load_config(path: Path | str) -> Config:
     """Read, validate and anchor a YAML file. Raises ConfigError with what to change."""
     path = Path(path)
     try:

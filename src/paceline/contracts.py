@@ -2,8 +2,8 @@
 
 Knows no model, tokenizer, file or policy; torch appears in type hints only.
 
-Words: a *row* is one request in flight; a *round* is one draft, verify, commit cycle; a *draft* is the
-tokens proposed for a row, a chain here; *accepted* counts the draft tokens kept; *tau* (block
+Words: a *row* is one request in flight; a *round* is one draft, verify, commit cycle; a *draft* is
+the tokens proposed for a row, a chain here; *accepted* counts the draft tokens kept; *tau* (block
 efficiency) is the mean number of tokens emitted per target forward.
 """
 
@@ -177,7 +177,7 @@ class PromptRecord:
 
 @dataclass(frozen=True, slots=True)
 class CollectedPrompt:
-    """What a collection knows of one prompt: the target's own output and every arm's replay of it."""
+    """What a collection knows of one prompt: the target's output and every arm's replay of it."""
 
     id: str
     domain: str

@@ -1,1 +1,6 @@
 """MEASURE: the cost table, timed runs, tables and plots."""
+
+from paceline.bench.doctor import doctor
+from paceline.bench.profile import profile
+
+__all__ = ["doctor", "profile"]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from paceline.config import ModelSection
 
-_DTYPES = {
+DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -112,7 +112,7 @@ def load_language_model(section: ModelSection, name: str) -> LanguageModel:
     """Weights, self-checked. Raises ModelError if they are unreadable, incomplete or unsupported."""
     load_config(section)
     device = resolve_device(section.device)
-    dtype = "auto" if section.dtype == "auto" else _DTYPES[section.dtype]
+    dtype = "auto" if section.dtype == "auto" else DTYPES[section.dtype]
     try:
         with _quiet_transformers():
             model, info = AutoModelForCausalLM.from_pretrained(

@@ -11,7 +11,7 @@ from paceline.contracts import PromptRecord
 from paceline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 
 def read_prompts(paths: Iterable[Path]) -> list[PromptRecord]:
@@ -50,3 +50,8 @@ def is_validation(id: str, share: float) -> bool:
     """Whether an id belongs to the validation part: by hash, so no order of lines matters."""
     digest = hashlib.sha256(id.encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def take_by_hash(prompts: Sequence[PromptRecord], limit: int | None) -> list[PromptRecord]:
+    """At most `limit` prompts, those whose ids have the lowest hashes: no order of lines matters."""
+    return sorted(prompts, key=lambda r: hashlib.sha256(r.id.encode()).digest())[:limit]

@@ -1,0 +1,183 @@
+"""Checks a configuration before weights are read: vocabularies, memory, dtype, predicted pay.
+
+Shapes come from the models' configurations on torch's meta device. What a drafter should pay
+comes from the collection and the cost table if both are there; from the cost table alone follows
+how many tokens a round must emit to break even.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from paceline.config import ModelSection
+from paceline.contracts import NONE
+from paceline.costs.table import CostTable
+from paceline.drafting.catalog import check_settings
+from paceline.drafting.draft_model import DraftModelSettings
+from paceline.errors import ArtefactError, PacelineError, StoreError
+from paceline.models.loading import DTYPES, load_config, load_tokenizer, resolve_device
+from paceline.models.vocabulary import Vocabulary
+from paceline.rewards import request_seconds
+from paceline.store.collection import load_collection
+
+if TYPE_CHECKING:
+    from paceline.config import Config
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """Size of a model as it would be loaded."""
+
+    parameters: int
+    dtype: str
+    weight_bytes: int
+    cache_bytes_per_token: int
+    context: int
+    num_logits: int
+
+
+@dataclass(slots=True)
+class DrafterCheck:
+    """One drafter: its facts, its vocabulary against the target's, and what it should pay."""
+
+    name: str
+    kind: str
+    facts: ModelFacts | None = None
+    vocabulary: str = "not needed"
+    predicted: str = "unknown"
+    problem: str | None = None
+
+
+@dataclass(slots=True)
+class DoctorReport:
+    """Everything `paceline doctor` prints. `problems` is empty if the configuration can run."""
+
+    target: str
+    device: str
+    facts: ModelFacts
+    num_tokens: int
+    chat_template: bool
+    drafters: list[DrafterCheck]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def problems(self) -> list[str]:
+        return [f"drafter '{d.name}': {d.problem}" for d in self.drafters if d.problem]
+
+
+def doctor(config: Config) -> DoctorReport:
+    """Check a configuration. Raises PacelineError if the target itself cannot be used."""
+    device = resolve_device(config.target.device)
+    facts = model_facts(config.target)
+    tokenizer = load_tokenizer(config.target)
+    vocabulary = Vocabulary.of(tokenizer)
+    report = DoctorReport(
+        target=config.target.model,
+        device=str(device),
+        facts=facts,
+        num_tokens=vocabulary.num_tokens,
+        chat_template=getattr(tokenizer, "chat_template", None) is not None,
+        drafters=[],
+    )
+    if facts.num_logits < vocabulary.num_tokens:
+        report.notes.append(
+            f"the tokenizer has {vocabulary.num_tokens} tokens, the head {facts.num_logits}"
+        )
+    pay, note = _predictions(config)
+    report.notes += [note] if note else []
+    for name in config.drafters:
+        report.drafters.append(_check_drafter(config, name, vocabulary, facts, pay))
+    return report
+
+
+def model_facts(section: ModelSection) -> ModelFacts:
+    """Sizes from the configuration file alone."""
+    raw = load_config(section)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(raw)
+    parameters = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    text = raw.get_text_config()
+    stored = getattr(raw, "dtype", None) or torch.float32
+    dtype = stored if section.dtype == "auto" else DTYPES[section.dtype]
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    item = torch.empty((), dtype=dtype).element_size()
+    return ModelFacts(
+        parameters=parameters,
+        dtype=str(dtype).removeprefix("torch."),
+        weight_bytes=parameters * item,
+        cache_bytes_per_token=2 * text.num_hidden_layers * heads * size * item,
+        context=text.max_position_embeddings,
+        num_logits=text.vocab_size,
+    )
+
+
+def _check_drafter(
+    config: Config, name: str, vocabulary: Vocabulary, target: ModelFacts, pay: dict[str, str]
+) -> DrafterCheck:
+    section = config.drafters[name]
+    check = DrafterCheck(name, section.kind, predicted=pay.get(name, "unknown"))
+    try:
+        settings = check_settings(name, section)
+        if isinstance(settings, DraftModelSettings):
+            check.facts = model_facts(settings)
+            other = Vocabulary.of(load_tokenizer(settings))
+            difference = vocabulary.difference(other)
+            if difference is not None:
+                check.problem = f"another vocabulary than the target's: {difference}"
+                check.vocabulary = "different"
+            elif check.facts.num_logits != target.num_logits:
+                check.vocabulary = "same ids, padded to another size"
+            else:
+                check.vocabulary = "same ids"
+    except PacelineError as error:
+        check.problem = str(error)
+    return check
+
+
+def _predictions(config: Config) -> tuple[dict[str, str], str]:
+    """(what each drafter should pay, what is missing for a better answer)."""
+    try:
+        costs = CostTable.load(config.paths.costs)
+    except ArtefactError as error:
+        return {}, f"no prediction: {error}"
+    try:
+        names = [NONE, *config.drafters]
+        prompts = load_collection(config.paths.store, names).prompts
+    except StoreError as error:
+        return _break_even(config, costs), f"break-even only: {error}"
+    try:
+        total = {
+            name: sum(
+                request_seconds(costs.seconds, name, len(p.prompt_tokens), p.rounds[name])
+                for p in prompts
+            )
+            for name in names
+        }
+    except ArtefactError as error:
+        return {}, f"no prediction: {error}"
+    return {
+        name: f"{total[NONE] / total[name]:.2f}x none on {len(prompts)} prompts"
+        for name in config.drafters
+    }, ""
+
+
+def _break_even(config: Config, costs: CostTable) -> dict[str, str]:
+    """Tokens a round must emit for a drafter to be no slower than plain decoding."""
+    result = {}
+    for name, section in config.drafters.items():
+        length = getattr(check_settings(name, section), "num_draft_tokens", 0)
+        try:
+            overhead = costs.seconds("engine", "round", 1)
+            plain = costs.seconds("target", "forward", 1, context=128) + overhead
+            verify = costs.seconds("target", "forward", 1 + length, context=128) + overhead
+            drafting = costs.seconds(name, "propose", length, context=128)
+        except ArtefactError as error:
+            result[name] = f"unknown ({error})"
+            continue
+        result[name] = f"pays above {(verify + drafting) / plain:.2f} tokens a round"
+    return result

@@ -1,0 +1,30 @@
+"""The command tree. A verb imports what it needs inside its function, so `--help` is quick."""
+
+from __future__ import annotations
+
+import typer
+
+from paceline.cli.collect import collect
+from paceline.cli.demo import demo
+from paceline.cli.distill import distill
+from paceline.cli.doctor import doctor
+from paceline.cli.evaluate import evaluate
+from paceline.cli.generate import generate
+from paceline.cli.learn import learn
+from paceline.cli.profile import profile
+
+app = typer.Typer(
+    name="paceline",
+    help="A language model answers faster, without changing what it answers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+for verb in (demo, generate, doctor, profile, collect, learn, evaluate, distill):
+    app.command()(verb)
+
+
+@app.callback()
+def root() -> None:
+    """Typer needs a callback to keep a lone verb a verb."""

@@ -1,0 +1,62 @@
+"""`paceline collect`: what every drafter would have had accepted on the target's answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from paceline.cli.options import (
+    DEFAULT_CONFIG,
+    ConfigOption,
+    DeviceOption,
+    DtypeOption,
+    ThreadsOption,
+    configured,
+)
+
+
+def collect(
+    prompts: Annotated[
+        list[Path], typer.Argument(help="JSONL files with id, domain and prompt on each line.")
+    ],
+    config: ConfigOption = DEFAULT_CONFIG,
+    store: Annotated[Path | None, typer.Option(help="Folder of the collection.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens an answer.")] = 256,
+    limit: Annotated[
+        int | None, typer.Option(help="Take this many prompts, by hash of id.")
+    ] = None,
+    alignment: Annotated[
+        bool, typer.Option("--alignment", help="Also decode each drafter alone, for that reward.")
+    ] = False,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Decode prompts once with the target and replay every drafter on the answers. Resumes."""
+    from rich.console import Console
+
+    from paceline.assembly import load
+    from paceline.cli.progress import progress
+    from paceline.collection import collect as run_collect
+    from paceline.store import read_prompts
+    from paceline.store.prompts import take_by_hash
+
+    settings = configured(config, dtype, device, threads, store=store)
+    records = take_by_hash(read_prompts(prompts), limit)
+    pace = load(settings, with_policy=False)
+    console = Console()
+    with progress(console) as report:
+        result = run_collect(
+            pace,
+            records,
+            settings.paths.store,
+            max_new_tokens,
+            alignment=alignment,
+            on_progress=report,
+        )
+    console.print(f"{result.num_prompts} prompts in {settings.paths.store}")
+    if result.num_too_long:
+        console.print(f"{result.num_too_long} prompts did not fit the context and were left out")
+    console.print("next: paceline profile, then paceline learn")

@@ -1,0 +1,84 @@
+"""`paceline demo`: the main job on the bundled models, with a table, a figure and JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from paceline.cli.options import (
+    DEFAULT_CONFIG,
+    ConfigOption,
+    DeviceOption,
+    DtypeOption,
+    ThreadsOption,
+    configured,
+)
+
+
+def demo(
+    config: ConfigOption = DEFAULT_CONFIG,
+    out: Annotated[Path, typer.Option(help="Folder for what the demo writes.")] = Path(
+        "demo-output"
+    ),
+    timed: Annotated[int, typer.Option(help="Timed prompts of each task.")] = 8,
+    collected: Annotated[int, typer.Option(help="Prompts of each task to learn from.")] = 48,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens an answer.")] = 96,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Collect, measure, learn, then decode new prompts by the clock: the main job in minutes."""
+    import shutil
+    from time import perf_counter
+
+    from rich.console import Console
+
+    from paceline.cli.progress import progress
+    from paceline.experiments import demo as run_demo
+    from paceline.experiments.demo_report import (
+        chosen_table,
+        sentences,
+        table,
+        write_figure,
+        write_json,
+    )
+
+    began = perf_counter()
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=130)  # a pipe has no width; the table needs about this much
+    settings = configured(config, dtype, device, threads)
+    console.print(
+        f"target [bold]{Path(settings.target.model).name}[/], drafters "
+        f"[bold]{', '.join(settings.drafters)}[/]"
+    )
+    work = out / "work"
+    if work.exists():
+        shutil.rmtree(work)  # every run measures anew
+    with progress(console) as report:
+        result = run_demo(settings, work, collected, timed, max_new_tokens, report)
+    write_json(result, out / "demo.json")
+    write_figure(result, out / "demo.png")
+    console.print()
+    console.print(table(result))
+    console.print(chosen_table(result))
+    for line in sentences(result):
+        console.print(f"- {line}", highlight=False)
+    facts = result.circumstances
+    console.print(
+        f"\n[dim]{facts['cpu']} ({facts['cpu_capability']}), {facts['threads']} threads, "
+        f"{result.settings['dtype']}, torch {facts['torch']}; {perf_counter() - began:.0f} s in "
+        f"all. Written: {out / 'demo.png'}, {out / 'demo.json'}[/]"
+    )
+    policy = work / "policy"
+    console.print(
+        "\nTry next:\n"
+        f'  paceline generate "Translate English to French:\\nThe function returns a new list." '
+        f"--policy {policy} --stats\n"
+        f"  paceline demo --dtype float32\n"
+        f"  paceline doctor",
+        markup=False,
+        highlight=False,
+    )

@@ -1,0 +1,67 @@
+"""`paceline doctor`: is this configuration sound, and what should each drafter pay?"""
+
+from __future__ import annotations
+
+import typer
+
+from paceline.cli.options import (
+    DEFAULT_CONFIG,
+    ConfigOption,
+    DeviceOption,
+    DtypeOption,
+    ThreadsOption,
+    configured,
+)
+
+
+def doctor(
+    config: ConfigOption = DEFAULT_CONFIG,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Check a configuration before weights are read. Exit code 2 if a drafter cannot be used."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from paceline.bench.doctor import ModelFacts
+    from paceline.bench.doctor import doctor as run_doctor
+    from paceline.contracts import AUTO
+
+    def size(facts: ModelFacts | None) -> tuple[str, str, str]:
+        if facts is None:
+            return "-", "-", "-"
+        cache = f"{facts.cache_bytes_per_token / 1024:.1f} KiB/token"
+        return (
+            f"{facts.parameters / 1e6:.1f} M",
+            facts.dtype,
+            f"{facts.weight_bytes / 2**20:.1f} MiB + {cache}",
+        )
+
+    report = run_doctor(configured(config, dtype, device, threads))
+    console = Console()
+    table = Table(pad_edge=False)
+    for column in ("model", "kind", "parameters", "dtype", "memory", "vocabulary", "predicted"):
+        table.add_column(column, overflow="fold")
+    vocabulary = f"{report.num_tokens} tokens"
+    table.add_row("[bold]target[/]", report.device, *size(report.facts), vocabulary, "1.00x")
+    for drafter in report.drafters:
+        table.add_row(
+            drafter.name,
+            drafter.kind,
+            *size(drafter.facts),
+            drafter.vocabulary,
+            drafter.predicted if drafter.problem is None else "[red]cannot be used[/]",
+        )
+    console.print(table)
+    template = "has" if report.chat_template else "has no"
+    console.print(
+        f"target: {report.target}; context {report.facts.context}; {template} chat template"
+    )
+    for note in report.notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
+    for problem in report.problems:
+        console.print(f"problem: {problem}", style="bold red", markup=False, highlight=False)
+    if report.problems:
+        raise typer.Exit(2)
+    console.print(f"drafter '{AUTO}' and each named one can be used with this configuration")

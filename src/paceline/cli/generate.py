@@ -1,0 +1,109 @@
+"""`paceline generate`: complete a prompt and, on request, say what it cost."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from paceline.cli.options import (
+    DEFAULT_CONFIG,
+    ConfigOption,
+    DeviceOption,
+    DtypeOption,
+    ThreadsOption,
+    configured,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from paceline.contracts import Completion
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The prompt, or '-' to read it from stdin.")],
+    config: ConfigOption = DEFAULT_CONFIG,
+    drafter: Annotated[
+        str, typer.Option("--drafter", "-d", help="auto, none, or a drafter's name.")
+    ] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to emit.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the nucleus of this mass; 1 is off.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the best.")] = 0.0,
+    seed: Annotated[
+        int | None, typer.Option(help="Same seed, same text, whatever drafter.")
+    ] = None,
+    sampling: Annotated[str, typer.Option(help="auto, residual or invariant.")] = "auto",
+    stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be repeated.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="No chat template: the text as it is.")
+    ] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Show what it cost.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Complete a prompt with the drafter that the policy picks, or with a named one."""
+    import sys
+
+    from rich.console import Console
+
+    from paceline.assembly import load
+
+    pace = load(configured(config, dtype, device, threads))
+    text = sys.stdin.read() if prompt == "-" else prompt
+    has_template = getattr(pace.parts.tokenizer, "chat_template", None) is not None
+    messages: Any = text if raw or not has_template else [{"role": "user", "content": text}]
+    completion = pace.complete(
+        messages,
+        drafter=drafter,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        sampling=sampling,
+        stop=stop or (),
+    )
+    console = Console()
+    if as_json:
+        console.print_json(json.dumps(asdict(completion)))
+        return
+    console.print(completion.text, markup=False, highlight=False)
+    if stats:
+        print_stats(Console(stderr=True), completion)
+
+
+def print_stats(console: Console, completion: Completion) -> None:
+    """A small table of what the completion cost."""
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    drafted = sum(r.drafted for r in completion.rounds)
+    accepted = sum(r.accepted for r in completion.rounds)
+    share = f"{accepted} of {drafted} ({accepted / drafted:.0%})" if drafted else "none drafted"
+    scores = completion.decision.scores
+    chosen = f"{completion.drafter}"
+    if scores:
+        ranked = sorted(scores.items(), key=lambda item: -item[1])[:3]
+        chosen += "   (" + ", ".join(f"{name} {value:.2f}" for name, value in ranked) + ")"
+    rows = {
+        "drafter": chosen,
+        "tokens": f"{len(completion.token_ids)} after {completion.num_prompt_tokens} of prompt",
+        "finish": completion.finish_reason,
+        "accepted": share,
+        "block efficiency": f"{completion.block_efficiency:.2f} tokens per target forward",
+        "tokens/s": f"{completion.tokens_per_second:.1f}",
+        "seconds": ", ".join(
+            f"{part} {value:.3f}" for part, value in asdict(completion.seconds).items()
+        ),
+    }
+    for name, value in rows.items():
+        table.add_row(f"[bold]{name}[/]", value)
+    console.print(table)

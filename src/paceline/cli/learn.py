@@ -1,0 +1,49 @@
+"""`paceline learn`: train the policy from a collection and this machine's costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from paceline.cli.options import DEFAULT_CONFIG, ConfigOption, configured
+
+
+def learn(
+    config: ConfigOption = DEFAULT_CONFIG,
+    store: Annotated[Path | None, typer.Option(help="Folder of the collection.")] = None,
+    costs: Annotated[Path | None, typer.Option(help="File of the cost table.")] = None,
+    policy: Annotated[Path | None, typer.Option(help="Folder of the policy to write.")] = None,
+    reward: Annotated[str | None, typer.Option(help="speed or alignment.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Similarity's weight in alignment.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the training.")] = None,
+) -> None:
+    """Train the policy with REINFORCE; no model runs here."""
+    from rich.console import Console
+
+    from paceline.cli.evaluate import evaluation_table
+    from paceline.cli.progress import progress
+    from paceline.config import LearningSection, parse
+    from paceline.costs.table import CostTable
+    from paceline.learning import learn as run_learn
+    from paceline.store.collection import load_collection
+
+    settings = configured(config, store=store, costs=costs, policy=policy)
+    flags = {"reward": reward, "alpha": alpha, "seed": seed}
+    raw = settings.learning.model_dump() | {k: v for k, v in flags.items() if v is not None}
+    section = parse(LearningSection, raw, "learning")
+    collection = load_collection(settings.paths.store)
+    table = CostTable.load(settings.paths.costs)
+    console = Console()
+    with progress(console) as report:
+        learned = run_learn(
+            collection.prompts,
+            table,
+            policy_identity_of(collection.identity),
+            section,
+            on_progress=report,
+        )
+    learned.save(settings.paths.policy)
+    console.print(evaluation_table(learned.report))
+    console.print(f"written: {settings.paths.policy}")
