@@ -1,1 +1,7 @@
 """DISTIL: train drafters against the target, on text that the target itself wrote."""
+
+from paceline.distillation.run import DistillReport, distill
+from paceline.distillation.settings import DistillSettings
+from paceline.distillation.train import Progress
+
+__all__ = ["DistillReport", "DistillSettings", "Progress", "distill"]

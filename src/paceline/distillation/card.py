@@ -9,7 +9,7 @@ import json
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import transformers
@@ -41,22 +41,21 @@ def sources_of(path: Path) -> list[Source]:
     return sorted(found, key=lambda s: (s.source, s.license))
 
 
+_FLAGS: Final = ("size", "epochs", "seed", "threads")  # every other setting goes through --set
+
+
 def command_line(data: list[str], out: str, settings: DistillSettings, measure: list[str]) -> str:
-    """The command that trains this again; flags are the settings that differ from the default."""
-    words = ["paceline distill"]
-    words += [f"--data data/{name}.jsonl" for name in data]
-    words += [f"--also-measure data/{name}.jsonl" for name in measure]
+    """The command that trains this again, with the settings that differ from the default."""
+    words = ["paceline distill", *(f"data/{name}.jsonl" for name in data)]
     words.append(f"--out {out}")
-    for name, value in settings.model_dump(
-        exclude={"outputs"}, exclude_defaults=True, mode="json"
-    ).items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, dict):
-            words += [f"{flag} {key}={entry}" for key, entry in value.items()]
-        elif isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
+    words += [f"--measure data/{name}.jsonl" for name in measure]
+    changed = settings.model_dump(exclude={"outputs"}, exclude_defaults=True, mode="json")
+    for name, value in {"size": settings.size, **changed}.items():
+        if name in _FLAGS:
+            words.append(f"--{name} {value}")
         else:
-            words.append(f"{flag} {value}")
+            # JSON is YAML, and shells leave what stands in single quotes alone
+            words.append(f"--set '{name}={json.dumps(value)}'")
     return " \\\n  ".join(words)
 
 

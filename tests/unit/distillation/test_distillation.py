@@ -22,14 +22,12 @@ from transformers import (
 from paceline.assembly import Pace, build_from_objects
 from paceline.config import Config, ModelSection
 from paceline.contracts import PromptRecord
+from paceline.distillation import DistillSettings, Progress, distill
 from paceline.distillation.batches import Example, collate, in_order, pack_epoch
-from paceline.distillation.distill import distill
 from paceline.distillation.head import losses_and_matches, weighted_cross_entropy
 from paceline.distillation.outputs import lowest_hashes
-from paceline.distillation.settings import DistillSettings
 from paceline.distillation.student import Shape, build_student, num_parameters, project
 from paceline.distillation.train import (
-    Progress,
     evaluate,
     hidden_states,
     learning_rate,
@@ -392,7 +390,13 @@ def test_distill_writes_a_drafter_that_loads_and_says_what_it_is(
     readme = (out / "README.md").read_text()
     assert facts["examples"] == report.num_examples < 30
     assert facts["data"]["apples"]["texts"] == 30
-    for word in ("apples book", "MIT", "apache-2.0", "| pears | no |", "--max-prompts apples=30"):
+    for word in (
+        "apples book",
+        "MIT",
+        "apache-2.0",
+        "| pears | no |",
+        """'max_prompts={"apples": 30}'""",
+    ):
         assert word in readme, word
     assert str(tmp_path) not in readme + json.dumps(facts)
 
