@@ -5,7 +5,7 @@
 Batch 1, greedy, same weights, same prompts, seconds from prompt tokens to output tokens. Four pairs
 at float32 and at bfloat16: `none` against `generate`, `draft_model` against
 `generate(assistant_model=...)` with the same drafter (transformers gets the better of its default
-and of our draft length), `prompt_lookup` against `prompt_lookup_num_tokens`, and `auto` against all.
+and of our draft length), `prompt_lookup` against `prompt_lookup_num_tokens`, `auto` against all.
 The policy of `auto` is learned here, on prompts that are not timed.
 """
 
@@ -97,13 +97,18 @@ def our_methods(pace: Pace, max_new_tokens: int) -> dict[str, Method]:
 
 
 def measure(dtype_name: str, options: argparse.Namespace, console: Console) -> list[Timing]:
-    config = configured(options.config, dtype=dtype_name, threads=options.threads)
     collected, timed = demo_prompts(options.collect_per_task, options.per_task)
     with tempfile.TemporaryDirectory() as folder, progress(console) as report:
         prepared = prepare(
-            config,
+            configured(
+                options.config,
+                dtype=dtype_name,
+                threads=options.threads,
+                store=Path(folder, "collection"),
+                costs=Path(folder, "costs.json"),
+                policy=Path(folder, "policy"),
+            ),
             collected,
-            Path(folder),
             options.max_new_tokens,
             lambda stage, done, total: report(f"{dtype_name}: {stage}", done, total),
         )

@@ -153,10 +153,10 @@ class Pace:
         return list(self.parts.drafters)
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        text: str = self.parts.tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        text = self.parts.tokenizer.decode(
+            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        return text
+        return str(text)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. A string goes in as it is, messages through the chat template."""

@@ -1,6 +1,6 @@
 """The exceptions a user of paceline can meet.
 
-PacelineError                 anything that is the caller's to mend; the CLI prints it and exits with 2
+PacelineError                 anything the caller can mend; the CLI prints it, exit code 2
 ├── ConfigError               a setting: unknown key, bad value, contradiction, missing file
 ├── RequestError              a request that cannot be served: empty, too long, unsupported setting
 ├── ModelError                a model that cannot be used: unreadable weights, failed self-check

@@ -97,8 +97,9 @@ def doctor(config: Config) -> DoctorReport:
 def model_facts(section: ModelSection) -> ModelFacts:
     """Sizes from the configuration file alone."""
     raw = load_config(section)
+    from_config: Any = AutoModelForCausalLM.from_config
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(raw)
+        model = from_config(raw)
     parameters = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     text = raw.get_text_config()
     stored = getattr(raw, "dtype", None) or torch.float32

@@ -37,25 +37,16 @@ def collect(
     """Decode prompts once with the target and replay every drafter on the answers. Resumes."""
     from rich.console import Console
 
-    from paceline.assembly import load
     from paceline.cli.progress import progress
-    from paceline.collection import collect as run_collect
+    from paceline.experiments.pipeline import collect as run_collect
     from paceline.store import read_prompts
     from paceline.store.prompts import take_by_hash
 
     settings = configured(config, dtype, device, threads, store=store)
     records = take_by_hash(read_prompts(prompts), limit)
-    pace = load(settings, with_policy=False)
     console = Console()
     with progress(console) as report:
-        result = run_collect(
-            pace,
-            records,
-            settings.paths.store,
-            max_new_tokens,
-            alignment=alignment,
-            on_progress=report,
-        )
+        result = run_collect(settings, records, max_new_tokens, alignment, report)
     console.print(f"{result.num_prompts} prompts in {settings.paths.store}")
     if result.num_too_long:
         console.print(f"{result.num_too_long} prompts did not fit the context and were left out")

@@ -22,28 +22,18 @@ def learn(
     """Train the policy with REINFORCE; no model runs here."""
     from rich.console import Console
 
-    from paceline.cli.evaluate import evaluation_table
+    from paceline.cli.evaluate import print_evaluation
     from paceline.cli.progress import progress
     from paceline.config import LearningSection, parse
-    from paceline.costs.table import CostTable
-    from paceline.learning import learn as run_learn
-    from paceline.store.collection import load_collection
+    from paceline.experiments.pipeline import learn as run_learn
 
     settings = configured(config, store=store, costs=costs, policy=policy)
     flags = {"reward": reward, "alpha": alpha, "seed": seed}
     raw = settings.learning.model_dump() | {k: v for k, v in flags.items() if v is not None}
     section = parse(LearningSection, raw, "learning")
-    collection = load_collection(settings.paths.store)
-    table = CostTable.load(settings.paths.costs)
+    settings = settings.model_copy(update={"learning": section})
     console = Console()
     with progress(console) as report:
-        learned = run_learn(
-            collection.prompts,
-            table,
-            policy_identity_of(collection.identity),
-            section,
-            on_progress=report,
-        )
-    learned.save(settings.paths.policy)
-    console.print(evaluation_table(learned.report))
+        learned = run_learn(settings, report)
+    print_evaluation(console, learned.report)
     console.print(f"written: {settings.paths.policy}")

@@ -28,23 +28,19 @@ def profile(
     from rich.console import Console
     from rich.table import Table
 
-    from paceline.assembly import build
-    from paceline.bench.profile import profile as run_profile
     from paceline.cli.progress import progress
-    from paceline.contracts import NONE
+    from paceline.experiments.pipeline import profile as run_profile
 
     settings = configured(config, dtype, device, threads, costs=costs)
-    parts = build(settings)
     console = Console()
     with progress(console) as report:
-        table = run_profile(parts, on_progress=report)
-    table.save(settings.paths.costs)
+        table = run_profile(settings, report)
     step = table.seconds("target", "forward", 1, context=128)
     shown = Table(title="milliseconds at context 128", pad_edge=False)
     for column in ("what", "1 token", "5 tokens", "5 tokens over 1 target token"):
         shown.add_column(column, justify="right" if column != "what" else "left")
     lines = [("target forward", "target", "forward")]
-    lines += [(f"{name} propose", name, "propose") for name in parts.drafters if name != NONE]
+    lines += [(f"{name} propose", name, "propose") for name in settings.drafters]
     for label, subject, operation in lines:
         one = table.seconds(subject, operation, 1, context=128)
         five = table.seconds(subject, operation, 5, context=128)

@@ -70,14 +70,14 @@ class Drafter(ABC):
         self.name = name
         self.num_draft_tokens = num_draft_tokens
 
-    def start(self, rows: Sequence[RowView]) -> None:
+    def start(self, rows: Sequence[RowView]) -> None:  # noqa: B027 - most drafters keep no state
         """Prepare rows that were just given this drafter, prefilling what they hold so far."""
 
     @abstractmethod
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
         """At most min(limit, num_draft_tokens) tokens for each row, after catching up with it."""
 
-    def finish(self, rows: Sequence[RowView]) -> None:
+    def finish(self, rows: Sequence[RowView]) -> None:  # noqa: B027 - as above
         """Forget rows that ended or changed drafter."""
 
     @abstractmethod

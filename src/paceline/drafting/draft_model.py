@@ -1,8 +1,8 @@
 """A small language model that drafts a chain, token by token.
 
-Shares the target's vocabulary. Greedy rows get its most likely tokens; sampled rows get draws from
-its warped distribution q, with the judge's own noise under `invariant` sampling. The published form
-is speculative decoding (arXiv 2211.17192). Symbols: K = draft length, V = the target's logits width.
+Shares the target's vocabulary. Greedy rows get its most likely tokens; sampled rows get draws
+from its warped distribution q, with the judge's own noise under `invariant` sampling. Published as
+speculative decoding (arXiv 2211.17192). Symbols: K = draft length, V = the target's logits width.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class DraftModel(Drafter):
         probs: Tensor | None,
         active: list[int],
     ) -> Tensor:
-        """The drafted token of each row [R]; writes q into `probs` where residual judging needs it."""
+        """Each row's drafted token [R]; q goes into `probs` where residual judging needs it."""
         if all(row.sampling.method == "greedy" for row in rows):
             return logits.argmax(dim=-1).cpu()
         drawn = torch.empty(len(rows), dtype=torch.int64)
@@ -181,7 +181,7 @@ class DraftModel(Drafter):
     def would_accept(
         self, prompt: Sequence[int], trajectory: Sequence[int], p: Tensor | None
     ) -> Foresight:
-        """One teacher-forced pass: a greedy chain survives exactly as long as its argmax matches."""
+        """One teacher-forced pass: a greedy chain survives as long as its argmax matches."""
         room = max(0, self.model.context_length - len(prompt) + 1)
         scores = self._score(prompt, trajectory[:room], p)
         return _ChainForesight(scores, room, self.num_draft_tokens)

@@ -1,9 +1,9 @@
 """Drafts copied from the text so far: what followed the longest earlier match of its suffix.
 
-No model and no training; wins where the answer repeats the prompt or itself. Of equally long matches
-the latest is taken. A match that reaches the end of the text is continued periodically, as copying
-token by token would. After prompt lookup decoding (Saxena, 2023), with the match length free up to
-`max_ngram` instead of tried from a short list.
+No model and no training; wins where the answer repeats the prompt or itself. Of equally long
+matches the latest is taken. A match that reaches the end of the text is continued periodically, as
+copying token by token would. After prompt lookup decoding (Saxena, 2023), with the match length
+free up to `max_ngram` instead of tried from a short list.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The life of requests: admit, prefill, choose, rounds, completion. Rows join and leave between rounds."""
+"""The life of requests: admit, prefill, choose, rounds, completion.
+
+Rows join and leave between rounds.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ class Engine:
         self._ids = itertools.count()
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Completions in the order in which they finish. All requests are checked before the first."""
+        """Completions as they finish. All requests are checked before the first is begun."""
         waiting = deque(requests)
         for request in waiting:
             self.check(request)
@@ -136,7 +139,7 @@ class Engine:
         tokens = [t for row, start, stop in pieces for t in row.tokens[start:stop]]
         spans = [Span(row.slot, start, stop - start) for row, start, stop in pieces]
         hidden = self.target.forward(torch.tensor(tokens), spans)
-        parts = hidden.split([span.width for span in spans])
+        parts = torch.split(hidden, [span.width for span in spans])
         ending = []
         for (row, start, stop), part in zip(pieces, parts, strict=True):
             total = part.float().sum(dim=0).cpu().numpy()

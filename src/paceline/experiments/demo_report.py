@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from paceline.contracts import AUTO, NONE
-from paceline.experiments.demo import ALL_TASKS, ORACLE, Cell, DemoResult
+from paceline.experiments.demo_job import ALL_TASKS, ORACLE, Cell, DemoResult
 from paceline.store import write_atomically
 
 if TYPE_CHECKING:

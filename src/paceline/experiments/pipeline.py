@@ -1,6 +1,7 @@
-"""Collect, price, learn: from a configuration and prompts to a target with a learned policy.
+"""The offline verbs on a configuration's own files, and all of them in a row.
 
-The same path that `paceline collect`, `profile` and `learn` walk one verb at a time.
+What `paceline collect`, `profile`, `learn` and `evaluate` do, as functions. Their files stand where
+the configuration's `paths` say.
 """
 
 from __future__ import annotations
@@ -10,21 +11,92 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from paceline.assembly import Pace, build, policy_identity
-from paceline.bench.profile import profile
-from paceline.collection import collect
-from paceline.learning import learn
+from paceline.bench.profile import profile as measure_costs
+from paceline.collection import collect as collect_prompts
+from paceline.costs.table import CostTable
+from paceline.learning import evaluate as evaluate_network
+from paceline.learning import learn as learn_policy
+from paceline.learning.dataset import build_dataset, split
+from paceline.selection import PolicyIdentity, load_policy
 from paceline.store.collection import load_collection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
+    from paceline.collection import CollectionReport
     from paceline.config import Config
     from paceline.contracts import PromptRecord
-    from paceline.costs.table import CostTable
-    from paceline.learning import LearningResult
+    from paceline.learning import EvaluationReport, LearningResult
+    from paceline.store.collection import LoadedCollection
 
     OnProgress = Callable[[str, int, int], None]
+
+
+def _quiet(stage: str, done: int, total: int) -> None:
+    """No progress."""
+
+
+def collect(
+    config: Config,
+    prompts: Sequence[PromptRecord],
+    max_new_tokens: int = 256,
+    alignment: bool = False,
+    on_progress: OnProgress = _quiet,
+) -> CollectionReport:
+    """Decode prompts once with the target and replay every drafter on them; resumes."""
+    return collect_prompts(
+        Pace(build(config)),
+        prompts,
+        config.paths.store,
+        max_new_tokens,
+        alignment=alignment,
+        on_progress=on_progress,
+    )
+
+
+def profile(config: Config, on_progress: OnProgress = _quiet) -> CostTable:
+    """Measure this machine's cost table and write it."""
+    table = measure_costs(build(config), on_progress=on_progress)
+    table.save(config.paths.costs)
+    return table
+
+
+def learn(config: Config, on_progress: OnProgress = _quiet) -> LearningResult:
+    """Train a policy for the configuration's drafters and write it."""
+    collection = load_collection(config.paths.store, list(config.drafters))
+    learned = learn_policy(
+        collection.prompts,
+        CostTable.load(config.paths.costs),
+        _identity(collection),
+        config.learning,
+        on_progress=on_progress,
+    )
+    learned.save(config.paths.policy)
+    return learned
+
+
+def evaluate(config: Config) -> EvaluationReport:
+    """Price the held-out prompts anew and compare the policy with every other way to choose."""
+    collection = load_collection(config.paths.store, list(config.drafters))
+    identity = _identity(collection)
+    policy = load_policy(config.paths.policy, identity)
+    costs = CostTable.load(config.paths.costs)
+    costs.check(policy.arms, identity.arms)
+    dataset, notes = build_dataset(collection.prompts, policy.arms, costs.seconds, config.learning)
+    training_part, held_out = split(dataset, config.learning.held_out)
+    return evaluate_network(
+        training_part, held_out, policy.network, seed=config.learning.seed, notes=notes
+    )
+
+
+def _identity(collection: LoadedCollection) -> PolicyIdentity:
+    made_with = collection.identity
+    return PolicyIdentity(
+        target=made_with.target,
+        tokenizer=made_with.tokenizer,
+        hidden_size=made_with.hidden_size,
+        arms=made_with.arms,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +112,10 @@ class Prepared:
 def prepare(
     config: Config,
     prompts: Sequence[PromptRecord],
-    folder: Path,
     max_new_tokens: int,
-    on_progress: OnProgress,
+    on_progress: OnProgress = _quiet,
 ) -> Prepared:
-    """Run all stages, writing into `folder`: collection/, costs.json, policy/."""
+    """Collect, profile and learn with models loaded once."""
     seconds: dict[str, float] = {}
     began = perf_counter()
 
@@ -54,20 +125,18 @@ def prepare(
         began = perf_counter()
 
     parts = build(config)
-    pace = Pace(parts)
     stage("load")
-    collect(pace, prompts, folder / "collection", max_new_tokens, on_progress=on_progress)
-    stage("collect")
-    costs = profile(parts, on_progress=on_progress)
-    costs.save(folder / "costs.json")
-    stage("profile")
-    learned = learn(
-        load_collection(folder / "collection", list(parts.drafters)),
-        costs,
-        policy_identity(parts),
-        config.learning,
-        on_progress=on_progress,
+    collect_prompts(
+        Pace(parts), prompts, config.paths.store, max_new_tokens, on_progress=on_progress
     )
-    learned.save(folder / "policy")
+    stage("collect")
+    costs = measure_costs(parts, on_progress=on_progress)
+    costs.save(config.paths.costs)
+    stage("profile")
+    collection = load_collection(config.paths.store, list(config.drafters))
+    learned = learn_policy(
+        collection.prompts, costs, policy_identity(parts), config.learning, on_progress=on_progress
+    )
+    learned.save(config.paths.policy)
     stage("learn")
     return Prepared(Pace(parts, learned.policy.choose), costs, learned, seconds)

@@ -214,7 +214,8 @@ def packed_attention(
     num_kv_heads, value_dim = key.shape[1], value.shape[3]
     groups = num_heads // num_kv_heads
     scale = scaling if scaling is not None else head_dim**-0.5
-    keys, values = packed.cache.layer(module.layer_idx, key)
+    layer: Any = module.layer_idx
+    keys, values = packed.cache.layer(layer, key)
     outputs = []
     for run in packed.runs:
         rows, width = len(run.slots), run.width

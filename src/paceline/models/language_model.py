@@ -47,7 +47,7 @@ class LanguageModel:
         self._body = model.base_model
         # every attention module reads its implementation from one of these
         configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-        self._configs = list(configs.values())
+        self._configs: list[Any] = list(configs.values())
 
     def acquire(self) -> int:
         """A slot for a new row."""

@@ -115,7 +115,7 @@ def load_language_model(section: ModelSection, name: str) -> LanguageModel:
     dtype = "auto" if section.dtype == "auto" else DTYPES[section.dtype]
     try:
         with _quiet_transformers():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 section.model,
                 revision=section.revision,
                 trust_remote_code=section.trust_remote_code,
@@ -130,6 +130,7 @@ def load_language_model(section: ModelSection, name: str) -> LanguageModel:
         ) from error
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelError(f"{section.model}: {_reason(error)}") from error
+    model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(

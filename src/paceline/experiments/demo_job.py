@@ -21,6 +21,7 @@ from paceline.bench.timed import (
     time_interleaved,
     tokens_per_second,
 )
+from paceline.config import PathsSection
 from paceline.contracts import AUTO, NONE
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.experiments.pipeline import Prepared, prepare
@@ -80,7 +81,14 @@ def demo(
 ) -> DemoResult:
     """Run the main job end to end; artefacts go into `folder`."""
     collected, timed = demo_prompts(collect_per_task, timed_per_task)
-    prepared = prepare(config, collected, folder, max_new_tokens, on_progress)
+    config = config.model_copy(
+        update={
+            "paths": PathsSection(
+                store=folder / "collection", costs=folder / "costs.json", policy=folder / "policy"
+            )
+        }
+    )
+    prepared = prepare(config, collected, max_new_tokens, on_progress)
     pace = prepared.pace
     prompts = [
         TimedPrompt(p.id, p.domain, tuple(pace.encode([{"role": "user", "content": p.prompt}])))

@@ -1,0 +1,115 @@
+"""From a collection and prices to a policy and what it would gain: dataset, training, evaluation.
+
+No model runs here. The policy that is evaluated is the one that is returned: the held-out prompts
+take no part in training, nor in deciding when to stop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from paceline.errors import ArtefactError, StoreError
+from paceline.files import write_atomically
+from paceline.learning.dataset import build_dataset, split
+from paceline.learning.evaluate import POLICY, EvaluationReport, evaluate
+from paceline.learning.reinforce import TrainingSummary, train
+from paceline.rewards import REWARD_VERSION
+from paceline.selection.artefact import (
+    PolicyArtefact,
+    RewardCard,
+    network_policy,
+    save_policy,
+)
+from paceline.selection.features import num_features
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from paceline.config import LearningSection
+    from paceline.contracts import CollectedPrompt
+    from paceline.costs.table import CostTable
+    from paceline.learning.reinforce import Progress
+    from paceline.selection.artefact import PolicyIdentity
+    from paceline.selection.policies import NetworkPolicy
+
+EVALUATION_FILE = "evaluation.json"
+
+
+@dataclass(frozen=True, slots=True)
+class LearningResult:
+    """A policy ready to choose, with how it was trained and what it would gain."""
+
+    policy: NetworkPolicy
+    report: EvaluationReport
+    training: TrainingSummary
+    card: PolicyArtefact
+
+    def save(self, folder: Path | str) -> None:
+        """Write the policy, and the report beside it as evaluation.json."""
+        try:
+            write_atomically(Path(folder) / EVALUATION_FILE, self.report.to_json().encode())
+        except OSError as error:
+            raise ArtefactError(f"{folder}: cannot be written ({error})") from error
+        save_policy(Path(folder), self.policy.network, self.card)
+
+
+def learn(
+    prompts: Sequence[CollectedPrompt],
+    costs: CostTable,
+    identity: PolicyIdentity,
+    settings: LearningSection,
+    on_progress: Progress = lambda stage, done, total: None,
+) -> LearningResult:
+    """Train on the training part, evaluate on the held-out part.
+
+    `identity` names target, tokenizer and arms the policy is for; the collection and the cost table
+    must have these arms. Raises ConfigError, StoreError or ArtefactError with what to change.
+    """
+    arms = list(identity.arms)
+    costs.check(arms, identity.arms)
+    dataset, notes = build_dataset(prompts, arms, costs.seconds, settings)
+    expected, found = num_features(identity.hidden_size), dataset.features.shape[1]
+    if found != expected:
+        raise StoreError(
+            f"the collection has {found} features a prompt, this target and version give "
+            f"{expected}; run `paceline collect` into a new folder"
+        )
+    training_part, held_out = split(dataset, settings.held_out)
+    network, summary = train(training_part.features, training_part.rewards, settings, on_progress)
+    if summary.constant:
+        notes.append(
+            "the features did not tell which arm is best where: the policy always chooses "
+            f"'{arms[int(network.b2.argmax())]}'; more prompts or more different drafters may help"
+        )
+    report = evaluate(training_part, held_out, network, seed=settings.seed, notes=notes)
+    card = _card(identity, settings, costs, summary, report)
+    return LearningResult(network_policy(network, arms), report, summary, card)
+
+
+def _card(
+    identity: PolicyIdentity,
+    settings: LearningSection,
+    costs: CostTable,
+    summary: TrainingSummary,
+    report: EvaluationReport,
+) -> PolicyArtefact:
+    alpha = settings.alpha if settings.reward == "alignment" else None
+    held_out = {
+        "num_prompts": report.overall.num_prompts,
+        "speedup": report.headline(),
+        "fraction_of_oracle": report.fraction_of_oracle,
+        "chosen": report.overall.chosen,
+        "reward": report.overall.strategies[POLICY].reward,
+    }
+    return PolicyArtefact(
+        target=identity.target,
+        tokenizer=identity.tokenizer,
+        hidden_size=identity.hidden_size,
+        arms=list(identity.arms.items()),
+        reward=RewardCard(kind=settings.reward, version=REWARD_VERSION, alpha=alpha),
+        costs=costs.hash(),
+        learner=settings.model_dump(),
+        training={**asdict(summary), "held_out": held_out},
+    )
