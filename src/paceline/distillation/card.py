@@ -165,8 +165,9 @@ def _how(facts: Mapping[str, Any]) -> str:
         f" learning rate {settings['learning_rate']:g}, cosine with\nwarm-up; the embedding began"
         f" {start}. {settings['epochs']:g} passes, {facts['steps']:,} steps of at most"
         f" {settings['batch_tokens']:,} tokens;\nweights of step {facts['best_step']:,}, the best"
-        f" on validation. {facts['seconds']:,.0f} s on {where['device']} ({where['processor']},"
-        f" {where['threads']} threads, {arithmetic}),\ntorch {where['torch']}, transformers"
-        f" {where['transformers']}, paceline {where['paceline']}, Python {where['python']},"
+        f" on validation.\n\n{facts['cpu_seconds']:,.0f} s of CPU time, {facts['seconds']:,.0f} s"
+        f" by the clock beside whatever else the machine did then:\n{where['processor']},"
+        f" {where['threads']} thread(s), {arithmetic}, torch {where['torch']}, transformers"
+        f" {where['transformers']},\npaceline {where['paceline']}, Python {where['python']},"
         f" seed {settings['seed']}."
     )

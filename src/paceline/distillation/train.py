@@ -58,7 +58,8 @@ class Training:
 
     step: int = 0
     loss: float = math.nan  # smoothed over some twenty steps
-    seconds: float = 0.0
+    seconds: float = 0.0  # by the clock
+    cpu_seconds: float = 0.0  # of all threads; what other work on the machine does not add to
     best_step: int = -1
     best_match: float = -1.0
     best_weights: dict[str, Tensor] = field(default_factory=dict)
@@ -82,7 +83,7 @@ def train(
     made_for = _signature(student, examples, settings)
     training = _resume(checkpoint, made_for, student, optimizer)
     every = max(1, round(settings.validate_every * len(plan) / settings.epochs))
-    clock = time.perf_counter()
+    clock, cpu_clock = time.perf_counter(), time.process_time()
     while training.step < len(plan):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(training.step, len(plan), settings)
@@ -94,8 +95,10 @@ def train(
         if training.step % every == 0 or training.step == len(plan):
             _validate(student, validation, training)
         if training.step % settings.checkpoint_every == 0 or training.step == len(plan):
-            now = time.perf_counter()
-            training.seconds, clock = training.seconds + now - clock, now
+            now, cpu_now = time.perf_counter(), time.process_time()
+            training.seconds += now - clock
+            training.cpu_seconds += cpu_now - cpu_clock
+            clock, cpu_clock = now, cpu_now
             _save(checkpoint, made_for, student, optimizer, training)
         on_progress(
             Progress("train", training.step, len(plan), training.loss, _last_match(training))
