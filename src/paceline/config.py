@@ -114,7 +114,8 @@ def parse(schema: type[S], raw: dict[str, Any], where: str) -> S:
 
 def explain(schema: type[BaseModel], error: ValidationError) -> str:
     """The first mistake pydantic found, in one line."""
-    first = error.errors()[0]
+    # an unknown key explains a missing one beside it
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     location = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
         valid = _keys_at(schema, location[:-1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -44,6 +45,7 @@ def generate(
     ] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Show what it cost.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    policy: Annotated[Path | None, typer.Option(help="Folder of the policy.")] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
@@ -55,7 +57,7 @@ def generate(
 
     from paceline.assembly import load
 
-    pace = load(configured(config, dtype, device, threads))
+    pace = load(configured(config, dtype, device, threads, policy=policy))
     text = sys.stdin.read() if prompt == "-" else prompt
     has_template = getattr(pace.parts.tokenizer, "chat_template", None) is not None
     messages: Any = text if raw or not has_template else [{"role": "user", "content": text}]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import perf_counter
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -20,7 +22,19 @@ Report = Callable[[str, int, int], None]
 
 @contextmanager
 def progress(console: Console) -> Iterator[Report]:
-    """A function `report(stage, done, total)` that draws one bar a stage."""
+    """A function `report(stage, done, total)` that draws one bar a stage.
+
+    Where output is not a terminal, a line at the beginning and the end of each stage instead.
+    """
+    if console.is_terminal:
+        with _bars(console) as report:
+            yield report
+    else:
+        yield _lines(console)
+
+
+@contextmanager
+def _bars(console: Console) -> Iterator[Report]:
     bars = Progress(
         TextColumn("{task.description:<28}"),
         BarColumn(bar_width=32),
@@ -29,7 +43,7 @@ def progress(console: Console) -> Iterator[Report]:
         TimeRemainingColumn(),
         console=console,
     )
-    tasks = {}
+    tasks: dict[str, TaskID] = {}
 
     def report(stage: str, done: int, total: int) -> None:
         if stage not in tasks:
@@ -38,3 +52,19 @@ def progress(console: Console) -> Iterator[Report]:
 
     with bars:
         yield report
+
+
+def _lines(console: Console) -> Report:
+    began: dict[str, float] = {}
+    ended: set[str] = set()
+
+    def report(stage: str, done: int, total: int) -> None:
+        if stage not in began:
+            began[stage] = perf_counter()
+            console.print(f"{stage} ...", highlight=False)
+        if done >= total and stage not in ended:
+            ended.add(stage)
+            spent = perf_counter() - began[stage]
+            console.print(f"{stage}: {done} in {spent:.1f} s", highlight=False)
+
+    return report

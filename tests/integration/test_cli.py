@@ -1,0 +1,247 @@
+"""The command line as a user meets it: the main job verb by verb, and every mistake in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from paceline.cli import main
+from paceline.experiments.demo_prompts import load_written
+from paceline.store.collection import load_collection
+
+ZOO = Path(__file__).parents[2] / "zoo"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A configuration of the bundled models that writes into the test's own folder."""
+    path = tmp_path / "paceline.yaml"
+    raw = {
+        "target": {"model": str(ZOO / "target"), "dtype": "float32"},
+        "drafters": {
+            "math": {
+                "kind": "draft_model",
+                "settings": {"model": str(ZOO / "draft-math"), "dtype": "float32"},
+            },
+            "lookup": {"kind": "prompt_lookup", "settings": {"num_draft_tokens": 6}},
+        },
+        "learning": {"max_epochs": 40},
+    }
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    records = [*load_written("math")[:16], *load_written("translation")[:16]]
+    lines = [json.dumps({"id": r.id, "domain": r.domain, "prompt": r.prompt}) for r in records]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+    """The exit code of `paceline ARGUMENTS` in this process."""
+    monkeypatch.setattr(sys, "argv", ["paceline", *map(str, arguments)])
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_the_main_job_runs_verb_by_verb(
+    config: Path,
+    prompts: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    limit = ("--max-new-tokens", "24")
+    assert run(monkeypatch, "doctor", "-c", config) == 0
+    assert "paceline profile" in capsys.readouterr().out  # nothing is priced yet
+    assert run(monkeypatch, "collect", prompts, "-c", config, *limit) == 0
+    assert run(monkeypatch, "doctor", "-c", config) == 0
+    assert run(monkeypatch, "profile", "-c", config) == 0
+    capsys.readouterr()
+    assert run(monkeypatch, "doctor", "-c", config) == 0
+    assert "x none on 32 prompts" in capsys.readouterr().out
+    assert run(monkeypatch, "learn", "-c", config) == 0
+    assert "predicted speed-up" in capsys.readouterr().out
+    assert run(monkeypatch, "evaluate", "-c", config, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["overall"]["arms"]["none"]["speedup"] == 1.0
+    assert 0.0 < report["fraction_of_oracle"] <= 1.0
+    prompt = load_written("math")[20].prompt
+    texts = {}
+    for drafter in ("none", "auto", "math", "lookup"):
+        arguments = ("generate", prompt, "-c", config, "-d", drafter, *limit, "--json")
+        assert run(monkeypatch, *arguments) == 0
+        completion = json.loads(capsys.readouterr().out)
+        texts[drafter] = completion["text"]
+        assert drafter in (completion["drafter"], "auto")
+    assert len(set(texts.values())) == 1
+    assert run(monkeypatch, "generate", prompt, "-c", config, *limit, "--stats") == 0
+    shown = capsys.readouterr()
+    assert shown.out.strip() == texts["none"].strip()
+    assert "block efficiency" in shown.err
+
+
+def test_a_policy_for_other_drafters_is_refused(
+    config: Path,
+    prompts: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for verb in (
+        ("collect", prompts, "-c", config, "--max-new-tokens", "16"),
+        ("profile", "-c", config),
+        ("learn", "-c", config),
+    ):
+        assert run(monkeypatch, *verb) == 0
+    raw = yaml.safe_load(config.read_text())
+    raw["drafters"]["lookup"]["settings"]["num_draft_tokens"] = 3
+    config.write_text(yaml.safe_dump(raw))
+    capsys.readouterr()
+    assert run(monkeypatch, "generate", "hello", "-c", config) == 2
+    message = capsys.readouterr().err
+    assert "lookup" in message and "paceline learn" in message
+    raw["drafters"]["lookup"]["settings"]["num_draft_tokens"] = 6
+    raw["drafters"]["copy"] = {"kind": "prompt_lookup", "settings": {}}
+    config.write_text(yaml.safe_dump(raw))
+    assert run(monkeypatch, "learn", "-c", config) == 2
+    assert "paceline collect" in capsys.readouterr().err
+
+
+BAD_YAML = [
+    ("targets: {model: x}\n", "did you mean 'target'"),
+    ("target: {model: x}\ndrafters: {a: {kind: draft_modle}}\n", "did you mean 'draft_model'"),
+    (
+        "target: {model: x}\ndrafters: {a: {kind: prompt_lookup, settings: {max_ngrams: 3}}}\n",
+        "did you mean 'max_ngram'",
+    ),
+    ("target: {model: /no/such/folder}\n", "no such folder"),
+    ("target: {model: x, dtype: float8}\n", "dtype"),
+    ("target: [\n", "not valid YAML"),
+    ("just text\n", "expected a mapping"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), BAD_YAML)
+@pytest.mark.parametrize("verb", [("generate", "hello"), ("doctor",)])
+def test_a_mistake_in_the_configuration_is_one_line_and_exit_code_2(
+    text: str,
+    expected: str,
+    verb: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "paceline.yaml"
+    path.write_text(text)
+    monkeypatch.setenv("COLUMNS", "400")
+    # a drafter's own mistake must show although the target of these files does not exist
+    if "drafters" in text:
+        text = text.replace("model: x", f"model: {ZOO / 'target'}")
+        path.write_text(text)
+    code = run(monkeypatch, *verb, "-c", path)
+    shown = capsys.readouterr()
+    assert code == 2
+    assert expected in shown.err + shown.out
+    assert "Traceback" not in shown.err + shown.out
+    if verb[0] == "generate":
+        assert shown.err.startswith("paceline: ") and len(shown.err.strip().splitlines()) == 1
+
+
+BAD_REQUESTS = [
+    (("generate", ""), "prompt is empty"),
+    (("generate", "hello", "--max-new-tokens", "0"), "max_new_tokens must be at least 1"),
+    (("generate", "hello", "--max-new-tokens", "-3"), "max_new_tokens must be at least 1"),
+    (("generate", "hello", "--top-p", "0.5"), "top_p given with temperature 0"),
+    (("generate", "hello", "--temperature", "-1"), "temperature must be"),
+    (("generate", "hello", "-d", "maths"), "unknown drafter 'maths'"),
+    (("generate", "hello", "-d", "auto"), "paceline learn"),
+    (("generate", "hello", "--sampling", "magic"), "sampling must be"),
+    (("generate", "word " * 1100, "-d", "none"), "context holds 1024"),
+    (("collect", "no-such.jsonl"), "no-such.jsonl"),
+    (("learn",), "paceline collect"),
+    (("evaluate",), "paceline collect"),
+    (("learn", "--reward", "fun"), "reward"),
+    (("distill", "no-such.jsonl", "--out", "made"), "no-such.jsonl"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), BAD_REQUESTS)
+def test_a_request_that_cannot_be_served_is_one_line_and_exit_code_2(
+    arguments: tuple[str, ...],
+    expected: str,
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.chdir(config.parent)
+    # an empty prompt is only empty without the chat template around it
+    raw = ("--raw",) if arguments == ("generate", "") else ()
+    assert run(monkeypatch, *arguments, *raw, "-c", config) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.startswith("paceline: ") and len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('{"id": "a", "prompt": ', "prompts.jsonl:2: not a JSON object"),
+        ('{"id": "a"}', "prompts.jsonl:2: key 'prompt' is missing"),
+        ('{"id": "first", "prompt": "b"}', "prompts.jsonl:2: id 'first' occurs twice"),
+        ('{"id": "a", "prompt": ""}', "prompts.jsonl:2: the prompt is empty"),
+    ],
+)
+def test_a_broken_line_of_prompts_is_named(
+    line: str,
+    expected: str,
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = config.parent / "prompts.jsonl"
+    path.write_text('{"id": "first", "prompt": "a"}\n' + line + "\n")
+    monkeypatch.setenv("COLUMNS", "400")
+    assert run(monkeypatch, "collect", path, "-c", config) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_ctrl_c_while_collecting_loses_nothing_that_was_finished(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "many.jsonl"
+    texts = [r.prompt for domain in ("math", "translation") for r in load_written(domain)]
+    lines = [json.dumps({"id": f"p{i}", "prompt": text}) for i, text in enumerate(texts)]
+    path.write_text("\n".join(lines) + "\n")
+    command = [sys.executable, "-c", "from paceline.cli import main; main()"]
+    arguments = ["collect", str(path), "-c", str(config), "--max-new-tokens", "24"]
+    process = subprocess.Popen(
+        [*command, *arguments], env={**os.environ, "COLUMNS": "200"}, stderr=subprocess.PIPE
+    )
+    first_shard = tmp_path / "runs/collection/trajectories/shard-00000.parquet"
+    deadline = time.monotonic() + 200
+    while not first_shard.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=200)
+    assert process.returncode == 130
+    assert b"Traceback" not in error and b"interrupted" in error
+    kept = len(list(first_shard.parent.glob("shard-*.parquet")))
+    assert 1 <= kept < 5  # 144 prompts are five shards; the rest was still to come
+    assert run(monkeypatch, *arguments) == 0
+    collection = load_collection(tmp_path / "runs/collection")
+    assert sorted(p.id for p in collection.prompts) == sorted(f"p{i}" for i in range(len(texts)))
