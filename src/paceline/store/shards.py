@@ -7,6 +7,7 @@ shard holds each of its ids once, and a resumed run skips exactly the ids that a
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -104,9 +105,10 @@ class ShardStore:
         table = pa.Table.from_pylist([dict(row) for row in rows], schema=self.schema)
         name = f"shard-{len(self._shards):05d}.parquet"
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-        write_atomically(self.folder / name, sink.getvalue().to_pybytes())
-        self._shards.append({"file": name, "rows": len(rows)})
+        pq.write_table(table, sink, compression="zstd")
+        data = sink.getvalue().to_pybytes()
+        write_atomically(self.folder / name, data)
+        self._shards.append({"file": name, "rows": len(rows), "sha256": _checksum(data)})
         self._write_manifest()
 
     def read(self) -> pa.Table:
@@ -131,8 +133,11 @@ class ShardStore:
     def _read_shard(self, shard: dict[str, Any], columns: list[str] | None) -> pa.Table:
         path = self.folder / shard["file"]
         try:
-            table = pq.read_table(path, columns=columns, page_checksum_verification=True)
-        except (OSError, pa.ArrowInvalid) as error:
+            data = path.read_bytes()
+            if shard.get("sha256", _checksum(data)) != _checksum(data):
+                raise OSError("its checksum is not the manifest's")
+            table = pq.read_table(pa.BufferReader(data), columns=columns)
+        except (OSError, pa.ArrowException) as error:
             raise StoreError(
                 f"{path}: damaged ({error}); delete {self.folder} and collect again"
             ) from error
@@ -153,6 +158,10 @@ class ShardStore:
             "shards": self._shards,
         }
         write_atomically(self.folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
+
+
+def _checksum(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -1,0 +1,115 @@
+"""The measured table prices all that is asked of it, and measuring leaves no trace."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from paceline.assembly import Pace, build_from_objects
+from paceline.bench.profile import profile
+from paceline.config import Config, ModelSection
+from paceline.contracts import identity_of_arms
+from paceline.costs import CostTable
+from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
+from paceline.rewards import request_seconds
+from paceline.testing.scripted import ScriptedDrafter
+from paceline.testing.tiny_models import perturbed, tiny_model
+from paceline.testing.tokenizers import byte_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+CONTEXT = 256
+SHORT_CONTEXT = 64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small only lose by a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def pace() -> Pace:
+    target = tiny_model(context=CONTEXT)
+    short = perturbed(target, 0.1)
+    short.config.max_position_embeddings = SHORT_CONTEXT
+    drafters = {
+        "near": perturbed(target, 0.1),
+        "short": short,
+        "lookup": PromptLookup("lookup", PromptLookupSettings(num_draft_tokens=6)),
+        "silent": ScriptedDrafter("silent", lambda tokens, limit: []),
+    }
+    config = Config(target=ModelSection(model="in memory"))
+    return Pace(build_from_objects(target, byte_tokenizer(), drafters, config))
+
+
+@pytest.fixture(scope="module")
+def table(pace: Pace) -> CostTable:
+    seen = []
+    table = profile(pace, lambda stage, done, total: seen.append((stage, done, total)), budget=0.0)
+    assert {stage for stage, _, _ in seen} == {"profile"}
+    assert [done for _, done, _ in seen] == list(range(1, len(seen) + 1))
+    assert seen[-1][2] == len(seen)
+    return table
+
+
+def cells(table: CostTable, subject: str, operation: str) -> set[tuple[int, int, int]]:
+    """(tokens, context, rows) that were measured."""
+    return {
+        (m.tokens, m.context, m.rows)
+        for m in table.measurements
+        if (m.subject, m.operation) == (subject, operation)
+    }
+
+
+def test_every_arm_is_priced_as_itself(pace: Pace, table: CostTable, tmp_path: Path) -> None:
+    drafters = pace.parts.drafters
+    lines = identity_of_arms({name: d.identity() for name, d in drafters.items()})
+    table.save(tmp_path / "costs.json")
+    again = CostTable.load(tmp_path / "costs.json")
+    again.check(drafters, lines)
+    assert again.fingerprint["dtype of target"] == "float32"
+    assert all(m.seconds >= 0 for m in again.measurements)
+    rounds = torch.tensor([[4, 2], [4, 4], [0, 0]]).numpy()
+    for arm in drafters:
+        assert request_seconds(again.seconds, arm, 50, rounds) > 0
+
+
+def test_widths_and_contexts_cover_the_arms(table: CostTable) -> None:
+    """K is 4, 6 and 8, and 256 positions hold contexts up to 128."""
+    single = {(w, c, 1) for w in (1, 2, 3, 4, 5, 6, 7, 8, 9) for c in (32, 128)}
+    batched = {(w, c, 4) for w in (1, 5) for c in (32, 128)}
+    assert cells(table, "target", "forward") == single | batched
+    assert cells(table, "target", "prefill") == {(n, 0, 1) for n in (16, 64, 128, 256)}
+    assert cells(table, "near", "propose") == {(k, c, 1) for k in (0, 1, 2, 4) for c in (32, 128)}
+    assert cells(table, "near", "start") == {(n, 0, 1) for n in (16, 32, 64, 128, 256)}
+    assert cells(table, "engine", "round") == {(0, 0, 1)}
+
+
+def test_lookup_is_measured_where_it_finds_something(table: CostTable) -> None:
+    """Random text alone would show it proposing nothing."""
+    drafted = {tokens for tokens, _, _ in cells(table, "lookup", "propose")}
+    assert drafted == {0, 1, 2, 4, 6}
+
+
+def test_a_context_the_drafter_cannot_hold_is_not_taken_for_a_cheap_one(table: CostTable) -> None:
+    assert {context for _, context, _ in cells(table, "short", "propose")} == {32}
+    assert cells(table, "silent", "propose") == {(0, 32, 1), (0, 128, 1)}
+
+
+def test_measuring_leaves_no_trace(pace: Pace, table: CostTable) -> None:
+    for model in (pace.parts.target, pace.parts.drafters["near"].model):
+        slot = model.acquire()
+        assert slot == 0
+        model.release(slot)
+    plain, near = (
+        pace.generate(["abc"], drafter=d, max_new_tokens=20)[0] for d in ("none", "near")
+    )
+    assert plain.token_ids == near.token_ids

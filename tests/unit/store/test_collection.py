@@ -1,0 +1,154 @@
+"""Collections: rows meet by id, and what is missing, unfinished or foreign is said in one line."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from paceline.errors import StoreError
+from paceline.store import Collection, load_collection
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+IDS = ("b", "a", "c")
+OUTPUT = [5, 6, 7, 8, 9, 10]
+ROUNDS = ([4, 4, 2], [1, 0, 2])  # 1 + 2 + 1 + 2 tokens and no bonus at the end
+
+
+def open_collection(folder: Path, target: str = "t") -> Collection:
+    return Collection(folder, target, "v", none="kind=none")
+
+
+def trajectory(id: str) -> dict[str, Any]:
+    return {
+        "id": id, "domain": f"domain of {id}", "prompt_tokens": [1, 2], "output_tokens": OUTPUT,
+        "finish_reason": "stop", "max_new_tokens": 9, "temperature": 0.0,
+    }  # fmt: skip
+
+
+def replayed(id: str) -> dict[str, Any]:
+    scores = {"match": [True] * 6, "ratio": [0.5] * 6, "overlap": [0.5] * 6, "confidence": []}
+    return {"id": id, "drafted": ROUNDS[0], "accepted": ROUNDS[1], **scores}
+
+
+def fill(folder: Path, arms: Sequence[str] = ("math",), ids: Sequence[str] = IDS) -> Collection:
+    collection = open_collection(folder)
+    collection.trajectories.append([trajectory(id) for id in ids[:2]])
+    collection.trajectories.append([trajectory(id) for id in ids[2:]])
+    # in another order and other shards than the trajectories
+    features = collection.features(1, hidden_size=2)
+    for id in reversed(ids):
+        features.append([{"id": id, "features": np.full(3, ord(id), dtype=np.float32)}])
+    for arm in arms:
+        collection.replays(arm, f"kind={arm}").append([replayed(id) for id in ids])
+    return collection
+
+
+def refused(folder: Path, match: str, arms: Sequence[str] | None = None) -> None:
+    with pytest.raises(StoreError, match=match) as caught:
+        load_collection(folder, arms)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_prompt_comes_back_with_everything_known_of_it(tmp_path: Path) -> None:
+    collection = fill(tmp_path, ("math", "code"))
+    outputs = collection.outputs("math", "kind=math")
+    outputs.append([{"id": "c", "output_tokens": [5, 9]}, {"id": "a", "output_tokens": []}])
+    prompts, identity = load_collection(tmp_path)
+    assert [p.id for p in prompts] == ["a", "b", "c"]
+    for prompt in prompts:
+        assert prompt.domain == f"domain of {prompt.id}"
+        assert (prompt.prompt_tokens, prompt.output_tokens) == ((1, 2), tuple(OUTPUT))
+        assert prompt.max_new_tokens == 9
+        assert prompt.features.tolist() == [ord(prompt.id)] * 3
+        assert prompt.features.dtype == np.float32
+        assert list(prompt.rounds) == ["none", "code", "math"]
+        assert prompt.rounds["none"].tolist() == [[0, 0]] * 5
+        assert prompt.rounds["math"].tolist() == [list(r) for r in zip(*ROUNDS, strict=True)]
+    assert [p.draft_outputs for p in prompts] == [{"math": ()}, {}, {"math": (5, 9)}]
+    assert identity == (
+        "t", "v", 2, 1, {"none": "kind=none", "code": "kind=code", "math": "kind=math"}
+    )  # fmt: skip
+
+
+def test_only_the_arms_asked_for_are_loaded(tmp_path: Path) -> None:
+    fill(tmp_path, ("math", "code"))
+    prompts, identity = load_collection(tmp_path, ["none", "code"])
+    assert list(prompts[0].rounds) == ["none", "code"] == list(identity.arms)
+
+
+@pytest.mark.parametrize("arm", ["a/b", "..", ".", "x=y", "ä ö", "%2E", "A"])
+def test_an_arm_may_be_called_anything(tmp_path: Path, arm: str) -> None:
+    fill(tmp_path / "c", (arm,))
+    assert list(tmp_path.iterdir()) == [tmp_path / "c"]
+    assert list(load_collection(tmp_path / "c").identity.arms) == ["none", arm]
+
+
+def test_nothing_there_and_nothing_in_it(tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", "no collection here; run `paceline collect`")
+    assert not (tmp_path / "nowhere").exists()
+    open_collection(tmp_path)
+    refused(tmp_path, "the collection is empty; run `paceline collect`")
+
+
+def test_a_missing_arm_is_named(tmp_path: Path) -> None:
+    fill(tmp_path)
+    refused(tmp_path, "arm 'code' is not in this.*run `paceline collect` again to add", ["code"])
+    assert not (tmp_path / "replays" / "code").exists()
+
+
+def test_an_unfinished_arm_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
+    collection = fill(tmp_path)
+    collection.replays("code", "kind=code").append([replayed("a")])
+    refused(tmp_path, "code: covers 1 of 3 prompts; run `paceline collect` again")
+    assert len(load_collection(tmp_path, ["math"]).prompts) == 3
+
+
+def test_missing_features_are_named(tmp_path: Path) -> None:
+    fill(tmp_path)
+    shutil.rmtree(tmp_path / "features")
+    refused(tmp_path, "no features yet; run `paceline collect` again")
+
+
+def test_another_target_or_tokenizer_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path)
+    with pytest.raises(StoreError, match=r"target 't', now it is 'other'; collect into a new"):
+        open_collection(tmp_path, "other")
+    with pytest.raises(StoreError, match=r"tokenizer 'v', now it is 'w'"):
+        Collection(tmp_path, "t", "w", none="kind=none")
+
+
+def test_an_arm_that_became_another_one_says_which_folder_to_delete(tmp_path: Path) -> None:
+    collection = fill(tmp_path)
+    folder = tmp_path / "replays" / "math"
+    with pytest.raises(StoreError, match=rf"now it is 'K=9'; delete {folder} and run"):
+        collection.replays("math", "K=9")
+    with pytest.raises(StoreError, match=r"feature_version 1, now it is 2; delete .*features"):
+        collection.features(2, hidden_size=2)
+
+
+def test_replays_of_other_trajectories_are_refused(tmp_path: Path) -> None:
+    fill(tmp_path / "old")
+    shutil.move(tmp_path / "old" / "replays", tmp_path / "new" / "replays")
+    collection = open_collection(tmp_path / "new")
+    collection.features(1, 2).append([{"id": "a", "features": [1.0]}])
+    collection.trajectories.append([{**trajectory("a"), "output_tokens": [1, 2, 3, 4]}])
+    refused(tmp_path / "new", "replay of 'a' is not of the trajectory collected here; delete")
+    shutil.rmtree(tmp_path / "new" / "trajectories")
+    shutil.rmtree(tmp_path / "new" / "features")
+    other = open_collection(tmp_path / "new", "other")
+    other.features(1, 2).append([{"id": "a", "features": [1.0]}])
+    other.trajectories.append([trajectory("a")])
+    refused(tmp_path / "new", "made with target 't', the trajectories with 'other'; delete")
+
+
+def test_a_damaged_part_is_named(tmp_path: Path) -> None:
+    fill(tmp_path)
+    shard = tmp_path / "replays" / "math" / "shard-00000.parquet"
+    shard.write_bytes(shard.read_bytes()[:-20])
+    refused(tmp_path, "math/shard-00000.parquet: damaged")
