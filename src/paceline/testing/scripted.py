@@ -1,0 +1,87 @@
+"""A drafter that proposes what a function says, to see what the rest makes of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from paceline.contracts import Drafts
+from paceline.drafting.base import Drafter, Foresight, pad_drafts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from paceline.contracts import RowView
+
+    Propose = Callable[[Sequence[int], int], Sequence[int]]
+
+
+class ScriptedDrafter(Drafter):
+    """Proposes `function(tokens so far, limit)` for every row, cut to what the engine allows.
+
+    The function must depend on the text alone; then the proposals are deterministic, which every
+    sampling method knows how to judge. `proposed` keeps (row id, draft) of every proposal.
+    """
+
+    kind: ClassVar[str] = "scripted"
+
+    def __init__(self, name: str, function: Propose, num_draft_tokens: int = 8) -> None:
+        super().__init__(name, num_draft_tokens)
+        self.function = function
+        self.proposed: list[tuple[int, list[int]]] = []
+
+    def draft(self, tokens: Sequence[int], limit: int) -> list[int]:
+        """At most min(limit, num_draft_tokens) of the function's tokens."""
+        limit = min(limit, self.num_draft_tokens)
+        return list(self.function(tokens, limit))[:limit] if limit > 0 else []
+
+    def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
+        drafts = [self.draft(row.tokens, n) for row, n in zip(rows, limits, strict=True)]
+        self.proposed.extend((row.id, draft) for row, draft in zip(rows, drafts, strict=True))
+        return Drafts(*pad_drafts(drafts, torch.device("cpu")))
+
+    def would_accept(
+        self, prompt: Sequence[int], trajectory: Sequence[int], p: Tensor | None
+    ) -> Foresight:
+        return _ScriptedForesight(self, prompt, trajectory)
+
+
+class _ScriptedForesight(Foresight):
+    """Rounds simulated by asking the function again."""
+
+    def __init__(
+        self, drafter: ScriptedDrafter, prompt: Sequence[int], trajectory: Sequence[int]
+    ) -> None:
+        self._drafter = drafter
+        self._text = [*prompt, *trajectory]
+        self._num_prompt = len(prompt)
+
+    def accepted(self, position: int, limit: int) -> tuple[int, int]:
+        here = self._num_prompt + position
+        draft = self._drafter.draft(self._text[:here], limit)
+        matches = 0
+        for drafted, true in zip(draft, self._text[here:], strict=False):
+            if drafted != true:
+                break
+            matches += 1
+        return len(draft), matches
+
+
+def copying(text: Sequence[int], num_right: int | None = None, wrong: int = 0) -> Propose:
+    """A script that knows the whole text: it proposes what follows.
+
+    With `num_right` every draft is right for so many tokens and proposes `wrong` from there on, or
+    the id after it where `wrong` would have been right.
+    """
+
+    def function(tokens: Sequence[int], limit: int) -> list[int]:
+        draft = list(text[len(tokens) : len(tokens) + limit])
+        if num_right is not None:
+            for k in range(num_right, len(draft)):
+                draft[k] = wrong + (draft[k] == wrong)
+        return draft
+
+    return function

@@ -1,0 +1,156 @@
+"""Tiny transformers models with random weights: real architectures in a few thousand parameters.
+
+Built from a configuration and a seed, without a file or a download. Weights are drawn wider than for
+training, so that the greedy output wanders over the vocabulary instead of repeating one token.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
+
+from paceline.testing.tokenizers import NUM_TOKENS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_HIDDEN: Final = 32
+_LAYERS: Final = 2
+_HEADS: Final = 4
+_STD: Final = 0.25  # of the weights, an order of magnitude more than is usual
+# No special ids: several architectures' own defaults lie outside a small vocabulary.
+_PLAIN: Final[dict[str, Any]] = {
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def _llama_like(vocab_size: int, context: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": _HIDDEN,
+        "intermediate_size": 2 * _HIDDEN,
+        "num_hidden_layers": _LAYERS,
+        "num_attention_heads": _HEADS,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": context,
+        **_PLAIN,
+    }
+
+
+def _llama(vocab_size: int, context: int) -> PreTrainedModel:
+    """Grouped-query attention: 4 heads share 2 key-value heads."""
+    return LlamaForCausalLM(LlamaConfig(**_llama_like(vocab_size, context)))
+
+
+def _mistral(vocab_size: int, context: int) -> PreTrainedModel:
+    """A sliding window of 6 tokens on every layer."""
+    return MistralForCausalLM(
+        MistralConfig(**_llama_like(vocab_size, context), head_dim=8, sliding_window=6)
+    )
+
+
+def _gemma2(vocab_size: int, context: int) -> PreTrainedModel:
+    """Sliding and full layers in turn, capped attention scores and capped logits."""
+    return Gemma2ForCausalLM(
+        Gemma2Config(
+            **_llama_like(vocab_size, context),
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=6,
+            attn_logit_softcapping=5.0,
+            final_logit_softcapping=20.0,
+        )
+    )
+
+
+def _gpt2(vocab_size: int, context: int) -> PreTrainedModel:
+    """Learned positions and fused query-key-value weights."""
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=vocab_size,
+            n_positions=context,
+            n_embd=_HIDDEN,
+            n_layer=_LAYERS,
+            n_head=_HEADS,
+            **_PLAIN,
+        )
+    )
+
+
+def _gpt_neox(vocab_size: int, context: int) -> PreTrainedModel:
+    """Rotary positions on a part of each head, and parallel attention and MLP."""
+    return GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=vocab_size,
+            hidden_size=_HIDDEN,
+            intermediate_size=2 * _HIDDEN,
+            num_hidden_layers=_LAYERS,
+            num_attention_heads=_HEADS,
+            max_position_embeddings=context,
+            **_PLAIN,
+        )
+    )
+
+
+_BUILDERS: Final[dict[str, Callable[[int, int], PreTrainedModel]]] = {
+    "llama": _llama,
+    "gpt2": _gpt2,
+    "gpt_neox": _gpt_neox,
+    "mistral": _mistral,
+    "gemma2": _gemma2,
+}
+ARCHITECTURES: Final = tuple(_BUILDERS)
+
+
+def tiny_model(
+    architecture: str = "llama",
+    seed: int = 1,
+    vocab_size: int = NUM_TOKENS,
+    context: int = 128,
+    std: float = _STD,
+) -> PreTrainedModel:
+    """A random model of one of `ARCHITECTURES` in float32, in evaluation mode, without a stop token.
+
+    context: positions it can hold. std: of the weights; the wider, the less flat its distributions.
+    The default vocabulary is that of `byte_tokenizer`. The global random state is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _BUILDERS[architecture](vocab_size, context)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:  # vectors are biases and norms
+                    parameter.normal_(std=std)
+    model.float()
+    model.eval()
+    return model
+
+
+def perturbed(model: PreTrainedModel, amount: float, seed: int = 0) -> PreTrainedModel:
+    """A copy whose weights are off by `amount` of their own spread: a drafter that is often right."""
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.dim() > 1:
+                off = torch.randn(parameter.shape, generator=generator) * parameter.std()
+                parameter.add_(off, alpha=amount)
+    return other

@@ -1,0 +1,47 @@
+"""A tokenizer in memory whose tokens are bytes: any text goes in and comes back as it was.
+
+256 byte tokens, then the special tokens; built without a file or a download. A token may be less
+than a character, as with every byte-level vocabulary, so it shows what such tokens do to stop strings.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+EOS: Final = "<|end|>"
+ROLES: Final = ("<|user|>", "<|assistant|>")
+NUM_TOKENS: Final = 256 + 1 + len(ROLES)
+
+_CHAT_TEMPLATE: Final = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def _byte_characters() -> list[str]:
+    """The character that stands for each byte in byte-level vocabularies, in the bytes' order.
+
+    Printable bytes stand for themselves, the others for characters from 256 on (GPT-2's table).
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Token ids 0 to 255 are the bytes, 256 is `<|end|>` (eos), 257 and 258 are the chat roles."""
+    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([EOS, *ROLES])
+    fast: PreTrainedTokenizerFast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, eos_token=EOS, extra_special_tokens=list(ROLES)
+    )
+    fast.chat_template = _CHAT_TEMPLATE
+    return fast

@@ -1,0 +1,70 @@
+"""What every room's tests may use: the zoo's target, prompts in its four styles, two threads."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from paceline.assembly import Parts, build
+from paceline.config import Config, DrafterSection, ModelSection
+from paceline.contracts import PromptRecord
+
+ROOT = Path(__file__).resolve().parents[1]
+ZOO = ROOT / "zoo"
+WRITTEN = ROOT / "src" / "paceline" / "experiments" / "prompts"
+
+_CODE = """\
+Complete the Python function:
+def count_lines(path, encoding="utf-8"):
+    \"\"\"Return the number of lines in a file that are not blank.\"\"\""""
+_SUMMARY = """\
+Summarize the Python function:
+def merge_settings(defaults, overrides):
+    merged = dict(defaults)
+    for key, value in overrides.items():
+        if value is not None:
+            merged[key] = value
+    return merged"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    """As many as the slowest machine has cores; OMP_NUM_THREADS says otherwise."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+@pytest.fixture(scope="session")
+def zoo_target() -> Parts:
+    """The zoo's target in float32, with whatever trained drafters lie beside it, loaded once."""
+    trained = {
+        folder.name: DrafterSection(
+            kind="draft_model", settings={"model": str(folder), "dtype": "float32"}
+        )
+        for folder in sorted(ZOO.glob("draft-*"))
+        if (folder / "config.json").is_file()
+    }
+    target = ModelSection(model=str(ZOO / "target"), dtype="float32", device="cpu")
+    return build(Config(target=target, drafters=trained))
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[PromptRecord]:
+    """A handful in the four styles, and some of the training records' where PACELINE_DATA has them."""
+    records = [*_first_two(WRITTEN / "translation.jsonl"), *_first_two(WRITTEN / "math.jsonl")]
+    records.append(PromptRecord("own/code", "code", _CODE))
+    records.append(PromptRecord("own/summary", "summary", _SUMMARY))
+    if folder := os.environ.get("PACELINE_DATA"):
+        for domain in ("translation", "math", "code", "summary"):
+            records += _first_two(Path(folder) / f"{domain}.jsonl")
+    return records
+
+
+def _first_two(path: Path) -> list[PromptRecord]:
+    with path.open(encoding="utf-8") as lines:
+        raw = [json.loads(line) for line in itertools.islice(lines, 2)]
+    return [PromptRecord(r["id"], r["domain"], r["prompt"]) for r in raw]
