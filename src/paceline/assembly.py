@@ -289,9 +289,7 @@ def load(
         assert config is not None
         parts = build(config if isinstance(config, Config) else load_config(config))
     folder = Path(policy) if policy is not None else parts.config.paths.policy
-    wanted = with_policy and (
-        policy is not None or (target is None and is_policy(folder))
-    )
+    wanted = with_policy and (policy is not None or (target is None and is_policy(folder)))
     return Pace(parts, load_policy(folder, policy_identity(parts)).choose if wanted else None)
 
 

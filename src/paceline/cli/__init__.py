@@ -6,6 +6,9 @@ Here only the errors are handled: what the user can mend is one line and exit co
 from __future__ import annotations
 
 import sys
+from typing import Final
+
+_INTERRUPTED: Final = 130
 
 
 def main() -> None:
@@ -21,6 +24,8 @@ def main() -> None:
     except PacelineError as error:
         Console(stderr=True).print(f"[bold red]paceline:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("[bold]paceline:[/] interrupted; what was finished is kept")
-        sys.exit(130)
+    except SystemExit as stop:
+        # typer turns Ctrl-C into this exit code and says nothing
+        if stop.code == _INTERRUPTED:
+            Console(stderr=True).print("[bold]paceline:[/] interrupted; what was finished is kept")
+        raise

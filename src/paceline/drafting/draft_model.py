@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from paceline import noise
+import paceline.noise as noise
 from paceline.config import ModelSection
 from paceline.contracts import Drafts
 from paceline.drafting.base import Drafter, Foresight, Needs, PositionScores

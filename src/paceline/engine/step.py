@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from paceline import noise
+import paceline.noise as noise
 from paceline.contracts import RoundStats, Verdicts
 from paceline.engine.stops import append_until_stop
 from paceline.errors import DrafterError

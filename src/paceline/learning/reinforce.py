@@ -98,7 +98,7 @@ class Learner:
         ]
         for parameter in (self.w1, self.b1, self.w2, self.b2):
             parameter.requires_grad_()
-        self._optimiser = torch.optim.AdamW(groups, lr=settings.learning_rate)
+        self._optimiser = torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
 
     def inputs(self, features: np.ndarray) -> Tensor:
         """[N, F] as this network reads them."""
@@ -182,7 +182,6 @@ class _Fold:
     learner: Learner
     inputs: Tensor  # [n, F]
     rewards: np.ndarray  # [n, A]
-    single: np.ndarray  # [n], the reward of the arm that is best on the fold's training prompts
 
     def judge(self) -> tuple[np.ndarray, np.ndarray]:
         """(score, greedy reward) [n] of each prompt.
@@ -246,6 +245,8 @@ def _cross_validate(
 ) -> tuple[int, np.ndarray]:
     """(best number of epochs, gain over the best single arm there of each validation prompt)."""
     folds = _make_folds(features, rewards, settings)
+    # the arm that is best in hindsight: a policy must be worth more than that to be believed
+    single = np.concatenate([fold.rewards[:, rewards.mean(axis=0).argmax()] for fold in folds])
     enough = _ENOUGH * float((rewards - rewards.mean(axis=1, keepdims=True)).std())
     best_score, best_epoch, gain = -np.inf, 0, np.zeros(1)
     epoch = 0
@@ -258,8 +259,7 @@ def _cross_validate(
         score = float(np.concatenate([s for s, _ in judged]).mean())
         if score > best_score + enough:
             best_score, best_epoch = score, epoch
-            pairs = zip(judged, folds, strict=True)
-            gain = np.concatenate([greedy - fold.single for (_, greedy), fold in pairs])
+            gain = np.concatenate([greedy for _, greedy in judged]) - single
         on_progress("cross-validation", epoch, settings.max_epochs)
     on_progress("cross-validation", epoch, epoch)
     return best_epoch, gain
@@ -275,7 +275,5 @@ def _make_folds(
     for i in range(NUM_FOLDS if len(rewards) <= _CROSS_VALIDATE_UP_TO else 1):
         rest, own = number != i, number == i
         learner = Learner(features[rest], rewards[rest], settings, stream=i)
-        best_single = rewards[rest].mean(axis=0).argmax()
-        inputs = learner.inputs(features[own])
-        folds.append(_Fold(learner, inputs, rewards[own], rewards[own][:, best_single]))
+        folds.append(_Fold(learner, learner.inputs(features[own]), rewards[own]))
     return folds

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 
-def read_prompts(paths: Iterable[Path]) -> list[PromptRecord]:
+def read_prompts(paths: Iterable[Path | str]) -> list[PromptRecord]:
     """Prompts from JSONL files with `id`, `domain` and `prompt`; ids must be unique."""
     records: list[PromptRecord] = []
     seen: set[str] = set()

@@ -139,8 +139,7 @@ def tiny_model(
             for parameter in model.parameters():
                 if parameter.dim() > 1:  # vectors are biases and norms
                     parameter.normal_(std=std)
-    model.float()
-    model.eval()
+    model.float().eval()  # type: ignore[no-untyped-call]
     return model
 
 

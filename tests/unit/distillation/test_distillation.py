@@ -28,6 +28,7 @@ from paceline.distillation.head import losses_and_matches, weighted_cross_entrop
 from paceline.distillation.outputs import lowest_hashes
 from paceline.distillation.student import Shape, build_student, num_parameters, project
 from paceline.distillation.train import (
+    Quality,
     evaluate,
     hidden_states,
     learning_rate,
@@ -252,6 +253,26 @@ def test_loss_falls_and_matches_rise_on_a_tiny_set(tmp_path: Path) -> None:
     assert after.loss < 0.3 * before.loss
     assert after.match_rate > 0.9
     assert after.num_tokens == sum(e.num_output for e in examples)
+
+
+def test_the_weights_of_the_best_validation_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the last weights, nor a reference that goes on being trained."""
+    rates, seen = iter([0.5, 0.9, 0.1]), []
+
+    def scripted(model: LlamaForCausalLM, _: object) -> dict[str, Quality]:
+        seen.append({name: weight.clone() for name, weight in model.state_dict().items()})
+        return {"d": Quality(1.0, next(rates), 1)}
+
+    monkeypatch.setattr("paceline.distillation.train.evaluate", scripted)
+    model = student()
+    result = train(model, texts(100), texts(9), tiny_settings(validate_every=1.0), tmp_path / "c")
+
+    assert result.best_match == 0.9
+    assert result.best_step == result.history[1]["step"] < result.step
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, seen[1][name]), name
 
 
 class KilledError(Exception):

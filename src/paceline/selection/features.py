@@ -1,0 +1,79 @@
+"""What a policy sees of a request: by-products of the target's prefill, text statistics, the load.
+
+Knows no task label, no id and no drafter. Nothing here runs a model: the hidden states are there
+when the prefill ends, and the statistics are a few sorts over the prompt's tokens. Symbols: D the
+target's hidden size, F = 2 D + the number of statistics, n prompt tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from paceline.errors import RequestError
+
+if TYPE_CHECKING:
+    from paceline.contracts import Context
+
+FEATURE_VERSION: Final = 1
+"""Raised whenever a feature is added, removed, moved or computed otherwise."""
+
+STATISTICS: Final = (
+    "log_prompt_tokens",
+    "bigram_overlap",
+    "trigram_overlap",
+    "repeated_tokens",
+    "temperature",
+    "log_rows_in_flight",
+)
+
+_ID_BITS: Final = 21  # three ids in one int64; an id above 2**21 could only be taken for another
+
+
+def num_features(hidden_size: int) -> int:
+    """F, the length of a feature vector for a target of this hidden size."""
+    return 2 * hidden_size + len(STATISTICS)
+
+
+def feature_names(hidden_size: int) -> list[str]:
+    """F names, in the order of the vector."""
+    mean = [f"mean_hidden_{i}" for i in range(hidden_size)]
+    last = [f"last_hidden_{i}" for i in range(hidden_size)]
+    return [*mean, *last, *STATISTICS]
+
+
+def feature_vector(context: Context) -> np.ndarray:
+    """[F] float32: mean and last hidden state, statistics. Raises RequestError without a prompt."""
+    tokens = np.asarray(context.prompt_tokens, dtype=np.int64)  # [n]
+    if tokens.size == 0:
+        raise RequestError("the prompt is empty; give at least one token")
+    hidden_size = context.mean_hidden.shape[0]
+    vector = np.empty(num_features(hidden_size), dtype=np.float32)
+    vector[:hidden_size] = context.mean_hidden
+    vector[hidden_size : 2 * hidden_size] = context.last_hidden
+    vector[2 * hidden_size :] = (
+        np.log(tokens.size),
+        ngram_overlap(tokens, 2),
+        ngram_overlap(tokens, 3),
+        ngram_overlap(tokens, 1),
+        context.sampling.temperature,
+        np.log(max(context.rows_in_flight, 1)),
+    )
+    return vector
+
+
+def ngram_overlap(tokens: np.ndarray, n: int) -> float:
+    """The share of a text's n-grams (n up to 3) that occur earlier in it. tokens: [T] int64.
+
+    High where a text repeats itself, so where looking up the continuation may pay.
+    """
+    count = tokens.size - n + 1
+    if count < 2:
+        return 0.0
+    keys = tokens[:count]
+    for shift in range(1, n):
+        keys = (keys << _ID_BITS) | tokens[shift : shift + count]
+    # sorting and counting steps is several times cheaper than np.unique at these lengths
+    ordered = np.sort(keys)
+    return float(np.count_nonzero(ordered[1:] == ordered[:-1])) / count

@@ -1,0 +1,381 @@
+"""Sampled text has the target's own distribution, whatever drafts and however it is judged.
+
+The verifier is run on many rows at once against a target that is a small table p(next | last token),
+so the exact law of the first two tokens is known; planted bugs show that the same check sees them.
+Then the engine itself on a model with ten tokens, and the promise that a seed gives one text.
+Symbols: R rows, K drafted tokens, V tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from paceline import noise
+from paceline.assembly import Pace, Parts, build_from_objects
+from paceline.config import Config, EngineSection, ModelSection
+from paceline.contracts import Request, SamplingParams, Verdicts
+from paceline.drafting.draft_model import DraftModel
+from paceline.drafting.none import NoneDrafter
+from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
+from paceline.engine import Engine
+from paceline.models.language_model import LanguageModel
+from paceline.testing.tiny_models import perturbed, tiny_model
+from paceline.testing.tokenizers import byte_tokenizer
+from paceline.verification import judge_matches, judge_residual
+from paceline.warping import warp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from paceline.contracts import PromptRecord
+
+    Judge = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Verdicts]
+
+V = 9
+K = 2
+START = V  # index of the table's row for the first token: nothing came before it
+NUM_DRAWS = 100_000
+FAMILY_ALPHA = 1e-6  # chance that a correct verifier fails anywhere in the whole grid
+NUM_CHECKS = 2 * 500  # more than there are
+ALPHA = FAMILY_ALPHA / NUM_CHECKS
+
+
+def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
+    """p-value of the counts under `expected` probabilities; 0 if the impossible was seen."""
+    expected = expected / expected.sum() * counts.sum()
+    possible = expected > 0
+    if counts[~possible].any():
+        return 0.0
+    counts, expected = counts[possible], expected[possible]
+    order = np.argsort(expected)
+    counts, expected = counts[order], expected[order]
+    # pool the rarest cells until each holds enough for the approximation
+    rare = int(np.searchsorted(np.cumsum(expected), 10.0)) + 1
+    rare = max(rare, int((expected < 10.0).sum()))
+    counts = np.concatenate([[counts[:rare].sum()], counts[rare:]])
+    expected = np.concatenate([[expected[:rare].sum()], expected[rare:]])
+    if len(counts) < 2:
+        return 1.0
+    return float(stats.chisquare(counts, expected).pvalue)
+
+
+# --- the simulated decoder ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to sample with one drafter. `extra` tokens exist in the drafter's vocabulary alone."""
+
+    drafter: str
+    method: str  # residual | deterministic | invariant
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    extra: int = 0
+
+    @property
+    def params(self) -> SamplingParams:
+        method = "invariant" if self.method == "invariant" else "residual"
+        return SamplingParams(self.temperature, self.top_k, self.top_p, self.min_p, method=method)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.method}-{self.drafter}-t{self.temperature}-k{self.top_k}-p{self.top_p}"
+            f"-m{self.min_p}" + (f"-extra{self.extra}" if self.extra else "")
+        )
+
+
+def tables(cell: Cell, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """p [V+1, V] and q [V+extra+1, V+extra]: next token given the last one, warped alike.
+
+    The last row of each is the start's.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    wide = V + cell.extra
+    target = torch.randn(V + 1, V, generator=generator) * 1.2
+    other = torch.randn(wide + 1, wide, generator=generator)
+    if cell.drafter == "good":
+        other *= 0.6
+        other[:V, :V] += target[:V]
+        other[-1, :V] += target[-1]
+    elif cell.drafter == "garbage":
+        other *= 2.0
+    else:  # nothing that one may say may the other
+        target[:, ::2] = float("-inf")
+        other[:, 1::2] = float("-inf")
+    return warp(target, cell.params), warp(other, cell.params)
+
+
+def emitted_pairs(
+    cell: Cell, num_draws: int = NUM_DRAWS, judge: Judge = judge_residual, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Counts of the first two emitted tokens [V, V], and the probabilities they should have.
+
+    A round may emit one token only; then the second comes from a second round.
+    """
+    p, q = tables(cell, seed)
+    rows = torch.arange(num_draws) + 1_000_003 * seed
+    start = torch.full((num_draws,), START)
+    emitted, num_emitted = one_round(cell, p, q, rows, start, position=5, judge=judge)
+    short = num_emitted == 1
+    again, _ = one_round(cell, p, q, rows[short], emitted[short, 0], position=6, judge=judge)
+    emitted[short, 1] = again[:, 0]
+    pairs = emitted[:, 0] * V + emitted[:, 1]
+    counts = torch.bincount(pairs, minlength=V * V).reshape(V, V).numpy()
+    expected = (p[START][:, None] * p[:V]).double().numpy()
+    return counts, expected
+
+
+def one_round(
+    cell: Cell, p: Tensor, q: Tensor, seeds: Tensor, last: Tensor, position: int, judge: Judge
+) -> tuple[Tensor, Tensor]:
+    """Draft K tokens behind `last` [R], judge them: (emitted [R, K+1], how many [R])."""
+    drafts, q_of_drafts = [], []
+    token = torch.where(last == START, q.shape[0] - 1, last)
+    for k in range(K):
+        here = q[token]
+        drawn = noise.TARGET if cell.method == "invariant" else noise.DRAFT
+        e = noise.exponential(seeds, torch.tensor(position + k), drawn, q.shape[1])
+        token = here.argmax(-1) if cell.method == "deterministic" else noise.race(here, e)
+        drafts.append(token)
+        q_of_drafts.append(here[:, :V])
+    draft = torch.stack(drafts, dim=1)  # [R, K]
+    # what the target says behind a token it does not know is never used
+    p_places = p[torch.cat([last[:, None], draft.clamp(max=V - 1)], dim=1)]  # [R, K+1, V]
+    places = position + torch.arange(K + 1)
+    e = noise.exponential(seeds[:, None], places, noise.TARGET, V)
+    lengths = torch.full((len(seeds),), K)
+    if cell.method == "residual":
+        u = noise.uniform(seeds[:, None], places[:K], noise.ACCEPT)
+        verdicts = judge(p_places, torch.stack(q_of_drafts, dim=1), draft, lengths, u, e)
+    else:
+        verdicts = judge_matches(noise.race(p_places, e), draft, lengths)
+    emitted = torch.cat([draft, draft[:, :1]], dim=1)
+    emitted.scatter_(1, verdicts.num_accepted[:, None], verdicts.next_tokens[:, None])
+    return emitted, verdicts.num_accepted + 1
+
+
+def p_values(counts: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
+    """Of the first token alone and of the first two together."""
+    return chi_square(counts.sum(axis=1), expected.sum(axis=1)), chi_square(
+        counts.ravel(), expected.ravel()
+    )
+
+
+DRAFTERS = ("good", "garbage", "disjoint")
+METHODS = ("residual", "deterministic", "invariant")
+GRID = [
+    Cell(drafter, method, temperature, top_k, top_p, min_p)
+    for drafter, method, temperature, top_k, top_p, min_p in itertools.product(
+        DRAFTERS, METHODS, (0.5, 1.0, 1.5), (0, 3), (1.0, 0.8), (0.0, 0.1)
+    )
+] + [
+    Cell(drafter, "residual", temperature, extra=3)
+    for drafter in ("good", "garbage")
+    for temperature in (0.5, 1.0, 1.5)
+]
+# every drafter with every method, every setting alone and all of them at once
+CHOSEN = [
+    *(Cell(drafter, method) for drafter in DRAFTERS for method in METHODS),
+    Cell("good", "residual", 0.5),
+    Cell("good", "residual", 1.5, top_k=3),
+    Cell("garbage", "residual", 1.0, top_p=0.8),
+    Cell("good", "residual", 1.0, min_p=0.1),
+    Cell("good", "invariant", 1.5, top_k=3, top_p=0.8, min_p=0.1),
+    Cell("good", "residual", 1.5, top_k=3, top_p=0.8, min_p=0.1),
+    Cell("good", "deterministic", 1.5, top_k=3, top_p=0.8, min_p=0.1),
+    Cell("good", "residual", 1.0, extra=3),
+]
+
+
+@pytest.mark.parametrize("cell", CHOSEN, ids=str)
+def test_the_emitted_distribution_is_the_targets(cell: Cell) -> None:
+    assert min(p_values(*emitted_pairs(cell))) > ALPHA
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("cell", GRID, ids=str)
+def test_the_emitted_distribution_is_the_targets_on_the_whole_grid(cell: Cell) -> None:
+    assert 2 * len(GRID) + 4 * len(CHOSEN) <= NUM_CHECKS
+    assert min(p_values(*emitted_pairs(cell, seed=1))) > ALPHA
+
+
+def test_good_drafts_are_accepted_and_disjoint_ones_are_not() -> None:
+    """Else the cells above would all test the same place of the draft."""
+    rows, start = torch.arange(2000), torch.full((2000,), START)
+    mean_emitted = {}
+    for drafter in DRAFTERS:
+        cell = Cell(drafter, "residual")
+        _, num = one_round(cell, *tables(cell), rows, start, 5, judge_residual)
+        mean_emitted[drafter] = num.double().mean().item()
+
+    assert mean_emitted["disjoint"] == 1.0
+    assert 1.1 < mean_emitted["garbage"] < mean_emitted["good"] < 2.9
+
+
+# --- planted bugs: the same check must see them ---------------------------------------------------
+
+
+def accepts_too_often(
+    p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, u: Tensor, e: Tensor
+) -> Verdicts:
+    """The accept test lets 2 % of the draws through that it should stop."""
+    return judge_residual(p, q, tokens, lengths, (u - 0.02).clamp(min=0.0), e)
+
+
+def recovers_from_p(
+    p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, u: Tensor, e: Tensor
+) -> Verdicts:
+    """After a rejection p itself is drawn from instead of max(0, p - q)."""
+    right = judge_residual(p, q, tokens, lengths, u, e)
+    rows = torch.arange(len(p))
+    drawn = noise.race(p[rows, right.num_accepted], e[rows, right.num_accepted])
+    return Verdicts(right.num_accepted, drawn)
+
+
+def warps_the_residual(
+    p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, u: Tensor, e: Tensor
+) -> Verdicts:
+    """The residual goes through the temperature once more."""
+    right = judge_residual(p, q, tokens, lengths, u, e)
+    rows = torch.arange(len(p))
+    n = right.num_accepted
+    residual = (p[rows, n] - q[rows, n.clamp(max=K - 1)]).clamp(min=0.0)
+    again = warp(residual.log(), SamplingParams(0.9, method="residual"))
+    drawn = noise.race(again, e[rows, n])
+    return Verdicts(n, torch.where(n < lengths, drawn, right.next_tokens))
+
+
+def trims_unknown_tokens(
+    p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, u: Tensor, e: Tensor
+) -> Verdicts:
+    """A drafted token outside the vocabulary is cut off instead of counting as rejected."""
+    known = ((tokens >= 0) & (tokens < p.shape[-1])).to(torch.int64)
+    lengths = torch.minimum(lengths, known.cumprod(dim=-1).sum(dim=-1))
+    return judge_residual(p, q, tokens, lengths, u, e)
+
+
+def reuses_the_drafts_noise(
+    p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, u: Tensor, e: Tensor
+) -> Verdicts:
+    """The recovered token is drawn with the noise that the rejected one was drawn with."""
+    seeds, places = torch.arange(len(p))[:, None], 5 + torch.arange(K + 1)
+    drafts_own = noise.exponential(seeds, places, noise.DRAFT, p.shape[-1])
+    return judge_residual(p, q, tokens, lengths, u, drafts_own)
+
+
+@pytest.mark.parametrize(
+    ("judge", "cell"),
+    [
+        (accepts_too_often, Cell("garbage", "residual")),
+        (recovers_from_p, Cell("good", "residual")),
+        (warps_the_residual, Cell("good", "residual")),
+        (trims_unknown_tokens, Cell("good", "residual", extra=3)),
+        (reuses_the_drafts_noise, Cell("good", "residual")),
+    ],
+)
+def test_a_planted_bug_in_judging_is_seen(judge: Judge, cell: Cell) -> None:
+    assert min(p_values(*emitted_pairs(cell, judge=judge))) < ALPHA
+
+
+def test_a_drafter_that_misreports_its_distribution_is_seen() -> None:
+    """q as it was before the temperature, while the drafts were drawn after it."""
+    cell = Cell("good", "residual", temperature=0.5)
+
+    def judge(*given: Tensor) -> Verdicts:
+        p, q, *rest = given
+        return judge_residual(p, warp(q.log(), replace(cell.params, temperature=2.0)), *rest)
+
+    assert min(p_values(*emitted_pairs(cell, judge=judge))) < ALPHA
+
+
+@pytest.mark.parametrize("cell", CHOSEN[::4], ids=str)
+def test_two_percent_of_moved_mass_is_seen(cell: Cell) -> None:
+    counts, expected = emitted_pairs(cell)
+    marginal = expected.sum(axis=1)
+    first, second = np.argsort(marginal)[-2:]
+    moved = counts.sum(axis=1)
+    taken = round(0.02 * NUM_DRAWS)
+    moved[first] -= taken
+    moved[second] += taken
+
+    assert chi_square(moved, marginal) < ALPHA
+
+
+def test_a_token_the_target_cannot_say_is_seen() -> None:
+    counts, expected = np.array([50, 49, 1]), np.array([0.5, 0.5, 0.0])
+
+    assert chi_square(counts, expected) == 0.0
+
+
+# --- the engine, on a model whose law can be written down -----------------------------------------
+
+SMALL_V = 10
+NUM_REQUESTS = 3000
+
+
+@pytest.fixture(scope="module")
+def small_target() -> LanguageModel:
+    return LanguageModel(tiny_model("llama", vocab_size=SMALL_V, context=16), "target")
+
+
+def law_of_two_tokens(
+    model: LanguageModel, prompt: Sequence[int], params: SamplingParams
+) -> np.ndarray:
+    """[V, V] probabilities of the first two tokens, from transformers' own forward."""
+    with torch.inference_mode():
+        first = warp(model.model(torch.tensor([prompt])).logits[0, -1], params)
+        texts = torch.tensor([[*prompt, token] for token in range(SMALL_V)])
+        second = warp(model.model(texts).logits[:, -1], params)
+    law: np.ndarray = (first[:, None] * second).double().numpy()
+    return law
+
+
+def small_drafters(target: LanguageModel) -> dict[str, object]:
+    def draft_model(name: str, model: object) -> DraftModel:
+        return DraftModel(name, LanguageModel(model, name), 3, SMALL_V, SMALL_V)
+
+    lookup = PromptLookupSettings(min_ngram=1, num_draft_tokens=3)
+    return {
+        "none": NoneDrafter(),
+        "near": draft_model("near", perturbed(target.model, 0.2)),
+        "random": draft_model("random", tiny_model("gpt2", seed=5, vocab_size=SMALL_V, context=16)),
+        "lookup": PromptLookup("lookup", lookup),
+    }
+
+
+@pytest.mark.parametrize("arm", ["near", "random", "lookup"])
+@pytest.mark.parametrize("method", ["residual", "invariant"])
+def test_the_engine_emits_the_targets_distribution(
+    small_target: LanguageModel, arm: str, method: str
+) -> None:
+    params = SamplingParams(1.2, top_k=7, min_p=0.02, method=method)
+    prompt = (3, 7, 1, 3)
+    drafters = small_drafters(small_target)
+    engine = Engine(small_target, drafters, decode=str, max_rows=100)
+    requests = [
+        Request(str(i), prompt, 3, replace(params, seed=1_000 + i), drafter=arm)
+        for i in range(NUM_REQUESTS)
+    ]
+
+    counts = np.zeros((SMALL_V, SMALL_V), dtype=np.int64)
+    accepted = drafted = 0
+    for completion in engine.generate(requests):
+        counts[tuple(completion.token_ids[:2])] += 1
+        accepted += sum(r.accepted for r in completion.rounds)
+        drafted += sum(r.drafted for r in completion.rounds)
+
+    assert 0 < accepted < drafted
+    assert (
+        chi_square(counts.ravel(), law_of_two_tokens(small_target, prompt, params).ravel()) > ALPHA
+    )

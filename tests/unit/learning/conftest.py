@@ -1,0 +1,85 @@
+"""Made-up prompts and prices whose best arms are known."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from paceline.contracts import CollectedPrompt
+from paceline.costs import CostTable, Measurement
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+HIDDEN = 384
+NUM_STATISTICS = 6
+
+
+class Clusters(NamedTuple):
+    """Prompts in four clusters; in cluster c arm c + 1 is best, arm 0 is best nowhere."""
+
+    features: np.ndarray  # [N, 2 * HIDDEN + NUM_STATISTICS] float32
+    rewards: np.ndarray  # [N, 5]
+    cluster: np.ndarray  # [N]
+
+
+@pytest.fixture
+def clusters() -> Callable[[int, int], tuple[Clusters, Clusters]]:
+    """(seed, prompts a cluster) -> (training prompts, 100 held-out prompts a cluster)."""
+
+    def make(seed: int, per_cluster: int = 30) -> tuple[Clusters, Clusters]:
+        rng = np.random.default_rng(seed)
+        centres = rng.normal(size=(4, 2 * HIDDEN)) * 0.3
+        units = rng.uniform(0.1, 10.0, 2 * HIDDEN)  # features come in all sizes
+
+        def draw(count: int) -> Clusters:
+            cluster = np.repeat(np.arange(4), count)
+            hidden = (centres[cluster] + rng.normal(size=(4 * count, 2 * HIDDEN))) * units
+            statistics = rng.normal(size=(4 * count, NUM_STATISTICS))
+            best = np.arange(5) == cluster[:, None] + 1
+            rewards = 1.0 + 0.6 * best + 0.1 * rng.normal(size=(4 * count, 5))
+            return Clusters(np.hstack([hidden, statistics]).astype(np.float32), rewards, cluster)
+
+        return draw(per_cluster), draw(100)
+
+    return make
+
+
+@pytest.fixture
+def cost_table() -> Callable[[Sequence[str]], CostTable]:
+    """Prices in which a round costs 1.5 s for the target and 0.5 s for a drafter."""
+
+    def make(arms: Sequence[str]) -> CostTable:
+        figures = [("target", "prefill", 2.0), ("target", "forward", 1.0), ("engine", "round", 0.5)]
+        for arm in arms:
+            figures += [(arm, "start", 0.25), (arm, "propose", 0.5)]
+        return CostTable({}, [Measurement(s, o, 1, 0, 1, seconds) for s, o, seconds in figures])
+
+    return make
+
+
+@pytest.fixture
+def collected() -> Callable[..., CollectedPrompt]:
+    """A prompt with 41 tokens of output, of which each arm had so many accepted a round."""
+
+    def make(
+        id: str, accepted: dict[str, int], features: np.ndarray, domain: str = "", **changes: Any
+    ) -> CollectedPrompt:
+        rounds = {"none": np.zeros((40, 2), dtype=np.int64)}
+        for arm, kept in accepted.items():
+            rounds[arm] = np.tile(np.array([[4, kept]]), (40 // (kept + 1), 1))
+        values: dict[str, Any] = {
+            "id": id,
+            "domain": domain,
+            "prompt_tokens": tuple(range(10)),
+            "output_tokens": tuple(range(41)),
+            "max_new_tokens": 41,
+            "features": features.astype(np.float32),
+            "rounds": rounds,
+            "draft_outputs": {},
+        }
+        return CollectedPrompt(**values | changes)
+
+    return make

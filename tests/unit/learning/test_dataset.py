@@ -1,0 +1,198 @@
+"""A collection as arrays: prices and rewards in their columns, and clear refusals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from paceline.config import LearningSection
+from paceline.errors import ConfigError, StoreError
+from paceline.learning.dataset import Dataset, build_dataset, split
+from paceline.rewards import alignments, speeds
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from paceline.contracts import CollectedPrompt
+    from paceline.costs import CostTable
+
+ARMS = ("none", "code", "lookup")
+SPEED, ALIGNMENT = LearningSection(), LearningSection(reward="alignment", alpha=0.25)
+
+
+@pytest.fixture
+def prompts(collected: Callable[..., CollectedPrompt]) -> list[CollectedPrompt]:
+    rng = np.random.default_rng(0)
+    return [
+        collected(
+            f"p{i}",
+            {"code": i % 4, "lookup": (i * 7) % 5},
+            rng.normal(size=10),
+            domain="even" if i % 2 == 0 else "odd",
+            prompt_tokens=tuple(range(5 + i)),
+        )
+        for i in range(20)
+    ]
+
+
+@pytest.fixture
+def costs(cost_table: Callable[..., CostTable]) -> CostTable:
+    return cost_table(["code", "lookup"])
+
+
+def test_rows_are_prompts_and_columns_are_arms(
+    prompts: list[CollectedPrompt], costs: CostTable
+) -> None:
+    data, notes = build_dataset(prompts, ARMS, costs.seconds, SPEED)
+
+    assert notes == []
+    assert (data.arms, len(data)) == (ARMS, 20)
+    assert data.ids == tuple(f"p{i}" for i in range(20))
+    assert set(data.domains) == {"even", "odd"}
+    assert np.array_equal(data.features, np.stack([p.features for p in prompts]))
+    assert data.features.dtype == np.float32
+    assert set(data.num_tokens) == {41}
+    # prefill, then 40 rounds of 1.5; with a drafter 20 rounds of 2 and its start
+    row = next(i for i, p in enumerate(prompts) if len(p.rounds["code"]) == 20)
+    assert data.seconds[row, 0] == pytest.approx(2.0 + 40 * 1.5)
+    assert data.seconds[row, 1] == pytest.approx(2.0 + 0.25 + 20 * 2.0)
+
+
+def test_the_speed_reward_is_that_of_rewards(
+    prompts: list[CollectedPrompt], costs: CostTable
+) -> None:
+    data, _ = build_dataset(prompts, ARMS, costs.seconds, SPEED)
+
+    for row, prompt in zip(data.rewards, prompts, strict=True):
+        expected = speeds(costs.seconds, len(prompt.prompt_tokens), prompt.rounds)
+        assert dict(zip(ARMS, row, strict=True)) == pytest.approx(expected)
+
+
+def with_outputs(prompt: CollectedPrompt, *arms: str) -> CollectedPrompt:
+    own = {arm: prompt.output_tokens[: 5 + len(arm)] for arm in arms}
+    return replace(prompt, draft_outputs=own)
+
+
+def test_the_alignment_reward_is_that_of_rewards(
+    prompts: list[CollectedPrompt], costs: CostTable
+) -> None:
+    writing = [with_outputs(p, "code", "lookup") for p in prompts]
+    data, notes = build_dataset(writing, ARMS, costs.seconds, ALIGNMENT)
+
+    assert notes == []
+    for row, p in zip(data.rewards, writing, strict=True):
+        expected = alignments(
+            costs.seconds, 0.25, len(p.prompt_tokens), p.output_tokens, p.draft_outputs
+        )
+        assert dict(zip(ARMS, row, strict=True)) == pytest.approx(expected)
+
+
+def test_an_arm_without_a_text_has_similarity_zero_and_a_note(
+    prompts: list[CollectedPrompt], costs: CostTable
+) -> None:
+    writing = [with_outputs(p, "code") for p in prompts]
+    data, notes = build_dataset(writing, ARMS, costs.seconds, ALIGNMENT)
+
+    (note,) = notes
+    assert "'lookup' writes no text of its own" in note
+    saved = 1 - 0.5 / 1.0  # a propose of 0.5 where the target's forward takes 1
+    assert data.rewards[:, 2] == pytest.approx(0.25 * 0.0 + 0.75 * saved)
+
+
+def test_an_order_of_arms_is_kept(prompts: list[CollectedPrompt], costs: CostTable) -> None:
+    data, _ = build_dataset(prompts, ARMS, costs.seconds, SPEED)
+    turned, _ = build_dataset(prompts, ARMS[::-1], costs.seconds, SPEED)
+
+    assert np.array_equal(turned.rewards, data.rewards[:, ::-1])
+
+
+def dropped(prompt: CollectedPrompt, arm: str) -> CollectedPrompt:
+    return replace(prompt, rounds={a: r for a, r in prompt.rounds.items() if a != arm})
+
+
+def test_refusals_say_what_to_do(prompts: list[CollectedPrompt], costs: CostTable) -> None:
+    def build(
+        changed: list[CollectedPrompt],
+        arms: tuple[str, ...] = ARMS,
+        settings: LearningSection = SPEED,
+    ) -> None:
+        build_dataset(changed, arms, costs.seconds, settings)
+
+    first, rest = prompts[0], prompts[1:]
+    with pytest.raises(ConfigError, match=r"at least one drafter, there is only none; add a"):
+        build(prompts, ("none",))
+    with pytest.raises(StoreError, match=r"7 prompts are too few.*at least 8.*paceline collect"):
+        build(prompts[:7])
+    with pytest.raises(StoreError, match=r"'code' was not replayed on prompt 'p0'"):
+        build([dropped(first, "code"), *rest])
+    with pytest.raises(StoreError, match=r"prompt 'p1' has features of shape \(10,\), 'p0' of"):
+        build([replace(first, features=np.zeros(4, dtype=np.float32)), *rest])
+    broken = first.features.copy()
+    broken[3] = np.nan
+    with pytest.raises(StoreError, match=r"prompt 'p0' is not a finite number.*another dtype"):
+        build([replace(first, features=broken), *rest])
+    with pytest.raises(StoreError, match=r"collection has none; run `paceline collect --align"):
+        build(prompts, settings=ALIGNMENT)
+    partly = [prompts[0], *(with_outputs(p, "code") for p in rest)]
+    with pytest.raises(StoreError, match=r"prompt 'p0' has no text of 'code'"):
+        build(partly, settings=ALIGNMENT)
+
+
+def test_equal_rewards_everywhere_are_refused(
+    collected: Callable[..., CollectedPrompt], costs: CostTable
+) -> None:
+    """Two arms that never draft and cost nothing are one arm under two names."""
+    prompts = [collected(f"p{i}", {}, np.arange(3) + i) for i in range(10)]
+    twins = [replace(p, rounds=p.rounds | {"code": p.rounds["none"]}) for p in prompts]
+
+    def free(subject: str, operation: str, tokens: np.ndarray, context: np.ndarray) -> float:
+        return 0.0 if subject == "code" else 1.0
+
+    with pytest.raises(StoreError, match=r"same reward on every prompt.*nothing to choose"):
+        build_dataset(twins, ("none", "code"), free, SPEED)
+
+
+def test_one_arm_that_is_always_best_is_noted(
+    collected: Callable[..., CollectedPrompt], costs: CostTable
+) -> None:
+    prompts = [collected(f"p{i}", {"code": 3, "lookup": 1}, np.arange(3) + i) for i in range(10)]
+
+    _, notes = build_dataset(prompts, ARMS, costs.seconds, SPEED)
+
+    assert notes == ["'code' is best on every prompt: one arm would do"]
+
+
+def dataset(ids: list[str]) -> Dataset:
+    N = len(ids)
+    index = np.arange(N)
+    seconds = np.stack([index + 1.0, index + 2.0], axis=1)
+    return Dataset(
+        ("none", "code"), tuple(ids), ("",) * N, index[:, None], 1 / seconds, seconds, index
+    )
+
+
+def test_the_split_follows_the_id_not_the_order() -> None:
+    ids = [f"p{i}" for i in range(200)]
+    train, held_out = split(dataset(ids), 0.25)
+    train_again, held_out_again = split(dataset(ids[::-1]), 0.25)
+
+    assert set(train.ids).isdisjoint(held_out.ids)
+    assert len(train) + len(held_out) == 200
+    assert 30 <= len(held_out) <= 70
+    assert set(held_out.ids) == set(held_out_again.ids)
+    assert set(train.ids) == set(train_again.ids)
+    # every array goes along with its id
+    for part in (train, held_out):
+        numbers = [int(id[1:]) for id in part.ids]
+        assert part.num_tokens.tolist() == part.features[:, 0].tolist() == numbers
+        assert part.seconds[:, 0].tolist() == [n + 1.0 for n in numbers]
+
+
+def test_a_split_that_leaves_too_few_is_refused() -> None:
+    with pytest.raises(StoreError, match=r"of 10 prompts 0 would be held out.*learning.held_out"):
+        split(dataset([f"p{i}" for i in range(10)]), 1e-9)
+    with pytest.raises(StoreError, match=r"of 10 prompts 10 would be held out"):
+        split(dataset([f"p{i}" for i in range(10)]), 1 - 1e-9)

@@ -1,0 +1,168 @@
+"""Learning as a whole: from a collection and a cost table to a policy that loads and chooses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from paceline.config import LearningSection
+from paceline.contracts import Context, SamplingParams
+from paceline.errors import ArtefactError, StoreError
+from paceline.learning import learn
+from paceline.selection import PolicyIdentity, feature_vector, load_policy
+from paceline.selection.artefact import read_card
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from paceline.contracts import CollectedPrompt
+    from paceline.costs import CostTable
+
+D = 24
+ARMS = {"none": "kind=none", "code": "kind=draft_model", "math": "kind=draft_model, width=2"}
+IDENTITY = PolicyIdentity(target="t", tokenizer="v", hidden_size=D, arms=ARMS)
+SETTINGS = LearningSection(max_epochs=60)
+
+
+def context(seed: int) -> Context:
+    """Even seeds are of one kind, odd ones of another; their hidden states differ."""
+    rng = np.random.default_rng(seed)
+    shift = 1.0 if seed % 2 else -1.0
+    mean, last = (rng.normal(size=(2, D)) + shift).astype(np.float32)
+    return Context(rng.integers(0, 99, 20).tolist(), mean, last, SamplingParams(), 1)
+
+
+@pytest.fixture
+def prompts(collected: Callable[..., CollectedPrompt]) -> list[CollectedPrompt]:
+    return [
+        collected(
+            f"p{i}",
+            {"code": 1, "math": 4} if i % 2 else {"code": 4, "math": 1},
+            feature_vector(context(i)),
+            domain="odd" if i % 2 else "even",
+        )
+        for i in range(120)
+    ]
+
+
+@pytest.fixture
+def costs(cost_table: Callable[..., CostTable]) -> CostTable:
+    return cost_table(["code", "math"])
+
+
+def test_a_learned_policy_is_as_fast_as_the_oracle_here(
+    prompts: list[CollectedPrompt], costs: CostTable
+) -> None:
+    result = learn(prompts, costs, IDENTITY, SETTINGS)
+    report = result.report
+
+    assert report.fraction_of_oracle > 0.99
+    assert report.headline()["policy"] > 1.3 * report.headline()["best single"]
+    assert report.by_domain["odd"].chosen["math"] > 0.95
+    assert report.num_train + report.overall.num_prompts == 120
+    assert result.training.num_prompts == report.num_train
+    chosen = [result.policy.choose(context(seed)).arm for seed in range(1000, 1020)]
+    assert chosen == ["code", "math"] * 10
+    assert report.notes == ()
+
+
+def test_what_is_saved_chooses_the_same(
+    prompts: list[CollectedPrompt], costs: CostTable, tmp_path: Path
+) -> None:
+    result = learn(prompts, costs, IDENTITY, SETTINGS)
+    result.save(tmp_path)
+    loaded = load_policy(tmp_path, IDENTITY)
+    card = read_card(tmp_path)
+
+    contexts = [context(seed) for seed in range(500, 520)]
+    assert [loaded.choose(c) for c in contexts] == [result.policy.choose(c) for c in contexts]
+    assert dict(card.arms) == ARMS
+    assert (card.target, card.tokenizer, card.costs) == ("t", "v", costs.hash())
+    assert (card.reward.kind, card.reward.alpha) == ("speed", None)
+    assert LearningSection(**card.learner) == SETTINGS
+    assert card.training["num_prompts"] == result.report.num_train
+    assert card.training["held_out"]["speedup"] == pytest.approx(result.report.headline())
+    assert json.loads((tmp_path / "evaluation.json").read_text())["num_train"] > 0
+
+
+def test_held_out_prompts_teach_nothing(prompts: list[CollectedPrompt], costs: CostTable) -> None:
+    """Other outcomes on the held-out prompts change the report and not one weight."""
+    before = learn(prompts, costs, IDENTITY, SETTINGS)
+    ids = set(_held_out(prompts, costs))
+    changed = [
+        replace(p, rounds=p.rounds | {"code": p.rounds["none"] * 0}) if p.id in ids else p
+        for p in prompts
+    ]
+    after = learn(changed, costs, IDENTITY, SETTINGS)
+
+    assert len(ids) == before.report.overall.num_prompts
+    for name, array in before.policy.network.arrays().items():
+        assert np.array_equal(array, after.policy.network.arrays()[name]), name
+    assert after.report.overall != before.report.overall
+
+
+def _held_out(prompts: list[CollectedPrompt], costs: CostTable) -> tuple[str, ...]:
+    from paceline.learning.dataset import build_dataset, split
+
+    data, _ = build_dataset(prompts, list(ARMS), costs.seconds, SETTINGS)
+    return split(data, SETTINGS.held_out)[1].ids
+
+
+def test_names_and_domains_do_not_reach_the_policy(
+    prompts: list[CollectedPrompt], costs: CostTable
+) -> None:
+    renamed = [replace(p, domain="everything") for p in prompts]
+
+    before, after = (learn(p, costs, IDENTITY, SETTINGS) for p in (prompts, renamed))
+
+    assert before.policy.id == after.policy.id
+
+
+def test_features_that_say_nothing_end_in_one_arm_and_a_note(
+    prompts: list[CollectedPrompt], costs: CostTable
+) -> None:
+    features = [p.features for p in prompts]
+    np.random.default_rng(0).shuffle(features)
+    shuffled = [replace(p, features=f) for p, f in zip(prompts, features, strict=True)]
+
+    result = learn(shuffled, costs, IDENTITY, SETTINGS)
+
+    assert result.training.constant
+    (note,) = result.report.notes
+    assert "the policy always chooses" in note
+    (share,) = (s for s in result.report.overall.chosen.values() if s)
+    assert share == 1.0
+
+
+def test_the_alignment_reward_is_on_the_card(
+    prompts: list[CollectedPrompt], costs: CostTable, tmp_path: Path
+) -> None:
+    writing = [
+        replace(p, draft_outputs={"code": p.output_tokens, "math": p.output_tokens[:3]})
+        for p in prompts
+    ]
+    settings = LearningSection(reward="alignment", alpha=0.7, max_epochs=5)
+
+    result = learn(writing, costs, IDENTITY, settings)
+
+    assert (result.card.reward.kind, result.card.reward.alpha) == ("alignment", 0.7)
+    assert result.policy.choose(context(3)).arm == "code"
+
+
+def test_a_cost_table_without_an_arm_is_refused(
+    prompts: list[CollectedPrompt], cost_table: Callable[..., CostTable]
+) -> None:
+    with pytest.raises(ArtefactError, match=r"math not measured; run `paceline profile`"):
+        learn(prompts, cost_table(["code"]), IDENTITY, SETTINGS)
+
+
+def test_features_of_another_target_are_refused(
+    prompts: list[CollectedPrompt], costs: CostTable
+) -> None:
+    with pytest.raises(StoreError, match=r"54 features a prompt.*give 134.*paceline collect"):
+        learn(prompts, costs, replace(IDENTITY, hidden_size=64), SETTINGS)
