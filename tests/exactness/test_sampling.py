@@ -379,3 +379,74 @@ def test_the_engine_emits_the_targets_distribution(
     assert (
         chi_square(counts.ravel(), law_of_two_tokens(small_target, prompt, params).ravel()) > ALPHA
     )
+
+
+# --- a seed is a text -----------------------------------------------------------------------------
+
+ARMS = ("none", "near", "random", "prompt_lookup")
+SETTINGS = {"temperature": 0.9, "top_p": 0.95, "max_new_tokens": 20, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "gemma2", "zoo"])
+def sampled(
+    request: pytest.FixtureRequest, zoo_target: Parts, prompts: list[PromptRecord]
+) -> tuple[Parts, list[list[int]]]:
+    """Parts with the arms above and three prompts."""
+    if request.param == "zoo":
+        target, tokenizer = zoo_target.target.model, zoo_target.tokenizer
+        texts = [record.prompt for record in prompts[1:6:2]]
+    else:
+        target, tokenizer = tiny_model(request.param), byte_tokenizer()
+        texts = ["spam, spam, eggs and spam", "x", "to be or not to be"]
+    drafters = {
+        "near": perturbed(target, 0.05),
+        "random": tiny_model("llama", seed=77, vocab_size=target.config.vocab_size),
+        "prompt_lookup": PromptLookup("prompt_lookup", PromptLookupSettings(min_ngram=1)),
+    }
+    config = Config(target=ModelSection(model="in memory"), engine=EngineSection(max_rows=3))
+    parts = build_from_objects(target, tokenizer, drafters, config)
+    return parts, [tokenizer(text)["input_ids"] for text in texts]
+
+
+def texts_of(
+    parts: Parts, prompts: Sequence[list[int]], arms: Sequence[str], **settings: object
+) -> list[list[int]]:
+    pace = Pace(parts)
+    requests = [
+        pace.request(prompt, id=str(i), drafter=arm, **{**SETTINGS, **settings})
+        for i, (prompt, arm) in enumerate(zip(prompts, itertools.cycle(arms), strict=False))
+    ]
+    done = {c.request_id: c.token_ids for c in pace.stream(requests)}
+    return [done[request.id] for request in requests]
+
+
+def test_a_seed_gives_one_text_whatever_the_arm_and_the_batch(
+    sampled: tuple[Parts, list[list[int]]],
+) -> None:
+    parts, prompts = sampled
+    alone = [texts_of(parts, [prompt], ["none"], seed=11)[0] for prompt in prompts]
+
+    for turn in range(len(ARMS)):
+        arms = ARMS[turn:] + ARMS[:turn]
+        assert texts_of(parts, prompts, arms, seed=11) == alone
+    crowd = [*prompts[::-1], *prompts, *prompts[::-1]]
+    assert texts_of(parts, crowd, ARMS, seed=11) == [*alone[::-1], *alone, *alone[::-1]]
+
+
+def test_another_seed_gives_another_text(sampled: tuple[Parts, list[list[int]]]) -> None:
+    parts, prompts = sampled
+    by_seed = [texts_of(parts, prompts[:1], ["near"], seed=seed)[0] for seed in (11, 12, -3)]
+
+    assert len({tuple(text) for text in by_seed}) == 3
+
+
+def test_residual_sampling_repeats_itself_under_a_seed(
+    sampled: tuple[Parts, list[list[int]]],
+) -> None:
+    parts, prompts = sampled
+    arms = ("near", "random", "prompt_lookup")
+
+    first = texts_of(parts, prompts, arms, seed=11, sampling="residual")
+
+    assert texts_of(parts, prompts, arms, seed=11, sampling="residual") == first
+    assert texts_of(parts, prompts, arms, seed=12, sampling="residual") != first

@@ -1,0 +1,121 @@
+"""Noise is a function of seed, position and stream alone; it is uniform and its parts independent."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from paceline import noise
+
+STREAMS = (noise.TARGET, noise.DRAFT, noise.ACCEPT)
+ALPHA = 1e-7
+N = 200_000
+
+
+def test_noise_does_not_depend_on_the_batch_it_is_asked_in() -> None:
+    seeds = torch.tensor([0, 1, -5, 2**62])[:, None]
+    positions = torch.arange(7)
+    together = noise.exponential(seeds, positions, noise.TARGET, 11)
+    uniforms = noise.uniform(seeds, positions, noise.ACCEPT)
+
+    assert together.shape == (4, 7, 11)
+    for i, j in itertools.product(range(4), range(7)):
+        alone = noise.exponential(seeds[i, 0], positions[j], noise.TARGET, 11)
+        assert torch.equal(alone, together[i, j])
+        assert torch.equal(noise.uniform(seeds[i, 0], positions[j], noise.ACCEPT), uniforms[i, j])
+
+
+def test_a_wider_vocabulary_keeps_the_noise_of_the_tokens_that_were_there() -> None:
+    seed, position = torch.tensor(4), torch.tensor(9)
+    wide = noise.exponential(seed, position, noise.DRAFT, 50)
+
+    assert torch.equal(noise.exponential(seed, position, noise.DRAFT, 20), wide[:20])
+
+
+def test_noise_is_the_same_on_every_machine() -> None:
+    """Values written down once: a seed must give the same text next year."""
+    u = noise.uniform(torch.tensor([0, 1, -1, 123456789]), torch.tensor(3), noise.ACCEPT)
+    e = noise.exponential(torch.tensor(42), torch.tensor(0), noise.TARGET, 3)
+
+    assert [f"{x:.12f}" for x in u.tolist()] == WRITTEN_UNIFORMS
+    assert [f"{x:.5f}" for x in e.tolist()] == WRITTEN_EXPONENTIALS
+
+
+WRITTEN_UNIFORMS: list[str] = []
+WRITTEN_EXPONENTIALS: list[str] = []
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("along", ["seeds", "positions", "spread seeds"])
+def test_uniforms_are_uniform(stream: int, along: str) -> None:
+    counter = torch.arange(N)
+    zero = torch.tensor(17)
+    u = {
+        "seeds": lambda: noise.uniform(counter, zero, stream),
+        "positions": lambda: noise.uniform(zero, counter, stream),
+        "spread seeds": lambda: noise.uniform(counter << 32, zero, stream),
+    }[along]().numpy()
+
+    assert u.min() >= 0.0 and u.max() < 1.0
+    assert stats.kstest(u, "uniform").pvalue > ALPHA
+    counts = np.histogram(u, bins=512, range=(0.0, 1.0))[0]
+    assert stats.chisquare(counts).pvalue > ALPHA
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_exponentials_are_exponential_for_every_token(stream: int) -> None:
+    e = noise.exponential(torch.arange(N // 8), torch.tensor(2), stream, 8).numpy()
+
+    for token in range(8):
+        assert stats.kstest(e[:, token], "expon").pvalue > ALPHA
+    assert e.min() > 0.0 and np.isfinite(e).all()
+
+
+def shifted_pairs() -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Numbers that are used side by side, and so must know nothing of one another."""
+    counter, place = torch.arange(N), torch.tensor(5)
+    pairs = [
+        (f"stream {a} and {b}", noise.uniform(counter, place, a), noise.uniform(counter, place, b))
+        for a, b in itertools.combinations(STREAMS, 2)
+    ]
+    one = noise.uniform(counter, place, noise.TARGET)
+    pairs.append(("next position", one, noise.uniform(counter, place + 1, noise.TARGET)))
+    pairs.append(("next seed", one, noise.uniform(counter + 1, place, noise.TARGET)))
+    pairs.append(("far seed", one, noise.uniform(counter + 2**40, place, noise.TARGET)))
+    tokens = noise.exponential(counter, place, noise.TARGET, 3)
+    drafts = noise.exponential(counter, place, noise.DRAFT, 3)
+    later = noise.exponential(counter, place + 1, noise.TARGET, 3)
+    pairs.append(("neighbouring tokens", tokens[:, 0], tokens[:, 1]))
+    pairs.append(("a token drafted and judged", tokens[:, 1], drafts[:, 1]))
+    pairs.append(("a token and its neighbour at the next position", tokens[:, 1], later[:, 0]))
+    accept = noise.uniform(counter, place, noise.ACCEPT)
+    pairs.append(("a draft and its accept test", drafts[:, 0], accept))
+    return pairs
+
+
+def test_noise_for_different_ends_is_independent() -> None:
+    for name, a, b in shifted_pairs():
+        assert stats.spearmanr(a.numpy(), b.numpy()).pvalue > ALPHA, name
+        ranks = [stats.rankdata(x.numpy()) * 16 // (N + 1) for x in (a, b)]
+        table = np.histogram2d(*ranks, bins=16)[0]
+        assert stats.chi2_contingency(table).pvalue > ALPHA, name
+
+
+def test_the_race_draws_from_the_distribution_it_is_given() -> None:
+    p = torch.tensor([0.5, 0.3, 0.15, 0.0499, 0.0001, 0.0])
+    drawn = noise.race(p, noise.exponential(torch.arange(N), torch.tensor(1), noise.TARGET, 6))
+
+    counts = torch.bincount(drawn, minlength=6).numpy()
+    assert counts[5] == 0
+    assert stats.chisquare(counts[:5], p[:5].double().numpy() / p.double().sum() * N).pvalue > ALPHA
+
+
+def test_unnormalised_weights_race_alike() -> None:
+    p = torch.tensor([0.5, 0.3, 0.2])
+    e = noise.exponential(torch.arange(1000), torch.tensor(1), noise.TARGET, 3)
+
+    assert torch.equal(noise.race(p, e), noise.race(0.125 * p, e))
