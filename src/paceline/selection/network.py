@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-CLIP: Final = 5.0
+CLIP: Final = 3.0
 """Standardised features end here: one unheard-of value must not drive the policy."""
 
 

@@ -82,7 +82,7 @@ def test_the_alignment_reward_is_that_of_rewards(
     writing = [with_outputs(p, "code", "lookup") for p in prompts]
     data, notes = build_dataset(writing, ARMS, costs.seconds, ALIGNMENT)
 
-    assert notes == []
+    assert not any("no text of its own" in note for note in notes)
     for row, p in zip(data.rewards, writing, strict=True):
         expected = alignments(
             costs.seconds, 0.25, len(p.prompt_tokens), p.output_tokens, p.draft_outputs
@@ -96,8 +96,7 @@ def test_an_arm_without_a_text_has_similarity_zero_and_a_note(
     writing = [with_outputs(p, "code") for p in prompts]
     data, notes = build_dataset(writing, ARMS, costs.seconds, ALIGNMENT)
 
-    (note,) = notes
-    assert "'lookup' writes no text of its own" in note
+    assert "'lookup' writes no text of its own" in notes[0]
     saved = 1 - 0.5 / 1.0  # a propose of 0.5 where the target's forward takes 1
     assert data.rewards[:, 2] == pytest.approx(0.25 * 0.0 + 0.75 * saved)
 

@@ -66,8 +66,9 @@ def test_a_learned_policy_is_as_fast_as_the_oracle_here(
     assert report.by_domain["odd"].chosen["math"] > 0.95
     assert report.num_train + report.overall.num_prompts == 120
     assert result.training.num_prompts == report.num_train
-    chosen = [result.policy.choose(context(seed)).arm for seed in range(1000, 1020)]
-    assert chosen == ["code", "math"] * 10
+    chosen = [result.policy.choose(context(seed)).arm for seed in range(1000, 1100)]
+    right = [arm == ("math" if seed % 2 else "code") for seed, arm in enumerate(chosen)]
+    assert sum(right) >= 98
     assert report.notes == ()
 
 
