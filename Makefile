@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+TESTERS := 2
 WHEELS := build/dist
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
@@ -25,10 +26,10 @@ demo: $(STAMP)
 	@$(BIN)/paceline demo $(ARGS)
 
 test: check wheel
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(TESTERS) $(ARGS)
 
 test-full: check wheel
-	$(BIN)/python -m pytest -m "wide or not wide" $(ARGS)
+	$(BIN)/python -m pytest -n $(TESTERS) -m "wide or not wide" $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

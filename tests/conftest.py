@@ -1,4 +1,4 @@
-"""What every room's tests may use: the zoo's target, prompts in its four styles, two threads."""
+"""What every room's tests may use: the zoo's target, prompts in its four styles, one thread."""
 
 from __future__ import annotations
 
@@ -33,9 +33,11 @@ def merge_settings(defaults, overrides):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
-    """As many as the slowest machine has cores; OMP_NUM_THREADS says otherwise."""
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+def _one_thread() -> None:
+    """Models this small gain little from a second thread, and on a busy machine threads that wait
+    for each other cost minutes; the suite runs in two processes instead.
+    """
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,10 @@ from paceline.experiments.demo_prompts import load_written
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-COMMANDS = sorted(set(re.findall(r"^paceline (\w+)", README, flags=re.MULTILINE)))
+FENCED = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+BLOCKS = [text for language, text in FENCED if language == "python"]
+SHELL = "".join(text for language, text in FENCED if language == "")
+COMMANDS = sorted(set(re.findall(r"^paceline (\w+)", SHELL, flags=re.MULTILINE)))
 
 
 @pytest.fixture

@@ -39,8 +39,7 @@ def collect(
 
     from paceline.cli.progress import progress
     from paceline.experiments.pipeline import collect as run_collect
-    from paceline.store import read_prompts
-    from paceline.store.prompts import take_by_hash
+    from paceline.store import read_prompts, take_by_hash
 
     settings = configured(config, dtype, device, threads, store=store)
     records = take_by_hash(read_prompts(prompts), limit)

@@ -7,7 +7,6 @@ whose hashes are lowest: a larger cap adds prompts and drops none.
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,11 +43,6 @@ def open_outputs(pace: Pace, folder: Path, max_new_tokens: int) -> ShardStore:
         "max_new_tokens": max_new_tokens,
     }
     return ShardStore(folder, KIND, OUTPUT_SCHEMA, identity)
-
-
-def lowest_hashes(prompts: Sequence[PromptRecord], cap: int | None) -> list[PromptRecord]:
-    """At most `cap` prompts, by the hash of their ids: no order of lines matters."""
-    return sorted(prompts, key=lambda r: hashlib.sha256(r.id.encode()).digest())[:cap]
 
 
 def read_examples(store: ShardStore, prompts: Sequence[PromptRecord]) -> list[Example]:

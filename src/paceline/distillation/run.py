@@ -28,14 +28,13 @@ from paceline.distillation.card import (
 )
 from paceline.distillation.outputs import (
     decode_outputs,
-    lowest_hashes,
     open_outputs,
     read_examples,
 )
 from paceline.distillation.student import SHAPES, build_student, num_parameters
 from paceline.distillation.train import Progress, Quality, Training, evaluate, train
 from paceline.errors import ConfigError
-from paceline.store import is_validation, read_prompts, write_atomically
+from paceline.store import is_validation, read_prompts, take_by_hash, write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -144,7 +143,7 @@ def _read(
 ) -> DataFile:
     """Answers to a file's prompts, decoded now where they are missing."""
     path = Path(path)
-    prompts = lowest_hashes(read_prompts([path]), settings.cap_of(path.stem))
+    prompts = take_by_hash(read_prompts([path]), settings.cap_of(path.stem))
     if only_validation:
         prompts = [r for r in prompts if is_validation(r.id, settings.validation_share)]
     store = open_outputs(pace, settings.outputs / path.stem, settings.max_new_tokens)

@@ -2,7 +2,7 @@
 
 from paceline.files import write_atomically
 from paceline.store.collection import Collection, LoadedCollection, load_collection
-from paceline.store.prompts import is_validation, read_prompts
+from paceline.store.prompts import is_validation, read_prompts, take_by_hash
 from paceline.store.shards import ShardStore
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "is_validation",
     "load_collection",
     "read_prompts",
+    "take_by_hash",
     "write_atomically",
 ]

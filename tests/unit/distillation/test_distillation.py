@@ -25,7 +25,6 @@ from paceline.contracts import PromptRecord
 from paceline.distillation import DistillSettings, Progress, distill
 from paceline.distillation.batches import Example, collate, in_order, pack_epoch
 from paceline.distillation.head import losses_and_matches, weighted_cross_entropy
-from paceline.distillation.outputs import lowest_hashes
 from paceline.distillation.student import Shape, build_student, num_parameters, project
 from paceline.distillation.train import (
     Quality,
@@ -38,7 +37,7 @@ from paceline.distillation.train import (
 from paceline.errors import ConfigError, StoreError
 from paceline.models.language_model import LanguageModel, check_packed_forward
 from paceline.models.vocabulary import Vocabulary
-from paceline.store import is_validation
+from paceline.store import is_validation, take_by_hash
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -338,9 +337,9 @@ def test_learning_rate_rises_then_falls_to_its_floor() -> None:
 
 def test_split_and_cap_do_not_depend_on_the_order_of_lines() -> None:
     records = [PromptRecord(f"p/{i}", "d", "x") for i in range(2000)]
-    forward, backward = lowest_hashes(records, 300), lowest_hashes(records[::-1], 300)
+    forward, backward = take_by_hash(records, 300), take_by_hash(records[::-1], 300)
     assert forward == backward
-    assert forward == lowest_hashes(records, 900)[:300]
+    assert forward == take_by_hash(records, 900)[:300]
 
     share = sum(is_validation(r.id, 0.1) for r in records) / len(records)
     assert 0.08 < share < 0.12
