@@ -17,15 +17,15 @@ _HOMES = {
     "Pace": "paceline.assembly",
     "PacelineError": "paceline.errors",
     "PromptRecord": "paceline.contracts",
-    "collect": "paceline.experiments",
-    "demo": "paceline.experiments",
+    "collect": "paceline.experiments.pipeline",
+    "demo": "paceline.experiments.demo_job",
     "distill": "paceline.distillation",
     "doctor": "paceline.bench",
-    "evaluate": "paceline.experiments",
-    "learn": "paceline.experiments",
+    "evaluate": "paceline.experiments.pipeline",
+    "learn": "paceline.experiments.pipeline",
     "load": "paceline.assembly",
     "load_config": "paceline.config",
-    "profile": "paceline.experiments",
+    "profile": "paceline.experiments.pipeline",
     "read_prompts": "paceline.store",
 }
 
@@ -56,7 +56,8 @@ if TYPE_CHECKING:
     from paceline.distillation import distill
     from paceline.drafting.base import Drafter
     from paceline.errors import PacelineError
-    from paceline.experiments import collect, demo, evaluate, learn, profile
+    from paceline.experiments.demo_job import demo
+    from paceline.experiments.pipeline import collect, evaluate, learn, profile
     from paceline.store import read_prompts
 
 

@@ -56,9 +56,7 @@ class Parts:
 def build(config: Config) -> Parts:
     """Load everything a configuration names. Cheap mistakes are found before weights are read."""
     settings = {name: check_settings(name, d) for name, d in config.drafters.items()}
-    for name in settings:
-        if name in (AUTO, NONE):
-            raise ConfigError(f"a drafter cannot be called '{name}'; that name has its own meaning")
+    _check_names(settings)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     tokenizer = load_tokenizer(config.target)
@@ -78,6 +76,12 @@ def build(config: Config) -> Parts:
         elif isinstance(chosen, PromptLookupSettings):
             drafters[name] = PromptLookup(name, chosen)
     return Parts(config, target, tokenizer, vocabulary, drafters)
+
+
+def _check_names(names: Iterable[str]) -> None:
+    for name in names:
+        if name in (AUTO, NONE):
+            raise ConfigError(f"a drafter cannot be called '{name}'; that name has its own meaning")
 
 
 def _draft_model(
@@ -104,11 +108,12 @@ def build_from_objects(
     drafters: Mapping[str, DraftSpec],
     config: Config,
 ) -> Parts:
-    """The same from models already in memory, which are left as they are.
+    """The same from models already in memory, left as they are but put in evaluation mode.
 
     A drafter is a transformers model, a pair of model and tokenizer, or a `Drafter`. A model alone
     is taken to share the target's tokenizer; with its own tokenizer that is checked.
     """
+    _check_names(drafters)
     vocabulary = Vocabulary.of(tokenizer)
     language_model = LanguageModel(target, "target")
     check_packed_forward(language_model)

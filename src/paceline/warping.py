@@ -29,6 +29,8 @@ def check_sampling(params: SamplingParams) -> None:
         raise RequestError(f"top_p must be in (0, 1], got {params.top_p}")
     if not 0.0 <= params.min_p < 1.0:
         raise RequestError(f"min_p must be in [0, 1), got {params.min_p}")
+    if not -(2**63) <= params.seed < 2**63:
+        raise RequestError(f"seed must fit in 64 bits with its sign, got {params.seed}")
     if params.temperature == 0.0:
         filters = {"top_k": params.top_k != 0, "top_p": params.top_p != 1.0}
         filters["min_p"] = params.min_p != 0.0

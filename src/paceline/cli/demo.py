@@ -36,7 +36,7 @@ def demo(
     from rich.console import Console
 
     from paceline.cli.progress import progress
-    from paceline.experiments import demo as run_demo
+    from paceline.experiments.demo_job import demo as run_demo
     from paceline.experiments.demo_report import (
         chosen_table,
         sentences,

@@ -17,7 +17,7 @@ from paceline.contracts import AUTO, NONE, Completion, Context, Decision, Reques
 from paceline.engine.rows import Row
 from paceline.engine.step import Round, judge, run_round
 from paceline.engine.stops import append_until_stop, final_text
-from paceline.errors import RequestError
+from paceline.errors import ArtefactError, RequestError
 from paceline.models.attention import Span
 from paceline.warping import check_sampling
 
@@ -64,7 +64,7 @@ class Engine:
         try:
             while waiting or rows:
                 with torch.inference_mode():
-                    rows = self._admit(waiting, rows)
+                    self._admit(waiting, rows)
                     running = [row for row in rows if row.finish_reason is None]
                     if running:
                         run_round(running, self.target, self._decode)
@@ -89,6 +89,12 @@ class Engine:
                 f"the prompt has {num_prompt} tokens, the target's context holds {context}; "
                 "shorten the prompt"
             )
+        unknown = [t for t in request.prompt_tokens if not 0 <= t < self.target.num_logits]
+        if unknown:
+            raise RequestError(
+                f"the prompt has the token id {unknown[0]}; the target's ids are 0 to "
+                f"{self.target.num_logits - 1}"
+            )
         if request.max_new_tokens < 1:
             raise RequestError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
         if any(not s for s in request.stop_strings):
@@ -105,33 +111,35 @@ class Engine:
                 f"unknown drafter '{request.drafter}'; there are: auto, {', '.join(self.drafters)}"
             )
 
-    def _admit(self, waiting: deque[Request], rows: list[Row]) -> list[Row]:
-        """Fill free rows: prefill, first token, choice of drafter, the drafter's start."""
+    def _admit(self, waiting: deque[Request], rows: list[Row]) -> None:
+        """Fill free rows: prefill, first token, choice of drafter, the drafter's start.
+
+        `rows` grows before any of that, so that an error on the way leaves no slot behind.
+        """
         new: list[Row] = []
-        while waiting and len(rows) + len(new) < self._max_rows:
+        while waiting and len(rows) < self._max_rows:
             request = waiting.popleft()
             num_prompt = len(request.prompt_tokens)
             # the last emitted token is never fed, so it needs no position
             room = self.target.context_length + 1 - num_prompt
-            new.append(
-                Row(
-                    id=next(self._ids),
-                    request=request,
-                    slot=self.target.acquire(),
-                    max_total=num_prompt + min(request.max_new_tokens, room),
-                    admitted_at=perf_counter(),
-                    tokens=list(request.prompt_tokens),
-                    drafter=self.drafters[NONE],
-                )
+            row = Row(
+                id=next(self._ids),
+                request=request,
+                slot=self.target.acquire(),
+                max_total=num_prompt + min(request.max_new_tokens, room),
+                admitted_at=perf_counter(),
+                tokens=list(request.prompt_tokens),
+                drafter=self.drafters[NONE],
             )
+            new.append(row)
+            rows.append(row)
         # neighbours in the cache stand side by side, so that they share attention calls
-        rows = sorted([*rows, *new], key=lambda row: row.slot)
+        rows.sort(key=lambda row: row.slot)
         for pieces in _pack(new, self._chunk):
             self._prefill(pieces)
         for row in new:
             if row.finish_reason is None:
                 self._assign_drafter(row, len(rows))
-        return rows
 
     def _prefill(self, pieces: Sequence[tuple[Row, int, int]]) -> None:
         """Run pieces of prompts; rows whose prompt ends here get their first token."""
@@ -160,8 +168,13 @@ class Engine:
 
     def _assign_drafter(self, row: Row, rows_in_flight: int) -> None:
         began = perf_counter()
-        row.decision = self._decide(row, rows_in_flight)
-        row.drafter = self.drafters[row.decision.arm]
+        decision = self._decide(row, rows_in_flight)
+        if decision.arm not in self.drafters:
+            raise ArtefactError(
+                f"policy '{decision.policy}' chose the arm '{decision.arm}', which is not loaded; "
+                f"there are: {', '.join(self.drafters)}"
+            )
+        row.decision, row.drafter = decision, self.drafters[decision.arm]
         chosen = perf_counter()
         row.drafter.start([row])
         row.seconds.choose += chosen - began
@@ -193,7 +206,7 @@ class Engine:
             token_ids=row.output,
             text=final_text(row, self._decode),
             finish_reason=row.finish_reason,
-            drafter=row.drafter.name,
+            drafter=row.decision.arm,
             decision=row.decision,
             rounds=row.rounds,
             seconds=row.seconds,

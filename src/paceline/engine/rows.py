@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from paceline.contracts import Decision, RoundStats, Seconds
+from paceline.contracts import NONE, Decision, RoundStats, Seconds
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +28,7 @@ class Row:
     admitted_at: float
     tokens: list[int]
     drafter: Drafter
-    decision: Decision = field(default_factory=lambda: Decision(arm=""))
+    decision: Decision = field(default_factory=lambda: Decision(arm=NONE))
     rounds: list[RoundStats] = field(default_factory=list)
     seconds: Seconds = field(default_factory=Seconds)
     finish_reason: FinishReason | None = None

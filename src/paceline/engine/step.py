@@ -79,6 +79,11 @@ def propose(rows: Sequence[Row]) -> Round:
 
 
 def _check_contract(drafter: Drafter, drafts: Drafts, limits: Sequence[int]) -> None:
+    if not len(drafts.lengths) == len(drafts.tokens) == len(limits):
+        raise DrafterError(
+            f"drafter '{drafter.name}' proposed for {len(drafts.tokens)} rows where "
+            f"{len(limits)} were asked for"
+        )
     for length, limit in zip(drafts.lengths, limits, strict=True):
         if not 0 <= length <= max(limit, 0):
             raise DrafterError(
@@ -94,7 +99,9 @@ def verify(rows: Sequence[Row], round_: Round, target: LanguageModel) -> Tensor:
         flat.append(row.tokens[-1])
         flat.extend(draft)
         spans.append(Span(row.slot, len(row.tokens) - 1, 1 + len(draft)))
-    return target.unembed(target.forward(torch.tensor(flat), spans))
+    # a drafter may know ids that the target lacks: any other is fed, and the judge rejects it
+    tokens = torch.tensor(flat).clamp_(0, target.num_logits - 1)
+    return target.unembed(target.forward(tokens, spans))
 
 
 def judge(rows: Sequence[Row], round_: Round, logits: Tensor) -> tuple[list[int], list[int]]:

@@ -116,6 +116,11 @@ def _context_length(config: Any) -> int:
     length = getattr(config, "max_position_embeddings", None)
     if length is None:
         raise ModelError(f"{type(config).__name__} names no max_position_embeddings")
+    # longrope turns every angle once one position passes the original length, for all rows of a
+    # forward at once; below it, rows cannot disturb one another
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        length = min(length, rope.get("original_max_position_embeddings") or length)
     return int(length)
 
 
@@ -148,7 +153,7 @@ def check_packed_forward(language_model: LanguageModel, seed: int = 0) -> None:
                 ancestors=[parents, None],
                 cache=cache,
             )
-        except (TypeError, AttributeError, RuntimeError) as error:
+        except (TypeError, AttributeError, IndexError, RuntimeError) as error:
             raise ModelError(
                 f"{language_model.name}: {type(language_model.model).__name__} cannot run the "
                 f"packed forward ({error})"
