@@ -84,7 +84,7 @@ class DraftModel(Drafter):
         stop = min(len(tokens) - 1, self.model.context_length)
         while state.num_cached < stop:
             end = min(stop, state.num_cached + self._chunk)
-            chunk = torch.tensor(tokens[state.num_cached : end])
+            chunk = self._known(tokens[state.num_cached : end])
             span = Span(state.slot, state.num_cached, end - state.num_cached)
             self.model.forward(chunk, [span])
             state.num_cached = end
@@ -131,6 +131,10 @@ class DraftModel(Drafter):
                 fed[i] = [token]
         return Drafts(tokens, lengths, probs)
 
+    def _known(self, tokens: Sequence[int]) -> Tensor:
+        """Tokens as a tensor; an id from the padding of the target's wider table as the last id."""
+        return torch.tensor(tokens).clamp_(max=self.model.num_logits - 1)
+
     def _length(self, row: RowView, limit: int) -> int:
         """Tokens to draft: every token that is fed needs a position within the model's context."""
         room = self.model.context_length - len(row.tokens) + 1
@@ -145,7 +149,7 @@ class DraftModel(Drafter):
             for state, i in zip(states, active, strict=True)
         ]
         flat = [token for i in active for token in fed[i]]
-        hidden = self.model.forward(torch.tensor(flat), spans)
+        hidden = self.model.forward(self._known(flat), spans)
         if len(flat) > len(spans):
             ends = torch.tensor([span.width for span in spans]).cumsum(0) - 1
             hidden = hidden[ends.to(hidden.device)]
@@ -192,7 +196,7 @@ class DraftModel(Drafter):
         if not trajectory:
             empty = np.zeros(0, dtype=np.float32)
             return PositionScores(empty.astype(bool), empty, empty, empty)
-        text = torch.tensor([*prompt, *trajectory[:-1]])
+        text = self._known([*prompt, *trajectory[:-1]])
         slot = self.model.acquire()
         try:
             with torch.inference_mode():

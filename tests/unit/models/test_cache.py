@@ -1,0 +1,75 @@
+"""Slots are reused lowest first; storage grows without losing what it holds."""
+
+from __future__ import annotations
+
+import torch
+
+from paceline.models.cache import BLOCK, RowCache
+
+
+def new_keys() -> torch.Tensor:
+    return torch.zeros(1, 2, 1, 4)
+
+
+def test_the_lowest_free_slot_is_given_first() -> None:
+    cache = RowCache()
+    assert [cache.acquire() for _ in range(4)] == [0, 1, 2, 3]
+
+    cache.release(2)
+    cache.release(0)
+
+    assert [cache.acquire() for _ in range(3)] == [0, 2, 4]
+
+
+def test_capacity_is_whole_blocks_for_every_slot() -> None:
+    cache = RowCache()
+    cache.acquire(), cache.acquire()
+    cache.reserve(BLOCK + 1)
+
+    keys, values = cache.layer(0, new_keys())
+
+    assert keys.shape == values.shape == (2, 2, 2 * BLOCK, 4)
+    assert cache.num_bytes() == keys.nbytes + values.nbytes
+
+
+def test_growing_by_slots_and_by_positions_keeps_contents() -> None:
+    cache = RowCache()
+    cache.acquire()
+    cache.reserve(BLOCK)
+    keys, values = cache.layer(1, new_keys())
+    keys[0, :, 5], values[0, :, BLOCK - 1] = 7.0, 8.0
+
+    cache.acquire()
+    cache.reserve(3 * BLOCK)
+    keys, values = cache.layer(1, new_keys())
+
+    assert keys.shape[0] >= 2 and keys.shape[2] >= 3 * BLOCK
+    assert keys[0, :, 5].eq(7.0).all() and values[0, :, BLOCK - 1].eq(8.0).all()
+    assert keys.sum() == 7.0 * 8 and values.sum() == 8.0 * 8
+
+
+def test_storage_is_given_back_when_the_last_of_several_rows_ends() -> None:
+    cache = RowCache()
+    slots = [cache.acquire() for _ in range(3)]
+    cache.reserve(10)
+    cache.layer(0, new_keys())
+
+    for slot in slots:
+        assert cache.num_bytes() > 0
+        cache.release(slot)
+
+    assert cache.num_bytes() == 0
+    assert cache.acquire() == 0
+
+
+def test_only_the_row_that_moves_entries_is_touched() -> None:
+    cache = RowCache()
+    cache.acquire(), cache.acquire()
+    cache.reserve(8)
+    keys, _ = cache.layer(0, new_keys())
+    keys[:] = torch.arange(keys.shape[2])[None, None, :, None]
+
+    cache.copy_positions(1, torch.tensor([2, 5, 6]), 2)
+
+    assert keys[1, 0, :8, 0].tolist() == [0, 1, 2, 5, 6, 5, 6, 7]
+    assert keys[0, 0, :8, 0].tolist() == list(range(8))
