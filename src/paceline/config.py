@@ -122,6 +122,8 @@ def explain(schema: type[BaseModel], error: ValidationError) -> str:
         return f"unknown key '{'.'.join(location)}'{nearest(location[-1], valid)}"
     if first["type"] == "missing":
         return f"key '{'.'.join(location)}' is missing"
+    if first["type"] == "value_error":  # a rule of ours over several keys
+        return str(first["ctx"]["error"])
     return f"'{'.'.join(location)}': {first['msg'].lower()}, got {first['input']!r}"
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from paceline.contracts import Drafts
 from paceline.drafting.base import Drafter, Foresight, pad_drafts
@@ -33,6 +33,12 @@ class PromptLookupSettings(BaseModel):
     num_draft_tokens: int = Field(default=8, ge=1, le=64)
     min_ngram: int = Field(default=2, ge=1)
     max_ngram: int = Field(default=16, ge=1)
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> PromptLookupSettings:
+        if self.min_ngram > self.max_ngram:
+            raise ValueError(f"min_ngram {self.min_ngram} is above max_ngram {self.max_ngram}")
+        return self
 
 
 def longest_suffix_match(tokens: np.ndarray, min_ngram: int, max_ngram: int) -> int | None:

@@ -167,7 +167,14 @@ def check_packed_forward(language_model: LanguageModel, seed: int = 0) -> None:
             ids = torch.cat([text, path])[None].to(language_model.device)
             plain = language_model.model(input_ids=ids, use_cache=False).logits[0]
             plain = plain[-len(place) :].float().cpu()
-            worst = max(worst, (packed[place] - plain).abs().max().item())
+            if not plain.isfinite().all():
+                raise ModelError(
+                    f"{language_model.name}: the logits are not finite; the weights are damaged "
+                    f"or too large for {language_model.dtype}"
+                )
+            # nan_to_num: Python's max would pass over a nan
+            difference = (packed[place] - plain).abs().nan_to_num(nan=float("inf"))
+            worst = max(worst, difference.max().item())
             scale = max(scale, plain.std().item())
     tolerance = 1e-3 if language_model.dtype == torch.float32 else 0.15
     if not worst <= tolerance * max(scale, 1e-6):

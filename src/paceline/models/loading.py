@@ -76,7 +76,7 @@ def _check_source(model: str) -> None:
 def _reason(error: Exception) -> str:
     """The first line of an error; transformers' messages run over many."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return lines[0].rstrip(".:") if lines else type(error).__name__
 
 
 def load_config(section: ModelSection) -> Any:
@@ -104,7 +104,12 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
                 trust_remote_code=section.trust_remote_code,
             )
     except (OSError, ValueError, HFValidationError) as error:
-        raise ModelError(f"{section.model}: no usable tokenizer ({_reason(error)})") from error
+        remedy = "it should lie beside the model, as tokenizer.json"
+        if not Path(section.model).exists():
+            remedy = "there is no local folder of that name either"
+        raise ModelError(
+            f"{section.model}: no usable tokenizer ({_reason(error)}); {remedy}"
+        ) from error
     return tokenizer
 
 
@@ -121,6 +126,7 @@ def load_language_model(section: ModelSection, name: str) -> LanguageModel:
                 trust_remote_code=section.trust_remote_code,
                 dtype=dtype,
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
                 output_loading_info=True,
             )
     except SafetensorError as error:
@@ -128,9 +134,19 @@ def load_language_model(section: ModelSection, name: str) -> LanguageModel:
             f"{section.model}: the weight file is damaged or truncated ({_reason(error)}); "
             "fetch or copy it again"
         ) from error
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except OSError as error:
+        raise ModelError(
+            f"{section.model}: no usable weights ({_reason(error)}); only safetensors are read"
+        ) from error
+    except (ValueError, RuntimeError, ImportError) as error:
         raise ModelError(f"{section.model}: {_reason(error)}") from error
     model, info = loaded
+    if info["mismatched_keys"]:
+        weight, found, expected = min(info["mismatched_keys"])
+        raise ModelError(
+            f"{section.model}: config.json does not fit the weight file: '{weight}' is "
+            f"{tuple(found)} there and should be {tuple(expected)}"
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(

@@ -193,6 +193,11 @@ def scores_are_not_capped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_attend", lambda *given: attend(*given[:-1], None))
 
 
+def scores_are_not_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = attention._attend
+    monkeypatch.setattr(attention, "_attend", lambda *given: attend(*given) * torch.nan)
+
+
 @pytest.mark.parametrize(
     ("plant", "architecture"),
     [
@@ -205,6 +210,7 @@ def scores_are_not_capped(monkeypatch: pytest.MonkeyPatch) -> None:
         (windows_are_one_too_wide, "mistral"),
         (windows_are_ignored, "gemma2"),
         (scores_are_not_capped, "gemma2"),
+        (scores_are_not_numbers, "llama"),
     ],
 )
 def test_the_self_check_refuses_a_planted_mismatch(
