@@ -322,7 +322,7 @@ def test_a_token_the_target_cannot_say_is_seen() -> None:
 # --- the engine, on a model whose law can be written down -----------------------------------------
 
 SMALL_V = 10
-NUM_REQUESTS = 2000
+NUM_REQUESTS = 1500
 
 
 @pytest.fixture(scope="module")
@@ -446,6 +446,25 @@ def test_a_seed_gives_one_text_whatever_the_arm_and_the_batch(
         assert texts_of(parts, prompts, arms, seed=11) == alone
     crowd = [*prompts[::-1], *prompts, prompts[0]]
     assert texts_of(parts, crowd, ARMS, seed=11) == [*alone[::-1], *alone, alone[0]]
+
+
+def test_under_invariant_sampling_the_target_accepts_all_of_its_own_drafts(
+    sampled: tuple[Parts, list[list[int]]],
+) -> None:
+    """Drafts and verdicts meet at the same noise: another position's would nearly never match."""
+    parts, prompts = sampled
+    own = build_from_objects(
+        parts.target.model, parts.tokenizer, {"self": parts.target.model}, parts.config
+    )
+    pace = Pace(own)
+    requests = [
+        pace.request(p, id=str(i), drafter="self", seed=5, **SETTINGS)
+        for i, p in enumerate(prompts)
+    ]
+
+    for completion in pace.stream(requests):
+        assert all(r.accepted == r.drafted for r in completion.rounds)
+        assert len(completion.rounds) == 4  # 19 tokens after the first, 5 a round
 
 
 def test_another_seed_gives_another_text(sampled: tuple[Parts, list[list[int]]]) -> None:
