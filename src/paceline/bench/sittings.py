@@ -22,7 +22,7 @@ from paceline.costs.table import ENGINE, FORWARD, PREFILL, PROPOSE, ROUND, START
 from paceline.engine import Engine
 from paceline.engine.rows import Row
 from paceline.engine.step import Round, judge, propose, verify
-from paceline.models.attention import Span
+from paceline.models.packing import Span
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -18,7 +18,7 @@ import paceline.noise as noise
 from paceline.config import ModelSection
 from paceline.contracts import Drafts
 from paceline.drafting.base import Drafter, Foresight, Needs, PositionScores
-from paceline.models.attention import Span
+from paceline.models.packing import Span
 from paceline.warping import warp
 
 if TYPE_CHECKING:

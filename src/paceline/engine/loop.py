@@ -18,7 +18,7 @@ from paceline.engine.rows import Row
 from paceline.engine.step import Round, judge, run_round
 from paceline.engine.stops import append_until_stop, final_text
 from paceline.errors import ArtefactError, RequestError
-from paceline.models.attention import Span
+from paceline.models.packing import Span
 from paceline.warping import check_sampling
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import paceline.noise as noise
 from paceline.contracts import RoundStats, Verdicts
 from paceline.engine.stops import append_until_stop
 from paceline.errors import DrafterError
-from paceline.models.attention import Span
+from paceline.models.packing import Span
 from paceline.verification import judge_matches, judge_residual
 from paceline.warping import warp
 

@@ -47,10 +47,10 @@ class RowCache:
             grown = self._num_positions + self._num_positions // 2
             self._num_positions = max(blocks * BLOCK, grown // BLOCK * BLOCK)
 
-    def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's storage with room for all slots and reserved positions.
 
-        like: [1, Hkv, N, D] new keys, which give heads, width, dtype and device.
+        key, value: [N, Hkv, D] new entries, which give heads, width, dtype and device.
         """
         while len(self.keys) <= index:
             self.keys.append(None)
@@ -62,8 +62,8 @@ class RowCache:
             or keys.shape[0] < self._num_slots
             or keys.shape[2] < self._num_positions
         ):
-            keys = self.keys[index] = self._grow(keys, like)
-            values = self.values[index] = self._grow(values, like)
+            keys = self.keys[index] = self._grow(keys, key)
+            values = self.values[index] = self._grow(values, value)
         return keys, values
 
     def _grow(self, old: Tensor | None, like: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class RowCache:
             slots = max(slots, old.shape[0] * 2)
         positions = max(self._num_positions, old.shape[2] if old is not None else 0)
         # zeros, not empty: masked positions enter the product with weight 0, and 0 * nan is nan
-        new = like.new_zeros((slots, like.shape[1], positions, like.shape[3]))
+        new = like.new_zeros((slots, like.shape[1], positions, like.shape[2]))
         if old is not None:
             new[: old.shape[0], :, : old.shape[2]] = old
         return new

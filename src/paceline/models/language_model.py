@@ -1,26 +1,29 @@
 """A causal language model as the rest of paceline sees it: packed forward, unembed, row caches.
 
-Runs transformers' own forward on one packed sequence; the attention in `attention.py` tells the rows
-apart. Weights stay where transformers put them and a model the caller handed in is left as it was
-found. Knows no drafting, sampling or text. Symbols: N packed tokens, D hidden size, V logits width.
+Behind it stands the lean forward where it fits and transformers' own elsewhere. Knows no drafting,
+sampling or text. Symbols: N packed tokens, D hidden size, V logits width.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from paceline.errors import ModelError
-from paceline.models.attention import NAME, PackedBatch, Span
+from paceline.models.adapter import TransformersForward
 from paceline.models.cache import RowCache
+from paceline.models.lean import LeanForward, why_not_lean
+from paceline.models.packing import ChainMasks, PackedBatch, Span
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel
+
+Forward = Literal["auto", "lean", "transformers"]
 
 
 class LanguageModel:
@@ -29,7 +32,8 @@ class LanguageModel:
     Several roles may share the weights (a target drafting for itself) by building several of these.
     """
 
-    def __init__(self, model: PreTrainedModel, name: str) -> None:
+    def __init__(self, model: PreTrainedModel, name: str, forward: Forward = "auto") -> None:
+        """forward: `lean` insists on the lean forward, `auto` takes it where it fits."""
         self.name = name
         self.model = model.eval()
         config = model.config.get_text_config()
@@ -38,16 +42,19 @@ class LanguageModel:
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
         self.cache = RowCache()
-        head = model.get_output_embeddings()
-        if head is None:
-            raise ModelError(f"{name}: {type(model).__name__} has no output head; use a causal LM")
-        self._head = head
-        self.num_logits: int = head.weight.shape[0]
-        self._logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
-        self._body = model.base_model
-        # every attention module reads its implementation from one of these
-        configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-        self._configs: list[Any] = list(configs.values())
+        self._chain_masks = ChainMasks()
+        self._forward: LeanForward | TransformersForward = TransformersForward(model, name)
+        self.num_logits: int = model.get_output_embeddings().weight.shape[0]
+        reason = "the configuration says so" if forward == "transformers" else why_not_lean(model)
+        if reason is None:
+            self._forward = LeanForward(model)
+        elif forward == "lean":
+            raise ModelError(f"{name}: cannot run the lean forward, because {reason}")
+
+    @property
+    def forward_kind(self) -> str:
+        """`lean` or `transformers`: whose code runs the weights."""
+        return self._forward.kind
 
     def acquire(self) -> int:
         """A slot for a new row."""
@@ -70,29 +77,18 @@ class LanguageModel:
         column's token is an ancestor of the row's token or the token itself. Each token's keys and
         values are cached at start + its place in the span.
         """
-        packed = PackedBatch(spans, self.cache if cache is None else cache, self.device, ancestors)
-        before = [config._attn_implementation for config in self._configs]
-        for config in self._configs:
-            config._attn_implementation_internal = NAME
-        try:
-            output = self._body(
-                input_ids=tokens[None].to(self.device),
-                position_ids=packed.positions(),
-                use_cache=False,
-                packed=packed,
-            )
-        finally:
-            for config, name in zip(self._configs, before, strict=True):
-                config._attn_implementation_internal = name
-        hidden: Tensor = output.last_hidden_state
-        return hidden[0]
+        packed = PackedBatch(
+            spans,
+            self.cache if cache is None else cache,
+            self.device,
+            ancestors,
+            self._chain_masks,
+        )
+        return self._forward.hidden(tokens.to(self.device), packed)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of final hidden states [..., D]."""
-        logits: Tensor = self._head(hidden)
-        if self._logit_cap is not None:
-            logits = torch.tanh(logits / self._logit_cap) * self._logit_cap
-        return logits
+        return self._forward.logits(hidden)
 
     def fingerprint(self) -> str:
         """A short hash of shapes and sampled weights, the same in every dtype the model runs in."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from paceline.contracts import SamplingParams
-from paceline.models.attention import Span
+from paceline.models.packing import Span
 from paceline.warping import warp
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from transformers import BloomConfig, BloomForCausalLM, GraniteConfig, GraniteFo
 
 from paceline.errors import ModelError
 from paceline.models import attention
-from paceline.models.attention import Span
+from paceline.models.packing import Span
 from paceline.models.cache import BLOCK
 from paceline.models.language_model import LanguageModel, check_packed_forward
 from paceline.testing.tiny_models import ARCHITECTURES, perturbed, tiny_model

@@ -1,0 +1,108 @@
+"""transformers' own forward, run on packed rows: the general twin of the lean forward.
+
+transformers runs the model on one packed sequence [1, N]; only the attention registered here, under
+the name "paceline", knows which token belongs to which row. Weights stay where transformers put
+them and a model the caller handed in is left as it was found.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+import torch
+from transformers import AttentionInterface
+
+from paceline.errors import ModelError
+from paceline.models.attention import attend
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from paceline.models.packing import PackedBatch
+
+NAME: Final = "paceline"
+
+# What an architecture may hand its attention function without changing what is computed here.
+_HARMLESS: Final = frozenset(
+    {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
+     "cache_position", "is_causal", "position_embeddings", "past_key_values", "layer_past",
+     "encoder_hidden_states", "encoder_attention_mask", "dropout"}
+)  # fmt: skip
+
+
+class TransformersForward:
+    """Body and head of any causal LM whose attention goes through transformers' interface."""
+
+    kind: ClassVar[str] = "transformers"
+
+    def __init__(self, model: PreTrainedModel, name: str) -> None:
+        head = model.get_output_embeddings()
+        if head is None:
+            raise ModelError(f"{name}: {type(model).__name__} has no output head; use a causal LM")
+        self._head = head
+        self._body = model.base_model
+        text_config = model.config.get_text_config()
+        self._logit_cap: float | None = getattr(text_config, "final_logit_softcapping", None)
+        # every attention module reads its implementation from one of these
+        configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+        self._configs: list[Any] = list(configs.values())
+
+    def hidden(self, tokens: Tensor, packed: PackedBatch) -> Tensor:
+        """Final hidden states [N, D] of tokens [N]."""
+        before = [config._attn_implementation for config in self._configs]
+        for config in self._configs:
+            config._attn_implementation_internal = NAME
+        try:
+            output = self._body(
+                input_ids=tokens[None],
+                position_ids=packed.positions()[None],
+                use_cache=False,
+                packed=packed,
+            )
+        finally:
+            for config, name in zip(self._configs, before, strict=True):
+                config._attn_implementation_internal = name
+        hidden: Tensor = output.last_hidden_state
+        return hidden[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of final hidden states [..., D]."""
+        logits: Tensor = self._head(hidden)
+        if self._logit_cap is not None:
+            logits = torch.tanh(logits / self._logit_cap) * self._logit_cap
+        return logits
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    packed: PackedBatch | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface. query: [1, H, N, D]; key, value: [1, Hkv, N, D].
+
+    Returns [1, N, H, D]. An argument that is not known to leave the result alone is refused,
+    because it would be silently ignored.
+    """
+    if packed is None:
+        raise ModelError(f"{type(module).__name__} does not pass extra arguments to its attention")
+    strange = [k for k, v in kwargs.items() if v is not None and k not in _HARMLESS]
+    if strange or attention_mask is not None:
+        raise ModelError(
+            f"{type(module).__name__} hands its attention {strange or ['a mask']}, which the packed "
+            "forward does not know"
+        )
+    scale = scaling if scaling is not None else query.shape[3] ** -0.5
+    layer: Any = module.layer_idx
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    return attend(packed, layer, q, k, v, scale, sliding_window, softcap)[None], None
+
+
+AttentionInterface.register(NAME, packed_attention)

@@ -1,0 +1,181 @@
+"""Rows packed into one forward: which token belongs to which row, where it stands, what it sees.
+
+A forward takes N tokens of any rows, row after row. Neighbouring cache slots with equally many
+tokens form one run, which is one attention call. Knows no model. Symbols: N packed tokens, R rows
+of a run, W tokens a row, L cached positions, G query heads per key-value head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from paceline.models.cache import RowCache
+
+# Wider rows are prefill: padding them to one length would cost more than a call each saves.
+_MAX_SHARED_WIDTH: Final = 64
+# Drafts up to this length slice their mask from a table instead of building it.
+_MAX_TABLED_WIDTH: Final = 17
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One row's tokens in a packed forward: `width` of them after `start` cached positions."""
+
+    slot: int
+    start: int
+    width: int
+
+
+@dataclass(slots=True)
+class Run:
+    """Neighbouring slots with equal widths: one attention call."""
+
+    first: int  # index of the first packed token
+    slots: range
+    starts: list[int]
+    width: int
+    ancestors: Tensor | None = None  # [W, W] bool, single rows only
+    masks: dict[tuple[int | None, int], Tensor | None] = field(default_factory=dict)
+    index: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def length(self) -> int:
+        return max(self.starts) + self.width
+
+
+class ChainMasks:
+    """Additive masks of single chains, sliced from one table per width instead of built."""
+
+    def __init__(self) -> None:
+        self._tables: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
+
+    def mask(self, groups: int, width: int, start: int, like: Tensor) -> Tensor:
+        """[1, 1, G*W, start + W]: token w sees the cached positions and tokens 0 to w."""
+        key = (groups, width, like.dtype, like.device)
+        table = self._tables.get(key)
+        if table is None or table.shape[1] - width < start:
+            room = 256
+            while room < start:
+                room *= 2
+            table = torch.full((width, room + width), float("-inf"))
+            table = table.triu_(room + 1).repeat(groups, 1).to(like)
+            self._tables[key] = table
+        room = table.shape[1] - width
+        return table[None, None, :, room - start :]
+
+
+class PackedBatch:
+    """Which row every packed token belongs to. Built once a forward, read by every layer."""
+
+    def __init__(
+        self,
+        spans: Sequence[Span],
+        cache: RowCache,
+        device: torch.device,
+        ancestors: Sequence[Tensor | None] | None = None,
+        chain_masks: ChainMasks | None = None,
+    ) -> None:
+        self.cache = cache
+        self.device = device
+        self.runs: list[Run] = []
+        self._chain_masks = chain_masks or ChainMasks()
+        first = 0
+        for i, span in enumerate(spans):
+            tree = ancestors[i] if ancestors is not None else None
+            last = self.runs[-1] if self.runs else None
+            if (
+                last is not None
+                and tree is None
+                and last.ancestors is None
+                and last.width == span.width
+                and last.slots.stop == span.slot
+                and span.width <= _MAX_SHARED_WIDTH
+            ):
+                last.slots = range(last.slots.start, span.slot + 1)
+                last.starts.append(span.start)
+            else:
+                slots = range(span.slot, span.slot + 1)
+                self.runs.append(Run(first, slots, [span.start], span.width, tree))
+            first += span.width
+        self.num_tokens = first
+        self.num_positions = max(run.length for run in self.runs)
+        cache.reserve(self.num_positions)
+
+    def only_chain(self) -> range | None:
+        """The positions, if all tokens are one row's chain: then slices do instead of indices."""
+        run = self.runs[0]
+        if len(self.runs) > 1 or len(run.slots) > 1 or run.ancestors is not None:
+            return None
+        return range(run.starts[0], run.starts[0] + run.width)
+
+    def positions(self) -> Tensor:
+        """[N] absolute positions: start plus depth, which for a chain is start, start + 1, ..."""
+        parts = []
+        for run in self.runs:
+            depth = (
+                torch.arange(run.width)
+                if run.ancestors is None
+                else run.ancestors.sum(dim=-1).cpu() - 1
+            )
+            starts = torch.tensor(run.starts)
+            parts.append((starts[:, None] + depth).flatten())
+        return torch.cat(parts).to(self.device)
+
+    def mask(self, run: Run, window: int | None, groups: int, like: Tensor) -> Tensor | None:
+        """[R, 1, G*W, L] additive, or None where every token may see everything.
+
+        window: how many positions, its own included, a token sees; None is all of them.
+        """
+        if window is not None and run.length <= window:
+            window = None
+        key = (window, groups)
+        if key not in run.masks:
+            run.masks[key] = self._build_mask(run, window, groups, like)
+        return run.masks[key]
+
+    def _build_mask(self, run: Run, window: int | None, groups: int, like: Tensor) -> Tensor | None:
+        if len(run.slots) == 1 and window is None and run.ancestors is None:
+            if run.width == 1:
+                return None
+            if run.width <= _MAX_TABLED_WIDTH:
+                return self._chain_masks.mask(groups, run.width, run.starts[0], like)
+        visible = _visible(run, window, like.device)
+        mask = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
+        mask.masked_fill_(~visible, float("-inf"))
+        tiled = mask[:, None].expand(-1, groups, -1, -1)
+        return tiled.reshape(len(run.slots), 1, groups * run.width, run.length)
+
+
+def chain_ancestors(width: int, device: torch.device) -> Tensor:
+    """[W, W] bool, True where the column is an ancestor of the row or the row itself."""
+    return torch.ones(width, width, dtype=torch.bool, device=device).tril_()
+
+
+def _visible(run: Run, window: int | None, device: torch.device) -> Tensor:
+    """[R, W, L] bool: which cached position each new token may see."""
+    starts = torch.tensor(run.starts, device=device)[:, None, None]
+    keys = torch.arange(run.length, device=device)
+    depths = torch.arange(run.width, device=device)[:, None]
+    if run.ancestors is None:
+        visible = keys <= starts + depths
+        position_of_query = starts + depths
+        position_of_key = keys
+    else:
+        start = run.starts[0]
+        tree = run.ancestors.to(device)
+        past = torch.ones(run.width, start, dtype=torch.bool, device=device)
+        visible = torch.cat([past, tree], dim=1)[None]
+        tree_positions = start + tree.sum(dim=-1) - 1
+        position_of_query = tree_positions[None, :, None]
+        position_of_key = torch.cat([keys[:start], tree_positions])
+    if window is not None:
+        visible = visible & (position_of_key > position_of_query - window)
+    return visible
