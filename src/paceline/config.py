@@ -27,12 +27,16 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """A transformers causal LM: local folder or hub name."""
+    """A transformers causal LM: local folder or hub name.
+
+    forward: whose code runs the weights; `auto` takes the lean forward where it fits.
+    """
 
     model: str
     revision: str | None = None
     dtype: Dtype = "auto"
     device: Device = "auto"
+    forward: Literal["auto", "lean", "transformers"] = "auto"
     trust_remote_code: bool = False
 
 

@@ -102,7 +102,10 @@ def packed_attention(
     scale = scaling if scaling is not None else query.shape[3] ** -0.5
     layer: Any = module.layer_idx
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    return attend(packed, layer, q, k, v, scale, sliding_window, softcap)[None], None
+    key_value = torch.cat((k.flatten(1), v.flatten(1)), dim=1)
+    num_kv_heads = key.shape[1]
+    out = attend(packed, layer, q, key_value, num_kv_heads, scale, sliding_window, softcap)
+    return out[None], None
 
 
 AttentionInterface.register(NAME, packed_attention)

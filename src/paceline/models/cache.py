@@ -1,9 +1,10 @@
 """Keys and values of all rows of one model.
 
-A row owns a slot. Every layer keeps one tensor [slots, kv heads, positions, head dim], grown in
-blocks and shaped by the first keys it sees, so any architecture fits. What a row has cached is a
-length that its owner keeps: rolling back is forgetting positions, nothing is copied or cleared.
-Neighbouring slots form one slice, so a full batch is one attention call. Knows no attention.
+A row owns a slot. Every layer keeps one tensor [slots, positions, F] of a position's keys and then
+its values, grown in blocks and as wide as the first entries it sees, so any architecture fits. What
+a row has cached is a length that its owner keeps: rolling back is forgetting positions, nothing is
+copied or cleared. Neighbouring slots form one slice, so a full batch is one attention call. Knows no
+attention.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ class RowCache:
     """Slots and their tensors; `acquire` a slot for a row, `release` it at its end."""
 
     def __init__(self) -> None:
-        self.keys: list[Tensor | None] = []
-        self.values: list[Tensor | None] = []
+        self.layers: list[Tensor | None] = []
         self._free: list[int] = []
         self._num_slots = 0
         self._num_positions = 0
@@ -38,7 +38,7 @@ class RowCache:
         bisect.insort(self._free, slot)
         if len(self._free) == self._num_slots and self._num_slots > 1:
             self._num_slots, self._free = 0, []
-            self.keys, self.values = [], []
+            self.layers = []
 
     def reserve(self, num_positions: int) -> None:
         """Make room for positions below `num_positions` in every slot."""
@@ -47,43 +47,40 @@ class RowCache:
             grown = self._num_positions + self._num_positions // 2
             self._num_positions = max(blocks * BLOCK, grown // BLOCK * BLOCK)
 
-    def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's storage with room for all slots and reserved positions.
+    def layer(self, index: int, like: Tensor) -> Tensor:
+        """The layer's storage [slots, positions, F], with room for all slots and reserved positions.
 
-        key, value: [N, Hkv, D] new entries, which give heads, width, dtype and device.
+        like: [N, F] new entries, which give width, dtype and device.
         """
-        while len(self.keys) <= index:
-            self.keys.append(None)
-            self.values.append(None)
-        keys, values = self.keys[index], self.values[index]
+        while len(self.layers) <= index:
+            self.layers.append(None)
+        storage = self.layers[index]
         if (
-            keys is None
-            or values is None
-            or keys.shape[0] < self._num_slots
-            or keys.shape[2] < self._num_positions
+            storage is None
+            or storage.shape[0] < self._num_slots
+            or storage.shape[1] < self._num_positions
         ):
-            keys = self.keys[index] = self._grow(keys, key)
-            values = self.values[index] = self._grow(values, value)
-        return keys, values
+            storage = self.layers[index] = self._grow(storage, like)
+        return storage
 
     def _grow(self, old: Tensor | None, like: Tensor) -> Tensor:
         slots = self._num_slots
         if old is not None and slots > old.shape[0]:
             slots = max(slots, old.shape[0] * 2)
-        positions = max(self._num_positions, old.shape[2] if old is not None else 0)
+        positions = max(self._num_positions, old.shape[1] if old is not None else 0)
         # zeros, not empty: masked positions enter the product with weight 0, and 0 * nan is nan
-        new = like.new_zeros((slots, like.shape[1], positions, like.shape[2]))
+        new = like.new_zeros((slots, positions, like.shape[1]))
         if old is not None:
-            new[: old.shape[0], :, : old.shape[2]] = old
+            new[: old.shape[0], : old.shape[1]] = old
         return new
 
     def num_bytes(self) -> int:
         """Bytes held now, by all slots together."""
-        return sum(t.nbytes for t in (*self.keys, *self.values) if t is not None)
+        return sum(storage.nbytes for storage in self.layers if storage is not None)
 
     def copy_positions(self, slot: int, source: Tensor, start: int) -> None:
         """Move a row's entries at positions `source` [n] to start, start + 1, ..."""
         stop = start + source.shape[0]
-        for storage in (*self.keys, *self.values):
+        for storage in self.layers:
             if storage is not None:
-                storage[slot, :, start:stop] = storage[slot].index_select(1, source)
+                storage[slot, start:stop] = storage[slot].index_select(0, source)

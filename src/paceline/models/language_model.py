@@ -120,6 +120,12 @@ def _context_length(config: Any) -> int:
     return int(length)
 
 
+def _other_forward(language_model: LanguageModel) -> str:
+    if language_model.forward_kind == "transformers":
+        return ""
+    return " by the lean forward; set 'forward: transformers'"
+
+
 def check_packed_forward(language_model: LanguageModel, seed: int = 0) -> None:
     """Compare a ragged tree forward with transformers' plain one on random tokens.
 
@@ -177,5 +183,5 @@ def check_packed_forward(language_model: LanguageModel, seed: int = 0) -> None:
         raise ModelError(
             f"{language_model.name}: the packed forward of {type(language_model.model).__name__} "
             f"differs from transformers' by {worst:.3g} (logits vary by {scale:.3g}); this "
-            "architecture is not supported"
+            f"architecture is not supported{_other_forward(language_model)}"
         )

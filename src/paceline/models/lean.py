@@ -138,18 +138,23 @@ class LeanForward:
     ) -> Tensor:
         """[N, H * head size], before the output product."""
         layer, heads, kv_heads = self._layers[index], self._num_heads, self._num_kv_heads
-        qkv = layer.qkv(x).view(-1, heads + 2 * kv_heads, self._head_dim)
-        query_key = qkv[:, : heads + kv_heads]
+        qkv = layer.qkv(x)
+        query_key = qkv.view(-1, heads + 2 * kv_heads, self._head_dim)[:, : heads + kv_heads]
         if layer.qk_norms is not None:
-            query, key = query_key.split((heads, kv_heads), dim=1)
             norm_query, norm_key = layer.qk_norms
-            query_key = torch.cat((norm_query(query), norm_key(key)), dim=1)
-        # roll brings each half to the other's place; the sign of its turn is in the sine
-        turned = query_key.roll(self._head_dim // 2, dims=-1)
-        query_key = torch.addcmul(query_key * cos, turned, sin)
-        query, key = query_key[:, :heads], query_key[:, heads:]
-        value = qkv[:, heads + kv_heads :]
-        out = attend(packed, index, query, key, value, layer.scale, layer.window)
+            query_key[:, :heads] = norm_query(query_key[:, :heads])
+            query_key[:, heads:] = norm_key(query_key[:, heads:])
+        # turn each pair (x, y) of halves by its position's angle, within the product's own buffer
+        turned = query_key * cos
+        turned_x, turned_y = turned.chunk(2, dim=-1)
+        x, y = query_key.chunk(2, dim=-1)
+        turned_x.addcmul_(y, sin, value=-1)
+        turned_y.addcmul_(x, sin)
+        query_key.copy_(turned)
+        key_value = qkv[:, heads * self._head_dim :]
+        out = attend(
+            packed, index, turned[:, :heads], key_value, kv_heads, layer.scale, layer.window
+        )
         return out.flatten(1)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -160,15 +165,15 @@ class LeanForward:
 
 
 class _Angles:
-    """Cosines and signed sines of the rotary embedding by position, tabled as far as was needed."""
+    """Cosines and sines of the rotary embedding by position, tabled as far as was needed."""
 
-    def __init__(self, rotary: nn.Module, like: Tensor) -> None:
+    def __init__(self, rotary: Any, like: Tensor) -> None:
         self._rotary = rotary
         self._like = like
         self._cos = self._sin = like.new_empty((0, 1, 0))
 
     def at(self, packed: PackedBatch) -> tuple[Tensor, Tensor]:
-        """[N, 1, head size] each, of the packed tokens' positions."""
+        """Cosines [N, 1, D] and sines [N, 1, D/2] at the packed tokens' positions, D the head size."""
         if packed.num_positions > self._cos.shape[0]:
             self._grow(packed.num_positions)
         chain = packed.only_chain()
@@ -182,6 +187,5 @@ class _Angles:
         length = max(needed, min(length, int(self._rotary.max_seq_len_cached)))
         positions = torch.arange(length, device=self._like.device)[None]
         cos, sin = self._rotary(self._like, positions)
-        half = cos.shape[-1] // 2
         self._cos = cos[0, :, None]
-        self._sin = torch.cat((-sin[0, :, None, :half], sin[0, :, None, half:]), dim=-1)
+        self._sin = sin[0, :, None].chunk(2, dim=-1)[0].contiguous()  # its halves are the same

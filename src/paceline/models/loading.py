@@ -153,6 +153,6 @@ def load_language_model(section: ModelSection, name: str) -> LanguageModel:
             f"{section.model}: {len(missing)} weights are missing from the file (such as "
             f"'{missing[0]}'); the model would run on noise"
         )
-    language_model = LanguageModel(model.to(device), name)
+    language_model = LanguageModel(model.to(device), name, section.forward)
     check_packed_forward(language_model)
     return language_model

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+# A packed call itself costs some 15 us, which a float32 weight must be worth.
+_MIN_PACKED_NUMBERS: Final = 2**17
 _ROWS_HINT: Final = 8  # tokens the packed layout is made for; others work, a little slower
 
 
@@ -26,47 +28,58 @@ class Product:
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         weights = [layer.weight.data for layer in layers]
-        biases = [layer.bias.data for layer in layers if layer.bias is not None]
-        if biases and len(biases) != len(layers):
+        biases = [_bias(layer) for layer in layers]
+        known = [bias for bias in biases if bias is not None]
+        if known and len(known) != len(layers):
             raise ValueError("layers with and without biases do not make one product")
-        self.bias: Tensor | None = torch.cat(biases) if biases else None
+        self.bias: Tensor | None = torch.cat(known) if known else None
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        self.packs = packs(weight)
-        self.weight: Tensor
-        if self.packs:
-            self.weight = _mkldnn()._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
-            return
-        self.weight = weight
-        if len(layers) > 1:
-            for layer, part in zip(
-                layers, weight.split([w.shape[0] for w in weights]), strict=True
-            ):
+        self.packed = packs(weight)
+        if self.packed:
+            weight = _mkldnn()._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
+        elif weight.device.type == "cpu":
+            weight = weight.T.contiguous()
+        elif len(layers) > 1:
+            sizes = [w.shape[0] for w in weights]
+            for layer, part in zip(layers, weight.split(sizes), strict=True):
                 layer.weight.data = part
+        self.transposed = not self.packed and weight.device.type == "cpu"
+        self.weight: Tensor = weight
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [N, in]. Returns [N, out]."""
-        if self.packs:
+        if self.packed:
             out: Tensor = _plain(x, self.weight, self.bias, "none", [], "")
             return out
+        if self.transposed:
+            if self.bias is None:
+                return torch.mm(x, self.weight)
+            return torch.addmm(self.bias, x, self.weight)
         return F.linear(x, self.weight, self.bias)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual [N, out] + the product, in one pass where the kernel can."""
-        if self.packs:
+        if self.packed:
             out: Tensor = _binary(x, residual, self.weight, self.bias, "add")
             return out
-        return F.linear(x, self.weight, self.bias).add_(residual)
+        if self.transposed and self.bias is None:
+            return torch.addmm(residual, x, self.weight)
+        return self(x).add_(residual)
 
 
 def packs(weight: Tensor) -> bool:
-    """Whether this machine has packed kernels for the weight's device and dtype."""
+    """Whether this machine has packed kernels for the weight, and the weight is worth them."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if weight.dtype == torch.float32:
-        return True
+        return weight.numel() >= _MIN_PACKED_NUMBERS
     if weight.dtype == torch.bfloat16:
         return bool(_mkldnn()._is_mkldnn_bf16_supported())
     return False
+
+
+def _bias(layer: Any) -> Tensor | None:
+    return None if layer.bias is None else layer.bias.data
 
 
 def _mkldnn() -> Any:

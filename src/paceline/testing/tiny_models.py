@@ -13,6 +13,8 @@ import torch
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -21,7 +23,15 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from paceline.testing.tokenizers import NUM_TOKENS
@@ -60,6 +70,37 @@ def _llama(vocab_size: int, context: int) -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**_llama_like(vocab_size, context)))
 
 
+def _llama3(vocab_size: int, context: int) -> PreTrainedModel:
+    """Llama 3's scaled angles and a tied head."""
+    shape = _llama_like(vocab_size, context) | {"tie_word_embeddings": True}
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
+    return LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=rope))
+
+
+def _qwen2(vocab_size: int, context: int) -> PreTrainedModel:
+    """Biases on queries, keys and values; the second layer has a sliding window of 6 tokens."""
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            **_llama_like(vocab_size, context),
+            use_sliding_window=True,
+            sliding_window=6,
+            max_window_layers=1,
+        )
+    )
+
+
+def _qwen3(vocab_size: int, context: int) -> PreTrainedModel:
+    """Norms on queries and keys, and heads wider than hidden size / number of heads."""
+    return Qwen3ForCausalLM(Qwen3Config(**_llama_like(vocab_size, context), head_dim=16))
+
+
 def _mistral(vocab_size: int, context: int) -> PreTrainedModel:
     """A sliding window of 6 tokens on every layer."""
     return MistralForCausalLM(
@@ -77,6 +118,40 @@ def _gemma2(vocab_size: int, context: int) -> PreTrainedModel:
             sliding_window=6,
             attn_logit_softcapping=5.0,
             final_logit_softcapping=20.0,
+        )
+    )
+
+
+def _gemma3(vocab_size: int, context: int) -> PreTrainedModel:
+    """Norms on queries and keys, and other angles on the sliding layer than on the full one."""
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **_llama_like(vocab_size, context),
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=6,
+            layer_types=["sliding_attention", "full_attention"],
+        )
+    )
+
+
+def _phi(vocab_size: int, context: int) -> PreTrainedModel:
+    """Rotary positions on a part of each head, biases everywhere, parallel attention and MLP."""
+    return PhiForCausalLM(PhiConfig(**_llama_like(vocab_size, context)))
+
+
+def _opt(vocab_size: int, context: int) -> PreTrainedModel:
+    """Learned positions, counted from 2."""
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=vocab_size,
+            hidden_size=_HIDDEN,
+            ffn_dim=2 * _HIDDEN,
+            num_hidden_layers=_LAYERS,
+            num_attention_heads=_HEADS,
+            max_position_embeddings=context,
+            word_embed_proj_dim=_HIDDEN,
+            **_PLAIN,
         )
     )
 
@@ -116,8 +191,15 @@ _BUILDERS: Final[dict[str, Callable[[int, int], PreTrainedModel]]] = {
     "gpt_neox": _gpt_neox,
     "mistral": _mistral,
     "gemma2": _gemma2,
+    "llama3": _llama3,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "gemma3": _gemma3,
+    "phi": _phi,
+    "opt": _opt,
 }
 ARCHITECTURES: Final = tuple(_BUILDERS)
+LEAN_ARCHITECTURES: Final = ("llama", "llama3", "mistral", "qwen2", "qwen3")
 
 
 def tiny_model(

@@ -7,8 +7,8 @@ import torch
 from paceline.models.cache import BLOCK, RowCache
 
 
-def new_keys() -> torch.Tensor:
-    return torch.zeros(1, 2, 1, 4)
+def new_entries() -> torch.Tensor:
+    return torch.zeros(1, 8)
 
 
 def test_the_lowest_free_slot_is_given_first() -> None:
@@ -26,33 +26,33 @@ def test_capacity_is_whole_blocks_for_every_slot() -> None:
     cache.acquire(), cache.acquire()
     cache.reserve(BLOCK + 1)
 
-    keys, values = cache.layer(0, new_keys())
+    entries = cache.layer(0, new_entries())
 
-    assert keys.shape == values.shape == (2, 2, 2 * BLOCK, 4)
-    assert cache.num_bytes() == keys.nbytes + values.nbytes
+    assert entries.shape == (2, 2 * BLOCK, 8)
+    assert cache.num_bytes() == entries.nbytes
 
 
 def test_growing_by_slots_and_by_positions_keeps_contents() -> None:
     cache = RowCache()
     cache.acquire()
     cache.reserve(BLOCK)
-    keys, values = cache.layer(1, new_keys())
-    keys[0, :, 5], values[0, :, BLOCK - 1] = 7.0, 8.0
+    entries = cache.layer(1, new_entries())
+    entries[0, 5], entries[0, BLOCK - 1] = 7.0, 8.0
 
     cache.acquire()
     cache.reserve(3 * BLOCK)
-    keys, values = cache.layer(1, new_keys())
+    entries = cache.layer(1, new_entries())
 
-    assert keys.shape[0] >= 2 and keys.shape[2] >= 3 * BLOCK
-    assert keys[0, :, 5].eq(7.0).all() and values[0, :, BLOCK - 1].eq(8.0).all()
-    assert keys.sum() == 7.0 * 8 and values.sum() == 8.0 * 8
+    assert entries.shape[0] >= 2 and entries.shape[1] >= 3 * BLOCK
+    assert entries[0, 5].eq(7.0).all() and entries[0, BLOCK - 1].eq(8.0).all()
+    assert entries.sum() == (7.0 + 8.0) * 8
 
 
 def test_storage_is_given_back_when_the_last_of_several_rows_ends() -> None:
     cache = RowCache()
     slots = [cache.acquire() for _ in range(3)]
     cache.reserve(10)
-    cache.layer(0, new_keys())
+    cache.layer(0, new_entries())
 
     for slot in slots:
         assert cache.num_bytes() > 0
@@ -66,10 +66,10 @@ def test_only_the_row_that_moves_entries_is_touched() -> None:
     cache = RowCache()
     cache.acquire(), cache.acquire()
     cache.reserve(8)
-    keys, _ = cache.layer(0, new_keys())
-    keys[:] = torch.arange(keys.shape[2])[None, None, :, None]
+    entries = cache.layer(0, new_entries())
+    entries[:] = torch.arange(entries.shape[1])[None, :, None]
 
     cache.copy_positions(1, torch.tensor([2, 5, 6]), 2)
 
-    assert keys[1, 0, :8, 0].tolist() == [0, 1, 2, 5, 6, 5, 6, 7]
-    assert keys[0, 0, :8, 0].tolist() == list(range(8))
+    assert entries[1, :8, 0].tolist() == [0, 1, 2, 5, 6, 5, 6, 7]
+    assert entries[0, :8, 0].tolist() == list(range(8))

@@ -9,11 +9,16 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM, GraniteConfig, GraniteForCausalLM
 
 from paceline.errors import ModelError
-from paceline.models import attention
-from paceline.models.packing import Span
+from paceline.models import attention, packing
 from paceline.models.cache import BLOCK
 from paceline.models.language_model import LanguageModel, check_packed_forward
-from paceline.testing.tiny_models import ARCHITECTURES, perturbed, tiny_model
+from paceline.models.packing import Span
+from paceline.testing.tiny_models import (
+    ARCHITECTURES,
+    LEAN_ARCHITECTURES,
+    perturbed,
+    tiny_model,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,9 +27,16 @@ CONTEXT = 3 * BLOCK
 TOLERANCE = 2e-4
 
 
-@pytest.fixture(params=ARCHITECTURES)
+FORWARDS = [
+    *((architecture, "transformers") for architecture in ARCHITECTURES),
+    *((architecture, "lean") for architecture in LEAN_ARCHITECTURES),
+]
+
+
+@pytest.fixture(params=FORWARDS, ids="-".join)
 def model(request: pytest.FixtureRequest) -> LanguageModel:
-    return LanguageModel(tiny_model(request.param, context=CONTEXT), request.param)
+    architecture, forward = request.param
+    return LanguageModel(tiny_model(architecture, context=CONTEXT), architecture, forward)
 
 
 @pytest.fixture
@@ -152,40 +164,50 @@ def test_supported_architectures_pass_the_self_check(model: LanguageModel) -> No
 
 
 def siblings_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    visible = attention._visible
+    visible = packing._visible
 
-    def wrong(run: attention._Run, *rest: object) -> torch.Tensor:
+    def wrong(run: packing.Run, *rest: object) -> torch.Tensor:
         run.ancestors = None
         return visible(run, *rest)
 
-    monkeypatch.setattr(attention, "_visible", wrong)
+    monkeypatch.setattr(packing, "_visible", wrong)
 
 
 def windows_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    mask = attention._mask
-    monkeypatch.setattr(attention, "_mask", lambda run, window, *rest: mask(run, None, *rest))
+    mask = packing.PackedBatch.mask
+
+    def wrong(
+        self: packing.PackedBatch, run: packing.Run, window: int | None, *rest: object
+    ) -> object:
+        return mask(self, run, None, *rest)
+
+    monkeypatch.setattr(packing.PackedBatch, "mask", wrong)
 
 
 def windows_are_one_too_wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    mask = attention._mask
-    monkeypatch.setattr(
-        attention, "_mask", lambda run, window, *rest: mask(run, window and window + 1, *rest)
-    )
+    mask = packing.PackedBatch.mask
+
+    def wrong(
+        self: packing.PackedBatch, run: packing.Run, window: int | None, *rest: object
+    ) -> object:
+        return mask(self, run, window and window + 1, *rest)
+
+    monkeypatch.setattr(packing.PackedBatch, "mask", wrong)
 
 
 def rows_see_each_others_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(run: attention._Run, window: int | None, device: torch.device) -> torch.Tensor:
+    def wrong(run: packing.Run, window: int | None, device: torch.device) -> torch.Tensor:
         return torch.ones(len(run.slots), run.width, run.length, dtype=torch.bool)
 
-    monkeypatch.setattr(attention, "_visible", wrong)
+    monkeypatch.setattr(packing, "_visible", wrong)
 
 
 def positions_ignore_the_tree(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(batch: attention.PackedBatch) -> torch.Tensor:
+    def wrong(batch: packing.PackedBatch) -> torch.Tensor:
         parts = [s + torch.arange(run.width) for run in batch.runs for s in run.starts]
-        return torch.cat(parts)[None]
+        return torch.cat(parts)
 
-    monkeypatch.setattr(attention.PackedBatch, "positions", wrong)
+    monkeypatch.setattr(packing.PackedBatch, "positions", wrong)
 
 
 def scores_are_not_capped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +247,7 @@ def test_the_self_check_refuses_a_planted_mismatch(
 
 def test_the_self_check_refuses_uncapped_logits() -> None:
     model = LanguageModel(tiny_model("gemma2"), "target")
-    model._logit_cap = None
+    model._forward._logit_cap = None  # type: ignore[union-attr]
 
     with pytest.raises(ModelError, match="not supported"):
         check_packed_forward(model)
