@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
+import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from paceline.errors import ModelError
@@ -101,11 +102,16 @@ def packed_attention(
         )
     scale = scaling if scaling is not None else query.shape[3] ** -0.5
     layer: Any = module.layer_idx
+    value_dim = value.shape[3]
+    if value_dim > key.shape[3]:
+        raise ModelError(
+            f"{type(module).__name__} has wider values than keys, which is not supported"
+        )
+    # narrower values (multi-head latent attention) are padded to share a tensor with the keys
+    value = F.pad(value, (0, key.shape[3] - value_dim))
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    key_value = torch.cat((k.flatten(1), v.flatten(1)), dim=1)
-    num_kv_heads = key.shape[1]
-    out = attend(packed, layer, q, key_value, num_kv_heads, scale, sliding_window, softcap)
-    return out[None], None
+    out = attend(packed, layer, q, torch.cat((k, v), dim=1), scale, sliding_window, softcap)
+    return out[None, ..., :value_dim], None
 
 
 AttentionInterface.register(NAME, packed_attention)

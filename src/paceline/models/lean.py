@@ -138,8 +138,8 @@ class LeanForward:
     ) -> Tensor:
         """[N, H * head size], before the output product."""
         layer, heads, kv_heads = self._layers[index], self._num_heads, self._num_kv_heads
-        qkv = layer.qkv(x)
-        query_key = qkv.view(-1, heads + 2 * kv_heads, self._head_dim)[:, : heads + kv_heads]
+        qkv = layer.qkv(x).view(-1, heads + 2 * kv_heads, self._head_dim)
+        query_key = qkv[:, : heads + kv_heads]
         if layer.qk_norms is not None:
             norm_query, norm_key = layer.qk_norms
             query_key[:, :heads] = norm_query(query_key[:, :heads])
@@ -151,10 +151,7 @@ class LeanForward:
         turned_x.addcmul_(y, sin, value=-1)
         turned_y.addcmul_(x, sin)
         query_key.copy_(turned)
-        key_value = qkv[:, heads * self._head_dim :]
-        out = attend(
-            packed, index, turned[:, :heads], key_value, kv_heads, layer.scale, layer.window
-        )
+        out = attend(packed, index, turned[:, :heads], qkv[:, heads:], layer.scale, layer.window)
         return out.flatten(1)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class Run:
     width: int
     ancestors: Tensor | None = None  # [W, W] bool, single rows only
     masks: dict[tuple[int | None, int], Tensor | None] = field(default_factory=dict)
-    index: Tensor | None = None  # [R*W] places in the cache, for several rows
+    index: Tensor | None = None  # [R*W*2*Hkv] places in the cache, for several rows
 
     @property
     def length(self) -> int:

@@ -8,7 +8,7 @@ from paceline.models.cache import BLOCK, RowCache
 
 
 def new_entries() -> torch.Tensor:
-    return torch.zeros(1, 8)
+    return torch.zeros(1, 4, 2)
 
 
 def test_the_lowest_free_slot_is_given_first() -> None:
@@ -28,7 +28,7 @@ def test_capacity_is_whole_blocks_for_every_slot() -> None:
 
     entries = cache.layer(0, new_entries())
 
-    assert entries.shape == (2, 2 * BLOCK, 8)
+    assert entries.shape == (2, 4, 2 * BLOCK, 2)
     assert cache.num_bytes() == entries.nbytes
 
 
@@ -37,14 +37,14 @@ def test_growing_by_slots_and_by_positions_keeps_contents() -> None:
     cache.acquire()
     cache.reserve(BLOCK)
     entries = cache.layer(1, new_entries())
-    entries[0, 5], entries[0, BLOCK - 1] = 7.0, 8.0
+    entries[0, :, 5], entries[0, :, BLOCK - 1] = 7.0, 8.0
 
     cache.acquire()
     cache.reserve(3 * BLOCK)
     entries = cache.layer(1, new_entries())
 
-    assert entries.shape[0] >= 2 and entries.shape[1] >= 3 * BLOCK
-    assert entries[0, 5].eq(7.0).all() and entries[0, BLOCK - 1].eq(8.0).all()
+    assert entries.shape[0] >= 2 and entries.shape[2] >= 3 * BLOCK
+    assert entries[0, :, 5].eq(7.0).all() and entries[0, :, BLOCK - 1].eq(8.0).all()
     assert entries.sum() == (7.0 + 8.0) * 8
 
 
@@ -67,9 +67,9 @@ def test_only_the_row_that_moves_entries_is_touched() -> None:
     cache.acquire(), cache.acquire()
     cache.reserve(8)
     entries = cache.layer(0, new_entries())
-    entries[:] = torch.arange(entries.shape[1])[None, :, None]
+    entries[:] = torch.arange(entries.shape[2])[None, None, :, None]
 
     cache.copy_positions(1, torch.tensor([2, 5, 6]), 2)
 
-    assert entries[1, :8, 0].tolist() == [0, 1, 2, 5, 6, 5, 6, 7]
-    assert entries[0, :8, 0].tolist() == list(range(8))
+    assert entries[1, 0, :8, 0].tolist() == [0, 1, 2, 5, 6, 5, 6, 7]
+    assert entries[0, 0, :8, 0].tolist() == list(range(8))
