@@ -80,6 +80,7 @@ def test_the_main_job_runs_verb_by_verb(
     report = json.loads(capsys.readouterr().out)
     assert report["overall"]["arms"]["none"]["speedup"] == pytest.approx(1.0)
     assert 0.0 < report["fraction_of_oracle"] <= 1.0
+    assert not any("another cost table" in note for note in report["notes"])
     prompt = load_written("math")[20].prompt
     texts = {}
     for drafter in ("none", "auto", "math", "lookup"):
@@ -93,6 +94,12 @@ def test_the_main_job_runs_verb_by_verb(
     shown = capsys.readouterr()
     assert shown.out.strip() == texts["none"].strip()
     assert "block efficiency" in shown.err
+
+    # another machine's costs: the policy still works, and says that it could fit better
+    assert run(monkeypatch, "profile", "-c", config) == 0
+    capsys.readouterr()
+    assert run(monkeypatch, "evaluate", "-c", config, "--json") == 0
+    assert "another cost table" in json.loads(capsys.readouterr().out)["notes"][-1]
 
 
 def test_a_policy_for_other_drafters_is_refused(
