@@ -99,15 +99,18 @@ def our_methods(pace: Pace, max_new_tokens: int) -> dict[str, Method]:
 def measure(dtype_name: str, options: argparse.Namespace, console: Console) -> list[Timing]:
     collected, timed = demo_prompts(options.collect_per_task, options.per_task)
     with tempfile.TemporaryDirectory() as folder, progress(console) as report:
+        config = configured(
+            options.config,
+            dtype=dtype_name,
+            threads=options.threads,
+            store=Path(folder, "collection"),
+            costs=Path(folder, "costs.json"),
+            policy=Path(folder, "policy"),
+        )
+        # every method decodes the same prompts, and each must pay for its own prefill
+        engine = config.engine.model_copy(update={"prefix_positions": 0})
         prepared = prepare(
-            configured(
-                options.config,
-                dtype=dtype_name,
-                threads=options.threads,
-                store=Path(folder, "collection"),
-                costs=Path(folder, "costs.json"),
-                policy=Path(folder, "policy"),
-            ),
+            config.model_copy(update={"engine": engine}),
             collected,
             options.max_new_tokens,
             lambda stage, done, total: report(f"{dtype_name}: {stage}", done, total),

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paceline.config import Config, ModelSection, load_config
+from paceline.config import Config, ModelSection, load_config, nearest
 from paceline.contracts import (
     AUTO,
     NONE,
     Completion,
+    LogitRules,
     Request,
     SamplingParams,
     identity_of_arms,
@@ -22,8 +23,8 @@ from paceline.drafting.catalog import check_settings
 from paceline.drafting.draft_model import DraftModel, DraftModelSettings
 from paceline.drafting.none import NoneDrafter
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
-from paceline.engine import Engine
-from paceline.errors import ConfigError, RequestError
+from paceline.engine import Engine, TextStream
+from paceline.errors import ConfigError, DecodingError, RequestError
 from paceline.models.language_model import LanguageModel, check_packed_forward
 from paceline.models.loading import load_language_model, load_tokenizer
 from paceline.models.vocabulary import Vocabulary, check_same_vocabulary
@@ -148,8 +149,7 @@ class Pace:
             parts.drafters,
             decode=self._decode,
             choose=choose,
-            max_rows=engine_section.max_rows,
-            prefill_chunk=engine_section.prefill_chunk,
+            **engine_section.model_dump(),
         )
 
     @property
@@ -208,19 +208,25 @@ class Pace:
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
         drafter: str = AUTO,
-        **unsupported: Any,
+        logprobs: bool = False,
+        **rules: Any,
     ) -> Request:
-        """Build a checked request. `sampling`: auto | residual | invariant; auto is `invariant`
-        when a seed is given and `residual` otherwise. A prompt may also be token ids.
+        """Build a checked request. A prompt may also be token ids.
+
+        `sampling`: auto | residual | block | invariant; auto is `invariant` when a seed is given and
+        `residual` otherwise. `rules` are the fields of `LogitRules`: logit_bias, repetition_penalty,
+        presence_penalty, frequency_penalty, no_repeat_ngram_size, min_new_tokens, suppress_tokens,
+        forced_tokens, processors and the penalties' scopes.
         """
-        if unsupported:
+        unsupported = next((name for name in rules if name not in _RULES), None)
+        if unsupported is not None:
             raise RequestError(
-                f"generation setting '{next(iter(unsupported))}' is not supported; supported: "
-                "max_new_tokens, temperature, top_k, top_p, min_p, seed, sampling, stop, "
-                "ignore_eos, drafter"
+                f"generation setting '{unsupported}' is not supported{nearest(unsupported, _SETTINGS)}"
             )
-        if sampling not in ("auto", "residual", "invariant"):
-            raise RequestError(f"sampling must be auto, residual or invariant, got '{sampling}'")
+        if sampling not in ("auto", "residual", "block", "invariant"):
+            raise RequestError(
+                f"sampling must be auto, residual, block or invariant, got '{sampling}'"
+            )
         method = sampling
         if sampling == "auto":
             method = "greedy" if temperature == 0 else "residual" if seed is None else "invariant"
@@ -243,6 +249,8 @@ class Pace:
             stop_token_ids=frozenset() if ignore_eos else self.stop_token_ids(),
             stop_strings=(stop,) if isinstance(stop, str) else tuple(stop),
             drafter=drafter,
+            rules=_rules(rules) if rules else None,
+            logprobs=logprobs,
         )
         self.engine.check(request)
         return request
@@ -265,6 +273,53 @@ class Pace:
     def stream(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Completions of prepared requests, as they finish."""
         return self.engine.generate(requests)
+
+    def stream_text(self, prompt: Prompt, **settings: Any) -> Iterator[str]:
+        """Pieces of one answer's text as they are decoded; together they are the completion's text.
+
+        Closing the iterator cancels the request. Raises DecodingError if it fails on the way.
+        """
+        request = self.request(prompt, **settings)
+        stream = TextStream(self._decode, request.stop_strings)
+        ticket = self.engine.submit(request)
+        completion = None
+        try:
+            while completion is None:
+                for progress in self.engine.step():
+                    if progress.ticket != ticket:
+                        continue
+                    completion = progress.completion
+                    piece = (
+                        stream.push(progress.new_tokens)
+                        if completion is None
+                        else stream.finish(completion.text)
+                    )
+                    if piece:
+                        yield piece
+            if completion.error is not None:
+                raise DecodingError(completion.error)
+        finally:
+            if completion is None:
+                self.engine.cancel(ticket)
+                self.engine.step()
+
+
+_RULES = [field.name for field in fields(LogitRules)]
+_SETTINGS = [
+    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "sampling", "stop"),
+    *("ignore_eos", "drafter", "logprobs", *_RULES),
+]
+
+
+def _rules(given: Mapping[str, Any]) -> LogitRules:
+    """Rules from what a caller wrote: any collection will do."""
+    values = dict(given)
+    if "suppress_tokens" in values:
+        values["suppress_tokens"] = frozenset(values["suppress_tokens"])
+    for name in ("forced_tokens", "processors"):
+        if name in values:
+            values[name] = tuple(values[name])
+    return LogitRules(**values)
 
 
 def load(

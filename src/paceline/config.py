@@ -48,10 +48,18 @@ class DrafterSection(Section):
 
 
 class EngineSection(Section):
-    """max_rows: requests decoded at once. prefill_chunk: prompt tokens a forward."""
+    """How requests share the engine.
+
+    max_rows: requests decoded at once. prefill_chunk: prompt tokens between two rounds. max_waiting:
+    requests that may queue. max_positions: bound on rows times the longest row, which is what the
+    target's cache holds. prefix_positions: bound on kept beginnings of past prompts; 0 keeps none.
+    """
 
     max_rows: int = Field(default=8, ge=1)
     prefill_chunk: int = Field(default=512, ge=1)
+    max_waiting: int | None = Field(default=None, ge=1)
+    max_positions: int | None = Field(default=None, ge=1)
+    prefix_positions: int = Field(default=2048, ge=0)
 
 
 class LearningSection(Section):

@@ -3,13 +3,13 @@
 Knows no model, tokenizer, file or policy; torch appears in type hints only.
 
 Words: a *row* is one request in flight; a *round* is one draft, verify, commit cycle; a *draft* is
-the tokens proposed for a row, a chain here; *accepted* counts the draft tokens kept; *tau* (block
-efficiency) is the mean number of tokens emitted per target forward.
+the tree of tokens proposed for a row, often a chain; *accepted* counts the draft tokens kept; *tau*
+(block efficiency) is the mean number of tokens emitted per target forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-FinishReason = Literal["stop", "length"]
-SamplingMethod = Literal["greedy", "residual", "invariant"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+SamplingMethod = Literal["greedy", "residual", "block", "invariant"]
+PenaltyScope = Literal["all", "output"]  # all: prompt and output
 NONE = "none"
 AUTO = "auto"
 
@@ -27,8 +28,9 @@ AUTO = "auto"
 class SamplingParams:
     """How the next token is drawn from the target's logits. Temperature 0 is greedy.
 
-    `method` is how a stochastic draft is judged: `residual` accepts with min(1, p/q), `invariant`
-    draws target and drafter with the same noise, so that a seed gives one text whatever the arm.
+    `method` is how a stochastic draft is judged: `residual` accepts each token with min(1, p/q),
+    `block` accepts the tokens of a chain jointly, which keeps no fewer on average, `invariant` draws
+    target and drafter with the same noise, so that a seed gives one text whatever the arm.
     """
 
     temperature: float = 0.0
@@ -39,6 +41,32 @@ class SamplingParams:
     method: SamplingMethod = "greedy"
 
 
+LogitsProcessor = Callable[["Tensor", "Tensor"], "Tensor"]
+
+
+@dataclass(frozen=True, slots=True)
+class LogitRules:
+    """Changes to the target's logits that depend on the text so far; a default changes nothing.
+
+    They are applied before temperature and filters, at every place of a draft with the text that
+    leads there, so they are as exact under speculation as without it. A penalty's scope says which
+    text it counts. `forced_tokens` are the answer's first tokens. `processors` follow transformers'
+    protocol (input_ids [1, n], scores [1, V]) -> scores and must depend on their arguments alone.
+    """
+
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    repetition_penalty: float = 1.0
+    repetition_scope: PenaltyScope = "all"
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_scope: PenaltyScope = "output"  # of presence and frequency
+    no_repeat_ngram_size: int = 0
+    min_new_tokens: int = 0
+    suppress_tokens: frozenset[int] = frozenset()
+    forced_tokens: tuple[int, ...] = ()
+    processors: tuple[LogitsProcessor, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One prompt to complete.
@@ -46,7 +74,8 @@ class Request:
     At most `max_new_tokens` tokens are emitted, exactly that many unless a stop comes first or the
     target's context is full: the last emitted token is never fed, so a context of C positions
     gives at most C + 1 - len(prompt_tokens) of them. Every rule holds for each emitted token alone,
-    so a stop or the limit inside an accepted run cuts the run there.
+    so a stop or the limit inside an accepted run cuts the run there. `logprobs` asks for each emitted
+    token's log-probability under the target's own logits, before rules and temperature.
     """
 
     id: str
@@ -56,6 +85,8 @@ class Request:
     stop_token_ids: frozenset[int] = frozenset()
     stop_strings: tuple[str, ...] = ()
     drafter: str = AUTO
+    rules: LogitRules | None = None
+    logprobs: bool = False
 
 
 class RowView(Protocol):
@@ -67,6 +98,9 @@ class RowView(Protocol):
     def tokens(self) -> Sequence[int]: ...
     @property
     def sampling(self) -> SamplingParams: ...
+    @property
+    def hidden(self) -> Tensor | None:
+        """[D] the target's final hidden state before the last token, for drafters that need it."""
 
 
 @dataclass(slots=True)
@@ -74,13 +108,16 @@ class Drafts:
     """The proposals of one drafter for R rows, as arrays.
 
     `probs` is the warped distribution each token was drawn from; None means that the tokens are a
-    deterministic function of the text, or were drawn with the noise the judge uses too. Entries at
-    or past a row's length are padding.
+    deterministic function of the text, or were drawn with the noise the judge uses too. `parents`
+    makes a row's draft a tree: the index of the token that each one follows, -1 for the row's last
+    token, always before its own; None means that all are chains. A tree has no `probs`: it is judged
+    node by node from the target's distribution. Entries at or past a row's length are padding.
     """
 
     tokens: Tensor  # [R, K] int64
     lengths: Sequence[int]  # R
     probs: Tensor | None = None  # [R, K, V]
+    parents: Tensor | None = None  # [R, K] int64
 
 
 @dataclass(slots=True)
@@ -155,6 +192,8 @@ class Completion:
     seconds_total: float
     num_prompt_tokens: int
     seed: int
+    error: str | None = None  # why finish_reason is "error"
+    logprobs: list[float] | None = None  # of the emitted tokens under the target, where asked for
 
     @property
     def block_efficiency(self) -> float:

@@ -7,7 +7,9 @@ PacelineError                 anything the caller can mend; the CLI prints it, e
 ├── VocabularyError           a drafter whose tokens are not the target's
 ├── ArtefactError             a policy or cost table that was made for something else
 ├── StoreError                a collection that is unreadable or of another version
-└── DrafterError              a drafter that broke its contract while a request was running
+├── DrafterError              a drafter that broke its contract while a request was running
+├── DecodingError             a request that ended early: its drafter, its rules or its logits failed
+└── QueueFullError            a request that came while too many were waiting
 """
 
 
@@ -41,3 +43,11 @@ class StoreError(PacelineError):
 
 class DrafterError(PacelineError):
     """A drafter proposed something outside its contract."""
+
+
+class DecodingError(PacelineError):
+    """A request ended early because its drafter, its rules or the target's logits went wrong."""
+
+
+class QueueFullError(PacelineError):
+    """Too many requests wait already."""

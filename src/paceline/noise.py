@@ -41,6 +41,14 @@ def _bits(seeds: Tensor, positions: Tensor, stream: int) -> Tensor:
     return _mix(_mix(seeds + offset) + _GOLDEN * (positions + 1))
 
 
+def of_round(positions: Tensor, start: int) -> Tensor:
+    """Positions that give other numbers in every round. start: tokens the row has at its beginning.
+
+    For judges to whom a whole round's drafts and uniforms matter, also those behind what was kept.
+    """
+    return positions + (start << 32)
+
+
 def uniform(seeds: Tensor, positions: Tensor, stream: int) -> Tensor:
     """Uniform draws in [0, 1), float64, in the shape of `seeds` and `positions` broadcast."""
     return _shift(_bits(seeds, positions, stream), 11).to(torch.float64) * 2.0**-53

@@ -28,7 +28,7 @@ from paceline.engine import Engine
 from paceline.models.language_model import LanguageModel
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
-from paceline.verification import judge_matches, judge_residual
+from paceline.verification import follow, judge_block, judge_residual
 from paceline.warping import warp
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ K = 2
 START = V  # index of the table's row for the first token: nothing came before it
 NUM_DRAWS = 100_000
 FAMILY_ALPHA = 1e-6  # chance that a correct verifier fails anywhere in the whole grid
-NUM_CHECKS = 2 * 500  # more than there are
+NUM_CHECKS = 2 * 700  # more than there are
 ALPHA = FAMILY_ALPHA / NUM_CHECKS
 
 
@@ -77,7 +77,7 @@ class Cell:
     """One way to sample with one drafter. `extra` tokens exist in the drafter's vocabulary alone."""
 
     drafter: str
-    method: str  # residual | deterministic | invariant
+    method: str  # residual | block | deterministic | invariant
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -146,7 +146,10 @@ def one_round(
     for k in range(K):
         here = q[token]
         drawn = noise.TARGET if cell.method == "invariant" else noise.DRAFT
-        e = noise.exponential(seeds, torch.tensor(position + k), drawn, q.shape[1])
+        at = torch.tensor(position + k)
+        if cell.method == "block":
+            at = noise.of_round(at, position)
+        e = noise.exponential(seeds, at, drawn, q.shape[1])
         token = here.argmax(-1) if cell.method == "deterministic" else noise.race(here, e)
         drafts.append(token)
         q_of_drafts.append(here[:, :V])
@@ -156,11 +159,16 @@ def one_round(
     places = position + torch.arange(K + 1)
     e = noise.exponential(seeds[:, None], places, noise.TARGET, V)
     lengths = torch.full((len(seeds),), K)
-    if cell.method == "residual":
-        u = noise.uniform(seeds[:, None], places[:K], noise.ACCEPT)
+    if cell.method in ("residual", "block"):
+        at = noise.of_round(places[:K], position) if cell.method == "block" else places[:K]
+        u = noise.uniform(seeds[:, None], at, noise.ACCEPT)
+        judge = judge_block if cell.method == "block" else judge
         verdicts = judge(p_places, torch.stack(q_of_drafts, dim=1), draft, lengths, u, e)
     else:
-        verdicts = judge_matches(noise.race(p_places, e), draft, lengths)
+        choices = noise.race(p_places, e)
+        kept = [len(follow(c, d)) for c, d in zip(choices.tolist(), draft.tolist(), strict=True)]
+        num_kept = torch.tensor(kept)
+        verdicts = Verdicts(num_kept, choices.gather(1, num_kept[:, None])[:, 0])
     emitted = torch.cat([draft, draft[:, :1]], dim=1)
     emitted.scatter_(1, verdicts.num_accepted[:, None], verdicts.next_tokens[:, None])
     return emitted, verdicts.num_accepted + 1
@@ -174,15 +182,16 @@ def p_values(counts: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
 
 
 DRAFTERS = ("good", "garbage", "disjoint")
-METHODS = ("residual", "deterministic", "invariant")
+METHODS = ("residual", "block", "deterministic", "invariant")
 GRID = [
     Cell(drafter, method, temperature, top_k, top_p, min_p)
     for drafter, method, temperature, top_k, top_p, min_p in itertools.product(
         DRAFTERS, METHODS, (0.5, 1.0, 1.5), (0, 3), (1.0, 0.8), (0.0, 0.1)
     )
 ] + [
-    Cell(drafter, "residual", temperature, extra=3)
+    Cell(drafter, method, temperature, extra=3)
     for drafter in ("good", "garbage")
+    for method in ("residual", "block")
     for temperature in (0.5, 1.0, 1.5)
 ]
 # every drafter with every method, every setting alone and all of them at once
@@ -196,6 +205,8 @@ CHOSEN = [
     Cell("good", "residual", 1.5, top_k=3, top_p=0.8, min_p=0.1),
     Cell("good", "deterministic", 1.5, top_k=3, top_p=0.8, min_p=0.1),
     Cell("good", "residual", 1.0, extra=3),
+    Cell("good", "block", 0.5, extra=3),
+    Cell("good", "block", 1.5, top_k=3, top_p=0.8, min_p=0.1),
 ]
 
 
@@ -209,6 +220,21 @@ def test_the_emitted_distribution_is_the_targets(cell: Cell) -> None:
 def test_the_emitted_distribution_is_the_targets_on_the_whole_grid(cell: Cell) -> None:
     assert 2 * len(GRID) + 4 * len(CHOSEN) <= NUM_CHECKS
     assert min(p_values(*emitted_pairs(cell, seed=1))) > ALPHA
+
+
+def test_block_verification_keeps_no_fewer_tokens_on_average() -> None:
+    rows, start = torch.arange(50_000), torch.full((50_000,), START)
+    gains = []
+    for drafter, temperature in itertools.product(("good", "garbage"), (0.5, 1.0, 1.5)):
+        mean = {}
+        for method in ("residual", "block"):
+            cell = Cell(drafter, method, temperature)
+            _, num = one_round(cell, *tables(cell), rows, start, 5, judge_residual)
+            mean[method] = num.double().mean().item()
+        gains.append(mean["block"] - mean["residual"])
+
+    assert min(gains) > -0.01  # three standard errors of a difference of two such means
+    assert max(gains) > 0.02
 
 
 def test_good_drafts_are_accepted_and_disjoint_ones_are_not() -> None:

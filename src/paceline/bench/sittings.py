@@ -21,7 +21,8 @@ from paceline.contracts import NONE, Request
 from paceline.costs.table import ENGINE, FORWARD, PREFILL, PROPOSE, ROUND, START, TARGET
 from paceline.engine import Engine
 from paceline.engine.rows import Row
-from paceline.engine.step import Round, judge, propose, verify
+from paceline.engine.step import Draft, judge, propose, verify
+from paceline.errors import DrafterError
 from paceline.models.packing import Span
 
 if TYPE_CHECKING:
@@ -108,9 +109,9 @@ def _forwards(
         row.tokens = text[: context + 1]
     for width in order.sample(widths, len(widths)):
         drafts = [_text(parts, width - 1, order) for _ in rows]
-        round_ = Round(drafts, [None for _ in rows])
+        chains = [Draft(draft) for draft in drafts]
         began = perf_counter()
-        judge(rows, round_, verify(rows, round_, parts.target))
+        judge(rows, chains, verify(rows, chains, parts.target)[1])
         cell = (TARGET, FORWARD, width, context, len(rows))
         found.append((cell, perf_counter() - began))
     for row, text in zip(rows, texts, strict=True):
@@ -138,13 +139,17 @@ def _drafts(
     try:
         began = perf_counter()
         drafter.start([row])
+        while not drafter.prepare(row, parts.config.engine.prefill_chunk):
+            pass
         _settle(parts)
         found.append(((arm, START, num_prompt, 0, 1), perf_counter() - began))
         lengths = grid.drafts(drafter) if num_prompt in grid.contexts else []
         for length in order.sample(lengths, len(lengths)):
             row.max_total = len(row.tokens) + 1 + length
             began = perf_counter()
-            drafted = len(propose([row]).tokens[0])
+            drafted = len(propose([row])[0].tokens)
+            if row.error is not None:
+                raise DrafterError(row.error)
             found.append(((arm, PROPOSE, drafted, num_prompt, 1), perf_counter() - began))
             row.tokens.append(text[len(row.tokens)])
     finally:

@@ -71,11 +71,22 @@ class Drafter(ABC):
         self.num_draft_tokens = num_draft_tokens
 
     def start(self, rows: Sequence[RowView]) -> None:  # noqa: B027 - most drafters keep no state
-        """Prepare rows that were just given this drafter, prefilling what they hold so far."""
+        """Take rows that were just given this drafter; `prepare` does the work."""
+
+    def prepare(self, row: RowView, max_tokens: int) -> bool:
+        """Do a piece of the drafter's own prefill of a started row; True when none is left.
+
+        Called between rounds until it is, so that a long prompt does not hold up other rows.
+        """
+        return True
 
     @abstractmethod
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
-        """At most min(limit, num_draft_tokens) tokens for each row, after catching up with it."""
+        """Drafts for all rows, after catching up with them.
+
+        A row's chain has at most min(limit, num_draft_tokens) tokens; a tree has at most
+        num_draft_tokens and is at most `limit` deep.
+        """
 
     def finish(self, rows: Sequence[RowView]) -> None:  # noqa: B027 - as above
         """Forget rows that ended or changed drafter."""

@@ -8,7 +8,7 @@ speculative decoding (arXiv 2211.17192). Symbols: K = draft length, V = the targ
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
 import torch
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
     from paceline.contracts import RowView
     from paceline.models.language_model import LanguageModel
+
+
+# methods whose judge weighs the drafter's distribution; for the others its noise is the judge's
+_STOCHASTIC: Final = ("residual", "block")
 
 
 class DraftModelSettings(ModelSection):
@@ -76,18 +80,19 @@ class DraftModel(Drafter):
 
     def start(self, rows: Sequence[RowView]) -> None:
         for row in rows:
-            state = self._states[row.id] = _RowState(self.model.acquire())
-            self._prefill(state, row.tokens)
+            self._states[row.id] = _RowState(self.model.acquire())
 
-    def _prefill(self, state: _RowState, tokens: Sequence[int]) -> None:
-        """Cache all but the last token, in chunks."""
-        stop = min(len(tokens) - 1, self.model.context_length)
-        while state.num_cached < stop:
-            end = min(stop, state.num_cached + self._chunk)
-            chunk = self._known(tokens[state.num_cached : end])
+    def prepare(self, row: RowView, max_tokens: int) -> bool:
+        """Cache up to `max_tokens` more tokens, of all but the last."""
+        state = self._states[row.id]
+        stop = min(len(row.tokens) - 1, self.model.context_length)
+        end = min(stop, state.num_cached + max_tokens)
+        if state.num_cached < end:
+            chunk = self._known(row.tokens[state.num_cached : end])
             span = Span(state.slot, state.num_cached, end - state.num_cached)
             self.model.forward(chunk, [span])
             state.num_cached = end
+        return end >= stop
 
     def finish(self, rows: Sequence[RowView]) -> None:
         for row in rows:
@@ -104,7 +109,7 @@ class DraftModel(Drafter):
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
         lengths = [self._length(row, limit) for row, limit in zip(rows, limits, strict=True)]
         width = max(lengths)
-        wants_probs = any(row.sampling.method == "residual" for row in rows)
+        wants_probs = any(row.sampling.method in _STOCHASTIC for row in rows)
         tokens = torch.full((len(rows), width), -1, dtype=torch.int64)
         probs = torch.zeros((len(rows), width, self._num_logits)) if wants_probs else None
         # rows sorted by slot make one attention call
@@ -114,8 +119,8 @@ class DraftModel(Drafter):
         for i in order:
             state = self._states[rows[i].id]
             state.catch_up(rows[i].tokens)
-            if len(rows[i].tokens) - state.num_cached > self._chunk:
-                self._prefill(state, rows[i].tokens)
+            while len(rows[i].tokens) - state.num_cached > self._chunk:
+                self.prepare(rows[i], self._chunk)
         fed = {i: list(rows[i].tokens[self._states[rows[i].id].num_cached :]) for i in order}
         for step in range(width):
             active = [i for i in order if lengths[i] > step]
@@ -172,13 +177,15 @@ class DraftModel(Drafter):
                 drawn[r] = logits[r].argmax()
                 continue
             q = warp(logits[r], row.sampling)
-            residual = row.sampling.method == "residual"
-            stream = noise.DRAFT if residual else noise.TARGET
+            stochastic = row.sampling.method in _STOCHASTIC
+            stream = noise.DRAFT if stochastic else noise.TARGET
             position = torch.tensor(len(row.tokens) + step)
+            if row.sampling.method == "block":
+                position = noise.of_round(position, len(row.tokens))
             seed = torch.tensor(row.sampling.seed)
             e = noise.exponential(seed, position, stream, self._num_logits)
             drawn[r] = noise.race(q.cpu(), e[: q.shape[-1]])
-            if residual and probs is not None:
+            if stochastic and probs is not None:
                 probs[active[r], step, : q.shape[-1]] = q.cpu()
         return drawn
 

@@ -3,6 +3,7 @@
 Knows no tokenizer, policy or file: `choose` and `decode` are functions it is given.
 """
 
-from paceline.engine.loop import Engine
+from paceline.engine.loop import Engine, Progress
+from paceline.engine.streaming import TextStream
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "Progress", "TextStream"]

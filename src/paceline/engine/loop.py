@@ -1,12 +1,14 @@
-"""The life of requests: admit, prefill, choose, rounds, completion.
+"""The life of requests: submit, admit, prefill, choose, rounds, completion.
 
-Rows join and leave between rounds.
+Rows join and leave between rounds, long prompts are prefilled in pieces between them, and a row that
+fails or is cancelled leaves the others as they are.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
+from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -14,15 +16,17 @@ import numpy as np
 import torch
 
 from paceline.contracts import AUTO, NONE, Completion, Context, Decision, Request
+from paceline.engine.prefixes import BLOCK, PrefixStore
 from paceline.engine.rows import Row
-from paceline.engine.step import Round, judge, run_round
+from paceline.engine.step import Draft, judge, run_round
 from paceline.engine.stops import append_until_stop, final_text
-from paceline.errors import ArtefactError, RequestError
+from paceline.errors import ArtefactError, DecodingError, QueueFullError, RequestError
+from paceline.logit_rules import check_rules
 from paceline.models.packing import Span
 from paceline.warping import check_sampling
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from paceline.drafting.base import Drafter
     from paceline.engine.stops import Decode
@@ -31,11 +35,21 @@ if TYPE_CHECKING:
     Choose = Callable[[Context], Decision]
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a step brought one request: tokens that are now final, and at the end its completion."""
+
+    ticket: int
+    new_tokens: list[int]
+    completion: Completion | None = None
+
+
 class Engine:
     """Decodes requests with one target; every row may have its own drafter.
 
     `choose` is asked once a request with drafter "auto", after the target's prefill. `decode` turns
-    token ids into text, for stop strings and completions.
+    token ids into text, for stop strings and completions. Not thread-safe: one thread submits,
+    steps and cancels.
     """
 
     def __init__(
@@ -46,38 +60,134 @@ class Engine:
         choose: Choose | None = None,
         max_rows: int = 8,
         prefill_chunk: int = 512,
+        max_waiting: int | None = None,
+        max_positions: int | None = None,
+        prefix_positions: int = 0,
     ) -> None:
+        """max_rows: requests in flight. prefill_chunk: prompt tokens a step. max_waiting: requests
+        that may wait. max_positions: bound on rows x longest row, what the target's cache holds.
+        prefix_positions: bound on shared prompt beginnings.
+        """
         self.target = target
         self.drafters = dict(drafters)
         self.choose = choose
+        self.prefixes = PrefixStore(prefix_positions)
         self._decode = decode
         self._max_rows = max_rows
         self._chunk = prefill_chunk
-        self._ids = itertools.count()
+        self._max_waiting = max_waiting
+        self._max_positions = max_positions
+        self._tickets = itertools.count()
+        self._waiting: deque[tuple[int, Request]] = deque()
+        self._rows: list[Row] = []
+        self._done: list[Progress] = []  # ended since the last step reported
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Completions as they finish. All requests are checked before the first is begun."""
-        waiting = deque(requests)
-        for request in waiting:
+    # --- one request after the other --------------------------------------------------------------
+
+    def generate(
+        self, requests: Iterable[Request], return_errors: bool = False
+    ) -> Iterator[Completion]:
+        """Completions as they finish. All requests are checked before the first is begun.
+
+        Raises DecodingError at the first request that fails on the way, unless `return_errors`: then
+        its completion says so. Drives the engine alone: do not step it meanwhile.
+        """
+        left = deque(requests)
+        for request in left:
             self.check(request)
-        rows: list[Row] = []
+        mine: set[int] = set()
         try:
-            while waiting or rows:
-                with torch.inference_mode():
-                    self._admit(waiting, rows)
-                    running = [row for row in rows if row.finish_reason is None]
-                    if running:
-                        run_round(running, self.target, self._decode)
-                ended = [row for row in rows if row.finish_reason is not None]
-                rows = [row for row in rows if row.finish_reason is None]
-                for row in ended:
-                    row.finished_at = perf_counter()
-                    self._release(row)
-                for row in ended:
-                    yield self._complete(row)
+            while left or mine:
+                while left and not self.is_full:
+                    mine.add(self.submit(left.popleft()))
+                for progress in self.step():
+                    completion = progress.completion
+                    if completion is None or progress.ticket not in mine:
+                        continue
+                    mine.remove(progress.ticket)
+                    if completion.error is not None and not return_errors:
+                        raise DecodingError(f"request {completion.request_id}: {completion.error}")
+                    yield completion
         finally:
-            for row in rows:
-                self._release(row)
+            for ticket in mine:
+                self.cancel(ticket)
+            if mine:
+                self._end_rows()
+
+    # --- step by step -----------------------------------------------------------------------------
+
+    @property
+    def is_full(self) -> bool:
+        """Whether another request would be refused for now."""
+        return self._max_waiting is not None and len(self._waiting) >= self._max_waiting
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._rows)
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; the ticket names it from here on.
+
+        Raises RequestError if it cannot be served, QueueFullError if too many wait already.
+        """
+        self.check(request)
+        if self.is_full:
+            raise QueueFullError(f"{len(self._waiting)} requests wait already; try again later")
+        ticket = next(self._tickets)
+        self._waiting.append((ticket, request))
+        return ticket
+
+    def cancel(self, ticket: int) -> None:
+        """End a request with what it has so far; its row is free before the next round."""
+        for row in self._rows:
+            if row.id == ticket and row.finish_reason is None:
+                row.finish_reason = "cancelled"
+        for place, (waiting, request) in enumerate(self._waiting):
+            if waiting == ticket:
+                del self._waiting[place]
+                row = self._row(ticket, request, slot=-1)
+                row.finish_reason = "cancelled"
+                self._done.append(Progress(ticket, [], self._complete(row)))
+                break
+
+    def switch(self, ticket: int, arm: str) -> None:
+        """Give a row in flight another drafter from its next round on."""
+        if arm not in self.drafters:
+            raise RequestError(f"unknown drafter '{arm}'; there are: {', '.join(self.drafters)}")
+        for row in self._rows:
+            if row.id == ticket and row.is_prefilled:
+                row.drafter.finish([row])
+                self._start_drafter(row, Decision(arm, policy="switched"))
+
+    def step(self) -> list[Progress]:
+        """Admit what fits, prefill a piece, run one round; what this brought, request by request."""
+        with torch.inference_mode():
+            try:
+                self._end_rows()  # cancelled since the last step
+                self._admit()
+                self._prefill_step()
+                self._prepare_drafters()
+                running = [r for r in self._rows if r.prepared and r.finish_reason is None]
+                if running:
+                    run_round(running, self.target, self._decode)
+            except BaseException:
+                # what is broken here is not one row's fault: give everything back
+                for row in self._rows:
+                    row.fail("the engine stopped")
+                self._end_rows()
+                raise
+            self._end_rows()
+        progress, self._done = self._done, []
+        for row in self._rows:
+            new = row.tokens[row.num_prompt + row.num_reported :]
+            if new:
+                row.num_reported += len(new)
+                progress.append(Progress(row.id, new))
+        return progress
 
     def check(self, request: Request) -> None:
         """Raise RequestError if the request cannot be served."""
@@ -97,9 +207,16 @@ class Engine:
             )
         if request.max_new_tokens < 1:
             raise RequestError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
+        if self._max_positions is not None and self._max_total(request) > self._max_positions:
+            raise RequestError(
+                f"the request may need {self._max_total(request)} positions, the engine's cache "
+                f"holds {self._max_positions}; lower max_new_tokens or raise engine.max_positions"
+            )
         if any(not s for s in request.stop_strings):
             raise RequestError("a stop string is empty")
         check_sampling(request.sampling)
+        if request.rules is not None:
+            check_rules(request.rules, self.target.num_logits, request.max_new_tokens)
         if request.drafter == AUTO:
             if self.choose is None:
                 raise RequestError(
@@ -111,76 +228,136 @@ class Engine:
                 f"unknown drafter '{request.drafter}'; there are: auto, {', '.join(self.drafters)}"
             )
 
-    def _admit(self, waiting: deque[Request], rows: list[Row]) -> None:
-        """Fill free rows: prefill, first token, choice of drafter, the drafter's start.
+    # --- admission and prefill --------------------------------------------------------------------
 
-        `rows` grows before any of that, so that an error on the way leaves no slot behind.
-        """
-        new: list[Row] = []
-        while waiting and len(rows) < self._max_rows:
-            request = waiting.popleft()
-            num_prompt = len(request.prompt_tokens)
-            # the last emitted token is never fed, so it needs no position
-            room = self.target.context_length + 1 - num_prompt
-            row = Row(
-                id=next(self._ids),
-                request=request,
-                slot=self.target.acquire(),
-                max_total=num_prompt + min(request.max_new_tokens, room),
-                admitted_at=perf_counter(),
-                tokens=list(request.prompt_tokens),
-                drafter=self.drafters[NONE],
-            )
-            new.append(row)
-            rows.append(row)
-        # neighbours in the cache stand side by side, so that they share attention calls
-        rows.sort(key=lambda row: row.slot)
-        for pieces in _pack(new, self._chunk):
-            self._prefill(pieces)
-        for row in new:
-            if row.finish_reason is None:
-                self._assign_drafter(row, len(rows))
+    def _max_total(self, request: Request) -> int:
+        """The most tokens the row may come to hold, prompt and output."""
+        # the last emitted token is never fed, so it needs no position
+        room = self.target.context_length + 1 - len(request.prompt_tokens)
+        return len(request.prompt_tokens) + min(request.max_new_tokens, room)
 
-    def _prefill(self, pieces: Sequence[tuple[Row, int, int]]) -> None:
-        """Run pieces of prompts; rows whose prompt ends here get their first token."""
+    def _row(self, ticket: int, request: Request, slot: int) -> Row:
+        return Row(
+            id=ticket,
+            request=request,
+            slot=slot,
+            max_total=self._max_total(request),
+            admitted_at=perf_counter(),
+            tokens=list(request.prompt_tokens),
+            drafter=self.drafters[NONE],
+        )
+
+    def _admit(self) -> None:
+        """Rows for waiting requests, first come first served, as far as rows and cache reach."""
+        admitted = False
+        while self._waiting and len(self._rows) < self._max_rows:
+            ticket, request = self._waiting[0]
+            longest = max([self._max_total(request), *(row.max_total for row in self._rows)])
+            if (
+                self._max_positions is not None
+                and (len(self._rows) + 1) * longest > self._max_positions
+            ):
+                break
+            self._waiting.popleft()
+            row = self._row(ticket, request, self.target.acquire())
+            self._rows.append(row)
+            admitted = True
+            row.block_sums = self.prefixes.load(request.prompt_tokens, self.target.cache, row.slot)
+            if row.block_sums:
+                row.num_prefilled = len(row.block_sums) * BLOCK
+                row.hidden_sum = row.block_sums[-1]
+        if admitted:
+            # neighbours in the cache stand side by side, so that they share attention calls
+            self._rows.sort(key=lambda row: row.slot)
+
+    def _prefill_step(self) -> None:
+        """One forward over pieces of prompts; rows whose prompt ends here get their first token."""
+        pieces: list[tuple[Row, int, int]] = []
+        room = self._chunk
+        for row in sorted(self._rows, key=lambda row: row.id):
+            if room and not row.is_prefilled and row.finish_reason is None:
+                stop = min(row.num_prompt, row.num_prefilled + room)
+                pieces.append((row, row.num_prefilled, stop))
+                room -= stop - row.num_prefilled
+        if not pieces:
+            return
         began = perf_counter()
+        pieces.sort(key=lambda piece: piece[0].slot)
         tokens = [t for row, start, stop in pieces for t in row.tokens[start:stop]]
         spans = [Span(row.slot, start, stop - start) for row, start, stop in pieces]
         hidden = self.target.forward(torch.tensor(tokens), spans)
-        parts = torch.split(hidden, [span.width for span in spans])
         ending = []
-        for (row, start, stop), part in zip(pieces, parts, strict=True):
-            total = part.float().sum(dim=0).cpu().numpy()
-            row.hidden_sum = total if start == 0 else row.hidden_sum + total
-            if stop == row.num_prompt:
+        for (row, _, stop), part in zip(
+            pieces, torch.split(hidden, [span.width for span in spans]), strict=True
+        ):
+            _add_hidden(row, part)
+            row.num_prefilled = stop
+            if row.is_prefilled:
+                row.hidden = part[-1].clone()  # a view would keep the whole piece alive
                 row.hidden_last = part[-1].float().cpu().numpy()
-                ending.append((row, part[-1]))
+                ending.append(row)
         if ending:
-            rows = [row for row, _ in ending]
-            logits = self.target.unembed(torch.stack([last for _, last in ending]))
-            empty = Round([[] for _ in rows], [None for _ in rows])
-            _, first_tokens = judge(rows, empty, logits)
-            for row, token in zip(rows, first_tokens, strict=True):
-                append_until_stop(row, [token], self._decode)
+            last = torch.stack([row.hidden for row in ending if row.hidden is not None])
+            logits = self.target.unembed(last)
+            verdicts = judge(ending, [Draft([]) for _ in ending], logits)
+            for i, (row, verdict) in enumerate(zip(ending, verdicts, strict=True)):
+                self._first_token(row, verdict.next_token, logits[i])
         spent = perf_counter() - began
         for row, start, stop in pieces:
             row.seconds.prefill += spent * (stop - start) / len(tokens)
+        for row in ending:
+            if row.finish_reason is None:
+                self._assign_drafter(row)
 
-    def _assign_drafter(self, row: Row, rows_in_flight: int) -> None:
+    def _first_token(self, row: Row, token: int, logits: torch.Tensor) -> None:
+        if row.finish_reason is not None:
+            return
+        self.prefixes.keep(row.request.prompt_tokens, self.target.cache, row.slot, row.block_sums)
+        if row.request.logprobs:
+            row.logprobs.append(float(logits.float().log_softmax(dim=-1)[token]))
+        append_until_stop(row, [token], self._decode)
+
+    # --- drafters ---------------------------------------------------------------------------------
+
+    def _assign_drafter(self, row: Row) -> None:
         began = perf_counter()
-        decision = self._decide(row, rows_in_flight)
-        if decision.arm not in self.drafters:
-            raise ArtefactError(
-                f"policy '{decision.policy}' chose the arm '{decision.arm}', which is not loaded; "
-                f"there are: {', '.join(self.drafters)}"
-            )
-        row.decision, row.drafter = decision, self.drafters[decision.arm]
-        chosen = perf_counter()
-        row.drafter.start([row])
-        row.seconds.choose += chosen - began
-        row.seconds.draft += perf_counter() - chosen
+        try:
+            decision = self._decide(row)
+            if decision.arm not in self.drafters:
+                raise ArtefactError(
+                    f"chose the arm '{decision.arm}', which is not loaded; there are: "
+                    f"{', '.join(self.drafters)}"
+                )
+        except Exception as error:  # noqa: BLE001 - a policy may come from anywhere, too
+            row.fail("policy", error)
+            return
+        finally:
+            row.seconds.choose += perf_counter() - began
+        self._start_drafter(row, decision)
 
-    def _decide(self, row: Row, rows_in_flight: int) -> Decision:
+    def _start_drafter(self, row: Row, decision: Decision) -> None:
+        row.decision, row.drafter, row.prepared = decision, self.drafters[decision.arm], False
+        self._guarded(row, lambda: row.drafter.start([row]))
+
+    def _prepare_drafters(self) -> None:
+        """A piece of each waiting drafter's own prefill."""
+        for row in self._rows:
+            if row.is_prefilled and not row.prepared and row.finish_reason is None:
+                self._guarded(row, lambda row=row: self._prepare(row))  # type: ignore[misc]
+
+    def _prepare(self, row: Row) -> None:
+        row.prepared = row.drafter.prepare(row, self._chunk)
+
+    def _guarded(self, row: Row, act: Callable[[], None]) -> None:
+        """Charge a drafter's work to its row, and its failure too."""
+        began = perf_counter()
+        try:
+            act()
+        except Exception as error:  # noqa: BLE001 - a plug-in must not stop other rows
+            row.fail(f"drafter '{row.drafter.name}'", error)
+        row.seconds.draft += perf_counter() - began
+
+    def _decide(self, row: Row) -> Decision:
         if row.request.drafter != AUTO or self.choose is None:
             return Decision(arm=row.request.drafter)
         assert row.hidden_sum is not None and row.hidden_last is not None
@@ -190,14 +367,26 @@ class Engine:
                 mean_hidden=row.hidden_sum / np.float32(row.num_prompt),
                 last_hidden=row.hidden_last,
                 sampling=row.sampling,
-                rows_in_flight=rows_in_flight,
+                rows_in_flight=len(self._rows),
                 request_id=row.request.id,
             )
         )
 
-    def _release(self, row: Row) -> None:
-        row.drafter.finish([row])
-        self.target.release(row.slot)
+    # --- the end ----------------------------------------------------------------------------------
+
+    def _end_rows(self) -> None:
+        """Give back the rows that have ended, and keep what is to be reported of them."""
+        ended = [row for row in self._rows if row.finish_reason is not None]
+        self._rows = [row for row in self._rows if row.finish_reason is None]
+        for row in ended:
+            row.finished_at = perf_counter()
+            self.target.release(row.slot)
+            try:
+                row.drafter.finish([row])
+            except Exception as error:  # noqa: BLE001 - as in `_guarded`, and no longer timed
+                row.fail(f"drafter '{row.drafter.name}'", error)
+            new = row.output[row.num_reported :]
+            self._done.append(Progress(row.id, new, self._complete(row)))
 
     def _complete(self, row: Row) -> Completion:
         assert row.finish_reason is not None
@@ -213,22 +402,19 @@ class Engine:
             seconds_total=row.finished_at - row.admitted_at,
             num_prompt_tokens=row.num_prompt,
             seed=row.sampling.seed,
+            error=row.error,
+            logprobs=row.logprobs if row.request.logprobs else None,
         )
 
 
-def _pack(rows: Sequence[Row], chunk: int) -> Iterator[list[tuple[Row, int, int]]]:
-    """Cut prompts into pieces (row, start, stop) and fill forwards of at most `chunk` tokens."""
-    batch: list[tuple[Row, int, int]] = []
-    room = chunk
-    for row in rows:
-        start = 0
-        while start < row.num_prompt:
-            stop = min(row.num_prompt, start + room)
-            batch.append((row, start, stop))
-            room -= stop - start
-            start = stop
-            if room == 0:
-                yield batch
-                batch, room = [], chunk
-    if batch:
-        yield batch
+def _add_hidden(row: Row, hidden: torch.Tensor) -> None:
+    """Sum a prefilled piece's hidden states [w, D], block by block, so that sharing changes no bit."""
+    at = row.num_prefilled
+    while len(hidden):
+        width = min(len(hidden), BLOCK - at % BLOCK)
+        total = hidden[:width].float().sum(dim=0).cpu().numpy()
+        row.hidden_sum = total if row.hidden_sum is None else row.hidden_sum + total
+        at += width
+        if at % BLOCK == 0:
+            row.block_sums.append(row.hidden_sum)
+        hidden = hidden[width:]

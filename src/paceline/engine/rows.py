@@ -9,6 +9,7 @@ from paceline.contracts import NONE, Decision, RoundStats, Seconds
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
     from paceline.contracts import FinishReason, Request, SamplingParams
     from paceline.drafting.base import Drafter
@@ -28,13 +29,20 @@ class Row:
     admitted_at: float
     tokens: list[int]
     drafter: Drafter
+    num_prefilled: int = 0  # leading prompt tokens in the target's cache
+    prepared: bool = False  # whether the drafter has its own prefill behind it
     decision: Decision = field(default_factory=lambda: Decision(arm=NONE))
     rounds: list[RoundStats] = field(default_factory=list)
     seconds: Seconds = field(default_factory=Seconds)
     finish_reason: FinishReason | None = None
+    error: str | None = None
     finished_at: float = 0.0
-    hidden_sum: np.ndarray | None = None  # [D] float32, over the prompt
+    num_reported: int = 0  # output tokens that left as progress
+    hidden: Tensor | None = None  # [D] before the last token, where the drafter needs it
+    hidden_sum: np.ndarray | None = None  # [D] float32, over the prefilled prompt
     hidden_last: np.ndarray | None = None  # [D] float32
+    block_sums: list[np.ndarray] = field(default_factory=list)  # hidden_sum at each block's end
+    logprobs: list[float] = field(default_factory=list)
 
     @property
     def sampling(self) -> SamplingParams:
@@ -49,6 +57,16 @@ class Row:
         return self.tokens[self.num_prompt :]
 
     @property
+    def is_prefilled(self) -> bool:
+        return self.num_prefilled == self.num_prompt
+
+    @property
     def draft_limit(self) -> int:
-        """Tokens worth drafting: a round emits one more than it accepts."""
+        """How deep a draft is worth being: a round emits one token more than it accepts."""
         return self.max_total - len(self.tokens) - 1
+
+    def fail(self, reason: str, error: Exception | None = None) -> None:
+        """End with an error of its own; other rows go on."""
+        if error is not None:
+            reason = f"{reason}: {str(error) or type(error).__name__}"
+        self.finish_reason, self.error = "error", reason

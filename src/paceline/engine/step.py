@@ -1,6 +1,8 @@
 """One round: every drafter proposes for its rows, the target judges all of them in one forward.
 
-Symbols: R rows, K longest draft, N packed tokens (each row's last token and its draft), V logits.
+A row whose drafter or logits go wrong ends with its own error; the others never notice.
+Symbols: R rows, k draft tokens of a row, N packed tokens (each row's last token and its draft), V
+logits, D hidden size.
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 
 import paceline.noise as noise
-from paceline.contracts import RoundStats, Verdicts
+from paceline.contracts import RoundStats
 from paceline.engine.stops import append_until_stop
 from paceline.errors import DrafterError
+from paceline.logit_rules import apply_rules
 from paceline.models.packing import Span
-from paceline.verification import judge_matches, judge_residual
+from paceline.verification import depths, follow, judge_block, judge_residual
 from paceline.warping import warp
 
 if TYPE_CHECKING:
@@ -32,152 +35,238 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class Round:
-    """The drafts of all rows of a round, row after row."""
+class Draft:
+    """One row's proposal: a chain, or a tree where `parents` are given."""
 
-    tokens: list[list[int]]
-    probs: list[Tensor | None]  # [k, V] each; None for a deterministic draft
+    tokens: list[int]
+    parents: list[int] | None = None  # index of the token each one follows, -1 for the row's last
+    probs: Tensor | None = None  # [k, V] of a stochastic chain
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What the target says of one draft."""
+
+    path: list[int]  # indices of the draft tokens that are kept
+    next_token: int
 
 
 def run_round(rows: Sequence[Row], target: LanguageModel, decode: Decode) -> None:
     """Draft, judge, commit. Afterwards a row that ended has a finish reason."""
-    round_ = propose(rows)
+    drafts = propose(rows)
     began = perf_counter()
-    logits = verify(rows, round_, target)
-    num_accepted, next_tokens = judge(rows, round_, logits)
+    hidden, logits = verify(rows, drafts, target)
+    verdicts = judge(rows, drafts, logits)
     judged = perf_counter()
-    commit(rows, round_, num_accepted, next_tokens, decode)
+    commit(rows, drafts, verdicts, target, hidden, logits, decode)
     done = perf_counter()
     for row in rows:
         row.seconds.verify += (judged - began) / len(rows)
         row.seconds.commit += (done - judged) / len(rows)
 
 
-def propose(rows: Sequence[Row]) -> Round:
+# --- drafts ---------------------------------------------------------------------------------------
+
+
+def propose(rows: Sequence[Row]) -> list[Draft]:
     """Each drafter proposes for its own rows, all of them at once."""
+    drafts = [Draft([]) for _ in rows]
     groups: dict[Drafter, list[int]] = {}
     for i, row in enumerate(rows):
-        groups.setdefault(row.drafter, []).append(i)
-    tokens: list[list[int]] = [[] for _ in rows]
-    probs: list[Tensor | None] = [None for _ in rows]
+        if row.drafter.num_draft_tokens:
+            groups.setdefault(row.drafter, []).append(i)
     for drafter, members in groups.items():
-        if drafter.num_draft_tokens == 0:
-            continue
         began = perf_counter()
-        limits = [rows[i].draft_limit for i in members]
-        drafts = drafter.propose([rows[i] for i in members], limits)
-        _check_contract(drafter, drafts, limits)
-        for place, i in enumerate(members):
-            length = drafts.lengths[place]
-            tokens[i] = drafts.tokens[place, :length].tolist()
-            if drafts.probs is not None and rows[i].sampling.method == "residual":
-                probs[i] = drafts.probs[place, :length]
+        for i, draft in zip(members, _ask(drafter, [rows[i] for i in members]), strict=True):
+            drafts[i] = draft
         spent = (perf_counter() - began) / len(members)
         for i in members:
             rows[i].seconds.draft += spent
-    return Round(tokens, probs)
+    return drafts
 
 
-def _check_contract(drafter: Drafter, drafts: Drafts, limits: Sequence[int]) -> None:
-    if not len(drafts.lengths) == len(drafts.tokens) == len(limits):
-        raise DrafterError(
-            f"drafter '{drafter.name}' proposed for {len(drafts.tokens)} rows where "
-            f"{len(limits)} were asked for"
-        )
-    for length, limit in zip(drafts.lengths, limits, strict=True):
-        if not 0 <= length <= max(limit, 0):
-            raise DrafterError(
-                f"drafter '{drafter.name}' proposed {length} tokens where {limit} were allowed"
-            )
+def _ask(drafter: Drafter, rows: list[Row]) -> list[Draft]:
+    """Proposals for rows of one drafter; where that fails, for each row alone, to see which."""
+    limits = [row.draft_limit for row in rows]
+    try:
+        proposed = drafter.propose(rows, limits)
+        if not len(proposed.lengths) == len(proposed.tokens) == len(rows):
+            raise DrafterError(f"proposed for {len(proposed.tokens)} rows instead of {len(rows)}")
+        return [_draft(drafter, proposed, i, rows[i], limits[i]) for i in range(len(rows))]
+    except Exception as error:  # noqa: BLE001 - a plug-in must not stop other rows
+        if len(rows) > 1:
+            return [draft for row in rows for draft in _ask(drafter, [row])]
+        rows[0].fail(f"drafter '{drafter.name}'", error)
+        return [Draft([])]
 
 
-def verify(rows: Sequence[Row], round_: Round, target: LanguageModel) -> Tensor:
-    """The target's logits [N, V] at each row's last token and at every draft token."""
+def _draft(drafter: Drafter, proposed: Drafts, i: int, row: Row, limit: int) -> Draft:
+    """Row i's part of a proposal. Raises DrafterError if it breaks the contract."""
+    length = proposed.lengths[i]
+    most = max(0, drafter.num_draft_tokens)
+    if proposed.parents is None:
+        most = min(most, max(0, limit))
+    if not 0 <= length <= most:
+        raise DrafterError(f"proposed {length} tokens where {most} were allowed")
+    draft = Draft(proposed.tokens[i, :length].tolist())
+    if proposed.parents is not None:
+        if proposed.probs is not None:
+            raise DrafterError("proposed a tree with probabilities, which trees do not have")
+        draft.parents = proposed.parents[i, :length].tolist()
+        if any(not -1 <= parent < k for k, parent in enumerate(draft.parents)):
+            raise DrafterError(f"proposed a tree whose parents are out of order: {draft.parents}")
+        deepest = max(depths(draft.parents), default=-1) + 1
+        if deepest > max(0, limit):
+            raise DrafterError(f"proposed a tree {deepest} deep where {limit} was allowed")
+    elif proposed.probs is not None and row.sampling.method in ("residual", "block"):
+        draft.probs = proposed.probs[i, :length]
+        if not ((draft.probs >= 0) & draft.probs.isfinite()).all():
+            raise DrafterError("proposed with probabilities that are not")
+    return draft
+
+
+# --- verification ---------------------------------------------------------------------------------
+
+
+def verify(
+    rows: Sequence[Row], drafts: Sequence[Draft], target: LanguageModel
+) -> tuple[Tensor, Tensor]:
+    """The target's hidden states [N, D] and logits [N, V] at each row's last token and its draft."""
     flat: list[int] = []
     spans: list[Span] = []
-    for row, draft in zip(rows, round_.tokens, strict=True):
+    ancestors: list[Tensor | None] = []
+    for row, draft in zip(rows, drafts, strict=True):
         flat.append(row.tokens[-1])
-        flat.extend(draft)
-        spans.append(Span(row.slot, len(row.tokens) - 1, 1 + len(draft)))
+        flat.extend(draft.tokens)
+        spans.append(Span(row.slot, len(row.tokens) - 1, 1 + len(draft.tokens)))
+        ancestors.append(None if draft.parents is None else _ancestors(draft.parents))
     # a drafter may know ids that the target lacks: any other is fed, and the judge rejects it
     tokens = torch.tensor(flat).clamp_(0, target.num_logits - 1)
-    return target.unembed(target.forward(tokens, spans))
+    trees = ancestors if any(a is not None for a in ancestors) else None
+    hidden = target.forward(tokens, spans, trees)
+    return hidden, target.unembed(hidden)
 
 
-def judge(rows: Sequence[Row], round_: Round, logits: Tensor) -> tuple[list[int], list[int]]:
-    """(draft tokens kept, next token) of every row."""
-    num_accepted = [0] * len(rows)
-    next_tokens = [0] * len(rows)
-    greedy = [i for i, row in enumerate(rows) if row.sampling.method == "greedy"]
-    firsts = _firsts(round_)
-    if greedy:
-        verdicts = _judge_greedy(greedy, firsts, round_, logits)
-        _put(verdicts, greedy, num_accepted, next_tokens)
-    for i, row in enumerate(rows):
-        if row.sampling.method != "greedy":
-            part = logits[firsts[i] : firsts[i] + 1 + len(round_.tokens[i])]
-            verdict = judge_sampled(row, round_.tokens[i], round_.probs[i], part)
-            _put(verdict, [i], num_accepted, next_tokens)
-    return num_accepted, next_tokens
+def _ancestors(parents: Sequence[int]) -> Tensor:
+    """[1+k, 1+k] bool of the row's last token and its draft: whom each one follows, and itself."""
+    lines = [[0]]
+    for k, parent in enumerate(parents):
+        lines.append([*lines[parent + 1], k + 1])
+    seen = torch.zeros(len(lines), len(lines), dtype=torch.bool)
+    rows = [i for i, line in enumerate(lines) for _ in line]
+    seen[rows, [j for line in lines for j in line]] = True
+    return seen
 
 
-def _put(verdicts: Verdicts, members: list[int], accepted: list[int], nexts: list[int]) -> None:
-    for i, a, n in zip(
-        members, verdicts.num_accepted.tolist(), verdicts.next_tokens.tolist(), strict=True
-    ):
-        accepted[i], nexts[i] = a, n
+def judge(rows: Sequence[Row], drafts: Sequence[Draft], logits: Tensor) -> list[Verdict]:
+    """What is kept of every row's draft, and the token behind it. logits: [N, V]."""
+    best, ids = logits.max(dim=-1)
+    # the one copy off the device; -1 marks logits that are not numbers
+    choices: list[int] = torch.where(best.isfinite(), ids, -1).tolist()
+    verdicts = []
+    first = 0
+    for row, draft in zip(rows, drafts, strict=True):
+        stop = first + 1 + len(draft.tokens)
+        own = choices[first:stop]
+        if min(own) < 0:
+            row.fail("the target's logits are not finite; are its weights fit for its dtype?")
+            verdicts.append(Verdict([], 0))
+        elif row.sampling.method == "greedy" and row.request.rules is None:
+            verdicts.append(_follow(own, draft))
+        else:
+            verdicts.append(_judge_one(row, draft, logits[first:stop]))
+        first = stop
+    return verdicts
 
 
-def _firsts(round_: Round) -> list[int]:
-    """Index of each row's first packed token."""
-    firsts, total = [], 0
-    for draft in round_.tokens:
-        firsts.append(total)
-        total += 1 + len(draft)
-    return firsts
+def _follow(choices: Sequence[int], draft: Draft) -> Verdict:
+    path = follow(choices, draft.tokens, draft.parents)
+    return Verdict(path, choices[path[-1] + 1 if path else 0])
 
 
-def _judge_greedy(members: list[int], firsts: list[int], round_: Round, logits: Tensor) -> Verdicts:
-    best = logits.argmax(dim=-1).cpu()  # [N], the one copy off the device
-    drafts = [round_.tokens[i] for i in members]
-    width = max(len(d) for d in drafts)
-    # places past a row's draft repeat its last one; its length keeps them from counting
-    places = [
-        [firsts[i] + min(k, len(d)) for k in range(width + 1)]
-        for i, d in zip(members, drafts, strict=True)
-    ]
-    padded = torch.tensor([d + [-1] * (width - len(d)) for d in drafts], dtype=torch.int64)
-    return judge_matches(
-        best[torch.tensor(places)],
-        padded.reshape(len(members), width),
-        torch.tensor([len(d) for d in drafts]),
-    )
-
-
-def judge_sampled(row: Row, draft: list[int], q: Tensor | None, logits: Tensor) -> Verdicts:
-    """One sampled row. logits: [k+1, V]; q: [k, V], or None for a draft judged by equality."""
-    p = warp(logits, row.sampling).cpu()
-    positions = len(row.tokens) + torch.arange(len(draft) + 1)
-    seed = torch.tensor(row.sampling.seed)
+def _judge_one(row: Row, draft: Draft, logits: Tensor) -> Verdict:
+    """A row that is sampled or has rules of its own. logits: [k+1, V]."""
+    levels = range(len(draft.tokens)) if draft.parents is None else depths(draft.parents)
+    if row.request.rules is not None:
+        try:
+            logits = apply_rules(
+                row.request.rules,
+                logits,
+                _texts(row, draft),
+                row.num_prompt,
+                row.request.stop_token_ids,
+            )
+        except Exception as error:  # noqa: BLE001 - a user's own processor
+            row.fail("logit rules", error)
+            return Verdict([], 0)
+    params = row.sampling
+    if params.method == "greedy":
+        return _follow(logits.argmax(dim=-1).tolist(), draft)
+    p = warp(logits, params).cpu()
+    start = len(row.tokens)
+    positions = torch.tensor([start, *(start + 1 + level for level in levels)])
+    seed = torch.tensor(params.seed)
     e = noise.exponential(seed, positions, noise.TARGET, p.shape[-1])
-    tokens = torch.tensor(draft, dtype=torch.int64)[None]
-    lengths = torch.tensor([len(draft)])
-    if q is None:
-        return judge_matches(noise.race(p, e)[None], tokens, lengths)
-    u = noise.uniform(seed, positions[:-1], noise.ACCEPT)
-    return judge_residual(p[None], q.cpu()[None], tokens, lengths, u[None], e[None])
+    if draft.probs is None:
+        return _follow(noise.race(p, e).tolist(), draft)
+    block = params.method == "block"
+    at = noise.of_round(positions[:-1], start) if block else positions[:-1]
+    u = noise.uniform(seed, at, noise.ACCEPT)
+    verdicts = (judge_block if block else judge_residual)(
+        p[None],
+        draft.probs.cpu()[None],
+        torch.tensor(draft.tokens, dtype=torch.int64)[None],
+        torch.tensor([len(draft.tokens)]),
+        u[None],
+        e[None],
+    )
+    return Verdict(list(range(int(verdicts.num_accepted))), int(verdicts.next_tokens))
+
+
+def _texts(row: Row, draft: Draft) -> list[list[int]]:
+    """The text before each place: the row's, and the row's with the path to each draft token."""
+    texts = [row.tokens]
+    for k, token in enumerate(draft.tokens):
+        before = k if draft.parents is None else draft.parents[k] + 1
+        texts.append([*texts[before], token])
+    return texts
+
+
+# --- commit ---------------------------------------------------------------------------------------
 
 
 def commit(
     rows: Sequence[Row],
-    round_: Round,
-    num_accepted: Sequence[int],
-    next_tokens: Sequence[int],
+    drafts: Sequence[Draft],
+    verdicts: Sequence[Verdict],
+    target: LanguageModel,
+    hidden: Tensor,
+    logits: Tensor,
     decode: Decode,
 ) -> None:
-    """Append what was accepted and the target's own token, up to where the answer ends."""
-    for row, draft, accepted, token in zip(
-        rows, round_.tokens, num_accepted, next_tokens, strict=True
-    ):
-        emitted = append_until_stop(row, [*draft[:accepted], token], decode)
-        row.rounds.append(RoundStats(len(draft), min(accepted, emitted)))
+    """Append what was kept and the target's own token, up to where the answer ends."""
+    first = 0
+    for row, draft, verdict in zip(rows, drafts, verdicts, strict=True):
+        place, first = first, first + 1 + len(draft.tokens)
+        if row.finish_reason is not None:
+            continue
+        path = verdict.path
+        if path != list(range(len(path))):
+            # the kept path moves to where a chain would stand
+            start = len(row.tokens)
+            source = torch.tensor([start + k for k in path], device=target.device)
+            target.cache.copy_positions(row.slot, source, start)
+        tokens = [*(draft.tokens[k] for k in path), verdict.next_token]
+        row.hidden = hidden[place + (path[-1] + 1 if path else 0)]
+        emitted = append_until_stop(row, tokens, decode)
+        if row.request.logprobs:
+            places = [place, *(place + 1 + k for k in path)][:emitted]
+            row.logprobs += _logprobs(logits[places], tokens[:emitted])
+        row.rounds.append(RoundStats(len(draft.tokens), min(len(path), emitted)))
+
+
+def _logprobs(logits: Tensor, tokens: Sequence[int]) -> list[float]:
+    """log p of each token under its own logits. logits: [n, V]."""
+    chosen = torch.tensor(tokens, device=logits.device)[:, None]
+    found: list[float] = logits.float().log_softmax(dim=-1).gather(1, chosen)[:, 0].tolist()
+    return found

@@ -85,7 +85,9 @@ def demo(
         update={
             "paths": PathsSection(
                 store=folder / "collection", costs=folder / "costs.json", policy=folder / "policy"
-            )
+            ),
+            # every method decodes the same prompts, and each must pay for its own prefill
+            "engine": config.engine.model_copy(update={"prefix_positions": 0}),
         }
     )
     prepared = prepare(config, collected, max_new_tokens, on_progress)

@@ -13,6 +13,8 @@ import bisect
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 BLOCK: Final = 128  # positions; capacity grows by at least this much
@@ -77,6 +79,19 @@ class RowCache:
     def num_bytes(self) -> int:
         """Bytes held now, by all slots together."""
         return sum(storage.nbytes for storage in self.layers if storage is not None)
+
+    def read(self, slot: int, start: int, stop: int) -> list[Tensor]:
+        """Copies of a row's entries at positions [start, stop): [2 * Hkv, n, D] of every layer."""
+        return [
+            storage[slot, :, start:stop].clone() for storage in self.layers if storage is not None
+        ]
+
+    def write(self, slot: int, start: int, entries: Sequence[Tensor]) -> None:
+        """Put what `read` gave at positions start, start + 1, ... of a row."""
+        stop = start + entries[0].shape[1]
+        self.reserve(stop)
+        for index, entry in enumerate(entries):
+            self.layer(index, entry.transpose(0, 1))[slot, :, start:stop] = entry
 
     def copy_positions(self, slot: int, source: Tensor, start: int) -> None:
         """Move a row's entries at positions `source` [n] to start, start + 1, ..."""

@@ -1,5 +1,6 @@
-"""JUDGE: which draft tokens the target keeps. Tensors in, verdicts out; no models, no tokenizers."""
+"""VERIFY: which part of a draft is kept, and what stands behind it. Knows no model and no engine."""
 
-from paceline.verification.judge import judge_matches, judge_residual
+from paceline.verification.judge import judge_block, judge_residual
+from paceline.verification.trees import depths, follow
 
-__all__ = ["judge_matches", "judge_residual"]
+__all__ = ["depths", "follow", "judge_block", "judge_residual"]

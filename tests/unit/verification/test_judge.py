@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paceline.verification import judge_matches, judge_residual
+from paceline.verification import depths, follow, judge_block, judge_residual
 
 QUICK = settings(max_examples=150, deadline=None, derandomize=True)
 V = 6
@@ -35,11 +35,16 @@ def dirichlet(generator: np.random.Generator, *shape: int) -> np.ndarray:
     return weights / weights.sum(-1, keepdims=True)
 
 
+@pytest.mark.parametrize("method", ["residual", "block"])
 @QUICK
 @given(st.integers(0, 10**6), st.integers(1, 5), st.integers(0, 4))
-def test_residual_verdicts_are_those_of_the_readable_judge(
-    seed: int, num_rows: int, num_drafted: int
+def test_verdicts_are_those_of_the_readable_judge(
+    method: str, seed: int, num_rows: int, num_drafted: int
 ) -> None:
+    judge, reference = {
+        "residual": (judge_residual, reference_residual),
+        "block": (judge_block, reference_block),
+    }[method]
     generator = np.random.default_rng(seed)
     p, q = (
         dirichlet(generator, num_rows, num_drafted + 1),
@@ -55,7 +60,7 @@ def test_residual_verdicts_are_those_of_the_readable_judge(
     u = generator.random((num_rows, num_drafted))
     e = generator.exponential(size=(num_rows, num_drafted + 1, V))
 
-    verdicts = judge_residual(
+    verdicts = judge(
         torch.tensor(p),
         torch.tensor(q),
         torch.tensor(tokens, dtype=torch.int64).reshape(num_rows, num_drafted),
@@ -65,38 +70,53 @@ def test_residual_verdicts_are_those_of_the_readable_judge(
     )
 
     for i in range(num_rows):
-        expected = reference_residual(p[i], q[i], tokens[i][: lengths[i]], u[i], e[i])
+        expected = reference(p[i], q[i], tokens[i][: lengths[i]], u[i], e[i])
         assert (int(verdicts.num_accepted[i]), int(verdicts.next_tokens[i])) == expected
+
+
+def reference_block(
+    p: np.ndarray, q: np.ndarray, draft: list[int], u: np.ndarray, e: np.ndarray
+) -> tuple[int, int]:
+    """Block verification of one row, as the paper writes it."""
+    share, kept, kept_share = 1.0, 0, 1.0
+    for i, token in enumerate(draft):
+        inside = 0 <= token < p.shape[1]
+        share = min(1.0, share * p[i, token] / q[i, token]) if inside and q[i, token] else 0.0
+        if i + 1 == len(draft):
+            odds = share
+        else:
+            left = np.maximum(share * p[i + 1] - q[i + 1], 0.0).sum()
+            odds = left / (left + 1.0 - share) if left + 1.0 - share > 0 else 1.0
+        if u[i] < odds:
+            kept, kept_share = i + 1, share
+    if kept == len(draft):
+        return kept, int(np.argmax(p[kept] / e[kept]))
+    residual = np.maximum(kept_share * p[kept] - q[kept], 0.0)
+    return kept, int(np.argmax(residual / e[kept]))
 
 
 @QUICK
 @given(st.data())
-def test_matches_are_kept_up_to_the_first_difference(data: st.DataObject) -> None:
-    num_drafted = data.draw(st.integers(0, 5))
-    tokens = st.integers(0, 2)
-    rows = data.draw(
-        st.lists(
-            st.tuples(
-                st.lists(tokens, min_size=num_drafted, max_size=num_drafted),
-                st.lists(tokens, min_size=num_drafted + 1, max_size=num_drafted + 1),
-                st.integers(0, num_drafted),
-            ),
-            min_size=1,
-            max_size=4,
-        )
-    )
-    drafts = torch.tensor([d for d, _, _ in rows], dtype=torch.int64)
-    choices = torch.tensor([c for _, c, _ in rows])
-    lengths = torch.tensor([n for _, _, n in rows])
+def test_the_kept_path_is_where_the_targets_choices_lead(data: st.DataObject) -> None:
+    size = data.draw(st.integers(0, 8))
+    tokens = data.draw(st.lists(st.integers(0, 2), min_size=size, max_size=size))
+    choices = data.draw(st.lists(st.integers(0, 2), min_size=size + 1, max_size=size + 1))
+    parents = [data.draw(st.integers(-1, k - 1)) for k in range(size)]
 
-    verdicts = judge_matches(choices, drafts.reshape(len(rows), num_drafted), lengths)
+    path = follow(choices, tokens, parents)
 
-    for i, (draft, chosen, length) in enumerate(rows):
-        accepted = 0
-        while accepted < length and draft[accepted] == chosen[accepted]:
-            accepted += 1
-        assert verdicts.num_accepted[i] == accepted
-        assert verdicts.next_tokens[i] == chosen[accepted]
+    at = -1
+    for step in path:
+        assert parents[step] == at and tokens[step] == choices[at + 1]
+        at = step
+    assert all(parents[k] != at or tokens[k] != choices[at + 1] for k in range(size))
+    assert [depths(parents)[k] for k in path] == list(range(len(path)))
+    chain = list(range(-1, size - 1))
+    assert follow(choices, tokens) == follow(choices, tokens, chain)
+
+
+def test_of_equal_siblings_the_first_is_followed() -> None:
+    assert follow([5, 7, 7, 9, 9], [5, 5, 7, 7], [-1, -1, 0, 1]) == [0, 2]
 
 
 def one(p: list[list[float]], q: list[list[float]], draft: list[int], u: float) -> tuple[int, int]:
@@ -157,5 +177,3 @@ def test_nothing_drafted_is_a_plain_draw() -> None:
 
     assert verdicts.num_accepted.tolist() == [0, 0]
     assert verdicts.next_tokens.tolist() == [1, 0]
-    matches = judge_matches(p.argmax(-1), nothing, torch.zeros(2, dtype=torch.int64))
-    assert matches.next_tokens.tolist() == [1, 0]

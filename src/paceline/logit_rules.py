@@ -1,0 +1,110 @@
+"""Penalties, biases and bans on the target's logits, as functions of the text that leads to them.
+
+The only place for settings that depend on the text. The definitions are transformers' for the
+repetition penalty, n-grams, minimum length and suppression, and OpenAI's for presence and frequency.
+Symbols: n places, V logits.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import torch
+
+from paceline.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
+
+    from paceline.contracts import LogitRules
+
+_OFF = float("-inf")
+
+
+def check_rules(rules: LogitRules, num_logits: int, max_new_tokens: int) -> None:
+    """Raise RequestError, naming the setting, if a value is out of range."""
+    if not 0.0 < rules.repetition_penalty < float("inf"):
+        raise RequestError(f"repetition_penalty must be positive, got {rules.repetition_penalty}")
+    for name in ("presence_penalty", "frequency_penalty"):
+        value = getattr(rules, name)
+        if not abs(value) < float("inf"):
+            raise RequestError(f"{name} must be a finite number, got {value}")
+    for name in ("no_repeat_ngram_size", "min_new_tokens"):
+        if getattr(rules, name) < 0:
+            raise RequestError(f"{name} must be 0 (off) or positive, got {getattr(rules, name)}")
+    if rules.min_new_tokens > max_new_tokens:
+        raise RequestError(
+            f"min_new_tokens {rules.min_new_tokens} is above max_new_tokens {max_new_tokens}"
+        )
+    for name in ("logit_bias", "suppress_tokens", "forced_tokens"):
+        unknown = [t for t in getattr(rules, name) if not 0 <= t < num_logits]
+        if unknown:
+            raise RequestError(
+                f"{name} names the token id {unknown[0]}; the target's are 0 to {num_logits - 1}"
+            )
+
+
+def apply_rules(
+    rules: LogitRules,
+    logits: Tensor,
+    texts: Sequence[Sequence[int]],
+    num_prompt: int,
+    stop_token_ids: Iterable[int] = (),
+) -> Tensor:
+    """The logits as the rules want them, a new float32 tensor.
+
+    logits: [n, V]. texts: prompt and output before each place, n of them; the first `num_prompt`
+    tokens of each are the prompt. stop_token_ids: what `min_new_tokens` holds back.
+    """
+    changed = logits.float().clone()
+    for scores, text in zip(changed, texts, strict=True):
+        _penalise(rules, scores, text, num_prompt)
+        num_new = len(text) - num_prompt
+        banned = set(rules.suppress_tokens)
+        if rules.no_repeat_ngram_size:
+            banned |= _ngram_ends(text, rules.no_repeat_ngram_size)
+        if num_new < rules.min_new_tokens:
+            banned |= set(stop_token_ids)
+        if banned:
+            scores[sorted(banned)] = _OFF
+        for processor in rules.processors:
+            ids = torch.tensor([list(text)], device=logits.device)
+            scores.copy_(processor(ids, scores[None].clone())[0])
+        if num_new < len(rules.forced_tokens):
+            scores.fill_(_OFF)
+            scores[rules.forced_tokens[num_new]] = 0.0
+    return changed
+
+
+def _penalise(rules: LogitRules, scores: Tensor, text: Sequence[int], num_prompt: int) -> None:
+    """Bias and the three penalties, in place. scores: [V]."""
+    if rules.logit_bias:
+        ids = torch.tensor(list(rules.logit_bias), device=scores.device)
+        scores[ids] += torch.tensor(list(rules.logit_bias.values())).to(scores)
+    output = text[num_prompt:]
+    if rules.repetition_penalty != 1.0:
+        seen = text if rules.repetition_scope == "all" else output
+        ids = torch.tensor(sorted(set(seen)), dtype=torch.int64, device=scores.device)
+        old = scores[ids]
+        penalty = rules.repetition_penalty
+        scores[ids] = torch.where(old < 0, old * penalty, old / penalty)
+    if rules.presence_penalty or rules.frequency_penalty:
+        counts = Counter(text if rules.presence_scope == "all" else output)
+        ids = torch.tensor(list(counts), dtype=torch.int64, device=scores.device)
+        times = torch.tensor(list(counts.values())).to(scores)
+        scores[ids] -= rules.presence_penalty + rules.frequency_penalty * times
+
+
+def _ngram_ends(text: Sequence[int], size: int) -> set[int]:
+    """Tokens that would complete an n-gram of `size` tokens that the text holds already."""
+    if len(text) < size:
+        return set()
+    last = tuple(text[len(text) - size + 1 :])
+    return {
+        text[i + size - 1]
+        for i in range(len(text) - size + 1)
+        if tuple(text[i : i + size - 1]) == last
+    }

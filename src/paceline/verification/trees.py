@@ -1,0 +1,46 @@
+"""Which part of a draft the target's own choices follow.
+
+Serves every draft that is judged by equality: greedy decoding, deterministic drafts, drafts drawn
+with the judge's own noise, and all trees. A chain is a tree whose every token follows the one before.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def follow(
+    choices: Sequence[int], tokens: Sequence[int], parents: Sequence[int] | None = None
+) -> list[int]:
+    """Indices of the draft tokens that are kept, from the root down.
+
+    choices: the target's token at each place, behind the row's last token first and then behind each
+    draft token. tokens: the draft. parents: the index each token follows, -1 for the row's last
+    token; None for a chain. Of equal siblings the first is followed.
+    """
+    path: list[int] = []
+    if parents is None:
+        for index, token in enumerate(tokens):
+            if token != choices[index]:
+                break
+            path.append(index)
+        return path
+    children: dict[tuple[int, int], int] = {}
+    for index, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
+        children.setdefault((parent, token), index)
+    at = -1
+    while (child := children.get((at, choices[at + 1]))) is not None:
+        path.append(child)
+        at = child
+    return path
+
+
+def depths(parents: Sequence[int]) -> list[int]:
+    """How many draft tokens stand above each one."""
+    found: list[int] = []
+    for parent in parents:
+        found.append(0 if parent < 0 else found[parent] + 1)
+    return found
