@@ -1,4 +1,4 @@
-"""A drafter that proposes what a function says, to see what the rest makes of it."""
+"""Drafters that propose what a function says, to see what the rest makes of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from paceline.contracts import Drafts
 from paceline.drafting.base import Drafter, Foresight, pad_drafts
+from paceline.verification import depths, follow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from paceline.contracts import RowView
 
     Propose = Callable[[Sequence[int], int], Sequence[int]]
+    Grow = Callable[[Sequence[int], int], tuple[Sequence[int], Sequence[int]]]
 
 
 class ScriptedDrafter(Drafter):
@@ -68,6 +70,50 @@ class _ScriptedForesight(Foresight):
                 break
             matches += 1
         return len(draft), matches
+
+
+class ScriptedTree(Drafter):
+    """Proposes the tree `function(tokens so far, limit)` gives: tokens and their parents' indices.
+
+    Nothing is cut or checked, so that a script can break the contract.
+    """
+
+    kind: ClassVar[str] = "scripted_tree"
+
+    def __init__(self, name: str, function: Grow, num_draft_tokens: int = 64) -> None:
+        super().__init__(name, num_draft_tokens)
+        self.function = function
+
+    def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
+        trees = [self.function(row.tokens, n) for row, n in zip(rows, limits, strict=True)]
+        tokens, lengths = pad_drafts([list(tree[0]) for tree in trees], torch.device("cpu"))
+        parents, _ = pad_drafts([list(tree[1]) for tree in trees], torch.device("cpu"))
+        return Drafts(tokens, lengths, parents=parents)
+
+    def would_accept(
+        self, prompt: Sequence[int], trajectory: Sequence[int], p: Tensor | None
+    ) -> Foresight:
+        return _TreeForesight(self, prompt, trajectory)
+
+
+class _TreeForesight(Foresight):
+    """Rounds simulated by growing the tree again."""
+
+    def __init__(
+        self, drafter: ScriptedTree, prompt: Sequence[int], trajectory: Sequence[int]
+    ) -> None:
+        self._drafter = drafter
+        self._text = [*prompt, *trajectory]
+        self._num_prompt = len(prompt)
+
+    def accepted(self, position: int, limit: int) -> tuple[int, int]:
+        here = self._num_prompt + position
+        tokens, parents = self._drafter.function(self._text[:here], limit)
+        levels = depths(parents)
+        after = [0, *(level + 1 for level in levels)]
+        # the target's choice behind a place is the trajectory's token at its depth
+        truth = [self._text[here + d] if here + d < len(self._text) else -1 for d in after]
+        return len(tokens), len(follow(truth, tokens, parents))
 
 
 def copying(text: Sequence[int], num_right: int | None = None, wrong: int = 0) -> Propose:
