@@ -186,11 +186,15 @@ def test_a_conversation_that_goes_on_is_not_prefilled_again() -> None:
 
 
 def test_a_prompt_of_whole_blocks_still_runs_its_last_token() -> None:
-    pace = pace_with(prefix_positions=512)
+    pace = pace_with({"near": perturbed(MODEL, 0.05)}, prefix_positions=512)
     prompt = LONG[: 2 * BLOCK]
-    texts = [pace.complete(list(prompt), drafter="none", max_new_tokens=5) for _ in range(2)]
+    first, second = (
+        pace.complete(list(prompt), drafter="near", max_new_tokens=5) for _ in range(2)
+    )
 
-    assert texts[0].token_ids == texts[1].token_ids == greedy_reference(MODEL, prompt, 5).tokens
+    assert first.token_ids == second.token_ids == greedy_reference(MODEL, prompt, 5).tokens
+    # without a prefill there would be neither a first token from it nor a choice of drafter
+    assert second.drafter == "near" and second.rounds == first.rounds
 
 
 def test_equal_blocks_behind_different_beginnings_are_not_shared() -> None:
