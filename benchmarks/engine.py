@@ -60,7 +60,7 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 VOCABULARY = 32_000
 DRAFT_LAYERS = 2
-UPPER_SCALE = {"0.3b": 0.15, "1b": 0.15}  # of what the upper layers add; sets the agreement
+UPPER_SCALE = 0.02  # of what the upper layers add; the drafter agrees at about 8 places of 10
 WIDTHS = (1, 8, 32)
 CONTEXT = 256  # positions cached where single forwards are timed
 
@@ -121,8 +121,8 @@ def random_llama(name: str, dtype: str) -> Subject:
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         for layer in model.model.layers[DRAFT_LAYERS:]:
-            layer.self_attn.o_proj.weight *= UPPER_SCALE[name]
-            layer.mlp.down_proj.weight *= UPPER_SCALE[name]
+            layer.self_attn.o_proj.weight *= UPPER_SCALE
+            layer.mlp.down_proj.weight *= UPPER_SCALE
     model = model.to(getattr(torch, dtype)).eval()  # type: ignore[arg-type]
     model.generation_config.eos_token_id = None
     small = lowest_layers(model, DRAFT_LAYERS)

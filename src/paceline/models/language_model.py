@@ -95,17 +95,28 @@ class LanguageModel:
         digest = hashlib.sha256(type(self.model).__name__.encode())
         for name, parameter in self.model.named_parameters():
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
-            flat = parameter.detach().flatten()
+            whole: Any = parameter.detach()
+            if type(whole) is not torch.Tensor and hasattr(whole, "dequantize"):
+                whole = whole.dequantize()  # quantised weights hide in a tensor of their own kind
+            flat = whole.flatten()
             sample = flat[:: max(1, flat.numel() // 64)][:64]
             digest.update(sample.to(torch.bfloat16).float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def num_bytes(self) -> int:
         """Bytes of the weights, tied ones once."""
-        return sum(p.nbytes for p in {id(p): p for p in self.model.parameters()}.values())
+        return sum(_num_bytes(p.data) for p in {id(p): p for p in self.model.parameters()}.values())
 
     def __repr__(self) -> str:
         return f"LanguageModel({self.name!r}, {self.dtype}, {self.device})"
+
+
+def _num_bytes(tensor: Any) -> int:
+    """Bytes of a weight; of a quantised one, of the tensors it is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return int(tensor.nbytes)
+    names, _ = tensor.__tensor_flatten__()
+    return sum(_num_bytes(getattr(tensor, name)) for name in names)
 
 
 def _context_length(config: Any) -> int:

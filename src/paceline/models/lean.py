@@ -53,8 +53,11 @@ def why_not_lean(model: PreTrainedModel) -> str | None:
         a, m = layer.self_attn, layer.mlp
         linears = (a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj)
         for linear in (*linears, anything.lm_head):
-            if type(linear) is not nn.Linear:
-                return f"{type(linear).__name__} stands where a plain linear layer should"
+            # quantised weights come as other layers, or as other tensors in the usual ones
+            kinds = type(linear), type(linear.weight.data)
+            if kinds != (nn.Linear, torch.Tensor):
+                odd = next(k for k in kinds if k not in (nn.Linear, torch.Tensor))
+                return f"{odd.__name__} stands where a plain linear layer should"
     return None
 
 
