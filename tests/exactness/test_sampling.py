@@ -292,6 +292,24 @@ def trims_unknown_tokens(
     return judge_residual(p, q, tokens, lengths, u, e)
 
 
+def stops_by_what_was_drawn(
+    p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, u: Tensor, e: Tensor
+) -> Verdicts:
+    """A draft is cut before a token that its drafter found improbable, after drawing it."""
+    sure = q.gather(-1, tokens.clamp(max=V - 1)[..., None])[..., 0] > 0.15
+    kept = sure.to(torch.int64).cumprod(dim=-1).sum(dim=-1)
+    return judge_residual(p, q, tokens, torch.minimum(lengths, kept), u, e)
+
+
+def chooses_the_arm_by_what_was_drawn(
+    p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, u: Tensor, e: Tensor
+) -> Verdicts:
+    """The row goes without a draft where the target would reject its first token."""
+    first = tokens[:, 0].clamp(max=V - 1)[:, None]
+    doubtful = (p[:, 0].gather(1, first) < q[:, 0].gather(1, first))[:, 0]
+    return judge_residual(p, q, tokens, torch.where(doubtful, 0, lengths), u, e)
+
+
 def reuses_the_drafts_noise(
     p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, u: Tensor, e: Tensor
 ) -> Verdicts:
@@ -309,6 +327,8 @@ def reuses_the_drafts_noise(
         (warps_the_residual, Cell("good", "residual", temperature=0.5)),
         (trims_unknown_tokens, Cell("good", "residual", extra=3)),
         (reuses_the_drafts_noise, Cell("good", "residual")),
+        (stops_by_what_was_drawn, Cell("good", "residual")),
+        (chooses_the_arm_by_what_was_drawn, Cell("good", "residual")),
     ],
 )
 def test_a_planted_bug_in_judging_is_seen(judge: Judge, cell: Cell) -> None:
