@@ -25,6 +25,7 @@ from paceline.drafting.none import NoneDrafter
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
 from paceline.engine import Engine, TextStream
 from paceline.errors import ConfigError, DecodingError, RequestError
+from paceline.models.exact import check_exact
 from paceline.models.language_model import LanguageModel, check_packed_forward
 from paceline.models.loading import load_language_model, load_tokenizer
 from paceline.models.vocabulary import Vocabulary, check_same_vocabulary
@@ -66,7 +67,7 @@ def build(config: Config) -> Parts:
         if isinstance(chosen, DraftModelSettings):
             other = Vocabulary.of(load_tokenizer(chosen))
             check_same_vocabulary(name, vocabulary, other)
-    target = load_language_model(config.target, "target")
+    target = load_language_model(config.target, "target", config.exact)
     drafters: dict[str, Drafter] = {NONE: NoneDrafter()}
     for name, chosen in settings.items():
         if isinstance(chosen, DraftModelSettings):
@@ -116,8 +117,10 @@ def build_from_objects(
     """
     _check_names(drafters)
     vocabulary = Vocabulary.of(tokenizer)
-    language_model = LanguageModel(target, "target")
+    language_model = LanguageModel(target, "target", exact=config.exact)
     check_packed_forward(language_model)
+    if config.exact:
+        check_exact(language_model)
     built: dict[str, Drafter] = {NONE: NoneDrafter()}
     for name, spec in drafters.items():
         model: Any = spec

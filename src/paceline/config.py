@@ -88,9 +88,14 @@ class PathsSection(Section):
 
 
 class Config(Section):
-    """The whole of paceline.yaml."""
+    """The whole of paceline.yaml.
+
+    exact: the target runs in exact mode, where a text's bits hang on its own tokens alone, so that
+    greedy text is the same for every drafter and batch in bfloat16 too; refused where it cannot be.
+    """
 
     target: ModelSection
+    exact: bool = False
     drafters: dict[str, DrafterSection] = Field(default_factory=dict)
     engine: EngineSection = EngineSection()
     learning: LearningSection = LearningSection()

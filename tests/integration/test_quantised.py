@@ -4,33 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, QuantoConfig
 
 import paceline
 from paceline.models.lean import why_not_lean
-
-# importing torchao warns about kernels for other devices
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 ZOO = Path(__file__).parents[2] / "zoo"
 PROMPT = [{"role": "user", "content": "Tom has 3 apples and buys 5 more. How many has he now?"}]
 
 
 def test_an_int8_target_writes_what_transformers_writes_with_it() -> None:
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    quantisation = TorchAoConfig(Int8WeightOnlyConfig())
     target = AutoModelForCausalLM.from_pretrained(
-        ZOO / "target", dtype=torch.float32, quantization_config=quantisation
+        ZOO / "target", dtype=torch.float32, quantization_config=QuantoConfig(weights="int8")
     )
     drafter = AutoModelForCausalLM.from_pretrained(ZOO / "draft-math", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(ZOO / "target")
 
     pace = paceline.load(target=target, tokenizer=tokenizer, drafters={"math": drafter})
 
-    assert "Int8Tensor stands where" in (why_not_lean(target) or "")
+    assert "QLinear stands where" in (why_not_lean(target) or "")
     assert pace.parts.target.forward_kind == "transformers"
     # one byte a weight, and four in the embedding, which stays as it is
     assert pace.parts.target.num_bytes() < 2 * sum(p.numel() for p in target.parameters())

@@ -20,7 +20,7 @@ from paceline.engine.prefixes import BLOCK, PrefixStore
 from paceline.engine.rows import Row
 from paceline.engine.step import Draft, judge, run_round
 from paceline.engine.stops import append_until_stop, final_text
-from paceline.errors import ArtefactError, DecodingError, QueueFullError, RequestError
+from paceline.errors import ArtefactError, ConfigError, DecodingError, QueueFullError, RequestError
 from paceline.logit_rules import check_rules
 from paceline.models.packing import Span
 from paceline.warping import check_sampling
@@ -68,6 +68,8 @@ class Engine:
         that may wait. max_positions: bound on rows x longest row, what the target's cache holds.
         prefix_positions: bound on shared prompt beginnings.
         """
+        if target.exact and prefill_chunk < BLOCK:
+            raise ConfigError(f"exact mode needs prefill_chunk at {BLOCK} or more: {prefill_chunk}")
         self.target = target
         self.drafters = dict(drafters)
         self.choose = choose
@@ -277,14 +279,17 @@ class Engine:
         for row in sorted(self._rows, key=lambda row: row.id):
             if room and not row.is_prefilled and row.finish_reason is None:
                 stop = min(row.num_prompt, row.num_prefilled + room)
-                pieces.append((row, row.num_prefilled, stop))
+                if self.target.exact and stop < row.num_prompt:
+                    stop = max(row.num_prefilled, stop // BLOCK * BLOCK)
+                if stop > row.num_prefilled:
+                    pieces.append((row, row.num_prefilled, stop))
                 room -= stop - row.num_prefilled
         if not pieces:
             return
         began = perf_counter()
         pieces.sort(key=lambda piece: piece[0].slot)
         tokens = [t for row, start, stop in pieces for t in row.tokens[start:stop]]
-        spans = [Span(row.slot, start, stop - start) for row, start, stop in pieces]
+        spans = [Span(row.slot, start, stop - start, prefill=True) for row, start, stop in pieces]
         hidden = self.target.forward(torch.tensor(tokens), spans)
         ending = []
         for (row, _, stop), part in zip(

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from paceline.models.exact import attend_exactly
+from paceline.models.packing import store
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from paceline.models.packing import PackedBatch, Run
+    from paceline.models.packing import PackedBatch
 
 
 def attend(
@@ -38,12 +41,14 @@ def attend(
     num_kv_heads = key_value.shape[1] // 2
     groups = num_heads // num_kv_heads
     storage = packed.cache.layer(layer, key_value)
+    if packed.exact:
+        return attend_exactly(packed, storage, query, key_value, scale, window)
     outputs = []
     for run in packed.runs:
         rows, width = len(run.slots), run.width
         first, stop = run.first, run.first + rows * width
         whole = len(packed.runs) == 1
-        _store(run, storage, key_value if whole else key_value[first:stop])
+        store(run, storage, key_value if whole else key_value[first:stop])
         cached = storage[run.slots.start : run.slots.stop].narrow(2, 0, run.length)
         keys, values = cached.split(num_kv_heads, dim=1)
         q = query if whole else query[first:stop]
@@ -55,22 +60,6 @@ def attend(
             out = out.reshape(rows, num_heads, width, head_dim).transpose(1, 2)
         outputs.append(out.reshape(rows * width, num_heads, head_dim))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-
-def _store(run: Run, storage: Tensor, new: Tensor) -> None:
-    """Write [R*W, 2*Hkv, D] new entries behind each row's cached ones."""
-    if len(run.slots) == 1:
-        place = storage[run.slots.start].narrow(1, run.starts[0], run.width)
-        place.copy_(new.transpose(0, 1))
-        return
-    _, heads, positions, head_dim = storage.shape
-    if run.index is None:
-        starts = torch.tensor(run.starts, device=new.device)[:, None]
-        at = starts + torch.arange(run.width, device=new.device)
-        slots = torch.arange(run.slots.start, run.slots.stop, device=new.device)
-        lines = slots[:, None] * heads + torch.arange(heads, device=new.device)
-        run.index = (lines[:, None] * positions + at[:, :, None]).flatten()
-    storage.view(-1, head_dim).index_copy_(0, run.index, new.reshape(-1, head_dim))
 
 
 def _attend(

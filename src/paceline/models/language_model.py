@@ -32,8 +32,13 @@ class LanguageModel:
     Several roles may share the weights (a target drafting for itself) by building several of these.
     """
 
-    def __init__(self, model: PreTrainedModel, name: str, forward: Forward = "auto") -> None:
-        """forward: `lean` insists on the lean forward, `auto` takes it where it fits."""
+    def __init__(
+        self, model: PreTrainedModel, name: str, forward: Forward = "auto", exact: bool = False
+    ) -> None:
+        """forward: `lean` insists on the lean forward, `auto` takes it where it fits.
+
+        exact: a token's bits hang on its own row alone, see `exact.py`; needs the lean forward.
+        """
         self.name = name
         self.model = model.eval()
         config = model.config.get_text_config()
@@ -46,10 +51,12 @@ class LanguageModel:
         self._forward: LeanForward | TransformersForward = TransformersForward(model, name)
         self.num_logits: int = model.get_output_embeddings().weight.shape[0]
         reason = "the configuration says so" if forward == "transformers" else why_not_lean(model)
+        self.exact = exact
         if reason is None:
-            self._forward = LeanForward(model)
-        elif forward == "lean":
-            raise ModelError(f"{name}: cannot run the lean forward, because {reason}")
+            self._forward = LeanForward(model, exact)
+        elif forward == "lean" or exact:
+            mode = "exact mode" if exact else "the lean forward"
+            raise ModelError(f"{name}: cannot run {mode}, because {reason}")
 
     @property
     def forward_kind(self) -> str:
@@ -83,6 +90,7 @@ class LanguageModel:
             self.device,
             ancestors,
             self._chain_masks,
+            self.exact,
         )
         return self._forward.hidden(tokens.to(self.device), packed)
 

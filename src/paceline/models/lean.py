@@ -87,15 +87,15 @@ class _Norm:
 class _Layer:
     """One decoder layer's products, norms and attention shape."""
 
-    def __init__(self, layer: Any, config: Any) -> None:
+    def __init__(self, layer: Any, config: Any, exact: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         eps = config.rms_norm_eps
         self.norm_1 = _Norm(layer.input_layernorm.weight.data, eps)
         self.norm_2 = _Norm(layer.post_attention_layernorm.weight.data, eps)
-        self.qkv = Product([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.out = Product([attention.o_proj])
-        self.gate_up = Product([mlp.gate_proj, mlp.up_proj])
-        self.down = Product([mlp.down_proj])
+        self.qkv = Product([attention.q_proj, attention.k_proj, attention.v_proj], exact)
+        self.out = Product([attention.o_proj], exact)
+        self.gate_up = Product([mlp.gate_proj, mlp.up_proj], exact)
+        self.down = Product([mlp.down_proj], exact)
         self.qk_norms: tuple[_Norm, _Norm] | None = None
         if hasattr(attention, "q_norm"):  # Qwen3
             norms = attention.q_norm, attention.k_norm
@@ -113,11 +113,12 @@ class LeanForward:
 
     kind: ClassVar[str] = "lean"
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, exact: bool = False) -> None:
+        """exact: bits that hang on nothing but each row's own tokens, see `exact.py`."""
         anything: Any = model
         config = model.config
-        self._layers = [_Layer(layer, config) for layer in anything.model.layers]
-        self._head = Product([anything.lm_head])
+        self._layers = [_Layer(layer, config, exact) for layer in anything.model.layers]
+        self._head = Product([anything.lm_head], exact)
         self._embedding: Tensor = anything.model.embed_tokens.weight.data
         self._norm = _Norm(anything.model.norm.weight.data, config.rms_norm_eps)
         self._num_heads: int = config.num_attention_heads

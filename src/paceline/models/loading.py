@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from paceline.errors import ModelError
+from paceline.models.exact import check_exact
 from paceline.models.language_model import LanguageModel, check_packed_forward
 
 if TYPE_CHECKING:
@@ -113,8 +114,11 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_language_model(section: ModelSection, name: str) -> LanguageModel:
-    """Weights, self-checked. Raises ModelError if they are unreadable, incomplete or unsupported."""
+def load_language_model(section: ModelSection, name: str, exact: bool = False) -> LanguageModel:
+    """Weights, self-checked. Raises ModelError if they are unreadable, incomplete or unsupported.
+
+    exact: in exact mode, whose own check must hold too.
+    """
     load_config(section)
     device = resolve_device(section.device)
     dtype = "auto" if section.dtype == "auto" else DTYPES[section.dtype]
@@ -153,6 +157,8 @@ def load_language_model(section: ModelSection, name: str) -> LanguageModel:
             f"{section.model}: {len(missing)} weights are missing from the file (such as "
             f"'{missing[0]}'); the model would run on noise"
         )
-    language_model = LanguageModel(model.to(device), name, section.forward)
+    language_model = LanguageModel(model.to(device), name, section.forward, exact)
     check_packed_forward(language_model)
+    if exact:
+        check_exact(language_model)
     return language_model

@@ -27,11 +27,15 @@ _MAX_TABLED_WIDTH: Final = 17
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One row's tokens in a packed forward: `width` of them after `start` cached positions."""
+    """One row's tokens in a packed forward: `width` of them after `start` cached positions.
+
+    prefill: whether they are a piece of a prompt, rather than a draft to be verified.
+    """
 
     slot: int
     start: int
     width: int
+    prefill: bool = False
 
 
 @dataclass(slots=True)
@@ -42,8 +46,9 @@ class Run:
     slots: range
     starts: list[int]
     width: int
+    prefill: bool
     ancestors: Tensor | None = None  # [W, W] bool, single rows only
-    masks: dict[tuple[int | None, int], Tensor | None] = field(default_factory=dict)
+    masks: dict[tuple[int | None, ...], Tensor | None] = field(default_factory=dict)
     index: Tensor | None = None  # [R*W*2*Hkv] places in the cache, for several rows
 
     @property
@@ -82,9 +87,12 @@ class PackedBatch:
         device: torch.device,
         ancestors: Sequence[Tensor | None] | None = None,
         chain_masks: ChainMasks | None = None,
+        exact: bool = False,
     ) -> None:
+        """exact: no row shares a call with another, see `exact.py`."""
         self.cache = cache
         self.device = device
+        self.exact = exact
         self.runs: list[Run] = []
         self._chain_masks = chain_masks or ChainMasks()
         first = 0
@@ -93,6 +101,7 @@ class PackedBatch:
             last = self.runs[-1] if self.runs else None
             if (
                 last is not None
+                and not exact
                 and tree is None
                 and last.ancestors is None
                 and last.width == span.width
@@ -103,7 +112,7 @@ class PackedBatch:
                 last.starts.append(span.start)
             else:
                 slots = range(span.slot, span.slot + 1)
-                self.runs.append(Run(first, slots, [span.start], span.width, tree))
+                self.runs.append(Run(first, slots, [span.start], span.width, span.prefill, tree))
             first += span.width
         self.num_tokens = first
         self.num_positions = max(run.length for run in self.runs)
@@ -179,3 +188,19 @@ def _visible(run: Run, window: int | None, device: torch.device) -> Tensor:
     if window is not None:
         visible = visible & (position_of_key > position_of_query - window)
     return visible
+
+
+def store(run: Run, storage: Tensor, new: Tensor) -> None:
+    """Write [R*W, 2*Hkv, D] new entries behind each row's cached ones."""
+    if len(run.slots) == 1:
+        place = storage[run.slots.start].narrow(1, run.starts[0], run.width)
+        place.copy_(new.transpose(0, 1))
+        return
+    _, heads, positions, head_dim = storage.shape
+    if run.index is None:
+        starts = torch.tensor(run.starts, device=new.device)[:, None]
+        at = starts + torch.arange(run.width, device=new.device)
+        slots = torch.arange(run.slots.start, run.slots.stop, device=new.device)
+        lines = slots[:, None] * heads + torch.arange(heads, device=new.device)
+        run.index = (lines[:, None] * positions + at[:, :, None]).flatten()
+    storage.view(-1, head_dim).index_copy_(0, run.index, new.reshape(-1, head_dim))

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 import torch.nn.functional as F
 
+from paceline.errors import ModelError
+from paceline.models.exact import find_rows
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -26,7 +29,10 @@ _ROWS_HINT: Final = 8  # tokens the packed layout is made for; others work, a li
 class Product:
     """x -> x W^T (+ b) for fixed W; several linear layers with one input become one product."""
 
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+    def __init__(self, layers: Sequence[nn.Linear], exact: bool = False) -> None:
+        """exact: one row's bits hang on nothing but that row; see `exact.py`. Raises ModelError if
+        this device and dtype have no packed products, on which that rests.
+        """
         weights = [layer.weight.data for layer in layers]
         biases = [_bias(layer) for layer in layers]
         known = [bias for bias in biases if bias is not None]
@@ -34,7 +40,14 @@ class Product:
             raise ValueError("layers with and without biases do not make one product")
         self.bias: Tensor | None = torch.cat(known) if known else None
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        self.packed = packs(weight)
+        self.packed = packs(weight) if exact else packs(weight) and is_worth_packing(weight)
+        if exact and not self.packed:
+            raise ModelError(
+                f"exact mode rests on the CPU's packed products, which {weight.dtype} on "
+                f"{weight.device} does not have here; use bfloat16 or float32 on a CPU"
+            )
+        num_inputs = weight.shape[1]
+        like = weight
         if self.packed:
             weight = _mkldnn()._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
         elif weight.device.type == "cpu":
@@ -45,10 +58,15 @@ class Product:
                 layer.weight.data = part
         self.transposed = not self.packed and weight.device.type == "cpu"
         self.weight: Tensor = weight
+        self.rows, self.fixed = 1, False
+        if exact:
+            self.rows, self.fixed = find_rows(self, num_inputs, like)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [N, in]. Returns [N, out]."""
         if self.packed:
+            if self.fixed or len(x) < self.rows:
+                return self._in_tiles(x, None)
             out: Tensor = _plain(x, self.weight, self.bias, "none", [], "")
             return out
         if self.transposed:
@@ -60,22 +78,44 @@ class Product:
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual [N, out] + the product, in one pass where the kernel can."""
         if self.packed:
+            if self.fixed or len(x) < self.rows:
+                return self._in_tiles(x, residual)
             out: Tensor = _binary(x, residual, self.weight, self.bias, "add")
             return out
         if self.transposed and self.bias is None:
             return torch.addmm(residual, x, self.weight)
         return self(x).add_(residual)
 
+    def _in_tiles(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """The product at `rows` rows a call, the last call filled up with zeros."""
+        num_rows = len(x)
+        missing = -num_rows % self.rows
+        x = F.pad(x, (0, 0, 0, missing))
+        if residual is not None:
+            residual = F.pad(residual, (0, 0, 0, missing))
+        outputs = []
+        for first in range(0, len(x), self.rows):
+            part = x[first : first + self.rows]
+            if residual is None:
+                outputs.append(_plain(part, self.weight, self.bias, "none", [], ""))
+            else:
+                other = residual[first : first + self.rows]
+                outputs.append(_binary(part, other, self.weight, self.bias, "add"))
+        return torch.cat(outputs)[:num_rows]
+
 
 def packs(weight: Tensor) -> bool:
-    """Whether this machine has packed kernels for the weight, and the weight is worth them."""
+    """Whether this machine has packed kernels for the weight's device and dtype."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    if weight.dtype == torch.float32:
-        return weight.numel() >= _MIN_PACKED_NUMBERS
     if weight.dtype == torch.bfloat16:
         return bool(_mkldnn()._is_mkldnn_bf16_supported())
-    return False
+    return weight.dtype == torch.float32
+
+
+def is_worth_packing(weight: Tensor) -> bool:
+    """Whether reading the weight takes long enough for a packed call's own cost not to matter."""
+    return weight.dtype != torch.float32 or weight.numel() >= _MIN_PACKED_NUMBERS
 
 
 def _bias(layer: Any) -> Tensor | None:

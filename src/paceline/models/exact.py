@@ -1,0 +1,241 @@
+"""Arithmetic whose bits do not depend on what else is in the forward: exact mode, on the CPU.
+
+In bfloat16 a forward over a draft may round otherwise than forwards over its tokens one by one, so a
+near tie may fall the other way. Here every number of a token is computed by calls whose shapes depend
+on the token's own row and position alone:
+
+- products run at a number of rows at which a probe found their bits to be independent of that number,
+  or, where there is none, in tiles of one size;
+- attention of a prompt runs in blocks cut at fixed absolute positions, that of drafts token by token
+  over cached text rounded up to whole blocks, a path of a tree laid out as the chain it may become.
+
+`check_exact` then compares whole forwards bit by bit, and refuses what differs.
+Symbols: N packed tokens, W tokens a row, H query heads, Hkv key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING, Final
+
+import torch
+import torch.nn.functional as F
+
+from paceline.errors import ModelError
+from paceline.models.cache import RowCache
+from paceline.models.packing import Span, store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from paceline.models.language_model import LanguageModel
+    from paceline.models.packing import PackedBatch, Run
+
+BLOCK: Final = 64  # positions; prompts are cut at multiples of it
+
+# numbers of rows a product is tried at
+_PROBED: Final = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 17, 24, 31, 32, 33, 48, 64, 100, 257)
+_TILE: Final = 8
+
+
+def attend_exactly(
+    packed: PackedBatch,
+    storage: Tensor,
+    query: Tensor,
+    key_value: Tensor,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """`attention.attend` with bits that depend on each token's own row alone; [N, H, D].
+
+    storage: [slots, 2 * Hkv, positions, D] of the layer; the other arguments are those of `attend`.
+    """
+    outputs = []
+    for run in packed.runs:
+        stop = run.first + run.width
+        store(run, storage, key_value[run.first : stop])
+        row, q = storage[run.slots.start], query[run.first : stop]
+        attend_row = _prefill if run.prefill else _chain if run.ancestors is None else _tree
+        outputs.append(attend_row(run, row, q, scale, window))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _prefill(run: Run, row: Tensor, query: Tensor, scale: float, window: int | None) -> Tensor:
+    """Pieces of a prompt between multiples of BLOCK, each one call. query: [W, H, D]."""
+    outputs = []
+    at, end = run.starts[0], run.starts[0] + run.width
+    while at < end:
+        stop = min(end, at // BLOCK * BLOCK + BLOCK)
+        q = query[at - run.starts[0] : stop - run.starts[0]]
+        mask = _causal(run, at, stop, stop, window, q)
+        keys, values = row[:, :stop].chunk(2)
+        groups = q.shape[1] // keys.shape[0]
+        folded = q.unflatten(1, (-1, groups)).permute(1, 2, 0, 3).flatten(1, 2)
+        out = F.scaled_dot_product_attention(
+            folded[None], keys[None], values[None], attn_mask=mask.repeat(groups, 1), scale=scale
+        )
+        outputs.append(out[0].unflatten(1, (groups, -1)).permute(2, 0, 1, 3).flatten(1, 2))
+        at = stop
+    return torch.cat(outputs)
+
+
+def _chain(run: Run, row: Tensor, query: Tensor, scale: float, window: int | None) -> Tensor:
+    """Tokens one by one, those that see equally many blocks side by side. query: [W, H, D]."""
+    start = run.starts[0]
+    outputs = []
+    for _, group in groupby(
+        range(start, start + run.width), key=lambda position: position // BLOCK
+    ):
+        positions = list(group)
+        first, stop = positions[0], positions[-1] + 1
+        length = -(-stop // BLOCK) * BLOCK
+        mask = _causal(run, first, stop, length, window, query)
+        cached = row[None, :, :length].expand(len(positions), -1, -1, -1)
+        q = query[first - start : stop - start]
+        outputs.append(_each_alone(q, cached, mask, scale))
+    return torch.cat(outputs)
+
+
+def _tree(run: Run, row: Tensor, query: Tensor, scale: float, window: int | None) -> Tensor:
+    """Nodes one by one, each with its ancestors' entries where a chain would have them."""
+    assert run.ancestors is not None
+    start = run.starts[0]
+    outputs = []
+    for node in range(run.width):
+        line = start + run.ancestors[node].nonzero()[:, 0].to(row.device)
+        position = start + len(line) - 1
+        length = (position // BLOCK + 1) * BLOCK
+        cached = row[:, :length].clone()
+        cached[:, start : position + 1] = row.index_select(1, line)
+        mask = _causal(run, position, position + 1, length, window, query)
+        outputs.append(_each_alone(query[node : node + 1], cached[None], mask, scale))
+    return torch.cat(outputs)
+
+
+def _each_alone(query: Tensor, cached: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Tokens as a batch, which changes no bits. query: [w, H, D]; cached: [w, 2 * Hkv, L, D]."""
+    keys, values = cached.chunk(2, dim=1)
+    q = query.unflatten(1, (keys.shape[1], -1))
+    out = F.scaled_dot_product_attention(
+        q, keys, values, attn_mask=mask[:, None, None], scale=scale
+    )
+    return out.flatten(1, 2)
+
+
+def _causal(
+    run: Run, first: int, stop: int, length: int, window: int | None, like: Tensor
+) -> Tensor:
+    """[stop - first, length] additive mask of positions first to stop - 1, built once a forward."""
+    key = (window, first, stop, length)
+    mask = run.masks.get(key)
+    if mask is None:
+        positions = torch.arange(first, stop, device=like.device)[:, None]
+        keys = torch.arange(length, device=like.device)
+        hidden = keys > positions
+        if window is not None:
+            hidden |= keys <= positions - window
+        mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
+        run.masks[key] = mask.masked_fill_(hidden, float("-inf"))
+    return mask
+
+
+def find_rows(
+    product: Callable[[Tensor], Tensor], num_inputs: int, like: Tensor
+) -> tuple[int, bool]:
+    """(rows, fixed) with which a product's bits hang on nothing but each row.
+
+    fixed False: at `rows` and more rows the bits are always the same. True: they are not, and it must
+    be run at exactly `rows`. like: gives dtype and device.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(max(_PROBED), num_inputs, generator=generator).to(like)
+    with torch.inference_mode():
+        found = {n: product(x[:n].contiguous())[0] for n in _PROBED}
+    for fewest in _PROBED[:4]:
+        if all(torch.equal(found[n], found[fewest]) for n in _PROBED if n >= fewest):
+            return fewest, False
+    return _TILE, True
+
+
+def check_exact(language_model: LanguageModel, seed: int = 0) -> None:
+    """Compare the bits of one row decoded alone, in drafts, in trees, and among other rows.
+
+    Raises ModelError at the first difference: then this machine cannot keep exact mode's promise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    length = min(BLOCK + 2, language_model.context_length - 14)
+    prompt, other = (
+        torch.randint(language_model.num_logits, (n,), generator=generator) for n in (length, 7)
+    )
+    text = torch.randint(language_model.num_logits, (12,), generator=generator)
+    with torch.inference_mode():
+        alone = _decode(language_model, prompt, text, other, [1] * 12, crowded=False)
+        for widths in ([5, 4, 3], [1, 2, 9], [12]):
+            for crowded in (False, True):
+                drafted = _decode(language_model, prompt, text, other, widths, crowded)
+                if not torch.equal(alone, drafted):
+                    raise _differs(language_model, f"drafts of {widths} tokens")
+        if not torch.equal(alone, _decode_tree(language_model, prompt, text)):
+            raise _differs(language_model, "a tree")
+
+
+def _differs(language_model: LanguageModel, what: str) -> ModelError:
+    return ModelError(
+        f"{language_model.name}: exact mode cannot be had on this machine: the logits behind {what} "
+        f"differ in their last bits from those of plain decoding in {language_model.dtype}; leave "
+        "exact mode off, or use float32"
+    )
+
+
+def _decode(
+    model: LanguageModel,
+    prompt: Tensor,
+    text: Tensor,
+    other: Tensor,
+    widths: Sequence[int],
+    crowded: bool,
+) -> Tensor:
+    """Logits behind every token of `text`, fed `widths` at a time, perhaps beside another row."""
+    cache = RowCache()
+    rows = [cache.acquire(), cache.acquire()]
+    spans = [Span(rows[0], 0, len(prompt), prefill=True)]
+    if crowded:
+        spans.insert(0, Span(rows[1], 0, len(other), prefill=True))
+        model.forward(torch.cat([other, prompt]), spans, cache=cache)
+    else:
+        model.forward(prompt, spans, cache=cache)
+    found, at = [], 0
+    for width in widths:
+        piece = text[at : at + width]
+        span = Span(rows[0], len(prompt) + at, width)
+        if crowded:
+            beside = Span(rows[1], len(other) + at, 1)
+            hidden = model.forward(torch.cat([text[:1], piece]), [beside, span], cache=cache)[1:]
+        else:
+            hidden = model.forward(piece, [span], cache=cache)
+        found.append(model.unembed(hidden))
+        at += width
+    return torch.cat(found)
+
+
+def _decode_tree(model: LanguageModel, prompt: Tensor, text: Tensor) -> Tensor:
+    """The same logits from trees of six nodes, of which every other one is wrong."""
+    cache = RowCache()
+    row = cache.acquire()
+    model.forward(prompt, [Span(row, 0, len(prompt), prefill=True)], cache=cache)
+    # root, wrong child, right child, wrong grandchild, right grandchild
+    lines = [[0], [0, 1], [0, 2], [0, 2, 3], [0, 2, 4]]
+    ancestors = torch.zeros(5, 5, dtype=torch.bool)
+    for node, line in enumerate(lines):
+        ancestors[node, line] = True
+    found = []
+    for at in range(0, len(text), 3):
+        right = text[at : at + 3]
+        nodes = right[[0, 0, 1, 0, 2]]
+        start = len(prompt) + at
+        hidden = model.forward(nodes, [Span(row, start, 5)], [ancestors], cache=cache)
+        found.append(model.unembed(hidden)[[0, 2, 4]])
+        cache.copy_positions(row, torch.tensor([start, start + 2, start + 4]), start)
+    return torch.cat(found)

@@ -1,0 +1,172 @@
+"""Exact mode: in bfloat16, too, a greedy text is the same for every drafter, batch and chunk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+from paceline.assembly import Pace, Parts, build, build_from_objects
+from paceline.config import Config, DrafterSection, EngineSection, ModelSection
+from paceline.errors import ConfigError, ModelError
+from paceline.models import exact, language_model, packing, products
+from paceline.models.exact import check_exact, find_rows
+from paceline.models.language_model import LanguageModel
+from paceline.testing.scripted import ScriptedTree
+from paceline.testing.tiny_models import LEAN_ARCHITECTURES, tiny_model
+from paceline.testing.tokenizers import byte_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from paceline.contracts import PromptRecord
+
+ZOO = Path(__file__).parents[2] / "zoo"
+LENGTH = 48
+
+
+@pytest.fixture(scope="module")
+def zoo() -> Parts:
+    def drafter(name: str) -> DrafterSection:
+        model = {"model": str(ZOO / f"draft-{name}"), "dtype": "float32"}
+        return DrafterSection(kind="draft_model", settings=model)
+
+    config = Config(
+        target=ModelSection(model=str(ZOO / "target"), dtype="bfloat16", device="cpu"),
+        drafters={
+            "math": drafter("math"),
+            "code": drafter("code"),
+            "lookup": DrafterSection(kind="prompt_lookup"),
+        },
+        exact=True,
+    )
+    return build(config)
+
+
+def pace_of(parts: Parts, extra: dict[str, Any] | None = None, **engine: Any) -> Pace:
+    config = parts.config.model_copy(update={"engine": EngineSection(**engine)})
+    drafters = {**parts.drafters, **(extra or {})}
+    return Pace(Parts(config, parts.target, parts.tokenizer, parts.vocabulary, drafters))
+
+
+def half_right(texts: Sequence[Sequence[int]]) -> ScriptedTree:
+    """Trees of pairs: the true token and a wrong one, on three levels."""
+
+    def grow(tokens: Sequence[int], limit: int) -> tuple[list[int], list[int]]:
+        whole = next(t for t in texts if list(t[: len(tokens)]) == list(tokens))
+        ahead = whole[len(tokens) : len(tokens) + min(3, limit)]
+        drafted, parents, parent = [], [], -1
+        for token in ahead:
+            drafted += [(token + 1) % 8000, token]
+            parents += [parent, parent]
+            parent = len(drafted) - 1
+        return drafted, parents
+
+    return ScriptedTree("tree", grow)
+
+
+def test_texts_in_bfloat16_are_the_same_for_every_arm_batch_and_chunk(
+    zoo: Parts, prompts: list[PromptRecord]
+) -> None:
+    alone = pace_of(zoo, max_rows=1, prefix_positions=0)
+    ids = [alone.encode([{"role": "user", "content": p.prompt}]) for p in prompts]
+    expected = [alone.complete(p, drafter="none", max_new_tokens=LENGTH).token_ids for p in ids]
+    tree = half_right([[*p, *e] for p, e in zip(ids, expected, strict=True)])
+    accepted = 0
+    for engine in ({"max_rows": 5, "prefill_chunk": 64}, {"max_rows": 3, "prefix_positions": 512}):
+        pace = pace_of(zoo, {"tree": tree}, **engine)
+        arms = pace.drafters
+        requests = [
+            pace.request(p, id=f"{i} {arm}", drafter=arm, max_new_tokens=LENGTH)
+            for i, p in enumerate(ids)
+            for arm in arms
+        ]
+        for completion in pace.stream(requests):
+            prompt = int(completion.request_id.split()[0])
+            assert completion.token_ids == expected[prompt], completion.request_id
+            accepted += sum(r.accepted for r in completion.rounds)
+    assert accepted > 10 * len(ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("architecture", LEAN_ARCHITECTURES)
+def test_the_check_holds_for_every_lean_architecture(architecture: str, dtype: torch.dtype) -> None:
+    model = tiny_model(architecture).to(dtype)
+
+    check_exact(LanguageModel(model, "target", exact=True))
+
+
+def attention_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Usual(packing.PackedBatch):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given[:5], **named)
+
+    monkeypatch.setattr(language_model, "PackedBatch", Usual)
+
+
+def trees_as_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact, "_tree", exact._chain)
+
+
+def products_that_look_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = products.Product.__call__
+    monkeypatch.setattr(
+        products.Product, "__call__", lambda self, x: call(self, x) * (1 + len(x) % 2 * 2**-7)
+    )
+    monkeypatch.setattr(products, "find_rows", lambda *_: (1, False))
+
+
+@pytest.mark.parametrize(
+    "plant", [attention_as_usual, trees_as_they_lie, products_that_look_around]
+)
+def test_the_check_refuses_what_is_not_exact(plant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    model = LanguageModel(tiny_model("llama"), "target", exact=True)
+
+    with pytest.raises(ModelError, match="exact mode cannot be had on this machine: the logits"):
+        check_exact(model)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_probe_finds_from_how_many_rows_on_the_bits_are_the_same(rows: int) -> None:
+    def product(x: torch.Tensor) -> torch.Tensor:
+        return x * (1.0 if len(x) >= rows else 1.001)
+
+    assert find_rows(product, 4, torch.zeros(1)) == (rows, False)
+
+
+def test_a_product_that_never_settles_runs_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_rows(lambda x: x * (1 + len(x) / 1000), 4, torch.zeros(1)) == (8, True)
+    layers = [nn.Linear(6, n, bias=True) for n in (4, 7)]
+    product = products.Product(layers, exact=True)
+    product.rows, product.fixed = 8, True
+    generator = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(19, n, generator=generator) for n in (6, 11))
+    sizes: list[int] = []
+    plain = products._plain
+    monkeypatch.setattr(
+        products, "_plain", lambda part, *rest: sizes.append(len(part)) or plain(part, *rest)
+    )
+    with torch.inference_mode():
+        expected = torch.cat([layer(x) for layer in layers], dim=-1)
+        for rows in (1, 8, 19):
+            torch.testing.assert_close(product(x[:rows]), expected[:rows])
+            torch.testing.assert_close(
+                product.add_to(residual[:rows], x[:rows]), expected[:rows] + residual[:rows]
+            )
+    assert set(sizes) == {8}
+
+
+def test_where_it_cannot_be_it_is_refused_with_the_reason() -> None:
+    config = Config(target=ModelSection(model="in memory"), exact=True)
+    tokenizer = byte_tokenizer()
+    with pytest.raises(ModelError, match=r"cannot run exact mode, because GPT2LMHeadModel"):
+        build_from_objects(tiny_model("gpt2"), tokenizer, {}, config)
+    with pytest.raises(ModelError, match=r"packed products, which torch.float16 on cpu"):
+        build_from_objects(tiny_model("llama").half(), tokenizer, {}, config)
+    small = config.model_copy(update={"engine": EngineSection(prefill_chunk=32)})
+    with pytest.raises(ConfigError, match="prefill_chunk at 64 or more: 32"):
+        Pace(build_from_objects(tiny_model("llama"), tokenizer, {}, small))
