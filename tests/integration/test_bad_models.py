@@ -83,7 +83,7 @@ def test_a_named_policy_that_is_not_there_is_refused(tmp_path: Path) -> None:
     ("settings", "expected"),
     [
         ({"num_beams": 4}, "'num_beams' is not supported"),
-        ({"repetition_penalty": 1.2}, "'repetition_penalty' is not supported"),
+        ({"num_return_sequences": 2}, "'num_return_sequences' is not supported"),
         ({"drafter": "nobody"}, "unknown drafter 'nobody'"),
         ({"stop": [""]}, "stop string is empty"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p must be"),

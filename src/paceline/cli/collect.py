@@ -12,6 +12,7 @@ from paceline.cli.options import (
     ConfigOption,
     DeviceOption,
     DtypeOption,
+    ExactOption,
     ThreadsOption,
     configured,
 )
@@ -31,6 +32,7 @@ def collect(
         bool, typer.Option("--alignment", help="Also decode each drafter alone, for that reward.")
     ] = False,
     dtype: DtypeOption = None,
+    exact: ExactOption = None,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
 ) -> None:
@@ -41,7 +43,7 @@ def collect(
     from paceline.experiments.pipeline import collect as run_collect
     from paceline.store import read_prompts, take_by_hash
 
-    settings = configured(config, dtype, device, threads, store=store)
+    settings = configured(config, dtype, device, threads, exact, store=store)
     records = take_by_hash(read_prompts(prompts), limit)
     console = Console()
     with progress(console) as report:

@@ -12,6 +12,7 @@ from paceline.cli.options import (
     ConfigOption,
     DeviceOption,
     DtypeOption,
+    ExactOption,
     ThreadsOption,
     configured,
 )
@@ -26,6 +27,7 @@ def demo(
     collected: Annotated[int, typer.Option(help="Prompts of each task to learn from.")] = 48,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens an answer.")] = 96,
     dtype: DtypeOption = None,
+    exact: ExactOption = None,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
 ) -> None:
@@ -49,7 +51,7 @@ def demo(
     console = Console()
     if not console.is_terminal:
         console = Console(width=130)  # a pipe has no width; the table needs about this much
-    settings = configured(config, dtype, device, threads)
+    settings = configured(config, dtype, device, threads, exact)
     console.print(
         f"target [bold]{Path(settings.target.model).name}[/], drafters "
         f"[bold]{', '.join(settings.drafters)}[/]"

@@ -14,6 +14,7 @@ from paceline.cli.options import (
     ConfigOption,
     DeviceOption,
     DtypeOption,
+    ExactOption,
     ThreadsOption,
     configured,
 )
@@ -38,7 +39,7 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(help="Same seed, same text, whatever drafter.")
     ] = None,
-    sampling: Annotated[str, typer.Option(help="auto, residual or invariant.")] = "auto",
+    sampling: Annotated[str, typer.Option(help="auto, residual, block or invariant.")] = "auto",
     stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be repeated.")] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="No chat template: the text as it is.")
@@ -47,6 +48,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     policy: Annotated[Path | None, typer.Option(help="Folder of the policy.")] = None,
     dtype: DtypeOption = None,
+    exact: ExactOption = None,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
 ) -> None:
@@ -57,7 +59,7 @@ def generate(
 
     from paceline.assembly import load
 
-    pace = load(configured(config, dtype, device, threads, policy=policy))
+    pace = load(configured(config, dtype, device, threads, exact, policy=policy))
     text = sys.stdin.read() if prompt == "-" else prompt
     has_template = getattr(pace.parts.tokenizer, "chat_template", None) is not None
     messages: Any = text if raw or not has_template else [{"role": "user", "content": text}]

@@ -15,10 +15,17 @@ ConfigOption = Annotated[
 ]
 DtypeOption = Annotated[
     str | None,
-    typer.Option("--dtype", help="auto, float32, bfloat16 or float16, for all models."),
+    typer.Option(
+        "--dtype",
+        help="auto, float32, bfloat16 or float16, for the target and drafters that name none.",
+    ),
 ]
 DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="auto, cpu, cuda or mps, for all models.")
+    str | None, typer.Option("--device", help="auto, cpu, cuda or mps, where drafters name none.")
+]
+ExactOption = Annotated[
+    bool | None,
+    typer.Option("--exact/--no-exact", help="Same text for every drafter in bfloat16, too."),
 ]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", help="CPU threads.")]
 DEFAULT_CONFIG = Path("paceline.yaml")
@@ -29,6 +36,7 @@ def configured(
     dtype: str | None = None,
     device: str | None = None,
     threads: int | None = None,
+    exact: bool | None = None,
     **paths: Path | None,
 ) -> Config:
     """The configuration file with flags laid over it, validated again."""
@@ -41,8 +49,10 @@ def configured(
         raw["target"][key] = value
         for drafter in raw["drafters"].values():
             if "model" in drafter["settings"]:
-                drafter["settings"][key] = value
+                drafter["settings"].setdefault(key, value)
     if threads is not None:
         raw["threads"] = threads
+    if exact is not None:
+        raw["exact"] = exact
     raw["paths"].update({k: v.resolve() for k, v in paths.items() if v is not None})
     return parse(Config, raw, "command line")

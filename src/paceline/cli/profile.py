@@ -12,6 +12,7 @@ from paceline.cli.options import (
     ConfigOption,
     DeviceOption,
     DtypeOption,
+    ExactOption,
     ThreadsOption,
     configured,
 )
@@ -21,6 +22,7 @@ def profile(
     config: ConfigOption = DEFAULT_CONFIG,
     costs: Annotated[Path | None, typer.Option(help="File of the cost table.")] = None,
     dtype: DtypeOption = None,
+    exact: ExactOption = None,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
 ) -> None:
@@ -31,7 +33,7 @@ def profile(
     from paceline.cli.progress import progress
     from paceline.experiments.pipeline import profile as run_profile
 
-    settings = configured(config, dtype, device, threads, costs=costs)
+    settings = configured(config, dtype, device, threads, exact, costs=costs)
     console = Console()
     with progress(console) as report:
         table = run_profile(settings, report)

@@ -12,6 +12,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
+
 from paceline.bench.circumstances import circumstances
 from paceline.bench.timed import (
     TimedPrompt,
@@ -23,6 +25,7 @@ from paceline.bench.timed import (
 )
 from paceline.config import PathsSection
 from paceline.contracts import AUTO, NONE
+from paceline.errors import DecodingError
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.experiments.pipeline import Prepared, prepare
 from paceline.replay.rounds import max_output, replay
@@ -107,7 +110,21 @@ def demo(
 
     timings = time_interleaved(methods, prompts, on_run=on_run)
     timings += _oracle(pace, prepared.costs, prompts, timings, max_new_tokens)
+    if pace.parts.target.dtype == torch.float32 or pace.parts.target.exact:
+        _check_texts(timings, list(methods))
     return _result(prepared, recorder, timings, prompts, max_new_tokens, len(collected))
+
+
+def _check_texts(timings: list[Timing], methods: Sequence[str]) -> None:
+    """In float32 and in exact mode every method must have written what `none` wrote."""
+    for method in methods:
+        written = select(timings, method)
+        differing = len(written) - num_equal_outputs(timings, method, NONE)
+        if differing:
+            raise DecodingError(
+                f"{differing} of {len(written)} texts of {method} differ from plain decoding's, "
+                "where they must not: please report this with the machine and the versions"
+            )
 
 
 class _Recorder:
@@ -197,6 +214,7 @@ def _result(
         circumstances=circumstances(),
         settings={
             "dtype": str(target.dtype).removeprefix("torch."),
+            "exact": target.exact,
             "max_new_tokens": max_new_tokens,
             "collected_prompts": num_collected,
             "timed_prompts": len(prompts),

@@ -72,16 +72,17 @@ def sentences(result: DemoResult) -> list[str]:
     worst = min((c[AUTO].speedup, task) for task, c in result.cells.items())
     lines.append(f"its slowest task is {worst[1]}: {worst[0]:.2f} times none.")
     dtype = result.settings["dtype"]
-    if dtype == "float32":
+    if dtype == "float32" or result.settings["exact"]:
+        mode = ", exact mode" if result.settings["exact"] else ""
         lines.append(
-            f"Decoded in float32: {auto.equal_texts} of {auto.prompts} texts equal plain ones."
+            f"Decoded in {dtype}{mode}: {auto.equal_texts} of {auto.prompts} texts equal plain ones."
         )
     else:
         different = auto.prompts - auto.equal_texts
         lines.append(
             f"Decoded in {dtype} for speed, where a verification of several tokens rounds "
             f"differently from one token: {different} of {auto.prompts} texts of auto differ from "
-            "plain decoding's. In float32 they are equal; try --dtype float32."
+            "plain decoding's. With --exact, or in float32, they are all equal."
         )
     return lines
 
