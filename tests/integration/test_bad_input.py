@@ -70,7 +70,10 @@ def pace() -> Pace:
         ({"top_p": 0.9, "min_p": 0.1}, ["top_p, min_p", "temperature 0"]),
         ({"sampling": "residual"}, ["'residual'", "temperature 0"]),
         ({"sampling": "invariant", "seed": 3}, ["'invariant'", "temperature 0"]),
-        ({"temperature": 1.0, "sampling": "beam"}, ["auto, residual, block or invariant", "'beam'"]),
+        (
+            {"temperature": 1.0, "sampling": "beam"},
+            ["auto, residual, block or invariant", "'beam'"],
+        ),
         ({"temperature": 1.0, "seed": 2**63}, ["seed", "64 bits"]),
         ({"stop": ["a", ""]}, ["stop string is empty"]),
         ({"stop": ""}, ["stop string is empty"]),
