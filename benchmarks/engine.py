@@ -1,6 +1,6 @@
 """How near the engine comes to what this machine can do, and to transformers' generate.
 
-    python benchmarks/engine.py [--models zoo 0.3b 1b] [--dtypes bfloat16 float32]
+    python benchmarks/engine.py [--models zoo zoo-exact 0.3b 1b] [--dtypes bfloat16 float32]
 
 One process, everything interleaved, medians. The larger models have random weights: a Llama shape
 whose upper layers are scaled down, so that a drafter made of its lowest layers agrees with it often,
@@ -78,11 +78,12 @@ class Subject:
     their_drafter: Any
 
 
-def zoo(dtype: str) -> Subject:
+def zoo(dtype: str, exact: bool = False) -> Subject:
     config = load_config("paceline.yaml")
     config = config.model_copy(
         update={
             "target": config.target.model_copy(update={"dtype": dtype}),
+            "exact": exact,
             "engine": EngineSection(prefix_positions=0),
         }
     )
@@ -293,7 +294,7 @@ def figures(
         "model": subject.name,
         "forward": target.forward_kind,
         "dtype": str(target.dtype).removeprefix("torch."),
-        "mode": "normal",
+        "mode": "exact" if target.exact else "normal",
         "weights_mb": weights / 1e6,
         "bandwidth_gb_s": bandwidth / 1e9,
         "plain_tokens_s": 1 / single,
@@ -388,7 +389,7 @@ def memory(num_requests: int, on_turn: Callable[[], None]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--models", nargs="+", default=["zoo", "0.3b"])
+    parser.add_argument("--models", nargs="+", default=["zoo", "zoo-exact", "0.3b"])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
@@ -405,7 +406,11 @@ def main() -> None:
     with progress(console) as report:
         for name in options.models:
             for dtype in options.dtypes:
-                subject = zoo(dtype) if name == "zoo" else random_llama(name, dtype)
+                subject = (
+                    zoo(dtype, exact=name == "zoo-exact")
+                    if name.startswith("zoo")
+                    else random_llama(name, dtype)
+                )
                 label, done = f"{name} {dtype}", 0
 
                 def on_turn(label: str = label) -> None:

@@ -23,7 +23,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for what the demo writes.")] = Path(
         "demo-output"
     ),
-    timed: Annotated[int, typer.Option(help="Timed prompts of each task.")] = 6,
+    timed: Annotated[int, typer.Option(help="Timed prompts of each task.")] = 8,
     collected: Annotated[int, typer.Option(help="Prompts of each task to learn from.")] = 48,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens an answer.")] = 96,
     dtype: DtypeOption = None,

@@ -78,7 +78,7 @@ def demo(
     config: Config,
     folder: Path,
     collect_per_task: int = 48,
-    timed_per_task: int = 6,
+    timed_per_task: int = 8,
     max_new_tokens: int = 96,
     on_progress: OnProgress = lambda stage, done, total: None,
 ) -> DemoResult:
