@@ -67,8 +67,9 @@ class RowCache:
 
     def _grow(self, old: Tensor | None, like: Tensor) -> Tensor:
         slots = self._num_slots
-        if old is not None and slots > old.shape[0]:
-            slots = max(slots, old.shape[0] * 2)
+        if old is not None:
+            # doubling may have left more slots than are in use
+            slots = max(slots, old.shape[0] * 2) if slots > old.shape[0] else old.shape[0]
         positions = max(self._num_positions, old.shape[2] if old is not None else 0)
         # zeros, not empty: masked positions enter the product with weight 0, and 0 * nan is nan
         new = like.new_zeros((slots, like.shape[1], positions, like.shape[2]))

@@ -48,6 +48,20 @@ def test_growing_by_slots_and_by_positions_keeps_contents() -> None:
     assert entries.sum() == (7.0 + 8.0) * 8
 
 
+def test_growing_by_positions_keeps_slots_that_doubling_left_over() -> None:
+    cache = RowCache()
+    for _ in range(3):
+        cache.acquire()
+        cache.reserve(BLOCK)
+        entries = cache.layer(0, new_entries())
+    assert entries.shape[0] == 4
+    entries[3] = 5.0
+
+    cache.reserve(2 * BLOCK)
+
+    assert cache.layer(0, new_entries()).shape[:3:2] == (4, 2 * BLOCK)
+
+
 def test_storage_is_given_back_when_the_last_of_several_rows_ends() -> None:
     cache = RowCache()
     slots = [cache.acquire() for _ in range(3)]
