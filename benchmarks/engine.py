@@ -389,7 +389,7 @@ def memory(num_requests: int, on_turn: Callable[[], None]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--models", nargs="+", default=["zoo", "zoo-exact", "0.3b"])
+    parser.add_argument("--models", nargs="*", default=["zoo", "zoo-exact", "0.3b"])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
