@@ -131,8 +131,11 @@ def random_llama(name: str, dtype: str) -> Subject:
     engine = EngineSection(prefix_positions=0)
     in_memory = Config(target=ModelSection(model="in memory"), engine=engine)
     drafters: dict[str, Any] = {
-        "small": small,
-        "smaller": smaller,
+        # built here, because a drafter made for a tokenizer would draft only the ids that it knows
+        "small": DraftModel("small", LanguageModel(small, "small"), 4, VOCABULARY, VOCABULARY),
+        "smaller": DraftModel(
+            "smaller", LanguageModel(smaller, "smaller"), 4, VOCABULARY, VOCABULARY
+        ),
         "lookup": PromptLookup("lookup", PromptLookupSettings()),
     }
     pace = Pace(build_from_objects(model, byte_tokenizer(), drafters, in_memory))
@@ -184,13 +187,18 @@ class Bandwidth:
         layers = [torch.nn.Linear(4096, 4096, bias=False).bfloat16() for _ in range(8)]
         self._products = [Product([layer]) for layer in layers]
         self._x = torch.ones(1, 4096, dtype=torch.bfloat16)
-        self.best = 0.0
+        self._found: tuple[list[float], list[float]] = ([], [])
 
     def measure(self) -> None:
-        read = self._plain.nbytes / clocked(self._plain.sum)
+        plain, packed = self._found
+        plain.append(self._plain.nbytes / clocked(self._plain.sum))
         num_bytes = len(self._products) * 4096 * 4096 * 2
-        packed = num_bytes / clocked(lambda: [product(self._x) for product in self._products])
-        self.best = max(self.best, read, packed)
+        packed.append(num_bytes / clocked(lambda: [product(self._x) for product in self._products]))
+
+    @property
+    def typical(self) -> float:
+        """The larger of the two medians: a neighbour's silence must not set the bound."""
+        return max(median(values) for values in self._found)
 
 
 def decode(pace: Pace, prompt: list[int], arm: str, n: int) -> Completion:
@@ -269,7 +277,7 @@ def measure(subject: Subject, n: int, repeats: int, on_turn: Callable[[], None])
     for model, slot in slots.items():
         model.release(slot)
     typical = {key: median(values) for key, values in spent.items()}
-    return figures(subject, target, drafter, typical, runs, host, bandwidth.best, n)
+    return figures(subject, target, drafter, typical, runs, host, bandwidth.typical, n)
 
 
 def figures(

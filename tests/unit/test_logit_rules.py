@@ -67,7 +67,7 @@ def pace() -> Pace:
             {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "suppress_tokens": [1, 2, 3]},
         ),
     ],
-    ids=str,
+    ids=",".join,
 )
 def test_greedy_text_is_that_of_transformers(
     pace: Pace, ours: dict[str, Any], theirs: dict[str, Any]
@@ -97,7 +97,7 @@ def test_greedy_text_is_that_of_transformers(
         {"repetition_penalty": 4.0, "repetition_scope": "output"},
         {"forced_tokens": [5, 6, 7], "no_repeat_ngram_size": 2},
     ],
-    ids=str,
+    ids=",".join,
 )
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_every_drafter_writes_the_same_under_rules(
