@@ -19,10 +19,10 @@ from paceline.contracts import (
     SamplingParams,
     identity_of_arms,
 )
-from paceline.drafting.catalog import check_settings
+from paceline.drafting.base import Surroundings
+from paceline.drafting.catalog import check_settings, find_kind
 from paceline.drafting.draft_model import DraftModel, DraftModelSettings
 from paceline.drafting.none import NoneDrafter
-from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
 from paceline.engine import Engine, TextStream
 from paceline.errors import ConfigError, DecodingError, RequestError
 from paceline.models.exact import check_exact
@@ -54,54 +54,34 @@ class Parts:
     vocabulary: Vocabulary
     drafters: dict[str, Drafter]  # `none` first
 
+    def surroundings(self) -> Surroundings:
+        """What one more drafter would be built amid."""
+        chunk = self.config.engine.prefill_chunk
+        return Surroundings(self.target, self.tokenizer, self.vocabulary, self.drafters, chunk)
+
 
 def build(config: Config) -> Parts:
     """Load everything a configuration names. Cheap mistakes are found before weights are read."""
     settings = {name: check_settings(name, d) for name, d in config.drafters.items()}
+    kinds = {name: find_kind(name, d.kind) for name, d in config.drafters.items()}
     _check_names(settings)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     tokenizer = load_tokenizer(config.target)
     vocabulary = Vocabulary.of(tokenizer)
-    for name, chosen in settings.items():
-        if isinstance(chosen, DraftModelSettings):
-            other = Vocabulary.of(load_tokenizer(chosen))
-            check_same_vocabulary(name, vocabulary, other)
+    for name, kind in kinds.items():
+        kind.check(name, settings[name], vocabulary)
     target = load_language_model(config.target, "target", config.exact)
-    drafters: dict[str, Drafter] = {NONE: NoneDrafter()}
-    for name, chosen in settings.items():
-        if isinstance(chosen, DraftModelSettings):
-            model = load_language_model(chosen, name)
-            drafters[name] = _draft_model(
-                name, model, chosen.num_draft_tokens, config, target, vocabulary
-            )
-        elif isinstance(chosen, PromptLookupSettings):
-            drafters[name] = PromptLookup(name, chosen)
-    return Parts(config, target, tokenizer, vocabulary, drafters)
+    parts = Parts(config, target, tokenizer, vocabulary, {NONE: NoneDrafter()})
+    for name, kind in kinds.items():
+        parts.drafters[name] = kind.build(name, settings[name], parts.surroundings())
+    return parts
 
 
 def _check_names(names: Iterable[str]) -> None:
     for name in names:
         if name in (AUTO, NONE):
             raise ConfigError(f"a drafter cannot be called '{name}'; that name has its own meaning")
-
-
-def _draft_model(
-    name: str,
-    model: LanguageModel,
-    num_draft_tokens: int,
-    config: Config,
-    target: LanguageModel,
-    vocabulary: Vocabulary,
-) -> DraftModel:
-    return DraftModel(
-        name,
-        model,
-        num_draft_tokens=num_draft_tokens,
-        num_tokens=vocabulary.num_tokens,
-        num_logits=target.num_logits,
-        prefill_chunk=config.engine.prefill_chunk,
-    )
 
 
 def build_from_objects(
@@ -121,7 +101,7 @@ def build_from_objects(
     check_packed_forward(language_model)
     if config.exact:
         check_exact(language_model)
-    built: dict[str, Drafter] = {NONE: NoneDrafter()}
+    parts = Parts(config, language_model, tokenizer, vocabulary, {NONE: NoneDrafter()})
     for name, spec in drafters.items():
         model: Any = spec
         if isinstance(spec, tuple):
@@ -136,9 +116,9 @@ def build_from_objects(
                 )
             check_packed_forward(wrapped)
             default = DraftModelSettings.model_fields["num_draft_tokens"].default
-            model = _draft_model(name, wrapped, default, config, language_model, vocabulary)
-        built[name] = model
-    return Parts(config, language_model, tokenizer, vocabulary, built)
+            model = DraftModel.beside(name, wrapped, default, parts.surroundings())
+        parts.drafters[name] = model
+    return parts
 
 
 class Pace:

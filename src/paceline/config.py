@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,6 +18,10 @@ from paceline.errors import ConfigError
 S = TypeVar("S", bound=BaseModel)
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+
+
+# settings of drafters that name a file of ours, beside the YAML
+_FILE_SETTINGS: Final = ("table", "skip_set")
 
 
 class Section(BaseModel):
@@ -174,6 +178,9 @@ def anchor(config: Config, folder: Path) -> Config:
         settings = dict(section.settings)
         if isinstance(settings.get("model"), str):
             settings["model"] = model_path(settings["model"])
+        for key in _FILE_SETTINGS:
+            if isinstance(settings.get(key), str):
+                settings[key] = str(folder / settings[key])
         return section.model_copy(update={"settings": settings})
 
     paths = config.paths

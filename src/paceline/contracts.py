@@ -97,7 +97,15 @@ class RowView(Protocol):
     @property
     def tokens(self) -> Sequence[int]: ...
     @property
+    def num_prompt(self) -> int:
+        """How many of the tokens are the prompt's."""
+
+    @property
     def sampling(self) -> SamplingParams: ...
+    @property
+    def slot(self) -> int:
+        """Its place in the target's cache, where all tokens but the last are between rounds."""
+
     @property
     def hidden(self) -> Tensor | None:
         """[D] the target's final hidden state before the last token, for drafters that need it."""

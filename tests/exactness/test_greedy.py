@@ -17,7 +17,7 @@ from paceline.assembly import Pace, Parts, build_from_objects
 from paceline.config import Config, EngineSection, ModelSection
 from paceline.contracts import Decision, Request
 from paceline.drafting.catalog import CATALOG
-from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
+from paceline.testing.examples import EXAMPLES, OTHER_KINDS, add_examples
 from paceline.testing.reference import greedy_reference
 from paceline.testing.scripted import ScriptedDrafter, copying
 from paceline.testing.tiny_models import ARCHITECTURES, perturbed, tiny_model
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 NEAR_TIE = 1e-4
 CONTEXT = 64  # of the tiny targets
-ARMS = ("none", "self", "near", "random", "prompt_lookup")
+ARMS = ("none", "self", "near", "random", *OTHER_KINDS)
 
 
 @dataclass
@@ -88,6 +88,7 @@ def tiny_subject(architecture: str) -> Subject:
         arms_of(model, tiny_model("llama", seed=77, context=48)),
         Config(target=ModelSection(model="in memory")),
     )
+    add_examples(parts)
     texts = ["a", "ab", "to be or not to be or not", "spam, spam, eggs and spam; spam, spam, eggs"]
     return Subject(parts, [tuple(tokenizer(text)["input_ids"]) for text in texts])
 
@@ -96,7 +97,7 @@ def zoo_subject(zoo: Parts, records: Sequence[PromptRecord]) -> Subject:
     model = zoo.target.model
     random = tiny_model("llama", seed=77, vocab_size=model.config.vocab_size, context=512)
     made = build_from_objects(model, zoo.tokenizer, arms_of(model, random), zoo.config)
-    drafters = {**made.drafters, **zoo.drafters}
+    drafters = {**add_examples(made).drafters, **zoo.drafters}
     parts = Parts(zoo.config, zoo.target, zoo.tokenizer, zoo.vocabulary, drafters)
     encode = Pace(parts).encode
     prompts = [tuple(encode([{"role": "user", "content": r.prompt}])) for r in records]
@@ -109,8 +110,6 @@ def arms_of(target: PreTrainedModel, random: PreTrainedModel) -> dict[str, objec
         "self": target,
         "near": perturbed(target, 0.05),
         "random": random,
-        # one token is enough to match, so that there are drafts in random text too
-        "prompt_lookup": PromptLookup("prompt_lookup", PromptLookupSettings(min_ngram=1)),
     }
 
 
@@ -174,6 +173,7 @@ def assert_exact(pace: Pace, subject: Subject, requests: Sequence[Request]) -> l
 
 
 def test_every_kind_of_drafter_is_tested_here(subjects: Callable[[str], Subject]) -> None:
+    assert set(EXAMPLES) == set(CATALOG)
     assert {d.kind for d in subjects("llama").parts.drafters.values()} == set(CATALOG)
 
 

@@ -6,9 +6,9 @@ import pytest
 
 from paceline.assembly import Pace, Parts
 from paceline.contracts import NONE
-from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.replay import max_output, replay
+from paceline.testing.examples import add_examples
 
 MAX_NEW_TOKENS = 48
 
@@ -19,11 +19,9 @@ MAX_NEW_TOKENS = 48
 def test_rounds_predicted_by_replay_are_those_of_a_real_run(
     zoo_target: Parts, per_task: int
 ) -> None:
-    lookup = PromptLookup("lookup", PromptLookupSettings())
-    drafters = {**zoo_target.drafters, "lookup": lookup}
-    parts = Parts(
-        zoo_target.config, zoo_target.target, zoo_target.tokenizer, zoo_target.vocabulary, drafters
-    )
+    z = zoo_target
+    drafters = dict(z.drafters)
+    parts = add_examples(Parts(z.config, z.target, z.tokenizer, z.vocabulary, drafters))
     pace = Pace(parts)
     prompts, _ = demo_prompts(per_task, 1)
     accepted_somewhere = set()

@@ -26,6 +26,7 @@ from paceline.drafting.none import NoneDrafter
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
 from paceline.engine import Engine
 from paceline.models.language_model import LanguageModel
+from paceline.testing.examples import OTHER_KINDS, add_examples
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
 from paceline.verification import follow, judge_block, judge_residual
@@ -444,7 +445,7 @@ def test_the_engine_emits_the_targets_distribution(
 
 # --- a seed is a text -----------------------------------------------------------------------------
 
-ARMS = ("none", "near", "random", "prompt_lookup")
+ARMS = ("none", "near", "random", *OTHER_KINDS)
 SETTINGS = {"temperature": 0.9, "top_p": 0.95, "max_new_tokens": 20, "ignore_eos": True}
 
 
@@ -462,10 +463,9 @@ def sampled(
     drafters = {
         "near": perturbed(target, 0.05),
         "random": tiny_model("llama", seed=77, vocab_size=target.config.vocab_size),
-        "prompt_lookup": PromptLookup("prompt_lookup", PromptLookupSettings(min_ngram=1)),
     }
     config = Config(target=ModelSection(model="in memory"), engine=EngineSection(max_rows=3))
-    parts = build_from_objects(target, tokenizer, drafters, config)
+    parts = add_examples(build_from_objects(target, tokenizer, drafters, config))
     return parts, [tokenizer(text)["input_ids"] for text in texts]
 
 
@@ -524,7 +524,7 @@ def test_residual_sampling_repeats_itself_under_a_seed(
     sampled: tuple[Parts, list[list[int]]],
 ) -> None:
     parts, prompts = sampled
-    arms = ("near", "random", "prompt_lookup")
+    arms = ("near", "random", *OTHER_KINDS)
 
     first = texts_of(parts, prompts, arms, seed=11, sampling="residual")
 

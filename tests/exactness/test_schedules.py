@@ -19,9 +19,9 @@ from paceline.assembly import Pace, build_from_objects
 from paceline.config import Config, EngineSection, ModelSection
 from paceline.contracts import Completion, Drafts, Request, SamplingParams
 from paceline.drafting.base import Drafter
-from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
 from paceline.engine import Engine
 from paceline.replay.rounds import simulate
+from paceline.testing.examples import OTHER_KINDS, add_examples
 from paceline.testing.reference import greedy_reference
 from paceline.testing.scripted import ScriptedDrafter, ScriptedTree, copying
 from paceline.testing.tiny_models import perturbed, tiny_model
@@ -82,7 +82,6 @@ class World:
 
         self.drafters: dict[str, Any] = {
             "near": perturbed(self.model, 0.05),
-            "lookup": PromptLookup("lookup", PromptLookupSettings(min_ngram=1)),
             "chain": ScriptedDrafter("chain", lambda t, n: copying(whole(t), 3)(t, n)),
             **{
                 f"tree {i}": ScriptedTree(
@@ -98,7 +97,8 @@ class World:
             engine=EngineSection(**{"max_rows": 3, "prefill_chunk": 32, **engine}),
         )
         drafters = {**self.drafters, **(extra or {})}
-        return Pace(build_from_objects(self.model, byte_tokenizer(), drafters, config))
+        parts = build_from_objects(self.model, byte_tokenizer(), drafters, config)
+        return Pace(add_examples(parts))
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "gemma2"])
@@ -158,7 +158,7 @@ def test_any_schedule_gives_the_reference(world: World, seed: int) -> None:
     order = random.Random(seed)
     pace = world.pace(prefix_positions=order.choice([0, 128]))
     engine = pace.engine
-    arms = ["none", *world.drafters]
+    arms = ["none", *world.drafters, *OTHER_KINDS]
     sent: dict[int, tuple[tuple[int, ...], int]] = {}
     cancelled: set[int] = set()
     streamed: dict[int, list[int]] = {}

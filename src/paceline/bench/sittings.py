@@ -136,6 +136,9 @@ def _drafts(
     text = _text(parts, num_prompt + len(_DRAFTS) + 3, order, period)
     row = _row(drafter, text[: num_prompt + 1])
     found: list[tuple[Cell, float]] = []
+    if drafter.needs.target_weights:
+        row.slot = parts.target.acquire()
+        _cache(parts, row, num_prompt)
     try:
         began = perf_counter()
         drafter.start([row])
@@ -152,8 +155,12 @@ def _drafts(
                 raise DrafterError(row.error)
             found.append(((arm, PROPOSE, drafted, num_prompt, 1), perf_counter() - began))
             row.tokens.append(text[len(row.tokens)])
+            if drafter.needs.target_weights:
+                _cache(parts, row, len(row.tokens) - 1)
     finally:
         drafter.finish([row])
+        if drafter.needs.target_weights:
+            parts.target.release(row.slot)
     return found
 
 
@@ -173,7 +180,7 @@ def _rounds(
 @contextmanager
 def cached_rows(parts: Parts, grid: Grid) -> Iterator[list[Row]]:
     """Rows whose text is in the target's cache up to the longest context."""
-    target, chunk = parts.target, parts.config.engine.prefill_chunk
+    target = parts.target
     length = max(grid.contexts)
     rows = []
     try:
@@ -181,13 +188,20 @@ def cached_rows(parts: Parts, grid: Grid) -> Iterator[list[Row]]:
             row = _row(parts.drafters[NONE], _text(parts, length + 1, random.Random(0)))
             row.slot = target.acquire()
             rows.append(row)
-            for start in range(0, length, chunk):
-                piece = torch.tensor(row.tokens[start : min(length, start + chunk)])
-                target.forward(piece, [Span(row.slot, start, len(piece))])
+            _cache(parts, row, length)
         yield rows
     finally:
         for row in rows:
             target.release(row.slot)
+
+
+def _cache(parts: Parts, row: Row, length: int) -> None:
+    """Put the row's first `length` tokens into the target's cache, those there already but once."""
+    chunk = parts.config.engine.prefill_chunk
+    for start in range(row.num_prefilled, length, chunk):
+        piece = torch.tensor(row.tokens[start : min(length, start + chunk)])
+        parts.target.forward(piece, [Span(row.slot, start, len(piece))])
+    row.num_prefilled = length
 
 
 def _row(drafter: Drafter, tokens: list[int]) -> Row:

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from pydantic import BaseModel
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
     from torch import Tensor
 
     from paceline.contracts import Drafts, RowView
+    from paceline.models.language_model import LanguageModel
+    from paceline.models.vocabulary import Tokenizer, Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,17 @@ class Needs:
     same_vocabulary: bool = False
     hidden_states: bool = False
     target_weights: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a drafter is built amid: the target, and the drafters configured before it."""
+
+    target: LanguageModel
+    tokenizer: Tokenizer
+    vocabulary: Vocabulary
+    drafters: Mapping[str, Drafter]
+    prefill_chunk: int = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +73,37 @@ class Foresight(ABC):
         limit: the most tokens the engine would let it draft there.
         """
 
+    def close(self) -> None:  # noqa: B027 - most foresights hold nothing
+        """Give back what the replay held."""
+
 
 class Drafter(ABC):
-    """Proposes tokens for rows. `name` is the arm's name in configuration, tables and artefacts."""
+    """Proposes tokens for rows. `name` is the arm's name in configuration, tables and artefacts.
+
+    A kind of drafter is a class: `kind` is its name in paceline.yaml, `Settings` the schema of its
+    settings there, `check` and `build` turn them into a drafter.
+    """
 
     kind: ClassVar[str]
+    Settings: ClassVar[type[BaseModel]]
     needs: ClassVar[Needs] = Needs()
 
     def __init__(self, name: str, num_draft_tokens: int) -> None:
+        """num_draft_tokens: the most tokens of one draft, a chain's or a tree's."""
         self.name = name
         self.num_draft_tokens = num_draft_tokens
+
+    @classmethod  # noqa: B027 - most have nothing to check
+    def check(cls, name: str, settings: Any, vocabulary: Vocabulary) -> None:
+        """Raise ConfigError if the settings cannot serve a target of this vocabulary.
+
+        Asked before any weights are read, so only what is cheap to find out belongs here.
+        """
+
+    @classmethod
+    def build(cls, name: str, settings: Any, around: Surroundings) -> Drafter:
+        """The drafter of valid settings; by default its class is called with name and settings."""
+        return cls(name, settings)
 
     def start(self, rows: Sequence[RowView]) -> None:  # noqa: B027 - most drafters keep no state
         """Take rows that were just given this drafter; `prepare` does the work."""

@@ -1,48 +1,61 @@
-"""Every kind of drafter, once. Exactness tests iterate over this list: registering is testing."""
+"""Every kind of drafter, once. Exactness tests iterate over this list: registering is testing.
+
+A kind that is not listed may be a class elsewhere, named by where it is imported from:
+`kind: my_package.my_module:MyDrafter`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
+from pydantic import BaseModel
+
 from paceline.config import nearest, parse
-from paceline.drafting.draft_model import DraftModel, DraftModelSettings
-from paceline.drafting.none import NoneDrafter, NoneSettings
-from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
+from paceline.drafting.base import Drafter
+from paceline.drafting.draft_model import DraftModel
+from paceline.drafting.none import NoneDrafter
+from paceline.drafting.prompt_lookup import PromptLookup
 from paceline.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from pydantic import BaseModel
-
     from paceline.config import DrafterSection
-    from paceline.drafting.base import Drafter
 
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """A kind of drafter and the schema of its settings."""
-
-    drafter: type[Drafter]
-    settings: type[BaseModel]
-
-
-CATALOG: Final[Mapping[str, Kind]] = MappingProxyType(
-    {
-        NoneDrafter.kind: Kind(NoneDrafter, NoneSettings),
-        DraftModel.kind: Kind(DraftModel, DraftModelSettings),
-        PromptLookup.kind: Kind(PromptLookup, PromptLookupSettings),
-    }
+CATALOG: Final[Mapping[str, type[Drafter]]] = MappingProxyType(
+    {drafter.kind: drafter for drafter in (NoneDrafter, DraftModel, PromptLookup)}
 )
+
+
+def find_kind(name: str, kind: str) -> type[Drafter]:
+    """The class of a kind; ConfigError, in the name of the configured drafter, if there is none."""
+    if ":" in kind:
+        return _import_kind(name, kind)
+    if kind not in CATALOG:
+        raise ConfigError(
+            f"drafter '{name}': unknown kind '{kind}'{nearest(kind, list(CATALOG))}; a drafter of "
+            "your own is named package.module:Class"
+        )
+    return CATALOG[kind]
+
+
+def _import_kind(name: str, kind: str) -> type[Drafter]:
+    module, _, attribute = kind.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"drafter '{name}': cannot import kind '{kind}' ({error})") from error
+    if not (isinstance(found, type) and issubclass(found, Drafter)):
+        raise ConfigError(f"drafter '{name}': {kind} is not a subclass of paceline.Drafter")
+    settings = getattr(found, "Settings", None)
+    if not (isinstance(settings, type) and issubclass(settings, BaseModel)):
+        raise ConfigError(f"drafter '{name}': {kind} has no `Settings`, a pydantic model")
+    return found
 
 
 def check_settings(name: str, section: DrafterSection) -> BaseModel:
     """The validated settings of a configured drafter; ConfigError names what is wrong."""
-    kind = CATALOG.get(section.kind)
-    if kind is None:
-        raise ConfigError(
-            f"drafter '{name}': unknown kind '{section.kind}'{nearest(section.kind, list(CATALOG))}"
-        )
-    return parse(kind.settings, section.settings, f"drafter '{name}'")
+    schema = find_kind(name, section.kind).Settings
+    return parse(schema, section.settings, f"drafter '{name}'")

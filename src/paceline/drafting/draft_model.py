@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 import paceline.noise as noise
 from paceline.config import ModelSection
 from paceline.contracts import Drafts
 from paceline.drafting.base import Drafter, Foresight, Needs, PositionScores
+from paceline.models.loading import load_language_model, load_tokenizer
 from paceline.models.packing import Span
+from paceline.models.vocabulary import Vocabulary, check_same_vocabulary
 from paceline.warping import warp
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from paceline.contracts import RowView
+    from paceline.drafting.base import Surroundings
     from paceline.models.language_model import LanguageModel
 
 
@@ -59,6 +62,7 @@ class _RowState:
 
 class DraftModel(Drafter):
     kind: ClassVar[str] = "draft_model"
+    Settings: ClassVar[type[BaseModel]] = DraftModelSettings
     needs: ClassVar[Needs] = Needs(same_vocabulary=True)
 
     def __init__(
@@ -77,6 +81,29 @@ class DraftModel(Drafter):
         self._num_logits = num_logits
         self._chunk = prefill_chunk
         self._states: dict[int, _RowState] = {}
+
+    @classmethod
+    def check(cls, name: str, settings: DraftModelSettings, vocabulary: Vocabulary) -> None:
+        check_same_vocabulary(name, vocabulary, Vocabulary.of(load_tokenizer(settings)))
+
+    @classmethod
+    def build(cls, name: str, settings: DraftModelSettings, around: Surroundings) -> DraftModel:
+        model = load_language_model(settings, name)
+        return cls.beside(name, model, settings.num_draft_tokens, around)
+
+    @classmethod
+    def beside(
+        cls, name: str, model: LanguageModel, num_draft_tokens: int, around: Surroundings
+    ) -> DraftModel:
+        """The drafter of a model already loaded, beside its target."""
+        return cls(
+            name,
+            model,
+            num_draft_tokens=num_draft_tokens,
+            num_tokens=around.vocabulary.num_tokens,
+            num_logits=around.target.num_logits,
+            prefill_chunk=around.prefill_chunk,
+        )
 
     def start(self, rows: Sequence[RowView]) -> None:
         for row in rows:

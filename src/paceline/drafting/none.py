@@ -31,8 +31,9 @@ class _Nothing(Foresight):
 
 class NoneDrafter(Drafter):
     kind: ClassVar[str] = NONE
+    Settings: ClassVar[type[BaseModel]] = NoneSettings
 
-    def __init__(self, name: str = NONE) -> None:
+    def __init__(self, name: str = NONE, settings: NoneSettings | None = None) -> None:
         super().__init__(name, num_draft_tokens=0)
 
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:

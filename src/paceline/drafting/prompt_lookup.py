@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from paceline.contracts import Drafts
 from paceline.drafting.base import Drafter, Foresight, pad_drafts
+from paceline.drafting.foresight import SimulatedForesight
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,6 +64,7 @@ def longest_suffix_match(tokens: np.ndarray, min_ngram: int, max_ngram: int) -> 
 
 class PromptLookup(Drafter):
     kind: ClassVar[str] = "prompt_lookup"
+    Settings: ClassVar[type[BaseModel]] = PromptLookupSettings
 
     def __init__(self, name: str, settings: PromptLookupSettings) -> None:
         super().__init__(name, settings.num_draft_tokens)
@@ -93,26 +95,4 @@ class PromptLookup(Drafter):
     def would_accept(
         self, prompt: Sequence[int], trajectory: Sequence[int], p: Tensor | None
     ) -> Foresight:
-        return _LookupForesight(self, prompt, trajectory)
-
-
-class _LookupForesight(Foresight):
-    """Rounds simulated with the same matcher, since a draft's tail hangs on where it started."""
-
-    def __init__(
-        self, drafter: PromptLookup, prompt: Sequence[int], trajectory: Sequence[int]
-    ) -> None:
-        self._drafter = drafter
-        self._text = np.asarray([*prompt, *trajectory], dtype=np.int64)
-        self._num_prompt = len(prompt)
-
-    def accepted(self, position: int, limit: int) -> tuple[int, int]:
-        here = self._num_prompt + position
-        draft = self._drafter.draft(self._text[:here], limit)
-        truth = self._text[here : here + len(draft)].tolist()
-        matches = 0
-        for drafted, true in zip(draft, truth, strict=False):
-            if drafted != true:
-                break
-            matches += 1
-        return len(draft), matches
+        return SimulatedForesight(self, prompt, trajectory)

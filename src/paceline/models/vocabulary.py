@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from paceline.errors import VocabularyError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# for rooms that are handed a tokenizer but know nothing of transformers
+Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +27,7 @@ class Vocabulary:
     ids: dict[str, int]
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+    def of(cls, tokenizer: Tokenizer) -> Vocabulary:
         return cls(dict(tokenizer.get_vocab()))
 
     @property

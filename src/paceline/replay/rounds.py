@@ -69,7 +69,11 @@ def replay(
     """Rounds and scores of one drafter. p: [T, V], see `target_distributions`."""
     with torch.inference_mode():
         foresight = drafter.would_accept(prompt, trajectory, p)
-    return Replay(simulate(foresight, len(trajectory), max_total_output), foresight.scores)
+        try:
+            rounds = simulate(foresight, len(trajectory), max_total_output)
+        finally:
+            foresight.close()
+    return Replay(rounds, foresight.scores)
 
 
 def target_distributions(

@@ -8,7 +8,7 @@ import torch
 
 from paceline.contracts import Drafts
 from paceline.drafting.base import Drafter, Foresight, pad_drafts
-from paceline.verification import depths, follow
+from paceline.drafting.foresight import SimulatedForesight
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -48,28 +48,7 @@ class ScriptedDrafter(Drafter):
     def would_accept(
         self, prompt: Sequence[int], trajectory: Sequence[int], p: Tensor | None
     ) -> Foresight:
-        return _ScriptedForesight(self, prompt, trajectory)
-
-
-class _ScriptedForesight(Foresight):
-    """Rounds simulated by asking the function again."""
-
-    def __init__(
-        self, drafter: ScriptedDrafter, prompt: Sequence[int], trajectory: Sequence[int]
-    ) -> None:
-        self._drafter = drafter
-        self._text = [*prompt, *trajectory]
-        self._num_prompt = len(prompt)
-
-    def accepted(self, position: int, limit: int) -> tuple[int, int]:
-        here = self._num_prompt + position
-        draft = self._drafter.draft(self._text[:here], limit)
-        matches = 0
-        for drafted, true in zip(draft, self._text[here:], strict=False):
-            if drafted != true:
-                break
-            matches += 1
-        return len(draft), matches
+        return SimulatedForesight(self, prompt, trajectory)
 
 
 class ScriptedTree(Drafter):
@@ -93,27 +72,7 @@ class ScriptedTree(Drafter):
     def would_accept(
         self, prompt: Sequence[int], trajectory: Sequence[int], p: Tensor | None
     ) -> Foresight:
-        return _TreeForesight(self, prompt, trajectory)
-
-
-class _TreeForesight(Foresight):
-    """Rounds simulated by growing the tree again."""
-
-    def __init__(
-        self, drafter: ScriptedTree, prompt: Sequence[int], trajectory: Sequence[int]
-    ) -> None:
-        self._drafter = drafter
-        self._text = [*prompt, *trajectory]
-        self._num_prompt = len(prompt)
-
-    def accepted(self, position: int, limit: int) -> tuple[int, int]:
-        here = self._num_prompt + position
-        tokens, parents = self._drafter.function(self._text[:here], limit)
-        levels = depths(parents)
-        after = [0, *(level + 1 for level in levels)]
-        # the target's choice behind a place is the trajectory's token at its depth
-        truth = [self._text[here + d] if here + d < len(self._text) else -1 for d in after]
-        return len(tokens), len(follow(truth, tokens, parents))
+        return SimulatedForesight(self, prompt, trajectory)
 
 
 def copying(text: Sequence[int], num_right: int | None = None, wrong: int = 0) -> Propose:

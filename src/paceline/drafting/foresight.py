@@ -1,0 +1,84 @@
+"""Replay by running the drafter itself: what it would propose at each place of a known text.
+
+For drafters whose rounds cannot be read off one pass: lookup, adaptive tables, searches, adaptive
+stops. The text is dealt out as the engine would, so the drafter sees the same at the same place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from paceline.contracts import SamplingParams
+from paceline.drafting.base import Foresight
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from paceline.drafting.base import Drafter
+
+# a row that is no request's: the engine counts its rows from 0
+_REPLAYED: Final = -2
+_GREEDY: Final = SamplingParams()
+
+
+@dataclass(slots=True)
+class ReplayedRow:
+    """A row in whose place a known text is read; `slot` is set where the target's cache is needed."""
+
+    tokens: list[int]
+    num_prompt: int
+    slot: int = -1
+    id: int = _REPLAYED
+    sampling: SamplingParams = _GREEDY
+    hidden: Tensor | None = None
+
+
+class SimulatedForesight(Foresight):
+    """The drafter's own greedy rounds along a text; positions may only be asked in rising order.
+
+    The drafter is started at the first question and finished by `close`, so nothing else may use it
+    meanwhile.
+    """
+
+    def __init__(self, drafter: Drafter, prompt: Sequence[int], trajectory: Sequence[int]) -> None:
+        self._drafter = drafter
+        self._text = [*prompt, *trajectory]
+        self._row = ReplayedRow(list(prompt), len(prompt))
+        self._started = False
+
+    def accepted(self, position: int, limit: int) -> tuple[int, int]:
+        row = self._row
+        here = row.num_prompt + position
+        if here < len(row.tokens):
+            raise ValueError(f"position {position} lies before what was replayed already")
+        if not self._started:
+            row.tokens.extend(self._text[len(row.tokens) : row.num_prompt + 1])
+            self._drafter.start([row])
+            self._started = True
+            while not self._drafter.prepare(row, 512):
+                pass
+        row.tokens.extend(self._text[len(row.tokens) : here])
+        drafts = self._drafter.propose([row], [limit])
+        drafted = drafts.lengths[0]
+        tokens = drafts.tokens[0, :drafted].tolist()
+        parents = None if drafts.parents is None else drafts.parents[0, :drafted].tolist()
+        return drafted, num_on_text(tokens, parents, self._text[here:])
+
+    def close(self) -> None:
+        if self._started:
+            self._drafter.finish([self._row])
+
+
+def num_on_text(tokens: Sequence[int], parents: Sequence[int] | None, truth: Sequence[int]) -> int:
+    """How many tokens of a draft a target that writes `truth` accepts. Of equal siblings the first."""
+    if parents is None:
+        parents = range(-1, len(tokens) - 1)
+    here, depth = -1, 0
+    for k, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
+        # parents stand before their children, so one pass walks the path
+        if depth < len(truth) and parent == here and token == truth[depth]:
+            here, depth = k, depth + 1
+    return depth

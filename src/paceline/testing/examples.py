@@ -1,0 +1,54 @@
+"""A small drafter of every kind in the catalogue, for tests of exactness: registering is testing."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
+
+from paceline.drafting.draft_model import DraftModel
+from paceline.drafting.none import NoneDrafter
+from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
+from paceline.models.language_model import LanguageModel
+from paceline.testing.tiny_models import perturbed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from paceline.assembly import Parts
+    from paceline.drafting.base import Drafter, Surroundings
+
+    Make = Callable[[str, Surroundings], Drafter]
+
+
+# Built amid a float32 target, all of them propose enough to be accepted and to be rejected.
+
+
+def _draft_model(name: str, around: Surroundings) -> Drafter:
+    """The target with some noise on its weights."""
+    model = LanguageModel(perturbed(around.target.model, 0.05), name)
+    return DraftModel.beside(name, model, 4, around)
+
+
+def _prompt_lookup(name: str, around: Surroundings) -> Drafter:
+    # one token is enough to match, so that there are drafts in random text too
+    return PromptLookup(name, PromptLookupSettings(min_ngram=1))
+
+
+EXAMPLES: Final[Mapping[str, Make]] = MappingProxyType(
+    {
+        NoneDrafter.kind: lambda name, around: NoneDrafter(name),
+        DraftModel.kind: _draft_model,
+        PromptLookup.kind: _prompt_lookup,
+    }
+)
+
+
+# kinds beside `none` and the draft models, which tests have of several sorts
+OTHER_KINDS: Final = tuple(k for k in EXAMPLES if k not in (NoneDrafter.kind, DraftModel.kind))
+
+
+def add_examples(parts: Parts) -> Parts:
+    """The same parts with a drafter of each of the other kinds, named as its kind."""
+    for kind in OTHER_KINDS:
+        parts.drafters[kind] = EXAMPLES[kind](kind, parts.surroundings())
+    return parts
