@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from paceline.drafting.suffix_index import SuffixIndex
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from paceline.drafting.suffix_index import Match
 
 _END: Final = -1  # behind every answer; no token, so no match reaches across
 
@@ -37,6 +41,11 @@ class SharedText:
         if self.parts[0].num_tokens + len(kept) > self._room:
             self.parts = [self._empty(), self.parts[0]]
         self.parts[0].extend(kept)
+
+    def match(self, tokens: Sequence[int]) -> list[tuple[SuffixIndex, Match]]:
+        """The longest suffix of a row's tokens that each part has."""
+        suffix = np.array(tokens[-self._max_match :], dtype=np.int32)
+        return [(part, part.match(suffix)) for part in self.parts]
 
     def num_bytes(self) -> int:
         return sum(part.num_bytes() for part in self.parts)

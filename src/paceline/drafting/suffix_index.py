@@ -50,7 +50,6 @@ class SuffixIndex:
         self._kernels = suffix_kernels
         self._header = np.zeros(7, dtype=np.int64)
         self._header[suffix_kernels.MAX_MATCH] = max_match
-        self.max_match = max_match
         self.num_tokens = 0
         self._allocate(max(capacity, _FEWEST))
         self._kernels.clear(self._automaton)
@@ -83,9 +82,8 @@ class SuffixIndex:
         """The longest suffix of the text that occurs earlier, and its latest earlier occurrence."""
         return Match(*self._kernels.own_match(self._automaton))
 
-    def match(self, tokens: Sequence[int]) -> Match:
-        """The longest suffix of another text that occurs in this one."""
-        suffix = np.array(tokens[-self.max_match :], dtype=np.int32)
+    def match(self, suffix: np.ndarray) -> Match:
+        """The longest suffix of another text's last tokens [n <= max_match] int32 that occurs here."""
         return Match(*self._kernels.match(self._automaton, suffix))
 
     def grow(
@@ -168,6 +166,6 @@ def compile_kernels() -> None:
     index.extend(range(_FEWEST + 1))
     index.extend([0, 1])
     found: Any = index.match_own()
-    for match in (found, index.match([0, 1])):
+    for match in (found, index.match(np.array([0, 1], dtype=np.int32))):
         out = np.empty((2, 4), dtype=np.int64)
         index.grow(match, 1, 4, 2, 0.1, out[0], out[1])

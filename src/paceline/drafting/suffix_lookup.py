@@ -18,7 +18,7 @@ from paceline.contracts import Drafts
 from paceline.drafting.base import Drafter, Foresight
 from paceline.drafting.foresight import SimulatedForesight
 from paceline.drafting.shared_text import SharedText
-from paceline.drafting.suffix_index import RowIndices
+from paceline.drafting.suffix_index import RowIndices, Tree
 from paceline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from paceline.contracts import RowView
     from paceline.drafting.base import Surroundings
-    from paceline.drafting.suffix_index import Match, SuffixIndex
+    from paceline.drafting.suffix_index import Match
 
 
 class SuffixLookupSettings(BaseModel):
@@ -40,7 +40,7 @@ class SuffixLookupSettings(BaseModel):
     tenant: whose answers they are; drafters of one tenant share them.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     num_draft_tokens: int = Field(default=16, ge=1, le=64)
     paths: int = Field(default=4, ge=1)
@@ -111,51 +111,50 @@ class SuffixLookup(Drafter):
         return self._rows.num_bytes() + (0 if self.shared is None else self.shared.num_bytes())
 
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
-        tokens = np.full((len(rows), self.num_draft_tokens), -1, dtype=np.int64)  # [R, K]
-        parents = np.full_like(tokens, -1)
-        lengths, are_chains = [], True
-        for i, (row, limit) in enumerate(zip(rows, limits, strict=True)):
-            length, is_chain = self._draft(row, limit, tokens[i], parents[i])
-            lengths.append(length)
-            are_chains &= is_chain
-        width = max(lengths)
-        drafted = torch.from_numpy(tokens[:, :width])
-        return Drafts(
-            drafted,
-            lengths,
-            parents=None if are_chains else torch.from_numpy(parents[:, :width]),
-        )
+        out = np.full((2, len(rows), self.num_draft_tokens), -1, dtype=np.int64)  # [2, R, K]
+        trees = [
+            self._draft(row, limit, out[:, i])
+            for i, (row, limit) in enumerate(zip(rows, limits, strict=True))
+        ]
+        lengths = [tree.num_tokens for tree in trees]
+        tokens, parents = out[:, :, : max(lengths)]
+        drafts = Drafts(torch.from_numpy(tokens), lengths)
+        if any(tree.num_leaves > 1 for tree in trees):
+            drafts.parents = torch.from_numpy(parents)
+        return drafts
 
-    def _draft(
-        self, row: RowView, limit: int, tokens: np.ndarray, parents: np.ndarray
-    ) -> tuple[int, bool]:
-        """Write a row's draft into tokens and parents [K]; its length, and whether it is a chain.
+    def _draft(self, row: RowView, limit: int, out: np.ndarray) -> Tree:
+        """Write a row's draft into `out` [2, K], tokens and parents.
 
-        Of the row's own text and the shared ones that one drafts whose draft promises most.
+        Of its own text and the shared ones that one drafts whose draft promises most.
         """
+        best = Tree(0, 0, 0.0)
         if limit < 1:
-            return 0, True
+            return best
         own = self._rows.of(row)
-        sources: list[tuple[SuffixIndex, Match]] = [(own, own.match_own())]
+        sources = [(own, own.match_own())]
         if self.shared is not None:
-            sources += [(part, part.match(row.tokens)) for part in self.shared.parts]
-        length, num_leaves, most = 0, 0, 0.0
+            sources += self.shared.match(row.tokens)
         for index, found in sources:
-            # what an earlier source wrote stays unless this one promises more
-            out = np.empty((2, self._num_worth(found)), dtype=np.int64)
+            num_worth = self._num_worth(found)
+            if num_worth <= best.expected:
+                continue  # it cannot promise more
+            # what an earlier source wrote stays until this one does
+            into = np.empty_like(out) if best.num_tokens else out
             tree = index.grow(
                 found, self.settings.min_match, limit, self.settings.paths,
-                self.settings.min_probability, out[0], out[1],
+                self.settings.min_probability, into[0, :num_worth], into[1, :num_worth],
             )  # fmt: skip
-            if tree.expected > most:
-                length, num_leaves, most = tree
-                tokens[:length], parents[:length] = out[:, :length]
-        return length, num_leaves <= 1
+            if tree.expected > best.expected:
+                best = tree
+                if into is not out:
+                    out[:, : best.num_tokens] = into[:, : best.num_tokens]
+        return best
 
     def _num_worth(self, found: Match) -> int:
         """How many tokens to draft behind a match."""
         worth = self.settings.length_factor * found.length + self.settings.length_offset
-        return max(0, min(self.num_draft_tokens, int(worth)))
+        return int(max(0, min(self.num_draft_tokens, worth)))
 
     def would_accept(
         self, prompt: Sequence[int], trajectory: Sequence[int], p: Tensor | None

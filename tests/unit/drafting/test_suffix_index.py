@@ -117,9 +117,15 @@ def grown(index: SuffixIndex, found: Match, num_tokens: int, **how: float) -> tu
 
 
 def assert_same_tree(
-    index: SuffixIndex, found: Match, text: list[int], suffix: list[int], n: int, **how: float
+    index: SuffixIndex,
+    max_match: int,
+    found: Match,
+    text: list[int],
+    suffix: list[int],
+    n: int,
+    **how: float,
 ) -> int:
-    expected = naive_tree(text, suffix, n, index.max_match, **how)
+    expected = naive_tree(text, suffix, n, max_match, **how)
     tokens, parents, leaves, probability = grown(index, found, n, **how)
     assert tokens == [node.token for node in expected]
     assert parents == [node.parent for node in expected]
@@ -167,7 +173,7 @@ def test_the_tree_is_that_of_counting_every_occurrence(
     how = {"min_match": min_match, "depth": depth, "paths": paths}
     how["min_probability"] = min_probability
 
-    assert_same_tree(index, index.match_own(), text, text, num_tokens, **how)
+    assert_same_tree(index, max_match, index.match_own(), text, text, num_tokens, **how)
 
 
 @QUICK
@@ -177,10 +183,10 @@ def test_another_texts_suffix_is_matched_and_continued_as_well(
 ) -> None:
     index = index_of(text, max_match)
 
-    found = index.match(other)
+    found = index.match(np.array(other[-max_match:], dtype=np.int32))
 
     assert found.length == len(longest_context(text, other, max_match))
-    assert_same_tree(index, found, text, other, num_tokens)
+    assert_same_tree(index, max_match, found, text, other, num_tokens)
 
 
 @pytest.mark.parametrize("vocabulary", [2, 5, 300])
@@ -199,7 +205,7 @@ def test_a_long_text_grows_its_index_many_times_over(vocabulary: int) -> None:
         index.extend(piece)
         if choose.random() < 0.2:
             how = {"min_probability": 0.05, "paths": 4}
-            grown_tokens += assert_same_tree(index, index.match_own(), text, text, 12, **how)
+            grown_tokens += assert_same_tree(index, 6, index.match_own(), text, text, 12, **how)
     assert index.num_tokens == len(text)
     assert grown_tokens > 100
 
@@ -212,7 +218,7 @@ def test_of_many_continuations_the_latest_are_considered() -> None:
     tokens, *_ = grown(index, index.match_own(), 64, depth=1)
 
     assert tokens == list(range(139, 139 - SCANNED, -1))
-    assert_same_tree(index, index.match_own(), text, text, 64, depth=1)
+    assert_same_tree(index, 1, index.match_own(), text, text, 64, depth=1)
 
 
 def test_a_text_that_is_at_its_end_goes_on_periodically() -> None:
@@ -251,7 +257,7 @@ def test_a_row_that_sat_out_is_caught_up_with() -> None:
         for row in choose.sample(rows, 2):
             index = indices.of(row)
             assert index.num_tokens == len(row.tokens)
-            assert_same_tree(index, index.match_own(), row.tokens, row.tokens, 6)
+            assert_same_tree(index, 5, index.match_own(), row.tokens, row.tokens, 6)
 
 
 def test_an_id_that_starts_again_is_another_text() -> None:
