@@ -171,6 +171,8 @@ def _append(automaton: Automaton, token: int) -> None:
     if known >= 0:
         states[new, LINK] = _class_of(automaton, known, token, edge, new)
     _count(automaton, token, states[known, LENGTH] if known >= 0 else -1)
+    # if the context's own state was split, it is one of repetitions of this token, which went on to
+    # `new`: the bound takes it from there to the half that now stands for it
     edge = _find(edges, table, header[CONTEXT], token)
     header[CONTEXT], header[CONTEXT_LENGTH] = _bounded(
         states, edges[edge, TARGET], header[CONTEXT_LENGTH] + 1, header[MAX_MATCH]
@@ -207,8 +209,6 @@ def _class_of(automaton: Automaton, known: int, token: int, edge: int, new: int)
             break
         edges[edge, TARGET] = clone
         known = wide(states[known, LINK])
-    if header[CONTEXT] == target and header[CONTEXT_LENGTH] <= length:
-        header[CONTEXT] = clone
     return clone
 
 

@@ -208,6 +208,7 @@ def test_of_own_and_shared_text_that_drafts_whose_draft_promises_more() -> None:
     assert drafted(propose(drafter, [2, 3, 9, 1, 2, 3]))[0] == [4, 5, 6]
     # equally good: its own
     assert drafted(propose(drafter, [1, 2, 3, 9, 9, 1, 2, 3]))[0] == [9, 9, 1]
+    assert drafted(propose(drafter, [1, 2, 3, 9, 9, 1, 2, 3], limit=2))[0] == [9, 9]
 
 
 def test_the_oldest_answers_are_dropped_and_memory_stays_bounded() -> None:
