@@ -18,6 +18,7 @@ import random
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from transformers.utils import logging as transformers_logging
 
 from paceline.bench.circumstances import circumstances
 from paceline.cli.progress import progress
@@ -224,6 +226,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.tokens < 2 * ROUNDS * TOKENS_A_ROUND:
         parser.error(f"--tokens must be at least {2 * ROUNDS * TOKENS_A_ROUND}")
+    transformers_logging.set_verbosity_error()
     torch.set_num_threads(1)
     console = Console()
     rows = []
@@ -238,7 +241,7 @@ def main() -> None:
 
             rows.append(measure(name, text, options.repeats, on_turn))
     facts: dict[str, Any] = circumstances()
-    facts["numba"] = __import__("numba").__version__
+    facts["numba"] = version("numba")
     facts["setting"] = (
         f"Texts of {options.tokens} tokens; CPU time; medians of {options.repeats} turns, rounds of "
         f"{ROUNDS} a turn. Shared text: {SHARED_TOKENS} tokens."

@@ -44,9 +44,9 @@ class SuffixLookupSettings(BaseModel):
 
     num_draft_tokens: int = Field(default=16, ge=1, le=64)
     paths: int = Field(default=4, ge=1)
-    min_match: int = Field(default=2, ge=1)
+    min_match: int = Field(default=1, ge=1)
     max_match: int = Field(default=32, ge=1, le=256)
-    length_factor: float = Field(default=1.0, ge=0.0)
+    length_factor: float = Field(default=2.0, ge=0.0)
     length_offset: float = 0.0
     min_probability: float = Field(default=0.1, ge=0.0, le=1.0)
     share: bool = False

@@ -36,8 +36,8 @@ def _prompt_lookup(name: str, around: Surroundings) -> Drafter:
 
 
 def _suffix_lookup(name: str, around: Surroundings) -> Drafter:
-    # as above, with enough tokens behind a short match for trees that branch
-    settings = SuffixLookupSettings(min_match=1, num_draft_tokens=6, length_offset=3)
+    # enough tokens behind a short match for trees that branch
+    settings = SuffixLookupSettings(num_draft_tokens=6, length_offset=3)
     return SuffixLookup(name, settings)
 
 

@@ -16,7 +16,6 @@ from paceline.drafting.base import Surroundings
 from paceline.drafting.catalog import check_settings
 from paceline.drafting.foresight import ReplayedRow
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
-from paceline.drafting.shared_text import SharedText
 from paceline.drafting.suffix_lookup import SuffixLookup, SuffixLookupSettings
 from paceline.errors import ConfigError
 from paceline.replay import replay
@@ -34,7 +33,10 @@ def row_of(id: int, tokens: Sequence[int] = (), num_prompt: int = 0) -> Replayed
 
 
 def lookup(**settings: Any) -> SuffixLookup:
-    return SuffixLookup("x", SuffixLookupSettings(**settings))
+    """With as many tokens as the match has, of two or more, where nothing else is asked for."""
+    return SuffixLookup(
+        "x", SuffixLookupSettings(**{"min_match": 2, "length_factor": 1.0, **settings})
+    )
 
 
 def drafted(drafts: Drafts, row: int = 0) -> tuple[list[int], list[int]]:
@@ -212,8 +214,9 @@ def test_of_own_and_shared_text_that_drafts_whose_draft_promises_more() -> None:
 
 
 def test_the_oldest_answers_are_dropped_and_memory_stays_bounded() -> None:
-    shared = SharedText(8, 1024)
-    drafter = SuffixLookup("x", SuffixLookupSettings(share=True, shared_tokens=1024), shared)
+    drafter = lookup(share=True, shared_tokens=1024)
+    shared = drafter.shared
+    assert shared is not None
     sizes = set()
     for k in range(40):
         answer(drafter, [0], list(range(1000 * k, 1000 * k + 100)))
@@ -281,6 +284,7 @@ def test_sharing_changes_no_text() -> None:
     [
         ({"min_match": 9, "max_match": 3}, "min_match 9 is above max_match 3"),
         ({"length_factor": 0.0}, "never allow a token"),
+        ({"length_factor": float("inf")}, "'length_factor'"),
         ({"tenant": "me"}, "tenant needs share: true"),
         ({"shared_tokens": 4096}, "shared_tokens needs share: true"),
         ({"path": 1}, "did you mean 'paths'"),
