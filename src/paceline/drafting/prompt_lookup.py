@@ -1,8 +1,9 @@
 """Drafts copied from the text so far: what followed the longest earlier match of its suffix.
 
 No model and no training; wins where the answer repeats the prompt or itself. Of equally long
-matches the latest is taken. A match that reaches the end of the text is continued periodically, as
-copying token by token would. After prompt lookup decoding (Saxena, 2023), with the match length
+matches the latest is taken; a suffix index of each row finds it in the same time however long the
+text is. A match that reaches the end of the text is continued periodically, as copying token by
+token would. After prompt lookup decoding (Saxena, 2023), with the match length
 free up to `max_ngram` instead of tried from a short list.
 """
 
@@ -10,17 +11,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from paceline.contracts import Drafts
 from paceline.drafting.base import Drafter, Foresight, pad_drafts
 from paceline.drafting.foresight import SimulatedForesight
+from paceline.drafting.suffix_index import RowIndices, SuffixIndex
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
     from torch import Tensor
 
     from paceline.contracts import RowView
@@ -48,18 +50,14 @@ def longest_suffix_match(tokens: np.ndarray, min_ngram: int, max_ngram: int) -> 
     tokens: [n] integers. Returns an index below n, or None if no suffix of at least `min_ngram`
     tokens occurs earlier.
     """
-    n = len(tokens)
-    ends = np.flatnonzero(tokens[: n - 1] == tokens[n - 1])
-    best = None
-    for length in range(1, max_ngram + 1):
-        if length >= min_ngram and len(ends):
-            best = int(ends[-1]) + 1
-        # extend every surviving match by one token to the left
-        ends = ends[ends >= length]
-        if not len(ends) or length >= n - 1:
-            break
-        ends = ends[tokens[ends - length] == tokens[n - 1 - length]]
-    return best
+    index = SuffixIndex(max_ngram, len(tokens))
+    index.extend(tokens)
+    return _source(index, min_ngram)
+
+
+def _source(index: SuffixIndex, min_ngram: int) -> int | None:
+    found = index.match_own()
+    return found.source if found.length >= min_ngram else None
 
 
 class PromptLookup(Drafter):
@@ -69,28 +67,45 @@ class PromptLookup(Drafter):
     def __init__(self, name: str, settings: PromptLookupSettings) -> None:
         super().__init__(name, settings.num_draft_tokens)
         self.settings = settings
+        self._rows = RowIndices(settings.max_ngram)
 
     def identity(self) -> dict[str, object]:
         return {**super().identity(), **self.settings.model_dump()}
 
+    def start(self, rows: Sequence[RowView]) -> None:
+        self._rows.start(rows)
+
+    def prepare(self, row: RowView, max_tokens: int) -> bool:
+        return self._rows.prepare(row, max_tokens)
+
+    def finish(self, rows: Sequence[RowView]) -> None:
+        self._rows.finish(rows)
+
+    def num_bytes(self) -> int:
+        return self._rows.num_bytes()
+
     def draft(self, tokens: np.ndarray, limit: int) -> list[int]:
-        """At most `limit` tokens that may follow `tokens` [n]."""
-        limit = min(limit, self.num_draft_tokens)
-        if limit < 1 or len(tokens) < 2:
-            return []
+        """At most `limit` tokens that may follow a text given whole, `tokens` [n]."""
         source = longest_suffix_match(tokens, self.settings.min_ngram, self.settings.max_ngram)
-        if source is None:
+        return self._copied(tokens.tolist(), source, limit)
+
+    def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
+        drafts = []
+        for row, limit in zip(rows, limits, strict=True):
+            source = _source(self._rows.of(row), self.settings.min_ngram)
+            drafts.append(self._copied(row.tokens, source, limit))
+        return Drafts(*pad_drafts(drafts, torch.device("cpu")))
+
+    def _copied(self, tokens: Sequence[int], source: int | None, limit: int) -> list[int]:
+        """What copying token by token from `source` gives, from the text and then from the copy."""
+        limit = min(limit, self.num_draft_tokens)
+        if source is None or limit < 1:
             return []
         period = len(tokens) - source
-        copied: list[int] = tokens[source : source + min(limit, period)].tolist()
+        copied = list(tokens[source : source + min(limit, period)])
         while len(copied) < limit:
             copied.append(copied[len(copied) - period])
         return copied
-
-    def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
-        texts = [np.asarray(row.tokens, dtype=np.int64) for row in rows]
-        drafts = [self.draft(text, limit) for text, limit in zip(texts, limits, strict=True)]
-        return Drafts(*pad_drafts(drafts, torch.device("cpu")))
 
     def would_accept(
         self, prompt: Sequence[int], trajectory: Sequence[int], p: Tensor | None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from paceline.drafting.draft_model import DraftModel
 from paceline.drafting.none import NoneDrafter
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
+from paceline.drafting.suffix_lookup import SuffixLookup, SuffixLookupSettings
 from paceline.models.language_model import LanguageModel
 from paceline.testing.tiny_models import perturbed
 
@@ -34,11 +35,18 @@ def _prompt_lookup(name: str, around: Surroundings) -> Drafter:
     return PromptLookup(name, PromptLookupSettings(min_ngram=1))
 
 
+def _suffix_lookup(name: str, around: Surroundings) -> Drafter:
+    # enough tokens behind a short match for trees that branch
+    settings = SuffixLookupSettings(num_draft_tokens=6, length_offset=3)
+    return SuffixLookup(name, settings)
+
+
 EXAMPLES: Final[Mapping[str, Make]] = MappingProxyType(
     {
         NoneDrafter.kind: lambda name, around: NoneDrafter(name),
         DraftModel.kind: _draft_model,
         PromptLookup.kind: _prompt_lookup,
+        SuffixLookup.kind: _suffix_lookup,
     }
 )
 

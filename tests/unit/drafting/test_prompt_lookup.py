@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import random
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from paceline.drafting.foresight import ReplayedRow
 from paceline.drafting.prompt_lookup import (
     PromptLookup,
     PromptLookupSettings,
     longest_suffix_match,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 TEXTS = st.lists(st.integers(0, 3), max_size=40)
 QUICK = settings(max_examples=300, deadline=None, derandomize=True)
@@ -69,3 +76,79 @@ def test_examples(text: list[int], draft: list[int]) -> None:
     drafter = PromptLookup("x", PromptLookupSettings(num_draft_tokens=4, min_ngram=2))
 
     assert drafter.draft(np.array(text, dtype=np.int64), 10) == draft
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def row_of(id: int, tokens: Sequence[int] = (), num_prompt: int = 0) -> ReplayedRow:
+    return ReplayedRow(list(tokens), num_prompt, id=id)
+
+
+def reference_draft(tokens: list[int], limit: int, config: PromptLookupSettings) -> list[int]:
+    """What the settings allow of copying token by token from a naive search's match."""
+    source = naive_match(tokens, config.min_ngram, config.max_ngram)
+    expected = list(tokens)
+    if source is not None:
+        for place in range(source, source + min(limit, config.num_draft_tokens)):
+            expected.append(expected[place])
+    return expected[len(tokens) :]
+
+
+FIBONACCI = [[0], [0, 1]]
+while len(FIBONACCI[-1]) < 300:
+    FIBONACCI.append([*FIBONACCI[-1], *FIBONACCI[-2]])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        [0] * 300,
+        [0, 1] * 150,
+        [0, 1, 1] * 60 + [2] + [0, 1, 1] * 40,
+        FIBONACCI[-1][:300],
+        random.Random(1).choices(range(2), k=300),
+        random.Random(2).choices(range(5), k=300),
+        random.Random(3).choices(range(100), k=150) * 2,
+    ],
+    ids=["same", "alternating", "periods", "fibonacci", "two", "five", "hundred"],
+)
+@pytest.mark.parametrize("bounds", [(1, 1), (1, 16), (3, 4)])
+def test_a_rows_drafts_are_those_of_a_naive_search_whatever_its_history(
+    text: list[int], bounds: tuple[int, int]
+) -> None:
+    config = PromptLookupSettings(num_draft_tokens=6, min_ngram=bounds[0], max_ngram=bounds[1])
+    drafter = PromptLookup("x", config)
+    choose = random.Random(str(bounds))
+    rows = [row_of(0, text[:1]), row_of(1, text[:40])]
+    drafter.start(rows)
+    while not drafter.prepare(rows[1], 7):
+        pass
+    num_drafted = 0
+    while any(len(row.tokens) < len(text) for row in rows):
+        for row in rows:
+            row.tokens += text[len(row.tokens) : len(row.tokens) + choose.randrange(1, 9)]
+        if choose.random() < 0.1:  # switched away and back
+            drafter.finish(rows)
+            drafter.start(rows)
+        asked = choose.sample(rows, choose.randint(1, 2))
+        limits = [choose.randrange(9) for _ in asked]
+        drafts = drafter.propose(asked, limits)
+        assert drafts.parents is None and drafts.probs is None
+        for i, (row, limit) in enumerate(zip(asked, limits, strict=True)):
+            draft = drafts.tokens[i, : drafts.lengths[i]].tolist()
+            assert draft == reference_draft(row.tokens, limit, config)
+            num_drafted += len(draft)
+    assert num_drafted > 0
+
+
+def test_finished_rows_leave_nothing_behind() -> None:
+    drafter = PromptLookup("x", PromptLookupSettings())
+    row = row_of(0, [1, 2, 3, 1, 2])
+    drafter.start([row])
+    drafter.propose([row], [4])
+    assert drafter.num_bytes() > 0
+
+    drafter.finish([row, row_of(7)])
+
+    assert drafter.num_bytes() == 0

@@ -1,0 +1,51 @@
+"""The answers to earlier requests as one bounded text, the oldest of them dropped first.
+
+Two suffix indices take turns: one is filled, the other is full or not there yet. When the first is
+full as well, the older one is dropped as a whole, so between half of the bound and all of it is kept
+and no request ever waits for something to be rebuilt. Knows no rows and no tenants.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from paceline.drafting.suffix_index import SuffixIndex
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from paceline.drafting.suffix_index import Match
+
+_END: Final = -1  # behind every answer; no token, so no match reaches across
+
+
+class SharedText:
+    """parts: the indices to look in, the one that is being filled first."""
+
+    def __init__(self, max_match: int, max_tokens: int) -> None:
+        self._max_match = max_match
+        self._room = max_tokens // 2  # of one index
+        self.parts = [self._empty()]
+
+    def _empty(self) -> SuffixIndex:
+        # all room at once, so that growing never copies
+        return SuffixIndex(self._max_match, self._room)
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Keep an answer; only its end if it is longer than there is room for."""
+        if not tokens:
+            return
+        kept = [*tokens[-(self._room - 1) :], _END]
+        if self.parts[0].num_tokens + len(kept) > self._room:
+            self.parts = [self._empty(), self.parts[0]]
+        self.parts[0].extend(kept)
+
+    def match(self, tokens: Sequence[int]) -> list[tuple[SuffixIndex, Match]]:
+        """The longest suffix of a row's tokens that each part has."""
+        suffix = np.array(tokens[-self._max_match :], dtype=np.int32)
+        return [(part, part.match(suffix)) for part in self.parts]
+
+    def num_bytes(self) -> int:
+        return sum(part.num_bytes() for part in self.parts)

@@ -1,0 +1,171 @@
+"""Where a text's own suffix occurred before and what followed, kept up to date token by token.
+
+`SuffixIndex` owns the arrays that the kernels grow; `RowIndices` keeps one for each row and catches
+up with it, so a row may sit out as long as it likes. Knows no models and proposes nothing itself.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from paceline.contracts import RowView
+
+_FEWEST: Final = 128  # tokens that there is room for at least
+
+
+class Match(NamedTuple):
+    """The longest suffix of a text that was found; `length` 0 is none."""
+
+    state: int
+    length: int
+    source: int = (
+        -1
+    )  # where the text goes on behind its latest occurrence, if it was the text's own
+
+
+class Tree(NamedTuple):
+    """What `SuffixIndex.grow` wrote."""
+
+    num_tokens: int
+    num_leaves: int
+    expected: float  # accepted tokens, as the counts have it
+
+
+class SuffixIndex:
+    """A suffix automaton of one text. Contexts of up to `max_match` tokens are counted.
+
+    num_tokens: those indexed so far. There is room for `capacity` tokens, more is made when needed.
+    """
+
+    def __init__(self, max_match: int, capacity: int = 0) -> None:
+        # late, because numba takes a second to import
+        from paceline.drafting import suffix_kernels
+
+        self._kernels = suffix_kernels
+        self._header = np.zeros(7, dtype=np.int64)
+        self._header[suffix_kernels.MAX_MATCH] = max_match
+        self.num_tokens = 0
+        self._allocate(max(capacity, _FEWEST))
+        self._kernels.clear(self._automaton)
+
+    def _allocate(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._states = np.empty((2 * capacity + 2, 5), dtype=np.int32)
+        self._edges = np.empty((3 * capacity + 2, 6), dtype=np.int32)
+        # a power of two that is 4/3 to 8/3 of the most edges there can be
+        self._table = np.full(1 << (4 * capacity - 1).bit_length(), -1, dtype=np.int32)
+        self._automaton = (self._header, self._states, self._edges, self._table)
+
+    def _make_room(self, num_tokens: int) -> None:
+        if num_tokens <= self._capacity:
+            return
+        kernels, states, edges = self._kernels, self._states, self._edges
+        self._allocate(num_tokens * 3 // 2)
+        num_states, num_edges = self._header[[kernels.NUM_STATES, kernels.NUM_EDGES]].tolist()
+        self._states[:num_states] = states[:num_states]
+        self._edges[:num_edges] = edges[:num_edges]
+        kernels.rehash(self._edges, num_edges, self._table)
+
+    def extend(self, tokens: Sequence[int] | np.ndarray) -> None:
+        """Append tokens [n] to the text."""
+        self._make_room(self.num_tokens + len(tokens))
+        self._kernels.extend(self._automaton, np.array(tokens, dtype=np.int32))
+        self.num_tokens += len(tokens)
+
+    def match_own(self) -> Match:
+        """The longest suffix of the text that occurs earlier, and its latest earlier occurrence."""
+        return Match(*self._kernels.own_match(self._automaton))
+
+    def match(self, suffix: np.ndarray) -> Match:
+        """The longest suffix of another text's last tokens [n <= max_match] int32 that occurs here."""
+        return Match(*self._kernels.match(self._automaton, suffix))
+
+    def grow(
+        self,
+        found: Match,
+        min_match: int,
+        depth: int,
+        paths: int,
+        min_probability: float,
+        tokens: np.ndarray,
+        parents: np.ndarray,
+    ) -> Tree:
+        """Write the likeliest continuations behind a match into tokens and parents [K] int64.
+
+        A token's probability is the product, along its path, of how often it followed its context
+        over how often anything did. Best first, until K tokens are there or none is left that is at
+        least `min_probability` likely, at most `depth` deep and along one of `paths` paths. A context
+        that nothing followed, because it is where the text ends, is shortened from the left until
+        something did; below `min_match` tokens the path ends.
+        """
+        return Tree(
+            *self._kernels.grow(
+                self._automaton, found.state, found.length,
+                min_match, depth, paths, min_probability, tokens, parents,
+            )
+        )  # fmt: skip
+
+    def num_bytes(self) -> int:
+        """Bytes of the arrays, with the room that is not used yet."""
+        return sum(array.nbytes for array in self._automaton)
+
+
+class RowIndices:
+    """An index of each row's text, by row id."""
+
+    def __init__(self, max_match: int) -> None:
+        self._max_match = max_match
+        self._by_row: dict[int, SuffixIndex] = {}
+        compile_kernels()
+
+    def start(self, rows: Iterable[RowView]) -> None:
+        """Forget what was known of these ids; the text is read when it is asked for."""
+        self.finish(rows)
+
+    def finish(self, rows: Iterable[RowView]) -> None:
+        for row in rows:
+            self._by_row.pop(row.id, None)
+
+    def prepare(self, row: RowView, max_tokens: int) -> bool:
+        """Read up to `max_tokens` more tokens of a row; True when none is left."""
+        index = self._index(row)
+        index.extend(row.tokens[index.num_tokens : index.num_tokens + max_tokens])
+        return index.num_tokens == len(row.tokens)
+
+    def of(self, row: RowView) -> SuffixIndex:
+        """The row's index, after catching up with its tokens."""
+        index = self._index(row)
+        if index.num_tokens < len(row.tokens):
+            index.extend(row.tokens[index.num_tokens :])
+        return index
+
+    def num_bytes(self) -> int:
+        return sum(index.num_bytes() for index in self._by_row.values())
+
+    def _index(self, row: RowView) -> SuffixIndex:
+        index = self._by_row.get(row.id)
+        if index is None:
+            index = SuffixIndex(self._max_match, len(row.tokens) * 3 // 2)
+            self._by_row[row.id] = index
+        return index
+
+
+@cache
+def compile_kernels() -> None:
+    """Run every kernel once, so that the first request does not wait for the compiler.
+
+    Compiled code is kept on disk and only read again, unless no folder for it can be written.
+    """
+    index = SuffixIndex(2)
+    index.extend(range(_FEWEST + 1))
+    index.extend([0, 1])
+    found: Any = index.match_own()
+    for match in (found, index.match(np.array([0, 1], dtype=np.int32))):
+        out = np.empty((2, 4), dtype=np.int64)
+        index.grow(match, 1, 4, 2, 0.1, out[0], out[1])

@@ -1,0 +1,350 @@
+"""A suffix automaton of token ids in flat arrays, grown token by token: the compiled loops.
+
+Knows no rows and no drafters, and never allocates what it grows: `SuffixIndex` owns the arrays and
+imports this module late, because numba takes a second that only those who look up should wait for.
+
+A state stands for all strings that end at the same places of the text; its link is the longest of
+its suffixes that ends at more. At most 2n states and 3n edges for n tokens (Blumer et al., 1985). Only
+contexts of up to MAX_MATCH tokens are counted: an ended string is counted when a token follows, for
+itself and its suffixes, so a token costs at most MAX_MATCH steps however repetitive the text.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+
+import numba
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Automaton = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+F = TypeVar("F", bound="Callable[..., Any]")
+# numba compiles a function again for every width of its integers, so what is read becomes int64
+wide = cast("Callable[[Any], int]", np.int64)
+
+# header  [7] int64
+NUM_TOKENS, NUM_STATES, NUM_EDGES, WHOLE, CONTEXT, CONTEXT_LENGTH, MAX_MATCH = range(7)
+# states  [S, 5] int32: longest string, link, first edge; how often a token followed, and where last
+LENGTH, LINK, FIRST, FOLLOWED, SOURCE = range(5)
+# edges  [E, 6] int32: a state's edges are a list, the one taken last in front; how often taken
+OWNER, TOKEN, TARGET, NEXT, PREVIOUS, COUNT = range(6)
+# table  [power of two] int32: edges by owner and token, -1 where free; open addressing
+
+ROOT: Final = 0
+# of a context's distinct continuations those seen last are considered, which bounds a round
+SCANNED: Final = 32
+# candidates of a tree  [C, 6] int32
+_TOKEN, _PARENT, _STATE, _LENGTH, _LEVEL, _BEHIND = range(6)
+
+
+def compiled(function: F) -> F:
+    """numba's nopython mode, kept on disk where a folder can be written, else compiled each time."""
+    try:
+        return cast("F", numba.njit(function, cache=True))
+    except RuntimeError:  # numba finds no such folder
+        return cast("F", numba.njit(function))
+
+
+# --- edges ----------------------------------------------------------------------------------------
+
+
+@compiled
+def _place(table: np.ndarray, owner: int, token: int) -> int:
+    """Where the search for an edge begins."""
+    key = np.uint64(owner) << np.uint64(32) ^ np.uint64(np.uint32(token))
+    key = (key ^ (key >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+    key = (key ^ (key >> np.uint64(32))) * np.uint64(0x94D049BB133111EB)
+    return wide((key >> np.uint64(29)) & np.uint64(len(table) - 1))
+
+
+@compiled
+def _find(edges: np.ndarray, table: np.ndarray, owner: int, token: int) -> int:
+    """The edge of a state by a token, -1 if there is none."""
+    place = _place(table, owner, token)
+    while True:
+        edge = wide(table[place])
+        if edge < 0 or (edges[edge, OWNER] == owner and edges[edge, TOKEN] == token):
+            return edge
+        place = (place + 1) & (len(table) - 1)
+
+
+@compiled
+def _enter(edges: np.ndarray, table: np.ndarray, edge: int) -> None:
+    place = _place(table, edges[edge, OWNER], edges[edge, TOKEN])
+    while table[place] >= 0:
+        place = (place + 1) & (len(table) - 1)
+    table[place] = edge
+
+
+@compiled
+def rehash(edges: np.ndarray, num_edges: int, table: np.ndarray) -> None:
+    """Enter all edges into an empty table."""
+    for edge in range(num_edges):
+        _enter(edges, table, edge)
+
+
+@compiled
+def _to_front(states: np.ndarray, edges: np.ndarray, edge: int) -> None:
+    """Put an edge that is in no list before its owner's others."""
+    owner = edges[edge, OWNER]
+    first = states[owner, FIRST]
+    edges[edge, PREVIOUS] = -1
+    edges[edge, NEXT] = first
+    if first >= 0:
+        edges[first, PREVIOUS] = edge
+    states[owner, FIRST] = edge
+
+
+@compiled
+def _add_edge(automaton: Automaton, owner: int, token: int, target: int, count: int) -> None:
+    header, states, edges, table = automaton
+    edge = header[NUM_EDGES]
+    header[NUM_EDGES] += 1
+    edges[edge, OWNER] = owner
+    edges[edge, TOKEN] = token
+    edges[edge, TARGET] = target
+    edges[edge, COUNT] = count
+    _to_front(states, edges, edge)
+    _enter(edges, table, edge)
+
+
+@compiled
+def _take(states: np.ndarray, edges: np.ndarray, edge: int) -> None:
+    """Count an edge once more and put it in front."""
+    edges[edge, COUNT] += 1
+    before, behind = edges[edge, PREVIOUS], edges[edge, NEXT]
+    if before < 0:
+        return
+    edges[before, NEXT] = behind
+    if behind >= 0:
+        edges[behind, PREVIOUS] = before
+    _to_front(states, edges, edge)
+
+
+# --- growth ---------------------------------------------------------------------------------------
+
+
+@compiled
+def _new_state(header: np.ndarray, states: np.ndarray, length: int) -> int:
+    state = header[NUM_STATES]
+    header[NUM_STATES] += 1
+    states[state, LENGTH] = length
+    states[state, LINK] = ROOT
+    states[state, FIRST] = -1
+    states[state, FOLLOWED] = 0
+    states[state, SOURCE] = -1
+    return wide(state)
+
+
+@compiled
+def clear(automaton: Automaton) -> None:
+    """An empty text. The table must be all -1."""
+    header, states, _, _ = automaton
+    header[:MAX_MATCH] = 0
+    states[_new_state(header, states, 0), LINK] = -1
+
+
+@compiled
+def extend(automaton: Automaton, tokens: np.ndarray) -> None:
+    """Append tokens [n] int32 to the text. There must be room for them."""
+    for i in range(len(tokens)):
+        _append(automaton, tokens[i])
+
+
+@compiled
+def _append(automaton: Automaton, token: int) -> None:
+    header, states, edges, table = automaton
+    whole = header[WHOLE]
+    new = _new_state(header, states, states[whole, LENGTH] + 1)
+    # suffixes that this token never followed before, from the longest on
+    known = whole
+    edge = _find(edges, table, known, token)
+    while edge < 0:
+        _add_edge(automaton, known, token, new, 1)
+        known = wide(states[known, LINK])
+        if known < 0:
+            break
+        edge = _find(edges, table, known, token)
+    if known >= 0:
+        states[new, LINK] = _class_of(automaton, known, token, edge, new)
+    _count(automaton, token, states[known, LENGTH] if known >= 0 else -1)
+    # if the context's own state was split, it is one of repetitions of this token, which went on to
+    # `new`: the bound takes it from there to the half that now stands for it
+    edge = _find(edges, table, header[CONTEXT], token)
+    header[CONTEXT], header[CONTEXT_LENGTH] = _bounded(
+        states, edges[edge, TARGET], header[CONTEXT_LENGTH] + 1, header[MAX_MATCH]
+    )
+    header[WHOLE] = new
+    header[NUM_TOKENS] += 1
+
+
+@compiled
+def _class_of(automaton: Automaton, known: int, token: int, edge: int, new: int) -> int:
+    """The state of `known`'s longest string with the token behind it, split off if need be."""
+    header, states, edges, table = automaton
+    target = wide(edges[edge, TARGET])
+    length = states[known, LENGTH] + 1
+    if states[target, LENGTH] == length:
+        return target
+    clone = _new_state(header, states, length)
+    states[clone, LINK] = states[target, LINK]
+    states[clone, FOLLOWED] = states[target, FOLLOWED]
+    states[clone, SOURCE] = states[target, SOURCE]
+    states[target, LINK] = clone
+    # the list is copied from its end, since each copy goes to the front
+    copied = wide(states[target, FIRST])
+    while copied >= 0 and edges[copied, NEXT] >= 0:
+        copied = wide(edges[copied, NEXT])
+    while copied >= 0:
+        _add_edge(
+            automaton, clone, edges[copied, TOKEN], edges[copied, TARGET], edges[copied, COUNT]
+        )
+        copied = wide(edges[copied, PREVIOUS])
+    while known >= 0:
+        edge = _find(edges, table, known, token)
+        if edges[edge, TARGET] != target:
+            break
+        edges[edge, TARGET] = clone
+        known = wide(states[known, LINK])
+    return clone
+
+
+@compiled
+def _count(automaton: Automaton, token: int, num_known: int) -> None:
+    """Count that the token followed the context and its suffixes.
+
+    num_known: length up to which it had followed them before; longer ones have a fresh edge.
+    """
+    header, states, edges, table = automaton
+    state = header[CONTEXT]
+    while state != ROOT:
+        states[state, FOLLOWED] += 1
+        states[state, SOURCE] = header[NUM_TOKENS]
+        if states[state, LENGTH] <= num_known:
+            _take(states, edges, _find(edges, table, state, token))
+        state = wide(states[state, LINK])
+
+
+@compiled
+def _bounded(states: np.ndarray, state: int, length: int, max_match: int) -> tuple[int, int]:
+    """The state of the last `max_match` tokens of a string that is at most one token longer."""
+    if length > max_match:
+        length = max_match
+        if states[states[state, LINK], LENGTH] >= max_match:
+            state = wide(states[state, LINK])
+    return wide(state), wide(length)
+
+
+# --- questions ------------------------------------------------------------------------------------
+
+
+@compiled
+def _followed(states: np.ndarray, state: int, length: int) -> tuple[int, int]:
+    """The longest suffix of a string that some token followed; the root if there is none."""
+    while state != ROOT and states[state, FOLLOWED] == 0:
+        state = wide(states[state, LINK])
+        length = min(length, wide(states[state, LENGTH]))
+    return wide(state), wide(length)
+
+
+@compiled
+def own_match(automaton: Automaton) -> tuple[int, int, int]:
+    """The longest suffix of the text that occurs earlier: state, length, where the latest goes on."""
+    header, states, _, _ = automaton
+    state, length = _followed(states, header[CONTEXT], header[CONTEXT_LENGTH])
+    return state, length, wide(states[state, SOURCE])
+
+
+@compiled
+def match(automaton: Automaton, tokens: np.ndarray) -> tuple[int, int]:
+    """The longest suffix of other tokens [n <= MAX_MATCH] that this text has: state, length."""
+    _, states, edges, table = automaton
+    state, length = wide(ROOT), wide(0)
+    for i in range(len(tokens)):
+        edge = _find(edges, table, state, tokens[i])
+        while edge < 0 and state != ROOT:
+            state = wide(states[state, LINK])
+            length = wide(states[state, LENGTH])
+            edge = _find(edges, table, state, tokens[i])
+        if edge >= 0:
+            state, length = wide(edges[edge, TARGET]), length + 1
+    return _followed(states, state, length)
+
+
+@compiled
+def grow(
+    automaton: Automaton,
+    state: int,
+    length: int,
+    min_match: int,
+    depth: int,
+    paths: int,
+    min_probability: float,
+    tokens: np.ndarray,
+    parents: np.ndarray,
+) -> tuple[int, int, float]:
+    """The likeliest continuations of a context as a tree, into tokens and parents [K] int64.
+
+    Returns nodes, leaves and the expected number of tokens accepted, which is the sum of the nodes'
+    probabilities. Of equally likely ones that comes first whose parent came first, then the latest.
+    """
+    header, states, edges, _ = automaton
+    most = len(tokens)
+    fields = np.empty(((most + 1) * SCANNED, 6), dtype=np.int32)
+    odds = np.empty(len(fields))
+    has_child = np.zeros(most + 1, dtype=np.bool_)  # of node k at k + 1
+    num_candidates, num_nodes, leaves, expected = 0, 0, 0, 0.0
+    best = wide(-1)  # candidates still to be taken, a list in falling order
+    node, level, probability = -1, 0, 1.0
+    while True:
+        state, length = _followed(states, state, length)
+        if level < depth and length >= min_match:
+            edge = wide(states[state, FIRST])
+            total = states[state, FOLLOWED]
+            scanned = 0
+            while edge >= 0 and scanned < SCANNED:
+                p = probability * (edges[edge, COUNT] / total)
+                # below 0 is no token but the end of one text among several
+                if p >= min_probability and edges[edge, TOKEN] >= 0:
+                    one = fields[num_candidates]
+                    one[_TOKEN], one[_PARENT], one[_LEVEL] = edges[edge, TOKEN], node, level + 1
+                    one[_STATE], one[_LENGTH] = _bounded(
+                        states, edges[edge, TARGET], length + 1, header[MAX_MATCH]
+                    )
+                    odds[num_candidates] = p
+                    best = _insert(fields, odds, best, num_candidates)
+                    num_candidates += 1
+                edge = wide(edges[edge, NEXT])
+                scanned += 1
+        while best >= 0:
+            parent = fields[best, _PARENT]
+            opens = has_child[parent + 1] or leaves == 0
+            if not opens or leaves < paths:
+                break
+            best = wide(fields[best, _BEHIND])
+        if best < 0 or num_nodes == most:
+            return num_nodes, leaves, expected
+        leaves += opens
+        has_child[parent + 1] = True
+        tokens[num_nodes], parents[num_nodes] = fields[best, _TOKEN], parent
+        node, level, probability = num_nodes, wide(fields[best, _LEVEL]), odds[best]
+        state, length = wide(fields[best, _STATE]), wide(fields[best, _LENGTH])
+        expected += probability
+        num_nodes += 1
+        best = wide(fields[best, _BEHIND])
+
+
+@compiled
+def _insert(fields: np.ndarray, odds: np.ndarray, best: int, new: int) -> int:
+    """Put a candidate into the list behind all that are as likely; returns the list's first."""
+    before, at = wide(-1), best
+    while at >= 0 and odds[at] >= odds[new]:
+        before, at = at, wide(fields[at, _BEHIND])
+    fields[new, _BEHIND] = at
+    if before < 0:
+        return new
+    fields[before, _BEHIND] = new
+    return best
