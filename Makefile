@@ -74,7 +74,8 @@ import pathlib, sys, zipfile
 inside = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("paceline/")}
 files = (path for path in pathlib.Path("src/paceline").rglob("*") if path.is_file())
 wanted = {path.relative_to("src").as_posix() for path in files
-          if path.suffix not in {".pyc", ".part"} and not path.name.startswith(".")}
+          if path.suffix != ".part" and "__pycache__" not in path.parts
+          and not path.name.startswith(".")}
 if inside != wanted:
     sys.exit(f"{wheel}: missing {sorted(wanted - inside)}, unexpected {sorted(inside - wanted)}")
 if "paceline/py.typed" not in inside or not any(name.endswith(".jsonl") for name in inside):

@@ -17,6 +17,7 @@ from paceline.drafting.base import Drafter
 from paceline.drafting.draft_model import DraftModel
 from paceline.drafting.none import NoneDrafter
 from paceline.drafting.prompt_lookup import PromptLookup
+from paceline.drafting.trigram.drafter import TrigramTree
 from paceline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from paceline.config import DrafterSection
 
 CATALOG: Final[Mapping[str, type[Drafter]]] = MappingProxyType(
-    {drafter.kind: drafter for drafter in (NoneDrafter, DraftModel, PromptLookup)}
+    {drafter.kind: drafter for drafter in (NoneDrafter, DraftModel, PromptLookup, TrigramTree)}
 )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from paceline.drafting.draft_model import DraftModel
 from paceline.drafting.none import NoneDrafter
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
+from paceline.drafting.trigram.drafter import TrigramTree, TrigramTreeSettings
 from paceline.models.language_model import LanguageModel
 from paceline.testing.tiny_models import perturbed
 
@@ -34,11 +35,17 @@ def _prompt_lookup(name: str, around: Surroundings) -> Drafter:
     return PromptLookup(name, PromptLookupSettings(min_ngram=1))
 
 
+def _trigram_tree(name: str, around: Surroundings) -> Drafter:
+    """Without a table: it learns each row's text."""
+    return TrigramTree(name, TrigramTreeSettings(num_draft_tokens=8, depth=3))
+
+
 EXAMPLES: Final[Mapping[str, Make]] = MappingProxyType(
     {
         NoneDrafter.kind: lambda name, around: NoneDrafter(name),
         DraftModel.kind: _draft_model,
         PromptLookup.kind: _prompt_lookup,
+        TrigramTree.kind: _trigram_tree,
     }
 )
 
