@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from itertools import islice
@@ -74,6 +75,8 @@ def build_table(
     tokenizer: hash of the token-to-id map. What is unfinished lies in a folder beside `out`.
     """
     settings = settings or BuildSettings()
+    if out.is_dir():
+        raise ConfigError(f"{out}: is a folder; name the file to write")
     recipe = {
         "tokenizer": tokenizer,
         "corpora": [[corpus.name, corpus.size] for corpus in corpora],
@@ -143,9 +146,10 @@ class _Runs:
             self._num_made = state["num_made"]
         elif folder.is_dir():
             shutil.rmtree(folder)
-        elif folder.exists():
-            folder.unlink()
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{folder}: cannot be made ({error})") from error
 
     def add(self, waiting: Sequence[Keys], num_pieces: int) -> None:
         """Make a run of keys, merge levels that are full, and note that it is done."""
@@ -280,6 +284,8 @@ def _write_table(
             for part in files.values():
                 part.seek(0)
                 shutil.copyfileobj(part, file, 1 << 20)
+            file.flush()
+            os.fsync(file.fileno())
     finally:
         for part in files.values():
             part.close()
