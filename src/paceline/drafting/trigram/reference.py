@@ -48,10 +48,11 @@ class ReferenceStatistics:
     rule: Rule
     max_pairs: int
     learned: list[Learned] = field(default_factory=list)  # by place; the hand goes round them
+    by_pair: dict[Pair, Learned] = field(default_factory=dict)
     hand: int = 0
 
     def successors(self, t1: int, t2: int) -> Successors:
-        known = self._find((t1, t2))
+        known = self.by_pair.get((t1, t2))
         if known is None:
             return self.table.get((t1, t2), [])
         scale = 1.0 / known.total if self.rule.kind == COUNTS else 1.0
@@ -61,7 +62,7 @@ class ReferenceStatistics:
         """The tri-grams that end at tokens[first:last]."""
         for i in range(first, last):
             pair = (tokens[i - 2], tokens[i - 1])
-            known = self._find(pair) or self._add(pair)
+            known = self.by_pair.get(pair) or self._add(pair)
             known.touched = True
             if self.rule.kind == COUNTS:
                 decay = self.rule.decay
@@ -69,19 +70,17 @@ class ReferenceStatistics:
                 known.total = float32(known.total * decay + 1.0)
             self._raise_weight(known.successors, tokens[i])
 
-    def _find(self, pair: Pair) -> Learned | None:
-        return next((known for known in self.learned if known.pair == pair), None)
-
     def _add(self, pair: Pair) -> Learned:
         scale = self.rule.prior if self.rule.kind == COUNTS else 1.0
         copied = [(token, float32(weight * scale)) for token, weight in self.table.get(pair, [])]
-        new = Learned(pair, copied, float32(self.rule.prior))
+        new = self.by_pair[pair] = Learned(pair, copied, float32(self.rule.prior))
         if len(self.learned) < self.max_pairs:
             self.learned.append(new)
             return new
         while self.learned[self.hand].touched:
             self.learned[self.hand].touched = False
             self.hand = (self.hand + 1) % self.max_pairs
+        del self.by_pair[self.learned[self.hand].pair]
         self.learned[self.hand] = new
         self.hand = (self.hand + 1) % self.max_pairs
         return new
