@@ -61,24 +61,36 @@ class Overlay(NamedTuple):
         return sum(array.nbytes for array in self)
 
 
+# A node of the search tree. One record and not an array for each field: arrays that are handed from
+# function to function are counted each time.
+_NODE: Final = np.dtype(
+    [
+        ("weight", np.float64),
+        ("value", np.float64),  # sum over visits
+        ("mean", np.float64),  # value / visits, infinite before the first one
+        ("share", np.float64),  # weight / (1 + visits)
+        ("rank", np.float64),  # by which nodes go into the draft: visits, or what stands for them
+        ("before", np.int32),  # the token before the node's own
+        ("token", np.int32),
+        ("parent", np.int32),
+        ("depth", np.int32),
+        ("first_child", np.int32),
+        ("num_children", np.int32),  # -1 where the successors were not looked up yet
+        ("visits", np.int32),
+        ("place", np.int32),  # in the draft, -1 if not there
+    ],
+    align=True,
+)
+
+
 class Scratch(NamedTuple):
     """The search tree's M nodes, node 0 standing for the text's end, and the draft of at most K."""
 
-    before: np.ndarray  # [M] int32, the token before the node's own
-    token: np.ndarray  # [M] int32
-    parent: np.ndarray  # [M] int32
-    depth: np.ndarray  # [M] int32
-    first_child: np.ndarray  # [M] int32
-    num_children: np.ndarray  # [M] int32, -1 where the successors were not looked up yet
-    weight: np.ndarray  # [M] float64
-    visits: np.ndarray  # [M] int32
-    value: np.ndarray  # [M] float64, sum over visits; the path's probability in other searches
-    place: np.ndarray  # [M] int32, where the node stands in the draft, -1 if nowhere
+    nodes: np.ndarray  # [M] of the above
     frontier: np.ndarray  # [M] int32
     successors: np.ndarray  # [S] int32, of the pair looked up last
     weights: np.ndarray  # [S] float64
-    draft_tokens: np.ndarray  # [K] int64
-    draft_parents: np.ndarray  # [K] int64
+    draft: np.ndarray  # [2, K] int64, tokens and parents
 
 
 def new_overlay(num_pairs: int) -> Overlay:
@@ -106,30 +118,16 @@ def grown(overlay: Overlay, num_pairs: int) -> Overlay:
     return larger
 
 
-def new_scratch(iterations: int, num_draft_tokens: int) -> Scratch:
-    """Room for a search that expands a node in each iteration, or for each node of the draft."""
-    # a search by visits looks once more behind each path it takes
-    num_expanded = 1 + iterations + num_draft_tokens
+@compiled
+def _new_scratch(num_expanded: int, num_draft_tokens: int) -> Scratch:
+    """Room for a search that expands so many nodes."""
     num_nodes = 1 + num_expanded * MAX_SUCCESSORS
-    int_nodes = [np.zeros(num_nodes, dtype=np.int32) for _ in range(9)]
-    float_nodes = [np.zeros(num_nodes, dtype=np.float64) for _ in range(2)]
-    before, token, parent, depth, first_child, num_children, visits, place, frontier = int_nodes
     return Scratch(
-        before,
-        token,
-        parent,
-        depth,
-        first_child,
-        num_children,
-        float_nodes[0],
-        visits,
-        float_nodes[1],
-        place,
-        frontier,
-        np.zeros(MAX_SUCCESSORS, dtype=np.int32),
-        np.zeros(MAX_SUCCESSORS, dtype=np.float64),
-        np.zeros(num_draft_tokens, dtype=np.int64),
-        np.zeros(num_draft_tokens, dtype=np.int64),
+        np.empty(num_nodes, dtype=_NODE),
+        np.empty(num_nodes, dtype=np.int32),
+        np.empty(MAX_SUCCESSORS, dtype=np.int32),
+        np.empty(MAX_SUCCESSORS, dtype=np.float64),
+        np.empty((2, num_draft_tokens), dtype=np.int64),
     )
 
 
@@ -312,11 +310,15 @@ def _mix(x: np.uint64) -> np.uint64:
 
 
 @compiled
-def _uniform(seed: int, position: int, number: int) -> float:
-    """The `number`-th uniform draw in [0, 1) at a position."""
-    at = _mix(np.uint64(seed) + _GOLDEN * _STREAM) + _GOLDEN * np.uint64(position + 1)
-    bits = _mix(_mix(at) + _GOLDEN * np.uint64(number + 1))
-    return np.float64(bits >> np.uint64(11)) * 2.0**-53
+def _stream(seed: int, position: int) -> np.uint64:
+    """Where the random numbers of a position begin."""
+    return _mix(_mix(np.uint64(seed) + _GOLDEN * _STREAM) + _GOLDEN * np.uint64(position + 1))
+
+
+@compiled
+def _uniform(stream: np.uint64, number: int) -> float:
+    """The `number`-th uniform draw in [0, 1)."""
+    return np.float64(_mix(stream + _GOLDEN * np.uint64(number + 1)) >> np.uint64(11)) * 2.0**-53
 
 
 # --- searching ------------------------------------------------------------------------------------
@@ -327,59 +329,63 @@ def _expand(
     table: Table, overlay: Overlay, is_counts: bool, scratch: Scratch, num_nodes: int, node: int
 ) -> int:
     """Give a node its children, the heaviest first; returns how many nodes there are now."""
-    size = _look_up(table, overlay, is_counts, scratch.before[node], scratch.token[node], scratch)
-    scratch.first_child[node] = num_nodes
-    scratch.num_children[node] = size
+    nodes = scratch.nodes
+    token, depth = nodes[node].token, nodes[node].depth + 1
+    size = _look_up(table, overlay, is_counts, nodes[node].before, token, scratch)
+    nodes[node].first_child = num_nodes
+    nodes[node].num_children = size
     for j in range(size):
         child = num_nodes + j
-        scratch.before[child] = scratch.token[node]
-        scratch.token[child] = scratch.successors[j]
-        scratch.parent[child] = node
-        scratch.depth[child] = scratch.depth[node] + 1
-        scratch.num_children[child] = -1
-        scratch.weight[child] = scratch.weights[j]
-        scratch.visits[child] = 0
-        scratch.value[child] = 0.0
-        scratch.place[child] = -1
+        _set(nodes, child, node, depth, token, scratch.successors[j], scratch.weights[j])
     return num_nodes + size
 
 
 @compiled
-def _plant(scratch: Scratch, t1: int, t2: int) -> None:
-    """Make node 0 the end of the text."""
-    scratch.before[0] = t1
-    scratch.token[0] = t2
-    scratch.parent[0] = -1
-    scratch.depth[0] = 0
-    scratch.num_children[0] = -1
-    scratch.visits[0] = 0
-    scratch.value[0] = 0.0
-    scratch.place[0] = -1
+def _set(
+    nodes: np.ndarray, node: int, parent: int, depth: int, before: int, token: int, weight: float
+) -> None:
+    """Make a node that was not looked at yet."""
+    nodes[node].before = before
+    nodes[node].token = token
+    nodes[node].parent = parent
+    nodes[node].depth = depth
+    nodes[node].num_children = -1
+    nodes[node].weight = weight
+    nodes[node].visits = 0
+    nodes[node].value = 0.0
+    nodes[node].mean = np.inf
+    nodes[node].share = weight
+    nodes[node].rank = 0.0
+    nodes[node].place = -1
 
 
 @compiled
-def _to_draft(scratch: Scratch, num_drafted: int, node: int) -> int:
-    """Put a node into the draft, behind its parent; returns how many are in it now."""
-    scratch.draft_tokens[num_drafted] = scratch.token[node]
-    scratch.draft_parents[num_drafted] = scratch.place[scratch.parent[node]]
-    scratch.place[node] = num_drafted
-    return num_drafted + 1
-
-
-@compiled
-def _choose(scratch: Scratch, explore: np.ndarray, node: int) -> int:
+def _choose(nodes: np.ndarray, explore: np.ndarray, node: int) -> int:
     """The child with the largest PUCT score; one that was never visited comes before all others."""
-    first = scratch.first_child[node]
-    bonus = explore[scratch.visits[node]]
+    first = nodes[node].first_child
+    bonus = explore[nodes[node].visits]
     best, best_score = first, -1.0
-    for child in range(first, first + scratch.num_children[node]):
-        visits = scratch.visits[child]
-        if visits == 0:
+    for child in range(first, first + nodes[node].num_children):
+        if nodes[child].visits == 0:
             return child
-        score = scratch.value[child] / visits + bonus * scratch.weight[child] / (1 + visits)
+        score = nodes[child].mean + bonus * nodes[child].share
         if score > best_score:
             best, best_score = child, score
     return best
+
+
+@compiled
+def _draw(scratch: Scratch, size: int, uniform: float) -> int:
+    """One of the successors looked up last, in proportion to their weights."""
+    total = 0.0
+    for j in range(size):
+        total += scratch.weights[j]
+    left = uniform * total
+    for j in range(size - 1):
+        if left < scratch.weights[j]:
+            return j
+        left -= scratch.weights[j]
+    return size - 1
 
 
 @compiled
@@ -391,66 +397,77 @@ def _search(
     explore: np.ndarray,
     levels: int,
     iterations: int,
-    seed: int,
-    position: int,
+    stream: np.uint64,
 ) -> int:
     """Monte Carlo tree search of so many levels; returns how many nodes there are."""
+    nodes = scratch.nodes
     num_nodes, num_drawn = 1, 0
     for _ in range(iterations):
         node, value = 0, 1.0
-        while scratch.depth[node] < levels:
-            is_leaf = scratch.num_children[node] < 0
+        while nodes[node].depth < levels:
+            is_leaf = nodes[node].num_children < 0
             if is_leaf:
                 num_nodes = _expand(table, overlay, is_counts, scratch, num_nodes, node)
-            if scratch.num_children[node] == 0:
+            if nodes[node].num_children == 0:
                 break
-            node = _choose(scratch, explore, node)
-            value += scratch.weight[node]
+            node = _choose(nodes, explore, node)
+            value += nodes[node].weight
             if is_leaf:
                 break
-        # from there on, draws in proportion to the weights
-        t1, t2 = scratch.before[node], scratch.token[node]
-        for _ in range(scratch.depth[node], levels):
+        if node == 0:
+            break  # nothing has ever followed
+        # roll-out
+        t1, t2 = nodes[node].before, nodes[node].token
+        for _ in range(nodes[node].depth, levels):
             size = _look_up(table, overlay, is_counts, t1, t2, scratch)
             if size == 0:
                 break
-            total = 0.0
-            for j in range(size):
-                total += scratch.weights[j]
-            left = _uniform(seed, position, num_drawn) * total
+            j = _draw(scratch, size, _uniform(stream, num_drawn))
             num_drawn += 1
-            j = 0
-            while j < size - 1 and left >= scratch.weights[j]:
-                left -= scratch.weights[j]
-                j += 1
             value += scratch.weights[j]
             t1, t2 = t2, scratch.successors[j]
+        # what was found, up to the root
         while node >= 0:
-            scratch.visits[node] += 1
-            scratch.value[node] += value
-            node = scratch.parent[node]
+            visits = nodes[node].visits + 1
+            nodes[node].visits = visits
+            nodes[node].rank = visits
+            nodes[node].value += value
+            nodes[node].mean = nodes[node].value / visits
+            nodes[node].share = nodes[node].weight / (1 + visits)
+            node = nodes[node].parent
     return num_nodes
 
 
 @compiled
 def _push_children(scratch: Scratch, num_open: int, node: int) -> int:
-    for j in range(scratch.num_children[node]):
-        scratch.frontier[num_open] = scratch.first_child[node] + j
+    for j in range(scratch.nodes[node].num_children):
+        scratch.frontier[num_open] = scratch.nodes[node].first_child + j
         num_open += 1
     return num_open
 
 
 @compiled
-def _pop_best(scratch: Scratch, score: np.ndarray, num_open: int) -> int:
-    """Take the open node of the largest score, of equals the oldest, out of the frontier."""
-    at = 0
+def _pop_best(nodes: np.ndarray, frontier: np.ndarray, num_open: int) -> int:
+    """Take the open node of the highest rank, of equals the oldest, out of the frontier."""
+    at, best = 0, frontier[0]
     for k in range(1, num_open):
-        node, best = scratch.frontier[k], scratch.frontier[at]
-        if score[node] > score[best] or (score[node] == score[best] and node < best):
-            at = k
-    node = scratch.frontier[at]
-    scratch.frontier[at] = scratch.frontier[num_open - 1]
-    return node
+        node = frontier[k]
+        if nodes[node].rank > nodes[best].rank or (
+            nodes[node].rank == nodes[best].rank and node < best
+        ):
+            at, best = k, node
+    frontier[at] = frontier[num_open - 1]
+    return best
+
+
+@compiled
+def _to_draft(scratch: Scratch, num_drafted: int, node: int) -> int:
+    """Put a node into the draft, behind its parent; returns how many are in it now."""
+    nodes = scratch.nodes
+    scratch.draft[0, num_drafted] = nodes[node].token
+    scratch.draft[1, num_drafted] = nodes[nodes[node].parent].place
+    nodes[node].place = num_drafted
+    return num_drafted + 1
 
 
 @compiled
@@ -468,23 +485,23 @@ def _most_visited(
 
     A node has at least its children's visits, so the best open node is always the next best of all.
     """
+    nodes = scratch.nodes
     num_drafted = 0
     num_open = _push_children(scratch, 0, 0)
     for _ in range(paths):
         if num_open == 0 or num_drafted == most:
             break
-        node = _pop_best(scratch, scratch.visits, num_open)
+        node = _pop_best(nodes, scratch.frontier, num_open)
         num_open -= 1
-        if scratch.place[node] < 0:
+        if nodes[node].place < 0:
             num_drafted = _to_draft(scratch, num_drafted, node)
-        if scratch.num_children[node] >= 0:
+        if nodes[node].num_children >= 0:
             num_open = _push_children(scratch, num_open, node)
-        elif scratch.depth[node] < depth:
+        elif nodes[node].depth < depth:
             num_nodes = _expand(table, overlay, is_counts, scratch, num_nodes, node)
-        if scratch.num_children[node] > 0 and num_drafted < most:
-            child = scratch.first_child[node]
-            if scratch.place[child] < 0:
-                num_drafted = _to_draft(scratch, num_drafted, child)
+        likeliest = nodes[node].first_child
+        if nodes[node].num_children > 0 and num_drafted < most and nodes[likeliest].place < 0:
+            num_drafted = _to_draft(scratch, num_drafted, likeliest)
     return num_drafted
 
 
@@ -499,23 +516,24 @@ def _best_first(
     most: int,
 ) -> int:
     """The draft of the likeliest paths, or of all paths level by level."""
+    nodes = scratch.nodes
     num_drafted = num_open = 0
     num_nodes, node = 1, 0
-    scratch.value[0] = 1.0
+    nodes[0].rank = 1.0  # a path's probability
     while True:
-        if scratch.depth[node] < depth:
+        if nodes[node].depth < depth:
+            first = num_nodes
             num_nodes = _expand(table, overlay, is_counts, scratch, num_nodes, node)
             num_open = _push_children(scratch, num_open, node)
-            first = scratch.first_child[node]
             total = 0.0
             for child in range(first, num_nodes):
-                total += scratch.weight[child]
+                total += nodes[child].weight
             for child in range(first, num_nodes):
-                share = scratch.weight[child] / max(total, 1.0)
-                scratch.value[child] = -child if breadth_first else scratch.value[node] * share
+                share = nodes[child].weight / max(total, 1.0)
+                nodes[child].rank = -child if breadth_first else nodes[node].rank * share
         if num_open == 0 or num_drafted == most:
             return num_drafted
-        node = _pop_best(scratch, scratch.value, num_open)
+        node = _pop_best(nodes, scratch.frontier, num_open)
         num_open -= 1
         num_drafted = _to_draft(scratch, num_drafted, node)
 
@@ -525,7 +543,6 @@ def grow_tree(
     table: Table,
     overlay: Overlay,
     is_counts: bool,
-    scratch: Scratch,
     explore: np.ndarray,
     search: int,
     depth: int,
@@ -536,28 +553,26 @@ def grow_tree(
     t2: int,
     seed: int,
     position: int,
-) -> int:
-    """A draft behind tokens t1, t2, into scratch; returns how many tokens it has.
+) -> np.ndarray:
+    """[2, n] tokens and parents of a draft behind tokens t1, t2.
 
     explore: [iterations + 1], the PUCT score's factor by the parent's visits. depth: most levels of
     the draft. most: its most tokens. (seed, position) name the random numbers.
     """
-    _plant(scratch, t1, t2)
-    if search != MCTS:
-        return _best_first(table, overlay, is_counts, scratch, search == FULL, depth, most)
-    # the last level is what the paths are gone on with
-    num_nodes = _search(
-        table,
-        overlay,
-        is_counts,
-        scratch,
-        explore,
-        max(1, depth - 1),
-        iterations,
-        seed,
-        position,
-    )
-    return _most_visited(table, overlay, is_counts, scratch, num_nodes, depth, paths, most)
+    # the root, one node an iteration, and what is looked at behind the nodes of the draft
+    num_expanded = 1 + most + (iterations if search == MCTS else 0)
+    # made here, because memory of numba's own costs less than handing over that of numpy
+    scratch = _new_scratch(num_expanded, most)
+    _set(scratch.nodes, 0, -1, 0, t1, t2, 0.0)
+    if search == MCTS:
+        # the last level is what the paths are gone on with
+        levels = max(1, depth - 1)
+        stream = _stream(seed, position)
+        num_nodes = _search(table, overlay, is_counts, scratch, explore, levels, iterations, stream)
+        drafted = _most_visited(table, overlay, is_counts, scratch, num_nodes, depth, paths, most)
+    else:
+        drafted = _best_first(table, overlay, is_counts, scratch, search == FULL, depth, most)
+    return scratch.draft[:, :drafted]
 
 
 def exploration(c1: float, c2: float, iterations: int) -> np.ndarray:

@@ -233,8 +233,8 @@ def choose(parent: Node, children: Sequence[Node], explore: Sequence[float]) -> 
     def score(node: Node) -> float:
         if not node.visits:
             return float("inf")
-        bonus = explore[parent.visits]
-        return node.value / node.visits + bonus * node.weight / (1 + node.visits)
+        share = node.weight / (1 + node.visits)
+        return node.value / node.visits + explore[parent.visits] * share
 
     return max(children, key=score)  # the first of equals
 

@@ -49,7 +49,6 @@ class TreeSearch:
         kind = kernels.RELEASED if s.update == "released" else kernels.COUNTS
         self._rule = kernels.Rule(kind, s.update_step, s.update_cap, s.decay, s.prior)
         self._explore = kernels.exploration(s.c1, s.c2, s.iterations)
-        self._scratch = kernels.new_scratch(s.iterations, s.num_draft_tokens)
         # compile now, or read what was compiled before, instead of in the first request
         learned = Learned(s.max_pairs)
         self.learn(learned, [0, 0, 0])
@@ -67,14 +66,13 @@ class TreeSearch:
         self, learned: Learned, tokens: Sequence[int], limit: int
     ) -> tuple[list[int], list[int]]:
         """(tokens, parents) of a draft behind the text, at most `limit` levels deep."""
-        s, scratch = self.settings, self._scratch
+        s = self.settings
         if limit < 1 or len(tokens) < 2:
             return [], []
-        drafted = kernels.grow_tree(
+        tokens_and_parents = kernels.grow_tree(
             self.table,
             learned.overlay,
             self._rule.kind == kernels.COUNTS,
-            scratch,
             self._explore,
             _SEARCHES[s.search],
             min(limit, s.depth),
@@ -86,7 +84,8 @@ class TreeSearch:
             s.seed,
             len(tokens),
         )
-        return scratch.draft_tokens[:drafted].tolist(), scratch.draft_parents[:drafted].tolist()
+        drafted, parents = tokens_and_parents.tolist()
+        return drafted, parents
 
     def num_bytes(self) -> int:
-        return self.table.num_bytes() + sum(array.nbytes for array in self._scratch)
+        return self.table.num_bytes()
