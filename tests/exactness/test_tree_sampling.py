@@ -53,7 +53,7 @@ def tri(target: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Trig
     out = tmp_path_factory.mktemp("table") / "table"
     build_table([TokenSequences("samples", texts)], out, "hash")
     table, facts = load_table(out)
-    settings = TrigramTreeSettings(num_draft_tokens=16, depth=3)
+    settings = TrigramTreeSettings(search="mcts", num_draft_tokens=16, depth=3)
     return TrigramTree("tri", settings, table, facts.sha256)
 
 

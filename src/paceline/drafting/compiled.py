@@ -21,7 +21,7 @@ def compiled(function: F) -> F:
     """`function` without the interpreter; its arithmetic stays that of the IEEE standard."""
     machine: Any
     try:
-        machine = numba.njit(cache=True)(function)
+        machine = numba.njit(cache=True, error_model="numpy")(function)
     except RuntimeError:  # nowhere to keep it: then it is compiled once a process
-        machine = numba.njit(function)
+        machine = numba.njit(error_model="numpy")(function)
     return machine  # type: ignore[no-any-return]

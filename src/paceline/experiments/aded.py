@@ -47,6 +47,7 @@ TEMPERATURES: Final = (0.0, 0.8)
 STARTS: Final = ("text", "own", "both")  # what tables are built from, beside none at all
 SEARCHES: Final = ("mcts", "greedy", "full")
 BUDGETS: Final = (8, 16, 32, 64)
+DEPTHS: Final = (2, 4, 8)  # beside the default
 LOOKUP: Final = "lookup"
 ALL_TASKS: Final = "all"
 _BUDGET: Final = 16
@@ -96,16 +97,22 @@ class AdedResult:
 
 
 def arms() -> list[Arm]:
-    """All variants. Where nothing else is varied: 16 nodes, `counts`, MCTS, both kinds of text."""
+    """All variants. Where nothing else is varied: the default search and depth, 16 nodes, `counts`,
+    and a table of both kinds of text.
+    """
     found = [
         Arm(
             f"{search} {budget}",
             "both",
             {"search": search, "num_draft_tokens": budget},
-            budget == _BUDGET or (search == "mcts" and budget == 64),
+            budget == _BUDGET or budget == 64,
         )
         for search in SEARCHES
         for budget in BUDGETS
+    ]
+    found += [
+        Arm(f"depth {depth}", "both", {"depth": depth, "num_draft_tokens": _BUDGET})
+        for depth in DEPTHS
     ]
     for start in ("empty", "text", "own", "both"):
         for update in ("none", "released", "counts"):

@@ -37,7 +37,7 @@ def _prompt_lookup(name: str, around: Surroundings) -> Drafter:
 
 def _trigram_tree(name: str, around: Surroundings) -> Drafter:
     """Without a table: it learns each row's text."""
-    return TrigramTree(name, TrigramTreeSettings(num_draft_tokens=8, depth=3))
+    return TrigramTree(name, TrigramTreeSettings(search="mcts", num_draft_tokens=8, depth=3))
 
 
 EXAMPLES: Final[Mapping[str, Make]] = MappingProxyType(

@@ -55,13 +55,13 @@ class TrigramTreeSettings(BaseModel):
     """Which table, how drafts are searched, and how text changes the statistics.
 
     table: a file of `paceline trigram build`; none starts from nothing. num_draft_tokens: nodes of a
-    draft; depth: its levels. search: `mcts` with its iterations, paths read out and PUCT constants c1
-    and c2; `greedy`, the likeliest paths first; `full`, level by level. update: `counts` learns each
-    tri-gram of the text once, its pair's counts decaying by `decay` each time, beside a table's
-    probabilities that count for `prior` observations; `released` adds update_step to the last
-    update_window tri-grams in every round, up to update_cap; `none`. max_pairs bounds what is learned.
-    share: all requests learn into, and draft from, the same statistics. preset: `released` takes the
-    released code's values for all that is not given. seed: of the search's random draws.
+    draft; depth: its levels. search: `greedy`, the likeliest paths first; `mcts`, the paper's, with its
+    iterations, the paths read out and the PUCT constants c1 and c2; `full`, level by level. update:
+    `counts` learns each tri-gram of the text once, its pair's counts decaying by `decay` each time,
+    beside a table's probabilities that count for `prior` observations; `released` adds update_step to
+    the last update_window tri-grams in every round, up to update_cap; `none`. max_pairs bounds what is
+    learned. share: all requests learn into, and draft from, the same statistics. preset: `released`
+    takes the released code's values for all that is not given. seed: of the search's random draws.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -69,8 +69,8 @@ class TrigramTreeSettings(BaseModel):
     table: Path | None = None
     preset: Literal["released"] | None = None
     num_draft_tokens: int = Field(default=16, ge=1, le=64)
-    depth: int = Field(default=4, ge=1, le=16)
-    search: Literal["mcts", "greedy", "full"] = "mcts"
+    depth: int = Field(default=6, ge=1, le=16)
+    search: Literal["greedy", "mcts", "full"] = "greedy"
     iterations: int = Field(default=150, ge=1, le=10_000)
     paths: int = Field(default=24, ge=1)
     c1: float = Field(default=32.0, ge=0.0)

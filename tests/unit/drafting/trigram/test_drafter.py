@@ -185,7 +185,7 @@ def test_finishing_frees_a_row_and_forgives_an_unknown_one() -> None:
 
 def test_what_is_learned_stays_within_its_bound() -> None:
     order = random.Random(1)
-    tri = drafter(max_pairs=300)
+    tri = drafter(max_pairs=300, depth=4)
     one = row([order.randrange(100) for _ in range(500)])
     ready(tri, one)
     held = tri.num_bytes()

@@ -274,7 +274,7 @@ def test_random_draws_are_keyed_by_seed_and_position() -> None:
 
     def tree(seed: int, length: int) -> Any:
         # no exploration bonus, so that what was drawn decides
-        twins = Twins(corpus, seed=seed, iterations=40, c1=0.0, depth=6)
+        twins = Twins(corpus, search="mcts", seed=seed, iterations=40, c1=0.0, depth=6)
         return twins.trees([*[0] * length, 1, 2], 6)[0]
 
     assert tree(5, 3) == tree(5, 3)
