@@ -17,6 +17,7 @@ _HOMES = {
     "Pace": "paceline.assembly",
     "PacelineError": "paceline.errors",
     "PromptRecord": "paceline.contracts",
+    "build_trigrams": "paceline.experiments.pipeline",
     "collect": "paceline.experiments.pipeline",
     "demo": "paceline.experiments.demo_job",
     "distill": "paceline.distillation",
@@ -36,6 +37,7 @@ __all__ = [
     "Pace",
     "PacelineError",
     "PromptRecord",
+    "build_trigrams",
     "collect",
     "demo",
     "distill",
@@ -57,7 +59,7 @@ if TYPE_CHECKING:
     from paceline.drafting.base import Drafter
     from paceline.errors import PacelineError
     from paceline.experiments.demo_job import demo
-    from paceline.experiments.pipeline import collect, evaluate, learn, profile
+    from paceline.experiments.pipeline import build_trigrams, collect, evaluate, learn, profile
     from paceline.store import read_prompts
 
 

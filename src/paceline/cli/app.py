@@ -12,6 +12,7 @@ from paceline.cli.evaluate import evaluate
 from paceline.cli.generate import generate
 from paceline.cli.learn import learn
 from paceline.cli.profile import profile
+from paceline.cli.trigram import trigram
 
 app = typer.Typer(
     name="paceline",
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 for verb in (demo, generate, doctor, profile, collect, learn, evaluate, distill):
     app.command()(verb)
+app.add_typer(trigram)
 
 
 @app.callback()

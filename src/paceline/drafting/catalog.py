@@ -18,6 +18,7 @@ from paceline.drafting.draft_model import DraftModel
 from paceline.drafting.none import NoneDrafter
 from paceline.drafting.prompt_lookup import PromptLookup
 from paceline.drafting.suffix_lookup import SuffixLookup
+from paceline.drafting.trigram.drafter import TrigramTree
 from paceline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,8 +26,15 @@ if TYPE_CHECKING:
 
     from paceline.config import DrafterSection
 
+_KINDS: Final[tuple[type[Drafter], ...]] = (
+    NoneDrafter,
+    DraftModel,
+    PromptLookup,
+    SuffixLookup,
+    TrigramTree,
+)
 CATALOG: Final[Mapping[str, type[Drafter]]] = MappingProxyType(
-    {drafter.kind: drafter for drafter in (NoneDrafter, DraftModel, PromptLookup, SuffixLookup)}
+    {drafter.kind: drafter for drafter in _KINDS}
 )
 
 

@@ -11,17 +11,17 @@ itself and its suffixes, so a token costs at most MAX_MATCH steps however repeti
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
-import numba
 import numpy as np
+
+from paceline.drafting.compiled import compiled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     Automaton = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
-F = TypeVar("F", bound="Callable[..., Any]")
 # numba compiles a function again for every width of its integers, so what is read becomes int64
 wide = cast("Callable[[Any], int]", np.int64)
 
@@ -38,14 +38,6 @@ ROOT: Final = 0
 SCANNED: Final = 32
 # candidates of a tree  [C, 6] int32
 _TOKEN, _PARENT, _STATE, _LENGTH, _LEVEL, _BEHIND = range(6)
-
-
-def compiled(function: F) -> F:
-    """numba's nopython mode, kept on disk where a folder can be written, else compiled each time."""
-    try:
-        return cast("F", numba.njit(function, cache=True))
-    except RuntimeError:  # numba finds no such folder
-        return cast("F", numba.njit(function))
 
 
 # --- edges ----------------------------------------------------------------------------------------

@@ -199,7 +199,7 @@ def _parsed(source: str) -> ast.Module | None:
 
 def _in_turns(seed: int) -> Iterator[HarvestedFunction]:
     """One function of each package in turn, so that no large package crowds out the others."""
-    roots = {name: root for name in PACKAGES if (root := _package_folder(name)) is not None}
+    roots = {name: root for name in PACKAGES if (root := package_folder(name)) is not None}
     names = sorted(roots, key=lambda name: _hash(f"{name}:{seed}"))
     streams = [_package_functions(name, roots[name], seed) for name in names]
     while streams:
@@ -209,7 +209,8 @@ def _in_turns(seed: int) -> Iterator[HarvestedFunction]:
         yield from (function for _, function in drawn if function is not None)
 
 
-def _package_folder(name: str) -> Path | None:
+def package_folder(name: str) -> Path | None:
+    """Where an installed package lies; None if it is not installed."""
     # The standard library is what the models were trained on.
     if name in sys.stdlib_module_names:
         return None

@@ -1,12 +1,13 @@
 """The offline verbs on a configuration's own files, and all of them in a row.
 
-What `paceline collect`, `profile`, `learn` and `evaluate` do, as functions. Their files stand where
-the configuration's `paths` say.
+What `paceline collect`, `profile`, `learn`, `evaluate` and `trigram build` do, as functions. Their
+files stand where the configuration's `paths` say.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -15,13 +16,18 @@ from paceline.assembly import Pace, build, policy_identity
 from paceline.bench.profile import profile as measure_costs
 from paceline.collection import collect as collect_prompts
 from paceline.costs.table import CostTable
+from paceline.drafting.trigram.build import build_table
+from paceline.drafting.trigram.corpora import TextFiles, TokenSequences
+from paceline.errors import ConfigError, StoreError
 from paceline.learning import evaluate as evaluate_network
 from paceline.learning import learn as learn_policy
 from paceline.learning.dataset import build_dataset, split
+from paceline.models.loading import load_tokenizer
+from paceline.models.vocabulary import Vocabulary
 from paceline.selection import PolicyIdentity, load_policy
 from paceline.selection.artefact import read_card
 from paceline.selection.network import softmax
-from paceline.store.collection import load_collection
+from paceline.store.collection import load_collection, open_trajectories, read_trajectories
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,6 +35,8 @@ if TYPE_CHECKING:
     from paceline.collection import CollectionReport
     from paceline.config import Config
     from paceline.contracts import PromptRecord
+    from paceline.drafting.trigram.build import BuildSettings, Corpus
+    from paceline.drafting.trigram.table import TableFacts
     from paceline.learning import EvaluationReport, LearningResult
     from paceline.learning.dataset import Dataset
     from paceline.selection.policies import NetworkPolicy
@@ -57,6 +65,41 @@ def collect(
         alignment=alignment,
         on_progress=on_progress,
     )
+
+
+def build_trigrams(
+    config: Config,
+    out: Path,
+    text: Sequence[Path] = (),
+    from_collection: bool = False,
+    settings: BuildSettings | None = None,
+    on_progress: OnProgress = _quiet,
+) -> TableFacts:
+    """Write the table of a `trigram_tree` drafter: the statistics of text files, of the target's own
+    answers in the configuration's store, or of both. A killed build goes on where it was.
+    """
+    tokenizer = load_tokenizer(config.target)
+    tokenizer_hash = Vocabulary.of(tokenizer).hash()
+    corpora: list[Corpus] = [TextFiles(text, tokenizer)] if text else []
+    if from_collection:
+        corpora.append(_answers(config.paths.store, tokenizer_hash))
+    if not corpora:
+        raise ConfigError("nothing to build from: give text files, or take the collection")
+    return build_table(corpora, Path(out), tokenizer_hash, settings, on_progress)
+
+
+def _answers(folder: Path, tokenizer: str) -> TokenSequences:
+    store = open_trajectories(folder)
+    if store.identity.get("tokenizer") != tokenizer:
+        raise StoreError(
+            f"{folder}: was collected with another tokenizer than the target's; collect again"
+        )
+    trajectories = read_trajectories(store)
+    if not trajectories:
+        raise StoreError(f"{folder}: the collection is empty; run `paceline collect`")
+    # the prompt's last two tokens are what the first answered one follows
+    sequences = [(*t.prompt_tokens[-2:], *t.output_tokens) for t in trajectories]
+    return TokenSequences(f"{folder} {store.num_rows}", sequences)
 
 
 def profile(config: Config, on_progress: OnProgress = _quiet) -> CostTable:

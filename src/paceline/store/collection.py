@@ -179,6 +179,11 @@ def read_trajectories(store: ShardStore) -> list[Trajectory]:
     return [Trajectory(*row) for row in zip(*columns.values(), strict=True)]
 
 
+def open_trajectories(folder: Path) -> ShardStore:
+    """The trajectories of an existing collection, for `read_trajectories`, whatever made them."""
+    return _open_existing(Path(folder), _TRAJECTORIES, "")
+
+
 def _open_existing(folder: Path, kind: str, arm: str) -> ShardStore:
     return ShardStore.open(_folder(folder, kind, arm), kind, _SCHEMAS[kind])
 

@@ -9,6 +9,7 @@ from paceline.drafting.draft_model import DraftModel
 from paceline.drafting.none import NoneDrafter
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
 from paceline.drafting.suffix_lookup import SuffixLookup, SuffixLookupSettings
+from paceline.drafting.trigram.drafter import TrigramTree, TrigramTreeSettings
 from paceline.models.language_model import LanguageModel
 from paceline.testing.tiny_models import perturbed
 
@@ -41,12 +42,18 @@ def _suffix_lookup(name: str, around: Surroundings) -> Drafter:
     return SuffixLookup(name, settings)
 
 
+def _trigram_tree(name: str, around: Surroundings) -> Drafter:
+    """Without a table: it learns each row's text."""
+    return TrigramTree(name, TrigramTreeSettings(search="mcts", num_draft_tokens=8, depth=3))
+
+
 EXAMPLES: Final[Mapping[str, Make]] = MappingProxyType(
     {
         NoneDrafter.kind: lambda name, around: NoneDrafter(name),
         DraftModel.kind: _draft_model,
         PromptLookup.kind: _prompt_lookup,
         SuffixLookup.kind: _suffix_lookup,
+        TrigramTree.kind: _trigram_tree,
     }
 )
 

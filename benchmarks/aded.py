@@ -1,0 +1,51 @@
+"""Tri-gram trees on the bundled target: which search, how many nodes, which update, what to start from.
+
+    python benchmarks/aded.py --out DIR [--dtype float32] [--per-task 4] [--max-new-tokens 96]
+
+Replay with a measured cost table for every arm, by the clock for some, at temperature 0 and 0.8.
+Writes aded.json, aded.md and aded.png. A run that was killed goes on from what it had collected.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from paceline.cli.options import configured
+from paceline.cli.progress import progress
+from paceline.experiments.aded import Sizes, run
+from paceline.experiments.aded_report import write_report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True, help="folder of tables and report")
+    parser.add_argument("--config", type=Path, default=Path("paceline.yaml"))
+    parser.add_argument("--dtype", default="float32", help="of the target")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--per-task", type=int, default=4, help="timed prompts of each task")
+    parser.add_argument("--collect-per-task", type=int, default=40, help="answers in tables")
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--text-mb", type=float, default=8.0, help="source of installed packages")
+    parser.add_argument("--repeats", type=int, default=1)
+    options = parser.parse_args()
+    console = Console()
+    sizes = Sizes(
+        timed_per_task=options.per_task,
+        collect_per_task=options.collect_per_task,
+        max_new_tokens=options.max_new_tokens,
+        text_mb=options.text_mb,
+        repeats=options.repeats,
+    )
+    config = configured(options.config, dtype=options.dtype, threads=options.threads)
+    # what is collected depends on these, and a folder holds one collection
+    made = f"{options.dtype}-{options.collect_per_task}-{options.max_new_tokens}"
+    with progress(console) as report:
+        result = run(config, options.out / made, sizes, report)
+    console.print(write_report(result, options.out), markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""`paceline trigram build`: the tri-gram table of text, for drafters of kind `trigram_tree`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from paceline.cli.options import DEFAULT_CONFIG, ConfigOption, configured
+
+trigram = typer.Typer(name="trigram", no_args_is_help=True)
+
+
+@trigram.callback()
+def root() -> None:
+    """Tables for drafters of kind trigram_tree: build."""
+
+
+@trigram.command()
+def build(
+    out: Annotated[Path, typer.Option(help="File of the table to write.")],
+    text: Annotated[
+        list[Path] | None, typer.Option("--text", help="A UTF-8 text file; more may follow it.")
+    ] = None,
+    more: Annotated[
+        list[Path] | None, typer.Argument(metavar="FILE...", help="More text files.")
+    ] = None,
+    from_collection: Annotated[
+        bool, typer.Option("--from-collection", help="Take the target's answers in the store.")
+    ] = False,
+    config: ConfigOption = DEFAULT_CONFIG,
+    store: Annotated[Path | None, typer.Option(help="Folder of the collection.")] = None,
+    max_successors: Annotated[int, typer.Option(help="Most successors kept of a pair.")] = 12,
+    min_count: Annotated[int, typer.Option(help="Drop tri-grams seen less often.")] = 1,
+    memory_mb: Annotated[int, typer.Option(help="Megabytes to sort in at once.")] = 256,
+) -> None:
+    """Count what follows each pair of tokens in text of any size. Resumes."""
+    from rich.console import Console
+
+    from paceline.cli.progress import progress
+    from paceline.config import parse
+    from paceline.drafting.trigram.build import BuildSettings
+    from paceline.experiments.pipeline import build_trigrams
+
+    raw = {"max_successors": max_successors, "min_count": min_count, "memory_mb": memory_mb}
+    settings = parse(BuildSettings, raw, "trigram build")
+    console = Console()
+    files = [*(text or ()), *(more or ())]
+    with progress(console) as report:
+        facts = build_trigrams(
+            configured(config, store=store), out, files, from_collection, settings, report
+        )
+    console.print(
+        f"{facts.num_tokens:,} tokens read; {facts.num_pairs:,} pairs with {facts.num_trigrams:,} "
+        f"successors written: {out}, {out.stat().st_size / 1e6:.1f} MB",
+        soft_wrap=True,
+    )
+    console.print("next: name it as the `table` of a drafter of kind trigram_tree")

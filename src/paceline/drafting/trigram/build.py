@@ -1,0 +1,337 @@
+"""Tri-gram statistics from any amount of text, within a bound on memory.
+
+Every tri-gram is one integer. A full buffer is sorted and counted into a run on disk, runs are
+merged whenever as many of a level have gathered, and the last merge is pruned into the table. A
+killed build goes on behind its last run. Sequences do not run into each other. Knows no tokenizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from paceline.drafting.trigram.table import ARRAYS, MAX_SUCCESSORS, TableFacts, header
+from paceline.errors import ConfigError
+from paceline.files import write_atomically
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    Keys = NDArray[np.uint64]
+    Counts = NDArray[np.int64]
+
+_BITS: Final = 21  # of a token id, three of which make a key
+_FAN_IN: Final = 16  # runs of one level that are merged into one of the next
+_BATCH: Final = 64  # pieces tokenised at once
+_BYTES_A_TOKEN: Final = 48  # what buffering, sorting and counting a tri-gram takes
+_STATE: Final = "state.json"
+
+
+class Corpus(Protocol):
+    """Where text comes from: pieces in a fixed order, and how they become tokens."""
+
+    name: str  # tells one corpus from another when a killed build goes on
+    size: int  # in the unit in which pieces are measured
+
+    def pieces(self) -> Iterator[tuple[Any, int]]:
+        """(piece, its size)."""
+
+    def tokens(self, pieces: Sequence[Any]) -> Sequence[Sequence[int]]: ...
+
+
+class BuildSettings(BaseModel):
+    """max_successors: kept of each pair; min_count: tri-grams seen less often are dropped.
+
+    memory_mb bounds what the build holds at once, the tokenizer and one pair's successors aside.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_successors: int = Field(default=12, ge=1, le=MAX_SUCCESSORS)
+    min_count: int = Field(default=1, ge=1)
+    memory_mb: int = Field(default=256, ge=1)
+
+
+def build_table(
+    corpora: Sequence[Corpus],
+    out: Path,
+    tokenizer: str,
+    settings: BuildSettings | None = None,
+    on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> TableFacts:
+    """Write the table of all corpora together.
+
+    tokenizer: hash of the token-to-id map. What is unfinished lies in a folder beside `out`.
+    """
+    settings = settings or BuildSettings()
+    if out.is_dir():
+        raise ConfigError(f"{out}: is a folder; name the file to write")
+    recipe = {
+        "tokenizer": tokenizer,
+        "corpora": [[corpus.name, corpus.size] for corpus in corpora],
+        "memory_mb": settings.memory_mb,
+    }
+    runs = _Runs(out.with_name(out.name + ".part"), recipe, settings.memory_mb << 20)
+    total = sum(corpus.size for corpus in corpora)
+    done = 0
+    waiting: list[Keys] = []
+    num_waiting = num_pieces = 0
+    for batch, corpus in _batches(corpora):
+        done += sum(size for _, size in batch)
+        num_pieces += len(batch)
+        if num_pieces <= runs.num_pieces:
+            continue  # counted before the build was killed
+        for sequence in corpus.tokens([piece for piece, _ in batch]):
+            runs.num_tokens += len(sequence)
+            waiting.append(_keys(sequence))
+            num_waiting += len(waiting[-1])
+        if num_waiting >= runs.most_waiting:
+            runs.add(waiting, num_pieces)
+            waiting, num_waiting = [], 0
+        on_progress("read", done, total)
+    runs.add(waiting, num_pieces)
+    facts = _write_table(runs, out, tokenizer, settings, on_progress)
+    shutil.rmtree(runs.folder)
+    return facts
+
+
+def _batches(corpora: Sequence[Corpus]) -> Iterator[tuple[list[tuple[Any, int]], Corpus]]:
+    for corpus in corpora:
+        pieces = corpus.pieces()
+        while batch := list(islice(pieces, _BATCH)):
+            yield batch, corpus
+
+
+def _keys(sequence: Sequence[int]) -> Keys:
+    """Each tri-gram of a sequence of tokens as one integer that sorts as it does."""
+    tokens = np.asarray(sequence, dtype=np.uint64)
+    if len(tokens) and int(tokens.max()) >> _BITS:
+        raise ConfigError(f"token id {tokens.max()}: tri-grams hold ids below {1 << _BITS}")
+    shift = np.uint64(_BITS)
+    keys: Keys = (((tokens[:-2] << shift) | tokens[1:-1]) << shift) | tokens[2:]
+    return keys
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+class _Runs:
+    """Sorted, counted runs on disk, by level, and how many pieces they hold."""
+
+    def __init__(self, folder: Path, recipe: dict[str, Any], memory: int) -> None:
+        """Those of a killed build of the same recipe, else none."""
+        self.folder = folder
+        self.recipe = recipe
+        self.most_waiting = max(1, memory // _BYTES_A_TOKEN)
+        self.levels: list[list[str]] = []
+        self.num_pieces = self.num_tokens = self._num_made = 0
+        try:
+            state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            state = {}
+        if state.get("recipe") == recipe:
+            self.levels = state["levels"]
+            self.num_pieces, self.num_tokens = state["num_pieces"], state["num_tokens"]
+            self._num_made = state["num_made"]
+        elif folder.is_dir():
+            shutil.rmtree(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{folder}: cannot be made ({error})") from error
+
+    def add(self, waiting: Sequence[Keys], num_pieces: int) -> None:
+        """Make a run of keys, merge levels that are full, and note that it is done."""
+        stale: list[str] = []
+        if any(len(keys) for keys in waiting):
+            keys, counts = np.unique(np.concatenate(waiting), return_counts=True)
+            new = self._write(iter([(keys, counts.astype(np.int64))]))
+            for level in range(len(self.levels) + 1):
+                if level == len(self.levels):
+                    self.levels.append([])
+                self.levels[level].append(new)
+                if len(self.levels[level]) < _FAN_IN:
+                    break
+                new = self._write(self._merged(self.levels[level]))
+                stale += self.levels[level]
+                self.levels[level] = []
+        self.num_pieces = num_pieces
+        state = {
+            "recipe": self.recipe,
+            "levels": self.levels,
+            "num_pieces": self.num_pieces,
+            "num_tokens": self.num_tokens,
+            "num_made": self._num_made,
+        }
+        write_atomically(self.folder / _STATE, json.dumps(state).encode())
+        for name in stale:
+            for suffix in (".keys", ".counts"):
+                (self.folder / (name + suffix)).unlink()
+
+    def merged(self) -> Iterator[tuple[Keys, Counts]]:
+        """All tri-grams in order, each once, a block at a time."""
+        return self._merged([name for level in self.levels for name in level])
+
+    def num_counted(self) -> int:
+        """Tri-grams in all runs, those in several of them counted in each."""
+        names = [name for level in self.levels for name in level]
+        return sum((self.folder / f"{name}.keys").stat().st_size // 8 for name in names)
+
+    def _write(self, blocks: Iterator[tuple[Keys, Counts]]) -> str:
+        name = f"run-{self._num_made:06d}"
+        self._num_made += 1
+        with (
+            (self.folder / f"{name}.keys").open("wb") as key_file,
+            (self.folder / f"{name}.counts").open("wb") as count_file,
+        ):
+            for keys, counts in blocks:
+                key_file.write(keys.data)
+                count_file.write(counts.data)
+        return name
+
+    def _merged(self, names: Sequence[str]) -> Iterator[tuple[Keys, Counts]]:
+        files = [
+            (
+                np.memmap(self.folder / f"{name}.keys", np.uint64, mode="r"),
+                np.memmap(self.folder / f"{name}.counts", np.int64, mode="r"),
+            )
+            for name in names
+        ]
+        size = max(1, self.most_waiting // max(1, len(files)))
+        places = [0] * len(files)
+        while True:
+            live = [i for i, (keys, _) in enumerate(files) if places[i] < len(keys)]
+            if not live:
+                return
+            blocks = {i: files[i][0][places[i] : places[i] + size] for i in live}
+            # up to here nothing can be missing from any block
+            unfinished = [b[-1] for i, b in blocks.items() if places[i] + size < len(files[i][0])]
+            bound = min(unfinished) if unfinished else None
+            all_keys, all_counts = [], []
+            for i, block in blocks.items():
+                n = len(block) if bound is None else int(np.searchsorted(block, bound, "right"))
+                all_keys.append(block[:n])
+                all_counts.append(files[i][1][places[i] : places[i] + n])
+                places[i] += n
+            yield _summed(np.concatenate(all_keys), np.concatenate(all_counts))
+
+
+def _summed(keys: Keys, counts: Counts) -> tuple[Keys, Counts]:
+    """Each key once, in order, with the sum of its counts."""
+    order = np.argsort(keys, kind="stable")
+    keys, counts = keys[order], counts[order]
+    first = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])
+    return keys[first], np.add.reduceat(counts, first)
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def _write_table(
+    runs: _Runs,
+    out: Path,
+    tokenizer: str,
+    settings: BuildSettings,
+    on_progress: Callable[[str, int, int], None],
+) -> TableFacts:
+    """Prune the merged runs into the table's arrays, each to a file of its own, then join these."""
+    files = {name: (runs.folder / f"{name}.array").open("wb+") for name in ARRAYS}
+    pairs_of_first = np.zeros(0, dtype=np.int64)
+    total, done, end = runs.num_counted(), 0, 0
+    try:
+        files["offsets"].write(np.zeros(1, dtype=np.int64).data)
+        for keys, counts in _whole_pairs(runs.merged()):
+            done += len(keys)
+            pairs, sizes, successors, weights = _pruned(keys, counts, settings)
+            first = (pairs >> np.uint64(_BITS)).astype(np.int64)
+            seen = np.bincount(first, minlength=len(pairs_of_first))
+            seen[: len(pairs_of_first)] += pairs_of_first
+            pairs_of_first = seen
+            second = pairs & np.uint64((1 << _BITS) - 1)
+            files["seconds"].write(second.astype("<i4").data)
+            files["offsets"].write((end + np.cumsum(sizes)).astype("<i8").data)
+            files["successors"].write(successors.astype("<i4").data)
+            files["weights"].write(weights.astype("<f4").data)
+            end += int(sizes.sum())
+            on_progress("merge", min(done, total), total)
+        starts = np.r_[0, np.cumsum(pairs_of_first)].astype("<i8")
+        files["starts"].write(starts.data)
+        num_elements = {n: f.tell() // ARRAYS[n][1].itemsize for n, f in files.items()}
+        facts = TableFacts(
+            tokenizer=tokenizer,
+            num_tokens=runs.num_tokens,
+            num_pairs=num_elements["seconds"],
+            num_trigrams=num_elements["successors"],
+            max_successors=settings.max_successors,
+            min_count=settings.min_count,
+            sha256=_hash(files),
+        )
+        # beside the target, because a rename cannot cross file systems
+        joined = runs.folder / "joined"
+        with joined.open("wb") as file:
+            file.write(header(facts, num_elements))
+            for part in files.values():
+                part.seek(0)
+                shutil.copyfileobj(part, file, 1 << 20)
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        for part in files.values():
+            part.close()
+    joined.replace(out)
+    on_progress("merge", total, total)
+    return facts
+
+
+def _hash(files: dict[str, Any]) -> str:
+    digest = hashlib.sha256()
+    for file in files.values():
+        file.seek(0)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:32]
+
+
+def _whole_pairs(blocks: Iterator[tuple[Keys, Counts]]) -> Iterator[tuple[Keys, Counts]]:
+    """The same tri-grams in blocks that part no pair's successors."""
+    shift = np.uint64(_BITS)
+    held: list[tuple[Keys, Counts]] = []
+    for block in blocks:
+        held.append(block)
+        keys = np.concatenate([k for k, _ in held])
+        counts = np.concatenate([c for _, c in held])
+        cut = int(np.searchsorted(keys, (keys[-1] >> shift) << shift))
+        if cut:
+            yield keys[:cut], counts[:cut]
+        held = [(keys[cut:], counts[cut:])]
+    if held:
+        yield held[0]
+
+
+def _pruned(
+    keys: Keys, counts: Counts, settings: BuildSettings
+) -> tuple[Keys, Counts, Keys, NDArray[np.float64]]:
+    """(pairs, how many successors each keeps, the successors, their probabilities)."""
+    pair = keys >> np.uint64(_BITS)
+    first = np.flatnonzero(np.r_[True, pair[1:] != pair[:-1]])
+    totals = np.add.reduceat(counts, first)
+    member = np.repeat(np.arange(len(first)), np.diff(np.r_[first, len(keys)]))
+    weights = counts / totals[member]
+    order = np.lexsort((keys, -counts, member))  # the likeliest first, of equals the smaller id
+    rank = np.arange(len(keys)) - first[member]
+    order = order[(rank < settings.max_successors) & (counts[order] >= settings.min_count)]
+    sizes = np.bincount(member[order], minlength=len(first))
+    kept = sizes > 0
+    successors = keys[order] & np.uint64((1 << _BITS) - 1)
+    return pair[first][kept], sizes[kept], successors, weights[order]

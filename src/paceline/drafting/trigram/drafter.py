@@ -1,0 +1,199 @@
+"""Drafts a tree from tri-gram statistics: what has followed the last two tokens, here and elsewhere.
+
+Starts from a table built beforehand, or from nothing, and learns from each row's text as it is
+decoded. No model; proposals are a function of the row's text, so they are judged exactly. ADED
+(arXiv 2407.12021); what differs is in docs/drafters/trigram_tree.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from paceline.contracts import Drafts
+from paceline.drafting.base import Drafter, Foresight, pad_drafts
+from paceline.drafting.foresight import SimulatedForesight
+from paceline.drafting.trigram.table import (
+    Table,
+    check_tokenizer,
+    empty_table,
+    load_table,
+    read_facts,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from paceline.contracts import RowView
+    from paceline.drafting.base import Surroundings
+    from paceline.drafting.trigram.search import Learned
+    from paceline.models.vocabulary import Vocabulary
+
+_RELEASED: Final = {
+    "num_draft_tokens": 64,
+    "search": "mcts",
+    "iterations": 150,
+    "paths": 24,
+    "depth": 4,
+    "c1": 32.0,
+    "c2": 8.0,
+    "update": "released",
+    "update_step": 0.04,
+    "update_cap": 3.0,
+    "update_window": 16,
+}
+
+
+class TrigramTreeSettings(BaseModel):
+    """Which table, how drafts are searched, and how text changes the statistics.
+
+    table: a file of `paceline trigram build`; none starts from nothing. num_draft_tokens: nodes of a
+    draft; depth: its levels. search: `greedy`, the likeliest paths first; `mcts`, the paper's, with its
+    iterations, the paths read out and the PUCT constants c1 and c2; `full`, level by level. update:
+    `counts` learns each tri-gram of the text once, its pair's counts decaying by `decay` each time,
+    beside a table's probabilities that count for `prior` observations; `released` adds update_step to
+    the last update_window tri-grams in every round, up to update_cap; `none`. max_pairs bounds what is
+    learned. share: all requests learn into, and draft from, the same statistics. preset: `released`
+    takes the released code's values for all that is not given. seed: of the search's random draws.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    table: Path | None = None
+    preset: Literal["released"] | None = None
+    num_draft_tokens: int = Field(default=16, ge=1, le=64)
+    depth: int = Field(default=6, ge=1, le=16)
+    search: Literal["greedy", "mcts", "full"] = "greedy"
+    iterations: int = Field(default=150, ge=1, le=10_000)
+    paths: int = Field(default=24, ge=1)
+    c1: float = Field(default=32.0, ge=0.0)
+    c2: float = Field(default=8.0, gt=0.0)
+    update: Literal["counts", "released", "none"] = "counts"
+    decay: float = Field(default=0.9, gt=0.0, le=1.0)
+    prior: float = Field(default=1.0, gt=0.0)
+    update_step: float = Field(default=0.04, gt=0.0)
+    update_cap: float = Field(default=3.0, gt=0.0)
+    update_window: int = Field(default=16, ge=1)
+    max_pairs: int = Field(default=16_384, ge=1, le=1 << 24)
+    share: bool = False
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("preset") == "released":
+            return {**_RELEASED, **given}
+        return given
+
+
+@dataclass(slots=True)
+class _RowState:
+    learned: Learned
+    num_read: int = 0  # leading tokens of the row that were learned, under `counts`
+
+
+class TrigramTree(Drafter):
+    kind: ClassVar[str] = "trigram_tree"
+    Settings: ClassVar[type[BaseModel]] = TrigramTreeSettings
+
+    def __init__(
+        self,
+        name: str,
+        settings: TrigramTreeSettings,
+        table: Table | None = None,
+        table_hash: str | None = None,
+    ) -> None:
+        """table: what the settings' file holds, with the hash it gives."""
+        # numba takes a second to import, for which only those who use it should wait
+        from paceline.drafting.trigram.search import Learned, TreeSearch
+
+        super().__init__(name, settings.num_draft_tokens)
+        self.settings = settings
+        self._table_hash = table_hash
+        self._search = TreeSearch(table or empty_table(), settings)
+        self._new_learned = partial(Learned, settings.max_pairs)
+        # of all rows if they share it; if there is no update, it stays empty
+        self._common = None if self._learns_alone else self._new_learned()
+        self._rows: dict[int, _RowState] = {}
+
+    @property
+    def _learns_alone(self) -> bool:
+        return self.settings.update != "none" and not self.settings.share
+
+    @classmethod
+    def check(cls, name: str, settings: TrigramTreeSettings, vocabulary: Vocabulary) -> None:
+        if settings.table is not None:
+            facts = read_facts(settings.table)
+            check_tokenizer(name, settings.table, facts, vocabulary.hash())
+
+    @classmethod
+    def build(cls, name: str, settings: TrigramTreeSettings, around: Surroundings) -> TrigramTree:
+        if settings.table is None:
+            return cls(name, settings)
+        cls.check(name, settings, around.vocabulary)
+        table, facts = load_table(settings.table)
+        return cls(name, settings, table, facts.sha256)
+
+    def start(self, rows: Sequence[RowView]) -> None:
+        for row in rows:
+            self._rows[row.id] = self._new_state()
+
+    def _new_state(self) -> _RowState:
+        return _RowState(self._new_learned() if self._common is None else self._common)
+
+    def prepare(self, row: RowView, max_tokens: int) -> bool:
+        state = self._state(row)
+        self._read(state, row.tokens, max_tokens)
+        return self.settings.update != "counts" or state.num_read == len(row.tokens)
+
+    def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
+        trees = []
+        for row, limit in zip(rows, limits, strict=True):
+            state = self._state(row)
+            self._read(state, row.tokens, len(row.tokens))
+            if self.settings.update == "released":
+                window = self.settings.update_window + 2
+                self._search.learn(state.learned, row.tokens[-window:])
+            trees.append(self._search.draft(state.learned, row.tokens, limit))
+        cpu = torch.device("cpu")
+        tokens, lengths = pad_drafts([tree[0] for tree in trees], cpu)
+        parents, _ = pad_drafts([tree[1] for tree in trees], cpu)
+        return Drafts(tokens, lengths, parents=parents)
+
+    def _state(self, row: RowView) -> _RowState:
+        if row.id not in self._rows:
+            self._rows[row.id] = self._new_state()
+        return self._rows[row.id]
+
+    def _read(self, state: _RowState, tokens: Sequence[int], max_tokens: int) -> None:
+        """Under `counts`, learn each tri-gram of the row once, as far as `max_tokens` go."""
+        if self.settings.update == "counts":
+            end = min(len(tokens), state.num_read + max_tokens)
+            self._search.learn(state.learned, tokens[max(0, state.num_read - 2) : end])
+            state.num_read = end
+
+    def finish(self, rows: Sequence[RowView]) -> None:
+        for row in rows:
+            self._rows.pop(row.id, None)
+
+    def would_accept(
+        self, prompt: Sequence[int], trajectory: Sequence[int], p: Tensor | None
+    ) -> Foresight:
+        return SimulatedForesight(self, prompt, trajectory)
+
+    def identity(self) -> dict[str, object]:
+        settings = self.settings.model_dump(exclude={"table", "preset"})
+        return {**super().identity(), **settings, "table": self._table_hash}
+
+    def num_bytes(self) -> int:
+        own = {id(state.learned): state.learned for state in self._rows.values()}
+        if self._common is not None:
+            own[id(self._common)] = self._common
+        return self._search.num_bytes() + sum(learned.num_bytes() for learned in own.values())

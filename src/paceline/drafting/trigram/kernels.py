@@ -1,0 +1,582 @@
+"""Learning tri-grams from a row's text and searching them for a draft, on flat arrays, compiled.
+
+`reference.py` says the same in plain Python and gives the same trees. All in one module, for the sake
+of the compiled code's cache. After ADED (arXiv 2407.12021) and its released code; what differs from
+these is in docs/drafters/trigram_tree.md.
+
+Words: a *pair* is two neighbouring tokens, its *successors* are what may follow; the *table* is read
+only, the *overlay* is what was learned on top of it; *weights* are probabilities, except under the
+released update rule, which lets them grow up to a cap.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from paceline.drafting.compiled import compiled
+from paceline.drafting.trigram.table import MAX_SUCCESSORS, Table
+
+RELEASED: Final = 1  # update rules
+COUNTS: Final = 2
+MCTS: Final = 0  # searches
+GREEDY: Final = 1
+FULL: Final = 2
+
+_EMPTY: Final = -1
+_GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)  # of splitmix64, as in paceline.noise
+_MIX_1: Final = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2: Final = np.uint64(0x94D049BB133111EB)
+_STREAM: Final = np.uint64(4)  # of random numbers; the others are in paceline.noise
+
+
+class Rule(NamedTuple):
+    """How text changes the overlay; the numbers are explained in the drafter's settings."""
+
+    kind: int
+    step: float
+    cap: float
+    decay: float
+    prior: float
+
+
+class Overlay(NamedTuple):
+    """C pairs with room for S = MAX_SUCCESSORS successors each, found through a hash of H places."""
+
+    places: (
+        np.ndarray
+    )  # [H] int32, the pair at a place of the hash; H is a power of two, at least 2 C
+    keys: np.ndarray  # [C] int64, the pair's two tokens
+    sizes: np.ndarray  # [C] int32, its successors
+    totals: np.ndarray  # [C] float32, the weight of all successors, known or not; COUNTS only
+    successors: (
+        np.ndarray
+    )  # [C, S] int32, the heaviest first, of equals the one that was so earlier
+    weights: np.ndarray  # [C, S] float32
+    touched: np.ndarray  # [C] uint8, since the hand last passed
+    state: np.ndarray  # [2] int64: pairs in use, the pair that the hand points to
+
+    def num_bytes(self) -> int:
+        return sum(array.nbytes for array in self)
+
+
+# A node of the search tree. One record and not an array for each field: arrays that are handed from
+# function to function are counted each time.
+_NODE: Final = np.dtype(
+    [
+        ("weight", np.float64),
+        ("value", np.float64),  # sum over visits
+        ("mean", np.float64),  # value / visits, infinite before the first one
+        ("share", np.float64),  # weight / (1 + visits)
+        ("rank", np.float64),  # by which nodes go into the draft: visits, or what stands for them
+        ("before", np.int32),  # the token before the node's own
+        ("token", np.int32),
+        ("parent", np.int32),
+        ("depth", np.int32),
+        ("first_child", np.int32),
+        ("num_children", np.int32),  # -1 where the successors were not looked up yet
+        ("visits", np.int32),
+        ("place", np.int32),  # in the draft, -1 if not there
+    ],
+    align=True,
+)
+
+
+class Scratch(NamedTuple):
+    """The search tree's M nodes, node 0 standing for the text's end, and the draft of at most K."""
+
+    nodes: np.ndarray  # [M] of the above
+    frontier: np.ndarray  # [M] int32
+    successors: np.ndarray  # [S] int32, of the pair looked up last
+    weights: np.ndarray  # [S] float64
+    draft: np.ndarray  # [2, K] int64, tokens and parents
+
+
+def new_overlay(num_pairs: int) -> Overlay:
+    """An empty one with room for so many pairs."""
+    num_places = 1 << (2 * num_pairs - 1).bit_length()
+    return Overlay(
+        places=np.full(num_places, _EMPTY, dtype=np.int32),
+        keys=np.zeros(num_pairs, dtype=np.int64),
+        sizes=np.zeros(num_pairs, dtype=np.int32),
+        totals=np.zeros(num_pairs, dtype=np.float32),
+        successors=np.zeros((num_pairs, MAX_SUCCESSORS), dtype=np.int32),
+        weights=np.zeros((num_pairs, MAX_SUCCESSORS), dtype=np.float32),
+        touched=np.zeros(num_pairs, dtype=np.uint8),
+        state=np.zeros(2, dtype=np.int64),
+    )
+
+
+def grown(overlay: Overlay, num_pairs: int) -> Overlay:
+    """The same with room for more pairs."""
+    larger = new_overlay(num_pairs)
+    for name in ("keys", "sizes", "totals", "successors", "weights", "touched", "state"):
+        old = getattr(overlay, name)
+        getattr(larger, name)[: len(old)] = old
+    _index_all(larger)
+    return larger
+
+
+@compiled
+def _new_scratch(num_expanded: int, num_draft_tokens: int) -> Scratch:
+    """Room for a search that expands so many nodes."""
+    num_nodes = 1 + num_expanded * MAX_SUCCESSORS
+    return Scratch(
+        np.empty(num_nodes, dtype=_NODE),
+        np.empty(num_nodes, dtype=np.int32),
+        np.empty(MAX_SUCCESSORS, dtype=np.int32),
+        np.empty(MAX_SUCCESSORS, dtype=np.float64),
+        np.empty((2, num_draft_tokens), dtype=np.int64),
+    )
+
+
+# --- pairs and their successors -------------------------------------------------------------------
+
+
+@compiled
+def _key(t1: int, t2: int) -> np.int64:
+    return (np.int64(t1) << np.int64(32)) | np.int64(t2)
+
+
+@compiled
+def _home(key: np.int64, mask: int) -> np.int64:
+    """The place of the hash where a pair is looked for first."""
+    return np.int64((np.uint64(key) * _GOLDEN) >> np.uint64(33)) & mask
+
+
+@compiled
+def _find(overlay: Overlay, key: np.int64) -> int:
+    """The overlay's pair, -1 if it has none such."""
+    mask = len(overlay.places) - 1
+    place = _home(key, mask)
+    while True:
+        pair = overlay.places[place]
+        if pair == _EMPTY or overlay.keys[pair] == key:
+            return pair
+        place = (place + 1) & mask
+
+
+@compiled
+def _find_in_table(table: Table, t1: int, t2: int) -> tuple[int, int]:
+    """Where the pair's successors begin and end; bounds are kept even if the file is damaged."""
+    if t1 < 0 or t1 + 1 >= len(table.starts):
+        return 0, 0
+    low = max(table.starts[t1], 0)
+    end = min(table.starts[t1 + 1], len(table.seconds))
+    high = end
+    while low < high:
+        middle = (low + high) // 2
+        if table.seconds[middle] < t2:
+            low = middle + 1
+        else:
+            high = middle
+    if low >= end or table.seconds[low] != t2:
+        return 0, 0
+    first = max(table.offsets[low], 0)
+    last = min(table.offsets[low + 1], first + MAX_SUCCESSORS, len(table.successors))
+    return first, last
+
+
+@compiled
+def _look_up(
+    table: Table, overlay: Overlay, is_counts: bool, t1: int, t2: int, scratch: Scratch
+) -> int:
+    """Copy a pair's successors and weights to scratch; returns how many there are."""
+    pair = _find(overlay, _key(t1, t2))
+    if pair >= 0:
+        scale = 1.0 / overlay.totals[pair] if is_counts else 1.0
+        size = overlay.sizes[pair]
+        for j in range(size):
+            scratch.successors[j] = overlay.successors[pair, j]
+            scratch.weights[j] = overlay.weights[pair, j] * scale
+        return size
+    first, last = _find_in_table(table, t1, t2)
+    for j in range(last - first):
+        scratch.successors[j] = table.successors[first + j]
+        scratch.weights[j] = table.weights[first + j]
+    return max(last - first, 0)
+
+
+# --- learning -------------------------------------------------------------------------------------
+
+
+@compiled
+def _insert(overlay: Overlay, pair: int) -> None:
+    mask = len(overlay.places) - 1
+    place = _home(overlay.keys[pair], mask)
+    while overlay.places[place] != _EMPTY:
+        place = (place + 1) & mask
+    overlay.places[place] = pair
+
+
+@compiled
+def _index_all(overlay: Overlay) -> None:
+    for pair in range(overlay.state[0]):
+        _insert(overlay, pair)
+
+
+@compiled
+def _remove(overlay: Overlay, pair: int) -> None:
+    """Take a pair out of the hash and close the gap, so that no search ends too early."""
+    mask = len(overlay.places) - 1
+    gap = _home(overlay.keys[pair], mask)
+    while overlay.places[gap] != pair:
+        gap = (gap + 1) & mask
+    place = gap
+    while True:
+        place = (place + 1) & mask
+        other = overlay.places[place]
+        if other == _EMPTY:
+            break
+        if (place - _home(overlay.keys[other], mask)) & mask >= (place - gap) & mask:
+            overlay.places[gap] = other
+            gap = place
+    overlay.places[gap] = _EMPTY
+
+
+@compiled
+def _add(table: Table, overlay: Overlay, rule: Rule, t1: int, t2: int) -> int:
+    """A place for a new pair, with what the table knows of it.
+
+    Where all are in use, the hand passes over those that were touched since it last came by.
+    """
+    pair = overlay.state[0]
+    if pair < len(overlay.keys):
+        overlay.state[0] += 1
+    else:
+        pair = overlay.state[1]
+        while overlay.touched[pair]:
+            overlay.touched[pair] = 0
+            pair = (pair + 1) % len(overlay.keys)
+        overlay.state[1] = (pair + 1) % len(overlay.keys)
+        _remove(overlay, pair)
+    overlay.keys[pair] = _key(t1, t2)
+    _insert(overlay, pair)
+    first, last = _find_in_table(table, t1, t2)
+    scale = rule.prior if rule.kind == COUNTS else 1.0
+    for j in range(last - first):
+        overlay.successors[pair, j] = table.successors[first + j]
+        overlay.weights[pair, j] = table.weights[first + j] * scale
+    overlay.sizes[pair] = max(last - first, 0)
+    overlay.totals[pair] = rule.prior
+    return pair
+
+
+@compiled
+def learn(
+    table: Table, overlay: Overlay, rule: Rule, tokens: np.ndarray, first: int, last: int
+) -> None:
+    """Learn the tri-grams that end at tokens[first:last], `first` being at least 2."""
+    for i in range(first, last):
+        t1, t2, t3 = tokens[i - 2], tokens[i - 1], tokens[i]
+        pair = _find(overlay, _key(t1, t2))
+        if pair < 0:
+            pair = _add(table, overlay, rule, t1, t2)
+        overlay.touched[pair] = 1
+        successors, weights = overlay.successors[pair], overlay.weights[pair]
+        size = overlay.sizes[pair]
+        if rule.kind == COUNTS:
+            for k in range(size):
+                weights[k] *= rule.decay
+            overlay.totals[pair] = overlay.totals[pair] * rule.decay + 1.0
+        j = 0
+        while j < size and successors[j] != t3:
+            j += 1
+        if j == size:
+            # a new one; where there is no room it takes the place of the lightest
+            j = min(size, MAX_SUCCESSORS - 1)
+            overlay.sizes[pair] = j + 1
+            successors[j] = t3
+            weights[j] = 0.0
+        if rule.kind == COUNTS:
+            weights[j] += 1.0
+        else:
+            weights[j] = min(weights[j] + rule.step, rule.cap)
+        while j > 0 and weights[j] > weights[j - 1]:
+            weights[j], weights[j - 1] = weights[j - 1], weights[j]
+            successors[j], successors[j - 1] = successors[j - 1], successors[j]
+            j -= 1
+
+
+# --- random numbers -------------------------------------------------------------------------------
+
+
+@compiled
+def _mix(x: np.uint64) -> np.uint64:
+    x = (x ^ (x >> np.uint64(30))) * _MIX_1
+    x = (x ^ (x >> np.uint64(27))) * _MIX_2
+    return x ^ (x >> np.uint64(31))
+
+
+@compiled
+def _stream(seed: int, position: int) -> np.uint64:
+    """Where the random numbers of a position begin."""
+    return _mix(_mix(np.uint64(seed) + _GOLDEN * _STREAM) + _GOLDEN * np.uint64(position + 1))
+
+
+@compiled
+def _uniform(stream: np.uint64, number: int) -> float:
+    """The `number`-th uniform draw in [0, 1)."""
+    return np.float64(_mix(stream + _GOLDEN * np.uint64(number + 1)) >> np.uint64(11)) * 2.0**-53
+
+
+# --- searching ------------------------------------------------------------------------------------
+
+
+@compiled
+def _expand(
+    table: Table, overlay: Overlay, is_counts: bool, scratch: Scratch, num_nodes: int, node: int
+) -> int:
+    """Give a node its children, the heaviest first; returns how many nodes there are now."""
+    nodes = scratch.nodes
+    token, depth = nodes[node].token, nodes[node].depth + 1
+    size = _look_up(table, overlay, is_counts, nodes[node].before, token, scratch)
+    nodes[node].first_child = num_nodes
+    nodes[node].num_children = size
+    for j in range(size):
+        child = num_nodes + j
+        _set(nodes, child, node, depth, token, scratch.successors[j], scratch.weights[j])
+    return num_nodes + size
+
+
+@compiled
+def _set(
+    nodes: np.ndarray, node: int, parent: int, depth: int, before: int, token: int, weight: float
+) -> None:
+    """Make a node that was not looked at yet."""
+    nodes[node].before = before
+    nodes[node].token = token
+    nodes[node].parent = parent
+    nodes[node].depth = depth
+    nodes[node].num_children = -1
+    nodes[node].weight = weight
+    nodes[node].visits = 0
+    nodes[node].value = 0.0
+    nodes[node].mean = np.inf
+    nodes[node].share = weight
+    nodes[node].rank = 0.0
+    nodes[node].place = -1
+
+
+@compiled
+def _choose(nodes: np.ndarray, explore: np.ndarray, node: int) -> int:
+    """The child with the largest PUCT score; one that was never visited comes before all others."""
+    first = nodes[node].first_child
+    bonus = explore[nodes[node].visits]
+    best, best_score = first, -1.0
+    for child in range(first, first + nodes[node].num_children):
+        if nodes[child].visits == 0:
+            return child
+        score = nodes[child].mean + bonus * nodes[child].share
+        if score > best_score:
+            best, best_score = child, score
+    return best
+
+
+@compiled
+def _draw(scratch: Scratch, size: int, uniform: float) -> int:
+    """One of the successors looked up last, in proportion to their weights."""
+    total = 0.0
+    for j in range(size):
+        total += scratch.weights[j]
+    left = uniform * total
+    for j in range(size - 1):
+        if left < scratch.weights[j]:
+            return j
+        left -= scratch.weights[j]
+    return size - 1
+
+
+@compiled
+def _search(
+    table: Table,
+    overlay: Overlay,
+    is_counts: bool,
+    scratch: Scratch,
+    explore: np.ndarray,
+    levels: int,
+    iterations: int,
+    stream: np.uint64,
+) -> int:
+    """Monte Carlo tree search of so many levels; returns how many nodes there are."""
+    nodes = scratch.nodes
+    num_nodes, num_drawn = 1, 0
+    for _ in range(iterations):
+        node, value = 0, 1.0
+        while nodes[node].depth < levels:
+            is_leaf = nodes[node].num_children < 0
+            if is_leaf:
+                num_nodes = _expand(table, overlay, is_counts, scratch, num_nodes, node)
+            if nodes[node].num_children == 0:
+                break
+            node = _choose(nodes, explore, node)
+            value += nodes[node].weight
+            if is_leaf:
+                break
+        if node == 0:
+            break  # nothing has ever followed
+        # roll-out
+        t1, t2 = nodes[node].before, nodes[node].token
+        for _ in range(nodes[node].depth, levels):
+            size = _look_up(table, overlay, is_counts, t1, t2, scratch)
+            if size == 0:
+                break
+            j = _draw(scratch, size, _uniform(stream, num_drawn))
+            num_drawn += 1
+            value += scratch.weights[j]
+            t1, t2 = t2, scratch.successors[j]
+        # what was found, up to the root
+        while node >= 0:
+            visits = nodes[node].visits + 1
+            nodes[node].visits = visits
+            nodes[node].rank = visits
+            nodes[node].value += value
+            nodes[node].mean = nodes[node].value / visits
+            nodes[node].share = nodes[node].weight / (1 + visits)
+            node = nodes[node].parent
+    return num_nodes
+
+
+@compiled
+def _push_children(scratch: Scratch, num_open: int, node: int) -> int:
+    for j in range(scratch.nodes[node].num_children):
+        scratch.frontier[num_open] = scratch.nodes[node].first_child + j
+        num_open += 1
+    return num_open
+
+
+@compiled
+def _pop_best(nodes: np.ndarray, frontier: np.ndarray, num_open: int) -> int:
+    """Take the open node of the highest rank, of equals the oldest, out of the frontier."""
+    at, best = 0, frontier[0]
+    for k in range(1, num_open):
+        node = frontier[k]
+        if nodes[node].rank > nodes[best].rank or (
+            nodes[node].rank == nodes[best].rank and node < best
+        ):
+            at, best = k, node
+    frontier[at] = frontier[num_open - 1]
+    return best
+
+
+@compiled
+def _to_draft(scratch: Scratch, num_drafted: int, node: int) -> int:
+    """Put a node into the draft, behind its parent; returns how many are in it now."""
+    nodes = scratch.nodes
+    scratch.draft[0, num_drafted] = nodes[node].token
+    scratch.draft[1, num_drafted] = nodes[nodes[node].parent].place
+    nodes[node].place = num_drafted
+    return num_drafted + 1
+
+
+@compiled
+def _most_visited(
+    table: Table,
+    overlay: Overlay,
+    is_counts: bool,
+    scratch: Scratch,
+    num_nodes: int,
+    depth: int,
+    paths: int,
+    most: int,
+) -> int:
+    """The draft of the paths to the most visited nodes, each gone on with by its likeliest token.
+
+    A node has at least its children's visits, so the best open node is always the next best of all.
+    """
+    nodes = scratch.nodes
+    num_drafted = 0
+    num_open = _push_children(scratch, 0, 0)
+    for _ in range(paths):
+        if num_open == 0 or num_drafted == most:
+            break
+        node = _pop_best(nodes, scratch.frontier, num_open)
+        num_open -= 1
+        if nodes[node].place < 0:
+            num_drafted = _to_draft(scratch, num_drafted, node)
+        if nodes[node].num_children >= 0:
+            num_open = _push_children(scratch, num_open, node)
+        elif nodes[node].depth < depth:
+            num_nodes = _expand(table, overlay, is_counts, scratch, num_nodes, node)
+        likeliest = nodes[node].first_child
+        if nodes[node].num_children > 0 and num_drafted < most and nodes[likeliest].place < 0:
+            num_drafted = _to_draft(scratch, num_drafted, likeliest)
+    return num_drafted
+
+
+@compiled
+def _best_first(
+    table: Table,
+    overlay: Overlay,
+    is_counts: bool,
+    scratch: Scratch,
+    breadth_first: bool,
+    depth: int,
+    most: int,
+) -> int:
+    """The draft of the likeliest paths, or of all paths level by level."""
+    nodes = scratch.nodes
+    num_drafted = num_open = 0
+    num_nodes, node = 1, 0
+    nodes[0].rank = 1.0  # a path's probability
+    while True:
+        if nodes[node].depth < depth:
+            first = num_nodes
+            num_nodes = _expand(table, overlay, is_counts, scratch, num_nodes, node)
+            num_open = _push_children(scratch, num_open, node)
+            total = 0.0
+            for child in range(first, num_nodes):
+                total += nodes[child].weight
+            for child in range(first, num_nodes):
+                share = nodes[child].weight / max(total, 1.0)
+                nodes[child].rank = -child if breadth_first else nodes[node].rank * share
+        if num_open == 0 or num_drafted == most:
+            return num_drafted
+        node = _pop_best(nodes, scratch.frontier, num_open)
+        num_open -= 1
+        num_drafted = _to_draft(scratch, num_drafted, node)
+
+
+@compiled
+def grow_tree(
+    table: Table,
+    overlay: Overlay,
+    is_counts: bool,
+    explore: np.ndarray,
+    search: int,
+    depth: int,
+    iterations: int,
+    paths: int,
+    most: int,
+    t1: int,
+    t2: int,
+    seed: int,
+    position: int,
+) -> np.ndarray:
+    """[2, n] tokens and parents of a draft behind tokens t1, t2.
+
+    explore: [iterations + 1], the PUCT score's factor by the parent's visits. depth: most levels of
+    the draft. most: its most tokens. (seed, position) name the random numbers.
+    """
+    # the root, one node an iteration, and what is looked at behind the nodes of the draft
+    num_expanded = 1 + most + (iterations if search == MCTS else 0)
+    # made here, because memory of numba's own costs less than handing over that of numpy
+    scratch = _new_scratch(num_expanded, most)
+    _set(scratch.nodes, 0, -1, 0, t1, t2, 0.0)
+    if search == MCTS:
+        # the last level is what the paths are gone on with
+        levels = max(1, depth - 1)
+        stream = _stream(seed, position)
+        num_nodes = _search(table, overlay, is_counts, scratch, explore, levels, iterations, stream)
+        drafted = _most_visited(table, overlay, is_counts, scratch, num_nodes, depth, paths, most)
+    else:
+        drafted = _best_first(table, overlay, is_counts, scratch, search == FULL, depth, most)
+    return scratch.draft[:, :drafted]
+
+
+def exploration(c1: float, c2: float, iterations: int) -> np.ndarray:
+    """[iterations + 1]: (c1 + ln((N + c2 + 1) / c2)) sqrt(N) for a parent visited N times."""
+    num_visits = np.arange(iterations + 1, dtype=np.float64)
+    factor: np.ndarray = (c1 + np.log((num_visits + c2 + 1.0) / c2)) * np.sqrt(num_visits)
+    return factor

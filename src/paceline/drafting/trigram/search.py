@@ -1,0 +1,91 @@
+"""The kernels with their settings and memory: what a drafter asks for text to be learned and drafts.
+
+Importing this imports numba, which takes its time, so it waits until a drafter is built.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from paceline.drafting.trigram import kernels
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from paceline.drafting.trigram.drafter import TrigramTreeSettings
+    from paceline.drafting.trigram.table import Table
+
+_FEWEST_PAIRS: Final = 256  # room that learning begins with
+_SEARCHES: Final = {"mcts": kernels.MCTS, "greedy": kernels.GREEDY, "full": kernels.FULL}
+
+
+class Learned:
+    """What text has added to a table: one row's, or all rows'."""
+
+    def __init__(self, max_pairs: int) -> None:
+        self._max_pairs = max_pairs
+        self.overlay = kernels.new_overlay(min(_FEWEST_PAIRS, max_pairs))
+
+    def make_room(self, num_trigrams: int) -> None:
+        """Grow, within the bound, for so many more tri-grams whose pairs may all be new."""
+        room = len(self.overlay.keys)
+        wanted = min(int(self.overlay.state[0]) + num_trigrams, self._max_pairs)
+        if wanted > room:
+            larger = min(max(wanted, 2 * room), self._max_pairs)
+            self.overlay = kernels.grown(self.overlay, larger)
+
+    def num_bytes(self) -> int:
+        return self.overlay.num_bytes()
+
+
+class TreeSearch:
+    """Learning and drafting under one drafter's settings, on its table."""
+
+    def __init__(self, table: Table, settings: TrigramTreeSettings) -> None:
+        self.table = table
+        self.settings = s = settings
+        kind = kernels.RELEASED if s.update == "released" else kernels.COUNTS
+        self._rule = kernels.Rule(kind, s.update_step, s.update_cap, s.decay, s.prior)
+        self._explore = kernels.exploration(s.c1, s.c2, s.iterations)
+        # compile now, or read what was compiled before, instead of in the first request
+        learned = Learned(s.max_pairs)
+        self.learn(learned, [0, 0, 0])
+        learned.make_room(_FEWEST_PAIRS)
+        self.draft(learned, [0, 0], 1)
+
+    def learn(self, learned: Learned, text: Sequence[int]) -> None:
+        """Learn every tri-gram of a piece of text."""
+        if len(text) > 2:
+            learned.make_room(len(text) - 2)
+            tokens = np.array(text, dtype=np.int64)
+            kernels.learn(self.table, learned.overlay, self._rule, tokens, 2, len(tokens))
+
+    def draft(
+        self, learned: Learned, tokens: Sequence[int], limit: int
+    ) -> tuple[list[int], list[int]]:
+        """(tokens, parents) of a draft behind the text, at most `limit` levels deep."""
+        s = self.settings
+        if limit < 1 or len(tokens) < 2:
+            return [], []
+        tokens_and_parents = kernels.grow_tree(
+            self.table,
+            learned.overlay,
+            self._rule.kind == kernels.COUNTS,
+            self._explore,
+            _SEARCHES[s.search],
+            min(limit, s.depth),
+            s.iterations,
+            s.paths,
+            s.num_draft_tokens,
+            tokens[-2],
+            tokens[-1],
+            s.seed,
+            len(tokens),
+        )
+        drafted, parents = tokens_and_parents.tolist()
+        return drafted, parents
+
+    def num_bytes(self) -> int:
+        return self.table.num_bytes()
