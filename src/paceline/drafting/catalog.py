@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from paceline.config import nearest, parse
 from paceline.drafting.base import Drafter
 from paceline.drafting.draft_model import DraftModel
+from paceline.drafting.layer_skip import LayerSkip
 from paceline.drafting.none import NoneDrafter
 from paceline.drafting.prompt_lookup import PromptLookup
 from paceline.errors import ConfigError
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from paceline.config import DrafterSection
 
 CATALOG: Final[Mapping[str, type[Drafter]]] = MappingProxyType(
-    {drafter.kind: drafter for drafter in (NoneDrafter, DraftModel, PromptLookup)}
+    {drafter.kind: drafter for drafter in (NoneDrafter, DraftModel, PromptLookup, LayerSkip)}
 )
 
 

@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from paceline.drafting.draft_model import DraftModel
+from paceline.drafting.layer_skip import LayerSkip, LayerSkipSettings
 from paceline.drafting.none import NoneDrafter
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
 from paceline.models.language_model import LanguageModel
@@ -34,11 +35,18 @@ def _prompt_lookup(name: str, around: Surroundings) -> Drafter:
     return PromptLookup(name, PromptLookupSettings(min_ngram=1))
 
 
+def _layer_skip(name: str, around: Surroundings) -> Drafter:
+    """The target without one MLP; unsure drafts are short, sure ones as long as they may be."""
+    settings = LayerSkipSettings(skip_mlp=(1,), num_draft_tokens=5)
+    return LayerSkip.build(name, settings, around)
+
+
 EXAMPLES: Final[Mapping[str, Make]] = MappingProxyType(
     {
         NoneDrafter.kind: lambda name, around: NoneDrafter(name),
         DraftModel.kind: _draft_model,
         PromptLookup.kind: _prompt_lookup,
+        LayerSkip.kind: _layer_skip,
     }
 )
 
