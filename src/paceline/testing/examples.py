@@ -36,8 +36,9 @@ def _prompt_lookup(name: str, around: Surroundings) -> Drafter:
 
 
 def _layer_skip(name: str, around: Surroundings) -> Drafter:
-    """The target without one MLP; unsure drafts are short, sure ones as long as they may be."""
-    settings = LayerSkipSettings(skip_mlp=(1,), num_draft_tokens=5)
+    """The target without one MLP, below which there is attention and above which there is, too."""
+    middle = around.target.num_layers // 2 - 1
+    settings = LayerSkipSettings(skip_mlp=(middle,), num_draft_tokens=5)
     return LayerSkip.build(name, settings, around)
 
 
