@@ -1,4 +1,4 @@
-"""The search finds what trying everything finds, goes on where it was stopped, and says what is wrong."""
+"""The search finds what trying everything finds, resumes where it stopped, and says what is wrong."""
 
 from __future__ import annotations
 
