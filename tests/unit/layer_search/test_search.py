@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from paceline.assembly import build_from_objects
+from paceline.assembly import Pace, build_from_objects
 from paceline.cli import main
 from paceline.config import Config, ModelSection
-from paceline.contracts import NONE
-from paceline.drafting.layer_skip import LayerSkip, LayerSkipSettings
+from paceline.drafting.layer_skip import LayerSkip
 from paceline.drafting.skip_set import SkipSet
 from paceline.errors import ArtefactError, ConfigError
 from paceline.layer_search import SearchSettings, plot, search_layers
 from paceline.layer_search.development import Development, decode, rounds_of
 from paceline.layer_search.pricing import Prices
 from paceline.layer_search.proposals import bits_of, next_subset, subset_of
+from paceline.models.packing import Span
 from paceline.models.sublayers import LayerSubset
 from paceline.testing.tokenizers import byte_tokenizer
 
@@ -31,7 +31,6 @@ from .conftest import LAYERS, PROMPTS, redundant_model
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from paceline.assembly import Pace
     from paceline.costs import CostTable
     from paceline.layer_search import SearchReport
 
@@ -147,23 +146,19 @@ def test_predicted_rounds_are_nearly_those_of_the_drafter(
     development = Development(pace.parts.target, trajectories, settings.num_draft_tokens)
     predicted = rounds_of(development.judge(SOME), trajectories, settings)
     development.close()
-    drafters = {NONE: pace.parts.drafters[NONE]}
-    drafter = LayerSkip("skip", pace.parts.target, SOME, settings.of_drafter())
-    parts = build_from_objects(
+    own = build_from_objects(
         pace.parts.target.model, byte_tokenizer(), {}, Config(target=ModelSection(model="m"))
     )
-    drafters["skip"] = LayerSkip("skip", parts.target, SOME, settings.of_drafter())
-    assert drafter.settings == drafters["skip"].settings  # type: ignore[attr-defined]
-    parts.drafters.update(drafters)
-    real = type(pace)(parts)
-    accepted = [0, 0]
+    own.drafters["skip"] = LayerSkip("skip", own.target, SOME, settings.of_drafter())
+    real = Pace(own)
+    num_rounds = [0, 0]
     for rounds, trajectory in zip(predicted, trajectories, strict=True):
         done = real.complete(list(trajectory.prompt), drafter="skip", max_new_tokens=60)
         assert done.token_ids == list(trajectory.output)
         assert rounds[0].tolist() == [done.rounds[0].drafted, done.rounds[0].accepted]
-        accepted[0] += len(rounds)
-        accepted[1] += len(done.rounds)
-    assert accepted[0] == pytest.approx(accepted[1], rel=0.1)
+        num_rounds[0] += len(rounds)
+        num_rounds[1] += len(done.rounds)
+    assert num_rounds[0] == pytest.approx(num_rounds[1], rel=0.1)
 
 
 def test_trying_a_subset_leaves_the_development_text_as_it_was(pace: Pace) -> None:
@@ -190,15 +185,18 @@ def test_a_window_reads_full_entries_and_not_another_windows(pace: Pace) -> None
     development = Development(target, trajectories, 1)
     (judged,) = development.judge(SOME)
     development.close()
-    settings = LayerSkipSettings(skip_attention=(1, 3), skip_mlp=(2,), num_draft_tokens=1)
-    drafter = LayerSkip("skip", target, SOME, settings)
     t = trajectories[0]
+    text = [*t.prompt, *t.output]
+    slot = target.acquire()
+    sure = []
     with torch.inference_mode():
-        foresight = drafter.would_accept(t.prompt, t.output, None)
-        real = [foresight.accepted(position, 1)[1] == 1 for position in range(1, 12)]
-        foresight.close()
-    assert judged.match.tolist() == real
-    assert set(real) == {True, False}
+        for place in range(len(t.prompt), len(text) - 1):
+            target.forward(torch.tensor(text[:place]), [Span(slot, 0, place)])
+            fed = torch.tensor(text[place : place + 1])
+            hidden = target.forward(fed, [Span(slot, place, 1)], skip=SOME)
+            sure.append(float(target.unembed(hidden).softmax(dim=-1).amax()))
+    target.release(slot)
+    assert judged.confidence.tolist() == pytest.approx(sure, rel=1e-4)
 
 
 def test_a_token_is_priced_by_what_is_kept(costs: CostTable) -> None:
