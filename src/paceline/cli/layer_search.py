@@ -55,9 +55,16 @@ def layer_search(
     from paceline.config import parse
     from paceline.costs import CostTable
     from paceline.errors import ConfigError
-    from paceline.layer_search import SearchReport, SearchSettings, plot, search_layers
+    from paceline.layer_search import (
+        SearchReport,
+        SearchSettings,
+        import_figure,
+        plot,
+        search_layers,
+    )
     from paceline.store import read_prompts, take_by_hash
 
+    import_figure()  # before the work is done rather than after
     raw: dict[str, Any] = {"objective": objective}
     flags = {"max_new_tokens": max_new_tokens, "seed": seed}
     raw |= {key: value for key, value in flags.items() if value is not None}
@@ -98,6 +105,10 @@ def layer_search(
     picture = out.with_suffix(".png")
     plot(found, picture)
     best = found.best
+    if found.speedup(best) <= 1:
+        console.print(
+            "no set was faster than the target alone; `layer_skip` is not for this target"
+        )
     console.print(f"skip_attention: {list(best.skip_attention)}", highlight=False)
     console.print(f"skip_mlp: {list(best.skip_mlp)}", highlight=False)
     console.print(f"written: {out}, {picture}")

@@ -13,15 +13,20 @@ if TYPE_CHECKING:
     from paceline.layer_search.search import SearchReport
 
 
-def plot(report: SearchReport, path: Path) -> None:
-    """Write a PNG. Raises ConfigError with what to install where matplotlib is missing."""
+def import_figure() -> Any:
+    """matplotlib's figure. Raises ConfigError with what to install."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError(
-            "the plot needs matplotlib; install it with: pip install 'paceline[bench]'"
+            "the plot needs matplotlib; install it with: pip install 'paceline[search]'"
         ) from error
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    return Figure
+
+
+def plot(report: SearchReport, path: Path) -> None:
+    """Write a PNG."""
+    figure = import_figure()(figsize=(8, 5), layout="constrained")
     course, layers = figure.subplots(2, 1, height_ratios=[3, 1])
     speeds = [report.speedup(trial) for trial in report.trials]
     numbers = range(1, len(speeds) + 1)

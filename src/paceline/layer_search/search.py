@@ -88,30 +88,21 @@ def search_layers(
     another search's.
     """
     import_optuna()
+    if costs is not None and settings.objective == "measured":
+        raise ConfigError("the measured objective takes its prices from the clock, not from a file")
     pace = source if isinstance(source, Pace) else Pace(source)
     target = pace.parts.target
     check_sublayers(target)
     facts = _facts(pace, prompts, settings)
     if settings.objective == "predicted":
-        if costs is None:
-            costs = _costs_beside(out, pace.parts, settings, on_progress)
+        costs = costs or _costs_beside(out, pace.parts, settings, on_progress)
         _check_costs(costs, target)
         facts["costs"] = costs.hash()
     report = _resumed(out, facts)
-    on_progress("decode", 0, 1)
-    trajectories = decode(pace, prompts, settings.max_new_tokens)
-    on_progress("decode", 1, 1)
-    if not trajectories:
-        raise ConfigError("the target's answers are too short to search on; give other prompts")
-    attempt = (
-        _Measured(pace.parts, trajectories, settings)
-        if costs is None
-        else _Predicted(target, trajectories, settings, costs)
-    )
-    if report is None:
-        report = SearchReport(target.num_layers, attempt.plain(), [])
-    deadline = math.inf if minutes is None else perf_counter() + 60 * minutes
+    attempt = _attempt(pace, prompts, settings, costs, on_progress)
     try:
+        report = report or SearchReport(target.num_layers, attempt.plain(), [])
+        deadline = math.inf if minutes is None else perf_counter() + 60 * minutes
         while len(report.trials) < trials and perf_counter() < deadline:
             bits = next_subset(_tried(report), 2 * target.num_layers, settings.seed)
             if bits is None:
@@ -126,6 +117,24 @@ def search_layers(
     if not report.trials:
         raise ConfigError("no time for a single trial; raise the minutes")
     return report
+
+
+def _attempt(
+    pace: Pace,
+    prompts: Sequence[Sequence[int]],
+    settings: SearchSettings,
+    costs: CostTable | None,
+    on_progress: Progress,
+) -> _Predicted | _Measured:
+    """What tries a subset, on the target's own outputs. costs: None for the clock."""
+    on_progress("decode", 0, 1)
+    trajectories = decode(pace, prompts, settings.max_new_tokens)
+    on_progress("decode", 1, 1)
+    if not trajectories:
+        raise ConfigError("the target's answers are too short to search on; give other prompts")
+    if costs is None:
+        return _Measured(pace.parts, trajectories, settings)
+    return _Predicted(pace.parts.target, trajectories, settings, costs)
 
 
 class _Predicted:

@@ -19,6 +19,8 @@ from paceline.models.attention import attend
 from paceline.models.sublayers import SubLayers
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -59,16 +61,11 @@ class TransformersForward:
         self, tokens: Tensor, packed: PackedBatch, skip: LayerSubset | None = None
     ) -> Tensor:
         """Final hidden states [N, D] of tokens [N], without the sub-layers of `skip`."""
-        if skip is not None and self._sublayers is None:
-            self._sublayers = SubLayers(self._body, self._num_layers, self._name)
-        silenced = (
-            nullcontext() if skip is None or not self._sublayers else self._sublayers.without(skip)
-        )
         before = [config._attn_implementation for config in self._configs]
         for config in self._configs:
             config._attn_implementation_internal = NAME
         try:
-            with silenced:
+            with self._without(skip):
                 output = self._body(
                     input_ids=tokens[None],
                     position_ids=packed.positions()[None],
@@ -80,6 +77,14 @@ class TransformersForward:
                 config._attn_implementation_internal = name
         hidden: Tensor = output.last_hidden_state
         return hidden[0]
+
+    def _without(self, skip: LayerSubset | None) -> AbstractContextManager[None]:
+        """The time in which a subset's sub-layers are silent."""
+        if skip is None:
+            return nullcontext()
+        if self._sublayers is None:
+            self._sublayers = SubLayers(self._body, self._num_layers, self._name)
+        return self._sublayers.without(skip)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of final hidden states [..., D]."""

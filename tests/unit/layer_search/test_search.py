@@ -232,6 +232,14 @@ def test_the_measured_objective_decodes_against_the_clock(pace: Pace, tmp_path: 
     assert not (tmp_path / "set.costs.json").exists()
 
 
+def test_the_measured_objective_takes_no_prices(
+    pace: Pace, costs: CostTable, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="prices from the clock"):
+        settings = SETTINGS.model_copy(update={"objective": "measured"})
+        search(pace, costs, tmp_path / "set.json", 1, settings)
+
+
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", ["paceline", *map(str, arguments)])
     try:
