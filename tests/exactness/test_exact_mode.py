@@ -40,6 +40,7 @@ def zoo() -> Parts:
             "math": drafter("math"),
             "code": drafter("code"),
             "lookup": DrafterSection(kind="prompt_lookup"),
+            "skip": DrafterSection(kind="layer_skip", settings={"skip_mlp": [4, 7]}),
         },
         exact=True,
     )

@@ -97,8 +97,8 @@ def zoo_subject(zoo: Parts, records: Sequence[PromptRecord]) -> Subject:
     model = zoo.target.model
     random = tiny_model("llama", seed=77, vocab_size=model.config.vocab_size, context=512)
     made = build_from_objects(model, zoo.tokenizer, arms_of(model, random), zoo.config)
-    drafters = {**add_examples(made).drafters, **zoo.drafters}
-    parts = Parts(zoo.config, zoo.target, zoo.tokenizer, zoo.vocabulary, drafters)
+    drafters = {**made.drafters, **zoo.drafters}
+    parts = add_examples(Parts(zoo.config, zoo.target, zoo.tokenizer, zoo.vocabulary, drafters))
     encode = Pace(parts).encode
     prompts = [tuple(encode([{"role": "user", "content": r.prompt}])) for r in records]
     return Subject(parts, [(300,), *prompts])

@@ -10,6 +10,7 @@ from paceline.cli.distill import distill
 from paceline.cli.doctor import doctor
 from paceline.cli.evaluate import evaluate
 from paceline.cli.generate import generate
+from paceline.cli.layer_search import layer_search
 from paceline.cli.learn import learn
 from paceline.cli.profile import profile
 from paceline.cli.trigram import trigram
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for verb in (demo, generate, doctor, profile, collect, learn, evaluate, distill):
+for verb in (demo, generate, doctor, profile, collect, learn, evaluate, distill, layer_search):
     app.command()(verb)
 app.add_typer(trigram)
 

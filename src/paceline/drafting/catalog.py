@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from paceline.config import nearest, parse
 from paceline.drafting.base import Drafter
 from paceline.drafting.draft_model import DraftModel
+from paceline.drafting.layer_skip import LayerSkip
 from paceline.drafting.none import NoneDrafter
 from paceline.drafting.prompt_lookup import PromptLookup
 from paceline.drafting.suffix_lookup import SuffixLookup
@@ -32,6 +33,7 @@ _KINDS: Final[tuple[type[Drafter], ...]] = (
     PromptLookup,
     SuffixLookup,
     TrigramTree,
+    LayerSkip,
 )
 CATALOG: Final[Mapping[str, type[Drafter]]] = MappingProxyType(
     {drafter.kind: drafter for drafter in _KINDS}

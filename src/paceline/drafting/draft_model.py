@@ -8,20 +8,19 @@ speculative decoding (arXiv 2211.17192). Symbols: K = draft length, V = the targ
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
 from pydantic import BaseModel, Field
 
-import paceline.noise as noise
 from paceline.config import ModelSection
 from paceline.contracts import Drafts
 from paceline.drafting.base import Drafter, Foresight, Needs, PositionScores
+from paceline.drafting.drawing import draw, empty_probs
 from paceline.models.loading import load_language_model, load_tokenizer
 from paceline.models.packing import Span
 from paceline.models.vocabulary import Vocabulary, check_same_vocabulary
-from paceline.warping import warp
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,10 +30,6 @@ if TYPE_CHECKING:
     from paceline.contracts import RowView
     from paceline.drafting.base import Surroundings
     from paceline.models.language_model import LanguageModel
-
-
-# methods whose judge weighs the drafter's distribution; for the others its noise is the judge's
-_STOCHASTIC: Final = ("residual", "block")
 
 
 class DraftModelSettings(ModelSection):
@@ -141,9 +136,8 @@ class DraftModel(Drafter):
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
         lengths = [self._length(row, limit) for row, limit in zip(rows, limits, strict=True)]
         width = max(lengths)
-        wants_probs = any(row.sampling.method in _STOCHASTIC for row in rows)
         tokens = torch.full((len(rows), width), -1, dtype=torch.int64)
-        probs = torch.zeros((len(rows), width, self._num_logits)) if wants_probs else None
+        probs = empty_probs(rows, width, self._num_logits)
         # rows sorted by slot make one attention call
         order = sorted(
             (i for i, n in enumerate(lengths) if n), key=lambda i: self._states[rows[i].id].slot
@@ -157,7 +151,7 @@ class DraftModel(Drafter):
         for step in range(width):
             active = [i for i in order if lengths[i] > step]
             logits = self._forward([self._states[rows[i].id] for i in active], fed, active)
-            drawn = self._draw([rows[i] for i in active], logits, step, probs, active)
+            drawn = draw([rows[i] for i in active], logits, step, self._num_logits, probs, active)
             for i, token in zip(active, drawn.tolist(), strict=True):
                 tokens[i, step] = token
                 state = self._states[rows[i].id]
@@ -191,35 +185,6 @@ class DraftModel(Drafter):
             ends = torch.tensor([span.width for span in spans]).cumsum(0) - 1
             hidden = hidden[ends.to(hidden.device)]
         return self.model.unembed(hidden)[:, : self._num_tokens]
-
-    def _draw(
-        self,
-        rows: list[RowView],
-        logits: Tensor,
-        step: int,
-        probs: Tensor | None,
-        active: list[int],
-    ) -> Tensor:
-        """Each row's drafted token [R]; q goes into `probs` where residual judging needs it."""
-        if all(row.sampling.method == "greedy" for row in rows):
-            return logits.argmax(dim=-1).cpu()
-        drawn = torch.empty(len(rows), dtype=torch.int64)
-        for r, row in enumerate(rows):
-            if row.sampling.method == "greedy":
-                drawn[r] = logits[r].argmax()
-                continue
-            q = warp(logits[r], row.sampling)
-            stochastic = row.sampling.method in _STOCHASTIC
-            stream = noise.DRAFT if stochastic else noise.TARGET
-            position = torch.tensor(len(row.tokens) + step)
-            if row.sampling.method == "block":
-                position = noise.of_round(position, len(row.tokens))
-            seed = torch.tensor(row.sampling.seed)
-            e = noise.exponential(seed, position, stream, self._num_logits)
-            drawn[r] = noise.race(q.cpu(), e[: q.shape[-1]])
-            if stochastic and probs is not None:
-                probs[active[r], step, : q.shape[-1]] = q.cpu()
-        return drawn
 
     def would_accept(
         self, prompt: Sequence[int], trajectory: Sequence[int], p: Tensor | None

@@ -9,8 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import torch
+
 from paceline.contracts import SamplingParams
 from paceline.drafting.base import Foresight
+from paceline.models.packing import Span
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from paceline.drafting.base import Drafter
+    from paceline.models.language_model import LanguageModel
 
 # a row that is no request's: the engine counts its rows from 0
 _REPLAYED: Final = -2
@@ -70,6 +74,57 @@ class SimulatedForesight(Foresight):
     def close(self) -> None:
         if self._started:
             self._drafter.finish([self._row])
+
+
+class CachedForesight(SimulatedForesight):
+    """The same for a drafter that reads and overwrites the target's cache at the row's slot.
+
+    One prefill of the text rebuilds the cache; what a draft wrote over is put back, as the round's
+    verification would have done.
+    """
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        target: LanguageModel,
+        prompt: Sequence[int],
+        trajectory: Sequence[int],
+        chunk: int = 512,
+    ) -> None:
+        """chunk: tokens a forward of the prefill."""
+        super().__init__(drafter, prompt, trajectory)
+        self._target = target
+        self._row.slot = target.acquire()
+        # the last token is never fed
+        self._num_cached = len(self._text) - 1
+        cache_text(target, self._row.slot, self._text[:-1], len(prompt), chunk)
+
+    def accepted(self, position: int, limit: int) -> tuple[int, int]:
+        row, cache = self._row, self._target.cache
+        start = row.num_prompt + position - 1  # of the last token, which the drafter feeds first
+        stop = min(start + max(0, min(limit, self._drafter.num_draft_tokens)), self._num_cached)
+        true = cache.read(row.slot, start, stop)
+        rounds = super().accepted(position, limit)
+        cache.write(row.slot, start, true)
+        return rounds
+
+    def close(self) -> None:
+        super().close()
+        self._target.release(self._row.slot)
+
+
+def cache_text(
+    target: LanguageModel, slot: int, text: Sequence[int], num_prompt: int, chunk: int = 512
+) -> None:
+    """Put a text into a row of the target's cache, prompt and output as the engine feeds them."""
+    start = 0
+    while start < len(text):
+        stop = min(start + chunk, len(text))
+        if start < num_prompt:
+            stop = min(stop, num_prompt)
+        piece = torch.tensor(text[start:stop])
+        target.forward(piece, [Span(slot, start, len(piece), prefill=start < num_prompt)])
+        start = stop
 
 
 def num_on_text(tokens: Sequence[int], parents: Sequence[int] | None, truth: Sequence[int]) -> int:

@@ -7,6 +7,7 @@ them and a model the caller handed in is left as it was found.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
@@ -15,12 +16,16 @@ from transformers import AttentionInterface
 
 from paceline.errors import ModelError
 from paceline.models.attention import attend
+from paceline.models.sublayers import SubLayers
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from paceline.models.packing import PackedBatch
+    from paceline.models.sublayers import LayerSubset
 
 NAME: Final = "paceline"
 
@@ -43,29 +48,43 @@ class TransformersForward:
             raise ModelError(f"{name}: {type(model).__name__} has no output head; use a causal LM")
         self._head = head
         self._body = model.base_model
+        self._name = name
+        self._sublayers: SubLayers | None = None  # looked for when some are to be skipped
         text_config = model.config.get_text_config()
+        self._num_layers: int = text_config.num_hidden_layers
         self._logit_cap: float | None = getattr(text_config, "final_logit_softcapping", None)
         # every attention module reads its implementation from one of these
         configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
         self._configs: list[Any] = list(configs.values())
 
-    def hidden(self, tokens: Tensor, packed: PackedBatch) -> Tensor:
-        """Final hidden states [N, D] of tokens [N]."""
+    def hidden(
+        self, tokens: Tensor, packed: PackedBatch, skip: LayerSubset | None = None
+    ) -> Tensor:
+        """Final hidden states [N, D] of tokens [N], without the sub-layers of `skip`."""
         before = [config._attn_implementation for config in self._configs]
         for config in self._configs:
             config._attn_implementation_internal = NAME
         try:
-            output = self._body(
-                input_ids=tokens[None],
-                position_ids=packed.positions()[None],
-                use_cache=False,
-                packed=packed,
-            )
+            with self._without(skip):
+                output = self._body(
+                    input_ids=tokens[None],
+                    position_ids=packed.positions()[None],
+                    use_cache=False,
+                    packed=packed,
+                )
         finally:
             for config, name in zip(self._configs, before, strict=True):
                 config._attn_implementation_internal = name
         hidden: Tensor = output.last_hidden_state
         return hidden[0]
+
+    def _without(self, skip: LayerSubset | None) -> AbstractContextManager[None]:
+        """The time in which a subset's sub-layers are silent."""
+        if skip is None:
+            return nullcontext()
+        if self._sublayers is None:
+            self._sublayers = SubLayers(self._body, self._num_layers, self._name)
+        return self._sublayers.without(skip)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of final hidden states [..., D]."""

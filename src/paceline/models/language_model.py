@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from paceline.models.sublayers import LayerSubset
+
 Forward = Literal["auto", "lean", "transformers"]
 
 
@@ -44,6 +46,7 @@ class LanguageModel:
         config = model.config.get_text_config()
         self.context_length: int = _context_length(config)
         self.hidden_size: int = config.hidden_size
+        self.num_layers: int = config.num_hidden_layers
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
         self.cache = RowCache()
@@ -77,12 +80,14 @@ class LanguageModel:
         spans: Sequence[Span],
         ancestors: Sequence[Tensor | None] | None = None,
         cache: RowCache | None = None,
+        skip: LayerSubset | None = None,
     ) -> Tensor:
         """Final hidden states [N, D] of N packed tokens, row after row as `spans` lists them.
 
         tokens: [N] int64. ancestors: per span None for a chain, or [W, W] bool with True where the
         column's token is an ancestor of the row's token or the token itself. Each token's keys and
-        values are cached at start + its place in the span.
+        values are cached at start + its place in the span. skip: sub-layers that are left out, and
+        whose cache is neither read nor written.
         """
         packed = PackedBatch(
             spans,
@@ -92,7 +97,7 @@ class LanguageModel:
             self._chain_masks,
             self.exact,
         )
-        return self._forward.hidden(tokens.to(self.device), packed)
+        return self._forward.hidden(tokens.to(self.device), packed, skip)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of final hidden states [..., D]."""

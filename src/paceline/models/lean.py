@@ -16,6 +16,7 @@ from torch import nn
 
 from paceline.models.attention import attend
 from paceline.models.products import Product
+from paceline.models.sublayers import LayerSubset
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _FAMILY: Final = frozenset(
     {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 )
+_NOTHING: Final = LayerSubset()
 # angles that depend on the length of the text cannot be tabled by position
 _ROPES: Final = frozenset({"default", "linear", "llama3", "yarn"})
 
@@ -131,18 +133,23 @@ class LeanForward:
         self._head_dim: int = anything.model.layers[0].self_attn.head_dim
         self._angles = _Angles(anything.model.rotary_emb, self._embedding)
 
-    def hidden(self, tokens: Tensor, packed: PackedBatch) -> Tensor:
-        """Final hidden states [N, D] of tokens [N]."""
+    def hidden(
+        self, tokens: Tensor, packed: PackedBatch, skip: LayerSubset | None = None
+    ) -> Tensor:
+        """Final hidden states [N, D] of tokens [N], without the sub-layers of `skip`."""
+        without = skip or _NOTHING
         cos, sin = self._angles.at(packed)
         num_tokens = len(tokens)
         if self._on_cpu and num_tokens > _ANY_NUMBER:
             tokens = F.pad(tokens, (0, _rounded(num_tokens) - num_tokens))
         stream = F.embedding(tokens, self._embedding)
         for index, layer in enumerate(self._layers):
-            mixed = self._attend(layer.norm_1(stream), index, cos, sin, packed)
-            stream = layer.out.add_to(stream, mixed)
-            gate, up = layer.gate_up(layer.norm_2(stream)).chunk(2, dim=-1)
-            stream = layer.down.add_to(stream, F.silu(gate).mul_(up))
+            if index not in without.attention:
+                mixed = self._attend(layer.norm_1(stream), index, cos, sin, packed)
+                stream = layer.out.add_to(stream, mixed)
+            if index not in without.mlp:
+                gate, up = layer.gate_up(layer.norm_2(stream)).chunk(2, dim=-1)
+                stream = layer.down.add_to(stream, F.silu(gate).mul_(up))
         return self._norm(stream[:num_tokens])
 
     def _attend(

@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from paceline.drafting.draft_model import DraftModel
+from paceline.drafting.layer_skip import LayerSkip, LayerSkipSettings
 from paceline.drafting.none import NoneDrafter
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
 from paceline.drafting.suffix_lookup import SuffixLookup, SuffixLookupSettings
@@ -47,6 +48,13 @@ def _trigram_tree(name: str, around: Surroundings) -> Drafter:
     return TrigramTree(name, TrigramTreeSettings(search="mcts", num_draft_tokens=8, depth=3))
 
 
+def _layer_skip(name: str, around: Surroundings) -> Drafter:
+    """The target without one MLP, below which there is attention and above which there is, too."""
+    middle = around.target.num_layers // 2 - 1
+    settings = LayerSkipSettings(skip_mlp=(middle,), num_draft_tokens=5)
+    return LayerSkip.build(name, settings, around)
+
+
 EXAMPLES: Final[Mapping[str, Make]] = MappingProxyType(
     {
         NoneDrafter.kind: lambda name, around: NoneDrafter(name),
@@ -54,6 +62,7 @@ EXAMPLES: Final[Mapping[str, Make]] = MappingProxyType(
         PromptLookup.kind: _prompt_lookup,
         SuffixLookup.kind: _suffix_lookup,
         TrigramTree.kind: _trigram_tree,
+        LayerSkip.kind: _layer_skip,
     }
 )
 

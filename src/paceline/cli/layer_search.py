@@ -1,0 +1,121 @@
+"""`paceline layer-search`: find the sub-layers that a target may skip when it drafts for itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from paceline.cli.options import (
+    DEFAULT_CONFIG,
+    ConfigOption,
+    DeviceOption,
+    DtypeOption,
+    ThreadsOption,
+    configured,
+)
+
+
+def layer_search(
+    data: Annotated[
+        list[Path], typer.Argument(help="JSONL files with id, domain and prompt on each line.")
+    ],
+    out: Annotated[Path, typer.Option(help="File of the skip set to write.")] = Path(
+        "runs/skip-set.json"
+    ),
+    config: ConfigOption = DEFAULT_CONFIG,
+    trials: Annotated[
+        int, typer.Option(min=1, help="Subsets to try, earlier runs' included.")
+    ] = 200,
+    minutes: Annotated[float | None, typer.Option(min=0.0, help="Stop after this long.")] = None,
+    objective: Annotated[
+        str, typer.Option(help="predicted (prices from a cost file) or measured (by the clock).")
+    ] = "predicted",
+    costs: Annotated[
+        Path | None, typer.Option(help="Cost file of an earlier search; else one beside --out.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Development prompts to use.")] = 8,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of each answer.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the search.")] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other setting: --set num_draft_tokens=8, repeatable."),
+    ] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Search by Bayesian optimisation which layers to skip; write them for `layer_skip`. Resumes."""
+    import yaml
+    from rich.console import Console
+
+    from paceline.assembly import Pace, build
+    from paceline.cli.progress import progress
+    from paceline.config import parse
+    from paceline.costs import CostTable
+    from paceline.errors import ConfigError
+    from paceline.layer_search import (
+        SearchReport,
+        SearchSettings,
+        import_figure,
+        plot,
+        search_layers,
+    )
+    from paceline.store import read_prompts, take_by_hash
+
+    import_figure()  # before the work is done rather than after
+    raw: dict[str, Any] = {"objective": objective}
+    flags = {"max_new_tokens": max_new_tokens, "seed": seed}
+    raw |= {key: value for key, value in flags.items() if value is not None}
+    for assignment in setting or []:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set takes key=value, got '{assignment}'")
+        raw[key] = yaml.safe_load(value)
+    settings = parse(SearchSettings, raw, "layer-search")
+    records = take_by_hash(read_prompts(data), prompts)
+    table = CostTable.load(costs) if costs is not None else None
+    # only the target takes part, so the drafters of the configuration need not exist yet
+    chosen = configured(config, dtype, device, threads).model_copy(update={"drafters": {}})
+    pace = Pace(build(chosen))
+    console = Console()
+
+    def on_best(report: SearchReport) -> None:
+        best = report.best
+        console.print(
+            f"trial {len(report.trials)}: {report.speedup(best):.2f}x without "
+            f"{len(best.skip_attention)} attentions and {len(best.skip_mlp)} MLPs, "
+            f"{best.acceptance:.0%} accepted",
+            highlight=False,
+        )
+
+    with progress(console) as report:
+        found = search_layers(
+            pace,
+            [pace.encode(_prompt(pace, record.prompt)) for record in records],
+            out,
+            settings,
+            trials,
+            minutes,
+            table,
+            report,
+            on_best,
+        )
+    picture = out.with_suffix(".png")
+    plot(found, picture)
+    best = found.best
+    if found.speedup(best) <= 1:
+        console.print(
+            "no set was faster than the target alone; `layer_skip` is not for this target"
+        )
+    console.print(f"skip_attention: {list(best.skip_attention)}", highlight=False)
+    console.print(f"skip_mlp: {list(best.skip_mlp)}", highlight=False)
+    console.print(f"written: {out}, {picture}")
+
+
+def _prompt(pace: Any, text: str) -> Any:
+    """As a message where the target has a chat template, as in every other verb."""
+    if getattr(pace.parts.tokenizer, "chat_template", None) is None:
+        return text
+    return [{"role": "user", "content": text}]

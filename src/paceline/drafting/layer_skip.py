@@ -1,0 +1,205 @@
+"""The target drafts for itself, with some of its attention and MLP sub-layers left out.
+
+Draft & Verify, self-speculative decoding (arXiv 2309.08168). No weights of its own and no cache: a
+draft reads what full passes left in the target's cache and writes its own entries behind it, into
+the row's slot from its last token on; verification feeds the same tokens with all layers and writes
+over every one of them. So there is nothing to prefill and nothing to catch up with.
+Symbols: R rows, K draft length, V logits width, q the skipped model's distribution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, Field, model_validator
+
+from paceline.contracts import Drafts
+from paceline.drafting.base import Drafter, Foresight, Needs, pad_drafts
+from paceline.drafting.draft_exit import DraftExit, ThresholdSettings
+from paceline.drafting.drawing import draw, empty_probs
+from paceline.drafting.foresight import CachedForesight
+from paceline.drafting.skip_set import SkipSet
+from paceline.errors import ConfigError
+from paceline.models.packing import Span
+from paceline.models.sublayers import LayerSubset, check_sublayers
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from paceline.contracts import RowView
+    from paceline.drafting.base import Surroundings
+    from paceline.models.language_model import LanguageModel
+    from paceline.models.vocabulary import Vocabulary
+
+
+class LayerSkipSettings(ThresholdSettings):
+    """Which sub-layers to leave out, as a file or as layer indices, and when to stop drafting.
+
+    stop: `threshold` is the published adaptive exit; `fixed` always drafts num_draft_tokens.
+    """
+
+    skip_set: Path | None = None
+    skip_attention: tuple[int, ...] = ()
+    skip_mlp: tuple[int, ...] = ()
+    num_draft_tokens: int = Field(default=12, ge=1, le=64)
+    stop: Literal["threshold", "fixed"] = "threshold"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> LayerSkipSettings:
+        inline = bool(self.skip_attention or self.skip_mlp)
+        if inline == (self.skip_set is not None):
+            raise ValueError(
+                "say what to skip: skip_set with a file of `paceline layer-search`, or "
+                "skip_attention and skip_mlp with layer indices"
+            )
+        return self
+
+
+@dataclass(slots=True)
+class _RowState:
+    exit: DraftExit
+    num_tokens: int = 0  # the row had at its last draft
+    draft: list[int] = field(default_factory=list)
+    full: bool = False
+
+    def learn(self, tokens: Sequence[int]) -> None:
+        """Count how much of the last draft the text went on with."""
+        accepted = 0
+        for token in self.draft:
+            place = self.num_tokens + accepted
+            if place >= len(tokens) or tokens[place] != token:
+                break
+            accepted += 1
+        self.exit.update(len(self.draft), accepted, self.full)
+        self.draft = []
+
+
+class LayerSkip(Drafter):
+    kind: ClassVar[str] = "layer_skip"
+    Settings: ClassVar[type[BaseModel]] = LayerSkipSettings
+    needs: ClassVar[Needs] = Needs(target_weights=True)
+
+    def __init__(
+        self,
+        name: str,
+        target: LanguageModel,
+        subset: LayerSubset,
+        settings: LayerSkipSettings,
+        prefill_chunk: int = 512,
+    ) -> None:
+        """subset: what is left out; the settings' own say is `subset_of`'s business."""
+        super().__init__(name, settings.num_draft_tokens)
+        self.subset = subset
+        self.settings = settings
+        self._target = target
+        self._chunk = prefill_chunk
+        self._states: dict[int, _RowState] = {}
+
+    @classmethod
+    def check(cls, name: str, settings: LayerSkipSettings, vocabulary: Vocabulary) -> None:
+        if settings.skip_set is not None:
+            SkipSet.load(settings.skip_set)
+
+    @classmethod
+    def build(cls, name: str, settings: LayerSkipSettings, around: Surroundings) -> LayerSkip:
+        """Raises ModelError if the target's sub-layers cannot be skipped."""
+        subset = subset_of(name, settings, around.target)
+        check_sublayers(around.target)
+        return cls(name, around.target, subset, settings, around.prefill_chunk)
+
+    def identity(self) -> dict[str, object]:
+        rule: dict[str, object] = {"stop": self.settings.stop}
+        if self.settings.stop == "threshold":
+            rule |= {key: getattr(self.settings, key) for key in ThresholdSettings.model_fields}
+        return {
+            **super().identity(),
+            "skip_attention": _listed(self.subset.attention),
+            "skip_mlp": _listed(self.subset.mlp),
+            **rule,
+        }
+
+    def start(self, rows: Sequence[RowView]) -> None:
+        for row in rows:
+            self._states[row.id] = _RowState(DraftExit.of(self.settings))
+
+    def finish(self, rows: Sequence[RowView]) -> None:
+        for row in rows:
+            self._states.pop(row.id, None)
+
+    def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
+        most = [max(0, min(limit, self.num_draft_tokens)) for limit in limits]
+        states = [self._states[row.id] for row in rows]
+        for row, state in zip(rows, states, strict=True):
+            state.learn(row.tokens)
+        drafts: list[list[int]] = [[] for _ in rows]
+        probs = empty_probs(rows, max(most), self._target.num_logits)
+        # rows sorted by slot make one attention call
+        active = sorted((i for i, n in enumerate(most) if n), key=lambda i: rows[i].slot)
+        for step in range(max(most)):
+            members = [rows[i] for i in active]
+            logits = self._forward(members, [drafts[i] for i in active])
+            drawn = draw(members, logits, step, self._target.num_logits, probs, active)
+            for i, token in zip(active, drawn.tolist(), strict=True):
+                drafts[i].append(token)
+            active = [
+                i
+                for i, confidence in zip(active, self._confidence(logits), strict=True)
+                if len(drafts[i]) < most[i] and not states[i].exit.ends(confidence)
+            ]
+            if not active:
+                break
+        for row, state, draft, n in zip(rows, states, drafts, most, strict=True):
+            state.num_tokens, state.draft, state.full = len(row.tokens), draft, len(draft) == n
+        tokens, lengths = pad_drafts(drafts, torch.device("cpu"))
+        return Drafts(tokens, lengths, None if probs is None else probs[:, : tokens.shape[1]])
+
+    def _forward(self, rows: Sequence[RowView], drafts: Sequence[Sequence[int]]) -> Tensor:
+        """Logits [R, V] behind each row's draft so far, the last token of which is fed."""
+        fed = [
+            draft[-1] if draft else row.tokens[-1] for row, draft in zip(rows, drafts, strict=True)
+        ]
+        spans = [
+            Span(row.slot, len(row.tokens) - 1 + len(draft), 1)
+            for row, draft in zip(rows, drafts, strict=True)
+        ]
+        hidden = self._target.forward(torch.tensor(fed), spans, skip=self.subset)
+        return self._target.unembed(hidden)
+
+    def _confidence(self, logits: Tensor) -> list[float]:
+        """max q of each row before any warping, [R]; 1 where the length alone decides."""
+        if self.settings.stop == "fixed":
+            return [1.0] * len(logits)
+        logits = logits.float()
+        sure: list[float] = (logits.amax(dim=-1) - logits.logsumexp(dim=-1)).exp().tolist()
+        return sure
+
+    def would_accept(
+        self, prompt: Sequence[int], trajectory: Sequence[int], p: Tensor | None
+    ) -> Foresight:
+        return CachedForesight(self, self._target, prompt, trajectory, self._chunk)
+
+
+def subset_of(name: str, settings: LayerSkipSettings, target: LanguageModel) -> LayerSubset:
+    """What the settings leave out of this target. Raises ConfigError or ArtefactError."""
+    if settings.skip_set is not None:
+        found = SkipSet.load(settings.skip_set)
+        found.check(target, f"drafter '{name}'")
+        subset = found.subset
+    else:
+        subset = LayerSubset(frozenset(settings.skip_attention), frozenset(settings.skip_mlp))
+    beyond = [i for i in subset.attention | subset.mlp if not 0 <= i < target.num_layers]
+    if beyond:
+        raise ConfigError(
+            f"drafter '{name}': there is no layer {beyond[0]} to skip; the target's layers are "
+            f"0 to {target.num_layers - 1}"
+        )
+    return subset
+
+
+def _listed(indices: frozenset[int]) -> str:
+    return " ".join(map(str, sorted(indices)))

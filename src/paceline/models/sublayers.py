@@ -1,0 +1,190 @@
+"""Forwards that leave out some attention and MLP sub-layers, each as if it added nothing.
+
+The lean forward leaves a sub-layer out by itself. In transformers' own modules it is silenced for the
+length of one forward: it answers zeros, and the model is left as it was found. Whether that is the
+same as leaving it out is a matter of the architecture (post-norm layers change the stream all the
+same), so `check_sublayers` tries it. Knows no drafting.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import nn
+
+from paceline.errors import ModelError
+from paceline.models.cache import RowCache
+from paceline.models.packing import Span
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from torch import Tensor
+
+    from paceline.models.language_model import LanguageModel
+
+# what transformers calls the two sub-layers of a decoder layer; OPT's MLP is two bare linear layers
+_ATTENTIONS: Final = (("self_attn",), ("attn",), ("attention",), ("self_attention",))
+_MLPS: Final = (("mlp",), ("feed_forward",), ("block_sparse_moe",), ("ffn",), ("fc1", "fc2"))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSubset:
+    """Sub-layers a forward leaves out, by the index of their decoder layer."""
+
+    attention: frozenset[int] = frozenset()
+    mlp: frozenset[int] = frozenset()
+
+    @classmethod
+    def everything(cls, num_layers: int) -> LayerSubset:
+        every = frozenset(range(num_layers))
+        return cls(every, every)
+
+    def __len__(self) -> int:
+        return len(self.attention) + len(self.mlp)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    attention: list[nn.Module]
+    mlp: list[nn.Module]
+
+
+class SubLayers:
+    """The sub-layers of a transformers model, found by name. Raises ModelError where they are not."""
+
+    def __init__(self, body: nn.Module, num_layers: int, name: str) -> None:
+        self.owner, self.attribute = _find_layers(body, num_layers, name)
+        layers: Any = getattr(self.owner, self.attribute)
+        self._layers = [_find_sublayers(layer, name) for layer in layers]
+
+    @contextmanager
+    def without(self, subset: LayerSubset) -> Iterator[None]:
+        """Silence the sub-layers of a subset meanwhile."""
+        silenced: list[tuple[nn.Module, Any]] = []
+        try:
+            for kind, indices in (("attention", subset.attention), ("mlp", subset.mlp)):
+                for index in indices:
+                    modules: list[nn.Module] = getattr(self._layers[index], kind)
+                    # the first modules of several hand on what they get, the last one ends it
+                    for module in modules[:-1]:
+                        silenced.append((module, module.__dict__.get("forward")))
+                        module.forward = _hand_on  # type: ignore[assignment]
+                    silenced.append((modules[-1], modules[-1].__dict__.get("forward")))
+                    modules[-1].forward = _silence_pair if kind == "attention" else _silence
+            yield
+        finally:
+            for module, forward in reversed(silenced):
+                if forward is None:
+                    del module.__dict__["forward"]
+                else:  # someone else had put one there
+                    module.forward = forward
+
+    @contextmanager
+    def no_layers(self) -> Iterator[None]:
+        """Take all decoder layers out meanwhile: from the embedding straight to the last norm."""
+        layers = getattr(self.owner, self.attribute)
+        setattr(self.owner, self.attribute, nn.ModuleList())
+        try:
+            yield
+        finally:
+            setattr(self.owner, self.attribute, layers)
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def _hand_on(*args: Any, **kwargs: Any) -> Tensor:
+    return _hidden(args, kwargs)
+
+
+def _silence(*args: Any, **kwargs: Any) -> Tensor:
+    return torch.zeros_like(_hidden(args, kwargs))
+
+
+def _silence_pair(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """As attention modules return: the output and the weights nobody asked for."""
+    return _silence(*args, **kwargs), None
+
+
+def _find_layers(body: nn.Module, num_layers: int, name: str) -> tuple[nn.Module, str]:
+    """Whose attribute of which name the list of decoder layers is."""
+    for owner in body.modules():
+        for attribute, child in owner.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == num_layers:
+                return owner, attribute
+    raise ModelError(f"{name}: {type(body).__name__} has no list of {num_layers} decoder layers")
+
+
+def _find_sublayers(layer: nn.Module, name: str) -> _Layer:
+    children = dict(layer.named_children())
+
+    def find(what: str, known: Iterable[tuple[str, ...]]) -> list[nn.Module]:
+        for names in known:
+            if all(n in children for n in names):
+                return [children[n] for n in names]
+        raise ModelError(
+            f"{name}: no {what} found in {type(layer).__name__}, so its sub-layers cannot be skipped"
+        )
+
+    return _Layer(find("attention", _ATTENTIONS), find("MLP", _MLPS))
+
+
+def check_sublayers(language_model: LanguageModel, seed: int = 0) -> None:
+    """Check that skipping does what it says, on random tokens. Raises ModelError if it does not.
+
+    With nothing skipped the hidden states must be the model's own; with everything skipped, those of
+    the same model without decoder layers: embedding, last norm.
+    """
+    name, kind = language_model.name, type(language_model.model).__name__
+    generator = torch.Generator().manual_seed(seed)
+    length = min(7, language_model.context_length)
+    tokens = torch.randint(language_model.num_logits, (length,), generator=generator)
+
+    def run(subset: LayerSubset | None) -> Tensor:
+        cache = RowCache()
+        span = Span(cache.acquire(), 0, length)
+        return language_model.forward(tokens, [span], cache=cache, skip=subset)
+
+    with torch.inference_mode():
+        whole, none_skipped, all_skipped = _tried(
+            name,
+            kind,
+            lambda: [
+                run(None),
+                run(LayerSubset()),
+                run(LayerSubset.everything(language_model.num_layers)),
+            ],
+        )
+        bare = _without_layers(language_model, tokens)
+    tolerance = 1e-3 if language_model.dtype == torch.float32 else 0.05
+    for found, expected in ((none_skipped, whole), (all_skipped, bare)):
+        off = (found.float() - expected.float()).abs().max()
+        if not off <= tolerance * expected.float().std():
+            raise ModelError(
+                f"{name}: the sub-layers of {kind} cannot be skipped: without them the hidden state "
+                f"is off by {off:.2g}, so its layers do more than add to the stream"
+            )
+
+
+def _tried(name: str, kind: str, act: Callable[[], list[Tensor]]) -> list[Tensor]:
+    try:
+        return act()
+    except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{name}: the sub-layers of {kind} cannot be skipped ({error})") from error
+
+
+def _without_layers(language_model: LanguageModel, tokens: Tensor) -> Tensor:
+    """[N, D] by transformers' own code around no decoder layers at all."""
+    body = language_model.model.base_model
+    sublayers = SubLayers(body, language_model.num_layers, language_model.name)
+    with sublayers.no_layers():
+        ids = tokens[None].to(language_model.device)
+        output: Any = body(input_ids=ids, use_cache=False)
+    hidden: Tensor = output.last_hidden_state
+    return hidden[0]
