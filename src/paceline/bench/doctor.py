@@ -21,6 +21,7 @@ from paceline.drafting.draft_model import DraftModelSettings
 from paceline.errors import ArtefactError, PacelineError, StoreError
 from paceline.models.loading import DTYPES, load_config, load_tokenizer, resolve_device
 from paceline.models.vocabulary import Vocabulary
+from paceline.replay import price_stops
 from paceline.rewards import request_seconds
 from paceline.store.collection import load_collection
 
@@ -148,10 +149,11 @@ def _predictions(config: Config) -> tuple[dict[str, str], str]:
         return {}, f"no prediction: {error}"
     try:
         names = [NONE, *config.drafters]
-        prompts = load_collection(config.paths.store, names).prompts
+        collection = load_collection(config.paths.store, names)
     except StoreError as error:
         return _break_even(config, costs), f"break-even only: {error}"
     try:
+        prompts = price_stops(collection.prompts, config, costs)
         total = {
             name: sum(
                 request_seconds(costs.seconds, name, len(p.prompt_tokens), p.rounds[name])
