@@ -152,6 +152,11 @@ class DraftModel(Drafter):
     def num_bytes(self) -> int:
         return self.model.num_bytes() + self.model.cache.num_bytes()
 
+    def state_bytes(self, lengths: Sequence[int]) -> int:
+        """Its cache gives every row as many positions as the longest needs."""
+        longest = min(max(lengths, default=0), self.model.context_length)
+        return len(lengths) * longest * self.model.position_bytes
+
     # --- prices -----------------------------------------------------------------------------------
 
     @property

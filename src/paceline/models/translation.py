@@ -216,25 +216,85 @@ def shared_tokens(target: TokenBytes, other: TokenBytes) -> dict[int, int]:
     return pairs
 
 
-def readings(target: TokenBytes, other: TokenBytes) -> list[tuple[int, ...]]:
-    """[V] for every target id the other's ids that a model reads in its place, at least one."""
-    pairs = shared_tokens(target, other)
-    by_bytes = {text: i for i, text in reversed(list(enumerate(other.of))) if text}
-    unknown = other.tokenizer.unk_token_id
-    blank = unknown if unknown is not None else by_bytes.get(b" ", 0)
-    found = []
-    for i, text in enumerate(target.of):
-        own: Sequence[int] | None
-        if i in pairs:
-            own = [pairs[i]]
-        elif text in by_bytes:
-            own = [by_bytes[text]]
-        else:
-            own = other.behind(b"", text) if text else None
-            if own is None:
-                own = [by_bytes[bytes([b])] for b in text if bytes([b]) in by_bytes]
-        found.append(tuple(own) or (blank,))
-    return found
+class Readings:
+    """For every target id the other's ids that a model reads in its place, at least one."""
+
+    def __init__(self, target: TokenBytes, other: TokenBytes, pairs: dict[int, int]) -> None:
+        """pairs: what both have, from `shared_tokens`."""
+        self._target, self._other = target, other
+        self._by_bytes = {text: i for i, text in reversed(list(enumerate(other.of))) if text}
+        self._found = {mine: (theirs,) for mine, theirs in pairs.items()}
+        unknown = other.tokenizer.unk_token_id
+        self._blank = unknown if unknown is not None else self._by_bytes.get(b" ", 0)
+
+    def of(self, token: int) -> tuple[int, ...]:
+        found = self._found.get(token)
+        if found is None:
+            text = self._target.of[token] if token < self._target.num_tokens else b""
+            found = self._found[token] = tuple(self._cut(text)) or (self._blank,)
+        return found
+
+    def _cut(self, text: bytes) -> Sequence[int]:
+        """Of a text that stands in a token the other lacks, or has under an id already taken."""
+        if not text:
+            return []
+        if text in self._by_bytes:
+            return [self._by_bytes[text]]
+        own = self._other.behind(b"", text)
+        if own is None:
+            # part of a character, or a tokenizer that begins every text with a blank
+            own = [self._by_bytes[bytes([b])] for b in text if bytes([b]) in self._by_bytes]
+        return own
+
+
+class RunningText:
+    """One growing text of target ids as the other's ids: only its last part is encoded again.
+
+    What it gives is a function of the text alone, however often it was asked on the way.
+    """
+
+    def __init__(self, target: TokenBytes, other: TokenBytes, specials: dict[int, int]) -> None:
+        """specials: the target's special tokens that the other has too, from `special_pairs`."""
+        self._target, self._other, self._specials = target, other, specials
+        self._num_read = 0
+        self._closed = other.first()  # ids that stay
+        self._open: list[int] = []
+        self._start = 0  # of the open part in `text`
+        self.text = b""  # since the last special token
+        self.held = b""  # the beginning of a character at its end, which the other has yet to read
+
+    def extend(self, tokens: Sequence[int]) -> list[int]:
+        """Ids of a text that has grown to these tokens."""
+        pending: list[bytes] = []
+        for token in tokens[self._num_read :]:
+            if token in self._target.special:
+                self._take(b"".join(pending))
+                pending = []
+                self._close(token)
+            elif token < self._target.num_tokens:
+                pending.append(self._target.of[token])
+        self._num_read = len(tokens)
+        self._take(b"".join(pending))
+        return [*self._closed, *self._open]
+
+    def _take(self, text: bytes) -> None:
+        if not text:
+            return
+        self.text += text
+        whole, self.held = split_incomplete(self.text)
+        *closed, (start, stop) = self._other.pieces(self.text, self._start)
+        for piece in closed:
+            self._closed += self._other.read(self.text, *piece)
+        self._start = start
+        self._open = self._other.read(self.text, start, min(stop, len(whole)))
+
+    def _close(self, token: int) -> None:
+        self._closed += self._open
+        own = self._specials.get(token)
+        # a beginning of text that the other's tokenizer has put there already
+        if own is not None and self._closed != [own]:
+            self._closed.append(own)
+        self._open, self._start, self.text, self.held = [], 0, b"", b""
 
 
 def share_of_vocabulary(target: TokenBytes, other: TokenBytes) -> float:
@@ -254,12 +314,14 @@ def share_cut_alike(target: TokenBytes, other: TokenBytes) -> float:
 
 
 def _spans(side: TokenBytes, text: str) -> set[tuple[int, int]]:
-    """[start, stop) in bytes, counted from the end, where a blank put before the text is no shift."""
+    """[start, stop) of every token in bytes, counted from the text's end.
+
+    A blank that a tokenizer puts before a text lies outside of it.
+    """
     ids = side.encode(text)
-    stop = len(side.join(ids))
-    end, spans = stop, set()
-    at = 0
+    at, first = -len(side.join(ids)), -len(text.encode())
+    spans = set()
     for i in ids:
-        spans.add((at - end, at + len(side.of[i]) - end))
+        spans.add((max(at, first), at + len(side.of[i])))
         at += len(side.of[i])
     return spans
