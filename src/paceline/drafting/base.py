@@ -89,6 +89,7 @@ class Drafter(ABC):
     kind: ClassVar[str]
     Settings: ClassVar[type[BaseModel]]
     needs: ClassVar[Needs] = Needs()
+    note: str = ""  # what its user should know of how it was built
 
     def __init__(self, name: str, num_draft_tokens: int) -> None:
         """num_draft_tokens: the most tokens of one draft, a chain's or a tree's."""
@@ -148,10 +149,6 @@ class Drafter(ABC):
     def at_full_length(self) -> AbstractContextManager[None]:
         """While it lasts, no rule ends a draft early: for measuring what a length costs."""
         return nullcontext()
-
-    def note(self) -> str:
-        """What its user should know of how it was built; mostly nothing."""
-        return ""
 
     def identity(self) -> dict[str, object]:
         """What makes this arm the arm it is; a policy learned with another one is refused."""

@@ -14,9 +14,11 @@ from pydantic import BaseModel
 
 from paceline.config import nearest, parse
 from paceline.drafting.base import Drafter
+from paceline.drafting.cross_vocabulary import CrossVocabulary
 from paceline.drafting.draft_model import DraftModel
 from paceline.drafting.none import NoneDrafter
 from paceline.drafting.prompt_lookup import PromptLookup
+from paceline.drafting.union import Union
 from paceline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,7 +27,10 @@ if TYPE_CHECKING:
     from paceline.config import DrafterSection
 
 CATALOG: Final[Mapping[str, type[Drafter]]] = MappingProxyType(
-    {drafter.kind: drafter for drafter in (NoneDrafter, DraftModel, PromptLookup)}
+    {
+        drafter.kind: drafter
+        for drafter in (NoneDrafter, DraftModel, CrossVocabulary, PromptLookup, Union)
+    }
 )
 
 

@@ -197,6 +197,12 @@ class DraftModel(Drafter):
         """Tokens as a tensor; an id from the padding of the target's wider table as the last id."""
         return torch.tensor(tokens).clamp_(max=self.model.num_logits - 1)
 
+    def keep(self, row: RowView, num_tokens: int) -> None:
+        """Forget what is cached of a row beyond its first tokens, where its text was rewritten."""
+        state = self._states[row.id]
+        if num_tokens < state.num_cached:
+            state.num_cached, state.drafted = num_tokens, []
+
     # --- drafting ---------------------------------------------------------------------------------
 
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:

@@ -223,7 +223,7 @@ class Readings:
         """pairs: what both have, from `shared_tokens`."""
         self._target, self._other = target, other
         self._by_bytes = {text: i for i, text in reversed(list(enumerate(other.of))) if text}
-        self._found = {mine: (theirs,) for mine, theirs in pairs.items()}
+        self._found: dict[int, tuple[int, ...]] = {t: (own,) for t, own in pairs.items()}
         unknown = other.tokenizer.unk_token_id
         self._blank = unknown if unknown is not None else self._by_bytes.get(b" ", 0)
 
@@ -262,6 +262,11 @@ class RunningText:
         self._start = 0  # of the open part in `text`
         self.text = b""  # since the last special token
         self.held = b""  # the beginning of a character at its end, which the other has yet to read
+
+    @property
+    def num_closed(self) -> int:
+        """How many of its ids stay, however the text goes on."""
+        return len(self._closed)
 
     def extend(self, tokens: Sequence[int]) -> list[int]:
         """Ids of a text that has grown to these tokens."""
