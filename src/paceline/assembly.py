@@ -141,6 +141,11 @@ class Pace:
         """The arms' names, `none` first."""
         return list(self.parts.drafters)
 
+    @property
+    def notes(self) -> list[str]:
+        """What is worth knowing of how the drafters were built, a line each."""
+        return [drafter.note for drafter in self.parts.drafters.values() if drafter.note]
+
     def _decode(self, tokens: Sequence[int]) -> str:
         text = self.parts.tokenizer.decode(
             list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False

@@ -79,9 +79,10 @@ class Bridge:
             return cls(*sides, "same", "the same tokens: a plain draft model")
         common, alike = share_of_vocabulary(*sides), share_cut_alike(*sides)
         level: Level = "shared" if common >= _COMMON and alike >= _ALIKE else "text"
-        how = "drafts over them" if (wanted, level)[wanted == "auto"] == "shared" else "drafts text"
+        level = level if wanted == "auto" else wanted
+        how = "drafts over them" if level == "shared" else "drafts text"
         why = f"{common:.0%} of the tokens in common, {alike:.0%} of text cut alike: {how}"
-        return cls(*sides, level if wanted == "auto" else wanted, why)
+        return cls(*sides, level, why)
 
 
 class CrossVocabulary(Drafter):
@@ -92,8 +93,7 @@ class CrossVocabulary(Drafter):
 
     @classmethod
     def build(cls, name: str, settings: CrossVocabularySettings, around: Surroundings) -> Drafter:
-        bridge = Bridge.between(around.tokenizer, load_tokenizer(settings), settings.level)
-        _check(name, settings, bridge)
+        bridge = check_bridge(name, settings, around.tokenizer, load_tokenizer(settings))
         return cls.beside(name, load_language_model(settings, name), settings, bridge, around)
 
     @classmethod
@@ -118,8 +118,11 @@ class CrossVocabulary(Drafter):
         return drafter
 
 
-def _check(name: str, settings: CrossVocabularySettings, bridge: Bridge) -> None:
-    """What can be said before weights are read."""
+def check_bridge(
+    name: str, settings: CrossVocabularySettings, target: Tokenizer, own: Tokenizer
+) -> Bridge:
+    """The bridge a drafter of these settings uses; an error if it cannot. Reads no weights."""
+    bridge = Bridge.between(target, own, settings.level)
     if bridge.level == "shared" and not shared_tokens(bridge.target, bridge.own):
         raise VocabularyError(
             f"drafter '{name}' has no token in common with the target; set 'level: text'"
@@ -129,6 +132,7 @@ def _check(name: str, settings: CrossVocabularySettings, bridge: Bridge) -> None
             f"drafter '{name}' drafts text ({bridge.why}), where 'stop: expected' has no "
             "confidences by target token to go by; set 'stop: confidence' or 'fixed'"
         )
+    return bridge
 
 
 def _identity(bridge: Bridge) -> dict[str, object]:
