@@ -79,12 +79,12 @@ class ConfidenceStop:
 
 
 class ExpectedGainStop:
-    """Goes on while one token more raises the round's expected tokens per second.
+    """Goes on while some longer draft promises more tokens per second than ending here.
 
-    With k tokens drafted a round is expected to emit 1 + P_1 + ... + P_k tokens in T_k seconds: k draft
-    steps, the verification of 1 + k tokens and the host's part. The next token, as sure as those
-    before it were on average, adds P_k^((k+1)/k) of a token and T_{k+1} - T_k seconds; it is
-    drafted if that is no worse than the rate so far. Prices are those of a request on its own.
+    With k tokens drafted a round is expected to emit E_k = 1 + P_1 + ... + P_k tokens in T_k seconds: k
+    draft steps, the verification of 1 + k tokens and the host's part. Further tokens are taken to be
+    as sure as those before were on average. All longer drafts are looked at, because T rises in
+    steps. Prices are those of a request on its own.
     """
 
     def __init__(self, costs: CostTable, arm: str, num_draft_tokens: int) -> None:
@@ -99,8 +99,14 @@ class ExpectedGainStop:
         for c in confidences:
             alive *= c
             emitted += alive
-        gain: float = alive ** ((k + 1) / k)
-        return gain * seconds[k] >= emitted * (seconds[k + 1] - seconds[k])
+        mean = alive ** (1 / k)
+        expected = emitted
+        for longer in seconds[k + 1 :]:
+            alive *= mean
+            expected += alive
+            if expected * seconds[k] >= emitted * longer:
+                return True
+        return False
 
     def _seconds(self, context: int) -> list[float]:
         """T_0 ... T_K."""
