@@ -19,12 +19,13 @@ from paceline.contracts import (
     SamplingParams,
     identity_of_arms,
 )
+from paceline.costs.table import CostTable
 from paceline.drafting.base import Surroundings
 from paceline.drafting.catalog import check_settings, find_kind
 from paceline.drafting.draft_model import DraftModel, DraftModelSettings
 from paceline.drafting.none import NoneDrafter
 from paceline.engine import Engine, TextStream
-from paceline.errors import ConfigError, DecodingError, RequestError
+from paceline.errors import ArtefactError, ConfigError, DecodingError, RequestError
 from paceline.models.exact import check_exact
 from paceline.models.language_model import LanguageModel, check_packed_forward
 from paceline.models.loading import load_language_model, load_tokenizer
@@ -139,6 +140,11 @@ class Pace:
     def drafters(self) -> list[str]:
         """The arms' names, `none` first."""
         return list(self.parts.drafters)
+
+    @property
+    def notes(self) -> list[str]:
+        """What is worth knowing of how the drafters were built, a line each."""
+        return [drafter.note for drafter in self.parts.drafters.values() if drafter.note]
 
     def _decode(self, tokens: Sequence[int]) -> str:
         text = self.parts.tokenizer.decode(
@@ -319,7 +325,8 @@ def load(
     Either a configuration (a path to paceline.yaml, or a `Config`), or `target`, `tokenizer` and
     `drafters` as objects in memory. A learned policy is loaded from `policy`, by default from where
     the configuration says, if it is there; without one, requests must name a drafter. A policy made
-    for other models raises ArtefactError; `with_policy=False` leaves it alone.
+    for other models raises ArtefactError; `with_policy=False` leaves it alone. Drafters that stop by
+    expected gain are given the configuration's cost table; without one ArtefactError is raised.
     """
     if (config is None) == (target is None):
         raise ConfigError("load takes a configuration, or target=, tokenizer= and drafters=")
@@ -331,9 +338,27 @@ def load(
     else:
         assert config is not None
         parts = build(config if isinstance(config, Config) else load_config(config))
+    _price(parts)
     folder = Path(policy) if policy is not None else parts.config.paths.policy
     wanted = with_policy and (policy is not None or (target is None and is_policy(folder)))
     return Pace(parts, load_policy(folder, policy_identity(parts)).choose if wanted else None)
+
+
+def _price(parts: Parts) -> None:
+    """Hand this machine's costs to drafters that draft by them; ArtefactError if there are none."""
+    waiting = {name: d for name, d in parts.drafters.items() if d.wants_prices}
+    if not waiting:
+        return
+    try:
+        costs = CostTable.load(parts.config.paths.costs)
+        costs.check(waiting, identity_of_arms({n: d.identity() for n, d in waiting.items()}))
+    except ArtefactError as error:
+        raise ArtefactError(
+            f"drafter '{next(iter(waiting))}' stops by expected gain, which needs this machine's "
+            f"costs: {error}, or set another 'stop'"
+        ) from error
+    for drafter in waiting.values():
+        drafter.price(costs)
 
 
 def policy_identity(parts: Parts) -> PolicyIdentity:

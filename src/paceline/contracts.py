@@ -234,6 +234,8 @@ class CollectedPrompt:
     features: np.ndarray  # [F] float32
     rounds: dict[str, np.ndarray]  # arm -> [rounds, 2] int: drafted, accepted
     draft_outputs: dict[str, tuple[int, ...]]  # arm -> its own greedy output, where collected
+    # arm -> (match, confidence) by position, of chain drafters; see drafting's PositionScores
+    scores: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
 
 def identity_of_arms(arms: Mapping[str, Mapping[str, object]]) -> dict[str, str]:

@@ -17,16 +17,19 @@ from paceline.config import ModelSection
 from paceline.contracts import NONE
 from paceline.costs.table import CostTable
 from paceline.drafting.catalog import check_settings
+from paceline.drafting.cross_vocabulary import CrossVocabularySettings, check_bridge
 from paceline.drafting.draft_model import DraftModelSettings
 from paceline.errors import ArtefactError, PacelineError, StoreError
 from paceline.models.language_model import cache_bytes_per_position
 from paceline.models.loading import DTYPES, load_config, load_tokenizer, resolve_device
 from paceline.models.vocabulary import Vocabulary
+from paceline.replay import price_stops
 from paceline.rewards import request_seconds
 from paceline.store.collection import load_collection
 
 if TYPE_CHECKING:
     from paceline.config import Config
+    from paceline.models.vocabulary import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,7 @@ def doctor(config: Config) -> DoctorReport:
     pay, note = _predictions(config)
     report.notes += [note] if note else []
     for name in config.drafters:
-        report.drafters.append(_check_drafter(config, name, vocabulary, facts, pay))
+        report.drafters.append(_check_drafter(config, name, tokenizer, facts, pay))
     return report
 
 
@@ -116,7 +119,7 @@ def model_facts(section: ModelSection) -> ModelFacts:
 
 
 def _check_drafter(
-    config: Config, name: str, vocabulary: Vocabulary, target: ModelFacts, pay: dict[str, str]
+    config: Config, name: str, tokenizer: Tokenizer, target: ModelFacts, pay: dict[str, str]
 ) -> DrafterCheck:
     section = config.drafters[name]
     check = DrafterCheck(name, section.kind, predicted=pay.get(name, "unknown"))
@@ -124,18 +127,30 @@ def _check_drafter(
         settings = check_settings(name, section)
         if isinstance(settings, DraftModelSettings):
             check.facts = model_facts(settings)
-            other = Vocabulary.of(load_tokenizer(settings))
-            difference = vocabulary.difference(other)
-            if difference is not None:
-                check.problem = f"another vocabulary than the target's: {difference}"
-                check.vocabulary = "different"
-            elif check.facts.num_logits != target.num_logits:
-                check.vocabulary = "same ids, padded to another size"
-            else:
-                check.vocabulary = "same ids"
+            _check_vocabulary(check, settings, tokenizer, target)
     except PacelineError as error:
         check.problem = str(error)
     return check
+
+
+def _check_vocabulary(
+    check: DrafterCheck,
+    settings: DraftModelSettings,
+    tokenizer: Tokenizer,
+    target: ModelFacts,
+) -> None:
+    own = load_tokenizer(settings)
+    difference = Vocabulary.of(tokenizer).difference(Vocabulary.of(own))
+    if isinstance(settings, CrossVocabularySettings):
+        bridge = check_bridge(check.name, settings, tokenizer, own)
+        check.vocabulary = bridge.why
+    elif difference is not None:
+        check.problem = f"another vocabulary than the target's: {difference}"
+        check.vocabulary = "different"
+    elif check.facts is not None and check.facts.num_logits != target.num_logits:
+        check.vocabulary = "same ids, padded to another size"
+    else:
+        check.vocabulary = "same ids"
 
 
 def _predictions(config: Config) -> tuple[dict[str, str], str]:
@@ -146,10 +161,11 @@ def _predictions(config: Config) -> tuple[dict[str, str], str]:
         return {}, f"no prediction: {error}"
     try:
         names = [NONE, *config.drafters]
-        prompts = load_collection(config.paths.store, names).prompts
+        collection = load_collection(config.paths.store, names)
     except StoreError as error:
         return _break_even(config, costs), f"break-even only: {error}"
     try:
+        prompts = price_stops(collection.prompts, config, costs)
         total = {
             name: sum(
                 request_seconds(costs.seconds, name, len(p.prompt_tokens), p.rounds[name])

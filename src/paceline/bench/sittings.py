@@ -149,11 +149,13 @@ def _drafts(
         lengths = grid.drafts(drafter) if num_prompt in grid.contexts else []
         for length in order.sample(lengths, len(lengths)):
             row.max_total = len(row.tokens) + 1 + length
-            began = perf_counter()
-            drafted = len(propose([row])[0].tokens)
+            with drafter.at_full_length():
+                began = perf_counter()
+                drafted = len(propose([row])[0].tokens)
+                spent = perf_counter() - began
             if row.error is not None:
                 raise DrafterError(row.error)
-            found.append(((arm, PROPOSE, drafted, num_prompt, 1), perf_counter() - began))
+            found.append(((arm, PROPOSE, drafted, num_prompt, 1), spent))
             row.tokens.append(text[len(row.tokens)])
             if drafter.needs.target_weights:
                 _cache(parts, row, len(row.tokens) - 1)
@@ -170,7 +172,8 @@ def _rounds(
     """Host seconds a round: the engine's clock less its prefill, choice, drafts and forwards."""
     num_prompt = min(16, parts.target.context_length)
     request = Request("", tuple(_text(parts, num_prompt, order)), _ENGINE_TOKENS, drafter=arm)
-    (completion,) = engine.generate([request])
+    with parts.drafters[arm].at_full_length():
+        (completion,) = engine.generate([request])
     spent = completion.seconds
     work = spent.prefill + spent.choose + spent.draft + spent.verify
     host = max(0.0, completion.seconds_total - work) / max(1, len(completion.rounds))

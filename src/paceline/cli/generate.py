@@ -60,6 +60,8 @@ def generate(
     from paceline.assembly import load
 
     pace = load(configured(config, dtype, device, threads, exact, policy=policy))
+    for note in pace.notes:
+        Console(stderr=True).print(note, markup=False, highlight=False)
     text = sys.stdin.read() if prompt == "-" else prompt
     has_template = getattr(pace.parts.tokenizer, "chat_template", None) is not None
     messages: Any = text if raw or not has_template else [{"role": "user", "content": text}]

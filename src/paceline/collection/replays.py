@@ -84,7 +84,12 @@ def decode_drafters(
     on_progress: Progress,
 ) -> dict[str, int]:
     """Each draft model's own greedy output where its store lacks it; returns how many, by arm."""
-    drafters = {a: d for a, d in pace.parts.drafters.items() if isinstance(d, DraftModel)}
+    drafters = {
+        arm: drafter
+        for arm, drafter in pace.parts.drafters.items()
+        # one with a vocabulary of its own writes no text in the target's tokens
+        if isinstance(drafter, DraftModel) and drafter.needs.same_vocabulary
+    }
     lines = identity_of_arms({arm: drafter.identity() for arm, drafter in drafters.items()})
     stores: dict[str, ShardStore] = {a: collection.outputs(a, lines[a]) for a in drafters}
     there = {arm: store.ids() for arm, store in stores.items()}

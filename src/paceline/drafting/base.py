@@ -8,6 +8,7 @@ row's seed and the position; no drafter keeps a generator.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from paceline.contracts import Drafts, RowView
+    from paceline.costs.table import CostTable
     from paceline.models.language_model import LanguageModel
     from paceline.models.vocabulary import Tokenizer, Vocabulary
 
@@ -87,6 +89,7 @@ class Drafter(ABC):
     kind: ClassVar[str]
     Settings: ClassVar[type[BaseModel]]
     needs: ClassVar[Needs] = Needs()
+    note: str = ""  # what its user should know of how it was built
 
     def __init__(self, name: str, num_draft_tokens: int) -> None:
         """num_draft_tokens: the most tokens of one draft, a chain's or a tree's."""
@@ -134,6 +137,18 @@ class Drafter(ABC):
 
         p: [T, V] the target's distribution at each trajectory position, for the sampling scores.
         """
+
+    @property
+    def wants_prices(self) -> bool:
+        """Whether it cannot draft before `price` gave it this machine's costs."""
+        return False
+
+    def price(self, costs: CostTable) -> None:  # noqa: B027 - most drafters ignore what they cost
+        """Take what work costs on this machine, where it decides how much to draft."""
+
+    def at_full_length(self) -> AbstractContextManager[None]:
+        """While it lasts, no rule ends a draft early: for measuring what a length costs."""
+        return nullcontext()
 
     def identity(self) -> dict[str, object]:
         """What makes this arm the arm it is; a policy learned with another one is refused."""

@@ -14,12 +14,14 @@ from pydantic import BaseModel
 
 from paceline.config import nearest, parse
 from paceline.drafting.base import Drafter
+from paceline.drafting.cross_vocabulary import CrossVocabulary
 from paceline.drafting.draft_model import DraftModel
 from paceline.drafting.layer_skip import LayerSkip
 from paceline.drafting.none import NoneDrafter
 from paceline.drafting.prompt_lookup import PromptLookup
 from paceline.drafting.suffix_lookup import SuffixLookup
 from paceline.drafting.trigram.drafter import TrigramTree
+from paceline.drafting.union import Union
 from paceline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,10 +32,12 @@ if TYPE_CHECKING:
 _KINDS: Final[tuple[type[Drafter], ...]] = (
     NoneDrafter,
     DraftModel,
+    CrossVocabulary,
     PromptLookup,
     SuffixLookup,
     TrigramTree,
     LayerSkip,
+    Union,
 )
 CATALOG: Final[Mapping[str, type[Drafter]]] = MappingProxyType(
     {drafter.kind: drafter for drafter in _KINDS}

@@ -1,41 +1,50 @@
 """A small language model that drafts a chain, token by token.
 
 Shares the target's vocabulary. Greedy rows get its most likely tokens; sampled rows get draws
-from its warped distribution q, with the judge's own noise under `invariant` sampling. Published as
-speculative decoding (arXiv 2211.17192). Symbols: K = draft length, V = the target's logits width.
+from its warped distribution q, with the judge's own noise under `invariant` sampling. When a chain
+ends before its full length is for `stops.py` to say. Published as speculative decoding (arXiv
+2211.17192). Symbols: R = rows, K = draft length, T = trajectory tokens, V = the target's logits width.
 """
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from paceline.config import ModelSection
 from paceline.contracts import Drafts
 from paceline.drafting.base import Drafter, Foresight, Needs, PositionScores
 from paceline.drafting.drawing import draw, empty_probs
+from paceline.drafting.foresight import ChainForesight, SimulatedForesight
+from paceline.drafting.stops import (
+    FIXED_LENGTH,
+    ExpectedGainStop,
+    StopSettings,
+    confidences,
+    stop_rule,
+)
 from paceline.models.loading import load_language_model, load_tokenizer
 from paceline.models.packing import Span
 from paceline.models.vocabulary import Vocabulary, check_same_vocabulary
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
     from paceline.contracts import RowView
+    from paceline.costs.table import CostTable
     from paceline.drafting.base import Surroundings
     from paceline.models.language_model import LanguageModel
 
 
-class DraftModelSettings(ModelSection):
-    """A model and how many tokens it drafts a round."""
-
-    num_draft_tokens: int = Field(default=4, ge=1, le=64)
+class DraftModelSettings(ModelSection, StopSettings):
+    """A model, how many tokens it drafts a round at most, and what may end a draft before."""
 
 
 @dataclass(slots=True)
@@ -68,14 +77,17 @@ class DraftModel(Drafter):
         num_tokens: int,
         num_logits: int,
         prefill_chunk: int = 512,
+        stop: StopSettings | None = None,
     ) -> None:
         """num_tokens: ids that exist in the shared vocabulary; num_logits: the target's width V."""
         super().__init__(name, num_draft_tokens)
         self.model = model
+        self.stop = stop or StopSettings()
         self._num_tokens = min(num_tokens, model.num_logits)
         self._num_logits = num_logits
         self._chunk = prefill_chunk
         self._states: dict[int, _RowState] = {}
+        self._rule = stop_rule(name, self.stop)
 
     @classmethod
     def check(cls, name: str, settings: DraftModelSettings, vocabulary: Vocabulary) -> None:
@@ -84,11 +96,16 @@ class DraftModel(Drafter):
     @classmethod
     def build(cls, name: str, settings: DraftModelSettings, around: Surroundings) -> DraftModel:
         model = load_language_model(settings, name)
-        return cls.beside(name, model, settings.num_draft_tokens, around)
+        return cls.beside(name, model, settings.num_draft_tokens, around, settings)
 
     @classmethod
     def beside(
-        cls, name: str, model: LanguageModel, num_draft_tokens: int, around: Surroundings
+        cls,
+        name: str,
+        model: LanguageModel,
+        num_draft_tokens: int,
+        around: Surroundings,
+        stop: StopSettings | None = None,
     ) -> DraftModel:
         """The drafter of a model already loaded, beside its target."""
         return cls(
@@ -98,6 +115,7 @@ class DraftModel(Drafter):
             num_tokens=around.vocabulary.num_tokens,
             num_logits=around.target.num_logits,
             prefill_chunk=around.prefill_chunk,
+            stop=stop,
         )
 
     def start(self, rows: Sequence[RowView]) -> None:
@@ -106,11 +124,11 @@ class DraftModel(Drafter):
 
     def prepare(self, row: RowView, max_tokens: int) -> bool:
         """Cache up to `max_tokens` more tokens, of all but the last."""
-        state = self._states[row.id]
-        stop = min(len(row.tokens) - 1, self.model.context_length)
+        state, text = self._states[row.id], self._text(row)
+        stop = min(len(text) - 1, self.model.context_length)
         end = min(stop, state.num_cached + max_tokens)
         if state.num_cached < end:
-            chunk = self._known(row.tokens[state.num_cached : end])
+            chunk = self._known(text[state.num_cached : end])
             span = Span(state.slot, state.num_cached, end - state.num_cached)
             self.model.forward(chunk, [span])
             state.num_cached = end
@@ -123,7 +141,8 @@ class DraftModel(Drafter):
                 self.model.release(state.slot)
 
     def identity(self) -> dict[str, object]:
-        return {**super().identity(), "model": self.model.fingerprint()}
+        stop = self.stop.stop_identity()
+        return {**super().identity(), "model": self.model.fingerprint(), **stop}
 
     def num_bytes(self) -> int:
         return self.model.num_bytes() + self.model.cache.num_bytes()
@@ -133,42 +152,103 @@ class DraftModel(Drafter):
         longest = min(max(lengths, default=0), self.model.context_length)
         return len(lengths) * longest * self.model.position_bytes
 
-    def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
-        lengths = [self._length(row, limit) for row, limit in zip(rows, limits, strict=True)]
-        width = max(lengths)
-        tokens = torch.full((len(rows), width), -1, dtype=torch.int64)
-        probs = empty_probs(rows, width, self._num_logits)
-        # rows sorted by slot make one attention call
-        order = sorted(
-            (i for i, n in enumerate(lengths) if n), key=lambda i: self._states[rows[i].id].slot
-        )
-        for i in order:
-            state = self._states[rows[i].id]
-            state.catch_up(rows[i].tokens)
-            while len(rows[i].tokens) - state.num_cached > self._chunk:
-                self.prepare(rows[i], self._chunk)
-        fed = {i: list(rows[i].tokens[self._states[rows[i].id].num_cached :]) for i in order}
-        for step in range(width):
-            active = [i for i in order if lengths[i] > step]
-            logits = self._forward([self._states[rows[i].id] for i in active], fed, active)
-            drawn = draw([rows[i] for i in active], logits, step, self._num_logits, probs, active)
-            for i, token in zip(active, drawn.tolist(), strict=True):
-                tokens[i, step] = token
-                state = self._states[rows[i].id]
-                if step == 0:
-                    state.num_cached = len(rows[i].tokens)
-                else:
-                    state.drafted.extend(fed[i])
-                fed[i] = [token]
-        return Drafts(tokens, lengths, probs)
+    # --- prices -----------------------------------------------------------------------------------
+
+    @property
+    def wants_prices(self) -> bool:
+        return self.stop.stop == "expected"
+
+    def price(self, costs: CostTable) -> None:
+        if self.wants_prices:
+            self._rule = ExpectedGainStop(costs, self.name, self.num_draft_tokens)
+
+    @contextmanager
+    def at_full_length(self) -> Iterator[None]:
+        rule, self._rule = self._rule, FIXED_LENGTH
+        try:
+            yield
+        finally:
+            self._rule = rule
+
+    # --- the text in the model's own ids ----------------------------------------------------------
+
+    def _text(self, row: RowView) -> Sequence[int]:
+        """The row's text so far, which only ever grows."""
+        return row.tokens
+
+    def _own(self, token: int) -> int:
+        """The model's id of a token it drafted."""
+        return token
+
+    def _read(self, tokens: Sequence[int]) -> tuple[Sequence[int], np.ndarray]:
+        """(the model's ids, [n] how many of them the text has by the end of each token)."""
+        return tokens, np.arange(1, len(tokens) + 1)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[R, V'] in the target's ids, V' at most V, of final hidden states [R, D]."""
+        return self.model.unembed(hidden)[:, : self._num_tokens]
 
     def _known(self, tokens: Sequence[int]) -> Tensor:
         """Tokens as a tensor; an id from the padding of the target's wider table as the last id."""
         return torch.tensor(tokens).clamp_(max=self.model.num_logits - 1)
 
-    def _length(self, row: RowView, limit: int) -> int:
-        """Tokens to draft: every token that is fed needs a position within the model's context."""
-        room = self.model.context_length - len(row.tokens) + 1
+    def keep(self, row: RowView, num_tokens: int) -> None:
+        """Forget what is cached of a row beyond its first tokens, where its text was rewritten."""
+        state = self._states[row.id]
+        if num_tokens < state.num_cached:
+            state.num_cached, state.drafted = num_tokens, []
+
+    # --- drafting ---------------------------------------------------------------------------------
+
+    def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
+        texts = [self._text(row) for row in rows]
+        most = [self._length(text, limit) for text, limit in zip(texts, limits, strict=True)]
+        width = max(most)
+        tokens = torch.full((len(rows), width), -1, dtype=torch.int64)
+        probs = empty_probs(rows, width, self._num_logits)
+        # rows sorted by slot make one attention call
+        active = sorted(
+            (i for i, n in enumerate(most) if n), key=lambda i: self._states[rows[i].id].slot
+        )
+        fed = {i: self._catch_up(rows[i], texts[i]) for i in active}
+        sure: dict[int, list[float]] = {i: [] for i in active}
+        lengths = [0] * len(rows)
+        for step in range(width):
+            active = [i for i in active if most[i] > step and self._goes_on(rows[i], sure[i])]
+            if not active:
+                break
+            logits = self._forward([self._states[rows[i].id] for i in active], fed, active)
+            drawn = draw([rows[i] for i in active], logits, step, self._num_logits, probs, active)
+            for i, token in zip(active, drawn.tolist(), strict=True):
+                tokens[i, step] = token
+                lengths[i] += 1
+                state = self._states[rows[i].id]
+                if step == 0:
+                    state.num_cached = len(texts[i])
+                else:
+                    state.drafted.extend(fed[i])
+                fed[i] = [self._own(token)]
+            if self._rule is not FIXED_LENGTH and step + 1 < width:
+                for i, c in zip(active, confidences(logits).tolist(), strict=True):
+                    sure[i].append(c)
+        width = max(lengths)
+        return Drafts(tokens[:, :width], lengths, None if probs is None else probs[:, :width])
+
+    def _catch_up(self, row: RowView, text: Sequence[int]) -> list[int]:
+        """Bring the row's cache up to a chunk before the text's end; the tokens still to feed."""
+        state = self._states[row.id]
+        state.catch_up(text)
+        while len(text) - state.num_cached > self._chunk:
+            self.prepare(row, self._chunk)
+        return list(text[state.num_cached :])
+
+    def _goes_on(self, row: RowView, sure: Sequence[float]) -> bool:
+        # the last token of a row is never cached between rounds
+        return not sure or self._rule.goes_on(sure, len(row.tokens) - 1)
+
+    def _length(self, text: Sequence[int], limit: int) -> int:
+        """Most tokens to draft: every one that is fed needs a position in the model's context."""
+        room = self.model.context_length - len(text) + 1
         return max(0, min(limit, self.num_draft_tokens, room))
 
     def _forward(
@@ -184,58 +264,57 @@ class DraftModel(Drafter):
         if len(flat) > len(spans):
             ends = torch.tensor([span.width for span in spans]).cumsum(0) - 1
             hidden = hidden[ends.to(hidden.device)]
-        return self.model.unembed(hidden)[:, : self._num_tokens]
+        return self._logits(hidden)
+
+    # --- replay -----------------------------------------------------------------------------------
 
     def would_accept(
         self, prompt: Sequence[int], trajectory: Sequence[int], p: Tensor | None
     ) -> Foresight:
-        """One teacher-forced pass: a greedy chain survives as long as its argmax matches."""
-        room = max(0, self.model.context_length - len(prompt) + 1)
-        scores = self._score(prompt, trajectory[:room], p)
-        return _ChainForesight(scores, room, self.num_draft_tokens)
+        """One teacher-forced pass: a greedy chain survives as long as its argmax matches.
+
+        Where confidence ends drafts, the rounds are simulated beside it, since the confidences behind
+        a first wrong token are not along the text. Where prices end them, these are the rounds at
+        full length: `replay.price_stops` makes the priced ones of their scores.
+        """
+        scores, rooms = self._score(prompt, trajectory, p)
+        if self.stop.stop == "confidence":
+            return SimulatedForesight(self, prompt, trajectory, scores)
+        return ChainForesight(scores, rooms, self.num_draft_tokens)
 
     def _score(
         self, prompt: Sequence[int], trajectory: Sequence[int], p: Tensor | None
-    ) -> PositionScores:
-        if not trajectory:
+    ) -> tuple[PositionScores, np.ndarray]:
+        """(scores, [T] tokens that the model's context leaves room to draft at each position)."""
+        own, counts = self._read([*prompt, *trajectory[:-1]])
+        counts = counts[len(prompt) - 1 :]  # by the end of the prompt, and of each output token
+        rooms = self.model.context_length + 1 - counts
+        num_scored = int((rooms > 0).sum()) if len(trajectory) else 0
+        if not num_scored:
             empty = np.zeros(0, dtype=np.float32)
-            return PositionScores(empty.astype(bool), empty, empty, empty)
-        text = self._known([*prompt, *trajectory[:-1]])
+            return PositionScores(empty.astype(bool), empty, empty, empty), rooms
+        text = self._known(own[: counts[num_scored - 1]])
+        places = torch.from_numpy(counts[:num_scored] - 1)
         slot = self.model.acquire()
         try:
             with torch.inference_mode():
                 hidden = self.model.forward(text, [Span(slot, 0, len(text))])
-                logits = self.model.unembed(hidden[len(prompt) - 1 :])[:, : self._num_tokens]
-                logits = logits.float()
-                q = logits.softmax(dim=-1).cpu()
+                logits = self._logits(hidden[places.to(hidden.device)]).float()
         finally:
             self.model.release(slot)
-        truth = torch.tensor(trajectory)
+        truth = torch.tensor(trajectory[:num_scored])
         match = logits.argmax(dim=-1).cpu() == truth
         ratio = overlap = torch.full((len(truth),), float("nan"))
         if p is not None:
+            q = logits.softmax(dim=-1).cpu()
             p = p[: len(truth), : q.shape[-1]].float()
-            at = truth[:, None]
+            inside = truth < q.shape[-1]
+            at = torch.where(inside, truth, 0)[:, None]
             ratio = (q.gather(1, at) / p.gather(1, at)).clamp(max=1.0)[:, 0]
+            ratio = torch.where(inside, ratio, 0.0)
             overlap = torch.minimum(p, q).sum(dim=-1)
-        confidence = q.amax(dim=-1)
-        return PositionScores(match.numpy(), ratio.numpy(), overlap.numpy(), confidence.numpy())
-
-
-class _ChainForesight(Foresight):
-    """Rounds read off the run of matching positions."""
-
-    def __init__(self, scores: PositionScores, room: int, num_draft_tokens: int) -> None:
-        """room: how many tokens past the prompt the drafter's own context allows it to predict."""
-        self.scores = scores
-        self._room = room
-        self._num_draft_tokens = num_draft_tokens
-        # run[i]: matches in a row from position i on
-        self._run = np.zeros(len(scores.match) + 1, dtype=np.int64)
-        for i in range(len(scores.match) - 1, -1, -1):
-            self._run[i] = self._run[i + 1] + 1 if scores.match[i] else 0
-
-    def accepted(self, position: int, limit: int) -> tuple[int, int]:
-        drafted = max(0, min(limit, self._num_draft_tokens, self._room - position))
-        matches = int(self._run[position]) if position < len(self._run) else 0
-        return drafted, min(drafted, matches)
+        sure = confidences(logits).cpu()
+        return (
+            PositionScores(match.numpy(), ratio.numpy(), overlap.numpy(), sure.numpy()),
+            rooms,
+        )

@@ -1,7 +1,8 @@
-"""Replay by running the drafter itself: what it would propose at each place of a known text.
+"""What a drafter would propose at each place of a known text, in two ways.
 
-For drafters whose rounds cannot be read off one pass: lookup, adaptive tables, searches, adaptive
-stops. The text is dealt out as the engine would, so the drafter sees the same at the same place.
+A chain drafter's rounds are read off the scores of one pass. Rounds that cannot be (lookup, adaptive
+tables, searches, stops by confidence) come from running the drafter itself: the text is dealt out as
+the engine would, so the drafter sees the same at the same place.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import torch
 
 from paceline.contracts import SamplingParams
-from paceline.drafting.base import Foresight
+from paceline.drafting.base import Foresight, PositionScores
+from paceline.drafting.stops import FIXED_LENGTH
 from paceline.models.packing import Span
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from paceline.drafting.base import Drafter
+    from paceline.drafting.stops import StopRule
     from paceline.models.language_model import LanguageModel
 
 # a row that is no request's: the engine counts its rows from 0
@@ -47,7 +51,14 @@ class SimulatedForesight(Foresight):
     meanwhile.
     """
 
-    def __init__(self, drafter: Drafter, prompt: Sequence[int], trajectory: Sequence[int]) -> None:
+    def __init__(
+        self,
+        drafter: Drafter,
+        prompt: Sequence[int],
+        trajectory: Sequence[int],
+        scores: PositionScores | None = None,
+    ) -> None:
+        self.scores = scores
         self._drafter = drafter
         self._text = [*prompt, *trajectory]
         self._row = ReplayedRow(list(prompt), len(prompt))
@@ -125,6 +136,53 @@ def cache_text(
         piece = torch.tensor(text[start:stop])
         target.forward(piece, [Span(slot, start, len(piece), prefill=start < num_prompt)])
         start = stop
+
+
+class ChainForesight(Foresight):
+    """Greedy rounds read off the run of matching positions.
+
+    What is accepted is exact under every stop rule: up to the first wrong token the chain is the text.
+    How much is drafted behind it is exact at fixed length; a rule is given the confidences along the
+    text there, and past the text's end its last one.
+    """
+
+    def __init__(
+        self,
+        scores: PositionScores,
+        rooms: np.ndarray,
+        num_draft_tokens: int,
+        rule: StopRule = FIXED_LENGTH,
+        num_prompt: int = 0,
+    ) -> None:
+        """rooms: [T] tokens that the drafter's own context allows it to draft at each position."""
+        self.scores = scores
+        self._rooms = rooms
+        self._num_draft_tokens = num_draft_tokens
+        self._rule = rule
+        self._num_prompt = num_prompt
+        self._sure: list[float] = scores.confidence.tolist()
+        # run[i]: matches in a row from position i on
+        self._run = np.zeros(len(scores.match) + 1, dtype=np.int64)
+        for i in range(len(scores.match) - 1, -1, -1):
+            self._run[i] = self._run[i + 1] + 1 if scores.match[i] else 0
+
+    def accepted(self, position: int, limit: int) -> tuple[int, int]:
+        room = int(self._rooms[position]) if position < len(self._rooms) else 0
+        drafted = self._stopped(position, max(0, min(limit, self._num_draft_tokens, room)))
+        matches = int(self._run[position]) if position < len(self._run) else 0
+        return drafted, min(drafted, matches)
+
+    def _stopped(self, position: int, most: int) -> int:
+        """Where the rule ends a draft of up to `most` tokens."""
+        if self._rule is FIXED_LENGTH or not most:
+            return most
+        sure = self._sure[position : position + most]
+        sure += sure[-1:] * (most - len(sure))
+        context = self._num_prompt + position - 1
+        drafted = 1
+        while drafted < most and self._rule.goes_on(sure[:drafted], context):
+            drafted += 1
+        return drafted
 
 
 def num_on_text(tokens: Sequence[int], parents: Sequence[int] | None, truth: Sequence[int]) -> int:

@@ -24,6 +24,7 @@ from paceline.learning import learn as learn_policy
 from paceline.learning.dataset import build_dataset, split
 from paceline.models.loading import load_tokenizer
 from paceline.models.vocabulary import Vocabulary
+from paceline.replay import price_stops
 from paceline.selection import PolicyIdentity, load_policy
 from paceline.selection.artefact import read_card
 from paceline.selection.network import softmax
@@ -112,9 +113,10 @@ def profile(config: Config, on_progress: OnProgress = _quiet) -> CostTable:
 def learn(config: Config, on_progress: OnProgress = _quiet) -> LearningResult:
     """Train a policy for the configuration's drafters and write it."""
     collection = load_collection(config.paths.store, list(config.drafters))
+    costs = CostTable.load(config.paths.costs)
     learned = learn_policy(
-        collection.prompts,
-        CostTable.load(config.paths.costs),
+        price_stops(collection.prompts, config, costs),
+        costs,
         _identity(collection),
         config.learning,
         on_progress=on_progress,
@@ -130,7 +132,8 @@ def evaluate(config: Config) -> EvaluationReport:
     policy = load_policy(config.paths.policy, identity)
     costs = CostTable.load(config.paths.costs)
     costs.check(policy.arms, identity.arms)
-    dataset, notes = build_dataset(collection.prompts, policy.arms, costs.seconds, config.learning)
+    prompts = price_stops(collection.prompts, config, costs)
+    dataset, notes = build_dataset(prompts, policy.arms, costs.seconds, config.learning)
     training_part, held_out = split(dataset, config.learning.held_out)
     if read_card(config.paths.policy).costs != costs.hash():
         notes = [
@@ -205,10 +208,16 @@ def prepare(
     stage("collect")
     costs = measure_costs(parts, on_progress=on_progress)
     costs.save(config.paths.costs)
+    for drafter in parts.drafters.values():
+        drafter.price(costs)
     stage("profile")
     collection = load_collection(config.paths.store, list(config.drafters))
     learned = learn_policy(
-        collection.prompts, costs, policy_identity(parts), config.learning, on_progress=on_progress
+        price_stops(collection.prompts, config, costs),
+        costs,
+        policy_identity(parts),
+        config.learning,
+        on_progress=on_progress,
     )
     learned.save(config.paths.policy)
     stage("learn")

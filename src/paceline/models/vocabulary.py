@@ -67,5 +67,5 @@ def check_same_vocabulary(drafter: str, target: Vocabulary, other: Vocabulary) -
     if difference is not None:
         raise VocabularyError(
             f"drafter '{drafter}' does not share the target's vocabulary: {difference}; use a "
-            "drafter trained with the target's tokenizer"
+            "drafter trained with the target's tokenizer, or kind 'cross_vocabulary'"
         )

@@ -147,7 +147,7 @@ def load_collection(folder: Path, arms: Sequence[str] | None = None) -> LoadedCo
     hidden_size, version = int(made_with["hidden_size"]), int(made_with["feature_version"])
     if arms is None:
         arms = sorted(unquote(path.name) for path in folder.glob(f"{_REPLAYS}/*"))
-    rounds, lines = _read_rounds(folder, arms, target, rows)
+    rounds, scores, lines = _read_rounds(folder, arms, target, rows)
     outputs = _read_outputs(folder, list(lines))
     prompts = [
         CollectedPrompt(
@@ -159,6 +159,7 @@ def load_collection(folder: Path, arms: Sequence[str] | None = None) -> LoadedCo
             features=features["features"][i],
             rounds={arm: of_arm[i] for arm, of_arm in rounds.items()},
             draft_outputs={arm: by_id[id] for arm, by_id in outputs.items() if id in by_id},
+            scores={arm: of_arm[i] for arm, of_arm in scores.items()},
         )
         for i, id in enumerate(rows["id"])
     ]
@@ -216,11 +217,16 @@ def _read_beside(
 
 def _read_rounds(
     folder: Path, arms: Sequence[str], target: str, rows: dict[str, list[Any]]
-) -> tuple[dict[str, list[np.ndarray]], dict[str, str]]:
-    """(arm -> rounds of every prompt, arm -> identity line); `none` needs no replay."""
+) -> tuple[
+    dict[str, list[np.ndarray]], dict[str, list[tuple[np.ndarray, np.ndarray]]], dict[str, str]
+]:
+    """(arm -> rounds of every prompt, arm -> match and confidence of every prompt, arm -> identity
+    line); `none` needs no replay.
+    """
     rounds: dict[str, list[np.ndarray]] = {
         NONE: [np.zeros((len(output) - 1, 2), dtype=np.int64) for output in rows["output_tokens"]]
     }
+    scores: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     lines: dict[str, str] = {}
     for arm in arms:
         if arm == NONE:
@@ -229,8 +235,9 @@ def _read_rounds(
         pairs = zip(replays["drafted"], replays["accepted"], strict=True)
         rounds[arm] = [np.stack(pair, axis=1).astype(np.int64) for pair in pairs]
         _check_fit(_folder(folder, _REPLAYS, arm), rounds[arm], rows)
+        scores[arm] = list(zip(replays["match"], replays["confidence"], strict=True))
         lines[arm] = str(made_with["arm"])
-    return rounds, lines
+    return rounds, scores, lines
 
 
 def _check_fit(where: Path, rounds: Sequence[np.ndarray], rows: dict[str, list[Any]]) -> None:

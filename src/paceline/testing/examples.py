@@ -5,13 +5,17 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
+from paceline.drafting.cross_vocabulary import Bridge, CrossVocabulary
 from paceline.drafting.draft_model import DraftModel
 from paceline.drafting.layer_skip import LayerSkip, LayerSkipSettings
 from paceline.drafting.none import NoneDrafter
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
+from paceline.drafting.stops import StopSettings
 from paceline.drafting.suffix_lookup import SuffixLookup, SuffixLookupSettings
 from paceline.drafting.trigram.drafter import TrigramTree, TrigramTreeSettings
+from paceline.drafting.union import Union
 from paceline.models.language_model import LanguageModel
+from paceline.testing.relabelled import relabelled
 from paceline.testing.tiny_models import perturbed
 
 if TYPE_CHECKING:
@@ -55,14 +59,29 @@ def _layer_skip(name: str, around: Surroundings) -> Drafter:
     return LayerSkip.build(name, settings, around)
 
 
+def _cross_vocabulary(name: str, around: Surroundings) -> Drafter:
+    """The target with some noise on its weights, and its tokens under other ids."""
+    model, tokenizer = relabelled(perturbed(around.target.model, 0.05), around.tokenizer)
+    bridge = Bridge.between(around.tokenizer, tokenizer, "shared")
+    own = LanguageModel(model, name)
+    return CrossVocabulary.beside(name, own, StopSettings(), bridge, around)
+
+
+def _union(name: str, around: Surroundings) -> Drafter:
+    parts = {"lookup": _prompt_lookup("lookup", around), "near": _draft_model("near", around)}
+    return Union(name, parts)
+
+
 EXAMPLES: Final[Mapping[str, Make]] = MappingProxyType(
     {
         NoneDrafter.kind: lambda name, around: NoneDrafter(name),
         DraftModel.kind: _draft_model,
+        CrossVocabulary.kind: _cross_vocabulary,
         PromptLookup.kind: _prompt_lookup,
         SuffixLookup.kind: _suffix_lookup,
         TrigramTree.kind: _trigram_tree,
         LayerSkip.kind: _layer_skip,
+        Union.kind: _union,
     }
 )
 

@@ -12,6 +12,8 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from paceline.models.translation import byte_characters
+
 EOS: Final = "<|end|>"
 ROLES: Final = ("<|user|>", "<|assistant|>")
 NUM_TOKENS: Final = 256 + 1 + len(ROLES)
@@ -23,19 +25,9 @@ _CHAT_TEMPLATE: Final = (
 )
 
 
-def _byte_characters() -> list[str]:
-    """The character that stands for each byte in byte-level vocabularies, in the bytes' order.
-
-    Printable bytes stand for themselves, the others for characters from 256 on (GPT-2's table).
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
-
-
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Token ids 0 to 255 are the bytes, 256 is `<|end|>` (eos), 257 and 258 are the chat roles."""
-    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+    vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,0 +1,77 @@
+"""Rounds of arms whose stop rule depends on prices, made from what was stored without them.
+
+A collection keeps such an arm's rounds at full length and its scores by position; here its rule ends
+each draft by a cost table. Knows no model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from paceline.drafting.base import PositionScores
+from paceline.drafting.catalog import check_settings
+from paceline.drafting.foresight import ChainForesight
+from paceline.drafting.stops import ExpectedGainStop, StopSettings
+from paceline.replay.rounds import simulate
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from paceline.config import Config
+    from paceline.contracts import CollectedPrompt
+    from paceline.costs.table import CostTable
+    from paceline.drafting.stops import StopRule
+
+
+def price_stops(
+    prompts: Sequence[CollectedPrompt], config: Config, costs: CostTable
+) -> list[CollectedPrompt]:
+    """The same prompts, with the rounds that a cost table gives the configuration's priced arms.
+
+    What is accepted is exact; how much is drafted behind a first wrong token is estimated from the
+    confidences along the text, see `ChainForesight`.
+    """
+    rules = _priced_rules(config, costs)
+    if not rules:
+        return list(prompts)
+    return [
+        replace(
+            prompt,
+            rounds=prompt.rounds
+            | {
+                arm: stopped_rounds(prompt, arm, rule, length)
+                for arm, (rule, length) in rules.items()
+                if arm in prompt.scores
+            },
+        )
+        for prompt in prompts
+    ]
+
+
+def _priced_rules(config: Config, costs: CostTable) -> dict[str, tuple[StopRule, int]]:
+    """arm -> (its rule, its most tokens), of arms that stop by expected gain."""
+    rules: dict[str, tuple[StopRule, int]] = {}
+    for arm, section in config.drafters.items():
+        settings = check_settings(arm, section)
+        if isinstance(settings, StopSettings) and settings.stop == "expected":
+            length = settings.num_draft_tokens
+            rules[arm] = (ExpectedGainStop(costs, arm, length), length)
+    return rules
+
+
+def stopped_rounds(
+    prompt: CollectedPrompt, arm: str, rule: StopRule, num_draft_tokens: int
+) -> np.ndarray:
+    """[rounds, 2] drafted and accepted of a chain drafter under a stop rule, from its scores."""
+    match, confidence = prompt.scores[arm]
+    num_output, num_prompt = len(prompt.output_tokens), len(prompt.prompt_tokens)
+    rooms = np.full(num_output, num_draft_tokens)
+    if len(match) < num_output:  # the drafter's own context ended before the text did
+        rooms = np.maximum(len(match) - np.arange(num_output), 0)
+    unknown = np.full(len(match), np.nan, dtype=np.float32)
+    scores = PositionScores(match, unknown, unknown, confidence)
+    foresight = ChainForesight(scores, rooms, num_draft_tokens, rule, num_prompt)
+    return simulate(foresight, num_output, prompt.max_new_tokens)

@@ -1,0 +1,393 @@
+"""A drafter with another tokenizer helps where it can and never changes a text."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+
+from paceline.assembly import Pace, Parts, build, build_from_objects, load
+from paceline.bench.doctor import doctor
+from paceline.config import Config, DrafterSection, EngineSection, ModelSection
+from paceline.contracts import NONE, SamplingParams
+from paceline.drafting.cross_vocabulary import Bridge, CrossVocabulary, SharedTokens, ThroughText
+from paceline.drafting.draft_model import DraftModel
+from paceline.drafting.stops import StopSettings
+from paceline.errors import ConfigError
+from paceline.experiments.demo_prompts import demo_prompts
+from paceline.models.language_model import LanguageModel
+from paceline.replay import max_output, replay, target_distributions
+from paceline.testing.relabelled import relabelled
+from paceline.testing.tiny_models import perturbed, tiny_model
+from paceline.testing.tokenizers import byte_tokenizer
+from paceline.testing.trained_tokenizers import byte_level_bpe, unigram
+from paceline.warping import warp
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedTokenizerBase
+
+    from paceline.drafting.base import Drafter
+
+NEW = 24
+LONG = 80
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    return [record.prompt for record in demo_prompts(6, 1)[0]]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(texts: list[str]) -> dict[str, PreTrainedTokenizerBase]:
+    return {"bpe": byte_level_bpe(texts, 500), "unigram": unigram(texts, 450)}
+
+
+def drafter_of(
+    parts: Parts,
+    name: str,
+    model: object,
+    tokenizer: PreTrainedTokenizerBase,
+    level: str,
+    stop: StopSettings | None = None,
+) -> Drafter:
+    bridge = Bridge.between(parts.tokenizer, tokenizer, level)  # type: ignore[arg-type]
+    own = LanguageModel(model, name)  # type: ignore[arg-type]
+    around = parts.surroundings()
+    return CrossVocabulary.beside(name, own, stop or StopSettings(), bridge, around)
+
+
+@pytest.fixture(scope="module")
+def worlds(
+    zoo_target: Parts, tokenizers: dict[str, PreTrainedTokenizerBase], texts: list[str]
+) -> dict[str, Pace]:
+    """Targets with drafters of every level: good ones under other ids, and ones of other tokens."""
+    found = {}
+    for name in ("bpe", "unigram", "zoo"):
+        if name == "zoo":
+            model, tokenizer = zoo_target.target.model, zoo_target.tokenizer
+        else:
+            tokenizer = tokenizers[name]
+            model = tiny_model(std=0.12, vocab_size=len(tokenizer), context=512)
+        config = Config(target=ModelSection(model="in memory"), engine=EngineSection(max_rows=3))
+        near = model if name == "zoo" else perturbed(model, 0.05)
+        parts = build_from_objects(model, tokenizer, {"plain": near}, config)
+        if name != "unigram":
+            other, own = relabelled(near, tokenizer)
+            parts.drafters["shared"] = drafter_of(parts, "shared", other, own, "shared")
+            parts.drafters["text"] = drafter_of(parts, "text", other, own, "text")
+        for kind, own in tokenizers.items():
+            foreign = tiny_model(seed=4, std=0.12, vocab_size=len(own), context=512)
+            for level in ("shared", "text") if name == "bpe" else ("text",):
+                arm = f"{kind} {level}"
+                parts.drafters[arm] = drafter_of(parts, arm, foreign, own, level)
+        found[name] = Pace(parts)
+    return found
+
+
+WORLDS = ("bpe", "unigram", "zoo")
+
+
+# --- the text -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_the_text_is_the_targets_and_replay_is_what_happens(
+    worlds: dict[str, Pace], texts: list[str], name: str
+) -> None:
+    pace = worlds[name]
+    drafted: dict[str, int] = {}
+    for text in [*texts[:2], "東京 🙂 Zoë"]:
+        prompt = pace.encode(text)
+        plain = pace.complete(text, drafter=NONE, max_new_tokens=NEW)
+        for arm, drafter in pace.parts.drafters.items():
+            real = pace.complete(text, drafter=arm, max_new_tokens=NEW)
+            limit = max_output(NEW, len(prompt), pace.parts.target.context_length)
+
+            assert real.token_ids == plain.token_ids, arm
+            predicted = replay(drafter, prompt, plain.token_ids, limit).rounds
+            assert predicted.tolist() == [[r.drafted, r.accepted] for r in real.rounds], arm
+            drafted[arm] = drafted.get(arm, 0) + sum(r.drafted for r in real.rounds)
+    assert all(drafted[arm] > 0 for arm in drafted if arm != NONE), drafted
+
+
+@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("seed", range(2))
+def test_any_schedule_gives_the_targets_text(
+    worlds: dict[str, Pace], texts: list[str], name: str, seed: int
+) -> None:
+    """Rows of all levels in one batch, switched in flight, some of them sitting out."""
+    pace, order = worlds[name], random.Random(seed)
+    prompts = [pace.encode(text) for text in texts[:4]]
+    expected = [
+        pace.complete(prompt, drafter=NONE, max_new_tokens=24).token_ids for prompt in prompts
+    ]
+    arms = list(pace.parts.drafters)
+    engine, done = pace.engine, {}
+    tickets = [
+        engine.submit(pace.request(prompt, drafter=order.choice(arms), max_new_tokens=24))
+        for prompt in prompts
+    ]
+    while len(done) < len(tickets):
+        if order.random() < 0.4:
+            engine.switch(order.choice(tickets), order.choice(arms))
+        for progress in engine.step():
+            if progress.completion is not None:
+                done[progress.ticket] = progress.completion
+
+    assert [done[t].error for t in tickets] == [None] * 4
+    assert [done[t].token_ids for t in tickets] == expected
+    for drafter in pace.parts.drafters.values():
+        if isinstance(drafter, DraftModel | ThroughText):
+            cache = drafter.model.cache
+            assert cache._num_slots == len(cache._free)
+    text_drafter = pace.parts.drafters["bpe text"]
+    assert isinstance(text_drafter, ThroughText) and not text_drafter._rows
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_a_seed_is_a_text_whatever_the_level(
+    worlds: dict[str, Pace], texts: list[str], name: str
+) -> None:
+    pace = worlds[name]
+    settings = {"temperature": 0.6, "seed": 3, "max_new_tokens": 24}
+    plain = pace.generate(texts[:2], drafter=NONE, **settings)
+    for arm in pace.parts.drafters:
+        done = pace.generate(texts[:2], drafter=arm, **settings)
+        assert [c.token_ids for c in done] == [c.token_ids for c in plain], arm
+
+
+# --- acceptance -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", ["shared", "text"])
+def test_the_same_model_under_other_ids_drafts_the_same(
+    worlds: dict[str, Pace], texts: list[str], level: str
+) -> None:
+    """The zoo's target drafts for itself: what the bridge loses is all that is missing."""
+    pace = worlds["zoo"]
+    accepted, drafted, whole = 0, 0, 0
+    for text in texts[:3]:
+        messages = [{"role": "user", "content": text}]
+        real = pace.complete(messages, drafter=level, max_new_tokens=LONG)
+        rounds = real.rounds[:-1]  # the last one may go on past a stop
+        accepted += sum(r.accepted for r in rounds)
+        drafted += sum(r.drafted for r in rounds)
+        whole += 4 * len(rounds)
+    assert drafted > 0.8 * whole
+    assert accepted == drafted if level == "shared" else accepted > 0.9 * drafted
+
+
+def test_a_text_drafter_feeds_only_what_is_new(
+    worlds: dict[str, Pace], texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its cache is kept across rounds although its text is read again."""
+    pace = worlds["zoo"]
+    drafter = pace.parts.drafters["text"]
+    assert isinstance(drafter, ThroughText)
+    prompt = pace.encode(" ".join(texts[:8]))
+    fed: list[int] = []
+    forward = drafter.model.forward
+    monkeypatch.setattr(
+        drafter.model,
+        "forward",
+        lambda tokens, spans: fed.append(len(tokens)) or forward(tokens, spans),
+    )
+
+    done = pace.complete(prompt, drafter="text", max_new_tokens=60, ignore_eos=True)
+
+    assert len(prompt) > 400
+    first, *rest = fed
+    assert first > 400
+    assert sum(rest) < 6 * 60 + 100
+    assert len(done.token_ids) == 60
+
+
+def test_a_prompt_longer_than_the_drafters_context_is_only_not_helped(
+    worlds: dict[str, Pace], texts: list[str], tokenizers: dict[str, PreTrainedTokenizerBase]
+) -> None:
+    pace = worlds["zoo"]
+    prompt = pace.encode(" ".join(texts[:4]))
+    plain = pace.complete(prompt, drafter=NONE, max_new_tokens=12).token_ids
+    for level in ("shared", "text"):
+        own = tokenizers["unigram"]
+        short = tiny_model(vocab_size=len(own), context=64)
+        pace.parts.drafters["short"] = drafter_of(pace.parts, "short", short, own, level)
+        done = Pace(pace.parts).complete(prompt, drafter="short", max_new_tokens=12)
+        del pace.parts.drafters["short"]
+
+        assert done.token_ids == plain
+        assert not any(r.drafted for r in done.rounds)
+
+
+# --- drafts over shared tokens --------------------------------------------------------------------
+
+
+class View:
+    num_prompt, slot, hidden = 2, -1, None
+
+    def __init__(self, id: int, tokens: list[int], sampling: SamplingParams) -> None:
+        self.id, self.tokens, self.sampling = id, tokens, sampling
+
+
+def test_what_is_drawn_comes_from_the_renormalised_distribution(
+    worlds: dict[str, Pace], texts: list[str]
+) -> None:
+    pace = worlds["bpe"]
+    drafter = pace.parts.drafters["unigram shared"]
+    assert isinstance(drafter, SharedTokens)
+    tokens = pace.encode(texts[0])
+    params = SamplingParams(0.8, top_p=0.9, seed=2, method="residual")
+    rows = [View(i, list(tokens), replace(params, seed=i)) for i in range(40)]
+    with torch.inference_mode():
+        drafter.start(rows)
+        drafts = drafter.propose(rows, [3] * 40)
+        drafter.finish(rows)
+
+    assert drafts.probs is not None
+    q = drafts.probs
+    known = set(drafter._pairs)
+    torch.testing.assert_close(q.sum(dim=-1), torch.ones(40, 3))
+    assert not q[..., [t for t in range(q.shape[-1]) if t not in known]].any()
+    assert {int(t) for t in drafts.tokens.flatten()} <= known
+    assert (q.gather(-1, drafts.tokens[..., None]) > 0).all()
+    own, _ = drafter._read(tokens)
+    with torch.inference_mode():
+        logits = drafter.model.model(torch.tensor([own])).logits[0, -1]
+    expected = torch.zeros(q.shape[-1])
+    targets, owns = zip(*drafter._pairs.items(), strict=True)
+    expected[list(targets)] = warp(logits[list(owns)], params)
+    torch.testing.assert_close(q[0, 0], expected, rtol=0, atol=1e-4)
+
+
+def test_scores_are_in_the_targets_tokens(worlds: dict[str, Pace], texts: list[str]) -> None:
+    pace = worlds["bpe"]
+    prompt = pace.encode(texts[0])
+    output = pace.complete(prompt, drafter=NONE, max_new_tokens=NEW).token_ids
+    p = target_distributions(pace.parts.target, prompt, output)
+    scores = {
+        arm: replay(pace.parts.drafters[arm], prompt, output, NEW, p).scores
+        for arm in ("plain", "shared", "unigram shared")
+    }
+
+    plain, shared, foreign = scores.values()
+    assert plain is not None and shared is not None and foreign is not None
+    for field in ("match", "ratio", "overlap", "confidence"):
+        np.testing.assert_allclose(getattr(shared, field), getattr(plain, field), atol=1e-4)
+        assert len(getattr(foreign, field)) == len(output)
+    assert np.isfinite(foreign.overlap).all() and foreign.overlap.max() < 1
+
+
+# --- stops ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", ["shared", "text"])
+def test_a_confidence_stop_works_at_every_level(
+    zoo_target: Parts, texts: list[str], level: str
+) -> None:
+    z = zoo_target
+    parts = Parts(z.config, z.target, z.tokenizer, z.vocabulary, {NONE: z.drafters[NONE]})
+    general = z.drafters["draft-general"]
+    assert isinstance(general, DraftModel)
+    other, own = relabelled(general.model.model, z.tokenizer)
+    stop = StopSettings(num_draft_tokens=8, stop="confidence", threshold=0.4)
+    parts.drafters["it"] = drafter_of(parts, "it", other, own, level, stop)
+    pace = Pace(parts)
+    lengths = set()
+    for text in texts[:2]:
+        messages = [{"role": "user", "content": text}]
+        prompt = pace.encode(messages)
+        plain = pace.complete(prompt, drafter=NONE, max_new_tokens=NEW)
+        real = pace.complete(prompt, drafter="it", max_new_tokens=NEW)
+        limit = max_output(NEW, len(prompt), parts.target.context_length)
+
+        assert real.token_ids == plain.token_ids
+        predicted = replay(parts.drafters["it"], prompt, plain.token_ids, limit).rounds
+        assert predicted.tolist() == [[r.drafted, r.accepted] for r in real.rounds]
+        lengths |= {r.drafted for r in real.rounds}
+    assert len(lengths) > 3
+
+
+# --- which level ----------------------------------------------------------------------------------
+
+
+def test_the_level_follows_from_the_tokenizers(
+    zoo_target: Parts, tokenizers: dict[str, PreTrainedTokenizerBase], texts: list[str]
+) -> None:
+    zoo = zoo_target.tokenizer
+    other = relabelled(tiny_model(vocab_size=len(zoo)), zoo)[1]
+
+    def level(own: PreTrainedTokenizerBase) -> str:
+        return Bridge.between(zoo, own).level
+
+    assert level(zoo) == "same"
+    assert level(other) == "shared"
+    assert level(tokenizers["unigram"]) == "text"
+    assert level(byte_tokenizer()) == "text"
+
+
+def saved(folder: Path, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    tiny_model(vocab_size=vocab_size).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def config_of(target: str, own: str, **settings: object) -> Config:
+    section = DrafterSection(kind="cross_vocabulary", settings={"model": own, **settings})
+    return Config(target=ModelSection(model=target), drafters={"small": section})
+
+
+def test_configured_it_says_what_it_is(
+    tmp_path: Path, tokenizers: dict[str, PreTrainedTokenizerBase]
+) -> None:
+    bpe, uni = tokenizers["bpe"], tokenizers["unigram"]
+    other = relabelled(tiny_model(vocab_size=len(bpe)), bpe)[1]
+    target = saved(tmp_path / "target", len(bpe), bpe)
+    same = saved(tmp_path / "same", len(bpe) + 13, bpe)  # its table is padded
+    permuted = saved(tmp_path / "permuted", len(bpe), other)
+    foreign = saved(tmp_path / "foreign", len(uni), uni)
+    for own, cls, words in [
+        (same, DraftModel, "the same tokens: a plain draft model"),
+        (
+            permuted,
+            SharedTokens,
+            "100% of the tokens in common, 100% of text cut alike: drafts over",
+        ),
+        (foreign, ThroughText, "cut alike: drafts text"),
+    ]:
+        config = config_of(target, own)
+        pace = load(config)
+
+        drafter = pace.parts.drafters["small"]
+        assert type(drafter) is cls
+        assert len(pace.notes) == 1 and words in pace.notes[0] and "'small'" in pace.notes[0]
+        assert len(pace.complete("hello", drafter="small", max_new_tokens=5).token_ids) == 5
+        [check] = doctor(config).drafters
+        assert check.problem is None and words in check.vocabulary
+        if cls is not DraftModel:
+            identity = drafter.identity()
+            assert identity["kind"] == "cross_vocabulary"
+            assert identity["level"] in words.replace("drafts text", "text") or cls is SharedTokens
+    forced = build(config_of(target, permuted, level="text"))
+    assert isinstance(forced.drafters["small"], ThroughText)
+    assert forced.drafters["small"].identity()["level"] == "text"
+
+
+def test_through_text_no_prices_can_stop_it(
+    tmp_path: Path, tokenizers: dict[str, PreTrainedTokenizerBase]
+) -> None:
+    bpe, uni = tokenizers["bpe"], tokenizers["unigram"]
+    target = saved(tmp_path / "target", len(bpe), bpe)
+    foreign = saved(tmp_path / "foreign", len(uni), uni)
+    (tmp_path / "foreign" / "model.safetensors").write_bytes(b"")  # never comes to light
+    config = config_of(target, foreign, stop="expected")
+
+    with pytest.raises(ConfigError, match=r"'small' drafts text .* set 'stop: confidence'"):
+        build(config)
+    [check] = doctor(config).drafters
+    assert check.problem is not None and "drafts text" in check.problem
