@@ -47,7 +47,10 @@ def merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
             warnings.filterwarnings("error", message=".*missing adapter keys.*")
             wrapped: Any = PeftModel.from_pretrained(model, adapter)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, UserWarning) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        if len(lines) > 1 and lines[0].endswith(":"):  # torch's heading over what is wrong
+            lines = lines[1:]
+        reason = lines[0] if lines else type(error).__name__
         raise ModelError(f"adapter {adapter}: does not fit the model ({reason})") from error
     base_of(wrapped, f"adapter {adapter}")
     merged: PreTrainedModel = wrapped.merge_and_unload()
