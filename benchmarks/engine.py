@@ -395,6 +395,23 @@ def memory(num_requests: int, on_turn: Callable[[], None]) -> dict[str, float]:
             "ratio": last / after_100}  # fmt: skip
 
 
+def save(
+    folder: Path, rows: list[dict[str, Any]], facts: dict[str, Any], found: dict[str, float] | None
+) -> str:
+    """Write the table as markdown and JSON; returns the markdown."""
+    text = markdown(rows, facts)
+    if found is not None:
+        text += (
+            f"\nResident memory after {found['requests']} requests of mixed length over that after "
+            f"100: {found['ratio']:.3f} ({found['after_100_mb']:.0f} to {found['last_mb']:.0f} MB).\n"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "engine.md").write_text(text)
+    result = {"circumstances": facts, "rows": rows, "memory": found}
+    (folder / "engine.json").write_text(json.dumps(result, indent=1) + "\n")
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", nargs="*", default=["zoo", "zoo-exact", "0.3b"])
@@ -410,7 +427,6 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     console = Console()
     rows = []
-    result: dict[str, Any] = {}
     with progress(console) as report:
         for name in options.models:
             for dtype in options.dtypes:
@@ -429,6 +445,14 @@ def main() -> None:
                 rows.append(measure(subject, options.tokens, options.repeats, on_turn))
                 del subject
                 gc.collect()
+        facts: dict[str, Any] = circumstances()
+        facts["setting"] = (
+            f"Batch 1 but for the 8 rows, greedy, {options.tokens} new tokens, medians of "
+            f"{options.repeats} interleaved turns."
+        )
+        if rows:
+            save(options.out, rows, facts, None)  # before the long part that follows
+        found = None
         if options.requests:
             served = 0
 
@@ -437,23 +461,8 @@ def main() -> None:
                 served += 1
                 report("memory", served, options.requests)
 
-            result["memory"] = memory(options.requests, on_request)
-    facts: dict[str, Any] = circumstances()
-    facts["setting"] = (
-        f"Batch 1 but for the 8 rows, greedy, {options.tokens} new tokens, medians of "
-        f"{options.repeats} interleaved turns."
-    )
-    text = markdown(rows, facts)
-    if "memory" in result:
-        m = result["memory"]
-        text += (
-            f"\nResident memory after {m['requests']} requests of mixed length over that after "
-            f"100: {m['ratio']:.3f} ({m['after_100_mb']:.0f} to {m['last_mb']:.0f} MB).\n"
-        )
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "engine.md").write_text(text)
-    result = {"circumstances": facts, "rows": rows, **result}
-    (options.out / "engine.json").write_text(json.dumps(result, indent=1) + "\n")
+            found = memory(options.requests, on_request)
+    text = save(options.out, rows, facts, found)
     console.print(text, markup=False, highlight=False)
 
 

@@ -67,6 +67,8 @@ class EngineSection(Section):
     max_rows: requests decoded at once. prefill_chunk: prompt tokens between two rounds. max_waiting:
     requests that may queue. max_positions: bound on rows times the longest row, which is what the
     target's cache holds. prefix_positions: bound on kept beginnings of past prompts; 0 keeps none.
+    max_drafter_mb: bound on what the drafters' rows need beside their weights, in MB of 10^6 bytes; a
+    request whose drafter would not fit is decoded by `none`, and its decision says so.
     """
 
     max_rows: int = Field(default=8, ge=1)
@@ -74,6 +76,7 @@ class EngineSection(Section):
     max_waiting: int | None = Field(default=None, ge=1)
     max_positions: int | None = Field(default=None, ge=1)
     prefix_positions: int = Field(default=2048, ge=0)
+    max_drafter_mb: float | None = Field(default=None, ge=0)
 
 
 class LearningSection(Section):

@@ -19,6 +19,7 @@ from paceline.costs.table import CostTable
 from paceline.drafting.catalog import check_settings
 from paceline.drafting.draft_model import DraftModelSettings
 from paceline.errors import ArtefactError, PacelineError, StoreError
+from paceline.models.language_model import cache_bytes_per_position
 from paceline.models.loading import DTYPES, load_config, load_tokenizer, resolve_device
 from paceline.models.vocabulary import Vocabulary
 from paceline.rewards import request_seconds
@@ -104,14 +105,11 @@ def model_facts(section: ModelSection) -> ModelFacts:
     text = raw.get_text_config()
     stored = getattr(raw, "dtype", None) or torch.float32
     dtype = stored if section.dtype == "auto" else DTYPES[section.dtype]
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    item = torch.empty((), dtype=dtype).element_size()
     return ModelFacts(
         parameters=parameters,
         dtype=str(dtype).removeprefix("torch."),
-        weight_bytes=parameters * item,
-        cache_bytes_per_token=2 * text.num_hidden_layers * heads * size * item,
+        weight_bytes=parameters * dtype.itemsize,
+        cache_bytes_per_token=cache_bytes_per_position(raw, dtype),
         context=text.max_position_embeddings,
         num_logits=text.vocab_size,
     )

@@ -143,6 +143,10 @@ class Drafter(ABC):
         """Bytes held now: weights and the state of all rows."""
         return 0
 
+    def state_bytes(self, lengths: Sequence[int]) -> int:
+        """Bytes that rows of at most so many tokens each would make it hold, beside its weights."""
+        return 0
+
 
 def pad_drafts(drafts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, list[int]]:
     """Lists of unequal length as [R, K] int64 with -1 behind each end, and the lengths."""

@@ -133,6 +133,11 @@ class DraftModel(Drafter):
     def num_bytes(self) -> int:
         return self.model.num_bytes() + self.model.cache.num_bytes()
 
+    def state_bytes(self, lengths: Sequence[int]) -> int:
+        """Its cache gives every row as many positions as the longest needs."""
+        longest = min(max(lengths, default=0), self.model.context_length)
+        return len(lengths) * longest * self.model.position_bytes
+
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
         lengths = [self._length(row, limit) for row, limit in zip(rows, limits, strict=True)]
         width = max(lengths)

@@ -63,10 +63,12 @@ class Engine:
         max_waiting: int | None = None,
         max_positions: int | None = None,
         prefix_positions: int = 0,
+        max_drafter_mb: float | None = None,
     ) -> None:
         """max_rows: requests in flight. prefill_chunk: prompt tokens a step. max_waiting: requests
         that may wait. max_positions: bound on rows x longest row, what the target's cache holds.
-        prefix_positions: bound on shared prompt beginnings.
+        prefix_positions: bound on shared prompt beginnings. max_drafter_mb: bound on what the
+        drafters' rows need, beyond which a row is given no drafter.
         """
         if target.exact and prefill_chunk < BLOCK:
             raise ConfigError(f"exact mode needs prefill_chunk at {BLOCK} or more: {prefill_chunk}")
@@ -79,6 +81,7 @@ class Engine:
         self._chunk = prefill_chunk
         self._max_waiting = max_waiting
         self._max_positions = max_positions
+        self._max_drafter_mb = max_drafter_mb
         self._tickets = itertools.count()
         self._waiting: deque[tuple[int, Request]] = deque()
         self._rows: list[Row] = []
@@ -341,8 +344,21 @@ class Engine:
         self._start_drafter(row, decision)
 
     def _start_drafter(self, row: Row, decision: Decision) -> None:
+        if not self._has_memory(row, decision.arm):
+            decision = Decision(NONE, policy=f"no memory for {decision.arm}")
         row.decision, row.drafter, row.prepared = decision, self.drafters[decision.arm], False
         self._guarded(row, lambda: row.drafter.start([row]))
+
+    def _has_memory(self, row: Row, arm: str) -> bool:
+        """Whether the drafters' rows would stay within their bound with this one among them."""
+        if self._max_drafter_mb is None or arm == NONE:
+            return True
+        lengths: dict[Drafter, list[int]] = {self.drafters[arm]: [row.max_total]}
+        for other in self._rows:
+            if other is not row:
+                lengths.setdefault(other.drafter, []).append(other.max_total)
+        needed = sum(drafter.state_bytes(of_rows) for drafter, of_rows in lengths.items())
+        return needed <= self._max_drafter_mb * 1e6
 
     def _prepare_drafters(self) -> None:
         """A piece of each waiting drafter's own prefill."""

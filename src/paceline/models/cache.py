@@ -71,8 +71,9 @@ class RowCache:
             # doubling may have left more slots than are in use
             slots = max(slots, old.shape[0] * 2) if slots > old.shape[0] else old.shape[0]
         positions = max(self._num_positions, old.shape[2] if old is not None else 0)
-        # zeros, not empty: masked positions enter the product with weight 0, and 0 * nan is nan
-        new = like.new_zeros((slots, like.shape[1], positions, like.shape[2]))
+        # zeros, not empty: masked positions enter the product with weight 0, and 0 * nan is nan;
+        # written, not promised by the system: else decoding would wait for page after page
+        new = like.new_empty((slots, like.shape[1], positions, like.shape[2])).zero_()
         if old is not None:
             new[: old.shape[0], :, : old.shape[2]] = old
         return new

@@ -119,8 +119,21 @@ class LanguageModel:
         """Bytes of the weights in memory, tied ones once."""
         return sum(_num_bytes(p.data) for p in {id(p): p for p in self.model.parameters()}.values())
 
+    @property
+    def position_bytes(self) -> int:
+        """Bytes of one token's keys and values in all layers."""
+        return cache_bytes_per_position(self.model.config, self.dtype)
+
     def __repr__(self) -> str:
         return f"LanguageModel({self.name!r}, {self.dtype}, {self.device})"
+
+
+def cache_bytes_per_position(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of one token's keys and values in all layers, by a model's configuration."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * heads * size * dtype.itemsize)
 
 
 def _num_bytes(tensor: Any) -> int:

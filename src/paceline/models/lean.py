@@ -61,6 +61,10 @@ def why_not_lean(model: PreTrainedModel) -> str | None:
     return None
 
 
+# up to so many tokens a forward takes any number of them as it is
+_ANY_NUMBER: Final = 32
+
+
 class _Norm:
     """Root-mean-square norm over the last dimension, scaled by a weight.
 
@@ -120,6 +124,7 @@ class LeanForward:
         self._layers = [_Layer(layer, config, exact) for layer in anything.model.layers]
         self._head = Product([anything.lm_head], exact)
         self._embedding: Tensor = anything.model.embed_tokens.weight.data
+        self._on_cpu = self._embedding.device.type == "cpu"
         self._norm = _Norm(anything.model.norm.weight.data, config.rms_norm_eps)
         self._num_heads: int = config.num_attention_heads
         self._num_kv_heads: int = config.num_key_value_heads
@@ -129,20 +134,24 @@ class LeanForward:
     def hidden(self, tokens: Tensor, packed: PackedBatch) -> Tensor:
         """Final hidden states [N, D] of tokens [N]."""
         cos, sin = self._angles.at(packed)
+        num_tokens = len(tokens)
+        if self._on_cpu and num_tokens > _ANY_NUMBER:
+            tokens = F.pad(tokens, (0, _rounded(num_tokens) - num_tokens))
         stream = F.embedding(tokens, self._embedding)
         for index, layer in enumerate(self._layers):
             mixed = self._attend(layer.norm_1(stream), index, cos, sin, packed)
             stream = layer.out.add_to(stream, mixed)
             gate, up = layer.gate_up(layer.norm_2(stream)).chunk(2, dim=-1)
             stream = layer.down.add_to(stream, F.silu(gate).mul_(up))
-        return self._norm(stream)
+        return self._norm(stream[:num_tokens])
 
     def _attend(
         self, x: Tensor, index: int, cos: Tensor, sin: Tensor, packed: PackedBatch
     ) -> Tensor:
-        """[N, H * head size], before the output product."""
+        """[rounded N, H * head size], before the output product. x: [rounded N, D]."""
         layer, heads, kv_heads = self._layers[index], self._num_heads, self._num_kv_heads
-        qkv = layer.qkv(x).view(-1, heads + 2 * kv_heads, self._head_dim)
+        num_spare = len(x) - packed.num_tokens
+        qkv = layer.qkv(x)[: packed.num_tokens].view(-1, heads + 2 * kv_heads, self._head_dim)
         query_key = qkv[:, : heads + kv_heads]
         if layer.qk_norms is not None:
             norm_query, norm_key = layer.qk_norms
@@ -156,13 +165,23 @@ class LeanForward:
         turned_y.addcmul_(x, sin)
         query_key.copy_(turned)
         out = attend(packed, index, turned[:, :heads], qkv[:, heads:], layer.scale, layer.window)
-        return out.flatten(1)
+        return F.pad(out.flatten(1), (0, 0, 0, num_spare)) if num_spare else out.flatten(1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of final hidden states [..., D]."""
         if hidden.ndim == 2:
             return self._head(hidden)
         return self._head(hidden.flatten(0, -2)).unflatten(0, hidden.shape[:-1])
+
+
+def _rounded(num_tokens: int) -> int:
+    """A number of tokens that products have most likely met before.
+
+    oneDNN compiles a kernel for every shape: 0.5 ms and some hundred kilobytes each, so prompts of
+    all lengths would fill its cache of 1024 kernels with hundreds of megabytes, again and again.
+    """
+    step = 8 if num_tokens <= 128 else 32
+    return -(-num_tokens // step) * step
 
 
 class _Angles:

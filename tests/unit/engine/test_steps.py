@@ -82,6 +82,35 @@ def test_rows_are_admitted_as_far_as_the_cache_reaches() -> None:
         pace.engine.submit(ask(n=100))
 
 
+def test_a_drafter_without_memory_for_a_row_leaves_it_to_none() -> None:
+    near = perturbed(MODEL, 0.05)
+    plain = pace_with().complete("spam and spam", drafter="none", max_new_tokens=20)
+    pace = pace_with({"near": near})
+    drafter = pace.parts.drafters["near"]
+    total = plain.num_prompt_tokens + 20
+    one_row = drafter.state_bytes([total]) / 1e6
+    pace = pace_with({"near": near}, max_rows=3, max_drafter_mb=one_row * 1.5)
+
+    first, second = pace.generate(["spam and spam"] * 2, drafter="near", max_new_tokens=20)
+
+    assert [first.drafter, second.drafter] == ["near", "none"]
+    assert second.decision.policy == "no memory for near"
+    assert first.token_ids == second.token_ids == plain.token_ids
+    assert pace.complete("spam and spam", drafter="near", max_new_tokens=20).drafter == "near"
+
+
+def test_a_draft_models_cache_is_there_when_first_used_and_as_large_as_it_says() -> None:
+    pace = pace_with({"near": perturbed(MODEL, 0.05)})
+    drafter = pace.parts.drafters["near"]
+    weights = drafter.num_bytes()
+
+    pace.complete("spam", drafter="none", max_new_tokens=4)
+    assert drafter.num_bytes() == weights
+    pace.complete("spam", drafter="near", max_new_tokens=4)
+    # a cache grows by blocks of 128 positions
+    assert drafter.num_bytes() - weights == drafter.state_bytes([128])
+
+
 def test_running_rows_move_on_while_a_long_prompt_is_prefilled() -> None:
     near = perturbed(MODEL, 0.05)
     pace = pace_with({"near": near}, prefill_chunk=32)

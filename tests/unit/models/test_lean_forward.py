@@ -14,7 +14,7 @@ from paceline.models.language_model import LanguageModel, check_packed_forward
 from paceline.models.packing import Span
 from paceline.testing.tiny_models import ARCHITECTURES, LEAN_ARCHITECTURES, tiny_model
 
-PROMPTS = (17, 3, 9)
+PROMPTS = (17, 3, 21)  # 41 tokens: more than a forward takes without rounding their number up
 
 
 @pytest.fixture(params=["packed", "plain"])
@@ -38,8 +38,8 @@ def hidden_states(model: LanguageModel) -> torch.Tensor:
         parts = [
             model.forward(tokens(sum(PROMPTS)), spans),
             model.forward(tokens(4), [Span(b, 3, 4)]),
-            model.forward(tokens(5), [Span(a, 17, 3), Span(c, 9, 2)], [tree, None]),
-            model.forward(tokens(3), [Span(a, 19, 1), Span(b, 6, 1), Span(c, 11, 1)]),
+            model.forward(tokens(5), [Span(a, 17, 3), Span(c, 21, 2)], [tree, None]),
+            model.forward(tokens(3), [Span(a, 19, 1), Span(b, 6, 1), Span(c, 23, 1)]),
         ]
         return torch.cat(parts)
 
