@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from paceline.config import ModelSection
 from paceline.contracts import NONE
 from paceline.costs.table import CostTable
-from paceline.drafting.catalog import check_settings
+from paceline.drafting.catalog import check_settings, find_kind
 from paceline.drafting.draft_model import DraftModelSettings
 from paceline.errors import ArtefactError, PacelineError, StoreError
 from paceline.models.language_model import cache_bytes_per_position
@@ -133,6 +133,8 @@ def _check_drafter(
                 check.vocabulary = "same ids, padded to another size"
             else:
                 check.vocabulary = "same ids"
+        else:
+            find_kind(name, section.kind).check(name, settings, vocabulary)
     except PacelineError as error:
         check.problem = str(error)
     return check
