@@ -13,19 +13,28 @@ __version__ = "0.1.0"
 _HOMES = {
     "Completion": "paceline.contracts",
     "Config": "paceline.config",
+    "ConfigError": "paceline.errors",
     "Drafter": "paceline.drafting.base",
+    "Drafts": "paceline.contracts",
+    "Foresight": "paceline.drafting.base",
+    "Needs": "paceline.drafting.base",
     "Pace": "paceline.assembly",
     "PacelineError": "paceline.errors",
     "PromptRecord": "paceline.contracts",
+    "RowView": "paceline.contracts",
+    "SimulatedForesight": "paceline.drafting.foresight",
+    "Surroundings": "paceline.drafting.base",
     "build_trigrams": "paceline.experiments.pipeline",
     "collect": "paceline.experiments.pipeline",
     "demo": "paceline.experiments.demo_job",
     "distill": "paceline.distillation",
     "doctor": "paceline.bench",
+    "drafters": "paceline.bench",
     "evaluate": "paceline.experiments.pipeline",
     "learn": "paceline.experiments.pipeline",
     "load": "paceline.assembly",
     "load_config": "paceline.config",
+    "pad_drafts": "paceline.drafting.base",
     "profile": "paceline.experiments.pipeline",
     "read_prompts": "paceline.store",
 }
@@ -33,19 +42,28 @@ _HOMES = {
 __all__ = [
     "Completion",
     "Config",
+    "ConfigError",
     "Drafter",
+    "Drafts",
+    "Foresight",
+    "Needs",
     "Pace",
     "PacelineError",
     "PromptRecord",
+    "RowView",
+    "SimulatedForesight",
+    "Surroundings",
     "build_trigrams",
     "collect",
     "demo",
     "distill",
     "doctor",
+    "drafters",
     "evaluate",
     "learn",
     "load",
     "load_config",
+    "pad_drafts",
     "profile",
     "read_prompts",
 ]
@@ -53,11 +71,13 @@ __all__ = [
 if TYPE_CHECKING:
     from paceline.assembly import Pace, load
     from paceline.bench.doctor import doctor
+    from paceline.bench.drafters import drafters
     from paceline.config import Config, load_config
-    from paceline.contracts import Completion, PromptRecord
+    from paceline.contracts import Completion, Drafts, PromptRecord, RowView
     from paceline.distillation import distill
-    from paceline.drafting.base import Drafter
-    from paceline.errors import PacelineError
+    from paceline.drafting.base import Drafter, Foresight, Needs, Surroundings, pad_drafts
+    from paceline.drafting.foresight import SimulatedForesight
+    from paceline.errors import ConfigError, PacelineError
     from paceline.experiments.demo_job import demo
     from paceline.experiments.pipeline import build_trigrams, collect, evaluate, learn, profile
     from paceline.store import read_prompts

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from paceline.errors import ConfigError
 
@@ -33,7 +33,9 @@ class Section(BaseModel):
 class ModelSection(Section):
     """A transformers causal LM: local folder or hub name.
 
-    forward: whose code runs the weights; `auto` takes the lean forward where it fits.
+    forward: whose code runs the weights; `auto` takes the lean forward where it fits. adapter: a PEFT
+    adapter, folder or hub name, merged into the weights. device_map: places the weights by
+    accelerate's rules instead of on one `device`.
     """
 
     model: str
@@ -42,6 +44,14 @@ class ModelSection(Section):
     device: Device = "auto"
     forward: Literal["auto", "lean", "transformers"] = "auto"
     trust_remote_code: bool = False
+    adapter: str | None = None
+    device_map: str | dict[str, str | int] | None = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> ModelSection:
+        if self.device_map is not None and self.device != "auto":
+            raise ValueError("'device' and 'device_map' both say where the weights go; keep one")
+        return self
 
 
 class DrafterSection(Section):
@@ -179,17 +189,21 @@ def anchor(config: Config, folder: Path) -> Config:
 
     def drafter(section: DrafterSection) -> DrafterSection:
         settings = dict(section.settings)
-        if isinstance(settings.get("model"), str):
-            settings["model"] = model_path(settings["model"])
+        for key in ("model", "adapter"):
+            if isinstance(settings.get(key), str):
+                settings[key] = model_path(settings[key])
         for key in _FILE_SETTINGS:
             if isinstance(settings.get(key), str):
                 settings[key] = str(folder / settings[key])
         return section.model_copy(update={"settings": settings})
 
+    target = {"model": model_path(config.target.model)}
+    if config.target.adapter is not None:
+        target["adapter"] = model_path(config.target.adapter)
     paths = config.paths
     return config.model_copy(
         update={
-            "target": config.target.model_copy(update={"model": model_path(config.target.model)}),
+            "target": config.target.model_copy(update=target),
             "drafters": {name: drafter(d) for name, d in config.drafters.items()},
             "paths": PathsSection(
                 store=folder / paths.store, costs=folder / paths.costs, policy=folder / paths.policy

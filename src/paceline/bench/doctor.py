@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from paceline.config import ModelSection
 from paceline.contracts import NONE
 from paceline.costs.table import CostTable
-from paceline.drafting.catalog import check_settings
+from paceline.drafting.catalog import check_settings, find_kind
 from paceline.drafting.cross_vocabulary import CrossVocabularySettings, check_bridge
 from paceline.drafting.draft_model import DraftModelSettings
 from paceline.errors import ArtefactError, PacelineError, StoreError
@@ -128,6 +128,8 @@ def _check_drafter(
         if isinstance(settings, DraftModelSettings):
             check.facts = model_facts(settings)
             _check_vocabulary(check, settings, tokenizer, target)
+        else:
+            find_kind(name, section.kind).check(name, settings, Vocabulary.of(tokenizer))
     except PacelineError as error:
         check.problem = str(error)
     return check

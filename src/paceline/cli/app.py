@@ -8,6 +8,7 @@ from paceline.cli.collect import collect
 from paceline.cli.demo import demo
 from paceline.cli.distill import distill
 from paceline.cli.doctor import doctor
+from paceline.cli.drafters import drafters
 from paceline.cli.evaluate import evaluate
 from paceline.cli.generate import generate
 from paceline.cli.layer_search import layer_search
@@ -23,7 +24,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for verb in (demo, generate, doctor, profile, collect, learn, evaluate, distill, layer_search):
+_VERBS = (
+    demo,
+    generate,
+    doctor,
+    drafters,
+    profile,
+    collect,
+    learn,
+    evaluate,
+    distill,
+    layer_search,
+)
+for verb in _VERBS:
     app.command()(verb)
 app.add_typer(trigram)
 

@@ -16,6 +16,7 @@ from paceline.models.adapter import TransformersForward
 from paceline.models.cache import RowCache
 from paceline.models.lean import LeanForward, why_not_lean
 from paceline.models.packing import ChainMasks, PackedBatch, Span
+from paceline.models.peft_adapters import base_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,6 +42,7 @@ class LanguageModel:
 
         exact: a token's bits hang on its own row alone, see `exact.py`; needs the lean forward.
         """
+        model = base_of(model, name)
         self.name = name
         self.model = model.eval()
         config = model.config.get_text_config()
@@ -48,7 +50,7 @@ class LanguageModel:
         self.hidden_size: int = config.hidden_size
         self.num_layers: int = config.num_hidden_layers
         self.dtype: torch.dtype = model.dtype
-        self.device: torch.device = model.device
+        self.device: torch.device = _input_device(model)
         self.cache = RowCache()
         self._chain_masks = ChainMasks()
         self._forward: LeanForward | TransformersForward = TransformersForward(model, name)
@@ -109,6 +111,8 @@ class LanguageModel:
         for name, parameter in self.model.named_parameters():
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
             whole: Any = parameter.detach()
+            if whole.is_meta:  # offloaded: its values are elsewhere between forwards
+                continue
             if type(whole) is not torch.Tensor and hasattr(whole, "dequantize"):
                 whole = whole.dequantize()  # quantised weights hide in a tensor of their own kind
             flat = whole.flatten()
@@ -117,7 +121,7 @@ class LanguageModel:
         return digest.hexdigest()[:16]
 
     def num_bytes(self) -> int:
-        """Bytes of the weights, tied ones once."""
+        """Bytes of the weights in memory, tied ones once."""
         return sum(_num_bytes(p.data) for p in {id(p): p for p in self.model.parameters()}.values())
 
     @property
@@ -140,9 +144,16 @@ def cache_bytes_per_position(config: Any, dtype: torch.dtype) -> int:
 def _num_bytes(tensor: Any) -> int:
     """Bytes of a weight; of a quantised one, of the tensors it is made of."""
     if not hasattr(tensor, "__tensor_flatten__"):
-        return int(tensor.nbytes)
+        return 0 if tensor.is_meta else int(tensor.nbytes)
     names, _ = tensor.__tensor_flatten__()
     return sum(_num_bytes(getattr(tensor, name)) for name in names)
+
+
+def _input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go in; of weights that accelerate has offloaded, where they are brought to."""
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return model.device if device is None else torch.device(device)
 
 
 def _context_length(config: Any) -> int:

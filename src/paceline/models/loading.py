@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from paceline.errors import ModelError
 from paceline.models.exact import check_exact
 from paceline.models.language_model import LanguageModel, check_packed_forward
+from paceline.models.peft_adapters import merge_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,6 +70,11 @@ def _check_source(model: str) -> None:
     looks_local = path.is_absolute() or model.startswith(".") or model.count("/") != 1
     if path.exists():
         if not (path / "config.json").is_file():
+            if (path / "adapter_config.json").is_file():
+                raise ModelError(
+                    f"{model}: this folder holds an adapter; name it as 'adapter' and its base model "
+                    "as 'model'"
+                )
             raise ModelError(f"{model}: no config.json in this folder; is it a transformers model?")
     elif looks_local:
         raise ModelError(f"{model}: no such folder; give a local model folder or a hub name")
@@ -120,7 +126,7 @@ def load_language_model(section: ModelSection, name: str, exact: bool = False) -
     exact: in exact mode, whose own check must hold too.
     """
     load_config(section)
-    device = resolve_device(section.device)
+    device = resolve_device(section.device) if section.device_map is None else None
     dtype = "auto" if section.dtype == "auto" else DTYPES[section.dtype]
     try:
         with _quiet_transformers():
@@ -129,6 +135,7 @@ def load_language_model(section: ModelSection, name: str, exact: bool = False) -
                 revision=section.revision,
                 trust_remote_code=section.trust_remote_code,
                 dtype=dtype,
+                device_map=section.device_map,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # refused below, by name
                 output_loading_info=True,
@@ -157,7 +164,12 @@ def load_language_model(section: ModelSection, name: str, exact: bool = False) -
             f"{section.model}: {len(missing)} weights are missing from the file (such as "
             f"'{missing[0]}'); the model would run on noise"
         )
-    language_model = LanguageModel(model.to(device), name, section.forward, exact)
+    if device is not None:
+        model = model.to(device)
+    if section.adapter is not None:
+        with _quiet_transformers():
+            model = merge_adapter(model, section.adapter)
+    language_model = LanguageModel(model, name, section.forward, exact)
     check_packed_forward(language_model)
     if exact:
         check_exact(language_model)

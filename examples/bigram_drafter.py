@@ -1,0 +1,59 @@
+"""A drafter of your own: after each token, the one that last followed it in this row's text.
+
+In paceline.yaml, with this file's folder on PYTHONPATH:
+
+    drafters:
+      bigram: {kind: "bigram_drafter:Bigram", settings: {num_draft_tokens: 6}}
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from paceline import Drafter, Drafts, SimulatedForesight, pad_drafts
+
+
+class BigramSettings(BaseModel):
+    """What may stand under `settings`; anything else is refused with the nearest valid key."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_draft_tokens: int = Field(default=4, ge=1, le=64)
+
+
+class Bigram(Drafter):
+    kind = "bigram"
+    Settings = BigramSettings
+
+    def __init__(self, name, settings):
+        super().__init__(name, settings.num_draft_tokens)
+        self._followers = {}  # row id -> {token: the token that last followed it}
+        self._num_read = {}  # row id -> how many of the row's tokens are in there
+
+    def start(self, rows):
+        for row in rows:
+            self._followers[row.id], self._num_read[row.id] = {}, 1
+
+    def propose(self, rows, limits):
+        drafts = [self._draft(row, limit) for row, limit in zip(rows, limits, strict=True)]
+        return Drafts(*pad_drafts(drafts, torch.device("cpu")))
+
+    def _draft(self, row, limit):
+        followers = self._followers[row.id]
+        for i in range(self._num_read[row.id], len(row.tokens)):  # catch up with the engine
+            followers[row.tokens[i - 1]] = row.tokens[i]
+        self._num_read[row.id] = len(row.tokens)
+        draft, last = [], row.tokens[-1]
+        while len(draft) < min(limit, self.num_draft_tokens) and last in followers:
+            last = followers[last]
+            draft.append(last)
+        return draft
+
+    def finish(self, rows):
+        for row in rows:
+            self._followers.pop(row.id, None)
+            self._num_read.pop(row.id, None)
+
+    def would_accept(self, prompt, trajectory, p):
+        return SimulatedForesight(self, prompt, trajectory)

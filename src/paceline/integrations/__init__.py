@@ -1,0 +1,1 @@
+"""PLUG: paceline inside other libraries' calls. `hf` is transformers' `generate`."""

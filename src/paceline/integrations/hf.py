@@ -1,0 +1,410 @@
+"""paceline inside transformers' own calls.
+
+    model.generate(**inputs, custom_generate=hf.generate, pace=pace)       paceline decodes
+    model.generate(**inputs, custom_generate=hf.assisted, drafter=drafter)  transformers decodes
+
+`generate` hands the batch to a `Pace`; `assisted` and `candidate_generator` lend one of paceline's
+drafters to transformers' assisted decoding. What a call asks for is honoured or refused by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from transformers import GenerationMixin
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from paceline.assembly import Pace, load
+from paceline.contracts import AUTO, NONE, Completion, SamplingParams
+from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
+from paceline.errors import ConfigError, DecodingError, RequestError
+from paceline.integrations.candidates import DrafterCandidates
+from paceline.integrations.generation_settings import (
+    Asked,
+    of_row,
+    read_padding,
+    read_sampling,
+    read_settings,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import Tensor
+    from transformers import GenerationConfig, PreTrainedModel
+    from transformers.generation.streamers import BaseStreamer
+
+    from paceline.contracts import Request
+    from paceline.drafting.base import Drafter
+
+    Drafting = PreTrainedModel | Drafter
+
+__all__ = ["DrafterCandidates", "GenerateOutput", "assisted", "candidate_generator", "generate"]
+
+_KEPT: Final = "_paceline_kept"  # the attribute of a model under which its pace is kept
+
+
+@dataclass
+class GenerateOutput(GenerateDecoderOnlyOutput):
+    """transformers' output, and beside it what paceline knows of each row: rounds, seconds, arm."""
+
+    completions: list[Completion] | None = None
+
+
+# --- paceline decodes -----------------------------------------------------------------------------
+
+
+def generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: GenerationConfig,
+    *,
+    pace: Pace | None = None,
+    drafter: str | None = None,
+    drafters: Mapping[str, Drafting] | None = None,
+    seed: int | None = None,
+    streamer: BaseStreamer | None = None,
+    **model_kwargs: Any,
+) -> Tensor | GenerateOutput:
+    """For `custom_generate=`: paceline decodes the batch, with the text `generate` would write.
+
+    pace: made by `paceline.load(target=model, ...)`. Without one it is made from `drafters`, or from
+    `assistant_model=` or `prompt_lookup_num_tokens=`, and kept with the model. drafter: the arm's name
+    for all rows; by default the policy's choice, else the only one there is. seed: of sampling;
+    without one it is drawn from torch's generator, so `set_seed` holds here too. Returns [B, L + n]
+    as `generate` does, or a `GenerateOutput` with `return_dict_in_generate`. Raises RequestError for
+    what cannot be honoured.
+    """
+    lost = _lost_arguments(model)
+    streamer = lost["streamer"] if streamer is None else streamer
+    try:
+        if lost["synced_gpus"]:
+            raise RequestError("paceline runs in one process; it does not support synced_gpus")
+        asked = read_settings(
+            generation_config, logits_processor, stopping_criteria, input_ids.shape[1]
+        )
+        padding = read_padding(input_ids, model_kwargs)
+        if streamer is not None and len(input_ids) > 1:
+            raise RequestError("a streamer takes one row; generate the rows of a batch one by one")
+        pace = _pace_of(model, generation_config, pace, drafters, lost["assistant_model"])
+        arm = _arm(pace, drafter)
+        rows = [
+            _Row(_request(pace, asked, input_ids[i], i, n, arm, seed), input_ids[i : i + 1], [])
+            for i, n in enumerate(padding)
+        ]
+        _decode(pace, rows, asked, streamer)
+        sequences = _sequences(input_ids, rows, asked.pad_token_id)
+    finally:
+        if streamer is not None:
+            streamer.end()  # also when this raises: someone may wait for the stream's end
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    return GenerateOutput(
+        sequences=sequences,  # type: ignore[arg-type]
+        completions=[row.completion for row in rows if row.completion is not None],
+    )
+
+
+@dataclass(slots=True)
+class _Row:
+    request: Request
+    prompt: Tensor  # [1, L] with its padding
+    tokens: list[int]
+    stopped: bool = False  # by a criterion
+    completion: Completion | None = None
+
+
+def _lost_arguments(model: PreTrainedModel) -> dict[str, Any]:
+    """Arguments of the `model.generate` above us that transformers does not hand on.
+
+    transformers (seen in 5.23) passes a custom function only what it finds in `generate`'s keyword
+    arguments, and takes these out before. A streamer was already given the prompt and may have a
+    reader waiting, so to leave it alone would be to hang; its frame is the only place they are at.
+    """
+    names = ("streamer", "assistant_model", "synced_gpus")
+    code = inspect.unwrap(GenerationMixin.generate).__code__
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is code and frame.f_locals.get("self") is model:
+            return {name: frame.f_locals.get(name) for name in names}
+        frame = frame.f_back
+    return dict.fromkeys(names)
+
+
+def _arm(pace: Pace, drafter: str | None) -> str:
+    if drafter is not None:
+        return drafter
+    if pace.engine.choose is not None:
+        return AUTO
+    others = [name for name in pace.drafters if name != NONE]
+    if len(others) > 1:
+        raise RequestError(
+            f"no policy is loaded to choose among {', '.join(others)}; name one with drafter="
+        )
+    return others[0] if others else NONE
+
+
+def _request(
+    pace: Pace, asked: Asked, ids: Tensor, row: int, num_padding: int, arm: str, seed: int | None
+) -> Request:
+    """One row's request. ids: [L] with its padding."""
+    sampling = dict(asked.sampling)
+    if sampling["temperature"] > 0:
+        drawn = int(torch.randint(2**62, ()))
+        sampling["seed"] = drawn if seed is None else seed + row
+        sampling["sampling"] = "residual" if seed is None else "invariant"
+    rules: dict[str, Any] = {}
+    if asked.processors:
+        rules["processors"] = of_row(asked.processors, row, ids[:num_padding])
+    request = pace.request(
+        ids[num_padding:].tolist(),
+        id=str(row),
+        max_new_tokens=asked.max_new_tokens,
+        drafter=arm,
+        ignore_eos=True,  # the call's own follow
+        **sampling,
+        **rules,
+    )
+    return replace(request, stop_token_ids=asked.stop_token_ids)
+
+
+def _decode(pace: Pace, rows: list[_Row], asked: Asked, streamer: BaseStreamer | None) -> None:
+    """Drive the engine until every row has its completion."""
+    engine = pace.engine
+    left, open_rows = deque(rows), dict[int, _Row]()
+    try:
+        while left or open_rows:
+            while left and not engine.is_full:
+                row = left.popleft()
+                open_rows[engine.submit(row.request)] = row
+            for progress in engine.step():
+                taker = open_rows.get(progress.ticket)
+                if taker is None:
+                    continue
+                new = list(_until_stopped(taker, progress.new_tokens, asked))
+                if streamer is not None and new:
+                    streamer.put(torch.tensor(new))
+                if taker.stopped:
+                    engine.cancel(progress.ticket)
+                if progress.completion is not None:
+                    _complete(pace, taker, progress.completion)
+                    del open_rows[progress.ticket]
+    finally:
+        for ticket in open_rows:
+            engine.cancel(ticket)
+        if open_rows:
+            engine.step()
+
+
+def _until_stopped(row: _Row, new_tokens: Sequence[int], asked: Asked) -> Iterator[int]:
+    """New tokens up to the one at which a stopping criterion ends the row, asked token by token."""
+    for token in new_tokens:
+        if row.stopped:
+            return
+        row.tokens.append(token)
+        if asked.criteria:
+            output = torch.tensor([row.tokens]).to(row.prompt)
+            text = torch.cat((row.prompt, output), dim=1)
+            row.stopped = any(bool(torch.as_tensor(c(text, None)).any()) for c in asked.criteria)
+        yield token
+
+
+def _complete(pace: Pace, row: _Row, completion: Completion) -> None:
+    if completion.error is not None:
+        raise DecodingError(f"row {completion.request_id}: {completion.error}")
+    if row.stopped:  # the engine may have gone on by a round
+        text = pace.parts.tokenizer.decode(row.tokens, skip_special_tokens=True)
+        completion = replace(completion, token_ids=row.tokens, text=str(text), finish_reason="stop")
+    row.completion = completion
+
+
+def _sequences(input_ids: Tensor, rows: Sequence[_Row], pad: int | None) -> Tensor:
+    """Prompts and outputs [B, L + n], shorter outputs padded on the right."""
+    longest = max(len(row.tokens) for row in rows)
+    if pad is None and any(len(row.tokens) < longest for row in rows):
+        raise RequestError("rows ended at different lengths and pad_token_id is not set; set it")
+    padded = [row.tokens + [pad or 0] * (longest - len(row.tokens)) for row in rows]
+    return torch.cat((input_ids, torch.tensor(padded).to(input_ids)), dim=1)
+
+
+# --- a pace for a model that came without one --------------------------------------------------------
+
+
+class _Ids:
+    """In a tokenizer's place where only ids are known: every id is a token, nothing has a text."""
+
+    eos_token_id = None
+
+    def __init__(self, num_tokens: int) -> None:
+        self._num_tokens = num_tokens
+
+    def get_vocab(self) -> dict[str, int]:
+        return {str(i): i for i in range(self._num_tokens)}
+
+    def decode(self, tokens: Sequence[int], **kwargs: Any) -> str:
+        return ""
+
+
+class _Kept:
+    """A pace kept on its model, with what it was made from; copies of the model start without."""
+
+    def __init__(self, made_from: tuple[Any, ...] = (), pace: Pace | None = None) -> None:
+        self.made_from, self.pace = made_from, pace
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Kept:
+        return _Kept()
+
+    def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
+        return _Kept, ()
+
+
+def _pace_of(
+    model: PreTrainedModel,
+    config: GenerationConfig,
+    pace: Pace | None,
+    drafters: Mapping[str, Drafting] | None,
+    assistant: PreTrainedModel | None,
+) -> Pace:
+    """The pace to decode with: the given one, or one made from what was given instead."""
+    given = {
+        "pace": pace,
+        "drafters": drafters,
+        "assistant_model": assistant,
+        "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens,
+    }
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise RequestError(f"{' and '.join(names)} say different things; give one of them")
+    if pace is not None:
+        if pace.parts.target.model is not model:
+            raise ConfigError(
+                "pace= was made for another model object; make it with paceline.load(target=model, "
+                "tokenizer=tokenizer, drafters=...)"
+            )
+        return pace
+    lookup = (config.prompt_lookup_num_tokens, config.max_matching_ngram_size)
+    sources = dict(drafters or {})
+    if assistant is not None:
+        sources["assistant_model"] = assistant
+    made_from = (sources, lookup, *(_version(m) for m in (model, *sources.values())))
+    kept: Any = getattr(model, _KEPT, None)
+    if kept is None or kept.pace is None or kept.made_from != made_from:
+        kept = _Kept(made_from, _make_pace(model, sources, *lookup))
+        setattr(model, _KEPT, kept)
+    made: Pace = kept.pace
+    return made
+
+
+def _version(model: Any) -> tuple[Any, ...]:
+    """Changes with weights and adapters in use, so that a kept pace is never out of date."""
+    if not isinstance(model, torch.nn.Module):
+        return ()
+    weights = list(model.parameters())
+    written = sum(p._version for p in weights if not p.is_inference())
+    places = sum(p.data_ptr() for p in weights if type(p.data) is torch.Tensor)
+    adapters = [
+        (str(m._active_adapter), m._disable_adapters)
+        for m in model.modules()
+        if hasattr(m, "_disable_adapters")  # PEFT's layers
+    ]
+    return len(weights), written, places, *adapters
+
+
+def _make_pace(
+    model: PreTrainedModel,
+    sources: Mapping[str, Drafting],
+    lookup_tokens: int | None,
+    lookup_ngram: int | None,
+) -> Pace:
+    """As transformers takes an assistant: models of one logits width share their tokenizer."""
+    ready: dict[str, Any] = {}
+    width = model.get_output_embeddings().weight.shape[0]
+    for name, source in sources.items():
+        ready[name] = source
+        if isinstance(source, torch.nn.Module):
+            theirs = source.get_output_embeddings().weight.shape[0]
+            if theirs != width:
+                raise ConfigError(
+                    f"'{name}' has {theirs} logits, the target {width}; if they share a tokenizer, "
+                    "give pace=paceline.load(target=model, tokenizer=tokenizer, drafters={name: "
+                    "(drafter, its_tokenizer)}), which compares the tokenizers themselves"
+                )
+    if lookup_tokens is not None:
+        ngram = lookup_ngram or 2  # transformers' default
+        settings = PromptLookupSettings(
+            num_draft_tokens=lookup_tokens, min_ngram=1, max_ngram=ngram
+        )
+        ready["prompt_lookup"] = PromptLookup("prompt_lookup", settings)
+    pace = load(target=model, tokenizer=_Ids(width), drafters=ready)  # type: ignore[arg-type]
+    for name, source in sources.items():
+        config: Any = getattr(source, "generation_config", None)
+        asked = getattr(config, "num_assistant_tokens", None)
+        if asked is not None:
+            pace.parts.drafters[name].num_draft_tokens = asked
+    return pace
+
+
+# --- transformers decodes -------------------------------------------------------------------------
+
+
+def candidate_generator(
+    drafter: Drafter,
+    max_length: int,
+    sampling: SamplingParams | None = None,
+    num_padding: int = 0,
+) -> DrafterCandidates:
+    """A drafter as a `transformers.CandidateGenerator`, for one text; `close` it at the end.
+
+    max_length: of prompt and output. sampling: how the target's tokens are drawn, which drafters that
+    sample go by. transformers has no argument for a generator of one's own; `assisted` is the way in.
+    """
+    return DrafterCandidates(drafter, max_length, sampling, num_padding)
+
+
+def assisted(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: GenerationConfig,
+    *,
+    drafter: Drafter | None = None,
+    streamer: BaseStreamer | None = None,
+    **model_kwargs: Any,
+) -> Any:
+    """For `custom_generate=`: transformers' own assisted decoding, with a paceline drafter.
+
+    One row at a time, as always there. transformers offers no argument for a candidate generator, so
+    for the length of this call the model's `_get_candidate_generator` is one that returns ours.
+    """
+    lost = _lost_arguments(model)
+    if drafter is None:
+        raise RequestError("hf.assisted needs drafter=, such as pace.parts.drafters['small']")
+    if len(input_ids) > 1:
+        raise RequestError("transformers' assisted decoding takes one row; give one prompt")
+    instance: Any = model
+    with candidate_generator(
+        drafter,
+        max_length=generation_config.max_length,
+        sampling=read_sampling(generation_config, logits_processor),
+        num_padding=read_padding(input_ids, model_kwargs)[0],
+    ) as candidates:
+        instance._get_candidate_generator = lambda **_: candidates
+        try:
+            return instance._assisted_decoding(
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                synced_gpus=bool(lost["synced_gpus"]),
+                streamer=lost["streamer"] if streamer is None else streamer,
+                **model_kwargs,
+            )
+        finally:
+            del instance._get_candidate_generator

@@ -1,0 +1,245 @@
+"""transformers' own assisted decoding with paceline's drafters: its text, and our drafts inside it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from paceline.assembly import build_from_objects
+from paceline.config import Config, ModelSection
+from paceline.contracts import SamplingParams
+from paceline.drafting.base import Needs
+from paceline.errors import ConfigError, RequestError
+from paceline.integrations import hf
+from paceline.integrations.candidates import first_path
+from paceline.testing.examples import add_examples
+from paceline.testing.scripted import ScriptedTree
+from paceline.testing.tiny_models import perturbed, tiny_model
+from paceline.testing.tokenizers import byte_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from paceline.assembly import Parts
+    from paceline.contracts import PromptRecord
+    from paceline.drafting.base import Drafter
+
+PROMPT = torch.tensor([[9, 40, 7, 7, 40, 9, 40, 7]])
+
+
+def parts_of(model: PreTrainedModel, **drafters: Any) -> Parts:
+    placeholder = Config(target=ModelSection(model="in memory"))
+    return add_examples(build_from_objects(model, byte_tokenizer(), drafters, placeholder))
+
+
+def from_text(drafter: Drafter) -> bool:
+    return not (drafter.needs.hidden_states or drafter.needs.target_weights)
+
+
+class Counted:
+    """A drafter's proposals, counted on the way out; the drafter does the work."""
+
+    def __init__(self, drafter: Drafter, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.num_drafted = self.num_calls = 0
+        inner = drafter.propose
+
+        def propose(rows: Sequence[Any], limits: Sequence[int]) -> Any:
+            drafts = inner(rows, limits)
+            self.num_calls += 1
+            self.num_drafted += drafts.lengths[0]
+            return drafts
+
+        monkeypatch.setattr(drafter, "propose", propose)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral"])
+def test_every_drafter_leaves_the_greedy_text_as_it_is(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(architecture)
+    parts = parts_of(model, noisy=perturbed(model, 0.05))
+    settings = {"do_sample": False, "max_new_tokens": 32, "repetition_penalty": 1.1}
+    expected = model.generate(PROMPT, **settings)
+
+    for name, drafter in parts.drafters.items():
+        if not from_text(drafter):
+            continue
+        counted = Counted(drafter, monkeypatch)
+        found = model.generate(PROMPT, **settings, custom_generate=hf.assisted, drafter=drafter)
+        assert torch.equal(found, expected), name
+        assert counted.num_drafted > 0 or name == "none"
+        if name == "noisy":
+            assert counted.num_calls < 24  # of 32 tokens: drafts were taken
+            assert not drafter._states
+    assert "_get_candidate_generator" not in vars(model)
+
+
+def test_the_zoo_writes_its_text_behind_padding_and_into_a_streamer(
+    zoo_target: Parts, prompts: list[PromptRecord]
+) -> None:
+    class Heard:
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+            self.ended = False
+
+        def put(self, value: Tensor) -> None:
+            self.tokens += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.ended = True
+
+    model, tokenizer = zoo_target.target.model, zoo_target.tokenizer
+    ids = torch.tensor([[0] * 5 + tokenizer(prompts[2].prompt)["input_ids"]])
+    mask = torch.ones_like(ids)
+    mask[:, :5] = 0
+    settings = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 32}
+    expected = model.generate(ids, **settings)
+    drafter = zoo_target.drafters["draft-math"]
+    heard = Heard()
+
+    found = model.generate(
+        ids, **settings, custom_generate=hf.assisted, drafter=drafter, streamer=heard
+    )
+
+    assert torch.equal(found, expected)
+    assert heard.tokens == expected[0].tolist()
+    assert heard.ended
+
+
+def test_sampled_text_keeps_transformers_distribution() -> None:
+    """The law of the tokens at places 1 and 2, which drafts of another distribution q can reach."""
+    model = tiny_model("llama", vocab_size=7, std=0.5)
+    settings = {"temperature": 0.8, "top_k": 5}
+    prompt = torch.tensor([[3, 1, 4, 1, 5]])
+    placeholder = Config(target=ModelSection(model="in memory"))
+    ids = _Ids(7)
+    parts = build_from_objects(model, ids, {"noisy": perturbed(model, 0.5)}, placeholder)  # type: ignore[arg-type]
+
+    def law(text: Tensor) -> Tensor:
+        output = model.generate(
+            text, attention_mask=torch.ones_like(text), do_sample=True, max_new_tokens=1,
+            output_scores=True, return_dict_in_generate=True, **settings,
+        )  # fmt: skip
+        return output.scores[0][0].softmax(dim=-1)
+
+    first = law(prompt)
+    expected = np.array(
+        [
+            float(p * q)
+            for t, p in enumerate(first)
+            for q in law(torch.cat((prompt, torch.tensor([[t]])), 1))
+        ]
+    )
+    torch.manual_seed(1)
+    num_draws = 150
+    written = Counter(
+        tuple(
+            model.generate(
+                prompt, do_sample=True, max_new_tokens=4, custom_generate=hf.assisted,
+                drafter=parts.drafters["noisy"], **settings,
+            )[0, 5:7].tolist()
+        )
+        for _ in range(num_draws)
+    )  # fmt: skip
+    seen = np.array([written[a, b] for a in range(7) for b in range(7)])
+
+    assert not seen[expected == 0].any()
+    order = np.argsort(expected)
+    wanted, seen = expected[order] / expected.sum() * num_draws, seen[order]
+    rare = int(np.searchsorted(np.cumsum(wanted), 10.0)) + 1
+    wanted = np.concatenate([[wanted[:rare].sum()], wanted[rare:]])
+    seen = np.concatenate([[seen[:rare].sum()], seen[rare:]])
+    assert stats.chisquare(seen, wanted).pvalue > 1e-4
+
+
+class _Ids:
+    """A tokenizer of numbers."""
+
+    eos_token_id = None
+
+    def __init__(self, num_tokens: int) -> None:
+        self.vocab = {str(i): i for i in range(num_tokens)}
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.vocab
+
+
+def test_of_a_tree_the_path_of_first_children_goes_out() -> None:
+    model = tiny_model("llama")
+    text = model.generate(PROMPT, do_sample=False, max_new_tokens=24)[0].tolist()
+
+    def grow(tokens: Sequence[int], limit: int) -> tuple[list[int], list[int]]:
+        """Right tokens on the first children, and a wrong sibling beside each."""
+        right = text[len(tokens) : len(tokens) + min(limit, 3)]
+        nodes, parents, last = [], [], -1
+        for token in right:
+            nodes += [token, (token + 1) % 259]
+            parents += [last, last]
+            last = len(nodes) - 2
+        return nodes, parents
+
+    tree = ScriptedTree("tree", grow)
+    found = model.generate(
+        PROMPT, do_sample=False, max_new_tokens=24, custom_generate=hf.assisted, drafter=tree
+    )
+    assert found[0].tolist() == text
+
+    drafts = tree.propose([_row(text[:8])], [9])
+    assert first_path(drafts) == [0, 2, 4]
+    assert [int(drafts.tokens[0, k]) for k in first_path(drafts)] == text[8:11]
+
+
+def _row(tokens: list[int]) -> Any:
+    from paceline.drafting.foresight import ReplayedRow
+
+    return ReplayedRow(tokens, len(tokens))
+
+
+def test_a_candidate_generator_is_used_by_hand_too() -> None:
+    model = tiny_model("llama")
+    drafter = parts_of(model, same=model).drafters["same"]
+    expected = model.generate(PROMPT, do_sample=False, max_new_tokens=12)
+
+    with hf.candidate_generator(drafter, max_length=20) as candidates:
+        ids, logits = candidates.get_candidates(PROMPT)
+        assert ids[0].tolist() == expected[0, : 8 + drafter.num_draft_tokens].tolist()
+        assert logits is None  # greedy: transformers compares tokens
+        ids, _ = candidates.get_candidates(expected[:, :18])
+        assert ids.shape[1] == 19  # the target writes the last token itself
+        same, _ = candidates.get_candidates(expected[:, :19])
+        assert same.shape[1] == 19
+    assert not drafter._states
+
+    sampled = SamplingParams(temperature=1.0, method="residual", seed=4)
+    with hf.candidate_generator(drafter, max_length=20, sampling=sampled) as candidates:
+        ids, logits = candidates.get_candidates(PROMPT)
+    assert logits.shape == (1, drafter.num_draft_tokens, 259)
+    assert logits.softmax(-1).gather(2, ids[:, 8:, None]).min() > 0
+
+
+def test_a_drafter_of_the_targets_own_states_is_refused() -> None:
+    model = tiny_model("llama")
+    drafter = parts_of(model, same=model).drafters["same"]
+    for needs in (Needs(hidden_states=True), Needs(target_weights=True)):
+        drafter.needs = needs  # type: ignore[misc]
+        with pytest.raises(ConfigError, match="reads the target's own states"):
+            hf.candidate_generator(drafter, max_length=20)
+
+
+def test_rows_and_a_missing_drafter_are_refused() -> None:
+    model = tiny_model("llama")
+    drafter = parts_of(model, same=model).drafters["same"]
+    with pytest.raises(RequestError, match="takes one row"):
+        model.generate(
+            PROMPT.repeat(2, 1), max_new_tokens=4, custom_generate=hf.assisted, drafter=drafter
+        )
+    with pytest.raises(RequestError, match="needs drafter="):
+        model.generate(PROMPT, max_new_tokens=4, custom_generate=hf.assisted)
