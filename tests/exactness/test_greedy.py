@@ -228,7 +228,8 @@ def test_whatever_auto_chooses_the_text_is_the_same(subject: Subject) -> None:
         return Decision(arm=next(arms), policy="cycle")
 
     pace = subject.pace(max_rows=3, choose=choose)
-    cases = [(prompt, 28) for prompt in [*subject.prompts, *subject.prompts[:2]]]
+    num_cases = max(len(ARMS), len(subject.prompts)) + 2
+    cases = [(p, 28) for p in itertools.islice(itertools.cycle(subject.prompts), num_cases)]
 
     completions = assert_exact(pace, subject, requests_for(pace, cases, ["auto"]))
 
