@@ -35,7 +35,7 @@ def byte_level_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
 
 
 def unigram(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """As SentencePiece's: "▁" for a blank, one before every text behind <s>, <unk> where nothing fits."""
+    """As SentencePiece's: "▁" for a blank, <s> and one before every text, <unk> where none fits."""
     tokenizer = Tokenizer(Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
