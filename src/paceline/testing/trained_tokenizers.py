@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE, Unigram
 from tokenizers.trainers import BpeTrainer, UnigramTrainer
 from transformers import PreTrainedTokenizerFast
@@ -35,7 +35,7 @@ def byte_level_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
 
 
 def unigram(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """As SentencePiece's: "▁" for a blank, one put before every text, and <unk> where no piece fits."""
+    """As SentencePiece's: "▁" for a blank, <s> and one before every text, <unk> where none fits."""
     tokenizer = Tokenizer(Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
@@ -47,6 +47,10 @@ def unigram(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in (_BEGIN, _END)])
+    begin = tokenizer.token_to_id(_BEGIN)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{_BEGIN} $A", special_tokens=[(_BEGIN, begin)]
+    )
     fast: PreTrainedTokenizerFast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token=_BEGIN, eos_token=_END
     )

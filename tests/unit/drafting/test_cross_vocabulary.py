@@ -20,6 +20,7 @@ from paceline.drafting.stops import StopSettings
 from paceline.errors import ConfigError
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.models.language_model import LanguageModel
+from paceline.models.translation import RunningText
 from paceline.replay import max_output, replay, target_distributions
 from paceline.testing.relabelled import relabelled
 from paceline.testing.tiny_models import perturbed, tiny_model
@@ -70,7 +71,10 @@ def worlds(
     found = {}
     for name in ("bpe", "unigram", "zoo"):
         if name == "zoo":
-            model, tokenizer = zoo_target.target.model, zoo_target.tokenizer
+            # one that writes real text; the smallest is enough
+            general = zoo_target.drafters["draft-general"]
+            assert isinstance(general, DraftModel)
+            model, tokenizer = general.model.model, zoo_target.tokenizer
         else:
             tokenizer = tokenizers[name]
             model = tiny_model(std=0.12, vocab_size=len(tokenizer), context=512)
@@ -169,7 +173,7 @@ def test_a_seed_is_a_text_whatever_the_level(
 def test_the_same_model_under_other_ids_drafts_the_same(
     worlds: dict[str, Pace], texts: list[str], level: str
 ) -> None:
-    """The zoo's target drafts for itself: what the bridge loses is all that is missing."""
+    """A model drafts for itself: what the bridge loses is all that is missing."""
     pace = worlds["zoo"]
     accepted, drafted, whole = 0, 0, 0
     for text in texts[:3]:
@@ -225,14 +229,64 @@ def test_a_prompt_longer_than_the_drafters_context_is_only_not_helped(
         assert not any(r.drafted for r in done.rounds)
 
 
-# --- drafts over shared tokens --------------------------------------------------------------------
-
-
 class View:
     num_prompt, slot, hidden = 2, -1, None
 
     def __init__(self, id: int, tokens: list[int], sampling: SamplingParams) -> None:
         self.id, self.tokens, self.sampling = id, tokens, sampling
+
+
+def proposals(drafter: Drafter, row: View, limit: int) -> list[int]:
+    with torch.inference_mode():
+        drafts = drafter.propose([row], [limit])
+    tokens: list[int] = drafts.tokens[0, : drafts.lengths[0]].tolist()
+    return tokens
+
+
+@pytest.mark.parametrize(("name", "arm"), [("bpe", "unigram text"), ("unigram", "bpe text")])
+def test_proposals_are_those_of_a_fresh_drafter_after_any_history(
+    worlds: dict[str, Pace], texts: list[str], name: str, arm: str
+) -> None:
+    """Its own tokens behind the last round's text may have been cut anew, and its cache with them."""
+    pace, order = worlds[name], random.Random(1)
+    drafter = pace.parts.drafters[arm]
+    text = pace.encode(texts[0] + texts[1])
+    row, at = View(0, text[:5], SamplingParams()), 5
+    drafter.start([row])
+    drafted = rewritten = 0
+    while at < min(len(text), 120):
+        before = list(drafter._rows[0].tokens)  # type: ignore[attr-defined]
+        found = proposals(drafter, row, 4)
+        after = drafter._rows[0].tokens  # type: ignore[attr-defined]
+        rewritten += after[: len(before)] != before
+        fresh = View(1, list(row.tokens), SamplingParams())
+        drafter.start([fresh])
+        assert found == proposals(drafter, fresh, 4)
+        drafter.finish([fresh])
+        drafted += len(found)
+        at += order.randint(1, 3)
+        row.tokens = text[:at]
+    drafter.finish([row])
+    assert drafted > 60 and rewritten > 5
+
+
+def test_the_draft_goes_on_inside_a_character(worlds: dict[str, Pace]) -> None:
+    """The target's last token ended there; the drafter reads whole characters only."""
+    drafter = worlds["bpe"].parts.drafters["text"]
+    assert isinstance(drafter, ThroughText)
+    target, own = drafter._bridge.target, drafter._bridge.own
+    text = RunningText(target, own, {})
+    text.extend([target.of.index(b"a"), target.of.index(b"\xc3")])
+
+    def said(draft: str) -> bytes:
+        return target.join(drafter._said_by_target(text, own.encode(draft)))
+
+    assert text.held == b"\xc3"
+    assert said("éb") == "éb".encode()[1:]
+    assert said("bé") == b""  # does not begin as the character does
+
+
+# --- drafts over shared tokens --------------------------------------------------------------------
 
 
 def test_what_is_drawn_comes_from_the_renormalised_distribution(
@@ -257,6 +311,7 @@ def test_what_is_drawn_comes_from_the_renormalised_distribution(
     assert {int(t) for t in drafts.tokens.flatten()} <= known
     assert (q.gather(-1, drafts.tokens[..., None]) > 0).all()
     own, _ = drafter._read(tokens)
+    assert own[0] == drafter._bridge.own.tokenizer.bos_token_id
     with torch.inference_mode():
         logits = drafter.model.model(torch.tensor([own])).logits[0, -1]
     expected = torch.zeros(q.shape[-1])

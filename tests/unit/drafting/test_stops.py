@@ -10,8 +10,15 @@ import pytest
 import torch
 
 from paceline.assembly import Pace, build_from_objects, load
-from paceline.config import Config, DrafterSection, ModelSection, PathsSection
-from paceline.contracts import NONE, CollectedPrompt, SamplingParams, identity_of_arms
+from paceline.bench.doctor import doctor
+from paceline.config import Config, DrafterSection, LearningSection, ModelSection, PathsSection
+from paceline.contracts import (
+    NONE,
+    CollectedPrompt,
+    PromptRecord,
+    SamplingParams,
+    identity_of_arms,
+)
 from paceline.costs import CostTable, Measurement
 from paceline.drafting.catalog import check_settings
 from paceline.drafting.draft_model import DraftModel
@@ -24,9 +31,11 @@ from paceline.drafting.stops import (
     confidences,
 )
 from paceline.errors import ArtefactError, ConfigError
+from paceline.experiments.pipeline import evaluate, prepare
 from paceline.models.language_model import LanguageModel
 from paceline.replay import max_output, price_stops, replay, simulate
 from paceline.replay.priced import stopped_rounds
+from paceline.store.collection import load_collection
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
 
@@ -382,3 +391,37 @@ def test_loading_hands_the_cost_table_over(target: LanguageModel, tmp_path: Path
     CostTable({"arm small": other}, prices(0.1).measurements).save(tmp_path / "costs.json")
     with pytest.raises(ArtefactError, match=r"'small' was measured as"):
         load(config)
+
+
+def test_the_whole_path_prices_the_rule(target: LanguageModel, tmp_path: Path) -> None:
+    """Collected without prices, learned and served with them."""
+    for name, model in (("target", target.model), ("small", perturbed(target.model, 0.05))):
+        model.save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
+    settings = {"model": str(tmp_path / "small"), "stop": "expected", "num_draft_tokens": 12}
+    config = Config(
+        target=ModelSection(model=str(tmp_path / "target")),
+        drafters={"small": DrafterSection(kind="draft_model", settings=settings)},
+        learning=LearningSection(max_epochs=3),
+        paths=PathsSection(
+            store=tmp_path / "store", costs=tmp_path / "costs.json", policy=tmp_path / "policy"
+        ),
+    )
+    records = [PromptRecord(str(i), "", f"{i} and {i * i} and {i}") for i in range(16)]
+
+    prepared = prepare(config, records, 20)
+
+    stored = load_collection(tmp_path / "store").prompts
+    full = sum(p.rounds["small"][:, 0].sum() for p in stored)
+    priced = price_stops(stored, config, prepared.costs)
+    assert sum(p.rounds["small"][:, 0].sum() for p in priced) < full
+    measured = {m.tokens for m in prepared.costs.measurements if m.operation == "propose"}
+    assert {1, 4, 12} <= measured  # lengths that no rule cut short
+    assert evaluate(config) is not None
+    [small] = doctor(config).drafters
+    assert "none on 16 prompts" in small.predicted
+    for pace in (prepared.pace, load(config)):
+        done = pace.complete("hello", drafter="auto", max_new_tokens=12)
+        again = pace.complete("hello", drafter="small", max_new_tokens=12)
+        assert done.token_ids == again.token_ids
+        assert len(done.token_ids) == 12

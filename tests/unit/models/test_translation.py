@@ -6,6 +6,7 @@ import random
 from typing import TYPE_CHECKING
 
 import pytest
+from tokenizers import normalizers
 
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.models.translation import (
@@ -148,6 +149,25 @@ def test_what_cannot_be_said_is_given_up(sides: dict[str, TokenBytes]) -> None:
     assert uni.behind(b"x", "東".encode()) is None  # <unk>
     assert bpe.behind(b"x", b"</s>") is None  # would become a special token
     assert bpe.behind(b"x", b"") == []
+
+
+def test_a_tokenizer_that_changes_text_says_only_what_it_leaves_alone(texts: list[str]) -> None:
+    tokenizer = byte_level_bpe(texts, 400)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    side = TokenBytes(tokenizer)
+
+    assert side.behind(b"x", b" ABC") is None
+    assert side.behind(b"X", b" abc") is not None  # what stands before is not in the way
+
+
+def test_the_beginning_of_a_text_is_read_once(sides: dict[str, TokenBytes]) -> None:
+    uni, bpe = sides["unigram"], sides["large bpe"]
+    bos = uni.tokenizer.bos_token_id
+
+    assert uni.first() == [bos] and bpe.first() == []
+    assert running(bpe, uni).extend(bpe.encode("hi"))[:1] == [bos]
+    whole = [bos, *uni.encode("hi")]
+    assert running(uni, uni).extend(whole) == whole
 
 
 @pytest.mark.parametrize(
