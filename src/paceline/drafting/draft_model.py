@@ -149,6 +149,8 @@ class DraftModel(Drafter):
             while len(rows[i].tokens) - state.num_cached > self._chunk:
                 self.prepare(rows[i], self._chunk)
         fed = {i: list(rows[i].tokens[self._states[rows[i].id].num_cached :]) for i in order}
+        if self.model.drafts_whole_chains and self._draft_chains(rows, lengths, fed, tokens):
+            return Drafts(tokens, lengths)
         for step in range(width):
             active = [i for i in order if lengths[i] > step]
             logits = self._forward([self._states[rows[i].id] for i in active], fed, active)
@@ -162,6 +164,34 @@ class DraftModel(Drafter):
                     state.drafted.extend(fed[i])
                 fed[i] = [token]
         return Drafts(tokens, lengths, probs)
+
+    def _draft_chains(
+        self,
+        rows: Sequence[RowView],
+        lengths: Sequence[int],
+        fed: dict[int, list[int]],
+        tokens: Tensor,
+    ) -> bool:
+        """Fill `tokens` in one go, or return False: rows are sampled, or have more to catch up with
+        than the token or two that a round leaves.
+
+        fed: each drafting row's tokens that are not cached yet.
+        """
+        greedy = all(row.sampling.method == "greedy" for row in rows)
+        if not fed or not greedy or any(len(new) > 2 for new in fed.values()):
+            return False
+        states = {i: self._states[rows[i].id] for i in fed}
+        spans = [Span(states[i].slot, states[i].num_cached, len(new)) for i, new in fed.items()]
+        flat = self._known([token for new in fed.values() for token in new])
+        # always the full length: fewer shapes, and a row that wants less is near its end
+        chains = self.model.draft_chain(flat, spans, self.num_draft_tokens, self._num_tokens)
+        if chains is None:
+            return False
+        for (i, state), chain in zip(states.items(), chains.tolist(), strict=True):
+            tokens[i, : lengths[i]] = torch.tensor(chain[: lengths[i]])
+            state.num_cached = len(rows[i].tokens)
+            state.drafted = chain[: lengths[i] - 1]
+        return True
 
     def _known(self, tokens: Sequence[int]) -> Tensor:
         """Tokens as a tensor; an id from the padding of the target's wider table as the last id."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from paceline.models.cuda.batch import PagedBatch
     from paceline.models.packing import PackedBatch
 
 NAME: Final = "paceline"
@@ -49,7 +50,7 @@ class TransformersForward:
         configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
         self._configs: list[Any] = list(configs.values())
 
-    def hidden(self, tokens: Tensor, packed: PackedBatch) -> Tensor:
+    def hidden(self, tokens: Tensor, packed: PackedBatch | PagedBatch) -> Tensor:
         """Final hidden states [N, D] of tokens [N]."""
         before = [config._attn_implementation for config in self._configs]
         for config in self._configs:
@@ -82,7 +83,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    packed: PackedBatch | None = None,
+    packed: PackedBatch | PagedBatch | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,

@@ -14,6 +14,9 @@ import torch
 from paceline.errors import ModelError
 from paceline.models.adapter import TransformersForward
 from paceline.models.cache import RowCache
+from paceline.models.cuda.batch import attention_kernel, batch_of
+from paceline.models.cuda.graphs import StaticForward
+from paceline.models.cuda.paged_cache import PagedCache
 from paceline.models.lean import LeanForward, why_not_lean
 from paceline.models.packing import ChainMasks, PackedBatch, Span
 
@@ -33,11 +36,17 @@ class LanguageModel:
     """
 
     def __init__(
-        self, model: PreTrainedModel, name: str, forward: Forward = "auto", exact: bool = False
+        self,
+        model: PreTrainedModel,
+        name: str,
+        forward: Forward = "auto",
+        exact: bool = False,
+        paged: bool | None = None,
     ) -> None:
         """forward: `lean` insists on the lean forward, `auto` takes it where it fits.
 
         exact: a token's bits hang on its own row alone, see `exact.py`; needs the lean forward.
+        paged: run over a paged cache, as on CUDA; None is by the device, tests say it.
         """
         self.name = name
         self.model = model.eval()
@@ -46,7 +55,10 @@ class LanguageModel:
         self.hidden_size: int = config.hidden_size
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
-        self.cache = RowCache()
+        self._paged = self.device.type == "cuda" if paged is None else paged
+        if self._paged:
+            attention_kernel()  # what it lacks is said now
+        self.cache = self.new_cache()
         self._chain_masks = ChainMasks()
         self._forward: LeanForward | TransformersForward = TransformersForward(model, name)
         self.num_logits: int = model.get_output_embeddings().weight.shape[0]
@@ -57,11 +69,18 @@ class LanguageModel:
         elif forward == "lean" or exact:
             mode = "exact mode" if exact else "the lean forward"
             raise ModelError(f"{name}: cannot run {mode}, because {reason}")
+        self._static: StaticForward | None = None
+        if isinstance(self.cache, PagedCache) and isinstance(self._forward, LeanForward):
+            self._static = StaticForward(self._forward, self.cache, self.context_length)
 
     @property
     def forward_kind(self) -> str:
         """`lean` or `transformers`: whose code runs the weights."""
         return self._forward.kind
+
+    def new_cache(self) -> RowCache | PagedCache:
+        """An empty cache of the kind that this model's forward reads."""
+        return PagedCache(self.device) if self._paged else RowCache()
 
     def acquire(self) -> int:
         """A slot for a new row."""
@@ -76,7 +95,7 @@ class LanguageModel:
         tokens: Tensor,
         spans: Sequence[Span],
         ancestors: Sequence[Tensor | None] | None = None,
-        cache: RowCache | None = None,
+        cache: RowCache | PagedCache | None = None,
     ) -> Tensor:
         """Final hidden states [N, D] of N packed tokens, row after row as `spans` lists them.
 
@@ -84,15 +103,48 @@ class LanguageModel:
         column's token is an ancestor of the row's token or the token itself. Each token's keys and
         values are cached at start + its place in the span.
         """
+        cache = self.cache if cache is None else cache
+        if isinstance(cache, PagedCache):
+            return self._forward_paged(tokens.cpu(), spans, ancestors, cache)
         packed = PackedBatch(
             spans,
-            self.cache if cache is None else cache,
+            cache,
             self.device,
             ancestors,
             self._chain_masks,
             self.exact,
         )
         return self._forward.hidden(tokens.to(self.device), packed)
+
+    def _forward_paged(
+        self,
+        tokens: Tensor,
+        spans: Sequence[Span],
+        ancestors: Sequence[Tensor | None] | None,
+        cache: PagedCache,
+    ) -> Tensor:
+        if self._static is not None and cache is self.cache:
+            hidden = self._static.hidden(tokens, spans, ancestors)
+            if hidden is not None:
+                return hidden
+        ids, batch = batch_of(tokens, spans, ancestors, cache, self.device)
+        return self._forward.hidden(ids, batch)
+
+    @property
+    def drafts_whole_chains(self) -> bool:
+        """Whether `draft_chain` is there: several steps without coming back to the host."""
+        return self._static is not None
+
+    def draft_chain(
+        self, tokens: Tensor, spans: Sequence[Span], num_drafted: int, num_tokens: int
+    ) -> Tensor | None:
+        """A greedy chain [R, K] of ids below `num_tokens` behind each row's tokens, on the CPU.
+
+        tokens, spans: as in `forward`. All drafted tokens but the last are cached behind the row's own.
+        None where the batch is too large for it.
+        """
+        assert self._static is not None
+        return self._static.draft(tokens, spans, num_drafted, num_tokens)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of final hidden states [..., D]."""
@@ -159,7 +211,7 @@ def check_packed_forward(language_model: LanguageModel, seed: int = 0) -> None:
     parents = torch.tensor(
         [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]], dtype=torch.bool
     )
-    cache = RowCache()
+    cache = language_model.new_cache()
     slots = [cache.acquire(), cache.acquire()]
     with torch.inference_mode():
         try:

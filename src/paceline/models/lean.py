@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from paceline.models.cuda.batch import PagedBatch
     from paceline.models.packing import PackedBatch
 
 _FAMILY: Final = frozenset(
@@ -126,7 +127,11 @@ class LeanForward:
         self._head_dim: int = anything.model.layers[0].self_attn.head_dim
         self._angles = _Angles(anything.model.rotary_emb, self._embedding)
 
-    def hidden(self, tokens: Tensor, packed: PackedBatch) -> Tensor:
+    def reserve_positions(self, num_positions: int) -> None:
+        """Table the angles of positions below `num_positions` now, so that the tables stay in place."""
+        self._angles.reserve(num_positions)
+
+    def hidden(self, tokens: Tensor, packed: PackedBatch | PagedBatch) -> Tensor:
         """Final hidden states [N, D] of tokens [N]."""
         cos, sin = self._angles.at(packed)
         stream = F.embedding(tokens, self._embedding)
@@ -138,7 +143,12 @@ class LeanForward:
         return self._norm(stream)
 
     def _attend(
-        self, x: Tensor, index: int, cos: Tensor, sin: Tensor, packed: PackedBatch
+        self,
+        x: Tensor,
+        index: int,
+        cos: Tensor,
+        sin: Tensor,
+        packed: PackedBatch | PagedBatch,
     ) -> Tensor:
         """[N, H * head size], before the output product."""
         layer, heads, kv_heads = self._layers[index], self._num_heads, self._num_kv_heads
@@ -173,7 +183,11 @@ class _Angles:
         self._like = like
         self._cos = self._sin = like.new_empty((0, 1, 0))
 
-    def at(self, packed: PackedBatch) -> tuple[Tensor, Tensor]:
+    def reserve(self, num_positions: int) -> None:
+        if num_positions > self._cos.shape[0]:
+            self._grow(num_positions)
+
+    def at(self, packed: PackedBatch | PagedBatch) -> tuple[Tensor, Tensor]:
         """Cosines [N, 1, D] and sines [N, 1, D/2] at the packed tokens' positions, D the head size."""
         if packed.num_positions > self._cos.shape[0]:
             self._grow(packed.num_positions)
