@@ -138,7 +138,10 @@ class DraftModel(Drafter):
         width = max(lengths)
         wants_probs = any(row.sampling.method in _STOCHASTIC for row in rows)
         tokens = torch.full((len(rows), width), -1, dtype=torch.int64)
-        probs = torch.zeros((len(rows), width, self._num_logits)) if wants_probs else None
+        probs = None
+        if wants_probs:
+            shape = len(rows), width, self._num_logits
+            probs = torch.zeros(shape, device=self.model.device)
         # rows sorted by slot make one attention call
         order = sorted(
             (i for i, n in enumerate(lengths) if n), key=lambda i: self._states[rows[i].id].slot
@@ -236,14 +239,14 @@ class DraftModel(Drafter):
             q = warp(logits[r], row.sampling)
             stochastic = row.sampling.method in _STOCHASTIC
             stream = noise.DRAFT if stochastic else noise.TARGET
-            position = torch.tensor(len(row.tokens) + step)
+            position = torch.tensor(len(row.tokens) + step, device=q.device)
             if row.sampling.method == "block":
                 position = noise.of_round(position, len(row.tokens))
-            seed = torch.tensor(row.sampling.seed)
+            seed = torch.tensor(row.sampling.seed, device=q.device)
             e = noise.exponential(seed, position, stream, self._num_logits)
-            drawn[r] = noise.race(q.cpu(), e[: q.shape[-1]])
+            drawn[r] = noise.race(q, e[: q.shape[-1]])
             if stochastic and probs is not None:
-                probs[active[r], step, : q.shape[-1]] = q.cpu()
+                probs[active[r], step, : q.shape[-1]] = q
         return drawn
 
     def would_accept(

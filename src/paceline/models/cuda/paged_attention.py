@@ -51,7 +51,9 @@ def attend_blocks(
     groups = num_heads // num_kv_heads
     block_d = max(16, triton.next_power_of_2(head_dim))
     queries = groups * batch.most_wide
-    block_m = min(_MOST_QUERIES, max(16, triton.next_power_of_2(queries)))
+    # wide heads leave registers for fewer queries
+    most = _MOST_QUERIES if block_d * query.element_size() <= 256 else _MOST_QUERIES // 2
+    block_m = min(most, max(16, triton.next_power_of_2(queries)))
     grid = len(batch.width) * num_kv_heads, triton.cdiv(queries, block_m)
     if num_splits is None:
         # a batch's rows are not all as wide as the widest may be
@@ -63,7 +65,9 @@ def attend_blocks(
     if num_splits > 1:
         sums = query.new_empty((num_splits, *out.shape), dtype=torch.float32)
         weights = query.new_empty((num_splits, num_tokens, num_heads, 2), dtype=torch.float32)
-    table, bits = batch.cache.table(), batch.bits
+    table = batch.cache.table()
+    # words of half the width take half the registers
+    bits = None if batch.bits is None else batch.bits.view(torch.int32)
     _attend[(*grid, num_splits)](
         query,
         pool,
@@ -94,9 +98,10 @@ def attend_blocks(
         CAPPED=cap is not None,
         HAS_BITS=bits is not None,
         IS_SPLIT=num_splits > 1,
+        PRECISION="tf32x3",  # for float32: three products that together keep its precision
         # Triton's interpreter multiplies bfloat16 as if it were integers
         WIDEN=not query.is_cuda,
-        num_warps=4,
+        num_warps=8 if block_m * block_d > 4096 else 4,
         # keys and values of a second block only where shared memory surely holds them
         num_stages=2 if block_d * query.element_size() <= 256 else 1,
     )
@@ -119,7 +124,7 @@ def attend_blocks(
 @cached
 def _num_processors(device: torch.device) -> int:
     if device.type != "cuda":
-        return 4  # the interpreter has one; more, so that blocks are split there too
+        return 1  # the interpreter
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
@@ -162,6 +167,7 @@ def _attend(
     CAPPED: tl.constexpr,
     HAS_BITS: tl.constexpr,
     IS_SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     row = tl.program_id(0) // NUM_KV_HEADS
@@ -184,7 +190,7 @@ def _attend(
     d = tl.arange(0, BLOCK_D)
     at = token[:, None] * query_token_stride + head[:, None] * query_head_stride + d[None, :]
     q = tl.load(query + at, mask=is_query[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
-    q_position = tl.load(positions + token)
+    q_position = tl.load(positions + token).to(tl.int32)
 
     # nothing behind the last token of this tile is seen: ancestors stand before descendants
     stop = start + tl.minimum(width, (tile * BLOCK_M + BLOCK_M - 1) // GROUPS + 1)
@@ -208,13 +214,14 @@ def _attend(
         acc, total, highest = _add_block(
             acc, total, highest, q, b, pool, blocks, positions, bits, num_words, kv_head, first,
             start, stop, token, within, q_position, scale, cap, False, NUM_KV_HEADS, HEAD_DIM,
-            BLOCK_D, BLOCK, WINDOW, CAPPED, HAS_BITS, WIDEN,
+            BLOCK_D, BLOCK, WINDOW, CAPPED, HAS_BITS, PRECISION, WIDEN,
         )  # fmt: skip
-    for b in range(tl.maximum(begin, whole), end):
+    # a pipeline of ancestor bits would take more shared memory than small devices have
+    for b in tl.range(tl.maximum(begin, whole), end, num_stages=1 if HAS_BITS else None):
         acc, total, highest = _add_block(
             acc, total, highest, q, b, pool, blocks, positions, bits, num_words, kv_head, first,
             start, stop, token, within, q_position, scale, cap, True, NUM_KV_HEADS, HEAD_DIM,
-            BLOCK_D, BLOCK, WINDOW, CAPPED, HAS_BITS, WIDEN,
+            BLOCK_D, BLOCK, WINDOW, CAPPED, HAS_BITS, PRECISION, WIDEN,
         )  # fmt: skip
 
     line = (split * num_tokens + token) * (NUM_KV_HEADS * GROUPS) + head
@@ -261,6 +268,7 @@ def _add_block(
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
     HAS_BITS: tl.constexpr,
+    PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """The running softmax sum with one more block of keys and values in it."""
@@ -283,26 +291,26 @@ def _add_block(
         value = tl.load(values)
 
     if WIDEN:
-        score = tl.dot(q.to(tl.float32), tl.trans(key.to(tl.float32)), input_precision="ieee")
+        score = tl.dot(q.to(tl.float32), tl.trans(key.to(tl.float32)), input_precision=PRECISION)
     else:
-        score = tl.dot(q, tl.trans(key), input_precision="ieee")
+        score = tl.dot(q, tl.trans(key), input_precision=PRECISION)
     score = score * scale
     if CAPPED:
         score = cap * (2.0 * tl.sigmoid(2.0 * score / cap) - 1.0)  # cap * tanh(score / cap)
-    k_position = cached_at.to(tl.int64)
+    k_position = cached_at
     if NEW:
-        new = tl.maximum(k_position - start, 0)  # the place among the row's new tokens
+        new = tl.maximum(cached_at - start, 0)  # the place among the row's new tokens
         is_new = (cached_at >= start) & (cached_at < stop)
         if HAS_BITS:
-            at = token[:, None] * num_words + (new // 64)[None, :]
+            at = token[:, None] * num_words + (new // 32)[None, :]
             word = tl.load(bits + at, mask=is_new[None, :], other=0)
-            ancestor = ((word >> (new % 64)[None, :]) & 1) != 0
+            ancestor = ((word >> (new % 32)[None, :]) & 1) != 0
             seen = (cached_at < start)[None, :] | (is_new[None, :] & ancestor)
         else:
             seen = cached_at[None, :] <= start + within[:, None]
         score = tl.where(seen, score, float("-inf"))
         if WINDOW > 0:
-            depth = tl.load(positions + first + new, mask=is_new, other=0)
+            depth = tl.load(positions + first + new, mask=is_new, other=0).to(tl.int32)
             k_position = tl.where(is_new, depth, k_position)
     if WINDOW > 0:
         near = k_position[None, :] > q_position[:, None] - WINDOW
@@ -315,9 +323,9 @@ def _add_block(
     total = total * kept + tl.sum(weight, axis=1)
     weight = weight.to(value.dtype)
     if WIDEN:
-        added = tl.dot(weight.to(tl.float32), value.to(tl.float32), input_precision="ieee")
+        added = tl.dot(weight.to(tl.float32), value.to(tl.float32), input_precision=PRECISION)
     else:
-        added = tl.dot(weight, value, input_precision="ieee")
+        added = tl.dot(weight, value, input_precision=PRECISION)
     return acc * kept[:, None] + added, total, raised
 
 

@@ -65,14 +65,14 @@ def random_tree(width: int, order: random.Random) -> torch.Tensor:
 @torch.inference_mode()
 @pytest.mark.parametrize(
     ("architecture", "forward"),
-    [("llama", "lean"), ("qwen3", "lean"), ("mistral", "lean"), ("gemma2", "transformers")],
+    [("llama", "lean"), ("mistral", "lean"), ("gemma2", "transformers")],
 )
 def test_a_random_schedule_of_rows_and_trees(architecture: str, forward: str) -> None:
     plain, paged = both(architecture, forward)
     order = random.Random(3)
     lengths: dict[int, int] = {}
-    for turn in range(10):
-        if len(lengths) < 4:
+    for turn in range(7):
+        if len(lengths) < 3:
             slot = plain.acquire()
             assert paged.acquire() == slot
             lengths[slot] = 0
@@ -94,7 +94,7 @@ def test_a_random_schedule_of_rows_and_trees(architecture: str, forward: str) ->
             for model in (plain, paged):
                 source = (span.start + path).to(DEVICE)
                 model.cache.copy_positions(span.slot, source, span.start)
-        if turn % 4 == 3:
+        if turn == 3:
             slot = chosen[0]
             for model in (plain, paged):
                 model.release(slot)
