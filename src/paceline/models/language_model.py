@@ -58,7 +58,7 @@ class LanguageModel:
         self._paged = self.device.type == "cuda" if paged is None else paged
         if self._paged:
             attention_kernel()  # what it lacks is said now
-        self.cache = self.new_cache()
+        self.cache: RowCache | PagedCache = PagedCache(self.device) if self._paged else RowCache()
         self._chain_masks = ChainMasks()
         self._forward: LeanForward | TransformersForward = TransformersForward(model, name)
         self.num_logits: int = model.get_output_embeddings().weight.shape[0]
@@ -77,10 +77,6 @@ class LanguageModel:
     def forward_kind(self) -> str:
         """`lean` or `transformers`: whose code runs the weights."""
         return self._forward.kind
-
-    def new_cache(self) -> RowCache | PagedCache:
-        """An empty cache of the kind that this model's forward reads."""
-        return PagedCache(self.device) if self._paged else RowCache()
 
     def acquire(self) -> int:
         """A slot for a new row."""
@@ -211,13 +207,16 @@ def check_packed_forward(language_model: LanguageModel, seed: int = 0) -> None:
     parents = torch.tensor(
         [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]], dtype=torch.bool
     )
-    cache = language_model.new_cache()
+    # a paged model is checked over its own cache, where its captured steps run: the prompts go their
+    # own way, the tree and the chain are such a step
+    own = language_model.cache
+    cache = own if isinstance(own, PagedCache) else RowCache()
     slots = [cache.acquire(), cache.acquire()]
     with torch.inference_mode():
         try:
             language_model.forward(
                 torch.cat([long, short]),
-                [Span(slots[0], 0, 11), Span(slots[1], 0, 5)],
+                [Span(slots[0], 0, 11, prefill=True), Span(slots[1], 0, 5, prefill=True)],
                 cache=cache,
             )
             hidden = language_model.forward(
@@ -232,6 +231,8 @@ def check_packed_forward(language_model: LanguageModel, seed: int = 0) -> None:
                 f"packed forward ({error})"
             ) from error
         packed = language_model.unembed(hidden).float().cpu()
+        for slot in slots:
+            cache.release(slot)
         paths = [(long, tree[[0, 1]]), (long, tree[[0, 2, 3]]), (short, chain)]
         places = [[0, 1], [0, 2, 3], [4, 5]]
         worst = 0.0

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 _MOST_SPLITS: Final = 32
 _MOST_QUERIES: Final = 64  # of a program
 # numbers that vary from forward to forward; Triton would compile a kernel for each kind of them
-_PLAIN: Final = ["num_tokens", "num_words", "num_splits", "table_stride"]
+_VARYING: Final = ["num_tokens", "num_words", "num_splits", "table_stride"]
+# pieces of one vector, which begin where the ones before them end
+_PARTS: Final = ["firsts", "widths", "starts", "slots", "positions", "bits"]
 
 
 def attend_blocks(
@@ -136,7 +138,7 @@ def _choose_splits(num_programs: int, longest: int | None, device: torch.device)
     return max(1, splits)
 
 
-@triton.jit(do_not_specialize=_PLAIN)
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_PARTS)
 def _attend(
     query,
     pool,
@@ -329,7 +331,9 @@ def _add_block(
     return acc * kept[:, None] + added, total, raised
 
 
-@triton.jit(do_not_specialize=["num_lines", "num_splits"])
+@triton.jit(
+    do_not_specialize=["num_lines", "num_splits"], do_not_specialize_on_alignment=["places"]
+)
 def _weigh(
     sums,
     weights,
