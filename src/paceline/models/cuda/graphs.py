@@ -205,9 +205,11 @@ class _Step:
             self._copied.synchronize()  # the last run's copy has left the host's vector
         lay_out(self._host.numpy(), self._shape, tokens, spans, ancestors, self._cache)
         self._device.copy_(self._host, non_blocking=True)
-        if self._graph is None:
-            return self._function(self._ids, self._batch)
-        self._copied.record()
-        self._graph.replay()
+        if self._graph is not None:
+            self._copied.record()
+            self._graph.replay()
+        else:  # into the same tensor every time, as a replay
+            output = self._function(self._ids, self._batch)
+            self._output = output if self._output is None else self._output.copy_(output)
         assert self._output is not None
         return self._output
