@@ -1,12 +1,14 @@
 """How near the engine comes to what this machine can do, and to transformers' generate.
 
-    python benchmarks/engine.py [--models zoo zoo-exact 0.3b 1b] [--dtypes bfloat16 float32]
+    python benchmarks/engine.py [--models zoo zoo-exact 0.3b 1b 8b] [--dtypes bfloat16 float32]
+                                [--device cuda]
 
 One process, everything interleaved, medians. The larger models have random weights: a Llama shape
 whose upper layers are scaled down, so that a drafter made of its lowest layers agrees with it often,
 as a trained drafter would. `ideal` is what a speculative run would take if nothing but forwards cost
 time: rounds x (bare verify forward + bare draft forwards). Bandwidth is the larger of a plain read
-of a large tensor and of a packed product's weights, measured between the runs.
+of a large tensor and of a packed product's weights, measured between the runs; on CUDA it is that of a
+copy within the device, read and written bytes together. What cannot run is reported with its reason.
 """
 
 from __future__ import annotations
@@ -36,8 +38,10 @@ from paceline.config import Config, EngineSection, ModelSection, load_config
 from paceline.contracts import NONE, Completion, Request
 from paceline.drafting.draft_model import DraftModel
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
+from paceline.errors import ModelError
 from paceline.experiments.demo_prompts import load_written
 from paceline.models.language_model import LanguageModel
+from paceline.models.loading import resolve_device
 from paceline.models.packing import Span
 from paceline.models.products import Product
 from paceline.testing.tokenizers import byte_tokenizer
@@ -56,6 +60,13 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_hidden_layers": 22,
         "num_attention_heads": 32,
         "num_key_value_heads": 4,
+    },
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
     },
 }
 VOCABULARY = 32_000
@@ -78,11 +89,18 @@ class Subject:
     their_drafter: Any
 
 
-def zoo(dtype: str, exact: bool = False) -> Subject:
+def zoo(dtype: str, device: str, exact: bool = False) -> Subject:
     config = load_config("paceline.yaml")
+    drafters = {
+        name: section.model_copy(update={"settings": {**section.settings, "device": device}})
+        if "model" in section.settings
+        else section
+        for name, section in config.drafters.items()
+    }
     config = config.model_copy(
         update={
-            "target": config.target.model_copy(update={"dtype": dtype}),
+            "target": config.target.model_copy(update={"dtype": dtype, "device": device}),
+            "drafters": drafters,
             "exact": exact,
             "engine": EngineSection(prefix_positions=0),
         }
@@ -95,7 +113,8 @@ def zoo(dtype: str, exact: bool = False) -> Subject:
     ]
 
     def load(folder: str) -> Any:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        return model.to(device).eval()
 
     return Subject(
         "zoo",
@@ -108,7 +127,7 @@ def zoo(dtype: str, exact: bool = False) -> Subject:
     )
 
 
-def random_llama(name: str, dtype: str) -> Subject:
+def random_llama(name: str, dtype: str, device: str) -> Subject:
     shape = SHAPES[name]
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -119,7 +138,8 @@ def random_llama(name: str, dtype: str) -> Subject:
         **shape,
     )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
+    with torch.device(device):
+        model = LlamaForCausalLM(config)
     with torch.no_grad():
         for layer in model.model.layers[DRAFT_LAYERS:]:
             layer.self_attn.o_proj.weight *= UPPER_SCALE
@@ -164,6 +184,8 @@ def lowest_layers(model: Any, num_layers: int) -> Any:
 def clocked(act: Callable[[], Any]) -> float:
     began = perf_counter()
     act()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return perf_counter() - began
 
 
@@ -179,7 +201,25 @@ def weight_bytes(model: LanguageModel) -> int:
     return total if tied else total - embedding.nbytes
 
 
-class Bandwidth:
+class CopyBandwidth:
+    """Bytes a second, read and written, of a copy within the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._from = torch.ones(256 * 2**20, device=device)  # 1 GiB
+        self._to = torch.empty_like(self._from)
+        self._found: list[float] = []
+
+    def measure(self) -> None:
+        clocked(lambda: self._to.copy_(self._from))
+        seconds = clocked(lambda: self._to.copy_(self._from))
+        self._found.append(2 * self._from.nbytes / seconds)
+
+    @property
+    def typical(self) -> float:
+        return median(self._found)
+
+
+class ReadBandwidth:
     """Bytes a second of a plain read and of packed products larger than any cache."""
 
     def __init__(self) -> None:
@@ -207,7 +247,7 @@ def decode(pace: Pace, prompt: list[int], arm: str, n: int) -> Completion:
 
 
 def generate(subject: Subject, prompt: list[int], n: int, assisted: bool) -> None:
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=subject.theirs.device)
     extra = {"assistant_model": subject.their_drafter} if assisted else {}
     with torch.inference_mode():
         subject.theirs.generate(
@@ -230,7 +270,8 @@ def measure(subject: Subject, n: int, repeats: int, on_turn: Callable[[], None])
     target = pace.parts.target
     drafter = pace.parts.drafters[arm]
     assert isinstance(drafter, DraftModel)
-    bandwidth = Bandwidth()
+    on_cuda = target.device.type == "cuda"
+    bandwidth = CopyBandwidth(target.device) if on_cuda else ReadBandwidth()
     tokens = torch.randint(target.num_logits, (CONTEXT,))
     slots = {}
     for model in (target, drafter.model):
@@ -301,6 +342,7 @@ def figures(
     return {
         "model": subject.name,
         "forward": target.forward_kind,
+        "device": target.device.type,
         "dtype": str(target.dtype).removeprefix("torch."),
         "mode": "exact" if target.exact else "normal",
         "weights_mb": weights / 1e6,
@@ -372,9 +414,9 @@ def resident_mb() -> float:
     return pages * resource.getpagesize() / 1e6
 
 
-def memory(num_requests: int, on_turn: Callable[[], None]) -> dict[str, float]:
+def memory(num_requests: int, device: str, on_turn: Callable[[], None]) -> dict[str, float]:
     """Resident memory after the first 100 requests of mixed length and after all of them."""
-    subject = zoo("float32")
+    subject = zoo("float32", device)
     order = random.Random(1)
 
     def requests() -> Iterator[Request]:
@@ -396,10 +438,15 @@ def memory(num_requests: int, on_turn: Callable[[], None]) -> dict[str, float]:
 
 
 def save(
-    folder: Path, rows: list[dict[str, Any]], facts: dict[str, Any], found: dict[str, float] | None
+    folder: Path,
+    rows: list[dict[str, Any]],
+    refused: list[str],
+    facts: dict[str, Any],
+    found: dict[str, float] | None,
 ) -> str:
     """Write the table as markdown and JSON; returns the markdown."""
     text = markdown(rows, facts)
+    text += "".join(f"\nNot run: {line}.\n" for line in refused)
     if found is not None:
         text += (
             f"\nResident memory after {found['requests']} requests of mixed length over that after "
@@ -407,7 +454,7 @@ def save(
         )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "engine.md").write_text(text)
-    result = {"circumstances": facts, "rows": rows, "memory": found}
+    result = {"circumstances": facts, "rows": rows, "refused": refused, "memory": found}
     (folder / "engine.json").write_text(json.dumps(result, indent=1) + "\n")
     return text
 
@@ -416,25 +463,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", nargs="*", default=["zoo", "zoo-exact", "0.3b"])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--requests", type=int, default=2000, help="of the memory test; 0 skips it")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
+    try:
+        resolve_device(options.device)
+    except ModelError as error:
+        parser.error(str(error))
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(options.threads)
     console = Console()
     rows = []
+    refused: list[str] = []
     with progress(console) as report:
         for name in options.models:
             for dtype in options.dtypes:
-                subject = (
-                    zoo(dtype, exact=name == "zoo-exact")
-                    if name.startswith("zoo")
-                    else random_llama(name, dtype)
-                )
+                try:
+                    subject = (
+                        zoo(dtype, options.device, exact=name == "zoo-exact")
+                        if name.startswith("zoo")
+                        else random_llama(name, dtype, options.device)
+                    )
+                except ModelError as error:
+                    refused.append(f"{name} {dtype}: {error}")
+                    continue
                 label, done = f"{name} {dtype}", 0
 
                 def on_turn(label: str = label) -> None:
@@ -446,12 +503,13 @@ def main() -> None:
                 del subject
                 gc.collect()
         facts: dict[str, Any] = circumstances()
+        on = facts["device"] if options.device == "cuda" else "the CPU"
         facts["setting"] = (
-            f"Batch 1 but for the 8 rows, greedy, {options.tokens} new tokens, medians of "
+            f"On {on}. Batch 1 but for the 8 rows, greedy, {options.tokens} new tokens, medians of "
             f"{options.repeats} interleaved turns."
         )
         if rows:
-            save(options.out, rows, facts, None)  # before the long part that follows
+            save(options.out, rows, refused, facts, None)  # before the long part that follows
         found = None
         if options.requests:
             served = 0
@@ -461,8 +519,8 @@ def main() -> None:
                 served += 1
                 report("memory", served, options.requests)
 
-            found = memory(options.requests, on_request)
-    text = save(options.out, rows, facts, found)
+            found = memory(options.requests, options.device, on_request)
+    text = save(options.out, rows, refused, facts, found)
     console.print(text, markup=False, highlight=False)
 
 

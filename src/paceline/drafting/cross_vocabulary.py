@@ -149,6 +149,7 @@ class SharedTokens(DraftModel):
 
     kind: ClassVar[str] = CrossVocabulary.kind
     needs: ClassVar[Needs] = Needs()
+    shares_ids: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -258,6 +259,7 @@ class ThroughText(Drafter):
 
     kind: ClassVar[str] = CrossVocabulary.kind
     needs: ClassVar[Needs] = Needs()
+    shares_ids: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -68,6 +68,7 @@ class DraftModel(Drafter):
     kind: ClassVar[str] = "draft_model"
     Settings: ClassVar[type[BaseModel]] = DraftModelSettings
     needs: ClassVar[Needs] = Needs(same_vocabulary=True)
+    shares_ids: ClassVar[bool] = True  # what it draws is fed to it as it is
 
     def __init__(
         self,
@@ -188,6 +189,34 @@ class DraftModel(Drafter):
         """[R, V'] in the target's ids, V' at most V, of final hidden states [R, D]."""
         return self.model.unembed(hidden)[:, : self._num_tokens]
 
+    def _draft_chains(
+        self,
+        rows: Sequence[RowView],
+        lengths: Sequence[int],
+        fed: dict[int, list[int]],
+        tokens: Tensor,
+    ) -> bool:
+        """Fill `tokens` in one go, or return False: rows are sampled, or have more to catch up with
+        than the token or two that a round leaves.
+
+        fed: each drafting row's tokens that are not cached yet.
+        """
+        greedy = all(row.sampling.method == "greedy" for row in rows)
+        if not fed or not greedy or any(len(new) > 2 for new in fed.values()):
+            return False
+        states = {i: self._states[rows[i].id] for i in fed}
+        spans = [Span(states[i].slot, states[i].num_cached, len(new)) for i, new in fed.items()]
+        flat = self._known([token for new in fed.values() for token in new])
+        # always the full length: fewer shapes, and a row that wants less is near its end
+        chains = self.model.draft_chain(flat, spans, self.num_draft_tokens, self._num_tokens)
+        if chains is None:
+            return False
+        for (i, state), chain in zip(states.items(), chains.tolist(), strict=True):
+            tokens[i, : lengths[i]] = torch.tensor(chain[: lengths[i]])
+            state.num_cached = len(rows[i].tokens)
+            state.drafted = chain[: lengths[i] - 1]
+        return True
+
     def _known(self, tokens: Sequence[int]) -> Tensor:
         """Tokens as a tensor; an id from the padding of the target's wider table as the last id."""
         return torch.tensor(tokens).clamp_(max=self.model.num_logits - 1)
@@ -205,12 +234,19 @@ class DraftModel(Drafter):
         most = [self._length(text, limit) for text, limit in zip(texts, limits, strict=True)]
         width = max(most)
         tokens = torch.full((len(rows), width), -1, dtype=torch.int64)
-        probs = empty_probs(rows, width, self._num_logits)
+        probs = empty_probs(rows, width, self._num_logits, self.model.device)
         # rows sorted by slot make one attention call
         active = sorted(
             (i for i, n in enumerate(most) if n), key=lambda i: self._states[rows[i].id].slot
         )
         fed = {i: self._catch_up(rows[i], texts[i]) for i in active}
+        if (
+            self.model.drafts_whole_chains
+            and self.shares_ids
+            and self._rule is FIXED_LENGTH
+            and self._draft_chains(rows, most, fed, tokens)
+        ):
+            return Drafts(tokens, most)
         sure: dict[int, list[float]] = {i: [] for i in active}
         lengths = [0] * len(rows)
         for step in range(width):

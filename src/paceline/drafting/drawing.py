@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 _STOCHASTIC: Final = ("residual", "block")
 
 
-def empty_probs(rows: Sequence[RowView], width: int, num_logits: int) -> Tensor | None:
+def empty_probs(
+    rows: Sequence[RowView], width: int, num_logits: int, device: torch.device
+) -> Tensor | None:
     """[R, K, V] zeros to be filled by `draw`, or None if no row's judge wants to know q."""
     if not any(row.sampling.method in _STOCHASTIC for row in rows):
         return None
-    return torch.zeros((len(rows), width, num_logits))
+    return torch.zeros((len(rows), width, num_logits), device=device)
 
 
 def draw(
@@ -55,12 +57,12 @@ def draw(
         q = warp(logits[r], row.sampling)
         stochastic = row.sampling.method in _STOCHASTIC
         stream = noise.DRAFT if stochastic else noise.TARGET
-        position = torch.tensor(len(row.tokens) + step)
+        position = torch.tensor(len(row.tokens) + step, device=q.device)
         if row.sampling.method == "block":
             position = noise.of_round(position, len(row.tokens))
-        seed = torch.tensor(row.sampling.seed)
+        seed = torch.tensor(row.sampling.seed, device=q.device)
         e = noise.exponential(seed, position, stream, num_logits)
-        drawn[r] = noise.race(q.cpu(), e[: q.shape[-1]])
+        drawn[r] = noise.race(q, e[: q.shape[-1]])
         if stochastic and probs is not None:
-            probs[places[r], step, : q.shape[-1]] = q.cpu()
+            probs[places[r], step, : q.shape[-1]] = q
     return drawn

@@ -137,7 +137,7 @@ class LayerSkip(Drafter):
         for row, state in zip(rows, states, strict=True):
             state.learn(row.tokens)
         drafts: list[list[int]] = [[] for _ in rows]
-        probs = empty_probs(rows, max(most), self._target.num_logits)
+        probs = empty_probs(rows, max(most), self._target.num_logits, self._target.device)
         # rows sorted by slot make one attention call
         active = sorted((i for i, n in enumerate(most) if n), key=lambda i: rows[i].slot)
         for step in range(max(most)):

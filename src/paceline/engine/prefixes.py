@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from paceline.models.cache import RowCache
+    from paceline.models.cuda.paged_cache import PagedCache
 
 BLOCK: Final = 64  # positions
 
@@ -40,7 +41,9 @@ class PrefixStore:
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def load(self, prompt: Sequence[int], cache: RowCache, slot: int) -> list[np.ndarray]:
+    def load(
+        self, prompt: Sequence[int], cache: RowCache | PagedCache, slot: int
+    ) -> list[np.ndarray]:
         """Write the known blocks of a prompt into a row; the hidden sums at their ends.
 
         The prompt's last token is always left to be run, since its logits are wanted.
@@ -56,7 +59,11 @@ class PrefixStore:
         return sums
 
     def keep(
-        self, prompt: Sequence[int], cache: RowCache, slot: int, sums: Sequence[np.ndarray]
+        self,
+        prompt: Sequence[int],
+        cache: RowCache | PagedCache,
+        slot: int,
+        sums: Sequence[np.ndarray],
     ) -> None:
         """Copy a prefilled prompt's whole blocks that are not known yet."""
         if not self._max_blocks:

@@ -161,21 +161,30 @@ def _ancestors(parents: Sequence[int]) -> Tensor:
 def judge(rows: Sequence[Row], drafts: Sequence[Draft], logits: Tensor) -> list[Verdict]:
     """What is kept of every row's draft, and the token behind it. logits: [N, V]."""
     best, ids = logits.max(dim=-1)
-    # the one copy off the device; -1 marks logits that are not numbers
+    # one copy off the device, and a second for all sampled rows; -1 marks logits that are no numbers
     choices: list[int] = torch.where(best.isfinite(), ids, -1).tolist()
     verdicts = []
+    drawn: dict[int, Tensor] = {}
     first = 0
-    for row, draft in zip(rows, drafts, strict=True):
+    for i, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
         stop = first + 1 + len(draft.tokens)
         own = choices[first:stop]
+        verdicts.append(Verdict([], 0))
         if min(own) < 0:
             row.fail("the target's logits are not finite; are its weights fit for its dtype?")
-            verdicts.append(Verdict([], 0))
         elif row.sampling.method == "greedy" and row.request.rules is None:
-            verdicts.append(_follow(own, draft))
+            verdicts[i] = _follow(own, draft)
         else:
-            verdicts.append(_judge_one(row, draft, logits[first:stop]))
+            answer = _judge_one(row, draft, logits[first:stop])
+            if answer is not None:
+                drawn[i] = answer
         first = stop
+    if drawn:
+        sizes = [len(answer) for answer in drawn.values()]
+        flat: list[int] = torch.cat(list(drawn.values())).tolist()
+        for i, size in zip(drawn, sizes, strict=True):
+            verdicts[i] = _verdict(flat[:size], drafts[i])
+            flat = flat[size:]
     return verdicts
 
 
@@ -184,8 +193,20 @@ def _follow(choices: Sequence[int], draft: Draft) -> Verdict:
     return Verdict(path, choices[path[-1] + 1 if path else 0])
 
 
-def _judge_one(row: Row, draft: Draft, logits: Tensor) -> Verdict:
-    """A row that is sampled or has rules of its own. logits: [k+1, V]."""
+def _verdict(answer: Sequence[int], draft: Draft) -> Verdict:
+    """What `_judge_one` says, read."""
+    if draft.probs is None:
+        return _follow(answer, draft)
+    num_accepted, next_token = answer
+    return Verdict(list(range(num_accepted)), next_token)
+
+
+def _judge_one(row: Row, draft: Draft, logits: Tensor) -> Tensor | None:
+    """A row that is sampled or has rules of its own; None if these fail. logits: [k+1, V].
+
+    On the logits' device: the target's token at every place [k+1], or where the draft has
+    probabilities, how many tokens are accepted and the one behind them [2].
+    """
     levels = range(len(draft.tokens)) if draft.parents is None else depths(draft.parents)
     if row.request.rules is not None:
         try:
@@ -198,29 +219,26 @@ def _judge_one(row: Row, draft: Draft, logits: Tensor) -> Verdict:
             )
         except Exception as error:  # noqa: BLE001 - a user's own processor
             row.fail("logit rules", error)
-            return Verdict([], 0)
+            return None
     params = row.sampling
     if params.method == "greedy":
-        return _follow(logits.argmax(dim=-1).tolist(), draft)
-    p = warp(logits, params).cpu()
-    start = len(row.tokens)
-    positions = torch.tensor([start, *(start + 1 + level for level in levels)])
-    seed = torch.tensor(params.seed)
+        return logits.argmax(dim=-1)
+    p = warp(logits, params)
+    start, k = len(row.tokens), len(draft.tokens)
+    places = [start, *(start + 1 + level for level in levels)]
+    # one copy to the device
+    numbers = torch.tensor([params.seed, k, *places, *draft.tokens], device=p.device)
+    seed, length, positions, tokens = numbers[0], numbers[1:2], numbers[2 : k + 3], numbers[k + 3 :]
     e = noise.exponential(seed, positions, noise.TARGET, p.shape[-1])
     if draft.probs is None:
-        return _follow(noise.race(p, e).tolist(), draft)
+        return noise.race(p, e)
     block = params.method == "block"
     at = noise.of_round(positions[:-1], start) if block else positions[:-1]
     u = noise.uniform(seed, at, noise.ACCEPT)
     verdicts = (judge_block if block else judge_residual)(
-        p[None],
-        draft.probs.cpu()[None],
-        torch.tensor(draft.tokens, dtype=torch.int64)[None],
-        torch.tensor([len(draft.tokens)]),
-        u[None],
-        e[None],
+        p[None], draft.probs.to(p.device)[None], tokens[None], length, u[None], e[None]
     )
-    return Verdict(list(range(int(verdicts.num_accepted))), int(verdicts.next_tokens))
+    return torch.cat([verdicts.num_accepted, verdicts.next_tokens])
 
 
 def _texts(row: Row, draft: Draft) -> list[list[int]]:

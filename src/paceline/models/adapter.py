@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from paceline.models.cuda.batch import PagedBatch
     from paceline.models.packing import PackedBatch
     from paceline.models.sublayers import LayerSubset
 
@@ -58,7 +59,7 @@ class TransformersForward:
         self._configs: list[Any] = list(configs.values())
 
     def hidden(
-        self, tokens: Tensor, packed: PackedBatch, skip: LayerSubset | None = None
+        self, tokens: Tensor, packed: PackedBatch | PagedBatch, skip: LayerSubset | None = None
     ) -> Tensor:
         """Final hidden states [N, D] of tokens [N], without the sub-layers of `skip`."""
         before = [config._attn_implementation for config in self._configs]
@@ -101,7 +102,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    packed: PackedBatch | None = None,
+    packed: PackedBatch | PagedBatch | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,

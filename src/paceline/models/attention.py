@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from paceline.models.cuda.batch import PagedBatch
 from paceline.models.exact import attend_exactly
 from paceline.models.packing import store
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def attend(
-    packed: PackedBatch,
+    packed: PackedBatch | PagedBatch,
     layer: int,
     query: Tensor,
     key_value: Tensor,
@@ -37,6 +38,8 @@ def attend(
     then its values. scale: of the scores. window: positions a token sees. cap: scores pass through
     cap * tanh(score / cap).
     """
+    if isinstance(packed, PagedBatch):
+        return packed.attend(layer, query, key_value, scale, window, cap)
     num_heads, head_dim = query.shape[1], query.shape[2]
     num_kv_heads = key_value.shape[1] // 2
     groups = num_heads // num_kv_heads

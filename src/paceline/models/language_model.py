@@ -14,6 +14,9 @@ import torch
 from paceline.errors import ModelError
 from paceline.models.adapter import TransformersForward
 from paceline.models.cache import RowCache
+from paceline.models.cuda.batch import attention_kernel, batch_of
+from paceline.models.cuda.graphs import StaticForward
+from paceline.models.cuda.paged_cache import PagedCache
 from paceline.models.lean import LeanForward, why_not_lean
 from paceline.models.packing import ChainMasks, PackedBatch, Span
 from paceline.models.peft_adapters import base_of
@@ -36,11 +39,17 @@ class LanguageModel:
     """
 
     def __init__(
-        self, model: PreTrainedModel, name: str, forward: Forward = "auto", exact: bool = False
+        self,
+        model: PreTrainedModel,
+        name: str,
+        forward: Forward = "auto",
+        exact: bool = False,
+        paged: bool | None = None,
     ) -> None:
         """forward: `lean` insists on the lean forward, `auto` takes it where it fits.
 
         exact: a token's bits hang on its own row alone, see `exact.py`; needs the lean forward.
+        paged: run over a paged cache, as on CUDA; None is by the device, tests say it.
         """
         model = base_of(model, name)
         self.name = name
@@ -51,7 +60,10 @@ class LanguageModel:
         self.num_layers: int = config.num_hidden_layers
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = _input_device(model)
-        self.cache = RowCache()
+        self._paged = self.device.type == "cuda" if paged is None else paged
+        if self._paged:
+            attention_kernel()  # what it lacks is said now
+        self.cache: RowCache | PagedCache = PagedCache(self.device) if self._paged else RowCache()
         self._chain_masks = ChainMasks()
         self._forward: LeanForward | TransformersForward = TransformersForward(model, name)
         self.num_logits: int = model.get_output_embeddings().weight.shape[0]
@@ -62,6 +74,9 @@ class LanguageModel:
         elif forward == "lean" or exact:
             mode = "exact mode" if exact else "the lean forward"
             raise ModelError(f"{name}: cannot run {mode}, because {reason}")
+        self._static: StaticForward | None = None
+        if isinstance(self.cache, PagedCache) and isinstance(self._forward, LeanForward):
+            self._static = StaticForward(self._forward, self.cache, self.context_length)
 
     @property
     def forward_kind(self) -> str:
@@ -81,7 +96,7 @@ class LanguageModel:
         tokens: Tensor,
         spans: Sequence[Span],
         ancestors: Sequence[Tensor | None] | None = None,
-        cache: RowCache | None = None,
+        cache: RowCache | PagedCache | None = None,
         skip: LayerSubset | None = None,
     ) -> Tensor:
         """Final hidden states [N, D] of N packed tokens, row after row as `spans` lists them.
@@ -91,15 +106,49 @@ class LanguageModel:
         values are cached at start + its place in the span. skip: sub-layers that are left out, and
         whose cache is neither read nor written.
         """
+        cache = self.cache if cache is None else cache
+        if isinstance(cache, PagedCache):
+            return self._forward_paged(tokens.cpu(), spans, ancestors, cache, skip)
         packed = PackedBatch(
             spans,
-            self.cache if cache is None else cache,
+            cache,
             self.device,
             ancestors,
             self._chain_masks,
             self.exact,
         )
         return self._forward.hidden(tokens.to(self.device), packed, skip)
+
+    def _forward_paged(
+        self,
+        tokens: Tensor,
+        spans: Sequence[Span],
+        ancestors: Sequence[Tensor | None] | None,
+        cache: PagedCache,
+        skip: LayerSubset | None,
+    ) -> Tensor:
+        if self._static is not None and cache is self.cache and skip is None:
+            hidden = self._static.hidden(tokens, spans, ancestors)
+            if hidden is not None:
+                return hidden
+        ids, batch = batch_of(tokens, spans, ancestors, cache, self.device)
+        return self._forward.hidden(ids, batch, skip)
+
+    @property
+    def drafts_whole_chains(self) -> bool:
+        """Whether `draft_chain` is there: several steps without coming back to the host."""
+        return self._static is not None
+
+    def draft_chain(
+        self, tokens: Tensor, spans: Sequence[Span], num_drafted: int, num_tokens: int
+    ) -> Tensor | None:
+        """A greedy chain [R, K] of ids below `num_tokens` behind each row's tokens, on the CPU.
+
+        tokens, spans: as in `forward`. All drafted tokens but the last are cached behind the row's own.
+        None where the batch is too large for it.
+        """
+        assert self._static is not None
+        return self._static.draft(tokens, spans, num_drafted, num_tokens)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of final hidden states [..., D]."""
@@ -188,13 +237,16 @@ def check_packed_forward(language_model: LanguageModel, seed: int = 0) -> None:
     parents = torch.tensor(
         [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]], dtype=torch.bool
     )
-    cache = RowCache()
+    # a paged model is checked over its own cache, where its captured steps run: the prompts go their
+    # own way, the tree and the chain are such a step
+    own = language_model.cache
+    cache = own if isinstance(own, PagedCache) else RowCache()
     slots = [cache.acquire(), cache.acquire()]
     with torch.inference_mode():
         try:
             language_model.forward(
                 torch.cat([long, short]),
-                [Span(slots[0], 0, 11), Span(slots[1], 0, 5)],
+                [Span(slots[0], 0, 11, prefill=True), Span(slots[1], 0, 5, prefill=True)],
                 cache=cache,
             )
             hidden = language_model.forward(
@@ -209,6 +261,8 @@ def check_packed_forward(language_model: LanguageModel, seed: int = 0) -> None:
                 f"packed forward ({error})"
             ) from error
         packed = language_model.unembed(hidden).float().cpu()
+        for slot in slots:
+            cache.release(slot)
         paths = [(long, tree[[0, 1]]), (long, tree[[0, 2, 3]]), (short, chain)]
         places = [[0, 1], [0, 2, 3], [4, 5]]
         worst = 0.0

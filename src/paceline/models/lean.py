@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from paceline.models.cuda.batch import PagedBatch
     from paceline.models.packing import PackedBatch
 
 _FAMILY: Final = frozenset(
@@ -133,8 +134,12 @@ class LeanForward:
         self._head_dim: int = anything.model.layers[0].self_attn.head_dim
         self._angles = _Angles(anything.model.rotary_emb, self._embedding)
 
+    def reserve_positions(self, num_positions: int) -> None:
+        """Table the angles of positions below `num_positions` now, so that the tables stay in place."""
+        self._angles.reserve(num_positions)
+
     def hidden(
-        self, tokens: Tensor, packed: PackedBatch, skip: LayerSubset | None = None
+        self, tokens: Tensor, packed: PackedBatch | PagedBatch, skip: LayerSubset | None = None
     ) -> Tensor:
         """Final hidden states [N, D] of tokens [N], without the sub-layers of `skip`."""
         without = skip or _NOTHING
@@ -153,7 +158,12 @@ class LeanForward:
         return self._norm(stream[:num_tokens])
 
     def _attend(
-        self, x: Tensor, index: int, cos: Tensor, sin: Tensor, packed: PackedBatch
+        self,
+        x: Tensor,
+        index: int,
+        cos: Tensor,
+        sin: Tensor,
+        packed: PackedBatch | PagedBatch,
     ) -> Tensor:
         """[rounded N, H * head size], before the output product. x: [rounded N, D]."""
         layer, heads, kv_heads = self._layers[index], self._num_heads, self._num_kv_heads
@@ -199,7 +209,11 @@ class _Angles:
         self._like = like
         self._cos = self._sin = like.new_empty((0, 1, 0))
 
-    def at(self, packed: PackedBatch) -> tuple[Tensor, Tensor]:
+    def reserve(self, num_positions: int) -> None:
+        if num_positions > self._cos.shape[0]:
+            self._grow(num_positions)
+
+    def at(self, packed: PackedBatch | PagedBatch) -> tuple[Tensor, Tensor]:
         """Cosines [N, 1, D] and sines [N, 1, D/2] at the packed tokens' positions, D the head size."""
         if packed.num_positions > self._cos.shape[0]:
             self._grow(packed.num_positions)

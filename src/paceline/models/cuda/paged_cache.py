@@ -1,0 +1,157 @@
+"""Keys and values of all rows of one model in blocks of one pool, for devices that gather cheaply.
+
+The twin of `cache.RowCache`: a row owns a list of blocks instead of a stretch of every layer, so rows
+of any lengths share the memory they really need. A layer's pool is [places, 2 * kv heads, head dim],
+keys before values, BLOCK places a block; the same blocks serve every layer. Block 0 belongs to nobody:
+what pads a batch is written there, and table entries without a block point to it. The table lies on
+the device and is copied there only after a row got a block. Knows no attention.
+"""
+
+from __future__ import annotations
+
+import bisect
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+BLOCK: Final = 64  # positions
+_FIRST_BLOCKS: Final = 64  # the pool's first size; it doubles from there
+
+
+class PagedCache:
+    """Slots with their blocks; `acquire` a slot for a row, `release` it at its end.
+
+    version: changes whenever a tensor moved, so that whoever keeps addresses knows to drop them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.layers: list[Tensor | None] = []
+        self.version = 0
+        self._device = device
+        self._num_blocks = _FIRST_BLOCKS
+        self._free_blocks = list(range(_FIRST_BLOCKS - 1, 0, -1))  # the next one last
+        self._free_slots: list[int] = []
+        self._blocks: list[list[int]] = []  # of each slot, in the order of their positions
+        self._host = np.zeros((8, 16), dtype=np.int32)  # [slots, blocks a row]
+        self._table: Tensor | None = None
+        self._stale = True  # whether the device's table lacks something
+
+    def acquire(self) -> int:
+        """The lowest free slot."""
+        if self._free_slots:
+            return self._free_slots.pop(0)
+        self._blocks.append([])
+        if len(self._blocks) > self._host.shape[0]:
+            self._widen_table(2 * self._host.shape[0], self._host.shape[1])
+        return len(self._blocks) - 1
+
+    def release(self, slot: int) -> None:
+        """Give back the slot and its blocks; the pool keeps its size."""
+        self._free_blocks.extend(reversed(self._blocks[slot]))
+        self._blocks[slot] = []
+        self._host[slot] = 0
+        bisect.insort(self._free_slots, slot)
+
+    def extend(self, slot: int, num_positions: int) -> None:
+        """Make room for a row's positions below `num_positions`."""
+        blocks = self._blocks[slot]
+        needed = -(-num_positions // BLOCK)
+        if needed <= len(blocks):
+            return
+        if needed > self._host.shape[1]:
+            self._widen_table(self._host.shape[0], max(needed, 2 * self._host.shape[1]))
+        missing = needed - len(blocks)
+        if missing > len(self._free_blocks):
+            self._add_blocks(missing - len(self._free_blocks))
+        for place in range(len(blocks), needed):
+            blocks.append(self._free_blocks.pop())
+            self._host[slot, place] = blocks[-1]
+        self._stale = True
+
+    def _add_blocks(self, missing: int) -> None:
+        grown = max(2 * self._num_blocks, self._num_blocks + missing)
+        new = range(grown - 1, self._num_blocks - 1, -1)
+        self._free_blocks = [*new, *self._free_blocks]
+        self._num_blocks = grown
+        self.version += 1
+
+    def _widen_table(self, num_slots: int, num_blocks: int) -> None:
+        old = self._host
+        self._host = np.zeros((num_slots, num_blocks), dtype=np.int32)
+        self._host[: old.shape[0], : old.shape[1]] = old
+        self._table = None
+        self.version += 1
+
+    def table(self) -> Tensor:
+        """[slots, blocks a row] int32 on the device: the block of every position // BLOCK."""
+        if self._table is None or self._stale:
+            with torch.inference_mode(False):
+                host = torch.from_numpy(self._host)
+                if self._table is None:
+                    self._table = torch.zeros_like(host, device=self._device)
+                # waits for the copy, since the next row to grow writes to the source
+                self._table.copy_(host)
+            self._stale = False
+        return self._table
+
+    def layer(self, index: int, like: Tensor) -> Tensor:
+        """[places, 2 * Hkv, D], with room for all blocks. like: [N, 2 * Hkv, D] new entries."""
+        while len(self.layers) <= index:
+            self.layers.append(None)
+        pool = self.layers[index]
+        num_places = self._num_blocks * BLOCK
+        if pool is None or pool.shape[0] < num_places:
+            with torch.inference_mode(False):
+                new = like.new_zeros((num_places, *like.shape[1:]))
+                if pool is not None:
+                    new[: pool.shape[0]] = pool
+            pool = self.layers[index] = new
+        return pool
+
+    def places(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Where in a pool positions [n] of slots [n] lie, by the host's own table."""
+        blocks = self._host[slots, positions // BLOCK].astype(np.int64)
+        return blocks * BLOCK + positions % BLOCK
+
+    def places_on_device(self, slots: Tensor | int, positions: Tensor) -> Tensor:
+        """The same of tensors on the device, without a copy to the host."""
+        blocks = self.table()[slots, positions // BLOCK].to(torch.int64)
+        return blocks * BLOCK + positions % BLOCK
+
+    def num_bytes(self) -> int:
+        """Bytes held now, by all rows together and by what is free."""
+        return sum(pool.nbytes for pool in self.layers if pool is not None)
+
+    def read(self, slot: int, start: int, stop: int) -> list[Tensor]:
+        """Copies of a row's entries at positions [start, stop): [2 * Hkv, n, D] of every layer."""
+        places = self._span(slot, start, stop)
+        return [
+            pool.index_select(0, places).transpose(0, 1) for pool in self.layers if pool is not None
+        ]
+
+    def write(self, slot: int, start: int, entries: Sequence[Tensor]) -> None:
+        """Put what `read` gave at positions start, start + 1, ... of a row."""
+        stop = start + entries[0].shape[1]
+        self.extend(slot, stop)
+        places = self._span(slot, start, stop)
+        for index, entry in enumerate(entries):
+            new = entry.transpose(0, 1)
+            self.layer(index, new).index_copy_(0, places, new)
+
+    def copy_positions(self, slot: int, source: Tensor, start: int) -> None:
+        """Move a row's entries at positions `source` [n] to start, start + 1, ..."""
+        old = self.places_on_device(slot, source.to(self._device))
+        new = self._span(slot, start, start + source.shape[0])
+        for pool in self.layers:
+            if pool is not None:
+                pool.index_copy_(0, new, pool.index_select(0, old))
+
+    def _span(self, slot: int, start: int, stop: int) -> Tensor:
+        positions = torch.arange(start, stop, device=self._device)
+        return self.places_on_device(slot, positions)

@@ -1,0 +1,163 @@
+"""The kernel over a paged cache is the plain attention over stretches of memory, feature by feature."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from paceline.models.attention import attend
+from paceline.models.cache import RowCache
+from paceline.models.cuda.batch import batch_of
+from paceline.models.cuda.paged_attention import attend_blocks
+from paceline.models.cuda.paged_cache import BLOCK, PagedCache
+from paceline.models.packing import PackedBatch, Span
+
+COMPILED = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") == "0"
+DEVICE = torch.device("cuda" if COMPILED else "cpu")
+
+
+def random_tree(width: int, order: random.Random) -> torch.Tensor:
+    """[W, W] ancestors of a random tree."""
+    seen = torch.eye(width, dtype=torch.bool)
+    for k in range(1, width):
+        seen[k] |= seen[order.randrange(k)]
+    return seen
+
+
+class Pair:
+    """The same rows in both caches; every forward is compared."""
+
+    def __init__(
+        self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.shape = heads, kv_heads, head_dim
+        self.dtype = dtype
+        self.plain, self.paged = RowCache(), PagedCache(DEVICE)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def acquire(self) -> int:
+        slot = self.plain.acquire()
+        assert self.paged.acquire() == slot
+        return slot
+
+    def random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self.generator).to(DEVICE, self.dtype)
+
+    def fill(self, slot: int, length: int) -> None:
+        """Cached text, without the attention that made it."""
+        entries = [self.random(2 * self.shape[1], length, self.shape[2])]
+        self.plain.write(slot, 0, entries)
+        self.paged.write(slot, 0, entries)
+
+    def check(
+        self,
+        spans: list[Span],
+        trees: list[torch.Tensor | None] | None = None,
+        window: int | None = None,
+        cap: float | None = None,
+        num_splits: int | None = None,
+    ) -> None:
+        heads, kv_heads, head_dim = self.shape
+        num_tokens = sum(span.width for span in spans)
+        # queries as the lean forward hands them over: a slice of a wider tensor
+        query = self.random(num_tokens, heads + kv_heads, head_dim)[:, :heads]
+        new = self.random(num_tokens, 2 * kv_heads, head_dim)
+        packed = PackedBatch(spans, self.plain, DEVICE, trees)
+        expected = attend(packed, 0, query, new, 0.3, window, cap)
+
+        tokens = torch.zeros(num_tokens, dtype=torch.int64)
+        _, batch = batch_of(tokens, spans, trees, self.paged, DEVICE)
+        pool = self.paged.layer(0, new)
+        pool.index_copy_(0, batch.place, new)
+        found = attend_blocks(query, pool, batch, 0.3, window, cap, num_splits)
+
+        assert torch.equal(batch.positions(), packed.positions())
+        tolerance = 1e-5 if self.dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "dtype"),
+    [
+        (2, 2, 16, torch.float32),
+        (4, 1, 16, torch.bfloat16),
+        (6, 2, 8, torch.float32),
+        (4, 2, 24, torch.bfloat16),
+        (2, 1, 64, torch.float32),
+    ],
+    ids=["all heads alike", "one for all", "three to one", "odd head size", "wide"],
+)
+def test_ragged_rows(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    pair = Pair(heads, kv_heads, head_dim, dtype)
+    a, b, c = (pair.acquire() for _ in range(3))
+    pair.fill(a, 2 * BLOCK + 7)
+    pair.fill(b, 3)
+    pair.fill(c, BLOCK)
+    pair.check([Span(a, 2 * BLOCK + 7, 1), Span(b, 3, 1), Span(c, BLOCK, 1)])
+    pair.check([Span(c, BLOCK + 1, 5), Span(a, 2 * BLOCK + 8, 3)], num_splits=1)
+    pair.check([Span(c, BLOCK + 1, 5), Span(a, 2 * BLOCK + 8, 3)], num_splits=2)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_a_prompt_of_several_tiles_and_blocks(window: int | None) -> None:
+    pair = Pair(2, 1, 16)
+    a, b = pair.acquire(), pair.acquire()
+    pair.check([Span(a, 0, BLOCK + 7), Span(b, 0, 3)], window=window)
+    pair.check([Span(b, 3, 4), Span(a, BLOCK + 7, BLOCK)], window=window, num_splits=2)
+
+
+@pytest.mark.parametrize(
+    ("window", "cap", "num_splits"),
+    [(None, 2.0, 1), (3, None, 4), (70, None, 1), (70, 2.0, 3), (None, None, 3)],
+)
+def test_trees_windows_and_caps(window: int | None, cap: float | None, num_splits: int) -> None:
+    pair = Pair(4, 2, 16)
+    order = random.Random(0)
+    a, b, c = (pair.acquire() for _ in range(3))
+    lengths = {a: 2 * BLOCK + 60, b: 2, c: BLOCK}
+    for slot, length in lengths.items():
+        pair.fill(slot, length)
+    spans = [Span(s, lengths[s], w) for s, w in zip((a, b, c), (9, 5, 4), strict=True)]
+    trees = [random_tree(9, order), None, random_tree(4, order)]
+    pair.check(spans, trees, window, cap, num_splits)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_tree_of_more_nodes_than_a_word_has_bits(window: int | None) -> None:
+    pair = Pair(1, 1, 16)
+    a, b = pair.acquire(), pair.acquire()
+    pair.fill(a, 50)
+    pair.fill(b, 70)
+    tree = random_tree(100, random.Random(1))
+    pair.check([Span(b, 70, 66), Span(a, 50, 100)], [None, tree], window)
+
+
+def test_what_a_block_held_before_does_not_matter() -> None:
+    pair = Pair(2, 2, 16)
+    a, b = pair.acquire(), pair.acquire()
+    pair.fill(a, 10)
+    pair.fill(b, BLOCK)
+    pair.paged.layers[0][:] = torch.nan  # type: ignore[index]
+    pair.fill(a, 9)
+    pair.fill(b, BLOCK - 1)
+
+    pair.check([Span(a, 9, 1), Span(b, BLOCK - 1, 4)], num_splits=2)
+    pair.check([Span(a, 9, 1), Span(b, BLOCK - 1, 4)], num_splits=1)
+
+
+def test_numbers_that_are_none_are_not_lost_among_splits() -> None:
+    paged = PagedCache(DEVICE)
+    slot = paged.acquire()
+    tokens = torch.zeros(1, dtype=torch.int64)
+    _, batch = batch_of(tokens, [Span(slot, 3 * BLOCK, 1)], None, paged, DEVICE)
+    pool = paged.layer(0, torch.zeros(1, 2, 16, device=DEVICE))
+    pool[paged.places_on_device(slot, torch.tensor([BLOCK], device=DEVICE))] = torch.nan
+
+    out = attend_blocks(torch.ones(1, 1, 16, device=DEVICE), pool, batch, 1.0, num_splits=4)
+
+    assert out.isnan().all()
