@@ -111,6 +111,8 @@ def random_llama(name: str, dtype: str, per_task: int) -> Subject:
                 layer.self_attn.o_proj.weight *= REDUNDANT_SCALE
             if i + len(model.model.layers) in redundant:
                 layer.mlp.down_proj.weight *= REDUNDANT_SCALE
+        # about what a whole MLP adds: the text wanders instead of settling on one token
+        model.model.embed_tokens.weight.normal_(std=0.15)
         model.lm_head.weight.normal_(std=SHARPNESS / shape["hidden_size"] ** 0.5)
     model = model.to(getattr(torch, dtype)).eval()  # type: ignore[arg-type]
     model.generation_config.eos_token_id = None
