@@ -53,7 +53,7 @@ class Counted:
 
         def propose(rows: Sequence[Any], limits: Sequence[int]) -> Any:
             drafts = inner(rows, limits)
-            self.num_calls += 1
+            self.num_calls, self.last = self.num_calls + 1, drafts
             self.num_drafted += drafts.lengths[0]
             return drafts
 
@@ -120,8 +120,8 @@ def test_sampled_text_keeps_transformers_distribution() -> None:
     settings = {"temperature": 0.8, "top_k": 5}
     prompt = torch.tensor([[3, 1, 4, 1, 5]])
     placeholder = Config(target=ModelSection(model="in memory"))
-    ids = _Ids(7)
-    parts = build_from_objects(model, ids, {"noisy": perturbed(model, 0.5)}, placeholder)  # type: ignore[arg-type]
+    ids, other = _Ids(7), tiny_model("llama", vocab_size=7, std=0.5, seed=2)
+    parts = build_from_objects(model, ids, {"other": other}, placeholder)  # type: ignore[arg-type]
 
     def law(text: Tensor) -> Tensor:
         output = model.generate(
@@ -144,7 +144,7 @@ def test_sampled_text_keeps_transformers_distribution() -> None:
         tuple(
             model.generate(
                 prompt, do_sample=True, max_new_tokens=4, custom_generate=hf.assisted,
-                drafter=parts.drafters["noisy"], **settings,
+                drafter=parts.drafters["other"], **settings,
             )[0, 5:7].tolist()
         )
         for _ in range(num_draws)
@@ -203,7 +203,7 @@ def _row(tokens: list[int]) -> Any:
     return ReplayedRow(tokens, len(tokens))
 
 
-def test_a_candidate_generator_is_used_by_hand_too() -> None:
+def test_a_candidate_generator_is_used_by_hand_too(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     drafter = parts_of(model, same=model).drafters["same"]
     expected = model.generate(PROMPT, do_sample=False, max_new_tokens=12)
@@ -219,10 +219,11 @@ def test_a_candidate_generator_is_used_by_hand_too() -> None:
     assert not drafter._states
 
     sampled = SamplingParams(temperature=1.0, method="residual", seed=4)
+    counted = Counted(drafter, monkeypatch)
     with hf.candidate_generator(drafter, max_length=20, sampling=sampled) as candidates:
         ids, logits = candidates.get_candidates(PROMPT)
     assert logits.shape == (1, drafter.num_draft_tokens, 259)
-    assert logits.softmax(-1).gather(2, ids[:, 8:, None]).min() > 0
+    assert torch.allclose(logits.softmax(-1), counted.last.probs)
 
 
 def test_a_drafter_of_the_targets_own_states_is_refused() -> None:
@@ -243,3 +244,8 @@ def test_rows_and_a_missing_drafter_are_refused() -> None:
         )
     with pytest.raises(RequestError, match="needs drafter="):
         model.generate(PROMPT, max_new_tokens=4, custom_generate=hf.assisted)
+    for other in ({"assistant_model": perturbed(model, 0.1)}, {"prompt_lookup_num_tokens": 3}):
+        with pytest.raises(RequestError, match=f"drafter and {next(iter(other))} say different"):
+            model.generate(
+                PROMPT, max_new_tokens=4, custom_generate=hf.assisted, drafter=drafter, **other
+            )

@@ -17,7 +17,6 @@ from paceline.config import ModelSection
 from paceline.contracts import NONE
 from paceline.costs.table import CostTable
 from paceline.drafting.catalog import check_settings, find_kind
-from paceline.drafting.draft_model import DraftModelSettings
 from paceline.errors import ArtefactError, PacelineError, StoreError
 from paceline.models.language_model import cache_bytes_per_position
 from paceline.models.loading import DTYPES, load_config, load_tokenizer, resolve_device
@@ -121,20 +120,21 @@ def _check_drafter(
     section = config.drafters[name]
     check = DrafterCheck(name, section.kind, predicted=pay.get(name, "unknown"))
     try:
+        kind = find_kind(name, section.kind)
         settings = check_settings(name, section)
-        if isinstance(settings, DraftModelSettings):
+        if isinstance(settings, ModelSection):  # the drafter is a model
             check.facts = model_facts(settings)
-            other = Vocabulary.of(load_tokenizer(settings))
-            difference = vocabulary.difference(other)
+            difference = vocabulary.difference(Vocabulary.of(load_tokenizer(settings)))
             if difference is not None:
-                check.problem = f"another vocabulary than the target's: {difference}"
                 check.vocabulary = "different"
+                if kind.needs.same_vocabulary:
+                    check.problem = f"another vocabulary than the target's: {difference}"
             elif check.facts.num_logits != target.num_logits:
                 check.vocabulary = "same ids, padded to another size"
             else:
                 check.vocabulary = "same ids"
-        else:
-            find_kind(name, section.kind).check(name, settings, vocabulary)
+        if check.problem is None:
+            kind.check(name, settings, vocabulary)
     except PacelineError as error:
         check.problem = str(error)
     return check

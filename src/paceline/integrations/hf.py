@@ -47,6 +47,14 @@ __all__ = ["DrafterCandidates", "GenerateOutput", "assisted", "candidate_generat
 
 _KEPT: Final = "_paceline_kept"  # the attribute of a model under which its pace is kept
 
+# settings by which transformers picks a candidate generator of its own
+_OTHER_ASSISTANTS: Final = (
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "use_mtp",
+    "speculation_type",
+)
+
 
 @dataclass
 class GenerateOutput(GenerateDecoderOnlyOutput):
@@ -386,6 +394,10 @@ def assisted(
     lost = _lost_arguments(model)
     if drafter is None:
         raise RequestError("hf.assisted needs drafter=, such as pace.parts.drafters['small']")
+    others = {name: getattr(generation_config, name, None) for name in _OTHER_ASSISTANTS}
+    others["assistant_model"] = lost["assistant_model"]
+    if given := [name for name, value in others.items() if value]:
+        raise RequestError(f"drafter and {given[0]} say different things; give one of them")
     if len(input_ids) > 1:
         raise RequestError("transformers' assisted decoding takes one row; give one prompt")
     instance: Any = model
