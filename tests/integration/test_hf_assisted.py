@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from paceline.assembly import build_from_objects
 from paceline.config import Config, ModelSection
@@ -112,64 +109,6 @@ def test_the_zoo_writes_its_text_behind_padding_and_into_a_streamer(
     assert torch.equal(found, expected)
     assert heard.tokens == expected[0].tolist()
     assert heard.ended
-
-
-def test_sampled_text_keeps_transformers_distribution() -> None:
-    """The law of the tokens at places 1 and 2, which drafts of another distribution q can reach."""
-    model = tiny_model("llama", vocab_size=7, std=0.5)
-    settings = {"temperature": 0.8, "top_k": 5}
-    prompt = torch.tensor([[3, 1, 4, 1, 5]])
-    placeholder = Config(target=ModelSection(model="in memory"))
-    ids, other = _Ids(7), tiny_model("llama", vocab_size=7, std=0.5, seed=2)
-    parts = build_from_objects(model, ids, {"other": other}, placeholder)  # type: ignore[arg-type]
-
-    def law(text: Tensor) -> Tensor:
-        output = model.generate(
-            text, attention_mask=torch.ones_like(text), do_sample=True, max_new_tokens=1,
-            output_scores=True, return_dict_in_generate=True, **settings,
-        )  # fmt: skip
-        return output.scores[0][0].softmax(dim=-1)
-
-    first = law(prompt)
-    expected = np.array(
-        [
-            float(p * q)
-            for t, p in enumerate(first)
-            for q in law(torch.cat((prompt, torch.tensor([[t]])), 1))
-        ]
-    )
-    torch.manual_seed(1)
-    num_draws = 150
-    written = Counter(
-        tuple(
-            model.generate(
-                prompt, do_sample=True, max_new_tokens=4, custom_generate=hf.assisted,
-                drafter=parts.drafters["other"], **settings,
-            )[0, 5:7].tolist()
-        )
-        for _ in range(num_draws)
-    )  # fmt: skip
-    seen = np.array([written[a, b] for a in range(7) for b in range(7)])
-
-    assert not seen[expected == 0].any()
-    order = np.argsort(expected)
-    wanted, seen = expected[order] / expected.sum() * num_draws, seen[order]
-    rare = int(np.searchsorted(np.cumsum(wanted), 10.0)) + 1
-    wanted = np.concatenate([[wanted[:rare].sum()], wanted[rare:]])
-    seen = np.concatenate([[seen[:rare].sum()], seen[rare:]])
-    assert stats.chisquare(seen, wanted).pvalue > 1e-4
-
-
-class _Ids:
-    """A tokenizer of numbers."""
-
-    eos_token_id = None
-
-    def __init__(self, num_tokens: int) -> None:
-        self.vocab = {str(i): i for i in range(num_tokens)}
-
-    def get_vocab(self) -> dict[str, int]:
-        return self.vocab
 
 
 def test_of_a_tree_the_path_of_first_children_goes_out() -> None:
