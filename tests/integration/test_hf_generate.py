@@ -413,6 +413,14 @@ def test_a_cache_that_already_holds_text_is_refused(llama: PreTrainedModel, pace
         )
 
 
+def test_embeddings_in_the_place_of_text_are_refused(llama: PreTrainedModel, pace: Pace) -> None:
+    embedded = llama.get_input_embeddings()(batch(9)["input_ids"])
+    with pytest.raises(RequestError, match="model input 'inputs_embeds'"):
+        llama.generate(
+            inputs_embeds=embedded, max_new_tokens=4, custom_generate=hf.generate, pace=pace
+        )
+
+
 def test_a_pace_of_another_model_is_refused(pace: Pace) -> None:
     with pytest.raises(ConfigError, match="another model object"):
         tiny_model("llama", seed=2).generate(

@@ -18,7 +18,6 @@ from paceline.contracts import NONE
 from paceline.costs.table import CostTable
 from paceline.drafting.catalog import check_settings, find_kind
 from paceline.drafting.cross_vocabulary import CrossVocabularySettings, check_bridge
-from paceline.drafting.draft_model import DraftModelSettings
 from paceline.errors import ArtefactError, PacelineError, StoreError
 from paceline.models.language_model import cache_bytes_per_position
 from paceline.models.loading import DTYPES, load_config, load_tokenizer, resolve_device
@@ -29,6 +28,7 @@ from paceline.store.collection import load_collection
 
 if TYPE_CHECKING:
     from paceline.config import Config
+    from paceline.drafting.base import Drafter
     from paceline.models.vocabulary import Tokenizer
 
 
@@ -124,12 +124,13 @@ def _check_drafter(
     section = config.drafters[name]
     check = DrafterCheck(name, section.kind, predicted=pay.get(name, "unknown"))
     try:
+        kind = find_kind(name, section.kind)
         settings = check_settings(name, section)
-        if isinstance(settings, DraftModelSettings):
+        if isinstance(settings, ModelSection):  # the drafter is a model
             check.facts = model_facts(settings)
-            _check_vocabulary(check, settings, tokenizer, target)
-        else:
-            find_kind(name, section.kind).check(name, settings, Vocabulary.of(tokenizer))
+            _check_vocabulary(check, kind, settings, tokenizer, target)
+        if check.problem is None:
+            kind.check(name, settings, Vocabulary.of(tokenizer))
     except PacelineError as error:
         check.problem = str(error)
     return check
@@ -137,7 +138,8 @@ def _check_drafter(
 
 def _check_vocabulary(
     check: DrafterCheck,
-    settings: DraftModelSettings,
+    kind: type[Drafter],
+    settings: ModelSection,
     tokenizer: Tokenizer,
     target: ModelFacts,
 ) -> None:
@@ -147,8 +149,9 @@ def _check_vocabulary(
         bridge = check_bridge(check.name, settings, tokenizer, own)
         check.vocabulary = bridge.why
     elif difference is not None:
-        check.problem = f"another vocabulary than the target's: {difference}"
         check.vocabulary = "different"
+        if kind.needs.same_vocabulary:
+            check.problem = f"another vocabulary than the target's: {difference}"
     elif check.facts is not None and check.facts.num_logits != target.num_logits:
         check.vocabulary = "same ids, padded to another size"
     else:

@@ -1,0 +1,139 @@
+"""A pace for a model that came to `generate` without one, made of what came instead and kept with it.
+
+Knows no decoding. It is kept as long as the same drafters are given and the weights stay as they are.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from paceline.assembly import Pace, load
+from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
+from paceline.errors import ConfigError, RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from transformers import GenerationConfig, PreTrainedModel
+
+    from paceline.drafting.base import Drafter
+
+    Drafting = PreTrainedModel | Drafter
+
+_KEPT: Final = "_paceline_kept"  # the attribute of a model under which its pace is kept
+
+
+class _Ids:
+    """In a tokenizer's place where only ids are known: every id is a token, nothing has a text."""
+
+    eos_token_id = None
+
+    def __init__(self, num_tokens: int) -> None:
+        self._num_tokens = num_tokens
+
+    def get_vocab(self) -> dict[str, int]:
+        return {str(i): i for i in range(self._num_tokens)}
+
+    def decode(self, tokens: Sequence[int], **kwargs: Any) -> str:
+        return ""
+
+
+class _Kept:
+    """A pace kept on its model, with what it was made from; copies of the model start without."""
+
+    def __init__(self, made_from: tuple[Any, ...] = (), pace: Pace | None = None) -> None:
+        self.made_from, self.pace = made_from, pace
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Kept:
+        return _Kept()
+
+    def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
+        return _Kept, ()
+
+
+def pace_of(
+    model: PreTrainedModel,
+    config: GenerationConfig,
+    pace: Pace | None,
+    drafters: Mapping[str, Drafting] | None,
+    assistant: PreTrainedModel | None,
+) -> Pace:
+    """The pace to decode with: the given one, or one made from what was given instead."""
+    given = {
+        "pace": pace,
+        "drafters": drafters,
+        "assistant_model": assistant,
+        "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens,
+    }
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise RequestError(f"{' and '.join(names)} say different things; give one of them")
+    if pace is not None:
+        if pace.parts.target.model is not model:
+            raise ConfigError(
+                "pace= was made for another model object; make it with paceline.load(target=model, "
+                "tokenizer=tokenizer, drafters=...)"
+            )
+        return pace
+    lookup = (config.prompt_lookup_num_tokens, config.max_matching_ngram_size)
+    sources = dict(drafters or {})
+    if assistant is not None:
+        sources["assistant_model"] = assistant
+    made_from = (sources, lookup, *(_version(m) for m in (model, *sources.values())))
+    kept: Any = getattr(model, _KEPT, None)
+    if kept is None or kept.pace is None or kept.made_from != made_from:
+        kept = _Kept(made_from, _make_pace(model, sources, *lookup))
+        setattr(model, _KEPT, kept)
+    made: Pace = kept.pace
+    return made
+
+
+def _version(model: Any) -> tuple[Any, ...]:
+    """Changes with weights and adapters in use, so that a kept pace is never out of date."""
+    if not isinstance(model, torch.nn.Module):
+        return ()
+    weights = list(model.parameters())
+    written = sum(p._version for p in weights if not p.is_inference())
+    places = sum(p.data_ptr() for p in weights if type(p.data) is torch.Tensor)
+    adapters = [
+        (str(m._active_adapter), m._disable_adapters)
+        for m in model.modules()
+        if hasattr(m, "_disable_adapters")  # PEFT's layers
+    ]
+    return len(weights), written, places, *adapters
+
+
+def _make_pace(
+    model: PreTrainedModel,
+    sources: Mapping[str, Drafting],
+    lookup_tokens: int | None,
+    lookup_ngram: int | None,
+) -> Pace:
+    """As transformers takes an assistant: models of one logits width share their tokenizer."""
+    ready: dict[str, Any] = {}
+    width = model.get_output_embeddings().weight.shape[0]
+    for name, source in sources.items():
+        ready[name] = source
+        if isinstance(source, torch.nn.Module):
+            theirs = source.get_output_embeddings().weight.shape[0]
+            if theirs != width:
+                raise ConfigError(
+                    f"'{name}' has {theirs} logits, the target {width}; if they share a tokenizer, "
+                    "give pace=paceline.load(target=model, tokenizer=tokenizer, drafters={name: "
+                    "(drafter, its_tokenizer)}), which compares the tokenizers themselves"
+                )
+    if lookup_tokens is not None:
+        ngram = lookup_ngram or 2  # transformers' default
+        settings = PromptLookupSettings(
+            num_draft_tokens=lookup_tokens, min_ngram=1, max_ngram=ngram
+        )
+        ready["prompt_lookup"] = PromptLookup("prompt_lookup", settings)
+    pace = load(target=model, tokenizer=_Ids(width), drafters=ready)  # type: ignore[arg-type]
+    for name, source in sources.items():
+        config: Any = getattr(source, "generation_config", None)
+        asked = getattr(config, "num_assistant_tokens", None)
+        if asked is not None:
+            pace.parts.drafters[name].num_draft_tokens = asked
+    return pace
