@@ -37,6 +37,7 @@ _HOMES = {
     "pad_drafts": "paceline.drafting.base",
     "profile": "paceline.experiments.pipeline",
     "read_prompts": "paceline.store",
+    "search_layers": "paceline.layer_search",
 }
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "pad_drafts",
     "profile",
     "read_prompts",
+    "search_layers",
 ]
 
 if TYPE_CHECKING:
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
     from paceline.errors import ConfigError, PacelineError
     from paceline.experiments.demo_job import demo
     from paceline.experiments.pipeline import build_trigrams, collect, evaluate, learn, profile
+    from paceline.layer_search import search_layers
     from paceline.store import read_prompts
 
 

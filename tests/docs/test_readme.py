@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCED = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 BLOCKS = [text for language, text in FENCED if language == "python"]
 SHELL = "".join(text for language, text in FENCED if language == "")
-COMMANDS = sorted(set(re.findall(r"^paceline (\w+)", SHELL, flags=re.MULTILINE)))
+COMMANDS = sorted(set(re.findall(r"^paceline ([\w-]+)", SHELL, flags=re.MULTILINE)))
 
 
 @pytest.fixture
@@ -32,18 +32,20 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     records = [*load_written("math")[:12], *load_written("translation")[:12]]
     lines = [json.dumps({"id": r.id, "domain": r.domain, "prompt": r.prompt}) for r in records]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "zoo").symlink_to(ROOT / "zoo")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def test_there_are_python_blocks_and_commands_to_run() -> None:
-    assert len(BLOCKS) == 2
-    assert {"doctor", "collect", "profile", "learn", "evaluate", "generate", "distill"} == {
-        *COMMANDS
+    assert len(BLOCKS) == 3
+    assert {*COMMANDS} == {
+        *("doctor", "collect", "profile", "learn", "evaluate", "generate", "distill"),
+        *("layer-search", "drafters"),
     }
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["generate", "main job"])
+@pytest.mark.parametrize("block", BLOCKS, ids=["generate", "main job", "transformers"])
 def test_python_of_the_readme_runs(
     block: str, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -55,6 +57,7 @@ def test_python_of_the_readme_runs(
 def test_commands_of_the_readme_are_python_calls_too(verb: str) -> None:
     from paceline.cli.app import app
 
-    assert verb in {command.callback.__name__ for command in app.registered_commands}
+    name = verb.replace("-", "_")
+    assert name in {command.callback.__name__ for command in app.registered_commands}
     if verb != "generate":  # in Python it belongs to what `load` returns
-        assert callable(getattr(paceline, verb))
+        assert callable(getattr(paceline, {"layer-search": "search_layers"}.get(verb, name)))

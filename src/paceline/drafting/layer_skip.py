@@ -9,6 +9,7 @@ Symbols: R rows, K draft length, V logits width, q the skipped model's distribut
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -27,7 +28,7 @@ from paceline.models.packing import Span
 from paceline.models.sublayers import LayerSubset, check_sublayers
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -99,6 +100,15 @@ class LayerSkip(Drafter):
         self._target = target
         self._chunk = prefill_chunk
         self._states: dict[int, _RowState] = {}
+        self._stops_early = settings.stop == "threshold"
+
+    @contextmanager
+    def at_full_length(self) -> Iterator[None]:
+        before, self._stops_early = self._stops_early, False
+        try:
+            yield
+        finally:
+            self._stops_early = before
 
     @classmethod
     def check(cls, name: str, settings: LayerSkipSettings, vocabulary: Vocabulary) -> None:
@@ -172,7 +182,7 @@ class LayerSkip(Drafter):
 
     def _confidence(self, logits: Tensor) -> list[float]:
         """max q of each row before any warping, [R]; 1 where the length alone decides."""
-        if self.settings.stop == "fixed":
+        if not self._stops_early:
             return [1.0] * len(logits)
         logits = logits.float()
         sure: list[float] = (logits.amax(dim=-1) - logits.logsumexp(dim=-1)).exp().tolist()
