@@ -341,3 +341,17 @@ def test_a_skip_set_that_is_not_one(tmp_path: Path, content: str | None) -> None
     settings = LayerSkipSettings(skip_set=path)
     with pytest.raises(ArtefactError, match="run `paceline layer-search`"):
         LayerSkip.check("skip", settings, None)  # type: ignore[arg-type]
+
+
+def test_profiling_measures_drafts_that_no_exit_cuts() -> None:
+    """A threshold of 1 ends every draft at once: no q is that sure."""
+    target = new_target()
+    settings = LayerSkipSettings(skip_mlp=(0,), num_draft_tokens=6, threshold=1.0)
+    drafter = LayerSkip("skip", target, SUBSET, settings)
+    row = cached_row(target, 0, TEXT)
+    drafter.start([row])
+
+    assert propose(drafter, [row], [6]).lengths == [1]
+    with drafter.at_full_length():
+        assert propose(drafter, [row], [6]).lengths == [6]
+    assert propose(drafter, [row], [6]).lengths == [1]
