@@ -200,7 +200,9 @@ def test_whole_chains_are_the_steps_one_by_one() -> None:
     plain, paged = both("llama")
     order = random.Random(0)
     drafters = [DraftModel("d", model, 3, V, V) for model in (plain, paged)]
-    rows = [View(i, [order.randrange(V) for _ in range(n)]) for i, n in enumerate((5, 12, 2))]
+    rows = [
+        View(i, [order.randrange(V) for _ in range(n)]) for i, n in enumerate((5, BLOCK - 2, 2))
+    ]
     calls = []
     draft_chain = paged.draft_chain
     paged.draft_chain = lambda *given: calls.append(1) or draft_chain(*given)  # type: ignore[method-assign,func-returns-value]
