@@ -401,7 +401,7 @@ class Engine:
         self._rows = [row for row in self._rows if row.finish_reason is None]
         for row in ended:
             row.finished_at = perf_counter()
-            self.target.release(row.slot)
+            self.target.release(row.slot, damaged=row.error is not None)
             try:
                 row.drafter.finish([row])
             except Exception as error:  # noqa: BLE001 - as in `_guarded`, and no longer timed

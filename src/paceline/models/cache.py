@@ -42,6 +42,12 @@ class RowCache:
             self._num_slots, self._free = 0, []
             self.layers = []
 
+    def clear(self, slot: int) -> None:
+        """Zero a slot: masked positions enter the product with weight 0, and 0 * nan is nan."""
+        for storage in self.layers:
+            if storage is not None and slot < storage.shape[0]:
+                storage[slot].zero_()
+
     def reserve(self, num_positions: int) -> None:
         """Make room for positions below `num_positions` in every slot."""
         if num_positions > self._num_positions:

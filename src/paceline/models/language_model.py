@@ -87,8 +87,13 @@ class LanguageModel:
         """A slot for a new row."""
         return self.cache.acquire()
 
-    def release(self, slot: int) -> None:
-        """Give a row's slot back; its cached text is forgotten."""
+    def release(self, slot: int, damaged: bool = False) -> None:
+        """Give a row's slot back; its cached text is forgotten.
+
+        damaged: what is cached there may not be finite, and must not reach the slot's next row.
+        """
+        if damaged:
+            self.cache.clear(slot)
         self.cache.release(slot)
 
     def forward(

@@ -403,3 +403,25 @@ def test_a_drafter_is_given_the_targets_hidden_state() -> None:
 
     assert completion.token_ids == greedy_reference(MODEL, PROMPT, 20).tokens
     assert len(head.agreed) >= 10 and all(head.agreed)
+
+
+def test_numbers_that_a_failed_row_left_behind_reach_no_other_row() -> None:
+    """They stay in its slot of the cache, where a longer neighbour makes them masked positions."""
+    model = tiny_model("llama", context=CONTEXT)
+    assert not model.config.tie_word_embeddings
+    pace = Pace(build_from_objects(model, TOKENIZER, {}, Config(target=ModelSection(model="x"))))
+    engine = pace.engine
+    model.model.embed_tokens.weight.data[200] = float("nan")
+    neighbour = ask("neighbour", LONG, 30)
+    bad = ask("bad", (*LONG[:100], 200), 5)
+    engine.submit(neighbour)
+    engine.submit(bad)
+    for _ in range(4):
+        engine.step()
+    assert engine.num_rows == 1
+    engine.submit(ask("next", PROMPT, 20))
+
+    done = {c.request_id: c for c in run_out(pace).values()}
+
+    assert done["neighbour"].error is None
+    assert done["next"].token_ids == greedy_reference(model, PROMPT, 20).tokens

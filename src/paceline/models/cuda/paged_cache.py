@@ -58,6 +58,9 @@ class PagedCache:
         self._host[slot] = 0
         bisect.insort(self._free_slots, slot)
 
+    def clear(self, slot: int) -> None:
+        """Nothing to do: the kernel never reads what a row does not see."""
+
     def extend(self, slot: int, num_positions: int) -> None:
         """Make room for a row's positions below `num_positions`."""
         blocks = self._blocks[slot]
