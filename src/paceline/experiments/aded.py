@@ -1,9 +1,10 @@
 """What tri-gram trees gain, and by which of their parts: an ablation after ADED (arXiv 2407.12021).
 
 Arms differ in search, node budget, update rule and what the statistics start from; prompt lookup
-stands beside them. Every arm is replayed on the target's own answers and priced with a cost table
-measured here; some are decoded by the clock too. Sampled texts are drawn with a seed's own noise, so
-that in float32 they are the same for every arm.
+stands beside them, and retrieval from the same texts in the manner of REST (arXiv 2311.08252). Every arm
+is replayed on the target's own answers and priced with a cost table measured here; some are decoded by
+the clock too. Sampled texts are drawn with a seed's own noise, so that in float32 they are the same for
+every arm.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from paceline.bench.timed import TimedPrompt, num_equal_outputs, select, time_in
 from paceline.bench.timed import tokens_per_second as speed_of
 from paceline.config import DrafterSection, PathsSection
 from paceline.contracts import NONE
+from paceline.drafting.shared_text import SharedText
+from paceline.drafting.suffix_lookup import SuffixLookup, SuffixLookupSettings
+from paceline.drafting.trigram.corpora import TextFiles
 from paceline.experiments.demo_prompts import (
     PACKAGES,
     demo_prompts,
@@ -30,6 +34,7 @@ from paceline.experiments.pipeline import build_trigrams
 from paceline.experiments.pipeline import collect as collect_prompts
 from paceline.replay.rounds import max_output, replay
 from paceline.rewards import request_seconds
+from paceline.store.collection import open_trajectories, read_trajectories
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +45,7 @@ if TYPE_CHECKING:
     from paceline.config import Config
     from paceline.contracts import Completion
     from paceline.costs.table import CostTable
+    from paceline.models.vocabulary import Tokenizer
 
     OnProgress = Callable[[str, int, int], None]
 
@@ -48,6 +54,10 @@ STARTS: Final = ("text", "own", "both")  # what tables are built from, beside no
 SEARCHES: Final = ("mcts", "greedy", "full")
 BUDGETS: Final = (8, 16, 32, 64)
 DEPTHS: Final = (2, 4, 8)  # beside the default
+RETRIEVED: Final = (
+    "text",
+    "own",
+)  # what the retrieving arms look in, beside the request's own text
 LOOKUP: Final = "lookup"
 ALL_TASKS: Final = "all"
 _BUDGET: Final = 16
@@ -142,15 +152,19 @@ def run(
     )
     collected, timed = demo_prompts(sizes.collect_per_task, sizes.timed_per_task)
     collect_prompts(config, collected, sizes.max_new_tokens, on_progress=on_progress)
-    tables = _tables(config, folder, sizes, on_progress)
+    text = _text_files(sizes)
+    tables = _tables(config, folder, text, on_progress)
     variants = arms()
-    pace = Pace(build(config.model_copy(update={"drafters": _sections(variants, folder)})))
+    parts = build(config.model_copy(update={"drafters": _sections(variants, folder)}))
+    parts.drafters.update(_retrieving(config, text, parts.tokenizer))
+    pace = Pace(parts)
     costs = profile(pace, on_progress)
     prompts = [
         TimedPrompt(p.id, p.domain, tuple(pace.encode([{"role": "user", "content": p.prompt}])))
         for p in timed
     ]
-    clocked = [NONE, *(arm.name for arm in variants if arm.clocked), LOOKUP]
+    retrieving = [retrieval(start) for start in RETRIEVED]
+    clocked = [NONE, *(arm.name for arm in variants if arm.clocked), LOOKUP, *retrieving]
     measured = {}
     for temperature in TEMPERATURES:
         recorder = _Recorder(pace, temperature, sizes.max_new_tokens)
@@ -186,12 +200,15 @@ def _sections(variants: Sequence[Arm], folder: Path) -> dict[str, DrafterSection
 # --- what the statistics start from ---------------------------------------------------------------
 
 
-def _tables(
-    config: Config, folder: Path, sizes: Sizes, on_progress: OnProgress
-) -> dict[str, dict[str, float]]:
+def _text_files(sizes: Sizes) -> list[Path]:
     num_harvested = sizes.collect_per_task + sizes.timed_per_task
     prompted = {function.path for function in harvest_functions(num_harvested)}
-    text = installed_source(int(sizes.text_mb * 1e6), prompted)
+    return installed_source(int(sizes.text_mb * 1e6), prompted)
+
+
+def _tables(
+    config: Config, folder: Path, text: Sequence[Path], on_progress: OnProgress
+) -> dict[str, dict[str, float]]:
     found = {}
     for start in STARTS:
         out = folder / f"{start}.table"
@@ -212,6 +229,42 @@ def _tables(
             "seconds": perf_counter() - began,
         }
     return found
+
+
+def retrieval(start: str) -> str:
+    """The name of the arm that looks in the text a table starts from."""
+    return f"retrieval, {start}"
+
+
+class _Corpus(SharedText):
+    """Texts that were there before; the answers of requests do not join them."""
+
+    def __init__(self, texts: Sequence[Sequence[int]], max_match: int) -> None:
+        # an index is half of the room, and every text has an end
+        super().__init__(max_match, 2 * (sum(map(len, texts)) + len(texts)))
+        for text in texts:
+            super().add(text)
+
+    def add(self, tokens: Sequence[int]) -> None:
+        pass
+
+
+def _retrieving(
+    config: Config, text: Sequence[Path], tokenizer: Tokenizer
+) -> dict[str, SuffixLookup]:
+    """Suffix lookup in the request's own text and, where that promises more, in a corpus."""
+    settings = SuffixLookupSettings(num_draft_tokens=_BUDGET, share=True)
+    files = TextFiles(text, tokenizer)
+    texts = {
+        "text": files.tokens([piece for piece, _ in files.pieces()]),
+        "own": [t.output_tokens for t in read_trajectories(open_trajectories(config.paths.store))],
+    }
+    return {
+        retrieval(start): SuffixLookup(
+            retrieval(start), settings, _Corpus(texts[start], settings.max_match)
+        )
+        for start in RETRIEVED
+    }
 
 
 def installed_source(most_bytes: int, without: set[Path]) -> list[Path]:

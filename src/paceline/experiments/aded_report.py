@@ -76,11 +76,15 @@ def _arms_table(measured: dict[str, Measured], num_prompts: int) -> list[str]:
 def _tasks_table(measured: dict[str, Measured]) -> list[str]:
     tasks = [task for task in measured[NONE].tau if task != ALL_TASKS]
     lines = [
-        "| arm | " + " | ".join(f"{task}: tau, predicted" for task in tasks) + " |",
+        "| arm | " + " | ".join(f"{task}: tau, predicted, by the clock" for task in tasks) + " |",
         "|---|" + "---|" * len(tasks),
     ]
     for name, m in measured.items():
-        cells = [f"{m.tau[task]:.2f}, {m.predicted[task]:.2f}x" for task in tasks]
+        cells = [
+            f"{m.tau[task]:.2f}, {m.predicted[task]:.2f}x, "
+            + (f"{m.clocked[task]:.2f}x" if m.clocked else "–")
+            for task in tasks
+        ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
