@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from paceline.contracts import NONE, Drafts, SamplingParams, identity_of_arms
 from paceline.drafting.base import Drafter, Foresight, Needs, pad_drafts
-from paceline.drafting.foresight import SimulatedForesight, num_on_text
+from paceline.drafting.foresight import CachedForesight, SimulatedForesight, num_on_text
 from paceline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from paceline.contracts import RowView
     from paceline.drafting.base import Surroundings
+    from paceline.models.language_model import LanguageModel
 
 _GREEDY: Final = SamplingParams()
 # what a part's acceptance is taken for before it has proposed, and how many tokens that counts as
@@ -152,8 +153,16 @@ class Union(Drafter):
     kind: ClassVar[str] = "union"
     Settings: ClassVar[type[UnionSettings]] = UnionSettings
 
-    def __init__(self, name: str, parts: Mapping[str, Drafter], num_draft_tokens: int = 16) -> None:
+    def __init__(
+        self,
+        name: str,
+        parts: Mapping[str, Drafter],
+        num_draft_tokens: int = 16,
+        target: LanguageModel | None = None,
+    ) -> None:
+        """target: for the replay of parts that draft with its weights."""
         super().__init__(name, num_draft_tokens)
+        self._target = target
         self.parts = dict(parts)
         needs = [part.needs for part in self.parts.values()]
         self.needs = Needs(  # type: ignore[misc] # of its parts, which the class does not know
@@ -166,7 +175,7 @@ class Union(Drafter):
     @classmethod
     def build(cls, name: str, settings: UnionSettings, around: Surroundings) -> Union:
         parts = {part: _part(name, part, around.drafters) for part in settings.parts}
-        return cls(name, parts, settings.num_draft_tokens)
+        return cls(name, parts, settings.num_draft_tokens, around.target)
 
     def start(self, rows: Sequence[RowView]) -> None:
         for row in rows:
@@ -216,6 +225,10 @@ class Union(Drafter):
     def would_accept(
         self, prompt: Sequence[int], trajectory: Sequence[int], p: Tensor | None
     ) -> Foresight:
+        if self.needs.target_weights:
+            if self._target is None:
+                raise ValueError(f"'{self.name}' was built without the target its parts draft with")
+            return CachedForesight(self, self._target, prompt, trajectory)
         return SimulatedForesight(self, prompt, trajectory)
 
     @contextmanager

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from paceline.assembly import Pace, build_from_objects
+from paceline.assembly import Pace, Parts, build_from_objects
 from paceline.config import Config, DrafterSection, ModelSection
 from paceline.contracts import NONE, SamplingParams
 from paceline.drafting.base import Surroundings
 from paceline.drafting.catalog import check_settings
+from paceline.drafting.layer_skip import LayerSkip, LayerSkipSettings
 from paceline.drafting.none import NoneDrafter
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
 from paceline.drafting.union import Proposal, Union, UnionSettings, merge
@@ -185,6 +186,30 @@ def test_it_accepts_at_least_nearly_what_its_best_part_does(pace: Pace) -> None:
         rounds[arm] = sum(len(c.rounds) for c in done)
 
     assert rounds["all"] < min(rounds[arm] for arm in ("near", "far", "lookup"))
+
+
+def test_a_part_that_skips_layers_is_replayed_on_the_targets_cache(pace: Pace) -> None:
+    parts = pace.parts
+    around = parts.surroundings()
+    skip = LayerSkip.build("skip", LayerSkipSettings(skip_mlp=(0,), num_draft_tokens=4), around)
+    union = Union(
+        "both", {"skip": skip, "lookup": parts.drafters["lookup"]}, 8, target=parts.target
+    )
+    other = Pace(Parts(parts.config, parts.target, parts.tokenizer, parts.vocabulary,
+                       {**parts.drafters, "both": union}))  # fmt: skip
+    accepted = 0
+    for text in PROMPTS:
+        prompt = pace.encode(text)
+        real = other.complete(text, drafter="both", max_new_tokens=36)
+        plain = other.complete(text, drafter=NONE, max_new_tokens=36)
+        limit = max_output(36, len(prompt), 96)
+
+        predicted = replay(union, prompt, real.token_ids, limit).rounds
+
+        assert real.token_ids == plain.token_ids
+        assert predicted.tolist() == [[r.drafted, r.accepted] for r in real.rounds]
+        accepted += sum(r.accepted for r in real.rounds)
+    assert accepted > 20
 
 
 def test_replay_is_what_happens(pace: Pace) -> None:
