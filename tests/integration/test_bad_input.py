@@ -271,7 +271,7 @@ def test_a_drafter_of_another_vocabulary_is_refused_before_weights_are_read(
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"drafters": {"x": {"kind": "lookup"}}}, ConfigError, ["'x'", "'prompt_lookup'"]),
+        ({"drafters": {"x": {"kind": "promt_lookup"}}}, ConfigError, ["'x'", "'prompt_lookup'"]),
         ({"drafters": {"auto": {"kind": "none"}}}, ConfigError, ["'auto'"]),
         ({"drafters": {"none": {"kind": "prompt_lookup"}}}, ConfigError, ["'none'"]),
         (

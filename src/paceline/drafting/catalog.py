@@ -50,8 +50,8 @@ def find_kind(name: str, kind: str) -> type[Drafter]:
         return _import_kind(name, kind)
     if kind not in CATALOG:
         raise ConfigError(
-            f"drafter '{name}': unknown kind '{kind}'{nearest(kind, list(CATALOG))}; a drafter of "
-            "your own is named package.module:Class"
+            f"drafter '{name}': unknown kind '{kind}' (one of your own is named "
+            f"package.module:Class){nearest(kind, list(CATALOG))}"
         )
     return CATALOG[kind]
 
