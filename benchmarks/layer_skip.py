@@ -71,7 +71,7 @@ SHAPES = {
     },
 }
 REDUNDANT = 0.75  # share of the sub-layers that hardly matter
-REDUNDANT_SCALE = 0.02
+REDUNDANT_SCALE = 0.005
 SHARPNESS = 8.0  # standard deviation of the logits
 FIXED_LENGTHS = (2, 4, 6, 8)
 SETTINGS = SearchSettings()
