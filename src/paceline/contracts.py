@@ -130,10 +130,10 @@ class Drafts:
 
 @dataclass(slots=True)
 class Verdicts:
-    """What the target says of R drafts."""
+    """What the target says of R drafts that were drawn at random."""
 
     num_accepted: Tensor  # [R] int64, draft tokens kept
-    next_tokens: Tensor  # [R] int64, recovered after a rejection, bonus after a full accept
+    next_law: Tensor  # [R, V] weights, not normalised, of the recovered or the bonus token
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,16 +20,17 @@ from scipy import stats
 from paceline import noise
 from paceline.assembly import Pace, Parts, build_from_objects
 from paceline.config import Config, EngineSection, ModelSection
-from paceline.contracts import Request, SamplingParams, Verdicts
+from paceline.contracts import Request, SamplingParams
 from paceline.drafting.draft_model import DraftModel
 from paceline.drafting.none import NoneDrafter
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
 from paceline.engine import Engine
 from paceline.models.language_model import LanguageModel
 from paceline.testing.examples import OTHER_KINDS, add_examples
+from paceline.testing.judging import Judged, judge_block, judge_residual
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
-from paceline.verification import follow, judge_block, judge_residual
+from paceline.verification import follow
 from paceline.warping import warp
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from paceline.contracts import PromptRecord
     from paceline.drafting.base import Drafter
 
-    Judge = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Verdicts]
+    Judge = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Judged]
 
 V = 9
 K = 2
@@ -169,7 +170,7 @@ def one_round(
         choices = noise.race(p_places, e)
         kept = [len(follow(c, d)) for c, d in zip(choices.tolist(), draft.tolist(), strict=True)]
         num_kept = torch.tensor(kept)
-        verdicts = Verdicts(num_kept, choices.gather(1, num_kept[:, None])[:, 0])
+        verdicts = Judged(num_kept, choices.gather(1, num_kept[:, None])[:, 0])
     emitted = torch.cat([draft, draft[:, :1]], dim=1)
     emitted.scatter_(1, verdicts.num_accepted[:, None], verdicts.next_tokens[:, None])
     return emitted, verdicts.num_accepted + 1
@@ -256,24 +257,24 @@ def test_good_drafts_are_accepted_and_disjoint_ones_are_not() -> None:
 
 def accepts_too_often(
     p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, u: Tensor, e: Tensor
-) -> Verdicts:
+) -> Judged:
     """The accept test lets 2 % of the draws through that it should stop."""
     return judge_residual(p, q, tokens, lengths, (u - 0.02).clamp(min=0.0), e)
 
 
 def recovers_from_p(
     p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, u: Tensor, e: Tensor
-) -> Verdicts:
+) -> Judged:
     """After a rejection p itself is drawn from instead of max(0, p - q)."""
     right = judge_residual(p, q, tokens, lengths, u, e)
     rows = torch.arange(len(p))
     drawn = noise.race(p[rows, right.num_accepted], e[rows, right.num_accepted])
-    return Verdicts(right.num_accepted, drawn)
+    return Judged(right.num_accepted, drawn)
 
 
 def warps_the_residual(
     p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, u: Tensor, e: Tensor
-) -> Verdicts:
+) -> Judged:
     """The residual goes through the temperature, 0.5, once more."""
     right = judge_residual(p, q, tokens, lengths, u, e)
     rows = torch.arange(len(p))
@@ -281,12 +282,12 @@ def warps_the_residual(
     residual = (p[rows, n] - q[rows, n.clamp(max=K - 1)]).clamp(min=0.0)
     again = warp(residual.log(), SamplingParams(0.5, method="residual"))
     drawn = noise.race(again, e[rows, n])
-    return Verdicts(n, torch.where(n < lengths, drawn, right.next_tokens))
+    return Judged(n, torch.where(n < lengths, drawn, right.next_tokens))
 
 
 def trims_unknown_tokens(
     p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, u: Tensor, e: Tensor
-) -> Verdicts:
+) -> Judged:
     """A drafted token outside the vocabulary is cut off instead of counting as rejected."""
     known = ((tokens >= 0) & (tokens < p.shape[-1])).to(torch.int64)
     lengths = torch.minimum(lengths, known.cumprod(dim=-1).sum(dim=-1))
@@ -295,7 +296,7 @@ def trims_unknown_tokens(
 
 def stops_by_what_was_drawn(
     p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, u: Tensor, e: Tensor
-) -> Verdicts:
+) -> Judged:
     """A draft is cut before a token that its drafter found improbable, after drawing it."""
     sure = q.gather(-1, tokens.clamp(max=V - 1)[..., None])[..., 0] > 0.15
     kept = sure.to(torch.int64).cumprod(dim=-1).sum(dim=-1)
@@ -304,7 +305,7 @@ def stops_by_what_was_drawn(
 
 def chooses_the_arm_by_what_was_drawn(
     p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, u: Tensor, e: Tensor
-) -> Verdicts:
+) -> Judged:
     """The row goes without a draft where the target would reject its first token."""
     first = tokens[:, 0].clamp(max=V - 1)[:, None]
     doubtful = (p[:, 0].gather(1, first) < q[:, 0].gather(1, first))[:, 0]
@@ -313,7 +314,7 @@ def chooses_the_arm_by_what_was_drawn(
 
 def reuses_the_drafts_noise(
     p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, u: Tensor, e: Tensor
-) -> Verdicts:
+) -> Judged:
     """The recovered token is drawn with the noise that the rejected one was drawn with."""
     seeds, places = torch.arange(len(p))[:, None], 5 + torch.arange(K + 1)
     drafts_own = noise.exponential(seeds, places, noise.DRAFT, p.shape[-1])
@@ -340,7 +341,7 @@ def test_a_drafter_that_misreports_its_distribution_is_seen() -> None:
     """q as it was before the temperature, while the drafts were drawn after it."""
     cell = Cell("good", "residual", temperature=0.5)
 
-    def judge(*given: Tensor) -> Verdicts:
+    def judge(*given: Tensor) -> Judged:
         p, q, *rest = given
         return judge_residual(p, warp(q.log(), replace(cell.params, temperature=2.0)), *rest)
 

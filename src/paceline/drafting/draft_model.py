@@ -254,7 +254,7 @@ class DraftModel(Drafter):
             if not active:
                 break
             logits = self._forward([self._states[rows[i].id] for i in active], fed, active)
-            drawn = draw([rows[i] for i in active], logits, step, self._num_logits, probs, active)
+            drawn = draw([rows[i] for i in active], logits, step, probs, active)
             for i, token in zip(active, drawn.tolist(), strict=True):
                 tokens[i, step] = token
                 lengths[i] += 1

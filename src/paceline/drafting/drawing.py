@@ -38,14 +38,12 @@ def draw(
     rows: Sequence[RowView],
     logits: Tensor,
     step: int,
-    num_logits: int,
     probs: Tensor | None,
     places: Sequence[int],
 ) -> Tensor:
     """Token `step` of each row's draft [R]. logits: [R, V'].
 
-    q of row r goes to probs[places[r], step] where its judge weighs it. num_logits: V, the width
-    that the judge draws its noise in.
+    q of row r goes to probs[places[r], step] where its judge weighs it.
     """
     if all(row.sampling.method == "greedy" for row in rows):
         return logits.argmax(dim=-1).cpu()
@@ -57,12 +55,10 @@ def draw(
         q = warp(logits[r], row.sampling)
         stochastic = row.sampling.method in _STOCHASTIC
         stream = noise.DRAFT if stochastic else noise.TARGET
-        position = torch.tensor(len(row.tokens) + step, device=q.device)
+        position = len(row.tokens) + step
         if row.sampling.method == "block":
             position = noise.of_round(position, len(row.tokens))
-        seed = torch.tensor(row.sampling.seed, device=q.device)
-        e = noise.exponential(seed, position, stream, num_logits)
-        drawn[r] = noise.race(q, e[: q.shape[-1]])
+        drawn[r] = noise.draw(q, row.sampling.seed, position, stream)
         if stochastic and probs is not None:
             probs[places[r], step, : q.shape[-1]] = q
     return drawn

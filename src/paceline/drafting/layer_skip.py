@@ -153,7 +153,7 @@ class LayerSkip(Drafter):
         for step in range(max(most)):
             members = [rows[i] for i in active]
             logits = self._forward(members, [drafts[i] for i in active])
-            drawn = draw(members, logits, step, self._target.num_logits, probs, active)
+            drawn = draw(members, logits, step, probs, active)
             for i, token in zip(active, drawn.tolist(), strict=True):
                 drafts[i].append(token)
             active = [

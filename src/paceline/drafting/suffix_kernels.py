@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 
-from paceline.drafting.compiled import compiled
+from paceline.compiled import compiled
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -19,7 +19,7 @@ from paceline.engine.stops import append_until_stop
 from paceline.errors import DrafterError
 from paceline.logit_rules import apply_rules
 from paceline.models.packing import Span
-from paceline.verification import depths, follow, judge_block, judge_residual
+from paceline.verification import accept_block, accept_residual, depths, follow
 from paceline.warping import warp
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from paceline.contracts import Drafts
+    from paceline.contracts import Drafts, SamplingParams
     from paceline.drafting.base import Drafter
     from paceline.engine.rows import Row
     from paceline.engine.stops import Decode
@@ -176,7 +176,9 @@ def judge(rows: Sequence[Row], drafts: Sequence[Draft], logits: Tensor) -> list[
             verdicts[i] = _follow(own, draft)
         else:
             answer = _judge_one(row, draft, logits[first:stop])
-            if answer is not None:
+            if isinstance(answer, Verdict):
+                verdicts[i] = answer
+            elif answer is not None:
                 drawn[i] = answer
         first = stop
     if drawn:
@@ -201,13 +203,13 @@ def _verdict(answer: Sequence[int], draft: Draft) -> Verdict:
     return Verdict(list(range(num_accepted)), next_token)
 
 
-def _judge_one(row: Row, draft: Draft, logits: Tensor) -> Tensor | None:
+def _judge_one(row: Row, draft: Draft, logits: Tensor) -> Verdict | Tensor | None:
     """A row that is sampled or has rules of its own; None if these fail. logits: [k+1, V].
 
-    On the logits' device: the target's token at every place [k+1], or where the draft has
-    probabilities, how many tokens are accepted and the one behind them [2].
+    On the CPU the verdict. Elsewhere what it can be read from, left on the device: the target's token at
+    every place [k+1], or where the draft has probabilities, how many tokens are accepted and the one
+    behind them [2].
     """
-    levels = range(len(draft.tokens)) if draft.parents is None else depths(draft.parents)
     if row.request.rules is not None:
         try:
             logits = apply_rules(
@@ -220,25 +222,56 @@ def _judge_one(row: Row, draft: Draft, logits: Tensor) -> Tensor | None:
         except Exception as error:  # noqa: BLE001 - a user's own processor
             row.fail("logit rules", error)
             return None
-    params = row.sampling
+    params, start = row.sampling, len(row.tokens)
     if params.method == "greedy":
         return logits.argmax(dim=-1)
-    p = warp(logits, params)
-    start, k = len(row.tokens), len(draft.tokens)
-    places = [start, *(start + 1 + level for level in levels)]
-    # one copy to the device
-    numbers = torch.tensor([params.seed, k, *places, *draft.tokens], device=p.device)
-    seed, length, positions, tokens = numbers[0], numbers[1:2], numbers[2 : k + 3], numbers[k + 3 :]
-    e = noise.exponential(seed, positions, noise.TARGET, p.shape[-1])
+    on_cpu = logits.device.type == "cpu"
     if draft.probs is None:
-        return noise.race(p, e)
-    block = params.method == "block"
-    at = noise.of_round(positions[:-1], start) if block else positions[:-1]
-    u = noise.uniform(seed, at, noise.ACCEPT)
-    verdicts = (judge_block if block else judge_residual)(
-        p[None], draft.probs.to(p.device)[None], tokens[None], length, u[None], e[None]
+        walk = _walk if on_cpu else _draw_everywhere
+        return walk(logits, draft, params, start)
+    p = warp(logits, params)
+    k = len(draft.tokens)
+    # one copy to the device
+    numbers = torch.tensor(
+        [params.seed, k, *range(start, start + k), *draft.tokens], device=p.device
     )
-    return torch.cat([verdicts.num_accepted, verdicts.next_tokens])
+    seed, length, at, tokens = numbers[0], numbers[1:2], numbers[2 : k + 2], numbers[k + 2 :]
+    block = params.method == "block"
+    u = noise.uniform(seed, noise.of_round(at, start) if block else at, noise.ACCEPT)
+    verdicts = (accept_block if block else accept_residual)(
+        p[None], draft.probs.to(p.device)[None], tokens[None], length, u[None]
+    )
+    if on_cpu:
+        kept = int(verdicts.num_accepted)
+        token = noise.draw(verdicts.next_law[0], params.seed, start + kept, noise.TARGET)
+        return Verdict(list(range(kept)), token)
+    e = noise.exponential(seed, start + verdicts.num_accepted, noise.TARGET, p.shape[-1])
+    return torch.cat([verdicts.num_accepted, noise.race(verdicts.next_law, e)])
+
+
+def _walk(logits: Tensor, draft: Draft, params: SamplingParams, start: int) -> Verdict:
+    """Follow the target's own draws through a draft, drawing at the places they lead to alone."""
+    parents = range(-1, len(draft.tokens)) if draft.parents is None else draft.parents
+    children: dict[tuple[int, int], int] = {}
+    for node, (parent, token) in enumerate(zip(parents, draft.tokens, strict=False)):
+        children.setdefault((parent, token), node)
+    path: list[int] = []
+    while True:
+        at = path[-1] if path else -1
+        p = warp(logits[at + 1], params)
+        token = noise.draw(p, params.seed, start + len(path), noise.TARGET)
+        if (node := children.get((at, token), -1)) < 0:
+            return Verdict(path, token)
+        path.append(node)
+
+
+def _draw_everywhere(logits: Tensor, draft: Draft, params: SamplingParams, start: int) -> Tensor:
+    """The target's own draw at every place of a draft [k+1], where asking for one would be a wait."""
+    levels = range(len(draft.tokens)) if draft.parents is None else depths(draft.parents)
+    places = [start, *(start + 1 + level for level in levels)]
+    numbers = torch.tensor([params.seed, *places], device=logits.device)
+    e = noise.exponential(numbers[0], numbers[1:], noise.TARGET, logits.shape[-1])
+    return noise.race(warp(logits, params), e)
 
 
 def _texts(row: Row, draft: Draft) -> list[list[int]]:

@@ -1,8 +1,8 @@
 """How stochastic drafts are judged, for R chains at once.
 
 p = target's, q = drafter's distribution after the same warping; K = draft length; V = vocabulary.
-`judge_residual` is speculative sampling (arXiv 2211.17192, algorithm 1): accept with min(1, p/q),
-else draw from the normalised max(0, p - q). `judge_block` accepts the tokens of a chain jointly
+`accept_residual` is speculative sampling (arXiv 2211.17192, algorithm 1): accept with min(1, p/q),
+else draw from the normalised max(0, p - q). `accept_block` accepts the tokens of a chain jointly
 (arXiv 2403.10444, algorithm 2) and keeps no fewer of them on average. A residual is a distribution
 already and is never warped again. A draft token outside the vocabulary counts as rejected.
 """
@@ -14,32 +14,30 @@ from typing import TYPE_CHECKING
 import torch
 
 from paceline.contracts import Verdicts
-from paceline.noise import race
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def judge_residual(
-    p: Tensor, q: Tensor, draft_tokens: Tensor, lengths: Tensor, accept_u: Tensor, noise: Tensor
+def accept_residual(
+    p: Tensor, q: Tensor, draft_tokens: Tensor, lengths: Tensor, accept_u: Tensor
 ) -> Verdicts:
     """Speculative sampling of stochastic drafts, token by token.
 
     p: [R, K+1, V]. q: [R, K, V], each draft token's own distribution. draft_tokens: [R, K].
-    lengths: [R]. accept_u: [R, K] uniforms. noise: [R, K+1, V] exponentials, from which the
-    recovered or bonus token is drawn.
+    lengths: [R]. accept_u: [R, K] uniforms.
     """
     p_draft, q_draft, usable = _at_drafts(p, q, draft_tokens, lengths)
     # u < p/q without dividing: q may underflow to 0 at a token that was nevertheless drawn
     keep = (accept_u * q_draft < p_draft) & usable
     num_accepted = keep.to(torch.int64).cumprod(dim=-1).sum(dim=-1)
-    return _recover(p, q, p.new_ones(len(p)), num_accepted, lengths, noise)
+    return _recover(p, q, p.new_ones(len(p)), num_accepted, lengths)
 
 
-def judge_block(
-    p: Tensor, q: Tensor, draft_tokens: Tensor, lengths: Tensor, accept_u: Tensor, noise: Tensor
+def accept_block(
+    p: Tensor, q: Tensor, draft_tokens: Tensor, lengths: Tensor, accept_u: Tensor
 ) -> Verdicts:
-    """Block verification of stochastic drafts; arguments as in `judge_residual`.
+    """Block verification of stochastic drafts; arguments as in `accept_residual`.
 
     b_i = min(1, b_{i-1} p/q) is the share of the first i tokens' weight that p can carry, b_0 = 1. The
     longest prefix i with u_i < h_i is kept: h_i = R_i / (R_i + 1 - b_i), where R_i is the mass of
@@ -67,7 +65,7 @@ def judge_block(
         keep = (accept_u[:, i] < odds) & (i < lengths)
         num_accepted = torch.where(keep, i + 1, num_accepted)
     share = torch.stack(shares, dim=1).gather(1, num_accepted[:, None])[:, 0]
-    return _recover(p, q, share, num_accepted, lengths, noise)
+    return _recover(p, q, share, num_accepted, lengths)
 
 
 def _at_drafts(
@@ -84,9 +82,9 @@ def _at_drafts(
 
 
 def _recover(
-    p: Tensor, q: Tensor, share: Tensor, num_accepted: Tensor, lengths: Tensor, noise: Tensor
+    p: Tensor, q: Tensor, share: Tensor, num_accepted: Tensor, lengths: Tensor
 ) -> Verdicts:
-    """Draw the token behind what was kept: from max(0, share p - q) after a rejection, else from p.
+    """The law of the token behind what was kept: max(0, share p - q) after a rejection, else p.
 
     share: [R], how much of p counts at that place.
     """
@@ -100,4 +98,4 @@ def _recover(
         # p == q to the last bit leaves no residual; then rejection had probability 0 too
         empty = residual.sum(dim=-1) <= 0.0
         last = torch.where((rejected & ~empty)[:, None], residual, last)
-    return Verdicts(num_accepted, race(last, noise[rows, num_accepted]))
+    return Verdicts(num_accepted, last)

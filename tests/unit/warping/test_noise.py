@@ -137,3 +137,27 @@ def test_unnormalised_weights_race_alike() -> None:
     e = noise.exponential(torch.arange(1000), torch.tensor(1), noise.TARGET, 3)
 
     assert torch.equal(noise.race(p, e), noise.race(0.125 * p, e))
+
+
+@pytest.mark.parametrize("width", [1, 7, 300, 5000])
+def test_the_compiled_race_has_the_winner_of_the_readable_one(width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    for seed in (0, 11, -3, 2**62):
+        for position in (0, 5, 900, noise.of_round(17, 12)):
+            logits = torch.randn(width, generator=generator) * 4
+            probs = logits.softmax(dim=-1)
+            probs[torch.rand(width, generator=generator) < 0.3] = 0.0
+            for stream in (noise.TARGET, noise.DRAFT):
+                e = noise.exponential(torch.tensor(seed), torch.tensor(position), stream, width)
+
+                assert noise.draw(probs, seed, position, stream) == noise.race(probs, e)
+
+
+def test_the_compiled_race_draws_from_the_distribution() -> None:
+    p = torch.tensor([0.5, 0.0, 0.25, 0.125, 0.125])
+
+    counts = np.bincount([noise.draw(p, s, 3, noise.DRAFT) for s in range(N // 8)], minlength=5)
+
+    expected = p.numpy() * counts.sum()
+    assert counts[1] == 0
+    assert (np.abs(counts - expected) < 5 * np.sqrt(expected) + 1e-9).all()

@@ -68,7 +68,7 @@ class TrigramTreeSettings(BaseModel):
 
     table: Path | None = None
     preset: Literal["released"] | None = None
-    num_draft_tokens: int = Field(default=16, ge=1, le=64)
+    num_draft_tokens: int = Field(default=8, ge=1, le=64)
     depth: int = Field(default=6, ge=1, le=16)
     search: Literal["greedy", "mcts", "full"] = "greedy"
     iterations: int = Field(default=150, ge=1, le=10_000)

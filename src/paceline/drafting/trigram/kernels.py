@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from paceline.drafting.compiled import compiled
+from paceline.compiled import compiled
 from paceline.drafting.trigram.table import MAX_SUCCESSORS, Table
 
 RELEASED: Final = 1  # update rules

@@ -304,7 +304,7 @@ def test_a_configured_table_lies_beside_the_configuration(tmp_path: Path) -> Non
 def test_kernels_compile_where_nothing_can_be_cached() -> None:
     """A function that lies in no file has no folder either in which its code could be kept."""
     code = (
-        "from paceline.drafting.compiled import compiled\n"
+        "from paceline.compiled import compiled\n"
         "try:\n"
         "    import numba\n"
         "    numba.njit(cache=True)(lambda x: x + 1)\n"

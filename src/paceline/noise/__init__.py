@@ -8,12 +8,14 @@ Knows nothing of models or distributions.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T", "Tensor", int)
 
 TARGET: Final = 1  # the draw that becomes the text
 DRAFT: Final = 2  # a drafter's own draw, under residual sampling
@@ -41,7 +43,7 @@ def _bits(seeds: Tensor, positions: Tensor, stream: int) -> Tensor:
     return _mix(_mix(seeds + offset) + _GOLDEN * (positions + 1))
 
 
-def of_round(positions: Tensor, start: int) -> Tensor:
+def of_round(positions: T, start: int) -> T:
     """Positions that give other numbers in every round. start: tokens the row has at its beginning.
 
     For judges to whom a whole round's drafts and uniforms matter, also those behind what was kept.
@@ -70,3 +72,27 @@ def exponential(seeds: Tensor, positions: Tensor, stream: int, num_tokens: int) 
 def race(probs: Tensor, noise: Tensor) -> Tensor:
     """One draw from each distribution: [..., V] probabilities and noise to [...] token ids."""
     return (probs / noise).argmax(dim=-1)
+
+
+def draw(probs: Tensor, seed: int, position: int, stream: int) -> int:
+    """One draw from a distribution [V] of float32, by the race at a row's seed and position.
+
+    On the CPU by the compiled race: there the noise of a whole vocabulary takes longer to make than many
+    a model's forward. Elsewhere by `race`. They differ at most where two tokens tie to the last bit.
+    """
+    if probs.device.type != "cpu":
+        at = torch.tensor([seed, position], device=probs.device)
+        return int(race(probs, exponential(at[0], at[1], stream, probs.shape[-1])))
+    from paceline.noise.kernels import race as compiled_race
+
+    # `_bits` of one place, without tensors
+    base = _mix_one(_mix_one(seed + _GOLDEN * stream) + _GOLDEN * (position + 1))
+    return int(compiled_race(probs.numpy(), base, _GOLDEN % 2**64))
+
+
+def _mix_one(x: int) -> int:
+    """`_mix` of a Python integer, as an unsigned one."""
+    x %= 2**64
+    x = (x ^ (x >> 30)) * (_MIX_1 % 2**64) % 2**64
+    x = (x ^ (x >> 27)) * (_MIX_2 % 2**64) % 2**64
+    return x ^ (x >> 31)
