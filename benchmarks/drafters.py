@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers.utils import logging as transformers_logging
 
 from paceline.assembly import Pace, build
 from paceline.bench.circumstances import circumstances
@@ -187,6 +188,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
+    transformers_logging.set_verbosity_error()  # prompts that do not fit are counted here
     console = Console()
     collected, timed = demo_prompts(options.collect_per_task, options.per_task)
     rows: list[dict[str, Any]] = []

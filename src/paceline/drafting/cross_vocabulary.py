@@ -86,7 +86,10 @@ class Bridge:
 
 
 class CrossVocabulary(Drafter):
-    """The kind; what it builds is one of the two classes below, or a plain `DraftModel`."""
+    """A draft model with another tokenizer than the target's.
+
+    What this builds is one of the two classes below, or a plain `DraftModel`.
+    """
 
     kind: ClassVar[str] = "cross_vocabulary"
     Settings: ClassVar[type[CrossVocabularySettings]] = CrossVocabularySettings

@@ -148,7 +148,10 @@ def _seen_by_parts(row: RowView) -> RowView:
 
 
 class Union(Drafter):
-    """Its parts are arms of their own too: a row has one arm at a time, so their states never meet."""
+    """Several drafters' proposals, merged into one tree.
+
+    The parts are arms of their own too: a row has one arm at a time, so their states never meet.
+    """
 
     kind: ClassVar[str] = "union"
     Settings: ClassVar[type[UnionSettings]] = UnionSettings

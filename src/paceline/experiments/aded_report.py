@@ -130,7 +130,7 @@ def write_figure(result: AdedResult, path: Path) -> None:
     right.invert_yaxis()
     right.axvline(1.0, color="black", linewidth=1, linestyle="--")
     right.set_xlabel("speed over none, by the clock")
-    right.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     facts = result.circumstances
     figure.suptitle(
         f"{facts['cpu']}, {facts['threads']} threads, {result.settings['dtype']}, batch 1",
