@@ -20,6 +20,9 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
+MAX_DRAFT_TOKENS: Final = 64
+"""No draft is longer; the cost table and CUDA's captured steps are made for as many."""
+
 # settings of drafters that name a file of ours, beside the YAML
 _FILE_SETTINGS: Final = ("table", "skip_set")
 

@@ -42,7 +42,8 @@ def plain_loop(
         e = noise.exponential(seed, torch.tensor(position), stream, len(probs))
         return int(noise.race(probs, e))
 
-    own = noise.DRAFT if params.method == "residual" else noise.TARGET
+    residual = params.method == "residual"
+    own = noise.DRAFT if residual else noise.TARGET
     text = list(prompt)
     text.append(draw(distribution(target, text), len(text), noise.TARGET))
     rounds = []
@@ -52,7 +53,9 @@ def plain_loop(
         q = []
         for _ in range(min(K, len(prompt) + max_new_tokens - start - 1)):
             q.append(distribution(drafter, text + drafted))
-            drafted.append(draw(q[-1], start + len(drafted), own))
+            # a draft that was rejected is never drawn again
+            at = start + len(drafted)
+            drafted.append(draw(q[-1], noise.of_round(at, start) if residual else at, own))
         accepted = 0
         for k, token in enumerate(drafted):
             p = distribution(target, text)

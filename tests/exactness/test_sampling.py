@@ -149,7 +149,7 @@ def one_round(
         here = q[token]
         drawn = noise.TARGET if cell.method == "invariant" else noise.DRAFT
         at = torch.tensor(position + k)
-        if cell.method == "block":
+        if cell.method in ("residual", "block"):
             at = noise.of_round(at, position)
         e = noise.exponential(seeds, at, drawn, q.shape[1])
         token = here.argmax(-1) if cell.method == "deterministic" else noise.race(here, e)
@@ -316,7 +316,7 @@ def reuses_the_drafts_noise(
     p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, u: Tensor, e: Tensor
 ) -> Judged:
     """The recovered token is drawn with the noise that the rejected one was drawn with."""
-    seeds, places = torch.arange(len(p))[:, None], 5 + torch.arange(K + 1)
+    seeds, places = torch.arange(len(p))[:, None], noise.of_round(5 + torch.arange(K + 1), 5)
     drafts_own = noise.exponential(seeds, places, noise.DRAFT, p.shape[-1])
     return judge_residual(p, q, tokens, lengths, u, drafts_own)
 

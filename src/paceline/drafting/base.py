@@ -158,6 +158,10 @@ class Drafter(ABC):
         """Bytes held now: weights and the state of all rows."""
         return 0
 
+    def holders(self) -> Sequence[Drafter]:
+        """The drafters that hold its rows' state: itself, or those it is made of."""
+        return (self,)
+
     def state_bytes(self, lengths: Sequence[int]) -> int:
         """Bytes that rows of at most so many tokens each would make it hold, beside its weights."""
         return 0

@@ -139,7 +139,8 @@ class DraftModel(Drafter):
         for row in rows:
             state = self._states.pop(row.id, None)
             if state is not None:
-                self.model.release(state.slot)
+                # one that overflowed leaves numbers behind that are none
+                self.model.release(state.slot, damaged=True)
 
     def identity(self) -> dict[str, object]:
         stop = self.stop.stop_identity()

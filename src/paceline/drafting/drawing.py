@@ -56,7 +56,8 @@ def draw(
         stochastic = row.sampling.method in _STOCHASTIC
         stream = noise.DRAFT if stochastic else noise.TARGET
         position = len(row.tokens) + step
-        if row.sampling.method == "block":
+        if stochastic:
+            # a draft behind a rejection may have moved an adaptive stop: it must not be drawn again
             position = noise.of_round(position, len(row.tokens))
         drawn[r] = noise.draw(q, row.sampling.seed, position, stream)
         if stochastic and probs is not None:

@@ -71,8 +71,8 @@ class SimulatedForesight(Foresight):
             raise ValueError(f"position {position} lies before what was replayed already")
         if not self._started:
             row.tokens.extend(self._text[len(row.tokens) : row.num_prompt + 1])
+            self._started = True  # whatever comes of it, `finish` clears it up
             self._drafter.start([row])
-            self._started = True
             while not self._drafter.prepare(row, 512):
                 pass
         row.tokens.extend(self._text[len(row.tokens) : here])
@@ -108,7 +108,11 @@ class CachedForesight(SimulatedForesight):
         self._row.slot = target.acquire()
         # the last token is never fed
         self._num_cached = len(self._text) - 1
-        cache_text(target, self._row.slot, self._text[:-1], len(prompt), chunk)
+        try:
+            cache_text(target, self._row.slot, self._text[:-1], len(prompt), chunk)
+        except BaseException:
+            target.release(self._row.slot)
+            raise
 
     def accepted(self, position: int, limit: int) -> tuple[int, int]:
         row, cache = self._row, self._target.cache

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from pydantic import BaseModel, Field, model_validator
 
+from paceline.config import MAX_DRAFT_TOKENS
 from paceline.contracts import Drafts
 from paceline.drafting.base import Drafter, Foresight, Needs, pad_drafts
 from paceline.drafting.draft_exit import DraftExit, ThresholdSettings
@@ -47,7 +48,7 @@ class LayerSkipSettings(ThresholdSettings):
     skip_set: Path | None = None
     skip_attention: tuple[int, ...] = ()
     skip_mlp: tuple[int, ...] = ()
-    num_draft_tokens: int = Field(default=12, ge=1, le=64)
+    num_draft_tokens: int = Field(default=12, ge=1, le=MAX_DRAFT_TOKENS)
     stop: Literal["threshold", "fixed"] = "threshold"
 
     @model_validator(mode="after")

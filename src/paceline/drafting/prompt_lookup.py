@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from paceline.config import MAX_DRAFT_TOKENS
 from paceline.contracts import Drafts
 from paceline.drafting.base import Drafter, Foresight, pad_drafts
 from paceline.drafting.foresight import SimulatedForesight
@@ -33,7 +34,7 @@ class PromptLookupSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    num_draft_tokens: int = Field(default=8, ge=1, le=64)
+    num_draft_tokens: int = Field(default=8, ge=1, le=MAX_DRAFT_TOKENS)
     min_ngram: int = Field(default=2, ge=1)
     max_ngram: int = Field(default=16, ge=1)
 

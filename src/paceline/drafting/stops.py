@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, Literal, Protocol
 import numpy as np
 from pydantic import Field, model_validator
 
-from paceline.config import Section
+from paceline.config import MAX_DRAFT_TOKENS, Section
 from paceline.costs.table import ENGINE, FORWARD, PROPOSE, ROUND, TARGET
 from paceline.errors import ArtefactError
 
@@ -37,7 +37,7 @@ class StopSettings(Section):
     machine, by its cost table.
     """
 
-    num_draft_tokens: int = Field(default=4, ge=1, le=64)
+    num_draft_tokens: int = Field(default=4, ge=1, le=MAX_DRAFT_TOKENS)
     stop: Literal["fixed", "confidence", "expected"] = "fixed"
     threshold: float = Field(default=0.4, gt=0.0, le=1.0)
 

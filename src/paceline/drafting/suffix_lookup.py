@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from paceline.config import MAX_DRAFT_TOKENS
 from paceline.contracts import Drafts
 from paceline.drafting.base import Drafter, Foresight
 from paceline.drafting.foresight import SimulatedForesight
@@ -42,7 +43,7 @@ class SuffixLookupSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    num_draft_tokens: int = Field(default=16, ge=1, le=64)
+    num_draft_tokens: int = Field(default=16, ge=1, le=MAX_DRAFT_TOKENS)
     paths: int = Field(default=4, ge=1)
     min_match: int = Field(default=1, ge=1)
     max_match: int = Field(default=32, ge=1, le=256)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from paceline.config import MAX_DRAFT_TOKENS
 from paceline.contracts import NONE, Drafts, SamplingParams, identity_of_arms
 from paceline.drafting.base import Drafter, Foresight, Needs, pad_drafts
 from paceline.drafting.foresight import CachedForesight, SimulatedForesight, num_on_text
@@ -41,7 +42,7 @@ class UnionSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     parts: tuple[str, ...] = Field(min_length=2)
-    num_draft_tokens: int = Field(default=16, ge=1, le=64)
+    num_draft_tokens: int = Field(default=16, ge=1, le=MAX_DRAFT_TOKENS)
 
     @model_validator(mode="after")
     def _parts_differ(self) -> UnionSettings:
@@ -207,6 +208,8 @@ class Union(Drafter):
         for row in rows:
             self._learn(row)
         proposals: list[list[Proposal]] = [[] for _ in rows]
+        # no longer path fits the budget; and what a part writes to the target's cache is overwritten
+        limits = [min(limit, self.num_draft_tokens) for limit in limits]
         for p, part in enumerate(self.parts.values()):
             drafts = part.propose(seen, limits)
             for i, row in enumerate(rows):
@@ -251,6 +254,9 @@ class Union(Drafter):
 
     def state_bytes(self, lengths: Sequence[int]) -> int:
         return sum(part.state_bytes(lengths) for part in self.parts.values())
+
+    def holders(self) -> Sequence[Drafter]:
+        return [holder for part in self.parts.values() for holder in part.holders()]
 
 
 def _part(name: str, part: str, drafters: Mapping[str, Drafter]) -> Drafter:

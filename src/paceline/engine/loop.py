@@ -353,10 +353,11 @@ class Engine:
         """Whether the drafters' rows would stay within their bound with this one among them."""
         if self._max_drafter_mb is None or arm == NONE:
             return True
-        lengths: dict[Drafter, list[int]] = {self.drafters[arm]: [row.max_total]}
+        lengths: dict[Drafter, list[int]] = {}
         for other in self._rows:
-            if other is not row:
-                lengths.setdefault(other.drafter, []).append(other.max_total)
+            drafter = self.drafters[arm] if other is row else other.drafter
+            for holder in drafter.holders():
+                lengths.setdefault(holder, []).append(other.max_total)
         needed = sum(drafter.state_bytes(of_rows) for drafter, of_rows in lengths.items())
         return needed <= self._max_drafter_mb * 1e6
 

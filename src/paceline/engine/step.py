@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from paceline.engine.rows import Row
     from paceline.engine.stops import Decode
     from paceline.models.language_model import LanguageModel
+
+
+_NOT_FINITE: Final = "the target's logits are not finite; are its weights fit for its dtype?"
 
 
 @dataclass(slots=True)
@@ -170,10 +173,12 @@ def judge(rows: Sequence[Row], drafts: Sequence[Draft], logits: Tensor) -> list[
         stop = first + 1 + len(draft.tokens)
         own = choices[first:stop]
         verdicts.append(Verdict([], 0))
-        if min(own) < 0:
-            row.fail("the target's logits are not finite; are its weights fit for its dtype?")
-        elif row.sampling.method == "greedy" and row.request.rules is None:
+        if row.sampling.method == "greedy" and row.request.rules is None:
             verdicts[i] = _follow(own, draft)
+            if verdicts[i].next_token < 0:
+                row.fail(_NOT_FINITE)
+        elif min(own) < 0:
+            row.fail(_NOT_FINITE)
         else:
             answer = _judge_one(row, draft, logits[first:stop])
             if isinstance(answer, Verdict):
@@ -215,7 +220,7 @@ def _judge_one(row: Row, draft: Draft, logits: Tensor) -> Verdict | Tensor | Non
             logits = apply_rules(
                 row.request.rules,
                 logits,
-                _texts(row, draft),
+                _texts(row, draft, logits.shape[-1]),
                 row.num_prompt,
                 row.request.stop_token_ids,
             )
@@ -274,12 +279,12 @@ def _draw_everywhere(logits: Tensor, draft: Draft, params: SamplingParams, start
     return noise.race(warp(logits, params), e)
 
 
-def _texts(row: Row, draft: Draft) -> list[list[int]]:
-    """The text before each place: the row's, and the row's with the path to each draft token."""
+def _texts(row: Row, draft: Draft, num_logits: int) -> list[list[int]]:
+    """The text before each place: the row's, and the row's with the path to each draft token, as fed."""
     texts = [row.tokens]
     for k, token in enumerate(draft.tokens):
         before = k if draft.parents is None else draft.parents[k] + 1
-        texts.append([*texts[before], token])
+        texts.append([*texts[before], min(max(token, 0), num_logits - 1)])
     return texts
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from paceline.assembly import Pace, load
+from paceline.config import MAX_DRAFT_TOKENS
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
 from paceline.errors import ConfigError, RequestError
 
@@ -125,6 +126,7 @@ def _make_pace(
                     "(drafter, its_tokenizer)}), which compares the tokenizers themselves"
                 )
     if lookup_tokens is not None:
+        _check_length("prompt_lookup_num_tokens", lookup_tokens)
         ngram = lookup_ngram or 2  # transformers' default
         settings = PromptLookupSettings(
             num_draft_tokens=lookup_tokens, min_ngram=1, max_ngram=ngram
@@ -135,5 +137,13 @@ def _make_pace(
         config: Any = getattr(source, "generation_config", None)
         asked = getattr(config, "num_assistant_tokens", None)
         if asked is not None:
+            _check_length("num_assistant_tokens", asked)
             pace.parts.drafters[name].num_draft_tokens = asked
     return pace
+
+
+def _check_length(setting: str, num_tokens: int) -> None:
+    if not 1 <= num_tokens <= MAX_DRAFT_TOKENS:
+        raise RequestError(
+            f"{setting} must be between 1 and {MAX_DRAFT_TOKENS} here, got {num_tokens}"
+        )

@@ -19,6 +19,7 @@ from paceline.contracts import NONE, Request
 from paceline.drafting.base import Foresight
 from paceline.drafting.draft_exit import DraftExit
 from paceline.drafting.foresight import cache_text
+from paceline.models.cuda.paged_cache import PagedCache
 from paceline.models.packing import Span
 from paceline.replay import simulate
 
@@ -93,7 +94,7 @@ class Development:
         """Try a subset on every output."""
         target = self._target
         with torch.inference_mode():
-            hidden = target.forward(torch.tensor(self._fed), self._spans, skip=subset)
+            hidden = self._hidden(subset)
             best, sure = _summary(target, hidden)
             for slot, t, entries in zip(self._slots, self.trajectories, self._full, strict=True):
                 target.cache.write(slot, len(t.prompt), entries)
@@ -113,6 +114,29 @@ class Development:
             by_slot[span.slot].confidence[there] = sure[here]
             first += span.width
         return [by_slot[slot] for slot in self._slots]
+
+    def _hidden(self, subset: LayerSubset) -> Tensor:
+        """[N, D] of all windows without the subset."""
+        tokens = torch.tensor(self._fed)
+        if not isinstance(self._target.cache, PagedCache):
+            return self._target.forward(tokens, self._spans, skip=subset)
+        # a paged forward caches all its tokens before any of them attends, so here the windows of one
+        # row take turns
+        pieces = torch.split(tokens, [span.width for span in self._spans])
+        turns: dict[int, list[int]] = {}
+        seen: dict[int, int] = {}
+        for i, span in enumerate(self._spans):
+            turn = seen[span.slot] = seen.get(span.slot, -1) + 1
+            turns.setdefault(turn, []).append(i)
+        found: dict[int, Tensor] = {}
+        for members in turns.values():
+            spans = [self._spans[i] for i in members]
+            hidden = self._target.forward(
+                torch.cat([pieces[i] for i in members]), spans, skip=subset
+            )
+            parts = torch.split(hidden, [span.width for span in spans])
+            found |= zip(members, parts, strict=True)
+        return torch.cat([found[i] for i in range(len(pieces))])
 
     def close(self) -> None:
         for slot in self._slots:

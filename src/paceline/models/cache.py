@@ -12,6 +12,8 @@ from __future__ import annotations
 import bisect
 from typing import TYPE_CHECKING, Final
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -44,9 +46,10 @@ class RowCache:
 
     def clear(self, slot: int) -> None:
         """Zero a slot: masked positions enter the product with weight 0, and 0 * nan is nan."""
-        for storage in self.layers:
-            if storage is not None and slot < storage.shape[0]:
-                storage[slot].zero_()
+        with torch.inference_mode():  # as what is cached was made
+            for storage in self.layers:
+                if storage is not None and slot < storage.shape[0]:
+                    storage[slot].zero_()
 
     def reserve(self, num_positions: int) -> None:
         """Make room for positions below `num_positions` in every slot."""

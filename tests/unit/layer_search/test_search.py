@@ -22,6 +22,7 @@ from paceline.layer_search import SearchSettings, plot, search_layers
 from paceline.layer_search.development import Development, decode, rounds_of
 from paceline.layer_search.pricing import Prices
 from paceline.layer_search.proposals import bits_of, next_subset, subset_of
+from paceline.models.language_model import LanguageModel
 from paceline.models.packing import Span
 from paceline.models.sublayers import LayerSubset
 from paceline.testing.tokenizers import byte_tokenizer
@@ -197,6 +198,22 @@ def test_a_window_reads_full_entries_and_not_another_windows(pace: Pace) -> None
             sure.append(float(target.unembed(hidden).softmax(dim=-1).amax()))
     target.release(slot)
     assert judged.confidence.tolist() == pytest.approx(sure, rel=1e-4)
+
+
+def test_windows_of_a_row_take_turns_over_a_paged_cache(pace: Pace) -> None:
+    """There a forward caches all its tokens before any of them attends."""
+    plain = pace.parts.target
+    paged = LanguageModel(plain.model, "paged", paged=True)
+    trajectories = decode(pace, PROMPTS[:2], 12)
+    found = []
+    for target in (plain, paged):
+        development = Development(target, trajectories, 3)
+        found.append(development.judge(SOME))
+        development.close()
+
+    for here, there in zip(*found, strict=True):
+        assert here.match.tolist() == there.match.tolist()
+        assert here.confidence.tolist() == pytest.approx(there.confidence.tolist(), rel=1e-4)
 
 
 def test_a_token_is_priced_by_what_is_kept(costs: CostTable) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from paceline.config import MAX_DRAFT_TOKENS
 from paceline.contracts import Drafts
 from paceline.drafting.base import Drafter, Foresight, pad_drafts
 from paceline.drafting.foresight import SimulatedForesight
@@ -68,7 +69,7 @@ class TrigramTreeSettings(BaseModel):
 
     table: Path | None = None
     preset: Literal["released"] | None = None
-    num_draft_tokens: int = Field(default=8, ge=1, le=64)
+    num_draft_tokens: int = Field(default=8, ge=1, le=MAX_DRAFT_TOKENS)
     depth: int = Field(default=6, ge=1, le=16)
     search: Literal["greedy", "mcts", "full"] = "greedy"
     iterations: int = Field(default=150, ge=1, le=10_000)

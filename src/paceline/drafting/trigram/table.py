@@ -151,7 +151,8 @@ def _read_header(path: Path) -> tuple[TableFacts, dict[str, int], int]:
         raise _damaged(path, "it has no such header") from error
     start = 8 + len(text)
     held = sum(sizes[name] * dtype.itemsize for name, (_, dtype) in ARRAYS.items())
-    if not in_order or start + held != size or min(sizes["starts"], sizes["offsets"]) < 1:
+    fits = sizes["offsets"] == sizes["seconds"] + 1 and sizes["weights"] == sizes["successors"]
+    if not in_order or not fits or start + held != size or sizes["starts"] < 1:
         raise _damaged(path, f"{size} bytes where {start + held} are expected")
     return facts, sizes, start
 
