@@ -101,7 +101,7 @@ MISTAKES = [
     ("a_plain_class:Thing", {}, "is not a subclass of paceline.Drafter"),
     ("without_settings:Thing", {}, "has no `Settings`, a pydantic model"),
     ("broken:Thing", {}, "No module named 'a_package_that_is_not_there'"),
-    ("bigram", {}, "a drafter of your own is named package.module:Class"),
+    ("bigram", {}, "one of your own is named package.module:Class"),
 ]
 
 
