@@ -19,11 +19,11 @@ import torch
 
 from paceline.contracts import NONE, Request
 from paceline.costs.table import ENGINE, FORWARD, PREFILL, PROPOSE, ROUND, START, TARGET
+from paceline.drafting.foresight import cache_text
 from paceline.engine import Engine
 from paceline.engine.rows import Row
 from paceline.engine.step import Draft, judge, propose, verify
 from paceline.errors import DrafterError
-from paceline.models.packing import Span
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -201,9 +201,7 @@ def cached_rows(parts: Parts, grid: Grid) -> Iterator[list[Row]]:
 def _cache(parts: Parts, row: Row, length: int) -> None:
     """Put the row's first `length` tokens into the target's cache, those there already but once."""
     chunk = parts.config.engine.prefill_chunk
-    for start in range(row.num_prefilled, length, chunk):
-        piece = torch.tensor(row.tokens[start : min(length, start + chunk)])
-        parts.target.forward(piece, [Span(row.slot, start, len(piece))])
+    cache_text(parts.target, row.slot, row.tokens[:length], 0, chunk, row.num_prefilled)
     row.num_prefilled = length
 
 

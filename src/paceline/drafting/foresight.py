@@ -129,10 +129,14 @@ class CachedForesight(SimulatedForesight):
 
 
 def cache_text(
-    target: LanguageModel, slot: int, text: Sequence[int], num_prompt: int, chunk: int = 512
+    target: LanguageModel,
+    slot: int,
+    text: Sequence[int],
+    num_prompt: int,
+    chunk: int = 512,
+    start: int = 0,
 ) -> None:
-    """Put a text into a row of the target's cache, prompt and output as the engine feeds them."""
-    start = 0
+    """Put a text, from `start` on, into a row of the target's cache, as the engine feeds it."""
     while start < len(text):
         stop = min(start + chunk, len(text))
         if start < num_prompt:

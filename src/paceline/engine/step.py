@@ -7,7 +7,7 @@ logits, D hidden size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from paceline.engine.rows import Row
     from paceline.engine.stops import Decode
     from paceline.models.language_model import LanguageModel
+    from paceline.verification.trees import Choices
 
 
 _NOT_FINITE: Final = "the target's logits are not finite; are its weights fit for its dtype?"
@@ -195,7 +196,7 @@ def judge(rows: Sequence[Row], drafts: Sequence[Draft], logits: Tensor) -> list[
     return verdicts
 
 
-def _follow(choices: Sequence[int], draft: Draft) -> Verdict:
+def _follow(choices: Choices, draft: Draft) -> Verdict:
     path = follow(choices, draft.tokens, draft.parents)
     return Verdict(path, choices[path[-1] + 1 if path else 0])
 
@@ -232,8 +233,9 @@ def _judge_one(row: Row, draft: Draft, logits: Tensor) -> Verdict | Tensor | Non
         return logits.argmax(dim=-1)
     on_cpu = logits.device.type == "cpu"
     if draft.probs is None:
-        walk = _walk if on_cpu else _draw_everywhere
-        return walk(logits, draft, params, start)
+        if on_cpu:
+            return _follow(_Draws(logits, params, start), draft)
+        return _draw_everywhere(logits, draft, params, start)
     p = warp(logits, params)
     k = len(draft.tokens)
     # one copy to the device
@@ -254,20 +256,21 @@ def _judge_one(row: Row, draft: Draft, logits: Tensor) -> Verdict | Tensor | Non
     return torch.cat([verdicts.num_accepted, noise.race(verdicts.next_law, e)])
 
 
-def _walk(logits: Tensor, draft: Draft, params: SamplingParams, start: int) -> Verdict:
-    """Follow the target's own draws through a draft, drawing at the places they lead to alone."""
-    parents = range(-1, len(draft.tokens)) if draft.parents is None else draft.parents
-    children: dict[tuple[int, int], int] = {}
-    for node, (parent, token) in enumerate(zip(parents, draft.tokens, strict=False)):
-        children.setdefault((parent, token), node)
-    path: list[int] = []
-    while True:
-        at = path[-1] if path else -1
-        p = warp(logits[at + 1], params)
-        token = noise.draw(p, params.seed, start + len(path), noise.TARGET)
-        if (node := children.get((at, token), -1)) < 0:
-            return Verdict(path, token)
-        path.append(node)
+@dataclass(slots=True)
+class _Draws:
+    """The target's own draws by place, each made when it is asked for: down one path from the root."""
+
+    logits: Tensor  # [k+1, V]
+    params: SamplingParams
+    start: int
+    drawn: dict[int, int] = field(default_factory=dict)
+
+    def __getitem__(self, place: int) -> int:
+        if place not in self.drawn:
+            p = warp(self.logits[place], self.params)
+            position = self.start + len(self.drawn)
+            self.drawn[place] = noise.draw(p, self.params.seed, position, noise.TARGET)
+        return self.drawn[place]
 
 
 def _draw_everywhere(logits: Tensor, draft: Draft, params: SamplingParams, start: int) -> Tensor:

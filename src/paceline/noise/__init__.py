@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, TypeVar
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -85,14 +86,5 @@ def draw(probs: Tensor, seed: int, position: int, stream: int) -> int:
         return int(race(probs, exponential(at[0], at[1], stream, probs.shape[-1])))
     from paceline.noise.kernels import race as compiled_race
 
-    # `_bits` of one place, without tensors
-    base = _mix_one(_mix_one(seed + _GOLDEN * stream) + _GOLDEN * (position + 1))
-    return int(compiled_race(probs.numpy(), base, _GOLDEN % 2**64))
-
-
-def _mix_one(x: int) -> int:
-    """`_mix` of a Python integer, as an unsigned one."""
-    x %= 2**64
-    x = (x ^ (x >> 30)) * (_MIX_1 % 2**64) % 2**64
-    x = (x ^ (x >> 27)) * (_MIX_2 % 2**64) % 2**64
-    return x ^ (x >> 31)
+    unsigned = (np.uint64(number % 2**64) for number in (seed, position, stream))
+    return int(compiled_race(probs.numpy(), *unsigned))

@@ -6,25 +6,35 @@ all but a few tokens are settled without a logarithm, and nothing of the vocabul
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 
 from paceline.compiled import compiled
 
+_GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1: Final = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2: Final = np.uint64(0x94D049BB133111EB)
+
 
 @compiled
-def race(probs: np.ndarray, base: int, golden: int) -> int:
-    """The winner among probs [V] float32. base: uint64 bits of seed, position and stream."""
+def _mix(x: np.uint64) -> np.uint64:
+    x = (x ^ (x >> np.uint64(30))) * _MIX_1
+    x = (x ^ (x >> np.uint64(27))) * _MIX_2
+    return x ^ (x >> np.uint64(31))
+
+
+@compiled
+def race(probs: np.ndarray, seed: np.uint64, position: np.uint64, stream: np.uint64) -> int:
+    """The winner among probs [V] float32."""
     best, winner = np.float32(0.0), 0
-    bits = np.uint64(base)
+    bits = _mix(_mix(seed + _GOLDEN * stream) + _GOLDEN * (position + np.uint64(1)))
     for token in range(len(probs)):
-        bits += np.uint64(golden)
+        bits += _GOLDEN
         p = probs[token]
         if p <= np.float32(0.0):
             continue
-        x = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        x = x ^ (x >> np.uint64(31))
-        u = (np.float32(x >> np.uint64(11)) + np.float32(0.5)) * np.float32(2.0**-53)
+        u = (np.float32(_mix(bits) >> np.uint64(11)) + np.float32(0.5)) * np.float32(2.0**-53)
         u = min(u, np.float32(1.0 - 2.0**-24))
         if p <= best * u:
             continue

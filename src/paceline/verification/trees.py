@@ -6,14 +6,20 @@ with the judge's own noise, and all trees. A chain is a tree whose every token f
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+class Choices(Protocol):
+    """The target's token at each place; asked for along one path only."""
+
+    def __getitem__(self, place: int, /) -> int: ...
+
+
 def follow(
-    choices: Sequence[int], tokens: Sequence[int], parents: Sequence[int] | None = None
+    choices: Choices, tokens: Sequence[int], parents: Sequence[int] | None = None
 ) -> list[int]:
     """Indices of the draft tokens that are kept, from the root down.
 
