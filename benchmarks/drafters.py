@@ -21,7 +21,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from paceline.assembly import Pace, build
-from paceline.bench.circumstances import circumstances
+from paceline.bench.circumstances import circumstances, headline
 from paceline.bench.timed import (
     Method,
     TimedPrompt,
@@ -153,8 +153,7 @@ def markdown(rows: list[dict[str, Any]], notes: Sequence[str], facts: dict[str, 
     lines = [
         "# Every drafter by the clock",
         "",
-        f"{facts['cpu']} ({facts['cpu_capability']}), {facts['threads']} threads, torch "
-        f"{facts['torch']}, commit {facts['commit']}, {facts['date']}. {facts['setting']} Columns of "
+        f"{headline(facts)} {facts['setting']} Columns of "
         "tasks are speed-ups over `none` on that task.",
         "",
         *(f"{note}\n" for note in notes),

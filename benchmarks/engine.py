@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from paceline.assembly import Pace, build, build_from_objects
-from paceline.bench.circumstances import circumstances
+from paceline.bench.circumstances import circumstances, headline
 from paceline.cli.progress import progress
 from paceline.config import Config, EngineSection, ModelSection, load_config
 from paceline.contracts import NONE, Completion, Request
@@ -389,9 +389,7 @@ def markdown(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     lines = [
         "# The engine against this machine",
         "",
-        f"{facts['cpu']} ({facts['cpu_capability']}), {facts['threads']} threads, torch "
-        f"{facts['torch']}, transformers {facts['transformers']}, commit {facts['commit']}, "
-        f"{facts['date']}. {facts['setting']}",
+        f"{headline(facts, 'transformers')} {facts['setting']}",
         "",
         "| " + " | ".join(NAMES.values()) + " |",
         "|" + "---|" * len(NAMES),

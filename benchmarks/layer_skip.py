@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from paceline.assembly import Pace, build, build_from_objects
-from paceline.bench.circumstances import circumstances
+from paceline.bench.circumstances import circumstances, headline
 from paceline.bench.timed import (
     TimedPrompt,
     num_equal_outputs,
@@ -301,8 +301,7 @@ def markdown(results: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
     lines = [
         "# Drafting with the target's own layers, some left out",
         "",
-        f"{facts['cpu']} ({facts['cpu_capability']}), {facts['threads']} threads, torch "
-        f"{facts['torch']}, commit {facts['commit']}, {facts['date']}. {facts['setting']}",
+        f"{headline(facts)} {facts['setting']}",
     ]
     for r in results:
         lines += [

@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 
 from paceline.assembly import Pace, build
-from paceline.bench.circumstances import circumstances
+from paceline.bench.circumstances import circumstances, headline
 from paceline.bench.profile import profile
 from paceline.cli.options import configured
 from paceline.cli.progress import progress
@@ -147,8 +147,7 @@ def markdown(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     lines = [
         "# When to stop drafting",
         "",
-        f"{facts['cpu']} ({facts['cpu_capability']}), {facts['threads']} threads, torch "
-        f"{facts['torch']}, commit {facts['commit']}, {facts['date']}. {facts['setting']}",
+        f"{headline(facts)} {facts['setting']}",
         "",
         "Of each drafter the best fixed length, the best threshold and the expected-gain rule; all "
         "rows are in the JSON file.",

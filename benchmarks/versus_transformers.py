@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from paceline.assembly import Pace
-from paceline.bench.circumstances import circumstances
+from paceline.bench.circumstances import circumstances, headline
 from paceline.bench.timed import (
     Method,
     TimedPrompt,
@@ -192,9 +192,7 @@ def markdown(
     lines = [
         "# paceline against transformers",
         "",
-        f"{facts['cpu']} ({facts['cpu_capability']}), {facts['threads']} threads, torch "
-        f"{facts['torch']}, transformers {facts['transformers']}, commit {facts['commit']}, "
-        f"{facts['date']}. {facts['setting']}",
+        f"{headline(facts, 'transformers')} {facts['setting']}",
         "",
         "| dtype | method | tokens/s | over `none` | " + " | ".join(domains) + " | same text |",
         "|---|---|---|---|" + "---|" * (len(domains) + 1),

@@ -9,8 +9,12 @@ import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 def cpu_model() -> str:
@@ -61,3 +65,12 @@ def circumstances() -> dict[str, str | int]:
         "commit": commit(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def headline(facts: Mapping[str, Any], *packages: str) -> str:
+    """The circumstances above a table: machine, torch and other packages, commit, date."""
+    versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", *packages))
+    return (
+        f"{facts['cpu']} ({facts['cpu_capability']}), {facts['threads']} threads, {versions}, commit "
+        f"{facts['commit']}, {facts['date']}."
+    )

@@ -262,7 +262,6 @@ class ThroughText(Drafter):
 
     kind: ClassVar[str] = CrossVocabulary.kind
     needs: ClassVar[Needs] = Needs()
-    shares_ids: ClassVar[bool] = False
 
     def __init__(
         self,

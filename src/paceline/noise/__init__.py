@@ -47,7 +47,8 @@ def _bits(seeds: Tensor, positions: Tensor, stream: int) -> Tensor:
 def of_round(positions: T, start: int) -> T:
     """Positions that give other numbers in every round. start: tokens the row has at its beginning.
 
-    For judges to whom a whole round's drafts and uniforms matter, also those behind what was kept.
+    For drafts that must not be drawn again behind a rejection, and for judges to whom a whole round's
+    uniforms matter, also those behind what was kept.
     """
     return positions + (start << 32)
 
