@@ -100,7 +100,7 @@ def test_widths_contexts_and_rows_cover_the_arms(table: CostTable) -> None:
     assert cells(table, "near", "propose") == alone | {
         (k, 32, r) for k in (1, 4) for r in (2, 4, 8)
     }
-    assert cells(table, "near", "start") == {(n, 0, 1) for n in (16, 32, 128, 256)}
+    assert cells(table, "near", "start") == {(n, 0, 1) for n in (32, 128)}
     assert cells(table, "engine", "round") == {(0, 0, r) for r in (1, 2, 4, 8)}
 
 
