@@ -68,6 +68,8 @@ def experiment(
     from paceline.experiments.catalog import find_experiment
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)  # a pipe has no width; the tables need about this much
     if list_all:
         _print_list(console)
         return
@@ -85,7 +87,7 @@ def experiment(
     chosen = configured(config, dtype, device, threads) if overridden else config
     with progress(console) as report:
         done = run_experiment(name, out, chosen, data, prompts, smoke, folder, report)
-    _print_tables(console, done.findings.tables)
+    _print_table(console, done.findings.tables[0])
     for remark in done.findings.remarks:
         console.print(f"- {remark}", markup=False, highlight=False)
     console.print(f"written: {', '.join(map(str, done.files))}", markup=False, highlight=False)
@@ -104,16 +106,15 @@ def _print_list(console: Console) -> None:
     console.print(shown)
 
 
-def _print_tables(console: Console, tables: list[Table]) -> None:
+def _print_table(console: Console, table: Table) -> None:
     from rich.table import Table as Shown
 
-    for table in tables:
-        shown = Shown(title=table.title, pad_edge=False)
-        for column in table.columns:
-            shown.add_column(column.name, overflow="fold")
-        for row in table.texts():
-            shown.add_row(*row)
-        console.print(shown)
+    shown = Shown(title=table.title, pad_edge=False)
+    for column in table.columns:
+        shown.add_column(column.name, overflow="fold")
+    for row in table.texts():
+        shown.add_row(*row)
+    console.print(shown)
 
 
 def _run_recipe(
@@ -152,14 +153,17 @@ def _print_plan(console: Console, planned: DryRun) -> None:
         shown.add_row(
             *(plan.name, plan.kind, f"{plan.parameters / 1e6:,.0f} M" if plan.parameters else ""),
             *(f"{size / 1e9:.2f}" if size else "" for size in sizes),
-            *(str(plan.draft_length or ""), f"{1e3 * plan.step_seconds:.2f}"),
+            *(
+                str(plan.draft_length or ""),
+                f"{1e3 * plan.step_seconds:.2f}" if plan.step_seconds else "",
+            ),
             f"{plan.break_even:.2f}" if plan.draft_length else "",
         )
     console.print(shown)
     used = planned.needed_bytes / planned.device_bytes
     console.print(
         f"memory: {planned.needed_bytes / 1e9:.1f} GB of {planned.device_bytes / 1e9:.0f} on "
-        f"{device.count} x {device.name} ({used:.0%}), {recipe.rows} rows",
+        f"{device.count} x {device.name} ({used:.0%}), rows: {recipe.rows}",
         highlight=False,
     )
     console.print(

@@ -21,6 +21,8 @@ _COLOURS: Final = (
     "#3b6ea5", "#c44e52", "#1a7f37", "#d9b44a", "#7a5ba6", "#8c6d46", "#5f9ea0", "#888888",
 )  # fmt: skip
 _BARS_OF_ALL: Final = 0.82  # share of a place on the axis that its bars fill
+_LEGEND_ENTRY: Final = 2.2  # inches
+_LONG_NAME: Final = 20  # characters; longer ones below an axis are turned
 
 
 def figure_class() -> Any:
@@ -74,9 +76,9 @@ def write_figure(findings: Findings, title: str, path: Path) -> None:
     """The panels beside each other."""
     panels = findings.panels
     widths = [_width(panel) for panel in panels]
-    figure = figure_class()(figsize=(sum(widths), 4.6), layout="constrained")
+    figure = figure_class()(figsize=(sum(widths), 5.0), layout="constrained")
     places = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0]
-    for axes, panel in zip(places, panels, strict=True):
+    for axes, panel, width in zip(places, panels, widths, strict=True):
         (_draw_bars if panel.kind == "bars" else _draw_lines)(axes, panel)
         if panel.baseline is not None:
             axes.axhline(panel.baseline, color="black", linewidth=1, linestyle="--")
@@ -84,7 +86,11 @@ def write_figure(findings: Findings, title: str, path: Path) -> None:
         axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(
-            fontsize=8, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.08)
+            fontsize=8,
+            frameon=False,
+            ncols=max(1, int(width / _LEGEND_ENTRY)),
+            loc="lower center",
+            bbox_to_anchor=(0.5, 1.06),
         )
     figure.suptitle(title, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +101,7 @@ def _width(panel: Panel) -> float:
     """Inches: what a panel's bars need, or as much as a line plot likes."""
     if panel.kind == "lines":
         return 5.5
-    return max(5.5, 0.13 * sum(len(series.x) for series in panel.series) + 1.0)
+    return max(4.5, 0.15 * sum(len(series.x) for series in panel.series) + 1.0)
 
 
 def _draw_lines(axes: Any, panel: Panel) -> None:
@@ -122,7 +128,9 @@ def _draw_bars(axes: Any, panel: Panel) -> None:
             yerr=_errors(series),
             error_kw={"linewidth": 0.8},
         )
-    axes.set_xticks(range(len(names)), names, fontsize=8)
+    longest = max((len(line) for name in names for line in name.split("\n")), default=0)
+    turned = {"rotation": 30, "ha": "right"} if longest > _LONG_NAME else {}
+    axes.set_xticks(range(len(names)), names, fontsize=8, **turned)
 
 
 def _errors(series: Series) -> list[list[float]] | None:

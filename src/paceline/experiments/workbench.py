@@ -41,17 +41,25 @@ def quiet(stage: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much of everything: prompts of each task to collect, others of each task to time."""
+    """How much of everything: prompts of each task to collect, others of each task to time, and
+    seconds for measuring costs.
+    """
 
     prompts: int = 40
     timed: int = 8
     max_new_tokens: int = 96
+    profile_seconds: float = 10.0
+
+    @property
+    def smoke(self) -> bool:
+        """Whether they only show that an experiment works."""
+        return self.profile_seconds == 0.0
 
     def with_prompts(self, prompts: int) -> Sizes:
         return replace(self, prompts=prompts)
 
 
-SMOKE: Final = Sizes(prompts=4, timed=1, max_new_tokens=12)
+SMOKE: Final = Sizes(prompts=4, timed=1, max_new_tokens=12, profile_seconds=0.0)
 
 
 class PromptSets(NamedTuple):
@@ -150,7 +158,7 @@ class Workbench:
         except ArtefactError:  # none yet, or of other drafters
             fits = False
         if not fits:
-            table = profile(parts, on_progress=self.on_progress)
+            table = profile(parts, self.on_progress, self.sizes.profile_seconds)
             table.save(path)
         for drafter in parts.drafters.values():
             drafter.price(table)
@@ -173,5 +181,5 @@ class Workbench:
             "timed prompts a task": self.sizes.timed,
             "most new tokens": self.sizes.max_new_tokens,
             "prompts from": "the demo" if self.data is None else "the data folder",
-            **({"smoke run": "its figures mean nothing"} if self.sizes == SMOKE else {}),
+            **({"smoke run": "its figures mean nothing"} if self.sizes.smoke else {}),
         }

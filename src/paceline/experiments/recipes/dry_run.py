@@ -103,10 +103,10 @@ def dry_run(recipe: Recipe) -> DryRun:
             f"prompts of {work.prompt_tokens} and answers of {work.new_tokens} tokens do not fit the "
             f"target's context of {target.context_length}; lower one of them in 'workload'"
         )
-    check_forward(target, 1)
     planner = _Planner(recipe, target)
     plans = [planner.target()]
     plans += [planner.drafter(name, drafter) for name, drafter in recipe.drafters.items()]
+    check_forward(target, 1 + max(plan.draft_length for plan in plans))
     needed = sum(plan.weight_bytes + plan.cache_bytes for plan in plans)
     device_bytes = int(recipe.device.count * recipe.device.gigabytes * 1e9)
     _check_memory(recipe, plans, needed, device_bytes)
@@ -152,7 +152,6 @@ class _Planner:
             name, DrafterSection(kind=drafter.kind, settings=drafter.settings)
         )
         length = int(getattr(settings, "num_draft_tokens", 0))
-        check_forward(self._target, length + 1)
         plan = ModelPlan(name, drafter.kind, draft_length=length)
         if isinstance(settings, ModelSection):
             return self._draft_model(plan, drafter, settings)
