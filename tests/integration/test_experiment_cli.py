@@ -123,6 +123,7 @@ def test_a_planted_mistake_in_a_recipe_is_one_line_and_exit_code_2(
 ) -> None:
     raw = yaml.safe_load(RECIPE.read_text())
     drafter = raw["drafters"]["pretrained"]
+    raw["drafters"] = {"pretrained": drafter}
     del drafter["millions"]
     drafter["shape"][place] = value
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(raw))
