@@ -83,6 +83,17 @@ def test_what_one_experiment_made_the_next_one_finds(
     assert "profile" in stages
 
 
+def test_everything_lies_in_its_folder_and_no_prefill_is_spared(
+    config: Path, tmp_path: Path
+) -> None:
+    """Arms that are compared by the clock decode the same prompts, and each must pay for them."""
+    found = Workbench(config, tmp_path / "work").config
+    assert found.engine.prefix_positions == 0
+    assert {path.parent for path in (found.paths.store, found.paths.costs, found.paths.policy)} == {
+        tmp_path / "work"
+    }
+
+
 def test_settings_say_when_figures_mean_nothing(config: Path, tmp_path: Path) -> None:
     assert "smoke run" in Workbench(config, tmp_path, None, SMOKE.with_prompts(3)).settings()
     found = Workbench(config, tmp_path, None, Sizes()).settings()

@@ -130,7 +130,9 @@ def test_more_devices_are_faster_and_hold_more(tmp_path: Path) -> None:
 
 
 def test_training_takes_six_operations_a_parameter_and_token(tmp_path: Path) -> None:
+    """By the devices it names, however many decode."""
     trained = SMALL | {"training": {"drafter": "tiny", "tokens": 1e6, "devices": 4}}
+    trained["device"] = SMALL["device"] | {"count": 2}
     found = planned(trained, tmp_path)
     expected = 6 * found.models[1].parameters * 1e6 / (4 * 2e9)
     assert found.seconds["train tiny"] == pytest.approx(expected)
