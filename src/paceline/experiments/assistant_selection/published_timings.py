@@ -57,6 +57,7 @@ def run(bench: Workbench) -> Findings:
         ],
         panels=[_gains_panel(groups, found), _twice_panel(twice)],
         settings={
+            "timings": "others' runs on GPUs, nothing was run here",
             "cells": len(cells),
             "prompts a task": max((len(timed.prompts) for timed in cells.values()), default=0),
         },

@@ -19,7 +19,9 @@ from paceline.experiments.recipes.shapes import model_of_shape, num_multiplied
 if TYPE_CHECKING:
     from paceline.experiments.recipes import DryRun
 
-RECIPES = sorted((Path(__file__).parents[4] / "experiments" / "recipes").glob("*.yaml"))
+ROOT = Path(__file__).parents[4]
+RECIPES = sorted((ROOT / "experiments" / "recipes").glob("*.yaml"))
+PAGE = (ROOT / "docs" / "experiments" / "assistant-selection.md").read_text(encoding="utf-8")
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -73,8 +75,12 @@ def planned(raw: dict[str, Any], folder: Path) -> DryRun:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_of_the_repository_fits(path: Path) -> None:
+def test_every_recipe_of_the_repository_fits_and_the_page_says_so(path: Path) -> None:
     found = dry_run(load_recipe(path))
+    line = next(line for line in PAGE.splitlines() if line.startswith(f"| [{path.stem}]"))
+    hours = found.seconds["decode with the target"] / 3600
+    assert f"| {found.needed_bytes / 1e9:.1f} GB |" in line
+    assert f"| {hours:.1f} h |" in line or f"| {60 * hours:.0f} min |" in line
     assert found.needed_bytes < found.device_bytes
     assert all(plan.break_even >= 1 for plan in found.models[1:])
     assert found.seconds["decode with the target"] > 60
