@@ -107,6 +107,11 @@ def dry_run(recipe: Recipe) -> DryRun:
     plans = [planner.target()]
     plans += [planner.drafter(name, drafter) for name, drafter in recipe.drafters.items()]
     check_forward(target, 1 + max(plan.draft_length for plan in plans))
+    free = [plan.name for plan in plans if plan.draft_length and not plan.step_seconds]
+    if free:
+        planner.notes.append(
+            f"what {', '.join(free)} takes to draft on the host is not predicted, nor in what pays"
+        )
     needed = sum(plan.weight_bytes + plan.cache_bytes for plan in plans)
     device_bytes = int(recipe.device.count * recipe.device.gigabytes * 1e9)
     _check_memory(recipe, plans, needed, device_bytes)

@@ -115,6 +115,9 @@ def test_sizes_and_seconds_are_those_computed_by_hand(tmp_path: Path) -> None:
     assert target.cache_bytes == 2 * 30 * (2 * 4 * 2 * 16 * 4)  # rows, positions, keys and values
     assert own.weight_bytes == own.cache_bytes == 0
     assert table.host_bytes == 8 * 300 + 20 * 1_000_000
+    assert found.notes == [
+        "what table takes to draft on the host is not predicted, nor in what pays"
+    ]
     # two tokens a step are bound by bandwidth: weights but for the embedding, cache of two rows at 25
     multiplied = target.parameters - 300 * 64
     read = 4 * multiplied + 2 * 25 * 1024
