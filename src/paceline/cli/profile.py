@@ -62,7 +62,7 @@ def _by_rows(table: CostTable, most: int) -> Table:
     from rich.table import Table
 
     rows = sorted({min(n, most) for n in (1, 2, 4, 8, 16)})
-    shown = Table(title="milliseconds of a target forward by rows in flight", pad_edge=False)
+    shown = Table(title="target forward by rows, milliseconds", pad_edge=False)
     shown.add_column("context 128")
     for n in rows:
         shown.add_column(str(n), justify="right")
