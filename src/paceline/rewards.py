@@ -10,66 +10,88 @@ Symbols: T output tokens, t seconds per token. A change in any figure raises REW
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from rapidfuzz.distance import LCSseq
 
-from paceline.contracts import NONE
+from paceline.contracts import NONE, split_arm
+from paceline.costs.pricing import by_objective, prompt_seconds, round_seconds
+from paceline.costs.table import FORWARD, PROPOSE, TARGET
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import NDArray
+
+    from paceline.costs.pricing import Objective, SecondsFn
 
 REWARD_VERSION: Final = 1
 
 
-class SecondsFn(Protocol):
-    """Prices work as `CostTable.seconds` does, for arrays of tokens and contexts at once."""
-
-    def __call__(
-        self, subject: str, operation: str, tokens: NDArray[Any], context: NDArray[Any]
-    ) -> ArrayLike: ...
-
-
 def request_seconds(
-    seconds: SecondsFn, arm: str, num_prompt: int, rounds: NDArray[np.integer[Any]]
+    seconds: SecondsFn,
+    arm: str,
+    num_prompt: int,
+    rounds: NDArray[np.integer[Any]],
+    rows: int = 1,
+    objective: Objective = "latency",
 ) -> float:
-    """Predicted seconds of one request on its own, from its prefill to its last token.
+    """Predicted seconds of one request from its prefill to its last token; see `costs.pricing`.
 
     rounds: [rounds, 2], drafted and accepted. The choice of the arm is not priced. Without a round
     the prefill's token was the last, and the engine never starts the drafter.
     """
-    drafted, accepted = rounds[:, 0], rounds[:, 1]
-    total = _sum(seconds, "target", "prefill", np.array([num_prompt]), np.zeros(1, dtype=int))
-    if not len(rounds):
-        return total
+    lengths = np.array([num_prompt])
+    return float(requests_seconds(seconds, arm, lengths, [rounds], rows, objective)[0])
+
+
+def requests_seconds(
+    seconds: SecondsFn,
+    arm: str,
+    num_prompt: NDArray[np.integer[Any]],
+    rounds: Sequence[NDArray[np.integer[Any]]],
+    rows: int = 1,
+    objective: Objective = "latency",
+) -> NDArray[np.float64]:
+    """[N] `request_seconds` of many prompts [N] with one arm: the table is read once for all."""
+    drafter = split_arm(arm)[0]
+    counts = np.array([len(own) for own in rounds])
+    of = np.repeat(np.arange(len(rounds)), counts)  # whose each round is
+    drafted, accepted = np.concatenate(rounds).reshape(-1, 2).T
     # a round leaves its accepted tokens and the target's own one; the last token is never cached
-    context = num_prompt + np.cumsum(accepted + 1) - (accepted + 1)  # [rounds]
-    total += _sum(seconds, "target", "forward", 1 + drafted, context)
-    total += _sum(seconds, "engine", "round", np.zeros_like(context), np.zeros_like(context))
-    if arm != NONE:
-        total += _sum(seconds, arm, "start", np.array([num_prompt]), np.zeros(1, dtype=int))
-        total += _sum(seconds, arm, "propose", drafted, context)
-    return total
+    emitted = np.concatenate([[0], np.cumsum(accepted + 1)])  # before each round, of all prompts
+    before_own = emitted[np.cumsum(counts) - counts]
+    context = num_prompt[of] + emitted[:-1] - before_own[of]
+    before = np.where(
+        counts > 0,
+        prompt_seconds(seconds, drafter, num_prompt),
+        prompt_seconds(seconds, NONE, num_prompt),
+    )
 
+    def price(num_drafting: int) -> NDArray[np.float64]:
+        spent = round_seconds(seconds, drafter, drafted, context, rows, num_drafting)
+        total: NDArray[np.float64] = before + np.bincount(of, spent, len(rounds))
+        return total
 
-def _sum(
-    seconds: SecondsFn, subject: str, operation: str, tokens: NDArray[Any], context: NDArray[Any]
-) -> float:
-    priced = np.asarray(seconds(subject, operation, tokens, context), dtype=np.float64)
-    return float(np.broadcast_to(priced, tokens.shape).sum())
+    return by_objective(price, rows, objective)
 
 
 def speeds(
-    seconds: SecondsFn, num_prompt: int, rounds: Mapping[str, NDArray[np.integer[Any]]]
+    seconds: SecondsFn,
+    num_prompt: int,
+    rounds: Mapping[str, NDArray[np.integer[Any]]],
+    rows: int = 1,
+    objective: Objective = "latency",
 ) -> dict[str, float]:
     """The speed reward of each arm: seconds of `none` over seconds of the arm; `none` has 1.
 
     rounds: arm -> [rounds, 2]; `none` must be among them.
     """
-    priced = {arm: request_seconds(seconds, arm, num_prompt, r) for arm, r in rounds.items()}
+    priced = {
+        arm: request_seconds(seconds, arm, num_prompt, own, rows, objective)
+        for arm, own in rounds.items()
+    }
     return {arm: priced[NONE] / spent for arm, spent in priced.items()}
 
 
@@ -87,8 +109,8 @@ def rouge_l_f1(a: Sequence[int], b: Sequence[int]) -> float:
 
 def token_seconds(seconds: SecondsFn, arm: str, context: int) -> float:
     """t: what one token of the arm's own plain drafting costs; for `none`, one of the target's."""
-    subject, operation = ("target", "forward") if arm == NONE else (arm, "propose")
-    return _sum(seconds, subject, operation, np.ones(1, dtype=int), np.array([context]))
+    subject, operation = (TARGET, FORWARD) if arm == NONE else (split_arm(arm)[0], PROPOSE)
+    return float(np.asarray(seconds(subject, operation, np.array(1), np.array(context), 1)))
 
 
 def cost_score(t_arm: float, t_target: float) -> float:

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
     from paceline.config import LearningSection
     from paceline.contracts import CollectedPrompt
-    from paceline.replay import rounds_of
-from paceline.rewards import SecondsFn
+    from paceline.costs import SecondsFn
 
 MIN_PROMPTS: Final = 8
 _MIN_HELD_OUT: Final = 2

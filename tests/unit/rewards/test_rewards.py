@@ -15,6 +15,7 @@ from paceline.rewards import (
     alignments,
     cost_score,
     request_seconds,
+    requests_seconds,
     rouge_l_f1,
     speeds,
     token_seconds,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def prices(subject: str, operation: str, tokens: Any, context: Any = 0) -> Any:
+def prices(subject: str, operation: str, tokens: Any, context: Any = 0, rows: int = 1) -> Any:
     """Made-up seconds that differ in everything they depend on."""
     base = {
         "prefill": 100.0, "forward": 10.0, "round": 1.0, "start": 50.0, "propose": 5.0
@@ -68,6 +69,18 @@ def test_seconds_are_those_of_walking_the_rounds(
     assert got == pytest.approx(seconds_one_by_one(arm, num_prompt, rounds), rel=1e-12)
 
 
+@given(
+    st.sampled_from(["none", "math"]), st.lists(st.tuples(st.integers(1, 900), ROUNDS), min_size=1)
+)
+def test_many_requests_are_priced_as_each_on_its_own(
+    arm: str, requests: list[tuple[int, list[tuple[int, int]]]]
+) -> None:
+    lengths = np.array([num_prompt for num_prompt, _ in requests])
+    found = requests_seconds(prices, arm, lengths, [as_array(own) for _, own in requests])
+    direct = [seconds_one_by_one(arm, num_prompt, own) for num_prompt, own in requests]
+    assert found == pytest.approx(direct, rel=1e-12)
+
+
 def test_an_answer_of_one_token_starts_no_drafter() -> None:
     rounds = {"none": as_array([]), "math": as_array([])}
     assert speeds(prices, 7, rounds) == {"none": 1.0, "math": 1.0}
@@ -76,7 +89,7 @@ def test_an_answer_of_one_token_starts_no_drafter() -> None:
 def test_an_arm_is_faster_by_the_forwards_it_saves() -> None:
     costs = {("target", "forward"): 1.0, ("math", "propose"): 0.25}
 
-    def seconds(subject: str, operation: str, tokens: Any, context: Any) -> float:
+    def seconds(subject: str, operation: str, tokens: Any, context: Any, rows: int) -> float:
         return costs.get((subject, operation), 0.0)  # one figure for all rounds
 
     rounds = {"none": as_array([(0, 0)] * 10), "math": as_array([(4, 4)] * 2)}
