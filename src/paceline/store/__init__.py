@@ -2,12 +2,13 @@
 
 from paceline.files import write_atomically
 from paceline.store.collection import Collection, LoadedCollection, load_collection
-from paceline.store.prompts import is_validation, read_prompts, take_by_hash
+from paceline.store.prompts import PromptFields, is_validation, read_prompts, take_by_hash
 from paceline.store.shards import ShardStore
 
 __all__ = [
     "Collection",
     "LoadedCollection",
+    "PromptFields",
     "ShardStore",
     "is_validation",
     "load_collection",
