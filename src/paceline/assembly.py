@@ -14,6 +14,7 @@ from paceline.contracts import (
     AUTO,
     NONE,
     Completion,
+    Context,
     LogitRules,
     Request,
     SamplingParams,
@@ -30,7 +31,14 @@ from paceline.models.exact import check_exact
 from paceline.models.language_model import LanguageModel, check_packed_forward
 from paceline.models.loading import load_language_model, load_tokenizer
 from paceline.models.vocabulary import Vocabulary, check_same_vocabulary
-from paceline.selection import PolicyIdentity, is_policy, load_policy
+from paceline.selection import (
+    FEATURE_VERSION,
+    PolicyIdentity,
+    feature_vector,
+    is_policy,
+    load_policy,
+)
+from paceline.store import DecisionLog, LogHeader
 from paceline.warping import check_sampling
 
 if TYPE_CHECKING:
@@ -39,7 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from paceline.drafting.base import Drafter
-    from paceline.engine.loop import Choose
+    from paceline.engine.loop import Choose, OnComplete
 
     Prompt = str | Sequence[Mapping[str, str]]
     DraftSpec = PreTrainedModel | Drafter | tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -125,7 +133,9 @@ def build_from_objects(
 class Pace:
     """A target with its drafters, ready to generate. Made by `paceline.load`."""
 
-    def __init__(self, parts: Parts, choose: Choose | None = None) -> None:
+    def __init__(
+        self, parts: Parts, choose: Choose | None = None, on_complete: OnComplete | None = None
+    ) -> None:
         self.parts = parts
         engine_section = parts.config.engine
         self.engine = Engine(
@@ -133,6 +143,7 @@ class Pace:
             parts.drafters,
             decode=self._decode,
             choose=choose,
+            on_complete=on_complete,
             **engine_section.model_dump(),
         )
 
@@ -341,7 +352,8 @@ def load(
     _price(parts)
     folder = Path(policy) if policy is not None else parts.config.paths.policy
     wanted = with_policy and (policy is not None or (target is None and is_policy(folder)))
-    return Pace(parts, load_policy(folder, policy_identity(parts)).choose if wanted else None)
+    choose = load_policy(folder, policy_identity(parts)).choose if wanted else None
+    return Pace(parts, choose, open_log(parts))
 
 
 def _price(parts: Parts) -> None:
@@ -359,6 +371,30 @@ def _price(parts: Parts) -> None:
         ) from error
     for drafter in waiting.values():
         drafter.price(costs)
+
+
+def open_log(parts: Parts) -> OnComplete | None:
+    """What writes completed requests to the configuration's decision log; None without one."""
+    section = parts.config.log
+    if section.folder is None:
+        return None
+    identity = policy_identity(parts)
+    header = LogHeader(
+        identity.target,
+        identity.tokenizer,
+        dict(identity.arms),
+        FEATURE_VERSION,
+        section.tokens,
+    )
+    log = DecisionLog(section.folder, header)
+
+    def write(request: Request, completion: Completion, context: Context | None) -> None:
+        if context is None:
+            log.write(request, completion, None, None)
+        else:
+            log.write(request, completion, feature_vector(context), context.rows_in_flight)
+
+    return write
 
 
 def policy_identity(parts: Parts) -> PolicyIdentity:
