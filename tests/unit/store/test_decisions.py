@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -224,6 +225,23 @@ def test_a_failing_disk_costs_lines_and_no_request(tmp_path: Path) -> None:
     (folder / "decisions-000007.jsonl").write_bytes(saved)
     log.write(request(id="d"), completion(), FEATURES, 1)
     assert [d.request_id for d in read_decisions(folder)[0]] == ["a", "d"]
+
+
+def test_nothing_is_glued_to_half_a_line(tmp_path: Path) -> None:
+    log = DecisionLog(tmp_path, OFF)
+    log.write(request(id="a"), completion(), FEATURES, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (only_file(tmp_path).stat().st_size + 50, before[1]))
+    try:
+        with pytest.warns(UserWarning, match="a part of a line"):
+            log.write(request(id="b"), completion(), FEATURES, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    log.write(request(id="c"), completion(), FEATURES, 1)
+
+    decisions, notes = read_decisions(tmp_path)
+    assert [d.request_id for d in decisions] == ["a", "c"]
+    assert len(notes) == 1 and notes[0].endswith(":3: a torn line was left out")
 
 
 def test_nothing_is_created_before_the_first_decision(tmp_path: Path) -> None:
