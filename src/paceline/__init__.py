@@ -33,10 +33,12 @@ _HOMES = {
     "drafters": "paceline.bench",
     "evaluate": "paceline.experiments.pipeline",
     "learn": "paceline.experiments.pipeline",
+    "learn_from_log": "paceline.experiments.pipeline",
     "load": "paceline.assembly",
     "load_config": "paceline.config",
     "pad_drafts": "paceline.drafting.base",
     "profile": "paceline.experiments.pipeline",
+    "read_decisions": "paceline.store",
     "read_prompts": "paceline.store",
     "search_layers": "paceline.layer_search",
 }
@@ -64,10 +66,12 @@ __all__ = [
     "drafters",
     "evaluate",
     "learn",
+    "learn_from_log",
     "load",
     "load_config",
     "pad_drafts",
     "profile",
+    "read_decisions",
     "read_prompts",
     "search_layers",
 ]
@@ -83,9 +87,16 @@ if TYPE_CHECKING:
     from paceline.drafting.foresight import SimulatedForesight
     from paceline.errors import ConfigError, PacelineError
     from paceline.experiments.demo_job import demo
-    from paceline.experiments.pipeline import build_trigrams, collect, evaluate, learn, profile
+    from paceline.experiments.pipeline import (
+        build_trigrams,
+        collect,
+        evaluate,
+        learn,
+        learn_from_log,
+        profile,
+    )
     from paceline.layer_search import search_layers
-    from paceline.store import read_prompts
+    from paceline.store import read_decisions, read_prompts
 
 
 def __getattr__(name: str) -> Any:

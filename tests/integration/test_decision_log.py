@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,10 +11,13 @@ import pytest
 import yaml
 
 import paceline
-from paceline.assembly import Pace, build_from_objects, open_log
+from paceline.assembly import Pace, build, build_from_objects, open_log
+from paceline.cli import main
 from paceline.config import Config, LogSection, ModelSection, load_config
-from paceline.contracts import Context, Decision
+from paceline.contracts import Context, Decision, identity_of_arms
+from paceline.costs.table import CostTable, Measurement
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
+from paceline.experiments.demo_prompts import load_written
 from paceline.selection import FEATURE_VERSION, feature_vector
 from paceline.store import read_decisions
 from paceline.testing.tiny_models import tiny_model
@@ -90,3 +94,71 @@ def test_the_configuration_turns_it_on(tmp_path: Path) -> None:
     assert not list((tmp_path / "served").iterdir())
     pace.complete("hello", drafter="none", max_new_tokens=3)
     assert len(read_decisions(tmp_path / "served").decisions) == 1
+
+
+@pytest.fixture
+def configured(tmp_path: Path) -> Callable[[str], Path]:
+    """A configuration of the zoo with a log, and sixteen prompts served with it."""
+
+    def serve(tokens: str) -> Path:
+        raw = {
+            "target": {"model": str(ZOO / "target"), "dtype": "float32"},
+            "drafters": {"lookup": {"kind": "prompt_lookup"}},
+            "learning": {"max_epochs": 5},
+            "log": {"folder": "served", "tokens": tokens},
+        }
+        path = tmp_path / "paceline.yaml"
+        path.write_text(yaml.safe_dump(raw))
+        pace = paceline.load(path)
+        for record in [*load_written("math")[:8], *load_written("translation")[:8]]:
+            message = [{"role": "user", "content": record.prompt}]
+            pace.complete(message, drafter="lookup", max_new_tokens=10)
+        return path
+
+    return serve
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(sys, "argv", ["paceline", *map(str, arguments)])
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_a_policy_is_learned_from_a_log_with_ids(
+    configured: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = configured("ids")
+    figures = [("target", "prefill", 2.0), ("target", "forward", 1.0), ("engine", "round", 0.5)]
+    figures += [("lookup", "start", 0.1), ("lookup", "propose", 0.1)]
+    parts = build(load_config(path))
+    lines = identity_of_arms({n: d.identity() for n, d in parts.drafters.items()})
+    costs = CostTable({"arms": lines}, [Measurement(s, o, 1, 0, 1, x) for s, o, x in figures])
+    costs.save(load_config(path).paths.costs)
+
+    assert run(monkeypatch, "learn", "-c", path, "--from-log") == 0
+    assert "predicted speed-up over none" in capsys.readouterr().out
+    assert paceline.load(path).complete("hello", max_new_tokens=3).token_ids
+
+
+def test_a_log_without_ids_or_exploration_says_what_it_lacks(
+    configured: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = configured("off")
+    assert run(monkeypatch, "learn", "-c", path, "--from-log") == 2
+    said = capsys.readouterr().err
+    assert "0 of 16 logged requests can be learned from" in said and "explore > 0" in said
+
+    path.write_text(path.read_text().replace("served", "elsewhere"))
+    assert run(monkeypatch, "learn", "-c", path, "--from-log") == 2
+    assert "no decisions were logged here" in capsys.readouterr().err
+    path.write_text(yaml.safe_dump({"target": {"model": str(ZOO / "target")}}))
+    assert run(monkeypatch, "learn", "-c", path, "--from-log") == 2
+    assert "set log.folder" in capsys.readouterr().err

@@ -10,17 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from paceline.assembly import Pace, build, policy_identity
 from paceline.bench.profile import profile as measure_costs
 from paceline.collection import collect as collect_prompts
+from paceline.collection import collect_log
 from paceline.costs.table import CostTable
 from paceline.drafting.trigram.build import build_table
 from paceline.drafting.trigram.corpora import TextFiles, TokenSequences
 from paceline.errors import ConfigError, StoreError
 from paceline.learning import evaluate as evaluate_network
 from paceline.learning import learn as learn_policy
+from paceline.learning import learn_from_choices
 from paceline.learning.dataset import build_dataset, split
 from paceline.models.loading import load_tokenizer
 from paceline.models.vocabulary import Vocabulary
@@ -28,6 +30,7 @@ from paceline.replay import price_stops
 from paceline.selection import PolicyIdentity, load_policy
 from paceline.selection.artefact import read_card
 from paceline.selection.network import softmax
+from paceline.store import read_decisions
 from paceline.store.collection import load_collection, open_trajectories, read_trajectories
 
 if TYPE_CHECKING:
@@ -38,7 +41,7 @@ if TYPE_CHECKING:
     from paceline.contracts import PromptRecord
     from paceline.drafting.trigram.build import BuildSettings, Corpus
     from paceline.drafting.trigram.table import TableFacts
-    from paceline.learning import EvaluationReport, LearningResult
+    from paceline.learning import ChoicesResult, EvaluationReport, LearningResult
     from paceline.learning.dataset import Dataset
     from paceline.selection.policies import NetworkPolicy
     from paceline.store.collection import LoadedCollection
@@ -123,6 +126,33 @@ def learn(config: Config, on_progress: OnProgress = _quiet) -> LearningResult:
     )
     learned.save(config.paths.policy)
     return learned
+
+
+class LearnedFromLog(NamedTuple):
+    """A policy learned from served requests; notes say what was left out of the log, and why."""
+
+    learned: LearningResult | ChoicesResult
+    notes: list[str]
+
+
+def learn_from_log(config: Config, on_progress: OnProgress = _quiet) -> LearnedFromLog:
+    """Train a policy from the configuration's decision log and write it.
+
+    With token ids, what was served joins the collection, every drafter is replayed on it, and the
+    policy is learned from the whole. Without, it is learned from the choices alone, which takes a log
+    of a policy that explored.
+    """
+    if config.log.folder is None:
+        raise ConfigError("there is no log to learn from; set log.folder in the configuration")
+    decisions, notes = read_decisions(config.log.folder)
+    parts = build(config)
+    if any(decision.prompt_tokens is not None for decision in decisions):
+        taken = collect_log(Pace(parts), decisions, config.paths.store, on_progress)
+        notes += [f"{count} {reason}" for reason, count in taken.left_out.items()]
+        return LearnedFromLog(learn(config, on_progress), notes)
+    chosen = learn_from_choices(decisions, policy_identity(parts), config.learning, on_progress)
+    chosen.save(config.paths.policy)
+    return LearnedFromLog(chosen, notes + chosen.notes)
 
 
 def evaluate(config: Config) -> EvaluationReport:

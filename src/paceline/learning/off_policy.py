@@ -90,10 +90,7 @@ def weights(logged: LoggedChoices, probabilities: np.ndarray) -> np.ndarray:
     wanted = logged.of_chosen(probabilities)
     blind = int(((logged.propensities >= 1) & (wanted < 1 - _SUM_TOLERANCE)).sum())
     if blind:
-        raise StoreError(
-            f"{blind} of {len(logged)} logged choices were made with certainty, so nothing is known "
-            "of the other arms there; log with explore > 0, or with log.tokens: ids"
-        )
+        raise StoreError(_certain(blind, len(logged)))
     return np.asarray(wanted / logged.propensities)
 
 
@@ -125,6 +122,29 @@ def doubly_robust(
     """
     weight = weights(logged, probabilities)
     return _estimate(_corrected(logged, probabilities, predicted, weight), weight)
+
+
+def doubly_robust_rewards(logged: LoggedChoices, predicted: np.ndarray) -> np.ndarray:
+    """[n, A] a reward for every arm of every request, right on average where it is not right itself.
+
+    Whoever learns from full information can learn from these: the mean over requests of what any
+    policy picks from them is its doubly robust estimate. Raises StoreError where an arm was chosen
+    with certainty.
+    """
+    certain = int((logged.propensities >= 1).sum())
+    if certain:
+        raise StoreError(_certain(certain, len(logged)))
+    rewards = predicted.astype(np.float64)
+    miss = (logged.rewards - logged.of_chosen(predicted)) / logged.propensities
+    rewards[np.arange(len(logged)), logged.chosen] += miss
+    return rewards
+
+
+def _certain(count: int, n: int) -> str:
+    return (
+        f"{count} of {n} logged choices were made with certainty, so nothing is known of the other "
+        "arms there; log with explore > 0, or with log.tokens: ids"
+    )
 
 
 def difference(

@@ -15,6 +15,7 @@ from paceline.learning.off_policy import (
     cross_fitted_rewards,
     difference,
     doubly_robust,
+    doubly_robust_rewards,
     ips,
     snips,
     weights,
@@ -180,6 +181,16 @@ def test_without_exploration_only_the_same_choices_can_be_judged() -> None:
     untried = LoggedChoices(np.zeros(5, dtype=int), np.full(5, 0.5), np.ones(5), 2)
     with pytest.raises(StoreError, match="never did what this policy would do"):
         snips(untried, np.tile([0.0, 1.0], (5, 1)))
+
+
+def test_filled_in_rewards_are_worth_what_the_estimate_says() -> None:
+    s = simulate(0)
+    filled = doubly_robust_rewards(s.logged, s.means)
+    for policy in (new_policy(s.features), logging_policy(s.features)):
+        expected = doubly_robust(s.logged, policy, s.means).value
+        assert (filled * policy).sum(axis=1).mean() == pytest.approx(expected)
+    with pytest.raises(StoreError, match="explore > 0"):
+        doubly_robust_rewards(replace(s.logged, propensities=np.ones(200)), s.means)
 
 
 def test_a_request_is_never_predicted_from_its_own_reward() -> None:
