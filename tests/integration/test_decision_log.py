@@ -142,8 +142,15 @@ def test_a_policy_is_learned_from_a_log_with_ids(
     costs.save(load_config(path).paths.costs)
 
     assert run(monkeypatch, "learn", "-c", path, "--from-log") == 0
-    assert "predicted speed-up over none" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "predicted speed-up over none" in said and "written: " in said
     assert paceline.load(path).complete("hello", max_new_tokens=3).token_ids
+
+    before = (load_config(path).paths.policy / "policy.json").read_bytes()
+    assert run(monkeypatch, "learn", "-c", path, "--from-log", "--seed", "1") == 0
+    said = capsys.readouterr().out
+    assert "too little evidence" in said and "kept: " in said and "written" not in said
+    assert (load_config(path).paths.policy / "policy.json").read_bytes() == before
 
 
 def test_a_log_without_ids_or_exploration_says_what_it_lacks(

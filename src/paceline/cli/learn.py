@@ -39,9 +39,10 @@ def learn(
     settings = settings.model_copy(update={"learning": section})
     console = Console()
     notes: list[str] = []
+    verdict = None
     with progress(console) as report:
         if from_log:
-            learned, notes = learn_from_log(settings, report)
+            learned, verdict, notes = learn_from_log(settings, report)
         else:
             learned = run_learn(settings, report)
     for note in notes:
@@ -55,4 +56,9 @@ def learn(
             f"{high:+.3f}), from choices alone, {learned.gain.effective_sample_size:.0f} of "
             f"{learned.gain.num_requests} held-out requests' worth"
         )
-    console.print(f"written: {settings.paths.policy}")
+    if verdict is not None:
+        console.print(f"against the policy in use: {verdict.reason}")
+    if verdict is None or verdict.adopt:
+        console.print(f"written: {settings.paths.policy}")
+    else:
+        console.print(f"kept: {settings.paths.policy}")

@@ -23,6 +23,7 @@ from paceline.learning.off_policy import (
     doubly_robust_rewards,
 )
 from paceline.learning.reinforce import train
+from paceline.learning.rollout import Logged, adopt
 from paceline.rewards import REWARD_VERSION
 from paceline.selection.artefact import PolicyArtefact, RewardCard, network_policy, save_policy
 from paceline.selection.features import FEATURE_VERSION, num_features
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from paceline.config import LearningSection
     from paceline.learning.off_policy import Estimate
     from paceline.learning.reinforce import Progress
+    from paceline.learning.rollout import Verdict
     from paceline.selection.artefact import PolicyIdentity
     from paceline.selection.policies import NetworkPolicy
     from paceline.store import LoggedDecision
@@ -54,6 +56,7 @@ class ChoicesResult:
     policy: NetworkPolicy
     card: PolicyArtefact
     gain: Estimate
+    verdict: Verdict | None  # over the current policy, where one was given
     notes: list[str]
 
     def save(self, folder: Path) -> None:
@@ -65,9 +68,10 @@ def learn_from_choices(
     decisions: Sequence[LoggedDecision],
     identity: PolicyIdentity,
     settings: LearningSection,
+    current: NetworkPolicy | None = None,
     on_progress: Progress = lambda stage, done, total: None,
 ) -> ChoicesResult:
-    """Train on a part of the usable decisions, estimate the gain on the rest.
+    """Train on a part of the usable decisions, estimate the gain, also over `current`, on the rest.
 
     Raises StoreError where too few were made by a policy that explored.
     """
@@ -93,7 +97,8 @@ def learn_from_choices(
     predicted = cross_fitted_rewards(training.choices, training.features, seed=settings.seed)
     filled = doubly_robust_rewards(training.choices, predicted)
     network, summary = train(training.features, filled, settings, on_progress)
-    picks = np.eye(len(arms))[network.logits(unseen.features).argmax(axis=1)]
+    policy = network_policy(network, arms)
+    picks = _picks(policy, arms, unseen.features)
     gain = doubly_robust(
         unseen.choices,
         picks,
@@ -109,7 +114,18 @@ def learn_from_choices(
         learner=settings.model_dump(),
         training={**asdict(summary), "held_out": asdict(gain)},
     )
-    return ChoicesResult(network_policy(network, arms), card, gain, notes)
+    verdict = None
+    if current is not None:
+        of_current = _picks(current, arms, unseen.features)
+        verdict = adopt(Logged(unseen.choices, unseen.features, of_current, picks))
+    return ChoicesResult(policy, card, gain, verdict, notes)
+
+
+def _picks(policy: NetworkPolicy, arms: Sequence[str], features: np.ndarray) -> np.ndarray:
+    """[n, A] one where the policy would choose the arm, else zero."""
+    places = np.array([arms.index(arm) for arm in policy.arms])
+    chosen = places[policy.network.logits(features).argmax(axis=1)]
+    return np.asarray(np.eye(len(arms))[chosen])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -89,6 +89,21 @@ def test_the_arm_that_is_fast_is_learned_from_what_was_tried(tmp_path: Path) -> 
     assert load_policy(tmp_path, IDENTITY).id == learned.policy.id
 
 
+def test_only_a_better_policy_takes_the_place_of_the_current_one() -> None:
+    log = served(2000)
+    good = learn_from_choices(log, IDENTITY, SETTINGS)
+    again = learn_from_choices(log, IDENTITY, SETTINGS, good.policy)  # the same once more
+    # one that learned from nothing but noise, with its arms in another order
+    other = PolicyIdentity("target-1", "tokens-1", D, dict(reversed(ARMS.items())))
+    noise = [replace(d, seconds_total=1.0 + 0.1 * (i % 7)) for i, d in enumerate(served(400, 3))]
+    poor = learn_from_choices(noise, other, SETTINGS)
+    better = learn_from_choices(log, IDENTITY, SETTINGS, poor.policy)
+
+    assert good.verdict is None
+    assert again.verdict is not None and not again.verdict.adopt and again.verdict.gain == 0
+    assert better.verdict is not None and better.verdict.adopt and better.verdict.low > 0.1
+
+
 def test_where_nothing_is_to_be_gained_nothing_is_promised() -> None:
     flat = [replace(d, seconds_total=1.0 + 0.1 * (i % 7)) for i, d in enumerate(served(800))]
 
