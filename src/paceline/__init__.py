@@ -32,6 +32,7 @@ _HOMES = {
     "doctor": "paceline.bench",
     "drafters": "paceline.bench",
     "evaluate": "paceline.experiments.pipeline",
+    "experiment": "paceline.experiments.catalog",
     "learn": "paceline.experiments.pipeline",
     "learn_from_log": "paceline.experiments.pipeline",
     "load": "paceline.assembly",
@@ -65,6 +66,7 @@ __all__ = [
     "doctor",
     "drafters",
     "evaluate",
+    "experiment",
     "learn",
     "learn_from_log",
     "load",
@@ -86,6 +88,7 @@ if TYPE_CHECKING:
     from paceline.drafting.base import Drafter, Foresight, Needs, Surroundings, pad_drafts
     from paceline.drafting.foresight import SimulatedForesight
     from paceline.errors import ConfigError, PacelineError
+    from paceline.experiments.catalog import experiment
     from paceline.experiments.demo_job import demo
     from paceline.experiments.pipeline import (
         build_trigrams,
