@@ -90,7 +90,7 @@ def test_the_arm_that_is_fast_is_learned_from_what_was_tried(tmp_path: Path) -> 
 
 
 def test_only_a_better_policy_takes_the_place_of_the_current_one() -> None:
-    log = served(2000)
+    log = served(4000)
     good = learn_from_choices(log, IDENTITY, SETTINGS)
     again = learn_from_choices(log, IDENTITY, SETTINGS, good.policy)  # the same once more
     # one that learned from nothing but noise, with its arms in another order
