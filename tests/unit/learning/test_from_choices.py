@@ -23,7 +23,7 @@ D = 6
 ARMS = {"none": "kind=none", "math": "kind=a", "code": "kind=b"}
 IDENTITY = PolicyIdentity("target-1", "tokens-1", D, ARMS)
 HEADER = LogHeader("target-1", "tokens-1", ARMS, FEATURE_VERSION, "off")
-SETTINGS = LearningSection(max_epochs=60)
+SETTINGS = LearningSection(max_epochs=12)
 NAMES = list(ARMS)
 
 
@@ -90,7 +90,7 @@ def test_the_arm_that_is_fast_is_learned_from_what_was_tried(tmp_path: Path) -> 
 
 
 def test_only_a_better_policy_takes_the_place_of_the_current_one() -> None:
-    log = served(4000)
+    log = served(3000)
     good = learn_from_choices(log, IDENTITY, SETTINGS)
     again = learn_from_choices(log, IDENTITY, SETTINGS, good.policy)  # the same once more
     # one that learned from nothing but noise, with its arms in another order
