@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ from paceline.selection import (
     is_policy,
     load_policy,
 )
+from paceline.selection.drift import RANGE_FILE, DriftAlarm, TrainingRange
 from paceline.store import DecisionLog, LogHeader
 from paceline.warping import check_sampling
 
@@ -357,8 +359,11 @@ def load(
     _price(parts)
     folder = Path(policy) if policy is not None else parts.config.paths.policy
     wanted = with_policy and (policy is not None or (target is None and is_policy(folder)))
-    choose = load_policy(folder, policy_identity(parts)).choose if wanted else None
-    return Pace(parts, choose, open_log(parts))
+    if not wanted:
+        return Pace(parts, on_complete=open_log(parts))
+    choose = load_policy(folder, policy_identity(parts)).choose
+    watched = TrainingRange.load(folder) if (folder / RANGE_FILE).is_file() else None
+    return Pace(parts, choose, open_log(parts, watched))
 
 
 def _price(parts: Parts) -> None:
@@ -378,28 +383,33 @@ def _price(parts: Parts) -> None:
         drafter.price(costs)
 
 
-def open_log(parts: Parts) -> OnComplete | None:
-    """What writes completed requests to the configuration's decision log; None without one."""
-    section = parts.config.log
-    if section.folder is None:
+def open_log(parts: Parts, watched: TrainingRange | None = None) -> OnComplete | None:
+    """What is done with completed requests: they go to the configuration's decision log, and the
+    user is warned when they leave the policy's training range. None where neither is there.
+    """
+    section, log = parts.config.log, None
+    if section.folder is not None:
+        identity = policy_identity(parts)
+        made_with = (identity.target, identity.tokenizer, dict(identity.arms))
+        log = DecisionLog(section.folder, LogHeader(*made_with, FEATURE_VERSION, section.tokens))
+    alarm = DriftAlarm(watched) if watched is not None else None
+    if log is None and alarm is None:
         return None
-    identity = policy_identity(parts)
-    header = LogHeader(
-        identity.target,
-        identity.tokenizer,
-        dict(identity.arms),
-        FEATURE_VERSION,
-        section.tokens,
-    )
-    log = DecisionLog(section.folder, header)
 
-    def write(request: Request, completion: Completion, context: Context | None) -> None:
-        if context is None:
-            log.write(request, completion, None, None)
-        else:
-            log.write(request, completion, feature_vector(context), context.rows_in_flight)
+    def note(request: Request, completion: Completion, context: Context | None) -> None:
+        features = feature_vector(context) if context is not None else None
+        if log is not None:
+            rows = context.rows_in_flight if context is not None else None
+            log.write(request, completion, features, rows)
+        if alarm is not None and features is not None:
+            # of several arms it is not known which accepted what
+            rounds = [] if completion.switches else completion.rounds
+            accepted, drafted = sum(r.accepted for r in rounds), sum(r.drafted for r in rounds)
+            raised = alarm.observe(features, completion.decision.arm, accepted, drafted)
+            if raised is not None:
+                warnings.warn(str(raised), stacklevel=2)
 
-    return write
+    return note
 
 
 def policy_identity(parts: Parts) -> PolicyIdentity:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from paceline.costs.table import CostTable, Measurement
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
 from paceline.experiments.demo_prompts import load_written
 from paceline.selection import FEATURE_VERSION, feature_vector
+from paceline.selection.drift import TrainingRange
 from paceline.store import read_decisions
 from paceline.testing.tiny_models import tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
@@ -169,3 +171,21 @@ def test_a_log_without_ids_or_exploration_says_what_it_lacks(
     path.write_text(yaml.safe_dump({"target": {"model": str(ZOO / "target")}}))
     assert run(monkeypatch, "learn", "-c", path, "--from-log") == 2
     assert "set log.folder" in capsys.readouterr().err
+
+
+def test_requests_unlike_the_training_raise_a_warning(tmp_path: Path) -> None:
+    pace = serving(tmp_path, "off", lambda context: Decision("lookup", policy="mine"))
+    texts = [f"{a} {b} again, {a}" for a in ("one", "two", "six", "ten") for b in "abcdefghijkl"]
+    for prompt in texts:
+        pace.complete(prompt, max_new_tokens=3)
+    features = [d.features for d in read_decisions(tmp_path).decisions]
+    seen = TrainingRange.fit(np.stack([row for row in features if row is not None]), {})
+
+    pace.engine.on_complete = open_log(pace.parts, seen)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for prompt in texts[:12]:
+            pace.complete(prompt, max_new_tokens=3)
+    with pytest.warns(UserWarning, match="features left the range seen in training"):
+        for prompt in texts[:12]:
+            pace.complete("\u03b1\u03b2\u03b3" * 5 + prompt[:2], max_new_tokens=3)

@@ -26,6 +26,7 @@ from paceline.learning.reinforce import train
 from paceline.learning.rollout import Logged, adopt
 from paceline.rewards import REWARD_VERSION
 from paceline.selection.artefact import PolicyArtefact, RewardCard, network_policy, save_policy
+from paceline.selection.drift import TrainingRange
 from paceline.selection.features import FEATURE_VERSION, num_features
 from paceline.store import is_validation
 
@@ -57,10 +58,12 @@ class ChoicesResult:
     card: PolicyArtefact
     gain: Estimate
     verdict: Verdict | None  # over the current policy, where one was given
+    range: TrainingRange  # of features: acceptance under exploration is not the policy's
     notes: list[str]
 
     def save(self, folder: Path) -> None:
-        """Write the policy."""
+        """Write the policy, and its training range beside it."""
+        self.range.save(folder)
         save_policy(folder, self.policy.network, self.card)
 
 
@@ -118,7 +121,8 @@ def learn_from_choices(
     if current is not None:
         of_current = _picks(current, arms, unseen.features)
         verdict = adopt(Logged(unseen.choices, unseen.features, of_current, picks))
-    return ChoicesResult(policy, card, gain, verdict, notes)
+    seen = TrainingRange.fit(training.features, {})
+    return ChoicesResult(policy, card, gain, verdict, seen, notes)
 
 
 def _picks(policy: NetworkPolicy, arms: Sequence[str], features: np.ndarray) -> np.ndarray:
