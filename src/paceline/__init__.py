@@ -34,10 +34,12 @@ _HOMES = {
     "evaluate": "paceline.experiments.pipeline",
     "experiment": "paceline.experiments.catalog",
     "learn": "paceline.experiments.pipeline",
+    "learn_from_log": "paceline.experiments.pipeline",
     "load": "paceline.assembly",
     "load_config": "paceline.config",
     "pad_drafts": "paceline.drafting.base",
     "profile": "paceline.experiments.pipeline",
+    "read_decisions": "paceline.store",
     "read_prompts": "paceline.store",
     "search_layers": "paceline.layer_search",
 }
@@ -66,10 +68,12 @@ __all__ = [
     "evaluate",
     "experiment",
     "learn",
+    "learn_from_log",
     "load",
     "load_config",
     "pad_drafts",
     "profile",
+    "read_decisions",
     "read_prompts",
     "search_layers",
 ]
@@ -86,9 +90,16 @@ if TYPE_CHECKING:
     from paceline.errors import ConfigError, PacelineError
     from paceline.experiments.catalog import experiment
     from paceline.experiments.demo_job import demo
-    from paceline.experiments.pipeline import build_trigrams, collect, evaluate, learn, profile
+    from paceline.experiments.pipeline import (
+        build_trigrams,
+        collect,
+        evaluate,
+        learn,
+        learn_from_log,
+        profile,
+    )
     from paceline.layer_search import search_layers
-    from paceline.store import read_prompts
+    from paceline.store import read_decisions, read_prompts
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from paceline.contracts import (
     AUTO,
     NONE,
     Completion,
+    Context,
     LogitRules,
     Request,
     SamplingParams,
@@ -31,7 +33,15 @@ from paceline.models.exact import check_exact
 from paceline.models.language_model import LanguageModel, check_packed_forward
 from paceline.models.loading import load_language_model, load_tokenizer
 from paceline.models.vocabulary import Vocabulary, check_same_vocabulary
-from paceline.selection import PolicyIdentity, is_policy, load_policy
+from paceline.selection import (
+    FEATURE_VERSION,
+    PolicyIdentity,
+    feature_vector,
+    is_policy,
+    load_policy,
+)
+from paceline.selection.drift import RANGE_FILE, DriftAlarm, TrainingRange
+from paceline.store import DecisionLog, LogHeader
 from paceline.warping import check_sampling
 
 if TYPE_CHECKING:
@@ -40,7 +50,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from paceline.drafting.base import Drafter
-    from paceline.engine.loop import Choose
+    from paceline.engine.loop import Choose, OnComplete
 
     Prompt = str | Sequence[Mapping[str, str]]
     DraftSpec = PreTrainedModel | Drafter | tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -130,7 +140,9 @@ def build_from_objects(
 class Pace:
     """A target with its drafters, ready to generate. Made by `paceline.load`."""
 
-    def __init__(self, parts: Parts, choose: Choose | None = None) -> None:
+    def __init__(
+        self, parts: Parts, choose: Choose | None = None, on_complete: OnComplete | None = None
+    ) -> None:
         self.parts = parts
         engine_section = parts.config.engine
         self.engine = Engine(
@@ -138,6 +150,7 @@ class Pace:
             parts.drafters,
             decode=self._decode,
             choose=choose,
+            on_complete=on_complete,
             **engine_section.model_dump(),
         )
 
@@ -346,7 +359,11 @@ def load(
     _price(parts)
     folder = Path(policy) if policy is not None else parts.config.paths.policy
     wanted = with_policy and (policy is not None or (target is None and is_policy(folder)))
-    return Pace(parts, load_policy(folder, policy_identity(parts)).choose if wanted else None)
+    if not wanted:
+        return Pace(parts, on_complete=open_log(parts))
+    choose = load_policy(folder, policy_identity(parts)).choose
+    watched = TrainingRange.load(folder) if (folder / RANGE_FILE).is_file() else None
+    return Pace(parts, choose, open_log(parts, watched))
 
 
 def _price(parts: Parts) -> None:
@@ -364,6 +381,35 @@ def _price(parts: Parts) -> None:
         ) from error
     for drafter in waiting.values():
         drafter.price(costs)
+
+
+def open_log(parts: Parts, watched: TrainingRange | None = None) -> OnComplete | None:
+    """What is done with completed requests: they go to the configuration's decision log, and the
+    user is warned when they leave the policy's training range. None where neither is there.
+    """
+    section, log = parts.config.log, None
+    if section.folder is not None:
+        identity = policy_identity(parts)
+        made_with = (identity.target, identity.tokenizer, dict(identity.arms))
+        log = DecisionLog(section.folder, LogHeader(*made_with, FEATURE_VERSION, section.tokens))
+    alarm = DriftAlarm(watched) if watched is not None else None
+    if log is None and alarm is None:
+        return None
+
+    def note(request: Request, completion: Completion, context: Context | None) -> None:
+        features = feature_vector(context) if context is not None else None
+        if log is not None:
+            rows = context.rows_in_flight if context is not None else None
+            log.write(request, completion, features, rows)
+        if alarm is not None and features is not None:
+            # of several arms it is not known which accepted what
+            rounds = [] if completion.switches else completion.rounds
+            accepted, drafted = sum(r.accepted for r in rounds), sum(r.drafted for r in rounds)
+            raised = alarm.observe(features, completion.decision.arm, accepted, drafted)
+            if raised is not None:
+                warnings.warn(str(raised), stacklevel=2)
+
+    return note
 
 
 def policy_identity(parts: Parts) -> PolicyIdentity:

@@ -120,6 +120,17 @@ class PathsSection(Section):
     policy: Path = Path("runs/policy")
 
 
+class LogSection(Section):
+    """The decision log: where it is written, if anywhere, and whether with the requests' token ids.
+
+    tokens: `off` leaves no token of a prompt or an answer on the disk; `ids` lets `paceline learn
+    --from-log` replay every drafter on what was served.
+    """
+
+    folder: Path | None = None
+    tokens: Literal["off", "ids"] = "off"
+
+
 class Config(Section):
     """The whole of paceline.yaml.
 
@@ -133,6 +144,7 @@ class Config(Section):
     engine: EngineSection = EngineSection()
     learning: LearningSection = LearningSection()
     paths: PathsSection = PathsSection()
+    log: LogSection = LogSection()
     threads: int | None = Field(default=None, ge=1)
 
 
@@ -223,6 +235,9 @@ def anchor(config: Config, folder: Path) -> Config:
             "drafters": {name: drafter(d) for name, d in config.drafters.items()},
             "paths": PathsSection(
                 store=folder / paths.store, costs=folder / paths.costs, policy=folder / paths.policy
+            ),
+            "log": config.log.model_copy(
+                update={"folder": config.log.folder and folder / config.log.folder}
             ),
         }
     )

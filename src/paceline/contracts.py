@@ -232,6 +232,8 @@ class Completion:
     seed: int
     error: str | None = None  # why finish_reason is "error"
     logprobs: list[float] | None = None  # of the emitted tokens under the target, where asked for
+    # (tokens emitted before, arm) of every change of arm after the decision
+    switches: list[tuple[int, str]] = field(default_factory=list)
 
     @property
     def block_efficiency(self) -> float:

@@ -128,6 +128,25 @@ def test_a_policy_for_other_drafters_is_refused(
     assert "paceline collect" in capsys.readouterr().err
 
 
+def test_collect_leaves_out_broken_lines_only_when_told(
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    path = tmp_path / "some.jsonl"
+    path.write_text('{"text": "abc"}\n{"text": \n{"text": "abd"}\n')
+    command = ("collect", path, "-c", config, "--max-new-tokens", "2", "--prompt-field", "text")
+
+    assert run(monkeypatch, *command) == 2
+    assert "some.jsonl:2: not a JSON object" in capsys.readouterr().err
+    assert run(monkeypatch, *command, "--skip-bad") == 0
+    said = capsys.readouterr().out
+    assert "1 broken rows were left out" in said and "some.jsonl:2" in said
+    assert "2 prompts in" in said
+
+
 BAD_YAML = [
     ("targets: {model: x}\n", "did you mean 'target'"),
     ("target: {model: x}\ndrafters: {a: {kind: draft_modle}}\n", "did you mean 'draft_model'"),

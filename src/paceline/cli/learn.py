@@ -18,14 +18,19 @@ def learn(
     reward: Annotated[str | None, typer.Option(help="speed or alignment.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Similarity's weight in alignment.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the training.")] = None,
+    from_log: Annotated[
+        bool, typer.Option("--from-log", help="Learn from what was served; see log.folder.")
+    ] = False,
 ) -> None:
-    """Train the policy with REINFORCE; no model runs here."""
+    """Train the policy with REINFORCE; no model runs here, but for replaying a log."""
     from rich.console import Console
 
     from paceline.cli.evaluate import print_evaluation
     from paceline.cli.progress import progress
     from paceline.config import LearningSection, parse
     from paceline.experiments.pipeline import learn as run_learn
+    from paceline.experiments.pipeline import learn_from_log
+    from paceline.learning import LearningResult
 
     settings = configured(config, store=store, costs=costs, policy=policy)
     flags = {"reward": reward, "alpha": alpha, "seed": seed}
@@ -33,7 +38,27 @@ def learn(
     section = parse(LearningSection, raw, "learning")
     settings = settings.model_copy(update={"learning": section})
     console = Console()
+    notes: list[str] = []
+    verdict = None
     with progress(console) as report:
-        learned = run_learn(settings, report)
-    print_evaluation(console, learned.report)
-    console.print(f"written: {settings.paths.policy}")
+        if from_log:
+            learned, verdict, notes = learn_from_log(settings, report)
+        else:
+            learned = run_learn(settings, report)
+    for note in notes:
+        console.print(f"note: of the log, {note}", markup=False)
+    if isinstance(learned, LearningResult):
+        print_evaluation(console, learned.report)
+    else:
+        low, high = learned.gain.interval()
+        console.print(
+            f"log tokens/s over what was served: {learned.gain.value:+.3f} (95%: {low:+.3f} to "
+            f"{high:+.3f}), from choices alone, {learned.gain.effective_sample_size:.0f} of "
+            f"{learned.gain.num_requests} held-out requests' worth"
+        )
+    if verdict is not None:
+        console.print(f"against the policy in use: {verdict.reason}")
+    if verdict is None or verdict.adopt:
+        console.print(f"written: {settings.paths.policy}")
+    else:
+        console.print(f"kept: {settings.paths.policy}")

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from paceline.contracts import FinishReason, Request, SamplingParams
+    from paceline.contracts import Context, FinishReason, Request, SamplingParams
     from paceline.drafting.base import Drafter
 
 
@@ -32,6 +32,7 @@ class Row:
     num_prefilled: int = 0  # leading prompt tokens in the target's cache
     prepared: bool = False  # whether the drafter has its own prefill behind it
     decision: Decision = field(default_factory=lambda: Decision(arm=NONE))
+    context: Context | None = None  # what the policy saw, where it was asked
     rounds: list[RoundStats] = field(default_factory=list)
     seconds: Seconds = field(default_factory=Seconds)
     finish_reason: FinishReason | None = None

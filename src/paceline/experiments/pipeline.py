@@ -10,24 +10,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from paceline.assembly import Pace, build, policy_identity
 from paceline.bench.profile import profile as measure_costs
 from paceline.collection import collect as collect_prompts
+from paceline.collection import collect_log
 from paceline.costs.table import CostTable
 from paceline.drafting.trigram.build import build_table
 from paceline.drafting.trigram.corpora import TextFiles, TokenSequences
-from paceline.errors import ConfigError, StoreError
+from paceline.errors import ArtefactError, ConfigError, StoreError
 from paceline.learning import evaluate as evaluate_network
 from paceline.learning import learn as learn_policy
+from paceline.learning import learn_from_choices
 from paceline.learning.dataset import build_dataset, split
+from paceline.learning.rollout import Replayed, adopt
 from paceline.models.loading import load_tokenizer
 from paceline.models.vocabulary import Vocabulary
 from paceline.replay import price_stops
 from paceline.selection import PolicyIdentity, load_policy
 from paceline.selection.artefact import read_card
 from paceline.selection.network import softmax
+from paceline.store import read_decisions
 from paceline.store.collection import load_collection, open_trajectories, read_trajectories
 
 if TYPE_CHECKING:
@@ -38,8 +44,9 @@ if TYPE_CHECKING:
     from paceline.contracts import PromptRecord
     from paceline.drafting.trigram.build import BuildSettings, Corpus
     from paceline.drafting.trigram.table import TableFacts
-    from paceline.learning import EvaluationReport, LearningResult
+    from paceline.learning import ChoicesResult, EvaluationReport, LearningResult
     from paceline.learning.dataset import Dataset
+    from paceline.learning.rollout import Verdict
     from paceline.selection.policies import NetworkPolicy
     from paceline.store.collection import LoadedCollection
 
@@ -123,6 +130,76 @@ def learn(config: Config, on_progress: OnProgress = _quiet) -> LearningResult:
     )
     learned.save(config.paths.policy)
     return learned
+
+
+class LearnedFromLog(NamedTuple):
+    """A policy learned from served requests; notes say what was left out of the log, and why.
+
+    verdict: why it took the place of the one that was there, or did not; None where there was none.
+    """
+
+    learned: LearningResult | ChoicesResult
+    verdict: Verdict | None
+    notes: list[str]
+
+
+def learn_from_log(config: Config, on_progress: OnProgress = _quiet) -> LearnedFromLog:
+    """Train a policy from the configuration's decision log; write it if it is better than the current.
+
+    With token ids, what was served joins the collection, every drafter is replayed on it, and the
+    policy is learned from the whole. Without, it is learned from the choices alone, which takes a log
+    of a policy that explored.
+    """
+    if config.log.folder is None:
+        raise ConfigError("there is no log to learn from; set log.folder in the configuration")
+    decisions, notes = read_decisions(config.log.folder)
+    parts = build(config)
+    if any(decision.prompt_tokens is not None for decision in decisions):
+        taken = collect_log(Pace(parts), decisions, config.paths.store, on_progress)
+        notes += [f"{count} {reason}" for reason, count in taken.left_out.items()]
+        learned, verdict = _learn_if_better(config, on_progress)
+        return LearnedFromLog(learned, verdict, notes)
+    identity = policy_identity(parts)
+    current = _current_policy(config, identity)
+    chosen = learn_from_choices(decisions, identity, config.learning, current, on_progress)
+    if chosen.verdict is None or chosen.verdict.adopt:
+        chosen.save(config.paths.policy)
+    return LearnedFromLog(chosen, chosen.verdict, notes + chosen.notes)
+
+
+def _learn_if_better(
+    config: Config, on_progress: OnProgress
+) -> tuple[LearningResult, Verdict | None]:
+    """`learn`, but the policy there stays unless the new one beats it on the held-out prompts."""
+    collection = load_collection(config.paths.store, list(config.drafters))
+    identity = _identity(collection)
+    costs = CostTable.load(config.paths.costs)
+    prompts = price_stops(collection.prompts, config, costs)
+    learned = learn_policy(prompts, costs, identity, config.learning, on_progress=on_progress)
+    current, verdict = _current_policy(config, identity), None
+    if current is not None:
+        arms = learned.policy.arms
+        dataset, _ = build_dataset(prompts, arms, costs.seconds, config.learning)
+        _, held_out = split(dataset, config.learning.held_out)
+        verdict = adopt(Replayed(_seconds(current, held_out), _seconds(learned.policy, held_out)))
+    if verdict is None or verdict.adopt:
+        learned.save(config.paths.policy)
+    return learned, verdict
+
+
+def _current_policy(config: Config, identity: PolicyIdentity) -> NetworkPolicy | None:
+    """The policy there; None where there is none, or one that could not serve these models."""
+    try:
+        return load_policy(config.paths.policy, identity)
+    except ArtefactError:
+        return None
+
+
+def _seconds(policy: NetworkPolicy, prompts: Dataset) -> np.ndarray:
+    """[N] predicted, of what a policy chooses on prompts."""
+    places = np.array([prompts.arms.index(arm) for arm in policy.arms])
+    chosen = places[policy.network.logits(prompts.features).argmax(axis=1)]
+    return np.asarray(prompts.seconds[np.arange(len(prompts)), chosen])
 
 
 def evaluate(config: Config) -> EvaluationReport:

@@ -10,11 +10,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from paceline.contracts import NONE
 from paceline.errors import ArtefactError, StoreError
 from paceline.files import write_atomically
 from paceline.learning.dataset import build_dataset, split
 from paceline.learning.evaluate import POLICY, EvaluationReport, evaluate
 from paceline.learning.reinforce import TrainingSummary, train
+from paceline.replay import rounds_of
 from paceline.rewards import REWARD_VERSION
 from paceline.selection.artefact import (
     PolicyArtefact,
@@ -22,6 +26,7 @@ from paceline.selection.artefact import (
     network_policy,
     save_policy,
 )
+from paceline.selection.drift import MIN_PROMPTS, RANGE_FILE, TrainingRange
 from paceline.selection.features import num_features
 
 if TYPE_CHECKING:
@@ -30,8 +35,10 @@ if TYPE_CHECKING:
     from paceline.config import LearningSection
     from paceline.contracts import CollectedPrompt
     from paceline.costs.table import CostTable
+    from paceline.learning.dataset import Dataset
     from paceline.learning.reinforce import Progress
     from paceline.selection.artefact import PolicyIdentity
+    from paceline.selection.network import PolicyNetwork
     from paceline.selection.policies import NetworkPolicy
 
 EVALUATION_FILE = "evaluation.json"
@@ -45,10 +52,15 @@ class LearningResult:
     report: EvaluationReport
     training: TrainingSummary
     card: PolicyArtefact
+    range: TrainingRange | None  # of features and acceptance; None where prompts are too few
 
     def save(self, folder: Path | str) -> None:
-        """Write the policy, and the report beside it as evaluation.json."""
+        """Write the policy, and beside it the report as evaluation.json and the training range."""
         try:
+            if self.range is not None:
+                self.range.save(Path(folder))
+            else:
+                (Path(folder) / RANGE_FILE).unlink(missing_ok=True)  # another policy's
             write_atomically(Path(folder) / EVALUATION_FILE, self.report.to_json().encode())
         except OSError as error:
             raise ArtefactError(f"{folder}: cannot be written ({error})") from error
@@ -85,7 +97,27 @@ def learn(
         )
     report = evaluate(training_part, held_out, network, seed=settings.seed, notes=notes)
     card = _card(identity, settings, costs, summary, report)
-    return LearningResult(network_policy(network, arms), report, summary, card)
+    seen = _range(prompts, training_part, network)
+    return LearningResult(network_policy(network, arms), report, summary, card, seen)
+
+
+def _range(
+    prompts: Sequence[CollectedPrompt], training_part: Dataset, network: PolicyNetwork
+) -> TrainingRange | None:
+    """Of the training prompts; an arm's acceptance on those for which it would be chosen."""
+    if len(training_part) < 2 * MIN_PROMPTS:
+        return None
+    by_id = {prompt.id: prompt for prompt in prompts}
+    shares: dict[str, list[float]] = {arm: [] for arm in training_part.arms if arm != NONE}
+    chosen = network.logits(training_part.features).argmax(axis=1)
+    for id, place in zip(training_part.ids, chosen, strict=True):
+        arm = training_part.arms[place]
+        drafted, accepted = rounds_of(by_id[id], arm).sum(axis=0)
+        if drafted:
+            shares[arm].append(accepted / drafted)
+    return TrainingRange.fit(
+        training_part.features, {arm: np.array(found) for arm, found in shares.items()}
+    )
 
 
 def _card(
