@@ -44,7 +44,7 @@ _ROWS: Final = (1, 2, 4, 8, 16)
 _CONTEXT_OF_ROWS: Final = 384  # the longest at which a batch verifies
 _DRAFTS_OF_ROWS: Final = (1, 4, 16)
 _PERIOD: Final = 7
-_ENGINE_TOKENS, _ENGINE_TOKENS_OF_ROWS = 32, 12
+_ENGINE_TOKENS: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ def all_sittings(parts: Parts, grid: Grid, rows: Sequence[Row]) -> list[Sitting]
         found.append(partial(_forwards, parts, rows, context, shapes))
     found += [partial(_prefill, parts, engine, n) for n in grid.prompts]
     for name in arms:
-        lengths = sorted({*grid.prompts, *grid.contexts})
+        lengths = sorted({grid.prompts[0], *grid.contexts, grid.prompts[-1]})
         found += [partial(_drafts, parts, grid, rows[0], name, n) for n in lengths]
         found.append(partial(_drafts_of_rows, parts, grid, rows[0], name))
     found += [partial(_rounds, parts, engine, name, 1) for name in [NONE, *arms[:1]]]
@@ -193,7 +193,7 @@ def _drafts_of_rows(
 ) -> list[tuple[Cell, float]]:
     """Drafts of several rows at once, at the shortest context: more rows by and by."""
     drafter, context = parts.drafters[arm], grid.contexts[0]
-    lengths = sorted({min(n, drafter.num_draft_tokens) for n in _DRAFTS_OF_ROWS})
+    lengths = sorted({1, drafter.num_draft_tokens})
     room = context + 3 + len(lengths) * len(grid.rows)
     texts = [_text(parts, room, order, _period(repeat)) for _ in range(grid.rows[-1])]
     found: list[tuple[Cell, float]] = []
@@ -268,9 +268,8 @@ def _rounds(
 ) -> list[tuple[Cell, float]]:
     """Host seconds a round: the engine's clock less its prefill, choice, drafts and forwards."""
     num_prompt = min(16, parts.target.context_length)
-    num_tokens = _ENGINE_TOKENS if num_rows == 1 else _ENGINE_TOKENS_OF_ROWS
     requests = [
-        Request("", tuple(_text(parts, num_prompt, order)), num_tokens, drafter=arm)
+        Request("", tuple(_text(parts, num_prompt, order)), _ENGINE_TOKENS, drafter=arm)
         for _ in range(num_rows)
     ]
     with parts.drafters[arm].at_full_length():

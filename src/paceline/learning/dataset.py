@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
     from paceline.config import LearningSection
     from paceline.contracts import CollectedPrompt
-    from paceline.costs import CostTable, Objective
-    from paceline.learning.rounds import RoundTable
+    from paceline.costs import SecondsFn
 
 MIN_PROMPTS: Final = 8
 _MIN_HELD_OUT: Final = 2
