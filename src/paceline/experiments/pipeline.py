@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from paceline.assembly import Pace, build, policy_identity
 from paceline.bench.profile import profile as measure_costs
@@ -56,8 +56,12 @@ def collect(
     max_new_tokens: int = 256,
     alignment: bool = False,
     on_progress: OnProgress = _quiet,
+    **settings: Any,
 ) -> CollectionReport:
-    """Decode prompts once with the target and replay every drafter on them; resumes."""
+    """Decode prompts once with the target and replay every drafter on them; resumes.
+
+    `settings` are those of `collection.collect`: samplings, scores, outputs, sources, workers.
+    """
     return collect_prompts(
         Pace(build(config)),
         prompts,
@@ -65,6 +69,7 @@ def collect(
         max_new_tokens,
         alignment=alignment,
         on_progress=on_progress,
+        **settings,
     )
 
 
