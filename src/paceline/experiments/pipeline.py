@@ -12,22 +12,23 @@ from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from paceline.assembly import Pace, build, policy_identity
 from paceline.bench.profile import profile as measure_costs
 from paceline.collection import collect as collect_prompts
 from paceline.costs.table import CostTable
+from paceline.drafting.catalog import arms_of
 from paceline.drafting.trigram.build import build_table
 from paceline.drafting.trigram.corpora import TextFiles, TokenSequences
 from paceline.errors import ConfigError, StoreError
-from paceline.learning import evaluate as evaluate_network
+from paceline.learning import evaluate as evaluate_chooser
 from paceline.learning import learn as learn_policy
 from paceline.learning.dataset import build_dataset, split
 from paceline.models.loading import load_tokenizer
 from paceline.models.vocabulary import Vocabulary
 from paceline.replay import price_stops
 from paceline.selection import PolicyIdentity, load_policy
-from paceline.selection.artefact import read_card
-from paceline.selection.network import softmax
 from paceline.store.collection import load_collection, open_trajectories, read_trajectories
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from paceline.drafting.trigram.table import TableFacts
     from paceline.learning import EvaluationReport, LearningResult
     from paceline.learning.dataset import Dataset
-    from paceline.selection.policies import NetworkPolicy
+    from paceline.selection.policies import Policy
     from paceline.store.collection import LoadedCollection
 
     OnProgress = Callable[[str, int, int], None]
@@ -123,6 +124,7 @@ def learn(config: Config, on_progress: OnProgress = _quiet) -> LearningResult:
         price_stops(collection.prompts, config, costs),
         costs,
         _identity(collection),
+        arms_of(config),
         config.learning,
         on_progress=on_progress,
     )
@@ -134,38 +136,32 @@ def evaluate(config: Config) -> EvaluationReport:
     """Price the held-out prompts anew and compare the policy with every other way to choose."""
     collection = load_collection(config.paths.store, list(config.drafters))
     identity = _identity(collection)
-    policy = load_policy(config.paths.policy, identity)
     costs = CostTable.load(config.paths.costs)
-    costs.check(policy.arms, identity.arms)
+    costs.check(identity.drafters, identity.drafters)
+    policy = load_policy(config.paths.policy, identity, costs)
     prompts = price_stops(collection.prompts, config, costs)
-    dataset, notes = build_dataset(prompts, policy.arms, costs.seconds, config.learning)
+    dataset, notes = build_dataset(prompts, policy.arms, costs, config.learning)
     training_part, held_out = split(dataset, config.learning.held_out)
-    if read_card(config.paths.policy).costs != costs.hash():
-        notes = [
-            *notes,
-            "the policy was learned with another cost table than the one it is priced with here; "
-            "`paceline learn` fits it to this one",
-        ]
-    return evaluate_network(
+    return evaluate_chooser(
         training_part,
         held_out,
-        policy.network,
+        policy.chooser,
         choose_seconds=_choose_seconds(policy, held_out),
         seed=config.learning.seed,
-        notes=notes,
+        notes=[*notes, *policy.notes],
     )
 
 
-def _choose_seconds(policy: NetworkPolicy, held_out: Dataset) -> float:
+def _choose_seconds(policy: Policy, held_out: Dataset) -> float:
     """What one choice takes on this machine, the median over the held-out prompts.
 
-    The network and the softmax; gathering the features costs about as much again, and both are
-    thousandths of a request.
+    Gathering the features is not in it; both are thousandths of a request.
     """
     spent = []
-    for features in held_out.features:
+    for i in range(len(held_out)):
+        prompt = held_out.rows(np.array([i]))
         began = perf_counter()
-        softmax(policy.network.logits(features))
+        policy.chooser.preferences(prompt.features, prompt.situation())
         spent.append(perf_counter() - began)
     return median(spent)
 
@@ -176,7 +172,7 @@ def _identity(collection: LoadedCollection) -> PolicyIdentity:
         target=made_with.target,
         tokenizer=made_with.tokenizer,
         hidden_size=made_with.hidden_size,
-        arms=made_with.arms,
+        drafters=made_with.arms,
     )
 
 
@@ -221,6 +217,7 @@ def prepare(
         price_stops(collection.prompts, config, costs),
         costs,
         policy_identity(parts),
+        arms_of(config),
         config.learning,
         on_progress=on_progress,
     )

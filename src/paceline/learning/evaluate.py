@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from paceline.learning.dataset import Dataset
-    from paceline.selection.network import PolicyNetwork
+    from paceline.selection.choosers import Chooser
 
 RANDOM: Final = "random"
 BEST_SINGLE: Final = "best single"
@@ -101,20 +101,20 @@ class EvaluationReport:
 def evaluate(
     train: Dataset,
     held_out: Dataset,
-    network: PolicyNetwork,
+    chooser: Chooser,
     choose_seconds: float = 0.0,
     seed: int = 0,
     notes: Sequence[str] = (),
 ) -> EvaluationReport:
-    """Compare a network's greedy choices on the held-out part.
+    """Compare a chooser's choices on the held-out part.
 
     choose_seconds: what the choice itself takes, charged to the policy. seed: of the bootstrap.
     """
-    _check(train, held_out, network)
+    _check(train, held_out, chooser)
     arms = held_out.arms
     best_single = arms[train.seconds.sum(axis=0).argmin()]
     per_task = _best_by_domain(train)
-    weights = _strategies(held_out, network, best_single, per_task)
+    weights = _strategies(held_out, chooser, best_single, per_task)
     extra = {name: choose_seconds if name == POLICY else 0.0 for name in weights}
     domains = np.array(held_out.domains)
     everything = np.ones(len(held_out), dtype=bool)
@@ -139,15 +139,13 @@ def evaluate(
     )
 
 
-def _check(train: Dataset, held_out: Dataset, network: PolicyNetwork) -> None:
+def _check(train: Dataset, held_out: Dataset, chooser: Chooser) -> None:
     if not len(train) or not len(held_out):
         raise StoreError("nothing to evaluate: there are no prompts; collect some")
-    found = (held_out.features.shape[1], len(held_out.arms))
-    expected = (network.num_features, network.num_arms)
-    if found != expected or train.arms != held_out.arms:
+    if not train.arms == held_out.arms == chooser.arms:
         raise StoreError(
-            f"the collection has {found[0]} features and {found[1]} arms, the policy expects "
-            f"{expected[0]} and {expected[1]}; run `paceline learn`"
+            f"the collection was priced for the arms {', '.join(held_out.arms)}, the policy is for "
+            f"{', '.join(chooser.arms)}; run `paceline learn`"
         )
 
 
@@ -161,7 +159,7 @@ def _best_by_domain(train: Dataset) -> dict[str, str]:
 
 
 def _strategies(
-    data: Dataset, network: PolicyNetwork, best_single: str, per_task: Mapping[str, str]
+    data: Dataset, chooser: Chooser, best_single: str, per_task: Mapping[str, str]
 ) -> dict[str, np.ndarray]:
     """By name, the probability of each arm for each prompt: [N, A]."""
     A = len(data.arms)
@@ -169,12 +167,12 @@ def _strategies(
     choices = {
         BEST_SINGLE: np.full(len(data), data.arms.index(best_single)),
         PER_TASK: np.array(by_task),
-        POLICY: network.logits(data.features).argmax(axis=1),
         ORACLE: data.seconds.argmin(axis=1),
     }
-    return {RANDOM: np.full((len(data), A), 1.0 / A)} | {
-        name: np.eye(A)[chosen] for name, chosen in choices.items()
-    }
+    return {
+        RANDOM: np.full((len(data), A), 1.0 / A),
+        POLICY: chooser.law(chooser.preferences(data.features, data.situation())),
+    } | {name: np.eye(A)[chosen] for name, chosen in choices.items()}
 
 
 def _seconds(data: Dataset, weights: np.ndarray) -> np.ndarray:
