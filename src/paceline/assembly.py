@@ -358,7 +358,8 @@ def _policy(parts: Parts, folder: Path) -> Policy:
     """The policy of a folder, with this machine's costs where there are any."""
     path = parts.config.paths.costs
     costs = CostTable.load(path) if path.is_file() else None
-    return load_policy(folder, policy_identity(parts), costs)
+    section = parts.config.selection
+    return load_policy(folder, policy_identity(parts), costs, selection=section)
 
 
 def _price(parts: Parts) -> None:

@@ -295,6 +295,7 @@ class CollectedPrompt:
     # drafter -> (match, confidence) by position, of chains; see drafting's PositionScores
     scores: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     sampling: SamplingParams = GREEDY
+    spans: Mapping[str, slice] = field(default_factory=dict)  # encoder -> its part of the features
 
     @property
     def prompt_id(self) -> str:

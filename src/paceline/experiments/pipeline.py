@@ -6,7 +6,7 @@ files stand where the configuration's `paths` say.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -29,6 +29,8 @@ from paceline.models.loading import load_tokenizer
 from paceline.models.vocabulary import Vocabulary
 from paceline.replay import price_stops
 from paceline.selection import PolicyIdentity, load_policy
+from paceline.selection.artefact import read_card
+from paceline.selection.encoders import build_encoder
 from paceline.store.collection import load_collection, open_trajectories, read_trajectories
 
 if TYPE_CHECKING:
@@ -118,7 +120,8 @@ def profile(config: Config, on_progress: OnProgress = _quiet) -> CostTable:
 
 def learn(config: Config, on_progress: OnProgress = _quiet) -> LearningResult:
     """Train a policy for the configuration's drafters and write it."""
-    collection = load_collection(config.paths.store, list(config.drafters))
+    encoders = config.selection.encoders
+    collection = load_collection(config.paths.store, list(config.drafters), encoders)
     costs = CostTable.load(config.paths.costs)
     learned = learn_policy(
         price_stops(collection.prompts, config, costs),
@@ -127,6 +130,7 @@ def learn(config: Config, on_progress: OnProgress = _quiet) -> LearningResult:
         arms_of(config),
         config.learning,
         on_progress=on_progress,
+        encode=build_encoder(collection.identity.hidden_size, config.selection),
     )
     learned.save(config.paths.policy)
     return learned
@@ -134,11 +138,12 @@ def learn(config: Config, on_progress: OnProgress = _quiet) -> LearningResult:
 
 def evaluate(config: Config) -> EvaluationReport:
     """Price the held-out prompts anew and compare the policy with every other way to choose."""
-    collection = load_collection(config.paths.store, list(config.drafters))
+    encoders = list(read_card(config.paths.policy).encoders)
+    collection = load_collection(config.paths.store, list(config.drafters), encoders)
     identity = _identity(collection)
     costs = CostTable.load(config.paths.costs)
     costs.check(identity.drafters, identity.drafters)
-    policy = load_policy(config.paths.policy, identity, costs)
+    policy = load_policy(config.paths.policy, identity, costs, selection=config.selection)
     prompts = price_stops(collection.prompts, config, costs)
     dataset, notes = build_dataset(prompts, policy.arms, costs, config.learning)
     training_part, held_out = split(dataset, config.learning.held_out)
@@ -173,6 +178,7 @@ def _identity(collection: LoadedCollection) -> PolicyIdentity:
         tokenizer=made_with.tokenizer,
         hidden_size=made_with.hidden_size,
         drafters=made_with.arms,
+        encoders=made_with.encoders,
     )
 
 
@@ -212,14 +218,17 @@ def prepare(
     for drafter in parts.drafters.values():
         drafter.price(costs)
     stage("profile")
-    collection = load_collection(config.paths.store, list(config.drafters))
+    encode = build_encoder(parts.target.hidden_size, config.selection)
+    encoders = config.selection.encoders
+    collection = load_collection(config.paths.store, list(config.drafters), encoders)
     learned = learn_policy(
         price_stops(collection.prompts, config, costs),
         costs,
-        policy_identity(parts),
+        replace(policy_identity(parts), encoders=encode.identities()),
         arms_of(config),
         config.learning,
         on_progress=on_progress,
+        encode=encode,
     )
     learned.save(config.paths.policy)
     stage("learn")

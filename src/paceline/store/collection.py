@@ -49,11 +49,10 @@ class CollectionIdentity(NamedTuple):
 
 
 class LoadedCollection(NamedTuple):
-    """Prompts, by id, what they were collected with, and whose features stand where."""
+    """Prompts, by id, and what they were collected with."""
 
     prompts: list[CollectedPrompt]
     identity: CollectionIdentity
-    spans: dict[str, slice]  # by encoder
 
 
 class Collection:
@@ -140,6 +139,7 @@ def load_collection(
             },
             scores={arm: of_arm[i] for arm, of_arm in scores.items()},
             sampling=row.sampling,
+            spans=spans,
         )
         for i, row in enumerate(rows)
     ]
@@ -150,7 +150,7 @@ def load_collection(
         arms={NONE: str(store.facts[NONE]), **lines},
         encoders=encoder_lines,
     )
-    return LoadedCollection(prompts, identity, spans)
+    return LoadedCollection(prompts, identity)
 
 
 def read_trajectories(store: ShardStore) -> list[Trajectory]:
