@@ -17,11 +17,13 @@ import numpy as np
 from paceline.assembly import Pace, build, policy_identity
 from paceline.bench.profile import profile as measure_costs
 from paceline.collection import collect as collect_prompts
+from paceline.contracts import NONE, split_arm
 from paceline.costs.table import CostTable
 from paceline.drafting.catalog import arms_of
 from paceline.drafting.trigram.build import build_table
 from paceline.drafting.trigram.corpora import TextFiles, TokenSequences
-from paceline.errors import ConfigError, StoreError
+from paceline.errors import ArtefactError, ConfigError, StoreError
+from paceline.experiments.data_report import describe
 from paceline.learning import evaluate as evaluate_chooser
 from paceline.learning import learn as learn_policy
 from paceline.learning.dataset import build_dataset, split
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from paceline.contracts import PromptRecord
     from paceline.drafting.trigram.build import BuildSettings, Corpus
     from paceline.drafting.trigram.table import TableFacts
+    from paceline.experiments.data_report import DataReport
     from paceline.learning import EvaluationReport, LearningResult
     from paceline.learning.dataset import Dataset
     from paceline.selection.policies import Policy
@@ -74,6 +77,32 @@ def collect(
         on_progress=on_progress,
         **settings,
     )
+
+
+def data(config: Config) -> DataReport:
+    """What the configuration's collection holds, priced with its cost table where there is one."""
+    collection = load_collection(config.paths.store, encoders=())
+    there = {name: line for name, line in collection.identity.arms.items() if name != NONE}
+    absent = [name for name in config.drafters if name not in there]
+    notes = [
+        f"'{name}' is configured and not in the collection; `paceline collect` adds it"
+        for name in absent
+    ]
+    arms = [arm for arm in arms_of(config) if split_arm(arm)[0] in {NONE, *there}]
+    costs = None
+    prompts = collection.prompts
+    try:
+        costs = CostTable.load(config.paths.costs)
+        # a drafter that is no longer configured has no price
+        priced = {name: line for name, line in there.items() if name in config.drafters}
+        costs.check(priced, priced)
+        prompts = price_stops(prompts, config, costs)
+    except ArtefactError as error:
+        costs = None
+        notes.append(f"who would be fastest is not known: {error}")
+    report = describe(prompts, arms, costs)
+    report.notes.extend(notes)
+    return report
 
 
 def build_trigrams(
