@@ -27,6 +27,7 @@ _HOMES = {
     "Surroundings": "paceline.drafting.base",
     "build_trigrams": "paceline.experiments.pipeline",
     "collect": "paceline.experiments.pipeline",
+    "data": "paceline.experiments.pipeline",
     "demo": "paceline.experiments.demo_job",
     "distill": "paceline.distillation",
     "doctor": "paceline.bench",
@@ -59,6 +60,7 @@ __all__ = [
     "Surroundings",
     "build_trigrams",
     "collect",
+    "data",
     "demo",
     "distill",
     "doctor",
@@ -86,7 +88,14 @@ if TYPE_CHECKING:
     from paceline.errors import ConfigError, PacelineError
     from paceline.experiments.catalog import experiment
     from paceline.experiments.demo_job import demo
-    from paceline.experiments.pipeline import build_trigrams, collect, evaluate, learn, profile
+    from paceline.experiments.pipeline import (
+        build_trigrams,
+        collect,
+        data,
+        evaluate,
+        learn,
+        profile,
+    )
     from paceline.layer_search import search_layers
     from paceline.store import read_prompts
 

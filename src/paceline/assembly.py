@@ -57,6 +57,13 @@ class Parts:
     vocabulary: Vocabulary
     drafters: dict[str, Drafter]  # `none` first
 
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        text = self.tokenizer.decode(
+            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
     def surroundings(self) -> Surroundings:
         """What one more drafter would be built amid."""
         chunk = self.config.engine.prefill_chunk
@@ -153,10 +160,7 @@ class Pace:
         return [drafter.note for drafter in self.parts.drafters.values() if drafter.note]
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        text = self.parts.tokenizer.decode(
-            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return str(text)
+        return self.parts.text(tokens)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. A string goes in as it is, messages through the chat template."""
@@ -354,7 +358,8 @@ def _policy(parts: Parts, folder: Path) -> Policy:
     """The policy of a folder, with this machine's costs where there are any."""
     path = parts.config.paths.costs
     costs = CostTable.load(path) if path.is_file() else None
-    return load_policy(folder, policy_identity(parts), costs)
+    section = parts.config.selection
+    return load_policy(folder, policy_identity(parts), costs, selection=section)
 
 
 def _price(parts: Parts) -> None:

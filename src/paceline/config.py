@@ -139,6 +139,32 @@ class LearningSection(Section):
     seeds: int = Field(default=1, ge=1, le=32)
 
 
+EncoderName = Literal["target_hidden", "text_stats", "hashed_ngrams", "sentence"]
+DEFAULT_ENCODERS: Final[tuple[EncoderName, ...]] = ("target_hidden", "text_stats")
+
+
+class SelectionSection(Section):
+    """What a policy sees of a request.
+
+    encoders: whose features it is given, in this order. sentence_model: the folder or hub name of the
+    model behind the encoder `sentence`, one saved by sentence-transformers or any transformers encoder.
+    """
+
+    encoders: tuple[EncoderName, ...] = DEFAULT_ENCODERS
+    sentence_model: str | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> SelectionSection:
+        if not self.encoders or len(set(self.encoders)) < len(self.encoders):
+            raise ValueError("'selection.encoders' must name at least one encoder, and none twice")
+        if "sentence" in self.encoders and self.sentence_model is None:
+            raise ValueError(
+                "the encoder 'sentence' needs a model: set 'selection.sentence_model' to a folder or "
+                "hub name"
+            )
+        return self
+
+
 class PathsSection(Section):
     """Where the offline rooms write and the online ones read."""
 
@@ -159,6 +185,7 @@ class Config(Section):
     drafters: dict[str, DrafterSection] = Field(default_factory=dict)
     engine: EngineSection = EngineSection()
     learning: LearningSection = LearningSection()
+    selection: SelectionSection = SelectionSection()
     paths: PathsSection = PathsSection()
     threads: int | None = Field(default=None, ge=1)
 
@@ -243,9 +270,13 @@ def anchor(config: Config, folder: Path) -> Config:
     target = {"model": model_path(config.target.model)}
     if config.target.adapter is not None:
         target["adapter"] = model_path(config.target.adapter)
-    paths = config.paths
+    paths, selection = config.paths, config.selection
+    if selection.sentence_model is not None:
+        found = model_path(selection.sentence_model)
+        selection = selection.model_copy(update={"sentence_model": found})
     return config.model_copy(
         update={
+            "selection": selection,
             "target": config.target.model_copy(update=target),
             "drafters": {name: drafter(d) for name, d in config.drafters.items()},
             "paths": PathsSection(

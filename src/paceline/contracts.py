@@ -45,6 +45,19 @@ class SamplingParams:
 GREEDY: Final = SamplingParams()
 
 
+def sampling_label(sampling: SamplingParams) -> str:
+    """What a sampling adds to a prompt's id: nothing for greedy, `@t0.8,p0.95` and the like. The seed
+    has no part in it: a prompt's seed follows from its id.
+    """
+    if sampling.temperature == 0.0:
+        return ""
+    parts = [f"t{sampling.temperature:g}"]
+    parts += [f"k{sampling.top_k}"] if sampling.top_k else []
+    parts += [f"p{sampling.top_p:g}"] if sampling.top_p < 1.0 else []
+    parts += [f"m{sampling.min_p:g}"] if sampling.min_p else []
+    return "@" + ",".join(parts)
+
+
 LogitsProcessor = Callable[["Tensor", "Tensor"], "Tensor"]
 
 
@@ -173,6 +186,7 @@ class Context:
     sampling: SamplingParams
     rows_in_flight: int
     request_id: str = ""  # for whoever records; never a feature
+    text: Callable[[], str] | None = None  # the prompt's text, decoded when asked for
 
 
 def split_arm(arm: str) -> tuple[str, int | None]:
@@ -266,9 +280,11 @@ class ReplayedDrafter:
 
 @dataclass(frozen=True, slots=True)
 class CollectedPrompt:
-    """What a collection knows of one prompt: the target's output and every drafter's replay of it."""
+    """What a collection knows of one prompt under one sampling: the target's output and every
+    drafter's replay of it.
+    """
 
-    id: str
+    id: str  # the prompt's own id, and the sampling's label where it is not greedy
     domain: str
     prompt_tokens: tuple[int, ...]
     output_tokens: tuple[int, ...]  # T, the trajectory
@@ -278,6 +294,13 @@ class CollectedPrompt:
     draft_outputs: dict[str, tuple[int, ...]]  # drafter -> its own greedy output, where collected
     # drafter -> (match, confidence) by position, of chains; see drafting's PositionScores
     scores: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    sampling: SamplingParams = GREEDY
+    spans: Mapping[str, slice] = field(default_factory=dict)  # encoder -> its part of the features
+
+    @property
+    def prompt_id(self) -> str:
+        """The prompt's own id, which all its samplings share: what splits must go by."""
+        return self.id.removesuffix(sampling_label(self.sampling))
 
 
 def identity_of_arms(arms: Mapping[str, Mapping[str, object]]) -> dict[str, str]:

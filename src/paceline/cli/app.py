@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from paceline.cli.collect import collect
+from paceline.cli.data import data
 from paceline.cli.demo import demo
 from paceline.cli.distill import distill
 from paceline.cli.doctor import doctor
@@ -32,6 +33,7 @@ _VERBS = (
     drafters,
     profile,
     collect,
+    data,
     learn,
     evaluate,
     distill,

@@ -406,6 +406,7 @@ class Engine:
                 sampling=row.sampling,
                 rows_in_flight=len(self._rows),
                 request_id=row.request.id,
+                text=lambda: self._decode(row.request.prompt_tokens),
             )
         )
 

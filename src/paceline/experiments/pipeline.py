@@ -6,22 +6,24 @@ files stand where the configuration's `paths` say.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from paceline.assembly import Pace, build, policy_identity
 from paceline.bench.profile import profile as measure_costs
 from paceline.collection import collect as collect_prompts
+from paceline.contracts import NONE, split_arm
 from paceline.costs.table import CostTable
 from paceline.drafting.catalog import arms_of
 from paceline.drafting.trigram.build import build_table
 from paceline.drafting.trigram.corpora import TextFiles, TokenSequences
-from paceline.errors import ConfigError, StoreError
+from paceline.errors import ArtefactError, ConfigError, StoreError
+from paceline.experiments.data_report import describe
 from paceline.learning import evaluate as evaluate_chooser
 from paceline.learning import learn as learn_policy
 from paceline.learning.dataset import build_dataset, split
@@ -29,6 +31,8 @@ from paceline.models.loading import load_tokenizer
 from paceline.models.vocabulary import Vocabulary
 from paceline.replay import price_stops
 from paceline.selection import PolicyIdentity, load_policy
+from paceline.selection.artefact import read_card
+from paceline.selection.encoders import build_encoder
 from paceline.store.collection import load_collection, open_trajectories, read_trajectories
 
 if TYPE_CHECKING:
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
     from paceline.contracts import PromptRecord
     from paceline.drafting.trigram.build import BuildSettings, Corpus
     from paceline.drafting.trigram.table import TableFacts
+    from paceline.experiments.data_report import DataReport
     from paceline.learning import EvaluationReport, LearningResult
     from paceline.learning.dataset import Dataset
     from paceline.selection.policies import Policy
@@ -57,8 +62,12 @@ def collect(
     max_new_tokens: int = 256,
     alignment: bool = False,
     on_progress: OnProgress = _quiet,
+    **settings: Any,
 ) -> CollectionReport:
-    """Decode prompts once with the target and replay every drafter on them; resumes."""
+    """Decode prompts once with the target and replay every drafter on them; resumes.
+
+    `settings` are those of `collection.collect`: samplings, scores, outputs, sources, workers.
+    """
     return collect_prompts(
         Pace(build(config)),
         prompts,
@@ -66,7 +75,34 @@ def collect(
         max_new_tokens,
         alignment=alignment,
         on_progress=on_progress,
+        **settings,
     )
+
+
+def data(config: Config) -> DataReport:
+    """What the configuration's collection holds, priced with its cost table where there is one."""
+    collection = load_collection(config.paths.store, encoders=())
+    there = {name: line for name, line in collection.identity.arms.items() if name != NONE}
+    absent = [name for name in config.drafters if name not in there]
+    notes = [
+        f"'{name}' is configured and not in the collection; `paceline collect` adds it"
+        for name in absent
+    ]
+    arms = [arm for arm in arms_of(config) if split_arm(arm)[0] in {NONE, *there}]
+    costs = None
+    prompts = collection.prompts
+    try:
+        costs = CostTable.load(config.paths.costs)
+        # a drafter that is no longer configured has no price
+        priced = {name: line for name, line in there.items() if name in config.drafters}
+        costs.check(priced, priced)
+        prompts = price_stops(prompts, config, costs)
+    except ArtefactError as error:
+        costs = None
+        notes.append(f"who would be fastest is not known: {error}")
+    report = describe(prompts, arms, costs)
+    report.notes.extend(notes)
+    return report
 
 
 def build_trigrams(
@@ -113,7 +149,8 @@ def profile(config: Config, on_progress: OnProgress = _quiet) -> CostTable:
 
 def learn(config: Config, on_progress: OnProgress = _quiet) -> LearningResult:
     """Train a policy for the configuration's drafters and write it."""
-    collection = load_collection(config.paths.store, list(config.drafters))
+    encoders = config.selection.encoders
+    collection = load_collection(config.paths.store, list(config.drafters), encoders)
     costs = CostTable.load(config.paths.costs)
     learned = learn_policy(
         price_stops(collection.prompts, config, costs),
@@ -122,6 +159,7 @@ def learn(config: Config, on_progress: OnProgress = _quiet) -> LearningResult:
         arms_of(config),
         config.learning,
         on_progress=on_progress,
+        encode=build_encoder(collection.identity.hidden_size, config.selection),
     )
     learned.save(config.paths.policy)
     return learned
@@ -129,11 +167,12 @@ def learn(config: Config, on_progress: OnProgress = _quiet) -> LearningResult:
 
 def evaluate(config: Config) -> EvaluationReport:
     """Price the held-out prompts anew and compare the policy with every other way to choose."""
-    collection = load_collection(config.paths.store, list(config.drafters))
+    encoders = list(read_card(config.paths.policy).encoders)
+    collection = load_collection(config.paths.store, list(config.drafters), encoders)
     identity = _identity(collection)
     costs = CostTable.load(config.paths.costs)
     costs.check(identity.drafters, identity.drafters)
-    policy = load_policy(config.paths.policy, identity, costs)
+    policy = load_policy(config.paths.policy, identity, costs, selection=config.selection)
     prompts = price_stops(collection.prompts, config, costs)
     dataset, notes = build_dataset(prompts, policy.arms, costs, config.learning)
     training_part, held_out = split(dataset, config.learning.held_out)
@@ -168,6 +207,7 @@ def _identity(collection: LoadedCollection) -> PolicyIdentity:
         tokenizer=made_with.tokenizer,
         hidden_size=made_with.hidden_size,
         drafters=made_with.arms,
+        encoders=made_with.encoders,
     )
 
 
@@ -207,14 +247,17 @@ def prepare(
     for drafter in parts.drafters.values():
         drafter.price(costs)
     stage("profile")
-    collection = load_collection(config.paths.store, list(config.drafters))
+    encode = build_encoder(parts.target.hidden_size, config.selection)
+    encoders = config.selection.encoders
+    collection = load_collection(config.paths.store, list(config.drafters), encoders)
     learned = learn_policy(
         price_stops(collection.prompts, config, costs),
         costs,
-        policy_identity(parts),
+        replace(policy_identity(parts), encoders=encode.identities()),
         arms_of(config),
         config.learning,
         on_progress=on_progress,
+        encode=encode,
     )
     learned.save(config.paths.policy)
     stage("learn")

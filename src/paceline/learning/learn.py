@@ -18,7 +18,7 @@ from paceline.learning.learners import LEARNERS
 from paceline.rewards import REWARD_VERSION
 from paceline.selection.artefact import PolicyArtefact, RewardCard, policy_of, save_policy
 from paceline.selection.choosers import FixedChooser, PortableChooser
-from paceline.selection.features import num_features
+from paceline.selection.encoders import build_encoder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from paceline.costs.table import CostTable
     from paceline.learning.learners import Curve, Progress, Summary
     from paceline.selection.artefact import PolicyIdentity
+    from paceline.selection.encoders import FeatureEncoder
     from paceline.selection.policies import Policy
 
 EVALUATION_FILE = "evaluation.json"
@@ -59,20 +60,23 @@ def learn(
     arms: Sequence[str],
     settings: LearningSection,
     on_progress: Progress = lambda stage, done, total: None,
+    encode: FeatureEncoder | None = None,
 ) -> LearningResult:
     """Train on the training part, evaluate on the held-out part.
 
     `identity` names target, tokenizer and drafters the policy is for; the collection and the cost
-    table must have these. arms: what to choose among, see `drafting.catalog.arms_of`. Raises
+    table must have these. arms: what to choose among, see `drafting.catalog.arms_of`. encode: gives the
+    policy that is returned its features, by default the default encoders. Raises
     ConfigError, StoreError or ArtefactError with what to change.
     """
     costs.check(identity.drafters, identity.drafters)
     dataset, notes = build_dataset(prompts, arms, costs, settings)
-    expected, found = num_features(identity.hidden_size), dataset.features.shape[1]
-    if found != expected:
+    encode = encode or build_encoder(identity.hidden_size)
+    found = dataset.features.shape[1]
+    if not identity.encoders and found != encode.num_features:
         raise StoreError(
             f"the collection has {found} features a prompt, this target and version give "
-            f"{expected}; run `paceline collect` into a new folder"
+            f"{encode.num_features}; run `paceline collect` into a new folder"
         )
     training_part, held_out = split(dataset, settings.held_out)
     fitted = LEARNERS[settings.learner].fit(training_part, settings, on_progress)
@@ -86,7 +90,7 @@ def learn(
         )
     report = evaluate(training_part, held_out, chooser, seed=settings.seed, notes=notes)
     card = _card(identity, settings, costs, fitted.summary, report)
-    policy = policy_of(chooser, expected, settings.objective)
+    policy = policy_of(chooser, found, settings.objective, encode=encode)
     return LearningResult(policy, report, fitted.summary, fitted.curve, card)
 
 
@@ -110,6 +114,7 @@ def _card(
         tokenizer=identity.tokenizer,
         hidden_size=identity.hidden_size,
         drafters=dict(identity.drafters),
+        encoders=dict(identity.encoders) or build_encoder(identity.hidden_size).identities(),
         arms=[],
         chooser="",
         objective=settings.objective,
