@@ -13,6 +13,7 @@ from paceline.cli.evaluate import evaluate
 from paceline.cli.generate import generate
 from paceline.cli.layer_search import layer_search
 from paceline.cli.learn import learn
+from paceline.cli.paraphrase import paraphrase
 from paceline.cli.profile import profile
 from paceline.cli.trigram import trigram
 
@@ -33,6 +34,7 @@ _VERBS = (
     collect,
     learn,
     evaluate,
+    paraphrase,
     distill,
     layer_search,
 )
