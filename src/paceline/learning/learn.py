@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from paceline.errors import ArtefactError, StoreError
 from paceline.files import write_atomically
 from paceline.learning.dataset import build_dataset, split
-from paceline.learning.evaluate import POLICY, EvaluationReport, evaluate
+from paceline.learning.evaluation import POLICY, EvaluationReport, evaluate
 from paceline.learning.reinforce import TrainingSummary, train
 from paceline.rewards import REWARD_VERSION
 from paceline.selection.artefact import (
