@@ -31,7 +31,7 @@ _HOMES = {
     "distill": "paceline.distillation",
     "doctor": "paceline.bench",
     "drafters": "paceline.bench",
-    "evaluate": "paceline.experiments.pipeline",
+    "evaluate": "paceline.experiments.evaluation",
     "learn": "paceline.experiments.pipeline",
     "load": "paceline.assembly",
     "load_config": "paceline.config",
@@ -83,7 +83,8 @@ if TYPE_CHECKING:
     from paceline.drafting.foresight import SimulatedForesight
     from paceline.errors import ConfigError, PacelineError
     from paceline.experiments.demo_job import demo
-    from paceline.experiments.pipeline import build_trigrams, collect, evaluate, learn, profile
+    from paceline.experiments.evaluation import evaluate
+    from paceline.experiments.pipeline import build_trigrams, collect, learn, profile
     from paceline.layer_search import search_layers
     from paceline.store import read_prompts
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from paceline.drafting.base import Drafter
     from paceline.engine.loop import Choose
+    from paceline.selection import Policy
 
     Prompt = str | Sequence[Mapping[str, str]]
     DraftSpec = PreTrainedModel | Drafter | tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -346,7 +347,14 @@ def load(
     _price(parts)
     folder = Path(policy) if policy is not None else parts.config.paths.policy
     wanted = with_policy and (policy is not None or (target is None and is_policy(folder)))
-    return Pace(parts, load_policy(folder, policy_identity(parts)).choose if wanted else None)
+    return Pace(parts, _policy(parts, folder).choose if wanted else None)
+
+
+def _policy(parts: Parts, folder: Path) -> Policy:
+    """The policy of a folder, with this machine's costs where there are any."""
+    path = parts.config.paths.costs
+    costs = CostTable.load(path) if path.is_file() else None
+    return load_policy(folder, policy_identity(parts), costs)
 
 
 def _price(parts: Parts) -> None:
@@ -372,5 +380,5 @@ def policy_identity(parts: Parts) -> PolicyIdentity:
         target=parts.target.fingerprint(),
         tokenizer=parts.vocabulary.hash(),
         hidden_size=parts.target.hidden_size,
-        arms=identity_of_arms({name: d.identity() for name, d in parts.drafters.items()}),
+        drafters=identity_of_arms({name: d.identity() for name, d in parts.drafters.items()}),
     )

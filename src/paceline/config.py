@@ -18,6 +18,18 @@ from paceline.errors import ConfigError
 S = TypeVar("S", bound=BaseModel)
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Learner = Literal[
+    "acceptance",
+    "reinforce",
+    "policy_gradient",
+    "cost_sensitive",
+    "knn",
+    "linucb",
+    "thompson",
+    "fixed",
+    "random",
+    "first_line_lookup",
+]
 
 
 MAX_DRAFT_TOKENS: Final = 64
@@ -83,11 +95,16 @@ class EngineSection(Section):
 
 
 class LearningSection(Section):
-    """How a policy is trained; `alpha` weighs similarity against cost in the alignment reward.
+    """How a policy is learned; `docs/learning.md` says what each learner does.
 
-    draft_lengths: lengths at which a drafter is an arm beside its own, where drafts nest.
+    draft_lengths: lengths at which a drafter is an arm beside its own, where drafts nest. alpha
+    weighs similarity, by `metric`, against cost in the alignment reward. objective: what is to be
+    fast, this request, the machine, or a weight between (0 latency, 1 throughput). loads: rows in
+    flight that a chooser with built-in prices is trained for. The settings from hidden_units to
+    patience are those of networks.
     """
 
+    learner: Learner = "reinforce"
     draft_lengths: tuple[Annotated[int, Field(ge=1, le=MAX_DRAFT_TOKENS)], ...] = (
         1,
         2,
@@ -100,6 +117,11 @@ class LearningSection(Section):
 
     reward: Literal["speed", "alignment"] = "speed"
     alpha: float = Field(default=0.5, ge=0.0, le=1.0)
+    metric: Literal["rouge_1", "rouge_l", "edit", "prefix"] = "rouge_l"
+    objective: Literal["latency", "throughput"] | Annotated[float, Field(ge=0.0, le=1.0)] = (
+        "latency"
+    )
+    loads: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 2, 4, 8, 16), min_length=1)
     hidden_units: int = Field(default=64, ge=1)
     learning_rate: float = Field(default=3e-3, gt=0.0)
     weight_decay: float = Field(default=1e-2, ge=0.0)
@@ -110,6 +132,7 @@ class LearningSection(Section):
     patience: int = Field(default=25, ge=1)
     held_out: float = Field(default=0.25, gt=0.0, lt=1.0)
     seed: int = 0
+    seeds: int = Field(default=1, ge=1, le=32)
 
 
 class PathsSection(Section):

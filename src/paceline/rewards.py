@@ -2,75 +2,85 @@
 
 `speed` is the predicted speed of an arm over plain decoding (`none`) on one prompt: the rounds come
 from replay, the seconds from the cost table. `alignment` = alpha * similarity + (1 - alpha) * cost
-score is the reward of arXiv 2408.08470; that similarity is the ROUGE-L F1 of the drafter's own
-greedy output with the target's, and the cost score the share of the target's time that the drafter
-saves, is our reading of it (not confirmed).
+score is the reward of arXiv 2408.08470; what it compares (the drafter's own greedy output with the
+target's, by ROUGE-L unless told otherwise) and that the cost score is the share of the target's
+time which the drafter saves, is our reading of it (not confirmed).
 Symbols: T output tokens, t seconds per token. A change in any figure raises REWARD_VERSION.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from rapidfuzz.distance import LCSseq
+from rapidfuzz.distance import LCSseq, Levenshtein, Prefix
 
-from paceline.contracts import NONE
+from paceline.contracts import NONE, split_arm
+from paceline.costs.pricing import by_objective, prompt_seconds, round_seconds
+from paceline.costs.table import FORWARD, PROPOSE, TARGET
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from numpy.typing import NDArray
 
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import NDArray
+
+    from paceline.costs.pricing import Objective, SecondsFn
 
 REWARD_VERSION: Final = 1
 
 
-class SecondsFn(Protocol):
-    """Prices work as `CostTable.seconds` does, for arrays of tokens and contexts at once."""
-
-    def __call__(
-        self, subject: str, operation: str, tokens: NDArray[Any], context: NDArray[Any]
-    ) -> ArrayLike: ...
-
-
 def request_seconds(
-    seconds: SecondsFn, arm: str, num_prompt: int, rounds: NDArray[np.integer[Any]]
+    seconds: SecondsFn,
+    arm: str,
+    num_prompt: int,
+    rounds: NDArray[np.integer[Any]],
+    rows: int = 1,
+    objective: Objective = "latency",
 ) -> float:
-    """Predicted seconds of one request on its own, from its prefill to its last token.
+    """Predicted seconds of one request from its prefill to its last token; see `costs.pricing`.
 
     rounds: [rounds, 2], drafted and accepted. The choice of the arm is not priced. Without a round
     the prefill's token was the last, and the engine never starts the drafter.
     """
+    drafter = split_arm(arm)[0]
     drafted, accepted = rounds[:, 0], rounds[:, 1]
-    total = _sum(seconds, "target", "prefill", np.array([num_prompt]), np.zeros(1, dtype=int))
-    if not len(rounds):
-        return total
+    before = prompt_seconds(seconds, drafter if len(rounds) else NONE, np.array([num_prompt]))
     # a round leaves its accepted tokens and the target's own one; the last token is never cached
     context = num_prompt + np.cumsum(accepted + 1) - (accepted + 1)  # [rounds]
-    total += _sum(seconds, "target", "forward", 1 + drafted, context)
-    total += _sum(seconds, "engine", "round", np.zeros_like(context), np.zeros_like(context))
-    if arm != NONE:
-        total += _sum(seconds, arm, "start", np.array([num_prompt]), np.zeros(1, dtype=int))
-        total += _sum(seconds, arm, "propose", drafted, context)
-    return total
 
+    def price(num_drafting: int) -> float:
+        spent = round_seconds(seconds, drafter, drafted, context, rows, num_drafting)
+        return float(before[0] + spent.sum())
 
-def _sum(
-    seconds: SecondsFn, subject: str, operation: str, tokens: NDArray[Any], context: NDArray[Any]
-) -> float:
-    priced = np.asarray(seconds(subject, operation, tokens, context), dtype=np.float64)
-    return float(np.broadcast_to(priced, tokens.shape).sum())
+    return by_objective(price, rows, objective)
 
 
 def speeds(
-    seconds: SecondsFn, num_prompt: int, rounds: Mapping[str, NDArray[np.integer[Any]]]
+    seconds: SecondsFn,
+    num_prompt: int,
+    rounds: Mapping[str, NDArray[np.integer[Any]]],
+    rows: int = 1,
+    objective: Objective = "latency",
 ) -> dict[str, float]:
     """The speed reward of each arm: seconds of `none` over seconds of the arm; `none` has 1.
 
     rounds: arm -> [rounds, 2]; `none` must be among them.
     """
-    priced = {arm: request_seconds(seconds, arm, num_prompt, r) for arm, r in rounds.items()}
+    priced = {
+        arm: request_seconds(seconds, arm, num_prompt, own, rows, objective)
+        for arm, own in rounds.items()
+    }
     return {arm: priced[NONE] / spent for arm, spent in priced.items()}
+
+
+def rouge_1_f1(a: Sequence[int], b: Sequence[int]) -> float:
+    """ROUGE-1 F1 of two token sequences: twice the tokens in common, as often as both have them,
+    over len a + len b; 1 if both are empty. After Lin (2004).
+    """
+    if not a and not b:
+        return 1.0
+    common = (Counter(a) & Counter(b)).total()
+    return 2.0 * common / (len(a) + len(b))
 
 
 def rouge_l_f1(a: Sequence[int], b: Sequence[int]) -> float:
@@ -85,10 +95,33 @@ def rouge_l_f1(a: Sequence[int], b: Sequence[int]) -> float:
     return 2.0 * common / (len(a) + len(b))
 
 
+def edit_similarity(a: Sequence[int], b: Sequence[int]) -> float:
+    """1 - Levenshtein distance over the longer length; 1 if both are empty."""
+    similarity: float = Levenshtein.normalized_similarity(a, b)
+    return similarity
+
+
+def prefix_similarity(a: Sequence[int], b: Sequence[int]) -> float:
+    """The length of the longest common prefix over the longer length; 1 if both are empty."""
+    common: int = Prefix.similarity(a, b)
+    return common / max(len(a), len(b)) if a or b else 1.0
+
+
+METRICS: Final[Mapping[str, Similarity]] = MappingProxyType(
+    {
+        "rouge_1": rouge_1_f1,
+        "rouge_l": rouge_l_f1,
+        "edit": edit_similarity,
+        "prefix": prefix_similarity,
+    }
+)
+"""How alike two token sequences are, 0 to 1, by the name in the configuration."""
+
+
 def token_seconds(seconds: SecondsFn, arm: str, context: int) -> float:
     """t: what one token of the arm's own plain drafting costs; for `none`, one of the target's."""
-    subject, operation = ("target", "forward") if arm == NONE else (arm, "propose")
-    return _sum(seconds, subject, operation, np.ones(1, dtype=int), np.array([context]))
+    subject, operation = (TARGET, FORWARD) if arm == NONE else (split_arm(arm)[0], PROPOSE)
+    return float(np.asarray(seconds(subject, operation, np.array(1), np.array(context), 1)))
 
 
 def cost_score(t_arm: float, t_target: float) -> float:
@@ -107,8 +140,11 @@ def alignments(
     num_prompt: int,
     output: Sequence[int],
     draft_outputs: Mapping[str, Sequence[int]],
+    metric: str = "rouge_l",
 ) -> dict[str, float]:
-    """The alignment reward of `none` and of each arm whose own greedy output is given.
+    """The alignment reward of `none` and of each drafter whose own greedy output is given.
+
+    metric: one of `METRICS`.
 
     `none` writes the target's output (similarity 1) and saves nothing (cost score 0). The others
     are priced in the middle of the output.
@@ -118,5 +154,5 @@ def alignments(
     rewards = {NONE: alignment_reward(alpha, 1.0, 0.0)}
     for arm, own in draft_outputs.items():
         score = cost_score(token_seconds(seconds, arm, context), t_target)
-        rewards[arm] = alignment_reward(alpha, rouge_l_f1(output, own), score)
+        rewards[arm] = alignment_reward(alpha, METRICS[metric](output, own), score)
     return rewards

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     Progress = Callable[[str, int, int], None]
 
-_FEWEST: Final = 3  # repeats of everything
-_MOST: Final = 20
+_FEWEST: Final = 2  # repeats of everything
+_FEWEST_OF_CHEAP, _MOST = 4, 20
 
 
 def profile(
@@ -39,7 +39,7 @@ def profile(
 ) -> CostTable:
     """Measure target and drafters on this machine.
 
-    budget: seconds to spend; three repeats are made however slow the models are, and more of the
+    budget: seconds to spend; two repeats are made however slow the models are, and more of the
     cheap work, which is the noisier. on_progress(stage, done, total) counts sittings.
     """
     parts = source.parts if isinstance(source, Pace) else source
@@ -72,9 +72,9 @@ def _turns(
     cheap = [sitting for sitting, seconds in zip(sittings, took, strict=True) if seconds <= mean]
     left = budget - (1 + _FEWEST) * sum(took)
     of_cheap = sum(seconds for seconds in took if seconds <= mean)
-    num_more = min(max(int(left / of_cheap), 0), _MOST - _FEWEST)
+    num_cheap = min(max(_FEWEST + int(left / of_cheap), _FEWEST_OF_CHEAP), _MOST)
     turns: list[tuple[int, Sitting]] = []
-    for repeat in range(_FEWEST + num_more):
+    for repeat in range(num_cheap):
         chosen = list(sittings if repeat < _FEWEST else cheap)
         order.shuffle(chosen)
         turns += [(repeat, sitting) for sitting in chosen]

@@ -44,7 +44,7 @@ def evaluate(
     from rich.console import Console
 
     from paceline.cli.progress import progress
-    from paceline.experiments.pipeline import evaluate as run_evaluate
+    from paceline.experiments.evaluation import evaluate as run_evaluate
     from paceline.learning.evaluation import parse_encoders
     from paceline.learning.evaluation.tables import show
 

@@ -1,5 +1,6 @@
-"""PRICE: read and interpolate the cost table; measuring it is the work of `bench`."""
+"""PRICE: read and interpolate the cost table, and price arms by it; measuring is `bench`'s work."""
 
+from paceline.costs.pricing import ArmPricer, Objective, SecondsFn
 from paceline.costs.table import CostTable, Measurement
 
-__all__ = ["CostTable", "Measurement"]
+__all__ = ["ArmPricer", "CostTable", "Measurement", "Objective", "SecondsFn"]

@@ -3,19 +3,21 @@
 Knows no model and no clock. What is priced, by (subject, operation):
 
     target, prefill   tokens = prompt length, from an empty cache to the first token
-    target, forward   tokens = 1 + drafted of each row; unembedding and judging included
+    target, forward   tokens = 1 + drafted by all rows together; unembedding and judging included
     <arm>, start      tokens = prompt length: the drafter's own prefill
-    <arm>, propose    tokens = drafted
+    <arm>, propose    tokens = drafted by each row
     engine, round     host seconds a round outside the two lines above, tokens = 0
 
 `context` counts the tokens cached before the work, `rows` the requests that share it; `seconds` is
-for all rows together. Arms are named as in the configuration; `none` costs nothing of its own.
+for all rows together. So a forward of R rows packs R - 1 + tokens. Arms are named as their drafters
+in the configuration; `none` costs nothing of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 TARGET: Final = "target"
 ENGINE: Final = "engine"
 PREFILL: Final = "prefill"
@@ -77,7 +79,7 @@ class CostTable:
                 )
             cell[m.context, m.tokens] = m.seconds
         self._surfaces = {
-            key: {rows: _Surface(cell) for rows, cell in by_rows.items()}
+            key: {rows: _Surface(cell) for rows, cell in sorted(by_rows.items())}
             for key, by_rows in cells.items()
         }
 
@@ -104,16 +106,21 @@ class CostTable:
     ) -> float | NDArray[np.float64]:
         """Seconds of a piece of work; arrays of tokens and contexts are broadcast.
 
-        Linear between measured tokens and contexts, and on beyond the grid along its last segment,
-        there never below the least that was measured. Rows are those measured that are nearest,
-        the fewer of two. Raises ArtefactError if nothing of the kind was measured.
+        Linear between measured tokens, contexts and rows, and on beyond the grid along its last
+        segment, there never below the least that was measured. What was measured at one number of
+        rows alone is taken to be done row by row. Raises ArtefactError if nothing of the kind was
+        measured.
         """
         by_rows = self._surfaces.get((subject, operation))
         if by_rows is None:
             raise ArtefactError(f"cost table: no '{operation}' of '{subject}' in it; {_AGAIN}")
-        surface = by_rows[min(by_rows, key=lambda measured: (abs(measured - rows), measured))]
-        priced = surface.seconds(tokens, context)
+        priced = _at_rows(by_rows, tokens, context, rows)
         return priced if priced.ndim else float(priced)
+
+    def grid(self, subject: str, operation: str) -> tuple[list[int], list[int]]:
+        """(tokens, contexts) that were measured at any number of rows, ascending."""
+        own = [m for m in self.measurements if (m.subject, m.operation) == (subject, operation)]
+        return sorted({m.tokens for m in own}), sorted({m.context for m in own})
 
     def check(self, arms: Iterable[str], identities: Mapping[str, str] | None = None) -> None:
         """Raise ArtefactError unless target, engine and these arms are priced.
@@ -191,6 +198,23 @@ def _parse(entry: dict[str, Any]) -> Measurement:
     if not (0 <= measurement.seconds < float("inf")):
         raise ValueError(f"seconds {measurement.seconds}")
     return measurement
+
+
+def _at_rows(
+    by_rows: Mapping[int, _Surface], tokens: ArrayLike, context: ArrayLike, rows: int
+) -> NDArray[np.float64]:
+    """Seconds at any number of rows, from the surfaces at those measured (ascending)."""
+    if rows in by_rows:
+        return by_rows[rows].seconds(tokens, context)
+    measured = list(by_rows)
+    if len(measured) == 1:
+        return by_rows[measured[0]].seconds(tokens, context) * (rows / measured[0])
+    upper = min(bisect(measured, rows), len(measured) - 1) or 1
+    few, many = measured[upper - 1], measured[upper]
+    low = by_rows[few].seconds(tokens, context)
+    high = by_rows[many].seconds(tokens, context)
+    weight = (rows - few) / (many - few)
+    return np.maximum((1.0 - weight) * low + weight * high, np.minimum(low, high))
 
 
 class _Surface:

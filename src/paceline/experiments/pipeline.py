@@ -1,6 +1,6 @@
 """The offline verbs on a configuration's own files, and all of them in a row.
 
-What `paceline collect`, `profile`, `learn`, `evaluate` and `trigram build` do, as functions. Their
+What `paceline collect`, `profile`, `learn` and `trigram build` do, as functions. Their
 files stand where the configuration's `paths` say.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -16,18 +15,15 @@ from paceline.assembly import Pace, build, policy_identity
 from paceline.bench.profile import profile as measure_costs
 from paceline.collection import collect as collect_prompts
 from paceline.costs.table import CostTable
+from paceline.drafting.catalog import arms_of
 from paceline.drafting.trigram.build import build_table
 from paceline.drafting.trigram.corpora import TextFiles, TokenSequences
 from paceline.errors import ConfigError, StoreError
-from paceline.learning import evaluate as evaluate_network
+from paceline.experiments.evaluation import identity_of
 from paceline.learning import learn as learn_policy
-from paceline.learning.dataset import build_dataset, split
 from paceline.models.loading import load_tokenizer
 from paceline.models.vocabulary import Vocabulary
 from paceline.replay import price_stops
-from paceline.selection import PolicyIdentity, load_policy
-from paceline.selection.artefact import read_card
-from paceline.selection.network import softmax
 from paceline.store.collection import load_collection, open_trajectories, read_trajectories
 
 if TYPE_CHECKING:
@@ -38,10 +34,7 @@ if TYPE_CHECKING:
     from paceline.contracts import PromptRecord
     from paceline.drafting.trigram.build import BuildSettings, Corpus
     from paceline.drafting.trigram.table import TableFacts
-    from paceline.learning import EvaluationReport, LearningResult
-    from paceline.learning.dataset import Dataset
-    from paceline.selection.policies import NetworkPolicy
-    from paceline.store.collection import LoadedCollection
+    from paceline.learning import LearningResult
 
     OnProgress = Callable[[str, int, int], None]
 
@@ -117,62 +110,13 @@ def learn(config: Config, on_progress: OnProgress = _quiet) -> LearningResult:
     learned = learn_policy(
         price_stops(collection.prompts, config, costs),
         costs,
-        _identity(collection),
+        identity_of(collection),
+        arms_of(config),
         config.learning,
         on_progress=on_progress,
     )
     learned.save(config.paths.policy)
     return learned
-
-
-def evaluate(config: Config) -> EvaluationReport:
-    """Price the held-out prompts anew and compare the policy with every other way to choose."""
-    collection = load_collection(config.paths.store, list(config.drafters))
-    identity = _identity(collection)
-    policy = load_policy(config.paths.policy, identity)
-    costs = CostTable.load(config.paths.costs)
-    costs.check(policy.arms, identity.arms)
-    prompts = price_stops(collection.prompts, config, costs)
-    dataset, notes = build_dataset(prompts, policy.arms, costs.seconds, config.learning)
-    training_part, held_out = split(dataset, config.learning.held_out)
-    if read_card(config.paths.policy).costs != costs.hash():
-        notes = [
-            *notes,
-            "the policy was learned with another cost table than the one it is priced with here; "
-            "`paceline learn` fits it to this one",
-        ]
-    return evaluate_network(
-        training_part,
-        held_out,
-        policy.network,
-        choose_seconds=_choose_seconds(policy, held_out),
-        seed=config.learning.seed,
-        notes=notes,
-    )
-
-
-def _choose_seconds(policy: NetworkPolicy, held_out: Dataset) -> float:
-    """What one choice takes on this machine, the median over the held-out prompts.
-
-    The network and the softmax; gathering the features costs about as much again, and both are
-    thousandths of a request.
-    """
-    spent = []
-    for features in held_out.features:
-        began = perf_counter()
-        softmax(policy.network.logits(features))
-        spent.append(perf_counter() - began)
-    return median(spent)
-
-
-def _identity(collection: LoadedCollection) -> PolicyIdentity:
-    made_with = collection.identity
-    return PolicyIdentity(
-        target=made_with.target,
-        tokenizer=made_with.tokenizer,
-        hidden_size=made_with.hidden_size,
-        arms=made_with.arms,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +160,7 @@ def prepare(
         price_stops(collection.prompts, config, costs),
         costs,
         policy_identity(parts),
+        arms_of(config),
         config.learning,
         on_progress=on_progress,
     )

@@ -79,18 +79,29 @@ def test_every_arm_is_priced_as_itself(pace: Pace, table: CostTable, tmp_path: P
     assert all(m.seconds >= 0 for m in again.measurements)
     rounds = torch.tensor([[4, 2], [4, 4], [0, 0]]).numpy()
     for arm in drafters:
-        assert request_seconds(again.seconds, arm, 50, rounds) > 0
+        for rows in (1, 3, 8):
+            for objective in ("latency", "throughput"):
+                assert request_seconds(again.seconds, arm, 50, rounds, rows, objective) > 0
 
 
-def test_widths_and_contexts_cover_the_arms(table: CostTable) -> None:
-    """K is 4, 6 and 8, and 256 positions hold contexts up to 128."""
+def test_widths_contexts_and_rows_cover_the_arms(table: CostTable) -> None:
+    """K is 4, 6 and 8, 256 positions hold contexts up to 128, and 8 rows may be in flight."""
     single = {(w, c, 1) for w in (1, 2, 3, 4, 5, 6, 7, 8, 9) for c in (32, 128)}
-    batched = {(w, c, 4) for w in (1, 5) for c in (32, 128)}
+    # none drafts, one drafts 8, all draft 1, 4 or 8
+    batched = {
+        (1 + drafted, c, r)
+        for r in (2, 4, 8)
+        for c in (32, 128)
+        for drafted in (0, 8, r, 4 * r, 8 * r)
+    }
     assert cells(table, "target", "forward") == single | batched
     assert cells(table, "target", "prefill") == {(n, 0, 1) for n in (16, 64, 128, 256)}
-    assert cells(table, "near", "propose") == {(k, c, 1) for k in (0, 1, 2, 4) for c in (32, 128)}
-    assert cells(table, "near", "start") == {(n, 0, 1) for n in (16, 32, 64, 128, 256)}
-    assert cells(table, "engine", "round") == {(0, 0, 1)}
+    alone = {(k, c, 1) for k in (0, 1, 2, 4) for c in (32, 128)}
+    assert cells(table, "near", "propose") == alone | {
+        (k, 32, r) for k in (1, 4) for r in (2, 4, 8)
+    }
+    assert cells(table, "near", "start") == {(n, 0, 1) for n in (16, 32, 128, 256)}
+    assert cells(table, "engine", "round") == {(0, 0, r) for r in (1, 2, 4, 8)}
 
 
 def test_lookup_is_measured_where_it_finds_something(table: CostTable) -> None:
@@ -101,7 +112,8 @@ def test_lookup_is_measured_where_it_finds_something(table: CostTable) -> None:
 
 def test_a_context_the_drafter_cannot_hold_is_not_taken_for_a_cheap_one(table: CostTable) -> None:
     assert {context for _, context, _ in cells(table, "short", "propose")} == {32}
-    assert cells(table, "silent", "propose") == {(0, 32, 1), (0, 128, 1)}
+    silent = {(0, 32, 1), (0, 128, 1), *((0, 32, rows) for rows in (2, 4, 8))}
+    assert cells(table, "silent", "propose") == silent
 
 
 def test_measuring_leaves_no_trace(pace: Pace, table: CostTable) -> None:

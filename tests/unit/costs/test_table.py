@@ -99,9 +99,21 @@ def test_an_array_is_priced_like_its_members() -> None:
     assert table.seconds(*FORWARD, np.zeros(0, int), np.zeros(0, int)).shape == (0,)
 
 
-def test_the_nearest_measured_rows_are_taken() -> None:
-    table = CostTable({}, [Measurement(*FORWARD, 1, 0, rows, float(rows)) for rows in (1, 4)])
-    assert [table.seconds(*FORWARD, 1, 0, rows) for rows in (1, 2, 3, 4, 9)] == [1, 1, 4, 4, 4]
+def test_between_rows_and_beyond_them() -> None:
+    seconds = {1: 1.0, 4: 2.5, 8: 3.0}
+    table = CostTable({}, [Measurement(*FORWARD, 1, 0, r, s) for r, s in seconds.items()])
+    found = [table.seconds(*FORWARD, 1, 0, rows) for rows in (1, 2, 4, 6, 8, 16)]
+    assert found == pytest.approx([1.0, 1.5, 2.5, 2.75, 3.0, 4.0])
+    assert [table.seconds(*FORWARD, 1, 0, rows) for rows in seconds] == list(seconds.values())
+    two = table.seconds(*FORWARD, np.array([1, 1]), 0, 2)
+    assert two.tolist() == [1.5, 1.5]
+    falling = CostTable({}, [Measurement(*FORWARD, 1, 0, r, 3.0 - r) for r in (1, 2)])
+    assert falling.seconds(*FORWARD, 1, 0, 50) == 1.0
+
+
+def test_what_no_batch_was_measured_for_is_done_row_by_row() -> None:
+    table = table_of({(1, 0): 0.5})
+    assert [table.seconds(*FORWARD, 1, 0, rows) for rows in (1, 2, 8)] == [0.5, 1.0, 4.0]
 
 
 def test_a_cell_measured_twice_is_refused() -> None:

@@ -152,7 +152,9 @@ def test_equal_rewards_everywhere_are_refused(
     idle = ReplayedDrafter(np.zeros((40, 2), dtype=np.int64), everywhere=True)
     twins = [replace(p, replays={"code": idle}) for p in prompts]
 
-    def free(subject: str, operation: str, tokens: np.ndarray, context: np.ndarray) -> float:
+    def free(
+        subject: str, operation: str, tokens: np.ndarray, context: np.ndarray, rows: int
+    ) -> float:
         return 0.0 if subject == "code" else 1.0
 
     with pytest.raises(StoreError, match=r"same reward on every prompt.*nothing to choose"):

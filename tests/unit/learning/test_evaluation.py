@@ -122,9 +122,7 @@ def test_fixed_strategies_are_fitted_on_the_training_part() -> None:
 
 def test_a_drafter_is_shown_at_the_length_that_was_best_in_training() -> None:
     arms = ("none", "code", "code@2", "math@3", "math@8")
-    train = replace(
-        outcomes([[10, 6, 5, 9, 8]], ["a"]), arms=arms, rewards=np.ones((1, 5))
-    )
+    train = replace(outcomes([[10, 6, 5, 9, 8]], ["a"]), arms=arms, rewards=np.ones((1, 5)))
     held_out = replace(train, seconds=np.array([[10.0, 1, 5, 2, 8]]))
     law = np.eye(5)[[3]]
 
@@ -173,7 +171,9 @@ def test_a_policy_of_several_trainings_is_their_mean() -> None:
     assert report.overall.chosen[POLICY].arms["none"] == pytest.approx(1 / 2)
 
 
-def many(seed: int, num: int, gain: float, tasks: int = 1) -> tuple[Outcomes, dict[str, list[np.ndarray]]]:
+def many(
+    seed: int, num: int, gain: float, tasks: int = 1
+) -> tuple[Outcomes, dict[str, list[np.ndarray]]]:
     """`code` and `math` take turns in being faster by `gain`, and the policy knows whose turn it is.
 
     Prompts differ far more in length than arms do in speed.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def prices(subject: str, operation: str, tokens: Any, context: Any = 0) -> Any:
+def prices(subject: str, operation: str, tokens: Any, context: Any = 0, rows: int = 1) -> Any:
     """Made-up seconds that differ in everything they depend on."""
     base = {
         "prefill": 100.0, "forward": 10.0, "round": 1.0, "start": 50.0, "propose": 5.0
@@ -76,7 +76,7 @@ def test_an_answer_of_one_token_starts_no_drafter() -> None:
 def test_an_arm_is_faster_by_the_forwards_it_saves() -> None:
     costs = {("target", "forward"): 1.0, ("math", "propose"): 0.25}
 
-    def seconds(subject: str, operation: str, tokens: Any, context: Any) -> float:
+    def seconds(subject: str, operation: str, tokens: Any, context: Any, rows: int) -> float:
         return costs.get((subject, operation), 0.0)  # one figure for all rounds
 
     rounds = {"none": as_array([(0, 0)] * 10), "math": as_array([(4, 4)] * 2)}

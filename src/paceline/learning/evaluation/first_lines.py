@@ -37,7 +37,8 @@ class FirstLines:
 def _num_shared(prompts: Prompts) -> int:
     """The number of tokens that all prompts begin with."""
     # what the least and the greatest share, all between them share
-    least, greatest = min(prompts), max(prompts)
+    ordered = sorted(map(tuple, prompts))
+    least, greatest = ordered[0], ordered[-1]
     shared = 0
     for a, b in zip(least, greatest, strict=False):
         if a != b:

@@ -180,8 +180,8 @@ def evaluate(
     charges = choose_seconds or {}
     extra = {name: charges.get(name, 0.0) for name in laws}
     tally = _tally(held_out, fitted, laws, extra, seed)
-    baselines = {name: tally.strategies[name] for name in BASELINES if name in laws}
-    baselines = {NONE: tally.arms[NONE], **baselines}
+    baselines: dict[str, int] = {NONE: tally.arms[NONE]}
+    baselines |= {name: tally.strategies[name] for name in BASELINES if name in laws}
     known = [line in fitted.by_line for line in held_out.first_lines]
     return EvaluationReport(
         num_train=len(train),
@@ -193,7 +193,9 @@ def evaluate(
             task: _compare(tally, slice(i, i + 1)) for i, task in enumerate(tally.sampled.tasks)
         },
         over={
-            name: {b: _ratio(tally, place, tally.strategies[name]) for b, place in baselines.items()}
+            name: {
+                b: _ratio(tally, place, tally.strategies[name]) for b, place in baselines.items()
+            }
             for name in policies
         },
         slowest={name: _slowest(tally, place) for name, place in tally.strategies.items()},

@@ -15,9 +15,11 @@ import numpy as np
 from paceline.contracts import NONE
 from paceline.errors import StoreError
 from paceline.learning.dataset import MIN_PROMPTS
+from paceline.learning.evaluation.contenders import Contender
 from paceline.learning.evaluation.first_lines import FirstLines
 from paceline.learning.evaluation.report import (
     FIRST_LINE,
+    POLICY,
     SLOWEST,
     EvaluationReport,
     Outcomes,
@@ -25,10 +27,10 @@ from paceline.learning.evaluation.report import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from paceline.learning.dataset import Dataset
-    from paceline.learning.evaluation.contenders import Contender
+    from paceline.selection.choosers import Chooser
 
     Decode = Callable[[list[int]], str]
     Train = Callable[[Dataset], Sequence[Contender]]
@@ -99,7 +101,9 @@ class Evaluation:
 class Evaluator:
     """Makes sections from one training part."""
 
-    def __init__(self, train: Dataset, decode: Decode, seed: int, notes: Sequence[str] = ()) -> None:
+    def __init__(
+        self, train: Dataset, decode: Decode, seed: int, notes: Sequence[str] = ()
+    ) -> None:
         """decode: tokens -> text, for first lines. seed: of the bootstrap."""
         self._train = train
         self._decode = decode
@@ -175,12 +179,27 @@ class Evaluator:
         )
 
 
-def _outcomes(data: Dataset, rows: int, lines: FirstLines) -> Outcomes:
+def evaluate_chooser(
+    train: Dataset, held_out: Dataset, chooser: Chooser, seed: int = 0, notes: Sequence[str] = ()
+) -> EvaluationReport:
+    """One chooser alone on the held-out part, as a report of the name `POLICY`; see `evaluate`."""
+    policy = Contender(POLICY, (chooser,))
+    return evaluate(
+        _outcomes(train, 1),
+        _outcomes(held_out, 1),
+        {POLICY: policy.laws(held_out)},
+        choose_seconds={POLICY: policy.choose_seconds(held_out)},
+        seed=seed,
+        notes=notes,
+    )
+
+
+def _outcomes(data: Dataset, rows: int, lines: FirstLines | None = None) -> Outcomes:
     return Outcomes(
         arms=data.arms,
         domains=data.domains,
         seconds=data.seconds if rows == 1 else data.seconds_for(rows),
         rewards=data.rewards,
         num_tokens=data.num_tokens,
-        first_lines=lines.of(data.prompts),
+        first_lines=lines.of(data.prompts) if lines is not None else (),
     )

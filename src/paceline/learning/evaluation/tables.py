@@ -57,7 +57,14 @@ def _ways(report: EvaluationReport, title: str) -> Table:
     overall = report.overall
     shown = Table(title=title, pad_edge=False)
     shown.add_column(f"{overall.num_prompts} prompts")
-    for name in ("speed-up (95%)", "of oracle", "regret ms", "fastest", "within 2%", "slowest task"):
+    for name in (
+        "speed-up (95%)",
+        "of oracle",
+        "regret ms",
+        "fastest",
+        "within 2%",
+        "slowest task",
+    ):
         shown.add_column(name, justify="right")
     for name, figures in overall.arms.items():
         shown.add_row(name, *_cells(figures), "")

@@ -1,0 +1,166 @@
+"""Prices of arms: the live pricer is the table read directly, and the objectives are what they say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paceline.contracts import split_arm
+from paceline.costs import ArmPricer, CostTable, Measurement, Objective
+from paceline.costs.pricing import reference_seconds_per_token, round_seconds
+from paceline.errors import ArtefactError, ConfigError
+from paceline.rewards import request_seconds, speeds
+
+ARMS = ("none", "math", "math@1", "lookup@6", "code@3", "code")
+LONGEST = {"none": 0, "math": 4, "lookup": 12, "code": 5}
+OBJECTIVES: list[Objective] = ["latency", "throughput", 0.3, 0.5]
+
+
+def a_table() -> CostTable:
+    """Seconds that rise in everything, unevenly, measured at unlike places."""
+    generator = np.random.default_rng(5)
+    cells = [Measurement("target", "prefill", n, 0, 1, 2e-3 * n**0.9) for n in (16, 64, 300)]
+    for rows in (1, 2, 4, 8):
+        cells.append(Measurement("engine", "round", 0, 0, rows, 1e-4 * rows**0.7))
+        for context in (32, 128, 500) if rows == 1 else (32, 128):
+            total = 3e-3 * rows**0.4 * (1 + context / 900)
+            for tokens in range(1, 5 + 12 * rows, 3):
+                total += 2e-4 * generator.random()
+                cells.append(Measurement("target", "forward", tokens, context, rows, total))
+    for name, length in (("math", 4), ("lookup", 12), ("code", 5)):
+        speed = {"math": 3e-4, "lookup": 1e-6, "code": 5e-4}[name]
+        cells += [Measurement(name, "start", n, 0, 1, speed * n / 9) for n in (16, 90, 300)]
+        for rows in (1, 4):
+            for context in (32, 200):
+                for tokens in {0, 1, length}:
+                    seconds = speed * rows**0.5 * (0.1 + tokens) * (1 + context / 999)
+                    cells.append(Measurement(name, "propose", tokens, context, rows, seconds))
+    return CostTable({}, cells)
+
+
+TABLE = a_table()
+PRICER = ArmPricer(TABLE, ARMS)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.1, 1.0), st.floats(0, 1)), min_size=6, max_size=6),
+    st.floats(0, 2000),
+    st.sampled_from([1, 2, 3, 4, 7, 8, 12]),
+    st.sampled_from(OBJECTIVES),
+    st.integers(1, 300),
+    st.integers(16, 900),
+)
+def test_live_prices_are_those_of_the_table(
+    needs: list[tuple[float, float]],
+    context: float,
+    rows: int,
+    objective: Objective,
+    num_tokens: int,
+    num_prompt: int,
+) -> None:
+    """At any length, load and mean draft, not only where the table was measured."""
+    rounds = np.array([r for r, _ in needs])
+    lengths = [split_arm(a)[1] or LONGEST[split_arm(a)[0]] for a in ARMS]
+    drafted = rounds * [share * most for (_, share), most in zip(needs, lengths, strict=True)]
+    situation = (context, rows, objective, num_tokens, num_prompt)
+    live = PRICER.seconds_per_token(rounds, drafted, *situation)
+    direct = [
+        reference_seconds_per_token(TABLE, arm, rounds[i], drafted[i], *situation)
+        for i, arm in enumerate(ARMS)
+    ]
+    # outside what was measured the table turns flat at its least, maybe between two grid points
+    inside = 32 <= context <= 500 and rows <= 8
+    assert live == pytest.approx(direct, rel=1e-9 if inside else 0.02)
+
+
+@given(st.sampled_from(ARMS), st.integers(1, 12), st.sampled_from(OBJECTIVES))
+def test_exact_and_live_prices_agree_on_a_request_of_equal_rounds(
+    arm: str, rows: int, objective: Objective
+) -> None:
+    """At a context where the table is flat, so that the middle of the answer is typical of it."""
+    flat = CostTable({}, [m for m in TABLE.measurements if m.context in (0, 32)])
+    length = split_arm(arm)[1] or LONGEST[split_arm(arm)[0]]
+    rounds = np.array([(length, min(length, 2))] * 10)
+    num_tokens = 1 + int((rounds[:, 1] + 1).sum())
+    exact = request_seconds(flat.seconds, arm, 64, rounds, rows, objective) / num_tokens
+    one_arm = ArmPricer(flat, [arm])
+    per_token = np.array([10 / num_tokens]), np.array([10 * length / num_tokens])
+    (live,) = one_arm.seconds_per_token(*per_token, 70.0, rows, objective, num_tokens, 64)
+    assert live == pytest.approx(
+        exact, rel=1e-9 if objective in ("latency", "throughput") else 1e-6
+    )
+
+
+@given(st.sampled_from(ARMS), st.integers(16, 300), st.integers(1, 16))
+def test_what_objectives_promise(arm: str, num_prompt: int, rows: int) -> None:
+    length = split_arm(arm)[1] or LONGEST[split_arm(arm)[0]]
+    rounds = np.array([(length, min(length, 1))] * 7)
+    own = {o: request_seconds(TABLE.seconds, arm, num_prompt, rounds, rows, o) for o in OBJECTIVES}
+    alone = request_seconds(TABLE.seconds, arm, num_prompt, rounds)
+    more = request_seconds(TABLE.seconds, arm, num_prompt, rounds, rows + 1)
+    if rows == 1:
+        assert set(own.values()) == {alone}
+    # neighbours cost a request time, and save the machine some
+    assert own["throughput"] <= own["latency"] <= more
+    assert alone <= own["latency"]
+    assert own[0.3] == pytest.approx(own["latency"] ** 0.7 * own["throughput"] ** 0.3)
+    assert own["throughput"] * (1 - 1e-12) <= own[0.5] <= own[0.3] <= own["latency"] * (1 + 1e-12)
+
+
+def test_a_round_is_charged_by_hand() -> None:
+    """Four rows: one drafts beside three that do not, or all draft and share."""
+
+    def seconds(subject: str, operation: str, tokens: object, context: object, rows: int) -> float:
+        known = {
+            ("target", "forward", 4, 4): 10.0, ("target", "forward", 13, 4): 26.0,
+            ("engine", "round", 0, 4): 2.0, ("math", "propose", 3, 1): 3.0,
+            ("math", "propose", 3, 4): 8.0,
+        }  # fmt: skip
+        return known[subject, operation, int(np.asarray(tokens).item()), rows]
+
+    drafted, context = np.array([3]), np.array([50])
+    assert round_seconds(seconds, "math", drafted, context, 4, 1) == [15.0]
+    assert round_seconds(seconds, "math", drafted, context, 4, 4) == [36.0 / 4]
+
+
+def test_under_load_a_dear_width_turns_the_choice() -> None:
+    """Alone, width is free and drafting wins; eight rows that all draft pay for every token."""
+    cells = [
+        Measurement("target", "prefill", 1, 0, 1, 0.0),
+        Measurement("math", "start", 1, 0, 1, 0.0),
+    ]
+    for rows in (1, 8):
+        cells.append(Measurement("engine", "round", 0, 0, rows, 0.0))
+        cells.append(Measurement("math", "propose", 4, 0, rows, 0.1))
+        for tokens in (1, 1 + 4 * rows):
+            packed = rows - 1 + tokens
+            cells.append(Measurement("target", "forward", tokens, 0, rows, max(1.0, packed / 8)))
+    table = CostTable({}, cells)
+    rounds = {"none": np.zeros((20, 2), dtype=int), "math": np.array([(4, 1)] * 10)}
+    speed = {
+        (rows, o): speeds(table.seconds, 5, rounds, rows, o)["math"]
+        for rows in (1, 8)
+        for o in ("latency", "throughput")
+    }
+    assert speed[1, "latency"] == speed[1, "throughput"] == pytest.approx(2 / 1.1)
+    assert speed[8, "latency"] == pytest.approx(2 / 1.6)
+    assert speed[8, "throughput"] == pytest.approx(2 / 5.1)
+
+
+def test_catching_up_costs_a_start_on_what_was_missed() -> None:
+    assert PRICER.catch_up_seconds("none", 100) == 0.0
+    assert PRICER.catch_up_seconds("code@3", 0) == 0.0
+    assert PRICER.catch_up_seconds("code@3", 90) == pytest.approx(
+        TABLE.seconds("code", "start", 90)
+    )
+    assert PRICER.catch_up_seconds("code", 40) == pytest.approx(TABLE.seconds("code", "start", 40))
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(ArtefactError, match="chat not measured"):
+        ArmPricer(TABLE, ["none", "chat@2"])
+    for wrong in ("fast", 1.5, -0.1):
+        with pytest.raises(ConfigError, match="latency, throughput or a weight between 0 and 1"):
+            request_seconds(TABLE.seconds, "none", 5, np.zeros((1, 2), int), 2, wrong)  # type: ignore[arg-type]
