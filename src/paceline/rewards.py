@@ -10,6 +10,9 @@ Symbols: T output tokens, t seconds per token. A change in any figure raises REW
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -22,11 +25,10 @@ from paceline.costs.table import FORWARD, PROPOSE, TARGET
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from numpy.typing import NDArray
-
     from paceline.costs.pricing import Objective, SecondsFn
 
 REWARD_VERSION: Final = 1
+Similarity = Callable[[Sequence[int], Sequence[int]], float]
 
 
 def request_seconds(
