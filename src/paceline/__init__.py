@@ -32,7 +32,7 @@ _HOMES = {
     "distill": "paceline.distillation",
     "doctor": "paceline.bench",
     "drafters": "paceline.bench",
-    "evaluate": "paceline.experiments.pipeline",
+    "evaluate": "paceline.experiments.evaluation",
     "experiment": "paceline.experiments.catalog",
     "learn": "paceline.experiments.pipeline",
     "load": "paceline.assembly",
@@ -88,14 +88,8 @@ if TYPE_CHECKING:
     from paceline.errors import ConfigError, PacelineError
     from paceline.experiments.catalog import experiment
     from paceline.experiments.demo_job import demo
-    from paceline.experiments.pipeline import (
-        build_trigrams,
-        collect,
-        data,
-        evaluate,
-        learn,
-        profile,
-    )
+    from paceline.experiments.evaluation import evaluate
+    from paceline.experiments.pipeline import build_trigrams, collect, data, learn, profile
     from paceline.layer_search import search_layers
     from paceline.store import read_prompts
 

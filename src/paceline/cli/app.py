@@ -15,6 +15,7 @@ from paceline.cli.experiment import experiment
 from paceline.cli.generate import generate
 from paceline.cli.layer_search import layer_search
 from paceline.cli.learn import learn
+from paceline.cli.paraphrase import paraphrase
 from paceline.cli.profile import profile
 from paceline.cli.trigram import trigram
 
@@ -36,6 +37,7 @@ _VERBS = (
     data,
     learn,
     evaluate,
+    paraphrase,
     distill,
     layer_search,
     experiment,

@@ -22,10 +22,10 @@ def learn(
     """Train the policy with REINFORCE; no model runs here."""
     from rich.console import Console
 
-    from paceline.cli.evaluate import print_evaluation
     from paceline.cli.progress import progress
     from paceline.config import LearningSection, parse
     from paceline.experiments.pipeline import learn as run_learn
+    from paceline.learning.evaluation.tables import show_report
 
     settings = configured(config, store=store, costs=costs, policy=policy)
     flags = {"reward": reward, "alpha": alpha, "seed": seed}
@@ -35,5 +35,5 @@ def learn(
     console = Console()
     with progress(console) as report:
         learned = run_learn(settings, report)
-    print_evaluation(console, learned.report)
+    show_report(console, learned.report)
     console.print(f"written: {settings.paths.policy}")

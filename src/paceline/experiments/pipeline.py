@@ -1,6 +1,6 @@
 """The offline verbs on a configuration's own files, and all of them in a row.
 
-What `paceline collect`, `profile`, `learn`, `evaluate` and `trigram build` do, as functions. Their
+What `paceline collect`, `profile`, `learn` and `trigram build` do, as functions. Their
 files stand where the configuration's `paths` say.
 """
 
@@ -8,11 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from paceline.assembly import Pace, build, policy_identity
 from paceline.bench.profile import profile as measure_costs
@@ -24,14 +21,11 @@ from paceline.drafting.trigram.build import build_table
 from paceline.drafting.trigram.corpora import TextFiles, TokenSequences
 from paceline.errors import ArtefactError, ConfigError, StoreError
 from paceline.experiments.data_report import describe
-from paceline.learning import evaluate as evaluate_chooser
+from paceline.experiments.evaluation import identity_of
 from paceline.learning import learn as learn_policy
-from paceline.learning.dataset import build_dataset, split
 from paceline.models.loading import load_tokenizer
 from paceline.models.vocabulary import Vocabulary
 from paceline.replay import price_stops
-from paceline.selection import PolicyIdentity, load_policy
-from paceline.selection.artefact import read_card
 from paceline.selection.encoders import build_encoder
 from paceline.store.collection import load_collection, open_trajectories, read_trajectories
 
@@ -44,10 +38,7 @@ if TYPE_CHECKING:
     from paceline.drafting.trigram.build import BuildSettings, Corpus
     from paceline.drafting.trigram.table import TableFacts
     from paceline.experiments.data_report import DataReport
-    from paceline.learning import EvaluationReport, LearningResult
-    from paceline.learning.dataset import Dataset
-    from paceline.selection.policies import Policy
-    from paceline.store.collection import LoadedCollection
+    from paceline.learning import LearningResult
 
     OnProgress = Callable[[str, int, int], None]
 
@@ -155,7 +146,7 @@ def learn(config: Config, on_progress: OnProgress = _quiet) -> LearningResult:
     learned = learn_policy(
         price_stops(collection.prompts, config, costs),
         costs,
-        _identity(collection),
+        identity_of(collection),
         arms_of(config),
         config.learning,
         on_progress=on_progress,
@@ -163,52 +154,6 @@ def learn(config: Config, on_progress: OnProgress = _quiet) -> LearningResult:
     )
     learned.save(config.paths.policy)
     return learned
-
-
-def evaluate(config: Config) -> EvaluationReport:
-    """Price the held-out prompts anew and compare the policy with every other way to choose."""
-    encoders = list(read_card(config.paths.policy).encoders)
-    collection = load_collection(config.paths.store, list(config.drafters), encoders)
-    identity = _identity(collection)
-    costs = CostTable.load(config.paths.costs)
-    costs.check(identity.drafters, identity.drafters)
-    policy = load_policy(config.paths.policy, identity, costs, selection=config.selection)
-    prompts = price_stops(collection.prompts, config, costs)
-    dataset, notes = build_dataset(prompts, policy.arms, costs, config.learning)
-    training_part, held_out = split(dataset, config.learning.held_out)
-    return evaluate_chooser(
-        training_part,
-        held_out,
-        policy.chooser,
-        choose_seconds=_choose_seconds(policy, held_out),
-        seed=config.learning.seed,
-        notes=[*notes, *policy.notes],
-    )
-
-
-def _choose_seconds(policy: Policy, held_out: Dataset) -> float:
-    """What one choice takes on this machine, the median over the held-out prompts.
-
-    Gathering the features is not in it; both are thousandths of a request.
-    """
-    spent = []
-    for i in range(len(held_out)):
-        prompt = held_out.rows(np.array([i]))
-        began = perf_counter()
-        policy.chooser.preferences(prompt.features, prompt.situation())
-        spent.append(perf_counter() - began)
-    return median(spent)
-
-
-def _identity(collection: LoadedCollection) -> PolicyIdentity:
-    made_with = collection.identity
-    return PolicyIdentity(
-        target=made_with.target,
-        tokenizer=made_with.tokenizer,
-        hidden_size=made_with.hidden_size,
-        drafters=made_with.arms,
-        encoders=made_with.encoders,
-    )
 
 
 @dataclass(frozen=True, slots=True)

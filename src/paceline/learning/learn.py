@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from paceline.errors import ArtefactError, StoreError
 from paceline.files import write_atomically
 from paceline.learning.dataset import build_dataset, split
-from paceline.learning.evaluate import POLICY, EvaluationReport, evaluate
+from paceline.learning.evaluation import POLICY, EvaluationReport, evaluate_chooser
 from paceline.learning.learners import LEARNERS
 from paceline.rewards import REWARD_VERSION
 from paceline.selection.artefact import PolicyArtefact, RewardCard, policy_of, save_policy
@@ -88,7 +88,7 @@ def learn(
             "the features did not tell which arm is best where: the policy always chooses "
             f"'{chooser.at(1)}'; more prompts or more different drafters may help"
         )
-    report = evaluate(training_part, held_out, chooser, seed=settings.seed, notes=notes)
+    report = evaluate_chooser(training_part, held_out, chooser, seed=settings.seed, notes=notes)
     card = _card(identity, settings, costs, fitted.summary, report)
     policy = policy_of(chooser, found, settings.objective, encode=encode)
     return LearningResult(policy, report, fitted.summary, fitted.curve, card)
@@ -106,7 +106,7 @@ def _card(
         "num_prompts": report.overall.num_prompts,
         "speedup": report.headline(),
         "fraction_of_oracle": report.fraction_of_oracle,
-        "chosen": report.overall.chosen,
+        "chosen": report.overall.chosen[POLICY].arms,
         "reward": report.overall.strategies[POLICY].reward,
     }
     return PolicyArtefact(
