@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, Final
 
 from paceline.contracts import NONE
@@ -19,6 +20,7 @@ _POLICY: Final = "#1a7f37"
 _OTHER: Final = "#3b6ea5"
 _ARM: Final = "0.55"
 _COLUMNS: Final = 3  # sections beside each other
+_LINE: Final = 85  # letters above a column
 
 
 def plot(evaluation: Evaluation, path: Path) -> None:
@@ -44,8 +46,9 @@ def plot(evaluation: Evaluation, path: Path) -> None:
     for axes in panels[max(0, len(sections) - columns) : len(sections)]:
         axes.tick_params(labelbottom=True)
         axes.set_xlabel(f"predicted speed-up over {NONE}, 95% interval")
-    facts = ", ".join(f"{name} {value}" for name, value in evaluation.circumstances.items())
-    figure.suptitle(facts, fontsize=7, color="0.35")
+    facts = evaluation.circumstances.items()
+    shown = ", ".join(f"{name} {value}" for name, value in facts if name != "command")
+    figure.suptitle(fill(shown, _LINE * columns), fontsize=7, color="0.35")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 

@@ -18,6 +18,7 @@ from paceline.learning.dataset import MIN_PROMPTS
 from paceline.learning.evaluation.contenders import Contender
 from paceline.learning.evaluation.first_lines import FirstLines
 from paceline.learning.evaluation.report import (
+    BEST_SINGLE,
     FIRST_LINE,
     POLICY,
     SLOWEST,
@@ -30,12 +31,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from paceline.learning.dataset import Dataset
+    from paceline.learning.evaluation.bootstrap import Interval
     from paceline.selection.choosers import Chooser
 
     Decode = Callable[[list[int]], str]
     Train = Callable[[Dataset], Sequence[Contender]]
 
 HELD_OUT: Final = "held-out prompts"
+TIE: Final = 0.005  # what differs by less is as fast
+MOSTLY: Final = 0.5  # the share of prompts with a known first line that makes a table worth a word
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,37 +50,35 @@ class Section:
     title: str
     rows: int
     report: EvaluationReport
+    task: str = ""  # that was left out
 
-    def sentences(self) -> list[str]:
-        """What the figures say of first lines and of the slowest task, for every policy."""
-        report = self.report
-        found = [_on_first_line(name, report) for name in report.policies]
-        found += [_on_slowest(name, report) for name in report.policies]
-        return [f"{self.title}: {sentence}" for sentence in found if sentence]
+    def sentence(self, policy: str) -> str:
+        """What the figures say of a policy: what it knows beyond first lines, where it is slowest."""
+        slowest = self.report.slowest[policy]
+        where = f"on {slowest.task} {_against_none(slowest.speedup)}"
+        return f"{self.title}: {policy} {_against_table(policy, self.report)}; slowest {where}"
 
 
-def _on_first_line(policy: str, report: EvaluationReport) -> str:
-    if FIRST_LINE not in report.over[policy]:
-        return ""
+def _against_table(policy: str, report: EvaluationReport) -> str:
+    known = report.known_first_lines or 0.0
+    if FIRST_LINE not in report.over[policy] or known < MOSTLY:
+        over = report.over[policy][BEST_SINGLE]
+        return f"is {over} times as fast as the best single arm"
     over = report.over[policy][FIRST_LINE]
-    if over.low > 1.0:
-        return f"{policy} is faster than a table of first lines, {over} times"
-    if over.high < 1.0:
-        return f"{policy} is slower than a table of first lines, {over} times as fast"
+    if over.high < 1.0 - TIE or over.low > 1.0 + TIE:
+        return f"is {over} times as fast as a table of first lines"
     return (
-        f"{policy} ties with a table of first lines, {over} times as fast: these prompts do not show "
-        "that it learned more than their first line"
+        f"ties with a table of first lines, {over} times as fast: nothing here shows that it learned "
+        "more than the line"
     )
 
 
-def _on_slowest(policy: str, report: EvaluationReport) -> str:
-    slowest = report.slowest[policy]
-    found, task = slowest.speedup, f"{policy}'s slowest task is {slowest.task or 'the only one'}"
-    if found.low >= SLOWEST:
-        return f"{task}, {found} times {NONE}: at least {SLOWEST}"
-    if found.value >= SLOWEST:
-        return f"{task}, {found} times {NONE}: at least {SLOWEST}, but the interval goes below"
-    return f"{task}, {found} times {NONE}: below {SLOWEST}"
+def _against_none(speedup: Interval) -> str:
+    if speedup.value < SLOWEST:
+        return f"{speedup} times {NONE}, below {SLOWEST}"
+    if speedup.low < SLOWEST:
+        return f"{speedup} times {NONE}, above {SLOWEST} but not surely"
+    return f"{speedup} times {NONE}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +94,24 @@ class Evaluation:
         return self.sections[0].report
 
     def sentences(self) -> list[str]:
-        return [sentence for section in self.sections for sentence in section.sentences()]
+        """What the figures say, in words: of every section, and of all unseen tasks together."""
+        said = [
+            s.sentence(p) for s in self.sections if s.kind != "left_out" for p in s.report.policies
+        ]
+        unseen = [section for section in self.sections if section.kind == "left_out"]
+        policies = unseen[0].report.policies if unseen else ()
+        return said + [_on_unseen(policy, unseen) for policy in policies]
 
     def to_json(self) -> str:
         return json.dumps({**asdict(self), "sentences": self.sentences()}, indent=1)
+
+
+def _on_unseen(policy: str, sections: Sequence[Section]) -> str:
+    speeds = {s.task: s.report.overall.strategies[policy].speedup for s in sections}
+    shown = ", ".join(f"{task} {_against_none(speed)}" for task, speed in speeds.items())
+    slow = [task for task, speed in speeds.items() if speed.value < SLOWEST]
+    verdict = f"too slow on {', '.join(slow)}" if slow else f"nowhere below {SLOWEST}"
+    return f"tasks never seen: {policy} is {verdict}: {shown}"
 
 
 class Evaluator:
@@ -157,7 +173,7 @@ class Evaluator:
                 )
             rest, test = data.rows(~own), data.rows(own)
             report = self._report(rest, test, train(rest), 1)
-            sections.append(Section("left_out", f"{task}, never seen", 1, report))
+            sections.append(Section("left_out", f"{task}, never seen", 1, report, task))
         return sections
 
     def _report(
