@@ -100,11 +100,12 @@ class LearningSection(Section):
     draft_lengths: lengths at which a drafter is an arm beside its own, where drafts nest. alpha
     weighs similarity, by `metric`, against cost in the alignment reward. objective: what is to be
     fast, this request, the machine, or a weight between (0 latency, 1 throughput). loads: rows in
-    flight that a chooser with built-in prices is trained for. The settings from hidden_units to
-    patience are those of networks.
+    flight that a chooser with built-in prices is trained for, and portable ones are judged by.
+    kinds and gate_decay are the acceptance learner's, optimism the bandits', hidden_units to
+    samples_per_prompt the networks'. seeds: learned so many times, from `seed` on.
     """
 
-    learner: Learner = "reinforce"
+    learner: Learner = "acceptance"
     draft_lengths: tuple[Annotated[int, Field(ge=1, le=MAX_DRAFT_TOKENS)], ...] = (
         1,
         2,
@@ -122,6 +123,9 @@ class LearningSection(Section):
         "latency"
     )
     loads: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 2, 4, 8, 16), min_length=1)
+    kinds: int = Field(default=16, ge=1)
+    gate_decay: float = Field(default=0.1, ge=0.0)
+    optimism: float = Field(default=0.5, ge=0.0)
     hidden_units: int = Field(default=64, ge=1)
     learning_rate: float = Field(default=3e-3, gt=0.0)
     weight_decay: float = Field(default=1e-2, ge=0.0)

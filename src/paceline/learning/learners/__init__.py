@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
+from paceline.learning.learners.acceptance import AcceptanceLearner
+from paceline.learning.learners.bandits import BanditLearner
 from paceline.learning.learners.base import Curve, Fitted, Learner, Progress, Summary
 from paceline.learning.learners.baselines import (
     FirstLineLearner,
@@ -13,13 +15,18 @@ from paceline.learning.learners.baselines import (
     oracle,
     per_task,
 )
+from paceline.learning.learners.neighbours import NeighboursLearner
 from paceline.learning.learners.networks import LOSSES, NetworkLearner
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _ALL: Final[tuple[Learner, ...]] = (
+    AcceptanceLearner(),
     *(NetworkLearner(loss) for loss in LOSSES),
+    NeighboursLearner(),
+    BanditLearner("linucb"),
+    BanditLearner("thompson"),
     FixedLearner(),
     RandomLearner(),
     FirstLineLearner(),

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from paceline.selection.choosers import PortableChooser
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -97,3 +99,45 @@ def gain_over_single(earned: np.ndarray, single: np.ndarray) -> tuple[float, flo
     """(mean, its standard error) of the difference over prompts. earned, single: [n] rewards."""
     gain = earned - single
     return float(gain.mean()), float(gain.std() / np.sqrt(max(len(gain), 1)))
+
+
+def cross_validate(
+    data: Dataset,
+    rewards: np.ndarray,
+    settings: LearningSection,
+    make: Callable[[Dataset, np.ndarray], Chooser],
+) -> tuple[np.ndarray, np.ndarray]:
+    """([n], [n]) mean rewards over the loads, of choosers that had not seen the prompt and of the
+    arm that is best in hindsight. rewards: [L, N, A]; make: rows and their rewards to a chooser.
+    """
+    number = fold_numbers(data.groups, settings.seed)
+    earned, single = [], []
+    best = rewards.mean(axis=1).argmax(axis=1)  # [L]
+    for i in range(num_folds(len(data))):
+        own = number == i
+        chooser = make(data.rows(~own), rewards[:, ~own])
+        earned.append(earned_by(chooser, data.rows(own), rewards[:, own], settings))
+        single.append(
+            rewards[np.arange(len(best))[:, None], own.nonzero()[0], best[:, None]].mean(axis=0)
+        )
+    return np.concatenate(earned), np.concatenate(single)
+
+
+def earned_by(
+    chooser: Chooser, data: Dataset, rewards: np.ndarray, settings: LearningSection
+) -> np.ndarray:
+    """[N] mean rewards over the loads of what a chooser takes. rewards: [L, N, A]."""
+    if isinstance(chooser, PortableChooser) and chooser.pricer is None:
+        chooser.pricer = data.pricer()
+    loads = settings.loads if len(rewards) == len(settings.loads) else (1,)
+    laws = (chooser.law(chooser.preferences(data.features, data.situation(rows))) for rows in loads)
+    earned = [(law * own).sum(axis=1) for law, own in zip(laws, rewards, strict=True)]
+    return np.asarray(np.mean(earned, axis=0))
+
+
+def outcomes_of(data: Dataset) -> np.ndarray:
+    """[N, 2 A + 1] what portable choosers predict: rates of rounds and of drafted tokens, and the
+    logarithm of the tokens after the first.
+    """
+    tokens = np.log(np.maximum(data.num_tokens - 1, 1))[:, None]
+    return np.hstack([data.rounds_per_token, data.drafted_per_token, tokens])
