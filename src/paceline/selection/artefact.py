@@ -28,7 +28,7 @@ from paceline.errors import ArtefactError
 from paceline.files import write_atomically
 from paceline.selection.choosers import CHOOSERS, PortableChooser
 from paceline.selection.encoders import FeatureEncoder, build_encoder
-from paceline.selection.features import FEATURE_VERSION
+from paceline.selection.features import FEATURE_VERSION, feature_vector
 from paceline.selection.policies import Policy
 
 if TYPE_CHECKING:
