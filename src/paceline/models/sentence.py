@@ -25,21 +25,27 @@ if TYPE_CHECKING:
     import numpy as np
 
 _MODULES = "modules.json"
+_LENGTH = "sentence_bert_config.json"
 _LONGEST = 512  # tokens read of a text, where the model sets no limit of its own
 
 
 class SentenceModel:
     """Texts to vectors [D] float32, one at a time, on the CPU."""
 
-    def __init__(self, model: Any, tokenizer: Any, by_first: bool, to_length_1: bool) -> None:
-        """by_first: the vector is the first token's state, else the mean over all tokens."""
+    def __init__(
+        self, model: Any, tokenizer: Any, by_first: bool, to_length_1: bool, longest: int = _LONGEST
+    ) -> None:
+        """by_first: the vector is the first token's state, else the mean over all tokens. longest:
+        tokens that are read of a text.
+        """
         self._model = model.eval()
         self._tokenizer = tokenizer
         self._by_first, self._to_length_1 = by_first, to_length_1
         positions = getattr(model.config, "max_position_embeddings", None) or _LONGEST
-        # RoBERTa and its kin count positions from behind the padding's id
-        positions -= (getattr(model.config, "pad_token_id", 0) or 0) + 1
-        self._longest = max(1, min(positions, tokenizer.model_max_length, _LONGEST))
+        padding = getattr(model.config, "pad_token_id", None)
+        if padding:  # RoBERTa and its kin count positions from behind the padding's id
+            positions -= padding + 1
+        self._longest = max(1, min(positions, tokenizer.model_max_length, longest))
         self.dimension = int(model.config.hidden_size)
 
     @classmethod
@@ -52,13 +58,14 @@ class SentenceModel:
                     source, dtype=torch.float32, use_safetensors=True, output_loading_info=False
                 )
                 by_first, to_length_1 = _read_modules(source)
+                longest = _read_json(source, _LENGTH, {}).get("max_seq_length") or _LONGEST
         except (OSError, ValueError, KeyError, SafetensorError, HFValidationError) as error:
             reason = " ".join(str(error).split("\n")[0].split())
             raise ModelError(
                 f"{source}: no usable sentence encoder ({reason}); give a folder or hub name with a "
                 "transformers encoder in safetensors and its tokenizer"
             ) from error
-        return cls(model, tokenizer, by_first, to_length_1)
+        return cls(model, tokenizer, by_first, to_length_1, longest)
 
     def encode(self, text: str) -> np.ndarray:
         """[D] float32; of a long text its beginning."""
@@ -79,15 +86,15 @@ class SentenceModel:
         digest.update(json.dumps(sorted(self._tokenizer.get_vocab().items())).encode())
         for name, parameter in self._model.named_parameters():
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
-            digest.update(parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].numpy())
+            flat = parameter.detach().flatten()
+            digest.update(flat[:: max(1, flat.numel() // 64)].numpy().tobytes())
         return digest.hexdigest()[:16]
 
 
 def _read_modules(source: str) -> tuple[bool, bool]:
     """(pooled by the first token, scaled to length 1), from what sentence-transformers left."""
-    path = _file_of(source, _MODULES)
     by_first = to_length_1 = False
-    for module in json.loads(path.read_text(encoding="utf-8")) if path else []:
+    for module in _read_json(source, _MODULES, []):
         kind = module["type"].rsplit(".", 1)[-1]
         if kind == "Pooling":
             by_first = _pools_by_first(source, module["path"])
@@ -99,10 +106,7 @@ def _read_modules(source: str) -> tuple[bool, bool]:
 
 
 def _pools_by_first(source: str, folder: str) -> bool:
-    path = _file_of(source, f"{folder}/config.json")
-    if path is None:
-        raise ValueError(f"{folder}/config.json is missing")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = _read_json(source, f"{folder}/config.json", {})
     # named in newer folders, flagged in older ones
     modes = config.get("pooling_mode") or [
         key.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
@@ -111,15 +115,16 @@ def _pools_by_first(source: str, folder: str) -> bool:
     ]
     modes = [modes] if isinstance(modes, str) else modes
     if modes not in (["mean"], ["cls"]):
-        raise ValueError(f"it pools by {', '.join(modes)}; mean or cls is understood here")
+        raise ValueError(f"it pools by {', '.join(modes) or '?'}; mean or cls is understood here")
     return bool(modes == ["cls"])
 
 
-def _file_of(source: str, name: str) -> Path | None:
+def _read_json(source: str, name: str, absent: Any) -> Any:
+    """What a file of the folder or hub name holds, or `absent` where there is none."""
     found = cached_file(
         source,
         name,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    return Path(found) if found else None
+    return json.loads(Path(found).read_text(encoding="utf-8")) if found else absent

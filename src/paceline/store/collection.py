@@ -181,8 +181,8 @@ def _read_beside(
     if not where.is_dir():
         what = f"arm '{name}' is not" if kind == REPLAYS else f"the {kind} of '{name}' are not"
         raise StoreError(
-            f"{folder}: {what} in this collection; run `paceline collect` again with this "
-            "configuration to add what is missing"
+            f"{folder}: {what} in this collection; run `paceline collect` again to add what this "
+            "configuration names"
         )
     store = _open_existing(folder, kind, name)
     _check_target(store, where, target)
