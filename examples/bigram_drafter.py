@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from paceline import Drafter, Drafts, SimulatedForesight, pad_drafts
+from paceline import GREEDY, Drafter, Drafts, SimulatedForesight, pad_drafts
 
 
 class BigramSettings(BaseModel):
@@ -24,6 +24,7 @@ class BigramSettings(BaseModel):
 
 class Bigram(Drafter):
     kind = "bigram"
+    nests = True  # a shorter draft is the beginning of a longer one
     Settings = BigramSettings
 
     def __init__(self, name, settings):
@@ -55,5 +56,5 @@ class Bigram(Drafter):
             self._followers.pop(row.id, None)
             self._num_read.pop(row.id, None)
 
-    def would_accept(self, prompt, trajectory, p):
-        return SimulatedForesight(self, prompt, trajectory)
+    def would_accept(self, prompt, trajectory, p=None, sampling=GREEDY):
+        return SimulatedForesight(self, prompt, trajectory, sampling=sampling)

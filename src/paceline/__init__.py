@@ -17,6 +17,7 @@ _HOMES = {
     "Drafter": "paceline.drafting.base",
     "Drafts": "paceline.contracts",
     "Foresight": "paceline.drafting.base",
+    "GREEDY": "paceline.contracts",
     "Needs": "paceline.drafting.base",
     "Pace": "paceline.assembly",
     "PacelineError": "paceline.errors",
@@ -41,6 +42,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "GREEDY",
     "Completion",
     "Config",
     "ConfigError",
@@ -75,7 +77,7 @@ if TYPE_CHECKING:
     from paceline.bench.doctor import doctor
     from paceline.bench.drafters import drafters
     from paceline.config import Config, load_config
-    from paceline.contracts import Completion, Drafts, PromptRecord, RowView
+    from paceline.contracts import GREEDY, Completion, Drafts, PromptRecord, RowView
     from paceline.distillation import distill
     from paceline.drafting.base import Drafter, Foresight, Needs, Surroundings, pad_drafts
     from paceline.drafting.foresight import SimulatedForesight

@@ -11,6 +11,7 @@ import torch
 
 from paceline.config import Config, ModelSection, load_config, nearest
 from paceline.contracts import (
+    AT,
     AUTO,
     NONE,
     Completion,
@@ -83,6 +84,10 @@ def _check_names(names: Iterable[str]) -> None:
     for name in names:
         if name in (AUTO, NONE):
             raise ConfigError(f"a drafter cannot be called '{name}'; that name has its own meaning")
+        if AT in name:
+            raise ConfigError(
+                f"drafter '{name}': names hold no '{AT}', which stands before a draft length"
+            )
 
 
 def build_from_objects(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -83,7 +83,20 @@ class EngineSection(Section):
 
 
 class LearningSection(Section):
-    """How a policy is trained; `alpha` weighs similarity against cost in the alignment reward."""
+    """How a policy is trained; `alpha` weighs similarity against cost in the alignment reward.
+
+    draft_lengths: lengths at which a drafter is an arm beside its own, where drafts nest.
+    """
+
+    draft_lengths: tuple[Annotated[int, Field(ge=1, le=MAX_DRAFT_TOKENS)], ...] = (
+        1,
+        2,
+        3,
+        4,
+        6,
+        8,
+        12,
+    )
 
     reward: Literal["speed", "alignment"] = "speed"
     alpha: float = Field(default=0.5, ge=0.0, le=1.0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 SamplingMethod = Literal["greedy", "residual", "block", "invariant"]
 PenaltyScope = Literal["all", "output"]  # all: prompt and output
-NONE = "none"
-AUTO = "auto"
+NONE: Final = "none"
+AUTO: Final = "auto"
+AT: Final = "@"  # between drafter and draft length in an arm's name
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,9 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int = 0
     method: SamplingMethod = "greedy"
+
+
+GREEDY: Final = SamplingParams()
 
 
 LogitsProcessor = Callable[["Tensor", "Tensor"], "Tensor"]
@@ -81,7 +85,7 @@ class Request:
     id: str
     prompt_tokens: tuple[int, ...]
     max_new_tokens: int
-    sampling: SamplingParams = SamplingParams()
+    sampling: SamplingParams = GREEDY
     stop_token_ids: frozenset[int] = frozenset()
     stop_strings: tuple[str, ...] = ()
     drafter: str = AUTO
@@ -221,15 +225,41 @@ class Context:
     request_id: str = ""  # for whoever records; never a feature
 
 
+def split_arm(arm: str) -> tuple[str, int | None]:
+    """(drafter, draft length) of an arm: `math@3` drafts up to 3 tokens, `math` as many as the drafter
+    is configured to. Raises ValueError if what follows the @ is no length.
+    """
+    drafter, at, length = arm.partition(AT)
+    if not at:
+        return arm, None
+    if not length.isdecimal() or int(length) < 1:
+        raise ValueError(f"'{arm}': a draft length is a whole number of tokens, at least 1")
+    return drafter, int(length)
+
+
+def join_arm(drafter: str, num_draft_tokens: int) -> str:
+    """The arm of a drafter at a length."""
+    return f"{drafter}{AT}{num_draft_tokens}"
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """Which arm a request got, and with what probability it was chosen."""
 
-    arm: str
+    arm: str  # a drafter, or a drafter at a draft length; see `split_arm`
     propensity: float = 1.0
     scores: dict[str, float] = field(default_factory=dict)
     policy: str = "fixed"
     seconds_per_token: dict[str, float] = field(default_factory=dict)  # predicted, where it is
+
+    @property
+    def drafter(self) -> str:
+        return split_arm(self.arm)[0]
+
+    @property
+    def num_draft_tokens(self) -> int | None:
+        """The most tokens of a draft; None leaves it to the drafter."""
+        return split_arm(self.arm)[1]
 
 
 @dataclass(slots=True)
@@ -276,8 +306,20 @@ class PromptRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplayedDrafter:
+    """One drafter along one trajectory: drafted and accepted, at its full draft length.
+
+    `everywhere`: of the round that would start at each position 1 to T - 1 (tokens emitted so far);
+    otherwise of the rounds that the drafter had from the first position on, one after the other.
+    """
+
+    table: np.ndarray  # [T - 1, 2] or [rounds, 2] int
+    everywhere: bool
+
+
+@dataclass(frozen=True, slots=True)
 class CollectedPrompt:
-    """What a collection knows of one prompt: the target's output and every arm's replay of it."""
+    """What a collection knows of one prompt: the target's output and every drafter's replay of it."""
 
     id: str
     domain: str
@@ -285,9 +327,9 @@ class CollectedPrompt:
     output_tokens: tuple[int, ...]  # T, the trajectory
     max_new_tokens: int
     features: np.ndarray  # [F] float32
-    rounds: dict[str, np.ndarray]  # arm -> [rounds, 2] int: drafted, accepted
-    draft_outputs: dict[str, tuple[int, ...]]  # arm -> its own greedy output, where collected
-    # arm -> (match, confidence) by position, of chain drafters; see drafting's PositionScores
+    replays: dict[str, ReplayedDrafter]
+    draft_outputs: dict[str, tuple[int, ...]]  # drafter -> its own greedy output, where collected
+    # drafter -> (match, confidence) by position, of chains; see drafting's PositionScores
     scores: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
 

@@ -22,7 +22,7 @@ from paceline.errors import ArtefactError, PacelineError, StoreError
 from paceline.models.language_model import cache_bytes_per_position
 from paceline.models.loading import DTYPES, load_config, load_tokenizer, resolve_device
 from paceline.models.vocabulary import Vocabulary
-from paceline.replay import price_stops
+from paceline.replay import price_stops, rounds_of
 from paceline.rewards import request_seconds
 from paceline.store.collection import load_collection
 
@@ -173,7 +173,7 @@ def _predictions(config: Config) -> tuple[dict[str, str], str]:
         prompts = price_stops(collection.prompts, config, costs)
         total = {
             name: sum(
-                request_seconds(costs.seconds, name, len(p.prompt_tokens), p.rounds[name])
+                request_seconds(costs.seconds, name, len(p.prompt_tokens), rounds_of(p, name))
                 for p in prompts
             )
             for name in names

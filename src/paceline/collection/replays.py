@@ -67,8 +67,9 @@ def _replay_row(id: str, result: Replay) -> dict[str, Any]:
     scores = result.scores
     return {
         "id": id,
-        "drafted": result.rounds[:, 0],
-        "accepted": result.rounds[:, 1],
+        "everywhere": result.kept.everywhere,
+        "drafted": result.kept.table[:, 0],
+        "accepted": result.kept.table[:, 1],
         "match": scores.match if scores else [],
         "ratio": scores.ratio if scores else [],
         "overlap": scores.overlap if scores else [],

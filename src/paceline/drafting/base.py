@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from pydantic import BaseModel
 
+from paceline.contracts import GREEDY
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import numpy as np
     from torch import Tensor
 
-    from paceline.contracts import Drafts, RowView
+    from paceline.contracts import Drafts, RowView, SamplingParams
     from paceline.costs.table import CostTable
     from paceline.models.language_model import LanguageModel
     from paceline.models.vocabulary import Tokenizer, Vocabulary
@@ -89,6 +91,12 @@ class Drafter(ABC):
     kind: ClassVar[str]
     Settings: ClassVar[type[BaseModel]]
     needs: ClassVar[Needs] = Needs()
+    nests: ClassVar[bool] = False
+    """Whether a draft under a lower limit is the beginning of the one under a higher limit. Then every
+    draft length is an arm of its own, and what it gains is known from one replay."""
+    replays_everywhere: bool = True
+    """Whether replay asks for a round at every position, from which any schedule of rounds follows; not
+    where a round depends on the rounds before it, or costs too much to draft so often."""
     note: str = ""  # what its user should know of how it was built
 
     def __init__(self, name: str, num_draft_tokens: int) -> None:
@@ -131,11 +139,17 @@ class Drafter(ABC):
 
     @abstractmethod
     def would_accept(
-        self, prompt: Sequence[int], trajectory: Sequence[int], p: Tensor | None
+        self,
+        prompt: Sequence[int],
+        trajectory: Sequence[int],
+        p: Tensor | None = None,
+        sampling: SamplingParams = GREEDY,
     ) -> Foresight:
-        """Replay: the greedy rounds this drafter would have had along the target's own output.
+        """Replay: the rounds this drafter would have had along the target's own output.
 
-        p: [T, V] the target's distribution at each trajectory position, for the sampling scores.
+        p: [T, V] the target's warped distribution at each trajectory position, for the sampling
+        scores. sampling: how the trajectory was drawn, greedily or by `invariant` sampling: there
+        the same noise draws target's and drafter's tokens, so that replay is exact.
         """
 
     @property

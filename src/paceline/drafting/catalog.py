@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from pydantic import BaseModel
 
 from paceline.config import nearest, parse
+from paceline.contracts import NONE, join_arm
 from paceline.drafting.base import Drafter
 from paceline.drafting.cross_vocabulary import CrossVocabulary
 from paceline.drafting.draft_model import DraftModel
@@ -27,7 +28,7 @@ from paceline.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from paceline.config import DrafterSection
+    from paceline.config import Config, DrafterSection
 
 _KINDS: Final[tuple[type[Drafter], ...]] = (
     NoneDrafter,
@@ -74,3 +75,16 @@ def check_settings(name: str, section: DrafterSection) -> BaseModel:
     """The validated settings of a configured drafter; ConfigError names what is wrong."""
     schema = find_kind(name, section.kind).Settings
     return parse(schema, section.settings, f"drafter '{name}'")
+
+
+def arms_of(config: Config) -> list[str]:
+    """What a policy may choose: `none`, every drafter at its own length, and where drafts nest at each
+    shorter one of the configuration's `learning.draft_lengths`.
+    """
+    arms = [NONE]
+    for name, section in config.drafters.items():
+        longest = getattr(check_settings(name, section), "num_draft_tokens", 0)
+        if find_kind(name, section.kind).nests:
+            arms += [join_arm(name, k) for k in config.learning.draft_lengths if k < longest]
+        arms.append(name)
+    return arms

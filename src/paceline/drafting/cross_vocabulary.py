@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, Literal
 import numpy as np
 import torch
 
-from paceline.contracts import Drafts, SamplingParams
+from paceline.contracts import GREEDY, Drafts
 from paceline.drafting.base import Drafter, Foresight, Needs, pad_drafts
 from paceline.drafting.draft_model import DraftModel, DraftModelSettings
 from paceline.drafting.foresight import SimulatedForesight
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from paceline.contracts import RowView
+    from paceline.contracts import RowView, SamplingParams
     from paceline.costs.table import CostTable
     from paceline.drafting.base import Surroundings
     from paceline.models.language_model import LanguageModel
@@ -52,7 +52,6 @@ Level = Literal["same", "shared", "text"]
 # say most of what it would.
 _ALIKE: Final = 0.8
 _COMMON: Final = 0.5
-_GREEDY: Final = SamplingParams()
 
 
 class CrossVocabularySettings(DraftModelSettings):
@@ -240,7 +239,7 @@ class _OwnRow:
     num_prompt: int
     text: RunningText
     tokens: list[int] = field(default_factory=list)
-    sampling: SamplingParams = _GREEDY
+    sampling: SamplingParams = GREEDY
     slot: int = -1
     hidden: Tensor | None = None
 
@@ -334,9 +333,13 @@ class ThroughText(Drafter):
         return tokens if last is None else [*tokens, last]
 
     def would_accept(
-        self, prompt: Sequence[int], trajectory: Sequence[int], p: Tensor | None
+        self,
+        prompt: Sequence[int],
+        trajectory: Sequence[int],
+        p: Tensor | None = None,
+        sampling: SamplingParams = GREEDY,
     ) -> Foresight:
-        return SimulatedForesight(self, prompt, trajectory)
+        return SimulatedForesight(self, prompt, trajectory, sampling=sampling)
 
     def price(self, costs: CostTable) -> None:
         self._inside.price(costs)

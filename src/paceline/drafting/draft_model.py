@@ -17,9 +17,9 @@ import torch
 from pydantic import BaseModel
 
 from paceline.config import ModelSection
-from paceline.contracts import Drafts
+from paceline.contracts import GREEDY, Drafts
 from paceline.drafting.base import Drafter, Foresight, Needs, PositionScores
-from paceline.drafting.drawing import draw, empty_probs
+from paceline.drafting.drawing import draw, draw_along, empty_probs
 from paceline.drafting.foresight import ChainForesight, SimulatedForesight
 from paceline.drafting.stops import (
     FIXED_LENGTH,
@@ -31,13 +31,14 @@ from paceline.drafting.stops import (
 from paceline.models.loading import load_language_model, load_tokenizer
 from paceline.models.packing import Span
 from paceline.models.vocabulary import Vocabulary, check_same_vocabulary
+from paceline.warping import warp
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
-    from paceline.contracts import RowView
+    from paceline.contracts import RowView, SamplingParams
     from paceline.costs.table import CostTable
     from paceline.drafting.base import Surroundings
     from paceline.models.language_model import LanguageModel
@@ -66,6 +67,7 @@ class _RowState:
 
 class DraftModel(Drafter):
     kind: ClassVar[str] = "draft_model"
+    nests: ClassVar[bool] = True
     Settings: ClassVar[type[BaseModel]] = DraftModelSettings
     needs: ClassVar[Needs] = Needs(same_vocabulary=True)
     shares_ids: ClassVar[bool] = True  # what it draws is fed to it as it is
@@ -208,8 +210,7 @@ class DraftModel(Drafter):
         states = {i: self._states[rows[i].id] for i in fed}
         spans = [Span(states[i].slot, states[i].num_cached, len(new)) for i, new in fed.items()]
         flat = self._known([token for new in fed.values() for token in new])
-        # always the full length: fewer shapes, and a row that wants less is near its end
-        chains = self.model.draft_chain(flat, spans, self.num_draft_tokens, self._num_tokens)
+        chains = self.model.draft_chain(flat, spans, max(lengths), self._num_tokens)
         if chains is None:
             return False
         for (i, state), chain in zip(states.items(), chains.tolist(), strict=True):
@@ -306,21 +307,29 @@ class DraftModel(Drafter):
     # --- replay -----------------------------------------------------------------------------------
 
     def would_accept(
-        self, prompt: Sequence[int], trajectory: Sequence[int], p: Tensor | None
+        self,
+        prompt: Sequence[int],
+        trajectory: Sequence[int],
+        p: Tensor | None = None,
+        sampling: SamplingParams = GREEDY,
     ) -> Foresight:
-        """One teacher-forced pass: a greedy chain survives as long as its argmax matches.
+        """One teacher-forced pass: a chain survives as long as the drafter's own token matches.
 
         Where confidence ends drafts, the rounds are simulated beside it, since the confidences behind
         a first wrong token are not along the text. Where prices end them, these are the rounds at
         full length: `replay.price_stops` makes the priced ones of their scores.
         """
-        scores, rooms = self._score(prompt, trajectory, p)
+        scores, rooms = self._score(prompt, trajectory, p, sampling)
         if self.stop.stop == "confidence":
-            return SimulatedForesight(self, prompt, trajectory, scores)
+            return SimulatedForesight(self, prompt, trajectory, scores, sampling)
         return ChainForesight(scores, rooms, self.num_draft_tokens)
 
     def _score(
-        self, prompt: Sequence[int], trajectory: Sequence[int], p: Tensor | None
+        self,
+        prompt: Sequence[int],
+        trajectory: Sequence[int],
+        p: Tensor | None,
+        sampling: SamplingParams,
     ) -> tuple[PositionScores, np.ndarray]:
         """(scores, [T] tokens that the model's context leaves room to draft at each position)."""
         own, counts = self._read([*prompt, *trajectory[:-1]])
@@ -340,10 +349,14 @@ class DraftModel(Drafter):
         finally:
             self.model.release(slot)
         truth = torch.tensor(trajectory[:num_scored])
-        match = logits.argmax(dim=-1).cpu() == truth
+        q = logits.softmax(dim=-1).cpu()
+        own_tokens = logits.argmax(dim=-1).cpu()
+        if sampling.method != "greedy":
+            q = warp(logits, sampling).cpu()
+            own_tokens = draw_along(q, sampling.seed, len(prompt))
+        match = own_tokens == truth
         ratio = overlap = torch.full((len(truth),), float("nan"))
         if p is not None:
-            q = logits.softmax(dim=-1).cpu()
             p = p[: len(truth), : q.shape[-1]].float()
             inside = truth < q.shape[-1]
             at = torch.where(inside, truth, 0)[:, None]

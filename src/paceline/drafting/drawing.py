@@ -63,3 +63,9 @@ def draw(
         if stochastic and probs is not None:
             probs[places[r], step, : q.shape[-1]] = q
     return drawn
+
+
+def draw_along(q: Tensor, seed: int, start: int) -> Tensor:
+    """[T] the token that `invariant` sampling draws from each q [T, V'] at positions from `start`."""
+    drawn = [noise.draw(row, seed, start + i, noise.TARGET) for i, row in enumerate(q)]
+    return torch.tensor(drawn, dtype=torch.int64)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import torch
 
-from paceline.contracts import SamplingParams
+from paceline.contracts import GREEDY
 from paceline.drafting.base import Foresight, PositionScores
 from paceline.drafting.stops import FIXED_LENGTH
 from paceline.models.packing import Span
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from paceline.contracts import SamplingParams
     from paceline.drafting.base import Drafter
     from paceline.drafting.stops import StopRule
     from paceline.models.language_model import LanguageModel
 
 # a row that is no request's: the engine counts its rows from 0
 _REPLAYED: Final = -2
-_GREEDY: Final = SamplingParams()
 
 
 @dataclass(slots=True)
@@ -40,12 +40,12 @@ class ReplayedRow:
     num_prompt: int
     slot: int = -1
     id: int = _REPLAYED
-    sampling: SamplingParams = _GREEDY
+    sampling: SamplingParams = GREEDY
     hidden: Tensor | None = None
 
 
 class SimulatedForesight(Foresight):
-    """The drafter's own greedy rounds along a text; positions may only be asked in rising order.
+    """The drafter's own rounds along a text; positions may only be asked in rising order.
 
     The drafter is started at the first question and finished by `close`, so nothing else may use it
     meanwhile.
@@ -57,11 +57,12 @@ class SimulatedForesight(Foresight):
         prompt: Sequence[int],
         trajectory: Sequence[int],
         scores: PositionScores | None = None,
+        sampling: SamplingParams = GREEDY,
     ) -> None:
         self.scores = scores
         self._drafter = drafter
         self._text = [*prompt, *trajectory]
-        self._row = ReplayedRow(list(prompt), len(prompt))
+        self._row = ReplayedRow(list(prompt), len(prompt), sampling=sampling)
         self._started = False
 
     def accepted(self, position: int, limit: int) -> tuple[int, int]:
@@ -101,9 +102,10 @@ class CachedForesight(SimulatedForesight):
         prompt: Sequence[int],
         trajectory: Sequence[int],
         chunk: int = 512,
+        sampling: SamplingParams = GREEDY,
     ) -> None:
         """chunk: tokens a forward of the prefill."""
-        super().__init__(drafter, prompt, trajectory)
+        super().__init__(drafter, prompt, trajectory, sampling=sampling)
         self._target = target
         self._row.slot = target.acquire()
         # the last token is never fed
@@ -147,7 +149,7 @@ def cache_text(
 
 
 class ChainForesight(Foresight):
-    """Greedy rounds read off the run of matching positions.
+    """Rounds read off the run of matching positions.
 
     What is accepted is exact under every stop rule: up to the first wrong token the chain is the text.
     How much is drafted behind it is exact at fixed length; a rule is given the confidences along the

@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 
 from paceline.config import MAX_DRAFT_TOKENS
-from paceline.contracts import Drafts
+from paceline.contracts import GREEDY, Drafts
 from paceline.drafting.base import Drafter, Foresight, Needs, pad_drafts
 from paceline.drafting.draft_exit import DraftExit, ThresholdSettings
 from paceline.drafting.drawing import draw, empty_probs
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from paceline.contracts import RowView
+    from paceline.contracts import RowView, SamplingParams
     from paceline.drafting.base import Surroundings
     from paceline.models.language_model import LanguageModel
     from paceline.models.vocabulary import Vocabulary
@@ -83,6 +83,7 @@ class _RowState:
 
 class LayerSkip(Drafter):
     kind: ClassVar[str] = "layer_skip"
+    replays_everywhere = False  # every place would cost a draft with most of the target's layers
     Settings: ClassVar[type[BaseModel]] = LayerSkipSettings
     needs: ClassVar[Needs] = Needs(target_weights=True)
 
@@ -190,9 +191,13 @@ class LayerSkip(Drafter):
         return sure
 
     def would_accept(
-        self, prompt: Sequence[int], trajectory: Sequence[int], p: Tensor | None
+        self,
+        prompt: Sequence[int],
+        trajectory: Sequence[int],
+        p: Tensor | None = None,
+        sampling: SamplingParams = GREEDY,
     ) -> Foresight:
-        return CachedForesight(self, self._target, prompt, trajectory, self._chunk)
+        return CachedForesight(self, self._target, prompt, trajectory, self._chunk, sampling)
 
 
 def subset_of(name: str, settings: LayerSkipSettings, target: LanguageModel) -> LayerSubset:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from paceline.contracts import NONE, Drafts
+from paceline.contracts import GREEDY, NONE, Drafts
 from paceline.drafting.base import Drafter, Foresight
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from paceline.contracts import RowView
+    from paceline.contracts import RowView, SamplingParams
 
 
 class NoneSettings(BaseModel):
@@ -40,6 +40,10 @@ class NoneDrafter(Drafter):
         return Drafts(torch.empty((len(rows), 0), dtype=torch.int64), [0] * len(rows))
 
     def would_accept(
-        self, prompt: Sequence[int], trajectory: Sequence[int], p: Tensor | None
+        self,
+        prompt: Sequence[int],
+        trajectory: Sequence[int],
+        p: Tensor | None = None,
+        sampling: SamplingParams = GREEDY,
     ) -> Foresight:
         return _Nothing()

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from paceline.config import MAX_DRAFT_TOKENS
-from paceline.contracts import Drafts
+from paceline.contracts import GREEDY, Drafts
 from paceline.drafting.base import Drafter, Foresight, pad_drafts
 from paceline.drafting.foresight import SimulatedForesight
 from paceline.drafting.suffix_index import RowIndices, SuffixIndex
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from paceline.contracts import RowView
+    from paceline.contracts import RowView, SamplingParams
 
 
 class PromptLookupSettings(BaseModel):
@@ -63,6 +63,7 @@ def _source(index: SuffixIndex, min_ngram: int) -> int | None:
 
 class PromptLookup(Drafter):
     kind: ClassVar[str] = "prompt_lookup"
+    nests: ClassVar[bool] = True
     Settings: ClassVar[type[BaseModel]] = PromptLookupSettings
 
     def __init__(self, name: str, settings: PromptLookupSettings) -> None:
@@ -109,6 +110,10 @@ class PromptLookup(Drafter):
         return copied
 
     def would_accept(
-        self, prompt: Sequence[int], trajectory: Sequence[int], p: Tensor | None
+        self,
+        prompt: Sequence[int],
+        trajectory: Sequence[int],
+        p: Tensor | None = None,
+        sampling: SamplingParams = GREEDY,
     ) -> Foresight:
-        return SimulatedForesight(self, prompt, trajectory)
+        return SimulatedForesight(self, prompt, trajectory, sampling=sampling)

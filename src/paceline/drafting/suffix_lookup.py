@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from paceline.config import MAX_DRAFT_TOKENS
-from paceline.contracts import Drafts
+from paceline.contracts import GREEDY, Drafts
 from paceline.drafting.base import Drafter, Foresight
 from paceline.drafting.foresight import SimulatedForesight
 from paceline.drafting.shared_text import SharedText
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from paceline.contracts import RowView
+    from paceline.contracts import RowView, SamplingParams
     from paceline.drafting.base import Surroundings
     from paceline.drafting.suffix_index import Match
 
@@ -158,10 +158,14 @@ class SuffixLookup(Drafter):
         return int(max(0, min(self.num_draft_tokens, worth)))
 
     def would_accept(
-        self, prompt: Sequence[int], trajectory: Sequence[int], p: Tensor | None
+        self,
+        prompt: Sequence[int],
+        trajectory: Sequence[int],
+        p: Tensor | None = None,
+        sampling: SamplingParams = GREEDY,
     ) -> Foresight:
         """With `share`, what earlier requests and replays left decides too, so order matters."""
-        return SimulatedForesight(self, prompt, trajectory)
+        return SimulatedForesight(self, prompt, trajectory, sampling=sampling)
 
 
 def _tenants_text(

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from paceline.config import MAX_DRAFT_TOKENS
-from paceline.contracts import NONE, Drafts, SamplingParams, identity_of_arms
+from paceline.contracts import GREEDY, NONE, Drafts, identity_of_arms
 from paceline.drafting.base import Drafter, Foresight, Needs, pad_drafts
 from paceline.drafting.foresight import CachedForesight, SimulatedForesight, num_on_text
 from paceline.errors import ConfigError
@@ -27,11 +27,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from paceline.contracts import RowView
+    from paceline.contracts import RowView, SamplingParams
     from paceline.drafting.base import Surroundings
     from paceline.models.language_model import LanguageModel
 
-_GREEDY: Final = SamplingParams()
 # what a part's acceptance is taken for before it has proposed, and how many tokens that counts as
 _PRIOR, _PRIOR_WEIGHT = 0.6, 4.0
 
@@ -139,7 +138,7 @@ class _GreedyView:
     num_prompt: int
     slot: int
     hidden: Tensor | None
-    sampling: SamplingParams = _GREEDY
+    sampling: SamplingParams = GREEDY
 
 
 def _seen_by_parts(row: RowView) -> RowView:
@@ -155,6 +154,7 @@ class Union(Drafter):
     """
 
     kind: ClassVar[str] = "union"
+    replays_everywhere = False  # what its parts had right in earlier rounds weighs them
     Settings: ClassVar[type[UnionSettings]] = UnionSettings
 
     def __init__(
@@ -229,13 +229,17 @@ class Union(Drafter):
         state.num_tokens = len(row.tokens)
 
     def would_accept(
-        self, prompt: Sequence[int], trajectory: Sequence[int], p: Tensor | None
+        self,
+        prompt: Sequence[int],
+        trajectory: Sequence[int],
+        p: Tensor | None = None,
+        sampling: SamplingParams = GREEDY,
     ) -> Foresight:
         if self.needs.target_weights:
             if self._target is None:
                 raise ValueError(f"'{self.name}' was built without the target its parts draft with")
-            return CachedForesight(self, self._target, prompt, trajectory)
-        return SimulatedForesight(self, prompt, trajectory)
+            return CachedForesight(self, self._target, prompt, trajectory, sampling=sampling)
+        return SimulatedForesight(self, prompt, trajectory, sampling=sampling)
 
     @contextmanager
     def at_full_length(self) -> Iterator[None]:

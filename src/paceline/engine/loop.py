@@ -15,12 +15,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from paceline.contracts import AUTO, NONE, Completion, Context, Decision, Request
+from paceline.contracts import AUTO, NONE, Completion, Context, Decision, Request, split_arm
 from paceline.engine.prefixes import BLOCK, PrefixStore
 from paceline.engine.rows import Row
 from paceline.engine.step import Draft, judge, run_round
 from paceline.engine.stops import append_until_stop, final_text
-from paceline.errors import ArtefactError, ConfigError, DecodingError, QueueFullError, RequestError
+from paceline.errors import (
+    ArtefactError,
+    ConfigError,
+    DecodingError,
+    PacelineError,
+    QueueFullError,
+    RequestError,
+)
 from paceline.logit_rules import check_rules
 from paceline.models.packing import Span
 from paceline.warping import check_sampling
@@ -161,8 +168,7 @@ class Engine:
 
     def switch(self, ticket: int, arm: str) -> None:
         """Give a row in flight another drafter from its next round on."""
-        if arm not in self.drafters:
-            raise RequestError(f"unknown drafter '{arm}'; there are: {', '.join(self.drafters)}")
+        self._check_arm(arm, RequestError)
         for row in self._rows:
             if row.id == ticket and row.is_prefilled:
                 row.drafter.finish([row])
@@ -228,9 +234,22 @@ class Engine:
                     "drafter 'auto' needs a policy and none is loaded; run `paceline learn`, or "
                     f"name a drafter: {', '.join(self.drafters)}"
                 )
-        elif request.drafter not in self.drafters:
-            raise RequestError(
-                f"unknown drafter '{request.drafter}'; there are: auto, {', '.join(self.drafters)}"
+        else:
+            self._check_arm(request.drafter, RequestError)
+
+    def _check_arm(self, arm: str, error: type[PacelineError]) -> None:
+        """Raise the error unless the arm's drafter is loaded and can draft at the arm's length."""
+        try:
+            name, length = split_arm(arm)
+        except ValueError as wrong:
+            raise error(str(wrong)) from wrong
+        drafter = self.drafters.get(name)
+        if drafter is None:
+            raise error(f"unknown drafter '{name}'; there are: auto, {', '.join(self.drafters)}")
+        if length is not None and not 1 <= length <= drafter.num_draft_tokens:
+            raise error(
+                f"'{arm}': drafter '{name}' drafts up to {drafter.num_draft_tokens} tokens; ask "
+                "for fewer, or configure it with more"
             )
 
     # --- admission and prefill --------------------------------------------------------------------
@@ -331,11 +350,7 @@ class Engine:
         began = perf_counter()
         try:
             decision = self._decide(row)
-            if decision.arm not in self.drafters:
-                raise ArtefactError(
-                    f"chose the arm '{decision.arm}', which is not loaded; there are: "
-                    f"{', '.join(self.drafters)}"
-                )
+            self._check_arm(decision.arm, ArtefactError)
         except Exception as error:  # noqa: BLE001 - a policy may come from anywhere, too
             row.fail("policy", error)
             return
@@ -344,18 +359,18 @@ class Engine:
         self._start_drafter(row, decision)
 
     def _start_drafter(self, row: Row, decision: Decision) -> None:
-        if not self._has_memory(row, decision.arm):
+        if not self._has_memory(row, decision.drafter):
             decision = Decision(NONE, policy=f"no memory for {decision.arm}")
-        row.decision, row.drafter, row.prepared = decision, self.drafters[decision.arm], False
+        row.decision, row.drafter, row.prepared = decision, self.drafters[decision.drafter], False
         self._guarded(row, lambda: row.drafter.start([row]))
 
-    def _has_memory(self, row: Row, arm: str) -> bool:
+    def _has_memory(self, row: Row, name: str) -> bool:
         """Whether the drafters' rows would stay within their bound with this one among them."""
-        if self._max_drafter_mb is None or arm == NONE:
+        if self._max_drafter_mb is None or name == NONE:
             return True
         lengths: dict[Drafter, list[int]] = {}
         for other in self._rows:
-            drafter = self.drafters[arm] if other is row else other.drafter
+            drafter = self.drafters[name] if other is row else other.drafter
             for holder in drafter.holders():
                 lengths.setdefault(holder, []).append(other.max_total)
         needed = sum(drafter.state_bytes(of_rows) for drafter, of_rows in lengths.items())
@@ -417,7 +432,7 @@ class Engine:
             token_ids=row.output,
             text=final_text(row, self._decode),
             finish_reason=row.finish_reason,
-            drafter=row.decision.arm,
+            drafter=row.decision.drafter,
             decision=row.decision,
             rounds=row.rounds,
             seconds=row.seconds,

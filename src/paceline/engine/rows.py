@@ -63,7 +63,9 @@ class Row:
     @property
     def draft_limit(self) -> int:
         """How deep a draft is worth being: a round emits one token more than it accepts."""
-        return self.max_total - len(self.tokens) - 1
+        room = self.max_total - len(self.tokens) - 1
+        most = self.decision.num_draft_tokens
+        return room if most is None else min(room, most)
 
     def fail(self, reason: str, error: Exception | None = None) -> None:
         """End with an error of its own; other rows go on."""

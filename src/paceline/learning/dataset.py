@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from paceline.contracts import NONE
+from paceline.contracts import NONE, split_arm
 from paceline.errors import ConfigError, StoreError
+from paceline.replay import rounds_of
 from paceline.rewards import alignments, request_seconds
 from paceline.store import is_validation
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
     from paceline.config import LearningSection
     from paceline.contracts import CollectedPrompt
-    from paceline.rewards import SecondsFn
+    from paceline.replay import rounds_of
+from paceline.rewards import SecondsFn
 
 MIN_PROMPTS: Final = 8
 _MIN_HELD_OUT: Final = 2
@@ -70,7 +72,10 @@ def build_dataset(
     _check_arms(arms, prompts)
     predicted = np.array(
         [
-            [request_seconds(seconds, arm, len(p.prompt_tokens), p.rounds[arm]) for arm in arms]
+            [
+                request_seconds(seconds, split_arm(arm)[0], len(p.prompt_tokens), rounds_of(p, arm))
+                for arm in arms
+            ]
             for p in prompts
         ]
     )  # [N, A]
@@ -103,13 +108,6 @@ def _check_arms(arms: tuple[str, ...], prompts: Sequence[CollectedPrompt]) -> No
             f"{len(prompts)} prompts are too few to learn from, at least {MIN_PROMPTS} are needed "
             "(some hundred is better); run `paceline collect` with more prompts"
         )
-    for prompt in prompts:
-        missing = [arm for arm in arms if arm not in prompt.rounds]
-        if missing:
-            raise StoreError(
-                f"arm '{missing[0]}' was not replayed on prompt '{prompt.id}'; run `paceline "
-                "collect` again with this configuration"
-            )
 
 
 def _stack_features(prompts: Sequence[CollectedPrompt]) -> np.ndarray:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from paceline.contracts import ReplayedDrafter
 from paceline.drafting.base import PositionScores
 from paceline.drafting.catalog import check_settings
 from paceline.drafting.foresight import ChainForesight
 from paceline.drafting.stops import ExpectedGainStop, StopSettings
-from paceline.replay.rounds import simulate
+from paceline.replay.rounds import look_ahead
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,9 +41,9 @@ def price_stops(
     return [
         replace(
             prompt,
-            rounds=prompt.rounds
+            replays=prompt.replays
             | {
-                arm: stopped_rounds(prompt, arm, rule, length)
+                arm: ReplayedDrafter(stopped_ahead(prompt, arm, rule, length), everywhere=True)
                 for arm, (rule, length) in rules.items()
                 if arm in prompt.scores
             },
@@ -62,10 +63,10 @@ def _priced_rules(config: Config, costs: CostTable) -> dict[str, tuple[StopRule,
     return rules
 
 
-def stopped_rounds(
+def stopped_ahead(
     prompt: CollectedPrompt, arm: str, rule: StopRule, num_draft_tokens: int
 ) -> np.ndarray:
-    """[rounds, 2] drafted and accepted of a chain drafter under a stop rule, from its scores."""
+    """[T - 1, 2] drafted and accepted of a chain drafter under a stop rule, from its scores."""
     match, confidence = prompt.scores[arm]
     num_output, num_prompt = len(prompt.output_tokens), len(prompt.prompt_tokens)
     rooms = np.full(num_output, num_draft_tokens)
@@ -74,4 +75,4 @@ def stopped_rounds(
     unknown = np.full(len(match), np.nan, dtype=np.float32)
     scores = PositionScores(match, unknown, unknown, confidence)
     foresight = ChainForesight(scores, rooms, num_draft_tokens, rule, num_prompt)
-    return simulate(foresight, num_output, prompt.max_new_tokens)
+    return look_ahead(foresight, num_output, prompt.max_new_tokens)

@@ -2,7 +2,8 @@
 
 A round needs to know only how much was drafted and how much of it the target's own output repeats,
 so the engine's bookkeeping is redone here on a recorded output, with its limits and its cuts. Holds
-for greedy decoding where the text does not depend on the arm (float32). Knows no engine, no file.
+where the text does not depend on the arm: greedy or `invariant` sampling in float32. Knows no engine,
+no file.
 Symbols: T trajectory tokens, V the target's logits width.
 """
 
@@ -14,7 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from paceline.contracts import SamplingParams
+from paceline.compiled import compiled
+from paceline.contracts import GREEDY, NONE, ReplayedDrafter, SamplingParams, split_arm
+from paceline.errors import StoreError
 from paceline.models.packing import Span
 from paceline.warping import warp
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from paceline.contracts import CollectedPrompt
     from paceline.drafting.base import Drafter, Foresight, PositionScores
     from paceline.models.language_model import LanguageModel
 
@@ -31,10 +35,18 @@ _UNWARPED = SamplingParams(temperature=1.0, method="residual")
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """One arm on one trajectory."""
+    """One drafter on one trajectory."""
 
-    rounds: np.ndarray  # [rounds, 2] int64: drafted, accepted
+    rounds: np.ndarray  # [rounds, 2] int64: drafted, accepted, at the drafter's full length
+    ahead: np.ndarray | None  # [T - 1, 2], see `look_ahead`; None where rounds hang on rounds
     scores: PositionScores | None  # of chain drafters
+
+    @property
+    def kept(self) -> ReplayedDrafter:
+        """As a collection keeps it."""
+        if self.ahead is not None:
+            return ReplayedDrafter(self.ahead, everywhere=True)
+        return ReplayedDrafter(self.rounds, everywhere=False)
 
 
 def max_output(max_new_tokens: int, num_prompt: int, context_length: int) -> int:
@@ -56,7 +68,64 @@ def simulate(foresight: Foresight, num_output: int, max_total_output: int) -> np
         accepted = min(accepted, num_output - position)
         rounds.append((drafted, accepted))
         position += accepted + 1
-    return np.array(rounds, dtype=np.int64).reshape(-1, 2)
+    return _table(rounds)
+
+
+def look_ahead(foresight: Foresight, num_output: int, max_total_output: int) -> np.ndarray:
+    """[T - 1, 2] int64, drafted and accepted of the round that would start at each position, 1 to
+    T - 1; `walk` makes rounds of it.
+    """
+    rounds: list[tuple[int, int]] = []
+    for position in range(1, num_output):
+        drafted, accepted = foresight.accepted(position, max_total_output - position - 1)
+        rounds.append((drafted, min(accepted, num_output - position)))
+    return _table(rounds)
+
+
+def walk(ahead: np.ndarray, num_draft_tokens: int | None = None) -> np.ndarray:
+    """[rounds, 2] of `simulate`, from what was looked ahead; at a shorter draft length where one is
+    given, which holds for drafters whose shorter draft is the beginning of the longer one.
+    """
+    table = ahead if num_draft_tokens is None else np.minimum(ahead, num_draft_tokens)
+    places = _places(table[:, 1].astype(np.int64))
+    rounds: np.ndarray = table[places].astype(np.int64)
+    return rounds
+
+
+@compiled
+def _places(accepted: np.ndarray) -> np.ndarray:
+    """Where rounds start, as indices into what was looked ahead. accepted: [T - 1]."""
+    places = np.empty(len(accepted), dtype=np.int64)
+    count = place = 0
+    while place < len(accepted):
+        places[count] = place
+        count += 1
+        place += accepted[place] + 1
+    return places[:count]
+
+
+def rounds_of(prompt: CollectedPrompt, arm: str) -> np.ndarray:
+    """[rounds, 2] drafted and accepted of an arm on a collected prompt.
+
+    Raises StoreError where the drafter was not replayed, or not so that a shorter length follows.
+    """
+    drafter, length = split_arm(arm)
+    if drafter == NONE:
+        return np.zeros((max(len(prompt.output_tokens) - 1, 0), 2), dtype=np.int64)
+    replayed = prompt.replays.get(drafter)
+    if replayed is None:
+        raise StoreError(
+            f"arm '{drafter}' was not replayed on prompt '{prompt.id}'; run `paceline collect` "
+            "again with this configuration"
+        )
+    if replayed.everywhere:
+        return walk(replayed.table, length)
+    if length is not None:
+        raise StoreError(
+            f"'{arm}': the rounds of '{drafter}' depend on one another, so nothing is known of a "
+            "shorter draft; configure another drafter with that length"
+        )
+    return replayed.table
 
 
 def replay(
@@ -65,24 +134,40 @@ def replay(
     trajectory: Sequence[int],
     max_total_output: int,
     p: Tensor | None = None,
+    sampling: SamplingParams = GREEDY,
 ) -> Replay:
-    """Rounds and scores of one drafter. p: [T, V], see `target_distributions`."""
+    """Rounds and scores of one drafter. p: [T, V], see `target_distributions`; sampling: how the
+    trajectory was drawn.
+    """
     with torch.inference_mode():
-        foresight = drafter.would_accept(prompt, trajectory, p)
+        foresight = drafter.would_accept(prompt, trajectory, p, sampling)
         try:
-            rounds = simulate(foresight, len(trajectory), max_total_output)
+            if not drafter.replays_everywhere:
+                rounds = simulate(foresight, len(trajectory), max_total_output)
+                return Replay(rounds, None, foresight.scores)
+            ahead = look_ahead(foresight, len(trajectory), max_total_output)
         finally:
             foresight.close()
-    return Replay(rounds, foresight.scores)
+    return Replay(walk(ahead), ahead, foresight.scores)
+
+
+def _table(rounds: Sequence[tuple[int, int]]) -> np.ndarray:
+    return np.array(rounds, dtype=np.int64).reshape(-1, 2)
 
 
 def target_distributions(
-    target: LanguageModel, prompt: Sequence[int], trajectory: Sequence[int], chunk: int = 512
+    target: LanguageModel,
+    prompt: Sequence[int],
+    trajectory: Sequence[int],
+    chunk: int = 512,
+    sampling: SamplingParams = GREEDY,
 ) -> Tensor:
-    """p [T, V] float32: the target's distribution before each trajectory token, at temperature 1.
+    """p [T, V] float32: the target's distribution before each trajectory token, as it was sampled; of
+    greedy text at temperature 1.
 
     One teacher-forced pass over the text, `chunk` tokens a forward.
     """
+    warping = _UNWARPED if sampling.method == "greedy" else sampling
     text = torch.tensor([*prompt, *trajectory[:-1]])
     first = len(prompt) - 1  # the place that predicts the first output token
     parts: list[Tensor] = []
@@ -94,7 +179,7 @@ def target_distributions(
                 hidden = target.forward(piece, [Span(slot, start, len(piece))])
                 if start + len(piece) > first:
                     logits = target.unembed(hidden[max(0, first - start) :])
-                    parts.append(warp(logits, _UNWARPED).cpu())
+                    parts.append(warp(logits, warping).cpu())
     finally:
         target.release(slot)
     return torch.cat(parts)

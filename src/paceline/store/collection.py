@@ -16,7 +16,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 import pyarrow as pa
 
-from paceline.contracts import NONE, CollectedPrompt
+from paceline.contracts import NONE, CollectedPrompt, ReplayedDrafter
 from paceline.errors import StoreError
 from paceline.store.shards import ShardStore
 
@@ -44,7 +44,8 @@ _SCHEMAS: Final = {
     _REPLAYS: pa.schema(
         [
             ("id", pa.string()),
-            ("drafted", pa.list_(pa.int16())),  # [rounds]
+            ("everywhere", pa.bool_()),
+            ("drafted", pa.list_(pa.int16())),  # [T - 1] everywhere, else [rounds]
             ("accepted", pa.list_(pa.int16())),
             ("match", pa.list_(pa.bool_())),  # [T], empty for arms without scores, as below
             ("ratio", pa.list_(pa.float32())),
@@ -147,7 +148,7 @@ def load_collection(folder: Path, arms: Sequence[str] | None = None) -> LoadedCo
     hidden_size, version = int(made_with["hidden_size"]), int(made_with["feature_version"])
     if arms is None:
         arms = sorted(unquote(path.name) for path in folder.glob(f"{_REPLAYS}/*"))
-    rounds, scores, lines = _read_rounds(folder, arms, target, rows)
+    replays, scores, lines = _read_replays(folder, arms, target, rows)
     outputs = _read_outputs(folder, list(lines))
     prompts = [
         CollectedPrompt(
@@ -157,7 +158,7 @@ def load_collection(folder: Path, arms: Sequence[str] | None = None) -> LoadedCo
             output_tokens=tuple(rows["output_tokens"][i].tolist()),
             max_new_tokens=rows["max_new_tokens"][i],
             features=features["features"][i],
-            rounds={arm: of_arm[i] for arm, of_arm in rounds.items()},
+            replays={arm: of_arm[i] for arm, of_arm in replays.items()},
             draft_outputs={arm: by_id[id] for arm, by_id in outputs.items() if id in by_id},
             scores={arm: of_arm[i] for arm, of_arm in scores.items()},
         )
@@ -215,36 +216,45 @@ def _read_beside(
     return {name: [column[i] for i in order] for name, column in columns.items()}, store.identity
 
 
-def _read_rounds(
+def _read_replays(
     folder: Path, arms: Sequence[str], target: str, rows: dict[str, list[Any]]
 ) -> tuple[
-    dict[str, list[np.ndarray]], dict[str, list[tuple[np.ndarray, np.ndarray]]], dict[str, str]
+    dict[str, list[ReplayedDrafter]],
+    dict[str, list[tuple[np.ndarray, np.ndarray]]],
+    dict[str, str],
 ]:
-    """(arm -> rounds of every prompt, arm -> match and confidence of every prompt, arm -> identity
-    line); `none` needs no replay.
+    """(drafter -> replay of every prompt, drafter -> match and confidence of every prompt, drafter ->
+    identity line); `none` needs no replay.
     """
-    rounds: dict[str, list[np.ndarray]] = {
-        NONE: [np.zeros((len(output) - 1, 2), dtype=np.int64) for output in rows["output_tokens"]]
-    }
+    found: dict[str, list[ReplayedDrafter]] = {}
     scores: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     lines: dict[str, str] = {}
     for arm in arms:
         if arm == NONE:
             continue
         replays, made_with = _read_beside(folder, _REPLAYS, arm, target, rows["id"])
-        pairs = zip(replays["drafted"], replays["accepted"], strict=True)
-        rounds[arm] = [np.stack(pair, axis=1).astype(np.int64) for pair in pairs]
-        _check_fit(_folder(folder, _REPLAYS, arm), rounds[arm], rows)
+        columns = (replays["drafted"], replays["accepted"], replays["everywhere"])
+        found[arm] = [
+            ReplayedDrafter(np.stack((drafted, accepted), axis=1), everywhere)
+            for drafted, accepted, everywhere in zip(*columns, strict=True)
+        ]
+        _check_fit(_folder(folder, _REPLAYS, arm), found[arm], rows)
         scores[arm] = list(zip(replays["match"], replays["confidence"], strict=True))
         lines[arm] = str(made_with["arm"])
-    return rounds, scores, lines
+    return found, scores, lines
 
 
-def _check_fit(where: Path, rounds: Sequence[np.ndarray], rows: dict[str, list[Any]]) -> None:
-    """Each round emits its accepted tokens and one more, except a last one that ends the answer."""
-    for id, of_prompt, output in zip(rows["id"], rounds, rows["output_tokens"], strict=True):
-        emitted = 1 + int(of_prompt[:, 1].sum()) + len(of_prompt)
-        if emitted - len(output) not in ((0, 1) if len(of_prompt) else (0,)):
+def _check_fit(where: Path, replays: Sequence[ReplayedDrafter], rows: dict[str, list[Any]]) -> None:
+    """A replay is of its trajectory: an entry a position, or rounds that emit it token by token. A
+    round emits its accepted tokens and one more, except a last one that ends the answer.
+    """
+    for id, of_prompt, output in zip(rows["id"], replays, rows["output_tokens"], strict=True):
+        table = of_prompt.table
+        emitted = 1 + len(table)
+        if not of_prompt.everywhere:
+            emitted += int(table[:, 1].sum())
+        slack = 0 if of_prompt.everywhere or not len(table) else 1
+        if not 0 <= emitted - len(output) <= slack:
             raise StoreError(
                 f"{where}: the replay of '{id}' is not of the trajectory collected here; delete it "
                 "and run `paceline collect` again"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from paceline.contracts import Drafts
+from paceline.contracts import GREEDY, Drafts
 from paceline.drafting.base import Drafter, Foresight, pad_drafts
 from paceline.drafting.foresight import SimulatedForesight
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from paceline.contracts import RowView
+    from paceline.contracts import RowView, SamplingParams
 
     Propose = Callable[[Sequence[int], int], Sequence[int]]
     Grow = Callable[[Sequence[int], int], tuple[Sequence[int], Sequence[int]]]
@@ -46,9 +46,13 @@ class ScriptedDrafter(Drafter):
         return Drafts(*pad_drafts(drafts, torch.device("cpu")))
 
     def would_accept(
-        self, prompt: Sequence[int], trajectory: Sequence[int], p: Tensor | None
+        self,
+        prompt: Sequence[int],
+        trajectory: Sequence[int],
+        p: Tensor | None = None,
+        sampling: SamplingParams = GREEDY,
     ) -> Foresight:
-        return SimulatedForesight(self, prompt, trajectory)
+        return SimulatedForesight(self, prompt, trajectory, sampling=sampling)
 
 
 class ScriptedTree(Drafter):
@@ -70,9 +74,13 @@ class ScriptedTree(Drafter):
         return Drafts(tokens, lengths, parents=parents)
 
     def would_accept(
-        self, prompt: Sequence[int], trajectory: Sequence[int], p: Tensor | None
+        self,
+        prompt: Sequence[int],
+        trajectory: Sequence[int],
+        p: Tensor | None = None,
+        sampling: SamplingParams = GREEDY,
     ) -> Foresight:
-        return SimulatedForesight(self, prompt, trajectory)
+        return SimulatedForesight(self, prompt, trajectory, sampling=sampling)
 
 
 def copying(text: Sequence[int], num_right: int | None = None, wrong: int = 0) -> Propose:

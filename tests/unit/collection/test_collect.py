@@ -18,6 +18,7 @@ from paceline.contracts import AUTO, NONE, Completion, Context, Decision, Prompt
 from paceline.engine import Engine
 from paceline.errors import ConfigError, StoreError
 from paceline.files import write_atomically
+from paceline.replay import rounds_of
 from paceline.selection.features import feature_vector
 from paceline.store import load_collection
 from paceline.testing.reference import greedy_reference
@@ -75,8 +76,9 @@ def test_outputs_and_rounds_are_those_of_serving(
             continue
         prompt = prompts[record.id]
         assert prompt.domain == record.domain
-        assert len(prompt.rounds) == 3
-        for arm, rounds in prompt.rounds.items():
+        assert len(prompt.replays) == 2
+        for arm in (NONE, *prompt.replays):
+            rounds = rounds_of(prompt, arm)
             served = completed(pace, record, arm)
             assert served.token_ids == list(prompt.output_tokens)
             assert [[r.drafted, r.accepted] for r in served.rounds] == rounds.tolist()
@@ -174,7 +176,7 @@ def test_an_answer_of_one_token_has_features_and_no_rounds(
     for prompt in prompts:
         np.testing.assert_allclose(prompt.features, known[prompt.id].features, rtol=1e-4, atol=1e-5)
         if len(prompt.output_tokens) == 1:
-            assert {len(rounds) for rounds in prompt.rounds.values()} == {0}
+            assert {len(replayed.table) for replayed in prompt.replays.values()} == {0}
 
 
 def test_lost_features_are_computed_again_without_decoding(

@@ -33,8 +33,8 @@ from paceline.drafting.stops import (
 from paceline.errors import ArtefactError, ConfigError
 from paceline.experiments.pipeline import evaluate, prepare
 from paceline.models.language_model import LanguageModel
-from paceline.replay import max_output, price_stops, replay, simulate
-from paceline.replay.priced import stopped_rounds
+from paceline.replay import max_output, price_stops, replay, rounds_of, simulate, walk
+from paceline.replay.priced import stopped_ahead
 from paceline.store.collection import load_collection
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
@@ -282,8 +282,8 @@ def collected(pace: Pace, arm: str, text: str) -> CollectedPrompt:
     assert result.scores is not None
     scores = {arm: (result.scores.match, result.scores.confidence)}
     features = np.zeros(1, dtype=np.float32)
-    rounds = {arm: result.rounds}
-    return CollectedPrompt(text, "", prompt, tuple(output), NEW, features, rounds, {}, scores)
+    replays = {arm: result.kept}
+    return CollectedPrompt(text, "", prompt, tuple(output), NEW, features, replays, {}, scores)
 
 
 @pytest.mark.parametrize("context", [96, 48])
@@ -292,12 +292,12 @@ def test_what_is_collected_does_not_depend_on_prices(target: LanguageModel, cont
     fixed.name = "fixed"
     pace = pace_of(target, small, fixed)
     for text in PROMPTS:
-        before = collected(pace, "small", text).rounds["small"]
+        before = rounds_of(collected(pace, "small", text), "small")
         small.price(prices(0.4))
-        after = collected(pace, "small", text).rounds["small"]
+        after = rounds_of(collected(pace, "small", text), "small")
 
         assert before.tolist() == after.tolist()
-        assert before.tolist() == collected(pace, "fixed", text).rounds["fixed"].tolist()
+        assert before.tolist() == rounds_of(collected(pace, "fixed", text), "fixed").tolist()
 
 
 @pytest.mark.parametrize("step", [0.05, 0.4])
@@ -316,7 +316,7 @@ def test_rounds_priced_from_scores_accept_what_a_real_run_does(
         real = pace.complete(list(prompt.prompt_tokens), drafter="small", max_new_tokens=NEW)
         rounds = np.array([[r.drafted, r.accepted] for r in real.rounds])
 
-        priced = stopped_rounds(prompt, "small", rule, LENGTH)
+        priced = walk(stopped_ahead(prompt, "small", rule, LENGTH))
 
         assert priced[:, 1].tolist() == rounds[:, 1].tolist()
         right = (rounds[:, 0] == rounds[:, 1]) | (priced[:, 0] == priced[:, 1])
@@ -330,7 +330,7 @@ def test_rounds_priced_from_scores_accept_what_a_real_run_does(
             simulated.close()
         assert exact.tolist() == rounds.tolist()
     assert drafted[0] == pytest.approx(drafted[1], rel=0.15)
-    assert drafted[1] < sum(p.rounds["small"][:, 0].sum() for p in stored)
+    assert drafted[1] < sum(rounds_of(p, "small")[:, 0].sum() for p in stored)
 
 
 def test_only_arms_that_stop_by_prices_are_priced(target: LanguageModel) -> None:
@@ -343,7 +343,7 @@ def test_only_arms_that_stop_by_prices_are_priced(target: LanguageModel) -> None
 
     assert price_stops(stored, config(num_draft_tokens=LENGTH), prices(0.4)) == stored
     [priced] = price_stops(stored, config(stop="expected", num_draft_tokens=LENGTH), prices(0.4))
-    assert priced.rounds["small"][:, 0].mean() < stored[0].rounds["small"][:, 0].mean()
+    assert rounds_of(priced, "small")[:, 0].mean() < rounds_of(stored[0], "small")[:, 0].mean()
     assert priced.output_tokens == stored[0].output_tokens
 
 
@@ -412,9 +412,9 @@ def test_the_whole_path_prices_the_rule(target: LanguageModel, tmp_path: Path) -
     prepared = prepare(config, records, 20)
 
     stored = load_collection(tmp_path / "store").prompts
-    full = sum(p.rounds["small"][:, 0].sum() for p in stored)
+    full = sum(rounds_of(p, "small")[:, 0].sum() for p in stored)
     priced = price_stops(stored, config, prepared.costs)
-    assert sum(p.rounds["small"][:, 0].sum() for p in priced) < full
+    assert sum(rounds_of(p, "small")[:, 0].sum() for p in priced) < full
     measured = {m.tokens for m in prepared.costs.measurements if m.operation == "propose"}
     assert {1, 4, 12} <= measured  # lengths that no rule cut short
     assert evaluate(config) is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -259,7 +260,9 @@ def test_an_error_while_choosing_leaves_the_engine_usable() -> None:
     answers = itertools.chain([Decision("none"), Decision("gone", policy="old")])
     engine = engine_with(choose=lambda context: next(answers))
 
-    with pytest.raises(DecodingError, match=r"policy: chose the arm 'gone'.*there are: none"):
+    with pytest.raises(
+        DecodingError, match=r"policy: unknown drafter 'gone'; there are: auto, none"
+    ):
         list(engine.generate([request("0", drafter="auto"), request("1", drafter="auto")]))
 
     assert slots_in_use(engine) == 0
@@ -308,3 +311,36 @@ def test_an_unknown_stochastic_token_counts_as_a_rejection() -> None:
 
     for completion in engine_with(drafter).generate(requests):
         assert [(r.drafted, r.accepted) for r in completion.rounds] == [(1, 0), (0, 0)]
+
+
+def test_an_arm_with_a_length_drafts_no_more_than_that() -> None:
+    right = ScriptedDrafter("right", copying([*PROMPT, *OUTPUT]), num_draft_tokens=4)
+    engine = engine_with(right)
+
+    [short] = engine.generate([request(drafter="right@2")])
+
+    assert short.token_ids == OUTPUT[:20]
+    # 19 tokens after the first: 6 rounds of 2 accepted and one more, then the last token
+    assert [(r.drafted, r.accepted) for r in short.rounds] == [*[(2, 2)] * 6, (0, 0)]
+    assert (short.drafter, short.decision.arm) == ("right", "right@2")
+
+
+@pytest.mark.parametrize(
+    ("arm", "words"),
+    [
+        ("right@5", "'right@5': drafter 'right' drafts up to 4 tokens; ask for fewer"),
+        ("right@0", "'right@0': a draft length is a whole number of tokens, at least 1"),
+        ("right@", "'right@': a draft length"),
+        ("none@1", "'none@1': drafter 'none' drafts up to 0 tokens"),
+        ("gone@2", "unknown drafter 'gone'; there are: auto, none, right"),
+    ],
+)
+def test_an_arm_that_cannot_be_is_refused_from_request_and_policy(arm: str, words: str) -> None:
+    right = ScriptedDrafter("right", copying([*PROMPT, *OUTPUT]), num_draft_tokens=4)
+    engine = engine_with(right, choose=lambda context: Decision(arm))
+
+    with pytest.raises(RequestError, match=re.escape(words)):
+        list(engine.generate([request(drafter=arm)]))
+    with pytest.raises(DecodingError, match=re.escape(words)):
+        list(engine.generate([request(drafter="auto")]))
+    assert slots_in_use(engine) == 0

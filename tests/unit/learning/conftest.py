@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pytest
 
-from paceline.contracts import CollectedPrompt
+from paceline.contracts import CollectedPrompt, ReplayedDrafter
 from paceline.costs import CostTable, Measurement
 
 if TYPE_CHECKING:
@@ -67,9 +67,10 @@ def collected() -> Callable[..., CollectedPrompt]:
     def make(
         id: str, accepted: dict[str, int], features: np.ndarray, domain: str = "", **changes: Any
     ) -> CollectedPrompt:
-        rounds = {"none": np.zeros((40, 2), dtype=np.int64)}
+        replays = {}
         for arm, kept in accepted.items():
-            rounds[arm] = np.tile(np.array([[4, kept]]), (40 // (kept + 1), 1))
+            rounds = np.tile(np.array([[4, kept]]), (40 // (kept + 1), 1))
+            replays[arm] = ReplayedDrafter(rounds, everywhere=False)
         values: dict[str, Any] = {
             "id": id,
             "domain": domain,
@@ -77,7 +78,7 @@ def collected() -> Callable[..., CollectedPrompt]:
             "output_tokens": tuple(range(41)),
             "max_new_tokens": 41,
             "features": features.astype(np.float32),
-            "rounds": rounds,
+            "replays": replays,
             "draft_outputs": {},
         }
         return CollectedPrompt(**values | changes)

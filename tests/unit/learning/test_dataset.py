@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from paceline.config import LearningSection
+from paceline.contracts import ReplayedDrafter
 from paceline.errors import ConfigError, StoreError
 from paceline.learning.dataset import Dataset, build_dataset, split
+from paceline.replay import rounds_of
 from paceline.rewards import alignments, speeds
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ def test_rows_are_prompts_and_columns_are_arms(
     assert data.features.dtype == np.float32
     assert set(data.num_tokens) == {41}
     # prefill, then 40 rounds of 1.5; with a drafter 20 rounds of 2 and its start
-    row = next(i for i, p in enumerate(prompts) if len(p.rounds["code"]) == 20)
+    row = next(i for i, p in enumerate(prompts) if len(rounds_of(p, "code")) == 20)
     assert data.seconds[row, 0] == pytest.approx(2.0 + 40 * 1.5)
     assert data.seconds[row, 1] == pytest.approx(2.0 + 0.25 + 20 * 2.0)
 
@@ -67,7 +69,9 @@ def test_the_speed_reward_is_that_of_rewards(
     data, _ = build_dataset(prompts, ARMS, costs.seconds, SPEED)
 
     for row, prompt in zip(data.rewards, prompts, strict=True):
-        expected = speeds(costs.seconds, len(prompt.prompt_tokens), prompt.rounds)
+        expected = speeds(
+            costs.seconds, len(prompt.prompt_tokens), {arm: rounds_of(prompt, arm) for arm in ARMS}
+        )
         assert dict(zip(ARMS, row, strict=True)) == pytest.approx(expected)
 
 
@@ -109,7 +113,7 @@ def test_an_order_of_arms_is_kept(prompts: list[CollectedPrompt], costs: CostTab
 
 
 def dropped(prompt: CollectedPrompt, arm: str) -> CollectedPrompt:
-    return replace(prompt, rounds={a: r for a, r in prompt.rounds.items() if a != arm})
+    return replace(prompt, replays={a: r for a, r in prompt.replays.items() if a != arm})
 
 
 def test_refusals_say_what_to_do(prompts: list[CollectedPrompt], costs: CostTable) -> None:
@@ -145,7 +149,8 @@ def test_equal_rewards_everywhere_are_refused(
 ) -> None:
     """Two arms that never draft and cost nothing are one arm under two names."""
     prompts = [collected(f"p{i}", {}, np.arange(3) + i) for i in range(10)]
-    twins = [replace(p, rounds=p.rounds | {"code": p.rounds["none"]}) for p in prompts]
+    idle = ReplayedDrafter(np.zeros((40, 2), dtype=np.int64), everywhere=True)
+    twins = [replace(p, replays={"code": idle}) for p in prompts]
 
     def free(subject: str, operation: str, tokens: np.ndarray, context: np.ndarray) -> float:
         return 0.0 if subject == "code" else 1.0

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from paceline.config import LearningSection
-from paceline.contracts import Context, SamplingParams
+from paceline.contracts import Context, ReplayedDrafter, SamplingParams
 from paceline.errors import ArtefactError, StoreError
 from paceline.learning import learn
 from paceline.selection import PolicyIdentity, feature_vector, load_policy
@@ -95,9 +95,9 @@ def test_held_out_prompts_teach_nothing(prompts: list[CollectedPrompt], costs: C
     """Other outcomes on the held-out prompts change the report and not one weight."""
     before = learn(prompts, costs, IDENTITY, SETTINGS)
     ids = set(_held_out(prompts, costs))
+    idle = ReplayedDrafter(np.zeros((40, 2), dtype=np.int64), everywhere=True)
     changed = [
-        replace(p, rounds=p.rounds | {"code": p.rounds["none"] * 0}) if p.id in ids else p
-        for p in prompts
+        replace(p, replays=p.replays | {"code": idle}) if p.id in ids else p for p in prompts
     ]
     after = learn(changed, costs, IDENTITY, SETTINGS)
 

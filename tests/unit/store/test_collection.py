@@ -33,7 +33,8 @@ def trajectory(id: str) -> dict[str, Any]:
 
 def replayed(id: str) -> dict[str, Any]:
     scores = {"match": [True] * 6, "ratio": [0.5] * 6, "overlap": [0.5] * 6, "confidence": []}
-    return {"id": id, "drafted": ROUNDS[0], "accepted": ROUNDS[1], **scores}
+    rounds = {"everywhere": False, "drafted": ROUNDS[0], "accepted": ROUNDS[1]}
+    return {"id": id, **rounds, **scores}
 
 
 def fill(folder: Path, arms: Sequence[str] = ("math",), ids: Sequence[str] = IDS) -> Collection:
@@ -67,9 +68,9 @@ def test_a_prompt_comes_back_with_everything_known_of_it(tmp_path: Path) -> None
         assert prompt.max_new_tokens == 9
         assert prompt.features.tolist() == [ord(prompt.id)] * 3
         assert prompt.features.dtype == np.float32
-        assert list(prompt.rounds) == ["none", "code", "math"]
-        assert prompt.rounds["none"].tolist() == [[0, 0]] * 5
-        assert prompt.rounds["math"].tolist() == [list(r) for r in zip(*ROUNDS, strict=True)]
+        assert list(prompt.replays) == ["code", "math"]
+        assert not prompt.replays["math"].everywhere
+        assert prompt.replays["math"].table.tolist() == [list(r) for r in zip(*ROUNDS, strict=True)]
     assert [p.draft_outputs for p in prompts] == [{"math": ()}, {}, {"math": (5, 9)}]
     assert identity == (
         "t", "v", 2, 1, {"none": "kind=none", "code": "kind=code", "math": "kind=math"}
@@ -79,7 +80,8 @@ def test_a_prompt_comes_back_with_everything_known_of_it(tmp_path: Path) -> None
 def test_only_the_arms_asked_for_are_loaded(tmp_path: Path) -> None:
     fill(tmp_path, ("math", "code"))
     prompts, identity = load_collection(tmp_path, ["none", "code"])
-    assert list(prompts[0].rounds) == ["none", "code"] == list(identity.arms)
+    assert list(prompts[0].replays) == ["code"]
+    assert list(identity.arms) == ["none", "code"]
 
 
 @pytest.mark.parametrize("arm", ["a/b", "..", ".", "x=y", "ä ö", "%2E", "A"])

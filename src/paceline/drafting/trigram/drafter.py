@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from paceline.config import MAX_DRAFT_TOKENS
-from paceline.contracts import Drafts
+from paceline.contracts import GREEDY, Drafts
 from paceline.drafting.base import Drafter, Foresight, pad_drafts
 from paceline.drafting.foresight import SimulatedForesight
 from paceline.drafting.trigram.table import (
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from paceline.contracts import RowView
+    from paceline.contracts import RowView, SamplingParams
     from paceline.drafting.base import Surroundings
     from paceline.drafting.trigram.search import Learned
     from paceline.models.vocabulary import Vocabulary
@@ -118,6 +118,7 @@ class TrigramTree(Drafter):
         super().__init__(name, settings.num_draft_tokens)
         self.settings = settings
         self._table_hash = table_hash
+        self.replays_everywhere = settings.update != "released"  # that one learns round by round
         self._search = TreeSearch(table or empty_table(), settings)
         self._new_learned = partial(Learned, settings.max_pairs)
         # of all rows if they share it; if there is no update, it stays empty
@@ -185,9 +186,13 @@ class TrigramTree(Drafter):
             self._rows.pop(row.id, None)
 
     def would_accept(
-        self, prompt: Sequence[int], trajectory: Sequence[int], p: Tensor | None
+        self,
+        prompt: Sequence[int],
+        trajectory: Sequence[int],
+        p: Tensor | None = None,
+        sampling: SamplingParams = GREEDY,
     ) -> Foresight:
-        return SimulatedForesight(self, prompt, trajectory)
+        return SimulatedForesight(self, prompt, trajectory, sampling=sampling)
 
     def identity(self) -> dict[str, object]:
         settings = self.settings.model_dump(exclude={"table", "preset"})
