@@ -9,7 +9,7 @@ Kaplan and Meier), and from them every length of a drafter is priced at once.
 
 The loss of an arm is its seconds per token over those of plain decoding at the same place, and the
 arm in use is left only for one that weighs clearly more. Knows no engine and no drafter; arms are
-names and lengths. Symbols: N arms, K a drafter's full length, n drafts that were judged.
+names and lengths. Symbols: N arms, D drafters, K the longest draft, n drafts that were judged.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from paceline.compiled import compiled
 from paceline.contracts import NONE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -36,8 +37,11 @@ PRIOR_ROUNDS: Final = 6.0
 MEMORY: Final = 0.97
 """What a judged draft still weighs at the next one of its drafter: texts change on the way."""
 
-MARGIN: Final = log(2)
-"""An arm is left for one that weighs at least twice as much."""
+MARGIN: Final = log(1.5)
+"""An arm is left for one that weighs at least half as much again."""
+
+# what is counted at each depth of a drafter's drafts
+_OFFERED, _DRAFTED, _TRIED, _RIGHT = range(4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,49 +53,36 @@ class Arm:
     num_draft_tokens: int
 
 
-class Acceptance:
-    """What one request's text has said of one drafter, by depth of its drafts."""
+class Arms:
+    """All arms there are, with the places of arms and drafters in arrays; made once a process."""
 
-    def __init__(self, num_draft_tokens: int) -> None:
-        """num_draft_tokens: K."""
-        self.num_drafts = 0.0  # n, faded
-        self._offered = np.zeros(num_draft_tokens)  # drafts that might have been so long
-        self._drafted = np.zeros(num_draft_tokens)  # drafts that were
-        self._tried = np.zeros(num_draft_tokens)  # drafts right up to here of which the next is known
-        self._right = np.zeros(num_draft_tokens)  # those that were right here, too
+    def __init__(self, arms: Sequence[Arm]) -> None:
+        self.all = tuple(arms)
+        self.place = {arm.name: i for i, arm in enumerate(arms)}
+        self.lengths: dict[str, int] = {}  # drafter -> its longest
+        self._of: dict[str, list[int]] = {}
+        for i, arm in enumerate(arms):
+            self._of.setdefault(arm.drafter, []).append(i)
+            self.lengths[arm.drafter] = max(
+                arm.num_draft_tokens, self.lengths.get(arm.drafter, 0)
+            )
+        self.drafter_place = {name: d for d, name in enumerate(self.lengths)}
+        self.drafter_of = np.array([self.drafter_place[arm.drafter] for arm in arms])  # [N]
+        self.length_of = np.array([arm.num_draft_tokens for arm in arms])  # [N]
+        self.longest = max(self.lengths.values())  # K
 
-    def add(self, scored: Scored) -> None:
-        """Count what has become known of a draft."""
-        if scored.known == 0:
-            for counts in (self._offered, self._drafted, self._tried, self._right):
-                counts *= MEMORY
-            self.num_drafts = self.num_drafts * MEMORY + 1.0
-            self._offered[: scored.allowed] += 1.0
-            self._drafted[: scored.drafted] += 1.0
-        self._tried[scored.known : scored.accepted + scored.ended] += 1.0
-        self._right[scored.known : scored.accepted] += 1.0
+    def of(self, drafter: str) -> list[int]:
+        """Places of a drafter's arms."""
+        return self._of[drafter]
 
-    def drafted_shares(self) -> NDArray[np.float64]:
-        """[K] how often a draft is at least so long; never offered: as often as a token shorter."""
-        return _shares(self._drafted, self._offered)
+    def __getitem__(self, name: str) -> Arm:
+        return self.all[self.place[name]]
 
-    def accepted(self) -> NDArray[np.float64]:
-        """[K] expected accepted tokens of each length."""
-        total: NDArray[np.float64] = np.cumprod(_shares(self._right, self._tried)).cumsum()
-        return total
+    def __contains__(self, name: object) -> bool:
+        return name in self.place
 
-
-def _shares(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArray[np.float64]:
-    """part / whole by depth; where nothing is known the share of all depths above."""
-    known = whole > 1e-9
-    if known.all():
-        return part / whole
-    # the first depth is known as soon as anything is, and depths become known in order
-    num_known = int(known.sum())
-    shares = np.empty(len(whole))
-    np.divide(part[:num_known], whole[:num_known], out=shares[:num_known])
-    shares[num_known:] = part.sum() / whole.sum() if num_known else 1.0
-    return shares
+    def __len__(self) -> int:
+        return len(self.all)
 
 
 class Hedge:
@@ -99,92 +90,133 @@ class Hedge:
 
     def __init__(
         self,
-        arms: Sequence[Arm],
-        prior: Mapping[str, float],
+        arms: Arms,
+        prior: NDArray[np.float64],
         prices: RoundPrices,
         context: int,
         rows: int,
     ) -> None:
-        """prior: arm -> predicted seconds per token over plain decoding's; `none` must be an arm."""
-        self.arms = tuple(arms)
-        self._prices = prices
-        self._index = {arm.name: i for i, arm in enumerate(self.arms)}
-        self._plain = self._index[NONE]
-        self._of: dict[str, list[int]] = {}
-        for i, arm in enumerate(self.arms):
-            self._of.setdefault(arm.drafter, []).append(i)
-        self._acceptance = {
-            name: Acceptance(max(self.arms[i].num_draft_tokens for i in members))
-            for name, members in self._of.items()
-        }
+        """prior: [N] predicted seconds per token over plain decoding's."""
+        self.arms = arms
         self.num_tokens = 0.0  # emitted, faded as the drafts are
-        plain = prices.rounds(NONE, context, rows)[0]
+        self._prices = prices
+        self._num_drafts = np.zeros(len(arms.lengths))  # [D], n
+        self._counts = np.zeros((len(arms.lengths), 4, arms.longest + 1))  # [D, 4, K+1]
+        self._curves = np.zeros((len(arms.lengths), arms.longest + 1))  # [D, K+1] of plain rounds
+        self._priced_at = (-1, -1)
+        self._price(context, rows)
         # the tokens a round is predicted to emit: these stay when prices change
-        self._predicted = {
-            arm.name: float(
-                prices.rounds(arm.drafter, context, rows)[arm.num_draft_tokens]
-                / (plain * prior[arm.name])
-            )
-            for arm in self.arms
-        }
+        self._predicted = self._curves[arms.drafter_of, arms.length_of] / prior  # [N]
+
+    def _price(self, context: int, rows: int) -> None:
+        place = (context // self._prices.bucket, rows)
+        if place == self._priced_at:
+            return
+        self._priced_at = place
+        plain = self._prices.rounds(NONE, context, rows)[0]
+        for name, d in self.arms.drafter_place.items():
+            curve = self._prices.rounds(name, context, rows)
+            self._curves[d, : len(curve)] = curve / plain
 
     def observe(self, scored: Sequence[Scored], emitted: int) -> None:
         """What a round brought: judged drafts of any drafters, and how much text."""
         for one in scored:
-            self._acceptance[one.drafter].add(one)
+            d = self.arms.drafter_place[one.drafter]
+            _count(
+                self._counts[d], one.drafted, one.allowed, one.known, one.accepted, int(one.ended)
+            )
+            if one.known == 0:
+                self._num_drafts[d] = self._num_drafts[d] * MEMORY + 1.0
         self.num_tokens = self.num_tokens * MEMORY + emitted
 
     def num_drafts(self, drafter: str) -> float:
         """How much has been seen of a drafter, in drafts."""
-        return self._acceptance[drafter].num_drafts
+        return float(self._num_drafts[self.arms.drafter_place[drafter]])
 
     def losses(self, context: int, rows: int) -> NDArray[np.float64]:
         """[N] believed seconds per token over plain decoding's, at this place and load."""
-        found = np.ones(len(self.arms))
-        plain = float(self._prices.rounds(NONE, context, rows)[0])
-        for drafter, members in self._of.items():
-            if drafter == NONE:
-                continue
-            curve = self._prices.rounds(drafter, context, rows) / plain  # [K+1]
-            seen = self._acceptance[drafter]
-            n = seen.num_drafts
-            if n:
-                # linear in the shares: each depth adds its step of the curve as often as it is drafted
-                seconds = curve[0] + (seen.drafted_shares() * np.diff(curve)).cumsum()
-                accepted = seen.accepted()
-            for i in members:
-                k = self.arms[i].num_draft_tokens
-                spent = PRIOR_ROUNDS * curve[k]
-                emitted = PRIOR_ROUNDS * self._predicted[self.arms[i].name]
-                if n:
-                    spent += n * seconds[k - 1]
-                    emitted += n * (1.0 + accepted[k - 1])
-                found[i] = spent / emitted
-        return found
-
-    def log_weights(self, losses: NDArray[np.float64]) -> NDArray[np.float64]:
-        """[N] Hedge's weights, not normalised, at the anytime rate sqrt(8 ln N / t) over t tokens.
-
-        The cumulated loss of an arm is what the text so far would have taken with it.
-        """
-        t = PRIOR_ROUNDS + self.num_tokens
-        return -sqrt(8.0 * log(max(2, len(self.arms))) * t) * losses
+        self._price(context, rows)
+        losses: NDArray[np.float64] = _losses(
+            self._counts,
+            self._num_drafts,
+            self._curves,
+            self._predicted,
+            self.arms.drafter_of,
+            self.arms.length_of,
+        )
+        return losses
 
     def best(
-        self,
-        current: str,
-        losses: NDArray[np.float64],
-        blocked: frozenset[str] = frozenset(),
+        self, current: str, losses: NDArray[np.float64], barred: Collection[str] = ()
     ) -> str:
-        """The arm with most weight, if it clearly outweighs the current one; else the current one."""
-        weights = self.log_weights(losses)
-        for name in blocked:
-            weights[self._index[name]] = -np.inf
-        leader = int(weights.argmax())
-        here = self._index[current]
-        if weights[leader] - weights[here] > MARGIN:
-            return self.arms[leader].name
-        return current
+        """The arm with most weight, if it clearly outweighs the current one; else the current one.
 
-    def index(self, arm: str) -> int:
-        return self._index[arm]
+        The logarithm of Hedge's weight is minus the loss over the text so far, at the anytime rate
+        sqrt(8 ln N / t) of t tokens; only differences matter.
+        """
+        place = self.arms.place
+        if barred:
+            losses = losses.copy()
+            losses[[place[name] for name in barred]] = np.inf
+        leader = int(losses.argmin())
+        t = PRIOR_ROUNDS + self.num_tokens
+        outweighs = sqrt(8.0 * log(max(2, len(self.arms))) * t) * (
+            losses[place[current]] - losses[leader]
+        )
+        return self.arms.all[leader].name if outweighs > MARGIN else current
+
+
+@compiled
+def _count(
+    counts: np.ndarray, drafted: int, allowed: int, known: int, accepted: int, ended: int
+) -> None:
+    """Count what has become known of a draft. counts: [4, K+1] of its drafter."""
+    if known == 0:
+        counts *= MEMORY
+        counts[_OFFERED, :allowed] += 1.0
+        counts[_DRAFTED, :drafted] += 1.0
+    counts[_TRIED, known : accepted + ended] += 1.0
+    counts[_RIGHT, known:accepted] += 1.0
+
+
+@compiled
+def _losses(
+    counts: np.ndarray,
+    num_drafts: np.ndarray,
+    curves: np.ndarray,
+    predicted: np.ndarray,
+    drafter_of: np.ndarray,
+    length_of: np.ndarray,
+) -> np.ndarray:
+    """Seconds over tokens of each arm: what was predicted of PRIOR_ROUNDS rounds, and what was seen.
+
+    A depth that nothing is known of is taken to be as the depths above it on average.
+    """
+    losses = np.ones(len(predicted))
+    for i in range(len(predicted)):
+        d, k, n = drafter_of[i], length_of[i], num_drafts[drafter_of[i]]
+        if k == 0:
+            continue
+        curve, of = curves[d], counts[d]
+        seconds, emitted, survives = curve[0], 1.0, 1.0
+        tried = right = offered = drafted = 0.0
+        for j in range(k if n > 0 else 0):
+            tried += of[_TRIED, j]
+            right += of[_RIGHT, j]
+            offered += of[_OFFERED, j]
+            drafted += of[_DRAFTED, j]
+            if of[_TRIED, j] > 1e-9:
+                survives *= of[_RIGHT, j] / of[_TRIED, j]
+            else:
+                survives *= right / tried if tried > 0 else 1.0
+            emitted += survives
+            if of[_OFFERED, j] > 1e-9:
+                share = of[_DRAFTED, j] / of[_OFFERED, j]
+            else:
+                share = drafted / offered if offered > 0 else 1.0
+            # linear in the shares: a depth adds its step of the curve as often as it is drafted
+            seconds += share * (curve[j + 1] - curve[j])
+        losses[i] = (PRIOR_ROUNDS * curve[k] + n * seconds) / (
+            PRIOR_ROUNDS * predicted[i] + n * emitted
+        )
+    return losses

@@ -15,10 +15,14 @@ from math import sqrt
 from typing import Final
 
 ALLOWED_LOSS: Final = 0.01
-"""Share of a request's plain rounds that an arm may lose before the request goes on without it."""
+"""Share of a request's plain rounds that may be lost before the request goes on without the arm."""
 
-FLOOR = 1.0
-TRUST = 2.0
+FEWEST_LOST: Final = 1.5
+"""Plain rounds that may be lost in any case: a few drafts in a row that are wrong prove nothing."""
+
+TRUST: Final = 2.0
+"""How many times as much an arm may lose in a request that gains, with confidence, over requests."""
+
 CONFIDENCE: Final = 2.0
 """Standard errors by which an arm must lose, over requests, to be benched; or gain, to be trusted."""
 
@@ -63,7 +67,7 @@ class PlainClock:
         self._num_rounds = self._num_rounds * _CLOCK_MEMORY + 1
         self._since = 0
 
-    def other(self) -> None:
+    def passed(self) -> None:
         """A round that was not plain."""
         self._since += 1
 
@@ -97,7 +101,6 @@ class Ledger:
     expected_rounds: float
     loss: float = 0.0
     lost: dict[str, float] = field(default_factory=dict)
-    fallen: set[str] = field(default_factory=set)  # arms it goes on without
 
 
 class Guard:
@@ -164,16 +167,20 @@ class Guard:
         loss = spent - emitted
         ledger.lost[arm] = ledger.lost.get(arm, 0.0) + loss + started
         ledger.loss += loss
-        if ledger.loss <= self._allowed(ledger, arm):
-            return False
-        ledger.fallen.add(arm)
-        return True
+        # an arm that gains is not to blame for what was lost before it
+        return loss > 0 and ledger.loss > self._allowed(ledger, arm)
+
+    def after_plain(self, ledger: Ledger, started: float) -> None:
+        """Count a plain round; started: what was spent on drafters all the same."""
+        self._plain_rounds += 1
+        ledger.loss += started
 
     def _allowed(self, ledger: Ledger, arm: str) -> float:
-        """Plain rounds that an arm may lose in a request: twice as many where it is known to gain."""
+        """Plain rounds that a request may lose with an arm."""
         record = self._records.get(arm)
         trusted = record is not None and record.score < -CONFIDENCE
-        return max(FLOOR, ALLOWED_LOSS * ledger.expected_rounds) * (TRUST if trusted else 1.0)
+        allowed = max(FEWEST_LOST, ALLOWED_LOSS * ledger.expected_rounds)
+        return allowed * (TRUST if trusted else 1.0)
 
     # --- for its user -----------------------------------------------------------------------------
 

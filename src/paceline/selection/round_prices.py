@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 
     from paceline.costs.table import CostTable
 
-_BUCKET: Final = 64  # contexts that are priced alike
-
 
 class RoundPrices(Protocol):
-    """Seconds of what a request may do next, at a context and with so many rows in flight."""
+    """Seconds of what a request may do next, at a context and with so many rows in flight.
+
+    bucket: so many contexts in a row are priced alike.
+    """
+
+    bucket: int
 
     def rounds(self, drafter: str, context: int, rows: int) -> NDArray[np.float64]:
         """[K+1] a whole round of each number of drafted tokens; the arrays are shared, not copies."""
@@ -40,8 +43,10 @@ class RoundPrices(Protocol):
 class TablePrices:
     """`RoundPrices` from a cost table; each (drafter, context, rows) is interpolated once.
 
-    Contexts are rounded to the middle of 64 tokens: within them a forward's price hardly moves.
+    A context is priced as the middle of its bucket: within 64 tokens a forward's price hardly moves.
     """
+
+    bucket: Final = 64
 
     def __init__(
         self, costs: CostTable, lengths: Mapping[str, int], objective: float = 0.0
@@ -52,18 +57,19 @@ class TablePrices:
         self._objective = objective
         self._rounds: dict[tuple[str, int, int], NDArray[np.float64]] = {}
         self._drafting: dict[tuple[str, int], NDArray[np.float64]] = {}
+        self._catching_up: dict[tuple[str, int], float] = {}
 
     def rounds(self, drafter: str, context: int, rows: int) -> NDArray[np.float64]:
-        key = (drafter, context // _BUCKET, rows)
+        key = (drafter, context // self.bucket, rows)
         found = self._rounds.get(key)
         if found is None:
-            found = self._rounds[key] = self._price(drafter, context, rows)
+            middle = context // self.bucket * self.bucket + self.bucket // 2
+            found = self._rounds[key] = self._price(drafter, middle, rows)
         return found
 
-    def _price(self, drafter: str, context: int, rows: int) -> NDArray[np.float64]:
+    def _price(self, drafter: str, middle: int, rows: int) -> NDArray[np.float64]:
         drafted = np.arange(self._lengths[drafter] + 1)
-        middle = context // _BUCKET * _BUCKET + _BUCKET // 2
-        drafting = self._proposals(drafter, context)
+        drafting = self._proposals(drafter, middle)
         host = self._costs.seconds(ENGINE, ROUND, 0, rows=rows)
         # the table's tokens are each row's: one row's draft is shared out among all of them
         forward = self._costs.seconds(TARGET, FORWARD, 1 + drafted / rows, middle, rows)
@@ -77,11 +83,11 @@ class TablePrices:
 
     def _proposals(self, drafter: str, context: int) -> NDArray[np.float64]:
         """[K+1] of a proposal of each length."""
-        key = (drafter, context // _BUCKET)
+        key = (drafter, context // self.bucket)
         found = self._drafting.get(key)
         if found is None:
             drafted = np.arange(self._lengths[drafter] + 1)
-            middle = context // _BUCKET * _BUCKET + _BUCKET // 2
+            middle = context // self.bucket * self.bucket + self.bucket // 2
             found = np.zeros(len(drafted))
             if drafter != NONE:
                 found = self._costs.seconds(drafter, PROPOSE, drafted, middle)
@@ -94,4 +100,8 @@ class TablePrices:
     def catching_up(self, drafter: str, num_tokens: int) -> float:
         if drafter == NONE or num_tokens <= 0:
             return 0.0
-        return float(self._costs.seconds(drafter, START, num_tokens))
+        key = (drafter, num_tokens // 8)
+        found = self._catching_up.get(key)
+        if found is None:
+            found = self._catching_up[key] = self._costs.seconds(drafter, START, key[1] * 8 + 4)
+        return found

@@ -2,11 +2,13 @@
 
 Joins the policy's choice, exploration, adaptation within the request and the guard. It sees rounds
 that are over and text that is final, never a token that is still to be verified, so nothing it
-decides can change what is written. All arms here are names; a *ticket* names a request.
+decides can change what is written. A *ticket* names a request. Across requests it keeps the guard's
+records, how far the predictions were off of late for each arm, and how long answers are.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import TYPE_CHECKING, Final
@@ -14,24 +16,30 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from paceline.contracts import NONE
-from paceline.selection.adaptation import Arm, Hedge
-from paceline.selection.guard import Guard, Ledger
+from paceline.selection.adaptation import Arm, Arms, Hedge
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
+
     from paceline.contracts import Context, Decision, RoundSeen
+    from paceline.selection.guard import Guard, Ledger
     from paceline.selection.round_prices import RoundPrices
 
-WATCH_SHARE: Final = 0.02
+WATCH_SHARE: Final = 0.01
 """Share of plain decoding's time that scoring one drafter beside the arm in use may take."""
 
-DOUBT: Final = 0.3
+DOUBT: Final = 0.2
 """How much better than believed an arm may be that nothing is known of, as a share of its price."""
 
 _UNKNOWN_GAIN: Final = 0.9  # of the chosen arm, where a policy predicts no seconds
 _FEWEST_TOKENS: Final = 8.0  # that a request is expected to go on for
 _LENGTH_MEMORY: Final = 0.9  # of the outputs' mean length
+_USUAL: Final = 0.2
+_LEARNS: Final = 0.2  # of a prediction's error in a request, for the requests after it
+_FORGETS: Final = 0.99  # what is left of a correction a request later
+_CORRECTION: Final = 1.0  # the largest, as a logarithm
 
 
 @dataclass(slots=True)
@@ -39,24 +47,27 @@ class _Watched:
     """One request in flight."""
 
     arm: str
-    room: int
-    hedge: Hedge | None
-    ledger: Ledger | None
-    seen_until: dict[str, int] = field(default_factory=dict)  # drafter -> tokens it has read
+    context: int
+    rows: int
+    rest: float  # tokens it is expected to go on for
+    prior: NDArray[np.float64]  # [N]
+    hedge: Hedge | None = None
+    losses: NDArray[np.float64] | None = None  # [N], as of the last round
+    score_every: dict[str, int] = field(default_factory=dict)  # drafter -> rounds
+    read: dict[str, int] = field(default_factory=dict)  # drafter -> tokens it has read
+    ledger: Ledger | None = None
+    barred: set[str] = field(default_factory=set)  # arms it goes on without
+    resume: str | None = None  # the arm that a plain round stands in for
     emitted: int = 0
     num_rounds: int = 0
-    resume: str | None = None  # the arm that a plain round stands in for
-    rest: float = 0.0
-    losses: np.ndarray | None = None  # [N], as of the last round
-    context: int = 0
-    rows: int = 1
 
 
 class Watch:
-    """Watches requests with an arm of the policy's choice, for the engine or for a simulation.
+    """Watches requests with an arm of a policy's choice, for the engine or for a simulation.
 
     adapt: go on with whatever arm the text so far speaks for. guard: fall back to plain decoding
-    where an arm does not pay. explore: probability of an arm drawn evenly instead of the chosen one.
+    where an arm does not pay. explore: the probability that a request's arm is drawn evenly from all
+    that the guard admits.
     """
 
     def __init__(
@@ -65,57 +76,85 @@ class Watch:
         prices: RoundPrices,
         adapt: bool = False,
         guard: Guard | None = None,
+        explore: float = 0.0,
         expected_tokens: float = 64.0,
     ) -> None:
         """arms: all there are, `none` among them. expected_tokens: of an answer, before any is seen."""
-        self.arms = {arm.name: arm for arm in arms}
+        self.arms = Arms(arms)
         self.prices = prices
         self.adapt = adapt
         self.guard = guard
+        self.explore = explore
         self._expected = expected_tokens
+        self._correction = np.zeros(len(self.arms))  # [N] logarithms
         self._watched: dict[int, _Watched] = {}
-        lengths: dict[str, int] = {}
-        for arm in arms:
-            lengths[arm.drafter] = max(arm.num_draft_tokens, lengths.get(arm.drafter, 0))
-        self._lengths = {name: length for name, length in lengths.items() if length}
 
-    # --- a request --------------------------------------------------------------------------------
+    # --- a request's begin and end ----------------------------------------------------------------
 
     def begin(self, ticket: int, context: Context, decision: Decision, room: int) -> Decision:
         """The decision as it is carried out. room: tokens that may still be emitted."""
-        prior = self._prior(context, decision)
-        arm = decision.arm
-        if self.guard is not None and not self.guard.admits(arm):
-            arm = self._second(prior, self.guard)
-            decision = replace(decision, arm=arm, policy=f"{decision.policy}, guarded")
-        rest = self._rest(0, room)
+        if decision.arm not in self.arms:
+            return decision
+        prior = self._prior(decision)
+        barred = set()
+        if self.guard is not None:
+            barred = {arm.name for arm in self.arms.all if not self.guard.admits(arm.name)}
+        decision = self._explored(context, self._admitted(decision, prior, barred), barred)
         num_prompt, rows = len(context.prompt_tokens), context.rows_in_flight
-        hedge = None
+        rest = self._rest(0, room)
+        state = _Watched(decision.arm, num_prompt, rows, rest, prior, barred=barred)
         if self.adapt:
-            hedge = Hedge(list(self.arms.values()), prior, self.prices, num_prompt, rows)
-        ledger = None if self.guard is None else self.guard.begin(arm, rest)
-        state = _Watched(arm, room, hedge, ledger, rest=rest, context=num_prompt, rows=rows)
-        if hedge is not None:
-            state.losses = hedge.losses(num_prompt, rows)
+            state.hedge = Hedge(self.arms, prior, self.prices, num_prompt, rows)
+            state.losses = state.hedge.losses(num_prompt, rows)
+            state.score_every = self._schedule(num_prompt, rows)
+        if self.guard is not None:
+            state.ledger = self.guard.begin(decision.arm, rest)
         self._watched[ticket] = state
         return decision
 
-    def _prior(self, context: Context, decision: Decision) -> dict[str, float]:
-        """arm -> predicted seconds per token over plain decoding's."""
+    def _prior(self, decision: Decision) -> NDArray[np.float64]:
+        """[N] predicted seconds per token over plain decoding's, corrected by how it went of late."""
         predicted = decision.seconds_per_token
+        names = [arm.name for arm in self.arms.all]
         if NONE in predicted:
             plain = predicted[NONE]
-            return {name: predicted.get(name, plain) / plain for name in self.arms}
-        prior = dict.fromkeys(self.arms, 1.0)
-        if decision.arm != NONE:
-            prior[decision.arm] = _UNKNOWN_GAIN
-        return prior
+            prior = np.array([predicted.get(name, plain) / plain for name in names])
+        else:
+            prior = np.where([name == decision.arm != NONE for name in names], _UNKNOWN_GAIN, 1.0)
+        corrected: NDArray[np.float64] = prior * np.exp(self._correction)
+        return corrected
 
-    def _second(self, prior: dict[str, float], guard: Guard) -> str:
-        """The arm that is predicted to be fastest of those the guard admits."""
-        admitted = [name for name in self.arms if name != NONE and guard.admits(name)]
-        best = min(admitted, key=prior.__getitem__, default=NONE)
-        return best if prior[best] < 1.0 else NONE
+    def _admitted(
+        self, decision: Decision, prior: NDArray[np.float64], barred: set[str]
+    ) -> Decision:
+        """The chosen arm, or the one predicted to be fastest where that is barred or, as corrected, no
+        longer the best.
+        """
+        if decision.arm not in barred and not self.adapt:
+            return decision
+        allowed = [(prior[i], arm.name) for i, arm in enumerate(self.arms.all)]
+        best = min(one for one in allowed if one[1] not in barred)[1]
+        if best == decision.arm:
+            return decision
+        return replace(decision, arm=best, policy=f"{decision.policy}, watched")
+
+    def _explored(self, context: Context, decision: Decision, barred: set[str]) -> Decision:
+        """The decision with its propensity, drawn anew with probability `explore`."""
+        if not self.explore:
+            return decision
+        names = [arm.name for arm in self.arms.all if arm.name not in barred]
+        share = self.explore / len(names)
+        tokens = np.asarray(context.prompt_tokens, dtype="<i8").tobytes()
+        digest = hashlib.sha256(context.request_id.encode() + b"\0" + tokens).digest()
+        u = int.from_bytes(digest[:8], "big") / 2.0**64
+        if u < self.explore:
+            arm = names[int(u / share)]
+            kept = decision.propensity if arm == decision.arm else 0.0
+            propensity = share + (1.0 - self.explore) * kept
+            return replace(
+                decision, arm=arm, propensity=propensity, policy=f"{decision.policy}, explored"
+            )
+        return replace(decision, propensity=share + (1.0 - self.explore) * decision.propensity)
 
     def _rest(self, emitted: int, room: int) -> float:
         """Tokens the request is expected to go on for."""
@@ -124,122 +163,136 @@ class Watch:
     def end(self, ticket: int) -> None:
         """The request is over; unknown tickets are none of ours."""
         state = self._watched.pop(ticket, None)
-        if state is None:
+        if state is None or not state.num_rounds:
             return
         self._expected = _LENGTH_MEMORY * self._expected + (1 - _LENGTH_MEMORY) * state.emitted
         if self.guard is not None and state.ledger is not None:
             self.guard.end(state.ledger)
+        if state.hedge is not None:
+            # where nothing was seen of an arm, belief is still the prior and nothing is learned
+            believed = state.hedge.losses(state.context, state.rows)
+            error = np.log(believed / state.prior)
+            error -= np.clip(error, -_USUAL, _USUAL)
+            learned = self._correction * _FORGETS + _LEARNS * error
+            self._correction = np.clip(learned, -_CORRECTION, _CORRECTION)
 
-    # --- its rounds -------------------------------------------------------------------------------
+    # --- drafts beside the arm in use -------------------------------------------------------------
 
-    def to_score(self, ticket: int) -> list[str]:
+    def _schedule(self, context: int, rows: int) -> dict[str, int]:
+        """drafter -> every how many rounds a draft of it takes no more than its share of the time."""
+        plain = self.prices.rounds(NONE, context, rows)[0]
+        return {
+            drafter: max(
+                1, ceil(self.prices.drafting(drafter, length, context) / (WATCH_SHARE * plain))
+            )
+            for drafter, length in self.arms.lengths.items()
+            if length
+        }
+
+    def to_score(self, ticket: int) -> Sequence[str]:
         """Drafters that should make a draft beside the arm in use in the coming round."""
         state = self._watched.get(ticket)
-        if state is None or state.hedge is None or state.losses is None:
-            return []
+        if state is None or state.hedge is None:
+            return ()
         in_use = self.arms[state.arm].drafter
         return [
             drafter
-            for drafter in self._lengths
-            if drafter != in_use and self._is_worth_scoring(drafter, state, state.hedge)
+            for drafter, every in state.score_every.items()
+            if state.num_rounds % every == every - 1
+            and drafter != in_use
+            and self._is_worth_scoring(drafter, state, state.hedge, every)
         ]
 
-    def _is_worth_scoring(self, drafter: str, state: _Watched, hedge: Hedge) -> bool:
-        """Every m-th round, m so that it takes its share of the time; never where that is more than
-        what the drafter could gain the request if it were as good as may be hoped.
+    def _is_worth_scoring(
+        self, drafter: str, state: _Watched, hedge: Hedge, every: int
+    ) -> bool:
+        """Whether the drafter, if it were as good as may be hoped, would gain the request more than
+        being scored to its end would take.
         """
-        plain = self.prices.rounds(NONE, state.context, state.rows)[0]
-        draft = self.prices.drafting(drafter, self._lengths[drafter], state.context) / plain
-        every = max(1, ceil(draft / WATCH_SHARE))
-        if state.num_rounds % every != every - 1:
-            return False
         assert state.losses is not None
         hoped = min(
-            state.losses[hedge.index(name)]
-            for name, arm in self.arms.items()
-            if arm.drafter == drafter
+            (state.losses[i] for i in self.arms.of(drafter) if self.arms.all[i].name not in state.barred),
+            default=np.inf,
         )
         hoped *= 1.0 - DOUBT / (1.0 + hedge.num_drafts(drafter)) ** 0.5
-        gain = state.rest * (state.losses[hedge.index(state.arm)] - hoped)
-        behind = state.context - state.seen_until.get(drafter, 0)
-        catching_up = self.prices.catching_up(drafter, behind) / plain
-        return bool(gain > catching_up + draft * state.rest / every)
+        plain = float(self.prices.rounds(NONE, state.context, state.rows)[0])
+        draft = self.prices.drafting(drafter, self.arms.lengths[drafter], state.context)
+        catching_up = self.prices.catching_up(drafter, self._behind(state, drafter))
+        gain = state.rest * (float(state.losses[self.arms.place[state.arm]]) - hoped)
+        return gain > (catching_up + draft * state.rest / every) / plain
+
+    @staticmethod
+    def _behind(state: _Watched, drafter: str) -> int:
+        return state.context - state.read.get(drafter, 0)
+
+    # --- its rounds -------------------------------------------------------------------------------
 
     def after_round(self, ticket: int, seen: RoundSeen) -> str | None:
         """The arm to go on with, or None for the one in use."""
         state = self._watched.get(ticket)
         if state is None:
             return None
+        if seen.arm != state.arm:  # the engine could not give the row what was wanted
+            state.barred.add(state.arm)
+            state.arm, state.resume = seen.arm, None
         state.num_rounds += 1
         state.emitted += seen.emitted
-        state.context, state.rows, state.room = seen.context + seen.emitted, seen.rows, seen.room
+        state.context, state.rows = seen.context + seen.emitted, seen.rows
         state.rest = self._rest(state.emitted, seen.room)
         for one in seen.scored:
             if one.known == 0:
-                state.seen_until[one.drafter] = seen.context
-        blocked = self._count(state, seen)
-        wanted = self._wanted(state, seen, blocked)
-        if wanted == state.arm:
-            return None
-        state.arm = wanted
-        return wanted
-
-    def _count(self, state: _Watched, seen: RoundSeen) -> frozenset[str]:
-        """Tell guard and Hedge; the arms that the request goes on without."""
+                state.read[one.drafter] = seen.context
         if state.hedge is not None:
             state.hedge.observe(seen.scored, seen.emitted)
-        guard, ledger = self.guard, state.ledger
-        if guard is None or ledger is None:
-            return frozenset()
-        arm = self.arms[seen.arm]
-        curve = self.prices.rounds(arm.drafter, seen.context, seen.rows)
-        plain = float(self.prices.rounds(NONE, seen.context, seen.rows)[0])
-        clock = guard.clock
-        drafting = self.prices.drafting(arm.drafter, seen.stats.drafted, seen.context)
-        # the clock of a shared forward says nothing of one row: there its price does
-        rest = clock.factor * (float(curve[seen.stats.drafted]) - drafting)
-        if seen.rows == 1:
-            rest = seen.other_seconds
-        if seen.arm == NONE:
-            if seen.rows == 1:
-                clock.plain(rest, plain)
-            return frozenset(ledger.fallen)
-        clock.other()
-        unit = clock.factor * plain
-        guard.after_round(
-            ledger,
-            seen.arm,
-            (seen.draft_seconds + rest) / unit,
-            seen.start_seconds / unit,
-            seen.emitted,
-        )
-        return frozenset(ledger.fallen)
+        if self.guard is not None and state.ledger is not None:
+            self._charge(self.guard, state.ledger, state, seen)
+        state.arm = self._wanted(state, seen)
+        return None if state.arm == seen.arm else state.arm
 
-    def _wanted(self, state: _Watched, seen: RoundSeen, blocked: frozenset[str]) -> str:
+    def _charge(self, guard: Guard, ledger: Ledger, state: _Watched, seen: RoundSeen) -> None:
+        """Tell the guard what a round took, and bar what it has had enough of.
+
+        A forward that rows share says nothing of one of them by the clock: there its price does.
+        """
+        plain = float(self.prices.rounds(NONE, seen.context, seen.rows)[0])
+        alone = seen.rows == 1
+        if seen.arm == NONE:
+            if alone:
+                guard.clock.plain(seen.draft_seconds + seen.other_seconds, plain)
+            guard.after_plain(ledger, seen.start_seconds / (guard.clock.factor * plain))
+            return
+        arm = self.arms[seen.arm]
+        spent = (seen.draft_seconds + seen.other_seconds) / guard.clock.factor
+        if not alone:
+            drafted = seen.stats.drafted
+            spent = float(self.prices.rounds(arm.drafter, seen.context, seen.rows)[drafted])
+        started = seen.start_seconds / guard.clock.factor
+        if guard.after_round(ledger, arm.name, spent / plain, started / plain, seen.emitted):
+            state.barred.add(arm.name)
+
+    def _wanted(self, state: _Watched, seen: RoundSeen) -> str:
         current = state.arm
         if state.resume is not None:  # a plain round for the clock is over
             current, state.resume = state.resume, None
-        if current in blocked:
+        if current in state.barred:
             current = NONE
         if state.hedge is not None:
-            current = self._adapted(state, state.hedge, current, blocked)
-        clock_is_due = self.guard is not None and self.guard.clock.is_due and seen.rows == 1
-        if current != NONE and clock_is_due:
-            state.resume, current = current, NONE
+            current = self._adapted(state, state.hedge, current)
+        if current != NONE and seen.rows == 1 and self.guard is not None:
+            self.guard.clock.passed()
+            if self.guard.clock.is_due:
+                state.resume, current = current, NONE
         return current
 
-    def _adapted(
-        self, state: _Watched, hedge: Hedge, current: str, blocked: frozenset[str]
-    ) -> str:
+    def _adapted(self, state: _Watched, hedge: Hedge, current: str) -> str:
         """Hedge's arm, if what it saves over the rest of the request pays for its catching up."""
         losses = state.losses = hedge.losses(state.context, state.rows)
-        best = hedge.best(current, losses, blocked)
-        if best == current:
-            return current
+        best = hedge.best(current, losses, state.barred)
         drafter = self.arms[best].drafter
-        saved = state.rest * (losses[hedge.index(current)] - losses[hedge.index(best)])
-        if drafter != self.arms[current].drafter:
-            plain = float(self.prices.rounds(NONE, state.context, state.rows)[0])
-            behind = state.context - state.seen_until.get(drafter, 0)
-            saved -= self.prices.catching_up(drafter, behind) / plain
-        return best if saved > 0 else current
+        if drafter == self.arms[current].drafter:
+            return best
+        place = self.arms.place
+        saved = state.rest * (losses[place[current]] - losses[place[best]])
+        plain = self.prices.rounds(NONE, state.context, state.rows)[0]
+        catching_up = self.prices.catching_up(drafter, self._behind(state, drafter)) / plain
+        return best if saved > catching_up else current
