@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from paceline.errors import ConfigError
 
@@ -112,6 +112,30 @@ class LearningSection(Section):
     seed: int = 0
 
 
+class SelectionSection(Section):
+    """What may change a policy's choice, of requests that leave the choice to it.
+
+    adapt: `within_request` goes on with whatever arm the text so far speaks for. guard: what does not
+    pay by the clock falls back to plain decoding. explore: probability of an arm drawn evenly, which is
+    what a policy can be judged by from logs.
+    """
+
+    adapt: Literal["off", "within_request"] = "off"
+    guard: bool = False
+    explore: float = Field(default=0.0, ge=0.0, le=1.0)
+
+    @field_validator("adapt", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: object) -> object:
+        """YAML reads a bare off as false."""
+        return "off" if value is False else value
+
+    @property
+    def watches(self) -> bool:
+        """Whether anything here is more than the policy's choice."""
+        return self.adapt != "off" or self.guard or self.explore > 0
+
+
 class PathsSection(Section):
     """Where the offline rooms write and the online ones read."""
 
@@ -132,6 +156,7 @@ class Config(Section):
     drafters: dict[str, DrafterSection] = Field(default_factory=dict)
     engine: EngineSection = EngineSection()
     learning: LearningSection = LearningSection()
+    selection: SelectionSection = SelectionSection()
     paths: PathsSection = PathsSection()
     threads: int | None = Field(default=None, ge=1)
 

@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from paceline.contracts import NONE, Context, Decision, RoundSeen, RoundStats, SamplingParams, Scored
+from paceline.contracts import (
+    NONE,
+    Context,
+    Decision,
+    RoundSeen,
+    RoundStats,
+    SamplingParams,
+    Scored,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -212,9 +220,7 @@ class _Beside:
     def tell(self, position: int) -> Scored:
         visible = position - self.position
         right = min(self.accepted, visible)
-        scored = Scored.of(
-            self.drafter, self.drafted, self.allowed, right, visible, self.known
-        )
+        scored = Scored.of(self.drafter, self.drafted, self.allowed, right, visible, self.known)
         self.known = right
         return scored
 

@@ -24,7 +24,7 @@ from paceline.compiled import compiled
 from paceline.contracts import NONE
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Sequence
 
     from numpy.typing import NDArray
 
@@ -63,9 +63,7 @@ class Arms:
         self._of: dict[str, list[int]] = {}
         for i, arm in enumerate(arms):
             self._of.setdefault(arm.drafter, []).append(i)
-            self.lengths[arm.drafter] = max(
-                arm.num_draft_tokens, self.lengths.get(arm.drafter, 0)
-            )
+            self.lengths[arm.drafter] = max(arm.num_draft_tokens, self.lengths.get(arm.drafter, 0))
         self.drafter_place = {name: d for d, name in enumerate(self.lengths)}
         self.drafter_of = np.array([self.drafter_place[arm.drafter] for arm in arms])  # [N]
         self.length_of = np.array([arm.num_draft_tokens for arm in arms])  # [N]
@@ -146,9 +144,7 @@ class Hedge:
         )
         return losses
 
-    def best(
-        self, current: str, losses: NDArray[np.float64], barred: Collection[str] = ()
-    ) -> str:
+    def best(self, current: str, losses: NDArray[np.float64], barred: Collection[str] = ()) -> str:
         """The arm with most weight, if it clearly outweighs the current one; else the current one.
 
         The logarithm of Hedge's weight is minus the loss over the text so far, at the anytime rate

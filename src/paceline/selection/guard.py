@@ -157,7 +157,9 @@ class Guard:
 
     # --- a request --------------------------------------------------------------------------------
 
-    def after_round(self, ledger: Ledger, arm: str, spent: float, started: float, emitted: int) -> bool:
+    def after_round(
+        self, ledger: Ledger, arm: str, spent: float, started: float, emitted: int
+    ) -> bool:
         """Count a round, in plain rounds; True when the request should go on without the arm.
 
         spent: by the round. started: by starting the drafter before it, which is lost whatever comes
@@ -188,7 +190,9 @@ class Guard:
         """A line for each arm that was used: what it gained or lost, and what is benched and why."""
         lines = []
         for arm, record in sorted(self._records.items()):
-            state = f"{-record.loss:+.1f} plain rounds gained of late in {record.num_requests} requests"
+            state = (
+                f"{-record.loss:+.1f} plain rounds gained of late in {record.num_requests} requests"
+            )
             if record.benched_until is not None:
                 wait = max(0, record.benched_until - self._num_requests)
                 state += f"; benched, to be probed in {wait} requests at the earliest"

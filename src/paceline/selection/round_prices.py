@@ -28,7 +28,8 @@ class RoundPrices(Protocol):
     bucket: so many contexts in a row are priced alike.
     """
 
-    bucket: int
+    @property
+    def bucket(self) -> int: ...
 
     def rounds(self, drafter: str, context: int, rows: int) -> NDArray[np.float64]:
         """[K+1] a whole round of each number of drafted tokens; the arrays are shared, not copies."""

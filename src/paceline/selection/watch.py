@@ -176,6 +176,10 @@ class Watch:
             learned = self._correction * _FORGETS + _LEARNS * error
             self._correction = np.clip(learned, -_CORRECTION, _CORRECTION)
 
+    def report(self) -> list[str]:
+        """What the guard has to say, a line each."""
+        return [] if self.guard is None else self.guard.report()
+
     # --- drafts beside the arm in use -------------------------------------------------------------
 
     def _schedule(self, context: int, rows: int) -> dict[str, int]:
@@ -203,23 +207,19 @@ class Watch:
             and self._is_worth_scoring(drafter, state, state.hedge, every)
         ]
 
-    def _is_worth_scoring(
-        self, drafter: str, state: _Watched, hedge: Hedge, every: int
-    ) -> bool:
+    def _is_worth_scoring(self, drafter: str, state: _Watched, hedge: Hedge, every: int) -> bool:
         """Whether the drafter, if it were as good as may be hoped, would gain the request more than
         being scored to its end would take.
         """
         assert state.losses is not None
-        hoped = min(
-            (state.losses[i] for i in self.arms.of(drafter) if self.arms.all[i].name not in state.barred),
-            default=np.inf,
-        )
+        places = [i for i in self.arms.of(drafter) if self.arms.all[i].name not in state.barred]
+        hoped = min((float(state.losses[i]) for i in places), default=float("inf"))
         hoped *= 1.0 - DOUBT / (1.0 + hedge.num_drafts(drafter)) ** 0.5
         plain = float(self.prices.rounds(NONE, state.context, state.rows)[0])
         draft = self.prices.drafting(drafter, self.arms.lengths[drafter], state.context)
         catching_up = self.prices.catching_up(drafter, self._behind(state, drafter))
         gain = state.rest * (float(state.losses[self.arms.place[state.arm]]) - hoped)
-        return gain > (catching_up + draft * state.rest / every) / plain
+        return bool(gain > (catching_up + draft * state.rest / every) / plain)
 
     @staticmethod
     def _behind(state: _Watched, drafter: str) -> int:
