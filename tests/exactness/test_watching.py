@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from paceline.engine.watching import Watch as WatchProtocol
 
 LENGTH = 20
-PROMPTS = [tuple(text.encode()) for text in ("a", "to be or not to be", "spam, spam and spam; " * 2)]
+PROMPTS = [
+    tuple(text.encode()) for text in ("a", "to be or not to be", "spam, spam and spam; " * 2)
+]
 DRAFTERS = ["near", "random", *OTHER_KINDS]
 ARMS = ["none", *DRAFTERS, "near@1", "near@2", "prompt_lookup@2", "layer_skip@2"]
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from paceline.selection.round_prices import RoundPrices
 
 PRIOR_ROUNDS: Final = 6.0
-"""What the policy's prediction weighs, in rounds seen."""
+"""What the policy's prediction weighs, in rounds seen; it fades as they do."""
 
 MEMORY: Final = 0.97
 """What a judged draft still weighs at the next one of its drafter: texts change on the way."""
@@ -99,6 +99,7 @@ class Hedge:
         self.num_tokens = 0.0  # emitted, faded as the drafts are
         self._prices = prices
         self._num_drafts = np.zeros(len(arms.lengths))  # [D], n
+        self._prior_rounds = np.full(len(arms.lengths), PRIOR_ROUNDS)  # [D]
         self._counts = np.zeros((len(arms.lengths), 4, arms.longest + 1))  # [D, 4, K+1]
         self._curves = np.zeros((len(arms.lengths), arms.longest + 1))  # [D, K+1] of plain rounds
         self._priced_at = (-1, -1)
@@ -125,6 +126,7 @@ class Hedge:
             )
             if one.known == 0:
                 self._num_drafts[d] = self._num_drafts[d] * MEMORY + 1.0
+                self._prior_rounds[d] *= MEMORY
         self.num_tokens = self.num_tokens * MEMORY + emitted
 
     def num_drafts(self, drafter: str) -> float:
@@ -137,6 +139,7 @@ class Hedge:
         losses: NDArray[np.float64] = _losses(
             self._counts,
             self._num_drafts,
+            self._prior_rounds,
             self._curves,
             self._predicted,
             self.arms.drafter_of,
@@ -179,12 +182,13 @@ def _count(
 def _losses(
     counts: np.ndarray,
     num_drafts: np.ndarray,
+    prior_rounds: np.ndarray,
     curves: np.ndarray,
     predicted: np.ndarray,
     drafter_of: np.ndarray,
     length_of: np.ndarray,
 ) -> np.ndarray:
-    """Seconds over tokens of each arm: what was predicted of PRIOR_ROUNDS rounds, and what was seen.
+    """Seconds over tokens of each arm: what was predicted of the prior's rounds, and what was seen.
 
     A depth that nothing is known of is taken to be as the depths above it on average.
     """
@@ -212,7 +216,6 @@ def _losses(
                 share = drafted / offered if offered > 0 else 1.0
             # linear in the shares: a depth adds its step of the curve as often as it is drafted
             seconds += share * (curve[j + 1] - curve[j])
-        losses[i] = (PRIOR_ROUNDS * curve[k] + n * seconds) / (
-            PRIOR_ROUNDS * predicted[i] + n * emitted
-        )
+        prior = prior_rounds[d]
+        losses[i] = (prior * curve[k] + n * seconds) / (prior * predicted[i] + n * emitted)
     return losses

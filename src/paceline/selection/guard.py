@@ -101,6 +101,7 @@ class Ledger:
     expected_rounds: float
     loss: float = 0.0
     lost: dict[str, float] = field(default_factory=dict)
+    probes: str | None = None  # the benched arm that it tries
 
 
 class Guard:
@@ -115,6 +116,10 @@ class Guard:
 
     # --- the process ------------------------------------------------------------------------------
 
+    def is_benched(self, arm: str) -> bool:
+        record = self._records.get(arm)
+        return record is not None and record.benched_until is not None
+
     def admits(self, arm: str) -> bool:
         """Whether a request may start with the arm: not benched, or due for a probe."""
         record = self._records.get(arm)
@@ -127,24 +132,25 @@ class Guard:
     def begin(self, arm: str, expected_rounds: float) -> Ledger:
         """A request starts with an arm; expected_rounds: what it would take plainly."""
         self._num_requests += 1
-        record = self._records.get(arm)
-        if record is not None and record.benched_until is not None:
-            record.is_probed = True
-        return Ledger(expected_rounds)
+        if not self.is_benched(arm):
+            return Ledger(expected_rounds)
+        self._records[arm].is_probed = True
+        return Ledger(expected_rounds, probes=arm)
 
     def end(self, ledger: Ledger) -> None:
         """A request is over: its arms' records, benches and probes."""
         for arm, loss in ledger.lost.items():
             record = self._records.setdefault(arm, Record())
-            if record.benched_until is None:
+            if arm == ledger.probes:
+                self._probed(record, loss)
+            elif record.benched_until is None:
                 record.add(loss)
                 if record.score > CONFIDENCE:
                     record.benched_until = self._num_requests + record.pause
-            elif record.is_probed:
-                self._probed(record, loss)
+        if ledger.probes is not None:
+            self._records[ledger.probes].is_probed = False
 
     def _probed(self, record: Record, loss: float) -> None:
-        record.is_probed = False
         if loss > 0:
             self._probe_loss += loss
             record.pause = min(2 * record.pause, LONGEST_PAUSE)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, replace
-from math import ceil
+from math import ceil, exp, sqrt
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -31,12 +31,14 @@ WATCH_SHARE: Final = 0.01
 """Share of plain decoding's time that scoring one drafter beside the arm in use may take."""
 
 DOUBT: Final = 0.2
-"""How much better than believed an arm may be that nothing is known of, as a share of its price."""
+"""How far off a prediction may be, as a logarithm, before anything is seen; more where predictions
+were further off of late."""
 
+_CLEARLY: Final = 0.95  # of the chosen arm's predicted price is clearly less
 _UNKNOWN_GAIN: Final = 0.9  # of the chosen arm, where a policy predicts no seconds
 _FEWEST_TOKENS: Final = 8.0  # that a request is expected to go on for
 _LENGTH_MEMORY: Final = 0.9  # of the outputs' mean length
-_USUAL: Final = 0.2
+_USUAL: Final = 0.2  # error of a prediction, as a logarithm, that teaches nothing
 _LEARNS: Final = 0.2  # of a prediction's error in a request, for the requests after it
 _FORGETS: Final = 0.99  # what is left of a correction a request later
 _CORRECTION: Final = 1.0  # the largest, as a logarithm
@@ -87,6 +89,7 @@ class Watch:
         self.explore = explore
         self._expected = expected_tokens
         self._correction = np.zeros(len(self.arms))  # [N] logarithms
+        self._surprise = 0.0  # how far off the predictions were of late, a logarithm
         self._watched: dict[int, _Watched] = {}
 
     # --- a request's begin and end ----------------------------------------------------------------
@@ -96,10 +99,12 @@ class Watch:
         if decision.arm not in self.arms:
             return decision
         prior = self._prior(decision)
-        barred = set()
-        if self.guard is not None:
-            barred = {arm.name for arm in self.arms.all if not self.guard.admits(arm.name)}
-        decision = self._explored(context, self._admitted(decision, prior, barred), barred)
+        guard, names = self.guard, self.arms.place
+        refused = set() if guard is None else {name for name in names if not guard.admits(name)}
+        decision = self._explored(context, self._admitted(decision, prior, refused), refused)
+        # an arm that is to be probed is tried by requests that begin with it, and by no others
+        barred = set() if guard is None else {name for name in names if guard.is_benched(name)}
+        barred.discard(decision.arm)
         num_prompt, rows = len(context.prompt_tokens), context.rows_in_flight
         rest = self._rest(0, room)
         state = _Watched(decision.arm, num_prompt, rows, rest, prior, barred=barred)
@@ -125,24 +130,27 @@ class Watch:
         return corrected
 
     def _admitted(
-        self, decision: Decision, prior: NDArray[np.float64], barred: set[str]
+        self, decision: Decision, prior: NDArray[np.float64], refused: set[str]
     ) -> Decision:
-        """The chosen arm, or the one predicted to be fastest where that is barred or, as corrected, no
-        longer the best.
+        """The chosen arm, or the one predicted to be fastest where that is refused or, as corrected,
+        clearly no longer the best.
         """
-        if decision.arm not in barred and not self.adapt:
+        place = self.arms.place
+        chosen = decision.arm if decision.arm not in refused else NONE
+        if decision.arm in refused or self.adapt:
+            allowed = [name for name in place if name not in refused]
+            best = min(allowed, key=lambda name: prior[place[name]])
+            if prior[place[best]] < _CLEARLY * prior[place[chosen]]:
+                chosen = best
+        if chosen == decision.arm:
             return decision
-        allowed = [(prior[i], arm.name) for i, arm in enumerate(self.arms.all)]
-        best = min(one for one in allowed if one[1] not in barred)[1]
-        if best == decision.arm:
-            return decision
-        return replace(decision, arm=best, policy=f"{decision.policy}, watched")
+        return replace(decision, arm=chosen, policy=f"{decision.policy}, watched")
 
-    def _explored(self, context: Context, decision: Decision, barred: set[str]) -> Decision:
+    def _explored(self, context: Context, decision: Decision, refused: set[str]) -> Decision:
         """The decision with its propensity, drawn anew with probability `explore`."""
         if not self.explore:
             return decision
-        names = [arm.name for arm in self.arms.all if arm.name not in barred]
+        names = [arm.name for arm in self.arms.all if arm.name not in refused]
         share = self.explore / len(names)
         tokens = np.asarray(context.prompt_tokens, dtype="<i8").tobytes()
         digest = hashlib.sha256(context.request_id.encode() + b"\0" + tokens).digest()
@@ -163,18 +171,24 @@ class Watch:
     def end(self, ticket: int) -> None:
         """The request is over; unknown tickets are none of ours."""
         state = self._watched.pop(ticket, None)
-        if state is None or not state.num_rounds:
+        if state is None:
             return
-        self._expected = _LENGTH_MEMORY * self._expected + (1 - _LENGTH_MEMORY) * state.emitted
         if self.guard is not None and state.ledger is not None:
             self.guard.end(state.ledger)
+        if not state.num_rounds:
+            return
+        self._expected = _LENGTH_MEMORY * self._expected + (1 - _LENGTH_MEMORY) * state.emitted
         if state.hedge is not None:
-            # where nothing was seen of an arm, belief is still the prior and nothing is learned
-            believed = state.hedge.losses(state.context, state.rows)
-            error = np.log(believed / state.prior)
-            error -= np.clip(error, -_USUAL, _USUAL)
-            learned = self._correction * _FORGETS + _LEARNS * error
-            self._correction = np.clip(learned, -_CORRECTION, _CORRECTION)
+            self._learn(np.log(state.hedge.losses(state.context, state.rows) / state.prior))
+
+    def _learn(self, error: NDArray[np.float64]) -> None:
+        """error: [N] of a request's predictions, as logarithms; 0 where nothing was seen of an arm."""
+        if error.any():
+            worst = float(np.abs(error).max())
+            self._surprise += _LEARNS * (worst - self._surprise)
+        error = error - np.clip(error, -_USUAL, _USUAL)
+        learned = self._correction * _FORGETS + _LEARNS * error
+        self._correction = np.clip(learned, -_CORRECTION, _CORRECTION)
 
     def report(self) -> list[str]:
         """What the guard has to say, a line each."""
@@ -214,7 +228,7 @@ class Watch:
         assert state.losses is not None
         places = [i for i in self.arms.of(drafter) if self.arms.all[i].name not in state.barred]
         hoped = min((float(state.losses[i]) for i in places), default=float("inf"))
-        hoped *= 1.0 - DOUBT / (1.0 + hedge.num_drafts(drafter)) ** 0.5
+        hoped *= exp(-max(DOUBT, self._surprise) / sqrt(1.0 + hedge.num_drafts(drafter)))
         plain = float(self.prices.rounds(NONE, state.context, state.rows)[0])
         draft = self.prices.drafting(drafter, self.arms.lengths[drafter], state.context)
         catching_up = self.prices.catching_up(drafter, self._behind(state, drafter))
