@@ -32,6 +32,7 @@ _HOMES = {
     "doctor": "paceline.bench",
     "drafters": "paceline.bench",
     "evaluate": "paceline.experiments.pipeline",
+    "experiment": "paceline.experiments.catalog",
     "learn": "paceline.experiments.pipeline",
     "load": "paceline.assembly",
     "load_config": "paceline.config",
@@ -63,6 +64,7 @@ __all__ = [
     "doctor",
     "drafters",
     "evaluate",
+    "experiment",
     "learn",
     "load",
     "load_config",
@@ -82,6 +84,7 @@ if TYPE_CHECKING:
     from paceline.drafting.base import Drafter, Foresight, Needs, Surroundings, pad_drafts
     from paceline.drafting.foresight import SimulatedForesight
     from paceline.errors import ConfigError, PacelineError
+    from paceline.experiments.catalog import experiment
     from paceline.experiments.demo_job import demo
     from paceline.experiments.pipeline import build_trigrams, collect, evaluate, learn, profile
     from paceline.layer_search import search_layers

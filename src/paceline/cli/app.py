@@ -10,6 +10,7 @@ from paceline.cli.distill import distill
 from paceline.cli.doctor import doctor
 from paceline.cli.drafters import drafters
 from paceline.cli.evaluate import evaluate
+from paceline.cli.experiment import experiment
 from paceline.cli.generate import generate
 from paceline.cli.layer_search import layer_search
 from paceline.cli.learn import learn
@@ -35,6 +36,7 @@ _VERBS = (
     evaluate,
     distill,
     layer_search,
+    experiment,
 )
 for verb in _VERBS:
     app.command()(verb)
