@@ -19,6 +19,8 @@ from paceline.contracts import (
     Request,
     SamplingParams,
     identity_of_arms,
+    join_arm,
+    split_arm,
 )
 from paceline.costs.table import CostTable
 from paceline.drafting.base import Surroundings
@@ -31,7 +33,15 @@ from paceline.models.exact import check_exact
 from paceline.models.language_model import LanguageModel, check_packed_forward
 from paceline.models.loading import load_language_model, load_tokenizer
 from paceline.models.vocabulary import Vocabulary, check_same_vocabulary
-from paceline.selection import PolicyIdentity, is_policy, load_policy
+from paceline.selection import (
+    Arm,
+    Guard,
+    PolicyIdentity,
+    TablePrices,
+    Watch,
+    is_policy,
+    load_policy,
+)
 from paceline.warping import check_sampling
 
 if TYPE_CHECKING:
@@ -138,14 +148,18 @@ def build_from_objects(
 class Pace:
     """A target with its drafters, ready to generate. Made by `paceline.load`."""
 
-    def __init__(self, parts: Parts, choose: Choose | None = None) -> None:
+    def __init__(
+        self, parts: Parts, choose: Choose | None = None, watch: Watch | None = None
+    ) -> None:
         self.parts = parts
+        self.watch = watch
         engine_section = parts.config.engine
         self.engine = Engine(
             parts.target,
             parts.drafters,
             decode=self._decode,
             choose=choose,
+            watch=watch,
             **engine_section.model_dump(),
         )
 
@@ -350,8 +364,10 @@ def load(
         parts = build(config if isinstance(config, Config) else load_config(config))
     _price(parts)
     folder = Path(policy) if policy is not None else parts.config.paths.policy
-    wanted = with_policy and (policy is not None or (target is None and is_policy(folder)))
-    return Pace(parts, _policy(parts, folder).choose if wanted else None)
+    if not with_policy or (policy is None and (target is not None or not is_policy(folder))):
+        return Pace(parts)
+    loaded = _policy(parts, folder)
+    return Pace(parts, loaded.choose, watch_for(parts, loaded.arms))
 
 
 def _policy(parts: Parts, folder: Path) -> Policy:
@@ -360,6 +376,36 @@ def _policy(parts: Parts, folder: Path) -> Policy:
     costs = CostTable.load(path) if path.is_file() else None
     section = parts.config.selection
     return load_policy(folder, policy_identity(parts), costs, selection=section)
+
+
+def watch_for(parts: Parts, arms: Sequence[str]) -> Watch | None:
+    """What the configuration's `selection` asks for over these arms and all drafters; None if nothing.
+
+    Raises ArtefactError without this machine's costs of all of them.
+    """
+    section = parts.config.selection
+    if not section.watches:
+        return None
+    named = [split_arm(arm) for arm in dict.fromkeys([*parts.drafters, *arms])]
+    lengths = {name: drafter.num_draft_tokens for name, drafter in parts.drafters.items()}
+    try:
+        costs = CostTable.load(parts.config.paths.costs)
+        costs.check(lengths, identity_of_arms({n: d.identity() for n, d in parts.drafters.items()}))
+    except ArtefactError as error:
+        raise ArtefactError(
+            f"'selection' asks for more than the policy's choice, which needs this machine's costs: "
+            f"{error}, or leave 'selection' out"
+        ) from error
+    return Watch(
+        [
+            Arm(name if k is None else join_arm(name, k), name, k or lengths[name])
+            for name, k in named
+        ],
+        TablePrices(costs, lengths),
+        adapt=section.adapt != "off",
+        guard=Guard() if section.guard else None,
+        explore=section.explore,
+    )
 
 
 def _price(parts: Parts) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from paceline.errors import ConfigError
 
@@ -144,14 +144,26 @@ DEFAULT_ENCODERS: Final[tuple[EncoderName, ...]] = ("target_hidden", "text_stats
 
 
 class SelectionSection(Section):
-    """What a policy sees of a request.
+    """What a policy sees of a request, and what may change its choice where that is left to it.
 
     encoders: whose features it is given, in this order. sentence_model: the folder or hub name of the
     model behind the encoder `sentence`, one saved by sentence-transformers or any transformers encoder.
+    adapt: `within_request` goes on with whatever arm the text so far speaks for. guard: what does not
+    pay by the clock falls back to plain decoding. explore: probability of an arm drawn evenly, which is
+    what a policy can be judged by from logs.
     """
 
     encoders: tuple[EncoderName, ...] = DEFAULT_ENCODERS
     sentence_model: str | None = None
+    adapt: Literal["off", "within_request"] = "off"
+    guard: bool = False
+    explore: float = Field(default=0.0, ge=0.0, le=1.0)
+
+    @field_validator("adapt", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: object) -> object:
+        """YAML reads a bare off as false."""
+        return "off" if value is False else value
 
     @model_validator(mode="after")
     def _whole(self) -> SelectionSection:
@@ -163,6 +175,11 @@ class SelectionSection(Section):
                 "hub name"
             )
         return self
+
+    @property
+    def watches(self) -> bool:
+        """Whether anything here is more than the policy's choice."""
+        return self.adapt != "off" or self.guard or self.explore > 0
 
 
 class PathsSection(Section):

@@ -161,6 +161,56 @@ class RoundStats:
     accepted: int
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What the text has come to say of one draft, of the arm in use or of one made beside it.
+
+    Of at most `allowed` tokens it had `drafted`. Depths up to `known` were told of before; since then
+    those up to `accepted` turned out to be on the text, and with `ended` the next one not to be, or
+    not to be drafted. Without, no more of the text is known yet, or no more was allowed.
+    """
+
+    drafter: str
+    drafted: int
+    allowed: int
+    accepted: int
+    ended: bool
+    known: int = 0
+
+    @classmethod
+    def of(
+        cls, drafter: str, drafted: int, allowed: int, right: int, visible: int, known: int = 0
+    ) -> Scored:
+        """right: depths on the text so far, of which `visible` tokens have been written since."""
+        ended = right < min(drafted, visible) or right == drafted < allowed
+        return cls(drafter, drafted, allowed, right, ended, known)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether more text would say no more."""
+        return self.ended or self.accepted == self.drafted
+
+
+@dataclass(frozen=True, slots=True)
+class RoundSeen:
+    """One round of a watched row, as it stands after the commit.
+
+    context: tokens in the target's cache before it. room: tokens that may still be emitted. The
+    seconds are this row's: of starting drafters since the last round, of drafting, of the rest.
+    """
+
+    arm: str
+    stats: RoundStats
+    emitted: int
+    context: int
+    rows: int
+    room: int
+    scored: Sequence[Scored]
+    start_seconds: float
+    draft_seconds: float
+    other_seconds: float
+
+
 @dataclass(slots=True)
 class Seconds:
     """Wall-clock seconds of a request by part; shared work of a batch is divided among its rows."""
@@ -214,6 +264,7 @@ class Decision:
     propensity: float = 1.0
     scores: dict[str, float] = field(default_factory=dict)
     policy: str = "fixed"
+    seconds_per_token: dict[str, float] = field(default_factory=dict)  # predicted, where it is
 
     @property
     def drafter(self) -> str:
@@ -246,6 +297,8 @@ class Completion:
     seed: int
     error: str | None = None  # why finish_reason is "error"
     logprobs: list[float] | None = None  # of the emitted tokens under the target, where asked for
+    # (tokens emitted before, arm) of every change of arm after the decision
+    switches: list[tuple[int, str]] = field(default_factory=list)
 
     @property
     def block_efficiency(self) -> float:

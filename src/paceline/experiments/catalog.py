@@ -15,6 +15,7 @@ from paceline.experiments.assistant_selection import (
     many_tasks,
     new_machine,
     number_of_examples,
+    online,
     plain_decoding,
     published_timings,
     reward_compared,
@@ -107,6 +108,12 @@ _ALL: Final = (
         reward_compared.run,
     ),
     Experiment(
+        "online",
+        "A learned policy, bandits and Hedge on a steady and on a shifting stream",
+        None,
+        online.run,
+    ),
+    Experiment(
         "new-machine",
         "A new machine: the same collection at other prices",
         None,
@@ -150,10 +157,10 @@ def experiment(
 ) -> Finished:
     """Run an experiment; what it decodes and measures stays in `folder`, shared by all of them.
 
-    out: where NAME.md, NAME.json and NAME.png go. data: folder of prompt files and published figures;
+    out: where NAME.md, NAME.json and NAME.png go. data: folder of prompt files and published figures.
     prompts: so many of each task, with a given `store` by default all that it holds. store: a
-    collection made before, used in place of the folder's own. smoke: sizes that only show that it works; its files and its
-    working folder are others, so that it spoils nothing.
+    collection made before, used in place of the folder's own. smoke: sizes that only show that it
+    works; its files and its working folder are others, so that it spoils nothing.
     """
     found = find_experiment(name)
     figure_class()  # before the work is done rather than after

@@ -79,7 +79,9 @@ class _Cell:
         self.name = policy.name
         held = {prompt.id: prompt for prompt in prompts}
         (law,) = policy.laws(study.held_out)
-        similar = _similarities([held[id] for id in study.held_out.ids], study.held_out.arms, metric)
+        similar = _similarities(
+            [held[id] for id in study.held_out.ids], study.held_out.arms, metric
+        )
         self.similarity = float((law * similar).sum(axis=1).mean())
 
     @property
@@ -115,12 +117,11 @@ def _alpha_table(cells: Mapping[str, Mapping[float, _Cell]]) -> Table:
     columns = [Column("similarity"), Column("alpha", "{:.2f}")]
     columns += [Column(f"to `{name}`", SHARE) for name in DRAFTERS]
     columns += [Column("mean similarity", "{:.3f}"), Column("speed-up over none")]
-    rows: list[list[Value]] = [
-        [metric, alpha, *cell.shares.values(), cell.similarity]
-        + [interval(cell.report.overall.strategies[cell.name].speedup)]
-        for metric, of in cells.items()
-        for alpha, cell in of.items()
-    ]
+    rows: list[list[Value]] = []
+    for metric, of in cells.items():
+        for alpha, cell in of.items():
+            row: list[Value] = [metric, alpha, *cell.shares.values(), cell.similarity]
+            rows.append([*row, interval(cell.report.overall.strategies[cell.name].speedup)])
     explanation = (
         "alpha weighs the similarity of a drafter's own text to the target's; 1 - alpha the share of "
         f"the target's time a token that it saves. `{LEARNER}` on that reward, each drafter at its own "
@@ -130,9 +131,7 @@ def _alpha_table(cells: Mapping[str, Mapping[float, _Cell]]) -> Table:
     return Table("What alpha chooses", explanation, columns, rows)
 
 
-def _drafters_table(
-    costs: CostTable, prompts: Sequence[CollectedPrompt], cell: _Cell
-) -> Table:
+def _drafters_table(costs: CostTable, prompts: Sequence[CollectedPrompt], cell: _Cell) -> Table:
     columns = [Column("drafter"), Column("cost score", "{:.3f}")]
     columns += [Column(metric, "{:.3f}") for metric in METRICS]
     columns += [Column("speed-up over none", SPEED)]

@@ -56,7 +56,8 @@ def run(bench: Workbench) -> Findings:
     return Findings(
         tables=[_categories_table(unseen), _mixed_table(mixed)],
         panels=[_panel(unseen)],
-        settings=bench.settings(prompts) | {"questions that fit": f"{len(prompts)}/{len(questions)}"},
+        settings=bench.settings(prompts)
+        | {"questions that fit": f"{len(prompts)}/{len(questions)}"},
         remarks=_remarks(unseen, mixed, len(questions) - len(prompts)),
         facts={"mixed": mixed, "left out": unseen},
     )
@@ -75,7 +76,11 @@ def _left_out(
 
 def _categories_table(unseen: dict[str, EvaluationReport]) -> Table:
     columns = [Column("category, left out"), Column("prompts"), Column(f"to `{NONE}`", SHARE)]
-    columns += [Column("mostly to"), Column("random", SPEED), Column("best single elsewhere", SPEED)]
+    columns += [
+        Column("mostly to"),
+        Column("random", SPEED),
+        Column("best single elsewhere", SPEED),
+    ]
     columns += [Column("policy"), Column("oracle", SPEED)]
     rows: list[list[Value]] = []
     for task, report in unseen.items():
@@ -105,7 +110,11 @@ def _mixed_table(mixed: EvaluationReport) -> Table:
 def _panel(unseen: dict[str, EvaluationReport]) -> Panel:
     names = [task.replace("_", "\n") for task in unseen]
     series = []
-    for label, way in (("best single elsewhere", BEST_SINGLE), ("policy", LEARNER), ("oracle", ORACLE)):
+    for label, way in (
+        ("best single elsewhere", BEST_SINGLE),
+        ("policy", LEARNER),
+        ("oracle", ORACLE),
+    ):
         speeds = [report.overall.strategies[way].speedup for report in unseen.values()]
         series.append(
             Series(

@@ -105,9 +105,7 @@ def run(bench: Workbench) -> Findings:
         machine: _priced(machine, Study.of(bench, prompts, arms, costs=table), contenders[0])
         for machine, table in tables.items()
     }
-    clocked = {
-        machine: _clock(bench, at_home, priced[home], priced[machine]) for machine in others
-    }
+    clocked = {machine: _clock(bench, at_home, priced[home], priced[machine]) for machine in others}
     return Findings(
         tables=[_choices_table(priced), _regret_table(priced), _clock_table(clocked)],
         panels=[_lengths_panel(priced), _clock_panel(clocked)],

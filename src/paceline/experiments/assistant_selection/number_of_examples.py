@@ -88,7 +88,11 @@ def _speedup(study: Study, learner: str, size: int, draw: int) -> float:
 
 def _table(found: dict[str, list[_Learned]], num_held_out: int, draws: int) -> Table:
     columns = [Column("learner"), Column("prompts", "{:,}"), Column("speed-up over none", SPEED)]
-    columns += [Column("lowest", SPEED), Column("highest", SPEED), Column("of the full gain", "{:.1%}")]
+    columns += [
+        Column("lowest", SPEED),
+        Column("highest", SPEED),
+        Column("of the full gain", "{:.1%}"),
+    ]
     columns += [Column("spread", "{:.1%}")]
     rows: list[list[Value]] = []
     for learner, of in found.items():

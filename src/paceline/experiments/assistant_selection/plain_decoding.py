@@ -84,7 +84,9 @@ def _with_useless(bench: Workbench) -> Workbench:
 def shuffle_embeddings(model: Path, folder: Path, seed: int = 0) -> None:
     """Write a model whose tokens mean each other's: as large and as fast as before."""
     loaded = AutoModelForCausalLM.from_pretrained(model)
-    weight = loaded.get_input_embeddings().weight
+    embedding = loaded.get_input_embeddings()
+    assert isinstance(embedding, torch.nn.Embedding)
+    weight = embedding.weight
     order = torch.randperm(len(weight), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         weight.copy_(weight[order].clone())

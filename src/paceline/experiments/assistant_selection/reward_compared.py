@@ -133,10 +133,11 @@ def _remarks(found: dict[str, _Rewarded]) -> list[str]:
     speeds = {name: speedup(one.report, one.forced) for name, one in aligned.items()}
     best, worst = max(speeds, key=lambda n: speeds[n]), min(speeds, key=lambda n: speeds[n])
     own = speedup(by_speed.report, by_speed.forced)
+    single = speedup(by_speed.report, BEST_SINGLE)
     pure = aligned[f"alignment, alpha {ALPHAS[-1]:.2f}"]
     return [
         f"The speed reward brings {own:.2f}x, the alignment reward {speeds[worst]:.2f}x ({worst}) to "
-        f"{speeds[best]:.2f}x ({best}), the best single arm {speedup(by_speed.report, BEST_SINGLE):.2f}x.",
+        f"{speeds[best]:.2f}x ({best}), the best single arm {single:.2f}x.",
         f"Similarity alone names the fastest drafter in {pure.right:.0%} of prompts and orders "
         f"{pure.order:.0%} of pairs as their speeds do.",
         f"With `{NONE}` among the arms, similarity alone takes it for "

@@ -69,7 +69,9 @@ def run(bench: Workbench) -> Findings:
         for name, (attention, mlp) in sets.items()
     }
     within = bench.with_drafters(FOLDER, drafters)
-    within.sizes = within.sizes.with_prompts(min(MOST_PROMPTS, within.sizes.prompts or MOST_PROMPTS))
+    within.sizes = within.sizes.with_prompts(
+        min(MOST_PROMPTS, within.sizes.prompts or MOST_PROMPTS)
+    )
     study = Study.of(within, within.collection.prompts, within.arms(list(drafters)))
     contenders = study.contenders(LEARNERS)
     contenders += [always_drafting(contenders[0], study.held_out)]
@@ -87,7 +89,9 @@ def _ways_table(report: EvaluationReport) -> Table:
     ways = [RANDOM, BEST_SINGLE, PER_TASK, *report.policies, ORACLE]
     columns, rows = ways_table(report, ways)
     columns.insert(1, Column(f"to `{NONE}`", SHARE))
-    rows = [[row[0], share(report, way, NONE), *row[1:]] for way, row in zip(ways, rows, strict=True)]
+    rows = [
+        [row[0], share(report, way, NONE), *row[1:]] for way, row in zip(ways, rows, strict=True)
+    ]
     explanation = (
         "The target drafts for itself with sub-layers left out, up to "
         f"{DRAFT_TOKENS} tokens with the published adaptive exit; the last policy must draft. "

@@ -147,9 +147,7 @@ def _remarks(
     policy = report.policies[0]
     found = ", ".join(f"{share(report, policy, task, task):.0%} of {task}" for task in pair)
     over = report.over[policy][BEST_SINGLE]
-    gains = [
-        speedup(one, one.policies[0]) / speedup(one, BEST_SINGLE) for one in every.values()
-    ]
+    gains = [speedup(one, one.policies[0]) / speedup(one, BEST_SINGLE) for one in every.values()]
     remarks = [
         f"`{policy}`, told no task, gives {found} prompts to the specialist and is "
         f"{interval(over)} as fast as the best single arm.",
