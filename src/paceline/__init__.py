@@ -27,14 +27,15 @@ _HOMES = {
     "Surroundings": "paceline.drafting.base",
     "build_trigrams": "paceline.experiments.pipeline",
     "collect": "paceline.experiments.pipeline",
+    "data": "paceline.experiments.pipeline",
     "demo": "paceline.experiments.demo_job",
     "distill": "paceline.distillation",
     "doctor": "paceline.bench",
     "drafters": "paceline.bench",
-    "evaluate": "paceline.experiments.pipeline",
+    "evaluate": "paceline.experiments.evaluation",
     "experiment": "paceline.experiments.catalog",
     "learn": "paceline.experiments.pipeline",
-    "learn_from_log": "paceline.experiments.pipeline",
+    "learn_from_log": "paceline.experiments.from_log",
     "load": "paceline.assembly",
     "load_config": "paceline.config",
     "pad_drafts": "paceline.drafting.base",
@@ -61,6 +62,7 @@ __all__ = [
     "Surroundings",
     "build_trigrams",
     "collect",
+    "data",
     "demo",
     "distill",
     "doctor",
@@ -90,14 +92,9 @@ if TYPE_CHECKING:
     from paceline.errors import ConfigError, PacelineError
     from paceline.experiments.catalog import experiment
     from paceline.experiments.demo_job import demo
-    from paceline.experiments.pipeline import (
-        build_trigrams,
-        collect,
-        evaluate,
-        learn,
-        learn_from_log,
-        profile,
-    )
+    from paceline.experiments.evaluation import evaluate
+    from paceline.experiments.from_log import learn_from_log
+    from paceline.experiments.pipeline import build_trigrams, collect, data, learn, profile
     from paceline.layer_search import search_layers
     from paceline.store import read_decisions, read_prompts
 

@@ -11,13 +11,25 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from paceline.errors import ConfigError
 
 S = TypeVar("S", bound=BaseModel)
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Learner = Literal[
+    "acceptance",
+    "reinforce",
+    "policy_gradient",
+    "cost_sensitive",
+    "knn",
+    "linucb",
+    "thompson",
+    "fixed",
+    "random",
+    "first_line_lookup",
+]
 
 
 MAX_DRAFT_TOKENS: Final = 64
@@ -83,11 +95,17 @@ class EngineSection(Section):
 
 
 class LearningSection(Section):
-    """How a policy is trained; `alpha` weighs similarity against cost in the alignment reward.
+    """How a policy is learned; `docs/learning.md` says what each learner does.
 
-    draft_lengths: lengths at which a drafter is an arm beside its own, where drafts nest.
+    draft_lengths: lengths at which a drafter is an arm beside its own, where drafts nest. alpha
+    weighs similarity, by `metric`, against cost in the alignment reward. objective: what is to be
+    fast, this request, the machine, or a weight between (0 latency, 1 throughput). loads: rows in
+    flight that a chooser with built-in prices is trained for, and portable ones are judged by.
+    kinds and gate_decay are the acceptance learner's, optimism the bandits', hidden_units to
+    samples_per_prompt the networks'. seeds: learned so many times, from `seed` on.
     """
 
+    learner: Learner = "acceptance"
     draft_lengths: tuple[Annotated[int, Field(ge=1, le=MAX_DRAFT_TOKENS)], ...] = (
         1,
         2,
@@ -100,6 +118,14 @@ class LearningSection(Section):
 
     reward: Literal["speed", "alignment"] = "speed"
     alpha: float = Field(default=0.5, ge=0.0, le=1.0)
+    metric: Literal["rouge_1", "rouge_l", "edit", "prefix"] = "rouge_l"
+    objective: Literal["latency", "throughput"] | Annotated[float, Field(ge=0.0, le=1.0)] = (
+        "latency"
+    )
+    loads: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 2, 4, 8, 16), min_length=1)
+    kinds: int = Field(default=16, ge=1)
+    gate_decay: float = Field(default=0.1, ge=0.0)
+    optimism: float = Field(default=0.5, ge=0.0)
     hidden_units: int = Field(default=64, ge=1)
     learning_rate: float = Field(default=3e-3, gt=0.0)
     weight_decay: float = Field(default=1e-2, ge=0.0)
@@ -110,6 +136,50 @@ class LearningSection(Section):
     patience: int = Field(default=25, ge=1)
     held_out: float = Field(default=0.25, gt=0.0, lt=1.0)
     seed: int = 0
+    seeds: int = Field(default=1, ge=1, le=32)
+
+
+EncoderName = Literal["target_hidden", "text_stats", "hashed_ngrams", "sentence"]
+DEFAULT_ENCODERS: Final[tuple[EncoderName, ...]] = ("target_hidden", "text_stats")
+
+
+class SelectionSection(Section):
+    """What a policy sees of a request, and what may change its choice where that is left to it.
+
+    encoders: whose features it is given, in this order. sentence_model: the folder or hub name of the
+    model behind the encoder `sentence`, one saved by sentence-transformers or any transformers encoder.
+    adapt: `within_request` goes on with whatever arm the text so far speaks for. guard: what does not
+    pay by the clock falls back to plain decoding. explore: probability of an arm drawn evenly, which is
+    what a policy can be judged by from logs.
+    """
+
+    encoders: tuple[EncoderName, ...] = DEFAULT_ENCODERS
+    sentence_model: str | None = None
+    adapt: Literal["off", "within_request"] = "off"
+    guard: bool = False
+    explore: float = Field(default=0.0, ge=0.0, le=1.0)
+
+    @field_validator("adapt", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: object) -> object:
+        """YAML reads a bare off as false."""
+        return "off" if value is False else value
+
+    @model_validator(mode="after")
+    def _whole(self) -> SelectionSection:
+        if not self.encoders or len(set(self.encoders)) < len(self.encoders):
+            raise ValueError("'selection.encoders' must name at least one encoder, and none twice")
+        if "sentence" in self.encoders and self.sentence_model is None:
+            raise ValueError(
+                "the encoder 'sentence' needs a model: set 'selection.sentence_model' to a folder or "
+                "hub name"
+            )
+        return self
+
+    @property
+    def watches(self) -> bool:
+        """Whether anything here is more than the policy's choice."""
+        return self.adapt != "off" or self.guard or self.explore > 0
 
 
 class PathsSection(Section):
@@ -143,6 +213,7 @@ class Config(Section):
     drafters: dict[str, DrafterSection] = Field(default_factory=dict)
     engine: EngineSection = EngineSection()
     learning: LearningSection = LearningSection()
+    selection: SelectionSection = SelectionSection()
     paths: PathsSection = PathsSection()
     log: LogSection = LogSection()
     threads: int | None = Field(default=None, ge=1)
@@ -228,9 +299,13 @@ def anchor(config: Config, folder: Path) -> Config:
     target = {"model": model_path(config.target.model)}
     if config.target.adapter is not None:
         target["adapter"] = model_path(config.target.adapter)
-    paths = config.paths
+    paths, selection = config.paths, config.selection
+    if selection.sentence_model is not None:
+        found = model_path(selection.sentence_model)
+        selection = selection.model_copy(update={"sentence_model": found})
     return config.model_copy(
         update={
+            "selection": selection,
             "target": config.target.model_copy(update=target),
             "drafters": {name: drafter(d) for name, d in config.drafters.items()},
             "paths": PathsSection(

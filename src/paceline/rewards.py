@@ -2,31 +2,33 @@
 
 `speed` is the predicted speed of an arm over plain decoding (`none`) on one prompt: the rounds come
 from replay, the seconds from the cost table. `alignment` = alpha * similarity + (1 - alpha) * cost
-score is the reward of arXiv 2408.08470; that similarity is the ROUGE-L F1 of the drafter's own
-greedy output with the target's, and the cost score the share of the target's time that the drafter
-saves, is our reading of it (not confirmed).
+score is the reward of arXiv 2408.08470; what it compares (the drafter's own greedy output with the
+target's, by ROUGE-L unless told otherwise) and that the cost score is the share of the target's
+time which the drafter saves, is our reading of it (not confirmed).
 Symbols: T output tokens, t seconds per token. A change in any figure raises REWARD_VERSION.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from rapidfuzz.distance import LCSseq
+from rapidfuzz.distance import LCSseq, Levenshtein, Prefix
 
 from paceline.contracts import NONE, split_arm
 from paceline.costs.pricing import by_objective, prompt_seconds, round_seconds
 from paceline.costs.table import FORWARD, PROPOSE, TARGET
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from numpy.typing import NDArray
 
     from paceline.costs.pricing import Objective, SecondsFn
 
 REWARD_VERSION: Final = 1
+Similarity = Callable[[Sequence[int], Sequence[int]], float]
 
 
 def request_seconds(
@@ -95,6 +97,16 @@ def speeds(
     return {arm: priced[NONE] / spent for arm, spent in priced.items()}
 
 
+def rouge_1_f1(a: Sequence[int], b: Sequence[int]) -> float:
+    """ROUGE-1 F1 of two token sequences: twice the tokens in common, as often as both have them,
+    over len a + len b; 1 if both are empty. After Lin (2004).
+    """
+    if not a and not b:
+        return 1.0
+    common = (Counter(a) & Counter(b)).total()
+    return 2.0 * common / (len(a) + len(b))
+
+
 def rouge_l_f1(a: Sequence[int], b: Sequence[int]) -> float:
     """ROUGE-L F1 of two token sequences: 2 LCS / (len a + len b); 1 if both are empty.
 
@@ -105,6 +117,29 @@ def rouge_l_f1(a: Sequence[int], b: Sequence[int]) -> float:
         return 1.0
     common: int = LCSseq.similarity(a, b)
     return 2.0 * common / (len(a) + len(b))
+
+
+def edit_similarity(a: Sequence[int], b: Sequence[int]) -> float:
+    """1 - Levenshtein distance over the longer length; 1 if both are empty."""
+    similarity: float = Levenshtein.normalized_similarity(a, b)
+    return similarity
+
+
+def prefix_similarity(a: Sequence[int], b: Sequence[int]) -> float:
+    """The length of the longest common prefix over the longer length; 1 if both are empty."""
+    common: int = Prefix.similarity(a, b)
+    return common / max(len(a), len(b)) if a or b else 1.0
+
+
+METRICS: Final[Mapping[str, Similarity]] = MappingProxyType(
+    {
+        "rouge_1": rouge_1_f1,
+        "rouge_l": rouge_l_f1,
+        "edit": edit_similarity,
+        "prefix": prefix_similarity,
+    }
+)
+"""How alike two token sequences are, 0 to 1, by the name in the configuration."""
 
 
 def token_seconds(seconds: SecondsFn, arm: str, context: int) -> float:
@@ -129,8 +164,11 @@ def alignments(
     num_prompt: int,
     output: Sequence[int],
     draft_outputs: Mapping[str, Sequence[int]],
+    metric: str = "rouge_l",
 ) -> dict[str, float]:
-    """The alignment reward of `none` and of each arm whose own greedy output is given.
+    """The alignment reward of `none` and of each drafter whose own greedy output is given.
+
+    metric: one of `METRICS`.
 
     `none` writes the target's output (similarity 1) and saves nothing (cost score 0). The others
     are priced in the middle of the output.
@@ -140,5 +178,5 @@ def alignments(
     rewards = {NONE: alignment_reward(alpha, 1.0, 0.0)}
     for arm, own in draft_outputs.items():
         score = cost_score(token_seconds(seconds, arm, context), t_target)
-        rewards[arm] = alignment_reward(alpha, rouge_l_f1(output, own), score)
+        rewards[arm] = alignment_reward(alpha, METRICS[metric](output, own), score)
     return rewards

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from paceline.cli.collect import collect
+from paceline.cli.data import data
 from paceline.cli.demo import demo
 from paceline.cli.distill import distill
 from paceline.cli.doctor import doctor
@@ -14,6 +15,7 @@ from paceline.cli.experiment import experiment
 from paceline.cli.generate import generate
 from paceline.cli.layer_search import layer_search
 from paceline.cli.learn import learn
+from paceline.cli.paraphrase import paraphrase
 from paceline.cli.profile import profile
 from paceline.cli.trigram import trigram
 
@@ -32,8 +34,10 @@ _VERBS = (
     drafters,
     profile,
     collect,
+    data,
     learn,
     evaluate,
+    paraphrase,
     distill,
     layer_search,
     experiment,

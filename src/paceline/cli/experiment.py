@@ -49,6 +49,14 @@ def experiment(
         Path | None,
         typer.Option(help="Working folder, shared by all. [default: runs/experiments]"),
     ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="A collection made before, used instead of one of the working folder."),
+    ] = None,
+    collect_docs: Annotated[
+        bool,
+        typer.Option("--collect-docs", help="Write what was found into the experiments' page."),
+    ] = False,
     recipe: Annotated[
         Path | None, typer.Option(help="Run a recipe at the papers' own scale instead.")
     ] = None,
@@ -73,6 +81,12 @@ def experiment(
     if list_all:
         _print_list(console)
         return
+    if collect_docs:
+        from paceline.experiments.page import collect_docs as write_page
+
+        page = write_page(*([] if out is None else [out]))
+        console.print(f"written: {page}", markup=False, highlight=False)
+        return
     if recipe is not None:
         _run_recipe(console, recipe, dry_run, data, folder)
         return
@@ -86,7 +100,7 @@ def experiment(
     overridden = any(value is not None for value in (dtype, device, threads))
     chosen = configured(config, dtype, device, threads) if overridden else config
     with progress(console) as report:
-        done = run_experiment(name, out, chosen, data, prompts, smoke, folder, report)
+        done = run_experiment(name, out, chosen, data, prompts, smoke, folder, report, store)
     _print_table(console, done.findings.tables[0])
     for remark in done.findings.remarks:
         console.print(f"- {remark}", markup=False, highlight=False)
@@ -120,10 +134,10 @@ def _print_table(console: Console, table: Table) -> None:
 def _run_recipe(
     console: Console, path: Path, dry: bool, data: Path | None, folder: Path | None
 ) -> None:
-    from paceline.cli.evaluate import print_evaluation
     from paceline.cli.progress import progress
     from paceline.experiments.catalog import FOLDER
     from paceline.experiments.recipes import dry_run, load_recipe, run_recipe
+    from paceline.learning.evaluation.tables import show
 
     recipe = load_recipe(path)
     planned = dry_run(recipe)
@@ -132,7 +146,7 @@ def _run_recipe(
         return
     with progress(console) as report:
         found = run_recipe(recipe, folder or FOLDER / path.stem, data, report)
-    print_evaluation(console, found)
+    show(console, found)
 
 
 def _print_plan(console: Console, planned: DryRun) -> None:

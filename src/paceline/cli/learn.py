@@ -25,12 +25,12 @@ def learn(
     """Train the policy with REINFORCE; no model runs here, but for replaying a log."""
     from rich.console import Console
 
-    from paceline.cli.evaluate import print_evaluation
     from paceline.cli.progress import progress
     from paceline.config import LearningSection, parse
+    from paceline.experiments.from_log import learn_from_log
     from paceline.experiments.pipeline import learn as run_learn
-    from paceline.experiments.pipeline import learn_from_log
     from paceline.learning import LearningResult
+    from paceline.learning.evaluation.tables import show_report
 
     settings = configured(config, store=store, costs=costs, policy=policy)
     flags = {"reward": reward, "alpha": alpha, "seed": seed}
@@ -48,7 +48,7 @@ def learn(
     for note in notes:
         console.print(f"note: of the log, {note}", markup=False)
     if isinstance(learned, LearningResult):
-        print_evaluation(console, learned.report)
+        show_report(console, learned.report)
     else:
         low, high = learned.gain.interval()
         console.print(
@@ -58,7 +58,5 @@ def learn(
         )
     if verdict is not None:
         console.print(f"against the policy in use: {verdict.reason}")
-    if verdict is None or verdict.adopt:
-        console.print(f"written: {settings.paths.policy}")
-    else:
-        console.print(f"kept: {settings.paths.policy}")
+    kept = verdict is not None and not verdict.adopt
+    console.print(f"{'kept' if kept else 'written'}: {settings.paths.policy}")

@@ -11,21 +11,21 @@ import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from paceline.collection.collect import SHARD_SIZE, CollectionReport, collect
-from paceline.collection.trajectories import parts_of
-from paceline.contracts import NONE, identity_of_arms
+from paceline.contracts import GREEDY, NONE, identity_of_arms
 from paceline.errors import StoreError
 from paceline.store import Collection
+from paceline.store.layout import Trajectory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from paceline.assembly import Pace
-    from paceline.collection.trajectories import Progress
+    from paceline.collection.crew import Progress
     from paceline.store import LoggedDecision
 
 SERVED: Final = "served"
@@ -63,11 +63,12 @@ def collect_log(
             f"none of {len(decisions)} logged requests can be replayed: {why or 'the log is empty'}"
         )
     none = identity_of_arms({NONE: parts.drafters[NONE].identity()})[NONE]
-    collection = Collection(Path(folder), *made_with, none)
+    collection = Collection(Path(folder), *made_with, none, parts.target.hidden_size)
     present = collection.trajectories.ids()
     missing = [id for id in sorted(served) if id not in present]
-    for part in parts_of(missing, shard_size):
-        collection.trajectories.append([_trajectory_row(id, served[id]) for id in part])
+    for start in range(0, len(missing), shard_size):
+        part = missing[start : start + shard_size]
+        collection.trajectories.append([_trajectory(id, served[id]).row() for id in part])
     report = collect(pace, [], folder, max_new_tokens=1, on_progress=on_progress)
     return LogReport(len(missing), len(served) - len(missing), left_out, report)
 
@@ -103,13 +104,14 @@ def _why_not(decision: LoggedDecision, target: str, tokenizer: str, context: int
     return None
 
 
-def _trajectory_row(id: str, decision: LoggedDecision) -> dict[str, Any]:
-    return {
-        "id": id,
-        "domain": SERVED,
-        "prompt_tokens": decision.prompt_tokens,
-        "output_tokens": decision.output_tokens,
-        "finish_reason": decision.finish_reason,
-        "max_new_tokens": decision.max_new_tokens,
-        "temperature": 0.0,
-    }
+def _trajectory(id: str, decision: LoggedDecision) -> Trajectory:
+    assert decision.prompt_tokens is not None and decision.output_tokens is not None
+    return Trajectory(
+        id=id,
+        domain=SERVED,
+        prompt_tokens=decision.prompt_tokens,
+        output_tokens=decision.output_tokens,
+        finish_reason=decision.finish_reason,
+        max_new_tokens=decision.max_new_tokens,
+        sampling=GREEDY,
+    )

@@ -10,15 +10,19 @@ from paceline.errors import ConfigError
 from paceline.store import read_prompts, take_by_hash
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
 TASKS: Final = ("translation", "math", "code", "summary")
 
 
 def read_tasks(
-    folder: Path, num_collected: int, num_timed: int
+    folder: Path, num_collected: int, num_timed: int, without: Collection[str] = ()
 ) -> tuple[list[PromptRecord], list[PromptRecord]]:
-    """So many prompts of each task to collect and others to time, from opposite ends by hash of id."""
+    """So many prompts of each task to collect and others to time, from opposite ends by hash of id.
+
+    without: ids that are neither.
+    """
     collected: list[PromptRecord] = []
     timed: list[PromptRecord] = []
     for task in TASKS:
@@ -28,7 +32,8 @@ def read_tasks(
                 f"{folder}: no {path.name} in this data folder; it needs "
                 f"{', '.join(f'{name}.jsonl' for name in TASKS)}"
             )
-        ranked = take_by_hash(read_prompts([path]), None)
+        records = [record for record in read_prompts([path]) if record.id not in without]
+        ranked = take_by_hash(records, None)
         if len(ranked) < num_collected + num_timed:
             raise ConfigError(
                 f"{path}: {num_collected + num_timed} prompts asked for, {len(ranked)} are there"

@@ -6,23 +6,27 @@ the features. Symbols: N prompts, F features, A arms.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from paceline.contracts import NONE, split_arm
+from paceline.costs.pricing import ArmPricer
 from paceline.errors import ConfigError, StoreError
-from paceline.replay import rounds_of
-from paceline.rewards import alignments, request_seconds
+from paceline.learning.rounds import round_table
+from paceline.rewards import alignments
+from paceline.selection.choosers import Situation
+from paceline.selection.features import STATISTICS
 from paceline.store import is_validation
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from paceline.config import LearningSection
     from paceline.contracts import CollectedPrompt
-    from paceline.costs import SecondsFn
+    from paceline.costs import CostTable, Objective
+    from paceline.learning.rounds import RoundTable
 
 MIN_PROMPTS: Final = 8
 _MIN_HELD_OUT: Final = 2
@@ -30,70 +34,110 @@ _MIN_HELD_OUT: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Prompts as rows, arms as columns."""
+    """Prompts as rows, arms as columns.
+
+    Rates count tokens emitted after the prefill's own, so `none` has one round a token. `groups`
+    says which rows are one prompt's, which a split keeps together. `spans` names the blocks of
+    features. `rounds` and `costs` price everything anew for another load, see `seconds_for`.
+    """
 
     arms: tuple[str, ...]  # A
     ids: tuple[str, ...]  # N
+    groups: tuple[str, ...]  # N
     domains: tuple[str, ...]  # N
+    prompts: tuple[tuple[int, ...], ...]  # N, tokens
     features: np.ndarray  # [N, F] float32
-    rewards: np.ndarray  # [N, A] float64
-    seconds: np.ndarray  # [N, A] float64, predicted for the whole request
+    num_prompt: np.ndarray  # [N] int64, tokens
     num_tokens: np.ndarray  # [N] int64, emitted
+    limits: np.ndarray  # [N] int64, the most that might have been emitted
+    rounds_per_token: np.ndarray  # [N, A] float64
+    drafted_per_token: np.ndarray  # [N, A] float64
+    seconds: np.ndarray  # [N, A] float64, predicted for the whole request alone in flight
+    rewards: np.ndarray  # [N, A] float64
+    spans: Mapping[str, slice]
+    rounds: RoundTable
+    costs: CostTable
+    objective: Objective
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def rows(self, mask: np.ndarray) -> Dataset:
-        """The prompts where a mask [N] is true."""
-        places = np.flatnonzero(mask)
-        return Dataset(
-            arms=self.arms,
-            ids=tuple(self.ids[i] for i in places),
-            domains=tuple(self.domains[i] for i in places),
-            features=self.features[places],
-            rewards=self.rewards[places],
-            seconds=self.seconds[places],
-            num_tokens=self.num_tokens[places],
-        )
+    def rows(self, chosen: np.ndarray) -> Dataset:
+        """The prompts where a mask [N] is true, or those at some places [n]."""
+        places = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
+        parts: dict[str, object] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "rounds":
+                parts[field.name] = value.rows(places)
+            elif isinstance(value, np.ndarray):
+                parts[field.name] = value[places]
+            elif isinstance(value, tuple) and field.name != "arms":
+                parts[field.name] = tuple(value[i] for i in places)
+        return replace(self, **parts)  # type: ignore[arg-type]
+
+    def situation(self, rows: int = 1) -> Situation:
+        """What choosers are told of these prompts, with so many requests in flight."""
+        return Situation(self.num_prompt, rows, self.objective, self.limits, self.prompts)
+
+    def seconds_for(self, rows: int) -> np.ndarray:
+        """[N, A] predicted for the whole request, with so many requests in flight."""
+        return self.rounds.seconds(self.costs.seconds, rows, self.objective)
+
+    def pricer(self) -> ArmPricer:
+        """Live prices from the table that priced this."""
+        return ArmPricer(self.costs, self.arms)
 
 
 def build_dataset(
     prompts: Sequence[CollectedPrompt],
     arms: Sequence[str],
-    seconds: SecondsFn,
+    costs: CostTable,
     settings: LearningSection,
 ) -> tuple[Dataset, list[str]]:
-    """(dataset, notes for the reader). `arms` must hold `none` and at least one drafter.
+    """(dataset, notes for the reader). `arms` must hold `none` and at least one other.
 
     Raises ConfigError or StoreError if nothing can be learned from it.
     """
     arms = tuple(arms)
     _check_arms(arms, prompts)
-    predicted = np.array(
-        [
-            [
-                request_seconds(seconds, split_arm(arm)[0], len(p.prompt_tokens), rounds_of(p, arm))
-                for arm in arms
-            ]
-            for p in prompts
-        ]
-    )  # [N, A]
+    features = _stack_features(prompts)
+    rounds = round_table(prompts, arms)
+    seconds = rounds.seconds(costs.seconds, 1, settings.objective)
     notes: list[str] = []
     if settings.reward == "speed":
         # rewards.speeds, without pricing everything again
-        rewards = predicted[:, [arms.index(NONE)]] / predicted
+        rewards = seconds[:, [arms.index(NONE)]] / seconds
     else:
-        rewards, notes = _alignment_rewards(prompts, arms, seconds, settings.alpha)
+        rewards, notes = _alignment_rewards(prompts, arms, costs, settings)
+    num_tokens = np.array([len(p.output_tokens) for p in prompts])
+    after_first = np.maximum(num_tokens - 1, 1)[:, None]
     dataset = Dataset(
         arms=arms,
         ids=tuple(p.id for p in prompts),
+        groups=tuple(p.prompt_id for p in prompts),
         domains=tuple(p.domain for p in prompts),
-        features=_stack_features(prompts),
+        prompts=tuple(p.prompt_tokens for p in prompts),
+        features=features,
+        num_prompt=rounds.num_prompt,
+        num_tokens=num_tokens,
+        limits=np.array([p.max_new_tokens for p in prompts]),
+        rounds_per_token=rounds.num_rounds() / after_first,
+        drafted_per_token=rounds.num_drafted() / after_first,
+        seconds=seconds,
         rewards=rewards,
-        seconds=predicted,
-        num_tokens=np.array([len(p.output_tokens) for p in prompts]),
+        spans=prompts[0].spans or spans_of(features.shape[1]),
+        rounds=rounds,
+        costs=costs,
+        objective=settings.objective,
     )
     return dataset, notes + check_learnable(dataset)
+
+
+def spans_of(num_features: int) -> dict[str, slice]:
+    """The blocks of the default encoders' features: hidden states, then statistics."""
+    num_hidden = max(num_features - len(STATISTICS), 0)
+    return {"target_hidden": slice(0, num_hidden), "text_stats": slice(num_hidden, num_features)}
 
 
 def _check_arms(arms: tuple[str, ...], prompts: Sequence[CollectedPrompt]) -> None:
@@ -127,11 +171,17 @@ def _stack_features(prompts: Sequence[CollectedPrompt]) -> np.ndarray:
 
 
 def _alignment_rewards(
-    prompts: Sequence[CollectedPrompt], arms: tuple[str, ...], seconds: SecondsFn, alpha: float
+    prompts: Sequence[CollectedPrompt],
+    arms: tuple[str, ...],
+    costs: CostTable,
+    settings: LearningSection,
 ) -> tuple[np.ndarray, list[str]]:
-    """([N, A], notes). An arm that never writes a text of its own has an empty one."""
-    writing = {arm for prompt in prompts for arm in prompt.draft_outputs if arm in arms}
-    silent = [arm for arm in arms if arm != NONE and arm not in writing]
+    """([N, A], notes). An arm that never writes a text of its own has an empty one. A drafter's
+    reward is the same at every draft length: neither its text nor its price a token depends on it.
+    """
+    drafters = dict.fromkeys(split_arm(arm)[0] for arm in arms)
+    writing = {name for prompt in prompts for name in prompt.draft_outputs if name in drafters}
+    silent = [name for name in drafters if name != NONE and name not in writing]
     if not writing:
         raise StoreError(
             "the reward 'alignment' compares texts the drafters wrote on their own, and the "
@@ -145,13 +195,18 @@ def _alignment_rewards(
                 f"prompt '{prompt.id}' has no text of '{missing[0]}' on its own; run `paceline "
                 "collect --alignment` again to finish it"
             )
-        outputs = {arm: prompt.draft_outputs.get(arm, ()) for arm in arms if arm != NONE}
-        num_prompt = len(prompt.prompt_tokens)
-        found = alignments(seconds, alpha, num_prompt, prompt.output_tokens, outputs)
-        row[:] = [found[arm] for arm in arms]
+        found = alignments(
+            costs.seconds,
+            settings.alpha,
+            len(prompt.prompt_tokens),
+            prompt.output_tokens,
+            {name: prompt.draft_outputs.get(name, ()) for name in drafters if name != NONE},
+            settings.metric,
+        )
+        row[:] = [found[split_arm(arm)[0]] for arm in arms]
     notes = [
-        f"'{arm}' writes no text of its own in this collection: its similarity counts as 0"
-        for arm in silent
+        f"'{name}' writes no text of its own in this collection: its similarity counts as 0"
+        for name in silent
     ]
     return rewards, notes
 
@@ -173,8 +228,10 @@ def check_learnable(dataset: Dataset) -> list[str]:
 
 
 def split(dataset: Dataset, share: float) -> tuple[Dataset, Dataset]:
-    """(training part, held-out part), by hash of id, so that no order of prompts matters."""
-    held_out = np.array([is_validation(id, share) for id in dataset.ids])
+    """(training part, held-out part), by hash of the prompt's id, so that no order of prompts
+    matters and all rows of a prompt fall on one side.
+    """
+    held_out = np.array([is_validation(group, share) for group in dataset.groups])
     num_held_out = int(held_out.sum())
     if num_held_out < _MIN_HELD_OUT or len(dataset) - num_held_out < MIN_PROMPTS - _MIN_HELD_OUT:
         raise StoreError(

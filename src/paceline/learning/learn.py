@@ -16,18 +16,14 @@ from paceline.contracts import NONE
 from paceline.errors import ArtefactError, StoreError
 from paceline.files import write_atomically
 from paceline.learning.dataset import build_dataset, split
-from paceline.learning.evaluate import POLICY, EvaluationReport, evaluate
-from paceline.learning.reinforce import TrainingSummary, train
+from paceline.learning.evaluation import POLICY, EvaluationReport, evaluate_chooser
+from paceline.learning.learners import LEARNERS
 from paceline.replay import rounds_of
 from paceline.rewards import REWARD_VERSION
-from paceline.selection.artefact import (
-    PolicyArtefact,
-    RewardCard,
-    network_policy,
-    save_policy,
-)
+from paceline.selection.artefact import PolicyArtefact, RewardCard, policy_of, save_policy
+from paceline.selection.choosers import FixedChooser, PortableChooser
 from paceline.selection.drift import MIN_PROMPTS, RANGE_FILE, TrainingRange
-from paceline.selection.features import num_features
+from paceline.selection.encoders import build_encoder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,10 +32,11 @@ if TYPE_CHECKING:
     from paceline.contracts import CollectedPrompt
     from paceline.costs.table import CostTable
     from paceline.learning.dataset import Dataset
-    from paceline.learning.reinforce import Progress
+    from paceline.learning.learners import Curve, Progress, Summary
     from paceline.selection.artefact import PolicyIdentity
-    from paceline.selection.network import PolicyNetwork
-    from paceline.selection.policies import NetworkPolicy
+    from paceline.selection.choosers import Chooser
+    from paceline.selection.encoders import FeatureEncoder
+    from paceline.selection.policies import Policy
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -48,9 +45,10 @@ EVALUATION_FILE = "evaluation.json"
 class LearningResult:
     """A policy ready to choose, with how it was trained and what it would gain."""
 
-    policy: NetworkPolicy
+    policy: Policy
     report: EvaluationReport
-    training: TrainingSummary
+    training: Summary
+    curve: Curve
     card: PolicyArtefact
     range: TrainingRange | None  # of features and acceptance; None where prompts are too few
 
@@ -64,53 +62,61 @@ class LearningResult:
             write_atomically(Path(folder) / EVALUATION_FILE, self.report.to_json().encode())
         except OSError as error:
             raise ArtefactError(f"{folder}: cannot be written ({error})") from error
-        save_policy(Path(folder), self.policy.network, self.card)
+        save_policy(Path(folder), self.policy.chooser, self.card)
 
 
 def learn(
     prompts: Sequence[CollectedPrompt],
     costs: CostTable,
     identity: PolicyIdentity,
+    arms: Sequence[str],
     settings: LearningSection,
     on_progress: Progress = lambda stage, done, total: None,
+    encode: FeatureEncoder | None = None,
 ) -> LearningResult:
     """Train on the training part, evaluate on the held-out part.
 
-    `identity` names target, tokenizer and arms the policy is for; the collection and the cost table
-    must have these arms. Raises ConfigError, StoreError or ArtefactError with what to change.
+    `identity` names target, tokenizer and drafters the policy is for; the collection and the cost
+    table must have these. arms: what to choose among, see `drafting.catalog.arms_of`. encode: gives the
+    policy that is returned its features, by default the default encoders. Raises
+    ConfigError, StoreError or ArtefactError with what to change.
     """
-    arms = list(identity.arms)
-    costs.check(arms, identity.arms)
-    dataset, notes = build_dataset(prompts, arms, costs.seconds, settings)
-    expected, found = num_features(identity.hidden_size), dataset.features.shape[1]
-    if found != expected:
+    costs.check(identity.drafters, identity.drafters)
+    dataset, notes = build_dataset(prompts, arms, costs, settings)
+    encode = encode or build_encoder(identity.hidden_size)
+    found = dataset.features.shape[1]
+    if not identity.encoders and found != encode.num_features:
         raise StoreError(
             f"the collection has {found} features a prompt, this target and version give "
-            f"{expected}; run `paceline collect` into a new folder"
+            f"{encode.num_features}; run `paceline collect` into a new folder"
         )
     training_part, held_out = split(dataset, settings.held_out)
-    network, summary = train(training_part.features, training_part.rewards, settings, on_progress)
-    if summary.constant:
+    fitted = LEARNERS[settings.learner].fit(training_part, settings, on_progress)
+    chooser = fitted.chooser
+    if isinstance(chooser, PortableChooser):
+        chooser.pricer = dataset.pricer()
+    elif isinstance(chooser, FixedChooser):
         notes.append(
             "the features did not tell which arm is best where: the policy always chooses "
-            f"'{arms[int(network.b2.argmax())]}'; more prompts or more different drafters may help"
+            f"'{chooser.at(1)}'; more prompts or more different drafters may help"
         )
-    report = evaluate(training_part, held_out, network, seed=settings.seed, notes=notes)
-    card = _card(identity, settings, costs, summary, report)
-    seen = _range(prompts, training_part, network)
-    return LearningResult(network_policy(network, arms), report, summary, card, seen)
+    report = evaluate_chooser(training_part, held_out, chooser, seed=settings.seed, notes=notes)
+    card = _card(identity, settings, costs, fitted.summary, report)
+    policy = policy_of(chooser, found, settings.objective, encode=encode)
+    seen = _range(prompts, training_part, chooser)
+    return LearningResult(policy, report, fitted.summary, fitted.curve, card, seen)
 
 
 def _range(
-    prompts: Sequence[CollectedPrompt], training_part: Dataset, network: PolicyNetwork
+    prompts: Sequence[CollectedPrompt], training_part: Dataset, chooser: Chooser
 ) -> TrainingRange | None:
     """Of the training prompts; an arm's acceptance on those for which it would be chosen."""
     if len(training_part) < 2 * MIN_PROMPTS:
         return None
     by_id = {prompt.id: prompt for prompt in prompts}
     shares: dict[str, list[float]] = {arm: [] for arm in training_part.arms if arm != NONE}
-    chosen = network.logits(training_part.features).argmax(axis=1)
-    for id, place in zip(training_part.ids, chosen, strict=True):
+    preferred = chooser.preferences(training_part.features, training_part.situation())
+    for id, place in zip(training_part.ids, preferred.argmax(axis=1), strict=True):
         arm = training_part.arms[place]
         drafted, accepted = rounds_of(by_id[id], arm).sum(axis=0)
         if drafted:
@@ -124,23 +130,32 @@ def _card(
     identity: PolicyIdentity,
     settings: LearningSection,
     costs: CostTable,
-    summary: TrainingSummary,
+    summary: Summary,
     report: EvaluationReport,
 ) -> PolicyArtefact:
-    alpha = settings.alpha if settings.reward == "alignment" else None
+    aligned = settings.reward == "alignment"
     held_out = {
         "num_prompts": report.overall.num_prompts,
         "speedup": report.headline(),
         "fraction_of_oracle": report.fraction_of_oracle,
-        "chosen": report.overall.chosen,
+        "chosen": report.overall.chosen[POLICY].arms,
         "reward": report.overall.strategies[POLICY].reward,
     }
     return PolicyArtefact(
         target=identity.target,
         tokenizer=identity.tokenizer,
         hidden_size=identity.hidden_size,
-        arms=list(identity.arms.items()),
-        reward=RewardCard(kind=settings.reward, version=REWARD_VERSION, alpha=alpha),
+        drafters=dict(identity.drafters),
+        encoders=dict(identity.encoders) or build_encoder(identity.hidden_size).identities(),
+        arms=[],
+        chooser="",
+        objective=settings.objective,
+        reward=RewardCard(
+            kind=settings.reward,
+            version=REWARD_VERSION,
+            alpha=settings.alpha if aligned else None,
+            metric=settings.metric if aligned else None,
+        ),
         costs=costs.hash(),
         learner=settings.model_dump(),
         training={**asdict(summary), "held_out": held_out},

@@ -1,18 +1,35 @@
-"""CHOOSE: features, policies and their artefacts. Arms are names here; no engine, no drafters."""
+"""CHOOSE: features, policies and their artefacts, and what watches a choice while decoding.
 
-from paceline.selection.artefact import PolicyIdentity, is_policy, load_policy, save_policy
+Arms are names here; no engine, no drafters.
+"""
+
+from paceline.selection.adaptation import Arm, Hedge
+from paceline.selection.artefact import (
+    PolicyIdentity,
+    is_policy,
+    load_policy,
+    policy_of,
+    save_policy,
+)
 from paceline.selection.features import FEATURE_VERSION, feature_vector
-from paceline.selection.policies import FixedPolicy, NetworkPolicy, Policy, RandomPolicy
+from paceline.selection.guard import Guard
+from paceline.selection.policies import Policy
+from paceline.selection.round_prices import RoundPrices, TablePrices
+from paceline.selection.watch import Watch
 
 __all__ = [
     "FEATURE_VERSION",
-    "FixedPolicy",
-    "NetworkPolicy",
+    "Arm",
+    "Guard",
+    "Hedge",
     "Policy",
     "PolicyIdentity",
-    "RandomPolicy",
+    "RoundPrices",
+    "TablePrices",
+    "Watch",
     "feature_vector",
     "is_policy",
     "load_policy",
+    "policy_of",
     "save_policy",
 ]

@@ -1,18 +1,19 @@
 """The policy on disk: a folder of `policy.safetensors` and `policy.json`.
 
 The JSON file names everything the policy was learned with; whatever would make its choices
-meaningless (another target, tokenizer, set of arms or feature version) is refused on loading, with
-what was expected and found. A changed cost table is not refused: see `PolicyArtefact.costs`. The
-JSON file is written last and holds the checksum of the weights, so a torn pair is recognised.
+meaningless (another target, tokenizer, set of drafters or feature version) is refused on loading,
+with what was expected and found. A changed cost table is not refused: a portable policy is priced
+with the new one, others say that they were made for another. The JSON file is written last and
+holds the checksum of the weights, so a torn pair is recognised.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -21,16 +22,23 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from paceline.config import explain
+from paceline.contracts import NONE, split_arm
+from paceline.costs.pricing import ArmPricer
 from paceline.errors import ArtefactError
 from paceline.files import write_atomically
-from paceline.selection.features import FEATURE_VERSION, num_features
-from paceline.selection.network import PolicyNetwork
-from paceline.selection.policies import NetworkPolicy
+from paceline.selection.choosers import CHOOSERS, PortableChooser
+from paceline.selection.encoders import FeatureEncoder, build_encoder
+from paceline.selection.features import FEATURE_VERSION, feature_vector
+from paceline.selection.policies import Policy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-FORMAT_VERSION: Final = 1
+    from paceline.config import SelectionSection
+    from paceline.costs import CostTable, Objective
+    from paceline.selection.choosers import Chooser
+
+FORMAT_VERSION: Final = 2
 WEIGHTS_FILE: Final = "policy.safetensors"
 CARD_FILE: Final = "policy.json"
 _AGAIN: Final = "run `paceline learn`"
@@ -38,29 +46,33 @@ _AGAIN: Final = "run `paceline learn`"
 
 @dataclass(frozen=True, slots=True)
 class PolicyIdentity:
-    """What a policy is tied to. `arms` maps each arm, `none` included, to its identity line."""
+    """What a policy is tied to. `drafters` maps each one, `none` included, to its identity line,
+    `encoders` each one whose features it sees, in their order; empty stands for the default ones.
+    """
 
     target: str  # fingerprint of the target
     tokenizer: str  # hash of the token-to-id map
     hidden_size: int  # D
-    arms: Mapping[str, str]
+    drafters: Mapping[str, str]
+    encoders: Mapping[str, str] = field(default_factory=dict)
 
 
 class RewardCard(BaseModel):
-    """What the policy was rewarded for; `alpha` is None where the kind has none."""
+    """What the policy was rewarded for; `alpha` and `metric` are None where the kind has none."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: str
     version: int
     alpha: float | None = None
+    metric: str | None = None
 
 
 class PolicyArtefact(BaseModel):
-    """policy.json. `arms`: names and identity lines in the order of the network's outputs.
+    """policy.json. `arms`: what the policy chooses among, in the order of its chooser's columns.
 
-    `costs` is the hash of the cost table the rewards were priced with. With another table the
-    policy still works, only no longer at its best, so that is for the caller to tell.
+    `chooser` and `facts` are the kind of chooser and what it learned beside its arrays. `costs` is
+    the hash of the cost table the rewards were priced with.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -70,7 +82,12 @@ class PolicyArtefact(BaseModel):
     target: str
     tokenizer: str
     hidden_size: int
-    arms: list[tuple[str, str]]
+    drafters: dict[str, str]
+    encoders: dict[str, str] = {}
+    arms: list[str]
+    chooser: str
+    facts: dict[str, Any] = {}
+    objective: Literal["latency", "throughput"] | float = 0.0
     reward: RewardCard
     costs: str
     learner: dict[str, Any]
@@ -78,11 +95,17 @@ class PolicyArtefact(BaseModel):
     weights_sha256: str = ""
 
 
-def save_policy(folder: Path, network: PolicyNetwork, artefact: PolicyArtefact) -> PolicyArtefact:
-    """Write both files, each under a temporary name first; returns the card as written."""
-    _check_shapes(network.arrays(), artefact, str(folder))
-    weights = _weights(network)
-    card = artefact.model_copy(update={"weights_sha256": _checksum(weights)})
+def save_policy(folder: Path, chooser: Chooser, artefact: PolicyArtefact) -> PolicyArtefact:
+    """Write both files, each under a temporary name first; returns the card as written.
+
+    The chooser's kind, arms and facts are put on the card here.
+    """
+    arrays = chooser.arrays()
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        raise ArtefactError(f"{folder}: a weight is not a finite number; {_AGAIN}")
+    weights = _weights(chooser)
+    learned = {"chooser": chooser.kind, "arms": list(chooser.arms), "facts": chooser.facts()}
+    card = artefact.model_copy(update={**learned, "weights_sha256": _checksum(weights)})
     try:
         write_atomically(Path(folder) / WEIGHTS_FILE, weights)
         write_atomically(Path(folder) / CARD_FILE, card.model_dump_json(indent=1).encode())
@@ -91,27 +114,67 @@ def save_policy(folder: Path, network: PolicyNetwork, artefact: PolicyArtefact) 
     return card
 
 
-def load_policy(folder: Path, expect: PolicyIdentity) -> NetworkPolicy:
-    """The policy in a folder. Raises ArtefactError unless it was made for `expect`."""
+def load_policy(
+    folder: Path,
+    expect: PolicyIdentity,
+    costs: CostTable | None = None,
+    explore: float = 0.0,
+    selection: SelectionSection | None = None,
+) -> Policy:
+    """The policy in a folder. Raises ArtefactError unless it was made for `expect`.
+
+    costs: this machine's prices, which a portable policy needs. explore: see `Policy`. selection:
+    where the encoders that the policy names find their models.
+    """
     card = read_card(folder)
     _check_identity(card, expect, str(folder))
-    path = Path(folder) / WEIGHTS_FILE
-    data = _read(path)
-    if _checksum(data) != card.weights_sha256:
-        raise ArtefactError(
-            f"{path}: damaged, or not the file that {CARD_FILE} was written with; {_AGAIN}"
+    encode = build_encoder(card.hidden_size, selection, list(card.encoders))
+    for name, line in encode.identities().items():
+        _check(f"encoder '{name}'", line, card.encoders.get(name, line), str(folder))
+    chooser = _chooser(card, Path(folder) / WEIGHTS_FILE)
+    notes = []
+    if isinstance(chooser, PortableChooser):
+        if costs is None:
+            raise ArtefactError(
+                f"{folder}: the policy is priced with this machine's cost table, and there is "
+                "none; run `paceline profile`"
+            )
+        costs.check(expect.drafters, expect.drafters)
+        chooser.pricer = ArmPricer(costs, chooser.arms)
+    elif costs is not None and costs.hash() != card.costs:
+        notes.append(
+            "the policy was learned with another cost table than this machine's; `paceline learn` "
+            "fits it to this one"
         )
-    try:
-        arrays = load_tensors(data)
-    except SafetensorError as error:
-        raise ArtefactError(f"{path}: damaged ({error}); {_AGAIN}") from error
-    _check_shapes(arrays, card, str(path))
-    return network_policy(PolicyNetwork(**arrays), [name for name, _ in card.arms])
+    return policy_of(
+        chooser,
+        num_features=encode.num_features,
+        objective=card.objective,
+        explore=explore,
+        notes=notes,
+        encode=encode,
+    )
 
 
-def network_policy(network: PolicyNetwork, arms: Sequence[str]) -> NetworkPolicy:
-    """A policy whose id, the name in decision logs, changes with the weights."""
-    return NetworkPolicy(network, arms, f"learned:{_checksum(_weights(network))[:12]}")
+def policy_of(
+    chooser: Chooser,
+    num_features: int,
+    objective: Objective = 0.0,
+    explore: float = 0.0,
+    notes: Sequence[str] = (),
+    encode: FeatureEncoder | None = None,
+) -> Policy:
+    """A policy whose id, the name in decision logs, changes with what was learned."""
+    learned = json.dumps([chooser.kind, chooser.arms, chooser.facts()]).encode()
+    return Policy(
+        chooser,
+        f"{chooser.kind}:{_checksum(_weights(chooser) + learned)[:12]}",
+        explore=explore,
+        objective=objective,
+        num_features=num_features,
+        notes=notes,
+        encode=encode or feature_vector,
+    )
 
 
 def is_policy(folder: Path) -> bool:
@@ -136,8 +199,27 @@ def read_card(folder: Path) -> PolicyArtefact:
         raise ArtefactError(f"{path}: {explain(PolicyArtefact, error)}; {_AGAIN}") from error
 
 
-def _weights(network: PolicyNetwork) -> bytes:
-    return save_tensors({n: np.ascontiguousarray(a) for n, a in network.arrays().items()})
+def _chooser(card: PolicyArtefact, path: Path) -> Chooser:
+    """The chooser of a card, with the arrays from its file."""
+    data = _read(path)
+    if _checksum(data) != card.weights_sha256:
+        raise ArtefactError(
+            f"{path}: damaged, or not the file that {CARD_FILE} was written with; {_AGAIN}"
+        )
+    kind = CHOOSERS.get(card.chooser)
+    if kind is None:
+        raise ArtefactError(
+            f"{path.parent}: a policy of kind '{card.chooser}', which this version of paceline "
+            f"does not know; {_AGAIN}"
+        )
+    try:
+        return kind.restore(card.arms, load_tensors(data), card.facts)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ArtefactError(f"{path}: damaged ({error}); {_AGAIN}") from error
+
+
+def _weights(chooser: Chooser) -> bytes:
+    return save_tensors({n: np.ascontiguousarray(a) for n, a in chooser.arrays().items()})
 
 
 def _checksum(data: bytes) -> str:
@@ -158,18 +240,23 @@ def _check_identity(card: PolicyArtefact, expect: PolicyIdentity, where: str) ->
     _check("target", expect.target, card.target, where)
     _check("tokenizer", expect.tokenizer, card.tokenizer, where)
     _check("hidden size", expect.hidden_size, card.hidden_size, where)
-    found = dict(card.arms)
-    if set(found) != set(expect.arms):
-        missing = sorted(set(expect.arms) - set(found))
-        extra = sorted(set(found) - set(expect.arms))
+    expected, found = expect.drafters, card.drafters
+    if set(found) != set(expected):
+        missing = sorted(set(expected) - set(found))
+        extra = sorted(set(found) - set(expected))
         parts = [f"it does not know {', '.join(missing)}"] if missing else []
         parts += [f"it knows {', '.join(extra)}, not configured now"] if extra else []
         raise ArtefactError(
-            f"{where}: the policy was learned for other arms: {' and '.join(parts)}; expected "
-            f"{', '.join(sorted(expect.arms))}, found {', '.join(sorted(found))}; {_AGAIN}"
+            f"{where}: the policy was learned for other drafters: {' and '.join(parts)}; expected "
+            f"{', '.join(sorted(expected))}, found {', '.join(sorted(found))}; {_AGAIN}"
         )
-    for name, line in expect.arms.items():
-        _check(f"arm '{name}'", line, found[name], where)
+    for name, line in expected.items():
+        _check(f"drafter '{name}'", line, found[name], where)
+    unknown = sorted({arm for arm in card.arms if split_arm(arm)[0] not in found})
+    if unknown or NONE not in card.arms:
+        raise ArtefactError(
+            f"{where}: damaged, its arms {', '.join(card.arms)} are not of its drafters; {_AGAIN}"
+        )
 
 
 def _check(what: str, expected: object, found: object, where: str) -> None:
@@ -178,14 +265,3 @@ def _check(what: str, expected: object, found: object, where: str) -> None:
             f"{where}: the policy was learned with another {what}: expected {expected}, found "
             f"{found}; {_AGAIN}"
         )
-
-
-def _check_shapes(arrays: Mapping[str, np.ndarray], card: PolicyArtefact, where: str) -> None:
-    F, A = num_features(card.hidden_size), len(card.arms)
-    H = arrays["b1"].shape[0] if "b1" in arrays and arrays["b1"].ndim == 1 else 0
-    expected = {"mean": (F,), "scale": (F,), "w1": (F, H), "b1": (H,), "w2": (H, A), "b2": (A,)}
-    found = {name: tuple(array.shape) for name, array in arrays.items()}
-    if found != expected:
-        raise ArtefactError(f"{where}: arrays {found} where {expected} are expected; {_AGAIN}")
-    if not all(np.isfinite(array).all() for array in arrays.values()):
-        raise ArtefactError(f"{where}: a weight is not a finite number; {_AGAIN}")

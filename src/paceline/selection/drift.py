@@ -25,7 +25,7 @@ from safetensors.numpy import save as save_tensors
 
 from paceline.errors import ArtefactError, StoreError
 from paceline.files import write_atomically
-from paceline.selection.network import CLIP, standardise
+from paceline.selection.choosers.network import CLIP, standardise
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

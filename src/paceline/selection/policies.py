@@ -1,88 +1,98 @@
 """Policies: which arm a request gets. Arms are names here.
 
-`NetworkPolicy` is learned; `FixedPolicy` and `RandomPolicy` are what it is compared with. A
-decision depends on the request and the load alone, never on requests before it or tokens to come.
+A policy gives its chooser the features of a request and takes the arm that the chooser prefers, or
+now and then another one where it is told to explore. A decision depends on the request and the load
+alone, never on requests before it or tokens to come.
 """
 
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from paceline.contracts import Context, Decision
 from paceline.errors import ArtefactError, ConfigError
+from paceline.selection.choosers import Situation
 from paceline.selection.features import feature_vector
-from paceline.selection.network import softmax
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from paceline.selection.network import PolicyNetwork
+    from paceline.costs import Objective
+    from paceline.selection.choosers import Chooser
 
-
-class Policy(ABC):
-    """Chooses among `arms`; `id` goes into the decision log and names what decided."""
-
-    def __init__(self, arms: Sequence[str], id: str) -> None:
-        if not arms or len(set(arms)) != len(arms):
-            raise ConfigError(f"a policy needs distinct arms, got {list(arms)}")
-        self.arms = tuple(arms)
-        self.id = id
-
-    @abstractmethod
-    def choose(self, context: Context) -> Decision:
-        """The arm for one request, decided after its prefill."""
+    Encode = Callable[[Context], np.ndarray]  # a request -> [F]
 
 
-class FixedPolicy(Policy):
-    """Always the same arm."""
+class Policy:
+    """Chooses among its chooser's `arms`; `id` goes into the decision log and names what decided.
 
-    def __init__(self, arm: str) -> None:
-        super().__init__((arm,), f"fixed:{arm}")
-
-    def choose(self, context: Context) -> Decision:
-        return Decision(self.arms[0], 1.0, {self.arms[0]: 1.0}, self.id)
-
-
-class RandomPolicy(Policy):
-    """Every arm equally often; a prompt and a seed give the same arm in any order of requests."""
-
-    def __init__(self, arms: Sequence[str], seed: int = 0) -> None:
-        super().__init__(arms, f"random:{seed}")
-        self._key = str(seed).encode()
-
-    def choose(self, context: Context) -> Decision:
-        tokens = np.asarray(context.prompt_tokens, dtype="<i8").tobytes()
-        digest = hashlib.sha256(self._key + b"\0" + tokens).digest()
-        arm = self.arms[int.from_bytes(digest[:8], "big") % len(self.arms)]
-        share = 1.0 / len(self.arms)
-        return Decision(arm, share, dict.fromkeys(self.arms, share), self.id)
-
-
-class NetworkPolicy(Policy):
-    """The arm with the largest logit. The propensity is 1, since the choice is deterministic; the
-    scores are the softmax over arms, which training sampled from.
+    explore: the share of requests that get any arm, each as often as another; which requests hangs
+    on `seed`, the request's id and its prompt, so a decision can be repeated. objective: what
+    it is to be fast at, see `costs.pricing`. num_features: what the chooser was learned on; None takes
+    any number. notes: what is worth knowing of a loaded policy.
     """
 
-    def __init__(self, network: PolicyNetwork, arms: Sequence[str], id: str) -> None:
-        super().__init__(arms, id)
-        if network.num_arms != len(self.arms):
-            raise ArtefactError(
-                f"the policy's network has {network.num_arms} outputs for {len(self.arms)} arms; "
-                "run `paceline learn`"
-            )
-        self.network = network
+    def __init__(
+        self,
+        chooser: Chooser,
+        id: str,
+        *,
+        explore: float = 0.0,
+        seed: int = 0,
+        objective: Objective = 0.0,
+        encode: Encode = feature_vector,
+        num_features: int | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        arms = chooser.arms
+        if not arms or len(set(arms)) != len(arms):
+            raise ConfigError(f"a policy needs distinct arms, got {list(arms)}")
+        if not 0.0 <= explore <= 1.0:
+            raise ConfigError(f"explore is a share of requests, 0 to 1, got {explore}")
+        self.chooser = chooser
+        self.arms = arms
+        self.id = id
+        self.notes = tuple(notes)
+        self._explore = explore
+        self._seed = seed
+        self._objective = objective
+        self._encode = encode
+        self._num_features = num_features
 
     def choose(self, context: Context) -> Decision:
-        features = feature_vector(context)
-        if features.shape[0] != self.network.num_features:
+        """The arm for one request, decided after its prefill, with its propensity.
+
+        The scores are predicted speeds over `none` where the chooser predicts such, else shares.
+        """
+        return self.decide(self._encode(context), context)
+
+    def decide(self, features: np.ndarray, context: Context) -> Decision:
+        """The same with the features [F] already at hand."""
+        if self._num_features not in (None, len(features)):
             raise ArtefactError(
-                f"the policy was learned on {self.network.num_features} features, the target gives "
-                f"{features.shape[0]}; run `paceline learn`"
+                f"the policy was learned on {self._num_features} features, the target gives "
+                f"{len(features)}; run `paceline learn`"
             )
-        probabilities = softmax(self.network.logits(features))
-        scores = dict(zip(self.arms, probabilities.tolist(), strict=True))
-        return Decision(self.arms[int(probabilities.argmax())], 1.0, scores, self.id)
+        situation = Situation(
+            num_prompt=np.array([len(context.prompt_tokens)]),
+            rows=context.rows_in_flight,
+            objective=self._objective,
+            prompts=(context.prompt_tokens,),
+        )
+        preferences = self.chooser.preferences(features[None], situation)  # [1, A]
+        law = (1.0 - self._explore) * self.chooser.law(preferences)[0]
+        law += self._explore / len(self.arms)  # [A]
+        place = int(law.argmax()) if law.max() >= 1.0 else self._draw(law, context)
+        scores = dict(zip(self.arms, self.chooser.scores(preferences)[0].tolist(), strict=True))
+        propensity = float(min(law[place], 1.0))
+        return Decision(self.arms[place], propensity, scores, self.id, features)
+
+    def _draw(self, law: np.ndarray, context: Context) -> int:
+        """A place by its probability, law [A]; the same for the same request, in any order."""
+        digest = hashlib.sha256(f"{self._seed}\0{context.request_id}\0".encode())
+        digest.update(np.asarray(context.prompt_tokens, dtype="<i8").tobytes())
+        point = int.from_bytes(digest.digest()[:8], "big") / 2.0**64
+        return int(np.searchsorted(law.cumsum()[:-1], point, side="right"))

@@ -38,12 +38,14 @@ LoggedTokens = Literal["off", "ids"]
 
 @dataclass(frozen=True, slots=True)
 class LogHeader:
-    """What the decisions of a file were made with. `arms`: identity lines, `none` included."""
+    """What the decisions of a file were made with. `drafters` and `encoders`: identity lines, `none`
+    included; the features are the encoders', side by side.
+    """
 
     target: str
     tokenizer: str
-    arms: dict[str, str]
-    feature_version: int
+    drafters: dict[str, str]
+    encoders: dict[str, str]
     tokens: LoggedTokens
 
 

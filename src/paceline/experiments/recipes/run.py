@@ -12,6 +12,7 @@ from paceline.config import Config, DrafterSection, EngineSection, ModelSection,
 from paceline.drafting.catalog import check_settings
 from paceline.errors import ConfigError, ModelError
 from paceline.experiments import pipeline
+from paceline.experiments.evaluation import evaluate
 from paceline.experiments.prompt_files import read_spec_bench
 from paceline.experiments.workbench import SPEC_BENCH, Workbench, quiet
 from paceline.models.loading import load_config
@@ -23,12 +24,12 @@ if TYPE_CHECKING:
     from paceline.contracts import PromptRecord
     from paceline.experiments.recipes.schema import Recipe
     from paceline.experiments.workbench import OnProgress
-    from paceline.learning import EvaluationReport
+    from paceline.learning import Evaluation
 
 
 def run_recipe(
     recipe: Recipe, folder: Path, data: Path | None = None, on_progress: OnProgress = quiet
-) -> EvaluationReport:
+) -> Evaluation:
     """Run a recipe in a folder; what was finished of it before is kept. Downloads nothing.
 
     Raises ModelError that names what weights are missing, ConfigError if a model is not of the
@@ -40,7 +41,7 @@ def run_recipe(
     pipeline.collect(config, prompts, recipe.workload.new_tokens, on_progress=on_progress)
     pipeline.profile(config, on_progress)
     pipeline.learn(config, on_progress)
-    return pipeline.evaluate(config)
+    return evaluate(config)
 
 
 def configuration(recipe: Recipe, folder: Path) -> Config:

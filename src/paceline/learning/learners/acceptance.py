@@ -1,0 +1,199 @@
+"""Learns what every arm would do on a prompt, without a price: rates of rounds and drafted tokens.
+
+The outcomes of arms jump from one kind of prompt to another and hardly vary within one, so a linear
+fit blurs them. What is fitted by least squares is a mixture: a softmax gate over a few kinds, each
+with outcomes of its own, several gates from different beginnings averaged. Prices enter only where
+cross-validation judges how fast the choices are. Symbols: N prompts, B of them in a minibatch, Z
+components, M kinds, E gates, A arms, O = 2 A + 1 outcomes, L loads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import torch
+
+from paceline.learning.learners.base import (
+    Curve,
+    Fitted,
+    Learner,
+    Summary,
+    earned_by,
+    fold_numbers,
+    gain_over_single,
+    num_folds,
+    outcomes_of,
+    rewards_by_load,
+)
+from paceline.learning.learners.networks import one_thread
+from paceline.learning.reduce import block_weights, reduce
+from paceline.selection.choosers import AcceptanceChooser
+
+if TYPE_CHECKING:
+    from paceline.config import LearningSection
+    from paceline.learning.dataset import Dataset
+    from paceline.learning.learners.base import Progress
+    from paceline.selection.choosers import Reduction
+
+_COMPONENTS: Final = 128
+_WIDE: Final = 10.0  # the hidden states' weight beside one statistic
+_NORM: Final = 10.0  # of a typical input, so that gates are decided from the beginning
+_GATES: Final = 4
+_LEARNING_RATE: Final = 1e-2
+_JUDGED_EVERY: Final = 10  # epochs of 200 prompts
+_PATIENCE: Final = 6  # judgements without a better one
+_MOST_JUDGED: Final = 400  # prompts of a fold that are priced at each judgement
+_ENOUGH: Final = 1e-3  # of the rewards' spread: what counts as an improvement
+_FINAL: Final = 100  # stream of what is kept; the folds' are their numbers
+
+
+class MixtureTraining:
+    """E mixtures in training side by side on the same prompts."""
+
+    def __init__(self, data: Dataset, settings: LearningSection, stream: int) -> None:
+        self._data = data
+        self._settings = settings
+        self._generator = torch.Generator().manual_seed(1000 * settings.seed + stream)
+        weights = block_weights(data.spans, data.features.shape[1], _WIDE)
+        self._reduction = reduce(data.features, weights, _COMPONENTS)
+        inputs = self._reduction(data.features)  # [N, Z]
+        self._size = _NORM / max(float(np.sqrt((inputs**2).sum(axis=1).mean())), 1e-12)
+        outcomes = outcomes_of(data)
+        self._low, self._high = outcomes.min(axis=0), outcomes.max(axis=0)
+        self._mean, self._spread = outcomes.mean(axis=0), outcomes.std(axis=0) + 1e-3
+        self._inputs = torch.from_numpy(inputs * np.float32(self._size))
+        standard = (outcomes - self._mean) / self._spread
+        self._outcomes = torch.from_numpy(standard.astype(np.float32))  # [N, O]
+        E, Z, M, O = _GATES, inputs.shape[1], settings.kinds, outcomes.shape[1]  # noqa: E741
+        self.gates = 0.5 * torch.randn((E, Z, M), generator=self._generator)
+        self.biases = torch.zeros((E, 1, M))
+        self.kinds = 0.1 * torch.randn((E, M, O), generator=self._generator)
+        groups = [
+            {"params": [self.gates], "weight_decay": settings.gate_decay},
+            {"params": [self.biases, self.kinds], "weight_decay": 0.0},
+        ]
+        for parameter in (self.gates, self.biases, self.kinds):
+            parameter.requires_grad_()
+        self._optimiser = torch.optim.AdamW(groups, lr=_LEARNING_RATE, fused=True)
+
+    def epoch(self) -> None:
+        """One pass over the prompts in random order; each mixture has its own error."""
+        order = torch.randperm(len(self._inputs), generator=self._generator)
+        for batch in torch.split(order, self._settings.batch_size):
+            shares = (self._inputs[batch] @ self.gates + self.biases).softmax(dim=2)  # [E, B, M]
+            error = shares @ self.kinds - self._outcomes[batch]  # [E, B, O]
+            loss = (error**2).mean(dim=(1, 2)).sum()
+            self._optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            self._optimiser.step()
+
+    @torch.no_grad()
+    def chooser(self) -> AcceptanceChooser:
+        """As served: reduction and sizes become part of the gates and kinds."""
+        gates = self.gates.numpy().astype(np.float64) * self._size  # [E, Z, M]
+        kinds = self.kinds.numpy() * self._spread + self._mean
+        return _chooser(
+            self._data,
+            self._reduction,
+            np.einsum("fz,ezm->efm", self._reduction.basis, gates),
+            self.biases.numpy()[:, 0] - np.einsum("z,ezm->em", self._reduction.centre, gates),
+            kinds,
+            self._low,
+            self._high,
+        )
+
+    def average(self) -> AcceptanceChooser:
+        """One kind for all: arms do what they do on average."""
+        F = self._data.features.shape[1]
+        return _chooser(
+            self._data,
+            self._reduction,
+            np.zeros((1, F, 1)),
+            np.zeros((1, 1)),
+            self._mean[None, None],
+            self._low,
+            self._high,
+        )
+
+
+def _chooser(data: Dataset, reduction: Reduction, *learned: np.ndarray) -> AcceptanceChooser:
+    arrays = (array.astype(np.float32) for array in learned)
+    return AcceptanceChooser(data.arms, reduction.mean, reduction.scale, *arrays)
+
+
+@dataclass(slots=True)
+class _Fold:
+    """Mixtures, and prompts that they do not learn from."""
+
+    training: MixtureTraining
+    held: Dataset
+    rewards: np.ndarray  # [L, n, A]
+
+    def judge(self, settings: LearningSection) -> np.ndarray:
+        """[n] rewards of what would be chosen."""
+        return earned_by(self.training.chooser(), self.held, self.rewards, settings)
+
+
+class AcceptanceLearner(Learner):
+    """Cross-validation finds how long to train; then it is trained on all prompts.
+
+    Unless the gain over the best single arm is larger than its standard error, every prompt gets
+    the average prediction, and so the arm that is best on average at the prices of the moment.
+    """
+
+    name = "acceptance"
+
+    def fit(self, data: Dataset, settings: LearningSection, on_progress: Progress) -> Fitted:
+        rewards = rewards_by_load(data, settings)
+        every = max(round(_JUDGED_EVERY * min(200 / len(data), 1.0)), 1)
+        with one_thread():
+            folds = _make_folds(data, rewards, settings)
+            best = rewards.mean(axis=1).argmax(axis=1)  # [L]
+            single = np.concatenate(
+                [f.rewards[np.arange(len(best)), :, best].mean(axis=0) for f in folds]
+            )
+            enough = _ENOUGH * float((rewards - rewards.mean(axis=2, keepdims=True)).std())
+            earned, num_epochs, points = single, 0, []
+            epoch = 0
+            while epoch < settings.max_epochs and epoch - num_epochs < _PATIENCE * every:
+                for _ in range(every):
+                    for fold in folds:
+                        fold.training.epoch()
+                epoch += every
+                now = np.concatenate([fold.judge(settings) for fold in folds])
+                points.append((float(epoch), float(now.mean())))
+                if not num_epochs or now.mean() > earned.mean() + enough:
+                    earned, num_epochs = now, epoch
+                on_progress(
+                    "cross-validation", min(epoch, settings.max_epochs), settings.max_epochs
+                )
+            on_progress("cross-validation", epoch, epoch)
+            gain, error = gain_over_single(earned, single)
+            constant = gain <= error
+            final = MixtureTraining(data, settings, _FINAL)
+            for done in range(0 if constant else num_epochs):
+                final.epoch()
+                on_progress("training", done + 1, num_epochs)
+        summary = Summary(
+            num_prompts=len(data),
+            num_validation=len(earned),
+            score=float(earned.mean()),
+            gain=gain,
+            gain_error=error,
+            constant=constant,
+            settings={"num_epochs": num_epochs},
+        )
+        chooser = final.average() if constant else final.chooser()
+        return Fitted(chooser, summary, Curve("epochs", tuple(points)))
+
+
+def _make_folds(data: Dataset, rewards: np.ndarray, settings: LearningSection) -> list[_Fold]:
+    number = fold_numbers(data.groups, settings.seed)
+    folds = []
+    for i in range(num_folds(len(data))):
+        own = np.flatnonzero(number == i)[:_MOST_JUDGED]
+        training = MixtureTraining(data.rows(number != i), settings, stream=i)
+        folds.append(_Fold(training, data.rows(own), rewards[:, own]))
+    return folds

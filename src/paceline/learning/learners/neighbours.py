@@ -1,0 +1,79 @@
+"""k nearest neighbours: arms do on a prompt what they did on the prompts most like it.
+
+Nothing is trained but how many neighbours count, by cross-validation. Symbols: N prompts, A arms.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from paceline.learning.learners.base import (
+    Curve,
+    Fitted,
+    Learner,
+    Summary,
+    cross_validate,
+    gain_over_single,
+    outcomes_of,
+    rewards_by_load,
+)
+from paceline.learning.reduce import block_weights, reduce
+from paceline.selection.choosers import NeighboursChooser
+
+if TYPE_CHECKING:
+    from paceline.config import LearningSection
+    from paceline.learning.dataset import Dataset
+    from paceline.learning.learners.base import Progress
+
+_COMPONENTS: Final = 32
+_WIDE: Final = 10.0  # hidden states tell tasks apart; distances in the statistics only blur them
+_MOST_POINTS: Final = 4096  # so that looking them through stays within the time of a decision
+_COUNTS: Final = (3, 5, 10, 20, 40)
+
+
+class NeighboursLearner(Learner):
+    name = "knn"
+
+    def fit(self, data: Dataset, settings: LearningSection, on_progress: Progress) -> Fitted:
+        rewards = rewards_by_load(data, settings)
+        counts = [count for count in _COUNTS if count <= max(len(data) // 4, _COUNTS[0])]
+        judged = {}
+        for done, count in enumerate(counts):
+            judged[count] = cross_validate(
+                data, rewards, settings, partial(_chooser, settings, count)
+            )
+            on_progress("cross-validation", done + 1, len(counts))
+        best = max(counts, key=lambda count: judged[count][0].mean())
+        earned, single = judged[best]
+        gain, error = gain_over_single(earned, single)
+        summary = Summary(
+            num_prompts=len(data),
+            num_validation=len(earned),
+            score=float(earned.mean()),
+            gain=gain,
+            gain_error=error,
+            constant=False,
+            settings={"num_neighbours": best},
+        )
+        points = tuple((float(count), float(judged[count][0].mean())) for count in counts)
+        chooser = _chooser(settings, best, data, rewards)
+        return Fitted(chooser, summary, Curve("neighbours", points))
+
+
+def _chooser(
+    settings: LearningSection, count: int, data: Dataset, rewards: np.ndarray
+) -> NeighboursChooser:
+    weights = block_weights(data.spans, data.features.shape[1], _WIDE)
+    reduction = reduce(data.features, weights, _COMPONENTS)
+    order = np.random.default_rng(settings.seed).permutation(len(data))[:_MOST_POINTS]
+    kept = np.sort(order)
+    return NeighboursChooser(
+        data.arms,
+        reduction,
+        reduction(data.features[kept]),
+        outcomes_of(data)[kept].astype(np.float32),
+        min(count, len(kept)),
+    )

@@ -1,0 +1,156 @@
+"""The rounds of many prompts under many arms, flat, so that all are priced in a few passes.
+
+What `replay.rounds_of` and `rewards.request_seconds` do for one prompt and arm, for all at once: a
+collection of thousands of prompts under some fifty arms is walked and priced in seconds. Contexts
+and lengths are whole numbers, so a price is read from a grid and is the table's to the last bit.
+Symbols: N prompts, A arms, D drafters, M positions of all prompts, R rounds of all prompts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from paceline.compiled import compiled
+from paceline.contracts import split_arm
+from paceline.costs.pricing import by_objective, prompt_seconds, round_seconds
+from paceline.replay import rounds_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from paceline.contracts import CollectedPrompt
+    from paceline.costs.pricing import Objective, SecondsFn
+
+
+@dataclass(frozen=True, slots=True)
+class ArmRounds:
+    """One arm on N prompts, one after the other; rounds of prompt i are `offsets[i : i + 2]`."""
+
+    drafted: np.ndarray  # [R] int16
+    emitted: np.ndarray  # [R] int32, tokens emitted before the round
+    offsets: np.ndarray  # [N + 1] int64
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """[N] sums over each prompt's rounds of values [R]."""
+        running = np.concatenate(([0.0], np.cumsum(values, dtype=np.float64)))
+        return np.asarray(running[self.offsets[1:]] - running[self.offsets[:-1]])
+
+    def rows(self, places: np.ndarray) -> ArmRounds:
+        """The same for some of the prompts. places: [n]."""
+        begins, counts = self.offsets[places], np.diff(self.offsets)[places]
+        offsets = np.concatenate(([0], np.cumsum(counts)))
+        chosen = np.arange(offsets[-1]) + np.repeat(begins - offsets[:-1], counts)
+        return ArmRounds(self.drafted[chosen], self.emitted[chosen], offsets)
+
+
+@dataclass(frozen=True, slots=True)
+class RoundTable:
+    """All arms' rounds on N prompts."""
+
+    arms: tuple[str, ...]  # A
+    num_prompt: np.ndarray  # [N]
+    by_arm: tuple[ArmRounds, ...]  # A
+
+    def num_rounds(self) -> np.ndarray:
+        """[N, A] int64."""
+        return np.stack([np.diff(own.offsets) for own in self.by_arm], axis=1)
+
+    def num_drafted(self) -> np.ndarray:
+        """[N, A] float64 tokens drafted."""
+        return np.stack([own.sums(own.drafted) for own in self.by_arm], axis=1)
+
+    def rows(self, places: np.ndarray) -> RoundTable:
+        """The same for some of the prompts. places: [n]."""
+        by_arm = tuple(own.rows(places) for own in self.by_arm)
+        return RoundTable(self.arms, self.num_prompt[places], by_arm)
+
+    def seconds(self, seconds: SecondsFn, rows: int = 1, objective: Objective = 0.0) -> np.ndarray:
+        """[N, A] of each whole request, as `rewards.request_seconds` has it."""
+        return np.stack(
+            [
+                self._seconds_of(arm, own, seconds, rows, objective)
+                for arm, own in zip(self.arms, self.by_arm, strict=True)
+            ],
+            axis=1,
+        )
+
+    def _seconds_of(
+        self, arm: str, own: ArmRounds, seconds: SecondsFn, rows: int, objective: Objective
+    ) -> np.ndarray:
+        drafter = split_arm(arm)[0]
+        context = np.repeat(self.num_prompt - 1, np.diff(own.offsets)) + own.emitted  # [R]
+        none, started = (
+            prompt_seconds(seconds, name, self.num_prompt) for name in ("none", drafter)
+        )
+        before = np.where(np.diff(own.offsets) > 0, started, none)  # [N]
+        lengths = np.arange(int(own.drafted.max(initial=0)) + 1)
+        contexts = np.arange(int(context.max(initial=0)) + 1)
+
+        def price(num_drafting: int) -> np.ndarray:
+            grid = round_seconds(
+                seconds, drafter, lengths[:, None], contexts[None], rows, num_drafting
+            )
+            return np.asarray(before + own.sums(grid[own.drafted, context]))
+
+        whole: np.ndarray = by_objective(price, rows, objective)
+        return whole
+
+
+def round_table(prompts: Sequence[CollectedPrompt], arms: Sequence[str]) -> RoundTable:
+    """Every arm's rounds on collected prompts. Raises StoreError where an arm was not replayed."""
+    num_prompt = np.array([len(p.prompt_tokens) for p in prompts])
+    flat: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    by_arm = []
+    for arm in arms:
+        drafter, length = split_arm(arm)
+        replays = [p.replays.get(drafter) for p in prompts]
+        if all(replay is not None and replay.everywhere for replay in replays):
+            if drafter not in flat:
+                flat[drafter] = _flatten([r.table for r in replays if r is not None])
+            by_arm.append(ArmRounds(*_walk_all(*flat[drafter], length or _ANY_LENGTH)))
+        else:
+            by_arm.append(_one_after_the_other([rounds_of(p, arm) for p in prompts]))
+    return RoundTable(tuple(arms), num_prompt, tuple(by_arm))
+
+
+_ANY_LENGTH = 2**14  # longer than any draft
+
+
+def _flatten(tables: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(drafted [M], accepted [M], offsets [N + 1]) of tables [T - 1, 2]."""
+    offsets = np.concatenate(([0], np.cumsum([len(table) for table in tables])))
+    table = np.concatenate(tables).astype(np.int16).reshape(-1, 2)
+    return np.ascontiguousarray(table[:, 0]), np.ascontiguousarray(table[:, 1]), offsets
+
+
+def _one_after_the_other(rounds: Sequence[np.ndarray]) -> ArmRounds:
+    offsets = np.concatenate(([0], np.cumsum([len(own) for own in rounds])))
+    flat = np.concatenate(rounds).reshape(-1, 2)
+    ends = np.concatenate([np.cumsum(own[:, 1] + 1) for own in rounds])
+    # the prefill emits the first token
+    emitted = 1 + ends - (flat[:, 1] + 1)
+    return ArmRounds(flat[:, 0].astype(np.int16), emitted.astype(np.int32), offsets)
+
+
+@compiled
+def _walk_all(
+    drafted: np.ndarray, accepted: np.ndarray, offsets: np.ndarray, length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(drafted [R], emitted [R], offsets [N + 1]): `replay.walk` of every prompt at one length."""
+    N = len(offsets) - 1
+    starts = np.zeros(N + 1, dtype=np.int64)
+    own = np.empty(len(drafted), dtype=np.int16)
+    emitted = np.empty(len(drafted), dtype=np.int32)
+    count = 0
+    for i in range(N):
+        place = offsets[i]
+        while place < offsets[i + 1]:
+            own[count] = min(drafted[place], length)
+            emitted[count] = 1 + place - offsets[i]
+            count += 1
+            place += min(accepted[place], length) + 1
+        starts[i + 1] = count
+    return own[:count].copy(), emitted[:count].copy(), starts

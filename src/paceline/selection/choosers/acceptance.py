@@ -1,0 +1,85 @@
+"""Predicts what every arm would do on a prompt, by the kinds of prompt it resembles; priced live.
+
+There are a few kinds of prompt, found in training; a gate gives each a share, and the prediction is
+the shares' mean of what arms do on each kind. So it stays within what was seen in training, however
+unheard-of the prompt. The kinds are no task labels: nothing but the arms' own outcomes made them.
+Symbols: N prompts, F features, M kinds, E gates of an ensemble, A arms, O = 2 A + 1 outcomes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from paceline.selection.choosers.base import PortableChooser, Situation, Work, softmax
+from paceline.selection.choosers.network import standardise
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from paceline.selection.choosers.base import Arrays, Facts
+
+_ARRAYS = ("mean", "scale", "gates", "biases", "kinds", "low", "high")
+
+
+class AcceptanceChooser(PortableChooser):
+    """outcomes = mean over E of softmax(standardised @ gate + bias) @ kinds, held within a range.
+
+    The outcomes are rounds per token and drafted tokens per token of each arm, and the logarithm of
+    the tokens after the first.
+    """
+
+    kind: ClassVar[str] = "acceptance"
+
+    def __init__(
+        self,
+        arms: Sequence[str],
+        mean: np.ndarray,  # [F]
+        scale: np.ndarray,  # [F]
+        gates: np.ndarray,  # [E, F, M]
+        biases: np.ndarray,  # [E, M]
+        kinds: np.ndarray,  # [E, M, O]
+        low: np.ndarray,  # [O] the least in training
+        high: np.ndarray,  # [O]
+    ) -> None:
+        self.arms = tuple(arms)
+        self.mean, self.scale = mean, scale
+        self.gates, self.biases, self.kinds = gates, biases, kinds
+        self.low, self.high = low, high
+        E, F, M = gates.shape
+        O = 2 * len(self.arms) + 1  # noqa: E741
+        expected = ((F,), (F,), (E, F, M), (E, M), (E, M, O), (O,), (O,))
+        found = tuple(getattr(self, name).shape for name in _ARRAYS)
+        if found != expected:
+            raise ValueError(f"arrays {found} where {expected} are expected")
+        # all gates in one product
+        self._gate = np.ascontiguousarray(gates.transpose(1, 0, 2).reshape(F, E * M))
+
+    def work(self, features: np.ndarray, situation: Situation) -> Work:
+        return as_work(self.outcomes(features), situation)
+
+    def outcomes(self, features: np.ndarray) -> np.ndarray:
+        """[N, O] float64."""
+        E, M = self.biases.shape
+        inputs = standardise(features, self.mean, self.scale)
+        logits = (inputs @ self._gate).reshape(-1, E, M) + self.biases
+        shares = softmax(logits).reshape(-1, E * M) / E
+        kinds = self.kinds.reshape(E * M, -1)
+        return np.asarray(np.clip(shares @ kinds, self.low, self.high))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {name: getattr(self, name) for name in _ARRAYS}
+
+    @classmethod
+    def restore(cls, arms: Sequence[str], arrays: Arrays, facts: Facts) -> AcceptanceChooser:
+        return cls(arms, *(arrays[name] for name in _ARRAYS))
+
+
+def as_work(outcomes: np.ndarray, situation: Situation) -> Work:
+    """Outcomes [N, 2 A + 1] by name; an answer is not expected to be longer than it may be."""
+    A = outcomes.shape[1] // 2
+    num_tokens = np.exp(outcomes[:, -1])
+    if situation.limits is not None:
+        num_tokens = np.minimum(num_tokens, np.maximum(situation.limits - 1, 1))
+    return Work(outcomes[:, :A], outcomes[:, A : 2 * A], num_tokens)

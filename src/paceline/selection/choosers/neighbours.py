@@ -1,0 +1,68 @@
+"""Predicts what every arm would do on a prompt from the prompts nearest to it; priced live.
+
+Symbols: N prompts, P points learned from, Z components, A arms, O = 2 A + 1 outcomes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from paceline.selection.choosers.acceptance import as_work
+from paceline.selection.choosers.base import PortableChooser, Situation, Work
+from paceline.selection.choosers.reduction import Reduction
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from paceline.selection.choosers.base import Arrays, Facts
+
+
+class NeighboursChooser(PortableChooser):
+    """The mean outcomes of the `num_neighbours` nearest points; outcomes are those of `acceptance`."""
+
+    kind: ClassVar[str] = "neighbours"
+
+    def __init__(
+        self,
+        arms: Sequence[str],
+        reduction: Reduction,
+        points: np.ndarray,  # [P, Z] float32
+        outcomes: np.ndarray,  # [P, O] float32
+        num_neighbours: int,
+    ) -> None:
+        self.arms = tuple(arms)
+        self.reduction = reduction
+        self.points, self.outcomes = points, outcomes
+        self.num_neighbours = num_neighbours
+        P = len(points)
+        expected = ((P, reduction.num_components), (P, 2 * len(self.arms) + 1))
+        if (points.shape, outcomes.shape) != expected or not 1 <= num_neighbours <= P:
+            raise ValueError(
+                f"arrays {points.shape}, {outcomes.shape} where {expected} are expected"
+            )
+        self._norms = (points**2).sum(axis=1)  # [P]
+
+    def work(self, features: np.ndarray, situation: Situation) -> Work:
+        near = self.nearest(features)
+        return as_work(self.outcomes[near].mean(axis=1, dtype=np.float64), situation)
+
+    def nearest(self, features: np.ndarray) -> np.ndarray:
+        """[N, num_neighbours] places of the nearest points, in no order."""
+        # the prompt's own norm changes no order
+        distances = self._norms - 2.0 * (self.reduction(features) @ self.points.T)  # [N, P]
+        k = self.num_neighbours
+        return np.asarray(np.argpartition(distances, k - 1, axis=1)[:, :k])
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return self.reduction.arrays() | {"points": self.points, "outcomes": self.outcomes}
+
+    def facts(self) -> dict[str, object]:
+        return {"num_neighbours": self.num_neighbours}
+
+    @classmethod
+    def restore(cls, arms: Sequence[str], arrays: Arrays, facts: Facts) -> NeighboursChooser:
+        reduction = Reduction.restore(arrays)
+        num_neighbours = int(str(facts["num_neighbours"]))
+        return cls(arms, reduction, arrays["points"], arrays["outcomes"], num_neighbours)

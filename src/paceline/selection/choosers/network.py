@@ -1,0 +1,129 @@
+"""A network of one hidden layer with one logit an arm, as plain arrays, evaluated in numpy.
+
+Cannot be trained here. The published method's policy shape (arXiv 2408.08470) is not confirmed;
+this one is ours. The rows in flight are an input of their own beside the features, so that one
+network chooses under every load. Symbols: N prompts, F features, H hidden units, A arms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, ClassVar, Final
+
+import numpy as np
+
+from paceline.selection.choosers.base import Chooser
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from paceline.selection.choosers.base import Arrays, Facts, Situation
+
+CLIP: Final = 3.0
+"""Standardised features end here: one unheard-of value must not drive the policy."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyNetwork:
+    """logits = tanh(clip((inputs - mean) * scale) @ w1 + b1) @ w2 + b2, all float32.
+
+    `scale` is 1/std, and 0 for an input that never varied in training: nothing is known of it.
+    """
+
+    mean: np.ndarray  # [F]
+    scale: np.ndarray  # [F]
+    w1: np.ndarray  # [F, H]
+    b1: np.ndarray  # [H]
+    w2: np.ndarray  # [H, A]
+    b2: np.ndarray  # [A]
+
+    @property
+    def num_features(self) -> int:
+        return int(self.w1.shape[0])
+
+    @property
+    def num_arms(self) -> int:
+        return int(self.w2.shape[1])
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All parameters by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def logits(self, inputs: np.ndarray) -> np.ndarray:
+        """[..., A] for inputs [..., F]. A value that is not a number counts as the mean."""
+        standardised = standardise(inputs, self.mean, self.scale)
+        hidden = np.tanh(standardised @ self.w1 + self.b1)
+        return np.asarray(hidden @ self.w2 + self.b2, dtype=np.float32)
+
+
+class NetworkChooser(Chooser):
+    """Ranks by the mean log-probability of one or several networks that were trained alike."""
+
+    kind: ClassVar[str] = "network"
+
+    def __init__(self, arms: Sequence[str], networks: Sequence[PolicyNetwork]) -> None:
+        self.arms = tuple(arms)
+        self.networks = tuple(networks)
+        for network in self.networks:
+            _check_shapes(network, len(self.arms))
+
+    def preferences(self, features: np.ndarray, situation: Situation) -> np.ndarray:
+        inputs = with_rows(features, situation.rows)
+        return np.asarray(
+            np.mean([log_softmax(network.logits(inputs)) for network in self.networks], axis=0)
+        )
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {
+            f"{i}.{name}": array
+            for i, network in enumerate(self.networks)
+            for name, array in network.arrays().items()
+        }
+
+    def facts(self) -> dict[str, object]:
+        return {"num_networks": len(self.networks)}
+
+    @classmethod
+    def restore(cls, arms: Sequence[str], arrays: Arrays, facts: Facts) -> NetworkChooser:
+        names = [field.name for field in fields(PolicyNetwork)]
+        count = int(str(facts["num_networks"]))
+        if set(arrays) != {f"{i}.{name}" for i in range(count) for name in names}:
+            raise ValueError(f"unexpected arrays {sorted(arrays)}")
+        return cls(
+            arms,
+            [PolicyNetwork(*(arrays[f"{i}.{name}"] for name in names)) for i in range(count)],
+        )
+
+
+def _check_shapes(network: PolicyNetwork, num_arms: int) -> None:
+    F, H = network.w1.shape
+    expected = {
+        "mean": (F,),
+        "scale": (F,),
+        "w1": (F, H),
+        "b1": (H,),
+        "w2": (H, num_arms),
+        "b2": (num_arms,),
+    }
+    found = {name: tuple(array.shape) for name, array in network.arrays().items()}
+    if found != expected:
+        raise ValueError(f"arrays {found} where {expected} are expected")
+
+
+def with_rows(features: np.ndarray, rows: int) -> np.ndarray:
+    """[N, F + 1] float32: the features and the logarithm of the rows in flight."""
+    load = np.full((len(features), 1), np.log(max(rows, 1)), dtype=np.float32)
+    return np.hstack([features, load])
+
+
+def standardise(features: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """[..., F] float32: centred, scaled and clipped; learning and serving share it."""
+    with np.errstate(invalid="ignore"):  # infinity times a scale of 0
+        inputs = np.clip((features - mean) * scale, -CLIP, CLIP)
+    return np.asarray(np.nan_to_num(inputs, copy=False, nan=0.0))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities over the last axis, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))

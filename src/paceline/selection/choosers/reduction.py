@@ -1,0 +1,58 @@
+"""Many features to a few: standardised, weighed by block, turned to the directions that vary most.
+
+Shared by the choosers that are linear or go by distance. It also says how far a prompt lies from
+those learned from. Symbols: N prompts, F features, Z components.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from paceline.selection.choosers.network import standardise
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """components = (clip((features - mean) * scale) * weight - centre) @ basis, all float32.
+
+    The weight of each feature is already in `basis` and `centre`.
+    """
+
+    mean: np.ndarray  # [F]
+    scale: np.ndarray  # [F] 1/std, 0 for a feature that never varied
+    basis: np.ndarray  # [F, Z]
+    centre: np.ndarray  # [Z]
+
+    @property
+    def num_features(self) -> int:
+        return int(self.basis.shape[0])
+
+    @property
+    def num_components(self) -> int:
+        return int(self.basis.shape[1])
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """[N, Z] float32 for features [N, F]. A value that is not a number counts as the mean."""
+        inputs = standardise(features, self.mean, self.scale)
+        return np.asarray(inputs @ self.basis - self.centre, dtype=np.float32)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """As a chooser keeps it, with names of its own."""
+        return {f"reduction.{field.name}": getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def restore(cls, arrays: Mapping[str, np.ndarray]) -> Reduction:
+        """The reduction among a chooser's arrays. Raises KeyError or ValueError."""
+        reduction = cls(*(arrays[f"reduction.{field.name}"] for field in fields(cls)))
+        F, Z = reduction.basis.shape
+        expected = {"mean": (F,), "scale": (F,), "basis": (F, Z), "centre": (Z,)}
+        found = {field.name: getattr(reduction, field.name).shape for field in fields(cls)}
+        if found != expected:
+            raise ValueError(f"arrays {found} where {expected} are expected")
+        return reduction
