@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from paceline.config import LearningSection
     from paceline.contracts import CollectedPrompt
-    from paceline.costs import SecondsFn
+    from paceline.costs import CostTable, Objective
+    from paceline.learning.rounds import RoundTable
 
 MIN_PROMPTS: Final = 8
 _MIN_HELD_OUT: Final = 2

@@ -26,8 +26,8 @@ from paceline.contracts import NONE, split_arm
 from paceline.costs.pricing import ArmPricer
 from paceline.errors import ArtefactError
 from paceline.files import write_atomically
-from paceline.selection.features import FEATURE_VERSION, num_features
 from paceline.selection.choosers import CHOOSERS, PortableChooser
+from paceline.selection.features import FEATURE_VERSION, num_features
 from paceline.selection.policies import Policy
 
 if TYPE_CHECKING:
