@@ -103,8 +103,16 @@ def profile(config: Config, on_progress: OnProgress = _quiet) -> CostTable:
     return table
 
 
-def learn(config: Config, on_progress: OnProgress = _quiet) -> LearningResult:
-    """Train a policy for the configuration's drafters and write it."""
+def learn(
+    config: Config,
+    on_progress: OnProgress = _quiet,
+    search: int = 0,
+    figure: Path | None = None,
+) -> LearningResult:
+    """Train a policy for the configuration's drafters and write it.
+
+    search: how many settings of the learner to try first. figure: a PNG of the learning curves.
+    """
     collection = load_collection(config.paths.store, list(config.drafters))
     costs = CostTable.load(config.paths.costs)
     learned = learn_policy(
@@ -114,6 +122,8 @@ def learn(config: Config, on_progress: OnProgress = _quiet) -> LearningResult:
         arms_of(config),
         config.learning,
         on_progress=on_progress,
+        search=search,
+        figure=figure,
     )
     learned.save(config.paths.policy)
     return learned

@@ -30,9 +30,9 @@ class Policy:
     """Chooses among its chooser's `arms`; `id` goes into the decision log and names what decided.
 
     explore: the share of requests that get any arm, each as often as another; which requests hangs
-    on `seed`, the request's id and its prompt, so a decision can be repeated. objective: what
-    it is to be fast at, see `costs.pricing`. num_features: what the chooser was learned on; None takes any number. notes: what
-    is worth knowing of a loaded policy.
+    on `seed`, the request's id and its prompt, so a decision can be repeated. objective: what it is
+    to be fast at, see `costs.pricing`. num_features: what the chooser was learned on; None takes any
+    number. notes: what is worth knowing of a loaded policy.
     """
 
     def __init__(
