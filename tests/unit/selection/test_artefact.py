@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from paceline.selection.network import PolicyNetwork
 
 from paceline.contracts import Context, SamplingParams
 from paceline.errors import ArtefactError
@@ -21,7 +22,6 @@ from paceline.selection.artefact import (
     read_card,
 )
 from paceline.selection.features import FEATURE_VERSION, num_features
-from paceline.selection.network import PolicyNetwork
 
 if TYPE_CHECKING:
     from collections.abc import Callable

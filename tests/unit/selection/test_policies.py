@@ -7,11 +7,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from paceline.selection.network import CLIP, PolicyNetwork, softmax
 
 from paceline.contracts import Context, SamplingParams
 from paceline.errors import ArtefactError, ConfigError
 from paceline.selection.features import feature_vector, num_features
-from paceline.selection.network import CLIP, PolicyNetwork, softmax
 from paceline.selection.policies import FixedPolicy, NetworkPolicy, RandomPolicy
 
 D, H = 4, 3
