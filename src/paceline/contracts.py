@@ -173,6 +173,7 @@ class Context:
     sampling: SamplingParams
     rows_in_flight: int
     request_id: str = ""  # for whoever records; never a feature
+    max_new_tokens: int | None = None  # the most the answer may have, where known
 
 
 def split_arm(arm: str) -> tuple[str, int | None]:

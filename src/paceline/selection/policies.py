@@ -76,10 +76,12 @@ class Policy:
                 f"the policy was learned on {self._num_features} features, the target gives "
                 f"{len(features)}; run `paceline learn`"
             )
+        limit = context.max_new_tokens
         situation = Situation(
             num_prompt=np.array([len(context.prompt_tokens)]),
             rows=context.rows_in_flight,
             objective=self._objective,
+            limits=None if limit is None else np.array([limit]),
             prompts=(context.prompt_tokens,),
         )
         preferences = self.chooser.preferences(features[None], situation)  # [1, A]
