@@ -63,7 +63,7 @@ def test_a_learned_policy_is_as_fast_as_the_oracle_here(
 
     assert report.fraction_of_oracle > 0.99
     assert report.headline()["policy"] > 1.3 * report.headline()["best single"]
-    assert report.by_domain["odd"].chosen["math"] > 0.95
+    assert report.by_domain["odd"].chosen["policy"].arms["math"] > 0.95
     assert report.num_train + report.overall.num_prompts == 120
     assert result.training.num_prompts == report.num_train
     chosen = [result.policy.choose(context(seed)).arm for seed in range(1000, 1100)]
@@ -136,7 +136,7 @@ def test_features_that_say_nothing_end_in_one_arm_and_a_note(
     assert result.training.constant
     (note,) = result.report.notes
     assert "the policy always chooses" in note
-    (share,) = (s for s in result.report.overall.chosen.values() if s)
+    (share,) = (s for s in result.report.overall.chosen["policy"].arms.values() if s)
     assert share == 1.0
 
 
