@@ -237,6 +237,7 @@ class Context:
     rows_in_flight: int
     request_id: str = ""  # for whoever records; never a feature
     text: Callable[[], str] | None = None  # the prompt's text, decoded when asked for
+    max_new_tokens: int | None = None  # the most the answer may have, where known
 
 
 def split_arm(arm: str) -> tuple[str, int | None]:

@@ -477,6 +477,7 @@ class Engine:
             rows_in_flight=len(self._rows),
             request_id=row.request.id,
             text=lambda: self._decode(row.request.prompt_tokens),
+            max_new_tokens=row.request.max_new_tokens,
         )
         decision = self.choose(context)
         if self._watcher is not None:

@@ -84,7 +84,7 @@ class BanditLearner(Learner):
         summary = Summary(
             num_prompts=len(data),
             num_validation=len(earned),
-            score=float(earned.mean()),
+            score=float(np.nanmean(earned)),
             gain=gain,
             gain_error=error,
             constant=False,

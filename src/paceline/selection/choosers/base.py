@@ -99,6 +99,11 @@ class Chooser(ABC):
         return {}
 
     @classmethod
+    def merged(cls, choosers: Sequence[Self]) -> Self | None:
+        """One chooser that averages several which were learned alike; None where the kind has none."""
+        return None
+
+    @classmethod
     @abstractmethod
     def restore(cls, arms: Sequence[str], arrays: Arrays, facts: Facts) -> Self:
         """The chooser that gave these; raises ValueError, KeyError or TypeError if none could."""
