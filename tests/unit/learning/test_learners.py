@@ -111,7 +111,7 @@ def test_held_out_prompts_get_nearly_what_the_oracle_gets(name: str) -> None:
 
     best_single = share_of_oracle(fit("fixed", data()), held_out, 1)
     assert best_single < 0.85
-    least = {"first_line_lookup": 0.8, "linucb": 0.9, "thompson": 0.9}.get(name, 0.97)
+    least = {"first_line_lookup": 0.8, "linucb": 0.9, "thompson": 0.85}.get(name, 0.97)
     assert share_of_oracle(fitted, held_out, 1) > least
     assert fitted.summary.gain > fitted.summary.gain_error
 
