@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from paceline.selection.network import PolicyNetwork
 
 from paceline.contracts import Context, SamplingParams
 from paceline.costs import CostTable, Measurement

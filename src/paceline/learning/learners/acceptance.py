@@ -37,12 +37,12 @@ if TYPE_CHECKING:
     from paceline.learning.learners.base import Progress
     from paceline.selection.choosers import Reduction
 
-_COMPONENTS: Final = 128
+_COMPONENTS: Final = 32
 _WIDE: Final = 10.0  # the hidden states' weight beside one statistic
 _NORM: Final = 10.0  # of a typical input, so that gates are decided from the beginning
 _GATES: Final = 4
 _LEARNING_RATE: Final = 2e-2  # at the beginning; it falls to 0 at the end
-_STEPS: Final = 1200
+_STEPS: Final = 400
 _LEAST_EPOCHS: Final = 5
 _JUDGED: Final = 12  # times on the way
 _MOST_JUDGED: Final = 400  # prompts of a fold that are priced at each judgement
