@@ -100,7 +100,11 @@ def _samplings(
     from paceline.contracts import GREEDY, SamplingParams
     from paceline.errors import ConfigError
 
-    if not any(temperatures) and (filters["top_p"], filters["top_k"], filters["min_p"]) != (1, 0, 0):
+    if not any(temperatures) and (filters["top_p"], filters["top_k"], filters["min_p"]) != (
+        1,
+        0,
+        0,
+    ):
         raise ConfigError("--top-p, --top-k and --min-p need a --temperature above 0")
     return [
         SamplingParams(t, seed=seed, method="invariant", **filters)  # type: ignore[arg-type]

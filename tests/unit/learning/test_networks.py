@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from paceline.learning.reinforce import Learner, mean_entropy, surrogate_loss, train
 
 from paceline.config import LearningSection
-from paceline.learning.reinforce import Learner, mean_entropy, surrogate_loss, train
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Tensor
-
     from paceline.selection.network import PolicyNetwork
+    from torch import Tensor
 
     Estimator = Callable[[Tensor, Tensor, int, torch.Generator], Tensor]
 
