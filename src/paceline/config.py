@@ -116,14 +116,14 @@ class LearningSection(Section):
         12,
     )
 
-    reward: Literal["speed", "alignment"] = "speed"
+    reward: Literal["speed", "alignment", "clocked"] = "speed"
     alpha: float = Field(default=0.5, ge=0.0, le=1.0)
     metric: Literal["rouge_1", "rouge_l", "edit", "prefix"] = "rouge_l"
     objective: Literal["latency", "throughput"] | Annotated[float, Field(ge=0.0, le=1.0)] = (
         "latency"
     )
     loads: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 2, 4, 8, 16), min_length=1)
-    kinds: int = Field(default=16, ge=1)
+    kinds: int = Field(default=12, ge=1)
     gate_decay: float = Field(default=0.1, ge=0.0)
     optimism: float = Field(default=0.5, ge=0.0)
     hidden_units: int = Field(default=64, ge=1)

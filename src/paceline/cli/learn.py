@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from paceline.cli.options import DEFAULT_CONFIG, ConfigOption, configured
+
+if TYPE_CHECKING:
+    from paceline.learning import LearningResult
 
 
 def learn(
@@ -15,11 +18,28 @@ def learn(
     store: Annotated[Path | None, typer.Option(help="Folder of the collection.")] = None,
     costs: Annotated[Path | None, typer.Option(help="File of the cost table.")] = None,
     policy: Annotated[Path | None, typer.Option(help="Folder of the policy to write.")] = None,
+    learner: Annotated[
+        str | None, typer.Option(help="acceptance, reinforce, policy_gradient, knn, linucb, ...")
+    ] = None,
     reward: Annotated[str | None, typer.Option(help="speed or alignment.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Similarity's weight in alignment.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Similarity in alignment: rouge_1, rouge_l, edit, prefix.")
+    ] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="latency, throughput, or a weight from 0 to 1 between.")
+    ] = None,
+    draft_lengths: Annotated[
+        str | None, typer.Option(help="Draft lengths that are arms: 1,2,4; '' for none.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the training.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Train under so many seeds.")] = None,
+    search: Annotated[
+        int, typer.Option(min=0, help="Try so many settings first, by cross-validation.")
+    ] = 0,
+    plot: Annotated[Path | None, typer.Option(help="PNG of the learning curves.")] = None,
 ) -> None:
-    """Train the policy with REINFORCE; no model runs here."""
+    """Train the policy; no model runs here."""
     from rich.console import Console
 
     from paceline.cli.evaluate import print_evaluation
@@ -28,12 +48,52 @@ def learn(
     from paceline.experiments.pipeline import learn as run_learn
 
     settings = configured(config, store=store, costs=costs, policy=policy)
-    flags = {"reward": reward, "alpha": alpha, "seed": seed}
+    flags: dict[str, Any] = {
+        "learner": learner,
+        "reward": reward,
+        "alpha": alpha,
+        "metric": metric,
+        "objective": _number_or_name(objective),
+        "draft_lengths": _lengths(draft_lengths),
+        "seed": seed,
+        "seeds": seeds,
+    }
     raw = settings.learning.model_dump() | {k: v for k, v in flags.items() if v is not None}
     section = parse(LearningSection, raw, "learning")
     settings = settings.model_copy(update={"learning": section})
     console = Console()
     with progress(console) as report:
-        learned = run_learn(settings, report)
+        learned = run_learn(settings, report, search, plot)
     print_evaluation(console, learned.report)
-    console.print(f"written: {settings.paths.policy}")
+    for line in _facts(learned):
+        console.print(line, highlight=False)
+    written = [settings.paths.policy, *([plot] if plot else [])]
+    console.print(f"written: {', '.join(map(str, written))}")
+
+
+def _number_or_name(objective: str | None) -> float | str | None:
+    try:
+        return None if objective is None else float(objective)
+    except ValueError:
+        return objective
+
+
+def _lengths(text: str | None) -> list[str] | None:
+    """As the schema takes them, which says what is wrong with one that is no number."""
+    return None if text is None else [part for part in text.split(",") if part.strip()]
+
+
+def _facts(learned: LearningResult) -> list[str]:
+    """What was found on the way, a line each."""
+    lines = []
+    found = learned.training.settings
+    if found:
+        lines.append("found: " + ", ".join(f"{name} {value:g}" for name, value in found.items()))
+    if len(learned.seeds.scores) > 1:
+        seeds = learned.seeds
+        kept = "their average is kept" if seeds.kept == "average" else "the best is kept"
+        lines.append(
+            f"{len(seeds.scores)} seeds: cross-validated reward {seeds.mean:.4f}, spread "
+            f"{seeds.spread:.4f}; {kept}"
+        )
+    return lines

@@ -406,6 +406,7 @@ class Engine:
                 sampling=row.sampling,
                 rows_in_flight=len(self._rows),
                 request_id=row.request.id,
+                max_new_tokens=row.request.max_new_tokens,
                 text=lambda: self._decode(row.request.prompt_tokens),
             )
         )

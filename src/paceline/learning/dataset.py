@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from paceline.config import LearningSection
     from paceline.contracts import CollectedPrompt
+    from paceline.costs import CostTable, Objective
+    from paceline.learning.rounds import RoundTable
 
 MIN_PROMPTS: Final = 8
 _MIN_HELD_OUT: Final = 2
@@ -98,6 +100,11 @@ def build_dataset(
     Raises ConfigError or StoreError if nothing can be learned from it.
     """
     arms = tuple(arms)
+    if settings.reward == "clocked":
+        raise ConfigError(
+            "the reward 'clocked' is of logged requests; a collection is learned from with 'speed' "
+            "or 'alignment'"
+        )
     _check_arms(arms, prompts)
     features = _stack_features(prompts)
     rounds = round_table(prompts, arms)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from paceline.costs import CostTable
 from paceline.errors import StoreError
 from paceline.learning.dataset import Dataset
 from paceline.learning.evaluate import (
@@ -18,31 +19,55 @@ from paceline.learning.evaluate import (
     RANDOM,
     evaluate,
 )
-from paceline.selection.network import PolicyNetwork
+from paceline.learning.rounds import RoundTable
+from paceline.selection.choosers import Chooser, Situation
 
 ARMS = ("none", "code", "math")
 
 
 def dataset(seconds: list[list[float]], domains: list[str], features: list[float]) -> Dataset:
     found = np.array(seconds)
+    N = len(found)
     return Dataset(
         arms=ARMS,
-        ids=tuple(f"p{i}" for i in range(len(found))),
+        ids=tuple(f"p{i}" for i in range(N)),
+        groups=tuple(f"p{i}" for i in range(N)),
         domains=tuple(domains),
+        prompts=((1, 2),) * N,
         features=np.array(features, dtype=np.float32)[:, None],
-        rewards=found[:, :1] / found,
+        num_prompt=np.full(N, 2),
+        num_tokens=np.full(N, 100),
+        limits=np.full(N, 100),
+        rounds_per_token=np.ones((N, 3)),
+        drafted_per_token=np.zeros((N, 3)),
         seconds=found,
-        num_tokens=np.full(len(found), 100),
+        rewards=found[:, :1] / found,
+        spans={},
+        rounds=RoundTable(ARMS, np.full(N, 2), ()),
+        costs=CostTable({}, []),
+        objective="latency",
     )
 
 
-def chooses(negative: str, positive: str) -> PolicyNetwork:
-    """A network that picks by the sign of the only feature."""
-    w2 = np.zeros((1, 3), dtype=np.float32)
-    w2[0, ARMS.index(positive)] += 1
-    w2[0, ARMS.index(negative)] -= 1
-    one, zero = np.ones(1, dtype=np.float32), np.zeros(1, dtype=np.float32)
-    return PolicyNetwork(zero, one, one[:, None], zero, w2, np.zeros(3, dtype=np.float32))
+class BySign(Chooser):
+    """Picks by the sign of the only feature."""
+
+    kind = "by sign"
+
+    def __init__(self, negative: str, positive: str) -> None:
+        self.arms = ARMS
+        self.places = (ARMS.index(negative), ARMS.index(positive))
+
+    def preferences(self, features: np.ndarray, situation: Situation) -> np.ndarray:
+        return np.eye(len(ARMS))[np.where(features[:, 0] > 0, *self.places[::-1])]
+
+    @classmethod
+    def restore(cls, arms: object, arrays: object, facts: object) -> BySign:
+        raise NotImplementedError
+
+
+def chooses(negative: str, positive: str) -> Chooser:
+    return BySign(negative, positive)
 
 
 TRAIN = dataset([[10, 5, 20], [10, 5, 20], [10, 8, 5]], ["code", "code", "math"], [-1.0, -1.0, 1.0])
@@ -180,8 +205,8 @@ def test_a_report_is_json_and_repeats_itself() -> None:
 
 
 def test_another_policys_collection_is_refused() -> None:
-    wide = replace(HELD_OUT, features=np.zeros((3, 2), dtype=np.float32))
-    with pytest.raises(StoreError, match=r"2 features and 3 arms, the policy expects 1 and 3"):
-        evaluate(TRAIN, wide, chooses("code", "math"))
+    other = replace(HELD_OUT, arms=("none", "code", "lookup"))
+    with pytest.raises(StoreError, match=r"none, code, lookup, the policy is for none, code, math"):
+        evaluate(TRAIN, other, chooses("code", "math"))
     with pytest.raises(StoreError, match="no prompts"):
         evaluate(TRAIN, HELD_OUT.rows(np.zeros(3, dtype=bool)), chooses("code", "math"))

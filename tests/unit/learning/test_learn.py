@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 D = 24
 ARMS = {"none": "kind=none", "code": "kind=draft_model", "math": "kind=draft_model, width=2"}
-IDENTITY = PolicyIdentity(target="t", tokenizer="v", hidden_size=D, arms=ARMS)
-SETTINGS = LearningSection(max_epochs=60)
+IDENTITY = PolicyIdentity(target="t", tokenizer="v", hidden_size=D, drafters=ARMS)
+SETTINGS = LearningSection(max_epochs=60, learner="reinforce")
 
 
 def context(seed: int) -> Context:
@@ -58,7 +58,7 @@ def costs(cost_table: Callable[..., CostTable]) -> CostTable:
 def test_a_learned_policy_is_as_fast_as_the_oracle_here(
     prompts: list[CollectedPrompt], costs: CostTable
 ) -> None:
-    result = learn(prompts, costs, IDENTITY, SETTINGS)
+    result = learn(prompts, costs, IDENTITY, list(ARMS), SETTINGS)
     report = result.report
 
     assert report.fraction_of_oracle > 0.99
@@ -75,14 +75,14 @@ def test_a_learned_policy_is_as_fast_as_the_oracle_here(
 def test_what_is_saved_chooses_the_same(
     prompts: list[CollectedPrompt], costs: CostTable, tmp_path: Path
 ) -> None:
-    result = learn(prompts, costs, IDENTITY, SETTINGS)
+    result = learn(prompts, costs, IDENTITY, list(ARMS), SETTINGS)
     result.save(tmp_path)
-    loaded = load_policy(tmp_path, IDENTITY)
+    loaded = load_policy(tmp_path, IDENTITY, costs)
     card = read_card(tmp_path)
 
     contexts = [context(seed) for seed in range(500, 520)]
     assert [loaded.choose(c) for c in contexts] == [result.policy.choose(c) for c in contexts]
-    assert dict(card.arms) == ARMS
+    assert (card.drafters, card.arms) == (ARMS, list(ARMS))
     assert (card.target, card.tokenizer, card.costs) == ("t", "v", costs.hash())
     assert (card.reward.kind, card.reward.alpha) == ("speed", None)
     assert LearningSection(**card.learner) == SETTINGS
@@ -93,24 +93,24 @@ def test_what_is_saved_chooses_the_same(
 
 def test_held_out_prompts_teach_nothing(prompts: list[CollectedPrompt], costs: CostTable) -> None:
     """Other outcomes on the held-out prompts change the report and not one weight."""
-    before = learn(prompts, costs, IDENTITY, SETTINGS)
+    before = learn(prompts, costs, IDENTITY, list(ARMS), SETTINGS)
     ids = set(_held_out(prompts, costs))
     idle = ReplayedDrafter(np.zeros((40, 2), dtype=np.int64), everywhere=True)
     changed = [
         replace(p, replays=p.replays | {"code": idle}) if p.id in ids else p for p in prompts
     ]
-    after = learn(changed, costs, IDENTITY, SETTINGS)
+    after = learn(changed, costs, IDENTITY, list(ARMS), SETTINGS)
 
     assert len(ids) == before.report.overall.num_prompts
-    for name, array in before.policy.network.arrays().items():
-        assert np.array_equal(array, after.policy.network.arrays()[name]), name
+    for name, array in before.policy.chooser.arrays().items():
+        assert np.array_equal(array, after.policy.chooser.arrays()[name]), name
     assert after.report.overall != before.report.overall
 
 
 def _held_out(prompts: list[CollectedPrompt], costs: CostTable) -> tuple[str, ...]:
     from paceline.learning.dataset import build_dataset, split
 
-    data, _ = build_dataset(prompts, list(ARMS), costs.seconds, SETTINGS)
+    data, _ = build_dataset(prompts, list(ARMS), costs, SETTINGS)
     return split(data, SETTINGS.held_out)[1].ids
 
 
@@ -119,7 +119,7 @@ def test_names_and_domains_do_not_reach_the_policy(
 ) -> None:
     renamed = [replace(p, domain="everything") for p in prompts]
 
-    before, after = (learn(p, costs, IDENTITY, SETTINGS) for p in (prompts, renamed))
+    before, after = (learn(p, costs, IDENTITY, list(ARMS), SETTINGS) for p in (prompts, renamed))
 
     assert before.policy.id == after.policy.id
 
@@ -131,7 +131,7 @@ def test_features_that_say_nothing_end_in_one_arm_and_a_note(
     np.random.default_rng(0).shuffle(features)
     shuffled = [replace(p, features=f) for p, f in zip(prompts, features, strict=True)]
 
-    result = learn(shuffled, costs, IDENTITY, SETTINGS)
+    result = learn(shuffled, costs, IDENTITY, list(ARMS), SETTINGS)
 
     assert result.training.constant
     (note,) = result.report.notes
@@ -147,9 +147,9 @@ def test_the_alignment_reward_is_on_the_card(
         replace(p, draft_outputs={"code": p.output_tokens, "math": p.output_tokens[:3]})
         for p in prompts
     ]
-    settings = LearningSection(reward="alignment", alpha=0.7, max_epochs=5)
+    settings = LearningSection(reward="alignment", alpha=0.7, max_epochs=5, learner="reinforce")
 
-    result = learn(writing, costs, IDENTITY, settings)
+    result = learn(writing, costs, IDENTITY, list(ARMS), settings)
 
     assert (result.card.reward.kind, result.card.reward.alpha) == ("alignment", 0.7)
     assert result.policy.choose(context(3)).arm == "code"
@@ -159,11 +159,11 @@ def test_a_cost_table_without_an_arm_is_refused(
     prompts: list[CollectedPrompt], cost_table: Callable[..., CostTable]
 ) -> None:
     with pytest.raises(ArtefactError, match=r"math not measured; run `paceline profile`"):
-        learn(prompts, cost_table(["code"]), IDENTITY, SETTINGS)
+        learn(prompts, cost_table(["code"]), IDENTITY, list(ARMS), SETTINGS)
 
 
 def test_features_of_another_target_are_refused(
     prompts: list[CollectedPrompt], costs: CostTable
 ) -> None:
     with pytest.raises(StoreError, match=r"54 features a prompt.*give 134.*paceline collect"):
-        learn(prompts, costs, replace(IDENTITY, hidden_size=64), SETTINGS)
+        learn(prompts, costs, replace(IDENTITY, hidden_size=64), list(ARMS), SETTINGS)
