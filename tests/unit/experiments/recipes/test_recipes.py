@@ -223,7 +223,7 @@ def tiny_recipe(models: Path) -> dict[str, Any]:
         "near": {"kind": "draft_model", "settings": near, "shape": dict(shape)},
         "lookup": {"kind": "prompt_lookup"},
     }
-    raw["workload"] |= {"prompts": 8}
+    raw["workload"] |= {"prompts": 24}
     return raw
 
 
