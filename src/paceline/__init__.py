@@ -27,16 +27,20 @@ _HOMES = {
     "Surroundings": "paceline.drafting.base",
     "build_trigrams": "paceline.experiments.pipeline",
     "collect": "paceline.experiments.pipeline",
+    "data": "paceline.experiments.pipeline",
     "demo": "paceline.experiments.demo_job",
     "distill": "paceline.distillation",
     "doctor": "paceline.bench",
     "drafters": "paceline.bench",
-    "evaluate": "paceline.experiments.pipeline",
+    "evaluate": "paceline.experiments.evaluation",
+    "experiment": "paceline.experiments.catalog",
     "learn": "paceline.experiments.pipeline",
+    "learn_from_log": "paceline.experiments.from_log",
     "load": "paceline.assembly",
     "load_config": "paceline.config",
     "pad_drafts": "paceline.drafting.base",
     "profile": "paceline.experiments.pipeline",
+    "read_decisions": "paceline.store",
     "read_prompts": "paceline.store",
     "search_layers": "paceline.layer_search",
 }
@@ -58,16 +62,20 @@ __all__ = [
     "Surroundings",
     "build_trigrams",
     "collect",
+    "data",
     "demo",
     "distill",
     "doctor",
     "drafters",
     "evaluate",
+    "experiment",
     "learn",
+    "learn_from_log",
     "load",
     "load_config",
     "pad_drafts",
     "profile",
+    "read_decisions",
     "read_prompts",
     "search_layers",
 ]
@@ -82,10 +90,13 @@ if TYPE_CHECKING:
     from paceline.drafting.base import Drafter, Foresight, Needs, Surroundings, pad_drafts
     from paceline.drafting.foresight import SimulatedForesight
     from paceline.errors import ConfigError, PacelineError
+    from paceline.experiments.catalog import experiment
     from paceline.experiments.demo_job import demo
-    from paceline.experiments.pipeline import build_trigrams, collect, evaluate, learn, profile
+    from paceline.experiments.evaluation import evaluate
+    from paceline.experiments.from_log import learn_from_log
+    from paceline.experiments.pipeline import build_trigrams, collect, data, learn, profile
     from paceline.layer_search import search_layers
-    from paceline.store import read_prompts
+    from paceline.store import read_decisions, read_prompts
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +16,13 @@ from paceline.contracts import (
     AUTO,
     NONE,
     Completion,
+    Context,
     LogitRules,
     Request,
     SamplingParams,
     identity_of_arms,
+    join_arm,
+    split_arm,
 )
 from paceline.costs.table import CostTable
 from paceline.drafting.base import Surroundings
@@ -31,7 +35,18 @@ from paceline.models.exact import check_exact
 from paceline.models.language_model import LanguageModel, check_packed_forward
 from paceline.models.loading import load_language_model, load_tokenizer
 from paceline.models.vocabulary import Vocabulary, check_same_vocabulary
-from paceline.selection import PolicyIdentity, is_policy, load_policy
+from paceline.selection import (
+    Arm,
+    Guard,
+    PolicyIdentity,
+    TablePrices,
+    Watch,
+    is_policy,
+    load_policy,
+)
+from paceline.selection.artefact import read_card
+from paceline.selection.drift import RANGE_FILE, DriftAlarm, TrainingRange
+from paceline.store import DecisionLog, LogHeader
 from paceline.warping import check_sampling
 
 if TYPE_CHECKING:
@@ -40,7 +55,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from paceline.drafting.base import Drafter
-    from paceline.engine.loop import Choose
+    from paceline.engine.loop import Choose, OnComplete
     from paceline.selection import Policy
 
     Prompt = str | Sequence[Mapping[str, str]]
@@ -56,6 +71,13 @@ class Parts:
     tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary
     drafters: dict[str, Drafter]  # `none` first
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        text = self.tokenizer.decode(
+            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return str(text)
 
     def surroundings(self) -> Surroundings:
         """What one more drafter would be built amid."""
@@ -131,14 +153,23 @@ def build_from_objects(
 class Pace:
     """A target with its drafters, ready to generate. Made by `paceline.load`."""
 
-    def __init__(self, parts: Parts, choose: Choose | None = None) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        choose: Choose | None = None,
+        watch: Watch | None = None,
+        on_complete: OnComplete | None = None,
+    ) -> None:
         self.parts = parts
+        self.watch = watch
         engine_section = parts.config.engine
         self.engine = Engine(
             parts.target,
             parts.drafters,
             decode=self._decode,
             choose=choose,
+            watch=watch,
+            on_complete=on_complete,
             **engine_section.model_dump(),
         )
 
@@ -153,10 +184,7 @@ class Pace:
         return [drafter.note for drafter in self.parts.drafters.values() if drafter.note]
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        text = self.parts.tokenizer.decode(
-            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return str(text)
+        return self.parts.text(tokens)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. A string goes in as it is, messages through the chat template."""
@@ -346,15 +374,51 @@ def load(
         parts = build(config if isinstance(config, Config) else load_config(config))
     _price(parts)
     folder = Path(policy) if policy is not None else parts.config.paths.policy
-    wanted = with_policy and (policy is not None or (target is None and is_policy(folder)))
-    return Pace(parts, _policy(parts, folder).choose if wanted else None)
+    if not with_policy or (policy is None and (target is not None or not is_policy(folder))):
+        return Pace(parts, on_complete=open_log(parts))
+    loaded = _policy(parts, folder)
+    watched = TrainingRange.load(folder) if (folder / RANGE_FILE).is_file() else None
+    watch = watch_for(parts, loaded.arms)
+    on_complete = open_log(parts, watched, dict(read_card(folder).encoders))
+    return Pace(parts, loaded.choose, watch, on_complete)
 
 
 def _policy(parts: Parts, folder: Path) -> Policy:
     """The policy of a folder, with this machine's costs where there are any."""
     path = parts.config.paths.costs
     costs = CostTable.load(path) if path.is_file() else None
-    return load_policy(folder, policy_identity(parts), costs)
+    section = parts.config.selection
+    return load_policy(folder, policy_identity(parts), costs, selection=section)
+
+
+def watch_for(parts: Parts, arms: Sequence[str]) -> Watch | None:
+    """What the configuration's `selection` asks for over these arms and all drafters; None if nothing.
+
+    Raises ArtefactError without this machine's costs of all of them.
+    """
+    section = parts.config.selection
+    if not section.watches:
+        return None
+    named = [split_arm(arm) for arm in dict.fromkeys([*parts.drafters, *arms])]
+    lengths = {name: drafter.num_draft_tokens for name, drafter in parts.drafters.items()}
+    try:
+        costs = CostTable.load(parts.config.paths.costs)
+        costs.check(lengths, identity_of_arms({n: d.identity() for n, d in parts.drafters.items()}))
+    except ArtefactError as error:
+        raise ArtefactError(
+            f"'selection' asks for more than the policy's choice, which needs this machine's costs: "
+            f"{error}, or leave 'selection' out"
+        ) from error
+    return Watch(
+        [
+            Arm(name if k is None else join_arm(name, k), name, k or lengths[name])
+            for name, k in named
+        ],
+        TablePrices(costs, lengths),
+        adapt=section.adapt != "off",
+        guard=Guard() if section.guard else None,
+        explore=section.explore,
+    )
 
 
 def _price(parts: Parts) -> None:
@@ -372,6 +436,47 @@ def _price(parts: Parts) -> None:
         ) from error
     for drafter in waiting.values():
         drafter.price(costs)
+
+
+def open_log(
+    parts: Parts,
+    watched: TrainingRange | None = None,
+    encoders: Mapping[str, str] | None = None,
+) -> OnComplete | None:
+    """What is done with completed requests: they go to the configuration's decision log, and the
+    user is warned when they leave the policy's training range. None where neither is there.
+
+    encoders: whose features the policy sees, with their identity lines.
+    """
+    section, log = parts.config.log, None
+    if section.folder is not None:
+        identity = policy_identity(parts)
+        header = LogHeader(
+            identity.target,
+            identity.tokenizer,
+            dict(identity.drafters),
+            dict(encoders or {}),
+            section.tokens,
+        )
+        log = DecisionLog(section.folder, header)
+    alarm = DriftAlarm(watched) if watched is not None else None
+    if log is None and alarm is None:
+        return None
+
+    def note(request: Request, completion: Completion, context: Context | None) -> None:
+        features = completion.decision.features
+        if log is not None:
+            rows = context.rows_in_flight if context is not None else None
+            log.write(request, completion, features, rows)
+        if alarm is not None and features is not None:
+            # of several arms it is not known which accepted what
+            rounds = [] if completion.switches else completion.rounds
+            accepted, drafted = sum(r.accepted for r in rounds), sum(r.drafted for r in rounds)
+            raised = alarm.observe(features, completion.decision.arm, accepted, drafted)
+            if raised is not None:
+                warnings.warn(str(raised), stacklevel=2)
+
+    return note
 
 
 def policy_identity(parts: Parts) -> PolicyIdentity:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from paceline.errors import ConfigError
 
@@ -139,12 +139,66 @@ class LearningSection(Section):
     seeds: int = Field(default=1, ge=1, le=32)
 
 
+EncoderName = Literal["target_hidden", "text_stats", "hashed_ngrams", "sentence"]
+DEFAULT_ENCODERS: Final[tuple[EncoderName, ...]] = ("target_hidden", "text_stats")
+
+
+class SelectionSection(Section):
+    """What a policy sees of a request, and what may change its choice where that is left to it.
+
+    encoders: whose features it is given, in this order. sentence_model: the folder or hub name of the
+    model behind the encoder `sentence`, one saved by sentence-transformers or any transformers encoder.
+    adapt: `within_request` goes on with whatever arm the text so far speaks for. guard: what does not
+    pay by the clock falls back to plain decoding. explore: probability of an arm drawn evenly, which is
+    what a policy can be judged by from logs.
+    """
+
+    encoders: tuple[EncoderName, ...] = DEFAULT_ENCODERS
+    sentence_model: str | None = None
+    adapt: Literal["off", "within_request"] = "off"
+    guard: bool = False
+    explore: float = Field(default=0.0, ge=0.0, le=1.0)
+
+    @field_validator("adapt", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: object) -> object:
+        """YAML reads a bare off as false."""
+        return "off" if value is False else value
+
+    @model_validator(mode="after")
+    def _whole(self) -> SelectionSection:
+        if not self.encoders or len(set(self.encoders)) < len(self.encoders):
+            raise ValueError("'selection.encoders' must name at least one encoder, and none twice")
+        if "sentence" in self.encoders and self.sentence_model is None:
+            raise ValueError(
+                "the encoder 'sentence' needs a model: set 'selection.sentence_model' to a folder or "
+                "hub name"
+            )
+        return self
+
+    @property
+    def watches(self) -> bool:
+        """Whether anything here is more than the policy's choice."""
+        return self.adapt != "off" or self.guard or self.explore > 0
+
+
 class PathsSection(Section):
     """Where the offline rooms write and the online ones read."""
 
     store: Path = Path("runs/collection")
     costs: Path = Path("runs/costs.json")
     policy: Path = Path("runs/policy")
+
+
+class LogSection(Section):
+    """The decision log: where it is written, if anywhere, and whether with the requests' token ids.
+
+    tokens: `off` leaves no token of a prompt or an answer on the disk; `ids` lets `paceline learn
+    --from-log` replay every drafter on what was served.
+    """
+
+    folder: Path | None = None
+    tokens: Literal["off", "ids"] = "off"
 
 
 class Config(Section):
@@ -159,7 +213,9 @@ class Config(Section):
     drafters: dict[str, DrafterSection] = Field(default_factory=dict)
     engine: EngineSection = EngineSection()
     learning: LearningSection = LearningSection()
+    selection: SelectionSection = SelectionSection()
     paths: PathsSection = PathsSection()
+    log: LogSection = LogSection()
     threads: int | None = Field(default=None, ge=1)
 
 
@@ -243,13 +299,20 @@ def anchor(config: Config, folder: Path) -> Config:
     target = {"model": model_path(config.target.model)}
     if config.target.adapter is not None:
         target["adapter"] = model_path(config.target.adapter)
-    paths = config.paths
+    paths, selection = config.paths, config.selection
+    if selection.sentence_model is not None:
+        found = model_path(selection.sentence_model)
+        selection = selection.model_copy(update={"sentence_model": found})
     return config.model_copy(
         update={
+            "selection": selection,
             "target": config.target.model_copy(update=target),
             "drafters": {name: drafter(d) for name, d in config.drafters.items()},
             "paths": PathsSection(
                 store=folder / paths.store, costs=folder / paths.costs, policy=folder / paths.policy
+            ),
+            "log": config.log.model_copy(
+                update={"folder": config.log.folder and folder / config.log.folder}
             ),
         }
     )

@@ -45,6 +45,19 @@ class SamplingParams:
 GREEDY: Final = SamplingParams()
 
 
+def sampling_label(sampling: SamplingParams) -> str:
+    """What a sampling adds to a prompt's id: nothing for greedy, `@t0.8,p0.95` and the like. The seed
+    has no part in it: a prompt's seed follows from its id.
+    """
+    if sampling.temperature == 0.0:
+        return ""
+    parts = [f"t{sampling.temperature:g}"]
+    parts += [f"k{sampling.top_k}"] if sampling.top_k else []
+    parts += [f"p{sampling.top_p:g}"] if sampling.top_p < 1.0 else []
+    parts += [f"m{sampling.min_p:g}"] if sampling.min_p else []
+    return "@" + ",".join(parts)
+
+
 LogitsProcessor = Callable[["Tensor", "Tensor"], "Tensor"]
 
 
@@ -148,6 +161,56 @@ class RoundStats:
     accepted: int
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What the text has come to say of one draft, of the arm in use or of one made beside it.
+
+    Of at most `allowed` tokens it had `drafted`. Depths up to `known` were told of before; since then
+    those up to `accepted` turned out to be on the text, and with `ended` the next one not to be, or
+    not to be drafted. Without, no more of the text is known yet, or no more was allowed.
+    """
+
+    drafter: str
+    drafted: int
+    allowed: int
+    accepted: int
+    ended: bool
+    known: int = 0
+
+    @classmethod
+    def of(
+        cls, drafter: str, drafted: int, allowed: int, right: int, visible: int, known: int = 0
+    ) -> Scored:
+        """right: depths on the text so far, of which `visible` tokens have been written since."""
+        ended = right < min(drafted, visible) or right == drafted < allowed
+        return cls(drafter, drafted, allowed, right, ended, known)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether more text would say no more."""
+        return self.ended or self.accepted == self.drafted
+
+
+@dataclass(frozen=True, slots=True)
+class RoundSeen:
+    """One round of a watched row, as it stands after the commit.
+
+    context: tokens in the target's cache before it. room: tokens that may still be emitted. The
+    seconds are this row's: of starting drafters since the last round, of drafting, of the rest.
+    """
+
+    arm: str
+    stats: RoundStats
+    emitted: int
+    context: int
+    rows: int
+    room: int
+    scored: Sequence[Scored]
+    start_seconds: float
+    draft_seconds: float
+    other_seconds: float
+
+
 @dataclass(slots=True)
 class Seconds:
     """Wall-clock seconds of a request by part; shared work of a batch is divided among its rows."""
@@ -174,6 +237,7 @@ class Context:
     rows_in_flight: int
     request_id: str = ""  # for whoever records; never a feature
     max_new_tokens: int | None = None  # the most the answer may have, where known
+    text: Callable[[], str] | None = None  # the prompt's text, decoded when asked for
 
 
 def split_arm(arm: str) -> tuple[str, int | None]:
@@ -201,6 +265,8 @@ class Decision:
     propensity: float = 1.0
     scores: dict[str, float] = field(default_factory=dict)
     policy: str = "fixed"
+    features: np.ndarray | None = field(default=None, compare=False, repr=False)  # [F] it saw
+    seconds_per_token: dict[str, float] = field(default_factory=dict)  # predicted, where it is
 
     @property
     def drafter(self) -> str:
@@ -233,6 +299,8 @@ class Completion:
     seed: int
     error: str | None = None  # why finish_reason is "error"
     logprobs: list[float] | None = None  # of the emitted tokens under the target, where asked for
+    # (tokens emitted before, arm) of every change of arm after the decision
+    switches: list[tuple[int, str]] = field(default_factory=list)
 
     @property
     def block_efficiency(self) -> float:
@@ -267,9 +335,11 @@ class ReplayedDrafter:
 
 @dataclass(frozen=True, slots=True)
 class CollectedPrompt:
-    """What a collection knows of one prompt: the target's output and every drafter's replay of it."""
+    """What a collection knows of one prompt under one sampling: the target's output and every
+    drafter's replay of it.
+    """
 
-    id: str
+    id: str  # the prompt's own id, and the sampling's label where it is not greedy
     domain: str
     prompt_tokens: tuple[int, ...]
     output_tokens: tuple[int, ...]  # T, the trajectory
@@ -279,6 +349,13 @@ class CollectedPrompt:
     draft_outputs: dict[str, tuple[int, ...]]  # drafter -> its own greedy output, where collected
     # drafter -> (match, confidence) by position, of chains; see drafting's PositionScores
     scores: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    sampling: SamplingParams = GREEDY
+    spans: Mapping[str, slice] = field(default_factory=dict)  # encoder -> its part of the features
+
+    @property
+    def prompt_id(self) -> str:
+        """The prompt's own id, which all its samplings share: what splits must go by."""
+        return self.id.removesuffix(sampling_label(self.sampling))
 
 
 def identity_of_arms(arms: Mapping[str, Mapping[str, object]]) -> dict[str, str]:

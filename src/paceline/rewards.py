@@ -45,15 +45,37 @@ def request_seconds(
     rounds: [rounds, 2], drafted and accepted. The choice of the arm is not priced. Without a round
     the prefill's token was the last, and the engine never starts the drafter.
     """
-    drafter = split_arm(arm)[0]
-    drafted, accepted = rounds[:, 0], rounds[:, 1]
-    before = prompt_seconds(seconds, drafter if len(rounds) else NONE, np.array([num_prompt]))
-    # a round leaves its accepted tokens and the target's own one; the last token is never cached
-    context = num_prompt + np.cumsum(accepted + 1) - (accepted + 1)  # [rounds]
+    lengths = np.array([num_prompt])
+    return float(requests_seconds(seconds, arm, lengths, [rounds], rows, objective)[0])
 
-    def price(num_drafting: int) -> float:
+
+def requests_seconds(
+    seconds: SecondsFn,
+    arm: str,
+    num_prompt: NDArray[np.integer[Any]],
+    rounds: Sequence[NDArray[np.integer[Any]]],
+    rows: int = 1,
+    objective: Objective = "latency",
+) -> NDArray[np.float64]:
+    """[N] `request_seconds` of many prompts [N] with one arm: the table is read once for all."""
+    drafter = split_arm(arm)[0]
+    counts = np.array([len(own) for own in rounds])
+    of = np.repeat(np.arange(len(rounds)), counts)  # whose each round is
+    drafted, accepted = np.concatenate(rounds).reshape(-1, 2).T
+    # a round leaves its accepted tokens and the target's own one; the last token is never cached
+    emitted = np.concatenate([[0], np.cumsum(accepted + 1)])  # before each round, of all prompts
+    before_own = emitted[np.cumsum(counts) - counts]
+    context = num_prompt[of] + emitted[:-1] - before_own[of]
+    before = np.where(
+        counts > 0,
+        prompt_seconds(seconds, drafter, num_prompt),
+        prompt_seconds(seconds, NONE, num_prompt),
+    )
+
+    def price(num_drafting: int) -> NDArray[np.float64]:
         spent = round_seconds(seconds, drafter, drafted, context, rows, num_drafting)
-        return float(before[0] + spent.sum())
+        total: NDArray[np.float64] = before + np.bincount(of, spent, len(rounds))
+        return total
 
     return by_objective(price, rows, objective)
 

@@ -20,7 +20,7 @@ from scipy import stats
 from paceline import noise
 from paceline.assembly import Pace, Parts, build_from_objects
 from paceline.config import Config, EngineSection, ModelSection
-from paceline.contracts import Request, SamplingParams
+from paceline.contracts import Decision, Request, SamplingParams
 from paceline.drafting.draft_model import DraftModel
 from paceline.drafting.none import NoneDrafter
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
@@ -28,6 +28,7 @@ from paceline.engine import Engine
 from paceline.models.language_model import LanguageModel
 from paceline.testing.examples import OTHER_KINDS, add_examples
 from paceline.testing.judging import Judged, judge_block, judge_residual
+from paceline.testing.restless import RestlessWatch
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
 from paceline.verification import follow
@@ -440,6 +441,33 @@ def test_the_engine_emits_the_targets_distribution(
 
     law = law_of_three_tokens(small_target, prompt, params)
     assert set(firsts) == {0, 1, 2}
+    for axes in ((), (0,), (2,), (0, 1)):
+        assert chi_square(counts.sum(axes).ravel(), law.sum(axes).ravel()) > ALPHA
+
+
+def test_a_watch_that_switches_by_what_was_right_moves_no_mass(small_target: LanguageModel) -> None:
+    """Drafts made beside the arm in use are drawn with noise of their own round."""
+    params = SamplingParams(1.2, top_k=7, min_p=0.02, method="residual")
+    prompt = (3, 7, 1, 3)
+    watch = RestlessWatch(["none", "near", "near@1", "random"], ["near", "random", "lookup"])
+    engine = Engine(
+        small_target,
+        small_drafters(small_target),
+        decode=str,
+        choose=lambda context: Decision("near@1"),
+        max_rows=100,
+        watch=watch,
+    )
+    requests = [
+        Request(str(i), prompt, 4, replace(params, seed=1_000 + i)) for i in range(NUM_REQUESTS)
+    ]
+
+    counts = np.zeros((SMALL_V, SMALL_V, SMALL_V), dtype=np.int64)
+    for completion in engine.generate(requests):
+        counts[tuple(completion.token_ids[:3])] += 1
+
+    assert len(watch.ended) == NUM_REQUESTS
+    law = law_of_three_tokens(small_target, prompt, params)
     for axes in ((), (0,), (2,), (0, 1)):
         assert chi_square(counts.sum(axes).ravel(), law.sum(axes).ravel()) > ALPHA
 

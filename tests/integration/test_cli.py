@@ -78,9 +78,12 @@ def test_the_main_job_runs_verb_by_verb(
     assert "predicted speed-up" in capsys.readouterr().out
     assert run(monkeypatch, "evaluate", "-c", config, "--json") == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["overall"]["arms"]["none"]["speedup"] == pytest.approx(1.0)
-    assert 0.0 < report["fraction_of_oracle"] <= 1.0
-    assert not any("another cost table" in note for note in report["notes"])
+    (section,) = report["sections"]
+    overall = section["report"]["overall"]
+    assert overall["arms"]["none"]["speedup"]["value"] == pytest.approx(1.0)
+    assert overall["strategies"]["policy"]["regret"]["value"] >= 0.0
+    assert "first line" in overall["strategies"]
+    assert not any("another cost table" in note for note in section["report"]["notes"])
     prompt = load_written("math")[20].prompt
     texts = {}
     for drafter in ("none", "auto", "math", "lookup"):
@@ -127,6 +130,25 @@ def test_a_policy_for_other_drafters_is_refused(
     config.write_text(yaml.safe_dump(raw))
     assert run(monkeypatch, "learn", "-c", config) == 2
     assert "paceline collect" in capsys.readouterr().err
+
+
+def test_collect_leaves_out_broken_lines_only_when_told(
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    path = tmp_path / "some.jsonl"
+    path.write_text('{"text": "abc"}\n{"text": \n{"text": "abd"}\n')
+    command = ("collect", path, "-c", config, "--max-new-tokens", "2", "--prompt-field", "text")
+
+    assert run(monkeypatch, *command) == 2
+    assert "some.jsonl:2: not a JSON object" in capsys.readouterr().err
+    assert run(monkeypatch, *command, "--skip-bad") == 0
+    said = capsys.readouterr().out
+    assert "1 broken rows were left out" in said and "some.jsonl:2" in said
+    assert "2 prompts in" in said
 
 
 BAD_YAML = [

@@ -166,7 +166,7 @@ def _predictions(config: Config) -> tuple[dict[str, str], str]:
         return {}, f"no prediction: {error}"
     try:
         names = [NONE, *config.drafters]
-        collection = load_collection(config.paths.store, names)
+        collection = load_collection(config.paths.store, names, encoders=())
     except StoreError as error:
         return _break_even(config, costs), f"break-even only: {error}"
     try:

@@ -78,6 +78,11 @@ class Grid:
         return cls(prompts, contexts, sorted(widths), rows, of_rows)
 
     @property
+    def contexts_of_drafts(self) -> list[int]:
+        """Where drafters start and propose: less often than the target verifies, which costs more."""
+        return sorted({*self.contexts[::2], self.contexts[-1]})
+
+    @property
     def longest(self) -> int:
         """The most tokens an arm drafts."""
         return self.widths[-1] - 1
@@ -108,8 +113,7 @@ def all_sittings(parts: Parts, grid: Grid, rows: Sequence[Row]) -> list[Sitting]
         found.append(partial(_forwards, parts, rows, context, shapes))
     found += [partial(_prefill, parts, engine, n) for n in grid.prompts]
     for name in arms:
-        lengths = sorted({grid.prompts[0], *grid.contexts, grid.prompts[-1]})
-        found += [partial(_drafts, parts, grid, rows[0], name, n) for n in lengths]
+        found += [partial(_drafts, parts, grid, rows[0], name, n) for n in grid.contexts_of_drafts]
         found.append(partial(_drafts_of_rows, parts, grid, rows[0], name))
     found += [partial(_rounds, parts, engine, name, 1) for name in [NONE, *arms[:1]]]
     found += [partial(_rounds, parts, engine, NONE, num) for num in grid.rows[1:]]
@@ -180,7 +184,7 @@ def _drafts(
     found: list[tuple[Cell, float]] = []
     with _started(parts, drafter, [text[: num_prompt + 1]], cached) as (rows, seconds):
         found.append(((arm, START, num_prompt, 0, 1), seconds))
-        lengths = grid.drafts(drafter) if num_prompt in grid.contexts else []
+        lengths = grid.drafts(drafter)
         for length in order.sample(lengths, len(lengths)):
             drafted, spent = _propose(parts, rows, length, cached)
             found.append(((arm, PROPOSE, drafted, num_prompt, 1), spent))

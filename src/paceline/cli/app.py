@@ -5,14 +5,17 @@ from __future__ import annotations
 import typer
 
 from paceline.cli.collect import collect
+from paceline.cli.data import data
 from paceline.cli.demo import demo
 from paceline.cli.distill import distill
 from paceline.cli.doctor import doctor
 from paceline.cli.drafters import drafters
 from paceline.cli.evaluate import evaluate
+from paceline.cli.experiment import experiment
 from paceline.cli.generate import generate
 from paceline.cli.layer_search import layer_search
 from paceline.cli.learn import learn
+from paceline.cli.paraphrase import paraphrase
 from paceline.cli.profile import profile
 from paceline.cli.trigram import trigram
 
@@ -31,10 +34,13 @@ _VERBS = (
     drafters,
     profile,
     collect,
+    data,
     learn,
     evaluate,
+    paraphrase,
     distill,
     layer_search,
+    experiment,
 )
 for verb in _VERBS:
     app.command()(verb)

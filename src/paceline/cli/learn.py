@@ -38,14 +38,19 @@ def learn(
         int, typer.Option(min=0, help="Try so many settings first, by cross-validation.")
     ] = 0,
     plot: Annotated[Path | None, typer.Option(help="PNG of the learning curves.")] = None,
+    from_log: Annotated[
+        bool, typer.Option("--from-log", help="Learn from what was served; see log.folder.")
+    ] = False,
 ) -> None:
-    """Train the policy; no model runs here."""
+    """Train the policy; no model runs here, but for replaying a log."""
     from rich.console import Console
 
-    from paceline.cli.evaluate import print_evaluation
     from paceline.cli.progress import progress
     from paceline.config import LearningSection, parse
+    from paceline.experiments.from_log import learn_from_log
     from paceline.experiments.pipeline import learn as run_learn
+    from paceline.learning import LearningResult
+    from paceline.learning.evaluation.tables import show_report
 
     settings = configured(config, store=store, costs=costs, policy=policy)
     flags: dict[str, Any] = {
@@ -62,13 +67,32 @@ def learn(
     section = parse(LearningSection, raw, "learning")
     settings = settings.model_copy(update={"learning": section})
     console = Console()
+    notes: list[str] = []
+    verdict = None
     with progress(console) as report:
-        learned = run_learn(settings, report, search, plot)
-    print_evaluation(console, learned.report)
-    for line in _facts(learned):
-        console.print(line, highlight=False)
-    written = [settings.paths.policy, *([plot] if plot else [])]
-    console.print(f"written: {', '.join(map(str, written))}")
+        if from_log:
+            learned, verdict, notes = learn_from_log(settings, report)
+        else:
+            learned = run_learn(settings, report, search, plot)
+    for note in notes:
+        console.print(f"note: of the log, {note}", markup=False)
+    if isinstance(learned, LearningResult):
+        show_report(console, learned.report)
+        for line in _facts(learned):
+            console.print(line, highlight=False)
+    else:
+        low, high = learned.gain.interval()
+        console.print(
+            f"log tokens/s over what was served: {learned.gain.value:+.3f} (95%: {low:+.3f} to "
+            f"{high:+.3f}), from choices alone, {learned.gain.effective_sample_size:.0f} of "
+            f"{learned.gain.num_requests} held-out requests' worth"
+        )
+    if verdict is not None:
+        console.print(f"against the policy in use: {verdict.reason}")
+    kept = verdict is not None and not verdict.adopt
+    console.print(f"{'kept' if kept else 'written'}: {settings.paths.policy}")
+    if plot is not None and not from_log:
+        console.print(f"written: {plot}")
 
 
 def _number_or_name(objective: str | None) -> float | str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,11 @@ from paceline.cli.options import (
     ThreadsOption,
     configured,
 )
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from paceline.costs import CostTable
 
 
 def profile(
@@ -48,4 +53,25 @@ def profile(
         five = table.seconds(subject, operation, 5, context=128)
         shown.add_row(label, f"{one * 1e3:.2f}", f"{five * 1e3:.2f}", f"{five / step:.2f}")
     console.print(shown)
+    console.print(_by_rows(table, settings.engine.max_rows))
     console.print(f"written: {settings.paths.costs}")
+
+
+def _by_rows(table: CostTable, most: int) -> Table:
+    """What a target forward costs as more rows share it: why drafts are shorter under load."""
+    from rich.table import Table
+
+    rows = sorted({min(n, most) for n in (1, 2, 4, 8, 16)})
+    shown = Table(title="target forward by rows, milliseconds", pad_edge=False)
+    shown.add_column("context 128")
+    for n in rows:
+        shown.add_column(str(n), justify="right")
+    drafted = {"none drafts": [0] * len(rows), "one drafts 4": [4] * len(rows)}
+    drafted["all draft 4"] = [4 * n for n in rows]
+    for label, tokens in drafted.items():
+        seconds = [
+            table.seconds("target", "forward", 1 + k, 128, n)
+            for k, n in zip(tokens, rows, strict=True)
+        ]
+        shown.add_row(label, *(f"{1e3 * s:.2f}" for s in seconds))
+    return shown

@@ -1,96 +1,141 @@
 """Decode prompts with the target alone, and note what a policy would have seen of each.
 
-The features come with the decoding: the engine asks for a choice after the prefill, and the answer
-here is always `none`. A part of the prompts is stored whole, in the prompts' order, so that the
-shards do not depend on which request ended first. Knows no drafters and no costs.
+What the prefill leaves comes with the decoding: the engine asks for a choice after it, and the answer
+here is always `none`. Other encoders read the prompt alone and are run over what is stored. A part of
+the prompts is stored whole, in the prompts' order, so that the shards do not depend on which request
+ended first. Knows no drafters and no costs.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
 
-from paceline.contracts import NONE, Decision, Request
+import numpy as np
+
+from paceline.contracts import NONE, Context, Decision, Request, sampling_label
 from paceline.drafting.none import NoneDrafter
 from paceline.engine import Engine
-from paceline.selection.features import feature_vector
+from paceline.errors import DecodingError, StoreError
+from paceline.selection.encoders import TargetHidden
+from paceline.store.layout import Trajectory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    import numpy as np
+    from collections.abc import Iterable, Sequence
 
     from paceline.assembly import Pace, Parts
-    from paceline.contracts import Completion, Context
+    from paceline.collection.crew import Tick
+    from paceline.contracts import Completion, SamplingParams
     from paceline.engine.loop import Choose
     from paceline.models.language_model import LanguageModel
-    from paceline.store import ShardStore
-
-    Progress = Callable[[str, int, int], None]
-
-T = TypeVar("T")
+    from paceline.selection.encoders import Encoder
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """A prompt as the target reads it."""
+    """A prompt as the target reads it, under one sampling; `id` is the row's."""
 
     id: str
     domain: str
     tokens: tuple[int, ...]
+    sampling: SamplingParams
 
 
-def parts_of(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Neighbours in parts of at most `size`."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def under(prompt_id: str, sampling: SamplingParams) -> tuple[str, SamplingParams]:
+    """(the row's id, the sampling with the seed that the prompt has under it)."""
+    label = sampling_label(sampling)
+    if not label:
+        return prompt_id, sampling
+    key = f"{sampling.seed}\0{prompt_id}\0{label}".encode()
+    seed = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 2
+    # drawn with noise keyed by seed and position, the text is the same for every arm
+    return prompt_id + label, replace(sampling, seed=seed, method="invariant")
 
 
-def decode_trajectories(
-    pace: Pace,
-    prompts: Sequence[EncodedPrompt],
-    trajectories: ShardStore,
-    features: ShardStore,
-    max_new_tokens: int,
-    shard_size: int,
-    on_progress: Progress,
-) -> None:
-    """Greedy outputs of the prompts, which `trajectories` must lack, with the features of each."""
-    stops = pace.stop_token_ids()
-    noted = features.ids()
-    done = 0
-    for part in parts_of(prompts, shard_size):
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A shard's worth of answers."""
+
+    states: list[dict[str, Any]]  # rows of `target_hidden` features
+    trajectories: list[dict[str, Any]]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTask:
+    """Prompts to be decoded together and stored as one shard."""
+
+    prompts: Sequence[EncodedPrompt]
+    max_new_tokens: int
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def run(self, pace: Pace, tick: Tick) -> Decoded:
+        began = perf_counter()
+        stops = pace.stop_token_ids()
         found: dict[str, np.ndarray] = {}
-        completions: dict[str, Completion] = {}
-        requests = [Request(p.id, p.tokens, max_new_tokens, stop_token_ids=stops) for p in part]
+        done: dict[str, Completion] = {}
+        requests = [
+            Request(p.id, p.tokens, self.max_new_tokens, p.sampling, stop_token_ids=stops)
+            for p in self.prompts
+        ]
         for completion in _recording_engine(pace.parts, found).generate(requests):
-            completions[completion.request_id] = completion
-            done += 1
-            on_progress("decode", done, len(prompts))
-        _look_at_the_rest(pace.parts, part, found)
-        # features first: a run that is stopped between the two decodes this part again, to the
-        # same end, and does not write them twice
-        features.append([_feature_row(p.id, found) for p in part if p.id not in noted])
-        trajectories.append([_trajectory_row(p, completions[p.id], max_new_tokens) for p in part])
+            if completion.error is not None:
+                raise DecodingError(f"prompt '{completion.request_id}': {completion.error}")
+            done[completion.request_id] = completion
+            tick(1)
+        _look_at_the_rest(pace.parts, {p.id: p.tokens for p in self.prompts}, found)
+        rows = [self._trajectory(prompt, done[prompt.id]).row() for prompt in self.prompts]
+        states = [feature_row(TargetHidden.name, p.id, found[p.id]) for p in self.prompts]
+        return Decoded(states, rows, perf_counter() - began)
+
+    def _trajectory(self, prompt: EncodedPrompt, completion: Completion) -> Trajectory:
+        return Trajectory(
+            id=prompt.id,
+            domain=prompt.domain,
+            prompt_tokens=prompt.tokens,
+            output_tokens=tuple(completion.token_ids),
+            finish_reason=completion.finish_reason,
+            max_new_tokens=self.max_new_tokens,
+            sampling=prompt.sampling,
+        )
 
 
-def complete_features(
-    parts: Parts,
-    prompts: Sequence[EncodedPrompt],
-    features: ShardStore,
-    shard_size: int,
-    on_progress: Progress,
-) -> None:
-    """Features the store lacks, as it does where it is younger than the trajectories."""
-    noted = features.ids()
-    missing = [prompt for prompt in prompts if prompt.id not in noted]
-    done = 0
-    for part in parts_of(missing, shard_size):
+def encode_prompts(
+    pace: Pace, encoder: Encoder, rows: Sequence[Trajectory]
+) -> list[dict[str, Any]]:
+    """Rows of an encoder's features of decoded prompts; at most a prefill of each."""
+    if encoder.needs_prefill:
         found: dict[str, np.ndarray] = {}
-        _look_at_the_rest(parts, part, found)
-        features.append([_feature_row(prompt.id, found) for prompt in part])
-        done += len(part)
-        on_progress("features", done, len(missing))
+        _look_at_the_rest(pace.parts, {row.id: row.prompt_tokens for row in rows}, found)
+        return [feature_row(encoder.name, row.id, found[row.id]) for row in rows]
+    return [feature_row(encoder.name, row.id, encoder.encode(_seen(pace, row))) for row in rows]
+
+
+def _seen(pace: Pace, row: Trajectory) -> Context:
+    """A request that is alone, without the target's states."""
+    nothing = np.zeros(0, dtype=np.float32)
+    return Context(
+        prompt_tokens=row.prompt_tokens,
+        mean_hidden=nothing,
+        last_hidden=nothing,
+        sampling=row.sampling,
+        rows_in_flight=1,
+        text=lambda: pace.parts.text(row.prompt_tokens),
+    )
+
+
+def feature_row(encoder: str, id: str, features: np.ndarray) -> dict[str, Any]:
+    """Raises StoreError on a feature that is not a finite number."""
+    if not np.isfinite(features).all():
+        raise StoreError(
+            f"prompt '{id}': a feature of '{encoder}' is not a finite number; the model behind it "
+            "overflowed, try another dtype"
+        )
+    return {"id": id, "features": features}
 
 
 def lone_engine(parts: Parts, model: LanguageModel, choose: Choose | None = None) -> Engine:
@@ -107,40 +152,23 @@ def lone_engine(parts: Parts, model: LanguageModel, choose: Choose | None = None
 
 
 def _recording_engine(parts: Parts, found: dict[str, np.ndarray]) -> Engine:
-    """The target alone; the features of requests with drafter "auto" go to `found` by id."""
+    """The target alone; the states of requests with drafter "auto" go to `found` by id."""
+    states = TargetHidden(parts.target.hidden_size)
 
     def choose(context: Context) -> Decision:
-        # rows share the batch here for speed only; a request that is served is alone until it isn't
-        found[context.request_id] = feature_vector(replace(context, rows_in_flight=1))
+        found[context.request_id] = states.encode(context)
         return Decision(arm=NONE)
 
     return lone_engine(parts, parts.target, choose)
 
 
 def _look_at_the_rest(
-    parts: Parts, prompts: Sequence[EncodedPrompt], found: dict[str, np.ndarray]
+    parts: Parts, prompts: dict[str, tuple[int, ...]], found: dict[str, np.ndarray]
 ) -> None:
-    """Features of prompts that were not noted: the engine asks only where an answer goes on."""
-    rest = [p for p in prompts if p.id not in found]
+    """States of prompts that were not noted: the engine asks only where an answer goes on."""
     # two tokens and no stop, so that it does go on
-    requests = [Request(p.id, p.tokens, max_new_tokens=2) for p in rest]
-    for _ in _recording_engine(parts, found).generate(requests):
+    rest: Iterable[Request] = [
+        Request(id, tokens, max_new_tokens=2) for id, tokens in prompts.items() if id not in found
+    ]
+    for _ in _recording_engine(parts, found).generate(rest):
         pass
-
-
-def _feature_row(id: str, found: dict[str, np.ndarray]) -> dict[str, Any]:
-    return {"id": id, "features": found[id]}
-
-
-def _trajectory_row(
-    prompt: EncodedPrompt, completion: Completion, max_new_tokens: int
-) -> dict[str, Any]:
-    return {
-        "id": prompt.id,
-        "domain": prompt.domain,
-        "prompt_tokens": prompt.tokens,
-        "output_tokens": completion.token_ids,
-        "finish_reason": completion.finish_reason,
-        "max_new_tokens": max_new_tokens,
-        "temperature": 0.0,
-    }

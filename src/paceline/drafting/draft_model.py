@@ -349,14 +349,16 @@ class DraftModel(Drafter):
         finally:
             self.model.release(slot)
         truth = torch.tensor(trajectory[:num_scored])
-        q = logits.softmax(dim=-1).cpu()
-        own_tokens = logits.argmax(dim=-1).cpu()
-        if sampling.method != "greedy":
+        if sampling.method == "greedy":
+            own_tokens = logits.argmax(dim=-1).cpu()
+        else:
             q = warp(logits, sampling).cpu()
             own_tokens = draw_along(q, sampling.seed, len(prompt))
         match = own_tokens == truth
         ratio = overlap = torch.full((len(truth),), float("nan"))
         if p is not None:
+            if sampling.method == "greedy":
+                q = logits.softmax(dim=-1).cpu()
             p = p[: len(truth), : q.shape[-1]].float()
             inside = truth < q.shape[-1]
             at = torch.where(inside, truth, 0)[:, None]

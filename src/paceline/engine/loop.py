@@ -20,6 +20,7 @@ from paceline.engine.prefixes import BLOCK, PrefixStore
 from paceline.engine.rows import Row
 from paceline.engine.step import Draft, judge, run_round
 from paceline.engine.stops import append_until_stop, final_text
+from paceline.engine.watching import Watcher, overlap
 from paceline.errors import (
     ArtefactError,
     ConfigError,
@@ -37,9 +38,11 @@ if TYPE_CHECKING:
 
     from paceline.drafting.base import Drafter
     from paceline.engine.stops import Decode
+    from paceline.engine.watching import Watch
     from paceline.models.language_model import LanguageModel
 
     Choose = Callable[[Context], Decision]
+    OnComplete = Callable[[Request, Completion, Context | None], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +57,10 @@ class Progress:
 class Engine:
     """Decodes requests with one target; every row may have its own drafter.
 
-    `choose` is asked once a request with drafter "auto", after the target's prefill. `decode` turns
-    token ids into text, for stop strings and completions. Not thread-safe: one thread submits,
-    steps and cancels.
+    `choose` is asked once a request with drafter "auto", after the target's prefill; `watch`, where
+    there is one, may change its decision and the arm after every round. `decode` turns token ids
+    into text, for stop strings and completions. Not thread-safe: one thread submits, steps and
+    cancels.
     """
 
     def __init__(
@@ -71,17 +75,21 @@ class Engine:
         max_positions: int | None = None,
         prefix_positions: int = 0,
         max_drafter_mb: float | None = None,
+        on_complete: OnComplete | None = None,
+        watch: Watch | None = None,
     ) -> None:
         """max_rows: requests in flight. prefill_chunk: prompt tokens a step. max_waiting: requests
         that may wait. max_positions: bound on rows x longest row, what the target's cache holds.
         prefix_positions: bound on shared prompt beginnings. max_drafter_mb: bound on what the
-        drafters' rows need, beyond which a row is given no drafter.
+        drafters' rows need, beyond which a row is given no drafter. on_complete: told of every
+        request that has ended, with what the policy saw of it if it was asked; must not raise.
         """
         if target.exact and prefill_chunk < BLOCK:
             raise ConfigError(f"exact mode needs prefill_chunk at {BLOCK} or more: {prefill_chunk}")
         self.target = target
         self.drafters = dict(drafters)
         self.choose = choose
+        self.on_complete = on_complete
         self.prefixes = PrefixStore(prefix_positions)
         self._decode = decode
         self._max_rows = max_rows
@@ -89,6 +97,11 @@ class Engine:
         self._max_waiting = max_waiting
         self._max_positions = max_positions
         self._max_drafter_mb = max_drafter_mb
+        self._watcher = (
+            None
+            if watch is None
+            else Watcher(watch, self.drafters, prefill_chunk, self._has_memory)
+        )
         self._tickets = itertools.count()
         self._waiting: deque[tuple[int, Request]] = deque()
         self._rows: list[Row] = []
@@ -163,16 +176,18 @@ class Engine:
                 del self._waiting[place]
                 row = self._row(ticket, request, slot=-1)
                 row.finish_reason = "cancelled"
-                self._done.append(Progress(ticket, [], self._complete(row)))
+                self._report(row)
                 break
 
     def switch(self, ticket: int, arm: str) -> None:
-        """Give a row in flight another drafter from its next round on."""
+        """Give a row in flight another arm from its next round on, whatever a watch would have."""
         self._check_arm(arm, RequestError)
         for row in self._rows:
             if row.id == ticket and row.is_prefilled:
-                row.drafter.finish([row])
-                self._start_drafter(row, Decision(arm, policy="switched"))
+                if self._watcher is not None:
+                    self._watcher.end(row)
+                row.decision = Decision(arm, policy="switched")
+                self._switch(row, arm)
 
     def step(self) -> list[Progress]:
         """Admit what fits, prefill a piece, run one round; what this brought, request by request."""
@@ -184,7 +199,7 @@ class Engine:
                 self._prepare_drafters()
                 running = [r for r in self._rows if r.prepared and r.finish_reason is None]
                 if running:
-                    run_round(running, self.target, self._decode)
+                    self._round(running)
             except BaseException:
                 # what is broken here is not one row's fault: give everything back
                 for row in self._rows:
@@ -199,6 +214,25 @@ class Engine:
                 row.num_reported += len(new)
                 progress.append(Progress(row.id, new))
         return progress
+
+    def _round(self, rows: list[Row]) -> None:
+        """One round, with a watch's eyes on the rows that have one."""
+        watcher = self._watcher
+        marks = {} if watcher is None else watcher.before_round(rows)
+        run_round(rows, self.target, self._decode)
+        for row in rows if marks else ():
+            if row.id not in marks or row.finish_reason is not None:
+                continue
+            assert watcher is not None
+            try:
+                arm = watcher.after_round(row, marks[row.id], len(rows))
+                if arm is not None:
+                    self._check_arm(arm, ArtefactError)
+            except Exception as error:  # noqa: BLE001 - as a policy, it may come from anywhere
+                row.fail("watch", error)
+                continue
+            if arm is not None and arm != row.arm:
+                self._switch(row, arm)
 
     def check(self, request: Request) -> None:
         """Raise RequestError if the request cannot be served."""
@@ -359,20 +393,57 @@ class Engine:
         self._start_drafter(row, decision)
 
     def _start_drafter(self, row: Row, decision: Decision) -> None:
-        if not self._has_memory(row, decision.drafter):
-            decision = Decision(NONE, policy=f"no memory for {decision.arm}")
-        row.decision, row.drafter, row.prepared = decision, self.drafters[decision.drafter], False
+        row.decision = decision
+        if not self._has_memory(row, self.drafters[decision.drafter]):
+            row.decision = Decision(NONE, policy=f"no memory for {decision.arm}")
+        self._use(row, row.decision.arm)
+
+    def _use(self, row: Row, arm: str) -> None:
+        """From the next round on; a drafter that is started already goes on from where it was."""
+        row.arm, row.drafter = arm, self.drafters[split_arm(arm)[0]]
+        if row.drafter in row.kept:
+            row.prepared = row.kept.pop(row.drafter)
+            return
+        row.prepared = False
         self._guarded(row, lambda: row.drafter.start([row]))
 
-    def _has_memory(self, row: Row, name: str) -> bool:
-        """Whether the drafters' rows would stay within their bound with this one among them."""
-        if self._max_drafter_mb is None or name == NONE:
+    def _switch(self, row: Row, arm: str) -> None:
+        """Another arm for a row in flight; the drafter it leaves stays started while it may."""
+        wanted, left = self.drafters[split_arm(arm)[0]], row.drafter
+        row.switches.append((len(row.tokens) - row.num_prompt, arm))
+        if wanted is left:
+            row.arm = arm
+            return
+        row.drafter = self.drafters[NONE]
+        if left is not row.drafter:
+            row.kept[left] = row.prepared
+        watched = self._watcher is not None and self._watcher.watches(row)
+        for drafter in list(row.kept):
+            if drafter is not wanted and (not watched or overlap(drafter, wanted)):
+                self._let_go(row, drafter)
+        if wanted not in row.kept and not self._has_memory(row, wanted):
+            for drafter in list(row.kept):
+                self._let_go(row, drafter)
+            if not self._has_memory(row, wanted):
+                row.switches[-1] = (row.switches[-1][0], NONE)
+                arm = NONE
+        self._use(row, arm)
+
+    def _let_go(self, row: Row, drafter: Drafter) -> None:
+        """Give back what a drafter beside the one in use holds of the row."""
+        row.kept.pop(drafter, None)
+        self._guarded(row, lambda: drafter.finish([row]), drafter.name)
+
+    def _has_memory(self, row: Row, wanted: Drafter) -> bool:
+        """Whether the drafters' rows would stay within their bound with this one for the row, too."""
+        if self._max_drafter_mb is None or wanted.name == NONE:
             return True
         lengths: dict[Drafter, list[int]] = {}
         for other in self._rows:
-            drafter = self.drafters[name] if other is row else other.drafter
-            for holder in drafter.holders():
-                lengths.setdefault(holder, []).append(other.max_total)
+            mine = {other.drafter, *other.kept} | ({wanted} if other is row else set())
+            for drafter in mine:
+                for holder in drafter.holders():
+                    lengths.setdefault(holder, []).append(other.max_total)
         needed = sum(drafter.state_bytes(of_rows) for drafter, of_rows in lengths.items())
         return needed <= self._max_drafter_mb * 1e6
 
@@ -385,30 +456,33 @@ class Engine:
     def _prepare(self, row: Row) -> None:
         row.prepared = row.drafter.prepare(row, self._chunk)
 
-    def _guarded(self, row: Row, act: Callable[[], None]) -> None:
-        """Charge a drafter's work to its row, and its failure too."""
+    def _guarded(self, row: Row, act: Callable[[], None], name: str | None = None) -> None:
+        """Charge a drafter's work to its row, and its failure too; by default the one in use."""
         began = perf_counter()
         try:
             act()
         except Exception as error:  # noqa: BLE001 - a plug-in must not stop other rows
-            row.fail(f"drafter '{row.drafter.name}'", error)
+            row.fail(f"drafter '{name or row.drafter.name}'", error)
         row.seconds.draft += perf_counter() - began
 
     def _decide(self, row: Row) -> Decision:
         if row.request.drafter != AUTO or self.choose is None:
             return Decision(arm=row.request.drafter)
         assert row.hidden_sum is not None and row.hidden_last is not None
-        return self.choose(
-            Context(
-                prompt_tokens=row.request.prompt_tokens,
-                mean_hidden=row.hidden_sum / np.float32(row.num_prompt),
-                last_hidden=row.hidden_last,
-                sampling=row.sampling,
-                rows_in_flight=len(self._rows),
-                request_id=row.request.id,
-                max_new_tokens=row.request.max_new_tokens,
-            )
+        row.context = context = Context(
+            prompt_tokens=row.request.prompt_tokens,
+            mean_hidden=row.hidden_sum / np.float32(row.num_prompt),
+            last_hidden=row.hidden_last,
+            sampling=row.sampling,
+            rows_in_flight=len(self._rows),
+            request_id=row.request.id,
+            max_new_tokens=row.request.max_new_tokens,
+            text=lambda: self._decode(row.request.prompt_tokens),
         )
+        decision = self.choose(context)
+        if self._watcher is not None:
+            decision = self._watcher.begin(row, context, decision)
+        return decision
 
     # --- the end ----------------------------------------------------------------------------------
 
@@ -419,12 +493,20 @@ class Engine:
         for row in ended:
             row.finished_at = perf_counter()
             self.target.release(row.slot, damaged=row.error is not None)
-            try:
-                row.drafter.finish([row])
-            except Exception as error:  # noqa: BLE001 - as in `_guarded`, and no longer timed
-                row.fail(f"drafter '{row.drafter.name}'", error)
-            new = row.output[row.num_reported :]
-            self._done.append(Progress(row.id, new, self._complete(row)))
+            if self._watcher is not None:
+                self._watcher.end(row)
+            for drafter in (row.drafter, *row.kept):
+                try:
+                    drafter.finish([row])
+                except Exception as error:  # noqa: BLE001 - as in `_guarded`, and no longer timed
+                    row.fail(f"drafter '{drafter.name}'", error)
+            self._report(row)
+
+    def _report(self, row: Row) -> None:
+        completion = self._complete(row)
+        self._done.append(Progress(row.id, row.output[row.num_reported :], completion))
+        if self.on_complete is not None:
+            self.on_complete(row.request, completion, row.context)
 
     def _complete(self, row: Row) -> Completion:
         assert row.finish_reason is not None
@@ -442,6 +524,7 @@ class Engine:
             seed=row.sampling.seed,
             error=row.error,
             logprobs=row.logprobs if row.request.logprobs else None,
+            switches=row.switches,
         )
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from paceline.contracts import NONE, Decision, RoundStats, Seconds
+from paceline.contracts import NONE, Decision, RoundStats, Seconds, split_arm
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from paceline.contracts import FinishReason, Request, SamplingParams
+    from paceline.contracts import Context, FinishReason, Request, SamplingParams
     from paceline.drafting.base import Drafter
 
 
@@ -29,9 +29,15 @@ class Row:
     admitted_at: float
     tokens: list[int]
     drafter: Drafter
+    arm: str = NONE  # in use; the decision says what was chosen
     num_prefilled: int = 0  # leading prompt tokens in the target's cache
     prepared: bool = False  # whether the drafter has its own prefill behind it
+    # drafters started beside the one in use, and whether they are prepared
+    kept: dict[Drafter, bool] = field(default_factory=dict)
+    barred: set[Drafter] = field(default_factory=set)  # that failed beside it
+    switches: list[tuple[int, str]] = field(default_factory=list)  # (tokens emitted, arm)
     decision: Decision = field(default_factory=lambda: Decision(arm=NONE))
+    context: Context | None = None  # what the policy saw, where it was asked
     rounds: list[RoundStats] = field(default_factory=list)
     seconds: Seconds = field(default_factory=Seconds)
     finish_reason: FinishReason | None = None
@@ -63,8 +69,12 @@ class Row:
     @property
     def draft_limit(self) -> int:
         """How deep a draft is worth being: a round emits one token more than it accepts."""
-        room = self.max_total - len(self.tokens) - 1
-        most = self.decision.num_draft_tokens
+        return self.limit_at(len(self.tokens))
+
+    def limit_at(self, num_tokens: int, any_length: bool = False) -> int:
+        """The same when the row had so many tokens; with `any_length` whatever the arm's own limit."""
+        room = self.max_total - num_tokens - 1
+        most = None if any_length else split_arm(self.arm)[1]
         return room if most is None else min(room, most)
 
     def fail(self, reason: str, error: Exception | None = None) -> None:

@@ -1,34 +1,32 @@
 """The offline verbs on a configuration's own files, and all of them in a row.
 
-What `paceline collect`, `profile`, `learn`, `evaluate` and `trigram build` do, as functions. Their
+What `paceline collect`, `profile`, `learn` and `trigram build` do, as functions. Their
 files stand where the configuration's `paths` say.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from paceline.assembly import Pace, build, policy_identity
 from paceline.bench.profile import profile as measure_costs
 from paceline.collection import collect as collect_prompts
+from paceline.contracts import NONE, split_arm
 from paceline.costs.table import CostTable
 from paceline.drafting.catalog import arms_of
 from paceline.drafting.trigram.build import build_table
 from paceline.drafting.trigram.corpora import TextFiles, TokenSequences
-from paceline.errors import ConfigError, StoreError
-from paceline.learning import evaluate as evaluate_chooser
+from paceline.errors import ArtefactError, ConfigError, StoreError
+from paceline.experiments.data_report import describe
+from paceline.experiments.evaluation import identity_of
 from paceline.learning import learn as learn_policy
-from paceline.learning.dataset import build_dataset, split
 from paceline.models.loading import load_tokenizer
 from paceline.models.vocabulary import Vocabulary
 from paceline.replay import price_stops
-from paceline.selection import PolicyIdentity, load_policy
+from paceline.selection.encoders import build_encoder
 from paceline.store.collection import load_collection, open_trajectories, read_trajectories
 
 if TYPE_CHECKING:
@@ -39,10 +37,8 @@ if TYPE_CHECKING:
     from paceline.contracts import PromptRecord
     from paceline.drafting.trigram.build import BuildSettings, Corpus
     from paceline.drafting.trigram.table import TableFacts
-    from paceline.learning import EvaluationReport, LearningResult
-    from paceline.learning.dataset import Dataset
-    from paceline.selection.policies import Policy
-    from paceline.store.collection import LoadedCollection
+    from paceline.experiments.data_report import DataReport
+    from paceline.learning import LearningResult
 
     OnProgress = Callable[[str, int, int], None]
 
@@ -57,8 +53,12 @@ def collect(
     max_new_tokens: int = 256,
     alignment: bool = False,
     on_progress: OnProgress = _quiet,
+    **settings: Any,
 ) -> CollectionReport:
-    """Decode prompts once with the target and replay every drafter on them; resumes."""
+    """Decode prompts once with the target and replay every drafter on them; resumes.
+
+    `settings` are those of `collection.collect`: samplings, scores, outputs, sources, workers.
+    """
     return collect_prompts(
         Pace(build(config)),
         prompts,
@@ -66,7 +66,34 @@ def collect(
         max_new_tokens,
         alignment=alignment,
         on_progress=on_progress,
+        **settings,
     )
+
+
+def data(config: Config) -> DataReport:
+    """What the configuration's collection holds, priced with its cost table where there is one."""
+    collection = load_collection(config.paths.store, encoders=())
+    there = {name: line for name, line in collection.identity.arms.items() if name != NONE}
+    absent = [name for name in config.drafters if name not in there]
+    notes = [
+        f"'{name}' is configured and not in the collection; `paceline collect` adds it"
+        for name in absent
+    ]
+    arms = [arm for arm in arms_of(config) if split_arm(arm)[0] in {NONE, *there}]
+    costs = None
+    prompts = collection.prompts
+    try:
+        costs = CostTable.load(config.paths.costs)
+        # a drafter that is no longer configured has no price
+        priced = {name: line for name, line in there.items() if name in config.drafters}
+        costs.check(priced, priced)
+        prompts = price_stops(prompts, config, costs)
+    except ArtefactError as error:
+        costs = None
+        notes.append(f"who would be fastest is not known: {error}")
+    report = describe(prompts, arms, costs)
+    report.notes.extend(notes)
+    return report
 
 
 def build_trigrams(
@@ -121,64 +148,22 @@ def learn(
 
     search: how many settings of the learner to try first. figure: a PNG of the learning curves.
     """
-    collection = load_collection(config.paths.store, list(config.drafters))
+    encoders = config.selection.encoders
+    collection = load_collection(config.paths.store, list(config.drafters), encoders)
     costs = CostTable.load(config.paths.costs)
     learned = learn_policy(
         price_stops(collection.prompts, config, costs),
         costs,
-        _identity(collection),
+        identity_of(collection),
         arms_of(config),
         config.learning,
         on_progress=on_progress,
         search=search,
         figure=figure,
+        encode=build_encoder(collection.identity.hidden_size, config.selection),
     )
     learned.save(config.paths.policy)
     return learned
-
-
-def evaluate(config: Config) -> EvaluationReport:
-    """Price the held-out prompts anew and compare the policy with every other way to choose."""
-    collection = load_collection(config.paths.store, list(config.drafters))
-    identity = _identity(collection)
-    costs = CostTable.load(config.paths.costs)
-    costs.check(identity.drafters, identity.drafters)
-    policy = load_policy(config.paths.policy, identity, costs)
-    prompts = price_stops(collection.prompts, config, costs)
-    dataset, notes = build_dataset(prompts, policy.arms, costs, config.learning)
-    training_part, held_out = split(dataset, config.learning.held_out)
-    return evaluate_chooser(
-        training_part,
-        held_out,
-        policy.chooser,
-        choose_seconds=_choose_seconds(policy, held_out),
-        seed=config.learning.seed,
-        notes=[*notes, *policy.notes],
-    )
-
-
-def _choose_seconds(policy: Policy, held_out: Dataset) -> float:
-    """What one choice takes on this machine, the median over the held-out prompts.
-
-    Gathering the features is not in it; both are thousandths of a request.
-    """
-    spent = []
-    for i in range(len(held_out)):
-        prompt = held_out.rows(np.array([i]))
-        began = perf_counter()
-        policy.chooser.preferences(prompt.features, prompt.situation())
-        spent.append(perf_counter() - began)
-    return median(spent)
-
-
-def _identity(collection: LoadedCollection) -> PolicyIdentity:
-    made_with = collection.identity
-    return PolicyIdentity(
-        target=made_with.target,
-        tokenizer=made_with.tokenizer,
-        hidden_size=made_with.hidden_size,
-        drafters=made_with.arms,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,14 +202,17 @@ def prepare(
     for drafter in parts.drafters.values():
         drafter.price(costs)
     stage("profile")
-    collection = load_collection(config.paths.store, list(config.drafters))
+    encode = build_encoder(parts.target.hidden_size, config.selection)
+    encoders = config.selection.encoders
+    collection = load_collection(config.paths.store, list(config.drafters), encoders)
     learned = learn_policy(
         price_stops(collection.prompts, config, costs),
         costs,
-        policy_identity(parts),
+        replace(policy_identity(parts), encoders=encode.identities()),
         arms_of(config),
         config.learning,
         on_progress=on_progress,
+        encode=encode,
     )
     learned.save(config.paths.policy)
     stage("learn")

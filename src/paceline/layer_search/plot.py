@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from paceline.layer_search.search import SearchReport
 
 
-def import_figure() -> Any:
-    """matplotlib's figure. Raises ConfigError with what to install."""
+def import_figure(extra: str = "search") -> Any:
+    """matplotlib's figure. Raises ConfigError with what to install: an extra that brings it."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError(
-            "the plot needs matplotlib; install it with: pip install 'paceline[search]'"
+            f"the plot needs matplotlib; install it with: pip install 'paceline[{extra}]'"
         ) from error
     return Figure
 

@@ -120,7 +120,7 @@ def build_dataset(
     dataset = Dataset(
         arms=arms,
         ids=tuple(p.id for p in prompts),
-        groups=tuple(p.id for p in prompts),
+        groups=tuple(p.prompt_id for p in prompts),
         domains=tuple(p.domain for p in prompts),
         prompts=tuple(p.prompt_tokens for p in prompts),
         features=features,
@@ -131,7 +131,7 @@ def build_dataset(
         drafted_per_token=rounds.num_drafted() / after_first,
         seconds=seconds,
         rewards=rewards,
-        spans=spans_of(features.shape[1]),
+        spans=prompts[0].spans or spans_of(features.shape[1]),
         rounds=rounds,
         costs=costs,
         objective=settings.objective,
@@ -140,7 +140,7 @@ def build_dataset(
 
 
 def spans_of(num_features: int) -> dict[str, slice]:
-    """The blocks of a feature vector: hidden states, then statistics."""
+    """The blocks of the default encoders' features: hidden states, then statistics."""
     num_hidden = max(num_features - len(STATISTICS), 0)
     return {"target_hidden": slice(0, num_hidden), "text_stats": slice(num_hidden, num_features)}
 

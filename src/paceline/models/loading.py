@@ -36,7 +36,7 @@ DTYPES = {
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silence transformers' own progress bars and warnings while our own progress is shown."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
@@ -90,7 +90,7 @@ def load_config(section: ModelSection) -> Any:
     """The transformers configuration alone, without weights."""
     _check_source(section.model)
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             return AutoConfig.from_pretrained(
                 section.model,
                 revision=section.revision,
@@ -104,7 +104,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """The tokenizer that came with the model."""
     _check_source(section.model)
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 section.model,
                 revision=section.revision,
@@ -129,7 +129,7 @@ def load_language_model(section: ModelSection, name: str, exact: bool = False) -
     device = resolve_device(section.device) if section.device_map is None else None
     dtype = "auto" if section.dtype == "auto" else DTYPES[section.dtype]
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 section.model,
                 revision=section.revision,
@@ -167,7 +167,7 @@ def load_language_model(section: ModelSection, name: str, exact: bool = False) -
     if device is not None:
         model = model.to(device)
     if section.adapter is not None:
-        with _quiet_transformers():
+        with quiet_transformers():
             model = merge_adapter(model, section.adapter)
     language_model = LanguageModel(model, name, section.forward, exact)
     check_packed_forward(language_model)

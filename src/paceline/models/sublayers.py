@@ -83,6 +83,12 @@ class SubLayers:
                 else:  # someone else had put one there
                     module.forward = forward
 
+    def num_parameters(self, subset: LayerSubset) -> int:
+        """Parameters of the sub-layers in a subset."""
+        modules = [m for i in subset.attention for m in self._layers[i].attention]
+        modules += [m for i in subset.mlp for m in self._layers[i].mlp]
+        return sum(p.numel() for module in modules for p in module.parameters())
+
     @contextmanager
     def no_layers(self) -> Iterator[None]:
         """Take all decoder layers out meanwhile: from the embedding straight to the last norm."""

@@ -1,5 +1,9 @@
-"""CHOOSE: features, choosers, policies and their artefacts. Arms are names; no engine, no drafters."""
+"""CHOOSE: features, policies and their artefacts, and what watches a choice while decoding.
 
+Arms are names here; no engine, no drafters.
+"""
+
+from paceline.selection.adaptation import Arm, Hedge
 from paceline.selection.artefact import (
     PolicyIdentity,
     is_policy,
@@ -8,12 +12,21 @@ from paceline.selection.artefact import (
     save_policy,
 )
 from paceline.selection.features import FEATURE_VERSION, feature_vector
+from paceline.selection.guard import Guard
 from paceline.selection.policies import Policy
+from paceline.selection.round_prices import RoundPrices, TablePrices
+from paceline.selection.watch import Watch
 
 __all__ = [
     "FEATURE_VERSION",
+    "Arm",
+    "Guard",
+    "Hedge",
     "Policy",
     "PolicyIdentity",
+    "RoundPrices",
+    "TablePrices",
+    "Watch",
     "feature_vector",
     "is_policy",
     "load_policy",

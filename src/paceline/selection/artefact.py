@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -27,12 +27,14 @@ from paceline.costs.pricing import ArmPricer
 from paceline.errors import ArtefactError
 from paceline.files import write_atomically
 from paceline.selection.choosers import CHOOSERS, PortableChooser
-from paceline.selection.features import FEATURE_VERSION, num_features
+from paceline.selection.encoders import FeatureEncoder, build_encoder
+from paceline.selection.features import FEATURE_VERSION, feature_vector
 from paceline.selection.policies import Policy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from paceline.config import SelectionSection
     from paceline.costs import CostTable, Objective
     from paceline.selection.choosers import Chooser
 
@@ -44,12 +46,15 @@ _AGAIN: Final = "run `paceline learn`"
 
 @dataclass(frozen=True, slots=True)
 class PolicyIdentity:
-    """What a policy is tied to. `drafters` maps each one, `none` included, to its identity line."""
+    """What a policy is tied to. `drafters` maps each one, `none` included, to its identity line,
+    `encoders` each one whose features it sees, in their order; empty stands for the default ones.
+    """
 
     target: str  # fingerprint of the target
     tokenizer: str  # hash of the token-to-id map
     hidden_size: int  # D
     drafters: Mapping[str, str]
+    encoders: Mapping[str, str] = field(default_factory=dict)
 
 
 class RewardCard(BaseModel):
@@ -78,6 +83,7 @@ class PolicyArtefact(BaseModel):
     tokenizer: str
     hidden_size: int
     drafters: dict[str, str]
+    encoders: dict[str, str] = {}
     arms: list[str]
     chooser: str
     facts: dict[str, Any] = {}
@@ -109,14 +115,22 @@ def save_policy(folder: Path, chooser: Chooser, artefact: PolicyArtefact) -> Pol
 
 
 def load_policy(
-    folder: Path, expect: PolicyIdentity, costs: CostTable | None = None, explore: float = 0.0
+    folder: Path,
+    expect: PolicyIdentity,
+    costs: CostTable | None = None,
+    explore: float = 0.0,
+    selection: SelectionSection | None = None,
 ) -> Policy:
     """The policy in a folder. Raises ArtefactError unless it was made for `expect`.
 
-    costs: this machine's prices, which a portable policy needs. explore: see `Policy`.
+    costs: this machine's prices, which a portable policy needs. explore: see `Policy`. selection:
+    where the encoders that the policy names find their models.
     """
     card = read_card(folder)
     _check_identity(card, expect, str(folder))
+    encode = build_encoder(card.hidden_size, selection, list(card.encoders))
+    for name, line in encode.identities().items():
+        _check(f"encoder '{name}'", line, card.encoders.get(name, line), str(folder))
     chooser = _chooser(card, Path(folder) / WEIGHTS_FILE)
     notes = []
     if isinstance(chooser, PortableChooser):
@@ -134,10 +148,11 @@ def load_policy(
         )
     return policy_of(
         chooser,
-        num_features=num_features(card.hidden_size),
+        num_features=encode.num_features,
         objective=card.objective,
         explore=explore,
         notes=notes,
+        encode=encode,
     )
 
 
@@ -147,6 +162,7 @@ def policy_of(
     objective: Objective = 0.0,
     explore: float = 0.0,
     notes: Sequence[str] = (),
+    encode: FeatureEncoder | None = None,
 ) -> Policy:
     """A policy whose id, the name in decision logs, changes with what was learned."""
     learned = json.dumps([chooser.kind, chooser.arms, chooser.facts()]).encode()
@@ -157,6 +173,7 @@ def policy_of(
         objective=objective,
         num_features=num_features,
         notes=notes,
+        encode=encode or feature_vector,
     )
 
 

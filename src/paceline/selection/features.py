@@ -45,22 +45,30 @@ def feature_names(hidden_size: int) -> list[str]:
 
 def feature_vector(context: Context) -> np.ndarray:
     """[F] float32: mean and last hidden state, statistics. Raises RequestError without a prompt."""
+    return np.concatenate((hidden_states(context), statistics(context)))
+
+
+def hidden_states(context: Context) -> np.ndarray:
+    """[2 D] float32: mean over the prompt, and at its last token."""
+    return np.concatenate((context.mean_hidden, context.last_hidden)).astype(np.float32, copy=False)
+
+
+def statistics(context: Context) -> np.ndarray:
+    """[S] float32, in the order of STATISTICS. Raises RequestError without a prompt."""
     tokens = np.asarray(context.prompt_tokens, dtype=np.int64)  # [n]
     if tokens.size == 0:
         raise RequestError("the prompt is empty; give at least one token")
-    hidden_size = context.mean_hidden.shape[0]
-    vector = np.empty(num_features(hidden_size), dtype=np.float32)
-    vector[:hidden_size] = context.mean_hidden
-    vector[hidden_size : 2 * hidden_size] = context.last_hidden
-    vector[2 * hidden_size :] = (
-        np.log(tokens.size),
-        ngram_overlap(tokens, 2),
-        ngram_overlap(tokens, 3),
-        ngram_overlap(tokens, 1),
-        context.sampling.temperature,
-        np.log(max(context.rows_in_flight, 1)),
+    return np.array(
+        (
+            np.log(tokens.size),
+            ngram_overlap(tokens, 2),
+            ngram_overlap(tokens, 3),
+            ngram_overlap(tokens, 1),
+            context.sampling.temperature,
+            np.log(max(context.rows_in_flight, 1)),
+        ),
+        dtype=np.float32,
     )
-    return vector
 
 
 def ngram_overlap(tokens: np.ndarray, n: int) -> float:

@@ -89,7 +89,8 @@ class Policy:
         law += self._explore / len(self.arms)  # [A]
         place = int(law.argmax()) if law.max() >= 1.0 else self._draw(law, context)
         scores = dict(zip(self.arms, self.chooser.scores(preferences)[0].tolist(), strict=True))
-        return Decision(self.arms[place], float(min(law[place], 1.0)), scores, self.id)
+        propensity = float(min(law[place], 1.0))
+        return Decision(self.arms[place], propensity, scores, self.id, features)
 
     def _draw(self, law: np.ndarray, context: Context) -> int:
         """A place by its probability, law [A]; the same for the same request, in any order."""

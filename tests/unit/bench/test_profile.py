@@ -19,11 +19,25 @@ from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
+
+    from paceline.contracts import Drafts, RowView
 
 CONTEXT = 256
 SHORT_CONTEXT = 64
+
+
+class CountingLookup(PromptLookup):
+    """Remembers how many rows it was asked to propose for at once."""
+
+    def __init__(self, name: str, settings: PromptLookupSettings) -> None:
+        super().__init__(name, settings)
+        self.asked: set[int] = set()
+
+    def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
+        self.asked.add(len(rows))
+        return super().propose(rows, limits)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,7 +57,7 @@ def pace() -> Pace:
     drafters = {
         "near": perturbed(target, 0.1),
         "short": short,
-        "lookup": PromptLookup("lookup", PromptLookupSettings(num_draft_tokens=6)),
+        "lookup": CountingLookup("lookup", PromptLookupSettings(num_draft_tokens=6)),
         "silent": ScriptedDrafter("silent", lambda tokens, limit: []),
     }
     config = Config(target=ModelSection(model="in memory"))
@@ -100,7 +114,7 @@ def test_widths_contexts_and_rows_cover_the_arms(table: CostTable) -> None:
     assert cells(table, "near", "propose") == alone | {
         (k, 32, r) for k in (1, 4) for r in (2, 4, 8)
     }
-    assert cells(table, "near", "start") == {(n, 0, 1) for n in (16, 32, 128, 256)}
+    assert cells(table, "near", "start") == {(n, 0, 1) for n in (32, 128)}
     assert cells(table, "engine", "round") == {(0, 0, r) for r in (1, 2, 4, 8)}
 
 
@@ -108,6 +122,11 @@ def test_lookup_is_measured_where_it_finds_something(table: CostTable) -> None:
     """Random text alone would show it proposing nothing."""
     drafted = {tokens for tokens, _, _ in cells(table, "lookup", "propose")}
     assert drafted == {0, 1, 2, 4, 6}
+
+
+def test_proposals_for_rows_are_made_for_so_many(pace: Pace, table: CostTable) -> None:
+    asked = {rows for _, _, rows in cells(table, "lookup", "propose")}
+    assert pace.parts.drafters["lookup"].asked == asked == {1, 2, 4, 8}
 
 
 def test_a_context_the_drafter_cannot_hold_is_not_taken_for_a_cheap_one(table: CostTable) -> None:

@@ -101,7 +101,8 @@ def test_an_array_is_priced_like_its_members() -> None:
 
 def test_between_rows_and_beyond_them() -> None:
     seconds = {1: 1.0, 4: 2.5, 8: 3.0}
-    table = CostTable({}, [Measurement(*FORWARD, 1, 0, r, s) for r, s in seconds.items()])
+    cells = [Measurement(*FORWARD, 1, 0, r, s) for r, s in seconds.items()]
+    table = CostTable({}, reversed(cells))
     found = [table.seconds(*FORWARD, 1, 0, rows) for rows in (1, 2, 4, 6, 8, 16)]
     assert found == pytest.approx([1.0, 1.5, 2.5, 2.75, 3.0, 4.0])
     assert [table.seconds(*FORWARD, 1, 0, rows) for rows in seconds] == list(seconds.values())

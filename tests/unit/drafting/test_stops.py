@@ -31,7 +31,8 @@ from paceline.drafting.stops import (
     confidences,
 )
 from paceline.errors import ArtefactError, ConfigError
-from paceline.experiments.pipeline import evaluate, prepare
+from paceline.experiments.evaluation import evaluate
+from paceline.experiments.pipeline import prepare
 from paceline.models.language_model import LanguageModel
 from paceline.replay import max_output, price_stops, replay, rounds_of, simulate, walk
 from paceline.replay.priced import stopped_ahead

@@ -13,8 +13,10 @@ from paceline.config import LearningSection
 from paceline.contracts import Context, ReplayedDrafter, SamplingParams
 from paceline.errors import ArtefactError, StoreError
 from paceline.learning import learn
+from paceline.replay import rounds_of
 from paceline.selection import PolicyIdentity, feature_vector, load_policy
 from paceline.selection.artefact import read_card
+from paceline.selection.drift import RANGE_FILE, TrainingRange
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,6 +91,26 @@ def test_what_is_saved_chooses_the_same(
     assert card.training["num_prompts"] == result.report.num_train
     assert card.training["held_out"]["speedup"] == pytest.approx(result.report.headline())
     assert json.loads((tmp_path / "evaluation.json").read_text())["num_train"] > 0
+
+
+def test_the_training_range_lies_beside_the_policy(
+    prompts: list[CollectedPrompt], costs: CostTable, tmp_path: Path
+) -> None:
+    learn(prompts, costs, IDENTITY, SETTINGS).save(tmp_path)
+    seen = TrainingRange.load(tmp_path)
+
+    outside = [seen.distance(feature_vector(context(i))) > seen.farthest for i in range(500, 600)]
+    assert np.mean(outside) < 0.1
+    strange = replace(context(0), mean_hidden=np.full(D, 9.0, dtype=np.float32))
+    assert seen.distance(feature_vector(strange)) > seen.farthest
+    # each arm on the prompts it is chosen for, where it is good; on the others it is poor
+    good = {arm: rounds_of(prompts[i], arm).sum(axis=0) for i, arm in enumerate(("code", "math"))}
+    for arm, (drafted, accepted) in good.items():
+        low, high = seen.acceptance[arm]
+        assert low == pytest.approx(accepted / drafted) == high
+
+    learn(prompts[:48], costs, IDENTITY, SETTINGS).save(tmp_path)  # too few for a range
+    assert not (tmp_path / RANGE_FILE).exists()
 
 
 def test_held_out_prompts_teach_nothing(prompts: list[CollectedPrompt], costs: CostTable) -> None:

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from paceline.config import DEFAULT_ENCODERS
+from paceline.contracts import GREEDY, SamplingParams
 from paceline.errors import StoreError
 from paceline.store import Collection, load_collection
+from paceline.store.layout import Trajectory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,18 +24,16 @@ ROUNDS = ([4, 4, 2], [1, 0, 2])  # 1 + 2 + 1 + 2 tokens and no bonus at the end
 
 
 def open_collection(folder: Path, target: str = "t") -> Collection:
-    return Collection(folder, target, "v", none="kind=none")
+    return Collection(folder, target, "v", none="kind=none", hidden_size=2)
 
 
-def trajectory(id: str) -> dict[str, Any]:
-    return {
-        "id": id, "domain": f"domain of {id}", "prompt_tokens": [1, 2], "output_tokens": OUTPUT,
-        "finish_reason": "stop", "max_new_tokens": 9, "temperature": 0.0,
-    }  # fmt: skip
+def trajectory(id: str, sampling: SamplingParams = GREEDY) -> dict[str, Any]:
+    output = tuple(OUTPUT)
+    return Trajectory(id, f"domain of {id}", (1, 2), output, "stop", 9, sampling).row()
 
 
 def replayed(id: str) -> dict[str, Any]:
-    scores = {"match": [True] * 6, "ratio": [0.5] * 6, "overlap": [0.5] * 6, "confidence": []}
+    scores = {"match": [True] * 6, "confidence": []}
     rounds = {"everywhere": False, "drafted": ROUNDS[0], "accepted": ROUNDS[1]}
     return {"id": id, **rounds, **scores}
 
@@ -42,12 +43,19 @@ def fill(folder: Path, arms: Sequence[str] = ("math",), ids: Sequence[str] = IDS
     collection.trajectories.append([trajectory(id) for id in ids[:2]])
     collection.trajectories.append([trajectory(id) for id in ids[2:]])
     # in another order and other shards than the trajectories
-    features = collection.features(1, hidden_size=2)
-    for id in reversed(ids):
-        features.append([{"id": id, "features": np.full(3, ord(id), dtype=np.float32)}])
+    for encoder, width, sign in (("target_hidden", 2, 1), ("text_stats", 3, -1), ("other", 1, 0)):
+        store = collection.features(encoder, f"line of {encoder}")
+        for id in reversed(ids):
+            values = np.full(width, sign * ord(id[0]), dtype=np.float32)
+            store.append([{"id": id, "features": values}])
     for arm in arms:
         collection.replays(arm, f"kind={arm}").append([replayed(id) for id in ids])
     return collection
+
+
+def add_features(collection: Collection, id: str) -> None:
+    for encoder in DEFAULT_ENCODERS:
+        collection.features(encoder, "line").append([{"id": id, "features": [1.0]}])
 
 
 def refused(folder: Path, match: str, arms: Sequence[str] | None = None) -> None:
@@ -66,15 +74,53 @@ def test_a_prompt_comes_back_with_everything_known_of_it(tmp_path: Path) -> None
         assert prompt.domain == f"domain of {prompt.id}"
         assert (prompt.prompt_tokens, prompt.output_tokens) == ((1, 2), tuple(OUTPUT))
         assert prompt.max_new_tokens == 9
-        assert prompt.features.tolist() == [ord(prompt.id)] * 3
+        assert prompt.features.tolist() == [ord(prompt.id)] * 2 + [-ord(prompt.id)] * 3
+        assert prompt.spans == {"target_hidden": slice(0, 2), "text_stats": slice(2, 5)}
+        assert (prompt.prompt_id, prompt.sampling) == (prompt.id, GREEDY)
         assert prompt.features.dtype == np.float32
         assert list(prompt.replays) == ["code", "math"]
         assert not prompt.replays["math"].everywhere
         assert prompt.replays["math"].table.tolist() == [list(r) for r in zip(*ROUNDS, strict=True)]
     assert [p.draft_outputs for p in prompts] == [{"math": ()}, {}, {"math": (5, 9)}]
     assert identity == (
-        "t", "v", 2, 1, {"none": "kind=none", "code": "kind=code", "math": "kind=math"}
+        "t", "v", 2, {"none": "kind=none", "code": "kind=code", "math": "kind=math"},
+        {"target_hidden": "line of target_hidden", "text_stats": "line of text_stats"},
     )  # fmt: skip
+
+
+def test_features_stand_in_the_order_asked_for(tmp_path: Path) -> None:
+    fill(tmp_path)
+    prompts, identity = load_collection(tmp_path, encoders=("other", "text_stats"))
+    assert prompts[0].spans == {"other": slice(0, 1), "text_stats": slice(1, 4)}
+    assert prompts[0].features.tolist() == [0.0] + [-ord("a")] * 3
+    assert list(identity.encoders) == ["other", "text_stats"]
+    bare = load_collection(tmp_path, encoders=()).prompts[0]
+    assert (bare.features.shape, bare.spans) == ((0,), {})
+
+
+def test_a_sampled_row_knows_its_prompt_and_its_sampling_to_the_last_bit(tmp_path: Path) -> None:
+    warm = SamplingParams(0.7, 40, 0.95, 0.1, seed=2**61 + 1, method="invariant")
+    ids = ("a", "a@t0.7,k40,p0.95,m0.1")
+    collection = fill(tmp_path, ids=())
+    for id, sampling in zip(ids, (GREEDY, warm), strict=True):
+        collection.trajectories.append([trajectory(id, sampling)])
+        collection.replays("math", "kind=math").append([replayed(id)])
+    collection.outputs("math", "kind=math").append([{"id": "a", "output_tokens": [3]}])
+    prompts = load_collection(tmp_path, encoders=()).prompts
+    assert [p.id for p in prompts] == list(ids)
+    assert [p.prompt_id for p in prompts] == ["a", "a"]
+    assert [p.sampling for p in prompts] == [GREEDY, warm]
+    # what a drafter writes greedily belongs to the prompt under every sampling
+    assert [p.draft_outputs for p in prompts] == [{"math": (3,)}] * 2
+
+
+def test_features_of_two_widths_are_refused(tmp_path: Path) -> None:
+    collection = fill(tmp_path)
+    collection.trajectories.append([trajectory("d")])
+    collection.replays("math", "kind=math").append([replayed("d")])
+    collection.features("other", "line of other").append([{"id": "d", "features": [1.0, 2.0]}])
+    with pytest.raises(StoreError, match="features/other: rows of 1 and of 2 features; delete"):
+        load_collection(tmp_path, encoders=["other"])
 
 
 def test_only_the_arms_asked_for_are_loaded(tmp_path: Path) -> None:
@@ -100,7 +146,9 @@ def test_nothing_there_and_nothing_in_it(tmp_path: Path) -> None:
 
 def test_a_missing_arm_is_named(tmp_path: Path) -> None:
     fill(tmp_path)
-    refused(tmp_path, "arm 'code' is not in this.*run `paceline collect` again to add", ["code"])
+    refused(
+        tmp_path, "arm 'code' is not in this.*run `paceline collect` again to add what", ["code"]
+    )
     assert not (tmp_path / "replays" / "code").exists()
 
 
@@ -114,7 +162,7 @@ def test_an_unfinished_arm_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
 def test_missing_features_are_named(tmp_path: Path) -> None:
     fill(tmp_path)
     shutil.rmtree(tmp_path / "features")
-    refused(tmp_path, "no features yet; run `paceline collect` again")
+    refused(tmp_path, "the features of 'target_hidden' are not in this.*`paceline collect` again")
 
 
 def test_another_target_or_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -122,7 +170,7 @@ def test_another_target_or_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"target 't', now it is 'other'; collect into a new"):
         open_collection(tmp_path, "other")
     with pytest.raises(StoreError, match=r"tokenizer 'v', now it is 'w'"):
-        Collection(tmp_path, "t", "w", none="kind=none")
+        Collection(tmp_path, "t", "w", none="kind=none", hidden_size=2)
 
 
 def test_an_arm_that_became_another_one_says_which_folder_to_delete(tmp_path: Path) -> None:
@@ -130,21 +178,21 @@ def test_an_arm_that_became_another_one_says_which_folder_to_delete(tmp_path: Pa
     folder = tmp_path / "replays" / "math"
     with pytest.raises(StoreError, match=rf"now it is 'K=9'; delete {folder} and run"):
         collection.replays("math", "K=9")
-    with pytest.raises(StoreError, match=r"feature_version 1, now it is 2; delete .*features"):
-        collection.features(2, hidden_size=2)
+    with pytest.raises(StoreError, match=r"'line of other', now it is 'new'; delete .*features"):
+        collection.features("other", "new")
 
 
 def test_replays_of_other_trajectories_are_refused(tmp_path: Path) -> None:
     fill(tmp_path / "old")
     shutil.move(tmp_path / "old" / "replays", tmp_path / "new" / "replays")
     collection = open_collection(tmp_path / "new")
-    collection.features(1, 2).append([{"id": "a", "features": [1.0]}])
+    add_features(collection, "a")
     collection.trajectories.append([{**trajectory("a"), "output_tokens": [1, 2, 3, 4]}])
     refused(tmp_path / "new", "replay of 'a' is not of the trajectory collected here; delete")
     shutil.rmtree(tmp_path / "new" / "trajectories")
     shutil.rmtree(tmp_path / "new" / "features")
     other = open_collection(tmp_path / "new", "other")
-    other.features(1, 2).append([{"id": "a", "features": [1.0]}])
+    add_features(other, "a")
     other.trajectories.append([trajectory("a")])
     refused(tmp_path / "new", "made with target 't', the trajectories with 'other'; delete")
 

@@ -1,0 +1,200 @@
+"""`paceline experiment`: a published claim or a question of ours, answered by one command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from paceline.cli.options import (
+    DEFAULT_CONFIG,
+    ConfigOption,
+    DeviceOption,
+    DtypeOption,
+    ThreadsOption,
+    configured,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from paceline.experiments.findings import Table
+    from paceline.experiments.recipes import DryRun
+
+
+def experiment(
+    name: Annotated[str | None, typer.Argument(help="Which one; see --list.")] = None,
+    list_all: Annotated[bool, typer.Option("--list", help="Print what there is.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for NAME.md, .json and .png. [default: docs/experiments/assistant-selection]"
+        ),
+    ] = None,
+    config: ConfigOption = DEFAULT_CONFIG,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="PACELINE_DATA", help="Folder of prompt files; else the demo's prompts."
+        ),
+    ] = None,
+    prompts: Annotated[
+        int | None, typer.Option(min=1, help="Prompts of each task to collect and learn from.")
+    ] = None,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Tiny sizes, to see that it works; other folders.")
+    ] = False,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Working folder, shared by all. [default: runs/experiments]"),
+    ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="A collection made before, used instead of one of the working folder."),
+    ] = None,
+    collect_docs: Annotated[
+        bool,
+        typer.Option("--collect-docs", help="Write what was found into the experiments' page."),
+    ] = False,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Run a recipe at the papers' own scale instead.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Of a recipe: shapes, memory and time, no weights.")
+    ] = False,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Run an experiment: a table, a figure and JSON. Resumes what it collects."""
+    from rich.console import Console
+
+    from paceline.cli.progress import progress
+    from paceline.errors import ConfigError
+    from paceline.experiments.catalog import experiment as run_experiment
+    from paceline.experiments.catalog import find_experiment
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)  # a pipe has no width; the tables need about this much
+    if list_all:
+        _print_list(console)
+        return
+    if collect_docs:
+        from paceline.experiments.page import collect_docs as write_page
+
+        page = write_page(*([] if out is None else [out]))
+        console.print(f"written: {page}", markup=False, highlight=False)
+        return
+    if recipe is not None:
+        _run_recipe(console, recipe, dry_run, data, folder)
+        return
+    if name is None or dry_run:
+        missing = "--recipe" if dry_run else "name"
+        raise ConfigError(
+            f"{missing} is missing; `paceline experiment --list` shows the experiments, "
+            "experiments/recipes/ has recipes"
+        )
+    find_experiment(name)
+    overridden = any(value is not None for value in (dtype, device, threads))
+    chosen = configured(config, dtype, device, threads) if overridden else config
+    with progress(console) as report:
+        done = run_experiment(name, out, chosen, data, prompts, smoke, folder, report, store)
+    _print_table(console, done.findings.tables[0])
+    for remark in done.findings.remarks:
+        console.print(f"- {remark}", markup=False, highlight=False)
+    console.print(f"written: {', '.join(map(str, done.files))}", markup=False, highlight=False)
+
+
+def _print_list(console: Console) -> None:
+    from rich.table import Table as Shown
+
+    from paceline.experiments.catalog import EXPERIMENTS
+
+    shown = Shown(pad_edge=False)
+    for head in ("name", "question", "what the paper says"):
+        shown.add_column(head, overflow="fold")
+    for found in EXPERIMENTS.values():
+        shown.add_row(found.name, found.title, str(found.claim or "nothing; the question is ours"))
+    console.print(shown)
+
+
+def _print_table(console: Console, table: Table) -> None:
+    from rich.table import Table as Shown
+
+    shown = Shown(title=table.title, pad_edge=False)
+    for column in table.columns:
+        shown.add_column(column.name, overflow="fold")
+    for row in table.texts():
+        shown.add_row(*row)
+    console.print(shown)
+
+
+def _run_recipe(
+    console: Console, path: Path, dry: bool, data: Path | None, folder: Path | None
+) -> None:
+    from paceline.cli.progress import progress
+    from paceline.experiments.catalog import FOLDER
+    from paceline.experiments.recipes import dry_run, load_recipe, run_recipe
+    from paceline.learning.evaluation.tables import show
+
+    recipe = load_recipe(path)
+    planned = dry_run(recipe)
+    _print_plan(console, planned)
+    if dry:
+        return
+    with progress(console) as report:
+        found = run_recipe(recipe, folder or FOLDER / path.stem, data, report)
+    show(console, found)
+
+
+def _print_plan(console: Console, planned: DryRun) -> None:
+    from rich.table import Table as Shown
+
+    recipe, device = planned.recipe, planned.recipe.device
+    console.print(f"{recipe.title} ({recipe.paper})", markup=False, highlight=False)
+    for claim in recipe.claims:
+        console.print(f"the paper: {claim}", markup=False, highlight=False)
+    for line in recipe.ours:
+        console.print(f"ours: {line}", markup=False, highlight=False)
+    shown = Shown(pad_edge=False)
+    heads = ("", "kind", "parameters", "weights, GB", "cache, GB", "table, GB", "K", "ms a step")
+    for head in (*heads, "pays above, tokens a round"):
+        shown.add_column(head, justify="left" if head in ("", "kind") else "right")
+    for plan in planned.models:
+        sizes = (plan.weight_bytes, plan.cache_bytes, plan.host_bytes)
+        shown.add_row(
+            *(plan.name, plan.kind, f"{plan.parameters / 1e6:,.0f} M" if plan.parameters else ""),
+            *(f"{size / 1e9:.2f}" if size else "" for size in sizes),
+            *(
+                str(plan.draft_length or ""),
+                f"{1e3 * plan.step_seconds:.2f}" if plan.step_seconds else "",
+            ),
+            f"{plan.break_even:.2f}" if plan.draft_length else "",
+        )
+    console.print(shown)
+    used = planned.needed_bytes / planned.device_bytes
+    console.print(
+        f"memory: {planned.needed_bytes / 1e9:.1f} GB of {planned.device_bytes / 1e9:.0f} on "
+        f"{device.count} x {device.name} ({used:.0%}), rows: {recipe.rows}",
+        highlight=False,
+    )
+    console.print(
+        f"predicted, not measured, by a roofline at {device.efficiency:.0%} of {device.count} x "
+        f"({device.gigabytes_per_second:,.0f} GB/s, {device.teraflops:,.0f} TFLOPS); "
+        f"{recipe.workload.prompts} prompts of {recipe.workload.prompt_tokens} and answers of "
+        f"{recipe.workload.new_tokens} tokens:",
+        highlight=False,
+    )
+    for stage, seconds in planned.seconds.items():
+        console.print(f"  {stage}: {_duration(seconds)}", markup=False, highlight=False)
+    for note in planned.notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86_400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"

@@ -1,0 +1,147 @@
+"""What a collection says of itself: card.json for programs, CARD.md for people.
+
+Both are written anew as a run begins and as it ends, from what was run and what is there; nothing is
+typed in by hand. The stores' manifests alone decide what exists: a lost card costs only its history.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+from collections import Counter
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from paceline.contracts import identity_of_arms, sampling_label
+from paceline.files import write_atomically
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from paceline.assembly import Pace
+    from paceline.selection.encoders import FeatureEncoder
+    from paceline.store.layout import Trajectory
+
+CARD_JSON: Final = "card.json"
+CARD_MD: Final = "CARD.md"
+
+
+class Card:
+    """The cards of a collection while one run adds to it.
+
+    The run is named when it begins, so that rows of one that was killed have a history, too.
+    """
+
+    def __init__(
+        self, folder: Path, pace: Pace, encoder: FeatureEncoder, run: dict[str, Any]
+    ) -> None:
+        self._folder, self._run = folder, run
+        self._runs_before = _runs_before(folder)
+        parts = pace.parts
+        self._facts = {
+            "target": {
+                "model": Path(parts.config.target.model).name,
+                "fingerprint": parts.target.fingerprint(),
+                "tokenizer": parts.vocabulary.hash(),
+            },
+            "drafters": identity_of_arms({n: d.identity() for n, d in parts.drafters.items()}),
+            "encoders": encoder.identities(),
+        }
+
+    def write(self, rows: Sequence[Trajectory], finished: bool) -> None:
+        """Replace both files."""
+        runs = [*self._runs_before, {**self._run, "finished": finished}]
+        facts = {**self._facts, "rows": _rows(rows), "runs": runs}
+        as_json = json.dumps(facts, indent=1, ensure_ascii=False)
+        write_atomically(self._folder / CARD_JSON, as_json.encode())
+        write_atomically(self._folder / CARD_MD, _page(facts).encode())
+
+
+def describe_run(pace: Pace, sources: Sequence[Path], settings: dict[str, Any]) -> dict[str, Any]:
+    """When, how and from which files."""
+    target = pace.parts.target
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "exact": target.exact,
+        "device": str(target.device),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("paceline", "torch", "transformers")},
+        },
+        "prompt_files": [_file(path) for path in sources],
+        **settings,
+    }
+
+
+def _file(path: Path) -> dict[str, str]:
+    """A saved dataset is a folder: the hash is over its files' hashes, by name."""
+    digest = hashlib.sha256()
+    if path.is_file():
+        digest.update(path.read_bytes())
+    else:
+        for inner in sorted(p for p in path.rglob("*") if p.is_file()):
+            digest.update(inner.relative_to(path).as_posix().encode())
+            digest.update(hashlib.sha256(inner.read_bytes()).digest())
+    return {"file": path.name, "sha256": digest.hexdigest()}
+
+
+def _rows(trajectories: Sequence[Trajectory]) -> list[dict[str, Any]]:
+    """Counts by task and sampling."""
+    counts = Counter((t.domain, sampling_label(t.sampling)) for t in trajectories)
+    tokens: Counter[tuple[str, str]] = Counter()
+    for t in trajectories:
+        tokens[t.domain, sampling_label(t.sampling)] += len(t.output_tokens)
+    return [
+        {"task": task, "sampling": label.removeprefix("@") or "greedy", "rows": count,
+         "output_tokens": tokens[task, label]}
+        for (task, label), count in sorted(counts.items())
+    ]  # fmt: skip
+
+
+def _runs_before(folder: Path) -> list[dict[str, Any]]:
+    try:
+        runs = json.loads((folder / CARD_JSON).read_text(encoding="utf-8"))["runs"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return list(runs) if isinstance(runs, list) else []
+
+
+def _page(facts: dict[str, Any]) -> str:
+    target = facts["target"]
+    lines = [
+        "# A collection of target outputs",
+        "",
+        f"Written by `{target['model']}` (weights {target['fingerprint']}, tokenizer "
+        f"{target['tokenizer']}).",
+        "",
+        "| task | sampling | rows | output tokens |",
+        "|---|---|---:|---:|",
+    ]
+    lines += [
+        f"| {r['task']} | {r['sampling']} | {r['rows']:,} | {r['output_tokens']:,} |"
+        for r in facts["rows"]
+    ]
+    for title in ("drafters", "encoders"):
+        lines += ["", f"## {title.capitalize()}", ""]
+        lines += [f"- `{name}`: {line}" for name, line in facts[title].items()]
+    lines += ["", "## Runs", ""]
+    for run in facts["runs"]:
+        files = ", ".join(f"{f['file']} (sha256 {f['sha256'][:12]})" for f in run["prompt_files"])
+        versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
+        lines += [
+            f"- {run['date']}: `{run['command']}`{'' if run['finished'] else ' (did not finish)'}",
+            f"  - prompts: {files or 'given in memory'}; {run['num_to_decode']} rows to decode, at "
+            f"most {run['max_new_tokens']} tokens each, samplings {', '.join(run['samplings'])}",
+            f"  - {run['dtype']}{', exact' if run['exact'] else ''} on {run['device']}, "
+            f"{run['threads']} threads; {versions}",
+        ]
+    return "\n".join([*lines, ""])

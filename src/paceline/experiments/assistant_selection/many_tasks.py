@@ -1,0 +1,155 @@
+"""Many tasks and drafters that are made for none of them: the first turns of Spec-Bench's questions.
+
+Every category is left out once: the policy that chooses for it was learned from the other ones.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Final
+
+from paceline.contracts import NONE
+from paceline.errors import ConfigError
+from paceline.experiments.assistant_selection.learned import (
+    BEST_SINGLE,
+    ORACLE,
+    PREDICTED,
+    RANDOM,
+    SHARE,
+    SPEED,
+    Study,
+    interval,
+    share,
+    speedup,
+    ways_table,
+)
+from paceline.experiments.findings import Column, Findings, Panel, Series, Table
+from paceline.experiments.prompt_files import TASKS
+from paceline.learning.dataset import build_dataset
+from paceline.learning.evaluation import Evaluator, train_contenders
+
+if TYPE_CHECKING:
+    from paceline.contracts import CollectedPrompt
+    from paceline.experiments.findings import Value
+    from paceline.experiments.workbench import Workbench
+    from paceline.learning.evaluation import EvaluationReport
+
+LEARNER: Final = "acceptance"
+BESIDE: Final = ("policy_gradient", "knn")  # on the mixed held-out prompts
+STORE: Final = "spec-bench"
+SLOWEST: Final = 0.98
+
+
+def run(bench: Workbench) -> Findings:
+    questions = bench.spec_bench
+    prompts = bench.collect(questions, bench.folder / STORE).prompts
+    generalists = [name for name in bench.config.drafters if name not in TASKS]
+    if not generalists:
+        raise ConfigError(
+            f"this experiment needs drafters beside those named {', '.join(TASKS)}; configure "
+            "`general` and a lookup"
+        )
+    arms = bench.arms(generalists)
+    study = Study.of(bench, prompts, arms)
+    mixed = study.report(study.contenders([LEARNER, *BESIDE]))
+    unseen = _left_out(bench, prompts, arms)
+    return Findings(
+        tables=[_categories_table(unseen), _mixed_table(mixed)],
+        panels=[_panel(unseen)],
+        settings=bench.settings(prompts)
+        | {"questions that fit": f"{len(prompts)}/{len(questions)}"},
+        remarks=_remarks(unseen, mixed, len(questions) - len(prompts)),
+        facts={"mixed": mixed, "left out": unseen},
+    )
+
+
+def _left_out(
+    bench: Workbench, prompts: list[CollectedPrompt], arms: list[str]
+) -> dict[str, EvaluationReport]:
+    settings = bench.config.learning
+    data, _ = build_dataset(bench.priced(prompts), arms, bench.costs, settings)
+    sections = Evaluator(data, bench.decode, settings.seed).left_out(
+        data, lambda part: train_contenders(part, [LEARNER], [None], settings, 1, bench.on_progress)
+    )
+    return {section.task: section.report for section in sections}
+
+
+def _categories_table(unseen: dict[str, EvaluationReport]) -> Table:
+    columns = [Column("category, left out"), Column("prompts"), Column(f"to `{NONE}`", SHARE)]
+    columns += [
+        Column("mostly to"),
+        Column("random", SPEED),
+        Column("best single elsewhere", SPEED),
+    ]
+    columns += [Column("policy"), Column("oracle", SPEED)]
+    rows: list[list[Value]] = []
+    for task, report in unseen.items():
+        figures = report.overall.strategies
+        drafters = report.overall.chosen[LEARNER].drafters
+        row: list[Value] = [task, report.overall.num_prompts, share(report, LEARNER, NONE)]
+        row += [max(drafters, key=lambda name: drafters[name])]
+        row += [figures[RANDOM].speedup.value, figures[BEST_SINGLE].speedup.value]
+        rows.append([*row, interval(figures[LEARNER].speedup), figures[ORACLE].speedup.value])
+    explanation = (
+        f"Each category's prompts, chosen for by `{LEARNER}` learned from all other categories; best "
+        f"single is the best arm of those. {PREDICTED}"
+    )
+    return Table("Categories never seen in training", explanation, columns, rows)
+
+
+def _mixed_table(mixed: EvaluationReport) -> Table:
+    ways = [RANDOM, BEST_SINGLE, "per task", *mixed.policies, ORACLE]
+    columns, rows = ways_table(mixed, ways)
+    explanation = (
+        f"{mixed.overall.num_prompts} held-out prompts of all categories, the policies learned from "
+        f"{mixed.num_train} others; few for {len(mixed.by_domain)} categories, so intervals are wide."
+    )
+    return Table("All categories mixed", explanation, columns, rows)
+
+
+def _panel(unseen: dict[str, EvaluationReport]) -> Panel:
+    names = [task.replace("_", "\n") for task in unseen]
+    series = []
+    for label, way in (
+        ("best single elsewhere", BEST_SINGLE),
+        ("policy", LEARNER),
+        ("oracle", ORACLE),
+    ):
+        speeds = [report.overall.strategies[way].speedup for report in unseen.values()]
+        series.append(
+            Series(
+                label,
+                names,
+                [s.value for s in speeds],
+                [s.low for s in speeds],
+                [s.high for s in speeds],
+            )
+        )
+    return Panel(
+        "categories never seen", "predicted speed-up over none", series, kind="bars", baseline=1.0
+    )
+
+
+def _remarks(
+    unseen: dict[str, EvaluationReport], mixed: EvaluationReport, num_too_long: int
+) -> list[str]:
+    speeds = {task: speedup(report, LEARNER) for task, report in unseen.items()}
+    slow = {task: speed for task, speed in speeds.items() if speed < SLOWEST}
+    worst = min(speeds, key=lambda task: speeds[task])
+    better = sum(speeds[task] > speedup(report, BEST_SINGLE) for task, report in unseen.items())
+    most = Counter(
+        max(drafters, key=lambda name: drafters[name])
+        for report in unseen.values()
+        for drafters in (report.overall.chosen[LEARNER].drafters,)
+    )
+    over = mixed.over[LEARNER][BEST_SINGLE]
+    return [
+        f"Left out, {len(slow)} of {len(speeds)} categories fall below {SLOWEST} of plain decoding; "
+        f"the slowest is {worst} at {speeds[worst]:.2f}x.",
+        f"`{LEARNER}` is faster than the other categories' best arm in {better} of {len(speeds)}; "
+        f"mixed, it is {interval(over)} as fast as the best single arm.",
+        "What an unseen category mostly gets: "
+        + ", ".join(f"`{name}` {count}" for name, count in most.most_common())
+        + ".",
+        f"{num_too_long} questions do not fit the target's context and are left out.",
+    ]

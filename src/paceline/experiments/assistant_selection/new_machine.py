@@ -1,0 +1,362 @@
+"""One collection, several machines: other prices pick other arms, and the clock must agree.
+
+A machine is a dtype of the target and a number of threads; each is profiled in a process of its own,
+where the prompts that would get another arm than at home are then decoded with both, interleaved.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import numpy as np
+import torch
+
+from paceline.assembly import Pace, build
+from paceline.bench.profile import profile
+from paceline.bench.timed import TimedPrompt, select, time_interleaved
+from paceline.contracts import NONE, Request, split_arm
+from paceline.costs.table import CostTable
+from paceline.errors import ArtefactError
+from paceline.experiments.assistant_selection.learned import (
+    BEST_SINGLE,
+    ORACLE,
+    PREDICTED,
+    SHARE,
+    SPEED,
+    Study,
+)
+from paceline.experiments.findings import Column, Findings, Panel, Series, Table
+from paceline.learning.evaluation import Contender
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from paceline.config import Config
+    from paceline.experiments.findings import Value
+    from paceline.experiments.workbench import Workbench
+
+LEARNER: Final = "acceptance"
+MACHINES: Final = (("bfloat16", 2), ("bfloat16", 1), ("float32", 2), ("float32", 1))
+"""Home first."""
+CLOCKED: Final = 24  # prompts decoded with both choices on each machine
+REPEATS: Final = 3
+_RESAMPLES: Final = 2000
+
+
+class Machine(NamedTuple):
+    dtype: str
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.dtype}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+
+    def configuration(self, config: Config) -> Config:
+        """The target in this dtype; drafters keep the one they name."""
+        target = config.target.model_copy(update={"dtype": self.dtype})
+        return config.model_copy(update={"target": target, "threads": self.threads})
+
+    def table(self, folder: Path) -> Path:
+        return folder / "machines" / f"costs-{self.dtype}-{self.threads}.json"
+
+
+class Job(NamedTuple):
+    """A prompt to decode with two arms."""
+
+    prompt: TimedPrompt
+    max_new_tokens: int
+    home: str
+    here: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Priced:
+    """The held-out prompts at one machine's prices, and what is chosen there."""
+
+    machine: Machine
+    arms: tuple[str, ...]
+    seconds: np.ndarray  # [N, A]
+    repriced: np.ndarray  # [N] places of arms, by the policy at this machine's prices
+    single: int
+
+    def total(self, places: np.ndarray) -> float:
+        return float(self.seconds[np.arange(len(places)), places].sum())
+
+    def speed(self, places: np.ndarray) -> float:
+        return float(self.seconds[:, self.arms.index(NONE)].sum() / self.total(places))
+
+
+def run(bench: Workbench) -> Findings:
+    machines = [Machine(*one) for one in MACHINES]
+    tables = {}
+    for done, machine in enumerate(machines):
+        bench.on_progress("profile every machine", done, len(machines))
+        tables[machine] = _costs(bench, machine)
+    bench.on_progress("profile every machine", len(machines), len(machines))
+    home, *others = machines
+    arms = bench.arms(list(bench.config.drafters))
+    prompts = bench.collection.prompts
+    at_home = Study.of(bench, prompts, arms, costs=tables[home])
+    contenders = at_home.contenders([LEARNER])  # learned once, at home
+    priced = {
+        machine: _priced(machine, Study.of(bench, prompts, arms, costs=table), contenders[0])
+        for machine, table in tables.items()
+    }
+    clocked = {machine: _clock(bench, at_home, priced[home], priced[machine]) for machine in others}
+    return Findings(
+        tables=[_choices_table(priced), _regret_table(priced), _clock_table(clocked)],
+        panels=[_lengths_panel(priced), _clock_panel(clocked)],
+        settings=bench.settings() | {"home": str(home)},
+        remarks=_remarks(priced, clocked),
+        facts=_facts(priced, clocked),
+    )
+
+
+def _costs(bench: Workbench, machine: Machine) -> CostTable:
+    """The folder's table of a machine, measured in a process of its own where there is none."""
+    path = machine.table(bench.folder)
+    try:
+        table = CostTable.load(path)
+        table.check(bench.config.drafters)
+        return table
+    except ArtefactError:
+        config = machine.configuration(bench.config)
+        _elsewhere(_profile, config, path, bench.sizes.profile_seconds)
+        return CostTable.load(path)
+
+
+def _elsewhere(work: Any, *arguments: Any) -> Any:
+    """Call a function in a new process, which has its own threads and dtype."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def _profile(config: Config, path: Path, seconds: float) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profile(build(config), budget=seconds).save(path)
+
+
+def _priced(machine: Machine, study: Study, policy: Contender) -> _Priced:
+    data = study.held_out
+    (law,) = policy.laws(data)  # priced with this study's table
+    return _Priced(
+        machine,
+        data.arms,
+        data.seconds,
+        law.argmax(axis=1),
+        int(study.train.seconds.sum(axis=0).argmin()),
+    )
+
+
+# --- by the clock ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Clocked:
+    """Seconds of each prompt with home's arm and with this machine's own."""
+
+    num_differ: int
+    num_all: int
+    home: np.ndarray  # [n]
+    here: np.ndarray  # [n]
+    predicted: float
+
+    def ratio(self) -> tuple[float, float, float]:
+        """(how many times as fast its own choice is, and a 95% interval over prompts)."""
+        rng = np.random.default_rng(0)
+        draws = rng.integers(0, len(self.home), (_RESAMPLES, len(self.home)))
+        ratios = self.home[draws].sum(axis=1) / self.here[draws].sum(axis=1)
+        low, high = np.quantile(ratios, (0.025, 0.975))
+        return float(self.home.sum() / self.here.sum()), float(low), float(high)
+
+
+def _clock(bench: Workbench, study: Study, home: _Priced, here: _Priced) -> _Clocked | None:
+    """Of prompts for which the two prices choose otherwise, those with most to gain; None if none."""
+    data = study.held_out
+    each = np.arange(len(data))
+    gains = here.seconds[each, home.repriced] / here.seconds[each, here.repriced]
+    differ = np.flatnonzero(home.repriced != here.repriced)
+    chosen = differ[np.argsort(-gains[differ], kind="stable")][
+        : 2 if bench.sizes.smoke else CLOCKED
+    ]
+    if not len(chosen):
+        return None
+    jobs = [
+        Job(
+            TimedPrompt(data.ids[i], data.domains[i], data.prompts[i]),
+            int(data.limits[i]),
+            data.arms[home.repriced[i]],
+            data.arms[here.repriced[i]],
+        )
+        for i in chosen
+    ]
+    bench.on_progress(f"clock {here.machine}", 0, 1)
+    config = here.machine.configuration(bench.config)
+    repeats = 1 if bench.sizes.smoke else REPEATS
+    seconds = _elsewhere(_time, config, jobs, repeats)
+    bench.on_progress(f"clock {here.machine}", 1, 1)
+    predicted = here.seconds[chosen, home.repriced[chosen]].sum()
+    predicted /= here.seconds[chosen, here.repriced[chosen]].sum()
+    return _Clocked(len(differ), len(data), seconds[:, 0], seconds[:, 1], float(predicted))
+
+
+def _time(config: Config, jobs: Sequence[Job], repeats: int) -> np.ndarray:
+    """[n, 2] seconds of each job with home's arm and with this machine's."""
+    pace = Pace(build(config))
+    assert torch.get_num_threads() == config.threads
+    by_tokens = {job.prompt.tokens: job for job in jobs}
+
+    def decode(tokens: Sequence[int], which: str) -> Sequence[int]:
+        job = by_tokens[tuple(tokens)]
+        arm = job.home if which == "home" else job.here
+        request: Request = pace.request(
+            list(tokens), max_new_tokens=job.max_new_tokens, drafter=arm
+        )
+        return next(iter(pace.stream([request]))).token_ids
+
+    methods = {which: _bound(decode, which) for which in ("home", "here")}
+    timings = time_interleaved(methods, [job.prompt for job in jobs], repeats)
+    return np.array([[t.seconds for t in select(timings, which)] for which in methods]).T
+
+
+def _bound(decode: Any, which: str) -> Any:
+    return lambda tokens: decode(tokens, which)
+
+
+# --- what is said of it ---------------------------------------------------------------------------
+
+
+def _choices_table(priced: Mapping[Machine, _Priced]) -> Table:
+    home = next(iter(priced.values()))
+    drafters = list(dict.fromkeys(split_arm(arm)[0] for arm in home.arms))
+    columns = [Column("machine"), Column("best single arm"), Column("mean draft length", "{:.2f}")]
+    columns += [Column(name, SHARE) for name in drafters]
+    columns += [Column("otherwise than at home", SHARE)]
+    rows: list[list[Value]] = []
+    for machine, one in priced.items():
+        named = [split_arm(one.arms[place])[0] for place in one.repriced]
+        row: list[Value] = [str(machine), one.arms[one.single], _mean_length(one)]
+        row += [named.count(name) / len(named) for name in drafters]
+        rows.append([*row, float((one.repriced != home.repriced).mean())])
+    explanation = (
+        f"One `{LEARNER}` policy, learned from one collection; only its prices differ. Shares of "
+        "held-out prompts by drafter, whatever the length; lengths as far as arms name them."
+    )
+    return Table("What is picked where", explanation, columns, rows)
+
+
+def _mean_length(one: _Priced) -> float | None:
+    lengths = [split_arm(one.arms[place])[1] for place in one.repriced]
+    known = [length for length in lengths if length is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _regret_table(priced: Mapping[Machine, _Priced]) -> Table:
+    columns = [Column("machine"), Column("own prices", SPEED)]
+    columns += [Column(f"prices of {machine}", SPEED) for machine in priced]
+    columns += [Column(BEST_SINGLE, SPEED), Column(ORACLE, SPEED)]
+    rows: list[list[Value]] = []
+    for machine, one in priced.items():
+        row: list[Value] = [str(machine), one.speed(one.repriced)]
+        row += [one.speed(other.repriced) for other in priced.values()]
+        row.append(one.speed(np.full(len(one.repriced), one.single)))
+        rows.append([*row, one.speed(one.seconds.argmin(axis=1))])
+    explanation = (
+        "Each machine's predicted speed-up over its own `none`, when the arms are chosen with its own "
+        f"prices and with another's. {PREDICTED.partition(',')[0]}."
+    )
+    return Table("Choosing with another machine's prices", explanation, columns, rows)
+
+
+def _clock_table(clocked: Mapping[Machine, _Clocked | None]) -> Table:
+    columns = [Column("machine"), Column("other arm for"), Column("clocked prompts")]
+    columns += [Column("predicted", "{:.3f}x"), Column("clocked, own choice over home's")]
+    columns += [Column("faster prompts", SHARE)]
+    rows: list[list[Value]] = []
+    for machine, one in clocked.items():
+        if one is None:
+            rows.append([str(machine), "no prompt", 0, None, None, None])
+            continue
+        ratio, low, high = one.ratio()
+        row: list[Value] = [str(machine), f"{one.num_differ} of {one.num_all}", len(one.home)]
+        row += [one.predicted, f"{ratio:.3f}x ({low:.3f} to {high:.3f})"]
+        rows.append([*row, float((one.here < one.home).mean())])
+    explanation = (
+        "Prompts that get another arm than at home, those with most to gain by prediction, decoded "
+        f"on the machine with both arms, interleaved; medians of {REPEATS} runs, seconds from request "
+        "to last token, 95% bootstrap intervals over prompts."
+    )
+    return Table("By the clock", explanation, columns, rows)
+
+
+def _lengths_panel(priced: Mapping[Machine, _Priced]) -> Panel:
+    shares: dict[str, list[float]] = {}
+    for one in priced.values():
+        for arm in one.arms:
+            drafter = split_arm(arm)[0]
+            shares.setdefault(drafter, [])
+    for one in priced.values():
+        named = [split_arm(one.arms[place])[0] for place in one.repriced]
+        for drafter, of in shares.items():
+            of.append(named.count(drafter) / len(named))
+    machines = [str(machine).replace(", ", ",\n") for machine in priced]
+    series = [Series(drafter, machines, of) for drafter, of in shares.items()]
+    return Panel("what is picked where", "share of held-out prompts", series, kind="bars")
+
+
+def _clock_panel(clocked: Mapping[Machine, _Clocked | None]) -> Panel:
+    known = {str(m).replace(", ", ",\n"): one for m, one in clocked.items() if one is not None}
+    ratios = [one.ratio() for one in known.values()]
+    names = list(known)
+    series = [Series("predicted", names, [one.predicted for one in known.values()])]
+    series.append(
+        Series(
+            "clocked",
+            names,
+            [ratio for ratio, _, _ in ratios],
+            [low for _, low, _ in ratios],
+            [high for _, _, high in ratios],
+        )
+    )
+    label = "own choice over home's choice"
+    return Panel("prompts that get another arm", label, series, kind="bars", baseline=1.0)
+
+
+def _remarks(
+    priced: Mapping[Machine, _Priced], clocked: Mapping[Machine, _Clocked | None]
+) -> list[str]:
+    home = next(iter(priced.values()))
+    remarks = []
+    for machine, one in clocked.items():
+        here = priced[machine]
+        gained = here.speed(here.repriced) / here.speed(home.repriced)
+        if one is None:
+            remarks.append(f"{machine}: the same arms as at home for every prompt.")
+            continue
+        ratio, low, high = one.ratio()
+        verdict = "agrees" if low > 1.0 else "disagrees" if high < 1.0 else "cannot tell"
+        remarks.append(
+            f"{machine}: {one.num_differ} of {one.num_all} prompts get another arm than at home, "
+            f"worth {gained:.3f}x over all prompts by prediction; on those clocked, predicted "
+            f"{one.predicted:.3f}x, clocked {ratio:.3f}x ({low:.3f} to {high:.3f}): the clock {verdict}."
+        )
+    return remarks
+
+
+def _facts(
+    priced: Mapping[Machine, _Priced], clocked: Mapping[Machine, _Clocked | None]
+) -> dict[str, Any]:
+    return {
+        "chosen": {
+            str(machine): [one.arms[place] for place in one.repriced]
+            for machine, one in priced.items()
+        },
+        "clocked seconds": {
+            str(machine): {"home": one.home.tolist(), "own": one.here.tolist()}
+            for machine, one in clocked.items()
+            if one is not None
+        },
+    }

@@ -1,0 +1,186 @@
+"""How many prompts must be collected before a policy has nearly all that it will ever gain?
+
+Policies are learned from random parts of the training prompts, several parts of each size, and
+compared on the same held-out prompts with the policy that learned from all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from paceline.contracts import NONE
+from paceline.experiments.assistant_selection.learned import (
+    BEST_SINGLE,
+    ORACLE,
+    PREDICTED,
+    SPEED,
+    Study,
+)
+from paceline.experiments.findings import Column, Findings, Panel, Series, Table
+from paceline.learning.dataset import MIN_PROMPTS
+from paceline.learning.evaluation import Contender
+from paceline.learning.learners import LEARNERS as BY_NAME
+
+if TYPE_CHECKING:
+    from paceline.experiments.findings import Value
+    from paceline.experiments.workbench import Workbench
+
+SIZES: Final = (30, 100, 300, 1000, 3000, 10000)
+LEARNERS: Final = ("acceptance", "policy_gradient", "knn")
+DRAWS: Final = 5  # parts of each size, each with another seed
+ENOUGH: Final = 0.95  # of the full policy's gain
+
+
+@dataclass(frozen=True, slots=True)
+class _Learned:
+    """One learner at one size: speed-ups over `none` of the policies of all draws."""
+
+    num_prompts: int
+    speedups: np.ndarray  # [draws]
+
+    def gains(self, full: float) -> np.ndarray:
+        """[draws] shares of the full policy's gain over plain decoding."""
+        return (self.speedups - 1.0) / (full - 1.0)
+
+
+def run(bench: Workbench) -> Findings:
+    study = Study.of(bench, bench.collection.prompts, bench.arms(list(bench.config.drafters)))
+    num_train = len(study.train)
+    sizes = [size for size in SIZES if size < num_train] or [max(MIN_PROMPTS, num_train // 2)]
+    draws = 2 if bench.sizes.smoke else DRAWS
+    found: dict[str, list[_Learned]] = {}
+    done, total = 0, len(LEARNERS) * (len(sizes) + 1) * draws
+    for learner in LEARNERS:
+        of = found[learner] = []
+        for size in (*sizes, num_train):
+            speedups = []
+            for draw in range(draws):
+                bench.on_progress("learn from parts", done, total)
+                done += 1
+                speedups.append(_speedup(study, learner, size, draw))
+            of.append(_Learned(size, np.array(speedups)))
+    bench.on_progress("learn from parts", total, total)
+    report = study.report([])
+    levels = {way: report.overall.strategies[way].speedup.value for way in (BEST_SINGLE, ORACLE)}
+    return Findings(
+        tables=[_table(found, len(study.held_out), draws), _reached_table(found, levels)],
+        panels=[_panel(found)],
+        settings=bench.settings() | {"prompts to learn from": num_train},
+        remarks=_remarks(found, levels),
+        facts=_facts(found, levels),
+    )
+
+
+def _speedup(study: Study, learner: str, size: int, draw: int) -> float:
+    """Over `none` on the held-out prompts, of a policy learned from a random part."""
+    rng = np.random.default_rng([draw, size])
+    part = study.train.rows(np.sort(rng.permutation(len(study.train))[:size]))
+    settings = study.settings.model_copy(update={"learner": learner, "seed": draw})
+    chooser = BY_NAME[learner].fit(part, settings, lambda stage, done, total: None).chooser
+    held_out = study.held_out
+    (law,) = Contender(learner, (chooser,)).laws(held_out)
+    none = held_out.seconds[:, held_out.arms.index(NONE)].sum()
+    return float(none / (law * held_out.seconds).sum())
+
+
+def _table(found: dict[str, list[_Learned]], num_held_out: int, draws: int) -> Table:
+    columns = [Column("learner"), Column("prompts", "{:,}"), Column("speed-up over none", SPEED)]
+    columns += [
+        Column("lowest", SPEED),
+        Column("highest", SPEED),
+        Column("of the full gain", "{:.1%}"),
+    ]
+    columns += [Column("spread", "{:.1%}")]
+    rows: list[list[Value]] = []
+    for learner, of in found.items():
+        full = float(of[-1].speedups.mean())
+        for one in of:
+            speeds, gains = one.speedups, one.gains(full)
+            row: list[Value] = [learner, one.num_prompts, float(speeds.mean())]
+            row += [float(speeds.min()), float(speeds.max())]
+            rows.append([*row, float(gains.mean()), float(gains.std())])
+    explanation = (
+        f"Mean, lowest and highest of {draws} policies, each learned with another seed from another "
+        f"random part, on the same {num_held_out} held-out prompts. The full gain is what the mean of "
+        "the policies that learned from all training prompts has over plain decoding; spread is the "
+        f"standard deviation over draws. {PREDICTED.partition(',')[0]}."
+    )
+    return Table("Speed by number of examples", explanation, columns, rows)
+
+
+def reached(of: list[_Learned]) -> int | None:
+    """The fewest prompts from which on every size has at least `ENOUGH` of the full gain."""
+    full = float(of[-1].speedups.mean())
+    enough = [one.gains(full).mean() >= ENOUGH for one in of]
+    first = len(of) - 1
+    while first > 0 and enough[first - 1]:
+        first -= 1
+    return of[first].num_prompts if first < len(of) - 1 else None
+
+
+def _reached_table(found: dict[str, list[_Learned]], levels: dict[str, float]) -> Table:
+    columns = [Column("learner"), Column("prompts for 95%", "{:,}")]
+    columns += [Column("best single arm", SPEED), Column("full policy", SPEED)]
+    columns += [Column("oracle", SPEED)]
+    rows: list[list[Value]] = [
+        [learner, reached(of), levels[BEST_SINGLE], float(of[-1].speedups.mean()), levels[ORACLE]]
+        for learner, of in found.items()
+    ]
+    explanation = (
+        "The fewest prompts, of the sizes tried, that reach 95% of the full policy's gain over plain "
+        "decoding, there and at every larger size; a dash where only all prompts do."
+    )
+    return Table("Where it is enough", explanation, columns, rows)
+
+
+def _panel(found: dict[str, list[_Learned]]) -> Panel:
+    series = []
+    for learner, of in found.items():
+        gains = [one.gains(float(of[-1].speedups.mean())) for one in of]
+        series.append(
+            Series(
+                learner,
+                [float(one.num_prompts) for one in of],
+                [float(gain.mean()) for gain in gains],
+                [float(gain.min()) for gain in gains],
+                [float(gain.max()) for gain in gains],
+            )
+        )
+    return Panel(
+        "gain by number of examples",
+        "share of the full policy's gain over none",
+        series,
+        x_label="prompts learned from",
+        baseline=ENOUGH,
+        log_x=True,
+    )
+
+
+def _remarks(found: dict[str, list[_Learned]], levels: dict[str, float]) -> list[str]:
+    remarks = []
+    for learner, of in found.items():
+        num, full = reached(of), float(of[-1].speedups.mean())
+        few = of[0]
+        when = (
+            f"has {ENOUGH:.0%} of its gain over plain decoding from {num:,} prompts on"
+            if num is not None
+            else f"needs more than {of[-2].num_prompts:,} prompts for {ENOUGH:.0%} of its gain"
+        )
+        remarks.append(
+            f"`{learner}` {when}; with {few.num_prompts} it is at {few.speedups.mean():.2f}x of "
+            f"{full:.2f}x (best single arm {levels[BEST_SINGLE]:.2f}x, oracle {levels[ORACLE]:.2f}x)."
+        )
+    return remarks
+
+
+def _facts(found: dict[str, list[_Learned]], levels: dict[str, float]) -> dict[str, Any]:
+    return {
+        "levels": levels,
+        "speedups": {
+            learner: {str(one.num_prompts): one.speedups.tolist() for one in of}
+            for learner, of in found.items()
+        },
+    }

@@ -1,0 +1,151 @@
+"""The drafter inside the target: several sets of sub-layers to skip as arms, beside `none`.
+
+The sets are chosen by hand, from sparing to greedy, for a target of any depth; none was searched for.
+What is asked is whether a policy limits the loss where a set does not pay.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from paceline.config import DrafterSection
+from paceline.contracts import NONE
+from paceline.experiments.assistant_selection.learned import (
+    BEST_SINGLE,
+    ORACLE,
+    PER_TASK,
+    PREDICTED,
+    RANDOM,
+    SHARE,
+    SPEED,
+    Study,
+    always_drafting,
+    interval,
+    share,
+    speedup,
+    ways_table,
+)
+from paceline.experiments.findings import Column, Findings, Panel, Series, Table
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from paceline.experiments.findings import Value
+    from paceline.experiments.workbench import Workbench
+    from paceline.learning.evaluation import EvaluationReport
+
+LEARNERS: Final = ("acceptance", "policy_gradient")
+FOLDER: Final = "self-drafting"
+MOST_PROMPTS: Final = 60  # a task: every position of every text is drafted from by every set
+DRAFT_TOKENS: Final = 4
+
+
+def skip_sets(num_layers: int) -> dict[str, tuple[list[int], list[int]]]:
+    """name -> (attention, MLP) sub-layers to skip; the first and last layers are always kept."""
+    inner = range(1, max(num_layers - 1, 2))
+    quarter, half = max(len(inner) // 4, 1), max(len(inner) // 2, 1)
+    middle = list(inner)[(len(inner) - half) // 2 :][:half]
+    central = list(inner)[(len(inner) - quarter) // 2 :][:quarter]
+    return {
+        "skip-quarter": (central, central),
+        "skip-attention": (middle, []),
+        "skip-alternate": (list(inner[::2]), list(inner[::2])),
+        "skip-half": (middle, middle),
+        "skip-most": (list(inner), list(inner)),
+    }
+
+
+def run(bench: Workbench) -> Findings:
+    sets = skip_sets(bench.pace.parts.target.model.config.num_hidden_layers)
+    drafters = {
+        name: DrafterSection(
+            kind="layer_skip",
+            settings={
+                "skip_attention": attention,
+                "skip_mlp": mlp,
+                "num_draft_tokens": DRAFT_TOKENS,
+            },
+        )
+        for name, (attention, mlp) in sets.items()
+    }
+    within = bench.with_drafters(FOLDER, drafters)
+    within.sizes = within.sizes.with_prompts(
+        min(MOST_PROMPTS, within.sizes.prompts or MOST_PROMPTS)
+    )
+    study = Study.of(within, within.collection.prompts, within.arms(list(drafters)))
+    contenders = study.contenders(LEARNERS)
+    contenders += [always_drafting(contenders[0], study.held_out)]
+    report = study.report(contenders)
+    return Findings(
+        tables=[_ways_table(report), _sets_table(report, sets, study)],
+        panels=[_panel(report)],
+        settings=within.settings(),
+        remarks=_remarks(report),
+        facts={"report": report, "sets": sets},
+    )
+
+
+def _ways_table(report: EvaluationReport) -> Table:
+    ways = [RANDOM, BEST_SINGLE, PER_TASK, *report.policies, ORACLE]
+    columns, rows = ways_table(report, ways)
+    columns.insert(1, Column(f"to `{NONE}`", SHARE))
+    rows = [
+        [row[0], share(report, way, NONE), *row[1:]] for way, row in zip(ways, rows, strict=True)
+    ]
+    explanation = (
+        "The target drafts for itself with sub-layers left out, up to "
+        f"{DRAFT_TOKENS} tokens with the published adaptive exit; the last policy must draft. "
+        f"{PREDICTED}"
+    )
+    return Table("Self-drafting: ways of choosing", explanation, columns, rows)
+
+
+def _sets_table(
+    report: EvaluationReport, sets: Mapping[str, tuple[list[int], list[int]]], study: Study
+) -> Table:
+    columns = [Column("set"), Column("attention skipped"), Column("MLP skipped")]
+    columns += [Column("tokens a round", "{:.2f}"), Column("chosen by the policy", SHARE)]
+    columns += [Column("speed-up when always used")]
+    columns += [Column(task, SPEED) for task in report.by_domain]
+    rows: list[list[Value]] = []
+    held_out = study.held_out
+    for name, (attention, mlp) in sets.items():
+        rounds = held_out.rounds_per_token[:, held_out.arms.index(name)].mean()
+        row: list[Value] = [name, len(attention), len(mlp), float(1.0 / rounds)]
+        row += [share(report, report.policies[0], name)]
+        row += [interval(report.overall.arms[name].speedup)]
+        row += [part.arms[name].speedup.value for part in report.by_domain.values()]
+        rows.append(row)
+    explanation = "Each set for all requests, overall and by task."
+    return Table("The sets", explanation, columns, rows)
+
+
+def _panel(report: EvaluationReport) -> Panel:
+    arms = [arm for arm in report.overall.arms if arm != NONE]
+    names = [*arms, BEST_SINGLE, *report.policies, ORACLE]
+    found = [report.overall.arms[arm].speedup for arm in arms]
+    found += [report.overall.strategies[way].speedup for way in names[len(arms) :]]
+    series = Series(
+        "all tasks",
+        [name.replace(", ", ",\n") for name in names],
+        [f.value for f in found],
+        [f.low for f in found],
+        [f.high for f in found],
+    )
+    return Panel(
+        "sets and ways of choosing", "predicted speed-up over none", [series], "bars", baseline=1.0
+    )
+
+
+def _remarks(report: EvaluationReport) -> list[str]:
+    policy, forced = report.policies[0], report.policies[-1]
+    sets = {arm: f.speedup.value for arm, f in report.overall.arms.items() if arm != NONE}
+    best, worst = max(sets, key=lambda a: sets[a]), min(sets, key=lambda a: sets[a])
+    slowest = report.slowest[policy]
+    return [
+        f"Always used, the sets bring {sets[worst]:.2f}x (`{worst}`) to {sets[best]:.2f}x (`{best}`).",
+        f"The policy brings {speedup(report, policy):.2f}x and takes `{NONE}` for "
+        f"{share(report, policy, NONE):.0%}; its slowest task is {slowest.task}, "
+        f"{interval(slowest.speedup)}. Without `{NONE}` it would bring {speedup(report, forced):.2f}x.",
+        f"The oracle over these sets and `{NONE}` has {speedup(report, ORACLE):.2f}x.",
+    ]

@@ -1,0 +1,154 @@
+"""`paceline evaluate` as a function: a configuration's own files in, an evaluation out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from paceline.bench.circumstances import circumstances
+from paceline.costs.table import CostTable
+from paceline.drafting.catalog import arms_of
+from paceline.errors import ConfigError, StoreError
+from paceline.learning.dataset import build_dataset, split
+from paceline.learning.evaluation import (
+    POLICY,
+    Contender,
+    Evaluation,
+    Evaluator,
+    train_contenders,
+)
+from paceline.models.loading import load_tokenizer
+from paceline.replay import price_stops
+from paceline.selection import PolicyIdentity, load_policy
+from paceline.selection.artefact import read_card
+from paceline.store.collection import load_collection
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from paceline.config import Config
+    from paceline.learning.dataset import Dataset
+    from paceline.store.collection import LoadedCollection
+
+    OnProgress = Callable[[str, int, int], None]
+
+
+def _quiet(stage: str, done: int, total: int) -> None:
+    """No progress."""
+
+
+def evaluate(
+    config: Config,
+    *,
+    compare: Sequence[str] = (),
+    encoders: Sequence[tuple[str, ...] | None] = (None,),
+    seeds: int = 1,
+    loads: Sequence[int] = (1,),
+    on: Mapping[str, Path] | None = None,
+    leave_one_task_out: bool = False,
+    on_progress: OnProgress = _quiet,
+) -> Evaluation:
+    """Price the collection anew and compare policies with every other way to choose.
+
+    compare: learners to train on the training part, with each of `encoders` (None: all that were
+    collected, (): none) and so many `seeds`; without any, the saved policy is evaluated. loads: rows
+    in flight. on: folders of other collections by name. leave_one_task_out: also train on all tasks
+    but one and test on that one, with the compared learners or the configuration's.
+    """
+    _check(compare, encoders, seeds, loads, leave_one_task_out)
+    seen = config.selection.encoders if compare else list(read_card(config.paths.policy).encoders)
+    collection = load_collection(config.paths.store, list(config.drafters), seen)
+    costs = CostTable.load(config.paths.costs)
+    identity = identity_of(collection)
+    costs.check(identity.drafters, identity.drafters)
+    settings, notes, contenders = config.learning, [], []
+    arms = tuple(arms_of(config))
+    if not compare:
+        policy = load_policy(config.paths.policy, identity, costs, selection=config.selection)
+        arms, contenders = policy.arms, [Contender(POLICY, (policy.chooser,))]
+        # its own training part, whatever the configuration says now
+        share = read_card(config.paths.policy).learner.get("held_out", settings.held_out)
+        settings = settings.model_copy(update={"held_out": share})
+        notes = list(policy.notes)
+
+    def priced(found: LoadedCollection) -> tuple[Dataset, list[str]]:
+        return build_dataset(price_stops(found.prompts, config, costs), arms, costs, settings)
+
+    def trained(part: Dataset) -> list[Contender]:
+        learners = compare or [settings.learner]
+        return train_contenders(part, learners, encoders, settings, seeds, on_progress)
+
+    data, found_notes = priced(collection)
+    train, held_out = split(data, settings.held_out)
+    contenders = contenders or trained(train)
+    tokenizer = load_tokenizer(config.target)
+    evaluator = Evaluator(
+        train,
+        lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)),
+        settings.seed,
+        [*found_notes, *notes],
+    )
+    sections = evaluator.held_out(held_out, contenders, loads)
+    for name, folder in (on or {}).items():
+        other = load_collection(folder, list(config.drafters), seen)
+        _check_alike(collection, other, folder)
+        sections.append(evaluator.elsewhere(name, priced(other)[0], contenders))
+    if leave_one_task_out:
+        sections += evaluator.left_out(data, trained)
+    return Evaluation(tuple(sections), _facts(config, costs, settings.objective, seeds))
+
+
+def identity_of(collection: LoadedCollection) -> PolicyIdentity:
+    """What a policy learned from a collection is tied to."""
+    made_with = collection.identity
+    return PolicyIdentity(
+        target=made_with.target,
+        tokenizer=made_with.tokenizer,
+        hidden_size=made_with.hidden_size,
+        drafters=made_with.arms,
+        encoders=made_with.encoders,
+    )
+
+
+def _check(
+    compare: Sequence[str],
+    encoders: Sequence[tuple[str, ...] | None],
+    seeds: int,
+    loads: Sequence[int],
+    leave_one_task_out: bool,
+) -> None:
+    if seeds < 1 or not loads or min(loads) < 1:
+        raise ConfigError(f"seeds and rows are at least 1, got {seeds} and {list(loads)}")
+    trains = bool(compare) or leave_one_task_out
+    if not trains and (seeds > 1 or list(encoders) != [None]):
+        raise ConfigError(
+            "seeds and encoders are of policies that are trained here; name learners with --compare"
+        )
+
+
+def _check_alike(collection: LoadedCollection, other: LoadedCollection, folder: Path) -> None:
+    """Raises StoreError unless both were made with the same target, features and drafters."""
+    for name, expected in collection.identity._asdict().items():
+        found = getattr(other.identity, name)
+        if found != expected:
+            raise StoreError(
+                f"{folder}: was collected with another {name.replace('_', ' ')} than the collection "
+                f"that was learned from: {found}, expected {expected}; collect it again"
+            )
+
+
+def _facts(config: Config, costs: CostTable, objective: object, seeds: int) -> dict[str, object]:
+    """The circumstances of the figures."""
+    made = circumstances()
+    machine = next((v for k, v in costs.fingerprint.items() if k in ("device", "cpu")), "")
+    facts = {
+        "collection": str(config.paths.store),
+        "cost table": f"{costs.hash()[:12]} {machine}".strip(),
+        "objective": objective,
+        "trainings": seeds,
+        "seed": config.learning.seed,
+        "commit": made["commit"],
+        "date": made["date"],
+        "command": made["command"],
+    }
+    return facts

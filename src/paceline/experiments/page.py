@@ -1,0 +1,95 @@
+"""The experiments' page, put together from what the runs wrote, so that no figure is typed by hand.
+
+What stands between the two marks of the page is replaced; the rest of it is prose and stays.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from paceline.errors import ConfigError
+from paceline.experiments.catalog import EXPERIMENTS, OUT
+from paceline.files import write_atomically
+
+if TYPE_CHECKING:
+    from paceline.experiments.catalog import Experiment
+
+BEGIN: Final = "<!-- found: `paceline experiment --collect-docs` writes what stands here -->"
+END: Final = "<!-- end of what was found -->"
+_OURS: Final = "nothing; the question is ours"
+
+
+def collect_docs(out: Path | str = OUT) -> Path:
+    """Write what the runs in a folder found into the page beside it, FOLDER.md; returns the page.
+
+    Raises ConfigError if the page is not there or lacks the marks.
+    """
+    folder = Path(out)
+    page = folder.with_name(f"{folder.name}.md")
+    try:
+        text = page.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{page}: cannot be read ({error})") from error
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ConfigError(f"{page}: the lines '{BEGIN}' and '{END}' must stand in it")
+    found = {e.name: _read(folder / f"{e.name}.md") for e in EXPERIMENTS.values()}
+    parts = [_overview(found)]
+    parts += [
+        _section(EXPERIMENTS[name], text, folder.name) for name, text in found.items() if text
+    ]
+    sections = "\n".join(parts)
+    write_atomically(page, f"{before}{BEGIN}\n\n{sections}\n{END}{after}".encode())
+    return page
+
+
+def _read(path: Path) -> str:
+    """A run's report; empty where there is none."""
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _overview(found: dict[str, str]) -> str:
+    lines = ["| experiment | what the paper says | what was found |", "|---|---|---|"]
+    for name, text in found.items():
+        experiment = EXPERIMENTS[name]
+        shown = f"[{name}](#{_anchor(experiment.title)})" if text else name
+        remarks = _remarks(text)
+        first = remarks[0].removeprefix("- ") if remarks else "not run yet"
+        lines.append(f"| {shown} | {experiment.claim or _OURS} | {first} |")
+    return "\n".join(lines) + "\n"
+
+
+def _section(experiment: Experiment, text: str, folder: str) -> str:
+    """An experiment's question, circumstances, first table, remarks and figure, with links."""
+    head, *tables = text.split("\n## ")
+    _, _, preamble = head.partition("\n")  # claim and circumstances
+    table = "\n".join(line for line in tables[0].split("\n") if line and not line.startswith("- "))
+    title, _, body = table.partition("\n")
+    explanation, _, rows = body.partition("\n")
+    rows = "\n".join(line for line in rows.split("\n") if line.startswith("|"))
+    more = f"{len(tables)} tables" if len(tables) > 1 else "The table"
+    links = f"{more}: [{experiment.name}.md]({folder}/{experiment.name}.md); everything: "
+    return "\n".join(
+        [
+            f"## {experiment.title}\n",
+            preamble.strip() + "\n",
+            *_remarks(text),
+            "",
+            f"![{experiment.title}]({folder}/{experiment.name}.png)\n",
+            f"**{title}.** {explanation}\n",
+            rows + "\n",
+            f"{links}[{experiment.name}.json]({folder}/{experiment.name}.json).\n",
+        ]
+    )
+
+
+def _remarks(text: str) -> list[str]:
+    return [line for line in text.split("\n") if line.startswith("- ")]
+
+
+def _anchor(title: str) -> str:
+    """As GitHub makes it from a heading."""
+    kept = "".join(c for c in title.lower() if c.isalnum() or c in " -_")
+    return kept.replace(" ", "-")

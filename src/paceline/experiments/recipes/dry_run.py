@@ -1,0 +1,260 @@
+"""A recipe without weights: do the shapes fit each other and the device, and how long would it take?
+
+Seconds are a roofline: the bytes a forward reads over bandwidth, or its multiplications over arithmetic,
+whichever is longer, over the recipe's efficiency. They are predictions and say so; what is accepted is
+not predicted, only what must be for a drafter to pay. Symbols: K draft length, tau tokens a round.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final
+
+from paceline.config import DrafterSection, ModelSection
+from paceline.drafting.catalog import check_settings, find_kind
+from paceline.drafting.layer_skip import LayerSkipSettings, subset_of
+from paceline.drafting.trigram.drafter import TrigramTreeSettings
+from paceline.errors import ConfigError
+from paceline.experiments.recipes.shapes import (
+    check_forward,
+    model_of_shape,
+    num_multiplied,
+    num_parameters,
+)
+from paceline.models.loading import DTYPES
+from paceline.models.sublayers import SubLayers
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from paceline.experiments.recipes.schema import Recipe, RecipeDrafter
+    from paceline.models.language_model import LanguageModel
+
+_FREE: Final = 0.1  # share of the device's memory left for work and fragments
+_BYTES_A_TOKEN: Final = 4  # of text, about, for the size of a table
+_BYTES_A_TRIGRAM: Final = 20  # a pair and a successor of their own, the most a token can add
+TARGET: Final = "target"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    """The target or an arm: what it holds, and what a step of it is predicted to take."""
+
+    name: str
+    kind: str
+    parameters: int = 0  # of its own
+    weight_bytes: int = 0
+    cache_bytes: int = 0  # of all rows at their full length
+    host_bytes: int = 0  # of a table, at most
+    draft_length: int = 0
+    step_seconds: float = 0.0  # one token of every row; a draft step, for a drafter
+    break_even: float = 1.0  # tau at which the arm is as fast as plain decoding
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """A recipe that fits, with what it is predicted to take. seconds: by stage."""
+
+    recipe: Recipe
+    models: list[ModelPlan]
+    needed_bytes: int
+    device_bytes: int
+    seconds: dict[str, float]
+    notes: list[str] = field(default_factory=list)
+
+
+class Roofline:
+    """Predicted seconds of forwards on a recipe's devices."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        device = recipe.device
+        share = device.count * device.efficiency
+        self._bandwidth = device.gigabytes_per_second * 1e9 * share
+        self._arithmetic = device.teraflops * 1e12 * share
+        self._arithmetic_of_one = self._arithmetic / device.count
+
+    def seconds(
+        self, model: LanguageModel, tokens: int, context: int, rows: int = 1, kept: float = 1.0
+    ) -> float:
+        """One forward of `tokens` in all, behind `context` cached ones in each row.
+
+        kept: share of the model's weights and cache that takes part.
+        """
+        weights = num_multiplied(model)
+        read = weights * model.dtype.itemsize + rows * context * model.position_bytes
+        # scores and mixing: four multiplications or additions a dimension and cached token
+        attention = 4 * model.num_layers * model.hidden_size * context * tokens
+        work = 2 * weights * tokens + attention
+        return kept * max(read / self._bandwidth, work / self._arithmetic)
+
+    def training_seconds(self, parameters: int, tokens: float, devices: int) -> float:
+        """Forward and backward: six multiplications or additions a parameter and token."""
+        return 6 * parameters * tokens / (self._arithmetic_of_one * devices)
+
+
+def dry_run(recipe: Recipe) -> DryRun:
+    """Check a recipe. Raises ConfigError with the first thing that does not fit."""
+    work = recipe.workload
+    length = work.prompt_tokens + work.new_tokens
+    section = recipe.target
+    target = model_of_shape(TARGET, section.shape, DTYPES[section.dtype], section.millions)
+    if length > target.context_length:
+        raise ConfigError(
+            f"prompts of {work.prompt_tokens} and answers of {work.new_tokens} tokens do not fit the "
+            f"target's context of {target.context_length}; lower one of them in 'workload'"
+        )
+    planner = _Planner(recipe, target)
+    plans = [planner.target()]
+    plans += [planner.drafter(name, drafter) for name, drafter in recipe.drafters.items()]
+    check_forward(target, 1 + max(plan.draft_length for plan in plans))
+    free = [plan.name for plan in plans if plan.draft_length and not plan.step_seconds]
+    if free:
+        planner.notes.append(
+            f"what {', '.join(free)} takes to draft on the host is not predicted, nor in what pays"
+        )
+    needed = sum(plan.weight_bytes + plan.cache_bytes for plan in plans)
+    device_bytes = int(recipe.device.count * recipe.device.gigabytes * 1e9)
+    _check_memory(recipe, plans, needed, device_bytes)
+    return DryRun(recipe, plans, needed, device_bytes, planner.stages(plans), planner.notes)
+
+
+def _check_memory(
+    recipe: Recipe, plans: Sequence[ModelPlan], needed: int, device_bytes: int
+) -> None:
+    usable = (1 - _FREE) * device_bytes
+    if needed <= usable:
+        return
+    parts = ", ".join(
+        f"{plan.name} {(plan.weight_bytes + plan.cache_bytes) / 1e9:.1f}"
+        for plan in plans
+        if plan.weight_bytes + plan.cache_bytes
+    )
+    raise ConfigError(
+        f"does not fit: weights and caches need {needed / 1e9:.1f} GB ({parts}), of "
+        f"{recipe.device.count} x {recipe.device.name} {usable / 1e9:.1f} GB can be used; fewer rows, "
+        "shorter texts, fewer drafters or more devices"
+    )
+
+
+class _Planner:
+    """What each arm of one recipe holds and takes."""
+
+    def __init__(self, recipe: Recipe, target: LanguageModel) -> None:
+        self._recipe = recipe
+        self._target = target
+        self._roofline = Roofline(recipe)
+        self._length = recipe.workload.prompt_tokens + recipe.workload.new_tokens
+        self._context = recipe.workload.prompt_tokens + recipe.workload.new_tokens // 2
+        self._models: dict[str, LanguageModel] = {}
+        self.notes: list[str] = []
+
+    def target(self) -> ModelPlan:
+        return self._holding(ModelPlan(TARGET, "none"), self._target)
+
+    def drafter(self, name: str, drafter: RecipeDrafter) -> ModelPlan:
+        """Raises ConfigError if the drafter does not fit its settings, the target or its shape."""
+        settings = check_settings(
+            name, DrafterSection(kind=drafter.kind, settings=drafter.settings)
+        )
+        length = int(getattr(settings, "num_draft_tokens", 0))
+        plan = ModelPlan(name, drafter.kind, draft_length=length)
+        if isinstance(settings, ModelSection):
+            return self._draft_model(plan, drafter, settings)
+        if drafter.shape is not None:
+            raise ConfigError(
+                f"drafter '{name}': kind '{drafter.kind}' has no model; remove 'shape'"
+            )
+        if isinstance(settings, LayerSkipSettings):
+            return self._stepping(plan, self._skipping_step(name, settings))
+        if isinstance(settings, TrigramTreeSettings):
+            plan = replace(plan, host_bytes=self._table_bytes(name, drafter, settings))
+        return self._stepping(plan, 0.0)
+
+    def _draft_model(
+        self, plan: ModelPlan, drafter: RecipeDrafter, settings: ModelSection
+    ) -> ModelPlan:
+        if drafter.shape is None:
+            raise ConfigError(f"drafter '{plan.name}': needs the 'shape' of its model")
+        dtype = self._target.dtype if settings.dtype == "auto" else DTYPES[settings.dtype]
+        name = f"drafter '{plan.name}'"
+        model = model_of_shape(plan.name, drafter.shape, dtype, drafter.millions)
+        same = find_kind(plan.name, plan.kind).needs.same_vocabulary
+        if same and model.num_logits != self._target.num_logits:
+            raise ConfigError(
+                f"{name}: a vocabulary of {model.num_logits} tokens, the target's has "
+                f"{self._target.num_logits}; use a drafter with the target's tokenizer, or kind "
+                "'cross_vocabulary'"
+            )
+        if self._length > model.context_length:
+            self.notes.append(
+                f"{name} has a context of {model.context_length} and stops drafting before texts of "
+                f"{self._length} tokens end"
+            )
+        check_forward(model, 1)
+        self._models[plan.name] = model
+        return self._holding(plan, model)
+
+    def _holding(self, plan: ModelPlan, model: LanguageModel) -> ModelPlan:
+        parameters = num_parameters(model)
+        plan = replace(
+            plan,
+            parameters=parameters,
+            weight_bytes=parameters * model.dtype.itemsize,
+            cache_bytes=self._recipe.rows * self._length * model.position_bytes,
+        )
+        return self._stepping(plan, self._step(model))
+
+    def _stepping(self, plan: ModelPlan, step: float) -> ModelPlan:
+        """With its seconds; where nothing is drafted, a round is one step of the target."""
+        verify = self._step(self._target, plan.draft_length + 1)
+        tau = (verify + plan.draft_length * step) / self._step(self._target)
+        return replace(plan, step_seconds=step, break_even=tau)
+
+    def _step(self, model: LanguageModel, tokens: int = 1, kept: float = 1.0) -> float:
+        """A forward of so many tokens of every row, in the middle of an answer."""
+        rows = self._recipe.rows
+        return self._roofline.seconds(model, tokens * rows, self._context, rows, kept)
+
+    def _skipping_step(self, name: str, settings: LayerSkipSettings) -> float:
+        if settings.skip_set is not None:
+            raise ConfigError(
+                f"drafter '{name}': a recipe has no file of a search; give skip_attention and skip_mlp"
+            )
+        subset = subset_of(name, settings, self._target)
+        check_forward(self._target, 1, subset)
+        layers = SubLayers(self._target.model.base_model, self._target.num_layers, name)
+        kept = 1 - layers.num_parameters(subset) / num_multiplied(self._target)
+        return self._step(self._target, kept=kept)
+
+    def _table_bytes(self, name: str, drafter: RecipeDrafter, settings: TrigramTreeSettings) -> int:
+        """Of the mapped file; every token of the text is a tri-gram of its own at most."""
+        if (drafter.corpus_megabytes is None) == (settings.table is not None):
+            raise ConfigError(
+                f"drafter '{name}': a table and the corpus_megabytes it is made of go together"
+            )
+        if drafter.corpus_megabytes is None:
+            return 0
+        tokens = drafter.corpus_megabytes * 1e6 / _BYTES_A_TOKEN
+        return int(8 * self._target.num_logits + _BYTES_A_TRIGRAM * tokens)
+
+    def stages(self, plans: Sequence[ModelPlan]) -> dict[str, float]:
+        """Predicted seconds of what running the recipe would do."""
+        recipe, work = self._recipe, self._recipe.workload
+        prefill = self._roofline.seconds(self._target, work.prompt_tokens, work.prompt_tokens // 2)
+        answers = work.prompts * work.new_tokens / recipe.rows * self._step(self._target)
+        seconds = {"decode with the target": work.prompts * prefill + answers}
+        for plan in plans[1:]:
+            model = self._models.get(plan.name)
+            if model is not None:
+                one = self._roofline.seconds(model, self._length, self._length // 2)
+                seconds[f"replay {plan.name}"] = work.prompts * one
+            elif plan.step_seconds:
+                # a draft of full length behind every token, one row at a time
+                drafts = work.prompts * work.new_tokens * plan.draft_length
+                seconds[f"replay {plan.name}, at most"] = drafts * plan.step_seconds
+        if recipe.training is not None:
+            trained = next(plan for plan in plans if plan.name == recipe.training.drafter)
+            seconds[f"train {trained.name}"] = self._roofline.training_seconds(
+                trained.parameters, recipe.training.tokens, recipe.training.devices
+            )
+        return seconds

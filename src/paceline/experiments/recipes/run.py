@@ -1,0 +1,105 @@
+"""A recipe with its weights at hand: collect, profile, learn, evaluate, as for any configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from paceline.config import Config, DrafterSection, EngineSection, ModelSection, PathsSection
+from paceline.drafting.catalog import check_settings
+from paceline.errors import ConfigError, ModelError
+from paceline.experiments import pipeline
+from paceline.experiments.evaluation import evaluate
+from paceline.experiments.prompt_files import read_spec_bench
+from paceline.experiments.workbench import SPEC_BENCH, Workbench, quiet
+from paceline.models.loading import load_config
+from paceline.store import read_prompts, take_by_hash
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from paceline.contracts import PromptRecord
+    from paceline.experiments.recipes.schema import Recipe
+    from paceline.experiments.workbench import OnProgress
+    from paceline.learning import Evaluation
+
+
+def run_recipe(
+    recipe: Recipe, folder: Path, data: Path | None = None, on_progress: OnProgress = quiet
+) -> Evaluation:
+    """Run a recipe in a folder; what was finished of it before is kept. Downloads nothing.
+
+    Raises ModelError that names what weights are missing, ConfigError if a model is not of the
+    recipe's shape or a prompt file is missing.
+    """
+    config = configuration(recipe, folder)
+    _check_models(recipe)
+    prompts = _prompts(recipe, Workbench(config, folder, data))
+    pipeline.collect(config, prompts, recipe.workload.new_tokens, on_progress=on_progress)
+    pipeline.profile(config, on_progress)
+    pipeline.learn(config, on_progress)
+    return evaluate(config)
+
+
+def configuration(recipe: Recipe, folder: Path) -> Config:
+    """The paceline.yaml of a recipe."""
+    only = set(ModelSection.model_fields)
+    return Config(
+        target=ModelSection(**recipe.target.model_dump(include=only)),
+        drafters={
+            name: DrafterSection(kind=drafter.kind, settings=drafter.settings)
+            for name, drafter in recipe.drafters.items()
+        },
+        engine=EngineSection(max_rows=recipe.rows),
+        paths=PathsSection(
+            store=folder / "collection", costs=folder / "costs.json", policy=folder / "policy"
+        ),
+    )
+
+
+def _prompts(recipe: Recipe, bench: Workbench) -> list[PromptRecord]:
+    records: list[PromptRecord] = []
+    for name in recipe.workload.files:
+        path = bench.data_file(name)
+        records += read_spec_bench(path) if name == SPEC_BENCH else read_prompts([path])
+    return take_by_hash(records, recipe.workload.prompts)
+
+
+def _check_models(recipe: Recipe) -> None:
+    """All weights that are missing in one line, then the first shape that is another one."""
+    sections: list[tuple[ModelSection, Mapping[str, Any]]] = [(recipe.target, recipe.target.shape)]
+    for name, drafter in recipe.drafters.items():
+        plain = DrafterSection(kind=drafter.kind, settings=drafter.settings)
+        settings = check_settings(name, plain)
+        if isinstance(settings, ModelSection) and drafter.shape is not None:
+            sections.append((settings, drafter.shape))
+    missing = [section.model for section, _ in sections if not _is_here(section)]
+    if missing:
+        raise ModelError(
+            f"no weights here of {', '.join(missing)}; name a local folder in the recipe's 'model', or "
+            "fetch them into the Hugging Face cache first (`--dry-run` needs no weights)"
+        )
+    for section, shape in sections:
+        found = load_config(section)
+        for key, value in shape.items():
+            if getattr(found, key, None) != value:
+                raise ConfigError(
+                    f"{section.model}: its {key} is {getattr(found, key, None)!r}, the recipe's "
+                    f"shape says {value!r}"
+                )
+
+
+def _is_here(section: ModelSection) -> bool:
+    folder = Path(section.model)
+    if not folder.is_dir():
+        try:
+            found = snapshot_download(
+                section.model, revision=section.revision, local_files_only=True
+            )
+        except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError):
+            return False
+        folder = Path(found)
+    return any(folder.glob("*.safetensors"))

@@ -1,0 +1,105 @@
+"""A recipe: an experiment at a paper's scale as one YAML file, models described by their shapes.
+
+What a paper says stands under `claims` with where that was read; all the rest of a recipe is ours, and
+`ours` says so in words. A `shape` is what the model's config.json holds: `model_type` and sizes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, model_validator
+
+from paceline.config import DrafterSection, ModelSection, Section, parse
+from paceline.errors import ConfigError
+from paceline.experiments.claims import Claim
+
+
+class DeviceShape(Section):
+    """What runs the models: `count` of them, weights and work divided evenly.
+
+    gigabytes, gigabytes_per_second, teraflops: of one, at the recipe's dtype. efficiency: the share of
+    bandwidth and arithmetic that predictions reckon with.
+    """
+
+    name: str
+    count: int = Field(default=1, ge=1)
+    gigabytes: float = Field(gt=0)
+    gigabytes_per_second: float = Field(gt=0)
+    teraflops: float = Field(gt=0)
+    efficiency: float = Field(gt=0, le=1)
+
+
+class RecipeTarget(ModelSection):
+    """The target; `millions` is the size its name or paper gives, which the shape must meet."""
+
+    shape: dict[str, Any]
+    millions: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _has_dtype(self) -> RecipeTarget:
+        if self.dtype == "auto":
+            raise ValueError("'target.dtype' must be float32, bfloat16 or float16 in a recipe")
+        return self
+
+
+class RecipeDrafter(DrafterSection):
+    """A drafter as in paceline.yaml, with the shape of its model or the text its table is made of."""
+
+    shape: dict[str, Any] | None = None
+    millions: float | None = Field(default=None, gt=0)
+    corpus_megabytes: float | None = Field(default=None, gt=0)
+
+
+class Workload(Section):
+    """Which prompts of which files of the data folder, and what lengths to reckon with."""
+
+    files: list[str] = Field(min_length=1)
+    prompts: int = Field(ge=1)
+    prompt_tokens: int = Field(ge=1)
+    new_tokens: int = Field(ge=2)
+
+
+class Training(Section):
+    """A drafter that is trained first: on how many tokens, by how many of the recipe's devices."""
+
+    drafter: str
+    tokens: float = Field(gt=0)
+    devices: int = Field(ge=1)
+
+
+class Recipe(Section):
+    """The whole file. rows: requests decoded together."""
+
+    title: str
+    paper: str
+    claims: list[Claim] = Field(min_length=1)
+    ours: list[str] = Field(min_length=1)
+    device: DeviceShape
+    target: RecipeTarget
+    drafters: dict[str, RecipeDrafter] = Field(min_length=1)
+    rows: int = Field(default=1, ge=1)
+    workload: Workload
+    training: Training | None = None
+
+    @model_validator(mode="after")
+    def _training_names_a_drafter(self) -> Recipe:
+        if self.training is not None and self.training.drafter not in self.drafters:
+            raise ValueError(f"'training.drafter': there is no drafter '{self.training.drafter}'")
+        return self
+
+
+def load_recipe(path: Path | str) -> Recipe:
+    """Read and validate. Raises ConfigError with what to change."""
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such recipe") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a mapping with 'title', 'target' and 'drafters'")
+    return parse(Recipe, raw, str(path))

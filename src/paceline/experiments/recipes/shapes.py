@@ -1,0 +1,81 @@
+"""Models as shapes: built on the meta device and run through our own forward, without any weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from paceline.errors import ConfigError
+from paceline.models.language_model import LanguageModel
+from paceline.models.packing import Span
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from paceline.models.sublayers import LayerSubset
+
+_TOLERANCE: Final = 0.05  # of the size a model's name gives: names are rounded
+
+
+def model_of_shape(
+    name: str, shape: Mapping[str, Any], dtype: torch.dtype, millions: float | None = None
+) -> LanguageModel:
+    """A model without weights. Raises ConfigError if the shape is not that of a causal model.
+
+    millions: the size it must have, within what a rounded name leaves open.
+    """
+    kind = shape.get("model_type")
+    if not isinstance(kind, str):
+        raise ConfigError(f"'{name}': its shape names no model_type, such as llama")
+    from_config: Any = AutoModelForCausalLM.from_config
+    try:
+        blank = AutoConfig.for_model(kind)
+        strange = [key for key in shape if not hasattr(blank, key)]
+        if strange:
+            raise ConfigError(f"'{name}': a {kind} has no '{strange[0]}' in its configuration")
+        config = AutoConfig.for_model(**shape)
+        with torch.device("meta"):
+            model = from_config(config, dtype=dtype)
+    except (ValueError, StrictDataclassError) as error:
+        reason = str(error).strip().split("\n")[-1].strip()
+        raise ConfigError(f"'{name}': not the shape of a causal model ({reason[:200]})") from error
+    found = LanguageModel(model, name, forward="transformers", paged=False)
+    size = num_parameters(found) / 1e6
+    if millions is not None and abs(size / millions - 1) > _TOLERANCE:
+        raise ConfigError(
+            f"'{name}': its shape has {size:,.0f} million parameters, the recipe says {millions:,.0f}"
+        )
+    return found
+
+
+def num_parameters(model: LanguageModel) -> int:
+    """Tied ones once."""
+    return sum(p.numel() for p in {id(p): p for p in model.model.parameters()}.values())
+
+
+def num_multiplied(model: LanguageModel) -> int:
+    """Parameters that a token is multiplied with: all but an embedding that is only looked up."""
+    embedding: Any = model.model.get_input_embeddings()
+    head: Any = model.model.get_output_embeddings()
+    looked_up = 0 if head.weight is embedding.weight else embedding.weight.numel()
+    return num_parameters(model) - int(looked_up)
+
+
+def check_forward(model: LanguageModel, num_verified: int, skip: LayerSubset | None = None) -> None:
+    """Prefill and verify a few tokens without weights. Raises ConfigError if the shapes do not fit."""
+    slot = model.cache.acquire()
+    try:
+        with torch.inference_mode():
+            for start, width in ((0, 4), (4, num_verified)):
+                tokens = torch.zeros(width, dtype=torch.int64, device="meta")
+                hidden = model.forward(tokens, [Span(slot, start, width)], skip=skip)
+                logits = model.unembed(hidden)
+    except (RuntimeError, IndexError, TypeError, AttributeError) as error:
+        raise ConfigError(f"'{model.name}': its shape cannot run a forward ({error})") from error
+    finally:
+        model.release(slot)
+    if tuple(logits.shape) != (num_verified, model.num_logits):
+        raise ConfigError(f"'{model.name}': a forward gives {tuple(logits.shape)} logits")

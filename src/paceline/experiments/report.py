@@ -1,0 +1,141 @@
+"""Findings as markdown, as JSON and as a figure, each with the circumstances they were found in."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Final
+
+from paceline.bench.circumstances import headline
+from paceline.files import write_atomically
+from paceline.layer_search import import_figure
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from paceline.experiments.catalog import Experiment
+    from paceline.experiments.findings import Findings, Panel, Series, Table
+
+_COLOURS: Final = (
+    "#3b6ea5", "#c44e52", "#1a7f37", "#d9b44a", "#7a5ba6", "#8c6d46", "#5f9ea0", "#888888",
+)  # fmt: skip
+_BARS_OF_ALL: Final = 0.82  # share of a place on the axis that its bars fill
+_LEGEND_ENTRY: Final = 2.2  # inches
+_LONG_NAME: Final = 20  # characters; longer ones below an axis are turned
+
+
+def figure_class() -> Any:
+    """matplotlib's figure. Raises ConfigError with what to install."""
+    return import_figure("bench")
+
+
+def write_report(
+    experiment: Experiment,
+    findings: Findings,
+    facts: Mapping[str, str | int],
+    folder: Path,
+) -> list[Path]:
+    """NAME.md, NAME.json and NAME.png in a folder; returns their paths. facts: circumstances."""
+    paths = [folder / f"{experiment.name}.{suffix}" for suffix in ("md", "json", "png")]
+    text = markdown(experiment, findings, facts)
+    everything = {
+        "experiment": experiment.name,
+        "title": experiment.title,
+        "circumstances": dict(facts),
+        **asdict(findings),
+    }
+    write_figure(findings, experiment.title, paths[2])
+    data = json.dumps(everything, indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(paths[1], data.encode() + b"\n")
+    write_atomically(paths[0], text.encode())
+    return paths
+
+
+def markdown(experiment: Experiment, findings: Findings, facts: Mapping[str, str | int]) -> str:
+    said = ", ".join(f"{name}: {value}" for name, value in findings.settings.items())
+    lines = [f"# {experiment.title}", ""]
+    if experiment.claim is not None:
+        lines += [f"The paper: {experiment.claim}.", ""]
+    lines += [f"{headline(facts)} {said[:1].upper()}{said[1:]}. `{facts['command']}`", ""]
+    lines += [line for found in findings.tables for line in _table(found)]
+    lines += [*(f"- {remark}" for remark in findings.remarks), ""]
+    lines += [f"![{experiment.title}]({experiment.name}.png)"]
+    return "\n".join(lines) + "\n"
+
+
+def _table(table: Table) -> list[str]:
+    lines = [f"## {table.title}", "", table.explanation, ""]
+    lines += ["| " + " | ".join(column.name for column in table.columns) + " |"]
+    lines += ["|" + "---|" * len(table.columns)]
+    lines += ["| " + " | ".join(row) + " |" for row in table.texts()]
+    return [*lines, ""]
+
+
+def write_figure(findings: Findings, title: str, path: Path) -> None:
+    """The panels beside each other."""
+    panels = findings.panels
+    widths = [_width(panel) for panel in panels]
+    figure = figure_class()(figsize=(sum(widths), 5.0), layout="constrained")
+    places = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0]
+    for axes, panel, width in zip(places, panels, widths, strict=True):
+        (_draw_bars if panel.kind == "bars" else _draw_lines)(axes, panel)
+        if panel.baseline is not None:
+            axes.axhline(panel.baseline, color="black", linewidth=1, linestyle="--")
+        axes.set_title(panel.title, fontsize=10)
+        axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(
+            fontsize=8,
+            frameon=False,
+            ncols=max(1, int(width / _LEGEND_ENTRY)),
+            loc="lower center",
+            bbox_to_anchor=(0.5, 1.06),
+        )
+    figure.suptitle(title, fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def _width(panel: Panel) -> float:
+    """Inches: what a panel's bars need, or as much as a line plot likes."""
+    if panel.kind == "lines":
+        return 5.5
+    return max(4.5, 0.15 * sum(len(series.x) for series in panel.series) + 1.0)
+
+
+def _draw_lines(axes: Any, panel: Panel) -> None:
+    for i, series in enumerate(panel.series):
+        colour = _COLOURS[i % len(_COLOURS)]
+        axes.plot(series.x, series.y, marker="o", markersize=4, label=series.label, color=colour)
+        if series.low is not None and series.high is not None:
+            axes.fill_between(series.x, series.low, series.high, alpha=0.2, color=colour)
+    if panel.log_x:
+        axes.set_xscale("log")
+
+
+def _draw_bars(axes: Any, panel: Panel) -> None:
+    names = list(dict.fromkeys(str(x) for series in panel.series for x in series.x))
+    width = _BARS_OF_ALL / len(panel.series)
+    for i, series in enumerate(panel.series):
+        shift = (i - (len(panel.series) - 1) / 2) * width
+        axes.bar(
+            [names.index(str(x)) + shift for x in series.x],
+            series.y,
+            width,
+            label=series.label,
+            color=_COLOURS[i % len(_COLOURS)],
+            yerr=_errors(series),
+            error_kw={"linewidth": 0.8},
+        )
+    longest = max((len(line) for name in names for line in name.split("\n")), default=0)
+    turned = {"rotation": 30, "ha": "right"} if longest > _LONG_NAME else {}
+    axes.set_xticks(range(len(names)), names, fontsize=8, **turned)
+
+
+def _errors(series: Series) -> list[list[float]] | None:
+    """[below, above] each value, as matplotlib wants them."""
+    if series.low is None or series.high is None:
+        return None
+    below = [y - low for y, low in zip(series.y, series.low, strict=True)]
+    return [below, [high - y for y, high in zip(series.y, series.high, strict=True)]]

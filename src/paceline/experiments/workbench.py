@@ -1,0 +1,291 @@
+"""What experiments share: prompts, one collection and one cost table, made when first asked for.
+
+All of it lies in one folder: a second experiment finds what the first one made, and a killed one goes
+on where it was. Knows no question and no policy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import torch
+
+from paceline.assembly import Pace, build
+from paceline.bench.circumstances import cpu_model
+from paceline.bench.profile import profile
+from paceline.collection import collect
+from paceline.config import Config, PathsSection, load_config
+from paceline.contracts import NONE, PromptRecord, identity_of_arms, split_arm
+from paceline.costs.table import CostTable
+from paceline.drafting.catalog import arms_of
+from paceline.errors import ArtefactError, ConfigError
+from paceline.experiments.demo_prompts import demo_prompts
+from paceline.experiments.prompt_files import read_spec_bench, read_tasks
+from paceline.models.loading import load_tokenizer
+from paceline.replay import price_stops
+from paceline.store import take_by_hash
+from paceline.store.collection import (
+    LoadedCollection,
+    load_collection,
+    open_trajectories,
+    read_trajectories,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from paceline.config import DrafterSection
+    from paceline.contracts import CollectedPrompt
+
+    OnProgress = Callable[[str, int, int], None]
+
+SPEC_BENCH: Final = "spec_bench.jsonl"
+_SMOKE_QUESTIONS: Final = 4  # of Spec-Bench, a category
+
+
+def quiet(stage: str, done: int, total: int) -> None:
+    """No progress."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much of everything: prompts of each task to collect (None: all of a given store), others
+    of each task to time, and seconds for measuring costs.
+    """
+
+    prompts: int | None = 40
+    timed: int = 8
+    max_new_tokens: int = 96
+    profile_seconds: float = 10.0
+
+    @property
+    def smoke(self) -> bool:
+        """Whether they only show that an experiment works."""
+        return self.profile_seconds == 0.0
+
+    def with_prompts(self, prompts: int | None) -> Sizes:
+        return replace(self, prompts=prompts)
+
+
+SMOKE: Final = Sizes(prompts=8, timed=1, max_new_tokens=12, profile_seconds=0.0)
+
+
+class PromptSets(NamedTuple):
+    """Prompts to collect and learn from, and others, which no policy has seen, to time."""
+
+    collected: list[PromptRecord]
+    timed: list[PromptRecord]
+
+
+class Workbench:
+    """A configuration's models at work in one folder. Models are loaded when first needed."""
+
+    def __init__(
+        self,
+        config: Config | Path | str,
+        folder: Path,
+        data: Path | None = None,
+        sizes: Sizes = Sizes(),
+        on_progress: OnProgress = quiet,
+        store: Path | None = None,
+    ) -> None:
+        """config: read when it is needed, which not every experiment does. data: folder of the
+        prompt files; without one the demo's prompts are used. store: a collection made before, used
+        in place of the folder's own; drafters that it lacks are replayed into it.
+        """
+        self._source = config
+        self.folder = folder
+        self.data = data
+        self.sizes = sizes
+        self.on_progress = on_progress
+        self.store = store
+
+    def data_file(self, name: str) -> Path:
+        """A file of the data folder. Raises ConfigError that names the folder it should be in."""
+        if self.data is None:
+            raise ConfigError(
+                f"{name} is needed; name the folder it lies in with --data or PACELINE_DATA"
+            )
+        path = self.data / name
+        if not path.is_file():
+            raise ConfigError(f"{self.data}: no {name} in this data folder")
+        return path
+
+    @cached_property
+    def config(self) -> Config:
+        """With everything written into the folder, and no prefill spared by an earlier request."""
+        read = self._source if isinstance(self._source, Config) else load_config(self._source)
+        paths = PathsSection(
+            store=self.store or self.folder / "collection",
+            costs=self.folder / "costs.json",
+            policy=self.folder / "policy",
+        )
+        engine = read.engine.model_copy(update={"prefix_positions": 0})
+        return read.model_copy(update={"paths": paths, "engine": engine})
+
+    def with_drafters(self, name: str, drafters: Mapping[str, DrafterSection]) -> Workbench:
+        """The same with other drafters, a collection and a cost table of their own in a folder."""
+        config = self.config.model_copy(update={"drafters": dict(drafters)})
+        sizes = self.sizes.with_prompts(self.sizes.prompts or Sizes().prompts)
+        return Workbench(config, self.folder / name, self.data, sizes, self.on_progress)
+
+    @cached_property
+    def prompts(self) -> PromptSets:
+        """So many of each task, by hash of id, so that a larger number has the smaller one's in it.
+
+        With a given store none is to be collected, and those to time are not among its own.
+        """
+        there = set() if self.store is None else _ids(self.store)
+        num_collected = 0 if self.store is not None else self.sizes.prompts or 0
+        if self.data is not None:
+            return PromptSets(*read_tasks(self.data, num_collected, self.sizes.timed, there))
+        try:
+            collected, timed = demo_prompts(num_collected, self.sizes.timed)
+        except ValueError as error:
+            raise ConfigError(f"{error}; name a folder with more of them with --data") from error
+        return PromptSets(collected, [prompt for prompt in timed if prompt.id not in there])
+
+    @cached_property
+    def spec_bench(self) -> list[PromptRecord]:
+        """First turns of the Spec-Bench questions, by category."""
+        questions = read_spec_bench(self.data_file(SPEC_BENCH))
+        return _of_each(questions, _SMOKE_QUESTIONS) if self.sizes.smoke else questions
+
+    @cached_property
+    def pace(self) -> Pace:
+        """The models and drafters, without a policy."""
+        return Pace(build(self.config))
+
+    @cached_property
+    def decode(self) -> Callable[[list[int]], str]:
+        """Tokens to text, without loading a model."""
+        tokenizer = load_tokenizer(self.config.target)
+        return lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+    @cached_property
+    def collection(self) -> LoadedCollection:
+        """The collected prompts and every drafter's replay of them."""
+        return self.collect(self.prompts.collected)
+
+    @cached_property
+    def aligned(self) -> LoadedCollection:
+        """The same with what each draft model writes on its own; a given store must hold it."""
+        return self.collect(self.prompts.collected, alignment=self.store is None)
+
+    def collect(
+        self, prompts: Sequence[PromptRecord], into: Path | None = None, alignment: bool = False
+    ) -> LoadedCollection:
+        """Of these prompts only, whatever else the folder holds; those it lacks are decoded.
+
+        Without prompts, of a given store, as many of each task as `sizes` says. into: another folder
+        than the workbench's own.
+        """
+        store = into or self.config.paths.store
+        collect(
+            self.pace,
+            prompts,
+            store,
+            self.sizes.max_new_tokens,
+            alignment=alignment,
+            on_progress=self.on_progress,
+        )
+        found = load_collection(store, list(self.config.drafters))
+        if prompts:
+            wanted = {prompt.id for prompt in prompts}
+        else:
+            wanted = {p.prompt_id for p in _of_each_task(found.prompts, self.sizes.prompts)}
+        return found._replace(prompts=[p for p in found.prompts if p.prompt_id in wanted])
+
+    def arms(self, drafters: Sequence[str], own_lengths: bool = False) -> list[str]:
+        """`none` and these drafters at every draft length that can be chosen, or at their own alone."""
+        lacking = [name for name in drafters if name not in self.config.drafters]
+        if lacking:
+            raise ConfigError(
+                f"this experiment needs a drafter '{lacking[0]}', and the configuration has "
+                f"{', '.join(self.config.drafters) or 'none'}"
+            )
+        among = [NONE, *drafters]
+        if own_lengths:
+            return among
+        return [arm for arm in arms_of(self.config) if split_arm(arm)[0] in among]
+
+    def specialists(self, tasks: Sequence[str]) -> list[str]:
+        """Drafters of the configuration that are named after one of these tasks."""
+        return [name for name in self.config.drafters if name in tasks]
+
+    def priced(
+        self, prompts: Sequence[CollectedPrompt], costs: CostTable | None = None
+    ) -> list[CollectedPrompt]:
+        """With the rounds of drafters whose stop rule looks at prices."""
+        return price_stops(prompts, self.config, costs or self.costs)
+
+    @cached_property
+    def costs(self) -> CostTable:
+        """This machine's cost table, the folder's where it was measured on the same."""
+        path = self.config.paths.costs
+        parts = self.pace.parts
+        try:
+            table = CostTable.load(path)
+            identities = {name: drafter.identity() for name, drafter in parts.drafters.items()}
+            table.check(parts.drafters, identity_of_arms(identities))
+            fits = self._same_machine(table)
+        except ArtefactError:  # none yet, or of other drafters
+            fits = False
+        if not fits:
+            table = profile(parts, self.on_progress, self.sizes.profile_seconds)
+            table.save(path)
+        for drafter in parts.drafters.values():
+            drafter.price(table)
+        return table
+
+    def _same_machine(self, table: CostTable) -> bool:
+        now = {
+            "cpu": cpu_model(),
+            "threads": str(torch.get_num_threads()),
+            "target": self.pace.parts.target.fingerprint(),
+            "dtype of target": str(self.pace.parts.target.dtype).removeprefix("torch."),
+        }
+        return all(table.fingerprint.get(key) == value for key, value in now.items())
+
+    def settings(self, prompts: Sequence[CollectedPrompt] | None = None) -> dict[str, str | int]:
+        """What was asked of this run, for the findings of an experiment that decodes.
+
+        prompts: those that were used, where they are not so many of each task.
+        """
+        used: dict[str, str | int]
+        if prompts is None:
+            used = {"prompts a task": self.sizes.prompts or "all of the store"}
+            used |= {"timed prompts a task": self.sizes.timed}
+        else:
+            used = {"prompts": len(prompts)}
+        return {
+            "dtype": str(self.pace.parts.target.dtype).removeprefix("torch."),
+            **used,
+            "most new tokens": self.sizes.max_new_tokens,
+            "prompts from": "the demo" if self.data is None else "the data folder",
+            **({"smoke run": "its figures mean nothing"} if self.sizes.smoke else {}),
+        }
+
+
+def _ids(store: Path) -> set[str]:
+    return {row.prompt_id for row in read_trajectories(open_trajectories(store))}
+
+
+def _of_each(prompts: Sequence[PromptRecord], num: int) -> list[PromptRecord]:
+    """So many prompts of each domain, by hash of id."""
+    return [
+        prompt
+        for domain in dict.fromkeys(p.domain for p in prompts)
+        for prompt in take_by_hash([p for p in prompts if p.domain == domain], num)
+    ]
+
+
+def _of_each_task(prompts: Sequence[CollectedPrompt], num: int | None) -> list[CollectedPrompt]:
+    if num is None:
+        return list(prompts)
+    named = [PromptRecord(p.prompt_id, p.domain, "") for p in prompts]
+    kept = {record.id for record in _of_each(list(dict.fromkeys(named)), num)}
+    return [p for p in prompts if p.prompt_id in kept]

@@ -1,0 +1,404 @@
+"""What policies would gain on prompts they never saw, beside the ways of choosing they must beat.
+
+Predicted from replay and prices, not clocked. Task labels are used here only: for the strategy that
+knows them, and for tables. The fixed strategies are fitted on the training part as a policy is.
+Symbols: N prompts, A arms, S ways of choosing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from paceline.contracts import NONE, split_arm
+from paceline.errors import StoreError
+from paceline.learning.evaluation.bootstrap import Interval, Resampled, divide, interval, resample
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+RANDOM: Final = "random"
+BEST_SINGLE: Final = "best single"
+PER_TASK: Final = "per task"
+FIRST_LINE: Final = "first line"
+POLICY: Final = "policy"
+ORACLE: Final = "oracle"
+BASELINES: Final = (BEST_SINGLE, PER_TASK, FIRST_LINE)
+"""What a policy's speed is divided by, beside `none`."""
+
+NEAR: Final = 1.02
+"""An arm that takes at most so many times the fastest arm's seconds is nearly as good."""
+
+SLOWEST: Final = 0.98
+"""No task may be slower than this share of the speed of `none`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcomes:
+    """What every arm would do for each of N prompts, under one load.
+
+    first_lines: of the prompts; without them nothing is chosen by first line.
+    """
+
+    arms: tuple[str, ...]  # A
+    domains: tuple[str, ...]  # N
+    seconds: np.ndarray  # [N, A] float64, of the whole request
+    rewards: np.ndarray  # [N, A] float64
+    num_tokens: np.ndarray  # [N] int64, emitted
+    first_lines: tuple[str, ...] = ()  # N
+
+    def __len__(self) -> int:
+        return len(self.domains)
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """One way of choosing on a set of prompts.
+
+    speedup: seconds of `none` for all prompts over seconds of this choice, so that long requests
+    weigh what they take. mean_speedup: the mean of the prompts' own ratios. reward: its mean.
+    regret_seconds: what a request takes longer than with its fastest arm, on average; regret: the
+    same as a share of the oracle's seconds. accuracy: how often the arm is the fastest one; near:
+    how often it takes at most 2% longer.
+    """
+
+    speedup: Interval
+    mean_speedup: float
+    tokens_per_second: float
+    seconds: float
+    reward: float
+    regret_seconds: Interval
+    regret: Interval
+    accuracy: float
+    near: float
+
+    @property
+    def of_oracle(self) -> float:
+        """Its speed over the oracle's."""
+        return 1.0 / (1.0 + self.regret.value)
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The share of prompts that got each arm, each drafter, and each draft length."""
+
+    arms: dict[str, float]
+    drafters: dict[str, float]
+    lengths: dict[str, float]  # "own" where a drafter keeps its configured length, "-" for none
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """All ways of choosing on one set of prompts.
+
+    arms: `none` and each drafter at the length that was best in training, for every prompt.
+    strategies: random (the mean over all arms), best single, per task and first line (fitted on the
+    training part), the policies, oracle (the fastest arm of each request, known afterwards).
+    chosen: by strategy.
+    """
+
+    num_prompts: int
+    arms: dict[str, Figures]
+    strategies: dict[str, Figures]
+    chosen: dict[str, Chosen]
+
+
+@dataclass(frozen=True, slots=True)
+class SlowestTask:
+    """The task on which a way of choosing gains least over `none`.
+
+    The interval is of the smallest ratio in each resample, whichever task that was, so it lies
+    lower than the task's own and is the one to hold a promise against.
+    """
+
+    task: str
+    speedup: Interval
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationReport:
+    """Some prompts that no policy was trained on, overall and by task.
+
+    over: by policy, how many times as fast it is as `none`, as the best single arm, as the choice by
+    task and as the one by first line. by_seed: speed-up of each training of a policy; its figures
+    are means over them. known_first_lines: the share of prompts whose first line was in training.
+    """
+
+    num_train: int
+    best_single: str
+    per_task: dict[str, str]
+    policies: tuple[str, ...]
+    overall: Comparison
+    by_domain: dict[str, Comparison]
+    over: dict[str, dict[str, Interval]]
+    slowest: dict[str, SlowestTask]
+    by_seed: dict[str, tuple[float, ...]]
+    known_first_lines: float | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def policy_over(self) -> dict[str, Interval]:
+        """`over` of the first policy."""
+        return self.over[self.policies[0]]
+
+    @property
+    def fraction_of_oracle(self) -> float:
+        """The first policy's speed over the oracle's."""
+        return self.overall.strategies[self.policies[0]].of_oracle
+
+    def headline(self) -> dict[str, float]:
+        """Speed-ups over `none` that matter most: policy, best single, oracle."""
+        figures = self.overall.strategies
+        names = {POLICY: self.policies[0], BEST_SINGLE: BEST_SINGLE, ORACLE: ORACLE}
+        return {shown: figures[name].speedup.value for shown, name in names.items()}
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+
+def evaluate(
+    train: Outcomes,
+    held_out: Outcomes,
+    policies: Mapping[str, Sequence[np.ndarray]],
+    *,
+    choose_seconds: Mapping[str, float] | None = None,
+    seed: int = 0,
+    notes: Sequence[str] = (),
+) -> EvaluationReport:
+    """Compare policies on the held-out part.
+
+    policies: by name, one [N, A] of probabilities by which each training of it takes each arm of
+    the held-out prompts. choose_seconds: what a choice of a policy takes, charged to it. seed: of
+    the bootstrap. Raises StoreError where the parts do not fit.
+    """
+    _check(train, held_out, policies)
+    fitted = _fit(train)
+    laws = _strategies(held_out, fitted, policies)
+    charges = choose_seconds or {}
+    extra = {name: charges.get(name, 0.0) for name in laws}
+    tally = _tally(held_out, fitted, laws, extra, seed)
+    baselines: dict[str, int] = {NONE: tally.arms[NONE]}
+    baselines |= {name: tally.strategies[name] for name in BASELINES if name in laws}
+    known = [line in fitted.by_line for line in held_out.first_lines]
+    return EvaluationReport(
+        num_train=len(train),
+        best_single=train.arms[fitted.best_single],
+        per_task={task: train.arms[place] for task, place in fitted.by_task.items()},
+        policies=tuple(policies),
+        overall=_compare(tally, slice(None)),
+        by_domain={
+            task: _compare(tally, slice(i, i + 1)) for i, task in enumerate(tally.sampled.tasks)
+        },
+        over={
+            name: {
+                b: _ratio(tally, place, tally.strategies[name]) for b, place in baselines.items()
+            }
+            for name in policies
+        },
+        slowest={name: _slowest(tally, place) for name, place in tally.strategies.items()},
+        by_seed={
+            name: tuple(_speedup(held_out, law, extra[name]) for law in trained)
+            for name, trained in policies.items()
+        },
+        known_first_lines=float(np.mean(known)) if known else None,
+        notes=tuple(notes),
+    )
+
+
+def _speedup(data: Outcomes, law: np.ndarray, choose_seconds: float) -> float:
+    none = data.seconds[:, data.arms.index(NONE)].sum()
+    return float(none / ((law * data.seconds).sum() + choose_seconds * len(data)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitted:
+    """What the training part says is fastest, as places of arms."""
+
+    best_single: int
+    by_task: dict[str, int]
+    by_line: dict[str, int]
+    arms: tuple[int, ...]  # `none` and every drafter at its best length
+
+
+@dataclass(frozen=True, slots=True)
+class _Tally:
+    """Sums over the prompts of each task; the last axis is S, fixed arms and then strategies."""
+
+    arms: dict[str, int]  # name -> place in S
+    strategies: dict[str, int]
+    sampled: Resampled  # seconds
+    num_tokens: np.ndarray  # [D]
+    speedups: np.ndarray  # [D, S] of the prompts' own ratios
+    rewards: np.ndarray  # [D, S]
+    fastest: np.ndarray  # [D, S] prompts that got their fastest arm
+    near: np.ndarray  # [D, S]
+    chosen: dict[str, np.ndarray]  # strategy -> [D, A] prompts
+    names: tuple[str, ...]  # A
+
+
+def _check(
+    train: Outcomes, held_out: Outcomes, policies: Mapping[str, Sequence[np.ndarray]]
+) -> None:
+    if not len(train) or not len(held_out):
+        raise StoreError("nothing to evaluate: there are no prompts; collect some")
+    if train.arms != held_out.arms:
+        raise StoreError(
+            f"the prompts to evaluate on have the arms {', '.join(held_out.arms)}, those to learn "
+            f"from {', '.join(train.arms)}; run `paceline collect` with the same drafters"
+        )
+    shape = (len(held_out), len(held_out.arms))
+    for name, laws in policies.items():
+        for law in laws:
+            if law.shape != shape:
+                raise StoreError(
+                    f"'{name}' chose for {law.shape[0]} prompts among {law.shape[1]} arms, there "
+                    f"are {shape[0]} and {shape[1]}; run `paceline learn`"
+                )
+
+
+def _fit(train: Outcomes) -> _Fitted:
+    totals = train.seconds.sum(axis=0)  # [A]
+    drafters: dict[str, list[int]] = {}
+    for place, arm in enumerate(train.arms):
+        drafters.setdefault(split_arm(arm)[0], []).append(place)
+    return _Fitted(
+        best_single=int(totals.argmin()),
+        by_task=_best_by(train.domains, train.seconds),
+        by_line=_best_by(train.first_lines, train.seconds),
+        arms=tuple(min(places, key=lambda p: totals[p]) for places in drafters.values()),
+    )
+
+
+def _best_by(labels: Sequence[str], seconds: np.ndarray) -> dict[str, int]:
+    """The arm that takes the least time, by label."""
+    if not labels:
+        return {}
+    names, of = np.unique(np.array(labels, dtype=str), return_inverse=True)
+    totals = np.zeros((len(names), seconds.shape[1]))
+    np.add.at(totals, of, seconds)
+    return dict(zip(map(str, names), totals.argmin(axis=1).tolist(), strict=True))
+
+
+def _strategies(
+    data: Outcomes,
+    fitted: _Fitted,
+    policies: Mapping[str, Sequence[np.ndarray]],
+) -> dict[str, np.ndarray]:
+    """By name, the probability of each arm for each prompt: [N, A]."""
+    N, A = data.seconds.shape
+    single = np.eye(A)
+    best = fitted.best_single
+    laws = {
+        RANDOM: np.full((N, A), 1.0 / A),
+        BEST_SINGLE: np.tile(single[best], (N, 1)),
+        PER_TASK: single[[fitted.by_task.get(task, best) for task in data.domains]],
+    }
+    if fitted.by_line and data.first_lines:
+        laws[FIRST_LINE] = single[[fitted.by_line.get(line, best) for line in data.first_lines]]
+    laws |= {name: np.mean(trained, axis=0) for name, trained in policies.items()}
+    return laws | {ORACLE: single[data.seconds.argmin(axis=1)]}
+
+
+def _tally(
+    data: Outcomes,
+    fitted: _Fitted,
+    laws: Mapping[str, np.ndarray],
+    extra: Mapping[str, float],
+    seed: int,
+) -> _Tally:
+    seconds, none = data.seconds, data.seconds[:, [data.arms.index(NONE)]]
+    least = seconds.min(axis=1, keepdims=True)
+    fixed = list(fitted.arms)
+
+    def columns(by_arm: np.ndarray) -> np.ndarray:
+        """[N, S] of a figure that each arm [N, A] has."""
+        expected = [(law * by_arm).sum(axis=1) for law in laws.values()]
+        return np.column_stack([by_arm[:, fixed], *expected])
+
+    charged = np.array([0.0] * len(fixed) + list(extra.values()))  # [S]
+    ratios = np.column_stack(
+        [none / seconds[:, fixed]]
+        + [(law * (none / (seconds + extra[n]))).sum(axis=1) for n, law in laws.items()]
+    )
+    sampled = resample(columns(seconds) + charged, data.domains, seed)
+    member = np.array(sampled.tasks)[:, None] == np.array(data.domains, dtype=str)  # [D, N]
+    return _Tally(
+        arms={data.arms[place]: i for i, place in enumerate(fixed)},
+        strategies={name: len(fixed) + i for i, name in enumerate(laws)},
+        sampled=sampled,
+        num_tokens=member @ data.num_tokens,
+        speedups=member @ ratios,
+        rewards=member @ columns(data.rewards),
+        fastest=member @ columns(seconds <= least * (1.0 + 1e-9)),
+        near=member @ columns(seconds <= least * NEAR),
+        chosen={name: member @ law for name, law in laws.items()},
+        names=data.arms,
+    )
+
+
+def _compare(tally: _Tally, part: slice) -> Comparison:
+    """The tasks of a slice, taken together."""
+    return Comparison(
+        num_prompts=int(tally.sampled.num[part].sum()),
+        arms={name: _figures(tally, place, part) for name, place in tally.arms.items()},
+        strategies={name: _figures(tally, place, part) for name, place in tally.strategies.items()},
+        chosen={
+            name: _chosen(counts[part].sum(axis=0), tally.names)
+            for name, counts in tally.chosen.items()
+        },
+    )
+
+
+def _figures(tally: _Tally, place: int, part: slice) -> Figures:
+    none, oracle = tally.arms[NONE], tally.strategies[ORACLE]
+    num, draws = tally.sampled.num[part].sum(), tally.sampled.draws[:, part].sum(axis=1)
+    sums = tally.sampled.sums[part].sum(axis=0)  # [S]
+    drawn = tally.sampled.drawn[:, part].sum(axis=1)  # [B, S]
+    spent, spent_drawn = sums[place], drawn[:, place]
+    lost, lost_drawn = spent - sums[oracle], spent_drawn - drawn[:, oracle]
+
+    def mean(figure: np.ndarray) -> float:
+        return float(figure[part, place].sum() / num)
+
+    return Figures(
+        speedup=interval(sums[none] / spent, divide(drawn[:, none], spent_drawn)),
+        mean_speedup=mean(tally.speedups),
+        tokens_per_second=float(tally.num_tokens[part].sum() / spent),
+        seconds=float(spent),
+        reward=mean(tally.rewards),
+        regret_seconds=interval(lost / num, divide(lost_drawn, draws)),
+        regret=interval(lost / sums[oracle], divide(lost_drawn, drawn[:, oracle])),
+        accuracy=mean(tally.fastest),
+        near=mean(tally.near),
+    )
+
+
+def _chosen(counts: np.ndarray, arms: Sequence[str]) -> Chosen:
+    """counts: [A] prompts."""
+    shares = counts / counts.sum()
+    drafters: dict[str, float] = {}
+    lengths: dict[str, float] = {}
+    for arm, share in zip(arms, shares.tolist(), strict=True):
+        drafter, length = split_arm(arm)
+        shown = "-" if drafter == NONE else str(length or "own")
+        drafters[drafter] = drafters.get(drafter, 0.0) + share
+        lengths[shown] = lengths.get(shown, 0.0) + share
+    return Chosen(dict(zip(arms, shares.tolist(), strict=True)), drafters, lengths)
+
+
+def _ratio(tally: _Tally, reference: int, policy: int) -> Interval:
+    """How many times as fast a policy is as something else, both places in S."""
+    sums, drawn = tally.sampled.sums.sum(axis=0), tally.sampled.drawn.sum(axis=1)
+    return interval(sums[reference] / sums[policy], drawn[:, reference] / drawn[:, policy])
+
+
+def _slowest(tally: _Tally, place: int) -> SlowestTask:
+    none = tally.arms[NONE]
+    sampled = tally.sampled
+    speeds = sampled.sums[:, none] / sampled.sums[:, place]  # [D]
+    draws = divide(sampled.drawn[:, :, none], sampled.drawn[:, :, place])  # [B, D]
+    least = int(speeds.argmin())
+    return SlowestTask(sampled.tasks[least], interval(speeds[least], np.nanmin(draws, axis=1)))

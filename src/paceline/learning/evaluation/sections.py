@@ -1,0 +1,221 @@
+"""An evaluation of many sides: held-out prompts under several loads, other prompts, unheard-of tasks.
+
+Each side is a section with a report of its own. Nothing that a section tests on was trained on: not
+the prompt in another wording either, which ids tell. Symbols: N prompts.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
+
+from paceline.contracts import NONE
+from paceline.errors import StoreError
+from paceline.learning.dataset import MIN_PROMPTS
+from paceline.learning.evaluation.contenders import Contender
+from paceline.learning.evaluation.first_lines import FirstLines
+from paceline.learning.evaluation.report import (
+    BEST_SINGLE,
+    FIRST_LINE,
+    POLICY,
+    SLOWEST,
+    EvaluationReport,
+    Outcomes,
+    evaluate,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from paceline.learning.dataset import Dataset
+    from paceline.learning.evaluation.bootstrap import Interval
+    from paceline.selection.choosers import Chooser
+
+    Decode = Callable[[list[int]], str]
+    Train = Callable[[Dataset], Sequence[Contender]]
+
+HELD_OUT: Final = "held-out prompts"
+TIE: Final = 0.005  # what differs by less is as fast
+MOSTLY: Final = 0.5  # the share of prompts with a known first line that makes a table worth a word
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One side: `held_out` prompts of the collection, prompts `elsewhere`, or a task `left_out`."""
+
+    kind: Literal["held_out", "elsewhere", "left_out"]
+    title: str
+    rows: int
+    report: EvaluationReport
+    task: str = ""  # that was left out
+
+    def sentence(self, policy: str) -> str:
+        """What the figures say of a policy: what it knows beyond first lines, where it is slowest."""
+        slowest = self.report.slowest[policy]
+        where = f"on {slowest.task} {_against_none(slowest.speedup)}"
+        return f"{self.title}: {policy} {_against_table(policy, self.report)}; slowest {where}"
+
+
+def _against_table(policy: str, report: EvaluationReport) -> str:
+    known = report.known_first_lines or 0.0
+    if FIRST_LINE not in report.over[policy] or known < MOSTLY:
+        over = report.over[policy][BEST_SINGLE]
+        return f"is {over} times as fast as the best single arm"
+    over = report.over[policy][FIRST_LINE]
+    if over.high < 1.0 - TIE or over.low > 1.0 + TIE:
+        return f"is {over} times as fast as a table of first lines"
+    return (
+        f"ties with a table of first lines, {over} times as fast: nothing here shows that it learned "
+        "more than the line"
+    )
+
+
+def _against_none(speedup: Interval) -> str:
+    if speedup.value < SLOWEST:
+        return f"{speedup} times {NONE}, below {SLOWEST}"
+    if speedup.low < SLOWEST:
+        return f"{speedup} times {NONE}, above {SLOWEST} but not surely"
+    return f"{speedup} times {NONE}"
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """All sections, and what they were made with."""
+
+    sections: tuple[Section, ...]
+    circumstances: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def report(self) -> EvaluationReport:
+        """Of the first section."""
+        return self.sections[0].report
+
+    def sentences(self) -> list[str]:
+        """What the figures say, in words: of every section, and of all unseen tasks together."""
+        said = [
+            s.sentence(p) for s in self.sections if s.kind != "left_out" for p in s.report.policies
+        ]
+        unseen = [section for section in self.sections if section.kind == "left_out"]
+        policies = unseen[0].report.policies if unseen else ()
+        return said + [_on_unseen(policy, unseen) for policy in policies]
+
+    def to_json(self) -> str:
+        return json.dumps({**asdict(self), "sentences": self.sentences()}, indent=1)
+
+
+def _on_unseen(policy: str, sections: Sequence[Section]) -> str:
+    speeds = {s.task: s.report.overall.strategies[policy].speedup for s in sections}
+    shown = ", ".join(f"{task} {_against_none(speed)}" for task, speed in speeds.items())
+    slow = [task for task, speed in speeds.items() if speed.value < SLOWEST]
+    verdict = f"too slow on {', '.join(slow)}" if slow else f"nowhere below {SLOWEST}"
+    return f"tasks never seen: {policy} is {verdict}: {shown}"
+
+
+class Evaluator:
+    """Makes sections from one training part."""
+
+    def __init__(
+        self, train: Dataset, decode: Decode, seed: int, notes: Sequence[str] = ()
+    ) -> None:
+        """decode: tokens -> text, for first lines. seed: of the bootstrap."""
+        self._train = train
+        self._decode = decode
+        self._seed = seed
+        self._notes = tuple(notes)
+
+    def held_out(
+        self, data: Dataset, contenders: Sequence[Contender], loads: Sequence[int]
+    ) -> list[Section]:
+        """One section for each number of rows in flight."""
+        return [
+            Section(
+                "held_out",
+                HELD_OUT if rows == 1 else f"{HELD_OUT}, {rows} rows",
+                rows,
+                self._report(self._train, data, contenders, rows),
+            )
+            for rows in loads
+        ]
+
+    def elsewhere(self, name: str, data: Dataset, contenders: Sequence[Contender]) -> Section:
+        """Prompts of another collection, without those that were trained on in any wording."""
+        trained = set(self._train.groups)
+        unseen = data.rows(np.array([group not in trained for group in data.groups]))
+        if not len(unseen):
+            raise StoreError(
+                f"'{name}': every prompt has the id of one that was trained on; collect others"
+            )
+        notes = [f"{len(data) - len(unseen)} of '{name}' left out: they were trained on"]
+        notes = notes if len(unseen) < len(data) else []
+        return Section(
+            "elsewhere", name, 1, self._report(self._train, unseen, contenders, 1, notes)
+        )
+
+    def left_out(self, data: Dataset, train: Train) -> list[Section]:
+        """One section for each task: trained on the other tasks' prompts, tested on its own."""
+        domains = np.array(data.domains, dtype=str)
+        tasks = np.unique(domains)
+        if len(tasks) < 2:
+            raise StoreError(
+                "all prompts are of one task, so none can be left out; collect prompts whose "
+                "`domain` differs"
+            )
+        sections = []
+        for task in map(str, tasks):
+            own = domains == task
+            if (~own).sum() < MIN_PROMPTS:
+                raise StoreError(
+                    f"without the task '{task}' {int((~own).sum())} prompts are left, at least "
+                    f"{MIN_PROMPTS} are needed to learn from; collect more"
+                )
+            rest, test = data.rows(~own), data.rows(own)
+            report = self._report(rest, test, train(rest), 1)
+            sections.append(Section("left_out", f"{task}, never seen", 1, report, task))
+        return sections
+
+    def _report(
+        self,
+        train: Dataset,
+        test: Dataset,
+        contenders: Sequence[Contender],
+        rows: int,
+        notes: Sequence[str] = (),
+    ) -> EvaluationReport:
+        lines = FirstLines(train.prompts, self._decode)
+        return evaluate(
+            _outcomes(train, rows, lines),
+            _outcomes(test, rows, lines),
+            {contender.name: contender.laws(test, rows) for contender in contenders},
+            choose_seconds={c.name: c.choose_seconds(test) for c in contenders},
+            seed=self._seed,
+            notes=[*self._notes, *notes],
+        )
+
+
+def evaluate_chooser(
+    train: Dataset, held_out: Dataset, chooser: Chooser, seed: int = 0, notes: Sequence[str] = ()
+) -> EvaluationReport:
+    """One chooser alone on the held-out part, as a report of the name `POLICY`; see `evaluate`."""
+    policy = Contender(POLICY, (chooser,))
+    return evaluate(
+        _outcomes(train, 1),
+        _outcomes(held_out, 1),
+        {POLICY: policy.laws(held_out)},
+        choose_seconds={POLICY: policy.choose_seconds(held_out)},
+        seed=seed,
+        notes=notes,
+    )
+
+
+def _outcomes(data: Dataset, rows: int, lines: FirstLines | None = None) -> Outcomes:
+    return Outcomes(
+        arms=data.arms,
+        domains=data.domains,
+        seconds=data.seconds if rows == 1 else data.seconds_for(rows),
+        rewards=data.rewards,
+        num_tokens=data.num_tokens,
+        first_lines=lines.of(data.prompts) if lines is not None else (),
+    )

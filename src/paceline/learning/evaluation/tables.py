@@ -1,0 +1,151 @@
+"""An evaluation as tables and sentences for the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from rich.table import Table
+
+from paceline.contracts import NONE
+from paceline.learning.evaluation.report import ORACLE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from rich.console import Console
+
+    from paceline.learning.evaluation.bootstrap import Interval
+    from paceline.learning.evaluation.report import Chosen, EvaluationReport, Figures
+    from paceline.learning.evaluation.sections import Evaluation, Section
+
+_MOST_NAMED: Final = 4  # of the chosen
+
+
+def show(console: Console, evaluation: Evaluation) -> None:
+    """The first section in full, the others in a row each, then what they say in words."""
+    first, *others = evaluation.sections
+    show_report(console, first.report, f"predicted speed-up over {NONE}: {first.title}")
+    if others:
+        console.print(_sections(evaluation.sections))
+    for sentence in evaluation.sentences():
+        console.print(f"- {sentence}", markup=False, highlight=False)
+    notes = dict.fromkeys(note for s in evaluation.sections for note in s.report.notes)
+    for note in notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
+    facts = ", ".join(f"{name} {value}" for name, value in evaluation.circumstances.items())
+    if facts:
+        console.print(f"({facts})", markup=False, highlight=False)
+
+
+def show_report(
+    console: Console,
+    report: EvaluationReport,
+    title: str = f"predicted speed-up over {NONE}, held-out prompts",
+) -> None:
+    """Every way of choosing over all prompts, then the strategies by task, then what policies chose."""
+    console.print(_ways(report, title))
+    if len(report.by_domain) > 1:
+        console.print(_by_task(report))
+    for policy in report.policies:
+        chosen = report.overall.chosen[policy]
+        console.print(f"{policy} chose {_shares(chosen)}", markup=False, highlight=False)
+        for name, interval in report.over[policy].items():
+            console.print(f"{policy} over {name}: {interval}", markup=False, highlight=False)
+
+
+def _ways(report: EvaluationReport, title: str) -> Table:
+    overall = report.overall
+    shown = Table(title=title, pad_edge=False)
+    shown.add_column(f"{overall.num_prompts} prompts")
+    for name in (
+        "speed-up (95%)",
+        "of oracle",
+        "regret ms",
+        "fastest",
+        "within 2%",
+        "slowest task",
+    ):
+        shown.add_column(name, justify="right")
+    for name, figures in overall.arms.items():
+        shown.add_row(name, *_cells(figures), "")
+    shown.add_section()
+    for name, figures in overall.strategies.items():
+        slowest = report.slowest[name]
+        shown.add_row(
+            _shown(name, report),
+            *_cells(figures),
+            f"{slowest.task} {_interval(slowest.speedup)}".strip(),
+            style="bold green" if name in report.policies else "",
+        )
+    return shown
+
+
+def _shown(policy: str, report: EvaluationReport) -> str:
+    """A policy's name, with the range over its trainings."""
+    by_seed = report.by_seed.get(policy, ())
+    if len(by_seed) < 2:
+        return policy
+    return f"{policy}, {len(by_seed)} seeds {min(by_seed):.2f} to {max(by_seed):.2f}"
+
+
+def _cells(figures: Figures) -> list[str]:
+    return [
+        _interval(figures.speedup),
+        f"{figures.of_oracle:.1%}",
+        f"{1e3 * figures.regret_seconds.value:.1f}",
+        f"{figures.accuracy:.0%}",
+        f"{figures.near:.0%}",
+    ]
+
+
+def _interval(found: Interval) -> str:
+    return f"{found.value:.2f} ({found.low:.2f}-{found.high:.2f})"
+
+
+def _by_task(report: EvaluationReport) -> Table:
+    shown = Table(title=f"speed-up over {NONE} by task", pad_edge=False)
+    shown.add_column("task")
+    shown.add_column("prompts", justify="right")
+    for name in report.overall.strategies:
+        style = "bold green" if name in report.policies else ""
+        shown.add_column(name, justify="right", style=style)
+    for task, part in report.by_domain.items():
+        speeds = (figures.speedup.value for figures in part.strategies.values())
+        shown.add_row(task, str(part.num_prompts), *(f"{speed:.2f}" for speed in speeds))
+    return shown
+
+
+def _sections(sections: Sequence[Section]) -> Table:
+    """A row for each section; policies with their interval."""
+    names = list(dict.fromkeys(n for s in sections for n in s.report.overall.strategies))
+    names = [*(name for name in names if name != ORACLE), ORACLE]
+    policies = {policy for section in sections for policy in section.report.policies}
+    shown = Table(title=f"speed-up over {NONE} by section", pad_edge=False)
+    shown.add_column("section")
+    shown.add_column("prompts", justify="right")
+    for name in names:
+        shown.add_column(name, justify="right", style="bold green" if name in policies else "")
+    for section in sections:
+        overall = section.report.overall
+        cells = (_speed(overall.strategies, name, name in policies) for name in names)
+        shown.add_row(section.title, str(overall.num_prompts), *cells)
+    return shown
+
+
+def _speed(strategies: Mapping[str, Figures], name: str, with_interval: bool) -> str:
+    if name not in strategies:
+        return ""
+    found = strategies[name].speedup
+    return _interval(found) if with_interval else f"{found.value:.2f}"
+
+
+def _shares(chosen: Chosen) -> str:
+    """`math 40%, code 35%; lengths 3: 60%, own: 40%`."""
+    lengths = ", ".join(f"{name}: {share:.0%}" for name, share in _most(chosen.lengths))
+    drafters = ", ".join(f"{name} {share:.0%}" for name, share in _most(chosen.drafters))
+    return f"{drafters}; draft lengths {lengths}"
+
+
+def _most(shares: Mapping[str, float]) -> list[tuple[str, float]]:
+    ordered = sorted(shares.items(), key=lambda item: -item[1])
+    return [(name, share) for name, share in ordered if share > 0][:_MOST_NAMED]

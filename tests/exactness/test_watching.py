@@ -1,0 +1,313 @@
+"""No text depends on a watch: arms that change between rounds, drafts made beside the arm in use.
+
+Greedy text is transformers' own, sampled text is what the same seed gives plainly, and what a watch is
+told of a draft is what the text says of it. That the distribution of `residual` sampling stays the
+target's is tested beside the other laws of sampling.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from paceline.assembly import Pace, build_from_objects
+from paceline.config import Config, EngineSection, ModelSection
+from paceline.contracts import Decision, Drafts, Request
+from paceline.drafting.base import Drafter
+from paceline.selection import Arm, Guard, Watch
+from paceline.testing.examples import OTHER_KINDS, add_examples
+from paceline.testing.reference import greedy_reference
+from paceline.testing.restless import RestlessWatch
+from paceline.testing.scripted import ScriptedDrafter
+from paceline.testing.tiny_models import perturbed, tiny_model
+from paceline.testing.tokenizers import byte_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from paceline.assembly import Parts
+    from paceline.engine.watching import Watch as WatchProtocol
+
+LENGTH = 20
+PROMPTS = [
+    tuple(text.encode()) for text in ("a", "to be or not to be", "spam, spam and spam; " * 2)
+]
+DRAFTERS = ["near", "random", *OTHER_KINDS]
+ARMS = ["none", *DRAFTERS, "near@1", "near@2", "prompt_lookup@2", "layer_skip@2"]
+
+
+def parts_of(architecture: str, max_rows: int = 3, **engine: Any) -> Parts:
+    target = tiny_model(architecture)
+    drafters = {
+        "near": perturbed(target, 0.05),
+        "random": tiny_model("llama", seed=77, vocab_size=target.config.vocab_size),
+    }
+    section = EngineSection(max_rows=max_rows, prefill_chunk=16, **engine)
+    config = Config(target=ModelSection(model="in memory"), engine=section)
+    return add_examples(build_from_objects(target, byte_tokenizer(), drafters, config))
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2"])
+def each(request: pytest.FixtureRequest) -> Parts:
+    return parts_of(request.param)
+
+
+@pytest.fixture(scope="module")
+def parts() -> Parts:
+    return parts_of("llama")
+
+
+def pace_of(parts: Parts, watch: WatchProtocol, first: str = "near") -> Pace:
+    return Pace(parts, lambda context: Decision(first), watch)
+
+
+class Books:
+    """Who holds what of which row, by the starts and finishes of some drafters."""
+
+    def __init__(self, drafters: Sequence[Drafter]) -> None:
+        self.held: set[tuple[str, int]] = set()
+        self.most = 0
+        self.started: set[str] = set()
+        for drafter in drafters:
+            self._keep(drafter, drafter.start, drafter.finish)
+
+    def _keep(self, drafter: Any, start: Any, finish: Any) -> None:
+        def kept_start(rows: Any) -> None:
+            for row in rows:
+                assert (drafter.name, row.id) not in self.held, "started twice"
+                self.held.add((drafter.name, row.id))
+            self.started.add(drafter.name)
+            self.most = max(self.most, len(self.held))
+            start(rows)
+
+        def kept_finish(rows: Any) -> None:
+            self.held -= {(drafter.name, row.id) for row in rows}
+            finish(rows)
+
+        drafter.start, drafter.finish = kept_start, kept_finish
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_greedy_text_is_the_targets_under_any_switches(each: Parts, seed: int) -> None:
+    watch = RestlessWatch(ARMS, DRAFTERS, seed)
+    pace = pace_of(each, watch)
+
+    done = pace.generate([list(p) for p in PROMPTS], max_new_tokens=LENGTH, ignore_eos=True)
+
+    for prompt, completion in zip(PROMPTS, done, strict=True):
+        expected = greedy_reference(each.target.model, prompt, LENGTH)
+        assert expected.margin > 1e-4
+        assert completion.token_ids == expected.tokens
+        assert completion.decision.arm == "near"
+        assert all(0 < position <= LENGTH and arm in ARMS for position, arm in completion.switches)
+    assert sum(len(c.switches) for c in done) > 8
+    assert sorted(watch.ended) == [0, 1, 2]
+    assert len({one.drafter for seen in watch.seen for one in seen.scored}) >= len(DRAFTERS) - 1
+
+
+def test_no_drafter_holds_a_row_afterwards() -> None:
+    """And none is started for a row that it holds already, a union's parts among them."""
+    parts = parts_of("llama")
+    books = Books([parts.drafters[name] for name in DRAFTERS])
+    pace = pace_of(parts, RestlessWatch(ARMS, DRAFTERS, 1))
+
+    for _ in range(2):
+        pace.generate([list(p) for p in PROMPTS], max_new_tokens=LENGTH, ignore_eos=True)
+
+    assert books.started >= {*DRAFTERS}
+    assert not books.held
+    cache = parts.target.cache
+    assert cache._num_slots == len(cache._free)
+
+
+@pytest.mark.parametrize("seed", range(1))
+def test_a_seed_gives_its_text_under_any_switches(each: Parts, seed: int) -> None:
+    settings: dict[str, Any] = {
+        "temperature": 0.9, "top_p": 0.95, "seed": seed, "max_new_tokens": LENGTH, "ignore_eos": True
+    }  # fmt: skip
+    for prompt in PROMPTS:
+        plain = Pace(each).complete(list(prompt), drafter="none", **settings)
+        watched = pace_of(each, RestlessWatch(ARMS, DRAFTERS, seed)).complete(
+            list(prompt), **settings
+        )
+        assert watched.token_ids == plain.token_ids
+
+
+def test_what_is_told_of_a_draft_is_what_the_text_says(parts: Parts) -> None:
+    """Adds up, in pieces, to what replay says of the same drafter at the same place."""
+    for prompt in PROMPTS:
+        watch = RestlessWatch(ARMS, ["near"], 3)
+        first = "prompt_lookup"
+        watch._arms = ["none", "prompt_lookup"]
+        done = pace_of(parts, watch, first).complete(
+            list(prompt), max_new_tokens=LENGTH, ignore_eos=True
+        )
+        foresight = parts.drafters["near"].would_accept(prompt, done.token_ids)
+        open_drafts: list[tuple[int, int]] = []  # (position, told so far)
+        checked = 0
+        for seen in watch.seen:
+            position = seen.context + 1 - len(prompt)
+            after = position + seen.emitted
+            told = [one for one in seen.scored if one.drafter == "near"]
+            if len(told) > len(open_drafts):
+                open_drafts.append((position, 0))
+            still = []
+            for (start, known), one in zip(open_drafts, told, strict=True):
+                drafted, accepted = foresight.accepted(start, LENGTH - start - 1)
+                assert one.known == known
+                assert one.drafted == drafted
+                assert one.accepted == min(accepted, after - start)
+                assert one.ended == (accepted < min(drafted, after - start))
+                checked += 1
+                if not one.is_final:
+                    still.append((start, one.accepted))
+            open_drafts = still
+        assert checked >= 3
+
+
+class _Failing(Drafter):
+    """Cannot draft at all."""
+
+    kind = "failing"
+
+    def propose(self, rows: Any, limits: Any) -> Drafts:
+        raise ZeroDivisionError("by zero")
+
+    def would_accept(self, *given: Any) -> Any:
+        raise NotImplementedError
+
+
+def test_a_drafter_that_fails_beside_the_arm_in_use_harms_nobody() -> None:
+    parts = parts_of("llama")
+    parts.drafters["failing"] = _Failing("failing", 4)
+    watch = RestlessWatch(["none", "near"], ["failing", "near"], 2)
+
+    done = pace_of(parts, watch).generate(
+        [list(p) for p in PROMPTS], max_new_tokens=LENGTH, ignore_eos=True
+    )
+
+    for prompt, completion in zip(PROMPTS, done, strict=True):
+        assert completion.error is None
+        assert completion.token_ids == greedy_reference(parts.target.model, prompt, LENGTH).tokens
+
+
+class _Broken(RestlessWatch):
+    """Asks for an arm that does not exist, or fails, after its third round."""
+
+    def __init__(self, answer: str | Exception) -> None:
+        super().__init__(["near"], [])
+        self._answer = answer
+
+    def after_round(self, ticket: int, seen: Any) -> str | None:
+        self.seen.append(seen)
+        if ticket != 1 or len(self.seen) < 3:
+            return None
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        return self._answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [("nowhere", "unknown drafter 'nowhere'"), (ZeroDivisionError("by zero"), "by zero")],
+)
+def test_a_broken_watch_ends_its_own_row(parts: Parts, answer: str | Exception, words: str) -> None:
+    engine = pace_of(parts, _Broken(answer)).engine
+    requests = [Request(str(i), PROMPTS[1], LENGTH) for i in range(3)]
+
+    done = {c.request_id: c for c in engine.generate(requests, return_errors=True)}
+
+    expected = greedy_reference(parts.target.model, PROMPTS[1], LENGTH).tokens
+    assert done["0"].token_ids == done["2"].token_ids == expected
+    assert done["1"].error is not None and words in done["1"].error
+    assert done["1"].token_ids == expected[: len(done["1"].token_ids)]
+
+
+def test_rows_that_name_their_drafter_are_not_watched(parts: Parts) -> None:
+    watch = RestlessWatch(ARMS, DRAFTERS, 4)
+    pace = pace_of(parts, watch)
+
+    completion = pace.complete(list(PROMPTS[1]), drafter="near", max_new_tokens=LENGTH)
+
+    assert not watch.seen
+    assert not completion.switches
+
+
+def test_a_switch_by_hand_ends_the_watching(parts: Parts) -> None:
+    watch = RestlessWatch(["near"], [], 4)
+    engine = pace_of(parts, watch).engine
+    ticket = engine.submit(Request("0", PROMPTS[1], LENGTH))
+    while not watch.seen:
+        engine.step()
+
+    engine.switch(ticket, "none")
+    seen = len(watch.seen)
+    done = [p.completion for _ in range(2 * LENGTH) for p in engine.step() if p.completion]
+
+    assert len(watch.seen) == seen
+    assert watch.ended == [ticket]
+    assert done[0].switches[-1][1] == "none"
+    assert done[0].token_ids == greedy_reference(parts.target.model, PROMPTS[1], LENGTH).tokens
+
+
+def test_memory_bounds_hold_for_what_is_kept_beside() -> None:
+    """Room for one draft model's row: another is never started while it is there."""
+    parts = parts_of("llama", max_rows=1)
+    one_row = parts.drafters["near"].state_bytes([len(PROMPTS[1]) + LENGTH])
+    parts = parts_of("llama", max_rows=1, max_drafter_mb=1.5 * one_row / 1e6)
+    books = Books([parts.drafters["near"], parts.drafters["random"]])
+    watch = RestlessWatch(["near", "random", "none"], ["near", "random"], 5)
+
+    done = pace_of(parts, watch).complete(list(PROMPTS[1]), max_new_tokens=LENGTH, ignore_eos=True)
+
+    assert done.token_ids == greedy_reference(parts.target.model, PROMPTS[1], LENGTH).tokens
+    assert books.started == {"near", "random"}
+    assert books.most == 1
+
+
+class _Even:
+    """Prices at which every drafter might pay."""
+
+    bucket = 64
+
+    def rounds(self, drafter: str, context: int, rows: int) -> np.ndarray:
+        return 1.0 + 0.05 * np.arange(1 if drafter == "none" else 5)
+
+    def drafting(self, drafter: str, drafted: int, context: int) -> float:
+        return 0.001 * drafted
+
+    def catching_up(self, drafter: str, num_tokens: int) -> float:
+        return 0.0
+
+
+def test_the_real_watch_finds_the_drafter_that_knows_the_text(parts: Parts) -> None:
+    """From a prior that speaks for a drafter that is never right."""
+    prompt = PROMPTS[1]
+    expected = greedy_reference(parts.target.model, prompt, LENGTH).tokens
+    text = [*prompt, *expected]
+    wrong = [(t + 1) % 256 for t in text]
+
+    def copy(source: Sequence[int]) -> Any:
+        return lambda tokens, limit: source[len(tokens) : len(tokens) + limit]
+
+    drafters: dict[str, Any] = {
+        "good": ScriptedDrafter("good", copy(text), 4),
+        "bad": ScriptedDrafter("bad", copy(wrong), 4),
+    }
+    config = Config(target=ModelSection(model="in memory"))
+    own = build_from_objects(parts.target.model, byte_tokenizer(), drafters, config)
+    arms = [Arm("none", "none", 0), Arm("good", "good", 4), Arm("bad", "bad", 4)]
+    prior = {"none": 1.0, "bad": 0.5, "good": 0.9}
+    pace = Pace(
+        own,
+        lambda context: Decision("bad", seconds_per_token=prior),
+        Watch(arms, _Even(), adapt=True, guard=Guard()),
+    )
+
+    completion = pace.complete(list(prompt), max_new_tokens=LENGTH, ignore_eos=True)
+
+    assert completion.token_ids == expected
+    assert completion.switches[-1][1] == "good"
+    assert completion.seconds.total <= completion.seconds_total

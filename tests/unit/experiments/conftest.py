@@ -1,0 +1,62 @@
+"""A tiny target and drafter as folders of files, with a configuration and prompt files of their own."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+import yaml
+
+from paceline.testing.tiny_models import perturbed, tiny_model
+from paceline.testing.tokenizers import byte_tokenizer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PROMPTS = 12  # of each task
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `target` and `near`."""
+    folder = tmp_path_factory.mktemp("models")
+    target = tiny_model(std=0.1, context=128)
+    for name, model in (("target", target), ("near", perturbed(target, 0.1))):
+        model.save_pretrained(folder / name)
+        byte_tokenizer().save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def config(models: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "paceline.yaml"
+    raw = {
+        "target": {"model": str(models / "target"), "dtype": "float32", "device": "cpu"},
+        "drafters": {
+            "near": {"kind": "draft_model", "settings": {"model": str(models / "near")}},
+            "lookup": {"kind": "prompt_lookup", "settings": {"min_ngram": 1}},
+        },
+    }
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A data folder: the four tasks, and Spec-Bench in small."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for task in ("translation", "math", "code", "summary"):
+        lines = [
+            json.dumps({"id": f"{task}/{i}", "domain": task, "prompt": f"{task} {i}: " + "ab " * i})
+            for i in range(PROMPTS)
+        ]
+        (folder / f"{task}.jsonl").write_text("\n".join(lines) + "\n")
+    questions = [
+        {"question_id": i, "category": "qa", "turns": [f"what is {i}?", "and then?"]}
+        for i in range(8)
+    ]
+    lines = [json.dumps(question) for question in questions]
+    (folder / "spec_bench.jsonl").write_text("\n".join(lines) + "\n")
+    return folder

@@ -1,0 +1,100 @@
+"""The workbench makes things once, finds them again, and keeps timed prompts out of what is learned."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from paceline.errors import ConfigError
+from paceline.experiments import workbench
+from paceline.experiments.workbench import SMOKE, Sizes, Workbench
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def ids(prompts: list[Any]) -> set[str]:
+    return {prompt.id for prompt in prompts}
+
+
+def test_a_larger_number_of_prompts_has_the_smaller_one_in_it(data: Path, tmp_path: Path) -> None:
+    small, large = (
+        Workbench("unused.yaml", tmp_path, data, Sizes(prompts=n, timed=3)).prompts for n in (2, 9)
+    )
+    assert len(small.collected) == 8 and len(large.collected) == 36
+    assert ids(small.collected) < ids(large.collected)
+    assert ids(small.timed) == ids(large.timed)
+    assert not ids(large.collected) & ids(large.timed)
+    assert {prompt.domain for prompt in small.timed} == {"translation", "math", "code", "summary"}
+
+
+def test_too_many_prompts_or_a_missing_task_is_one_line(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"translation.jsonl: 13 prompts asked for, 12 are there"):
+        _ = Workbench("unused.yaml", tmp_path, data, Sizes(prompts=10, timed=3)).prompts
+    (data / "math.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"no math\.jsonl in this data folder"):
+        _ = Workbench("unused.yaml", tmp_path, data, Sizes(prompts=2, timed=1)).prompts
+    with pytest.raises(ConfigError, match=r"only .* exist; name a folder with more of them"):
+        _ = Workbench("unused.yaml", tmp_path, None, Sizes(prompts=500)).prompts
+
+
+def test_without_a_folder_the_demo_gives_the_prompts(tmp_path: Path) -> None:
+    found = Workbench("unused.yaml", tmp_path, None, SMOKE).prompts
+    assert (len(found.collected), len(found.timed)) == (16, 4)
+
+
+def test_spec_bench_is_read_by_first_turns(data: Path, tmp_path: Path) -> None:
+    found = Workbench("unused.yaml", tmp_path, data).spec_bench
+    assert [(p.id, p.domain, p.prompt) for p in found][3] == ("spec_bench/3", "qa", "what is 3?")
+    with (data / "spec_bench.jsonl").open("a") as file:
+        file.write('{"question_id": 9, "category": "qa", "turns": []}\n')
+    with pytest.raises(ConfigError, match=r"spec_bench\.jsonl:9: not a Spec-Bench question"):
+        _ = Workbench("unused.yaml", tmp_path, data).spec_bench
+
+
+def test_what_one_experiment_made_the_next_one_finds(
+    config: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages: list[str] = []
+    sizes = Sizes(prompts=2, timed=1, max_new_tokens=6, profile_seconds=0.0)
+
+    def bench(prompts: int) -> Workbench:
+        stages.clear()
+        on_progress = lambda stage, done, total: stages.append(stage)  # noqa: E731
+        return Workbench(config, tmp_path / "work", data, sizes.with_prompts(prompts), on_progress)
+
+    first = bench(2)
+    assert {p.id for p in first.collection.prompts} == ids(first.prompts.collected)
+    assert set(first.collection.prompts[0].rounds) == {"none", "near", "lookup"}
+    first.costs.check(["near", "lookup"])
+    assert {"decode", "profile"} <= set(stages)
+
+    more = bench(4)
+    assert len(more.collection.prompts) == 16
+    assert more.costs.hash() == first.costs.hash()
+    assert "profile" not in stages
+    fewer = bench(2)  # the folder holds more by now
+    assert {p.id for p in fewer.collection.prompts} == ids(fewer.prompts.collected)
+    assert "decode" not in stages
+
+    monkeypatch.setattr(workbench, "cpu_model", lambda: "another machine")
+    assert bench(2).costs.hash() != first.costs.hash()
+    assert "profile" in stages
+
+
+def test_everything_lies_in_its_folder_and_no_prefill_is_spared(
+    config: Path, tmp_path: Path
+) -> None:
+    """Arms that are compared by the clock decode the same prompts, and each must pay for them."""
+    found = Workbench(config, tmp_path / "work").config
+    assert found.engine.prefix_positions == 0
+    assert {path.parent for path in (found.paths.store, found.paths.costs, found.paths.policy)} == {
+        tmp_path / "work"
+    }
+
+
+def test_settings_say_when_figures_mean_nothing(config: Path, tmp_path: Path) -> None:
+    assert "smoke run" in Workbench(config, tmp_path, None, SMOKE.with_prompts(3)).settings()
+    found = Workbench(config, tmp_path, None, Sizes()).settings()
+    assert found["dtype"] == "float32" and "smoke run" not in found

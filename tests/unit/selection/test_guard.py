@@ -1,0 +1,238 @@
+"""The guard: what a request and the process may lose, benches and probes, and the clock it goes by."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from paceline.selection.guard import (
+    ALLOWED_LOSS,
+    CONFIDENCE,
+    FEWEST_LOST,
+    FIRST_PAUSE,
+    LONGEST_PAUSE,
+    PROBE_SHARE,
+    TRUST,
+    Guard,
+    PlainClock,
+)
+
+
+def request(guard: Guard, arm: str, loss: float, rounds: int = 4, tokens: float = 64.0) -> bool:
+    """A request whose rounds lose so much in all; whether it went to its end with the arm."""
+    ledger = guard.begin(arm, tokens)
+    fell = False
+    for _ in range(rounds):
+        if not fell:
+            fell = guard.after_round(ledger, arm, 2.0 + loss / rounds, 0.0, 2)
+    for _ in range(50):
+        guard.after_plain(ledger, 0.0)
+    guard.end(ledger)
+    return not fell
+
+
+def plain(guard: Guard, requests: int, rounds: int = 60) -> None:
+    for _ in range(requests):
+        ledger = guard.begin("none", 64.0)
+        for _ in range(rounds):
+            guard.after_plain(ledger, 0.0)
+        guard.end(ledger)
+
+
+# --- in a request ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tokens", "allowed"), [(64.0, FEWEST_LOST), (400.0, 400 * ALLOWED_LOSS)])
+def test_a_request_goes_on_without_an_arm_that_lost_its_share(
+    tokens: float, allowed: float
+) -> None:
+    guard = Guard()
+    ledger = guard.begin("a", tokens)
+    lost = 0.0
+    while not guard.after_round(ledger, "a", 1.4, 0.0, 1):
+        lost += 0.4
+    assert lost <= allowed < lost + 0.4 + 1e-9
+
+
+def test_what_was_gained_before_may_be_lost_again() -> None:
+    guard = Guard()
+    ledger = guard.begin("a", 64.0)
+    assert not any(guard.after_round(ledger, "a", 1.2, 0.0, 5) for _ in range(3))
+    assert not any(guard.after_round(ledger, "a", 1.5, 0.0, 1) for _ in range(20))
+
+
+def test_an_arm_that_gains_is_not_blamed_for_the_one_before() -> None:
+    guard = Guard()
+    ledger = guard.begin("a", 64.0)
+    while not guard.after_round(ledger, "a", 1.5, 0.0, 1):
+        pass
+    assert not guard.after_round(ledger, "b", 1.5, 0.0, 2)
+    assert guard.after_round(ledger, "b", 1.5, 0.0, 1)
+
+
+def test_starting_a_drafter_is_no_reason_to_stop_but_counts_over_requests() -> None:
+    guard = Guard()
+    for _ in range(12):
+        ledger = guard.begin("a", 64.0)
+        assert not guard.after_round(ledger, "a", 1.0, 3.0, 1)
+        guard.end(ledger)
+    assert not guard.admits("a")
+
+
+def test_a_trusted_arm_may_lose_more_in_a_request() -> None:
+    guard = Guard()
+    for _ in range(10):
+        assert request(guard, "a", -20.0)
+    assert request(guard, "a", FEWEST_LOST * TRUST * 0.95)
+    assert not request(guard, "b", FEWEST_LOST * TRUST * 0.95)
+
+
+# --- over requests --------------------------------------------------------------------------------
+
+
+def test_an_arm_is_benched_when_its_requests_lose_with_confidence() -> None:
+    guard = Guard()
+    needed = 0
+    while guard.admits("a"):
+        request(guard, "a", 1.0)
+        needed += 1
+    # the sum of n equal losses is sqrt(n) of its standard errors, a little less as it fades
+    assert CONFIDENCE**2 < needed <= CONFIDENCE**2 + 2
+    assert guard.admits("b")
+    [line] = guard.report()
+    assert line.startswith("a: ") and "benched" in line
+
+
+def test_an_arm_that_gains_on_the_whole_stays() -> None:
+    """Three requests of four lose a little, the fourth gains more."""
+    guard = Guard()
+    for i in range(400):
+        request(guard, "a", 1.0 if i % 4 else -6.0)
+        assert guard.admits("a")
+
+
+def test_a_restless_clock_benches_few_arms_that_gain() -> None:
+    order = random.Random(0)
+    benched = 0
+    for _ in range(50):
+        guard = Guard()
+        for _ in range(100):
+            request(guard, "a", -2.0 + 4.0 * order.gauss(0.0, 1.0))
+        benched += not guard.admits("a")
+    assert benched <= 3
+
+
+def bench(guard: Guard, arm: str) -> None:
+    while guard.admits(arm):
+        request(guard, arm, 1.0)
+
+
+def test_a_benched_arm_is_probed_ever_more_seldom() -> None:
+    guard = Guard()
+    bench(guard, "a")
+    pauses = []
+    for _ in range(9):
+        waited = 0
+        while not guard.admits("a"):
+            plain(guard, 1, rounds=3000)
+            waited += 1
+        pauses.append(waited)
+        request(guard, "a", 1.0)
+    assert pauses[0] == FIRST_PAUSE
+    assert pauses == sorted(pauses)
+    assert pauses[2] == 4 * FIRST_PAUSE
+    assert pauses[-1] <= LONGEST_PAUSE
+
+
+def test_one_probe_at_a_time() -> None:
+    guard = Guard()
+    bench(guard, "a")
+    plain(guard, 2 * FIRST_PAUSE)
+    assert guard.admits("a")
+    ledger = guard.begin("a", 64.0)
+    assert not guard.admits("a")
+    guard.after_round(ledger, "a", 1.5, 0.0, 1)
+    guard.end(ledger)
+    assert not guard.admits("a")
+
+
+def test_a_probe_that_gains_brings_the_arm_back() -> None:
+    guard = Guard()
+    bench(guard, "a")
+    plain(guard, 2 * FIRST_PAUSE)
+    request(guard, "a", -20.0)
+    assert guard.admits("a")
+    assert "benched" not in guard.report()[0]
+
+
+def test_a_probe_that_never_came_to_a_round_leaves_the_arm_to_be_probed() -> None:
+    """Its request was cancelled, or ended with its first token."""
+    guard = Guard()
+    bench(guard, "a")
+    plain(guard, 2 * FIRST_PAUSE)
+    guard.end(guard.begin("a", 64.0))
+    assert guard.admits("a")
+
+
+def test_probes_lose_no_more_than_their_share() -> None:
+    guard = Guard()
+    arms = [f"bad {i}" for i in range(12)]
+    for arm in arms:
+        bench(guard, arm)
+    lost = rounds = 0.0
+    for _ in range(3000):
+        arm = next((a for a in arms if guard.admits(a)), None)
+        if arm is None:
+            plain(guard, 1, rounds=58)
+            rounds += 58
+            continue
+        request(guard, arm, 1.4)
+        lost, rounds = lost + 1.4, rounds + 58
+    assert lost > 0
+    assert lost <= PROBE_SHARE * rounds + 1.4 + 1.0
+
+
+def test_memory_is_constant() -> None:
+    guard = Guard()
+    for i in range(300):
+        request(guard, f"arm {i % 5}", 1.0 if i % 2 else -1.0)
+    assert len(guard._records) == 5
+
+
+# --- the clock ------------------------------------------------------------------------------------
+
+
+def test_the_clock_is_what_plain_rounds_took_over_their_price() -> None:
+    clock = PlainClock()
+    assert clock.factor == 1.0 and clock.is_due
+    for i in range(40):
+        clock.plain(0.013 if i % 2 else 0.011, 0.010)
+    assert clock.factor == pytest.approx(1.2, rel=0.02)
+    assert not clock.is_due
+
+
+def test_the_clock_follows_a_machine_that_grows_slower() -> None:
+    clock = PlainClock()
+    for seconds in [0.010] * 100 + [0.015] * 200:
+        clock.plain(seconds, 0.010)
+    assert clock.factor == pytest.approx(1.5, rel=0.05)
+
+
+def test_one_interrupted_round_does_not_move_the_clock_far() -> None:
+    clock = PlainClock()
+    for _ in range(100):
+        clock.plain(0.010, 0.010)
+    clock.plain(1.0, 0.010)
+    assert clock.factor < 1.06
+
+
+def test_a_plain_round_is_due_again_after_many_others() -> None:
+    clock = PlainClock()
+    for _ in range(20):
+        clock.plain(0.01, 0.01)
+    passed = 0
+    while not clock.is_due:
+        clock.passed()
+        passed += 1
+    assert 100 <= passed <= 1000
