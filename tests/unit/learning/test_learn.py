@@ -65,7 +65,7 @@ def test_a_learned_policy_is_as_fast_as_the_oracle_here(
 
     assert report.fraction_of_oracle > 0.99
     assert report.headline()["policy"] > 1.3 * report.headline()["best single"]
-    assert report.by_domain["odd"].chosen["math"] > 0.95
+    assert report.by_domain["odd"].chosen["policy"].arms["math"] > 0.95
     assert report.num_train + report.overall.num_prompts == 120
     assert result.training.num_prompts == report.num_train
     chosen = [result.policy.choose(context(seed)).arm for seed in range(1000, 1100)]
@@ -96,7 +96,7 @@ def test_what_is_saved_chooses_the_same(
 def test_the_training_range_lies_beside_the_policy(
     prompts: list[CollectedPrompt], costs: CostTable, tmp_path: Path
 ) -> None:
-    learn(prompts, costs, IDENTITY, SETTINGS).save(tmp_path)
+    learn(prompts, costs, IDENTITY, list(ARMS), SETTINGS).save(tmp_path)
     seen = TrainingRange.load(tmp_path)
 
     outside = [seen.distance(feature_vector(context(i))) > seen.farthest for i in range(500, 600)]
@@ -109,7 +109,7 @@ def test_the_training_range_lies_beside_the_policy(
         low, high = seen.acceptance[arm]
         assert low == pytest.approx(accepted / drafted) == high
 
-    learn(prompts[:48], costs, IDENTITY, SETTINGS).save(tmp_path)  # too few for a range
+    learn(prompts[:48], costs, IDENTITY, list(ARMS), SETTINGS).save(tmp_path)  # too few for a range
     assert not (tmp_path / RANGE_FILE).exists()
 
 
@@ -158,7 +158,7 @@ def test_features_that_say_nothing_end_in_one_arm_and_a_note(
     assert result.training.constant
     (note,) = result.report.notes
     assert "the policy always chooses" in note
-    (share,) = (s for s in result.report.overall.chosen.values() if s)
+    (share,) = (s for s in result.report.overall.chosen["policy"].arms.values() if s)
     assert share == 1.0
 
 
