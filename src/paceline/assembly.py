@@ -391,10 +391,10 @@ def _policy(parts: Parts, folder: Path) -> Policy:
     return load_policy(folder, policy_identity(parts), costs, selection=section)
 
 
-def watch_for(parts: Parts, arms: Sequence[str]) -> Watch | None:
+def watch_for(parts: Parts, arms: Sequence[str], costs: CostTable | None = None) -> Watch | None:
     """What the configuration's `selection` asks for over these arms and all drafters; None if nothing.
 
-    Raises ArtefactError without this machine's costs of all of them.
+    Raises ArtefactError unless this machine's costs of all of them are given, or where they should be.
     """
     section = parts.config.selection
     if not section.watches:
@@ -402,7 +402,7 @@ def watch_for(parts: Parts, arms: Sequence[str]) -> Watch | None:
     named = [split_arm(arm) for arm in dict.fromkeys([*parts.drafters, *arms])]
     lengths = {name: drafter.num_draft_tokens for name, drafter in parts.drafters.items()}
     try:
-        costs = CostTable.load(parts.config.paths.costs)
+        costs = costs or CostTable.load(parts.config.paths.costs)
         costs.check(lengths, identity_of_arms({n: d.identity() for n, d in parts.drafters.items()}))
     except ArtefactError as error:
         raise ArtefactError(

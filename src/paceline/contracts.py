@@ -236,8 +236,8 @@ class Context:
     sampling: SamplingParams
     rows_in_flight: int
     request_id: str = ""  # for whoever records; never a feature
-    max_new_tokens: int | None = None  # the most the answer may have, where known
     text: Callable[[], str] | None = None  # the prompt's text, decoded when asked for
+    max_new_tokens: int | None = None  # the most the answer may have, where known
 
 
 def split_arm(arm: str) -> tuple[str, int | None]:

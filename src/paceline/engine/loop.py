@@ -476,8 +476,8 @@ class Engine:
             sampling=row.sampling,
             rows_in_flight=len(self._rows),
             request_id=row.request.id,
-            max_new_tokens=row.request.max_new_tokens,
             text=lambda: self._decode(row.request.prompt_tokens),
+            max_new_tokens=row.request.max_new_tokens,
         )
         decision = self.choose(context)
         if self._watcher is not None:

@@ -40,8 +40,8 @@ def collect_docs(out: Path | str = OUT) -> Path:
     parts += [
         _section(EXPERIMENTS[name], text, folder.name) for name, text in found.items() if text
     ]
-    sections = "\n".join(parts)
-    write_atomically(page, f"{before}{BEGIN}\n\n{sections}\n{END}{after}".encode())
+    body = "\n".join(parts)
+    write_atomically(page, f"{before}{BEGIN}\n\n{body}\n{END}{after}".encode())
     return page
 
 

@@ -158,9 +158,9 @@ def learn(
         arms_of(config),
         config.learning,
         on_progress=on_progress,
+        encode=build_encoder(collection.identity.hidden_size, config.selection),
         search=search,
         figure=figure,
-        encode=build_encoder(collection.identity.hidden_size, config.selection),
     )
     learned.save(config.paths.policy)
     return learned

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 MIN_PROMPTS: Final = 8
 _MIN_HELD_OUT: Final = 2
+_SPLIT: Final = "held out: "  # before an id that is hashed
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +237,8 @@ def split(dataset: Dataset, share: float) -> tuple[Dataset, Dataset]:
     """(training part, held-out part), by hash of the prompt's id, so that no order of prompts
     matters and all rows of a prompt fall on one side.
     """
-    held_out = np.array([is_validation(group, share) for group in dataset.groups])
+    # not by the id's own hash: prompts are often taken by that, and then all fall on one side
+    held_out = np.array([is_validation(f"{_SPLIT}{group}", share) for group in dataset.groups])
     num_held_out = int(held_out.sum())
     if num_held_out < _MIN_HELD_OUT or len(dataset) - num_held_out < MIN_PROMPTS - _MIN_HELD_OUT:
         raise StoreError(

@@ -77,16 +77,16 @@ def learn(
     arms: Sequence[str],
     settings: LearningSection,
     on_progress: Progress = lambda stage, done, total: None,
+    encode: FeatureEncoder | None = None,
     search: int = 0,
     figure: Path | None = None,
-    encode: FeatureEncoder | None = None,
 ) -> LearningResult:
     """Train on the training part, evaluate on the held-out part.
 
     `identity` names target, tokenizer and drafters the policy is for; the collection and the cost
-    table must have these. arms: what to choose among, see `drafting.catalog.arms_of`. encode: gives
-    the policy that is returned its features, by default the default encoders. search: so many
-    settings of the learner are tried first. figure: where to draw the learning curves. Raises
+    table must have these. arms: what to choose among, see `drafting.catalog.arms_of`. encode: gives the
+    policy that is returned its features, by default the default encoders. search: so many settings of
+    the learner are tried first. figure: where to draw the learning curves. Raises
     ConfigError, StoreError or ArtefactError with what to change.
     """
     if figure is not None:
@@ -119,15 +119,6 @@ def learn(
     return LearningResult(policy, report, fitted.summary, seeds, fitted.curve, card, seen)
 
 
-def _constant_note(chooser: Chooser, data: Dataset) -> str:
-    preferred = chooser.preferences(data.features, data.situation()).argmax(axis=1)
-    arms = list(dict.fromkeys(chooser.arms[place] for place in preferred))
-    return (
-        "the features did not tell which arm is best where: the policy always chooses "
-        f"{' or '.join(repr(arm) for arm in arms)}; more prompts or more different drafters may help"
-    )
-
-
 def _range(
     prompts: Sequence[CollectedPrompt], training_part: Dataset, chooser: Chooser
 ) -> TrainingRange | None:
@@ -144,6 +135,15 @@ def _range(
             shares[arm].append(accepted / drafted)
     return TrainingRange.fit(
         training_part.features, {arm: np.array(found) for arm, found in shares.items()}
+    )
+
+
+def _constant_note(chooser: Chooser, data: Dataset) -> str:
+    preferred = chooser.preferences(data.features, data.situation()).argmax(axis=1)
+    arms = list(dict.fromkeys(chooser.arms[place] for place in preferred))
+    return (
+        "the features did not tell which arm is best where: the policy always chooses "
+        f"{' or '.join(repr(arm) for arm in arms)}; more prompts or more different drafters may help"
     )
 
 
