@@ -39,7 +39,7 @@ def serving(folder: Path, tokens: str, choose: Callable[[Context], Decision]) ->
     parts = build_from_objects(
         tiny_model(std=0.1, context=96), byte_tokenizer(), {"lookup": lookup}, config
     )
-    return Pace(parts, choose, open_log(parts))
+    return Pace(parts, choose, on_complete=open_log(parts))
 
 
 @pytest.mark.parametrize("tokens", ["off", "ids"])
@@ -48,7 +48,8 @@ def test_a_line_for_every_request(tmp_path: Path, tokens: str) -> None:
 
     def choose(context: Context) -> Decision:
         seen[context.request_id] = context
-        return Decision("lookup", 0.75, {"none": 0.25, "lookup": 0.75}, "mine")
+        scores = {"none": 0.25, "lookup": 0.75}
+        return Decision("lookup", 0.75, scores, "mine", feature_vector(context))
 
     pace = serving(tmp_path, tokens, choose)
     done = pace.generate([PROMPT, PROMPT + "!"], max_new_tokens=12, ignore_eos=True)
@@ -72,7 +73,7 @@ def test_a_line_for_every_request(tmp_path: Path, tokens: str) -> None:
         assert line.seconds_total == completion.seconds_total
         assert (line.num_output, line.max_new_tokens) == (12, 12)
         assert line.header.target == pace.parts.target.fingerprint()
-        assert list(line.header.arms) == ["none", "lookup"]
+        assert list(line.header.drafters) == ["none", "lookup"]
         assert line.header.feature_version == FEATURE_VERSION
         expected = tuple(completion.token_ids) if tokens == "ids" else None
         assert line.output_tokens == expected
@@ -174,7 +175,9 @@ def test_a_log_without_ids_or_exploration_says_what_it_lacks(
 
 
 def test_requests_unlike_the_training_raise_a_warning(tmp_path: Path) -> None:
-    pace = serving(tmp_path, "off", lambda context: Decision("lookup", policy="mine"))
+    pace = serving(
+        tmp_path, "off", lambda context: Decision("lookup", features=feature_vector(context))
+    )
     texts = [f"{a} {b} again, {a}" for a in ("one", "two", "six", "ten") for b in "abcdefghijkl"]
     for prompt in texts:
         pace.complete(prompt, max_new_tokens=3)

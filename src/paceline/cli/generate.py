@@ -79,7 +79,9 @@ def generate(
     )
     console = Console()
     if as_json:
-        console.print_json(json.dumps(asdict(completion)))
+        record = asdict(completion)
+        del record["decision"]["features"]  # some hundred numbers that tell a reader nothing
+        console.print_json(json.dumps(record))
         return
     console.print(completion.text, markup=False, highlight=False)
     if stats:

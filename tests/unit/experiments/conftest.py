@@ -55,7 +55,7 @@ def data(tmp_path: Path) -> Path:
         (folder / f"{task}.jsonl").write_text("\n".join(lines) + "\n")
     questions = [
         {"question_id": i, "category": "qa", "turns": [f"what is {i}?", "and then?"]}
-        for i in range(8)
+        for i in range(24)
     ]
     lines = [json.dumps(question) for question in questions]
     (folder / "spec_bench.jsonl").write_text("\n".join(lines) + "\n")
