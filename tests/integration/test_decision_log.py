@@ -19,7 +19,7 @@ from paceline.contracts import Context, Decision, identity_of_arms
 from paceline.costs.table import CostTable, Measurement
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
 from paceline.experiments.demo_prompts import load_written
-from paceline.selection import FEATURE_VERSION, feature_vector
+from paceline.selection import feature_vector
 from paceline.selection.drift import TrainingRange
 from paceline.store import read_decisions
 from paceline.testing.tiny_models import tiny_model
@@ -74,7 +74,7 @@ def test_a_line_for_every_request(tmp_path: Path, tokens: str) -> None:
         assert (line.num_output, line.max_new_tokens) == (12, 12)
         assert line.header.target == pace.parts.target.fingerprint()
         assert list(line.header.drafters) == ["none", "lookup"]
-        assert line.header.feature_version == FEATURE_VERSION
+        assert line.header.encoders == {}  # nobody said whose features these are
         expected = tuple(completion.token_ids) if tokens == "ids" else None
         assert line.output_tokens == expected
     assert decisions[2].features is None and decisions[2].arm == "none"

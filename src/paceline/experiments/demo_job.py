@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from paceline.bench.circumstances import circumstances
@@ -24,11 +25,11 @@ from paceline.bench.timed import (
     tokens_per_second,
 )
 from paceline.config import PathsSection
-from paceline.contracts import AUTO, NONE
+from paceline.contracts import AUTO, NONE, split_arm
 from paceline.errors import DecodingError
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.experiments.pipeline import Prepared, prepare
-from paceline.replay.rounds import max_output, replay
+from paceline.replay.rounds import max_output, replay, walk
 from paceline.rewards import request_seconds
 
 if TYPE_CHECKING:
@@ -99,8 +100,10 @@ def demo(
         TimedPrompt(p.id, p.domain, tuple(pace.encode([{"role": "user", "content": p.prompt}])))
         for p in timed
     ]
-    recorder = _Recorder(pace, max_new_tokens)
-    methods = {name: recorder.method(name) for name in (*pace.drafters, RANDOM, AUTO)}
+    # every drafter at the length that was best for it on the collected prompts
+    arms = list(prepared.learned.report.overall.arms)
+    recorder = _Recorder(pace, arms, max_new_tokens)
+    methods = {name: recorder.method(name) for name in (*arms, RANDOM, AUTO)}
     total, done = len(prompts) * len(methods), 0
 
     def on_run() -> None:
@@ -109,7 +112,7 @@ def demo(
         on_progress("decode by the clock", done, total)
 
     timings = time_interleaved(methods, prompts, on_run=on_run)
-    timings += _oracle(pace, prepared.costs, prompts, timings, max_new_tokens)
+    timings += _oracle(pace, arms, prepared.costs, prompts, timings, max_new_tokens)
     if pace.parts.target.dtype == torch.float32 or pace.parts.target.exact:
         _check_texts(timings, list(methods))
     return _result(prepared, recorder, timings, prompts, max_new_tokens, len(collected))
@@ -130,14 +133,15 @@ def _check_texts(timings: list[Timing], methods: Sequence[str]) -> None:
 class _Recorder:
     """Runs a method and keeps its completions."""
 
-    def __init__(self, pace: Pace, max_new_tokens: int) -> None:
+    def __init__(self, pace: Pace, arms: Sequence[str], max_new_tokens: int) -> None:
         self.pace = pace
+        self.drafting = [arm for arm in arms if arm != NONE]
         self.max_new_tokens = max_new_tokens
         self.completions: dict[tuple[str, tuple[int, ...]], Completion] = {}
 
     def method(self, name: str) -> Callable[[Sequence[int]], Sequence[int]]:
         def run(tokens: Sequence[int]) -> Sequence[int]:
-            drafter = self._random_drafter(tokens) if name == RANDOM else name
+            drafter = self._random_arm(tokens) if name == RANDOM else name
             request = self.pace.request(
                 list(tokens), drafter=drafter, max_new_tokens=self.max_new_tokens
             )
@@ -147,15 +151,15 @@ class _Recorder:
 
         return run
 
-    def _random_drafter(self, tokens: Sequence[int]) -> str:
-        """Any drafter but none, drawn anew for each prompt, the same in every run."""
-        names = [name for name in self.pace.drafters if name != NONE]
+    def _random_arm(self, tokens: Sequence[int]) -> str:
+        """Any arm but none, drawn anew for each prompt, the same in every run."""
         digest = hashlib.sha256(repr(list(tokens)).encode()).digest()
-        return names[digest[0] % len(names)]
+        return self.drafting[digest[0] % len(self.drafting)]
 
 
 def _oracle(
     pace: Pace,
+    arms: Sequence[str],
     costs: CostTable,
     prompts: Sequence[TimedPrompt],
     timings: Sequence[Timing],
@@ -169,19 +173,27 @@ def _oracle(
         trajectory = by_key[NONE, prompt.id].output_tokens
         limit = max_output(max_new_tokens, len(prompt.tokens), context)
         seconds = {
-            name: request_seconds(
+            arm: request_seconds(
                 costs.seconds,
-                name,
+                arm,
                 len(prompt.tokens),
-                replay(drafter, prompt.tokens, trajectory, limit).rounds,
+                _rounds(pace, arm, prompt.tokens, trajectory, limit),
             )
-            for name, drafter in pace.parts.drafters.items()
+            for arm in arms
         }
         chosen = by_key[min(seconds, key=seconds.__getitem__), prompt.id]
         oracle.append(
             Timing(ORACLE, prompt.id, prompt.domain, chosen.seconds, chosen.output_tokens)
         )
     return oracle
+
+
+def _rounds(
+    pace: Pace, arm: str, tokens: Sequence[int], trajectory: Sequence[int], limit: int
+) -> np.ndarray:
+    name, length = split_arm(arm)
+    replayed = replay(pace.parts.drafters[name], tokens, trajectory, limit)
+    return replayed.rounds if replayed.ahead is None else walk(replayed.ahead, length)
 
 
 def _result(
@@ -205,10 +217,9 @@ def _result(
             m: [recorder.completions[m, p.tokens] for p in part] for m in methods if m != ORACLE
         }
         cells[task] = {m: _cell(own, m, completions.get(m, [])) for m in methods}
-        chosen[task] = dict(Counter(c.drafter for c in completions[AUTO]).most_common())
+        chosen[task] = dict(Counter(c.decision.arm for c in completions[AUTO]).most_common())
     overall = cells[ALL_TASKS]
-    singles = [name for name in pace.drafters if name != NONE]
-    best = max(singles, key=lambda name: overall[name].tokens_per_second)
+    best = max(recorder.drafting, key=lambda name: overall[name].tokens_per_second)
     target = pace.parts.target
     return DemoResult(
         circumstances=circumstances(),

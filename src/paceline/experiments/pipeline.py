@@ -11,7 +11,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from paceline.assembly import Pace, build, policy_identity
+from paceline.assembly import Pace, build, policy_identity, watch_for
 from paceline.bench.profile import profile as measure_costs
 from paceline.collection import collect as collect_prompts
 from paceline.contracts import NONE, split_arm
@@ -216,4 +216,5 @@ def prepare(
     )
     learned.save(config.paths.policy)
     stage("learn")
-    return Prepared(Pace(parts, learned.policy.choose), costs, learned, seconds)
+    watch = watch_for(parts, learned.policy.arms, costs)
+    return Prepared(Pace(parts, learned.policy.choose, watch), costs, learned, seconds)

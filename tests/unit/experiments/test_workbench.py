@@ -49,7 +49,7 @@ def test_spec_bench_is_read_by_first_turns(data: Path, tmp_path: Path) -> None:
     assert [(p.id, p.domain, p.prompt) for p in found][3] == ("spec_bench/3", "qa", "what is 3?")
     with (data / "spec_bench.jsonl").open("a") as file:
         file.write('{"question_id": 9, "category": "qa", "turns": []}\n')
-    with pytest.raises(ConfigError, match=r"spec_bench\.jsonl:9: not a Spec-Bench question"):
+    with pytest.raises(ConfigError, match=r"spec_bench\.jsonl:25: not a Spec-Bench question"):
         _ = Workbench("unused.yaml", tmp_path, data).spec_bench
 
 
