@@ -35,6 +35,7 @@ from paceline.bench.timed import (
 )
 from paceline.cli.options import configured
 from paceline.cli.progress import progress
+from paceline.contracts import join_arm
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.experiments.pipeline import prepare
 
@@ -42,8 +43,10 @@ GENERATE = "transformers generate"
 ASSISTED = "transformers assistant_model"
 ASSISTED_SAME_K = "transformers assistant_model, our length"
 LOOKUP = "transformers prompt_lookup_num_tokens"
-DRAFT_ARM = "general"
+DRAFTER, DRAFT_LENGTH = "general", 4
+DRAFT_ARM = join_arm(DRAFTER, DRAFT_LENGTH)
 LOOKUP_ARM = "lookup"
+SUFFIX_ARM = "suffix"  # without a counterpart: often the best single one
 
 
 def transformers_methods(pace: Pace, dtype: torch.dtype, max_new_tokens: int) -> dict[str, Method]:
@@ -54,9 +57,9 @@ def transformers_methods(pace: Pace, dtype: torch.dtype, max_new_tokens: int) ->
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
     target = load(config.target.model)
-    drafter_settings = config.drafters[DRAFT_ARM].settings
+    drafter_settings = config.drafters[DRAFTER].settings
     default, same = load(drafter_settings["model"]), load(drafter_settings["model"])
-    same.generation_config.num_assistant_tokens = drafter_settings["num_draft_tokens"]
+    same.generation_config.num_assistant_tokens = DRAFT_LENGTH
     same.generation_config.num_assistant_tokens_schedule = "constant"
     same.generation_config.assistant_confidence_threshold = 0.0
     lookup_tokens = config.drafters[LOOKUP_ARM].settings["num_draft_tokens"]
@@ -93,7 +96,7 @@ def our_methods(pace: Pace, max_new_tokens: int) -> dict[str, Method]:
 
         return run
 
-    return {name: method(name) for name in ("none", DRAFT_ARM, LOOKUP_ARM, "auto")}
+    return {name: method(name) for name in ("none", DRAFT_ARM, LOOKUP_ARM, SUFFIX_ARM, "auto")}
 
 
 def measure(dtype_name: str, options: argparse.Namespace, console: Console) -> list[Timing]:
