@@ -40,13 +40,15 @@ from paceline.cli.progress import progress
 from paceline.config import PathsSection, SelectionSection
 from paceline.contracts import NONE, Drafts
 from paceline.drafting.base import Drafter, Foresight
+from paceline.drafting.catalog import arms_of
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.experiments.pipeline import prepare
 from paceline.experiments.prompt_files import TASKS
 from paceline.files import write_atomically
 from paceline.layer_search.plot import import_figure
 from paceline.learning import learn
-from paceline.selection import RandomPolicy, load_policy
+from paceline.selection import Policy, load_policy
+from paceline.selection.choosers import RandomChooser
 from paceline.store import read_prompts
 from paceline.store.collection import load_collection
 
@@ -57,7 +59,7 @@ if TYPE_CHECKING:
     from paceline.contracts import Completion, PromptRecord, RowView
     from paceline.costs import CostTable
     from paceline.engine.loop import Choose
-    from paceline.selection import Policy, PolicyIdentity
+    from paceline.selection import PolicyIdentity
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "guard"
@@ -127,6 +129,11 @@ def cases_of(
         own = Parts(config, parts.target, parts.tokenizer, parts.vocabulary, parts.drafters)
         found.append(Case(name, watched, Pace(own, choose, watch_for(own, arms, costs))))
     return found
+
+
+def by_lot(arms: Sequence[str]) -> Choose:
+    """Every arm equally often."""
+    return Policy(RandomChooser(arms), "by lot").choose
 
 
 def stream(
@@ -280,8 +287,8 @@ def mixed(
     plain = Case(NONE, "", Pace(parts))
     cases = [
         *cases_of("auto", parts, choose, arms, costs),
-        *cases_of("random", parts, RandomPolicy(arms).choose, arms, costs),
-        *cases_of("bad drafters", bad, RandomPolicy(wrong).choose, wrong, bad_costs),
+        *cases_of("random", parts, by_lot(arms), arms, costs),
+        *cases_of("bad drafters", bad, by_lot(wrong), wrong, bad_costs),
     ]
     counted = counter(report, "mixed stream", len(records) * (len(cases) + 1))
     stream(records, cases, plain, options.max_new_tokens, counted)
@@ -305,7 +312,9 @@ def shifting(
     config = parts.config
     collection = load_collection(config.paths.store, list(config.drafters))
     known = [p for p in collection.prompts if p.domain == BEFORE]
-    policy = learn(known, made.costs, made.identity, config.learning, on_progress=report).policy
+    policy = learn(
+        known, made.costs, made.identity, arms_of(config), config.learning, report
+    ).policy
     ordered = [r for d in (BEFORE, AFTER) for r in records if r.domain == d]
     at = sum(r.domain == BEFORE for r in ordered)
     plain = Case(NONE, "", Pace(parts))
