@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 SIZES: Final = (30, 100, 300, 1000, 3000, 10000)
 LEARNERS: Final = ("acceptance", "policy_gradient", "knn")
 DRAWS: Final = 5  # parts of each size, each with another seed
+FEWER_DRAWS: Final = 3  # of parts of more than `MANY` prompts, which differ less and take longer
+MANY: Final = 1000
 ENOUGH: Final = 0.95  # of the full policy's gain
 
 
@@ -50,14 +52,14 @@ def run(bench: Workbench) -> Findings:
     study = Study.of(bench, bench.collection.prompts, bench.arms(list(bench.config.drafters)))
     num_train = len(study.train)
     sizes = [size for size in SIZES if size < num_train] or [max(MIN_PROMPTS, num_train // 2)]
-    draws = 2 if bench.sizes.smoke else DRAWS
+    draws = {size: _num_draws(bench, size) for size in (*sizes, num_train)}
     found: dict[str, list[_Learned]] = {}
-    done, total = 0, len(LEARNERS) * (len(sizes) + 1) * draws
+    done, total = 0, len(LEARNERS) * sum(draws.values())
     for learner in LEARNERS:
         of = found[learner] = []
-        for size in (*sizes, num_train):
+        for size, num_draws in draws.items():
             speedups = []
-            for draw in range(draws):
+            for draw in range(num_draws):
                 bench.on_progress("learn from parts", done, total)
                 done += 1
                 speedups.append(_speedup(study, learner, size, draw))
@@ -66,12 +68,18 @@ def run(bench: Workbench) -> Findings:
     report = study.report([])
     levels = {way: report.overall.strategies[way].speedup.value for way in (BEST_SINGLE, ORACLE)}
     return Findings(
-        tables=[_table(found, len(study.held_out), draws), _reached_table(found, levels)],
+        tables=[_table(found, len(study.held_out)), _reached_table(found, levels)],
         panels=[_panel(found)],
         settings=bench.settings() | {"prompts to learn from": num_train},
         remarks=_remarks(found, levels),
         facts=_facts(found, levels),
     )
+
+
+def _num_draws(bench: Workbench, size: int) -> int:
+    if bench.sizes.smoke:
+        return 2
+    return FEWER_DRAWS if size > MANY else DRAWS
 
 
 def _speedup(study: Study, learner: str, size: int, draw: int) -> float:
@@ -86,7 +94,7 @@ def _speedup(study: Study, learner: str, size: int, draw: int) -> float:
     return float(none / (law * held_out.seconds).sum())
 
 
-def _table(found: dict[str, list[_Learned]], num_held_out: int, draws: int) -> Table:
+def _table(found: dict[str, list[_Learned]], num_held_out: int) -> Table:
     columns = [Column("learner"), Column("prompts", "{:,}"), Column("speed-up over none", SPEED)]
     columns += [
         Column("lowest", SPEED),
@@ -99,11 +107,11 @@ def _table(found: dict[str, list[_Learned]], num_held_out: int, draws: int) -> T
         full = float(of[-1].speedups.mean())
         for one in of:
             speeds, gains = one.speedups, one.gains(full)
-            row: list[Value] = [learner, one.num_prompts, float(speeds.mean())]
-            row += [float(speeds.min()), float(speeds.max())]
+            row: list[Value] = [learner, one.num_prompts, len(speeds)]
+            row += [float(speeds.mean()), float(speeds.min()), float(speeds.max())]
             rows.append([*row, float(gains.mean()), float(gains.std())])
     explanation = (
-        f"Mean, lowest and highest of {draws} policies, each learned with another seed from another "
+        "Mean, lowest and highest of several policies, each learned with another seed from another "
         f"random part, on the same {num_held_out} held-out prompts. The full gain is what the mean of "
         "the policies that learned from all training prompts has over plain decoding; spread is the "
         f"standard deviation over draws. {PREDICTED.partition(',')[0]}."
