@@ -41,7 +41,7 @@ def test_too_many_prompts_or_a_missing_task_is_one_line(data: Path, tmp_path: Pa
 
 def test_without_a_folder_the_demo_gives_the_prompts(tmp_path: Path) -> None:
     found = Workbench("unused.yaml", tmp_path, None, SMOKE).prompts
-    assert (len(found.collected), len(found.timed)) == (16, 4)
+    assert (len(found.collected), len(found.timed)) == (32, 4)
 
 
 def test_spec_bench_is_read_by_first_turns(data: Path, tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_what_one_experiment_made_the_next_one_finds(
 
     first = bench(2)
     assert {p.id for p in first.collection.prompts} == ids(first.prompts.collected)
-    assert set(first.collection.prompts[0].rounds) == {"none", "near", "lookup"}
+    assert set(first.collection.prompts[0].replays) == {"near", "lookup"}
     first.costs.check(["near", "lookup"])
     assert {"decode", "profile"} <= set(stages)
 
