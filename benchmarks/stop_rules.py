@@ -30,8 +30,8 @@ from paceline.drafting.draft_model import DraftModel
 from paceline.drafting.stops import FIXED_LENGTH, ConfidenceStop, ExpectedGainStop
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.files import write_atomically
-from paceline.replay import max_output, replay
-from paceline.replay.priced import stopped_rounds
+from paceline.replay import max_output, replay, walk
+from paceline.replay.priced import stopped_ahead
 from paceline.rewards import request_seconds
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def measure(
     seconds: dict[str, list[float]] = {}
     drafted = accepted = rounds = 0
     for prompt in prompts:
-        found = stopped_rounds(prompt, arm, rule, length)
+        found = walk(stopped_ahead(prompt, arm, rule, length))
         plain = np.zeros((len(prompt.output_tokens) - 1, 2), dtype=np.int64)
         num_prompt = len(prompt.prompt_tokens)
         spent = [

@@ -35,10 +35,12 @@ _HOMES = {
     "evaluate": "paceline.experiments.evaluation",
     "experiment": "paceline.experiments.catalog",
     "learn": "paceline.experiments.pipeline",
+    "learn_from_log": "paceline.experiments.from_log",
     "load": "paceline.assembly",
     "load_config": "paceline.config",
     "pad_drafts": "paceline.drafting.base",
     "profile": "paceline.experiments.pipeline",
+    "read_decisions": "paceline.store",
     "read_prompts": "paceline.store",
     "search_layers": "paceline.layer_search",
 }
@@ -68,10 +70,12 @@ __all__ = [
     "evaluate",
     "experiment",
     "learn",
+    "learn_from_log",
     "load",
     "load_config",
     "pad_drafts",
     "profile",
+    "read_decisions",
     "read_prompts",
     "search_layers",
 ]
@@ -89,9 +93,10 @@ if TYPE_CHECKING:
     from paceline.experiments.catalog import experiment
     from paceline.experiments.demo_job import demo
     from paceline.experiments.evaluation import evaluate
+    from paceline.experiments.from_log import learn_from_log
     from paceline.experiments.pipeline import build_trigrams, collect, data, learn, profile
     from paceline.layer_search import search_layers
-    from paceline.store import read_prompts
+    from paceline.store import read_decisions, read_prompts
 
 
 def __getattr__(name: str) -> Any:

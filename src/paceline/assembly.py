@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from paceline.contracts import (
     AUTO,
     NONE,
     Completion,
+    Context,
     LogitRules,
     Request,
     SamplingParams,
@@ -42,6 +44,9 @@ from paceline.selection import (
     is_policy,
     load_policy,
 )
+from paceline.selection.artefact import read_card
+from paceline.selection.drift import RANGE_FILE, DriftAlarm, TrainingRange
+from paceline.store import DecisionLog, LogHeader
 from paceline.warping import check_sampling
 
 if TYPE_CHECKING:
@@ -50,7 +55,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from paceline.drafting.base import Drafter
-    from paceline.engine.loop import Choose
+    from paceline.engine.loop import Choose, OnComplete
     from paceline.selection import Policy
 
     Prompt = str | Sequence[Mapping[str, str]]
@@ -149,7 +154,11 @@ class Pace:
     """A target with its drafters, ready to generate. Made by `paceline.load`."""
 
     def __init__(
-        self, parts: Parts, choose: Choose | None = None, watch: Watch | None = None
+        self,
+        parts: Parts,
+        choose: Choose | None = None,
+        watch: Watch | None = None,
+        on_complete: OnComplete | None = None,
     ) -> None:
         self.parts = parts
         self.watch = watch
@@ -160,6 +169,7 @@ class Pace:
             decode=self._decode,
             choose=choose,
             watch=watch,
+            on_complete=on_complete,
             **engine_section.model_dump(),
         )
 
@@ -365,9 +375,12 @@ def load(
     _price(parts)
     folder = Path(policy) if policy is not None else parts.config.paths.policy
     if not with_policy or (policy is None and (target is not None or not is_policy(folder))):
-        return Pace(parts)
+        return Pace(parts, on_complete=open_log(parts))
     loaded = _policy(parts, folder)
-    return Pace(parts, loaded.choose, watch_for(parts, loaded.arms))
+    watched = TrainingRange.load(folder) if (folder / RANGE_FILE).is_file() else None
+    watch = watch_for(parts, loaded.arms)
+    on_complete = open_log(parts, watched, dict(read_card(folder).encoders))
+    return Pace(parts, loaded.choose, watch, on_complete)
 
 
 def _policy(parts: Parts, folder: Path) -> Policy:
@@ -378,10 +391,10 @@ def _policy(parts: Parts, folder: Path) -> Policy:
     return load_policy(folder, policy_identity(parts), costs, selection=section)
 
 
-def watch_for(parts: Parts, arms: Sequence[str]) -> Watch | None:
+def watch_for(parts: Parts, arms: Sequence[str], costs: CostTable | None = None) -> Watch | None:
     """What the configuration's `selection` asks for over these arms and all drafters; None if nothing.
 
-    Raises ArtefactError without this machine's costs of all of them.
+    Raises ArtefactError unless this machine's costs of all of them are given, or where they should be.
     """
     section = parts.config.selection
     if not section.watches:
@@ -389,7 +402,7 @@ def watch_for(parts: Parts, arms: Sequence[str]) -> Watch | None:
     named = [split_arm(arm) for arm in dict.fromkeys([*parts.drafters, *arms])]
     lengths = {name: drafter.num_draft_tokens for name, drafter in parts.drafters.items()}
     try:
-        costs = CostTable.load(parts.config.paths.costs)
+        costs = costs or CostTable.load(parts.config.paths.costs)
         costs.check(lengths, identity_of_arms({n: d.identity() for n, d in parts.drafters.items()}))
     except ArtefactError as error:
         raise ArtefactError(
@@ -423,6 +436,47 @@ def _price(parts: Parts) -> None:
         ) from error
     for drafter in waiting.values():
         drafter.price(costs)
+
+
+def open_log(
+    parts: Parts,
+    watched: TrainingRange | None = None,
+    encoders: Mapping[str, str] | None = None,
+) -> OnComplete | None:
+    """What is done with completed requests: they go to the configuration's decision log, and the
+    user is warned when they leave the policy's training range. None where neither is there.
+
+    encoders: whose features the policy sees, with their identity lines.
+    """
+    section, log = parts.config.log, None
+    if section.folder is not None:
+        identity = policy_identity(parts)
+        header = LogHeader(
+            identity.target,
+            identity.tokenizer,
+            dict(identity.drafters),
+            dict(encoders or {}),
+            section.tokens,
+        )
+        log = DecisionLog(section.folder, header)
+    alarm = DriftAlarm(watched) if watched is not None else None
+    if log is None and alarm is None:
+        return None
+
+    def note(request: Request, completion: Completion, context: Context | None) -> None:
+        features = completion.decision.features
+        if log is not None:
+            rows = context.rows_in_flight if context is not None else None
+            log.write(request, completion, features, rows)
+        if alarm is not None and features is not None:
+            # of several arms it is not known which accepted what
+            rounds = [] if completion.switches else completion.rounds
+            accepted, drafted = sum(r.accepted for r in rounds), sum(r.drafted for r in rounds)
+            raised = alarm.observe(features, completion.decision.arm, accepted, drafted)
+            if raised is not None:
+                warnings.warn(str(raised), stacklevel=2)
+
+    return note
 
 
 def policy_identity(parts: Parts) -> PolicyIdentity:

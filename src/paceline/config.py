@@ -116,14 +116,14 @@ class LearningSection(Section):
         12,
     )
 
-    reward: Literal["speed", "alignment"] = "speed"
+    reward: Literal["speed", "alignment", "clocked"] = "speed"
     alpha: float = Field(default=0.5, ge=0.0, le=1.0)
     metric: Literal["rouge_1", "rouge_l", "edit", "prefix"] = "rouge_l"
     objective: Literal["latency", "throughput"] | Annotated[float, Field(ge=0.0, le=1.0)] = (
         "latency"
     )
     loads: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 2, 4, 8, 16), min_length=1)
-    kinds: int = Field(default=16, ge=1)
+    kinds: int = Field(default=12, ge=1)
     gate_decay: float = Field(default=0.1, ge=0.0)
     optimism: float = Field(default=0.5, ge=0.0)
     hidden_units: int = Field(default=64, ge=1)
@@ -190,6 +190,17 @@ class PathsSection(Section):
     policy: Path = Path("runs/policy")
 
 
+class LogSection(Section):
+    """The decision log: where it is written, if anywhere, and whether with the requests' token ids.
+
+    tokens: `off` leaves no token of a prompt or an answer on the disk; `ids` lets `paceline learn
+    --from-log` replay every drafter on what was served.
+    """
+
+    folder: Path | None = None
+    tokens: Literal["off", "ids"] = "off"
+
+
 class Config(Section):
     """The whole of paceline.yaml.
 
@@ -204,6 +215,7 @@ class Config(Section):
     learning: LearningSection = LearningSection()
     selection: SelectionSection = SelectionSection()
     paths: PathsSection = PathsSection()
+    log: LogSection = LogSection()
     threads: int | None = Field(default=None, ge=1)
 
 
@@ -298,6 +310,9 @@ def anchor(config: Config, folder: Path) -> Config:
             "drafters": {name: drafter(d) for name, d in config.drafters.items()},
             "paths": PathsSection(
                 store=folder / paths.store, costs=folder / paths.costs, policy=folder / paths.policy
+            ),
+            "log": config.log.model_copy(
+                update={"folder": config.log.folder and folder / config.log.folder}
             ),
         }
     )

@@ -237,6 +237,7 @@ class Context:
     rows_in_flight: int
     request_id: str = ""  # for whoever records; never a feature
     text: Callable[[], str] | None = None  # the prompt's text, decoded when asked for
+    max_new_tokens: int | None = None  # the most the answer may have, where known
 
 
 def split_arm(arm: str) -> tuple[str, int | None]:
@@ -264,6 +265,7 @@ class Decision:
     propensity: float = 1.0
     scores: dict[str, float] = field(default_factory=dict)
     policy: str = "fixed"
+    features: np.ndarray | None = field(default=None, compare=False, repr=False)  # [F] it saw
     seconds_per_token: dict[str, float] = field(default_factory=dict)  # predicted, where it is
 
     @property

@@ -4,7 +4,8 @@
 from replay, the seconds from the cost table. `alignment` = alpha * similarity + (1 - alpha) * cost
 score is the reward of arXiv 2408.08470; what it compares (the drafter's own greedy output with the
 target's, by ROUGE-L unless told otherwise) and that the cost score is the share of the target's
-time which the drafter saves, is our reading of it (not confirmed).
+time which the drafter saves, is our reading of it (not confirmed). `clocked` is `speed` with the
+seconds that a served request took.
 Symbols: T output tokens, t seconds per token. A change in any figure raises REWARD_VERSION.
 """
 
@@ -95,6 +96,14 @@ def speeds(
         for arm, own in rounds.items()
     }
     return {arm: priced[NONE] / spent for arm, spent in priced.items()}
+
+
+def clocked_speed(
+    seconds: SecondsFn, num_prompt: int, num_tokens: int, spent: float, rows: int = 1
+) -> float:
+    """The reward of a request by the clock: seconds predicted for `none` over those it took."""
+    plain = np.zeros((max(num_tokens - 1, 0), 2), dtype=np.int64)
+    return request_seconds(seconds, NONE, num_prompt, plain, rows) / spent
 
 
 def rouge_1_f1(a: Sequence[int], b: Sequence[int]) -> float:

@@ -12,10 +12,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from paceline.assembly import Pace, build_from_objects
-from paceline.config import Config, EngineSection, ModelSection
+from paceline.assembly import Pace, build_from_objects, watch_for
+from paceline.bench.profile import profile
+from paceline.config import (
+    Config,
+    EngineSection,
+    ModelSection,
+    PathsSection,
+    SelectionSection,
+)
 from paceline.contracts import Decision, Drafts, Request
 from paceline.drafting.base import Drafter
+from paceline.errors import ArtefactError
 from paceline.selection import Arm, Guard, Watch
 from paceline.testing.examples import OTHER_KINDS, add_examples
 from paceline.testing.reference import greedy_reference
@@ -26,6 +34,7 @@ from paceline.testing.tokenizers import byte_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from paceline.assembly import Parts
     from paceline.engine.watching import Watch as WatchProtocol
@@ -311,3 +320,27 @@ def test_the_real_watch_finds_the_drafter_that_knows_the_text(parts: Parts) -> N
     assert completion.token_ids == expected
     assert completion.switches[-1][1] == "good"
     assert completion.seconds.total <= completion.seconds_total
+
+
+def test_the_configuration_asks_for_a_watch_and_its_costs(tmp_path: Path) -> None:
+    parts = parts_of("llama")
+    assert watch_for(parts, ["near", "near@2"]) is None
+    selection = SelectionSection(guard=True, adapt="within_request", explore=0.1)
+    paths = PathsSection(costs=tmp_path / "costs.json")
+    parts.config = parts.config.model_copy(update={"selection": selection, "paths": paths})
+
+    with pytest.raises(
+        ArtefactError, match=r"needs this machine's costs: .* run `paceline profile`"
+    ):
+        watch_for(parts, ["near"])
+
+    profile(parts, budget=0.0).save(paths.costs)
+    watch = watch_for(parts, ["near@2", "none"])
+
+    assert watch is not None
+    assert [arm.name for arm in watch.arms.all] == [*parts.drafters, "near@2"]
+    assert watch.arms["near@2"].num_draft_tokens == 2
+    assert watch.adapt and watch.guard is not None and watch.explore == 0.1
+    pace = Pace(parts, lambda context: Decision("near@2"), watch)
+    completion = pace.complete(list(PROMPTS[1]), max_new_tokens=LENGTH, ignore_eos=True)
+    assert completion.token_ids == greedy_reference(parts.target.model, PROMPTS[1], LENGTH).tokens

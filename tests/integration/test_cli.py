@@ -70,8 +70,19 @@ def test_the_main_job_runs_verb_by_verb(
     assert "paceline profile" in capsys.readouterr().out  # nothing is priced yet
     assert run(monkeypatch, "collect", prompts, "-c", config, *limit) == 0
     assert run(monkeypatch, "doctor", "-c", config) == 0
+    capsys.readouterr()
+    assert run(monkeypatch, "data", "-c", config) == 0
+    shown = capsys.readouterr().out
+    assert "greedy 32" in shown and "paceline profile" in shown
     assert run(monkeypatch, "profile", "-c", config) == 0
     capsys.readouterr()
+    figure = config.parent / "data.png"
+    assert run(monkeypatch, "data", "-c", config, "--json", "--plot", figure) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tasks"]["all"]["num_rows"] == 32 and found["notes"] == []
+    assert found["acceptance"]["math"]["math"]["match"] > 0.3
+    assert sum(found["oracle"]["all"]["shares"].values()) == pytest.approx(1.0)
+    assert figure.stat().st_size > 5000
     assert run(monkeypatch, "doctor", "-c", config) == 0
     assert "x none on 32 prompts" in capsys.readouterr().out
     assert run(monkeypatch, "learn", "-c", config) == 0
@@ -83,7 +94,6 @@ def test_the_main_job_runs_verb_by_verb(
     assert overall["arms"]["none"]["speedup"]["value"] == pytest.approx(1.0)
     assert overall["strategies"]["policy"]["regret"]["value"] >= 0.0
     assert "first line" in overall["strategies"]
-    assert not any("another cost table" in note for note in section["report"]["notes"])
     prompt = load_written("math")[20].prompt
     texts = {}
     for drafter in ("none", "auto", "math", "lookup"):
@@ -98,11 +108,53 @@ def test_the_main_job_runs_verb_by_verb(
     assert shown.out.strip() == texts["none"].strip()
     assert "block efficiency" in shown.err
 
-    # another machine's costs: the policy still works, and says that it could fit better
+    # another machine's costs: the policy is priced with them
     assert run(monkeypatch, "profile", "-c", config) == 0
     capsys.readouterr()
     assert run(monkeypatch, "evaluate", "-c", config, "--json") == 0
-    assert "another cost table" in json.loads(capsys.readouterr().out)["notes"][-1]
+    again = json.loads(capsys.readouterr().out)
+    assert again["circumstances"]["cost table"] != report["circumstances"]["cost table"]
+
+    # a policy is served by the encoders it was learned with, whatever the configuration says now
+    raw = yaml.safe_load(config.read_text())
+    chosen = {**raw, "selection": {"encoders": ["hashed_ngrams", "text_stats"]}}
+    config.write_text(yaml.safe_dump(chosen))
+    assert run(monkeypatch, "learn", "-c", config) == 0
+    config.write_text(yaml.safe_dump(raw))
+    path = config.parent / "runs/policy/policy.json"
+    card = json.loads(path.read_text())
+    assert list(card["encoders"]) == ["hashed_ngrams", "text_stats"]
+    assert run(monkeypatch, "evaluate", "-c", config) == 0
+    assert run(monkeypatch, "generate", prompt, "-c", config, *limit) == 0
+    card["encoders"]["text_stats"] = "version=0, features=6"
+    path.write_text(json.dumps(card))
+    capsys.readouterr()
+    assert run(monkeypatch, "generate", prompt, "-c", config, *limit) == 2
+    assert "another encoder 'text_stats'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--top-p", "0.9"), "need a --temperature above 0"),
+        (("--temperature", "0.5", "--temperature", "0.5"), "a temperature is given twice"),
+        (("--temperature", "-1"), "temperature must be"),
+        (("--outputs", "name"), "as NAME=FILE"),
+        (("--outputs", "a=x", "--outputs", "a=y"), "'a' is given twice"),
+        (("--workers", "0"), "workers must be at least 1"),
+    ],
+)
+def test_flags_of_collect_that_cannot_be_are_refused(
+    config: Path,
+    prompts: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    assert run(monkeypatch, "collect", prompts, "-c", config, *flags) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_policy_for_other_drafters_is_refused(
@@ -129,6 +181,25 @@ def test_a_policy_for_other_drafters_is_refused(
     config.write_text(yaml.safe_dump(raw))
     assert run(monkeypatch, "learn", "-c", config) == 2
     assert "paceline collect" in capsys.readouterr().err
+
+
+def test_collect_leaves_out_broken_lines_only_when_told(
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    path = tmp_path / "some.jsonl"
+    path.write_text('{"text": "abc"}\n{"text": \n{"text": "abd"}\n')
+    command = ("collect", path, "-c", config, "--max-new-tokens", "2", "--prompt-field", "text")
+
+    assert run(monkeypatch, *command) == 2
+    assert "some.jsonl:2: not a JSON object" in capsys.readouterr().err
+    assert run(monkeypatch, *command, "--skip-bad") == 0
+    said = capsys.readouterr().out
+    assert "1 broken rows were left out" in said and "some.jsonl:2" in said
+    assert "2 prompts in" in said
 
 
 BAD_YAML = [

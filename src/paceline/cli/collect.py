@@ -17,6 +17,7 @@ from paceline.cli.options import (
     configured,
 )
 
+SHOWN = 5  # broken rows named
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 def collect(
     prompts: Annotated[
-        list[Path], typer.Argument(help="JSONL files with id, domain and prompt on each line.")
+        list[str],
+        typer.Argument(help="JSONL or Parquet files, or saved datasets as FOLDER or FOLDER:SPLIT."),
     ],
     config: ConfigOption = DEFAULT_CONFIG,
     store: Annotated[Path | None, typer.Option(help="Folder of the collection.")] = None,
@@ -47,6 +49,10 @@ def collect(
     alignment: Annotated[
         bool, typer.Option("--alignment", help="Also decode each drafter alone, for that reward.")
     ] = False,
+    prompt_field: Annotated[str, typer.Option(help="Field of the prompt.")] = "prompt",
+    id_field: Annotated[str, typer.Option(help="Field of its id; a hash without one.")] = "id",
+    domain_field: Annotated[str, typer.Option(help="Field of its task, for tables.")] = "domain",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out broken rows.")] = False,
     outputs: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=FILE", help="JSONL of outputs made elsewhere, for that reward."),
@@ -65,14 +71,19 @@ def collect(
 
     from paceline.cli.progress import progress
     from paceline.experiments.pipeline import collect as run_collect
-    from paceline.store import read_prompts, take_by_hash
+    from paceline.store import PromptFields, read_prompts, take_by_hash
 
     settings = configured(config, dtype, device, threads, exact, store=store)
+    fields = PromptFields(prompt_field, id_field, domain_field)
+    bad: list[str] = []
     filters = {"top_p": top_p, "top_k": top_k, "min_p": min_p}
     samplings = _samplings(temperature or [0.0], filters, seed)
     written = _named_files(outputs or [])
-    records = take_by_hash(read_prompts(prompts), limit)
+    records = take_by_hash(read_prompts(prompts, fields, bad.append if skip_bad else None), limit)
     console = Console()
+    if bad:
+        console.print(f"{len(bad)} broken rows were left out, the first of them:")
+        console.print("\n".join(bad[:SHOWN]), markup=False, highlight=False)
     with progress(console) as report:
         result = run_collect(
             settings,
@@ -100,7 +111,11 @@ def _samplings(
     from paceline.contracts import GREEDY, SamplingParams
     from paceline.errors import ConfigError
 
-    if not any(temperatures) and (filters["top_p"], filters["top_k"], filters["min_p"]) != (1, 0, 0):
+    if not any(temperatures) and (filters["top_p"], filters["top_k"], filters["min_p"]) != (
+        1,
+        0,
+        0,
+    ):
         raise ConfigError("--top-p, --top-k and --min-p need a --temperature above 0")
     return [
         SamplingParams(t, seed=seed, method="invariant", **filters)  # type: ignore[arg-type]

@@ -49,7 +49,7 @@ def _print(console: Console, report: DataReport) -> None:
     for name, count in report.writers.items():
         console.print(f"outputs written by {name}: to {count} rows", highlight=False)
     for note in report.notes:
-        console.print(f"note: {note}", markup=False, highlight=False)
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_tasks(console: Console, report: DataReport) -> None:

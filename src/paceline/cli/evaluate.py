@@ -46,7 +46,12 @@ def evaluate(
     from paceline.cli.progress import progress
     from paceline.experiments.evaluation import evaluate as run_evaluate
     from paceline.learning.evaluation import parse_encoders
+    from paceline.learning.evaluation.plot import plot as draw
     from paceline.learning.evaluation.tables import show
+    from paceline.learning.plot import import_figure
+
+    if plot is not None:
+        import_figure()  # before the work is done rather than after
 
     settings = _towards(configured(config, store=store, costs=costs, policy=policy), objective)
     loads = _numbers(rows)
@@ -63,8 +68,6 @@ def evaluate(
             on_progress=report,
         )
     if plot is not None:
-        from paceline.learning.evaluation.plot import plot as draw
-
         draw(found, plot)
     if as_json:
         console.print_json(found.to_json())

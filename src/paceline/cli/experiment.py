@@ -100,9 +100,7 @@ def experiment(
     overridden = any(value is not None for value in (dtype, device, threads))
     chosen = configured(config, dtype, device, threads) if overridden else config
     with progress(console) as report:
-        done = run_experiment(
-            name, out, chosen, data, prompts, smoke, folder, report, store
-        )
+        done = run_experiment(name, out, chosen, data, prompts, smoke, folder, report, store)
     _print_table(console, done.findings.tables[0])
     for remark in done.findings.remarks:
         console.print(f"- {remark}", markup=False, highlight=False)

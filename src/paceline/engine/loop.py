@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from paceline.models.language_model import LanguageModel
 
     Choose = Callable[[Context], Decision]
+    OnComplete = Callable[[Request, Completion, Context | None], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,18 +75,21 @@ class Engine:
         max_positions: int | None = None,
         prefix_positions: int = 0,
         max_drafter_mb: float | None = None,
+        on_complete: OnComplete | None = None,
         watch: Watch | None = None,
     ) -> None:
         """max_rows: requests in flight. prefill_chunk: prompt tokens a step. max_waiting: requests
         that may wait. max_positions: bound on rows x longest row, what the target's cache holds.
         prefix_positions: bound on shared prompt beginnings. max_drafter_mb: bound on what the
-        drafters' rows need, beyond which a row is given no drafter.
+        drafters' rows need, beyond which a row is given no drafter. on_complete: told of every
+        request that has ended, with what the policy saw of it if it was asked; must not raise.
         """
         if target.exact and prefill_chunk < BLOCK:
             raise ConfigError(f"exact mode needs prefill_chunk at {BLOCK} or more: {prefill_chunk}")
         self.target = target
         self.drafters = dict(drafters)
         self.choose = choose
+        self.on_complete = on_complete
         self.prefixes = PrefixStore(prefix_positions)
         self._decode = decode
         self._max_rows = max_rows
@@ -172,7 +176,7 @@ class Engine:
                 del self._waiting[place]
                 row = self._row(ticket, request, slot=-1)
                 row.finish_reason = "cancelled"
-                self._done.append(Progress(ticket, [], self._complete(row)))
+                self._report(row)
                 break
 
     def switch(self, ticket: int, arm: str) -> None:
@@ -465,7 +469,7 @@ class Engine:
         if row.request.drafter != AUTO or self.choose is None:
             return Decision(arm=row.request.drafter)
         assert row.hidden_sum is not None and row.hidden_last is not None
-        context = Context(
+        row.context = context = Context(
             prompt_tokens=row.request.prompt_tokens,
             mean_hidden=row.hidden_sum / np.float32(row.num_prompt),
             last_hidden=row.hidden_last,
@@ -473,6 +477,7 @@ class Engine:
             rows_in_flight=len(self._rows),
             request_id=row.request.id,
             text=lambda: self._decode(row.request.prompt_tokens),
+            max_new_tokens=row.request.max_new_tokens,
         )
         decision = self.choose(context)
         if self._watcher is not None:
@@ -495,8 +500,13 @@ class Engine:
                     drafter.finish([row])
                 except Exception as error:  # noqa: BLE001 - as in `_guarded`, and no longer timed
                     row.fail(f"drafter '{drafter.name}'", error)
-            new = row.output[row.num_reported :]
-            self._done.append(Progress(row.id, new, self._complete(row)))
+            self._report(row)
+
+    def _report(self, row: Row) -> None:
+        completion = self._complete(row)
+        self._done.append(Progress(row.id, row.output[row.num_reported :], completion))
+        if self.on_complete is not None:
+            self.on_complete(row.request, completion, row.context)
 
     def _complete(self, row: Row) -> Completion:
         assert row.finish_reason is not None

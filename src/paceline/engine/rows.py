@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from paceline.contracts import FinishReason, Request, SamplingParams
+    from paceline.contracts import Context, FinishReason, Request, SamplingParams
     from paceline.drafting.base import Drafter
 
 
@@ -37,6 +37,7 @@ class Row:
     barred: set[Drafter] = field(default_factory=set)  # that failed beside it
     switches: list[tuple[int, str]] = field(default_factory=list)  # (tokens emitted, arm)
     decision: Decision = field(default_factory=lambda: Decision(arm=NONE))
+    context: Context | None = None  # what the policy saw, where it was asked
     rounds: list[RoundStats] = field(default_factory=list)
     seconds: Seconds = field(default_factory=Seconds)
     finish_reason: FinishReason | None = None

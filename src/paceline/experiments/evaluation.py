@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from paceline.bench.circumstances import circumstances
 from paceline.costs.table import CostTable
@@ -78,6 +78,11 @@ def evaluate(
         learners = compare or [settings.learner]
         return train_contenders(part, learners, encoders, settings, seeds, on_progress)
 
+    others = {}  # before anything is trained: what is wrong shows at once
+    for name, folder in (on or {}).items():
+        other = load_collection(folder, list(config.drafters))
+        _check_alike(collection, other, folder)
+        others[name] = priced(other)[0]
     data, found_notes = priced(collection)
     train, held_out = split(data, settings.held_out)
     contenders = contenders or trained(train)
@@ -89,10 +94,7 @@ def evaluate(
         [*found_notes, *notes],
     )
     sections = evaluator.held_out(held_out, contenders, loads)
-    for name, folder in (on or {}).items():
-        other = load_collection(folder, list(config.drafters), seen)
-        _check_alike(collection, other, folder)
-        sections.append(evaluator.elsewhere(name, priced(other)[0], contenders))
+    sections += [evaluator.elsewhere(name, other, contenders) for name, other in others.items()]
     if leave_one_task_out:
         sections += evaluator.left_out(data, trained)
     return Evaluation(tuple(sections), _facts(config, costs, settings.objective, seeds))
@@ -126,13 +128,16 @@ def _check(
         )
 
 
+_PLURAL: Final = {"target": "weights", "arms": "drafters", "feature_version": "features"}
+
+
 def _check_alike(collection: LoadedCollection, other: LoadedCollection, folder: Path) -> None:
     """Raises StoreError unless both were made with the same target, features and drafters."""
     for name, expected in collection.identity._asdict().items():
         found = getattr(other.identity, name)
         if found != expected:
             raise StoreError(
-                f"{folder}: was collected with another {name.replace('_', ' ')} than the collection "
+                f"{folder}: was collected with other {_PLURAL.get(name, name)} than the collection "
                 f"that was learned from: {found}, expected {expected}; collect it again"
             )
 

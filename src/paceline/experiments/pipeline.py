@@ -138,8 +138,16 @@ def profile(config: Config, on_progress: OnProgress = _quiet) -> CostTable:
     return table
 
 
-def learn(config: Config, on_progress: OnProgress = _quiet) -> LearningResult:
-    """Train a policy for the configuration's drafters and write it."""
+def learn(
+    config: Config,
+    on_progress: OnProgress = _quiet,
+    search: int = 0,
+    figure: Path | None = None,
+) -> LearningResult:
+    """Train a policy for the configuration's drafters and write it.
+
+    search: how many settings of the learner to try first. figure: a PNG of the learning curves.
+    """
     encoders = config.selection.encoders
     collection = load_collection(config.paths.store, list(config.drafters), encoders)
     costs = CostTable.load(config.paths.costs)
@@ -151,6 +159,8 @@ def learn(config: Config, on_progress: OnProgress = _quiet) -> LearningResult:
         config.learning,
         on_progress=on_progress,
         encode=build_encoder(collection.identity.hidden_size, config.selection),
+        search=search,
+        figure=figure,
     )
     learned.save(config.paths.policy)
     return learned

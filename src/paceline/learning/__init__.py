@@ -1,6 +1,15 @@
 """LEARN: train and evaluate policies from a collection. No transformer runs here."""
 
 from paceline.learning.evaluation import Evaluation, EvaluationReport, evaluate_chooser
+from paceline.learning.from_choices import ChoicesResult, learn_from_choices
 from paceline.learning.learn import LearningResult, learn
 
-__all__ = ["Evaluation", "EvaluationReport", "LearningResult", "evaluate_chooser", "learn"]
+__all__ = [
+    "ChoicesResult",
+    "Evaluation",
+    "EvaluationReport",
+    "LearningResult",
+    "evaluate_chooser",
+    "learn",
+    "learn_from_choices",
+]

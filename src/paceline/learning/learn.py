@@ -10,14 +10,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from paceline.contracts import NONE
 from paceline.errors import ArtefactError, StoreError
 from paceline.files import write_atomically
 from paceline.learning.dataset import build_dataset, split
 from paceline.learning.evaluation import POLICY, EvaluationReport, evaluate_chooser
 from paceline.learning.learners import LEARNERS
+from paceline.learning.learners.seeds import fit_seeds
+from paceline.learning.plot import import_figure, plot, speed_by_prompts
+from paceline.learning.search import search as search_settings
+from paceline.replay import rounds_of
 from paceline.rewards import REWARD_VERSION
 from paceline.selection.artefact import PolicyArtefact, RewardCard, policy_of, save_policy
-from paceline.selection.choosers import FixedChooser, PortableChooser
+from paceline.selection.choosers import PortableChooser
+from paceline.selection.drift import MIN_PROMPTS, RANGE_FILE, TrainingRange
 from paceline.selection.encoders import build_encoder
 
 if TYPE_CHECKING:
@@ -26,8 +34,11 @@ if TYPE_CHECKING:
     from paceline.config import LearningSection
     from paceline.contracts import CollectedPrompt
     from paceline.costs.table import CostTable
+    from paceline.learning.dataset import Dataset
     from paceline.learning.learners import Curve, Progress, Summary
+    from paceline.learning.learners.seeds import Seeds
     from paceline.selection.artefact import PolicyIdentity
+    from paceline.selection.choosers import Chooser
     from paceline.selection.encoders import FeatureEncoder
     from paceline.selection.policies import Policy
 
@@ -41,12 +52,18 @@ class LearningResult:
     policy: Policy
     report: EvaluationReport
     training: Summary
+    seeds: Seeds
     curve: Curve
     card: PolicyArtefact
+    range: TrainingRange | None  # of features and acceptance; None where prompts are too few
 
     def save(self, folder: Path | str) -> None:
-        """Write the policy, and the report beside it as evaluation.json."""
+        """Write the policy, and beside it the report as evaluation.json and the training range."""
         try:
+            if self.range is not None:
+                self.range.save(Path(folder))
+            else:
+                (Path(folder) / RANGE_FILE).unlink(missing_ok=True)  # another policy's
             write_atomically(Path(folder) / EVALUATION_FILE, self.report.to_json().encode())
         except OSError as error:
             raise ArtefactError(f"{folder}: cannot be written ({error})") from error
@@ -61,14 +78,19 @@ def learn(
     settings: LearningSection,
     on_progress: Progress = lambda stage, done, total: None,
     encode: FeatureEncoder | None = None,
+    search: int = 0,
+    figure: Path | None = None,
 ) -> LearningResult:
     """Train on the training part, evaluate on the held-out part.
 
     `identity` names target, tokenizer and drafters the policy is for; the collection and the cost
     table must have these. arms: what to choose among, see `drafting.catalog.arms_of`. encode: gives the
-    policy that is returned its features, by default the default encoders. Raises
+    policy that is returned its features, by default the default encoders. search: so many settings of
+    the learner are tried first. figure: where to draw the learning curves. Raises
     ConfigError, StoreError or ArtefactError with what to change.
     """
+    if figure is not None:
+        import_figure()  # before the work is done rather than after
     costs.check(identity.drafters, identity.drafters)
     dataset, notes = build_dataset(prompts, arms, costs, settings)
     encode = encode or build_encoder(identity.hidden_size)
@@ -79,19 +101,50 @@ def learn(
             f"{encode.num_features}; run `paceline collect` into a new folder"
         )
     training_part, held_out = split(dataset, settings.held_out)
-    fitted = LEARNERS[settings.learner].fit(training_part, settings, on_progress)
+    if search:
+        settings = search_settings(training_part, settings, search, on_progress)
+    fitted, seeds = fit_seeds(LEARNERS[settings.learner], training_part, settings, on_progress)
     chooser = fitted.chooser
     if isinstance(chooser, PortableChooser):
         chooser.pricer = dataset.pricer()
-    elif isinstance(chooser, FixedChooser):
-        notes.append(
-            "the features did not tell which arm is best where: the policy always chooses "
-            f"'{chooser.at(1)}'; more prompts or more different drafters may help"
-        )
+    if fitted.summary.constant:
+        notes.append(_constant_note(chooser, held_out))
     report = evaluate_chooser(training_part, held_out, chooser, seed=settings.seed, notes=notes)
-    card = _card(identity, settings, costs, fitted.summary, report)
+    if figure is not None:
+        points = speed_by_prompts(training_part, held_out, settings, on_progress)
+        plot(fitted.curve, points, held_out, settings.learner, figure)
+    card = _card(identity, settings, costs, fitted.summary, seeds, report)
     policy = policy_of(chooser, found, settings.objective, encode=encode)
-    return LearningResult(policy, report, fitted.summary, fitted.curve, card)
+    seen = _range(prompts, training_part, chooser)
+    return LearningResult(policy, report, fitted.summary, seeds, fitted.curve, card, seen)
+
+
+def _range(
+    prompts: Sequence[CollectedPrompt], training_part: Dataset, chooser: Chooser
+) -> TrainingRange | None:
+    """Of the training prompts; an arm's acceptance on those for which it would be chosen."""
+    if len(training_part) < 2 * MIN_PROMPTS:
+        return None
+    by_id = {prompt.id: prompt for prompt in prompts}
+    shares: dict[str, list[float]] = {arm: [] for arm in training_part.arms if arm != NONE}
+    preferred = chooser.preferences(training_part.features, training_part.situation())
+    for id, place in zip(training_part.ids, preferred.argmax(axis=1), strict=True):
+        arm = training_part.arms[place]
+        drafted, accepted = rounds_of(by_id[id], arm).sum(axis=0)
+        if drafted:
+            shares[arm].append(accepted / drafted)
+    return TrainingRange.fit(
+        training_part.features, {arm: np.array(found) for arm, found in shares.items()}
+    )
+
+
+def _constant_note(chooser: Chooser, data: Dataset) -> str:
+    preferred = chooser.preferences(data.features, data.situation()).argmax(axis=1)
+    arms = list(dict.fromkeys(chooser.arms[place] for place in preferred))
+    return (
+        "the features did not tell which arm is best where: the policy always chooses "
+        f"{' or '.join(repr(arm) for arm in arms)}; more prompts or more different drafters may help"
+    )
 
 
 def _card(
@@ -99,6 +152,7 @@ def _card(
     settings: LearningSection,
     costs: CostTable,
     summary: Summary,
+    seeds: Seeds,
     report: EvaluationReport,
 ) -> PolicyArtefact:
     aligned = settings.reward == "alignment"
@@ -126,5 +180,5 @@ def _card(
         ),
         costs=costs.hash(),
         learner=settings.model_dump(),
-        training={**asdict(summary), "held_out": held_out},
+        training={**asdict(summary), "seeds": asdict(seeds), "held_out": held_out},
     )

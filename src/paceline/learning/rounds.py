@@ -93,7 +93,7 @@ class RoundTable:
             grid = round_seconds(
                 seconds, drafter, lengths[:, None], contexts[None], rows, num_drafting
             )
-            return before + own.sums(grid[own.drafted, context])
+            return np.asarray(before + own.sums(grid[own.drafted, context]))
 
         whole: np.ndarray = by_objective(price, rows, objective)
         return whole

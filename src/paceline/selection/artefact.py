@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from paceline.config import explain
+from paceline.config import DEFAULT_ENCODERS, explain
 from paceline.contracts import NONE, split_arm
 from paceline.costs.pricing import ArmPricer
 from paceline.errors import ArtefactError
@@ -128,7 +128,8 @@ def load_policy(
     """
     card = read_card(folder)
     _check_identity(card, expect, str(folder))
-    encode = build_encoder(card.hidden_size, selection, list(card.encoders))
+    names = list(card.encoders) or DEFAULT_ENCODERS
+    encode = build_encoder(card.hidden_size, selection, names)
     for name, line in encode.identities().items():
         _check(f"encoder '{name}'", line, card.encoders.get(name, line), str(folder))
     chooser = _chooser(card, Path(folder) / WEIGHTS_FILE)

@@ -30,9 +30,9 @@ class Policy:
     """Chooses among its chooser's `arms`; `id` goes into the decision log and names what decided.
 
     explore: the share of requests that get any arm, each as often as another; which requests hangs
-    on `seed`, the request's id and its prompt, so a decision can be repeated. objective: what
-    it is to be fast at, see `costs.pricing`. num_features: what the chooser was learned on; None takes any number. notes: what
-    is worth knowing of a loaded policy.
+    on `seed`, the request's id and its prompt, so a decision can be repeated. objective: what it is
+    to be fast at, see `costs.pricing`. num_features: what the chooser was learned on; None takes any
+    number. notes: what is worth knowing of a loaded policy.
     """
 
     def __init__(
@@ -76,10 +76,12 @@ class Policy:
                 f"the policy was learned on {self._num_features} features, the target gives "
                 f"{len(features)}; run `paceline learn`"
             )
+        limit = context.max_new_tokens
         situation = Situation(
             num_prompt=np.array([len(context.prompt_tokens)]),
             rows=context.rows_in_flight,
             objective=self._objective,
+            limits=None if limit is None else np.array([limit]),
             prompts=(context.prompt_tokens,),
         )
         preferences = self.chooser.preferences(features[None], situation)  # [1, A]
@@ -87,7 +89,8 @@ class Policy:
         law += self._explore / len(self.arms)  # [A]
         place = int(law.argmax()) if law.max() >= 1.0 else self._draw(law, context)
         scores = dict(zip(self.arms, self.chooser.scores(preferences)[0].tolist(), strict=True))
-        return Decision(self.arms[place], float(min(law[place], 1.0)), scores, self.id)
+        propensity = float(min(law[place], 1.0))
+        return Decision(self.arms[place], propensity, scores, self.id, features)
 
     def _draw(self, law: np.ndarray, context: Context) -> int:
         """A place by its probability, law [A]; the same for the same request, in any order."""

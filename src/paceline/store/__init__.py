@@ -2,15 +2,28 @@
 
 from paceline.files import write_atomically
 from paceline.store.collection import Collection, LoadedCollection, load_collection
-from paceline.store.prompts import is_validation, read_prompts, take_by_hash
+from paceline.store.decisions import (
+    DecisionLog,
+    LoadedDecisions,
+    LoggedDecision,
+    LogHeader,
+    read_decisions,
+)
+from paceline.store.prompts import PromptFields, is_validation, read_prompts, take_by_hash
 from paceline.store.shards import ShardStore
 
 __all__ = [
     "Collection",
+    "DecisionLog",
     "LoadedCollection",
+    "LoadedDecisions",
+    "LogHeader",
+    "LoggedDecision",
+    "PromptFields",
     "ShardStore",
     "is_validation",
     "load_collection",
+    "read_decisions",
     "read_prompts",
     "take_by_hash",
     "write_atomically",

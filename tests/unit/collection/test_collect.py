@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 import shutil
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import torch
+from transformers import BertConfig, BertModel
 
 import paceline.store.shards as shards
 from paceline.collection import collect
 from paceline.collection.card import CARD_JSON, CARD_MD
-from paceline.contracts import AUTO, NONE, Completion, Context, Decision, PromptRecord, Request
+from paceline.collection.written import read_outputs
+from paceline.config import SelectionSection
+from paceline.contracts import (
+    AUTO,
+    GREEDY,
+    NONE,
+    Completion,
+    Context,
+    Decision,
+    PromptRecord,
+    Request,
+    SamplingParams,
+)
 from paceline.engine import Engine
 from paceline.errors import ConfigError, StoreError
 from paceline.files import write_atomically
-from paceline.replay import rounds_of
+from paceline.replay import rounds_of, target_distributions
+from paceline.selection.encoders import TargetHidden, build_encoder
 from paceline.selection.features import feature_vector
-from paceline.store import load_collection
+from paceline.store import ShardStore, load_collection
 from paceline.testing.reference import greedy_reference
+from paceline.testing.tokenizers import byte_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -143,6 +160,246 @@ def test_an_arm_is_added_without_decoding(
     assert content(tmp_path) == content(whole)
 
 
+WARM = SamplingParams(temperature=0.8, top_p=0.95, seed=7, method="invariant")
+
+
+def test_sampled_answers_and_rounds_are_those_of_serving(
+    pace: Pace, records: list[PromptRecord], whole: Path, tmp_path: Path
+) -> None:
+    """Also where a greedy collection is given a temperature later."""
+    run(pace, records, tmp_path)
+    report = run(pace, records, tmp_path, samplings=(GREEDY, WARM))
+    assert (report.num_prompts, report.num_decoded, report.num_present) == (20, 10, 10)
+    assert report.num_draft_outputs == {"near": 0}  # greedy, and so the same for every sampling
+    prompts = {p.id: p for p in load_collection(tmp_path).prompts}
+    greedy = {p.id: p for p in load_collection(whole).prompts}
+    num_accepted, seeds = 0, set()
+    for record in records:
+        if record.id == "long":
+            continue
+        drawn = prompts[record.id + "@t0.8,p0.95"]
+        assert (drawn.prompt_id, drawn.domain) == (record.id, record.domain)
+        assert drawn.sampling == replace(WARM, seed=drawn.sampling.seed)
+        assert prompts[record.id].output_tokens == greedy[record.id].output_tokens
+        assert drawn.features[drawn.spans["text_stats"]][4] == np.float32(0.8)
+        seeds.add(drawn.sampling.seed)
+        for arm in (NONE, *drawn.replays):
+            served = pace.complete(
+                [{"role": "user", "content": record.prompt}],
+                drafter=arm, max_new_tokens=MAX_NEW,
+                temperature=0.8, top_p=0.95, seed=drawn.sampling.seed,
+            )  # fmt: skip
+            assert served.token_ids == list(drawn.output_tokens)
+            rounds = rounds_of(drawn, arm)
+            assert [[r.drafted, r.accepted] for r in served.rounds] == rounds.tolist()
+            num_accepted += int(rounds[:, 1].sum())
+    assert num_accepted > 30
+    assert len(seeds) == 10
+    texts = [p.output_tokens for id, p in prompts.items() if id in greedy]
+    assert texts != [prompts[id + "@t0.8,p0.95"].output_tokens for id in greedy]
+
+
+def test_another_seed_draws_other_answers(
+    pace: Pace, records: list[PromptRecord], tmp_path: Path
+) -> None:
+    texts = []
+    for seed in (1, 1, 2):
+        folder = tmp_path / str(len(texts))
+        run(pace, records[:3], folder, samplings=[replace(WARM, seed=seed)], alignment=False)
+        texts.append([p.output_tokens for p in load_collection(folder).prompts])
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("samplings", "message"),
+    [
+        ((), "at least one sampling"),
+        ((GREEDY, GREEDY), "temperature is given twice"),
+        ((replace(WARM, top_p=0.0),), "top_p must be in"),
+        ((replace(GREEDY, top_k=3),), "top_k given with temperature 0"),
+    ],
+)
+def test_samplings_that_cannot_be_are_refused(
+    pace: Pace,
+    records: list[PromptRecord],
+    tmp_path: Path,
+    samplings: tuple[SamplingParams, ...],
+    message: str,
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(pace, records, tmp_path, samplings=samplings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_scores_are_added_to_an_old_collection_and_move_nothing_else(
+    pace: Pace, records: list[PromptRecord], whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    stages: list[str] = []
+    report = run(pace, records, tmp_path, scores=True, on_progress=lambda s, d, t: stages.append(s))
+    assert report.num_scored == {"near": 10}
+    assert set(stages) == {"scores"}
+    new = content(tmp_path)
+    assert {name: new[name] for name in content(whole)} == content(whole)
+    collected = {p.id: p for p in load_collection(tmp_path).prompts}
+    table = pq.read_table(tmp_path / "scores" / "near" / "shard-00000.parquet").to_pylist()
+    near = pace.parts.drafters["near"]
+    for row in table:
+        prompt = collected[row["id"]]
+        text = prompt.prompt_tokens, prompt.output_tokens
+        p = target_distributions(pace.parts.target, *text)
+        scores = near.would_accept(*text, p).scores
+        np.testing.assert_allclose(row["ratio"], scores.ratio, atol=1e-5)
+        np.testing.assert_allclose(row["overlap"], scores.overlap, atol=1e-5)
+        assert min(row["overlap"]) > 0.0 and max(row["overlap"]) <= 1.0 + 1e-5
+
+
+def test_encoders_are_added_to_an_old_collection_without_the_target(
+    make_pace: Callable[..., Pace],
+    records: list[PromptRecord],
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(whole, tmp_path / "c")
+    shutil.rmtree(tmp_path / "c" / "features" / "hashed_ngrams")
+    torch.manual_seed(0)
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = BertConfig(vocab_size=260, intermediate_size=8, **small)
+    BertModel(config).save_pretrained(tmp_path / "encoder")
+    byte_tokenizer().save_pretrained(tmp_path / "encoder")
+    pace = make_pace()
+    section = SelectionSection(sentence_model=str(tmp_path / "encoder"))
+    pace.parts.config = pace.parts.config.model_copy(update={"selection": section})
+
+    def no_forward(*given: object) -> None:
+        raise AssertionError("the target ran")
+
+    monkeypatch.setattr(pace.parts.target, "forward", no_forward)
+    stages: list[str] = []
+    run(pace, records, tmp_path / "c", on_progress=lambda s, d, t: stages.append(s))
+    assert set(stages) == {"features"}
+    new = content(tmp_path / "c")
+    assert {name: new[name] for name in content(whole)} == content(whole)
+    encode = build_encoder(0, section, ["sentence", "hashed_ngrams"])
+    for prompt in load_collection(tmp_path / "c", encoders=["sentence", "hashed_ngrams"]).prompts:
+        tokens, nothing = prompt.prompt_tokens, np.zeros(0, np.float32)
+        context = Context(
+            tokens, nothing, nothing, GREEDY, 1, text=lambda t=tokens: pace.parts.text(t)
+        )
+        assert np.array_equal(prompt.features, encode(context))
+
+
+def outputs_file(path: Path, **written: object) -> Path:
+    lines = [{"id": id, **({"output": o} if isinstance(o, str) else {"output_tokens": o})}
+             for id, o in written.items()]  # fmt: skip
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_outputs_made_elsewhere_are_kept_by_name(
+    pace: Pace, records: list[PromptRecord], whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "c")
+    written: dict[str, object] = {f"p{i}": f"answer {i}" for i in range(10)}
+    written |= {"p3": [65, 66], "not collected": "x"}
+    path = outputs_file(tmp_path / "o.jsonl", **written)
+    for expected in (10, 0):  # the second time there is nothing to add
+        report = run(pace, records, tmp_path / "c", outputs={"black-box": path})
+        assert report.num_draft_outputs == {"near": 0, "black-box": expected}
+    for prompt in load_collection(tmp_path / "c").prompts:
+        text = pace.parts.text(prompt.draft_outputs["black-box"])
+        assert text == ("AB" if prompt.id == "p3" else written[prompt.id])
+        assert prompt.draft_outputs["near"]  # still there
+        assert "black-box" not in prompt.replays
+    changed = outputs_file(tmp_path / "o.jsonl", **{**written, "p4": "other"})
+    with pytest.raises(StoreError, match="another output to 'p4' than the one kept"):
+        run(pace, records, tmp_path / "c", outputs={"black-box": changed})
+    fewer = outputs_file(tmp_path / "o.jsonl", p0="a", p9="b")
+    with pytest.raises(StoreError, match=r"no output to .* and 3 more; every collected"):
+        run(pace, records, tmp_path / "c", outputs={"other": fewer})
+    with pytest.raises(ConfigError, match="'near' is configured here"):
+        run(pace, records, tmp_path / "c", outputs={"near": fewer})
+    assert sorted(p.name for p in (tmp_path / "c" / "outputs").iterdir()) == ["black-box", "near"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "o.jsonl:2: not a JSON object"),
+        ('"text"', "o.jsonl:2: not a JSON object with 'id'"),
+        ('{"output": "x"}', "o.jsonl:2: not a JSON object with 'id'"),
+        ('{"id": "p0", "output": "x"}', "o.jsonl:2: id 'p0' occurs twice"),
+        ('{"id": "p1"}', "o.jsonl:2: needs 'output', a text, or 'output_tokens'"),
+        ('{"id": "p1", "output_tokens": [1, "2"]}', "o.jsonl:2: needs 'output'"),
+        ('{"id": "p1", "output_tokens": [9999]}', "o.jsonl:2: 9999 is no token id"),
+    ],
+)
+def test_a_broken_output_is_named_by_its_line(
+    pace: Pace, tmp_path: Path, line: str, message: str
+) -> None:
+    path = tmp_path / "o.jsonl"
+    path.write_text('{"id": "p0", "output": "fine"}\n' + line + "\n")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        read_outputs(pace, path)
+
+
+def test_the_card_tells_of_every_run(
+    pace: Pace, records: list[PromptRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "prompts.jsonl"
+    source.write_text("what the prompts were read from")
+    folder = tmp_path / "c"
+    run(pace, records[:4], folder, sources=[source])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ShardStore, "append", stopped)
+        run(pace, records, folder, samplings=(GREEDY, WARM))
+    run(pace, records, folder, samplings=(GREEDY, WARM))
+    card = json.loads((folder / CARD_JSON).read_text())
+    first, stopped_run, last = card["runs"]
+    assert [run["finished"] for run in card["runs"]] == [True, False, True]
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    assert first["prompt_files"] == [{"file": "prompts.jsonl", "sha256": digest}]
+    assert (first["num_to_decode"], last["num_to_decode"]) == (4, 16)
+    assert stopped_run["samplings"] == last["samplings"] == ["greedy", "t0.8,p0.95"]
+    counts = {(r["task"], r["sampling"]): r["rows"] for r in card["rows"]}
+    assert counts == {(d, s): 5 for d in ("d0", "d1") for s in ("greedy", "t0.8,p0.95")}
+    assert card["target"]["fingerprint"] == pace.parts.target.fingerprint()
+    assert set(card["drafters"]) == {"none", "near", "lookup"}
+    assert set(card["encoders"]) == {"target_hidden", "text_stats", "hashed_ngrams"}
+    page = (folder / CARD_MD).read_text()
+    assert "| d0 | t0.8,p0.95 | 5 |" in page and "(did not finish)" in page and digest[:12] in page
+
+
+def stopped(store: ShardStore, rows: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_feature_that_is_no_number_stops_before_it_is_kept(
+    make_pace: Callable[..., Pace],
+    records: list[PromptRecord],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def overflow(self: TargetHidden, context: Context) -> np.ndarray:
+        return np.full(self.num_features, np.inf, dtype=np.float32)
+
+    monkeypatch.setattr(TargetHidden, "encode", overflow)
+    with pytest.raises(StoreError, match="a feature of 'target_hidden' is not a finite number"):
+        run(make_pace(), records, tmp_path)
+    with pytest.raises(StoreError, match="the collection is empty"):
+        load_collection(tmp_path)
+
+
+def test_without_drafters_there_are_answers_alone(
+    make_pace: Callable[..., Pace], records: list[PromptRecord], whole: Path, tmp_path: Path
+) -> None:
+    report = run(make_pace(()), records, tmp_path)
+    assert report.num_replayed == {}
+    bare, full = load_collection(tmp_path).prompts, load_collection(whole).prompts
+    assert [p.output_tokens for p in bare] == [p.output_tokens for p in full]
+
+
 def test_prompts_are_added_to_all_arms(
     pace: Pace, records: list[PromptRecord], tmp_path: Path
 ) -> None:
@@ -220,7 +477,7 @@ def test_prompts_go_in_as_they_are_without_a_chat_template(
 
 
 # every file that is written counts as one: shards and manifests
-@pytest.mark.parametrize("num_writes", range(0, 40, 3))
+@pytest.mark.parametrize("num_writes", range(0, 60, 4))
 def test_stopped_at_any_write_a_run_continues_to_the_same_files(
     pace: Pace,
     records: list[PromptRecord],
@@ -244,43 +501,4 @@ def test_stopped_at_any_write_a_run_continues_to_the_same_files(
         with pytest.raises(KeyboardInterrupt):
             run(pace, records, tmp_path)
     run(pace, records, tmp_path)
-    assert content(tmp_path) == content(whole)
-
-
-KILLED = """
-import os, signal, sys
-import torch
-torch.set_num_threads(1)
-sys.path.insert(0, sys.argv[1])
-import conftest
-from paceline.collection import collect
-
-def on_progress(stage, done, total):
-    if (stage, done) == (sys.argv[3], int(sys.argv[4])):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-pace = conftest.make_pace.__wrapped__()()
-records = conftest.records.__wrapped__()
-collect(pace, records, sys.argv[2], 24, alignment=True, shard_size=3, on_progress=on_progress)
-"""
-
-
-def test_killed_twice_a_run_loses_and_doubles_nothing(
-    pace: Pace, records: list[PromptRecord], whole: Path, tmp_path: Path
-) -> None:
-    """With signal 9, in the middle of decoding and in the middle of replaying."""
-    num_there = []
-    for stage, done in (("decode", 5), ("replay", 8)):
-        arguments = [str(Path(__file__).parent), str(tmp_path), stage, str(done)]
-        ended = subprocess.run(
-            [sys.executable, "-c", KILLED, *arguments], check=False, capture_output=True, text=True
-        )
-        assert ended.returncode == -signal.SIGKILL, ended.stderr
-        num_there.append(len(content(tmp_path)))
-    assert 0 < num_there[0] < num_there[1] < len(content(whole))
-    report = run(pace, records, tmp_path)
-    assert report.num_decoded == 0
-    assert report.num_replayed["near"] == 10 - 2 * SHARD_SIZE
-    ids = [p.id for p in load_collection(tmp_path).prompts]
-    assert ids == sorted(r.id for r in records if r.id != "long")
     assert content(tmp_path) == content(whole)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from paceline.config import Config, DrafterSection, load_config
+from paceline.config import Config, DrafterSection, ModelSection, load_config
 from paceline.drafting.catalog import CATALOG, check_settings
 from paceline.errors import ConfigError
 
@@ -139,3 +139,19 @@ def test_settings_cannot_be_changed_after_they_were_checked() -> None:
 
     with pytest.raises(ValueError, match="frozen"):
         config.target.model = "c/d"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("written", ["off", '"off"', "within_request"])
+def test_adapt_may_be_written_bare(tmp_path: Path, written: str) -> None:
+    """YAML reads a bare off as false."""
+    path = tmp_path / "paceline.yaml"
+    path.write_text(f"target: {{model: x}}\nselection: {{adapt: {written}, guard: true}}\n")
+
+    section = load_config(path).selection
+
+    assert section.adapt == written.strip('"')
+    assert section.watches
+
+
+def test_nothing_watches_unless_asked() -> None:
+    assert not Config(target=ModelSection(model="x")).selection.watches

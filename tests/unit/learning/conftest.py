@@ -9,6 +9,8 @@ import pytest
 
 from paceline.contracts import CollectedPrompt, ReplayedDrafter
 from paceline.costs import CostTable, Measurement
+from paceline.learning.dataset import Dataset, spans_of
+from paceline.learning.rounds import RoundTable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -82,5 +84,34 @@ def collected() -> Callable[..., CollectedPrompt]:
             "draft_outputs": {},
         }
         return CollectedPrompt(**values | changes)
+
+    return make
+
+
+@pytest.fixture
+def tabled() -> Callable[..., Dataset]:
+    """A dataset of given rewards or seconds, with no rounds behind them."""
+
+    def make(arms: Sequence[str], features: np.ndarray, **changes: Any) -> Dataset:
+        N, A = len(features), len(arms)
+        values: dict[str, Any] = {
+            "arms": tuple(arms),
+            "ids": tuple(f"p{i}" for i in range(N)),
+            "domains": ("",) * N,
+            "prompts": ((1, 2, 3),) * N,
+            "features": np.asarray(features, dtype=np.float32),
+            "num_prompt": np.full(N, 3),
+            "num_tokens": np.full(N, 100),
+            "limits": np.full(N, 100),
+            "rounds_per_token": np.ones((N, A)),
+            "drafted_per_token": np.zeros((N, A)),
+            "seconds": np.ones((N, A)),
+            "rewards": np.ones((N, A)),
+            "spans": spans_of(features.shape[1]),
+            "rounds": RoundTable(tuple(arms), np.full(N, 3), ()),
+            "costs": CostTable({}, []),
+            "objective": "latency",
+        } | changes
+        return Dataset(groups=values.pop("groups", values["ids"]), **values)
 
     return make

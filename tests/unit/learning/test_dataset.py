@@ -10,8 +10,9 @@ import pytest
 
 from paceline.config import LearningSection
 from paceline.contracts import ReplayedDrafter
+from paceline.costs import CostTable, Measurement
 from paceline.errors import ConfigError, StoreError
-from paceline.learning.dataset import Dataset, build_dataset, split
+from paceline.learning.dataset import build_dataset, split
 from paceline.replay import rounds_of
 from paceline.rewards import alignments, speeds
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from paceline.contracts import CollectedPrompt
-    from paceline.costs import CostTable
+    from paceline.learning.dataset import Dataset
 
 ARMS = ("none", "code", "lookup")
 SPEED, ALIGNMENT = LearningSection(), LearningSection(reward="alignment", alpha=0.25)
@@ -48,7 +49,7 @@ def costs(cost_table: Callable[..., CostTable]) -> CostTable:
 def test_rows_are_prompts_and_columns_are_arms(
     prompts: list[CollectedPrompt], costs: CostTable
 ) -> None:
-    data, notes = build_dataset(prompts, ARMS, costs.seconds, SPEED)
+    data, notes = build_dataset(prompts, ARMS, costs, SPEED)
 
     assert notes == []
     assert (data.arms, len(data)) == (ARMS, 20)
@@ -63,10 +64,35 @@ def test_rows_are_prompts_and_columns_are_arms(
     assert data.seconds[row, 1] == pytest.approx(2.0 + 0.25 + 20 * 2.0)
 
 
+def test_rates_count_tokens_after_the_first(
+    prompts: list[CollectedPrompt], costs: CostTable
+) -> None:
+    data, _ = build_dataset(prompts, ARMS, costs, SPEED)
+
+    assert (data.rounds_per_token[:, 0] == 1.0).all()
+    assert (data.drafted_per_token[:, 0] == 0.0).all()
+    row = next(i for i, p in enumerate(prompts) if len(rounds_of(p, "code")) == 20)
+    assert data.rounds_per_token[row, 1] == 20 / 40
+    assert data.drafted_per_token[row, 1] == 20 * 4 / 40
+
+
+def test_some_of_the_prompts_are_priced_as_among_all(
+    prompts: list[CollectedPrompt], costs: CostTable
+) -> None:
+    data, _ = build_dataset(prompts, ARMS, costs, SPEED)
+    chosen = np.array([7, 2, 19])
+
+    part = data.rows(chosen)
+
+    assert part.ids == tuple(data.ids[i] for i in chosen)
+    for rows in (1, 4):
+        assert part.seconds_for(rows) == pytest.approx(data.seconds_for(rows)[chosen])
+
+
 def test_the_speed_reward_is_that_of_rewards(
     prompts: list[CollectedPrompt], costs: CostTable
 ) -> None:
-    data, _ = build_dataset(prompts, ARMS, costs.seconds, SPEED)
+    data, _ = build_dataset(prompts, ARMS, costs, SPEED)
 
     for row, prompt in zip(data.rewards, prompts, strict=True):
         expected = speeds(
@@ -84,7 +110,7 @@ def test_the_alignment_reward_is_that_of_rewards(
     prompts: list[CollectedPrompt], costs: CostTable
 ) -> None:
     writing = [with_outputs(p, "code", "lookup") for p in prompts]
-    data, notes = build_dataset(writing, ARMS, costs.seconds, ALIGNMENT)
+    data, notes = build_dataset(writing, ARMS, costs, ALIGNMENT)
 
     assert not any("no text of its own" in note for note in notes)
     for row, p in zip(data.rewards, writing, strict=True):
@@ -98,7 +124,7 @@ def test_an_arm_without_a_text_has_similarity_zero_and_a_note(
     prompts: list[CollectedPrompt], costs: CostTable
 ) -> None:
     writing = [with_outputs(p, "code") for p in prompts]
-    data, notes = build_dataset(writing, ARMS, costs.seconds, ALIGNMENT)
+    data, notes = build_dataset(writing, ARMS, costs, ALIGNMENT)
 
     assert "'lookup' writes no text of its own" in notes[0]
     saved = 1 - 0.5 / 1.0  # a propose of 0.5 where the target's forward takes 1
@@ -106,8 +132,8 @@ def test_an_arm_without_a_text_has_similarity_zero_and_a_note(
 
 
 def test_an_order_of_arms_is_kept(prompts: list[CollectedPrompt], costs: CostTable) -> None:
-    data, _ = build_dataset(prompts, ARMS, costs.seconds, SPEED)
-    turned, _ = build_dataset(prompts, ARMS[::-1], costs.seconds, SPEED)
+    data, _ = build_dataset(prompts, ARMS, costs, SPEED)
+    turned, _ = build_dataset(prompts, ARMS[::-1], costs, SPEED)
 
     assert np.array_equal(turned.rewards, data.rewards[:, ::-1])
 
@@ -122,7 +148,7 @@ def test_refusals_say_what_to_do(prompts: list[CollectedPrompt], costs: CostTabl
         arms: tuple[str, ...] = ARMS,
         settings: LearningSection = SPEED,
     ) -> None:
-        build_dataset(changed, arms, costs.seconds, settings)
+        build_dataset(changed, arms, costs, settings)
 
     first, rest = prompts[0], prompts[1:]
     with pytest.raises(ConfigError, match=r"at least one drafter, there is only none; add a"):
@@ -145,17 +171,15 @@ def test_refusals_say_what_to_do(prompts: list[CollectedPrompt], costs: CostTabl
 
 
 def test_equal_rewards_everywhere_are_refused(
-    collected: Callable[..., CollectedPrompt], costs: CostTable
+    collected: Callable[..., CollectedPrompt],
 ) -> None:
-    """Two arms that never draft and cost nothing are one arm under two names."""
+    """An arm that never drafts and costs nothing is `none` under another name."""
     prompts = [collected(f"p{i}", {}, np.arange(3) + i) for i in range(10)]
     idle = ReplayedDrafter(np.zeros((40, 2), dtype=np.int64), everywhere=True)
     twins = [replace(p, replays={"code": idle}) for p in prompts]
-
-    def free(
-        subject: str, operation: str, tokens: np.ndarray, context: np.ndarray, rows: int
-    ) -> float:
-        return 0.0 if subject == "code" else 1.0
+    work = [("target", "prefill", 1.0), ("target", "forward", 1.0), ("engine", "round", 0.0)]
+    work += [("code", "start", 0.0), ("code", "propose", 0.0)]
+    free = CostTable({}, [Measurement(s, o, 1, 0, 1, seconds) for s, o, seconds in work])
 
     with pytest.raises(StoreError, match=r"same reward on every prompt.*nothing to choose"):
         build_dataset(twins, ("none", "code"), free, SPEED)
@@ -166,24 +190,24 @@ def test_one_arm_that_is_always_best_is_noted(
 ) -> None:
     prompts = [collected(f"p{i}", {"code": 3, "lookup": 1}, np.arange(3) + i) for i in range(10)]
 
-    _, notes = build_dataset(prompts, ARMS, costs.seconds, SPEED)
+    _, notes = build_dataset(prompts, ARMS, costs, SPEED)
 
     assert notes == ["'code' is best on every prompt: one arm would do"]
 
 
-def dataset(ids: list[str]) -> Dataset:
-    N = len(ids)
-    index = np.arange(N)
+def numbered(tabled: Callable[..., Dataset], ids: list[str]) -> Dataset:
+    """Everything about a prompt is its place."""
+    index = np.arange(len(ids))
     seconds = np.stack([index + 1.0, index + 2.0], axis=1)
-    return Dataset(
-        ("none", "code"), tuple(ids), ("",) * N, index[:, None], 1 / seconds, seconds, index
+    return tabled(
+        ("none", "code"), index[:, None], ids=tuple(ids), num_tokens=index, seconds=seconds
     )
 
 
-def test_the_split_follows_the_id_not_the_order() -> None:
+def test_the_split_follows_the_id_not_the_order(tabled: Callable[..., Dataset]) -> None:
     ids = [f"p{i}" for i in range(200)]
-    train, held_out = split(dataset(ids), 0.25)
-    train_again, held_out_again = split(dataset(ids[::-1]), 0.25)
+    train, held_out = split(numbered(tabled, ids), 0.25)
+    train_again, held_out_again = split(numbered(tabled, ids[::-1]), 0.25)
 
     assert set(train.ids).isdisjoint(held_out.ids)
     assert len(train) + len(held_out) == 200
@@ -197,8 +221,19 @@ def test_the_split_follows_the_id_not_the_order() -> None:
         assert part.seconds[:, 0].tolist() == [n + 1.0 for n in numbers]
 
 
-def test_a_split_that_leaves_too_few_is_refused() -> None:
+def test_rows_of_one_prompt_are_not_split(tabled: Callable[..., Dataset]) -> None:
+    """A prompt's greedy and sampled rows must not meet on two sides: one would tell the other."""
+    ids = [f"p{i}" for i in range(100)] + [f"p{i}@t0.8" for i in range(100)]
+    groups = tuple(id.partition("@")[0] for id in ids)
+    train, held_out = split(replace(numbered(tabled, ids), groups=groups), 0.25)
+
+    assert set(train.groups).isdisjoint(held_out.groups)
+    assert {f"{id}@t0.8" for id in held_out.ids} & set(train.ids) == set()
+    assert len(held_out) % 2 == 0
+
+
+def test_a_split_that_leaves_too_few_is_refused(tabled: Callable[..., Dataset]) -> None:
     with pytest.raises(StoreError, match=r"of 10 prompts 0 would be held out.*learning.held_out"):
-        split(dataset([f"p{i}" for i in range(10)]), 1e-9)
+        split(numbered(tabled, [f"p{i}" for i in range(10)]), 1e-9)
     with pytest.raises(StoreError, match=r"of 10 prompts 10 would be held out"):
-        split(dataset([f"p{i}" for i in range(10)]), 1 - 1e-9)
+        split(numbered(tabled, [f"p{i}" for i in range(10)]), 1 - 1e-9)

@@ -13,8 +13,10 @@ from paceline.config import LearningSection
 from paceline.contracts import Context, ReplayedDrafter, SamplingParams
 from paceline.errors import ArtefactError, StoreError
 from paceline.learning import learn
+from paceline.replay import rounds_of
 from paceline.selection import PolicyIdentity, feature_vector, load_policy
 from paceline.selection.artefact import read_card
+from paceline.selection.drift import RANGE_FILE, TrainingRange
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
 
 D = 24
 ARMS = {"none": "kind=none", "code": "kind=draft_model", "math": "kind=draft_model, width=2"}
-IDENTITY = PolicyIdentity(target="t", tokenizer="v", hidden_size=D, arms=ARMS)
-SETTINGS = LearningSection(max_epochs=60)
+IDENTITY = PolicyIdentity(target="t", tokenizer="v", hidden_size=D, drafters=ARMS)
+SETTINGS = LearningSection(max_epochs=60, learner="reinforce")
 
 
 def context(seed: int) -> Context:
@@ -58,12 +60,12 @@ def costs(cost_table: Callable[..., CostTable]) -> CostTable:
 def test_a_learned_policy_is_as_fast_as_the_oracle_here(
     prompts: list[CollectedPrompt], costs: CostTable
 ) -> None:
-    result = learn(prompts, costs, IDENTITY, SETTINGS)
+    result = learn(prompts, costs, IDENTITY, list(ARMS), SETTINGS)
     report = result.report
 
     assert report.fraction_of_oracle > 0.99
     assert report.headline()["policy"] > 1.3 * report.headline()["best single"]
-    assert report.by_domain["odd"].chosen["math"] > 0.95
+    assert report.by_domain["odd"].chosen["policy"].arms["math"] > 0.95
     assert report.num_train + report.overall.num_prompts == 120
     assert result.training.num_prompts == report.num_train
     chosen = [result.policy.choose(context(seed)).arm for seed in range(1000, 1100)]
@@ -75,14 +77,14 @@ def test_a_learned_policy_is_as_fast_as_the_oracle_here(
 def test_what_is_saved_chooses_the_same(
     prompts: list[CollectedPrompt], costs: CostTable, tmp_path: Path
 ) -> None:
-    result = learn(prompts, costs, IDENTITY, SETTINGS)
+    result = learn(prompts, costs, IDENTITY, list(ARMS), SETTINGS)
     result.save(tmp_path)
-    loaded = load_policy(tmp_path, IDENTITY)
+    loaded = load_policy(tmp_path, IDENTITY, costs)
     card = read_card(tmp_path)
 
     contexts = [context(seed) for seed in range(500, 520)]
     assert [loaded.choose(c) for c in contexts] == [result.policy.choose(c) for c in contexts]
-    assert dict(card.arms) == ARMS
+    assert (card.drafters, card.arms) == (ARMS, list(ARMS))
     assert (card.target, card.tokenizer, card.costs) == ("t", "v", costs.hash())
     assert (card.reward.kind, card.reward.alpha) == ("speed", None)
     assert LearningSection(**card.learner) == SETTINGS
@@ -91,26 +93,46 @@ def test_what_is_saved_chooses_the_same(
     assert json.loads((tmp_path / "evaluation.json").read_text())["num_train"] > 0
 
 
+def test_the_training_range_lies_beside_the_policy(
+    prompts: list[CollectedPrompt], costs: CostTable, tmp_path: Path
+) -> None:
+    learn(prompts, costs, IDENTITY, SETTINGS).save(tmp_path)
+    seen = TrainingRange.load(tmp_path)
+
+    outside = [seen.distance(feature_vector(context(i))) > seen.farthest for i in range(500, 600)]
+    assert np.mean(outside) < 0.1
+    strange = replace(context(0), mean_hidden=np.full(D, 9.0, dtype=np.float32))
+    assert seen.distance(feature_vector(strange)) > seen.farthest
+    # each arm on the prompts it is chosen for, where it is good; on the others it is poor
+    good = {arm: rounds_of(prompts[i], arm).sum(axis=0) for i, arm in enumerate(("code", "math"))}
+    for arm, (drafted, accepted) in good.items():
+        low, high = seen.acceptance[arm]
+        assert low == pytest.approx(accepted / drafted) == high
+
+    learn(prompts[:48], costs, IDENTITY, SETTINGS).save(tmp_path)  # too few for a range
+    assert not (tmp_path / RANGE_FILE).exists()
+
+
 def test_held_out_prompts_teach_nothing(prompts: list[CollectedPrompt], costs: CostTable) -> None:
     """Other outcomes on the held-out prompts change the report and not one weight."""
-    before = learn(prompts, costs, IDENTITY, SETTINGS)
+    before = learn(prompts, costs, IDENTITY, list(ARMS), SETTINGS)
     ids = set(_held_out(prompts, costs))
     idle = ReplayedDrafter(np.zeros((40, 2), dtype=np.int64), everywhere=True)
     changed = [
         replace(p, replays=p.replays | {"code": idle}) if p.id in ids else p for p in prompts
     ]
-    after = learn(changed, costs, IDENTITY, SETTINGS)
+    after = learn(changed, costs, IDENTITY, list(ARMS), SETTINGS)
 
     assert len(ids) == before.report.overall.num_prompts
-    for name, array in before.policy.network.arrays().items():
-        assert np.array_equal(array, after.policy.network.arrays()[name]), name
+    for name, array in before.policy.chooser.arrays().items():
+        assert np.array_equal(array, after.policy.chooser.arrays()[name]), name
     assert after.report.overall != before.report.overall
 
 
 def _held_out(prompts: list[CollectedPrompt], costs: CostTable) -> tuple[str, ...]:
     from paceline.learning.dataset import build_dataset, split
 
-    data, _ = build_dataset(prompts, list(ARMS), costs.seconds, SETTINGS)
+    data, _ = build_dataset(prompts, list(ARMS), costs, SETTINGS)
     return split(data, SETTINGS.held_out)[1].ids
 
 
@@ -119,7 +141,7 @@ def test_names_and_domains_do_not_reach_the_policy(
 ) -> None:
     renamed = [replace(p, domain="everything") for p in prompts]
 
-    before, after = (learn(p, costs, IDENTITY, SETTINGS) for p in (prompts, renamed))
+    before, after = (learn(p, costs, IDENTITY, list(ARMS), SETTINGS) for p in (prompts, renamed))
 
     assert before.policy.id == after.policy.id
 
@@ -131,12 +153,12 @@ def test_features_that_say_nothing_end_in_one_arm_and_a_note(
     np.random.default_rng(0).shuffle(features)
     shuffled = [replace(p, features=f) for p, f in zip(prompts, features, strict=True)]
 
-    result = learn(shuffled, costs, IDENTITY, SETTINGS)
+    result = learn(shuffled, costs, IDENTITY, list(ARMS), SETTINGS)
 
     assert result.training.constant
     (note,) = result.report.notes
     assert "the policy always chooses" in note
-    (share,) = (s for s in result.report.overall.chosen.values() if s)
+    (share,) = (s for s in result.report.overall.chosen["policy"].arms.values() if s)
     assert share == 1.0
 
 
@@ -147,9 +169,9 @@ def test_the_alignment_reward_is_on_the_card(
         replace(p, draft_outputs={"code": p.output_tokens, "math": p.output_tokens[:3]})
         for p in prompts
     ]
-    settings = LearningSection(reward="alignment", alpha=0.7, max_epochs=5)
+    settings = LearningSection(reward="alignment", alpha=0.7, max_epochs=5, learner="reinforce")
 
-    result = learn(writing, costs, IDENTITY, settings)
+    result = learn(writing, costs, IDENTITY, list(ARMS), settings)
 
     assert (result.card.reward.kind, result.card.reward.alpha) == ("alignment", 0.7)
     assert result.policy.choose(context(3)).arm == "code"
@@ -159,11 +181,11 @@ def test_a_cost_table_without_an_arm_is_refused(
     prompts: list[CollectedPrompt], cost_table: Callable[..., CostTable]
 ) -> None:
     with pytest.raises(ArtefactError, match=r"math not measured; run `paceline profile`"):
-        learn(prompts, cost_table(["code"]), IDENTITY, SETTINGS)
+        learn(prompts, cost_table(["code"]), IDENTITY, list(ARMS), SETTINGS)
 
 
 def test_features_of_another_target_are_refused(
     prompts: list[CollectedPrompt], costs: CostTable
 ) -> None:
     with pytest.raises(StoreError, match=r"54 features a prompt.*give 134.*paceline collect"):
-        learn(prompts, costs, replace(IDENTITY, hidden_size=64), SETTINGS)
+        learn(prompts, costs, replace(IDENTITY, hidden_size=64), list(ARMS), SETTINGS)

@@ -11,11 +11,16 @@ from hypothesis import strategies as st
 
 from paceline.costs import CostTable, Measurement
 from paceline.rewards import (
+    METRICS,
     alignment_reward,
     alignments,
+    clocked_speed,
     cost_score,
+    edit_similarity,
+    prefix_similarity,
     request_seconds,
     requests_seconds,
+    rouge_1_f1,
     rouge_l_f1,
     speeds,
     token_seconds,
@@ -152,3 +157,42 @@ def test_none_is_all_similarity_and_no_saving() -> None:
     assert rewards["code"] == pytest.approx(
         0.7 * cost_score(prices("code", "propose", 1, 22), t_target)
     )
+
+
+def edit_distance(a: list[int], b: list[int]) -> int:
+    """The textbook table of Levenshtein's distance."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        before, row[0] = row[0], i
+        for j, y in enumerate(b, start=1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
+    return row[-1]
+
+
+@given(st.lists(st.integers(0, 4), max_size=12), st.lists(st.integers(0, 4), max_size=12))
+def test_similarities_are_those_counted_by_hand(a: list[int], b: list[int]) -> None:
+    longer = max(len(a), len(b))
+    common = sum(min(a.count(token), b.count(token)) for token in set(a))
+    prefix = next((i for i in range(min(len(a), len(b))) if a[i] != b[i]), min(len(a), len(b)))
+    if longer:
+        assert rouge_1_f1(a, b) == pytest.approx(2 * common / (len(a) + len(b)))
+        assert edit_similarity(a, b) == pytest.approx(1 - edit_distance(a, b) / longer)
+        assert prefix_similarity(a, b) == pytest.approx(prefix / longer)
+    for similarity in METRICS.values():
+        assert similarity(a, a) == 1.0
+        assert similarity(a, b) == similarity(b, a)
+        assert 0.0 <= similarity(a, b) <= 1.0
+
+
+def test_the_metric_is_the_one_that_was_asked_for() -> None:
+    output, own = [1, 2, 3, 4], [4, 3, 2, 1]
+    for name, similarity in METRICS.items():
+        found = alignments(prices, 1.0, 10, output, {"code": own}, name)
+        assert found["code"] == pytest.approx(similarity(output, own))
+    assert len({round(s(output, own), 6) for s in METRICS.values()}) >= 3
+
+
+def test_a_request_by_the_clock_is_weighed_against_plain_decoding() -> None:
+    plain = request_seconds(prices, "none", 10, np.zeros((4, 2), dtype=int), 3)
+
+    assert clocked_speed(prices, 10, 5, plain / 2, 3) == pytest.approx(2.0)

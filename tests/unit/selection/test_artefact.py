@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from paceline.selection.network import PolicyNetwork
 
 from paceline.contracts import Context, SamplingParams
+from paceline.costs import CostTable, Measurement
 from paceline.errors import ArtefactError
-from paceline.selection import PolicyIdentity, is_policy, load_policy, save_policy
+from paceline.selection import PolicyIdentity, is_policy, load_policy, policy_of, save_policy
 from paceline.selection.artefact import (
     CARD_FILE,
     WEIGHTS_FILE,
     PolicyArtefact,
     RewardCard,
-    network_policy,
     read_card,
 )
+from paceline.selection.choosers import AcceptanceChooser, NetworkChooser, PolicyNetwork
 from paceline.selection.features import FEATURE_VERSION, num_features
 
 if TYPE_CHECKING:
@@ -28,19 +28,41 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 D = 4
+NAMES = ("none", "code@2", "code", "lookup")
 ARMS = {
     "none": "kind=none, num_draft_tokens=0",
     "code": "kind=draft_model, num_draft_tokens=4",
     "lookup": "kind=prompt_lookup, num_draft_tokens=6",
 }
-IDENTITY = PolicyIdentity(target="target-1", tokenizer="tokens-1", hidden_size=D, arms=ARMS)
+IDENTITY = PolicyIdentity(target="target-1", tokenizer="tokens-1", hidden_size=D, drafters=ARMS)
 
 
-def network(seed: int = 0, num_arms: int = len(ARMS)) -> PolicyNetwork:
+def network(seed: int = 0, num_arms: int = len(NAMES)) -> NetworkChooser:
     rng = np.random.default_rng(seed)
-    F, H = num_features(D), 6
+    F, H = num_features(D) + 1, 6
     shapes = [(F,), (F,), (F, H), (H,), (H, num_arms), (num_arms,)]
-    return PolicyNetwork(*(rng.normal(size=shape).astype(np.float32) for shape in shapes))
+    weights = PolicyNetwork(*(rng.normal(size=shape).astype(np.float32) for shape in shapes))
+    return NetworkChooser(NAMES[:num_arms], [weights])
+
+
+def portable() -> AcceptanceChooser:
+    F, O = num_features(D), 2 * len(NAMES) + 1  # noqa: E741
+    rng = np.random.default_rng(0)
+    kinds = rng.uniform(0.2, 0.8, size=(1, 3, O))
+    shapes = [(F,), (F,), (1, F, 3), (1, 3)]
+    learned = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    ends = (np.zeros(O, np.float32), np.ones(O, np.float32))
+    return AcceptanceChooser(NAMES, *learned, kinds.astype(np.float32), *ends)
+
+
+def prices(propose: float = 0.1) -> CostTable:
+    rows = [Measurement("target", "prefill", 10, 0, 1, 2.0)]
+    rows += [Measurement("target", "forward", t, 0, 1, 1.0 + 0.1 * t) for t in (1, 5)]
+    rows += [Measurement("engine", "round", 0, 0, 1, 0.1)]
+    for drafter in ("code", "lookup"):
+        rows += [Measurement(drafter, "start", 10, 0, 1, 0.5)]
+        rows += [Measurement(drafter, "propose", t, 0, 1, propose * t) for t in (0, 4)]
+    return CostTable({}, rows)
 
 
 def card(**changes: Any) -> PolicyArtefact:
@@ -48,7 +70,10 @@ def card(**changes: Any) -> PolicyArtefact:
         "target": IDENTITY.target,
         "tokenizer": IDENTITY.tokenizer,
         "hidden_size": D,
-        "arms": list(ARMS.items()),
+        "drafters": ARMS,
+        "arms": list(NAMES),
+        "chooser": "network",
+        "facts": {"num_networks": 1},
         "reward": RewardCard(kind="alignment", version=1, alpha=0.5),
         "costs": "costs-1",
         "learner": {"seed": 0, "learning_rate": 0.003},
@@ -77,20 +102,20 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_round_trip_gives_the_same_decisions(folder: Path) -> None:
-    before, after = network_policy(network(), list(ARMS)), load_policy(folder, IDENTITY)
+    before, after = policy_of(network(), num_features(D)), load_policy(folder, IDENTITY)
 
     decisions = [after.choose(context) for context in contexts()]
     assert decisions == [before.choose(context) for context in contexts()]
     assert len({decision.arm for decision in decisions}) > 1
-    assert after.id.startswith("learned:")
-    assert after.id != network_policy(network(seed=1), list(ARMS)).id
+    assert after.id.startswith("network:")
+    assert after.id != policy_of(network(seed=1), num_features(D)).id
 
 
 def test_the_card_says_what_the_policy_was_learned_with(folder: Path) -> None:
     found = read_card(folder)
 
     assert found == card(weights_sha256=found.weights_sha256)
-    assert (found.format_version, found.feature_version) == (1, FEATURE_VERSION)
+    assert (found.format_version, found.feature_version) == (2, FEATURE_VERSION)
 
 
 def test_only_the_two_files_are_left(folder: Path) -> None:
@@ -100,8 +125,8 @@ def test_only_the_two_files_are_left(folder: Path) -> None:
     assert is_policy(folder)
 
 
-def test_the_order_of_the_configured_arms_does_not_matter(folder: Path) -> None:
-    shuffled = replace(IDENTITY, arms=dict(reversed(ARMS.items())))
+def test_the_order_of_the_configured_drafters_does_not_matter(folder: Path) -> None:
+    shuffled = replace(IDENTITY, drafters=dict(reversed(ARMS.items())))
 
     before, after = load_policy(folder, IDENTITY), load_policy(folder, shuffled)
     assert [before.choose(c) for c in contexts()] == [after.choose(c) for c in contexts()]
@@ -117,15 +142,18 @@ def without(name: str) -> dict[str, str]:
         ({"target": "target-2"}, ["another target", "expected target-2", "found target-1"]),
         ({"tokenizer": "tokens-2"}, ["another tokenizer", "expected tokens-2", "found tokens-1"]),
         ({"hidden_size": 8}, ["another hidden size", "expected 8", "found 4"]),
-        ({"arms": ARMS | {"math": "kind=draft_model"}}, ["does not know math", "expected code"]),
-        ({"arms": without("code")}, ["knows code, not configured", "found code, lookup, none"]),
         (
-            {"arms": without("code") | {"math": "kind=draft_model"}},
+            {"drafters": ARMS | {"math": "kind=draft_model"}},
+            ["does not know math", "expected code"],
+        ),
+        ({"drafters": without("code")}, ["knows code, not configured", "found code, lookup, none"]),
+        (
+            {"drafters": without("code") | {"math": "kind=draft_model"}},
             ["does not know math and it knows code"],
         ),
         (
-            {"arms": ARMS | {"code": "kind=draft_model, num_draft_tokens=5"}},
-            ["another arm 'code'", "num_draft_tokens=5", "num_draft_tokens=4"],
+            {"drafters": ARMS | {"code": "kind=draft_model, num_draft_tokens=5"}},
+            ["another drafter 'code'", "num_draft_tokens=5", "num_draft_tokens=4"],
         ),
     ],
     ids=["target", "tokenizer", "hidden size", "missing arm", "extra arm", "renamed", "settings"],
@@ -190,9 +218,13 @@ def torn(folder: Path) -> None:
             edited(feature_version=99),
             ["feature version", f"expected {FEATURE_VERSION}", "found 99"],
         ),
-        (edited(format_version=2), ["format version", "expected 1", "found 2"]),
+        (edited(format_version=1), ["format version", "expected 2", "found 1"]),
         (edited(format_version=None), ["format version", "found None"]),
         (edited(arms=None), [CARD_FILE, "'arms' is missing"]),
+        (edited(arms=["none", "math@2"]), ["damaged", "none, math@2 are not of its drafters"]),
+        (edited(arms=["none", "code"]), [WEIGHTS_FILE, "damaged", "are expected"]),
+        (edited(chooser="oracle"), ["kind 'oracle'", "does not know"]),
+        (edited(facts={}), [WEIGHTS_FILE, "damaged", "num_networks"]),
         (edited(hidden_size="many"), [CARD_FILE, "hidden_size"]),
         (edited(colour="red"), [CARD_FILE, "unknown key 'colour'"]),
         (truncated(CARD_FILE), [CARD_FILE, "damaged"]),
@@ -221,14 +253,54 @@ def test_no_policy_yet(tmp_path: Path) -> None:
         load_policy(tmp_path / "nowhere", IDENTITY)
 
 
-def test_a_policy_that_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError, match="are expected"):
-        save_policy(tmp_path, network(num_arms=2), card())
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
     broken = network()
-    broken.w2[0, 0] = np.nan
+    broken.networks[0].w2[0, 0] = np.nan
     with pytest.raises(ArtefactError, match="not a finite number"):
         save_policy(tmp_path, broken, card())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_portable_policy_is_priced_when_it_is_loaded(tmp_path: Path) -> None:
+    """The same folder under two cost tables: dear drafters are left alone, and no note is made."""
+    save_policy(tmp_path, portable(), card())
+    chosen = {}
+    for propose in (0.1, 50.0):
+        policy = load_policy(tmp_path, IDENTITY, prices(propose))
+        decisions = [policy.choose(context) for context in contexts()]
+        chosen[propose] = {decision.arm for decision in decisions}
+        assert policy.notes == ()
+        assert all(decision.scores["none"] == 1.0 for decision in decisions)
+
+    assert "none" not in chosen[0.1]
+    assert chosen[50.0] == {"none"}
+
+
+def test_a_portable_policy_needs_prices(tmp_path: Path) -> None:
+    save_policy(tmp_path, portable(), card())
+
+    with pytest.raises(
+        ArtefactError, match=r"cost table, and there is none; run `paceline profile`"
+    ):
+        load_policy(tmp_path, IDENTITY)
+    without = CostTable({}, [m for m in prices().measurements if m.subject != "lookup"])
+    with pytest.raises(ArtefactError, match=r"lookup not measured; run `paceline profile`"):
+        load_policy(tmp_path, IDENTITY, without)
+
+
+def test_another_cost_table_is_noted_where_prices_are_built_in(folder: Path) -> None:
+    (note,) = load_policy(folder, IDENTITY, prices()).notes
+    assert "another cost table" in note
+    assert load_policy(folder, IDENTITY).notes == ()
+
+    save_policy(folder, network(), card(costs=prices().hash()))
+    assert load_policy(folder, IDENTITY, prices()).notes == ()
+
+
+def test_exploration_is_for_whoever_loads(folder: Path) -> None:
+    policy = load_policy(folder, IDENTITY, explore=1.0)
+
+    assert {policy.choose(context).propensity for context in contexts()} == {1 / len(NAMES)}
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:

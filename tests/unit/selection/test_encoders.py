@@ -230,7 +230,7 @@ def test_a_collection_keeps_what_runs_no_model_and_a_configured_sentence_encoder
 def test_mistakes_are_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no encoder 'magic'; there are: target_hidden"):
         build_encoder(D, names=["magic"])
-    with pytest.raises(ConfigError, match="'sentence' needs 'selection.sentence_model'"):
+    with pytest.raises(ConfigError, match=r"'sentence' needs 'selection.sentence_model'"):
         build_encoder(D, names=["sentence"])
     with pytest.raises(ModelError, match="no usable sentence encoder"):
         SentenceModel.load(str(tmp_path / "nowhere" / "at" / "all"))

@@ -6,8 +6,8 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any, Final
 
 from paceline.contracts import NONE
-from paceline.errors import ConfigError
 from paceline.learning.evaluation.report import ORACLE
+from paceline.learning.plot import import_figure
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,17 +25,12 @@ _LINE: Final = 85  # letters above a column
 
 def plot(evaluation: Evaluation, path: Path) -> None:
     """Write a PNG with a panel for each section. Raises ConfigError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(
-            "the plot needs matplotlib; install it with: pip install 'paceline[bench]'"
-        ) from error
+    make_figure = import_figure()
     sections = evaluation.sections
     columns = min(_COLUMNS, len(sections))
     rows = -(-len(sections) // columns)
     most = max(len(_ways(section.report)) for section in sections)
-    figure = Figure(
+    figure = make_figure(
         figsize=(2.2 + 4.0 * columns, (1.1 + 0.24 * most) * rows + 0.5), layout="constrained"
     )
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()

@@ -93,6 +93,10 @@ class Evaluation:
         """Of the first section."""
         return self.sections[0].report
 
+    def headline(self) -> dict[str, float]:
+        """Of the first section: speed-ups over `none` of the policy, the best single arm, the oracle."""
+        return self.report.headline()
+
     def sentences(self) -> list[str]:
         """What the figures say, in words: of every section, and of all unseen tasks together."""
         said = [

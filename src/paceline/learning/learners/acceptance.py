@@ -37,15 +37,15 @@ if TYPE_CHECKING:
     from paceline.learning.learners.base import Progress
     from paceline.selection.choosers import Reduction
 
-_COMPONENTS: Final = 128
+_COMPONENTS: Final = 32
 _WIDE: Final = 10.0  # the hidden states' weight beside one statistic
 _NORM: Final = 10.0  # of a typical input, so that gates are decided from the beginning
 _GATES: Final = 4
-_LEARNING_RATE: Final = 1e-2
-_JUDGED_EVERY: Final = 10  # epochs of 200 prompts
-_PATIENCE: Final = 6  # judgements without a better one
+_LEARNING_RATE: Final = 2e-2  # at the beginning; it falls to 0 at the end
+_STEPS: Final = 400
+_LEAST_EPOCHS: Final = 5
+_JUDGED: Final = 12  # times on the way
 _MOST_JUDGED: Final = 400  # prompts of a fold that are priced at each judgement
-_ENOUGH: Final = 1e-3  # of the rewards' spread: what counts as an improvement
 _FINAL: Final = 100  # stream of what is kept; the folds' are their numbers
 
 
@@ -78,8 +78,20 @@ class MixtureTraining:
             parameter.requires_grad_()
         self._optimiser = torch.optim.AdamW(groups, lr=_LEARNING_RATE, fused=True)
 
-    def epoch(self) -> None:
-        """One pass over the prompts in random order; each mixture has its own error."""
+    def train(self, begin: float, end: float) -> None:
+        """From one share of the whole training to another; each mixture has its own error."""
+        num_epochs = self.num_epochs()
+        for epoch in range(round(begin * num_epochs), round(end * num_epochs)):
+            for group in self._optimiser.param_groups:
+                group["lr"] = _LEARNING_RATE * (1.0 - epoch / num_epochs)
+            self._epoch()
+
+    def num_epochs(self) -> int:
+        """Passes over the prompts of the whole training."""
+        a_pass = -(-len(self._inputs) // self._settings.batch_size)
+        return max(_STEPS // a_pass, _LEAST_EPOCHS)
+
+    def _epoch(self) -> None:
         order = torch.randperm(len(self._inputs), generator=self._generator)
         for batch in torch.split(order, self._settings.batch_size):
             shares = (self._inputs[batch] @ self.gates + self.biases).softmax(dim=2)  # [E, B, M]
@@ -131,62 +143,53 @@ class _Fold:
     held: Dataset
     rewards: np.ndarray  # [L, n, A]
 
+    def taken(self, arms: np.ndarray) -> np.ndarray:
+        """[n] rewards of one arm a load. arms: [L] places."""
+        return np.asarray(self.rewards[np.arange(len(arms)), :, arms].mean(axis=0))
+
     def judge(self, settings: LearningSection) -> np.ndarray:
         """[n] rewards of what would be chosen."""
         return earned_by(self.training.chooser(), self.held, self.rewards, settings)
 
 
 class AcceptanceLearner(Learner):
-    """Cross-validation finds how long to train; then it is trained on all prompts.
+    """Trains for a fixed number of steps: few kinds do not follow noise, so nothing is gained by
+    stopping early, and when to stop is not for a noisy judgement to say.
 
-    Unless the gain over the best single arm is larger than its standard error, every prompt gets
-    the average prediction, and so the arm that is best on average at the prices of the moment.
+    Cross-validation tells what is gained. Unless that is more than its standard error, every prompt
+    gets the average prediction, and so the arm that is best on average at the prices of the moment.
     """
 
     name = "acceptance"
 
     def fit(self, data: Dataset, settings: LearningSection, on_progress: Progress) -> Fitted:
         rewards = rewards_by_load(data, settings)
-        every = max(round(_JUDGED_EVERY * min(200 / len(data), 1.0)), 1)
+        best = rewards.mean(axis=1).argmax(axis=1)  # [L]
+        points = []
         with one_thread():
             folds = _make_folds(data, rewards, settings)
-            best = rewards.mean(axis=1).argmax(axis=1)  # [L]
-            single = np.concatenate(
-                [f.rewards[np.arange(len(best)), :, best].mean(axis=0) for f in folds]
-            )
-            enough = _ENOUGH * float((rewards - rewards.mean(axis=2, keepdims=True)).std())
-            earned, num_epochs, points = single, 0, []
-            epoch = 0
-            while epoch < settings.max_epochs and epoch - num_epochs < _PATIENCE * every:
-                for _ in range(every):
-                    for fold in folds:
-                        fold.training.epoch()
-                epoch += every
-                now = np.concatenate([fold.judge(settings) for fold in folds])
-                points.append((float(epoch), float(now.mean())))
-                if not num_epochs or now.mean() > earned.mean() + enough:
-                    earned, num_epochs = now, epoch
-                on_progress(
-                    "cross-validation", min(epoch, settings.max_epochs), settings.max_epochs
-                )
-            on_progress("cross-validation", epoch, epoch)
+            single = np.concatenate([fold.taken(best) for fold in folds])
+            for turn in range(_JUDGED):
+                for fold in folds:
+                    fold.training.train(turn / _JUDGED, (turn + 1) / _JUDGED)
+                earned = np.concatenate([fold.judge(settings) for fold in folds])
+                points.append(((turn + 1) / _JUDGED, float(earned.mean())))
+                on_progress("cross-validation", turn + 1, _JUDGED)
             gain, error = gain_over_single(earned, single)
-            constant = gain <= error
             final = MixtureTraining(data, settings, _FINAL)
-            for done in range(0 if constant else num_epochs):
-                final.epoch()
-                on_progress("training", done + 1, num_epochs)
+            if gain > error:
+                final.train(0.0, 1.0)
+            on_progress("training", final.num_epochs(), final.num_epochs())
         summary = Summary(
             num_prompts=len(data),
             num_validation=len(earned),
             score=float(earned.mean()),
             gain=gain,
             gain_error=error,
-            constant=constant,
-            settings={"num_epochs": num_epochs},
+            constant=gain <= error,
         )
-        chooser = final.average() if constant else final.chooser()
-        return Fitted(chooser, summary, Curve("epochs", tuple(points)))
+        chooser = final.average() if summary.constant else final.chooser()
+        return Fitted(chooser, summary, Curve("share of the training", tuple(points)))
 
 
 def _make_folds(data: Dataset, rewards: np.ndarray, settings: LearningSection) -> list[_Fold]:

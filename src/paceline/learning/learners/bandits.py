@@ -1,8 +1,8 @@
 """Linear bandits: they see the reward of the arm they took and of no other.
 
 They run once through the prompts in random order, each under a load drawn at random, as if these
-came as requests. LinUCB (arXiv 1003.0146) takes the largest upper confidence bound, Thompson
-sampling (arXiv 1209.3352) the largest reward under weights drawn from the posterior. What is kept
+came as requests. LinUCB takes the largest upper confidence bound, Thompson sampling the
+largest reward under weights drawn from the posterior. What is kept
 is the mean of the weights. Data in which only some arms were tried (NaN elsewhere) are replayed by
 their logged arm. Symbols: N prompts, X inputs, A arms.
 """
@@ -84,7 +84,7 @@ class BanditLearner(Learner):
         summary = Summary(
             num_prompts=len(data),
             num_validation=len(earned),
-            score=float(earned.mean()),
+            score=float(np.nanmean(earned)),
             gain=gain,
             gain_error=error,
             constant=False,

@@ -96,9 +96,20 @@ def rewards_by_load(data: Dataset, settings: LearningSection) -> np.ndarray:
 
 
 def gain_over_single(earned: np.ndarray, single: np.ndarray) -> tuple[float, float]:
-    """(mean, its standard error) of the difference over prompts. earned, single: [n] rewards."""
-    gain = earned - single
-    return float(gain.mean()), float(gain.std() / np.sqrt(max(len(gain), 1)))
+    """(mean, its standard error) of the difference over prompts. earned, single: [n] rewards.
+
+    Where only some arms were tried a reward may not be a number; then the means of those known are
+    compared.
+    """
+    known = np.isfinite(earned), np.isfinite(single)
+    if all(mask.all() for mask in known):
+        gain = earned - single
+        return float(gain.mean()), float(gain.std() / np.sqrt(max(len(gain), 1)))
+    parts = [values[mask] for values, mask in zip((earned, single), known, strict=True)]
+    if not all(map(len, parts)):
+        return 0.0, float("inf")
+    error = sum(float(part.var()) / len(part) for part in parts) ** 0.5
+    return float(parts[0].mean() - parts[1].mean()), error
 
 
 def cross_validate(
@@ -112,7 +123,7 @@ def cross_validate(
     """
     number = fold_numbers(data.groups, settings.seed)
     earned, single = [], []
-    best = rewards.mean(axis=1).argmax(axis=1)  # [L]
+    best = np.nanmean(rewards, axis=1).argmax(axis=1)  # [L]
     for i in range(num_folds(len(data))):
         own = number == i
         chooser = make(data.rows(~own), rewards[:, ~own])
@@ -131,7 +142,11 @@ def earned_by(
         chooser.pricer = data.pricer()
     loads = settings.loads if len(rewards) == len(settings.loads) else (1,)
     laws = (chooser.law(chooser.preferences(data.features, data.situation(rows))) for rows in loads)
-    earned = [(law * own).sum(axis=1) for law, own in zip(laws, rewards, strict=True)]
+    # an arm that is not taken counts for nothing, also where its reward is not known
+    earned = [
+        np.where(law > 0, law * own, 0.0).sum(axis=1)
+        for law, own in zip(laws, rewards, strict=True)
+    ]
     return np.asarray(np.mean(earned, axis=0))
 
 

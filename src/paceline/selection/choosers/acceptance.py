@@ -65,10 +65,20 @@ class AcceptanceChooser(PortableChooser):
         inputs = standardise(features, self.mean, self.scale)
         logits = (inputs @ self._gate).reshape(-1, E, M) + self.biases
         shares = softmax(logits).reshape(-1, E * M) / E
-        return np.clip(shares @ self.kinds.reshape(E * M, -1), self.low, self.high)
+        mixed = shares @ self.kinds.reshape(E * M, -1)
+        return np.asarray(np.clip(mixed, self.low, self.high))
 
     def arrays(self) -> dict[str, np.ndarray]:
         return {name: getattr(self, name) for name in _ARRAYS}
+
+    @classmethod
+    def merged(cls, choosers: Sequence[AcceptanceChooser]) -> AcceptanceChooser:
+        first = choosers[0]
+        gates, biases, kinds = (
+            np.concatenate([getattr(chooser, name) for chooser in choosers])
+            for name in ("gates", "biases", "kinds")
+        )
+        return cls(first.arms, first.mean, first.scale, gates, biases, kinds, first.low, first.high)
 
     @classmethod
     def restore(cls, arms: Sequence[str], arrays: Arrays, facts: Facts) -> AcceptanceChooser:

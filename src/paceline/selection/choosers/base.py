@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 class Situation:
     """What a price depends on beside the arm, for N prompts.
 
-    rows: requests in flight, this one among them. objective: see `costs.pricing`. limits: the most tokens each may
-    emit, where known. prompts: the tokens, for choosers that look at them.
+    rows: requests in flight, this one among them. objective: see `costs.pricing`. limits: the most
+    tokens each may emit, where known. prompts: the tokens, for choosers that look at them.
     """
 
     num_prompt: np.ndarray  # [N] int
@@ -97,6 +97,11 @@ class Chooser(ABC):
     def facts(self) -> dict[str, object]:
         """What was learned and is no array, as JSON takes it."""
         return {}
+
+    @classmethod
+    def merged(cls, choosers: Sequence[Self]) -> Self | None:
+        """One chooser that averages several which were learned alike; None where the kind has none."""
+        return None
 
     @classmethod
     @abstractmethod

@@ -84,6 +84,11 @@ class NetworkChooser(Chooser):
         return {"num_networks": len(self.networks)}
 
     @classmethod
+    def merged(cls, choosers: Sequence[NetworkChooser]) -> NetworkChooser:
+        networks = [network for chooser in choosers for network in chooser.networks]
+        return cls(choosers[0].arms, networks)
+
+    @classmethod
     def restore(cls, arms: Sequence[str], arrays: Arrays, facts: Facts) -> NetworkChooser:
         names = [field.name for field in fields(PolicyNetwork)]
         count = int(str(facts["num_networks"]))

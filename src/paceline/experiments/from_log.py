@@ -1,0 +1,119 @@
+"""Learning from what was served: a decision log in, a policy out, where it is better than the one there.
+
+With token ids in the log every drafter is replayed on what was served; without, the choices alone are
+learned from, see `learning.from_choices`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from paceline.assembly import Pace, build, policy_identity
+from paceline.collection import collect_log
+from paceline.costs.table import CostTable
+from paceline.drafting.catalog import arms_of
+from paceline.errors import ArtefactError, ConfigError
+from paceline.experiments.evaluation import identity_of
+from paceline.learning import learn as learn_policy
+from paceline.learning import learn_from_choices
+from paceline.learning.dataset import build_dataset, split
+from paceline.learning.rollout import Replayed, adopt
+from paceline.replay import price_stops
+from paceline.selection import load_policy
+from paceline.selection.encoders import build_encoder
+from paceline.store import read_decisions
+from paceline.store.collection import load_collection
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from paceline.config import Config
+    from paceline.learning import ChoicesResult, LearningResult
+    from paceline.learning.dataset import Dataset
+    from paceline.learning.rollout import Verdict
+    from paceline.selection import Policy, PolicyIdentity
+
+    OnProgress = Callable[[str, int, int], None]
+
+
+class LearnedFromLog(NamedTuple):
+    """A policy learned from served requests; notes say what was left out of the log, and why.
+
+    verdict: why it took the place of the one that was there, or did not; None where there was none.
+    """
+
+    learned: LearningResult | ChoicesResult
+    verdict: Verdict | None
+    notes: list[str]
+
+
+def learn_from_log(
+    config: Config, on_progress: OnProgress = lambda stage, done, total: None
+) -> LearnedFromLog:
+    """Train a policy from the configuration's decision log; write it if it is better than the current.
+
+    With token ids, what was served joins the collection, every drafter is replayed on it, and the
+    policy is learned from the whole. Without, it is learned from the choices alone, which takes a log
+    of a policy that explored.
+    """
+    if config.log.folder is None:
+        raise ConfigError("there is no log to learn from; set log.folder in the configuration")
+    decisions, notes = read_decisions(config.log.folder)
+    parts = build(config)
+    if any(decision.prompt_tokens is not None for decision in decisions):
+        taken = collect_log(Pace(parts), decisions, config.paths.store, on_progress)
+        notes += [f"{count} {reason}" for reason, count in taken.left_out.items()]
+        learned, verdict = _learn_if_better(config, on_progress)
+        return LearnedFromLog(learned, verdict, notes)
+    encode = build_encoder(parts.target.hidden_size, config.selection)
+    identity = replace(policy_identity(parts), encoders=encode.identities())
+    current = _current_policy(config, identity)
+    chosen = learn_from_choices(decisions, identity, config.learning, encode, current, on_progress)
+    if chosen.verdict is None or chosen.verdict.adopt:
+        chosen.save(config.paths.policy)
+    return LearnedFromLog(chosen, chosen.verdict, notes + chosen.notes)
+
+
+def _learn_if_better(
+    config: Config, on_progress: OnProgress
+) -> tuple[LearningResult, Verdict | None]:
+    """`learn`, but the policy there stays unless the new one beats it on the held-out prompts."""
+    encoders = config.selection.encoders
+    collection = load_collection(config.paths.store, list(config.drafters), encoders)
+    identity = identity_of(collection)
+    costs = CostTable.load(config.paths.costs)
+    prompts = price_stops(collection.prompts, config, costs)
+    encode = build_encoder(identity.hidden_size, config.selection)
+    learned = learn_policy(
+        prompts, costs, identity, arms_of(config), config.learning, on_progress, encode=encode
+    )
+    current, verdict = _current_policy(config, identity), None
+    if current is not None:
+        dataset, _ = build_dataset(prompts, arms_of(config), costs, config.learning)
+        _, held_out = split(dataset, config.learning.held_out)
+        verdict = adopt(Replayed(_seconds(current, held_out), _seconds(learned.policy, held_out)))
+    if verdict is None or verdict.adopt:
+        learned.save(config.paths.policy)
+    return learned, verdict
+
+
+def _current_policy(config: Config, identity: PolicyIdentity) -> Policy | None:
+    """The policy there; None where there is none, or one that could not serve these models."""
+    path = config.paths.costs
+    costs = CostTable.load(path) if path.is_file() else None
+    try:
+        policy = load_policy(config.paths.policy, identity, costs, selection=config.selection)
+    except ArtefactError:
+        return None
+    return policy if set(policy.arms) <= set(arms_of(config)) else None
+
+
+def _seconds(policy: Policy, prompts: Dataset) -> np.ndarray:
+    """[N] predicted, of what a policy chooses on prompts."""
+    places = np.array([prompts.arms.index(arm) for arm in policy.arms])
+    preferred = policy.chooser.preferences(prompts.features, prompts.situation())
+    chosen = places[preferred.argmax(axis=1)]
+    return np.asarray(prompts.seconds[np.arange(len(prompts)), chosen])

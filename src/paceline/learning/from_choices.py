@@ -1,0 +1,249 @@
+"""A policy from logged requests alone, each of which tried one arm: no replay, no prices, no models.
+
+Less is known than from a collection, so more requests are needed, and only a log of a policy that
+explored can be learned from. The reward is by the clock: the logarithm of tokens per second, so that
+an arm's gain counts the same on slow and fast requests. Each request's missing rewards are filled in
+doubly robustly, and a network is learned from them as from full information: one that predicts
+acceptance would need every arm replayed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from paceline.contracts import NONE, split_arm
+from paceline.costs.table import CostTable
+from paceline.errors import StoreError
+from paceline.learning.dataset import Dataset
+from paceline.learning.learners import LEARNERS
+from paceline.learning.learners.networks import LOSSES
+from paceline.learning.off_policy import (
+    LoggedChoices,
+    cross_fitted_rewards,
+    doubly_robust,
+    doubly_robust_rewards,
+)
+from paceline.learning.rollout import Logged, adopt
+from paceline.learning.rounds import RoundTable
+from paceline.rewards import REWARD_VERSION
+from paceline.selection.artefact import PolicyArtefact, RewardCard, policy_of, save_policy
+from paceline.selection.choosers import Situation
+from paceline.selection.drift import TrainingRange
+from paceline.store import is_validation
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from paceline.config import LearningSection
+    from paceline.learning.learners import Progress
+    from paceline.learning.off_policy import Estimate
+    from paceline.learning.rollout import Verdict
+    from paceline.selection.artefact import PolicyIdentity
+    from paceline.selection.encoders import FeatureEncoder
+    from paceline.selection.policies import Policy
+    from paceline.store import LoggedDecision
+
+MIN_CHOICES: Final = 200
+NO_PRICES: Final = ""
+"""Stands for a cost table's hash in the card of a policy that was learned without one."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChoicesResult:
+    """A policy learned from choices, with what it would gain on logged requests it never saw.
+
+    `gain` is in the logarithm of tokens per second, over what was served: 0.1 is some 10% faster.
+    """
+
+    policy: Policy
+    card: PolicyArtefact
+    gain: Estimate
+    verdict: Verdict | None  # over the current policy, where one was given
+    range: TrainingRange  # of features: acceptance under exploration is not the policy's
+    notes: list[str]
+
+    def save(self, folder: Path) -> None:
+        """Write the policy, and its training range beside it."""
+        self.range.save(folder)
+        save_policy(folder, self.policy.chooser, self.card)
+
+
+def learn_from_choices(
+    decisions: Sequence[LoggedDecision],
+    identity: PolicyIdentity,
+    settings: LearningSection,
+    encode: FeatureEncoder,
+    current: Policy | None = None,
+    on_progress: Progress = lambda stage, done, total: None,
+) -> ChoicesResult:
+    """Train on a part of the usable decisions, estimate the gain, also over `current`, on the rest.
+
+    encode: gives the policy the features that `identity` names. The learner is the settings' where it
+    is a network, else `policy_gradient`. Raises StoreError where too few were made by a policy that
+    explored.
+    """
+    usable, notes = _usable(decisions, identity)
+    if len(usable) < MIN_CHOICES:
+        raise StoreError(
+            f"{len(usable)} of {len(decisions)} logged requests can be learned from, at least "
+            f"{MIN_CHOICES} are needed: {'; '.join(notes) or 'serve more'}; without log.tokens: ids "
+            "a policy is learned only from what was served with explore > 0"
+        )
+    tried = {decision.arm for decision in usable}
+    arms = [NONE, *sorted(tried - {NONE})]
+    log = _arrays(usable, arms)
+    held_out = np.array([is_validation(id, settings.held_out) for id in log.ids])
+    if min(held_out.sum(), (~held_out).sum()) < 2:
+        raise StoreError("the logged requests are all alike; serve more, or more different ones")
+    training, unseen = log.rows(~held_out), log.rows(held_out)
+    predicted = cross_fitted_rewards(training.choices, training.features, seed=settings.seed)
+    filled = doubly_robust_rewards(training.choices, predicted)
+    learner = LEARNERS[settings.learner if settings.learner in LOSSES else "policy_gradient"]
+    clocked = settings.model_copy(update={"reward": "clocked"})
+    fitted = learner.fit(_dataset(training, filled, arms, encode), clocked, on_progress)
+    policy = policy_of(fitted.chooser, encode.num_features, settings.objective, encode=encode)
+    picks = _picks(policy, arms, unseen)
+    gain = doubly_robust(
+        unseen.choices,
+        picks,
+        cross_fitted_rewards(unseen.choices, unseen.features, seed=settings.seed),
+    )
+    card = PolicyArtefact(
+        target=identity.target,
+        tokenizer=identity.tokenizer,
+        hidden_size=identity.hidden_size,
+        drafters=dict(identity.drafters),
+        encoders=encode.identities(),
+        arms=[],
+        chooser="",
+        objective=settings.objective,
+        reward=RewardCard(kind="clocked", version=REWARD_VERSION),
+        costs=NO_PRICES,
+        learner=settings.model_dump(),
+        training={**asdict(fitted.summary), "held_out": asdict(gain)},
+    )
+    verdict = None
+    if current is not None:
+        if set(current.arms) <= set(arms):
+            of_current = _picks(current, arms, unseen)
+            verdict = adopt(Logged(unseen.choices, unseen.features, of_current, picks))
+        else:
+            notes.append(
+                "of what the current policy may choose, some was never tried: not compared"
+            )
+    seen = TrainingRange.fit(training.features, {})
+    return ChoicesResult(policy, card, gain, verdict, seen, notes)
+
+
+def _picks(policy: Policy, arms: Sequence[str], log: _Log) -> np.ndarray:
+    """[n, A] one where the policy would choose the arm, else zero."""
+    places = np.array([arms.index(arm) for arm in policy.arms])
+    preferred = policy.chooser.preferences(log.features, Situation(log.num_prompt))
+    return np.asarray(np.eye(len(arms))[places[preferred.argmax(axis=1)]])
+
+
+def _dataset(
+    log: _Log, rewards: np.ndarray, arms: Sequence[str], encode: FeatureEncoder
+) -> Dataset:
+    """What a network is learned from. rewards: [n, A]. Nothing was replayed, so there are no rounds."""
+    n, unknown = len(rewards), np.full(rewards.shape, np.nan)
+    return Dataset(
+        arms=tuple(arms),
+        ids=log.ids,
+        groups=log.ids,
+        domains=("",) * n,
+        prompts=((),) * n,
+        features=log.features,
+        num_prompt=log.num_prompt,
+        num_tokens=log.num_output,
+        limits=log.num_output,
+        rounds_per_token=unknown,
+        drafted_per_token=unknown,
+        seconds=unknown,
+        rewards=rewards,
+        spans=encode.spans,
+        rounds=RoundTable((), log.num_prompt, ()),
+        costs=CostTable({}, []),
+        objective=0.0,
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Log:
+    """Decisions as arrays."""
+
+    ids: tuple[str, ...]  # n; of equal features, equal ones
+    features: np.ndarray  # [n, F]
+    num_prompt: np.ndarray  # [n] int64
+    num_output: np.ndarray  # [n] int64
+    choices: LoggedChoices  # n
+
+    def rows(self, mask: np.ndarray) -> _Log:
+        """Where a mask [n] is true; rewards are then measured from their own mean, so that the value
+        of a policy is its gain over what was served.
+        """
+        of = self.choices
+        rewards = of.rewards[mask] - of.rewards[mask].mean()
+        choices = LoggedChoices(of.chosen[mask], of.propensities[mask], rewards, of.num_arms)
+        ids = tuple(self.ids[i] for i in np.flatnonzero(mask))
+        return _Log(ids, self.features[mask], self.num_prompt[mask], self.num_output[mask], choices)
+
+
+def _arrays(decisions: Sequence[LoggedDecision], arms: Sequence[str]) -> _Log:
+    choices = LoggedChoices(
+        chosen=np.array([arms.index(d.arm) for d in decisions]),
+        propensities=np.array([d.propensity for d in decisions]),
+        rewards=np.array([np.log(d.num_output / d.seconds_total) for d in decisions]),
+        num_arms=len(arms),
+    )
+    features = np.stack([d.features for d in decisions if d.features is not None])
+    return _Log(
+        # by what the policy saw, so that a prompt served twice is on one side of a split
+        ids=tuple(hashlib.sha256(row.tobytes()).hexdigest() for row in features),
+        features=features,
+        num_prompt=np.array([d.num_prompt for d in decisions]),
+        num_output=np.array([d.num_output for d in decisions]),
+        choices=choices,
+    )
+
+
+def _usable(
+    decisions: Sequence[LoggedDecision], identity: PolicyIdentity
+) -> tuple[list[LoggedDecision], list[str]]:
+    """(decisions to learn from, how many were left out and why)."""
+    usable: list[LoggedDecision] = []
+    left_out: Counter[str] = Counter()
+    for decision in decisions:
+        if reason := _why_not(decision, identity):
+            left_out[reason] += 1
+        else:
+            usable.append(decision)
+    return usable, [f"{count} {reason}" for reason, count in left_out.items()]
+
+
+def _why_not(decision: LoggedDecision, identity: PolicyIdentity) -> str | None:
+    header, features = decision.header, decision.features
+    same = (header.target, header.tokenizer) == (identity.target, identity.tokenizer)
+    if not same or header.drafters != dict(identity.drafters):
+        return "were served by another target or other drafters"
+    if features is None:
+        return "named their drafter, or ended before one was chosen"
+    if header.encoders != dict(identity.encoders):
+        return "were logged with other features"
+    if not np.isfinite(features).all():
+        return "have features that are no numbers"
+    if decision.finish_reason not in ("stop", "length") or decision.seconds_total <= 0:
+        return "did not finish"
+    if decision.switches:
+        return "changed their arm on the way"
+    if split_arm(decision.arm)[0] not in identity.drafters:
+        return "used an arm that is not configured now"
+    if decision.propensity >= 1:
+        return "were chosen with certainty"
+    return None

@@ -1,0 +1,246 @@
+"""Choosers against readable references, and what they learned through arrays and back."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from paceline.costs import CostTable, Measurement
+from paceline.costs.pricing import ArmPricer
+from paceline.errors import ArtefactError
+from paceline.selection.choosers import (
+    CHOOSERS,
+    AcceptanceChooser,
+    Chooser,
+    FirstLineChooser,
+    FixedChooser,
+    LinearChooser,
+    NeighboursChooser,
+    NetworkChooser,
+    PolicyNetwork,
+    RandomChooser,
+    Reduction,
+    Situation,
+    softmax,
+)
+from paceline.selection.choosers.network import CLIP
+
+ARMS = ("none", "code@2", "code")
+F, Z, A, H = 6, 3, 3, 4
+RNG = np.random.default_rng(0)
+FEATURES = RNG.normal(size=(7, F)).astype(np.float32)
+
+
+def arrays(*shapes: tuple[int, ...], seed: int = 1) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
+def situation(num: int = 7, rows: int = 1, **changes: object) -> Situation:
+    prompts = tuple((i % 3, i % 3, i) for i in range(num))
+    return Situation(np.full(num, 20), rows, prompts=prompts, **changes)
+
+
+def network(seed: int = 1) -> PolicyNetwork:
+    return PolicyNetwork(*arrays((F + 1,), (F + 1,), (F + 1, H), (H,), (H, A), (A,), seed=seed))
+
+
+def reduction() -> Reduction:
+    return Reduction(*arrays((F,), (F,), (F, Z), (Z,)))
+
+
+def acceptance(seed: int = 1) -> AcceptanceChooser:
+    M, E, O = 5, 2, 2 * A + 1  # noqa: E741
+    mean, scale, gates, biases = arrays((F,), (F,), (E, F, M), (E, M), seed=seed)
+    kinds = np.random.default_rng(seed).uniform(0.2, 1.0, size=(E, M, O)).astype(np.float32)
+    low, high = np.full(O, 0.1, np.float32), np.full(O, 0.9, np.float32)
+    return AcceptanceChooser(ARMS, mean, scale, gates, biases, kinds, low, high)
+
+
+def neighbours() -> NeighboursChooser:
+    points = reduction()(RNG.normal(size=(9, F)).astype(np.float32))
+    outcomes = np.random.default_rng(2).uniform(0.2, 1.0, size=(9, 2 * A + 1)).astype(np.float32)
+    return NeighboursChooser(ARMS, reduction(), points, outcomes, 4)
+
+
+def prices() -> CostTable:
+    rows = [Measurement("target", "prefill", 10, 0, 1, 2.0)]
+    rows += [Measurement("target", "forward", t, 0, 1, 1.0 + 0.1 * t) for t in (1, 5)]
+    rows += [Measurement("engine", "round", 0, 0, 1, 0.1)]
+    rows += [Measurement("code", "start", 10, 0, 1, 0.5)]
+    rows += [Measurement("code", "propose", t, 0, 1, 0.1 * t) for t in (0, 4)]
+    return CostTable({}, rows)
+
+
+def all_kinds() -> list[Chooser]:
+    return [
+        acceptance(),
+        neighbours(),
+        NetworkChooser(ARMS, [network(1), network(2)]),
+        LinearChooser(ARMS, reduction(), arrays((Z + 2, A))[0]),
+        FirstLineChooser(ARMS, {(0, 0): 1, (1, 1): 2}, 0, 2),
+        FixedChooser(ARMS, {1: "code", 16: "none"}),
+        RandomChooser(ARMS),
+    ]
+
+
+def test_every_kind_is_known_by_its_name() -> None:
+    assert set(CHOOSERS) == {chooser.kind for chooser in all_kinds()}
+
+
+@pytest.mark.parametrize("chooser", all_kinds(), ids=lambda chooser: chooser.kind)
+def test_what_was_learned_survives_arrays_and_json(chooser: Chooser) -> None:
+    import json
+
+    facts = json.loads(json.dumps(chooser.facts()))
+    again = CHOOSERS[chooser.kind].restore(ARMS, chooser.arrays(), facts)
+    for one in (chooser, again):
+        if one.portable:
+            one.pricer = ArmPricer(prices(), ARMS)
+
+    for rows in (1, 16):
+        told = situation(rows=rows)
+        preferences = chooser.preferences(FEATURES, told)
+        assert preferences.shape == (7, A)
+        assert np.array_equal(again.preferences(FEATURES, told), preferences)
+        law = chooser.law(preferences)
+        assert law.sum(axis=1) == pytest.approx(np.ones(7))
+        assert chooser.scores(preferences).shape == (7, A)
+
+
+@pytest.mark.parametrize("chooser", all_kinds(), ids=lambda chooser: chooser.kind)
+def test_one_prompt_gets_what_it_gets_among_many(chooser: Chooser) -> None:
+    if chooser.portable:
+        chooser.pricer = ArmPricer(prices(), ARMS)
+    together = chooser.preferences(FEATURES, situation())
+
+    for i in range(7):
+        told = Situation(np.array([20]), prompts=(situation().prompts[i],))
+        alone = chooser.preferences(FEATURES[i : i + 1], told)[0]
+        assert alone == pytest.approx(together[i], rel=1e-4, abs=1e-5)
+
+
+def logits_one_by_one(net: PolicyNetwork, features: list[float]) -> list[float]:
+    """The readable reference: sums over inputs and hidden units."""
+    inputs = [
+        max(-CLIP, min(CLIP, (x - float(m)) * float(s)))
+        for x, m, s in zip(features, net.mean, net.scale, strict=True)
+    ]
+    hidden = [
+        math.tanh(sum(x * float(w) for x, w in zip(inputs, net.w1[:, h], strict=True)) + net.b1[h])
+        for h in range(len(net.b1))
+    ]
+    return [
+        sum(x * float(w) for x, w in zip(hidden, net.w2[:, a], strict=True)) + net.b2[a]
+        for a in range(len(net.b2))
+    ]
+
+
+def test_a_network_reads_features_and_the_logarithm_of_the_rows() -> None:
+    net = network()
+    chooser = NetworkChooser(ARMS, [net])
+    for rows in (1, 8):
+        scores = chooser.scores(chooser.preferences(FEATURES, situation(rows=rows)))
+        for i, vector in enumerate(FEATURES):
+            expected = logits_one_by_one(net, [*map(float, vector), math.log(rows)])
+            assert scores[i] == pytest.approx(softmax(np.array(expected)), abs=1e-5)
+
+
+def test_networks_are_averaged_in_the_logarithm() -> None:
+    one, two = (NetworkChooser(ARMS, [network(seed)]) for seed in (1, 2))
+    both = NetworkChooser.merged([one, two])
+
+    each = [chooser.preferences(FEATURES, situation()) for chooser in (one, two)]
+    assert both.preferences(FEATURES, situation()) == pytest.approx((each[0] + each[1]) / 2)
+
+
+def test_outcomes_are_the_gates_mean_of_kinds() -> None:
+    chooser = acceptance()
+    for i, vector in enumerate(FEATURES):
+        inputs = np.clip((vector - chooser.mean) * chooser.scale, -CLIP, CLIP)
+        expected = np.zeros(2 * A + 1)
+        for gate, bias, kinds in zip(chooser.gates, chooser.biases, chooser.kinds, strict=True):
+            shares = softmax(inputs @ gate + bias)
+            expected += sum(s * k for s, k in zip(shares, kinds, strict=True)) / 2
+        found = chooser.outcomes(FEATURES)[i]
+        assert found == pytest.approx(np.clip(expected, 0.1, 0.9), abs=1e-5)
+
+
+def test_gates_of_several_choosers_are_averaged() -> None:
+    one, two = acceptance(1), acceptance(2)
+    two.mean, two.scale = one.mean, one.scale
+    both = AcceptanceChooser.merged([one, two])
+
+    each = [chooser.outcomes(FEATURES) for chooser in (one, two)]
+    assert both.outcomes(FEATURES) == pytest.approx((each[0] + each[1]) / 2, abs=1e-5)
+
+
+def test_the_nearest_points_speak() -> None:
+    chooser = neighbours()
+    components = chooser.reduction(FEATURES)
+    for i, near in enumerate(chooser.nearest(FEATURES)):
+        distances = ((components[i] - chooser.points) ** 2).sum(axis=1)
+        assert set(near) == set(np.argsort(distances)[:4])
+    work = chooser.work(FEATURES, situation())
+    expected = chooser.outcomes[chooser.nearest(FEATURES)[0]].mean(axis=0)
+    assert work.rounds_per_token[0] == pytest.approx(expected[:A])
+    assert work.drafted_per_token[0] == pytest.approx(expected[A : 2 * A])
+    assert work.num_tokens[0] == pytest.approx(np.exp(expected[-1]))
+
+
+def test_preferences_of_a_portable_chooser_are_speeds_over_none() -> None:
+    chooser = acceptance()
+    chooser.pricer = ArmPricer(prices(), ARMS)
+    told = situation(limits=np.full(7, 2))
+    work = chooser.work(FEATURES, told)
+    assert (work.num_tokens == 1.0).all()  # the limit, less the prefill's token
+
+    seconds = chooser.seconds_per_token(FEATURES, told)
+    for i in range(7):
+        expected = chooser.pricer.seconds_per_token(
+            work.rounds_per_token[i], work.drafted_per_token[i], 20.5, 1, 0.0, 1.0, 20
+        )
+        assert seconds[i] == pytest.approx(expected)
+    preferences = chooser.preferences(FEATURES, told)
+    assert preferences == pytest.approx(seconds[:, :1] / seconds)
+    assert (preferences[:, 0] == 1.0).all()
+    assert np.array_equal(chooser.scores(preferences), preferences)
+
+
+def test_without_prices_a_portable_chooser_says_what_to_do() -> None:
+    with pytest.raises(ArtefactError, match="run `paceline profile`"):
+        acceptance().preferences(FEATURES, situation())
+
+
+def test_a_fixed_arm_is_that_of_the_nearest_load() -> None:
+    chooser = FixedChooser(ARMS, {1: "code", 4: "code@2", 16: "none"})
+
+    arms = [chooser.at(rows) for rows in (1, 2, 3, 5, 9, 64)]
+    assert arms == ["code", "code", "code@2", "code@2", "none", "none"]
+
+
+def test_the_first_tokens_decide_and_the_unheard_of_gets_the_rest() -> None:
+    chooser = FirstLineChooser(ARMS, {(0, 0): 1, (1, 1): 2}, 0, 2)
+
+    assert chooser.preferences(FEATURES, situation()).argmax(axis=1).tolist() == [
+        1, 2, 0, 1, 2, 0, 1
+    ]  # fmt: skip
+
+
+def test_softmax_survives_large_logits() -> None:
+    assert softmax(np.array([1e4, 0.0, -1e4])).tolist() == [1.0, 0.0, 0.0]
+
+
+def test_arrays_that_do_not_fit_are_refused() -> None:
+    for chooser in all_kinds():
+        found = chooser.arrays()
+        if found:
+            cut = {name: array[..., :-1] for name, array in found.items()}
+            with pytest.raises((ValueError, IndexError)):
+                CHOOSERS[chooser.kind].restore(ARMS, cut, chooser.facts())
+            name = next(iter(found))
+            with pytest.raises((ValueError, KeyError)):
+                rest = {k: v for k, v in found.items() if k != name}
+                CHOOSERS[chooser.kind].restore(ARMS, rest, chooser.facts())
