@@ -254,7 +254,7 @@ BAD_REQUESTS = [
     (("generate", "word " * 1100, "-d", "none"), "context holds 1024"),
     (("collect", "no-such.jsonl"), "no-such.jsonl"),
     (("learn",), "paceline collect"),
-    (("evaluate",), "paceline collect"),
+    (("evaluate",), "paceline learn"),
     (("learn", "--reward", "fun"), "reward"),
     (("distill", "no-such.jsonl", "--out", "made"), "no-such.jsonl"),
 ]

@@ -9,10 +9,11 @@ import pytest
 
 import paceline
 from paceline.cli import main
-from paceline.contracts import NONE
+from paceline.contracts import GREEDY, NONE
 from paceline.drafting.trigram.table import read_facts
 from paceline.models.vocabulary import Vocabulary
 from paceline.store import Collection
+from paceline.store.layout import Trajectory
 from paceline.testing.tokenizers import byte_tokenizer
 
 ZOO = Path(__file__).parents[2] / "zoo"
@@ -42,19 +43,11 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
 
 def collected(folder: Path, tokenizer: str) -> None:
     """A collection of two answers by hand."""
-    store = Collection(folder, "a target", tokenizer, "kind=none").trajectories
+    store = Collection(folder, "a target", tokenizer, "kind=none", hidden_size=4).trajectories
     answers = {"a": ([1, 2, 3, 4], [5, 6, 7]), "b": ([9, 3, 4], [5, 8])}
     store.append(
         [
-            {
-                "id": id,
-                "domain": "x",
-                "prompt_tokens": prompt,
-                "output_tokens": output,
-                "finish_reason": "stop",
-                "max_new_tokens": 8,
-                "temperature": 0.0,
-            }
+            Trajectory(id, "x", tuple(prompt), tuple(output), "stop", 8, GREEDY).row()
             for id, (prompt, output) in answers.items()
         ]
     )

@@ -77,13 +77,17 @@ def describe_run(pace: Pace, sources: Sequence[Path], settings: dict[str, Any]) 
             "python": platform.python_version(),
             **{name: version(name) for name in ("paceline", "torch", "transformers")},
         },
-        "prompt_files": [_file(path) for path in sources],
+        "prompt_files": [_file(str(source)) for source in sources],
         **settings,
     }
 
 
-def _file(path: Path) -> dict[str, str]:
-    """A saved dataset is a folder: the hash is over its files' hashes, by name."""
+def _file(source: str) -> dict[str, str]:
+    """A saved dataset is a folder, perhaps with a split's name behind it: the hash is over its files'
+    hashes, by name.
+    """
+    folder, _, split = source.rpartition(":")
+    path = Path(folder) if folder and not Path(source).exists() else Path(source)
     digest = hashlib.sha256()
     if path.is_file():
         digest.update(path.read_bytes())
@@ -91,7 +95,10 @@ def _file(path: Path) -> dict[str, str]:
         for inner in sorted(p for p in path.rglob("*") if p.is_file()):
             digest.update(inner.relative_to(path).as_posix().encode())
             digest.update(hashlib.sha256(inner.read_bytes()).digest())
-    return {"file": path.name, "sha256": digest.hexdigest()}
+    return {
+        "file": f"{path.name}:{split}" if str(path) != source else path.name,
+        "sha256": digest.hexdigest(),
+    }
 
 
 def _rows(trajectories: Sequence[Trajectory]) -> list[dict[str, Any]]:

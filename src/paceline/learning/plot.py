@@ -59,6 +59,8 @@ def plot(
     course.set(xlabel=curve.label, ylabel="mean reward, not learned from", title=title)
     counts, speeds = zip(*points, strict=True)
     examples.semilogx(counts, speeds, "o-", label="policy")
+    examples.set_xticks(counts, [str(count) for count in counts])
+    examples.minorticks_off()
     none = held_out.seconds[:, held_out.arms.index("none")].sum()
     best = none / held_out.seconds[np.arange(len(held_out)), oracle(held_out)].sum()
     single = none / held_out.seconds.sum(axis=0).min()

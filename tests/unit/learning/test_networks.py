@@ -220,7 +220,7 @@ def test_the_load_is_heard(clusters: Callable, tabled: Callable) -> None:
     crowded = np.tile([1.0, 0.5, 0.6, 0.7, 0.8], (len(seen.features), 1))
     weights = block_weights({"hidden": slice(0, 768)}, seen.features.shape[1])
     training = Training(seen.features, np.stack([alone, crowded]), weights, settings)
-    for _ in range(40):
+    for _ in range(200):
         training.epoch()
     chooser = NetworkChooser(ARMS, [training.network()])
     data = tabled(ARMS, seen.features)

@@ -29,7 +29,9 @@ from paceline.store import DecisionLog, LogHeader, read_decisions
 if TYPE_CHECKING:
     from pathlib import Path
 
-OFF = LogHeader("target-1", "tokens-1", {"none": "kind=none", "math": "kind=x"}, 1, "off")
+OFF = LogHeader(
+    "target-1", "tokens-1", {"none": "kind=none", "math": "kind=x"}, {"words": "v=1"}, "off"
+)
 IDS = replace(OFF, tokens="ids")
 PROMPT = (48611, 48612, 48613)
 OUTPUT = [39101, 39102]

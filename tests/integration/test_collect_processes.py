@@ -1,4 +1,4 @@
-"""`paceline collect` killed with signal 9 at any moment: nothing is lost, nothing is there twice."""
+"""`paceline collect` killed at any moment, and in several processes: the same files, each row once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import pytest
 import yaml
 
 from paceline.collection.card import CARD_JSON, CARD_MD
-from paceline.store import load_collection
+from paceline.config import load_config
+from paceline.experiments.pipeline import collect
+from paceline.store import load_collection, read_prompts
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
 
@@ -128,3 +130,21 @@ def test_killed_at_random_moments_a_run_ends_as_one_that_was_not(
     assert len(load_collection(tmp_path / "killed").prompts) == 2 * num_prompts
     runs = json.loads((tmp_path / "killed" / CARD_JSON).read_text())["runs"]
     assert [run["finished"] for run in runs][-1] and not any(r["finished"] for r in runs[:-1])
+
+
+def test_two_processes_leave_the_same_files_as_one(config: Path, tmp_path: Path) -> None:
+    settings = load_config(config)
+    records = read_prompts([tmp_path / "prompts.jsonl"])
+    seen: dict[int, list[tuple[str, int, int]]] = {1: [], 2: []}
+    for workers, told in seen.items():
+        paths = settings.paths.model_copy(update={"store": tmp_path / str(workers)})
+        collect(
+            settings.model_copy(update={"paths": paths}), records, 8, alignment=True,
+            on_progress=lambda *step, told=told: told.append(step),
+            scores=True, workers=workers,
+        )  # fmt: skip
+    assert content(tmp_path / "1") == content(tmp_path / "2")
+    # each stage is counted to its end
+    assert {step for step in seen[1] if step[1] == step[2]} == {
+        step for step in seen[2] if step[1] == step[2]
+    }
