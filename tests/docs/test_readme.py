@@ -41,7 +41,7 @@ def test_there_are_python_blocks_and_commands_to_run() -> None:
     assert len(BLOCKS) == 3
     assert {*COMMANDS} == {
         *("doctor", "collect", "profile", "learn", "evaluate", "generate", "distill"),
-        *("layer-search", "drafters"),
+        *("layer-search", "drafters", "data", "experiment"),
     }
 
 

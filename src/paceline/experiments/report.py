@@ -112,6 +112,9 @@ def _draw_lines(axes: Any, panel: Panel) -> None:
             axes.fill_between(series.x, series.low, series.high, alpha=0.2, color=colour)
     if panel.log_x:
         axes.set_xscale("log")
+        points = sorted({float(x) for series in panel.series for x in series.x})
+        axes.set_xticks(points, [f"{x:,g}" for x in points], fontsize=8)
+        axes.minorticks_off()
 
 
 def _draw_bars(axes: Any, panel: Panel) -> None:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     OnProgress = Callable[[str, int, int], None]
 
 SPEC_BENCH: Final = "spec_bench.jsonl"
-_SMOKE_QUESTIONS: Final = 4  # of Spec-Bench, a category
+_SMOKE_QUESTIONS: Final = 6  # of Spec-Bench, a category
 
 
 def quiet(stage: str, done: int, total: int) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from paceline.errors import ConfigError
 from paceline.experiments import workbench
+from paceline.experiments.prompt_files import read_tasks
 from paceline.experiments.workbench import SMOKE, Sizes, Workbench
 
 if TYPE_CHECKING:
@@ -42,6 +43,14 @@ def test_too_many_prompts_or_a_missing_task_is_one_line(data: Path, tmp_path: Pa
 def test_without_a_folder_the_demo_gives_the_prompts(tmp_path: Path) -> None:
     found = Workbench("unused.yaml", tmp_path, None, SMOKE).prompts
     assert (len(found.collected), len(found.timed)) == (32, 4)
+
+
+def test_prompts_that_are_elsewhere_are_neither_collected_nor_timed(data: Path) -> None:
+    collected, timed = read_tasks(data, 2, 3)
+    elsewhere = ids(timed) | ids(collected)
+    others, later = read_tasks(data, 2, 3, elsewhere)
+    assert len(others) == 8 and len(later) == 12
+    assert not (ids(others) | ids(later)) & elsewhere
 
 
 def test_spec_bench_is_read_by_first_turns(data: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from paceline.learning.dataset import build_dataset
 from paceline.learning.evaluation import Evaluator, train_contenders
 
 if TYPE_CHECKING:
+    from paceline.config import LearningSection
     from paceline.contracts import CollectedPrompt
     from paceline.experiments.findings import Value
     from paceline.experiments.workbench import Workbench
@@ -52,7 +53,7 @@ def run(bench: Workbench) -> Findings:
     arms = bench.arms(generalists)
     study = Study.of(bench, prompts, arms)
     mixed = study.report(study.contenders([LEARNER, *BESIDE]))
-    unseen = _left_out(bench, prompts, arms)
+    unseen = _left_out(bench, study.settings, prompts, arms)
     return Findings(
         tables=[_categories_table(unseen), _mixed_table(mixed)],
         panels=[_panel(unseen)],
@@ -64,9 +65,11 @@ def run(bench: Workbench) -> Findings:
 
 
 def _left_out(
-    bench: Workbench, prompts: list[CollectedPrompt], arms: list[str]
+    bench: Workbench,
+    settings: LearningSection,
+    prompts: list[CollectedPrompt],
+    arms: list[str],
 ) -> dict[str, EvaluationReport]:
-    settings = bench.config.learning
     data, _ = build_dataset(bench.priced(prompts), arms, bench.costs, settings)
     sections = Evaluator(data, bench.decode, settings.seed).left_out(
         data, lambda part: train_contenders(part, [LEARNER], [None], settings, 1, bench.on_progress)

@@ -77,7 +77,8 @@ class _Rewarded:
 
 def _agreement(data: Dataset) -> tuple[float, float]:
     """(how often the best rewarded drafter is the fastest one, how alike the rewards order two of
-    them as the seconds do: the share of pairs in the same order, ties of rewards by halves).
+    them as the seconds do: the share of pairs in the same order, of those that differ in seconds,
+    ties of rewards by halves).
     """
     drafters = [i for i, arm in enumerate(data.arms) if arm != NONE]
     rewards, speeds = data.rewards[:, drafters], -data.seconds[:, drafters]
@@ -85,7 +86,8 @@ def _agreement(data: Dataset) -> tuple[float, float]:
     first, second = np.triu_indices(len(drafters), 1)
     by_reward = np.sign(rewards[:, first] - rewards[:, second])
     by_speed = np.sign(speeds[:, first] - speeds[:, second])
-    return right, float((1.0 + by_reward * by_speed).mean() / 2)
+    differ = by_speed != 0
+    return right, float((1.0 + by_reward * by_speed)[differ].mean() / 2)
 
 
 def _table(found: dict[str, _Rewarded]) -> Table:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 LEARNERS: Final = ("acceptance", "policy_gradient")
 FOLDER: Final = "self-drafting"
-MOST_PROMPTS: Final = 60  # a task: every position of every text is drafted from by every set
+MOST_PROMPTS: Final = 40  # a task: every position of every text is drafted from by every set
 DRAFT_TOKENS: Final = 4
 
 

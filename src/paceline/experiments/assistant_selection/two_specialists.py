@@ -122,15 +122,16 @@ def _pairs_table(every: dict[tuple[str, str], EvaluationReport]) -> Table:
 
 def _shares_panel(report: EvaluationReport, pair: Sequence[str]) -> Panel:
     ways = [*report.policies, ORACLE]
+    names = [way.replace("_", "\n") for way in ways]
     series = [
-        Series(f"{task} prompts to {task}", ways, [share(report, w, task, task) for w in ways])
+        Series(f"{task} prompts to {task}", names, [share(report, w, task, task) for w in ways])
         for task in pair
     ]
     return Panel("who gets the specialist", "share of held-out prompts", series, kind="bars")
 
 
 def _pairs_panel(every: dict[tuple[str, str], EvaluationReport]) -> Panel:
-    names = [" +\n".join(pair) for pair in every]
+    names = ["\n".join(pair) for pair in every]
     ways = {BEST_SINGLE: BEST_SINGLE, PER_TASK: PER_TASK, "policy": "", ORACLE: ORACLE}
     series = [
         Series(label, names, [speedup(r, way or r.policies[0]) for r in every.values()])

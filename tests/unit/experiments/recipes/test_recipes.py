@@ -224,7 +224,7 @@ def tiny_recipe(models: Path) -> dict[str, Any]:
         "near": {"kind": "draft_model", "settings": near, "shape": dict(shape)},
         "lookup": {"kind": "prompt_lookup"},
     }
-    raw["workload"] |= {"prompts": 24}
+    raw["workload"] |= {"prompts": 20, "files": ["spec_bench.jsonl", "math.jsonl"]}
     return raw
 
 
@@ -239,8 +239,8 @@ def test_missing_weights_are_named_before_anything_is_done(data: Path, tmp_path:
 def test_a_recipe_whose_weights_are_here_runs(models: Path, data: Path, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(tiny_recipe(models), sort_keys=False))
-    report = run_recipe(load_recipe(path), tmp_path / "work", data)
-    assert {split_arm(arm)[0] for arm in report.report.overall.arms} == {"none", "near", "lookup"}
+    report = run_recipe(load_recipe(path), tmp_path / "work", data).report
+    assert {split_arm(arm)[0] for arm in report.overall.arms} == {"none", "near", "lookup"}
     assert (tmp_path / "work" / "policy").is_dir()
 
 
