@@ -414,7 +414,7 @@ def watch_for(parts: Parts, arms: Sequence[str], costs: CostTable | None = None)
             Arm(name if k is None else join_arm(name, k), name, k or lengths[name])
             for name, k in named
         ],
-        TablePrices(costs, lengths),
+        TablePrices(costs, lengths, parts.config.learning.objective),
         adapt=section.adapt != "off",
         guard=Guard() if section.guard else None,
         explore=section.explore,

@@ -109,8 +109,9 @@ def prompt_seconds(
 class ArmPricer:
     """Seconds a token of every arm, from how many rounds and drafted tokens each needs for a token.
 
-    The table is read once on a grid of its own points, so that a price is a few lookups. A mean of
-    2.5 drafted tokens is priced as rounds of 2 and of 3 by halves.
+    The table is read once on a grid of its own points, so that a price is a few lookups. Rounds that
+    draft nothing are priced apart, as a lookup drafts much or nothing and a forward's seconds bend
+    between; a mean of 2.5 tokens in the others is priced as rounds of 2 and of 3 by halves.
     """
 
     def __init__(self, costs: CostTable, arms: Sequence[str]) -> None:
@@ -143,6 +144,7 @@ class ArmPricer:
         self,
         rounds_per_token: NDArray[np.float64],
         drafted_per_token: NDArray[np.float64],
+        empty_per_token: NDArray[np.float64],
         context: float,
         rows: int,
         objective: Objective,
@@ -151,19 +153,23 @@ class ArmPricer:
     ) -> NDArray[np.float64]:
         """[A] expected seconds a token, prefill and start spread over `num_tokens`.
 
-        rounds_per_token, drafted_per_token: [A], of emitted tokens. context: tokens cached before a
-        typical round.
+        rounds_per_token, drafted_per_token, empty_per_token: [A], of emitted tokens; empty are the
+        rounds, among all, that draft nothing. context: tokens cached before a typical round.
         """
-        drafted = np.minimum(drafted_per_token / np.maximum(rounds_per_token, 1e-12), self._longest)
+        empty = np.minimum(empty_per_token, rounds_per_token)
+        drafting = rounds_per_token - empty
+        drafted = np.minimum(drafted_per_token / np.maximum(drafting, 1e-12), self._longest)
         fewer = np.minimum(drafted.astype(np.int64), self._longest - 1)
-        more = rounds_per_token * (drafted - fewer)  # the share of rounds that draft one more
-        less = rounds_per_token - more
-        place = self._drafter_of * (self._longest + 1) + fewer
+        more = drafting * (drafted - fewer)  # the share of rounds that draft one more
+        less = drafting - more
+        nothing = self._drafter_of * (self._longest + 1)
+        place = nothing + fewer
         before = _at(self._prompts, self._before, num_prompt)[self._drafter_of] / num_tokens
 
         def price(num_drafting: int) -> NDArray[np.float64]:
             plane = _at(self._contexts, self._surface(rows, num_drafting), context)
-            total: NDArray[np.float64] = before + less * plane[place] + more * plane[place + 1]
+            total: NDArray[np.float64] = before + empty * plane[nothing]
+            total += less * plane[place] + more * plane[place + 1]
             return total
 
         return by_objective(price, rows, objective)
@@ -194,6 +200,7 @@ def reference_seconds_per_token(
     arm: str,
     rounds_per_token: float,
     drafted_per_token: float,
+    empty_per_token: float,
     context: float,
     rows: int,
     objective: Objective,
@@ -202,15 +209,18 @@ def reference_seconds_per_token(
 ) -> float:
     """What `ArmPricer.seconds_per_token` gives one arm, read from the table itself."""
     drafter = split_arm(arm)[0]
-    drafted = drafted_per_token / rounds_per_token if rounds_per_token else 0.0
+    drafting = rounds_per_token - empty_per_token
+    drafted = drafted_per_token / drafting if drafting else 0.0
     whole = int(drafted)
 
     def price(num_drafting: int) -> float:
-        lengths, at = np.array([whole, whole + 1]), np.array([context])
-        fewer, more = round_seconds(costs.seconds, drafter, lengths, at, rows, num_drafting)
+        lengths, at = np.array([0, whole, whole + 1]), np.array([context])
+        nothing, fewer, more = round_seconds(
+            costs.seconds, drafter, lengths, at, rows, num_drafting
+        )
         typical = fewer + (drafted - whole) * (more - fewer)
         before = prompt_seconds(costs.seconds, drafter, np.array([num_prompt]))[0]
-        return float(rounds_per_token * typical + before / num_tokens)
+        return float(empty_per_token * nothing + drafting * typical + before / num_tokens)
 
     return by_objective(price, rows, objective)
 

@@ -78,6 +78,7 @@ def clocked_dataset(
         limits=num_tokens,
         rounds_per_token=np.full((N, A), np.nan),
         drafted_per_token=np.full((N, A), np.nan),
+        empty_per_token=np.full((N, A), np.nan),
         seconds=seconds,
         rewards=rewards,
         spans=spans_of(features.shape[1]),

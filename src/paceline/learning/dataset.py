@@ -37,8 +37,8 @@ _SPLIT: Final = "held out: "  # before an id that is hashed
 class Dataset:
     """Prompts as rows, arms as columns.
 
-    Rates count tokens emitted after the prefill's own, so `none` has one round a token. `groups`
-    says which rows are one prompt's, which a split keeps together. `spans` names the blocks of
+    Rates count tokens emitted after the prefill's own, so `none` has one round a token, and every
+    one of its rounds is empty: it drafts nothing. `groups` says which rows are one prompt's, which a split keeps together. `spans` names the blocks of
     features. `rounds` and `costs` price everything anew for another load, see `seconds_for`.
     """
 
@@ -53,6 +53,7 @@ class Dataset:
     limits: np.ndarray  # [N] int64, the most that might have been emitted
     rounds_per_token: np.ndarray  # [N, A] float64
     drafted_per_token: np.ndarray  # [N, A] float64
+    empty_per_token: np.ndarray  # [N, A] float64
     seconds: np.ndarray  # [N, A] float64, predicted for the whole request alone in flight
     rewards: np.ndarray  # [N, A] float64
     spans: Mapping[str, slice]
@@ -130,6 +131,7 @@ def build_dataset(
         limits=np.array([p.max_new_tokens for p in prompts]),
         rounds_per_token=rounds.num_rounds() / after_first,
         drafted_per_token=rounds.num_drafted() / after_first,
+        empty_per_token=rounds.num_empty() / after_first,
         seconds=seconds,
         rewards=rewards,
         spans=prompts[0].spans or spans_of(features.shape[1]),

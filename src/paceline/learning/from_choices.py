@@ -165,6 +165,7 @@ def _dataset(
         limits=log.num_output,
         rounds_per_token=unknown,
         drafted_per_token=unknown,
+        empty_per_token=unknown,
         seconds=unknown,
         rewards=rewards,
         spans=encode.spans,

@@ -62,6 +62,10 @@ class RoundTable:
         """[N, A] float64 tokens drafted."""
         return np.stack([own.sums(own.drafted) for own in self.by_arm], axis=1)
 
+    def num_empty(self) -> np.ndarray:
+        """[N, A] float64 rounds that drafted nothing."""
+        return np.stack([own.sums(own.drafted == 0) for own in self.by_arm], axis=1)
+
     def rows(self, places: np.ndarray) -> RoundTable:
         """The same for some of the prompts. places: [n]."""
         by_arm = tuple(own.rows(places) for own in self.by_arm)

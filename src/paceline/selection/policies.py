@@ -14,7 +14,7 @@ import numpy as np
 
 from paceline.contracts import Context, Decision
 from paceline.errors import ArtefactError, ConfigError
-from paceline.selection.choosers import Situation
+from paceline.selection.choosers import PortableChooser, Situation
 from paceline.selection.features import feature_vector
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ class Policy:
     def choose(self, context: Context) -> Decision:
         """The arm for one request, decided after its prefill, with its propensity.
 
-        The scores are predicted speeds over `none` where the chooser predicts such, else shares.
+        The scores are predicted speeds over `none` where the chooser is portable, else shares; such
+        a one's decision has the predicted seconds per token beside them.
         """
         return self.decide(self._encode(context), context)
 
@@ -84,13 +85,19 @@ class Policy:
             limits=None if limit is None else np.array([limit]),
             prompts=(context.prompt_tokens,),
         )
-        preferences = self.chooser.preferences(features[None], situation)  # [1, A]
+        seconds: dict[str, float] = {}
+        if isinstance(self.chooser, PortableChooser):
+            predicted = self.chooser.seconds_per_token(features[None], situation)  # [1, A]
+            preferences = self.chooser.speeds(predicted)
+            seconds = dict(zip(self.arms, predicted[0].tolist(), strict=True))
+        else:
+            preferences = self.chooser.preferences(features[None], situation)
         law = (1.0 - self._explore) * self.chooser.law(preferences)[0]
         law += self._explore / len(self.arms)  # [A]
         place = int(law.argmax()) if law.max() >= 1.0 else self._draw(law, context)
         scores = dict(zip(self.arms, self.chooser.scores(preferences)[0].tolist(), strict=True))
         propensity = float(min(law[place], 1.0))
-        return Decision(self.arms[place], propensity, scores, self.id, features)
+        return Decision(self.arms[place], propensity, scores, self.id, features, seconds)
 
     def _draw(self, law: np.ndarray, context: Context) -> int:
         """A place by its probability, law [A]; the same for the same request, in any order."""

@@ -1,8 +1,7 @@
 """What a round costs, arm by arm, while a request is decoded: the cost table, read fast.
 
-Knows no request and no policy. A round is priced under an objective: `latency` (0) is the row's own
-wait while the other rows decode plainly, `throughput` (1) the machine's seconds for each row if all
-of them used the arm; a weight between mixes their logarithms. Symbols: K a drafter's full length.
+Knows no request and no policy. Objectives are those of `costs.pricing`: a row's own wait, the
+machine's seconds for each row, or a mixture. Symbols: K a drafter's full length.
 """
 
 from __future__ import annotations
@@ -12,13 +11,15 @@ from typing import TYPE_CHECKING, Final, Protocol
 import numpy as np
 
 from paceline.contracts import NONE
-from paceline.costs.table import ENGINE, FORWARD, PROPOSE, ROUND, START, TARGET
+from paceline.costs.pricing import by_objective, round_seconds
+from paceline.costs.table import PROPOSE, START
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
+    from paceline.costs.pricing import Objective
     from paceline.costs.table import CostTable
 
 
@@ -50,9 +51,9 @@ class TablePrices:
     bucket: Final = 64
 
     def __init__(
-        self, costs: CostTable, lengths: Mapping[str, int], objective: float = 0.0
+        self, costs: CostTable, lengths: Mapping[str, int], objective: Objective = "latency"
     ) -> None:
-        """lengths: drafter -> K, `none` (0) among them. objective: 0 latency, 1 throughput."""
+        """lengths: drafter -> K."""
         self._costs = costs
         self._lengths = {**lengths, NONE: 0}
         self._objective = objective
@@ -69,18 +70,14 @@ class TablePrices:
         return found
 
     def _price(self, drafter: str, middle: int, rows: int) -> NDArray[np.float64]:
-        drafted = np.arange(self._lengths[drafter] + 1)
-        drafting = self._proposals(drafter, middle)
-        host = self._costs.seconds(ENGINE, ROUND, 0, rows=rows)
-        # the table's tokens are each row's: one row's draft is shared out among all of them
-        forward = self._costs.seconds(TARGET, FORWARD, 1 + drafted / rows, middle, rows)
-        latency = forward + drafting + host
-        if rows == 1 or self._objective == 0:
-            return latency
-        all_alike = self._costs.seconds(TARGET, FORWARD, 1 + drafted, middle, rows)
-        throughput = (all_alike + host) / rows + drafting
-        priced: NDArray[np.float64] = latency ** (1 - self._objective) * throughput**self._objective
-        return priced
+        drafted, context = np.arange(self._lengths[drafter] + 1), np.array(middle)
+        return by_objective(
+            lambda num_drafting: round_seconds(
+                self._costs.seconds, drafter, drafted, context, rows, num_drafting
+            ),
+            rows,
+            self._objective,
+        )
 
     def _proposals(self, drafter: str, context: int) -> NDArray[np.float64]:
         """[K+1] of a proposal of each length."""

@@ -45,7 +45,9 @@ PRICER = ArmPricer(TABLE, ARMS)
 
 
 @given(
-    st.lists(st.tuples(st.floats(0.1, 1.0), st.floats(0, 1)), min_size=6, max_size=6),
+    st.lists(
+        st.tuples(st.floats(0.1, 1.0), st.floats(0, 1), st.floats(0, 0.99)), min_size=6, max_size=6
+    ),
     st.floats(0, 2000),
     st.sampled_from([1, 2, 3, 4, 7, 8, 12]),
     st.sampled_from(OBJECTIVES),
@@ -53,21 +55,23 @@ PRICER = ArmPricer(TABLE, ARMS)
     st.integers(16, 900),
 )
 def test_live_prices_are_those_of_the_table(
-    needs: list[tuple[float, float]],
+    needs: list[tuple[float, float, float]],
     context: float,
     rows: int,
     objective: Objective,
     num_tokens: int,
     num_prompt: int,
 ) -> None:
-    """At any length, load and mean draft, not only where the table was measured."""
-    rounds = np.array([r for r, _ in needs])
+    """At any length, load, mean draft and share of rounds that draft nothing."""
+    rounds = np.array([r for r, _, _ in needs])
+    empty = rounds * [share for _, _, share in needs]
     lengths = [split_arm(a)[1] or LONGEST[split_arm(a)[0]] for a in ARMS]
-    drafted = rounds * [share * most for (_, share), most in zip(needs, lengths, strict=True)]
+    most = [share * length for (_, share, _), length in zip(needs, lengths, strict=True)]
+    drafted = (rounds - empty) * most
     situation = (context, rows, objective, num_tokens, num_prompt)
-    live = PRICER.seconds_per_token(rounds, drafted, *situation)
+    live = PRICER.seconds_per_token(rounds, drafted, empty, *situation)
     direct = [
-        reference_seconds_per_token(TABLE, arm, rounds[i], drafted[i], *situation)
+        reference_seconds_per_token(TABLE, arm, rounds[i], drafted[i], empty[i], *situation)
         for i, arm in enumerate(ARMS)
     ]
     # outside what was measured the table turns flat at its least, maybe between two grid points
@@ -76,17 +80,18 @@ def test_live_prices_are_those_of_the_table(
 
 
 @given(st.sampled_from(ARMS), st.integers(1, 12), st.sampled_from(OBJECTIVES))
-def test_exact_and_live_prices_agree_on_a_request_of_equal_rounds(
+def test_exact_and_live_prices_agree_on_a_request_of_full_and_empty_rounds(
     arm: str, rows: int, objective: Objective
 ) -> None:
     """At a context where the table is flat, so that the middle of the answer is typical of it."""
     flat = CostTable({}, [m for m in TABLE.measurements if m.context in (0, 32)])
     length = split_arm(arm)[1] or LONGEST[split_arm(arm)[0]]
-    rounds = np.array([(length, min(length, 2))] * 10)
+    rounds = np.array([(length, min(length, 2))] * 10 + [(0, 0)] * 7)
     num_tokens = 1 + int((rounds[:, 1] + 1).sum())
     exact = request_seconds(flat.seconds, arm, 64, rounds, rows, objective) / num_tokens
     one_arm = ArmPricer(flat, [arm])
-    per_token = np.array([10 / num_tokens]), np.array([10 * length / num_tokens])
+    num_empty = int((rounds[:, 0] == 0).sum())
+    per_token = (np.array([n / num_tokens]) for n in (17, 10 * length, num_empty))
     (live,) = one_arm.seconds_per_token(*per_token, 70.0, rows, objective, num_tokens, 64)
     assert live == pytest.approx(
         exact, rel=1e-9 if objective in ("latency", "throughput") else 1e-6

@@ -105,6 +105,7 @@ def tabled() -> Callable[..., Dataset]:
             "limits": np.full(N, 100),
             "rounds_per_token": np.ones((N, A)),
             "drafted_per_token": np.zeros((N, A)),
+            "empty_per_token": np.ones((N, A)),
             "seconds": np.ones((N, A)),
             "rewards": np.ones((N, A)),
             "spans": spans_of(features.shape[1]),

@@ -71,9 +71,27 @@ def test_rates_count_tokens_after_the_first(
 
     assert (data.rounds_per_token[:, 0] == 1.0).all()
     assert (data.drafted_per_token[:, 0] == 0.0).all()
+    assert (data.empty_per_token[:, 0] == 1.0).all()
     row = next(i for i, p in enumerate(prompts) if len(rounds_of(p, "code")) == 20)
     assert data.rounds_per_token[row, 1] == 20 / 40
     assert data.drafted_per_token[row, 1] == 20 * 4 / 40
+    assert data.empty_per_token[row, 1] == 0.0
+
+
+def test_rounds_that_draft_nothing_are_counted_apart(
+    prompts: list[CollectedPrompt], costs: CostTable
+) -> None:
+    """Of 40 tokens, five rounds of four tokens drafted and three accepted, the rest one by one."""
+    now_and_then = np.array([(4, 3), (0, 0), (0, 0), (0, 0), (0, 0)] * 5)
+    replays = {**prompts[0].replays, "code": ReplayedDrafter(now_and_then, everywhere=False)}
+    data, _ = build_dataset(
+        [replace(prompts[0], replays=replays), *prompts[1:]], ARMS, costs, SPEED
+    )
+
+    column = ARMS.index("code")
+    assert data.rounds_per_token[0, column] == 25 / 40
+    assert data.drafted_per_token[0, column] == 20 / 40
+    assert data.empty_per_token[0, column] == 20 / 40
 
 
 def test_some_of_the_prompts_are_priced_as_among_all(

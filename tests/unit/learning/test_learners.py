@@ -149,6 +149,7 @@ def test_predicted_rates_stay_within_what_was_seen(name: str) -> None:
     for predicted, seen in (
         (work.rounds_per_token, train.rounds_per_token),
         (work.drafted_per_token, train.drafted_per_token),
+        (work.empty_per_token, train.empty_per_token),
     ):
         assert (predicted >= seen.min(axis=0) - 1e-6).all()
         assert (predicted <= seen.max(axis=0) + 1e-6).all()

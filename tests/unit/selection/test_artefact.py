@@ -46,7 +46,7 @@ def network(seed: int = 0, num_arms: int = len(NAMES)) -> NetworkChooser:
 
 
 def portable() -> AcceptanceChooser:
-    F, O = num_features(D), 2 * len(NAMES) + 1  # noqa: E741
+    F, O = num_features(D), 3 * len(NAMES) + 1  # noqa: E741
     rng = np.random.default_rng(0)
     kinds = rng.uniform(0.2, 0.8, size=(1, 3, O))
     shapes = [(F,), (F,), (1, F, 3), (1, 3)]
@@ -115,7 +115,7 @@ def test_the_card_says_what_the_policy_was_learned_with(folder: Path) -> None:
     found = read_card(folder)
 
     assert found == card(weights_sha256=found.weights_sha256)
-    assert (found.format_version, found.feature_version) == (2, FEATURE_VERSION)
+    assert (found.format_version, found.feature_version) == (3, FEATURE_VERSION)
 
 
 def test_only_the_two_files_are_left(folder: Path) -> None:
@@ -218,7 +218,7 @@ def torn(folder: Path) -> None:
             edited(feature_version=99),
             ["feature version", f"expected {FEATURE_VERSION}", "found 99"],
         ),
-        (edited(format_version=1), ["format version", "expected 2", "found 1"]),
+        (edited(format_version=1), ["format version", "expected 3", "found 1"]),
         (edited(format_version=None), ["format version", "found None"]),
         (edited(arms=None), [CARD_FILE, "'arms' is missing"]),
         (edited(arms=["none", "math@2"]), ["damaged", "none, math@2 are not of its drafters"]),

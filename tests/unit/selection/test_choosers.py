@@ -52,7 +52,7 @@ def reduction() -> Reduction:
 
 
 def acceptance(seed: int = 1) -> AcceptanceChooser:
-    M, E, O = 5, 2, 2 * A + 1  # noqa: E741
+    M, E, O = 5, 2, 3 * A + 1  # noqa: E741
     mean, scale, gates, biases = arrays((F,), (F,), (E, F, M), (E, M), seed=seed)
     kinds = np.random.default_rng(seed).uniform(0.2, 1.0, size=(E, M, O)).astype(np.float32)
     low, high = np.full(O, 0.1, np.float32), np.full(O, 0.9, np.float32)
@@ -61,7 +61,7 @@ def acceptance(seed: int = 1) -> AcceptanceChooser:
 
 def neighbours() -> NeighboursChooser:
     points = reduction()(RNG.normal(size=(9, F)).astype(np.float32))
-    outcomes = np.random.default_rng(2).uniform(0.2, 1.0, size=(9, 2 * A + 1)).astype(np.float32)
+    outcomes = np.random.default_rng(2).uniform(0.2, 1.0, size=(9, 3 * A + 1)).astype(np.float32)
     return NeighboursChooser(ARMS, reduction(), points, outcomes, 4)
 
 
@@ -160,7 +160,7 @@ def test_outcomes_are_the_gates_mean_of_kinds() -> None:
     chooser = acceptance()
     for i, vector in enumerate(FEATURES):
         inputs = np.clip((vector - chooser.mean) * chooser.scale, -CLIP, CLIP)
-        expected = np.zeros(2 * A + 1)
+        expected = np.zeros(3 * A + 1)
         for gate, bias, kinds in zip(chooser.gates, chooser.biases, chooser.kinds, strict=True):
             shares = softmax(inputs @ gate + bias)
             expected += sum(s * k for s, k in zip(shares, kinds, strict=True)) / 2
@@ -187,6 +187,7 @@ def test_the_nearest_points_speak() -> None:
     expected = chooser.outcomes[chooser.nearest(FEATURES)[0]].mean(axis=0)
     assert work.rounds_per_token[0] == pytest.approx(expected[:A])
     assert work.drafted_per_token[0] == pytest.approx(expected[A : 2 * A])
+    assert work.empty_per_token[0] == pytest.approx(expected[2 * A : 3 * A])
     assert work.num_tokens[0] == pytest.approx(np.exp(expected[-1]))
 
 
@@ -200,7 +201,7 @@ def test_preferences_of_a_portable_chooser_are_speeds_over_none() -> None:
     seconds = chooser.seconds_per_token(FEATURES, told)
     for i in range(7):
         expected = chooser.pricer.seconds_per_token(
-            work.rounds_per_token[i], work.drafted_per_token[i], 20.5, 1, 0.0, 1.0, 20
+            *(rates[i] for rates in work[:3]), 20.5, 1, 0.0, 1.0, 20
         )
         assert seconds[i] == pytest.approx(expected)
     preferences = chooser.preferences(FEATURES, told)

@@ -1,4 +1,4 @@
-"""Prices while decoding: the cost table's figures, by bucket of contexts, rows and objective."""
+"""Prices while decoding: those of `costs.pricing`, by bucket of contexts, rows and objective."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ from paceline.selection import TablePrices
 
 
 def table() -> CostTable:
-    cells = [Measurement(ENGINE, ROUND, 0, 0, 1, 0.1)]
+    cells = []
     for rows in (1, 4):
+        cells.append(Measurement(ENGINE, ROUND, 0, 0, rows, 0.1))
         for context in (0, 1000):
-            for tokens in (1, 5):
-                seconds = 1.0 + 0.05 * tokens * rows + 0.001 * context * rows
+            for tokens in (1, 1 + 4 * rows):
+                seconds = 1.0 + 0.05 * (rows - 1 + tokens) + 0.001 * context * rows
                 cells.append(Measurement(TARGET, FORWARD, tokens, context, rows, seconds))
-    for drafted in (0, 4):
-        cells.append(Measurement("a", PROPOSE, drafted, 0, 1, 0.01 + 0.2 * drafted))
+        for drafted in (0, 4):
+            seconds = (0.01 + 0.2 * drafted) * rows**0.5
+            cells.append(Measurement("a", PROPOSE, drafted, 0, rows, seconds))
     cells += [Measurement("a", START, n, 0, 1, 0.01 * n) for n in (1, 1000)]
     return CostTable({}, cells)
 
@@ -64,3 +66,16 @@ def test_objectives_agree_alone_and_order_the_price_of_drafts_among_rows() -> No
     relative = [p.rounds("a", 0, 4)[4] / p.rounds(NONE, 0, 4)[0] for p in by_weight]
     assert relative[0] < relative[1] < relative[2]
     assert relative[1] == pytest.approx((relative[0] * relative[2]) ** 0.5)
+
+
+def test_one_row_among_four_drafts_or_all_of_them_do() -> None:
+    latency, throughput = (TablePrices(table(), {"a": 4}, o) for o in ("latency", "throughput"))
+    middle = 4 * 0.001 * 32
+
+    one = 1.0 + 0.05 * (3 + 1 + 4) + middle + 0.81 + 0.1
+    assert latency.rounds("a", 0, 4)[4] == pytest.approx(one)
+    together = 1.0 + 0.05 * (3 + 1 + 16) + middle + 2 * 0.81 + 0.1
+    assert throughput.rounds("a", 0, 4)[4] == pytest.approx(together / 4)
+    plain = 1.0 + 0.05 * 4 + middle + 0.1
+    assert latency.rounds(NONE, 0, 4)[0] == pytest.approx(plain)
+    assert throughput.rounds(NONE, 0, 4)[0] == pytest.approx(plain / 4)

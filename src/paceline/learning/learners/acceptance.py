@@ -1,10 +1,11 @@
-"""Learns what every arm would do on a prompt, without a price: rates of rounds and drafted tokens.
+"""Learns what every arm would do on a prompt, without a price: rates of rounds, of those
+that draft nothing, and of drafted tokens.
 
 The outcomes of arms jump from one kind of prompt to another and hardly vary within one, so a linear
 fit blurs them. What is fitted by least squares is a mixture: a softmax gate over a few kinds, each
 with outcomes of its own, several gates from different beginnings averaged. Prices enter only where
 cross-validation judges how fast the choices are. Symbols: N prompts, B of them in a minibatch, Z
-components, M kinds, E gates, A arms, O = 2 A + 1 outcomes, L loads.
+components, M kinds, E gates, A arms, O = 3 A + 1 outcomes, L loads.
 """
 
 from __future__ import annotations

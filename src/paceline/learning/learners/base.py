@@ -151,8 +151,9 @@ def earned_by(
 
 
 def outcomes_of(data: Dataset) -> np.ndarray:
-    """[N, 2 A + 1] what portable choosers predict: rates of rounds and of drafted tokens, and the
-    logarithm of the tokens after the first.
+    """[N, 3 A + 1] what portable choosers predict: rates of rounds, of drafted tokens and of rounds
+    that draft nothing, and the logarithm of the tokens after the first.
     """
     tokens = np.log(np.maximum(data.num_tokens - 1, 1))[:, None]
-    return np.hstack([data.rounds_per_token, data.drafted_per_token, tokens])
+    rates = (data.rounds_per_token, data.drafted_per_token, data.empty_per_token)
+    return np.hstack([*rates, tokens])

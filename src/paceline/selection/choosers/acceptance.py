@@ -3,7 +3,7 @@
 There are a few kinds of prompt, found in training; a gate gives each a share, and the prediction is
 the shares' mean of what arms do on each kind. So it stays within what was seen in training, however
 unheard-of the prompt. The kinds are no task labels: nothing but the arms' own outcomes made them.
-Symbols: N prompts, F features, M kinds, E gates of an ensemble, A arms, O = 2 A + 1 outcomes.
+Symbols: N prompts, F features, M kinds, E gates of an ensemble, A arms, O = 3 A + 1 outcomes.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _ARRAYS = ("mean", "scale", "gates", "biases", "kinds", "low", "high")
 class AcceptanceChooser(PortableChooser):
     """outcomes = mean over E of softmax(standardised @ gate + bias) @ kinds, held within a range.
 
-    The outcomes are rounds per token and drafted tokens per token of each arm, and the logarithm of
-    the tokens after the first.
+    The outcomes are rounds, drafted tokens and rounds that draft nothing, each per token, of each
+    arm, and the logarithm of the tokens after the first.
     """
 
     kind: ClassVar[str] = "acceptance"
@@ -48,7 +48,7 @@ class AcceptanceChooser(PortableChooser):
         self.gates, self.biases, self.kinds = gates, biases, kinds
         self.low, self.high = low, high
         E, F, M = gates.shape
-        O = 2 * len(self.arms) + 1  # noqa: E741
+        O = 3 * len(self.arms) + 1  # noqa: E741
         expected = ((F,), (F,), (E, F, M), (E, M), (E, M, O), (O,), (O,))
         found = tuple(getattr(self, name).shape for name in _ARRAYS)
         if found != expected:
@@ -86,9 +86,10 @@ class AcceptanceChooser(PortableChooser):
 
 
 def as_work(outcomes: np.ndarray, situation: Situation) -> Work:
-    """Outcomes [N, 2 A + 1] by name; an answer is not expected to be longer than it may be."""
-    A = outcomes.shape[1] // 2
+    """Outcomes [N, 3 A + 1] by name; an answer is not expected to be longer than it may be."""
+    A = outcomes.shape[1] // 3
     num_tokens = np.exp(outcomes[:, -1])
     if situation.limits is not None:
         num_tokens = np.minimum(num_tokens, np.maximum(situation.limits - 1, 1))
-    return Work(outcomes[:, :A], outcomes[:, A : 2 * A], num_tokens)
+    rounds, drafted, empty = outcomes[:, :A], outcomes[:, A : 2 * A], outcomes[:, 2 * A : 3 * A]
+    return Work(rounds, drafted, empty, num_tokens)

@@ -1,8 +1,8 @@
 """What ranks arms: the interface of all choosers, in numpy alone.
 
 A chooser sees features and the situation, N prompts at a time; it knows no text, no model and no
-file. A *portable* one predicts what an arm would do (rounds and drafted tokens a token) and has it
-priced by the machine's cost table at the moment of choosing; any other carries the prices it was
+file. A *portable* one predicts what an arm would do (rounds a token, those that draft nothing, and
+drafted tokens) and has it priced by the machine's cost table at the moment of choosing; any other carries the prices it was
 trained with inside. Symbols: N prompts, F features, A arms.
 """
 
@@ -50,6 +50,7 @@ class Work(NamedTuple):
 
     rounds_per_token: np.ndarray  # [N, A]; 1 for `none`
     drafted_per_token: np.ndarray  # [N, A]; 0 for `none`
+    empty_per_token: np.ndarray  # [N, A] rounds that draft nothing; 1 for `none`
     num_tokens: np.ndarray  # [N] tokens the answer is expected to have
 
 
@@ -60,6 +61,7 @@ class Pricer(Protocol):
         self,
         rounds_per_token: np.ndarray,  # [A]
         drafted_per_token: np.ndarray,  # [A]
+        empty_per_token: np.ndarray,  # [A]
         context: float,
         rows: int,
         objective: Objective,
@@ -120,11 +122,14 @@ class PortableChooser(Chooser):
         """What each arm would do on each prompt. features: [N, F]."""
 
     def seconds_per_token(self, features: np.ndarray, situation: Situation) -> np.ndarray:
-        """[N, A] predicted, the drafter's start included and the prefill not."""
+        """[N, A] predicted, prefill and the drafter's start included."""
         return price_work(self.pricer, self.work(features, situation), situation)
 
     def preferences(self, features: np.ndarray, situation: Situation) -> np.ndarray:
-        seconds = self.seconds_per_token(features, situation)
+        return self.speeds(self.seconds_per_token(features, situation))
+
+    def speeds(self, seconds: np.ndarray) -> np.ndarray:
+        """[N, A] over `none`, from seconds per token [N, A]."""
         return np.asarray(seconds[:, [self.arms.index(NONE)]] / seconds)
 
     def scores(self, preferences: np.ndarray) -> np.ndarray:
@@ -145,6 +150,7 @@ def price_work(pricer: Pricer | None, work: Work, situation: Situation) -> np.nd
             pricer.seconds_per_token(
                 work.rounds_per_token[i],
                 work.drafted_per_token[i],
+                work.empty_per_token[i],
                 float(context[i]),
                 situation.rows,
                 situation.objective,

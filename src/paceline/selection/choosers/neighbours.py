@@ -1,6 +1,6 @@
 """Predicts what every arm would do on a prompt from the prompts nearest to it; priced live.
 
-Symbols: N prompts, P points learned from, Z components, A arms, O = 2 A + 1 outcomes.
+Symbols: N prompts, P points learned from, Z components, A arms, O = 3 A + 1 outcomes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class NeighboursChooser(PortableChooser):
         self.points, self.outcomes = points, outcomes
         self.num_neighbours = num_neighbours
         P = len(points)
-        expected = ((P, reduction.num_components), (P, 2 * len(self.arms) + 1))
+        expected = ((P, reduction.num_components), (P, 3 * len(self.arms) + 1))
         if (points.shape, outcomes.shape) != expected or not 1 <= num_neighbours <= P:
             raise ValueError(
                 f"arrays {points.shape}, {outcomes.shape} where {expected} are expected"
