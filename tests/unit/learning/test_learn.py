@@ -96,7 +96,7 @@ def test_what_is_saved_chooses_the_same(
 def test_the_training_range_lies_beside_the_policy(
     prompts: list[CollectedPrompt], costs: CostTable, tmp_path: Path
 ) -> None:
-    learn(prompts, costs, IDENTITY, SETTINGS).save(tmp_path)
+    learn(prompts, costs, IDENTITY, list(ARMS), SETTINGS).save(tmp_path)
     seen = TrainingRange.load(tmp_path)
 
     outside = [seen.distance(feature_vector(context(i))) > seen.farthest for i in range(500, 600)]
@@ -109,7 +109,7 @@ def test_the_training_range_lies_beside_the_policy(
         low, high = seen.acceptance[arm]
         assert low == pytest.approx(accepted / drafted) == high
 
-    learn(prompts[:48], costs, IDENTITY, SETTINGS).save(tmp_path)  # too few for a range
+    learn(prompts[:48], costs, IDENTITY, list(ARMS), SETTINGS).save(tmp_path)  # too few for a range
     assert not (tmp_path / RANGE_FILE).exists()
 
 

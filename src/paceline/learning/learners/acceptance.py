@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 _COMPONENTS: Final = 32
 _WIDE: Final = 10.0  # the hidden states' weight beside one statistic
 _NORM: Final = 10.0  # of a typical input, so that gates are decided from the beginning
-_GATES: Final = 4
+_GATES: Final = 12
 _LEARNING_RATE: Final = 2e-2  # at the beginning; it falls to 0 at the end
 _STEPS: Final = 400
 _LEAST_EPOCHS: Final = 5
