@@ -1,11 +1,12 @@
 """What a policy is rewarded for, computed from acceptance and costs. Pure; knows no model or file.
 
-`speed` is the predicted speed of an arm over plain decoding (`none`) on one prompt: the rounds come
-from replay, the seconds from the cost table. `alignment` = alpha * similarity + (1 - alpha) * cost
-score is the reward of arXiv 2408.08470; what it compares (the drafter's own greedy output with the
-target's, by ROUGE-L unless told otherwise) and that the cost score is the share of the target's
-time which the drafter saves, is our reading of it (not confirmed). `clocked` is `speed` with the
-seconds that a served request took.
+`speed` is the time that an arm saves of plain decoding (`none`), the rounds from replay and the
+seconds from the cost table, in units of the mean prompt's time: the largest mean reward is the least
+time for all prompts together, as a mean of the prompts' own speed ratios is not. `alignment` =
+alpha * similarity + (1 - alpha) * cost score is the reward of arXiv 2408.08470; what it compares (the
+drafter's own greedy output with the target's, by ROUGE-L unless told otherwise) and that the cost
+score is the share of the target's time which the drafter saves, is our reading of it (not
+confirmed). `clocked` is the speed over plain decoding of a request as it was served.
 Symbols: T output tokens, t seconds per token. A change in any figure raises REWARD_VERSION.
 """
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from paceline.costs.pricing import Objective, SecondsFn
 
-REWARD_VERSION: Final = 1
+REWARD_VERSION: Final = 2
 Similarity = Callable[[Sequence[int], Sequence[int]], float]
 
 
@@ -80,6 +81,17 @@ def requests_seconds(
     return by_objective(price, rows, objective)
 
 
+def savings(seconds: NDArray[np.float64], none: int) -> NDArray[np.float64]:
+    """[N, A] the speed reward: seconds saved over the mean prompt's with `none`, which has 0 itself.
+
+    seconds: [N, A] of whole requests; none: the place of `none`. The mean over prompts is the share of
+    all seconds that is saved.
+    """
+    plain = seconds[:, [none]]
+    saved: NDArray[np.float64] = (plain - seconds) / plain.mean()
+    return saved
+
+
 def speeds(
     seconds: SecondsFn,
     num_prompt: int,
@@ -87,7 +99,7 @@ def speeds(
     rows: int = 1,
     objective: Objective = "latency",
 ) -> dict[str, float]:
-    """The speed reward of each arm: seconds of `none` over seconds of the arm; `none` has 1.
+    """How fast each arm is on one prompt: seconds of `none` over seconds of the arm; `none` has 1.
 
     rounds: arm -> [rounds, 2]; `none` must be among them.
     """

@@ -15,7 +15,7 @@ from paceline.contracts import NONE, split_arm
 from paceline.costs.pricing import ArmPricer
 from paceline.errors import ConfigError, StoreError
 from paceline.learning.rounds import round_table
-from paceline.rewards import alignments
+from paceline.rewards import alignments, savings
 from paceline.selection.choosers import Situation
 from paceline.selection.features import STATISTICS
 from paceline.store import is_validation
@@ -38,8 +38,9 @@ class Dataset:
     """Prompts as rows, arms as columns.
 
     Rates count tokens emitted after the prefill's own, so `none` has one round a token, and every
-    one of its rounds is empty: it drafts nothing. `groups` says which rows are one prompt's, which a split keeps together. `spans` names the blocks of
-    features. `rounds` and `costs` price everything anew for another load, see `seconds_for`.
+    one of its rounds is empty: it drafts nothing. `groups` says which rows are one prompt's, which a
+    split keeps together. `spans` names the blocks of features. `rounds` and `costs` price everything
+    anew for another load, see `seconds_for`.
     """
 
     arms: tuple[str, ...]  # A
@@ -113,8 +114,7 @@ def build_dataset(
     seconds = rounds.seconds(costs.seconds, 1, settings.objective)
     notes: list[str] = []
     if settings.reward == "speed":
-        # rewards.speeds, without pricing everything again
-        rewards = seconds[:, [arms.index(NONE)]] / seconds
+        rewards = savings(seconds, arms.index(NONE))
     else:
         rewards, notes = _alignment_rewards(prompts, arms, costs, settings)
     num_tokens = np.array([len(p.output_tokens) for p in prompts])

@@ -14,7 +14,7 @@ from paceline.costs import CostTable, Measurement
 from paceline.errors import ConfigError, StoreError
 from paceline.learning.dataset import build_dataset, split
 from paceline.replay import rounds_of
-from paceline.rewards import alignments, speeds
+from paceline.rewards import alignments, request_seconds, savings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,16 +107,29 @@ def test_some_of_the_prompts_are_priced_as_among_all(
         assert part.seconds_for(rows) == pytest.approx(data.seconds_for(rows)[chosen])
 
 
-def test_the_speed_reward_is_that_of_rewards(
+def test_the_speed_reward_is_the_share_of_all_seconds_that_is_saved(
     prompts: list[CollectedPrompt], costs: CostTable
 ) -> None:
     data, _ = build_dataset(prompts, ARMS, costs, SPEED)
 
+    plain = data.seconds[:, 0]
     for row, prompt in zip(data.rewards, prompts, strict=True):
-        expected = speeds(
-            costs.seconds, len(prompt.prompt_tokens), {arm: rounds_of(prompt, arm) for arm in ARMS}
-        )
-        assert dict(zip(ARMS, row, strict=True)) == pytest.approx(expected)
+        own = {
+            arm: request_seconds(
+                costs.seconds, arm, len(prompt.prompt_tokens), rounds_of(prompt, arm)
+            )
+            for arm in ARMS
+        }
+        expected = [(own["none"] - own[arm]) / plain.mean() for arm in ARMS]
+        assert row == pytest.approx(expected)
+    assert data.rewards.mean(axis=0) == pytest.approx(1 - data.seconds.sum(axis=0) / plain.sum())
+
+
+def test_the_arm_with_the_largest_mean_reward_takes_the_least_time() -> None:
+    """Twice as fast on two short answers, a third slower on a long one: slower on the whole."""
+    seconds = np.array([[2.0, 1.0], [2.0, 1.0], [30.0, 40.0]])
+    assert (seconds[:, 0] / seconds[:, 1]).mean() > 1.5
+    assert savings(seconds, 0).mean(axis=0).tolist() == pytest.approx([0.0, -8 / 34])
 
 
 def with_outputs(prompt: CollectedPrompt, *arms: str) -> CollectedPrompt:

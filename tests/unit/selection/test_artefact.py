@@ -49,6 +49,8 @@ def portable() -> AcceptanceChooser:
     F, O = num_features(D), 3 * len(NAMES) + 1  # noqa: E741
     rng = np.random.default_rng(0)
     kinds = rng.uniform(0.2, 0.8, size=(1, 3, O))
+    kinds[:, :, 2 * len(NAMES) : -1] = 0.0  # every round drafts, of `none` none does
+    kinds[:, :, [len(NAMES) * i + NAMES.index("none") for i in range(3)]] = (1.0, 0.0, 1.0)
     shapes = [(F,), (F,), (1, F, 3), (1, 3)]
     learned = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
     ends = (np.zeros(O, np.float32), np.ones(O, np.float32))
@@ -271,6 +273,9 @@ def test_a_portable_policy_is_priced_when_it_is_loaded(tmp_path: Path) -> None:
         chosen[propose] = {decision.arm for decision in decisions}
         assert policy.notes == ()
         assert all(decision.scores["none"] == 1.0 for decision in decisions)
+        for decision in decisions:
+            seconds = decision.seconds_per_token
+            assert {arm: seconds["none"] / seconds[arm] for arm in NAMES} == decision.scores
 
     assert "none" not in chosen[0.1]
     assert chosen[50.0] == {"none"}

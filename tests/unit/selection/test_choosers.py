@@ -184,11 +184,12 @@ def test_the_nearest_points_speak() -> None:
         distances = ((components[i] - chooser.points) ** 2).sum(axis=1)
         assert set(near) == set(np.argsort(distances)[:4])
     work = chooser.work(FEATURES, situation())
-    expected = chooser.outcomes[chooser.nearest(FEATURES)[0]].mean(axis=0)
+    near = chooser.outcomes[chooser.nearest(FEATURES)[0]]
+    expected = np.average(near, axis=0, weights=np.exp(near[:, -1]))  # of all their tokens
     assert work.rounds_per_token[0] == pytest.approx(expected[:A])
     assert work.drafted_per_token[0] == pytest.approx(expected[A : 2 * A])
     assert work.empty_per_token[0] == pytest.approx(expected[2 * A : 3 * A])
-    assert work.num_tokens[0] == pytest.approx(np.exp(expected[-1]))
+    assert work.num_tokens[0] == pytest.approx(np.exp(near[:, -1].mean()))
 
 
 def test_preferences_of_a_portable_chooser_are_speeds_over_none() -> None:

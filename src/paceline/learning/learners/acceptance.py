@@ -25,6 +25,7 @@ from paceline.learning.learners.base import (
     fold_numbers,
     gain_over_single,
     num_folds,
+    outcome_weights,
     outcomes_of,
     rewards_by_load,
 )
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 _COMPONENTS: Final = 32
 _WIDE: Final = 10.0  # the hidden states' weight beside one statistic
 _NORM: Final = 10.0  # of a typical input, so that gates are decided from the beginning
-_GATES: Final = 4
+_GATES: Final = 12
 _LEARNING_RATE: Final = 2e-2  # at the beginning; it falls to 0 at the end
 _STEPS: Final = 400
 _LEAST_EPOCHS: Final = 5
@@ -63,7 +64,10 @@ class MixtureTraining:
         self._size = _NORM / max(float(np.sqrt((inputs**2).sum(axis=1).mean())), 1e-12)
         outcomes = outcomes_of(data)
         self._low, self._high = outcomes.min(axis=0), outcomes.max(axis=0)
-        self._mean, self._spread = outcomes.mean(axis=0), outcomes.std(axis=0) + 1e-3
+        weights = outcome_weights(data)
+        self._mean = (weights * outcomes).mean(axis=0)
+        self._spread = outcomes.std(axis=0) + 1e-3
+        self._weights = torch.from_numpy(weights.astype(np.float32))  # [N, O]
         self._inputs = torch.from_numpy(inputs * np.float32(self._size))
         standard = (outcomes - self._mean) / self._spread
         self._outcomes = torch.from_numpy(standard.astype(np.float32))  # [N, O]
@@ -97,7 +101,7 @@ class MixtureTraining:
         for batch in torch.split(order, self._settings.batch_size):
             shares = (self._inputs[batch] @ self.gates + self.biases).softmax(dim=2)  # [E, B, M]
             error = shares @ self.kinds - self._outcomes[batch]  # [E, B, O]
-            loss = (error**2).mean(dim=(1, 2)).sum()
+            loss = (self._weights[batch] * error**2).mean(dim=(1, 2)).sum()
             self._optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self._optimiser.step()

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from paceline.contracts import NONE
+from paceline.rewards import savings
 from paceline.selection.choosers import PortableChooser
 
 if TYPE_CHECKING:
@@ -90,9 +92,8 @@ def rewards_by_load(data: Dataset, settings: LearningSection) -> np.ndarray:
     """[L, N, A] rewards with each of the settings' loads in flight; L is 1 where they hang on none."""
     if settings.reward != "speed":
         return data.rewards[None]
-    none = data.arms.index("none")
-    priced = (data.seconds_for(rows) for rows in settings.loads)
-    return np.stack([seconds[:, [none]] / seconds for seconds in priced])
+    none = data.arms.index(NONE)
+    return np.stack([savings(data.seconds_for(rows), none) for rows in settings.loads])
 
 
 def gain_over_single(earned: np.ndarray, single: np.ndarray) -> tuple[float, float]:
@@ -157,3 +158,13 @@ def outcomes_of(data: Dataset) -> np.ndarray:
     tokens = np.log(np.maximum(data.num_tokens - 1, 1))[:, None]
     rates = (data.rounds_per_token, data.drafted_per_token, data.empty_per_token)
     return np.hstack([*rates, tokens])
+
+
+def outcome_weights(data: Dataset) -> np.ndarray:
+    """[N, 3 A + 1], of mean 1: a prompt's rates weigh as many as its tokens, which is how prompts add up
+    to the seconds of all; its length weighs as any other's.
+    """
+    tokens = np.maximum(data.num_tokens - 1, 1).astype(np.float64)
+    weights = np.repeat((tokens / tokens.mean())[:, None], 3 * len(data.arms) + 1, axis=1)
+    weights[:, -1] = 1.0
+    return weights

@@ -1,6 +1,7 @@
 """k nearest neighbours: arms do on a prompt what they did on the prompts most like it.
 
-Nothing is trained but how many neighbours count, by cross-validation. Symbols: N prompts, A arms.
+Nothing is trained but how many neighbours count, by cross-validation. Where that gains no more than
+its standard error, every prompt gets the average prediction. Symbols: N prompts, A arms.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from paceline.learning.learners.base import (
     Summary,
     cross_validate,
     gain_over_single,
+    outcome_weights,
     outcomes_of,
     rewards_by_load,
 )
@@ -55,11 +57,13 @@ class NeighboursLearner(Learner):
             score=float(earned.mean()),
             gain=gain,
             gain_error=error,
-            constant=False,
+            constant=gain <= error,
             settings={"num_neighbours": best},
         )
         points = tuple((float(count), float(judged[count][0].mean())) for count in counts)
         chooser = _chooser(settings, best, data, rewards)
+        if summary.constant:
+            chooser = _average(data, chooser)
         return Fitted(chooser, summary, Curve("neighbours", points))
 
 
@@ -76,4 +80,13 @@ def _chooser(
         reduction(data.features[kept]),
         outcomes_of(data)[kept].astype(np.float32),
         min(count, len(kept)),
+    )
+
+
+def _average(data: Dataset, chooser: NeighboursChooser) -> NeighboursChooser:
+    """One point for all: arms do what they do on average."""
+    outcomes = (outcome_weights(data) * outcomes_of(data)).mean(axis=0)
+    point = np.zeros((1, chooser.reduction.num_components), dtype=np.float32)
+    return NeighboursChooser(
+        data.arms, chooser.reduction, point, outcomes[None].astype(np.float32), 1
     )

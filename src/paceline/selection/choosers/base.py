@@ -2,8 +2,8 @@
 
 A chooser sees features and the situation, N prompts at a time; it knows no text, no model and no
 file. A *portable* one predicts what an arm would do (rounds a token, those that draft nothing, and
-drafted tokens) and has it priced by the machine's cost table at the moment of choosing; any other carries the prices it was
-trained with inside. Symbols: N prompts, F features, A arms.
+drafted tokens) and has it priced by the machine's cost table at the moment of choosing; any other
+carries the prices it was trained with inside. Symbols: N prompts, F features, A arms.
 """
 
 from __future__ import annotations

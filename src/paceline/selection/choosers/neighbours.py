@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 class NeighboursChooser(PortableChooser):
-    """The mean outcomes of the `num_neighbours` nearest points; outcomes are those of `acceptance`."""
+    """The rates of the `num_neighbours` nearest points over all their tokens: a long answer weighs what
+    it takes. Outcomes are those of `acceptance`.
+    """
 
     kind: ClassVar[str] = "neighbours"
 
@@ -45,8 +47,11 @@ class NeighboursChooser(PortableChooser):
         self._norms = (points**2).sum(axis=1)  # [P]
 
     def work(self, features: np.ndarray, situation: Situation) -> Work:
-        near = self.nearest(features)
-        return as_work(self.outcomes[near].mean(axis=1, dtype=np.float64), situation)
+        near = self.outcomes[self.nearest(features)].astype(np.float64)  # [N, num_neighbours, O]
+        tokens = np.exp(near[:, :, -1:])
+        mean = (tokens * near).sum(axis=1) / tokens.sum(axis=1)
+        mean[:, -1] = near[:, :, -1].mean(axis=1)
+        return as_work(mean, situation)
 
     def nearest(self, features: np.ndarray) -> np.ndarray:
         """[N, num_neighbours] places of the nearest points, in no order."""
