@@ -13,7 +13,8 @@ over prompts, 95%. The cases:
     bad drafters  by lot among drafters that are never right: the bundled ones with every token replaced
                   by another, so they cost what they cost
 
-each alone, with guard and adaptation, and all but random with the guard only. Then a stream whose domain shifts, from
+each alone and with guard and adaptation, all but random with the guard only, too. Then a stream whose
+domain shifts, from
 translation to code, under a policy that was learned on translation alone.
 """
 
