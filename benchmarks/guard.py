@@ -6,16 +6,15 @@ Every request of a mixed stream runs through `none` and through every case, inte
 in an order that changes from request to request; each case keeps its own watch from the first request
 on, so what it takes to learn counts. Seconds are end to end: prefill, choice, drafters' starts, drafts
 made beside, rounds. A ratio is the seconds a token of `none` over the case's; its interval a bootstrap
-over prompts, 95%. The cases:
+over requests, 95%. The cases:
 
     auto          the learned policy's choice
     random        an arm by lot for every request
     bad drafters  by lot among drafters that are never right: the bundled ones with every token replaced
                   by another, so they cost what they cost
 
-each alone and with guard and adaptation, all but random with the guard only, too. Then a stream whose
-domain shifts, from
-translation to code, under a policy that was learned on translation alone.
+each alone and with guard and adaptation, bad drafters with the guard only, too. Then a stream whose
+domain shifts, from translation to code, under a policy that was learned on translation alone.
 """
 
 from __future__ import annotations
@@ -263,7 +262,7 @@ def markdown(result: dict[str, Any]) -> str:
             f"{row['arms']:.2f} |"
         )
     heads = ["watched by", BEFORE, f"{AFTER}, first half", f"{AFTER}, second half"]
-    lines += [f"| {' | '.join(heads)} |", "|---|---|---|---|"]
+    lines += ["", f"| {' | '.join(heads)} |", "|---|---|---|---|"]
     for watched, parts in result["shift"]["speeds"].items():
         lines.append(f"| {watched} | " + " | ".join(f"{speed:.3f}" for speed in parts) + " |")
     lines += ["", "What the guards report at the end:", ""]
@@ -292,11 +291,14 @@ def mixed(
     bad_costs = profile(bad, on_progress=report)
     wrong = [name for name in bad.drafters if name != NONE]
     plain = Case(NONE, "", Pace(parts))
-    cases = [
-        *cases_of("auto", parts, choose, arms, costs),
-        *cases_of("random", parts, by_lot(arms), arms, costs, ("alone", "guard and adaptation")),
-        *cases_of("bad drafters", bad, by_lot(wrong), wrong, bad_costs),
-    ]
+    both = ("alone", "guard and adaptation")
+    cases: list[Case] = []
+    if "auto" in options.cases:
+        cases += cases_of("auto", parts, choose, arms, costs, both)
+    if "random" in options.cases:
+        cases += cases_of("random", parts, by_lot(arms), arms, costs, both)
+    if "bad" in options.cases:
+        cases += cases_of("bad drafters", bad, by_lot(wrong), wrong, bad_costs)
     counted = counter(report, "mixed stream", len(records) * (len(cases) + 1))
     stream(records, cases, plain, options.max_new_tokens, counted)
     return [
@@ -363,6 +365,7 @@ def main() -> None:
         "--shift", type=int, default=60, help="requests of each domain of the shift"
     )
     parser.add_argument("--collect", type=int, default=24, help="prompts a task to learn from")
+    parser.add_argument("--cases", nargs="+", default=["auto", "random", "bad"])
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
@@ -388,7 +391,7 @@ def measure(options: argparse.Namespace, work: Path, report: Report) -> dict[str
     identity = policy_identity(parts)
     policy: Policy = prepared.learned.policy
     if options.policy is not None:
-        policy = load_policy(options.policy, identity)
+        policy = load_policy(options.policy, identity, prepared.costs)
     made = Made(prepared.pace, prepared.costs, policy, identity)
     mix, shift = taken(timed, options.per_task), taken(timed, options.shift)
     random.Random(0).shuffle(mix)

@@ -33,6 +33,7 @@ from paceline.bench.timed import TimedPrompt
 from paceline.cli.options import configured
 from paceline.cli.progress import progress
 from paceline.contracts import AUTO, NONE, join_arm, split_arm
+from paceline.costs import CostTable
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.files import write_atomically
 from paceline.replay import max_output, replay, walk
@@ -42,7 +43,7 @@ from paceline.selection import is_policy, load_policy
 if TYPE_CHECKING:
     from paceline.cli.progress import Report
     from paceline.contracts import Completion
-    from paceline.costs import CostTable, Objective
+    from paceline.costs import Objective
 
 SPECIALIST = "specialist"
 BACKGROUND_TOKENS = 512  # of each plain row beside a request: seldom a prefill among them
@@ -93,7 +94,10 @@ def loaded(options: argparse.Namespace) -> Pace:
     engine = config.engine.model_copy(update=update)
     parts = build(config.model_copy(update={"engine": engine}))
     folder = parts.config.paths.policy
-    policy = load_policy(folder, policy_identity(parts)) if is_policy(folder) else None
+    policy = None
+    if is_policy(folder):
+        costs = CostTable.load(parts.config.paths.costs)
+        policy = load_policy(folder, policy_identity(parts), costs, parts.config.selection)
     return Pace(parts, policy.choose if policy is not None else None)
 
 

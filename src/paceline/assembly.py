@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from paceline.costs import Objective
     from paceline.drafting.base import Drafter
     from paceline.engine.loop import Choose, OnComplete
     from paceline.selection import Policy
@@ -159,9 +160,11 @@ class Pace:
         choose: Choose | None = None,
         watch: Watch | None = None,
         on_complete: OnComplete | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         self.parts = parts
         self.watch = watch
+        self._notes = tuple(notes)
         engine_section = parts.config.engine
         self.engine = Engine(
             parts.target,
@@ -180,8 +183,8 @@ class Pace:
 
     @property
     def notes(self) -> list[str]:
-        """What is worth knowing of how the drafters were built, a line each."""
-        return [drafter.note for drafter in self.parts.drafters.values() if drafter.note]
+        """What is worth knowing of the policy, and of how the drafters were built, a line each."""
+        return [*self._notes, *(d.note for d in self.parts.drafters.values() if d.note)]
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return self.parts.text(tokens)
@@ -378,9 +381,9 @@ def load(
         return Pace(parts, on_complete=open_log(parts))
     loaded = _policy(parts, folder)
     watched = TrainingRange.load(folder) if (folder / RANGE_FILE).is_file() else None
-    watch = watch_for(parts, loaded.arms)
+    watch = watch_for(parts, loaded.arms, objective=loaded.objective)
     on_complete = open_log(parts, watched, dict(read_card(folder).encoders))
-    return Pace(parts, loaded.choose, watch, on_complete)
+    return Pace(parts, loaded.choose, watch, on_complete, loaded.notes)
 
 
 def _policy(parts: Parts, folder: Path) -> Policy:
@@ -391,7 +394,12 @@ def _policy(parts: Parts, folder: Path) -> Policy:
     return load_policy(folder, policy_identity(parts), costs, selection=section)
 
 
-def watch_for(parts: Parts, arms: Sequence[str], costs: CostTable | None = None) -> Watch | None:
+def watch_for(
+    parts: Parts,
+    arms: Sequence[str],
+    costs: CostTable | None = None,
+    objective: Objective = 0.0,
+) -> Watch | None:
     """What the configuration's `selection` asks for over these arms and all drafters; None if nothing.
 
     Raises ArtefactError unless this machine's costs of all of them are given, or where they should be.
@@ -403,7 +411,8 @@ def watch_for(parts: Parts, arms: Sequence[str], costs: CostTable | None = None)
     lengths = {name: drafter.num_draft_tokens for name, drafter in parts.drafters.items()}
     try:
         costs = costs or CostTable.load(parts.config.paths.costs)
-        costs.check(lengths, identity_of_arms({n: d.identity() for n, d in parts.drafters.items()}))
+        lines = identity_of_arms({n: d.identity() for n, d in parts.drafters.items()})
+        costs.check(lengths, lines, parts.target.fingerprint())
     except ArtefactError as error:
         raise ArtefactError(
             f"'selection' asks for more than the policy's choice, which needs this machine's costs: "
@@ -414,7 +423,7 @@ def watch_for(parts: Parts, arms: Sequence[str], costs: CostTable | None = None)
             Arm(name if k is None else join_arm(name, k), name, k or lengths[name])
             for name, k in named
         ],
-        TablePrices(costs, lengths, parts.config.learning.objective),
+        TablePrices(costs, lengths, objective),
         adapt=section.adapt != "off",
         guard=Guard() if section.guard else None,
         explore=section.explore,
@@ -470,7 +479,8 @@ def open_log(
             log.write(request, completion, features, rows)
         if alarm is not None and features is not None:
             # of several arms it is not known which accepted what
-            rounds = [] if completion.switches else completion.rounds
+            as_chosen = not (completion.switches or "," in completion.decision.policy)
+            rounds = completion.rounds if as_chosen else []
             accepted, drafted = sum(r.accepted for r in rounds), sum(r.drafted for r in rounds)
             raised = alarm.observe(features, completion.decision.arm, accepted, drafted)
             if raised is not None:

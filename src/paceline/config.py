@@ -116,7 +116,7 @@ class LearningSection(Section):
         12,
     )
 
-    reward: Literal["speed", "alignment", "clocked"] = "speed"
+    reward: Literal["speed", "alignment"] = "speed"
     alpha: float = Field(default=0.5, ge=0.0, le=1.0)
     metric: Literal["rouge_1", "rouge_l", "edit", "prefix"] = "rouge_l"
     objective: Literal["latency", "throughput"] | Annotated[float, Field(ge=0.0, le=1.0)] = (

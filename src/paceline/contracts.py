@@ -196,7 +196,8 @@ class RoundSeen:
     """One round of a watched row, as it stands after the commit.
 
     context: tokens in the target's cache before it. room: tokens that may still be emitted. The
-    seconds are this row's: of starting drafters since the last round, of drafting, of the rest.
+    seconds are this row's: of starting its drafter since the last round, of drafts beside, of drafting,
+    of the rest.
     """
 
     arm: str
@@ -209,6 +210,7 @@ class RoundSeen:
     start_seconds: float
     draft_seconds: float
     other_seconds: float
+    beside_seconds: float = 0.0
 
 
 @dataclass(slots=True)
@@ -267,6 +269,7 @@ class Decision:
     policy: str = "fixed"
     features: np.ndarray | None = field(default=None, compare=False, repr=False)  # [F] it saw
     seconds_per_token: dict[str, float] = field(default_factory=dict)  # predicted, where it is
+    seconds_in_rounds: dict[str, float] = field(default_factory=dict)  # without prefill and start
 
     @property
     def drafter(self) -> str:

@@ -6,7 +6,8 @@ time for all prompts together, as a mean of the prompts' own speed ratios is not
 alpha * similarity + (1 - alpha) * cost score is the reward of arXiv 2408.08470; what it compares (the
 drafter's own greedy output with the target's, by ROUGE-L unless told otherwise) and that the cost
 score is the share of the target's time which the drafter saves, is our reading of it (not
-confirmed). `clocked` is the speed over plain decoding of a request as it was served.
+confirmed). `clocked`, of requests as they were
+served, is `learning.from_choices`'s.
 Symbols: T output tokens, t seconds per token. A change in any figure raises REWARD_VERSION.
 """
 
@@ -108,14 +109,6 @@ def speeds(
         for arm, own in rounds.items()
     }
     return {arm: priced[NONE] / spent for arm, spent in priced.items()}
-
-
-def clocked_speed(
-    seconds: SecondsFn, num_prompt: int, num_tokens: int, spent: float, rows: int = 1
-) -> float:
-    """The reward of a request by the clock: seconds predicted for `none` over those it took."""
-    plain = np.zeros((max(num_tokens - 1, 0), 2), dtype=np.int64)
-    return request_seconds(seconds, NONE, num_prompt, plain, rows) / spent
 
 
 def rouge_1_f1(a: Sequence[int], b: Sequence[int]) -> float:

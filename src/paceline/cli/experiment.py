@@ -88,6 +88,11 @@ def experiment(
         console.print(f"written: {page}", markup=False, highlight=False)
         return
     if recipe is not None:
+        if name is not None or any((out, prompts, smoke, store, dtype, device, threads)):
+            raise ConfigError(
+                "a recipe says itself what is run; of the flags only --dry-run, --data and --folder "
+                "go with it"
+            )
         _run_recipe(console, recipe, dry_run, data, folder)
         return
     if name is None or dry_run:

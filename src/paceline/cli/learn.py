@@ -47,6 +47,7 @@ def learn(
 
     from paceline.cli.progress import progress
     from paceline.config import LearningSection, parse
+    from paceline.errors import ConfigError
     from paceline.experiments.from_log import learn_from_log
     from paceline.experiments.pipeline import learn as run_learn
     from paceline.learning import LearningResult
@@ -66,6 +67,8 @@ def learn(
     raw = settings.learning.model_dump() | {k: v for k, v in flags.items() if v is not None}
     section = parse(LearningSection, raw, "learning")
     settings = settings.model_copy(update={"learning": section})
+    if from_log and (search or plot is not None):
+        raise ConfigError("--search and --plot are of a collection; leave them out with --from-log")
     console = Console()
     notes: list[str] = []
     verdict = None

@@ -174,12 +174,6 @@ class ArmPricer:
 
         return by_objective(price, rows, objective)
 
-    def catch_up_seconds(self, arm: str, num_tokens_behind: int) -> float:
-        """Seconds for a drafter to take in text that it has not seen, before it can draft on."""
-        if num_tokens_behind <= 0:
-            return 0.0
-        return float(np.interp(num_tokens_behind, self._prompts, self._starts[split_arm(arm)[0]]))
-
     def _surface(self, rows: int, num_drafting: int) -> NDArray[np.float64]:
         """[C, D * (K + 1)] seconds of a round, read from the table when first asked for."""
         surface = self._rounds.get((rows, num_drafting))

@@ -122,12 +122,23 @@ class CostTable:
         own = [m for m in self.measurements if (m.subject, m.operation) == (subject, operation)]
         return sorted({m.tokens for m in own}), sorted({m.context for m in own})
 
-    def check(self, arms: Iterable[str], identities: Mapping[str, str] | None = None) -> None:
+    def check(
+        self,
+        arms: Iterable[str],
+        identities: Mapping[str, str] | None = None,
+        target: str | None = None,
+    ) -> None:
         """Raise ArtefactError unless target, engine and these arms are priced.
 
         identities: arm -> identity line as now configured; an arm that was measured as another one
-        under the same name is refused.
+        under the same name is refused. target: its fingerprint; another one's table is refused.
         """
+        measured_with = self.fingerprint.get("target", target)
+        if target is not None and measured_with != target:
+            raise ArtefactError(
+                f"cost table: was measured with the target {measured_with}, it is now {target}; "
+                f"{_AGAIN}"
+            )
         wanted = [*_OF_THE_ENGINE]
         wanted += [(arm, operation) for arm in arms if arm != NONE for operation in _OF_EVERY_ARM]
         missing = list(dict.fromkeys(s for s, o in wanted if (s, o) not in self._surfaces))

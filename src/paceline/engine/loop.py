@@ -175,6 +175,7 @@ class Engine:
             if waiting == ticket:
                 del self._waiting[place]
                 row = self._row(ticket, request, slot=-1)
+                row.finished_at = row.admitted_at
                 row.finish_reason = "cancelled"
                 self._report(row)
                 break
@@ -221,17 +222,21 @@ class Engine:
         marks = {} if watcher is None else watcher.before_round(rows)
         run_round(rows, self.target, self._decode)
         for row in rows if marks else ():
-            if row.id not in marks or row.finish_reason is not None:
+            if row.id not in marks or row.error is not None:
                 continue
             assert watcher is not None
             try:
+                # of the last round, too: what it cost counts for the requests that follow
                 arm = watcher.after_round(row, marks[row.id], len(rows))
                 if arm is not None:
                     self._check_arm(arm, ArtefactError)
             except Exception as error:  # noqa: BLE001 - as a policy, it may come from anywhere
-                row.fail("watch", error)
+                if row.finish_reason is None:
+                    row.fail("watch", error)
                 continue
-            if arm is not None and arm != row.arm:
+            if row.finish_reason is not None or arm is None or arm == row.arm:
+                continue
+            if self.drafters[split_arm(arm)[0]] not in row.barred:
                 self._switch(row, arm)
 
     def check(self, request: Request) -> None:

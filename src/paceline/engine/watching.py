@@ -8,6 +8,7 @@ was written meanwhile. *Beside* means: not the arm in use.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
@@ -35,8 +36,11 @@ class Watch(Protocol):
     def after_round(self, ticket: int, seen: RoundSeen) -> str | None:
         """The arm to go on with, None for the one in use."""
 
-    def end(self, ticket: int) -> None:
-        """The request is over."""
+    def has_eyes_on(self, ticket: int) -> bool:
+        """Whether it wants to see the coming round."""
+
+    def end(self, ticket: int, emitted: int) -> None:
+        """The request is over, after so many tokens of its rounds."""
 
 
 @dataclass(slots=True)
@@ -67,7 +71,8 @@ class _Mark:
     num_tokens: int
     draft: float
     other: float
-    start: float  # seconds of starting and of drafts beside, since the round before
+    start: float  # seconds of starting its own drafter, since the round before
+    beside: float  # seconds of drafts beside, and of starting who makes them
 
 
 class Watcher:
@@ -96,7 +101,7 @@ class Watcher:
     def end(self, row: Row) -> None:
         if self._beside.pop(row.id, None) is not None:
             del self._charged[row.id]
-            self.watch.end(row.id)
+            self.watch.end(row.id, max(len(row.tokens) - row.num_prompt - 1, 0))
 
     def watches(self, row: Row) -> bool:
         return row.id in self._beside
@@ -107,17 +112,20 @@ class Watcher:
         """Make the drafts that are wanted; ticket -> where each watched row stands."""
         marks: dict[int, _Mark] = {}
         for row in rows:
-            if not self.watches(row):
+            if not self.watches(row) or not self.watch.has_eyes_on(row.id):
                 continue
             began = perf_counter()
+            started = row.seconds.draft - self._charged[row.id]
             for name in self.watch.to_score(row.id):
                 self._draft_beside(row, name)
-            row.seconds.draft += perf_counter() - began
+            spent = perf_counter() - began
+            row.seconds.draft += spent
             marks[row.id] = _Mark(
                 len(row.tokens),
                 row.seconds.draft,
                 row.seconds.verify + row.seconds.commit,
-                row.seconds.draft - self._charged[row.id],
+                started,
+                spent,
             )
         return marks
 
@@ -144,6 +152,7 @@ class Watcher:
             room=row.max_total - len(row.tokens),
             scored=scored,
             start_seconds=mark.start,
+            beside_seconds=mark.beside,
             draft_seconds=row.seconds.draft - mark.draft,
             other_seconds=row.seconds.verify + row.seconds.commit - mark.other,
         )
@@ -167,6 +176,9 @@ class Watcher:
             tokens = drafts.tokens[0, :length].tolist()
         except Exception:  # noqa: BLE001 - nothing of the row depends on it
             row.barred.add(drafter)
+            row.kept.pop(drafter, None)
+            with suppress(Exception):
+                drafter.finish([row])
             return
         allowed = min(limit, drafter.num_draft_tokens)
         self._beside[row.id].append(_Beside(name, len(row.tokens), tokens, parents, allowed))

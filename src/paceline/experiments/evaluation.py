@@ -60,7 +60,7 @@ def evaluate(
     collection = load_collection(config.paths.store, list(config.drafters), seen)
     costs = CostTable.load(config.paths.costs)
     identity = identity_of(collection)
-    costs.check(identity.drafters, identity.drafters)
+    costs.check(identity.drafters, identity.drafters, identity.target)
     settings, notes, contenders = config.learning, [], []
     arms = tuple(arms_of(config))
     if not compare:
@@ -80,7 +80,7 @@ def evaluate(
 
     others = {}  # before anything is trained: what is wrong shows at once
     for name, folder in (on or {}).items():
-        other = load_collection(folder, list(config.drafters))
+        other = load_collection(folder, list(config.drafters), seen)
         _check_alike(collection, other, folder)
         others[name] = priced(other)[0]
     data, found_notes = priced(collection)
@@ -128,7 +128,7 @@ def _check(
         )
 
 
-_PLURAL: Final = {"target": "weights", "arms": "drafters", "feature_version": "features"}
+_PLURAL: Final = {"target": "weights", "arms": "drafters"}
 
 
 def _check_alike(collection: LoadedCollection, other: LoadedCollection, folder: Path) -> None:

@@ -20,9 +20,10 @@ from paceline.experiments.evaluation import identity_of
 from paceline.learning import learn as learn_policy
 from paceline.learning import learn_from_choices
 from paceline.learning.dataset import build_dataset, split
-from paceline.learning.rollout import Replayed, adopt
+from paceline.learning.rollout import Replayed, adopt, not_compared
 from paceline.replay import price_stops
-from paceline.selection import load_policy
+from paceline.selection import is_policy, load_policy
+from paceline.selection.artefact import read_card
 from paceline.selection.encoders import build_encoder
 from paceline.store import read_decisions
 from paceline.store.collection import load_collection
@@ -70,8 +71,10 @@ def learn_from_log(
         return LearnedFromLog(learned, verdict, notes)
     encode = build_encoder(parts.target.hidden_size, config.selection)
     identity = replace(policy_identity(parts), encoders=encode.identities())
-    current = _current_policy(config, identity)
+    current, why_not = _current_policy(config, identity)
     chosen = learn_from_choices(decisions, identity, config.learning, encode, current, on_progress)
+    if why_not is not None:
+        chosen = replace(chosen, verdict=not_compared(len(decisions), why_not))
     if chosen.verdict is None or chosen.verdict.adopt:
         chosen.save(config.paths.policy)
     return LearnedFromLog(chosen, chosen.verdict, notes + chosen.notes)
@@ -90,7 +93,8 @@ def _learn_if_better(
     learned = learn_policy(
         prompts, costs, identity, arms_of(config), config.learning, on_progress, encode=encode
     )
-    current, verdict = _current_policy(config, identity), None
+    current, why_not = _current_policy(config, identity)
+    verdict = None if why_not is None else not_compared(len(prompts), why_not)
     if current is not None:
         dataset, _ = build_dataset(prompts, arms_of(config), costs, config.learning)
         _, held_out = split(dataset, config.learning.held_out)
@@ -100,20 +104,28 @@ def _learn_if_better(
     return learned, verdict
 
 
-def _current_policy(config: Config, identity: PolicyIdentity) -> Policy | None:
-    """The policy there; None where there is none, or one that could not serve these models."""
-    path = config.paths.costs
+def _current_policy(config: Config, identity: PolicyIdentity) -> tuple[Policy | None, str | None]:
+    """(the policy there, None) or (None, why it cannot be compared); both None where there is none."""
+    folder, path = config.paths.policy, config.paths.costs
+    if not is_policy(folder):
+        return None, None
     costs = CostTable.load(path) if path.is_file() else None
     try:
-        policy = load_policy(config.paths.policy, identity, costs, selection=config.selection)
-    except ArtefactError:
-        return None
-    return policy if set(policy.arms) <= set(arms_of(config)) else None
+        policy = load_policy(folder, identity, costs, selection=config.selection)
+    except ArtefactError as error:
+        return None, f"it cannot be compared; delete it to have another: {error}"
+    if read_card(folder).encoders != dict(identity.encoders):
+        return None, "it sees other features, so it was not compared; delete it to have another"
+    if not set(policy.arms) <= set(arms_of(config)):
+        return (
+            None,
+            "it chooses among other arms, so it was not compared; delete it to have another",
+        )
+    return policy, None
 
 
 def _seconds(policy: Policy, prompts: Dataset) -> np.ndarray:
     """[N] predicted, of what a policy chooses on prompts."""
     places = np.array([prompts.arms.index(arm) for arm in policy.arms])
     preferred = policy.chooser.preferences(prompts.features, prompts.situation())
-    chosen = places[preferred.argmax(axis=1)]
-    return np.asarray(prompts.seconds[np.arange(len(prompts)), chosen])
+    return np.asarray((policy.chooser.law(preferred) * prompts.seconds[:, places]).sum(axis=1))

@@ -216,5 +216,5 @@ def prepare(
     )
     learned.save(config.paths.policy)
     stage("learn")
-    watch = watch_for(parts, learned.policy.arms, costs)
+    watch = watch_for(parts, learned.policy.arms, costs, learned.policy.objective)
     return Prepared(Pace(parts, learned.policy.choose, watch), costs, learned, seconds)

@@ -103,11 +103,6 @@ def build_dataset(
     Raises ConfigError or StoreError if nothing can be learned from it.
     """
     arms = tuple(arms)
-    if settings.reward == "clocked":
-        raise ConfigError(
-            "the reward 'clocked' is of logged requests; a collection is learned from with 'speed' "
-            "or 'alignment'"
-        )
     _check_arms(arms, prompts)
     features = _stack_features(prompts)
     rounds = round_table(prompts, arms)

@@ -20,6 +20,7 @@ from paceline.contracts import NONE, split_arm
 from paceline.costs.table import CostTable
 from paceline.errors import StoreError
 from paceline.learning.dataset import Dataset
+from paceline.learning.learn import EVALUATION_FILE
 from paceline.learning.learners import LEARNERS
 from paceline.learning.learners.networks import LOSSES
 from paceline.learning.off_policy import (
@@ -28,7 +29,7 @@ from paceline.learning.off_policy import (
     doubly_robust,
     doubly_robust_rewards,
 )
-from paceline.learning.rollout import Logged, adopt
+from paceline.learning.rollout import Logged, adopt, not_compared
 from paceline.learning.rounds import RoundTable
 from paceline.rewards import REWARD_VERSION
 from paceline.selection.artefact import PolicyArtefact, RewardCard, policy_of, save_policy
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     from paceline.store import LoggedDecision
 
 MIN_CHOICES: Final = 200
+_PARTIAL: Final = ("linucb", "thompson")  # learn from what was tried alone
+_LEARNERS: Final = (*LOSSES, *_PARTIAL)
 NO_PRICES: Final = ""
 """Stands for a cost table's hash in the card of a policy that was learned without one."""
 
@@ -71,6 +74,7 @@ class ChoicesResult:
     def save(self, folder: Path) -> None:
         """Write the policy, and its training range beside it."""
         self.range.save(folder)
+        (folder / EVALUATION_FILE).unlink(missing_ok=True)  # of the policy that was there
         save_policy(folder, self.policy.chooser, self.card)
 
 
@@ -85,8 +89,8 @@ def learn_from_choices(
     """Train on a part of the usable decisions, estimate the gain, also over `current`, on the rest.
 
     encode: gives the policy the features that `identity` names. The learner is the settings' where it
-    is a network, else `policy_gradient`. Raises StoreError where too few were made by a policy that
-    explored.
+    can learn from these, else `policy_gradient`. Raises StoreError where too few were made by a
+    policy that explored.
     """
     usable, notes = _usable(decisions, identity)
     if len(usable) < MIN_CHOICES:
@@ -104,7 +108,10 @@ def learn_from_choices(
     training, unseen = log.rows(~held_out), log.rows(held_out)
     predicted = cross_fitted_rewards(training.choices, training.features, seed=settings.seed)
     filled = doubly_robust_rewards(training.choices, predicted)
-    learner = LEARNERS[settings.learner if settings.learner in LOSSES else "policy_gradient"]
+    learner = LEARNERS[settings.learner if settings.learner in _LEARNERS else "policy_gradient"]
+    if settings.learner in _PARTIAL:
+        filled = np.full(filled.shape, np.nan)
+        filled[np.arange(len(filled)), training.choices.chosen] = training.choices.rewards
     clocked = settings.model_copy(update={"reward": "clocked"})
     fitted = learner.fit(_dataset(training, filled, arms, encode), clocked, on_progress)
     policy = policy_of(fitted.chooser, encode.num_features, settings.objective, encode=encode)
@@ -134,18 +141,23 @@ def learn_from_choices(
             of_current = _picks(current, arms, unseen)
             verdict = adopt(Logged(unseen.choices, unseen.features, of_current, picks))
         else:
-            notes.append(
-                "of what the current policy may choose, some was never tried: not compared"
+            verdict = not_compared(
+                len(unseen.ids), "of what it may choose, some was never tried: not compared"
             )
     seen = TrainingRange.fit(training.features, {})
     return ChoicesResult(policy, card, gain, verdict, seen, notes)
 
 
 def _picks(policy: Policy, arms: Sequence[str], log: _Log) -> np.ndarray:
-    """[n, A] one where the policy would choose the arm, else zero."""
-    places = np.array([arms.index(arm) for arm in policy.arms])
-    preferred = policy.chooser.preferences(log.features, Situation(log.num_prompt))
-    return np.asarray(np.eye(len(arms))[places[preferred.argmax(axis=1)]])
+    """[n, A] with which the policy would choose each arm, under each request's own load."""
+    places = [arms.index(arm) for arm in policy.arms]
+    law = np.zeros((len(log.ids), len(arms)))
+    for rows in np.unique(log.rows_in_flight):
+        own = log.rows_in_flight == rows
+        situation = Situation(log.num_prompt[own], int(rows), policy.objective)
+        preferred = policy.chooser.preferences(log.features[own], situation)
+        law[np.ix_(own, places)] = policy.chooser.law(preferred)
+    return law
 
 
 def _dataset(
@@ -183,6 +195,7 @@ class _Log:
     features: np.ndarray  # [n, F]
     num_prompt: np.ndarray  # [n] int64
     num_output: np.ndarray  # [n] int64
+    rows_in_flight: np.ndarray  # [n] int64
     choices: LoggedChoices  # n
 
     def rows(self, mask: np.ndarray) -> _Log:
@@ -193,7 +206,14 @@ class _Log:
         rewards = of.rewards[mask] - of.rewards[mask].mean()
         choices = LoggedChoices(of.chosen[mask], of.propensities[mask], rewards, of.num_arms)
         ids = tuple(self.ids[i] for i in np.flatnonzero(mask))
-        return _Log(ids, self.features[mask], self.num_prompt[mask], self.num_output[mask], choices)
+        return _Log(
+            ids,
+            self.features[mask],
+            self.num_prompt[mask],
+            self.num_output[mask],
+            self.rows_in_flight[mask],
+            choices,
+        )
 
 
 def _arrays(decisions: Sequence[LoggedDecision], arms: Sequence[str]) -> _Log:
@@ -210,6 +230,7 @@ def _arrays(decisions: Sequence[LoggedDecision], arms: Sequence[str]) -> _Log:
         features=features,
         num_prompt=np.array([d.num_prompt for d in decisions]),
         num_output=np.array([d.num_output for d in decisions]),
+        rows_in_flight=np.array([d.rows_in_flight or 1 for d in decisions]),
         choices=choices,
     )
 
@@ -241,8 +262,6 @@ def _why_not(decision: LoggedDecision, identity: PolicyIdentity) -> str | None:
         return "have features that are no numbers"
     if decision.finish_reason not in ("stop", "length") or decision.seconds_total <= 0:
         return "did not finish"
-    if decision.switches:
-        return "changed their arm on the way"
     if split_arm(decision.arm)[0] not in identity.drafters:
         return "used an arm that is not configured now"
     if decision.propensity >= 1:

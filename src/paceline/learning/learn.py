@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from paceline.contracts import NONE
-from paceline.errors import ArtefactError, StoreError
+from paceline.errors import ArtefactError, ConfigError, StoreError
 from paceline.files import write_atomically
 from paceline.learning.dataset import build_dataset, split
 from paceline.learning.evaluation import POLICY, EvaluationReport, evaluate_chooser
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from paceline.selection.policies import Policy
 
 EVALUATION_FILE = "evaluation.json"
+_PAID_IN_SECONDS = ("acceptance", "knn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +92,23 @@ def learn(
     """
     if figure is not None:
         import_figure()  # before the work is done rather than after
-    costs.check(identity.drafters, identity.drafters)
+    if settings.reward != "speed" and settings.learner in _PAID_IN_SECONDS:
+        raise ConfigError(
+            f"the learner '{settings.learner}' predicts acceptance and is paid in seconds alone; take "
+            f"policy_gradient or reinforce for the reward '{settings.reward}'"
+        )
+    costs.check(identity.drafters, identity.drafters, identity.target)
     dataset, notes = build_dataset(prompts, arms, costs, settings)
     encode = encode or build_encoder(identity.hidden_size)
     found = dataset.features.shape[1]
-    if not identity.encoders and found != encode.num_features:
+    lines = encode.identities()
+    stale = [name for name, line in identity.encoders.items() if lines.get(name, line) != line]
+    if stale:
+        raise StoreError(
+            f"the collection's features of '{stale[0]}' were computed otherwise than now; delete "
+            "them and run `paceline collect` again"
+        )
+    if found != encode.num_features:
         raise StoreError(
             f"the collection has {found} features a prompt, this target and version give "
             f"{encode.num_features}; run `paceline collect` into a new folder"

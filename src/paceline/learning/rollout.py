@@ -23,6 +23,9 @@ _RESAMPLES: Final = 2000
 _CHUNK: Final = 2**20  # resampled values at a time
 
 
+_CONFIDENCE: Final = 0.95
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Replayed:
     """Seconds of the same prompts under both policies."""
@@ -60,7 +63,12 @@ class Verdict:
     reason: str
 
 
-def adopt(evidence: Replayed | Logged, confidence: float = 0.95) -> Verdict:
+def not_compared(num_requests: int, reason: str) -> Verdict:
+    """The current policy stays, for nothing can be said of it beside the candidate."""
+    return Verdict(False, float("nan"), float("nan"), _CONFIDENCE, num_requests, reason)
+
+
+def adopt(evidence: Replayed | Logged, confidence: float = _CONFIDENCE) -> Verdict:
     """Adopt the candidate if its gain is above 0 with this (one-sided) confidence.
 
     Too little evidence is a no, never an error: the current policy stays.

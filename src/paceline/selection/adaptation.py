@@ -147,6 +147,11 @@ class Hedge:
         )
         return losses
 
+    def expected(self) -> NDArray[np.float64]:
+        """[N] what the prior alone says, where `losses` was last asked."""
+        curves: NDArray[np.float64] = self._curves[self.arms.drafter_of, self.arms.length_of]
+        return np.asarray(curves / self._predicted)
+
     def best(self, current: str, losses: NDArray[np.float64], barred: Collection[str] = ()) -> str:
         """The arm with most weight, if it clearly outweighs the current one; else the current one.
 

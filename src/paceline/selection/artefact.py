@@ -118,12 +118,11 @@ def load_policy(
     folder: Path,
     expect: PolicyIdentity,
     costs: CostTable | None = None,
-    explore: float = 0.0,
     selection: SelectionSection | None = None,
 ) -> Policy:
     """The policy in a folder. Raises ArtefactError unless it was made for `expect`.
 
-    costs: this machine's prices, which a portable policy needs. explore: see `Policy`. selection:
+    costs: this machine's prices, which a portable policy needs. selection:
     where the encoders that the policy names find their models.
     """
     card = read_card(folder)
@@ -140,7 +139,7 @@ def load_policy(
                 f"{folder}: the policy is priced with this machine's cost table, and there is "
                 "none; run `paceline profile`"
             )
-        costs.check(expect.drafters, expect.drafters)
+        costs.check(expect.drafters, expect.drafters, expect.target)
         chooser.pricer = ArmPricer(costs, chooser.arms)
     elif costs is not None and costs.hash() != card.costs:
         notes.append(
@@ -151,7 +150,6 @@ def load_policy(
         chooser,
         num_features=encode.num_features,
         objective=card.objective,
-        explore=explore,
         notes=notes,
         encode=encode,
     )
@@ -161,7 +159,6 @@ def policy_of(
     chooser: Chooser,
     num_features: int,
     objective: Objective = 0.0,
-    explore: float = 0.0,
     notes: Sequence[str] = (),
     encode: FeatureEncoder | None = None,
 ) -> Policy:
@@ -170,7 +167,6 @@ def policy_of(
     return Policy(
         chooser,
         f"{chooser.kind}:{_checksum(_weights(chooser) + learned)[:12]}",
-        explore=explore,
         objective=objective,
         num_features=num_features,
         notes=notes,

@@ -183,6 +183,10 @@ class Guard:
         self._plain_rounds += 1
         ledger.loss += started
 
+    def passed(self, num_rounds: int) -> None:
+        """Plain rounds that went by unseen."""
+        self._plain_rounds += num_rounds
+
     def _allowed(self, ledger: Ledger, arm: str) -> float:
         """Plain rounds that a request may lose with an arm."""
         record = self._records.get(arm)

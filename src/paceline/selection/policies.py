@@ -15,6 +15,7 @@ import numpy as np
 from paceline.contracts import Context, Decision
 from paceline.errors import ArtefactError, ConfigError
 from paceline.selection.choosers import PortableChooser, Situation
+from paceline.selection.choosers.base import price_work
 from paceline.selection.features import feature_vector
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ class Policy:
         chooser: Chooser,
         id: str,
         *,
-        explore: float = 0.0,
         seed: int = 0,
         objective: Objective = 0.0,
         encode: Encode = feature_vector,
@@ -50,15 +50,12 @@ class Policy:
         arms = chooser.arms
         if not arms or len(set(arms)) != len(arms):
             raise ConfigError(f"a policy needs distinct arms, got {list(arms)}")
-        if not 0.0 <= explore <= 1.0:
-            raise ConfigError(f"explore is a share of requests, 0 to 1, got {explore}")
         self.chooser = chooser
         self.arms = arms
         self.id = id
         self.notes = tuple(notes)
-        self._explore = explore
+        self.objective = objective
         self._seed = seed
-        self._objective = objective
         self._encode = encode
         self._num_features = num_features
 
@@ -81,23 +78,26 @@ class Policy:
         situation = Situation(
             num_prompt=np.array([len(context.prompt_tokens)]),
             rows=context.rows_in_flight,
-            objective=self._objective,
+            objective=self.objective,
             limits=None if limit is None else np.array([limit]),
             prompts=(context.prompt_tokens,),
         )
         seconds: dict[str, float] = {}
+        in_rounds: dict[str, float] = {}
         if isinstance(self.chooser, PortableChooser):
-            predicted = self.chooser.seconds_per_token(features[None], situation)  # [1, A]
+            work = self.chooser.work(features[None], situation)
+            predicted = price_work(self.chooser.pricer, work, situation)  # [1, A]
             preferences = self.chooser.speeds(predicted)
             seconds = dict(zip(self.arms, predicted[0].tolist(), strict=True))
+            rounds = price_work(self.chooser.pricer, work, situation, whole=False)
+            in_rounds = dict(zip(self.arms, rounds[0].tolist(), strict=True))
         else:
             preferences = self.chooser.preferences(features[None], situation)
-        law = (1.0 - self._explore) * self.chooser.law(preferences)[0]
-        law += self._explore / len(self.arms)  # [A]
+        law = self.chooser.law(preferences)[0]  # [A]
         place = int(law.argmax()) if law.max() >= 1.0 else self._draw(law, context)
         scores = dict(zip(self.arms, self.chooser.scores(preferences)[0].tolist(), strict=True))
         propensity = float(min(law[place], 1.0))
-        return Decision(self.arms[place], propensity, scores, self.id, features, seconds)
+        return Decision(self.arms[place], propensity, scores, self.id, features, seconds, in_rounds)
 
     def _draw(self, law: np.ndarray, context: Context) -> int:
         """A place by its probability, law [A]; the same for the same request, in any order."""

@@ -19,7 +19,7 @@ from paceline.contracts import NONE
 from paceline.selection.adaptation import Arm, Arms, Hedge
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -98,10 +98,12 @@ class Watch:
         """The decision as it is carried out. room: tokens that may still be emitted."""
         if decision.arm not in self.arms:
             return decision
-        prior = self._prior(decision)
+        whole = self._prior(decision, decision.seconds_per_token)
+        in_rounds = decision.seconds_in_rounds or decision.seconds_per_token
+        prior = self._prior(decision, in_rounds)
         guard, names = self.guard, self.arms.place
         refused = set() if guard is None else {name for name in names if not guard.admits(name)}
-        decision = self._explored(context, self._admitted(decision, prior, refused), refused)
+        decision = self._explored(context, self._admitted(decision, whole, refused), refused)
         # an arm that is to be probed is tried by requests that begin with it, and by no others
         barred = set() if guard is None else {name for name in names if guard.is_benched(name)}
         barred.discard(decision.arm)
@@ -117,9 +119,8 @@ class Watch:
         self._watched[ticket] = state
         return decision
 
-    def _prior(self, decision: Decision) -> NDArray[np.float64]:
+    def _prior(self, decision: Decision, predicted: Mapping[str, float]) -> NDArray[np.float64]:
         """[N] predicted seconds per token over plain decoding's, corrected by how it went of late."""
-        predicted = decision.seconds_per_token
         names = [arm.name for arm in self.arms.all]
         if NONE in predicted:
             plain = predicted[NONE]
@@ -144,10 +145,13 @@ class Watch:
                 chosen = best
         if chosen == decision.arm:
             return decision
-        return replace(decision, arm=chosen, policy=f"{decision.policy}, watched")
+        # given what was seen before, this is certain
+        return replace(decision, arm=chosen, propensity=1.0, policy=f"{decision.policy}, watched")
 
     def _explored(self, context: Context, decision: Decision, refused: set[str]) -> Decision:
-        """The decision with its propensity, drawn anew with probability `explore`."""
+        """The decision, drawn anew with probability `explore`; its propensity is that of the arm, given
+        what would have been chosen without.
+        """
         if not self.explore:
             return decision
         names = [arm.name for arm in self.arms.all if arm.name not in refused]
@@ -157,29 +161,46 @@ class Watch:
         u = int.from_bytes(digest[:8], "big") / 2.0**64
         if u < self.explore:
             arm = names[int(u / share)]
-            kept = decision.propensity if arm == decision.arm else 0.0
-            propensity = share + (1.0 - self.explore) * kept
+            propensity = share + (1.0 - self.explore) * (arm == decision.arm)
             return replace(
                 decision, arm=arm, propensity=propensity, policy=f"{decision.policy}, explored"
             )
-        return replace(decision, propensity=share + (1.0 - self.explore) * decision.propensity)
+        return replace(decision, propensity=share + 1.0 - self.explore)
 
     def _rest(self, emitted: int, room: int) -> float:
         """Tokens the request is expected to go on for."""
         return min(float(room), max(self._expected - emitted, _FEWEST_TOKENS))
 
-    def end(self, ticket: int) -> None:
-        """The request is over; unknown tickets are none of ours."""
+    def has_eyes_on(self, ticket: int) -> bool:
+        """Whether the coming round can teach or change anything; plain decoding to the end cannot."""
+        state = self._watched.get(ticket)
+        if state is None:
+            return False
+        if state.arm != NONE or state.resume is not None:
+            return True
+        if state.hedge is not None:
+            return len(state.barred) < len(self.arms.all) - 1
+        return self.guard is not None and self.guard.clock.is_due
+
+    def end(self, ticket: int, emitted: int | None = None) -> None:
+        """The request is over, after so many tokens of its rounds, by default those that were seen;
+        unknown tickets are none of ours.
+        """
         state = self._watched.pop(ticket, None)
         if state is None:
             return
+        emitted = state.emitted if emitted is None else emitted
         if self.guard is not None and state.ledger is not None:
+            self.guard.passed(emitted - state.emitted)
             self.guard.end(state.ledger)
-        if not state.num_rounds:
+        state.emitted = emitted
+        if not emitted:
             return
         self._expected = _LENGTH_MEMORY * self._expected + (1 - _LENGTH_MEMORY) * state.emitted
         if state.hedge is not None:
-            self._learn(np.log(state.hedge.losses(state.context, state.rows) / state.prior))
+            # at the same place and load, so that nothing but acceptance makes a difference
+            losses = state.hedge.losses(state.context, state.rows)
+            self._learn(np.log(losses / state.hedge.expected()))
 
     def _learn(self, error: NDArray[np.float64]) -> None:
         """error: [N] of a request's predictions, as logarithms; 0 where nothing was seen of an arm."""
@@ -273,8 +294,11 @@ class Watch:
         if seen.arm == NONE:
             if alone:
                 guard.clock.plain(seen.draft_seconds + seen.other_seconds, plain)
-            guard.after_plain(ledger, seen.start_seconds / (guard.clock.factor * plain))
+            lost = seen.start_seconds + seen.beside_seconds
+            guard.after_plain(ledger, lost / (guard.clock.factor * plain))
             return
+        # the request loses it, but no arm is benched for what looking at others took
+        ledger.loss += seen.beside_seconds / (guard.clock.factor * plain)
         arm = self.arms[seen.arm]
         spent = (seen.draft_seconds + seen.other_seconds) / guard.clock.factor
         if not alone:

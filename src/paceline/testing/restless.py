@@ -39,5 +39,8 @@ class RestlessWatch:
         lots = [self._random.random() for _ in range(1 + (right > 0))]
         return self._random.choice(self._arms) if min(lots) < 0.5 else None
 
-    def end(self, ticket: int) -> None:
+    def has_eyes_on(self, ticket: int) -> bool:
+        return True
+
+    def end(self, ticket: int, emitted: int) -> None:
         self.ended.append(ticket)

@@ -154,15 +154,6 @@ def test_under_load_a_dear_width_turns_the_choice() -> None:
     assert speed[8, "throughput"] == pytest.approx(2 / 5.1)
 
 
-def test_catching_up_costs_a_start_on_what_was_missed() -> None:
-    assert PRICER.catch_up_seconds("none", 100) == 0.0
-    assert PRICER.catch_up_seconds("code@3", 0) == 0.0
-    assert PRICER.catch_up_seconds("code@3", 90) == pytest.approx(
-        TABLE.seconds("code", "start", 90)
-    )
-    assert PRICER.catch_up_seconds("code", 40) == pytest.approx(TABLE.seconds("code", "start", 40))
-
-
 def test_mistakes_are_named() -> None:
     with pytest.raises(ArtefactError, match="chat not measured"):
         ArmPricer(TABLE, ["none", "chat@2"])

@@ -132,7 +132,6 @@ UNUSABLE: list[tuple[dict[str, Any], str]] = [
     ({"features": None}, "named their drafter"),
     ({"features": np.full(num_features(D), np.nan, dtype=np.float32)}, "no numbers"),
     ({"finish_reason": "cancelled"}, "did not finish"),
-    ({"switches": ((3, "none"),)}, "changed their arm"),
     ({"arm": "gone"}, "not configured now"),
 ]
 

@@ -224,7 +224,7 @@ def test_bandits_learn_from_the_logged_arms_alone(
     truth = np.stack([np.ones(600), 1 + features[:, 0], 1 - features[:, 0]], axis=1)
     logged = np.where(np.eye(3, dtype=bool)[rng.integers(0, 3, 600)], truth, np.nan)
     arms = ("none", "a", "b")
-    settings = LearningSection(reward="clocked", learner=name)
+    settings = LearningSection(learner=name).model_copy(update={"reward": "clocked"})
 
     part = tabled(arms, features[:400], rewards=logged[:400])
     fitted = LEARNERS[name].fit(part, settings, lambda stage, done, total: None)

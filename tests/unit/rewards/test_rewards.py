@@ -14,7 +14,6 @@ from paceline.rewards import (
     METRICS,
     alignment_reward,
     alignments,
-    clocked_speed,
     cost_score,
     edit_similarity,
     prefix_similarity,
@@ -190,9 +189,3 @@ def test_the_metric_is_the_one_that_was_asked_for() -> None:
         found = alignments(prices, 1.0, 10, output, {"code": own}, name)
         assert found["code"] == pytest.approx(similarity(output, own))
     assert len({round(s(output, own), 6) for s in METRICS.values()}) >= 3
-
-
-def test_a_request_by_the_clock_is_weighed_against_plain_decoding() -> None:
-    plain = request_seconds(prices, "none", 10, np.zeros((4, 2), dtype=int), 3)
-
-    assert clocked_speed(prices, 10, 5, plain / 2, 3) == pytest.approx(2.0)

@@ -302,12 +302,6 @@ def test_another_cost_table_is_noted_where_prices_are_built_in(folder: Path) -> 
     assert load_policy(folder, IDENTITY, prices()).notes == ()
 
 
-def test_exploration_is_for_whoever_loads(folder: Path) -> None:
-    policy = load_policy(folder, IDENTITY, explore=1.0)
-
-    assert {policy.choose(context).propensity for context in contexts()} == {1 / len(NAMES)}
-
-
 def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ArtefactError, match="cannot be written"):

@@ -44,9 +44,13 @@ def network(seed: int = 0) -> PolicyNetwork:
     return PolicyNetwork(*(rng.normal(size=shape).astype(np.float32) for shape in shapes))
 
 
-def learned(explore: float = 0.0, **settings: object) -> Policy:
+def learned(**settings: object) -> Policy:
     chooser = NetworkChooser(ARMS, [network()])
-    return Policy(chooser, "x", explore=explore, num_features=num_features(D), **settings)
+    return Policy(chooser, "x", num_features=num_features(D), **settings)
+
+
+def by_lot(seed: int = 0) -> Policy:
+    return Policy(RandomChooser(ARMS), "random", seed=seed)
 
 
 def test_a_fixed_policy_says_its_arm() -> None:
@@ -68,12 +72,12 @@ def test_a_random_policy_is_even_and_says_so() -> None:
 
 def test_a_drawn_choice_belongs_to_the_request_not_to_the_order() -> None:
     contexts = [context(i) for i in range(50)]
-    forward = [learned(0.5, seed=1).choose(c).arm for c in contexts]
-    policy = learned(0.5, seed=1)
+    forward = [by_lot(seed=1).choose(c).arm for c in contexts]
+    policy = by_lot(seed=1)
     backward = [policy.choose(c).arm for c in reversed(contexts)]
 
     assert forward == backward[::-1]
-    assert forward != [learned(0.5, seed=2).choose(c).arm for c in contexts]
+    assert forward != [by_lot(seed=2).choose(c).arm for c in contexts]
     # the same prompt sent again is another request
     again = [policy.choose(replace(c, request_id=f"again {c.request_id}")).arm for c in contexts]
     assert forward != again
@@ -89,30 +93,6 @@ def test_a_learned_policy_takes_the_largest_logit() -> None:
         assert (decision.propensity, decision.policy) == (1.0, "x")
         chosen.add(decision.arm)
     assert len(chosen) > 1
-
-
-def test_propensities_are_the_shares_in_which_arms_are_taken() -> None:
-    """For every arm of every request: over many ids, it comes as often as it says."""
-    policy, prompt = learned(explore=0.3), context(0)
-    best = learned().choose(prompt).arm
-    decisions = [policy.choose(replace(prompt, request_id=str(i))) for i in range(4000)]
-
-    stated = {decision.arm: decision.propensity for decision in decisions}
-    assert stated == {arm: pytest.approx(0.1 + 0.7 * (arm == best)) for arm in ARMS}
-    counts = Counter(decision.arm for decision in decisions)
-    for arm, share in stated.items():
-        assert counts[arm] / 4000 == pytest.approx(share, abs=4 * (share / 4000) ** 0.5)
-
-
-def test_an_ips_estimate_from_exploration_is_unbiased() -> None:
-    """Rewards over propensities: what each arm would have earned, from the arms that were taken."""
-    policy, rewards = learned(explore=0.4), dict(zip(ARMS, (1.0, 2.0, 4.0), strict=True))
-    decisions = [policy.choose(context(i)) for i in range(6000)]
-
-    for arm in ARMS:
-        found = [rewards[arm] / d.propensity if d.arm == arm else 0.0 for d in decisions]
-        error = np.std(found) / len(found) ** 0.5
-        assert np.mean(found) == pytest.approx(rewards[arm], abs=4 * error)
 
 
 def test_what_the_chooser_is_told() -> None:
@@ -158,5 +138,3 @@ def test_another_hidden_size_is_refused() -> None:
 def test_what_is_no_policy_is_refused() -> None:
     with pytest.raises(ConfigError, match="distinct arms"):
         Policy(RandomChooser(["none", "none"]), "x")
-    with pytest.raises(ConfigError, match=r"explore is a share.*got 1.5"):
-        learned(explore=1.5)

@@ -26,6 +26,7 @@ from paceline.learning.evaluation.bootstrap import interval as interval_of
 from paceline.learning.streams import EXP3, UCB, Fixed, Offline, Stream, StreamPrompt, Watched
 from paceline.selection import Arm, Guard, TablePrices, Watch
 from paceline.selection.choosers import PortableChooser
+from paceline.selection.choosers.base import price_work
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -152,14 +153,17 @@ def _decisions(study: Study, taught: Study) -> list[Decision]:
     assert isinstance(chooser, PortableChooser)
     data = study.held_out
     chooser.pricer = data.pricer()
-    seconds = chooser.seconds_per_token(data.features, data.situation())
+    work = chooser.work(data.features, data.situation())
+    seconds = price_work(chooser.pricer, work, data.situation())
+    in_rounds = price_work(chooser.pricer, work, data.situation(), whole=False)
     return [
         Decision(
             data.arms[int(row.argmin())],
             policy=LEARNER,
             seconds_per_token=dict(zip(data.arms, row.tolist(), strict=True)),
+            seconds_in_rounds=dict(zip(data.arms, own.tolist(), strict=True)),
         )
-        for row in seconds
+        for row, own in zip(seconds, in_rounds, strict=True)
     ]
 
 

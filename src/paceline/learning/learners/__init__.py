@@ -13,7 +13,6 @@ from paceline.learning.learners.baselines import (
     FixedLearner,
     RandomLearner,
     oracle,
-    per_task,
 )
 from paceline.learning.learners.neighbours import NeighboursLearner
 from paceline.learning.learners.networks import LOSSES, NetworkLearner
@@ -41,5 +40,4 @@ __all__ = [
     "Progress",
     "Summary",
     "oracle",
-    "per_task",
 ]

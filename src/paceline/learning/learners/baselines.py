@@ -102,17 +102,6 @@ def _table(data: Dataset, length: int) -> FirstLineChooser:
     return FirstLineChooser(data.arms, table, int(data.rewards.mean(axis=0).argmax()), length)
 
 
-def per_task(train: Dataset, data: Dataset) -> np.ndarray:
-    """[N] places of arms: what took the least time on the task's training prompts."""
-    overall = int(train.seconds.sum(axis=0).argmin())
-    labels = np.asarray(train.domains)
-    best = {
-        str(task): int(train.seconds[labels == task].sum(axis=0).argmin())
-        for task in np.unique(labels)
-    }
-    return np.array([best.get(task, overall) for task in data.domains])
-
-
 def oracle(data: Dataset) -> np.ndarray:
     """[N] places of arms: the fastest of each request, known afterwards."""
     return np.asarray(data.seconds.argmin(axis=1))

@@ -8,6 +8,7 @@ carries the prices it was trained with inside. Symbols: N prompts, F features, A
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
@@ -137,8 +138,12 @@ class PortableChooser(Chooser):
         return preferences
 
 
-def price_work(pricer: Pricer | None, work: Work, situation: Situation) -> np.ndarray:
-    """[N, A] seconds per token. An answer is priced at its middle."""
+def price_work(
+    pricer: Pricer | None, work: Work, situation: Situation, whole: bool = True
+) -> np.ndarray:
+    """[N, A] seconds per token. An answer is priced at its middle. whole: prefill and the drafter's
+    start are spread over its tokens; else the rounds alone are priced.
+    """
     if pricer is None:
         raise ArtefactError(
             "this policy is priced with the machine's cost table, and there is none; run "
@@ -154,7 +159,7 @@ def price_work(pricer: Pricer | None, work: Work, situation: Situation) -> np.nd
                 float(context[i]),
                 situation.rows,
                 situation.objective,
-                float(work.num_tokens[i]),
+                float(work.num_tokens[i]) if whole else math.inf,
                 int(situation.num_prompt[i]),
             )
             for i in range(len(situation))
