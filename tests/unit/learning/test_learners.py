@@ -13,7 +13,7 @@ from paceline.contracts import CollectedPrompt, ReplayedDrafter
 from paceline.costs import CostTable, Measurement
 from paceline.errors import ConfigError
 from paceline.learning.dataset import Dataset, build_dataset
-from paceline.learning.learners import LEARNERS, oracle, per_task
+from paceline.learning.learners import LEARNERS
 from paceline.learning.learners.bandits import LinearBandit
 from paceline.learning.learners.base import earned_by, fold_numbers, rewards_by_load
 from paceline.learning.learners.seeds import fit_seeds
@@ -245,15 +245,6 @@ def test_the_first_line_is_told_from_the_rest_of_a_prompt() -> None:
     unheard = replace(data(30), prompts=((77,) * 9,) * 30)
     law = chooser.preferences(unheard.features, unheard.situation())
     assert (law.argmax(axis=1) == chooser.otherwise).all()
-
-
-def test_what_knows_more_than_a_request_tells() -> None:
-    train, held_out = data(), data(60, seed=1)
-
-    assert set(per_task(train, held_out)) == set(per_task(train, train))
-    assert (oracle(held_out) == held_out.seconds.argmin(axis=1)).all()
-    new = replace(held_out, domains=("new",) * len(held_out))
-    assert set(per_task(train, new)) == {int(train.seconds.sum(axis=0).argmin())}
 
 
 def test_several_seeds_are_averaged_where_that_is_possible() -> None:
