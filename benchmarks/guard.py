@@ -287,9 +287,6 @@ def mixed(
     """The stream of all tasks through all cases; a row of the table for each."""
     parts, costs = made.pace.parts, made.costs
     choose, arms = made.policy.choose, made.policy.arms
-    bad = bad_parts(parts)
-    bad_costs = profile(bad, on_progress=report)
-    wrong = [name for name in bad.drafters if name != NONE]
     plain = Case(NONE, "", Pace(parts))
     both = ("alone", "guard and adaptation")
     cases: list[Case] = []
@@ -298,6 +295,9 @@ def mixed(
     if "random" in options.cases:
         cases += cases_of("random", parts, by_lot(arms), arms, costs, both)
     if "bad" in options.cases:
+        bad = bad_parts(parts)
+        bad_costs = profile(bad, on_progress=report)
+        wrong = [name for name in bad.drafters if name != NONE]
         cases += cases_of("bad drafters", bad, by_lot(wrong), wrong, bad_costs)
     counted = counter(report, "mixed stream", len(records) * (len(cases) + 1))
     stream(records, cases, plain, options.max_new_tokens, counted)

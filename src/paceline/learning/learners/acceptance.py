@@ -23,7 +23,6 @@ from paceline.learning.learners.base import (
     Summary,
     earned_by,
     fold_numbers,
-    gain_over_single,
     num_folds,
     outcome_weights,
     outcomes_of,
@@ -180,19 +179,11 @@ class AcceptanceLearner(Learner):
                 earned = np.concatenate([fold.judge(settings) for fold in folds])
                 points.append(((turn + 1) / _JUDGED, float(earned.mean())))
                 on_progress("cross-validation", turn + 1, _JUDGED)
-            gain, error = gain_over_single(earned, single)
+            summary = Summary.judged(len(data), earned, single)
             final = MixtureTraining(data, settings, _FINAL)
-            if gain > error:
+            if not summary.constant:
                 final.train(0.0, 1.0)
             on_progress("training", final.num_epochs(), final.num_epochs())
-        summary = Summary(
-            num_prompts=len(data),
-            num_validation=len(earned),
-            score=float(earned.mean()),
-            gain=gain,
-            gain_error=error,
-            constant=gain <= error,
-        )
         chooser = final.average() if summary.constant else final.chooser()
         return Fitted(chooser, summary, Curve("share of the training", tuple(points)))
 

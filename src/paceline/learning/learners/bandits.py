@@ -9,6 +9,7 @@ their logged arm. Symbols: N prompts, X inputs, A arms.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -20,7 +21,6 @@ from paceline.learning.learners.base import (
     Learner,
     Summary,
     cross_validate,
-    gain_over_single,
     rewards_by_load,
 )
 from paceline.learning.reduce import block_weights, reduce
@@ -80,15 +80,8 @@ class BanditLearner(Learner):
         )
         on_progress("cross-validation", 1, 1)
         chooser, taken = self._run(settings, data, rewards)
-        gain, error = gain_over_single(earned, single)
-        summary = Summary(
-            num_prompts=len(data),
-            num_validation=len(earned),
-            score=float(np.nanmean(earned)),
-            gain=gain,
-            gain_error=error,
-            constant=False,
-        )
+        # a bandit goes on choosing, whatever it gained
+        summary = replace(Summary.judged(len(data), earned, single), constant=False)
         return Fitted(chooser, summary, _running_mean(taken))
 
     def _run(

@@ -18,7 +18,7 @@ from paceline.rewards import savings
 from paceline.selection.choosers import PortableChooser
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from paceline.config import LearningSection
     from paceline.learning.dataset import Dataset
@@ -45,6 +45,26 @@ class Summary:
     gain_error: float
     constant: bool
     settings: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def judged(
+        cls,
+        num_prompts: int,
+        earned: np.ndarray,
+        single: np.ndarray,
+        settings: Mapping[str, float] | None = None,
+    ) -> Summary:
+        """From the rewards [n] on prompts not learned from, and the best single arm's there."""
+        gain, error = gain_over_single(earned, single)
+        return cls(
+            num_prompts=num_prompts,
+            num_validation=len(earned),
+            score=float(np.nanmean(earned)),
+            gain=gain,
+            gain_error=error,
+            constant=bool(gain <= error),
+            settings=dict(settings or {}),
+        )
 
 
 @dataclass(frozen=True, slots=True)

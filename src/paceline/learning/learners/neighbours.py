@@ -17,7 +17,6 @@ from paceline.learning.learners.base import (
     Learner,
     Summary,
     cross_validate,
-    gain_over_single,
     outcome_weights,
     outcomes_of,
     rewards_by_load,
@@ -50,16 +49,7 @@ class NeighboursLearner(Learner):
             on_progress("cross-validation", done + 1, len(counts))
         best = max(counts, key=lambda count: judged[count][0].mean())
         earned, single = judged[best]
-        gain, error = gain_over_single(earned, single)
-        summary = Summary(
-            num_prompts=len(data),
-            num_validation=len(earned),
-            score=float(earned.mean()),
-            gain=gain,
-            gain_error=error,
-            constant=gain <= error,
-            settings={"num_neighbours": best},
-        )
+        summary = Summary.judged(len(data), earned, single, {"num_neighbours": best})
         points = tuple((float(count), float(judged[count][0].mean())) for count in counts)
         chooser = _chooser(settings, best, data, rewards)
         if summary.constant:

@@ -24,7 +24,6 @@ from paceline.learning.learners.base import (
     Learner,
     Summary,
     fold_numbers,
-    gain_over_single,
     num_folds,
     rewards_by_load,
 )
@@ -244,16 +243,8 @@ class NetworkLearner(Learner):
         weights = block_weights(data.spans, data.features.shape[1])
         with one_thread():
             judged = self._cross_validate(data, rewards, weights, settings, on_progress)
-            gain, error = gain_over_single(judged.earned, judged.single)
-            summary = Summary(
-                num_prompts=len(data),
-                num_validation=len(judged.earned),
-                score=float(judged.earned.mean()),
-                gain=gain,
-                gain_error=error,
-                constant=bool(gain <= error),
-                settings={"num_epochs": judged.num_epochs},
-            )
+            found = {"num_epochs": judged.num_epochs}
+            summary = Summary.judged(len(data), judged.earned, judged.single, found)
             if summary.constant:
                 return Fitted(best_single(data, rewards, settings), summary, judged.curve)
             final = Training(data.features, rewards, weights, settings, self._loss, _FINAL)

@@ -37,14 +37,6 @@ class PolicyNetwork:
     w2: np.ndarray  # [H, A]
     b2: np.ndarray  # [A]
 
-    @property
-    def num_features(self) -> int:
-        return int(self.w1.shape[0])
-
-    @property
-    def num_arms(self) -> int:
-        return int(self.w2.shape[1])
-
     def arrays(self) -> dict[str, np.ndarray]:
         """All parameters by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
