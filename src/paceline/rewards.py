@@ -93,24 +93,6 @@ def savings(seconds: NDArray[np.float64], none: int) -> NDArray[np.float64]:
     return saved
 
 
-def speeds(
-    seconds: SecondsFn,
-    num_prompt: int,
-    rounds: Mapping[str, NDArray[np.integer[Any]]],
-    rows: int = 1,
-    objective: Objective = "latency",
-) -> dict[str, float]:
-    """How fast each arm is on one prompt: seconds of `none` over seconds of the arm; `none` has 1.
-
-    rounds: arm -> [rounds, 2]; `none` must be among them.
-    """
-    priced = {
-        arm: request_seconds(seconds, arm, num_prompt, own, rows, objective)
-        for arm, own in rounds.items()
-    }
-    return {arm: priced[NONE] / spent for arm, spent in priced.items()}
-
-
 def rouge_1_f1(a: Sequence[int], b: Sequence[int]) -> float:
     """ROUGE-1 F1 of two token sequences: twice the tokens in common, as often as both have them,
     over len a + len b; 1 if both are empty. After Lin (2004).

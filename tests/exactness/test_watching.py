@@ -234,6 +234,30 @@ def test_a_broken_watch_ends_its_own_row(parts: Parts, answer: str | Exception, 
     assert done["1"].token_ids == expected[: len(done["1"].token_ids)]
 
 
+@pytest.mark.parametrize("call", ["begin", "has_eyes_on", "to_score", "end"])
+def test_a_watch_that_fails_at_any_call_ends_its_own_row(parts: Parts, call: str) -> None:
+    watch = RestlessWatch(["near"], [])
+    good = getattr(watch, call)
+
+    def failing(ticket: int, *rest: Any) -> Any:
+        if ticket == 1:
+            raise ZeroDivisionError("by zero")
+        return good(ticket, *rest)
+
+    setattr(watch, call, failing)
+    engine = pace_of(parts, watch).engine
+    requests = [Request(str(i), PROMPTS[1], LENGTH) for i in range(3)]
+
+    done = {c.request_id: c for c in engine.generate(requests, return_errors=True)}
+
+    expected = greedy_reference(parts.target.model, PROMPTS[1], LENGTH).tokens
+    assert done["0"].token_ids == done["2"].token_ids == expected
+    assert done["1"].error is not None and "by zero" in done["1"].error
+    assert engine.num_rows == 0
+    for completion in engine.generate([Request("again", PROMPTS[1], LENGTH)]):
+        assert completion.token_ids == expected
+
+
 def test_rows_that_name_their_drafter_are_not_watched(parts: Parts) -> None:
     watch = RestlessWatch(ARMS, DRAFTERS, 4)
     pace = pace_of(parts, watch)
@@ -274,6 +298,37 @@ def test_memory_bounds_hold_for_what_is_kept_beside() -> None:
     assert done.token_ids == greedy_reference(parts.target.model, PROMPTS[1], LENGTH).tokens
     assert books.started == {"near", "random"}
     assert books.most == 1
+
+
+def test_a_drafter_beside_one_row_makes_room_for_the_arm_of_another() -> None:
+    """What is kept to come back to may not leave a new request without its drafter."""
+    one = parts_of("llama").drafters["near"].state_bytes([len(PROMPTS[1]) + LENGTH])
+    parts = parts_of("llama", max_rows=2, max_drafter_mb=1.5 * one / 1e6)
+    books = Books([parts.drafters["near"]])
+    watch = _LeavesAtOnce(["none"], [])
+    engine = pace_of(parts, watch).engine
+    first = engine.submit(Request("first", PROMPTS[1], LENGTH))
+    while not watch.seen:
+        engine.step()
+    assert books.held == {("near", first)}  # beside plain decoding
+
+    second = engine.submit(Request("second", PROMPTS[1], LENGTH, drafter="near"))
+    done = {}
+    while engine.num_rows or not done:
+        done |= {p.ticket: p.completion for p in engine.step() if p.completion is not None}
+
+    assert done[second].decision.arm == "near"
+    assert books.most == 1
+    expected = greedy_reference(parts.target.model, PROMPTS[1], LENGTH).tokens
+    assert done[first].token_ids == done[second].token_ids == expected
+
+
+class _LeavesAtOnce(RestlessWatch):
+    """Goes to plain decoding after the first round, and stays."""
+
+    def after_round(self, ticket: int, seen: Any) -> str | None:
+        self.seen.append(seen)
+        return "none" if seen.arm != "none" else None
 
 
 class _Even:

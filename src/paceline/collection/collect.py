@@ -18,7 +18,7 @@ from paceline.collection.card import Card, describe_run
 from paceline.collection.crew import gather
 from paceline.collection.replays import OutputTask, ReplayTask, ScoreTask, is_chain, writers
 from paceline.collection.trajectories import DecodeTask, EncodedPrompt, encode_prompts, under
-from paceline.collection.written import add_outputs
+from paceline.collection.written import check_outputs
 from paceline.contracts import GREEDY, NONE, identity_of_arms, sampling_label
 from paceline.errors import ConfigError, RequestError, StoreError
 from paceline.selection.encoders import TargetHidden, kept_encoders
@@ -89,7 +89,14 @@ def collect(
     _check_samplings(samplings)
     given, too_long = _encode(pace, prompts, samplings)
     run = _Run(pace, Path(folder), shard_size, on_progress)
-    present = run.check_present(given)
+    there = run.check_present(given)
+    present = {row.id for row in there}
+    # before anything is decoded: a file that lacks a prompt should not cost a night
+    answered = [*(row.prompt_id for row in there), *(p.id for p in prompts if p.id not in too_long)]
+    elsewhere = {
+        name: check_outputs(pace, name, Path(path), answered, run.collection)
+        for name, path in (outputs or {}).items()
+    }
     missing = [prompt for prompt in given if prompt.id not in present]
     settings = {
         "max_new_tokens": max_new_tokens,
@@ -105,8 +112,7 @@ def collect(
         replayed = run.replay(crew, rows)
         scored = run.score(crew, rows) if scores else {}
         written = run.let_write(crew, rows) if alignment else {}
-    for name, path in (outputs or {}).items():
-        written[name] = add_outputs(pace, name, Path(path), rows, run.collection)
+    written |= {name: found.keep() for name, found in elsewhere.items()}
     card.write(rows, finished=True)
     return CollectionReport(
         num_prompts=len(rows),
@@ -141,29 +147,27 @@ class _Run:
         }
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
-    def check_present(self, given: Sequence[EncodedPrompt]) -> set[str]:
-        """Ids that are there. Raises StoreError if one of them is there with another prompt."""
+    def check_present(self, given: Sequence[EncodedPrompt]) -> list[Trajectory]:
+        """What is there. Raises StoreError if one of those given is there with another prompt."""
         tokens = {prompt.id: prompt.tokens for prompt in given}
-        present: set[str] = set()
-        for there in read_trajectories(self.collection.trajectories):
+        rows = read_trajectories(self.collection.trajectories)
+        for there in rows:
             if tokens.get(there.id, there.prompt_tokens) != there.prompt_tokens:
                 raise StoreError(
                     f"{self.collection.folder}: '{there.id}' is there with another prompt; give the "
                     "new prompt its own id, or collect into a new folder"
                 )
-            present.add(there.id)
-        return present
+        return rows
 
     def decode(self, crew: Crew, missing: list[EncodedPrompt], max_new_tokens: int) -> None:
         # neighbours of like length waste little of a batch
         missing.sort(key=lambda prompt: (len(prompt.tokens), prompt.id))
         tasks = [DecodeTask(part, max_new_tokens) for part in self._parts(missing)]
         states = self._features[TargetHidden.name]
-        noted = states.ids()
+        # of a run that was stopped between the two stores; the prompt may have changed since
+        states.drop_last_without(self.collection.trajectories.ids())
         for result in crew.do(tasks, "decode", self._on_progress):
-            # features first: a run that is stopped between the two decodes this part again, to the
-            # same end, and does not write them twice
-            states.append([row for row in result.states if row["id"] not in noted])
+            states.append(result.states)
             self.collection.trajectories.append(result.trajectories)
             self.seconds["decode"] += result.seconds
 

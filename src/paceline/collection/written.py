@@ -9,33 +9,47 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from paceline.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
     from pathlib import Path
 
     from paceline.assembly import Pace
-    from paceline.store import Collection
-    from paceline.store.layout import Trajectory
+    from paceline.store import Collection, ShardStore
 
 _SHOWN = 5  # missing ids that are named
 
 
-def add_outputs(
-    pace: Pace,
-    writer: str,
-    path: Path,
-    trajectories: Sequence[Trajectory],
-    collection: Collection,
-) -> int:
-    """Keep a file's outputs under the writer's name; returns how many prompts had none yet.
+@dataclass(frozen=True, slots=True)
+class Written:
+    """One writer's outputs to all prompts of a collection, checked and not yet kept."""
 
-    Outputs to prompts that were not collected are left out. Raises ConfigError with file and line on one
-    that cannot be read, StoreError where the file lacks collected prompts or says otherwise than the one
-    before.
+    path: Path
+    tokens: dict[str, list[int]]  # prompt id -> output
+    store: ShardStore
+
+    def keep(self) -> int:
+        """Add what is new to the collection; returns how many prompts had none yet."""
+        there = self.store.ids()
+        new = [{"id": id, "output_tokens": t} for id, t in self.tokens.items() if id not in there]
+        self.store.append(new)
+        if new:
+            sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
+            self.store.record(file=self.path.name, sha256=sha256)
+        return len(new)
+
+
+def check_outputs(
+    pace: Pace, writer: str, path: Path, prompt_ids: Iterable[str], collection: Collection
+) -> Written:
+    """A file's outputs to these prompts; those to others are left out.
+
+    Raises ConfigError with file and line on one that cannot be read, StoreError where the file lacks
+    one of the prompts or says otherwise than the one before.
     """
     if writer in pace.drafters:
         raise ConfigError(
@@ -43,7 +57,7 @@ def add_outputs(
             "the outputs made elsewhere another name"
         )
     found = read_outputs(pace, path)
-    wanted = list(dict.fromkeys(t.prompt_id for t in trajectories))
+    wanted = list(dict.fromkeys(prompt_ids))
     missing = [id for id in wanted if id not in found]
     if missing:
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
@@ -58,11 +72,7 @@ def add_outputs(
             f"{path}: another output to '{changed}' than the one kept as '{writer}'; give the new ones "
             f"another name, or delete {store.folder}"
         )
-    new = [{"id": id, "output_tokens": found[id]} for id in wanted if id not in there]
-    store.append(new)
-    if new:
-        store.record(file=path.name, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-    return len(new)
+    return Written(path, {id: found[id] for id in wanted}, store)
 
 
 def read_outputs(pace: Pace, path: Path) -> dict[str, list[int]]:

@@ -20,7 +20,7 @@ from paceline.engine.prefixes import BLOCK, PrefixStore
 from paceline.engine.rows import Row
 from paceline.engine.step import Draft, judge, run_round
 from paceline.engine.stops import append_until_stop, final_text
-from paceline.engine.watching import Watcher, overlap
+from paceline.engine.watching import WATCH, Watcher, overlap
 from paceline.errors import (
     ArtefactError,
     ConfigError,
@@ -220,7 +220,9 @@ class Engine:
         """One round, with a watch's eyes on the rows that have one."""
         watcher = self._watcher
         marks = {} if watcher is None else watcher.before_round(rows)
-        run_round(rows, self.target, self._decode)
+        rows = [row for row in rows if row.finish_reason is None]
+        if rows:
+            run_round(rows, self.target, self._decode)
         for row in rows if marks else ():
             if row.id not in marks or row.error is not None:
                 continue
@@ -232,7 +234,7 @@ class Engine:
                     self._check_arm(arm, ArtefactError)
             except Exception as error:  # noqa: BLE001 - as a policy, it may come from anywhere
                 if row.finish_reason is None:
-                    row.fail("watch", error)
+                    row.fail(WATCH, error)
                 continue
             if row.finish_reason is not None or arm is None or arm == row.arm:
                 continue
@@ -399,7 +401,7 @@ class Engine:
 
     def _start_drafter(self, row: Row, decision: Decision) -> None:
         row.decision = decision
-        if not self._has_memory(row, self.drafters[decision.drafter]):
+        if not self._make_room(row, self.drafters[decision.drafter]):
             row.decision = Decision(NONE, policy=f"no memory for {decision.arm}")
         self._use(row, row.decision.arm)
 
@@ -426,18 +428,24 @@ class Engine:
         for drafter in list(row.kept):
             if drafter is not wanted and (not watched or overlap(drafter, wanted)):
                 self._let_go(row, drafter)
-        if wanted not in row.kept and not self._has_memory(row, wanted):
-            for drafter in list(row.kept):
-                self._let_go(row, drafter)
-            if not self._has_memory(row, wanted):
-                row.switches[-1] = (row.switches[-1][0], NONE)
-                arm = NONE
+        if wanted not in row.kept and not self._make_room(row, wanted):
+            row.switches[-1] = (row.switches[-1][0], NONE)
+            arm = NONE
         self._use(row, arm)
 
     def _let_go(self, row: Row, drafter: Drafter) -> None:
         """Give back what a drafter beside the one in use holds of the row."""
         row.kept.pop(drafter, None)
         self._guarded(row, lambda: drafter.finish([row]), drafter.name)
+
+    def _make_room(self, row: Row, wanted: Drafter) -> bool:
+        """Whether the row may start the drafter; drafters beside those in use are let go for it."""
+        for other in (row, *self._rows):
+            if self._has_memory(row, wanted):
+                return True
+            for drafter in list(other.kept):
+                self._let_go(other, drafter)
+        return self._has_memory(row, wanted)
 
     def _has_memory(self, row: Row, wanted: Drafter) -> bool:
         """Whether the drafters' rows would stay within their bound with this one for the row, too."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from paceline.contracts import NONE, RoundSeen, Scored
 from paceline.drafting.foresight import num_on_text
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from paceline.contracts import Context, Decision
     from paceline.drafting.base import Drafter
     from paceline.engine.rows import Row
+
+
+WATCH: Final = "watch"
+"""Whose fault a row's failure is, in its error."""
 
 
 class Watch(Protocol):
@@ -99,9 +103,13 @@ class Watcher:
         return self.watch.begin(row.id, context, decision, row.max_total - len(row.tokens))
 
     def end(self, row: Row) -> None:
-        if self._beside.pop(row.id, None) is not None:
-            del self._charged[row.id]
+        if self._beside.pop(row.id, None) is None:
+            return
+        del self._charged[row.id]
+        try:
             self.watch.end(row.id, max(len(row.tokens) - row.num_prompt - 1, 0))
+        except Exception as error:  # noqa: BLE001 - as a policy, it may come from anywhere
+            row.fail(WATCH, error)
 
     def watches(self, row: Row) -> bool:
         return row.id in self._beside
@@ -109,25 +117,35 @@ class Watcher:
     # --- a round ----------------------------------------------------------------------------------
 
     def before_round(self, rows: Sequence[Row]) -> dict[int, _Mark]:
-        """Make the drafts that are wanted; ticket -> where each watched row stands."""
+        """Make the drafts that are wanted; ticket -> where each watched row stands.
+
+        A row whose watch fails at it fails alone.
+        """
         marks: dict[int, _Mark] = {}
         for row in rows:
-            if not self.watches(row) or not self.watch.has_eyes_on(row.id):
+            if not self.watches(row):
                 continue
-            began = perf_counter()
-            started = row.seconds.draft - self._charged[row.id]
-            for name in self.watch.to_score(row.id):
-                self._draft_beside(row, name)
-            spent = perf_counter() - began
-            row.seconds.draft += spent
-            marks[row.id] = _Mark(
-                len(row.tokens),
-                row.seconds.draft,
-                row.seconds.verify + row.seconds.commit,
-                started,
-                spent,
-            )
+            try:
+                if self.watch.has_eyes_on(row.id):
+                    marks[row.id] = self._mark(row)
+            except Exception as error:  # noqa: BLE001 - as a policy, it may come from anywhere
+                row.fail(WATCH, error)
         return marks
+
+    def _mark(self, row: Row) -> _Mark:
+        began = perf_counter()
+        started = row.seconds.draft - self._charged[row.id]
+        for name in self.watch.to_score(row.id):
+            self._draft_beside(row, name)
+        spent = perf_counter() - began
+        row.seconds.draft += spent
+        return _Mark(
+            len(row.tokens),
+            row.seconds.draft,
+            row.seconds.verify + row.seconds.commit,
+            started,
+            spent,
+        )
 
     def after_round(self, row: Row, mark: _Mark, num_rows: int) -> str | None:
         """Tell the watch of a row's round; the arm it should go on with, None for the same."""

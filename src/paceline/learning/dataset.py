@@ -61,6 +61,7 @@ class Dataset:
     rounds: RoundTable
     costs: CostTable
     objective: Objective
+    reward: str  # speed, alignment or clocked
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -86,6 +87,12 @@ class Dataset:
     def seconds_for(self, rows: int) -> np.ndarray:
         """[N, A] predicted for the whole request, with so many requests in flight."""
         return self.rounds.seconds(self.costs.seconds, rows, self.objective)
+
+    def rewards_for(self, rows: int) -> np.ndarray:
+        """[N, A] with so many requests in flight. Alignment has none of its own: it knows no load."""
+        if rows == 1 or self.reward != "speed":
+            return self.rewards
+        return savings(self.seconds_for(rows), self.arms.index(NONE))
 
     def pricer(self) -> ArmPricer:
         """Live prices from the table that priced this."""
@@ -133,6 +140,7 @@ def build_dataset(
         rounds=rounds,
         costs=costs,
         objective=settings.objective,
+        reward=settings.reward,
     )
     return dataset, notes + check_learnable(dataset)
 

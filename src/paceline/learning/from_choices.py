@@ -184,6 +184,7 @@ def _dataset(
         rounds=RoundTable((), log.num_prompt, ()),
         costs=CostTable({}, []),
         objective=0.0,
+        reward="clocked",
     )
 
 

@@ -20,6 +20,7 @@ from paceline.files import write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from collections.abc import Set as AbstractSet
 
 FORMAT_VERSION: Final = 1
 _MANIFEST: Final = "manifest.json"
@@ -110,6 +111,15 @@ class ShardStore:
         write_atomically(self.folder / name, data)
         self._shards.append({"file": name, "rows": len(rows), "sha256": _checksum(data)})
         self._write_manifest()
+
+    def drop_last_without(self, ids: AbstractSet[str]) -> None:
+        """Forget the shards at the end that hold none of these ids."""
+        while self._shards:
+            table = self._read_shard(self._shards[-1], ["id"])
+            if not ids.isdisjoint(table.column("id").to_pylist()):
+                break
+            del self._shards[-1]
+            self._write_manifest()
 
     def read(self) -> pa.Table:
         """All rows, in the order in which they were written."""

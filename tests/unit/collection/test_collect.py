@@ -8,7 +8,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -39,6 +39,7 @@ from paceline.replay import rounds_of, target_distributions
 from paceline.selection.encoders import TargetHidden, build_encoder
 from paceline.selection.features import feature_vector
 from paceline.store import ShardStore, load_collection
+from paceline.store.layout import TRAJECTORIES
 from paceline.testing.reference import greedy_reference
 from paceline.testing.tokenizers import byte_tokenizer
 
@@ -321,6 +322,11 @@ def test_outputs_made_elsewhere_are_kept_by_name(
     with pytest.raises(ConfigError, match="'near' is configured here"):
         run(pace, records, tmp_path / "c", outputs={"near": fewer})
     assert sorted(p.name for p in (tmp_path / "c" / "outputs").iterdir()) == ["black-box", "near"]
+    # known before anything is decoded
+    with pytest.raises(StoreError, match="no output to"):
+        run(pace, records, tmp_path / "new", outputs={"other": fewer})
+    with pytest.raises(StoreError, match="the collection is empty"):
+        load_collection(tmp_path / "new")
 
 
 @pytest.mark.parametrize(
@@ -502,3 +508,27 @@ def test_stopped_at_any_write_a_run_continues_to_the_same_files(
             run(pace, records, tmp_path)
     run(pace, records, tmp_path)
     assert content(tmp_path) == content(whole)
+
+
+def test_what_a_stopped_run_saw_of_a_prompt_does_not_outlive_the_prompt(
+    pace: Pace, records: list[PromptRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(self: ShardStore, rows: list[dict[str, Any]]) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        features = ShardStore.append
+        patch.setattr(
+            ShardStore,
+            "append",
+            lambda store, rows: (stop if store.kind == TRAJECTORIES else features)(store, rows),
+        )
+        with pytest.raises(KeyboardInterrupt):
+            run(pace, records, tmp_path / "one")
+    others = [replace(r, prompt=f"{r.prompt} And again!") for r in records]
+    run(pace, others, tmp_path / "one")
+    run(pace, others, tmp_path / "other")
+
+    found, expected = (load_collection(tmp_path / n).prompts for n in ("one", "other"))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert np.array_equal(mine.features, theirs.features)

@@ -11,7 +11,7 @@ from paceline.contracts import split_arm
 from paceline.costs import ArmPricer, CostTable, Measurement, Objective
 from paceline.costs.pricing import reference_seconds_per_token, round_seconds
 from paceline.errors import ArtefactError, ConfigError
-from paceline.rewards import request_seconds, speeds
+from paceline.rewards import request_seconds
 
 ARMS = ("none", "math", "math@1", "lookup@6", "code@3", "code")
 LONGEST = {"none": 0, "math": 4, "lookup": 12, "code": 5}
@@ -144,10 +144,15 @@ def test_under_load_a_dear_width_turns_the_choice() -> None:
             cells.append(Measurement("target", "forward", tokens, 0, rows, max(1.0, packed / 8)))
     table = CostTable({}, cells)
     rounds = {"none": np.zeros((20, 2), dtype=int), "math": np.array([(4, 1)] * 10)}
+
+    def taken(arm: str, rows: int, objective: Objective) -> float:
+        return request_seconds(table.seconds, arm, 5, rounds[arm], rows, objective)
+
+    objectives: tuple[Objective, ...] = ("latency", "throughput")
     speed = {
-        (rows, o): speeds(table.seconds, 5, rounds, rows, o)["math"]
+        (rows, o): taken("none", rows, o) / taken("math", rows, o)
         for rows in (1, 8)
-        for o in ("latency", "throughput")
+        for o in objectives
     }
     assert speed[1, "latency"] == speed[1, "throughput"] == pytest.approx(2 / 1.1)
     assert speed[8, "latency"] == pytest.approx(2 / 1.6)

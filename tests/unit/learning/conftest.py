@@ -112,6 +112,7 @@ def tabled() -> Callable[..., Dataset]:
             "rounds": RoundTable(tuple(arms), np.full(N, 3), ()),
             "costs": CostTable({}, []),
             "objective": "latency",
+            "reward": "speed",
         } | changes
         return Dataset(groups=values.pop("groups", values["ids"]), **values)
 

@@ -152,7 +152,7 @@ def test_choosing_is_charged_to_the_policy_alone() -> None:
     assert charged.overall.strategies[POLICY].seconds == pytest.approx(30 + 3 * 0.5)
     regret = charged.overall.strategies[POLICY].regret_seconds.value
     assert regret == pytest.approx(free.overall.strategies[POLICY].regret_seconds.value + 0.5)
-    assert charged.policy_over["none"].value == pytest.approx(48 / 31.5)
+    assert charged.over[POLICY]["none"].value == pytest.approx(48 / 31.5)
     assert charged.by_seed[POLICY] == (pytest.approx(48 / 31.5),)
     others = [RANDOM, BEST_SINGLE, PER_TASK, FIRST_LINE, ORACLE]
     assert [charged.overall.strategies[o] for o in others] == [
@@ -199,9 +199,9 @@ def test_strategies_come_in_order_and_intervals_hold_their_figure() -> None:
     intervals += [strategies[POLICY].regret, strategies[POLICY].regret_seconds]
     for found in intervals:
         assert found.low < found.value < found.high
-    assert report.policy_over[BEST_SINGLE].low > 1.05
+    assert report.over[POLICY][BEST_SINGLE].low > 1.05
     ratio = speed[POLICY] / speed[BEST_SINGLE]
-    assert report.policy_over[BEST_SINGLE].value == pytest.approx(ratio)
+    assert report.over[POLICY][BEST_SINGLE].value == pytest.approx(ratio)
     # the least of three tasks is less than any of them, more often than not
     slowest = report.slowest[POLICY]
     own = report.by_domain[slowest.task].strategies[POLICY].speedup
@@ -253,7 +253,7 @@ def test_no_gain_is_not_shown_as_one() -> None:
     wrong = policy[POLICY][0][:, [0, 2, 1]]
     report = evaluate(many(0, 200, 0.4)[0], held_out, {POLICY: [wrong]})
 
-    assert report.policy_over[BEST_SINGLE].high < 1.0
+    assert report.over[POLICY][BEST_SINGLE].high < 1.0
 
 
 def test_a_resample_is_one_of_prompts_with_repetition() -> None:

@@ -1,4 +1,4 @@
-"""Rewards: seconds summed as the engine spends them, speeds, ROUGE-L, the alignment reward."""
+"""Rewards: seconds summed as the engine spends them, ROUGE-L, the alignment reward."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from paceline.rewards import (
     requests_seconds,
     rouge_1_f1,
     rouge_l_f1,
-    speeds,
     token_seconds,
 )
 
@@ -86,8 +85,8 @@ def test_many_requests_are_priced_as_each_on_its_own(
 
 
 def test_an_answer_of_one_token_starts_no_drafter() -> None:
-    rounds = {"none": as_array([]), "math": as_array([])}
-    assert speeds(prices, 7, rounds) == {"none": 1.0, "math": 1.0}
+    of_none, of_math = (request_seconds(prices, arm, 7, as_array([])) for arm in ("none", "math"))
+    assert of_math == of_none > 0.0
 
 
 def test_an_arm_is_faster_by_the_forwards_it_saves() -> None:
@@ -96,8 +95,8 @@ def test_an_arm_is_faster_by_the_forwards_it_saves() -> None:
     def seconds(subject: str, operation: str, tokens: Any, context: Any, rows: int) -> float:
         return costs.get((subject, operation), 0.0)  # one figure for all rounds
 
-    rounds = {"none": as_array([(0, 0)] * 10), "math": as_array([(4, 4)] * 2)}
-    assert speeds(seconds, 5, rounds) == {"none": 1.0, "math": 10 / 2.5}
+    assert request_seconds(seconds, "none", 5, as_array([(0, 0)] * 10)) == 10
+    assert request_seconds(seconds, "math", 5, as_array([(4, 4)] * 2)) == 2.5
 
 
 def test_a_cost_table_prices_a_request() -> None:

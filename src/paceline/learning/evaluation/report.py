@@ -140,11 +140,6 @@ class EvaluationReport:
     notes: tuple[str, ...] = ()
 
     @property
-    def policy_over(self) -> dict[str, Interval]:
-        """`over` of the first policy."""
-        return self.over[self.policies[0]]
-
-    @property
     def fraction_of_oracle(self) -> float:
         """The first policy's speed over the oracle's."""
         return self.overall.strategies[self.policies[0]].of_oracle

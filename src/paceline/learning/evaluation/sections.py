@@ -219,7 +219,7 @@ def _outcomes(data: Dataset, rows: int, lines: FirstLines | None = None) -> Outc
         arms=data.arms,
         domains=data.domains,
         seconds=data.seconds if rows == 1 else data.seconds_for(rows),
-        rewards=data.rewards,
+        rewards=data.rewards_for(rows),
         num_tokens=data.num_tokens,
         first_lines=lines.of(data.prompts) if lines is not None else (),
     )
