@@ -123,7 +123,7 @@ class LearningSection(Section):
         "latency"
     )
     loads: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 2, 4, 8, 16), min_length=1)
-    kinds: int = Field(default=12, ge=1)
+    kinds: int = Field(default=48, ge=1)
     gate_decay: float = Field(default=0.1, ge=0.0)
     optimism: float = Field(default=0.5, ge=0.0)
     hidden_units: int = Field(default=64, ge=1)

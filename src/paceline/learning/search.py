@@ -21,7 +21,7 @@ _OF_NETWORKS: Final = {
     "entropy_weight": (1e-3, 0.1),
 }
 SPACES: Final[Mapping[str, Mapping[str, tuple[float, float]]]] = {
-    "acceptance": {"kinds": (4, 48), "gate_decay": (1e-2, 2.0)},
+    "acceptance": {"kinds": (6, 96), "gate_decay": (1e-2, 2.0)},
     "reinforce": _OF_NETWORKS,
     "policy_gradient": _OF_NETWORKS,
     "cost_sensitive": _OF_NETWORKS,

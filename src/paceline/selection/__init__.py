@@ -11,14 +11,13 @@ from paceline.selection.artefact import (
     policy_of,
     save_policy,
 )
-from paceline.selection.features import FEATURE_VERSION, feature_vector
+from paceline.selection.features import feature_vector
 from paceline.selection.guard import Guard
 from paceline.selection.policies import Policy
 from paceline.selection.round_prices import RoundPrices, TablePrices
 from paceline.selection.watch import Watch
 
 __all__ = [
-    "FEATURE_VERSION",
     "Arm",
     "Guard",
     "Hedge",

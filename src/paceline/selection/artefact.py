@@ -1,7 +1,7 @@
 """The policy on disk: a folder of `policy.safetensors` and `policy.json`.
 
 The JSON file names everything the policy was learned with; whatever would make its choices
-meaningless (another target, tokenizer, set of drafters or feature version) is refused on loading,
+meaningless (another target, tokenizer, set of drafters or encoder) is refused on loading,
 with what was expected and found. A changed cost table is not refused: a portable policy is priced
 with the new one, others say that they were made for another. The JSON file is written last and
 holds the checksum of the weights, so a torn pair is recognised.
@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from paceline.config import DEFAULT_ENCODERS, explain
+from paceline.config import explain
 from paceline.contracts import NONE, split_arm
 from paceline.costs.pricing import ArmPricer
 from paceline.errors import ArtefactError
 from paceline.files import write_atomically
 from paceline.selection.choosers import CHOOSERS, PortableChooser
 from paceline.selection.encoders import FeatureEncoder, build_encoder
-from paceline.selection.features import FEATURE_VERSION, feature_vector
+from paceline.selection.features import feature_vector
 from paceline.selection.policies import Policy
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from paceline.costs import CostTable, Objective
     from paceline.selection.choosers import Chooser
 
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4
 WEIGHTS_FILE: Final = "policy.safetensors"
 CARD_FILE: Final = "policy.json"
 _AGAIN: Final = "run `paceline learn`"
@@ -78,12 +78,11 @@ class PolicyArtefact(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format_version: int = FORMAT_VERSION
-    feature_version: int = FEATURE_VERSION
     target: str
     tokenizer: str
     hidden_size: int
     drafters: dict[str, str]
-    encoders: dict[str, str] = {}
+    encoders: dict[str, str] = Field(min_length=1)
     arms: list[str]
     chooser: str
     facts: dict[str, Any] = {}
@@ -127,10 +126,9 @@ def load_policy(
     """
     card = read_card(folder)
     _check_identity(card, expect, str(folder))
-    names = list(card.encoders) or DEFAULT_ENCODERS
-    encode = build_encoder(card.hidden_size, selection, names)
+    encode = build_encoder(card.hidden_size, selection, list(card.encoders))
     for name, line in encode.identities().items():
-        _check(f"encoder '{name}'", line, card.encoders.get(name, line), str(folder))
+        _check(f"encoder '{name}'", line, card.encoders[name], str(folder))
     chooser = _chooser(card, Path(folder) / WEIGHTS_FILE)
     notes = []
     if isinstance(chooser, PortableChooser):
@@ -233,7 +231,6 @@ def _read(path: Path) -> bytes:
 
 
 def _check_identity(card: PolicyArtefact, expect: PolicyIdentity, where: str) -> None:
-    _check("feature version", FEATURE_VERSION, card.feature_version, where)
     _check("target", expect.target, card.target, where)
     _check("tokenizer", expect.tokenizer, card.tokenizer, where)
     _check("hidden size", expect.hidden_size, card.hidden_size, where)

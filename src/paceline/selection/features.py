@@ -16,9 +16,6 @@ from paceline.errors import RequestError
 if TYPE_CHECKING:
     from paceline.contracts import Context
 
-FEATURE_VERSION: Final = 1
-"""Raised whenever a feature is added, removed, moved or computed otherwise."""
-
 STATISTICS: Final = (
     "log_prompt_tokens",
     "bigram_overlap",
@@ -34,13 +31,6 @@ _ID_BITS: Final = 21  # three ids in one int64; an id above 2**21 could only be 
 def num_features(hidden_size: int) -> int:
     """F, the length of a feature vector for a target of this hidden size."""
     return 2 * hidden_size + len(STATISTICS)
-
-
-def feature_names(hidden_size: int) -> list[str]:
-    """F names, in the order of the vector."""
-    mean = [f"mean_hidden_{i}" for i in range(hidden_size)]
-    last = [f"last_hidden_{i}" for i in range(hidden_size)]
-    return [*mean, *last, *STATISTICS]
 
 
 def feature_vector(context: Context) -> np.ndarray:

@@ -20,8 +20,14 @@ from paceline.selection.artefact import (
     RewardCard,
     read_card,
 )
-from paceline.selection.choosers import AcceptanceChooser, NetworkChooser, PolicyNetwork
-from paceline.selection.features import FEATURE_VERSION, num_features
+from paceline.selection.choosers import (
+    AcceptanceChooser,
+    NetworkChooser,
+    PolicyNetwork,
+    Reduction,
+)
+from paceline.selection.encoders import build_encoder
+from paceline.selection.features import num_features
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,10 +57,12 @@ def portable() -> AcceptanceChooser:
     kinds = rng.uniform(0.2, 0.8, size=(1, 3, O))
     kinds[:, :, 2 * len(NAMES) : -1] = 0.0  # every round drafts, of `none` none does
     kinds[:, :, [len(NAMES) * i + NAMES.index("none") for i in range(3)]] = (1.0, 0.0, 1.0)
-    shapes = [(F,), (F,), (1, F, 3), (1, 3)]
-    learned = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    shapes = [(F,), (F,), (F, 4), (4,), (1, 4, 3), (1, 3)]
+    arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
     ends = (np.zeros(O, np.float32), np.ones(O, np.float32))
-    return AcceptanceChooser(NAMES, *learned, kinds.astype(np.float32), *ends)
+    return AcceptanceChooser(
+        NAMES, Reduction(*arrays[:4]), *arrays[4:], kinds.astype(np.float32), *ends
+    )
 
 
 def prices(propose: float = 0.1) -> CostTable:
@@ -73,6 +81,7 @@ def card(**changes: Any) -> PolicyArtefact:
         "tokenizer": IDENTITY.tokenizer,
         "hidden_size": D,
         "drafters": ARMS,
+        "encoders": build_encoder(D).identities(),
         "arms": list(NAMES),
         "chooser": "network",
         "facts": {"num_networks": 1},
@@ -117,7 +126,7 @@ def test_the_card_says_what_the_policy_was_learned_with(folder: Path) -> None:
     found = read_card(folder)
 
     assert found == card(weights_sha256=found.weights_sha256)
-    assert (found.format_version, found.feature_version) == (3, FEATURE_VERSION)
+    assert found.format_version == 4
 
 
 def test_only_the_two_files_are_left(folder: Path) -> None:
@@ -216,11 +225,12 @@ def torn(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
+        (edited(encoders={}), [CARD_FILE, "encoders"]),
         (
-            edited(feature_version=99),
-            ["feature version", f"expected {FEATURE_VERSION}", "found 99"],
+            edited(encoders={"text_stats": "version=99, features=6"}),
+            ["encoder 'text_stats'", "expected version=1", "found version=99"],
         ),
-        (edited(format_version=1), ["format version", "expected 3", "found 1"]),
+        (edited(format_version=1), ["format version", "expected 4", "found 1"]),
         (edited(format_version=None), ["format version", "found None"]),
         (edited(arms=None), [CARD_FILE, "'arms' is missing"]),
         (edited(arms=["none", "math@2"]), ["damaged", "none, math@2 are not of its drafters"]),

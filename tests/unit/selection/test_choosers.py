@@ -53,10 +53,10 @@ def reduction() -> Reduction:
 
 def acceptance(seed: int = 1) -> AcceptanceChooser:
     M, E, O = 5, 2, 3 * A + 1  # noqa: E741
-    mean, scale, gates, biases = arrays((F,), (F,), (E, F, M), (E, M), seed=seed)
+    gates, biases = arrays((E, Z, M), (E, M), seed=seed)
     kinds = np.random.default_rng(seed).uniform(0.2, 1.0, size=(E, M, O)).astype(np.float32)
     low, high = np.full(O, 0.1, np.float32), np.full(O, 0.9, np.float32)
-    return AcceptanceChooser(ARMS, mean, scale, gates, biases, kinds, low, high)
+    return AcceptanceChooser(ARMS, reduction(), gates, biases, kinds, low, high)
 
 
 def neighbours() -> NeighboursChooser:
@@ -159,7 +159,7 @@ def test_networks_are_averaged_in_the_logarithm() -> None:
 def test_outcomes_are_the_gates_mean_of_kinds() -> None:
     chooser = acceptance()
     for i, vector in enumerate(FEATURES):
-        inputs = np.clip((vector - chooser.mean) * chooser.scale, -CLIP, CLIP)
+        inputs = chooser.reduction(vector[None])[0]
         expected = np.zeros(3 * A + 1)
         for gate, bias, kinds in zip(chooser.gates, chooser.biases, chooser.kinds, strict=True):
             shares = softmax(inputs @ gate + bias)
@@ -170,7 +170,6 @@ def test_outcomes_are_the_gates_mean_of_kinds() -> None:
 
 def test_gates_of_several_choosers_are_averaged() -> None:
     one, two = acceptance(1), acceptance(2)
-    two.mean, two.scale = one.mean, one.scale
     both = AcceptanceChooser.merged([one, two])
 
     each = [chooser.outcomes(FEATURES) for chooser in (one, two)]

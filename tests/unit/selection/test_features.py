@@ -13,7 +13,6 @@ from paceline.contracts import Context, SamplingParams
 from paceline.errors import RequestError
 from paceline.selection.features import (
     STATISTICS,
-    feature_names,
     feature_vector,
     ngram_overlap,
     num_features,
@@ -28,7 +27,8 @@ def context(tokens: list[int], **changes: object) -> Context:
 
 
 def named(vector: np.ndarray) -> dict[str, float]:
-    return dict(zip(feature_names(D), vector.tolist(), strict=True))
+    hidden = [f"{part}_hidden_{i}" for part in ("mean", "last") for i in range(D)]
+    return dict(zip([*hidden, *STATISTICS], vector.tolist(), strict=True))
 
 
 def overlap_one_by_one(tokens: list[int], n: int) -> float:

@@ -38,13 +38,14 @@ if TYPE_CHECKING:
     from paceline.learning.learners.base import Progress
     from paceline.selection.choosers import Reduction
 
-_COMPONENTS: Final = 32
+_COMPONENTS: Final = (32, 64)  # at least, at most
+_PROMPTS_A_COMPONENT: Final = 8  # fewer do not tell a direction from noise
 _WIDE: Final = 10.0  # the hidden states' weight beside one statistic
 _NORM: Final = 10.0  # of a typical input, so that gates are decided from the beginning
 _GATES: Final = 12
 _LEARNING_RATE: Final = 2e-2  # at the beginning; it falls to 0 at the end
 _STEPS: Final = 400
-_LEAST_EPOCHS: Final = 5
+_LEAST_EPOCHS: Final = 20
 _JUDGED: Final = 12  # times on the way
 _MOST_JUDGED: Final = 400  # prompts of a fold that are priced at each judgement
 _FINAL: Final = 100  # stream of what is kept; the folds' are their numbers
@@ -58,7 +59,8 @@ class MixtureTraining:
         self._settings = settings
         self._generator = torch.Generator().manual_seed(1000 * settings.seed + stream)
         weights = block_weights(data.spans, data.features.shape[1], _WIDE)
-        self._reduction = reduce(data.features, weights, _COMPONENTS)
+        num_components = int(np.clip(len(data) // _PROMPTS_A_COMPONENT, *_COMPONENTS))
+        self._reduction = reduce(data.features, weights, num_components)
         inputs = self._reduction(data.features)  # [N, Z]
         self._size = _NORM / max(float(np.sqrt((inputs**2).sum(axis=1).mean())), 1e-12)
         outcomes = outcomes_of(data)
@@ -107,14 +109,14 @@ class MixtureTraining:
 
     @torch.no_grad()
     def chooser(self) -> AcceptanceChooser:
-        """As served: reduction and sizes become part of the gates and kinds."""
-        gates = self.gates.numpy().astype(np.float64) * self._size  # [E, Z, M]
+        """As served: sizes become part of the gates and kinds."""
+        gates = self.gates.numpy() * self._size  # [E, Z, M]
         kinds = self.kinds.numpy() * self._spread + self._mean
         return _chooser(
             self._data,
             self._reduction,
-            np.einsum("fz,ezm->efm", self._reduction.basis, gates),
-            self.biases.numpy()[:, 0] - np.einsum("z,ezm->em", self._reduction.centre, gates),
+            gates,
+            self.biases.numpy()[:, 0],
             kinds,
             self._low,
             self._high,
@@ -122,11 +124,10 @@ class MixtureTraining:
 
     def average(self) -> AcceptanceChooser:
         """One kind for all: arms do what they do on average."""
-        F = self._data.features.shape[1]
         return _chooser(
             self._data,
             self._reduction,
-            np.zeros((1, F, 1)),
+            np.zeros((1, self._reduction.num_components, 1)),
             np.zeros((1, 1)),
             self._mean[None, None],
             self._low,
@@ -136,7 +137,7 @@ class MixtureTraining:
 
 def _chooser(data: Dataset, reduction: Reduction, *learned: np.ndarray) -> AcceptanceChooser:
     arrays = (array.astype(np.float32) for array in learned)
-    return AcceptanceChooser(data.arms, reduction.mean, reduction.scale, *arrays)
+    return AcceptanceChooser(data.arms, reduction, *arrays)
 
 
 @dataclass(slots=True)

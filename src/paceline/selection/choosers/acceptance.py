@@ -3,7 +3,8 @@
 There are a few kinds of prompt, found in training; a gate gives each a share, and the prediction is
 the shares' mean of what arms do on each kind. So it stays within what was seen in training, however
 unheard-of the prompt. The kinds are no task labels: nothing but the arms' own outcomes made them.
-Symbols: N prompts, F features, M kinds, E gates of an ensemble, A arms, O = 3 A + 1 outcomes.
+Symbols: N prompts, F features, Z components of them, M kinds, E gates of an ensemble, A arms,
+O = 3 A + 1 outcomes.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from paceline.selection.choosers.base import PortableChooser, Situation, Work, softmax
-from paceline.selection.choosers.network import standardise
+from paceline.selection.choosers.reduction import Reduction
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from paceline.selection.choosers.base import Arrays, Facts
 
-_ARRAYS = ("mean", "scale", "gates", "biases", "kinds", "low", "high")
+_ARRAYS = ("gates", "biases", "kinds", "low", "high")
 
 
 class AcceptanceChooser(PortableChooser):
-    """outcomes = mean over E of softmax(standardised @ gate + bias) @ kinds, held within a range.
+    """outcomes = mean over E of softmax(components @ gate + bias) @ kinds, held within a range.
 
     The outcomes are rounds, drafted tokens and rounds that draft nothing, each per token, of each
     arm, and the logarithm of the tokens after the first.
@@ -35,26 +36,25 @@ class AcceptanceChooser(PortableChooser):
     def __init__(
         self,
         arms: Sequence[str],
-        mean: np.ndarray,  # [F]
-        scale: np.ndarray,  # [F]
-        gates: np.ndarray,  # [E, F, M]
+        reduction: Reduction,  # F to Z
+        gates: np.ndarray,  # [E, Z, M]
         biases: np.ndarray,  # [E, M]
         kinds: np.ndarray,  # [E, M, O]
         low: np.ndarray,  # [O] the least in training
         high: np.ndarray,  # [O]
     ) -> None:
         self.arms = tuple(arms)
-        self.mean, self.scale = mean, scale
+        self.reduction = reduction
         self.gates, self.biases, self.kinds = gates, biases, kinds
         self.low, self.high = low, high
-        E, F, M = gates.shape
+        E, Z, M = gates.shape
         O = 3 * len(self.arms) + 1  # noqa: E741
-        expected = ((F,), (F,), (E, F, M), (E, M), (E, M, O), (O,), (O,))
+        expected = ((E, reduction.num_components, M), (E, M), (E, M, O), (O,), (O,))
         found = tuple(getattr(self, name).shape for name in _ARRAYS)
         if found != expected:
             raise ValueError(f"arrays {found} where {expected} are expected")
         # all gates in one product
-        self._gate = np.ascontiguousarray(gates.transpose(1, 0, 2).reshape(F, E * M))
+        self._gate = np.ascontiguousarray(gates.transpose(1, 0, 2).reshape(Z, E * M))
 
     def work(self, features: np.ndarray, situation: Situation) -> Work:
         return as_work(self.outcomes(features), situation)
@@ -62,27 +62,27 @@ class AcceptanceChooser(PortableChooser):
     def outcomes(self, features: np.ndarray) -> np.ndarray:
         """[N, O] float64."""
         E, M = self.biases.shape
-        inputs = standardise(features, self.mean, self.scale)
-        logits = (inputs @ self._gate).reshape(-1, E, M) + self.biases
+        logits = (self.reduction(features) @ self._gate).reshape(-1, E, M) + self.biases
         shares = softmax(logits).reshape(-1, E * M) / E
         mixed = shares @ self.kinds.reshape(E * M, -1)
         return np.asarray(np.clip(mixed, self.low, self.high))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        return {name: getattr(self, name) for name in _ARRAYS}
+        return self.reduction.arrays() | {name: getattr(self, name) for name in _ARRAYS}
 
     @classmethod
     def merged(cls, choosers: Sequence[AcceptanceChooser]) -> AcceptanceChooser:
+        """Of several trainings on the same prompts."""
         first = choosers[0]
         gates, biases, kinds = (
             np.concatenate([getattr(chooser, name) for chooser in choosers])
             for name in ("gates", "biases", "kinds")
         )
-        return cls(first.arms, first.mean, first.scale, gates, biases, kinds, first.low, first.high)
+        return cls(first.arms, first.reduction, gates, biases, kinds, first.low, first.high)
 
     @classmethod
     def restore(cls, arms: Sequence[str], arrays: Arrays, facts: Facts) -> AcceptanceChooser:
-        return cls(arms, *(arrays[name] for name in _ARRAYS))
+        return cls(arms, Reduction.restore(arrays), *(arrays[name] for name in _ARRAYS))
 
 
 def as_work(outcomes: np.ndarray, situation: Situation) -> Work:
