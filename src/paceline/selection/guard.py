@@ -23,8 +23,12 @@ FEWEST_LOST: Final = 1.5
 TRUST: Final = 2.0
 """How many times as much an arm may lose in a request that gains, with confidence, over requests."""
 
-CONFIDENCE: Final = 2.0
-"""Standard errors by which an arm must lose, over requests, to be benched; or gain, to be trusted."""
+LOSES: Final = 1.6
+"""Standard errors by which an arm must lose, over requests, to be benched: three alike are enough.
+Less than trust asks for, since a bench is probed and every losing request is a slow answer."""
+
+GAINS: Final = 2.0
+"""Standard errors by which an arm must gain, over requests, to be trusted."""
 
 MEMORY: Final = 0.97
 """What a request still weighs at the next one of the same arm."""
@@ -145,7 +149,7 @@ class Guard:
                 self._probed(record, loss)
             elif record.benched_until is None:
                 record.add(loss)
-                if record.score > CONFIDENCE:
+                if record.score > LOSES:
                     record.benched_until = self._num_requests + record.pause
         if ledger.probes is not None:
             self._records[ledger.probes].is_probed = False
@@ -190,7 +194,7 @@ class Guard:
     def _allowed(self, ledger: Ledger, arm: str) -> float:
         """Plain rounds that a request may lose with an arm."""
         record = self._records.get(arm)
-        trusted = record is not None and record.score < -CONFIDENCE
+        trusted = record is not None and record.score < -GAINS
         allowed = max(FEWEST_LOST, ALLOWED_LOSS * ledger.expected_rounds)
         return allowed * (TRUST if trusted else 1.0)
 

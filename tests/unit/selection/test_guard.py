@@ -8,10 +8,10 @@ import pytest
 
 from paceline.selection.guard import (
     ALLOWED_LOSS,
-    CONFIDENCE,
     FEWEST_LOST,
     FIRST_PAUSE,
     LONGEST_PAUSE,
+    LOSES,
     PROBE_SHARE,
     TRUST,
     Guard,
@@ -98,7 +98,7 @@ def test_an_arm_is_benched_when_its_requests_lose_with_confidence() -> None:
         request(guard, "a", 1.0)
         needed += 1
     # the sum of n equal losses is sqrt(n) of its standard errors, a little less as it fades
-    assert CONFIDENCE**2 < needed <= CONFIDENCE**2 + 2
+    assert LOSES**2 < needed <= LOSES**2 + 2
     assert guard.admits("b")
     [line] = guard.report()
     assert line.startswith("a: ") and "benched" in line
