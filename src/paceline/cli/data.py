@@ -44,6 +44,7 @@ def _print(console: Console, report: DataReport) -> None:
     _print_tasks(console, report)
     if report.acceptance:
         _print_acceptance(console, report)
+        _print_overlap(console, report)
     if report.oracle:
         _print_oracle(console, report)
     for name, count in report.writers.items():
@@ -76,6 +77,25 @@ def _print_acceptance(console: Console, report: DataReport) -> None:
             match = "-" if own.match is None else f"{own.match:.0%}"
             cells.append(f"{own.tokens_per_round:.2f} ({match})")
         table.add_row(task, *cells)
+    console.print(table)
+
+
+def _print_overlap(console: Console, report: DataReport) -> None:
+    """Of the drafters whose distributions were compared with the target's."""
+    scored = {
+        name: by_task
+        for name, by_task in report.acceptance.items()
+        if any(own.overlap is not None for own in by_task.values())
+    }
+    if not scored:
+        return
+    table = _table("how much of the target's distribution a drafter covers: sum min(p, q)", "task")
+    for name in scored:
+        table.add_column(name, justify="right")
+    for task in report.tasks:
+        _before_all(table, task)
+        overlaps = [by_task[task].overlap for by_task in scored.values()]
+        table.add_row(task, *("-" if one is None else f"{one:.2f}" for one in overlaps))
     console.print(table)
 
 

@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from statistics import median
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +21,7 @@ from paceline.learning.rounds import round_table
 from paceline.replay import rounds_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
     from typing import Any
 
@@ -49,6 +50,7 @@ class Acceptance:
     match: float | None  # the share of drafts whose first token was right; None without a draft
     drafting: float  # the share of rounds that had a draft
     tokens_per_round: float  # emitted, the target's own token included
+    overlap: float | None = None  # mean sum of min(p, q) over the outputs' tokens, where scored
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +76,14 @@ class DataReport:
 
 
 def describe(
-    prompts: Sequence[CollectedPrompt], arms: Sequence[str], costs: CostTable | None
+    prompts: Sequence[CollectedPrompt],
+    arms: Sequence[str],
+    costs: CostTable | None,
+    overlaps: Mapping[str, Mapping[str, np.ndarray]] = MappingProxyType({}),
 ) -> DataReport:
-    """arms: those an oracle chooses among, drafters at draft lengths; costs: None leaves that out."""
+    """arms: those an oracle chooses among, drafters at draft lengths; costs: None leaves that out.
+    overlaps: drafter -> row's id -> sums of min(p, q), where the collection has them.
+    """
     by_task: dict[str, list[CollectedPrompt]] = {}
     for prompt in sorted(prompts, key=lambda p: p.domain):
         by_task.setdefault(prompt.domain, []).append(prompt)
@@ -85,7 +92,10 @@ def describe(
     return DataReport(
         tasks={task: _task(rows) for task, rows in by_task.items()},
         acceptance={
-            name: {task: _acceptance(rows, name) for task, rows in by_task.items()}
+            name: {
+                task: _acceptance(rows, name, overlaps.get(name, {}))
+                for task, rows in by_task.items()
+            }
             for name in drafters
         },
         oracle=_oracles(prompts, by_task, arms, costs) if costs is not None else {},
@@ -106,15 +116,19 @@ def _task(rows: Sequence[CollectedPrompt]) -> TaskData:
     )
 
 
-def _acceptance(rows: Sequence[CollectedPrompt], drafter: str) -> Acceptance:
+def _acceptance(
+    rows: Sequence[CollectedPrompt], drafter: str, overlaps: Mapping[str, np.ndarray]
+) -> Acceptance:
     # every place where a round might start, where that is known
     places = np.concatenate([p.replays[drafter].table for p in rows]).astype(np.int64)
     rounds = np.concatenate([rounds_of(p, drafter) for p in rows]).astype(np.int64)
     drafts = places[places[:, 0] > 0]
+    scored = [overlaps[row.id] for row in rows if len(overlaps.get(row.id, ()))]
     return Acceptance(
         match=float((drafts[:, 1] > 0).mean()) if len(drafts) else None,
         drafting=float((rounds[:, 0] > 0).mean()) if len(rounds) else 0.0,
         tokens_per_round=1.0 + float(rounds[:, 1].mean()) if len(rounds) else 1.0,
+        overlap=float(np.concatenate(scored).mean()) if scored else None,
     )
 
 

@@ -27,7 +27,12 @@ from paceline.models.loading import load_tokenizer
 from paceline.models.vocabulary import Vocabulary
 from paceline.replay import price_stops
 from paceline.selection.encoders import build_encoder
-from paceline.store.collection import load_collection, open_trajectories, read_trajectories
+from paceline.store.collection import (
+    load_collection,
+    open_trajectories,
+    read_overlaps,
+    read_trajectories,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -91,7 +96,7 @@ def data(config: Config) -> DataReport:
     except ArtefactError as error:
         costs = None
         notes.append(f"who would be fastest is not known: {error}")
-    report = describe(prompts, arms, costs)
+    report = describe(prompts, arms, costs, read_overlaps(config.paths.store))
     report.notes.extend(notes)
     return report
 

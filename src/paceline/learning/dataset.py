@@ -136,7 +136,7 @@ def build_dataset(
         empty_per_token=rounds.num_empty() / after_first,
         seconds=seconds,
         rewards=rewards,
-        spans=prompts[0].spans or spans_of(features.shape[1]),
+        spans=prompts[0].spans or default_spans(features.shape[1]),
         rounds=rounds,
         costs=costs,
         objective=settings.objective,
@@ -145,7 +145,7 @@ def build_dataset(
     return dataset, notes + check_learnable(dataset)
 
 
-def spans_of(num_features: int) -> dict[str, slice]:
+def default_spans(num_features: int) -> dict[str, slice]:
     """The blocks of the default encoders' features: hidden states, then statistics."""
     num_hidden = max(num_features - len(STATISTICS), 0)
     return {"target_hidden": slice(0, num_hidden), "text_stats": slice(num_hidden, num_features)}

@@ -16,6 +16,7 @@ from typing import Final
 import numpy as np
 
 from paceline.errors import StoreError
+from paceline.selection.scaling import standardisation
 
 _SUM_TOLERANCE: Final = 1e-6
 NUM_FOLDS: Final = 5
@@ -229,9 +230,7 @@ class RewardModel:
         """From features [n, F] and what was logged; see `cross_fitted_rewards`."""
         if features.ndim != 2 or len(features) != len(logged) or not np.isfinite(features).all():
             raise StoreError(f"features must be finite, one row for each of {len(logged)} choices")
-        mean, std = features.mean(axis=0, dtype=np.float64), features.std(axis=0, dtype=np.float64)
-        varies = std > 1e-6 * (1 + np.abs(mean))
-        scale = np.where(varies, 1 / np.where(varies, std, 1.0), 0.0)
+        mean, scale = standardisation(features)
         inputs = (features - mean) * scale
         coefficients = np.zeros((features.shape[1], logged.num_arms))
         intercepts = np.full(logged.num_arms, logged.rewards.mean())

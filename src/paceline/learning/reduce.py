@@ -10,21 +10,12 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from paceline.selection.choosers import Reduction
-from paceline.selection.choosers.network import standardise
+from paceline.selection.scaling import standardisation, standardise
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _WIDE: Final = 16  # features; a block of more is one source that says many things at once
-
-
-def standardisation(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(mean, scale) [F] float32; a feature that does not vary gets the scale 0."""
-    mean = features.mean(axis=0, dtype=np.float64)
-    std = features.std(axis=0, dtype=np.float64)
-    varies = std > 1e-6 * (1.0 + np.abs(mean))
-    scale = np.where(varies, 1.0 / np.where(varies, std, 1.0), 0.0)
-    return mean.astype(np.float32), scale.astype(np.float32)
 
 
 def block_weights(spans: Mapping[str, slice], num_features: int, wide: float = 1.0) -> np.ndarray:

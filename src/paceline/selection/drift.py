@@ -25,7 +25,7 @@ from safetensors.numpy import save as save_tensors
 
 from paceline.errors import ArtefactError, StoreError
 from paceline.files import write_atomically
-from paceline.selection.choosers.network import CLIP, standardise
+from paceline.selection.scaling import CLIP, standardisation, standardise
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,9 +67,7 @@ class TrainingRange:
         n = len(features)
         if n < 2 * MIN_PROMPTS or not np.isfinite(features).all():
             raise StoreError(f"a range needs at least {2 * MIN_PROMPTS} prompts, all finite: {n}")
-        mean, std = features.mean(axis=0), features.std(axis=0)
-        varies = std > 1e-6 * (1 + np.abs(mean))
-        scale = np.where(varies, 1 / np.where(varies, std, 1), 0).astype(np.float32)
+        mean, scale = standardisation(features)
         inputs = standardise(features, mean, scale)
         rng = np.random.default_rng(seed)
         halves = rng.permutation(n) % 2
@@ -79,7 +77,7 @@ class TrainingRange:
             distances[halves == half] = [_nearest(row, centres) for row in inputs[halves == half]]
         shares = {arm: np.asarray(values) for arm, values in acceptance.items()}
         return cls(
-            mean.astype(np.float32),
+            mean,
             scale,
             _centres(inputs, rng),
             float(np.quantile(distances, 1 - _TAIL)),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from paceline.contracts import NONE
+from paceline.contracts import NONE, Scored
 from paceline.selection.adaptation import Arm, Arms, Hedge
 
 if TYPE_CHECKING:
@@ -91,6 +91,11 @@ class Watch:
         self._correction = np.zeros(len(self.arms))  # [N] logarithms
         self._surprise = 0.0  # how far off the predictions were of late, a logarithm
         self._watched: dict[int, _Watched] = {}
+        if adapt:
+            # compile now, or read what was compiled before, instead of in the first request
+            hedge = Hedge(self.arms, np.ones(len(self.arms)), prices, context=1, rows=1)
+            hedge.observe([Scored.of(self.arms.all[0].drafter, 0, 0, 0, 0)], emitted=1)
+            hedge.losses(context=1, rows=1)
 
     # --- a request's begin and end ----------------------------------------------------------------
 

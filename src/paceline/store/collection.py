@@ -162,6 +162,15 @@ def read_trajectories(store: ShardStore) -> list[Trajectory]:
     ]
 
 
+def read_overlaps(folder: Path) -> dict[str, dict[str, np.ndarray]]:
+    """drafter -> row's id -> sum of min(p, q) at each of its tokens, where that was scored."""
+    overlaps: dict[str, dict[str, np.ndarray]] = {}
+    for drafter in names_of(folder, SCORES):
+        columns = _read(_open_existing(Path(folder), SCORES, drafter))
+        overlaps[drafter] = dict(zip(columns["id"], columns["overlap"], strict=True))
+    return overlaps
+
+
 def open_trajectories(folder: Path) -> ShardStore:
     """The trajectories of an existing collection, for `read_trajectories`, whatever made them."""
     if not folder_of(folder, TRAJECTORIES).is_dir():

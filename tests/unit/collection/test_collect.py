@@ -39,6 +39,7 @@ from paceline.replay import rounds_of, target_distributions
 from paceline.selection.encoders import TargetHidden, build_encoder
 from paceline.selection.features import feature_vector
 from paceline.store import ShardStore, load_collection
+from paceline.store.collection import read_overlaps
 from paceline.store.layout import TRAJECTORIES
 from paceline.testing.reference import greedy_reference
 from paceline.testing.tokenizers import byte_tokenizer
@@ -252,6 +253,7 @@ def test_scores_are_added_to_an_old_collection_and_move_nothing_else(
         scores = near.would_accept(*text, p).scores
         np.testing.assert_allclose(row["ratio"], scores.ratio, atol=1e-5)
         np.testing.assert_allclose(row["overlap"], scores.overlap, atol=1e-5)
+        assert np.array_equal(read_overlaps(tmp_path)["near"][row["id"]], row["overlap"])
         assert min(row["overlap"]) > 0.0 and max(row["overlap"]) <= 1.0 + 1e-5
 
 

@@ -76,6 +76,14 @@ def test_acceptance_is_that_of_the_rounds() -> None:
     assert (found["b"]["odd"].drafting, found["b"]["odd"].tokens_per_round) == (0.5, 2.0)
 
 
+def test_overlap_is_the_mean_over_the_tokens_that_were_scored() -> None:
+    overlaps = {"a": {"x": np.array([1.0, 0.5]), "y": np.array([0.0]), "x@t0.5": np.array([])}}
+    found = describe(ROWS, ARMS, None, overlaps).acceptance
+    assert (found["a"]["easy"].overlap, found["a"]["odd"].overlap) == (0.75, 0.0)
+    assert found["a"][ALL].overlap == 0.5
+    assert found["b"][ALL].overlap is None
+
+
 def test_the_oracle_takes_each_rows_cheapest_arm() -> None:
     report = describe(ROWS, ARMS, costs())
     # none: 1 + 4; a@1 on easy: 1 + 2 * 1.5; a there: 1 + 2 * 2; b on odd: 1 + 2 + 1.5,

@@ -9,7 +9,7 @@ import pytest
 
 from paceline.contracts import CollectedPrompt, ReplayedDrafter
 from paceline.costs import CostTable, Measurement
-from paceline.learning.dataset import Dataset, spans_of
+from paceline.learning.dataset import Dataset, default_spans
 from paceline.learning.rounds import RoundTable
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def tabled() -> Callable[..., Dataset]:
             "empty_per_token": np.ones((N, A)),
             "seconds": np.ones((N, A)),
             "rewards": np.ones((N, A)),
-            "spans": spans_of(features.shape[1]),
+            "spans": default_spans(features.shape[1]),
             "rounds": RoundTable(tuple(arms), np.full(N, 3), ()),
             "costs": CostTable({}, []),
             "objective": "latency",

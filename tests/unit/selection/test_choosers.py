@@ -25,7 +25,7 @@ from paceline.selection.choosers import (
     Situation,
     softmax,
 )
-from paceline.selection.choosers.network import CLIP
+from paceline.selection.scaling import CLIP
 
 ARMS = ("none", "code@2", "code")
 F, Z, A, H = 6, 3, 3, 4

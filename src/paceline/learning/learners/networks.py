@@ -27,9 +27,9 @@ from paceline.learning.learners.base import (
     num_folds,
     rewards_by_load,
 )
-from paceline.learning.reduce import block_weights, standardisation
+from paceline.learning.reduce import block_weights
 from paceline.selection.choosers import FixedChooser, NetworkChooser, PolicyNetwork
-from paceline.selection.choosers.network import standardise
+from paceline.selection.scaling import standardisation, standardise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

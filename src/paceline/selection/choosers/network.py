@@ -8,19 +8,17 @@ network chooses under every load. Symbols: N prompts, F features, H hidden units
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from paceline.selection.choosers.base import Chooser
+from paceline.selection.scaling import standardise
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from paceline.selection.choosers.base import Arrays, Facts, Situation
-
-CLIP: Final = 3.0
-"""Standardised features end here: one unheard-of value must not drive the policy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +109,6 @@ def with_rows(features: np.ndarray, rows: int) -> np.ndarray:
     """[N, F + 1] float32: the features and the logarithm of the rows in flight."""
     load = np.full((len(features), 1), np.log(max(rows, 1)), dtype=np.float32)
     return np.hstack([features, load])
-
-
-def standardise(features: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """[..., F] float32: centred, scaled and clipped; learning and serving share it."""
-    with np.errstate(invalid="ignore"):  # infinity times a scale of 0
-        inputs = np.clip((features - mean) * scale, -CLIP, CLIP)
-    return np.asarray(np.nan_to_num(inputs, copy=False, nan=0.0))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

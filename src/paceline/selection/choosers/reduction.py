@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from paceline.selection.choosers.network import standardise
+from paceline.selection.scaling import standardise
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
