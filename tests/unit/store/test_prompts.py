@@ -75,7 +75,8 @@ def test_every_format_gives_the_same_records(
 
 
 def test_a_dataset_saved_by_the_datasets_package(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets  # late: it takes seconds
+
     rows = datasets.Dataset.from_list(ROWS)
     rows.save_to_disk(str(tmp_path / "one"), num_shards=2)
     rows.select([2, 0]).save_to_disk(str(tmp_path / "picked"))
