@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from paceline.contracts import AUTO, NONE, Completion, Context, Decision, Request, split_arm
+from paceline.engine.checks import check_arm, check_request, max_total
 from paceline.engine.prefixes import BLOCK, PrefixStore
 from paceline.engine.rows import Row
 from paceline.engine.step import Draft, judge, run_round
@@ -25,13 +26,10 @@ from paceline.errors import (
     ArtefactError,
     ConfigError,
     DecodingError,
-    PacelineError,
     QueueFullError,
     RequestError,
 )
-from paceline.logit_rules import check_rules
 from paceline.models.packing import Span
-from paceline.warping import check_sampling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -182,7 +180,7 @@ class Engine:
 
     def switch(self, ticket: int, arm: str) -> None:
         """Give a row in flight another arm from its next round on, whatever a watch would have."""
-        self._check_arm(arm, RequestError)
+        check_arm(arm, self.drafters, RequestError)
         for row in self._rows:
             if row.id == ticket and row.is_prefilled:
                 if self._watcher is not None:
@@ -231,7 +229,7 @@ class Engine:
                 # of the last round, too: what it cost counts for the requests that follow
                 arm = watcher.after_round(row, marks[row.id], len(rows))
                 if arm is not None:
-                    self._check_arm(arm, ArtefactError)
+                    check_arm(arm, self.drafters, ArtefactError)
             except Exception as error:  # noqa: BLE001 - as a policy, it may come from anywhere
                 if row.finish_reason is None:
                     row.fail(WATCH, error)
@@ -243,70 +241,21 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raise RequestError if the request cannot be served."""
-        num_prompt, context = len(request.prompt_tokens), self.target.context_length
-        if num_prompt == 0:
-            raise RequestError("the prompt is empty; give at least one token")
-        if num_prompt > context:
+        check_request(request, self.target, self.drafters, self._max_positions)
+        if request.drafter == AUTO and self.choose is None:
             raise RequestError(
-                f"the prompt has {num_prompt} tokens, the target's context holds {context}; "
-                "shorten the prompt"
-            )
-        unknown = [t for t in request.prompt_tokens if not 0 <= t < self.target.num_logits]
-        if unknown:
-            raise RequestError(
-                f"the prompt has the token id {unknown[0]}; the target's ids are 0 to "
-                f"{self.target.num_logits - 1}"
-            )
-        if request.max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
-        if self._max_positions is not None and self._max_total(request) > self._max_positions:
-            raise RequestError(
-                f"the request may need {self._max_total(request)} positions, the engine's cache "
-                f"holds {self._max_positions}; lower max_new_tokens or raise engine.max_positions"
-            )
-        if any(not s for s in request.stop_strings):
-            raise RequestError("a stop string is empty")
-        check_sampling(request.sampling)
-        if request.rules is not None:
-            check_rules(request.rules, self.target.num_logits, request.max_new_tokens)
-        if request.drafter == AUTO:
-            if self.choose is None:
-                raise RequestError(
-                    "drafter 'auto' needs a policy and none is loaded; run `paceline learn`, or "
-                    f"name a drafter: {', '.join(self.drafters)}"
-                )
-        else:
-            self._check_arm(request.drafter, RequestError)
-
-    def _check_arm(self, arm: str, error: type[PacelineError]) -> None:
-        """Raise the error unless the arm's drafter is loaded and can draft at the arm's length."""
-        try:
-            name, length = split_arm(arm)
-        except ValueError as wrong:
-            raise error(str(wrong)) from wrong
-        drafter = self.drafters.get(name)
-        if drafter is None:
-            raise error(f"unknown drafter '{name}'; there are: auto, {', '.join(self.drafters)}")
-        if length is not None and not 1 <= length <= drafter.num_draft_tokens:
-            raise error(
-                f"'{arm}': drafter '{name}' drafts up to {drafter.num_draft_tokens} tokens; ask "
-                "for fewer, or configure it with more"
+                "drafter 'auto' needs a policy and none is loaded; run `paceline learn`, or "
+                f"name a drafter: {', '.join(self.drafters)}"
             )
 
     # --- admission and prefill --------------------------------------------------------------------
-
-    def _max_total(self, request: Request) -> int:
-        """The most tokens the row may come to hold, prompt and output."""
-        # the last emitted token is never fed, so it needs no position
-        room = self.target.context_length + 1 - len(request.prompt_tokens)
-        return len(request.prompt_tokens) + min(request.max_new_tokens, room)
 
     def _row(self, ticket: int, request: Request, slot: int) -> Row:
         return Row(
             id=ticket,
             request=request,
             slot=slot,
-            max_total=self._max_total(request),
+            max_total=max_total(request, self.target.context_length),
             admitted_at=perf_counter(),
             tokens=list(request.prompt_tokens),
             drafter=self.drafters[NONE],
@@ -317,7 +266,12 @@ class Engine:
         admitted = False
         while self._waiting and len(self._rows) < self._max_rows:
             ticket, request = self._waiting[0]
-            longest = max([self._max_total(request), *(row.max_total for row in self._rows)])
+            longest = max(
+                [
+                    max_total(request, self.target.context_length),
+                    *(row.max_total for row in self._rows),
+                ]
+            )
             if (
                 self._max_positions is not None
                 and (len(self._rows) + 1) * longest > self._max_positions
@@ -391,7 +345,7 @@ class Engine:
         began = perf_counter()
         try:
             decision = self._decide(row)
-            self._check_arm(decision.arm, ArtefactError)
+            check_arm(decision.arm, self.drafters, ArtefactError)
         except Exception as error:  # noqa: BLE001 - a policy may come from anywhere, too
             row.fail("policy", error)
             return
