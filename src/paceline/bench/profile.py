@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     Progress = Callable[[str, int, int], None]
 
-_FEWEST: Final = 2  # repeats of everything
+_FEWEST: Final = 3  # repeats of everything, so that one interruption is not in the median
 _FEWEST_OF_CHEAP, _MOST = 4, 20
 
 
@@ -39,7 +39,7 @@ def profile(
 ) -> CostTable:
     """Measure target and drafters on this machine.
 
-    budget: seconds to spend; two repeats are made however slow the models are, and more of the
+    budget: seconds to spend; three repeats are made however slow the models are, and more of the
     cheap work, which is the noisier. on_progress(stage, done, total) counts sittings.
     """
     parts = source.parts if isinstance(source, Pace) else source

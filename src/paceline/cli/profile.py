@@ -54,6 +54,8 @@ def profile(
         shown.add_row(label, f"{one * 1e3:.2f}", f"{five * 1e3:.2f}", f"{five / step:.2f}")
     console.print(shown)
     console.print(_by_rows(table, settings.engine.max_rows))
+    if (doubt := table.doubt()) is not None:
+        console.print(f"note: {doubt}", highlight=False, soft_wrap=True)
     console.print(f"written: {settings.paths.costs}")
 
 

@@ -20,8 +20,9 @@ import json
 from bisect import bisect
 from collections import defaultdict
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, overload
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, overload
 
 import numpy as np
 
@@ -43,6 +44,7 @@ START: Final = "start"
 PROPOSE: Final = "propose"
 ROUND: Final = "round"
 _AGAIN: Final = "run `paceline profile`"
+_INTERRUPTED: Final = 2.0  # times as long as more of the same work
 _OF_EVERY_ARM: Final = (START, PROPOSE)
 _OF_THE_ENGINE: Final = ((TARGET, PREFILL), (TARGET, FORWARD), (ENGINE, ROUND))
 
@@ -121,6 +123,25 @@ class CostTable:
         """(tokens, contexts) that were measured at any number of rows, ascending."""
         own = [m for m in self.measurements if (m.subject, m.operation) == (subject, operation)]
         return sorted({m.tokens for m in own}), sorted({m.context for m in own})
+
+    def doubt(self) -> str | None:
+        """Why these figures may not be the machine's own: work that took clearly longer than more of
+        the same was interrupted by something else. None where nothing speaks against them.
+        """
+        odd = [
+            (worst, f"{subject} {operation}")
+            for (subject, operation), by_rows in self._surfaces.items()
+            for surface in by_rows.values()
+            if (worst := surface.least_alike()) is not None and worst.factor > _INTERRUPTED
+        ]
+        if not odd:
+            return None
+        worst, what = max(odd)
+        more = f", and {len(odd) - 1} more like it" if len(odd) > 1 else ""
+        return (
+            f"the machine was busy with something else meanwhile: {what} of {worst.fewer} tokens took "
+            f"{worst.factor:.1f} times as long as of {worst.more}{more}; {_AGAIN} again when it is not"
+        )
 
     def check(
         self,
@@ -228,6 +249,14 @@ def _at_rows(
     return np.maximum((1.0 - weight) * low + weight * high, np.minimum(low, high))
 
 
+class _Odd(NamedTuple):
+    """Fewer tokens that took longer than more of them."""
+
+    factor: float
+    fewer: int
+    more: int
+
+
 class _Surface:
     """Seconds over tokens and context: a curve over tokens for each measured context."""
 
@@ -238,6 +267,16 @@ class _Surface:
         self._contexts = np.array(list(curves), dtype=np.float64)  # [C]
         self._curves = [_columns(points) for points in curves.values()]
         self._least = min(cells.values())
+
+    def least_alike(self) -> _Odd | None:
+        """Where more tokens cost least in comparison, at one context; None without two."""
+        pairs = [
+            _Odd(float(ys[i] / ys[j]), int(xs[i]), int(xs[j]))
+            for xs, ys in self._curves
+            for i, j in combinations(range(len(xs)), 2)
+            if ys[j] > 0
+        ]
+        return max(pairs, default=None)
 
     def seconds(self, tokens: ArrayLike, context: ArrayLike) -> NDArray[np.float64]:
         tokens, context = np.broadcast_arrays(

@@ -179,5 +179,7 @@ def experiment(
         None if store is None else Path(store),
     )
     findings = found.run(bench)
+    if (doubt := bench.doubt()) is not None:
+        findings.remarks.append(f"The cost table is in doubt: {doubt}.")
     to = Path(out) if out is not None else (where / "reports" if smoke else OUT)
     return Finished(found, findings, write_report(found, findings, circumstances(), to))

@@ -241,6 +241,10 @@ class Workbench:
             drafter.price(table)
         return table
 
+    def doubt(self) -> str | None:
+        """What speaks against the cost table, where one was used."""
+        return self.costs.doubt() if "costs" in self.__dict__ else None
+
     def _same_machine(self, table: CostTable) -> bool:
         now = {
             "cpu": cpu_model(),

@@ -142,6 +142,8 @@ def build_dataset(
         objective=settings.objective,
         reward=settings.reward,
     )
+    if (doubt := costs.doubt()) is not None:
+        notes.append(f"the cost table: {doubt}")
     return dataset, notes + check_learnable(dataset)
 
 

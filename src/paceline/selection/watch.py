@@ -310,6 +310,10 @@ class Watch:
             drafted = seen.stats.drafted
             spent = float(self.prices.rounds(arm.drafter, seen.context, seen.rows)[drafted])
         started = seen.start_seconds / guard.clock.factor
+        # a drafted round is a plain one with a draft and more tokens: where it reads as less, plain
+        # rounds were clocked in slower times, and a drafter that is never right would seem to gain
+        draft = self.prices.drafting(arm.drafter, seen.stats.drafted, seen.context)
+        spent = max(spent, plain + draft)
         if guard.after_round(ledger, arm.name, spent / plain, started / plain, seen.emitted):
             state.barred.add(arm.name)
 

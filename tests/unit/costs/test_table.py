@@ -178,3 +178,16 @@ def test_files_that_are_no_table_of_this_version_are_refused(tmp_path: Path) -> 
     refused(json.dumps({**good, "fingerprint": None}), "damaged")
     bad = {**good["measurements"][0], "seconds": -1.0}
     refused(json.dumps({**good, "measurements": [bad]}), "damaged")
+
+
+def test_work_that_took_longer_than_more_of_it_is_doubted() -> None:
+    def table(of_four: float) -> CostTable:
+        seconds = {1: 5.0, 4: of_four, 8: 6.0}
+        return CostTable(
+            {}, [Measurement("target", "forward", n, 0, 1, s) for n, s in seconds.items()]
+        )
+
+    assert table(5.5).doubt() is table(11.0).doubt() is None
+    doubt = table(55.0).doubt()
+    assert doubt is not None
+    assert "target forward of 4 tokens took 9.2 times as long as of 8; run" in doubt

@@ -244,6 +244,18 @@ def test_a_machine_that_became_slower_benches_nobody() -> None:
         assert request.arms[-1] == "a"
 
 
+def test_a_machine_that_became_faster_makes_no_wrong_drafter_seem_to_gain() -> None:
+    """Plain rounds were clocked in slower times, so every round since reads as less than a plain one."""
+    watch = watch_of(guard=Guard())
+    Request(watch, {}, decided(NONE), tokens=50).run()
+    arms = []
+    for ticket in range(1, 12):
+        request = Request(watch, {}, decided("free"), tokens=60, ticket=ticket)
+        request.factor = 0.6
+        arms.append(request.run().arms[0])
+    assert arms[0] == "free" and arms[-1] == NONE
+
+
 def test_the_clock_gets_plain_rounds_and_the_arm_comes_back() -> None:
     watch = watch_of(guard=Guard())
     request = Request(watch, {"a": 3}, decided("a", a=0.4), tokens=400).run()
