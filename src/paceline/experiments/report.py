@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _COLOURS: Final = (
     "#3b6ea5", "#c44e52", "#1a7f37", "#d9b44a", "#7a5ba6", "#8c6d46", "#5f9ea0", "#888888",
+    "#f28e2b", "#e377a2", "#2f2f2f", "#a6c36f",
 )  # fmt: skip
 _BARS_OF_ALL: Final = 0.82  # share of a place on the axis that its bars fill
 _LEGEND_ENTRY: Final = 2.2  # inches
