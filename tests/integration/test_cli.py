@@ -311,7 +311,11 @@ def test_ctrl_c_while_collecting_loses_nothing_that_was_finished(
     command = [sys.executable, "-c", "from paceline.cli import main; main()"]
     arguments = ["collect", str(path), "-c", str(config), "--max-new-tokens", "24"]
     process = subprocess.Popen(
-        [*command, *arguments], env={**os.environ, "COLUMNS": "200"}, stderr=subprocess.PIPE
+        [*command, *arguments],
+        env={**os.environ, "COLUMNS": "200"},
+        stderr=subprocess.PIPE,
+        # where the tests run in the background, a shell lets them ignore it, and they hand that on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     first_shard = tmp_path / "runs/collection/trajectories/shard-00000.parquet"
     deadline = time.monotonic() + 200
