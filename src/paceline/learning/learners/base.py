@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from paceline.contracts import NONE
-from paceline.rewards import savings
 from paceline.selection.choosers import PortableChooser
 
 if TYPE_CHECKING:
@@ -112,8 +110,7 @@ def rewards_by_load(data: Dataset, settings: LearningSection) -> np.ndarray:
     """[L, N, A] rewards with each of the settings' loads in flight; L is 1 where they hang on none."""
     if settings.reward != "speed":
         return data.rewards[None]
-    none = data.arms.index(NONE)
-    return np.stack([savings(data.seconds_for(rows), none) for rows in settings.loads])
+    return np.stack([data.rewards_for(rows) for rows in settings.loads])
 
 
 def gain_over_single(earned: np.ndarray, single: np.ndarray) -> tuple[float, float]:
