@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
+from queue import SimpleQueue
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from paceline.cli.progress import Report
     from paceline.contracts import Completion
     from paceline.costs import Objective
+    from paceline.engine import Progress
 
 SPECIALIST = "specialist"
 BACKGROUND_TOKENS = 512  # of each plain row beside a request: seldom a prefill among them
@@ -109,21 +111,21 @@ class Load:
 
     def __init__(self, pace: Pace, new_tokens: int) -> None:
         self._pace, self._new_tokens = pace, new_tokens
+        self._mail: SimpleQueue[Progress] = SimpleQueue()  # of all requests
 
     def throughput(self, arm: Arm, prompts: Sequence[TimedPrompt], rows: int) -> float:
         """Tokens a second from the first prefill until fewer rows than `rows` are left."""
-        engine = self._pace.engine
         waiting, flying = deque(prompts), set[int]()
         tokens, began = 0, perf_counter()
         while True:
             while waiting and len(flying) < rows:
                 flying.add(self._submit(arm, waiting.popleft()))
-            for found in engine.step():
-                tokens += len(found.new_tokens)
-                if found.completion is not None:
-                    flying.discard(found.ticket)
             if not waiting and len(flying) < rows:
                 break
+            found = self._mail.get()
+            tokens += len(found.new_tokens)
+            if found.completion is not None:
+                flying.discard(found.ticket)
         spent = perf_counter() - began
         self._clear(flying)
         return tokens / spent
@@ -132,25 +134,26 @@ class Load:
         self, arm: Arm, prompts: Sequence[TimedPrompt], rows: int
     ) -> tuple[float, list[Completion]]:
         """Seconds a token of requests, one at a time beside rows - 1 plain ones, and their answers."""
-        engine = self._pace.engine
         plain = cycle(prompts)
         beside = {self._background(next(plain)) for _ in range(rows - 1)}
         started: set[int] = set()
         while started != beside:
-            started |= {found.ticket for found in engine.step() if found.new_tokens}
+            found = self._mail.get()
+            started |= {found.ticket} if found.new_tokens else set()
         done: list[Completion] = []
         for prompt in prompts:
             own = self._submit(arm, prompt)
-            while own >= 0:
-                for found in engine.step():
-                    if found.completion is None:
-                        continue
-                    if found.ticket == own:
-                        done.append(found.completion)
-                        own = -1
-                    else:
-                        beside.remove(found.ticket)
-                        beside.add(self._background(next(plain)))
+            answered = False
+            while not answered:
+                found = self._mail.get()
+                if found.completion is None:
+                    continue
+                answered = found.ticket == own
+                if answered:
+                    done.append(found.completion)
+                else:
+                    beside.remove(found.ticket)
+                    beside.add(self._background(next(plain)))
         self._clear(beside)
         return sum(c.seconds_total for c in done) / sum(len(c.token_ids) for c in done), done
 
@@ -158,18 +161,23 @@ class Load:
         request = self._pace.request(
             list(prompt.tokens), max_new_tokens=self._new_tokens, drafter=arm(prompt)
         )
-        return self._pace.engine.submit(request)
+        return self._pace.driver.submit(request, self._mail.put)
 
     def _background(self, prompt: TimedPrompt) -> int:
         request = self._pace.request(
             list(prompt.tokens), max_new_tokens=BACKGROUND_TOKENS, drafter=NONE, ignore_eos=True
         )
-        return self._pace.engine.submit(request)
+        return self._pace.driver.submit(request, self._mail.put)
 
     def _clear(self, tickets: set[int]) -> None:
+        """Cancel requests and wait until their rows are free."""
         for ticket in tickets:
-            self._pace.engine.cancel(ticket)
-        self._pace.engine.step()
+            self._pace.driver.cancel(ticket)
+        left = set(tickets)
+        while left:
+            found = self._mail.get()
+            if found.completion is not None:
+                left.discard(found.ticket)
 
 
 # --- predicted ------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import warnings
+from contextlib import aclosing
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,8 +30,8 @@ from paceline.drafting.base import Surroundings
 from paceline.drafting.catalog import check_settings, find_kind
 from paceline.drafting.draft_model import DraftModel, DraftModelSettings
 from paceline.drafting.none import NoneDrafter
-from paceline.engine import Engine, TextStream
-from paceline.errors import ArtefactError, ConfigError, DecodingError, RequestError
+from paceline.engine import Driver, Engine, TextStream, raise_failure
+from paceline.errors import ArtefactError, ConfigError, RequestError
 from paceline.models.exact import check_exact
 from paceline.models.language_model import LanguageModel, check_packed_forward
 from paceline.models.loading import load_language_model, load_tokenizer
@@ -50,12 +51,13 @@ from paceline.store import DecisionLog, LogHeader
 from paceline.warping import check_sampling
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from paceline.costs import Objective
     from paceline.drafting.base import Drafter
+    from paceline.engine import Progress
     from paceline.engine.loop import Choose, OnComplete
     from paceline.selection import Policy
 
@@ -152,7 +154,11 @@ def build_from_objects(
 
 
 class Pace:
-    """A target with its drafters, ready to generate. Made by `paceline.load`."""
+    """A target with its drafters, ready to generate. Made by `paceline.load`.
+
+    Thread-safe: any threads, generators and asyncio tasks may use one `Pace` at the same time, and
+    their requests are decoded together.
+    """
 
     def __init__(
         self,
@@ -175,6 +181,7 @@ class Pace:
             on_complete=on_complete,
             **engine_section.model_dump(),
         )
+        self.driver = Driver(self.engine)
 
     @property
     def drafters(self) -> list[str]:
@@ -283,7 +290,14 @@ class Pace:
 
     def complete(self, prompt: Prompt, **settings: Any) -> Completion:
         """Complete one prompt, a string or a list of messages; `settings` as in `request`."""
-        return next(self.engine.generate([self.request(prompt, **settings)]))
+        return next(self.driver.generate([self.request(prompt, **settings)]))
+
+    async def acomplete(self, prompt: Prompt, **settings: Any) -> Completion:
+        """Complete one prompt from an asyncio task; cancelling the task cancels the request.
+
+        Raises QueueFullError if too many requests wait already.
+        """
+        return await self.driver.acomplete(self.request(prompt, **settings))
 
     def generate(self, prompts: Sequence[Prompt], **settings: Any) -> list[Completion]:
         """Complete several prompts, decoded together; completions come in the prompts' order.
@@ -293,41 +307,50 @@ class Pace:
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], dict)):
             raise RequestError("generate takes a list of prompts; use complete for one prompt")
         requests = [self.request(p, id=str(i), **settings) for i, p in enumerate(prompts)]
-        done = {c.request_id: c for c in self.engine.generate(requests)}
+        done = {c.request_id: c for c in self.driver.generate(requests)}
         return [done[request.id] for request in requests]
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Completions of prepared requests, as they finish."""
-        return self.engine.generate(requests)
+        """Yield the completions of prepared requests, as they finish.
+
+        Raises DecodingError at the first that fails. Closing the iterator cancels what is left.
+        """
+        return self.driver.generate(requests)
 
     def stream_text(self, prompt: Prompt, **settings: Any) -> Iterator[str]:
-        """Pieces of one answer's text as they are decoded; together they are the completion's text.
+        """Yield one answer's text in pieces as they are decoded, which together are its `text`.
 
         Closing the iterator cancels the request. Raises DecodingError if it fails on the way.
         """
         request = self.request(prompt, **settings)
         stream = TextStream(self._decode, request.stop_strings)
-        ticket = self.engine.submit(request)
-        completion = None
-        try:
-            while completion is None:
-                for progress in self.engine.step():
-                    if progress.ticket != ticket:
-                        continue
-                    completion = progress.completion
-                    piece = (
-                        stream.push(progress.new_tokens)
-                        if completion is None
-                        else stream.finish(completion.text)
-                    )
-                    if piece:
-                        yield piece
-            if completion.error is not None:
-                raise DecodingError(completion.error)
-        finally:
-            if completion is None:
-                self.engine.cancel(ticket)
-                self.engine.step()
+        return _pieces(stream, (progress for _, progress in self.driver.progress([request])))
+
+    async def astream_text(self, prompt: Prompt, **settings: Any) -> AsyncGenerator[str, None]:
+        """Yield one answer's text in pieces to an asyncio task, as `stream_text` does.
+
+        Raises QueueFullError if too many requests wait already.
+        """
+        request = self.request(prompt, **settings)
+        stream = TextStream(self._decode, request.stop_strings)
+        async with aclosing(self.driver.aprogress(request)) as progresses:
+            async for progress in progresses:
+                if piece := _piece(stream, progress):
+                    yield piece
+
+
+def _pieces(stream: TextStream, progresses: Iterator[Progress]) -> Iterator[str]:
+    for progress in progresses:
+        if piece := _piece(stream, progress):
+            yield piece
+
+
+def _piece(stream: TextStream, progress: Progress) -> str:
+    """The text that may leave after some progress. Raises DecodingError if the request has failed."""
+    raise_failure(progress)
+    if progress.completion is None:
+        return stream.push(progress.new_tokens)
+    return stream.finish(progress.completion.text)
 
 
 _RULES = [field.name for field in fields(LogitRules)]

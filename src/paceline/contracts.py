@@ -215,8 +215,12 @@ class RoundSeen:
 
 @dataclass(slots=True)
 class Seconds:
-    """Wall-clock seconds of a request by part; shared work of a batch is divided among its rows."""
+    """Wall-clock seconds of a request by part; shared work of a batch is divided among its rows.
 
+    `queue` is the time before it was admitted, which is not part of the total.
+    """
+
+    queue: float = 0.0
     prefill: float = 0.0
     choose: float = 0.0
     draft: float = 0.0

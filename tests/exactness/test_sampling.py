@@ -24,7 +24,7 @@ from paceline.contracts import Decision, Request, SamplingParams
 from paceline.drafting.draft_model import DraftModel
 from paceline.drafting.none import NoneDrafter
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
-from paceline.engine import Engine
+from paceline.engine import Driver, Engine
 from paceline.models.language_model import LanguageModel
 from paceline.testing.examples import OTHER_KINDS, add_examples
 from paceline.testing.judging import Judged, judge_block, judge_residual
@@ -435,7 +435,7 @@ def test_the_engine_emits_the_targets_distribution(
 
     counts = np.zeros((SMALL_V, SMALL_V, SMALL_V), dtype=np.int64)
     firsts = []  # what became of the first round's two draft tokens
-    for completion in engine.generate(requests):
+    for completion in Driver(engine).generate(requests):
         counts[tuple(completion.token_ids[:3])] += 1
         firsts.append(completion.rounds[0].accepted)
 
@@ -463,7 +463,7 @@ def test_a_watch_that_switches_by_what_was_right_moves_no_mass(small_target: Lan
     ]
 
     counts = np.zeros((SMALL_V, SMALL_V, SMALL_V), dtype=np.int64)
-    for completion in engine.generate(requests):
+    for completion in Driver(engine).generate(requests):
         counts[tuple(completion.token_ids[:3])] += 1
 
     assert len(watch.ended) == NUM_REQUESTS

@@ -19,7 +19,7 @@ from paceline.assembly import Pace, build_from_objects
 from paceline.config import Config, EngineSection, ModelSection
 from paceline.contracts import Completion, Drafts, Request, SamplingParams
 from paceline.drafting.base import Drafter
-from paceline.engine import Engine
+from paceline.engine import Driver, Engine
 from paceline.replay.rounds import simulate
 from paceline.testing.examples import OTHER_KINDS, add_examples
 from paceline.testing.reference import greedy_reference
@@ -266,7 +266,7 @@ def test_a_rude_drafter_ends_its_own_rows_only(world: World, mode: str, words: s
         for i, arm in enumerate(["rude", "near", "rude", "tree 1"])
     ]
 
-    done = {c.request_id: c for c in engine.generate(requests, return_errors=True)}
+    done = {c.request_id: c for c in Driver(engine).generate(requests, return_errors=True)}
 
     for request in requests:
         completion = done[request.id]
@@ -285,7 +285,7 @@ def test_a_rude_drafter_ends_its_own_rows_only(world: World, mode: str, words: s
 def test_a_failure_at_the_end_is_told_with_the_text(world: World) -> None:
     engine = world.pace({"rude": Rude("raises at the end")}).engine
 
-    [completion] = engine.generate(
+    [completion] = Driver(engine).generate(
         [Request("0", PROMPTS[1], 2, drafter="rude")], return_errors=True
     )
 
@@ -300,7 +300,7 @@ def test_probabilities_that_are_none_end_a_sampled_row(world: World) -> None:
         Request(arm, PROMPTS[1], 12, sampling, drafter=arm) for arm in ("rude", "none", "near")
     ]
 
-    done = {c.request_id: c for c in engine.generate(requests, return_errors=True)}
+    done = {c.request_id: c for c in Driver(engine).generate(requests, return_errors=True)}
 
     assert done["rude"].error == "drafter 'rude': proposed with probabilities that are not"
     assert done["none"].error is None and len(done["none"].token_ids) == 12
@@ -323,7 +323,7 @@ def test_logits_that_are_not_numbers_end_only_their_row(world: World) -> None:
     engine.target.unembed = damaged  # type: ignore[method-assign]
     requests = [Request(str(i), PROMPTS[1], LENGTH, drafter="none") for i in range(3)]
 
-    done = {c.request_id: c for c in engine.generate(requests, return_errors=True)}
+    done = {c.request_id: c for c in Driver(engine).generate(requests, return_errors=True)}
 
     expected = world.references[PROMPTS[1]]
     assert [done[str(i)].error is None for i in range(3)] == [True, False, True]

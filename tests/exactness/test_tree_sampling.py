@@ -21,7 +21,7 @@ from paceline.drafting.trigram.build import build_table
 from paceline.drafting.trigram.corpora import TokenSequences
 from paceline.drafting.trigram.drafter import TrigramTree, TrigramTreeSettings
 from paceline.drafting.trigram.table import load_table
-from paceline.engine import Engine
+from paceline.engine import Driver, Engine
 from paceline.models.language_model import LanguageModel
 from paceline.testing.tiny_models import tiny_model
 from paceline.warping import warp
@@ -49,7 +49,7 @@ def tri(target: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Trig
         Request(str(i), PROMPT, 6, SamplingParams(1.2, seed=i, method="residual"), drafter="none")
         for i in range(200)
     ]
-    texts = [[*PROMPT, *done.token_ids] for done in engine.generate(requests)]
+    texts = [[*PROMPT, *done.token_ids] for done in Driver(engine).generate(requests)]
     out = tmp_path_factory.mktemp("table") / "table"
     build_table([TokenSequences("samples", texts)], out, "hash")
     table, facts = load_table(out)
@@ -105,7 +105,7 @@ def test_the_engine_emits_the_targets_distribution_from_trees(
     ]
     counts = np.zeros((V, V, V))
     accepted = []
-    for done in engine.generate(requests):
+    for done in Driver(engine).generate(requests):
         counts[tuple(done.token_ids[:3])] += 1
         accepted.append(done.rounds[0].accepted)
 

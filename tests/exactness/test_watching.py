@@ -23,6 +23,7 @@ from paceline.config import (
 )
 from paceline.contracts import Decision, Drafts, Request
 from paceline.drafting.base import Drafter
+from paceline.engine import Driver
 from paceline.errors import ArtefactError
 from paceline.selection import Arm, Guard, Watch
 from paceline.testing.examples import OTHER_KINDS, add_examples
@@ -226,7 +227,7 @@ def test_a_broken_watch_ends_its_own_row(parts: Parts, answer: str | Exception, 
     engine = pace_of(parts, _Broken(answer)).engine
     requests = [Request(str(i), PROMPTS[1], LENGTH) for i in range(3)]
 
-    done = {c.request_id: c for c in engine.generate(requests, return_errors=True)}
+    done = {c.request_id: c for c in Driver(engine).generate(requests, return_errors=True)}
 
     expected = greedy_reference(parts.target.model, PROMPTS[1], LENGTH).tokens
     assert done["0"].token_ids == done["2"].token_ids == expected
@@ -248,13 +249,13 @@ def test_a_watch_that_fails_at_any_call_ends_its_own_row(parts: Parts, call: str
     engine = pace_of(parts, watch).engine
     requests = [Request(str(i), PROMPTS[1], LENGTH) for i in range(3)]
 
-    done = {c.request_id: c for c in engine.generate(requests, return_errors=True)}
+    done = {c.request_id: c for c in Driver(engine).generate(requests, return_errors=True)}
 
     expected = greedy_reference(parts.target.model, PROMPTS[1], LENGTH).tokens
     assert done["0"].token_ids == done["2"].token_ids == expected
     assert done["1"].error is not None and "by zero" in done["1"].error
     assert engine.num_rows == 0
-    for completion in engine.generate([Request("again", PROMPTS[1], LENGTH)]):
+    for completion in Driver(engine).generate([Request("again", PROMPTS[1], LENGTH)]):
         assert completion.token_ids == expected
 
 

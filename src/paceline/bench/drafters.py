@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field, fields
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
 
 from paceline.assembly import Pace, build
@@ -15,11 +16,13 @@ from paceline.bench.doctor import doctor
 from paceline.contracts import NONE, Request
 from paceline.drafting.base import Needs
 from paceline.drafting.catalog import CATALOG, find_kind
-from paceline.errors import DecodingError, PacelineError
+from paceline.engine import raise_failure
+from paceline.errors import PacelineError
 
 if TYPE_CHECKING:
     from paceline.config import Config
     from paceline.drafting.base import Drafter
+    from paceline.engine import Driver, Progress
 
 _PROMPT_TOKENS: Final = 512
 _NEW_TOKENS: Final = 8
@@ -122,14 +125,22 @@ def _measure(config: Config) -> tuple[dict[str, tuple[int, int]], int]:
     pace = Pace(parts)
     held = {}
     for name, drafter in parts.drafters.items():
-        at_load = most = drafter.num_bytes()
-        pace.engine.submit(Request(name, prompt, _NEW_TOKENS, drafter=name))
-        done = None
-        while done is None:
-            for progress in pace.engine.step():
-                done = progress.completion
-            most = max(most, drafter.num_bytes())
-        if done.error is not None:
-            raise DecodingError(f"drafter '{name}': {done.error}")
-        held[name] = (at_load, most - at_load)
+        at_load = drafter.num_bytes()
+        most = _most_bytes(pace.driver, Request(name, prompt, _NEW_TOKENS, drafter=name), drafter)
+        held[name] = (at_load, max(at_load, most) - at_load)
     return held, num_prompt + _NEW_TOKENS
+
+
+def _most_bytes(driver: Driver, request: Request, drafter: Drafter) -> int:
+    """The most that a drafter holds after any round of a request."""
+    sizes: list[int] = []
+    ended: SimpleQueue[Progress] = SimpleQueue()
+
+    def look(progress: Progress) -> None:  # between two steps
+        sizes.append(drafter.num_bytes())
+        if progress.completion is not None:
+            ended.put(progress)
+
+    driver.submit(request, look)
+    raise_failure(ended.get())
+    return max(sizes)

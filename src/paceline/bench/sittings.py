@@ -20,7 +20,7 @@ import torch
 from paceline.contracts import NONE, Request
 from paceline.costs.table import ENGINE, FORWARD, PREFILL, PROPOSE, ROUND, START, TARGET
 from paceline.drafting.foresight import cache_text
-from paceline.engine import Engine
+from paceline.engine import Driver, Engine
 from paceline.engine.rows import Row
 from paceline.engine.step import Draft, judge, propose, verify
 from paceline.errors import DrafterError
@@ -96,12 +96,14 @@ class Grid:
 
 def all_sittings(parts: Parts, grid: Grid, rows: Sequence[Row]) -> list[Sitting]:
     """rows: as `cached_rows` gives them."""
-    engine = Engine(
-        parts.target,
-        parts.drafters,
-        decode=lambda tokens: "",
-        max_rows=grid.rows[-1],
-        prefill_chunk=parts.config.engine.prefill_chunk,
+    driver = Driver(
+        Engine(
+            parts.target,
+            parts.drafters,
+            decode=lambda tokens: "",
+            max_rows=grid.rows[-1],
+            prefill_chunk=parts.config.engine.prefill_chunk,
+        )
     )
     arms = [name for name in parts.drafters if name != NONE]
     found: list[Sitting] = []
@@ -111,12 +113,12 @@ def all_sittings(parts: Parts, grid: Grid, rows: Sequence[Row]) -> list[Sitting]
     for context in grid.contexts_of_rows:
         shapes = [shape for num in grid.rows[1:] for shape in _shapes(num, grid.longest)]
         found.append(partial(_forwards, parts, rows, context, shapes))
-    found += [partial(_prefill, parts, engine, n) for n in grid.prompts]
+    found += [partial(_prefill, parts, driver, n) for n in grid.prompts]
     for name in arms:
         found += [partial(_drafts, parts, grid, rows[0], name, n) for n in grid.contexts_of_drafts]
         found.append(partial(_drafts_of_rows, parts, grid, rows[0], name))
-    found += [partial(_rounds, parts, engine, name, 1) for name in [NONE, *arms[:1]]]
-    found += [partial(_rounds, parts, engine, NONE, num) for num in grid.rows[1:]]
+    found += [partial(_rounds, parts, driver, name, 1) for name in [NONE, *arms[:1]]]
+    found += [partial(_rounds, parts, driver, NONE, num) for num in grid.rows[1:]]
     return found
 
 
@@ -162,10 +164,10 @@ def _cut(rows: Sequence[Row], context: int) -> Iterator[Sequence[Row]]:
 
 
 def _prefill(
-    parts: Parts, engine: Engine, num_prompt: int, repeat: int, order: random.Random
+    parts: Parts, driver: Driver, num_prompt: int, repeat: int, order: random.Random
 ) -> list[tuple[Cell, float]]:
     request = Request("", tuple(_text(parts, num_prompt, order)), 1, drafter=NONE)
-    (completion,) = engine.generate([request])
+    (completion,) = driver.generate([request])
     return [((TARGET, PREFILL, num_prompt, 0, 1), completion.seconds.prefill)]
 
 
@@ -268,7 +270,7 @@ def _go_on(parts: Parts, rows: Sequence[Row], tokens: Sequence[int]) -> None:
 
 
 def _rounds(
-    parts: Parts, engine: Engine, arm: str, num_rows: int, repeat: int, order: random.Random
+    parts: Parts, driver: Driver, arm: str, num_rows: int, repeat: int, order: random.Random
 ) -> list[tuple[Cell, float]]:
     """Host seconds a round: the engine's clock less its prefill, choice, drafts and forwards."""
     num_prompt = min(16, parts.target.context_length)
@@ -277,7 +279,7 @@ def _rounds(
         for _ in range(num_rows)
     ]
     with parts.drafters[arm].at_full_length():
-        done = list(engine.generate(requests))
+        done = list(driver.generate(requests))
     work = sum(c.seconds.total - c.seconds.commit for c in done)
     host = max(0.0, max(c.seconds_total for c in done) - work)
     return [((ENGINE, ROUND, 0, 0, num_rows), host / max(1, *(len(c.rounds) for c in done)))]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paceline.collection.trajectories import lone_engine
+from paceline.collection.trajectories import lone_driver
 from paceline.contracts import NONE, Request
 from paceline.drafting.draft_model import DraftModel
 from paceline.replay import max_output, replay, target_distributions
@@ -135,8 +135,8 @@ class OutputTask:
             if len(p.prompt_tokens) <= drafter.model.context_length
         ]
         outputs: dict[str, list[int]] = {p.prompt_id: [] for p in self.prompts}
-        engine = lone_engine(pace.parts, drafter.model)
-        outputs.update({c.request_id: c.token_ids for c in engine.generate(requests)})
+        driver = lone_driver(pace.parts, drafter.model)
+        outputs.update({c.request_id: c.token_ids for c in driver.generate(requests)})
         tick(len(self.prompts))
         return [{"id": id, "output_tokens": tokens} for id, tokens in outputs.items()]
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from paceline.contracts import NONE, Context, Decision, Request, sampling_label
 from paceline.drafting.none import NoneDrafter
-from paceline.engine import Engine
+from paceline.engine import Driver, Engine
 from paceline.errors import DecodingError, StoreError
 from paceline.selection.encoders import TargetHidden
 from paceline.store.layout import Trajectory
@@ -82,7 +82,7 @@ class DecodeTask:
             Request(p.id, p.tokens, self.max_new_tokens, p.sampling, stop_token_ids=stops)
             for p in self.prompts
         ]
-        for completion in _recording_engine(pace.parts, found).generate(requests):
+        for completion in _recording_driver(pace.parts, found).generate(requests):
             if completion.error is not None:
                 raise DecodingError(f"prompt '{completion.request_id}': {completion.error}")
             done[completion.request_id] = completion
@@ -138,20 +138,22 @@ def feature_row(encoder: str, id: str, features: np.ndarray) -> dict[str, Any]:
     return {"id": id, "features": features}
 
 
-def lone_engine(parts: Parts, model: LanguageModel, choose: Choose | None = None) -> Engine:
-    """An engine in which a model decodes without drafters and nobody reads the text."""
+def lone_driver(parts: Parts, model: LanguageModel, choose: Choose | None = None) -> Driver:
+    """An engine of its own, in which a model decodes without drafters and nobody reads the text."""
     section = parts.config.engine
-    return Engine(
-        model,
-        {NONE: NoneDrafter()},
-        decode=lambda tokens: "",
-        choose=choose,
-        max_rows=section.max_rows,
-        prefill_chunk=section.prefill_chunk,
+    return Driver(
+        Engine(
+            model,
+            {NONE: NoneDrafter()},
+            decode=lambda tokens: "",
+            choose=choose,
+            max_rows=section.max_rows,
+            prefill_chunk=section.prefill_chunk,
+        )
     )
 
 
-def _recording_engine(parts: Parts, found: dict[str, np.ndarray]) -> Engine:
+def _recording_driver(parts: Parts, found: dict[str, np.ndarray]) -> Driver:
     """The target alone; the states of requests with drafter "auto" go to `found` by id."""
     states = TargetHidden(parts.target.hidden_size)
 
@@ -159,7 +161,7 @@ def _recording_engine(parts: Parts, found: dict[str, np.ndarray]) -> Engine:
         found[context.request_id] = states.encode(context)
         return Decision(arm=NONE)
 
-    return lone_engine(parts, parts.target, choose)
+    return lone_driver(parts, parts.target, choose)
 
 
 def _look_at_the_rest(
@@ -170,5 +172,5 @@ def _look_at_the_rest(
     rest: Iterable[Request] = [
         Request(id, tokens, max_new_tokens=2) for id, tokens in prompts.items() if id not in found
     ]
-    for _ in _recording_engine(parts, found).generate(rest):
+    for _ in _recording_driver(parts, found).generate(rest):
         pass

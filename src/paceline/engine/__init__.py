@@ -3,7 +3,8 @@
 Knows no tokenizer, policy or file: `choose` and `decode` are functions it is given.
 """
 
+from paceline.engine.driver import Driver, raise_failure
 from paceline.engine.loop import Engine, Progress
 from paceline.engine.streaming import TextStream
 
-__all__ = ["Engine", "Progress", "TextStream"]
+__all__ = ["Driver", "Engine", "Progress", "TextStream", "raise_failure"]

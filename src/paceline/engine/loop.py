@@ -10,12 +10,21 @@ import itertools
 from collections import deque
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
-from paceline.contracts import AUTO, NONE, Completion, Context, Decision, Request, split_arm
+from paceline.contracts import (
+    AUTO,
+    NONE,
+    Completion,
+    Context,
+    Decision,
+    Request,
+    Seconds,
+    split_arm,
+)
 from paceline.engine.checks import check_arm, check_request, max_total
 from paceline.engine.prefixes import BLOCK, PrefixStore
 from paceline.engine.rows import Row
@@ -25,14 +34,13 @@ from paceline.engine.watching import WATCH, Watcher, overlap
 from paceline.errors import (
     ArtefactError,
     ConfigError,
-    DecodingError,
     QueueFullError,
     RequestError,
 )
 from paceline.models.packing import Span
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
     from paceline.drafting.base import Drafter
     from paceline.engine.stops import Decode
@@ -50,6 +58,13 @@ class Progress:
     ticket: int
     new_tokens: list[int]
     completion: Completion | None = None
+    cause: BaseException | None = None  # what the completion's error came from, where it was raised
+
+
+class _Waiting(NamedTuple):
+    ticket: int
+    request: Request
+    since: float  # perf_counter when it was submitted
 
 
 class Engine:
@@ -101,41 +116,9 @@ class Engine:
             else Watcher(watch, self.drafters, prefill_chunk, self._has_memory)
         )
         self._tickets = itertools.count()
-        self._waiting: deque[tuple[int, Request]] = deque()
+        self._waiting: deque[_Waiting] = deque()
         self._rows: list[Row] = []
         self._done: list[Progress] = []  # ended since the last step reported
-
-    # --- one request after the other --------------------------------------------------------------
-
-    def generate(
-        self, requests: Iterable[Request], return_errors: bool = False
-    ) -> Iterator[Completion]:
-        """Completions as they finish. All requests are checked before the first is begun.
-
-        Raises DecodingError at the first request that fails on the way, unless `return_errors`: then
-        its completion says so. Drives the engine alone: do not step it meanwhile.
-        """
-        left = deque(requests)
-        for request in left:
-            self.check(request)
-        mine: set[int] = set()
-        try:
-            while left or mine:
-                while left and not self.is_full:
-                    mine.add(self.submit(left.popleft()))
-                for progress in self.step():
-                    completion = progress.completion
-                    if completion is None or progress.ticket not in mine:
-                        continue
-                    mine.remove(progress.ticket)
-                    if completion.error is not None and not return_errors:
-                        raise DecodingError(f"request {completion.request_id}: {completion.error}")
-                    yield completion
-        finally:
-            for ticket in mine:
-                self.cancel(ticket)
-            if mine:
-                self._end_rows()
 
     # --- step by step -----------------------------------------------------------------------------
 
@@ -152,16 +135,25 @@ class Engine:
     def num_rows(self) -> int:
         return len(self._rows)
 
-    def submit(self, request: Request) -> int:
-        """Queue a request; the ticket names it from here on.
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would bring anything."""
+        return bool(self._rows or self._waiting or self._done)
+
+    def new_ticket(self) -> int:
+        """A ticket for a request that is about to be submitted."""
+        return next(self._tickets)
+
+    def submit(self, request: Request, ticket: int | None = None) -> int:
+        """Queue a request; the ticket names it from here on. May be called while a step runs.
 
         Raises RequestError if it cannot be served, QueueFullError if too many wait already.
         """
         self.check(request)
         if self.is_full:
             raise QueueFullError(f"{len(self._waiting)} requests wait already; try again later")
-        ticket = next(self._tickets)
-        self._waiting.append((ticket, request))
+        ticket = self.new_ticket() if ticket is None else ticket
+        self._waiting.append(_Waiting(ticket, request, perf_counter()))
         return ticket
 
     def cancel(self, ticket: int) -> None:
@@ -169,14 +161,17 @@ class Engine:
         for row in self._rows:
             if row.id == ticket and row.finish_reason is None:
                 row.finish_reason = "cancelled"
-        for place, (waiting, request) in enumerate(self._waiting):
-            if waiting == ticket:
-                del self._waiting[place]
-                row = self._row(ticket, request, slot=-1)
-                row.finished_at = row.admitted_at
-                row.finish_reason = "cancelled"
-                self._report(row)
-                break
+        waiting = next((one for one in list(self._waiting) if one.ticket == ticket), None)
+        if waiting is not None:
+            row = self._row(waiting, slot=-1)
+            row.finish_reason = "cancelled"
+            self._drop(waiting, row)
+
+    def _drop(self, waiting: _Waiting, row: Row) -> None:
+        """Report a request that ended before it was admitted."""
+        self._waiting.remove(waiting)
+        row.finished_at = row.admitted_at
+        self._report(row)
 
     def switch(self, ticket: int, arm: str) -> None:
         """Give a row in flight another arm from its next round on, whatever a watch would have."""
@@ -199,11 +194,8 @@ class Engine:
                 running = [r for r in self._rows if r.prepared and r.finish_reason is None]
                 if running:
                     self._round(running)
-            except BaseException:
-                # what is broken here is not one row's fault: give everything back
-                for row in self._rows:
-                    row.fail("the engine stopped")
-                self._end_rows()
+            except BaseException as error:
+                self._fail(error)
                 raise
             self._end_rows()
         progress, self._done = self._done, []
@@ -213,6 +205,17 @@ class Engine:
                 row.num_reported += len(new)
                 progress.append(Progress(row.id, new))
         return progress
+
+    def _fail(self, error: BaseException) -> None:
+        """End what a failed step may have broken: all rows, or the request that could not become one."""
+        for row in self._rows:
+            if row.finish_reason is None:
+                row.fail("the engine stopped", error)
+        if not self._rows and self._waiting:
+            row = self._row(self._waiting[0], slot=-1)
+            row.fail("the engine stopped", error)
+            self._drop(self._waiting[0], row)
+        self._end_rows()
 
     def _round(self, rows: list[Row]) -> None:
         """One round, with a watch's eyes on the rows that have one."""
@@ -250,22 +253,25 @@ class Engine:
 
     # --- admission and prefill --------------------------------------------------------------------
 
-    def _row(self, ticket: int, request: Request, slot: int) -> Row:
+    def _row(self, waiting: _Waiting, slot: int) -> Row:
+        request, now = waiting.request, perf_counter()
         return Row(
-            id=ticket,
+            id=waiting.ticket,
             request=request,
             slot=slot,
             max_total=max_total(request, self.target.context_length),
-            admitted_at=perf_counter(),
+            admitted_at=now,
             tokens=list(request.prompt_tokens),
             drafter=self.drafters[NONE],
+            seconds=Seconds(queue=now - waiting.since),
         )
 
     def _admit(self) -> None:
         """Rows for waiting requests, first come first served, as far as rows and cache reach."""
         admitted = False
         while self._waiting and len(self._rows) < self._max_rows:
-            ticket, request = self._waiting[0]
+            waiting = self._waiting[0]
+            request = waiting.request
             longest = max(
                 [
                     max_total(request, self.target.context_length),
@@ -277,9 +283,9 @@ class Engine:
                 and (len(self._rows) + 1) * longest > self._max_positions
             ):
                 break
-            self._waiting.popleft()
-            row = self._row(ticket, request, self.target.acquire())
+            row = self._row(waiting, self.target.acquire())
             self._rows.append(row)
+            self._waiting.popleft()
             admitted = True
             row.block_sums = self.prefixes.load(request.prompt_tokens, self.target.cache, row.slot)
             if row.block_sums:
@@ -471,7 +477,8 @@ class Engine:
 
     def _report(self, row: Row) -> None:
         completion = self._complete(row)
-        self._done.append(Progress(row.id, row.output[row.num_reported :], completion))
+        new = row.output[row.num_reported :]
+        self._done.append(Progress(row.id, new, completion, row.cause))
         if self.on_complete is not None:
             self.on_complete(row.request, completion, row.context)
 

@@ -42,6 +42,7 @@ class Row:
     seconds: Seconds = field(default_factory=Seconds)
     finish_reason: FinishReason | None = None
     error: str | None = None
+    cause: BaseException | None = None  # of the error, where it was raised
     finished_at: float = 0.0
     num_reported: int = 0  # output tokens that left as progress
     hidden: Tensor | None = None  # [D] before the last token, where the drafter needs it
@@ -77,8 +78,9 @@ class Row:
         most = None if any_length else split_arm(self.arm)[1]
         return room if most is None else min(room, most)
 
-    def fail(self, reason: str, error: Exception | None = None) -> None:
+    def fail(self, reason: str, error: BaseException | None = None) -> None:
         """End with an error of its own; other rows go on."""
+        self.cause = error
         if error is not None:
             reason = f"{reason}: {str(error) or type(error).__name__}"
         self.finish_reason, self.error = "error", reason

@@ -10,7 +10,6 @@ drafters to transformers' assisted decoding. What a call asks for is honoured or
 from __future__ import annotations
 
 import inspect
-from collections import deque
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,7 +18,8 @@ from transformers import GenerationMixin
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from paceline.contracts import AUTO, NONE, Completion, SamplingParams
-from paceline.errors import DecodingError, RequestError
+from paceline.engine import raise_failure
+from paceline.errors import RequestError
 from paceline.integrations.candidates import DrafterCandidates
 from paceline.integrations.generation_settings import (
     Asked,
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from paceline.assembly import Pace
     from paceline.contracts import Request
     from paceline.drafting.base import Drafter
+    from paceline.engine import Progress
     from paceline.integrations.kept_pace import Drafting
 
 __all__ = ["DrafterCandidates", "GenerateOutput", "assisted", "candidate_generator", "generate"]
@@ -181,31 +182,16 @@ def _request(
 
 
 def _decode(pace: Pace, rows: list[_Row], asked: Asked, streamer: BaseStreamer | None) -> None:
-    """Drive the engine until every row has its completion."""
-    engine = pace.engine
-    left, open_rows = deque(rows), dict[int, _Row]()
-    try:
-        while left or open_rows:
-            while left and not engine.is_full:
-                row = left.popleft()
-                open_rows[engine.submit(row.request)] = row
-            for progress in engine.step():
-                taker = open_rows.get(progress.ticket)
-                if taker is None:
-                    continue
-                new = list(_until_stopped(taker, progress.new_tokens, asked))
-                if streamer is not None and new:
-                    streamer.put(torch.tensor(new))
-                if taker.stopped:
-                    engine.cancel(progress.ticket)
-                if progress.completion is not None:
-                    _complete(pace, taker, progress.completion)
-                    del open_rows[progress.ticket]
-    finally:
-        for ticket in open_rows:
-            engine.cancel(ticket)
-        if open_rows:
-            engine.step()
+    """Decode until every row has its completion."""
+    for place, progress in pace.driver.progress([row.request for row in rows]):
+        row = rows[place]
+        new = list(_until_stopped(row, progress.new_tokens, asked))
+        if streamer is not None and new:
+            streamer.put(torch.tensor(new))
+        if row.stopped:
+            pace.driver.cancel(progress.ticket)
+        if progress.completion is not None:
+            _complete(pace, row, progress)
 
 
 def _until_stopped(row: _Row, new_tokens: Sequence[int], asked: Asked) -> Iterator[int]:
@@ -221,10 +207,11 @@ def _until_stopped(row: _Row, new_tokens: Sequence[int], asked: Asked) -> Iterat
         yield token
 
 
-def _complete(pace: Pace, row: _Row, completion: Completion) -> None:
-    if completion.error is not None:
-        raise DecodingError(f"row {completion.request_id}: {completion.error}")
-    if row.stopped:  # the engine may have gone on by a round
+def _complete(pace: Pace, row: _Row, progress: Progress) -> None:
+    raise_failure(progress)
+    completion = progress.completion
+    assert completion is not None
+    if row.stopped:  # the engine may have gone on by some rounds
         text = pace.parts.tokenizer.decode(row.tokens, skip_special_tokens=True)
         completion = replace(completion, token_ids=row.tokens, text=str(text), finish_reason="stop")
     row.completion = completion

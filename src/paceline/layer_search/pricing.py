@@ -18,7 +18,7 @@ import torch
 from paceline.contracts import NONE, Request
 from paceline.costs.table import ENGINE, FORWARD, ROUND, TARGET, CostTable, Measurement
 from paceline.drafting.layer_skip import LayerSkip
-from paceline.engine import Engine
+from paceline.engine import Driver, Engine
 from paceline.models.packing import Span
 from paceline.models.sublayers import LayerSubset
 
@@ -141,10 +141,10 @@ def _forward(
 
 def _host_seconds(parts: Parts, prompt: Sequence[int]) -> float:
     """The engine's seconds a round outside its forwards."""
-    engine = Engine(parts.target, {NONE: parts.drafters[NONE]}, decode=lambda tokens: "")
+    driver = Driver(Engine(parts.target, {NONE: parts.drafters[NONE]}, decode=lambda tokens: ""))
     room = parts.target.context_length + 1 - len(prompt)
     request = Request("", tuple(prompt), min(_ENGINE_TOKENS, room), drafter=NONE)
-    (done,) = engine.generate([request])
+    (done,) = driver.generate([request])
     spent = done.seconds
     return max(0.0, done.seconds_total - spent.prefill - spent.verify) / max(1, len(done.rounds))
 
@@ -161,9 +161,9 @@ def timed_per_token(
     if subset is not None:
         arm = "layer_skip"
         drafters[arm] = LayerSkip(arm, parts.target, subset, settings.of_drafter())
-    engine = Engine(parts.target, drafters, decode=lambda tokens: "", max_rows=1)
+    driver = Driver(Engine(parts.target, drafters, decode=lambda tokens: "", max_rows=1))
     done = [
-        next(engine.generate([Request(str(i), t.prompt, len(t.output), drafter=arm)]))
+        next(driver.generate([Request(str(i), t.prompt, len(t.output), drafter=arm)]))
         for i, t in enumerate(trajectories)
     ]
     seconds = sum(c.seconds_total - c.seconds.prefill for c in done)

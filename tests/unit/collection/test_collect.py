@@ -32,7 +32,7 @@ from paceline.contracts import (
     Request,
     SamplingParams,
 )
-from paceline.engine import Engine
+from paceline.engine import Driver, Engine
 from paceline.errors import ConfigError, StoreError
 from paceline.files import write_atomically
 from paceline.replay import rounds_of, target_distributions
@@ -120,7 +120,7 @@ def test_features_are_those_of_a_request_that_is_alone(
     engine = Engine(pace.parts.target, pace.parts.drafters, lambda tokens: "", choose)
     for prompt in load_collection(whole).prompts:
         contexts.clear()
-        list(engine.generate([Request(prompt.id, prompt.prompt_tokens, 2, drafter=AUTO)]))
+        list(Driver(engine).generate([Request(prompt.id, prompt.prompt_tokens, 2, drafter=AUTO)]))
         assert contexts[0].request_id == prompt.id
         alone = feature_vector(contexts[0])
         np.testing.assert_allclose(prompt.features, alone, rtol=1e-4, atol=1e-5)

@@ -352,7 +352,7 @@ def test_without_prices_a_request_says_what_to_run(target: LanguageModel) -> Non
     pace = pace_of(target, drafter(target, EXPECTED))
     requests = [pace.request("hello", drafter=arm, max_new_tokens=9) for arm in ("small", NONE)]
 
-    found = [c for r in requests for c in pace.engine.generate([r], return_errors=True)]
+    found = [c for r in requests for c in pace.driver.generate([r], return_errors=True)]
 
     assert found[0].error is not None and "run `paceline profile`" in found[0].error
     assert found[1].error is None

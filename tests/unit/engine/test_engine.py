@@ -13,7 +13,7 @@ import torch
 from paceline.contracts import Completion, Context, Decision, Drafts, Request, SamplingParams
 from paceline.drafting.draft_model import DraftModel
 from paceline.drafting.none import NoneDrafter
-from paceline.engine import Engine
+from paceline.engine import Driver, Engine
 from paceline.errors import DecodingError, RequestError
 from paceline.models.language_model import LanguageModel
 from paceline.testing.reference import greedy_reference
@@ -80,7 +80,7 @@ def test_counts_and_seconds_of_a_completion_agree() -> None:
     arms = ["near", "right", "wrong", "none"]
     requests = [request(f"{arm} {n}", n, arm) for arm in arms for n in (1, 2, 7, 20)]
 
-    done = {c.request_id: c for c in engine.generate(requests)}
+    done = {c.request_id: c for c in Driver(engine).generate(requests)}
 
     for asked in requests:
         completion = done[asked.id]
@@ -103,7 +103,9 @@ def test_a_stop_inside_an_accepted_run_leaves_the_rest_uncounted() -> None:
     place = next(i for i in (7, 8, 6, 2, 3) if OUTPUT[i] not in OUTPUT[:i])
     stop = frozenset({OUTPUT[place]})
 
-    [completion] = engine_with(right).generate([request(drafter="right", stop_token_ids=stop)])
+    [completion] = Driver(engine_with(right)).generate(
+        [request(drafter="right", stop_token_ids=stop)]
+    )
 
     assert completion.token_ids == OUTPUT[: place + 1]
     assert completion.rounds[-1].drafted == 4
@@ -113,7 +115,7 @@ def test_a_stop_inside_an_accepted_run_leaves_the_rest_uncounted() -> None:
 
 def test_a_draft_is_never_longer_than_what_may_still_be_emitted() -> None:
     right = ScriptedDrafter("right", copying([*PROMPT, *OUTPUT]), num_draft_tokens=8)
-    list(engine_with(right).generate([request(n=n, drafter="right") for n in (2, 3, 12)]))
+    list(Driver(engine_with(right)).generate([request(n=n, drafter="right") for n in (2, 3, 12)]))
 
     by_row = {i: [len(d) for row, d in right.proposed if row == i] for i in range(3)}
     assert by_row == {0: [0], 1: [1], 2: [8, 1]}
@@ -131,7 +133,7 @@ def test_rows_join_and_leave_between_rounds() -> None:
         rows_of_forward.append(len(spans)) or forward(tokens, spans, *rest)
     )
 
-    done = list(engine.generate([request(str(i), n) for i, n in enumerate(lengths)]))
+    done = list(Driver(engine).generate([request(str(i), n) for i, n in enumerate(lengths)]))
 
     assert {c.request_id: c.token_ids for c in done} == {
         str(i): OUTPUT[:n] for i, n in enumerate(lengths)
@@ -145,7 +147,7 @@ def test_rows_join_and_leave_between_rounds() -> None:
 def test_a_generator_that_is_given_up_gives_its_rows_back() -> None:
     drafter = DraftModel("near", LanguageModel(perturbed(MODEL, 0.05), "near"), 4, 259, 259)
     engine = engine_with(drafter)
-    stream = engine.generate([request("0", 2, "near"), request("1", 30, "near")])
+    stream = Driver(engine).generate([request("0", 2, "near"), request("1", 30, "near")])
     next(stream)
     assert slots_in_use(engine) == 1
 
@@ -157,7 +159,7 @@ def test_a_generator_that_is_given_up_gives_its_rows_back() -> None:
 
 def test_requests_are_checked_before_any_is_begun() -> None:
     engine = engine_with()
-    stream = engine.generate([request("fine"), request("bad", n=0)])
+    stream = Driver(engine).generate([request("fine"), request("bad", n=0)])
 
     with pytest.raises(RequestError, match="max_new_tokens"):
         next(stream)
@@ -165,7 +167,7 @@ def test_requests_are_checked_before_any_is_begun() -> None:
 
 
 def test_requests_may_come_from_a_generator() -> None:
-    done = list(engine_with().generate(request(str(i), 3) for i in range(3)))
+    done = list(Driver(engine_with()).generate(request(str(i), 3) for i in range(3)))
 
     assert [c.token_ids for c in done] == [OUTPUT[:3]] * 3
 
@@ -186,7 +188,9 @@ def test_choose_sees_the_prefill_and_the_load(chunk: int) -> None:
     sampling = SamplingParams()
     short = tuple(b"spam")
 
-    done = list(engine.generate([request("a", 4, "auto"), request("b", 4, "auto", prompt=short)]))
+    done = list(
+        Driver(engine).generate([request("a", 4, "auto"), request("b", 4, "auto", prompt=short)])
+    )
 
     assert [c.request_id for c in contexts] == ["a", "b"]
     for context, prompt in zip(contexts, (PROMPT, short), strict=True):
@@ -207,7 +211,7 @@ def test_requests_that_name_a_drafter_are_not_asked_about() -> None:
 
     engine = engine_with(choose=choose)
 
-    assert [c.drafter for c in engine.generate([request(), request("1", 1, "auto")])] == [
+    assert [c.drafter for c in Driver(engine).generate([request(), request("1", 1, "auto")])] == [
         "none"
     ] * 2
 
@@ -249,10 +253,10 @@ def test_an_error_in_a_drafter_leaves_the_engine_usable(drafter: Drafter, words:
     requests = [request("0", 20, "none"), request("1", 21, "odd")]
 
     with pytest.raises(DecodingError, match=words):
-        list(engine.generate(requests))
+        list(Driver(engine).generate(requests))
 
     assert slots_in_use(engine) == 0
-    [completion] = engine.generate([request()])
+    [completion] = Driver(engine).generate([request()])
     assert completion.token_ids == OUTPUT[:20]
 
 
@@ -263,10 +267,10 @@ def test_an_error_while_choosing_leaves_the_engine_usable() -> None:
     with pytest.raises(
         DecodingError, match=r"policy: unknown drafter 'gone'; there are: auto, none"
     ):
-        list(engine.generate([request("0", drafter="auto"), request("1", drafter="auto")]))
+        list(Driver(engine).generate([request("0", drafter="auto"), request("1", drafter="auto")]))
 
     assert slots_in_use(engine) == 0
-    assert next(engine.generate([request()])).token_ids == OUTPUT[:20]
+    assert next(Driver(engine).generate([request()])).token_ids == OUTPUT[:20]
 
 
 # --- drafts that the target cannot read -----------------------------------------------------------
@@ -277,7 +281,7 @@ def test_an_error_while_choosing_leaves_the_engine_usable() -> None:
 def test_a_drafted_id_outside_the_vocabulary_is_rejected(unknown: int, method: str) -> None:
     greedy = method == "greedy"
     sampling = SamplingParams() if greedy else SamplingParams(1.0, seed=4, method="residual")
-    plain = next(engine_with().generate([request(sampling=sampling)])).token_ids
+    plain = next(Driver(engine_with()).generate([request(sampling=sampling)])).token_ids
     right = copying([*PROMPT, *plain])
 
     def second_is_unknown(tokens: Sequence[int], limit: int) -> list[int]:
@@ -286,7 +290,9 @@ def test_a_drafted_id_outside_the_vocabulary_is_rejected(unknown: int, method: s
         return draft
 
     drafter = ScriptedDrafter("odd", second_is_unknown, num_draft_tokens=4)
-    [completion] = engine_with(drafter).generate([request(drafter="odd", sampling=sampling)])
+    [completion] = Driver(engine_with(drafter)).generate(
+        [request(drafter="odd", sampling=sampling)]
+    )
 
     assert completion.token_ids == plain
     assert {r.accepted for r in completion.rounds[:-1]} == {1}
@@ -309,7 +315,7 @@ def test_an_unknown_stochastic_token_counts_as_a_rejection() -> None:
         for seed in range(1, 40, 2)
     ]
 
-    for completion in engine_with(drafter).generate(requests):
+    for completion in Driver(engine_with(drafter)).generate(requests):
         assert [(r.drafted, r.accepted) for r in completion.rounds] == [(1, 0), (0, 0)]
 
 
@@ -317,7 +323,7 @@ def test_an_arm_with_a_length_drafts_no_more_than_that() -> None:
     right = ScriptedDrafter("right", copying([*PROMPT, *OUTPUT]), num_draft_tokens=4)
     engine = engine_with(right)
 
-    [short] = engine.generate([request(drafter="right@2")])
+    [short] = Driver(engine).generate([request(drafter="right@2")])
 
     assert short.token_ids == OUTPUT[:20]
     # 19 tokens after the first: 6 rounds of 2 accepted and one more, then the last token
@@ -340,7 +346,7 @@ def test_an_arm_that_cannot_be_is_refused_from_request_and_policy(arm: str, word
     engine = engine_with(right, choose=lambda context: Decision(arm))
 
     with pytest.raises(RequestError, match=re.escape(words)):
-        list(engine.generate([request(drafter=arm)]))
+        list(Driver(engine).generate([request(drafter=arm)]))
     with pytest.raises(DecodingError, match=re.escape(words)):
-        list(engine.generate([request(drafter="auto")]))
+        list(Driver(engine).generate([request(drafter="auto")]))
     assert slots_in_use(engine) == 0

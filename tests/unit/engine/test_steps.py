@@ -67,7 +67,7 @@ def test_the_queue_is_bounded() -> None:
 def test_generate_takes_more_requests_than_may_wait() -> None:
     pace = pace_with(max_rows=2, max_waiting=1)
 
-    assert len(list(pace.engine.generate([ask(str(i)) for i in range(7)]))) == 7
+    assert len(list(pace.driver.generate([ask(str(i)) for i in range(7)]))) == 7
 
 
 def test_rows_are_admitted_as_far_as_the_cache_reaches() -> None:

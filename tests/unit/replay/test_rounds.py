@@ -73,10 +73,10 @@ def test_a_stop_inside_an_accepted_run_cuts_the_round_there(pace: Pace, arm: str
         # an answer that is under way: what comes next has been written before, so lookups accept it
         prompt = (*pace.encode(text), *start.token_ids)
         request = Request("", prompt, 20, drafter=arm)
-        (whole,) = pace.engine.generate([request])
+        (whole,) = pace.driver.generate([request])
         for stop in sorted(set(whole.token_ids)):
             stopping = replace(request, stop_token_ids=frozenset({stop}))
-            (completion,) = pace.engine.generate([stopping])
+            (completion,) = pace.driver.generate([stopping])
             assert completion.token_ids[-1] == stop
             assert replayed(pace, arm, completion, prompt, 20) == rounds_of(completion)
             emitted = 1 + sum(r.accepted + 1 for r in completion.rounds)
