@@ -133,7 +133,8 @@ class Driver:
 
         Closing the iterator, or cancelling the task, cancels the request.
         """
-        loop, mail = asyncio.get_running_loop(), asyncio.Queue[Progress]()
+        loop = asyncio.get_running_loop()
+        mail: asyncio.Queue[Progress] = asyncio.Queue()
 
         def deliver(progress: Progress) -> None:
             loop.call_soon_threadsafe(mail.put_nowait, progress)
