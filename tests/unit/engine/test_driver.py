@@ -32,9 +32,16 @@ LONG = {"drafter": "none", "max_new_tokens": 400, "ignore_eos": True}
 SHORT = {**LONG, "max_new_tokens": 6}
 
 
-def pace_of(choose: Callable[[Context], Decision] | None = None, **engine: Any) -> Pace:
+def pace_of(
+    choose: Callable[[Context], Decision] | None = None,
+    ended: list[str] | None = None,
+    **engine: Any,
+) -> Pace:
+    """ended: is given the finish reason of every request."""
     config = Config(target=ModelSection(model="in memory"), engine=EngineSection(**engine))
-    return Pace(build_from_objects(MODEL, byte_tokenizer(), {}, config), choose)
+    parts = build_from_objects(MODEL, byte_tokenizer(), {}, config)
+    reasons = [] if ended is None else ended
+    return Pace(parts, choose, on_complete=lambda r, c, context: reasons.append(c.finish_reason))
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
@@ -110,7 +117,8 @@ def test_a_stream_in_a_cycle_is_cancelled_when_it_is_collected() -> None:
 
 
 def test_an_asyncio_task_that_is_cancelled_frees_its_row() -> None:
-    pace = pace_of()
+    ended: list[str] = []
+    pace = pace_of(ended=ended)
 
     async def act() -> None:
         task = asyncio.create_task(pace.acomplete("abc", **LONG))
@@ -122,16 +130,19 @@ def test_an_asyncio_task_that_is_cancelled_frees_its_row() -> None:
 
     asyncio.run(act())
     wait_until(lambda: pace.engine.num_rows == 0)
+    assert ended == ["cancelled"]
 
 
 def test_an_event_loop_that_ends_with_requests_open_leaves_nothing() -> None:
-    pace = pace_of()
+    ended: list[str] = []
+    pace = pace_of(ended=ended)
     loop = asyncio.new_event_loop()
     stream = pace.astream_text("abc", **LONG)
     loop.run_until_complete(anext(stream))
     loop.close()  # nobody reads on, and nobody said so
 
     wait_until(lambda: not pace.driver._mail and pace.engine.num_rows == 0)
+    assert ended == ["cancelled"]
     assert len(pace.complete("abc", **SHORT).token_ids) == 6
 
 
