@@ -31,9 +31,9 @@ from paceline.drafting.draft_model import DraftModel, DraftModelSettings
 from paceline.drafting.none import NoneDrafter
 from paceline.engine import Engine, TextStream
 from paceline.errors import ArtefactError, ConfigError, DecodingError, RequestError
-from paceline.models.exact import check_exact
-from paceline.models.language_model import LanguageModel, check_packed_forward
+from paceline.models.language_model import LanguageModel
 from paceline.models.loading import load_language_model, load_tokenizer
+from paceline.models.self_checks import check_exact, check_packed_forward
 from paceline.models.vocabulary import Vocabulary, check_same_vocabulary
 from paceline.selection import (
     Arm,

@@ -7,7 +7,7 @@ them and a model the caller handed in is left as it was found.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
@@ -16,9 +16,12 @@ from transformers import AttentionInterface
 
 from paceline.errors import ModelError
 from paceline.models.attention import attend
+from paceline.models.kinds import takes_positions
 from paceline.models.sublayers import SubLayers
+from paceline.models.visibility import NUM_TOKENS, PROBE, Visibility, look
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
     from contextlib import AbstractContextManager
 
     from torch import Tensor
@@ -43,7 +46,10 @@ class TransformersForward:
 
     kind: ClassVar[str] = "transformers"
 
-    def __init__(self, model: PreTrainedModel, name: str) -> None:
+    def __init__(
+        self, model: PreTrainedModel, name: str, context_length: int, device: torch.device
+    ) -> None:
+        """context_length: no token stands further. device: where token ids go in."""
         head = model.get_output_embeddings()
         if head is None:
             raise ModelError(f"{name}: {type(model).__name__} has no output head; use a causal LM")
@@ -57,27 +63,49 @@ class TransformersForward:
         # every attention module reads its implementation from one of these
         configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
         self._configs: list[Any] = list(configs.values())
+        self.visibility = self._look(context_length, device)
 
     def hidden(
         self, tokens: Tensor, packed: PackedBatch | PagedBatch, skip: LayerSubset | None = None
     ) -> Tensor:
         """Final hidden states [N, D] of tokens [N], without the sub-layers of `skip`."""
-        before = [config._attn_implementation for config in self._configs]
-        for config in self._configs:
-            config._attn_implementation_internal = NAME
-        try:
-            with self._without(skip):
-                output = self._body(
-                    input_ids=tokens[None],
-                    position_ids=packed.positions()[None],
-                    use_cache=False,
-                    packed=packed,
-                )
-        finally:
-            for config, name in zip(self._configs, before, strict=True):
-                config._attn_implementation_internal = name
+        with self._attention(NAME), self._without(skip):
+            output = self._body(
+                input_ids=tokens[None],
+                position_ids=packed.positions()[None],
+                use_cache=False,
+                packed=packed,
+                windows=self.visibility.windows,
+            )
         hidden: Tensor = output.last_hidden_state
         return hidden[0]
+
+    @contextmanager
+    def _attention(self, name: str) -> Iterator[None]:
+        """The time in which the model runs its attention under a registered name."""
+        before = [config._attn_implementation for config in self._configs]
+        for config in self._configs:
+            config._attn_implementation_internal = name
+        try:
+            yield
+        finally:
+            for config, old in zip(self._configs, before, strict=True):
+                config._attn_implementation_internal = old
+
+    def _look(self, context_length: int, device: torch.device) -> Visibility:
+        """Read from the model's own code what each layer sees."""
+        tokens = torch.zeros((1, min(NUM_TOKENS, context_length)), dtype=torch.int64, device=device)
+        with self._attention(PROBE):
+            seen = look(lambda: self._body(input_ids=tokens, use_cache=False), context_length)
+        if not takes_positions(self._body):
+            seen.note("its forward cannot be told the positions of its tokens")
+        without = [i for i in range(self._num_layers) if i not in seen.windows]
+        if without and not seen.reasons:
+            seen.note(
+                f"{len(without)} of its {self._num_layers} layers (such as {without[0]}) run no "
+                "attention through transformers' interface"
+            )
+        return seen
 
     def _without(self, skip: LayerSubset | None) -> AbstractContextManager[None]:
         """The time in which a subset's sub-layers are silent."""
@@ -103,14 +131,16 @@ def packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     packed: PackedBatch | PagedBatch | None = None,
+    windows: Mapping[int, int | None] | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface. query: [1, H, N, D]; key, value: [1, Hkv, N, D].
 
-    Returns [1, N, H, D]. An argument that is not known to leave the result alone is refused,
-    because it would be silently ignored.
+    windows: what each layer's mask lets it see, by layer; it decides over `sliding_window`, which
+    transformers' own eager and sdpa attention ignore. Returns [1, N, H, D]. An argument that is not
+    known to leave the result alone is refused, because it would be silently ignored.
     """
     if packed is None:
         raise ModelError(f"{type(module).__name__} does not pass extra arguments to its attention")
@@ -122,6 +152,7 @@ def packed_attention(
         )
     scale = scaling if scaling is not None else query.shape[3] ** -0.5
     layer: Any = module.layer_idx
+    window = (windows or {}).get(layer, sliding_window)
     value_dim = value.shape[3]
     if value_dim > key.shape[3]:
         raise ModelError(
@@ -130,8 +161,9 @@ def packed_attention(
     # narrower values (multi-head latent attention) are padded to share a tensor with the keys
     value = F.pad(value, (0, key.shape[3] - value_dim))
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    out = attend(packed, layer, q, torch.cat((k, v), dim=1), scale, sliding_window, softcap)
-    return out[None, ..., :value_dim], None
+    out = attend(packed, layer, q, torch.cat((k, v), dim=1), scale, window, softcap)
+    # some architectures `view` it, which a single row's transposed output does not allow
+    return out[None, ..., :value_dim].contiguous(), None
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -3,7 +3,7 @@
 The lean forward leaves a sub-layer out by itself. In transformers' own modules it is silenced for the
 length of one forward: it answers zeros, and the model is left as it was found. Whether that is the
 same as leaving it out is a matter of the architecture (post-norm layers change the stream all the
-same), so `check_sublayers` tries it. Knows no drafting.
+same), so `self_checks.check_sublayers` tries it. Knows no drafting.
 """
 
 from __future__ import annotations
@@ -16,15 +16,11 @@ import torch
 from torch import nn
 
 from paceline.errors import ModelError
-from paceline.models.cache import RowCache
-from paceline.models.packing import Span
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor
-
-    from paceline.models.language_model import LanguageModel
 
 # what transformers calls the two sub-layers of a decoder layer; OPT's MLP is two bare linear layers
 _ATTENTIONS: Final = (("self_attn",), ("attn",), ("attention",), ("self_attention",))
@@ -139,58 +135,3 @@ def _find_sublayers(layer: nn.Module, name: str) -> _Layer:
         )
 
     return _Layer(find("attention", _ATTENTIONS), find("MLP", _MLPS))
-
-
-def check_sublayers(language_model: LanguageModel, seed: int = 0) -> None:
-    """Check that skipping does what it says, on random tokens. Raises ModelError if it does not.
-
-    With nothing skipped the hidden states must be the model's own; with everything skipped, those of
-    the same model without decoder layers: embedding, last norm.
-    """
-    name, kind = language_model.name, type(language_model.model).__name__
-    generator = torch.Generator().manual_seed(seed)
-    length = min(7, language_model.context_length)
-    tokens = torch.randint(language_model.num_logits, (length,), generator=generator)
-
-    def run(subset: LayerSubset | None) -> Tensor:
-        cache = RowCache()
-        span = Span(cache.acquire(), 0, length)
-        return language_model.forward(tokens, [span], cache=cache, skip=subset)
-
-    with torch.inference_mode():
-        whole, none_skipped, all_skipped = _tried(
-            name,
-            kind,
-            lambda: [
-                run(None),
-                run(LayerSubset()),
-                run(LayerSubset.everything(language_model.num_layers)),
-            ],
-        )
-        bare = _without_layers(language_model, tokens)
-    tolerance = 1e-3 if language_model.dtype == torch.float32 else 0.05
-    for found, expected in ((none_skipped, whole), (all_skipped, bare)):
-        off = (found.float() - expected.float()).abs().max()
-        if not off <= tolerance * expected.float().std():
-            raise ModelError(
-                f"{name}: the sub-layers of {kind} cannot be skipped: without them the hidden state "
-                f"is off by {off:.2g}, so its layers do more than add to the stream"
-            )
-
-
-def _tried(name: str, kind: str, act: Callable[[], list[Tensor]]) -> list[Tensor]:
-    try:
-        return act()
-    except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{name}: the sub-layers of {kind} cannot be skipped ({error})") from error
-
-
-def _without_layers(language_model: LanguageModel, tokens: Tensor) -> Tensor:
-    """[N, D] by transformers' own code around no decoder layers at all."""
-    body = language_model.model.base_model
-    sublayers = SubLayers(body, language_model.num_layers, language_model.name)
-    with sublayers.no_layers():
-        ids = tokens[None].to(language_model.device)
-        output: Any = body(input_ids=ids, use_cache=False)
-    hidden: Tensor = output.last_hidden_state
-    return hidden[0]

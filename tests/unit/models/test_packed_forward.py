@@ -11,8 +11,9 @@ from transformers import BloomConfig, BloomForCausalLM, GraniteConfig, GraniteFo
 from paceline.errors import ModelError
 from paceline.models import attention, packing
 from paceline.models.cache import BLOCK
-from paceline.models.language_model import LanguageModel, check_packed_forward
+from paceline.models.language_model import LanguageModel
 from paceline.models.packing import Span
+from paceline.models.self_checks import check_packed_forward
 from paceline.testing.tiny_models import (
     ARCHITECTURES,
     LEAN_ARCHITECTURES,

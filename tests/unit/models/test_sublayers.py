@@ -11,7 +11,8 @@ from paceline.models import sublayers
 from paceline.models.cache import RowCache
 from paceline.models.language_model import Forward, LanguageModel
 from paceline.models.packing import Span
-from paceline.models.sublayers import LayerSubset, check_sublayers
+from paceline.models.self_checks import check_sublayers
+from paceline.models.sublayers import LayerSubset
 from paceline.testing.tiny_models import ARCHITECTURES, LEAN_ARCHITECTURES, tiny_model
 
 TEXT = torch.arange(3, 12)
