@@ -183,8 +183,10 @@ class Pace:
 
     @property
     def notes(self) -> list[str]:
-        """What is worth knowing of the policy, and of how the drafters were built, a line each."""
-        return [*self._notes, *(d.note for d in self.parts.drafters.values() if d.note)]
+        """What is worth knowing of the policy, the target and the drafters, a line each."""
+        cut = self.parts.target.context_note
+        target = [f"target: {cut}"] if cut else []
+        return [*self._notes, *target, *(d.note for d in self.parts.drafters.values() if d.note)]
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return self.parts.text(tokens)

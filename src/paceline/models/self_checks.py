@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from transformers import DynamicCache
 
 from paceline.errors import ModelError
 from paceline.models.cache import RowCache
@@ -51,6 +52,8 @@ _TREE: Final = (
     (True, False, True, True),
 )
 _KEPT: Final = (0, 2, 3)  # the path of the tree that is accepted
+# what an architecture's code may raise where it is run in a way that it does not know
+_FAILURES: Final = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)
 
 
 def check_packed_forward(language_model: LanguageModel, seed: int = 0) -> None:
@@ -60,26 +63,32 @@ def check_packed_forward(language_model: LanguageModel, seed: int = 0) -> None:
     has what this cannot see.
     """
     name, kind = language_model.name, type(language_model.model).__name__
+    _check_cached_windows(language_model)
     num_prompt = past_windows(language_model, _LONG, _DECODED)
     _check_bounds(language_model, num_prompt + _DECODED)
     fed = _Fed(language_model, torch.Generator().manual_seed(seed))
     with torch.inference_mode():
         try:
             _feed_rounds(fed, num_prompt)
-        except (TypeError, AttributeError, IndexError, RuntimeError) as error:
-            raise ModelError(
-                f"{name}: {kind} cannot run the packed forward"
-                f"{_because(language_model, str(error))}"
-            ) from error
+        except _FAILURES as error:
+            reasons = "; ".join(language_model.visibility.reasons) or str(error)
+            raise ModelError(f"{name}: {kind} cannot run the packed forward: {reasons}") from error
         finally:
             fed.release()
-        worst, scale, step = _compare(fed)
+        try:
+            worst, scale, step = _compare(fed)
+        except _FAILURES as error:
+            raise ModelError(
+                f"{name}: {kind} cannot be checked: transformers' own forward over its text fails "
+                f"with {type(error).__name__}: {error}"
+            ) from error
     tolerance = 1e-3 if language_model.dtype == torch.float32 else 0.15
     if not worst <= tolerance * max(scale, 1e-6):
+        reasons = "; ".join(language_model.visibility.reasons)
         raise ModelError(
             f"{name}: the packed forward of {kind} differs from transformers' by {worst:.3g} at "
             f"{step} (logits vary by {scale:.3g}); this architecture is not supported"
-            f"{_because(language_model)}{_other_forward(language_model)}"
+            f"{reasons and ': ' + reasons}{_other_forward(language_model)}"
         )
 
 
@@ -131,6 +140,22 @@ def _check_bounds(language_model: LanguageModel, length: int) -> None:
                 f"{language_model.name}: {type(language_model.model).__name__} is not supported: its "
                 f"'{name}' of {bound} is beyond the {length} tokens that the self-check can afford, "
                 "and its masks do not show it"
+            )
+
+
+def _check_cached_windows(language_model: LanguageModel) -> None:
+    """Raise ModelError if transformers' own cache forgets what a layer's mask lets it see.
+
+    Then `generate` writes another text than the plain forward says, and nothing is right.
+    """
+    cache = DynamicCache(config=language_model.model.config)
+    for index, seen in language_model.visibility.windows.items():
+        kept = getattr(cache.layers[index], "sliding_window", None) if cache.layers else None
+        if kept is not None and kept < (seen or language_model.context_length):
+            raise ModelError(
+                f"{language_model.name}: {type(language_model.model).__name__} is not supported: "
+                f"layer {index} sees {seen or 'all'} earlier tokens by its mask, and transformers' "
+                f"cache keeps {kept} of them, so its text with and without a cache differs"
             )
 
 
@@ -246,12 +271,6 @@ def _plain(language_model: LanguageModel, texts: Sequence[list[int]]) -> Tensor:
     model: Any = language_model.model
     logits: Tensor = model(input_ids=ids.to(language_model.device), use_cache=False).logits
     return logits
-
-
-def _because(language_model: LanguageModel, error: str = "") -> str:
-    """What is known of why, in parentheses."""
-    reasons = language_model.visibility.reasons or ([error] if error else [])
-    return f" ({'; '.join(reasons)})" if reasons else ""
 
 
 def _other_forward(language_model: LanguageModel) -> str:

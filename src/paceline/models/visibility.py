@@ -69,12 +69,13 @@ def look(run: Callable[[], object], context_length: int) -> Visibility:
 
 def _probe_mask(
     *args: Any, mask_function: Callable[..., Tensor], device: Any = None, **kwargs: Any
-) -> Tensor:
+) -> Any:
     """transformers' mask interface. Returns the real mask of the few tokens, and notes its rule."""
     seen = _current.get()
     assert seen is not None
     kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-    mask: Tensor = sdpa_mask(*args, mask_function=mask_function, device=device, **kwargs)
+    make: Any = sdpa_mask
+    mask = make(*args, mask_function=mask_function, device=device, **kwargs)
     seen._kept.append(mask)
     seen._masks[mask.data_ptr()] = window_of(mask_function, seen._context, device)
     return mask

@@ -15,7 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-import paceline
+
+from paceline.assembly import load
 from paceline.errors import ModelError
 from paceline.models.loading import quiet_transformers
 from paceline.testing.scripted import ScriptedDrafter, ScriptedTree
@@ -34,15 +35,15 @@ NUM_LAYERS: Final = 4
 # one is past every window, one is past a block of the cache, one meets a window while it is decoded
 PROMPTS: Final = (37, 5, 126)
 NEW_TOKENS: Final = 14
-_MOST_PARAMETERS: Final = 8_000_000
+_MOST_PARAMETERS: Final = 16_000_000
 _STD: Final = 0.25
 
 # Fields of configurations, by what they mean, and how large they are in a tiny model.
 _FIELDS: Final[dict[str, Any]] = {
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), NUM_TOKENS),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "n_words"), NUM_TOKENS),
     **dict.fromkeys(
         ("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "word_embed_proj_dim",
-         "embedding_dim", "cross_attention_hidden_size", "attn_hidden_size"), 32
+         "embedding_dim", "emb_dim", "cross_attention_hidden_size", "attn_hidden_size"), 32
     ),
     **dict.fromkeys(
         ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "decoder_ffn_dim", "encoder_ffn_dim",
@@ -77,7 +78,7 @@ _FIELDS: Final[dict[str, Any]] = {
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk",
                      "moe_top_k", "num_selected_experts"), 2),
     **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
-    **dict.fromkeys(("n_group", "topk_group"), 1),
+    **dict.fromkeys(("n_group", "num_group", "topk_group", "n_groups", "mamba_n_groups"), 1),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8,
@@ -90,20 +91,46 @@ _FIELDS: Final[dict[str, Any]] = {
     "hidden_size_per_layer_input": 8,
     "num_kv_shared_layers": 0,
     "first_k_dense_replace": 1,
+    "is_decoder": True,
+    # a factor of one would hide that it is forgotten
+    "logits_scaling": 3.0,
+    "residual_multiplier": 0.5,
+    "embedding_multiplier": 2.0,
+    "attention_multiplier": 0.3,
 }  # fmt: skip
-_NO_TOKEN: Final = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+_SPECIAL: Final = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 # Set where their default is None, too.
-_ALWAYS: Final = frozenset({*_NO_TOKEN, "sliding_window", "max_position_embeddings"})
+_ALWAYS: Final = frozenset({*_SPECIAL, "sliding_window", "max_position_embeddings", "head_dim"})
 
 # What the names alone do not say, by model type.
-_OVERRIDES: Final[dict[str, dict[str, Any]]] = {}
+_OVERRIDES: Final[dict[str, dict[str, Any]]] = {
+    "bamba": {"attn_layer_indices": [1], "mamba_d_head": 16},
+    "cohere_compass_text": {"layer_types": None},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "gemma4_text": {"num_kv_shared_layers": 0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention"] * 2, "mamba_n_heads": 4, "mamba_d_head": 16
+    },
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"head_dim": 16, "num_heads": 4},
+    "nemotron": {"num_key_value_heads": 2},
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [8, 24]},
+    "xmod": {"default_language": "en_XX"},
+    "zamba2": {"layer_types": ["mamba", "hybrid"] * 2},
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
 
 
 def architectures() -> list[tuple[str, type]]:
     """(class name, configuration class) of every causal LM of the installed transformers."""
     found: dict[str, type] = {}
-    for config_class, model_class in MODEL_FOR_CAUSAL_LM_MAPPING.items():
+    mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    for config_class, model_class in mapping.items():
         found.setdefault(model_class.__name__, config_class)
     return sorted(found.items(), key=lambda item: item[0].lower())
 
@@ -113,7 +140,7 @@ def tiny_config(config_class: Any) -> PreTrainedConfig:
     default = config_class()
     known = set(default.to_dict()) | set(default.__dict__)
     model_type = default.model_type
-    small = {name: value for name, value in {**_FIELDS, **_NO_TOKEN}.items() if name in known}
+    small = {name: value for name, value in {**_FIELDS, **_SPECIAL}.items() if name in known}
     for name in list(small):
         # None is a feature that is off, and a list has a length that other fields decide
         if name not in _ALWAYS and not isinstance(getattr(default, name, None), int | float):
@@ -121,9 +148,12 @@ def tiny_config(config_class: Any) -> PreTrainedConfig:
     if "layer_types" in known and isinstance(default.layer_types, list | tuple):
         kinds = list(dict.fromkeys(default.layer_types))
         small["layer_types"] = [kinds[i % len(kinds)] for i in range(NUM_LAYERS)]
-    for name, sub in getattr(default, "sub_configs", {}).items():
-        if getattr(default, name, None) is not None and hasattr(sub, "model_type"):
+    for name in getattr(default, "sub_configs", {}):
+        if hasattr(getattr(default, name, None), "model_type"):
             small[name] = tiny_config(type(getattr(default, name)))
+    if "kv_lora_rank" in known:  # multi-head latent attention: the head size is made of parts
+        small.pop("head_dim", None)
+        small["num_key_value_heads"] = 4
     small.update(_OVERRIDES.get(model_type, {}))
     config: PreTrainedConfig = config_class(**small)
     return config
@@ -134,23 +164,25 @@ def tiny_of(config_class: Any, seed: int = 0) -> PreTrainedModel:
 
     Raises whatever its code raises when the small configuration does not suit it.
     """
+    auto: Any = AutoModelForCausalLM
     with quiet_transformers():
         config = tiny_config(config_class)
         with torch.device("meta"):
-            outline: Any = AutoModelForCausalLM.from_config(config)
+            outline = auto.from_config(config)
         size = sum(p.numel() for p in outline.parameters())
         if size > _MOST_PARAMETERS:
             raise ValueError(f"{size:,} parameters are too many for a tiny model")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model: Any = AutoModelForCausalLM.from_config(config)
+            model: Any = auto.from_config(config)
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.dim() > 1:
                         parameter.normal_(std=_STD)
-    for name in _NO_TOKEN:
+    for name in _SPECIAL:
         setattr(model.generation_config, name, None)
-    return model.float().eval()
+    tiny: PreTrainedModel = model.float().eval()
+    return tiny
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +205,7 @@ def judge(name: str, config_class: Any) -> Judgement:
     everything = [[*p, *e] for p, e in zip(prompts, expected, strict=True)]
     drafters = {"chain": _chain(everything), "tree": _tree(everything)}
     try:
-        pace = paceline.load(target=model, tokenizer=byte_tokenizer(), drafters=drafters)
+        pace = load(target=model, tokenizer=byte_tokenizer(), drafters=drafters)
     except ModelError as error:
         return Judgement(name, "refused", str(error).removeprefix("target: "))
     except Exception as error:  # noqa: BLE001 - a model is refused by name, not by a crash
@@ -182,7 +214,9 @@ def judge(name: str, config_class: Any) -> Judgement:
         for batch in (prompts, prompts[:1]):
             try:
                 requests = [
-                    pace.request(p, id=str(i), drafter=drafter, max_new_tokens=NEW_TOKENS)
+                    pace.request(
+                        p, id=str(i), drafter=drafter, max_new_tokens=NEW_TOKENS, ignore_eos=True
+                    )
                     for i, p in enumerate(batch)
                 ]
                 texts = {c.request_id: list(c.token_ids) for c in pace.stream(requests)}
@@ -210,7 +244,8 @@ def _generate(model: Any, prompt: Sequence[int]) -> list[int]:
             do_sample=False,
             pad_token_id=0,
         )
-    return whole[0, len(prompt) :].tolist()
+    tokens: list[int] = whole[0, len(prompt) :].tolist()
+    return tokens
 
 
 def _following(everything: Sequence[Sequence[int]], tokens: Sequence[int], n: int) -> list[int]:
