@@ -6,7 +6,6 @@ Looks at the configuration and at transformers' own marks. What only a forward s
 
 from __future__ import annotations
 
-import inspect
 import re
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,8 +25,6 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
     if recurrent or getattr(model, "_is_stateful", False):
         what = f" ({', '.join(recurrent)})" if recurrent else ""
         return f"it keeps a recurrent state beside or instead of keys and values{what}, {_ROLLBACK}"
-    if model.get_output_embeddings() is None:
-        return "it has no output head; use a causal LM"
     return None
 
 
@@ -40,8 +37,3 @@ def _recurrent_layers(config: Any) -> list[str]:
             if found:
                 return list(found)
     return []
-
-
-def takes_positions(body: Any) -> bool:
-    """Whether a model's forward can be told where its tokens stand."""
-    return "position_ids" in inspect.signature(body.forward).parameters

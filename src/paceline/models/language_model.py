@@ -7,7 +7,7 @@ sampling or text. Symbols: N packed tokens, D hidden size, V logits width.
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 
@@ -21,6 +21,7 @@ from paceline.models.kinds import why_not_packed
 from paceline.models.lean import LeanForward, why_not_lean
 from paceline.models.packing import ChainMasks, PackedBatch, Span
 from paceline.models.peft_adapters import base_of
+from paceline.models.visibility import look_at
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from paceline.models.sublayers import LayerSubset
 
 Forward = Literal["auto", "lean", "transformers"]
+
+# ALiBi has no last position; more than any cache holds
+_ENDLESS: Final = 1 << 20
 
 
 class LanguageModel:
@@ -69,18 +73,19 @@ class LanguageModel:
             attention_kernel()  # what it lacks is said now
         self.cache: RowCache | PagedCache = PagedCache(self.device) if self._paged else RowCache()
         self._chain_masks = ChainMasks()
-        general = TransformersForward(model, name, self.context_length, self.device)
-        self.visibility = general.visibility
-        self._forward: LeanForward | TransformersForward = general
-        self.num_logits: int = model.get_output_embeddings().weight.shape[0]
+        self.visibility = look_at(model, self.context_length, self.device)
         reason = "the configuration says so" if forward == "transformers" else why_not_lean(model)
         reason = reason or next(iter(self.visibility.reasons), None)
         self.exact = exact
+        self._forward: LeanForward | TransformersForward
         if reason is None:
             self._forward = LeanForward(model, self.visibility.windows, exact)
         elif forward == "lean" or exact:
             mode = "exact mode" if exact else "the lean forward"
             raise ModelError(f"{name}: cannot run {mode}, because {reason}")
+        else:
+            self._forward = TransformersForward(model, name, self.visibility.windows)
+        self.num_logits: int = model.get_output_embeddings().weight.shape[0]
         self._static: StaticForward | None = None
         if isinstance(self.cache, PagedCache) and isinstance(self._forward, LeanForward):
             self._static = StaticForward(self._forward, self.cache, self.context_length)
@@ -197,7 +202,10 @@ class LanguageModel:
 def cache_bytes_per_position(config: Any, dtype: torch.dtype) -> int:
     """Bytes of one token's keys and values in all layers, by a model's configuration."""
     text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None)
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        heads = 1  # older Falcon, GPT BigCode
+    heads = heads or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return int(2 * text.num_hidden_layers * heads * size * dtype.itemsize)
 
@@ -219,9 +227,14 @@ def _input_device(model: PreTrainedModel) -> torch.device:
 
 def _context_length(config: Any) -> tuple[int, str | None]:
     """(positions that can be used, why they are fewer than the model's own, or None)."""
-    length = getattr(config, "max_position_embeddings", None)
-    if length is None:
-        raise ModelError(f"{type(config).__name__} names no max_position_embeddings")
+    names = ("max_position_embeddings", "max_seq_len", "seq_length")  # most models; MPT; Bloom
+    length = next((n for n in (getattr(config, name, None) for name in names) if n), None)
+    if length is None and config.model_type == "bloom":
+        length = _ENDLESS
+    if length is None or length < 1:
+        raise ModelError(
+            f"{type(config).__name__} names no context length (max_position_embeddings)"
+        )
     # longrope turns every angle once one position passes the original length, for all rows of a
     # forward at once; below it, rows cannot disturb one another
     rope = getattr(config, "rope_parameters", None) or {}

@@ -8,6 +8,7 @@ same), so `self_checks.check_sublayers` tries it. Knows no drafting.
 
 from __future__ import annotations
 
+import inspect
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -18,13 +19,21 @@ from torch import nn
 from paceline.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor
 
-# what transformers calls the two sub-layers of a decoder layer; OPT's MLP is two bare linear layers
+# what transformers calls the two sub-layers of a decoder layer; OPT's MLP is two bare linear layers,
+# Granite's the sum of two modules
 _ATTENTIONS: Final = (("self_attn",), ("attn",), ("attention",), ("self_attention",))
-_MLPS: Final = (("mlp",), ("feed_forward",), ("block_sparse_moe",), ("ffn",), ("fc1", "fc2"))
+_MLPS: Final = (
+    ("mlp",),
+    ("feed_forward",),
+    ("block_sparse_moe", "shared_mlp"),
+    ("block_sparse_moe",),
+    ("ffn",),
+    ("fc1", "fc2"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +65,8 @@ class SubLayers:
         self.owner, self.attribute = _find_layers(body, num_layers, name)
         layers: Any = getattr(self.owner, self.attribute)
         self._layers = [_find_sublayers(layer, name) for layer in layers]
+        self._silent = {m: _silent(m, True) for layer in self._layers for m in layer.attention}
+        self._silent |= {m: _silent(m, False) for layer in self._layers for m in layer.mlp}
 
     @contextmanager
     def without(self, subset: LayerSubset) -> Iterator[None]:
@@ -64,13 +75,9 @@ class SubLayers:
         try:
             for kind, indices in (("attention", subset.attention), ("mlp", subset.mlp)):
                 for index in indices:
-                    modules: list[nn.Module] = getattr(self._layers[index], kind)
-                    # the first modules of several hand on what they get, the last one ends it
-                    for module in modules[:-1]:
+                    for module in getattr(self._layers[index], kind):
                         silenced.append((module, module.__dict__.get("forward")))
-                        module.forward = _hand_on  # type: ignore[assignment]
-                    silenced.append((modules[-1], modules[-1].__dict__.get("forward")))
-                    modules[-1].forward = _silence_pair if kind == "attention" else _silence
+                        module.forward = self._silent[module]
             yield
         finally:
             for module, forward in reversed(silenced):
@@ -101,10 +108,6 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return hidden
 
 
-def _hand_on(*args: Any, **kwargs: Any) -> Tensor:
-    return _hidden(args, kwargs)
-
-
 def _silence(*args: Any, **kwargs: Any) -> Tensor:
     return torch.zeros_like(_hidden(args, kwargs))
 
@@ -112,6 +115,22 @@ def _silence(*args: Any, **kwargs: Any) -> Tensor:
 def _silence_pair(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     """As attention modules return: the output and the weights nobody asked for."""
     return _silence(*args, **kwargs), None
+
+
+def _hand_on(hidden_states: Tensor, residual: Tensor, **kwargs: Any) -> Tensor:
+    """As modules that add to the stream by themselves (Bloom, MPT)."""
+    return residual
+
+
+def _hand_on_pair(hidden_states: Tensor, residual: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+    return residual, None
+
+
+def _silent(module: nn.Module, is_attention: bool) -> Callable[..., Any]:
+    """What stands in for a module's forward while it is silent."""
+    if "residual" in inspect.signature(type(module).forward).parameters:
+        return _hand_on_pair if is_attention else _hand_on
+    return _silence_pair if is_attention else _silence
 
 
 def _find_layers(body: nn.Module, num_layers: int, name: str) -> tuple[nn.Module, str]:

@@ -9,6 +9,8 @@ Symbols: N tokens, H query heads, D size of a value, w positions of a window.
 
 from __future__ import annotations
 
+import inspect
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -18,12 +20,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 PROBE: Final = "paceline_probe"
-NUM_TOKENS: Final = 3
+_NUM_TOKENS: Final = 3
 
 
 @dataclass(slots=True)
@@ -45,25 +48,54 @@ class Visibility:
 _current: ContextVar[Visibility | None] = ContextVar("visibility", default=None)
 
 
-def look(run: Callable[[], object], context_length: int) -> Visibility:
-    """Run a forward under the name PROBE and return what it showed.
+def configs_of(model: PreTrainedModel) -> list[Any]:
+    """The configurations in a model; each attention module reads its implementation from one."""
+    return list({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
 
-    A forward that fails shows what it can: its error is one of the reasons.
+
+@contextmanager
+def attention_named(configs: Sequence[Any], name: str) -> Iterator[None]:
+    """The time in which a model runs its attention under a registered name."""
+    before = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation_internal = name
+    try:
+        yield
+    finally:
+        for config, old in zip(configs, before, strict=True):
+            config._attn_implementation_internal = old
+
+
+def look_at(model: PreTrainedModel, context_length: int, device: torch.device) -> Visibility:
+    """Run a few tokens through a model's body and return what its attention was given.
+
+    device: where token ids go in. A forward that fails shows what it can: its error is a reason.
     """
     seen = Visibility(_context=context_length)
-    token = _current.set(seen)
+    body: Any = model.base_model
+    tokens = torch.zeros((1, min(_NUM_TOKENS, context_length)), dtype=torch.int64, device=device)
+    current = _current.set(seen)
     try:
-        with torch.inference_mode():
-            run()
+        with torch.inference_mode(), attention_named(configs_of(model), PROBE):
+            body(input_ids=tokens, use_cache=False)
     except (
         TypeError, ValueError, AttributeError, LookupError, RuntimeError, ImportError,
         AssertionError,
     ) as error:  # fmt: skip
         seen.note(f"its forward fails on plain tokens: {type(error).__name__}: {error}"[:200])
     finally:
-        _current.reset(token)
+        _current.reset(current)
         seen._masks.clear()
         seen._kept.clear()
+    if "position_ids" not in inspect.signature(body.forward).parameters:
+        seen.note("its forward cannot be told the positions of its tokens")
+    num_layers: int = model.config.get_text_config().num_hidden_layers
+    without = [i for i in range(num_layers) if i not in seen.windows]
+    if without and not seen.reasons:
+        seen.note(
+            f"{len(without)} of its {num_layers} layers (such as {without[0]}) run no attention "
+            "through transformers' interface"
+        )
     return seen
 
 

@@ -15,7 +15,6 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-
 from paceline.assembly import load
 from paceline.errors import ModelError
 from paceline.models.loading import quiet_transformers
