@@ -8,10 +8,12 @@ wrong, chains and trees. Used by `scripts/models_table.py` and the tests.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -206,7 +208,7 @@ def judge(name: str, config_class: Any) -> Judgement:
     try:
         pace = load(target=model, tokenizer=byte_tokenizer(), drafters=drafters)
     except ModelError as error:
-        return Judgement(name, "refused", str(error).removeprefix("target: "))
+        return Judgement(name, "refused", _reason(name, str(error)))
     except Exception as error:  # noqa: BLE001 - a model is refused by name, not by a crash
         return Judgement(name, "wrong", f"load: {_first_line(error)}")
     for drafter in ("none", "chain", "tree"):
@@ -226,6 +228,33 @@ def judge(name: str, config_class: Any) -> Judgement:
                     where = f"{len(batch)} rows, a prompt of {len(batch[i])} tokens"
                     return Judgement(name, "wrong", f"{drafter}, {where}: another text")
     return Judgement(name, pace.parts.target.forward_kind)  # type: ignore[arg-type]
+
+
+_SAYS: Final[dict[Result, str]] = {
+    "lean": "exact, lean forward",
+    "transformers": "exact, transformers' forward",
+    "refused": "refused",
+    "not built": "not tried: not built tiny",
+    "wrong": "WRONG",
+}
+
+
+def table(judged: Sequence[Judgement]) -> str:
+    """The Markdown of all architectures' lines, with the circumstances above."""
+    exact = [j for j in judged if j.result in ("lean", "transformers")]
+    counts = {result: sum(j.result == result for j in judged) for result in _SAYS}
+    lines = [
+        f"transformers {transformers.__version__}, torch {torch.__version__}, float32 on a CPU: "
+        f"{len(exact)} exact, {counts['refused']} refused, {counts['not built']} not tried, of "
+        f"{len(judged)} classes.",
+        "",
+        "| architecture | result | why |",
+        "|---|---|---|",
+    ]
+    for j in judged:
+        reason = j.reason.replace("|", "/").replace("<", "&lt;")
+        lines.append(f"| {j.architecture} | {_SAYS[j.result]} | {reason} |")
+    return "\n".join(lines)
 
 
 def _prompt(length: int, seed: int) -> list[int]:
@@ -274,6 +303,19 @@ def _tree(everything: Sequence[Sequence[int]]) -> ScriptedTree:
         return [a ^ 1, a, b ^ 1, b, c ^ 1], [-1, -1, 0, 1, 3]
 
     return ScriptedTree("tree", function, num_draft_tokens=5)
+
+
+def _reason(name: str, error: str) -> str:
+    """Why a model was refused, without what the line says already."""
+    reason = error.removeprefix("target: ")
+    differs = re.fullmatch(
+        r"the packed forward of \w+ differs .*?; this .*? supported(?:: (.*))?", reason
+    )
+    if differs is not None:
+        return differs[1] or "its logits on packed rows differ from its own forward's"
+    for start in (f"{name} is not supported: ", f"{name} cannot run the packed forward: "):
+        reason = reason.removeprefix(start)
+    return reason
 
 
 def _first_line(error: BaseException) -> str:
