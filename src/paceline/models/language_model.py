@@ -58,7 +58,7 @@ class LanguageModel:
         self.name = name
         self.model = model.eval()
         config = model.config.get_text_config()
-        self.context_length: int = _context_length(config)
+        self.context_length: int = context_length_of(config)
         self.hidden_size: int = config.hidden_size
         self.num_layers: int = config.num_hidden_layers
         self.dtype: torch.dtype = model.dtype
@@ -218,7 +218,8 @@ def _input_device(model: PreTrainedModel) -> torch.device:
     return model.device if device is None else torch.device(device)
 
 
-def _context_length(config: Any) -> int:
+def context_length_of(config: Any) -> int:
+    """Positions a model can hold, by its text configuration. Raises ModelError if it does not say."""
     names = ("max_position_embeddings", "max_seq_len", "seq_length")  # most models; MPT; Bloom
     length = next((n for n in (getattr(config, name, None) for name in names) if n), None)
     if length is None and config.model_type == "bloom":

@@ -52,7 +52,9 @@ class _OwnHead:
     """A causal LM's forward without its body. Not for two threads at once."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._forward = type(model).forward  # not the instance's: hooks there are bound to the model
+        self._forward = type(
+            model
+        ).forward  # not the instance's: hooks there are bound to the model
         self._model = copy.copy(model)  # shares all modules and weights
         self._model._modules = dict(model._modules)
         self._body = _GivenBody(model.base_model)

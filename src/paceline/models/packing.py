@@ -206,9 +206,7 @@ def _key_positions(run: Run, device: torch.device) -> Tensor:
     return positions
 
 
-def _biased_mask(
-    run: Run, window: int | None, groups: int, like: Tensor, bias: KeyBias
-) -> Tensor:
+def _biased_mask(run: Run, window: int | None, groups: int, like: Tensor, bias: KeyBias) -> Tensor:
     """[R, Hkv, G*W, L] additive: the heads' biases of the keys, -inf where nothing may be seen."""
     by_key = bias(_key_positions(run, like.device)).to(like.dtype)  # [H, L]
     hidden = ~_visible(run, window, like.device)

@@ -126,9 +126,7 @@ def _hand_on(hidden_states: Tensor, residual: Tensor, **kwargs: Any) -> Tensor:
     return residual
 
 
-def _hand_on_pair(
-    hidden_states: Tensor, residual: Tensor, **kwargs: Any
-) -> tuple[Tensor, None]:
+def _hand_on_pair(hidden_states: Tensor, residual: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
     return residual, None
 
 
