@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 _HIDDEN: Final = 32
 _LAYERS: Final = 2
 _HEADS: Final = 4
-_ODD_HEADS: Final = {"hidden": 48, "heads": 6}
+_ODD_HEADS: Final[dict[str, Any]] = {"hidden": 48, "heads": 6}
 _PLAIN: Final[dict[str, Any]] = {
     "tie_word_embeddings": False,
     "bos_token_id": None,
@@ -102,7 +102,7 @@ def _cohere2(vocab_size: int, context: int) -> PreTrainedModel:
     )
 
 
-_MULTIPLIERS: Final = {
+_MULTIPLIERS: Final[dict[str, Any]] = {
     "embedding_multiplier": 2.0,
     "residual_multiplier": 0.5,
     "attention_multiplier": 0.4,
@@ -115,7 +115,7 @@ def _granite(vocab_size: int, context: int) -> PreTrainedModel:
     return GraniteForCausalLM(GraniteConfig(**_shape(vocab_size, context), **_MULTIPLIERS))
 
 
-_EXPERTS: Final = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_EXPERTS: Final[dict[str, Any]] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 def _granite_moe(vocab_size: int, context: int) -> PreTrainedModel:
@@ -163,7 +163,12 @@ def _falcon_multi_query(vocab_size: int, context: int) -> PreTrainedModel:
 
 def _falcon_alibi(vocab_size: int, context: int) -> PreTrainedModel:
     """The RW models' architecture: ALiBi, biases, as many key-value heads as heads, MLP in series."""
-    own = {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}
+    own: dict[str, Any] = {
+        "alibi": True,
+        "multi_query": False,
+        "parallel_attn": False,
+        "bias": True,
+    }
     return _falcon_like(vocab_size, context, **own, **_ODD_HEADS)
 
 
@@ -250,8 +255,7 @@ def _bloom(vocab_size: int, context: int) -> PreTrainedModel:
             hidden_size=_ODD_HEADS["hidden"],
             n_head=_ODD_HEADS["heads"],
             n_layer=_LAYERS,
-            seq_length=context,
-            **_PLAIN,
+            **{"seq_length": context, **_PLAIN},
         )
     )
 

@@ -44,6 +44,18 @@ def test_bfloat16_is_as_near_as_it_can_be(architecture: str) -> None:
     check_packed_forward(LanguageModel(tiny_model(architecture).bfloat16(), "target"))
 
 
+PAGED = [
+    pytest.param(name, marks=[] if name in ("bloom", "gpt_neo") else pytest.mark.wide)
+    for name in OWN
+]
+
+
+@pytest.mark.parametrize("architecture", PAGED)
+def test_a_paged_cache_gives_the_same(architecture: str) -> None:
+    pytest.importorskip("triton")
+    check_packed_forward(LanguageModel(tiny_model(architecture), "target", paged=True))
+
+
 @pytest.mark.parametrize("architecture", OWN)
 def test_the_model_is_left_as_it_was(architecture: str) -> None:
     model = tiny_model(architecture)
