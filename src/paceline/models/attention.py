@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Final
 import torch
 import torch.nn.functional as F
 
-from paceline.errors import ModelError
 from paceline.models.cuda.batch import PagedBatch
 from paceline.models.exact import attend_exactly
 from paceline.models.packing import store
@@ -42,15 +41,10 @@ def attend(
 
     query: [N, H, D], rotated. key_value: [N, 2 * Hkv, D], each token's rotated keys of all heads and
     then its values. scale: of the scores. window: positions a token sees. cap: scores pass through
-    cap * tanh(score / cap). bias: added to the scaled scores by the keys' positions (ALiBi). Raises
-    ModelError where a bias cannot be had: over a paged cache.
+    cap * tanh(score / cap). bias: added to the scaled scores by the keys' positions (ALiBi).
     """
     if isinstance(packed, PagedBatch):
-        if bias is not None:
-            raise ModelError(
-                "attention with a bias by position (ALiBi) runs on the CPU only; set device: cpu"
-            )
-        return packed.attend(layer, query, key_value, scale, window, cap)
+        return packed.attend(layer, query, key_value, scale, window, cap, bias)
     num_heads, head_dim = query.shape[1], query.shape[2]
     num_kv_heads = key_value.shape[1] // 2
     groups = num_heads // num_kv_heads

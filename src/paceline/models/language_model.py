@@ -63,7 +63,7 @@ class LanguageModel:
         if reason is not None:
             raise ModelError(f"{name}: {type(model).__name__} is not supported: {reason}")
         config = model.config.get_text_config()
-        self.context_length, self.context_note = _context_length(config)
+        self.context_length, self.context_note = context_length_of(config)
         self.hidden_size: int = config.hidden_size
         self.num_layers: int = config.num_hidden_layers
         self.dtype: torch.dtype = model.dtype
@@ -225,8 +225,11 @@ def _input_device(model: PreTrainedModel) -> torch.device:
     return model.device if device is None else torch.device(device)
 
 
-def _context_length(config: Any) -> tuple[int, str | None]:
-    """(positions that can be used, why they are fewer than the model's own, or None)."""
+def context_length_of(config: Any) -> tuple[int, str | None]:
+    """(positions that can be used, why they are fewer than the model's own, or None).
+
+    config: of the text part. Raises ModelError if it does not say.
+    """
     names = ("max_position_embeddings", "max_seq_len", "seq_length")  # most models; MPT; Bloom
     length = next((n for n in (getattr(config, name, None) for name in names) if n), None)
     if length is None and config.model_type == "bloom":

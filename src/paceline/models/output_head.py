@@ -1,8 +1,9 @@
-"""Logits of hidden states, as the model's own code makes them: scaled (Cohere, Granite), capped (Gemma 2).
+"""Logits of hidden states as the model's code makes them: scaled (Cohere, Granite), capped (Gemma 2).
 
 Where the output layer alone gives the same bits it is called alone. Elsewhere the causal LM's own
 forward runs with a body that answers the given hidden states, so that whatever the class does between
-its body and its logits is done. The caller's model is not touched. Symbols: D hidden size, V logits width.
+its body and its logits is done. The caller's model is not touched. Symbols: D hidden size, V logits
+width.
 """
 
 from __future__ import annotations
