@@ -32,10 +32,11 @@ if TYPE_CHECKING:
     from paceline.models.language_model import LanguageModel
 
 _CACHE_BLOCK: Final = 8  # so that short texts meet the borders of the row cache's blocks
-_SHORT: Final = 5  # tokens of the short prompts
-_LONG: Final = 18  # and of the long one, where no window asks for more
-_DECODED: Final = 10  # positions the long row needs behind its prompt
+_SHORT: Final = 4  # tokens of the short prompts
+_LONG: Final = 12  # and of the long one, where no window asks for more
+_DECODED: Final = 7  # positions the long row needs behind its prompt
 _PAST: Final = 4  # tokens of a prompt behind a window
+_FEW: Final = 40  # tokens of a text for which padding costs less than one more forward
 _LONGEST: Final = 1100  # tokens; a window beyond is read from the mask code alone
 # multiply-adds of all forwards over the long row: one or two seconds
 _AFFORDABLE: Final = {"cpu": 2e11, "cuda": 2e13}
@@ -173,7 +174,9 @@ class _Fed:
     def __post_init__(self) -> None:
         # a paged model is checked over its own cache, where its captured steps run
         own = self.model.cache
-        self.cache = own if isinstance(own, PagedCache) else RowCache(_CACHE_BLOCK)
+        # exact mode reads whole blocks of its own, which short ones of the cache would cut
+        rows = RowCache() if self.model.exact else RowCache(_CACHE_BLOCK)
+        self.cache = own if isinstance(own, PagedCache) else rows
         self.slots = [self.cache.acquire() for _ in self.texts]
 
     def feed(
@@ -187,16 +190,19 @@ class _Fed:
         if tree:
             ancestors[0] = torch.tensor(_TREE)
         hidden = self.model.forward(torch.cat(pieces), spans, ancestors, cache=self.cache)
+        places: list[int] = []
+        texts: list[list[int]] = []
         at = 0
         for row, piece, seen in zip(rows, pieces, ancestors, strict=True):
             # of a piece of a prompt the last tokens do
-            places = range(max(0, len(piece) - _PAST), len(piece)) if prefill else range(len(piece))
-            logits = self.model.unembed(hidden[[at + k for k in places]]).float().cpu()
-            for k, found in zip(places, logits, strict=True):
+            for k in range(max(0, len(piece) - _PAST) if prefill else 0, len(piece)):
                 path = piece[: k + 1] if seen is None else piece[seen[k]]
-                self.found.append((step, [*self.texts[row], *path.tolist()], found))
+                places.append(at + k)
+                texts.append([*self.texts[row], *path.tolist()])
             self.texts[row] += piece.tolist()
             at += len(piece)
+        logits = self.model.unembed(hidden[places]).float().cpu()
+        self.found += [(step, text, row) for text, row in zip(texts, logits, strict=True)]
 
     def keep_path(self, row: int) -> None:
         """Accept a path of the tree that was just fed."""
@@ -220,13 +226,12 @@ def _feed_rounds(fed: _Fed, num_prompt: int) -> None:
     fed.feed("a prompt's first piece", {0: half, 1: _SHORT}, prefill=True)
     fed.feed("a prompt's last piece", {0: num_prompt - half, 2: _SHORT}, prefill=True)
     fed.feed("one row alone", {0: 1})
-    fed.feed("rows of one token", {0: 1, 1: 1, 2: 1})
     fed.feed("a tree and a chain", {0: 4, 1: 2, 2: 1}, tree=True)
     fed.keep_path(0)
-    fed.feed("chains of one length", {0: 3, 1: 3, 2: 3})
-    fed.forget(0, 3)
-    fed.forget(1, 2)
-    fed.feed("rows whose draft was taken back", {0: 2, 1: 2, 2: 2})
+    fed.feed("chains of one length", {0: 2, 1: 2, 2: 2})
+    fed.forget(0, 2)
+    fed.forget(1, 1)
+    fed.feed("rows of one token, of which some had a draft taken back", {0: 1, 1: 1, 2: 1})
 
 
 def _compare(fed: _Fed) -> tuple[float, float, str]:
@@ -237,10 +242,9 @@ def _compare(fed: _Fed) -> tuple[float, float, str]:
     whole = [t for t in texts if not any(len(o) > len(t) and o[: len(t)] == t for o in texts)]
     long = max(map(len, whole))
     # texts of about one length go through together: what pads one stands behind it
-    for group in (
-        [t for t in whole if 2 * len(t) > long],
-        [t for t in whole if 2 * len(t) <= long],
-    ):
+    near = [2 * len(text) > long or long < _FEW for text in whole]
+    for side in (True, False):
+        group = [text for text, is_near in zip(whole, near, strict=True) if is_near == side]
         if not group:
             continue
         plain = _plain(fed.model, group)

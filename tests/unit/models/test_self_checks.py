@@ -156,8 +156,8 @@ def test_the_check_is_longer_than_every_window_that_can_be_afforded() -> None:
     config.max_position_embeddings = 8192
     long = LanguageModel(random_model(config), "target")
 
-    assert past_windows(short, 18, 10) > 100
-    assert past_windows(long, 18, 10) == 18
+    assert past_windows(short, 12, 7) > 100
+    assert past_windows(long, 12, 7) == 12
 
 
 def test_a_forward_that_drops_a_window_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
