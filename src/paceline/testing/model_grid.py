@@ -148,6 +148,8 @@ def tiny_config(config_class: Any) -> PreTrainedConfig:
             del small[name]
     if "layer_types" in known and isinstance(default.layer_types, list | tuple):
         kinds = list(dict.fromkeys(default.layer_types))
+        if kinds == ["full_attention"] and "sliding_window" in known:
+            kinds.insert(0, "sliding_attention")
         small["layer_types"] = [kinds[i % len(kinds)] for i in range(NUM_LAYERS)]
     for name in getattr(default, "sub_configs", {}):
         if hasattr(getattr(default, name, None), "model_type"):
