@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 
 
 class _BodyOutput:
-    """What causal LMs look for in the output of their bodies; making transformers' own takes 25 us."""
-
-    past_key_values = hidden_states = attentions = cross_attentions = router_logits = None
+    """What causal LMs look for in the output of their bodies: hidden states, and nothing else."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        return None  # caches, router logits and the like, which go into the model's own output
 
     def __getitem__(self, at: int | slice) -> Any:
         return (self.last_hidden_state,)[at]
