@@ -9,12 +9,10 @@ width.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from paceline.errors import ModelError
 
@@ -24,11 +22,17 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-@dataclass
-class _BodyOutput(BaseModelOutputWithPastAndCrossAttentions):
-    """What causal LMs look for in the output of their bodies."""
+class _BodyOutput:
+    """What causal LMs look for in the output of their bodies: hidden states, and nothing else."""
 
-    router_logits: tuple[Tensor, ...] | None = None
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        return None  # caches, router logits and the like, which go into the model's own output
+
+    def __getitem__(self, at: int | slice) -> Any:
+        return (self.last_hidden_state,)[at]
 
 
 class _GivenBody:
@@ -36,12 +40,12 @@ class _GivenBody:
 
     def __init__(self, body: nn.Module) -> None:
         self._real = body
-        self.hidden: Tensor | None = None
+        self.hidden = torch.empty(0)
         self.was_asked = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> _BodyOutput:
         self.was_asked = True
-        return _BodyOutput(last_hidden_state=self.hidden)  # type: ignore[arg-type]
+        return _BodyOutput(self.hidden)
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._real, name)
@@ -53,9 +57,8 @@ class _OwnHead:
     """A causal LM's forward without its body. Not for two threads at once."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._forward = type(
-            model
-        ).forward  # not the instance's: hooks there are bound to the model
+        # not the instance's: hooks there are bound to the model
+        self._forward = type(model).forward
         self._model = copy.copy(model)  # shares all modules and weights
         self._model._modules = dict(model._modules)
         self._body = _GivenBody(model.base_model)
@@ -65,10 +68,7 @@ class _OwnHead:
         """hidden: [..., D]. Returns [..., V]."""
         batch = hidden.reshape(1, -1, hidden.shape[-1])
         self._body.hidden = batch
-        try:
-            output = self._forward(self._model, inputs_embeds=batch, use_cache=False)
-        finally:
-            self._body.hidden = None
+        output = self._forward(self._model, inputs_embeds=batch, use_cache=False)
         if not self._body.was_asked:
             raise RuntimeError("it does not call its base model")
         logits: Tensor = output.logits

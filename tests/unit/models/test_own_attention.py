@@ -161,6 +161,15 @@ def test_only_heads_that_do_more_run_the_models_forward(architecture: str) -> No
     assert is_plain == (architecture not in SCALED)
 
 
+def test_a_cap_that_small_logits_do_not_show_is_found() -> None:
+    model = tiny_model("gemma2", std=0.02).bfloat16()
+    head = OutputHead(model, "target")
+    with torch.inference_mode():
+        head(torch.randn(1, 32, dtype=torch.bfloat16))
+
+    assert head._function is not model.get_output_embeddings()
+
+
 def test_logits_follow_weights_that_change_in_place() -> None:
     model = tiny_model("cohere")
     language_model = LanguageModel(model, "target")
