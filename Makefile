@@ -11,7 +11,7 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-full check wheel bench format setup clean
+.PHONY: help demo test test-full check wheel bench models format setup clean
 
 help:
 	@echo "make demo       see it work on this machine, without any download of models"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-full  the same with the wide grids"
 	@echo "make check      style, types and import rules only"
 	@echo "make bench      timed comparison with transformers' own generate"
+	@echo "make models     which architectures are exact, written into docs/models.md"
 	@echo "make format     let ruff mend what it can"
 	@echo "make clean      remove .venv, builds and caches"
 
@@ -39,6 +40,9 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/python benchmarks/versus_transformers.py $(ARGS)
+
+models: $(STAMP)
+	@$(BIN)/python scripts/models_table.py $(ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

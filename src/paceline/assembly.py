@@ -32,9 +32,9 @@ from paceline.drafting.draft_model import DraftModel, DraftModelSettings
 from paceline.drafting.none import NoneDrafter
 from paceline.engine import Driver, Engine, TextStream, raise_failure
 from paceline.errors import ArtefactError, ConfigError, RequestError
-from paceline.models.exact import check_exact
-from paceline.models.language_model import LanguageModel, check_packed_forward
+from paceline.models.language_model import LanguageModel
 from paceline.models.loading import load_language_model, load_tokenizer
+from paceline.models.self_checks import check_exact, check_packed_forward
 from paceline.models.vocabulary import Vocabulary, check_same_vocabulary
 from paceline.selection import (
     Arm,
@@ -190,8 +190,10 @@ class Pace:
 
     @property
     def notes(self) -> list[str]:
-        """What is worth knowing of the policy, and of how the drafters were built, a line each."""
-        return [*self._notes, *(d.note for d in self.parts.drafters.values() if d.note)]
+        """What is worth knowing of the policy, the target and the drafters, a line each."""
+        cut = self.parts.target.context_note
+        target = [f"target: {cut}"] if cut else []
+        return [*self._notes, *target, *(d.note for d in self.parts.drafters.values() if d.note)]
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return self.parts.text(tokens)

@@ -13,8 +13,9 @@ from paceline.assembly import Pace, Parts, build, build_from_objects
 from paceline.config import Config, DrafterSection, EngineSection, ModelSection
 from paceline.errors import ConfigError, ModelError
 from paceline.models import exact, language_model, packing, products
-from paceline.models.exact import check_exact, find_rows
+from paceline.models.exact import find_rows
 from paceline.models.language_model import LanguageModel
+from paceline.models.self_checks import check_exact
 from paceline.testing.scripted import ScriptedTree
 from paceline.testing.tiny_models import LEAN_ARCHITECTURES, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer

@@ -20,7 +20,8 @@ from paceline.drafting.catalog import CATALOG
 from paceline.testing.examples import EXAMPLES, OTHER_KINDS, add_examples
 from paceline.testing.reference import greedy_reference
 from paceline.testing.scripted import ScriptedDrafter, copying
-from paceline.testing.tiny_models import ARCHITECTURES, perturbed, tiny_model
+from paceline.testing.tiny_families import WITHOUT_SUBSETS
+from paceline.testing.tiny_models import ARCHITECTURES, FAMILIES, perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ class Subject:
 
 
 def tiny_subject(architecture: str) -> Subject:
-    model, tokenizer = tiny_model(architecture, context=CONTEXT), byte_tokenizer()
+    seed = 9 if architecture in FAMILIES else 1  # texts of many tokens
+    model, tokenizer = tiny_model(architecture, seed, context=CONTEXT), byte_tokenizer()
     parts = build_from_objects(
         model,
         tokenizer,
@@ -88,7 +90,8 @@ def tiny_subject(architecture: str) -> Subject:
         arms_of(model, tiny_model("llama", seed=77, context=48)),
         Config(target=ModelSection(model="in memory")),
     )
-    add_examples(parts)
+    if architecture not in WITHOUT_SUBSETS:  # one of the examples leaves out sub-layers
+        add_examples(parts)
     texts = ["a", "ab", "to be or not to be or not", "spam, spam, eggs and spam; spam, spam, eggs"]
     return Subject(parts, [tuple(tokenizer(text)["input_ids"]) for text in texts])
 
@@ -125,7 +128,14 @@ def subjects(zoo_target: Parts, prompts: list[PromptRecord]) -> Callable[[str], 
     return get
 
 
-@pytest.fixture(params=[*ARCHITECTURES, "zoo"])
+WIDE_FAMILIES = [
+    pytest.param(family, marks=pytest.mark.wide)
+    for family in FAMILIES
+    if family not in WITHOUT_SUBSETS
+]
+
+
+@pytest.fixture(params=[*ARCHITECTURES, *WIDE_FAMILIES, "zoo"])
 def subject(request: pytest.FixtureRequest, subjects: Callable[[str], Subject]) -> Subject:
     return subjects(request.param)
 
@@ -192,6 +202,23 @@ def test_text_is_the_targets_own_whatever_drafts(subject: Subject, arm: str) -> 
         assert 0 < accepted < drafted
     elif arm != "none":
         assert accepted < drafted
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_that_go_their_own_way_write_their_own_text(
+    subjects: Callable[[str], Subject], family: str
+) -> None:
+    """Drafts right and wrong, chains and trees, in batches and in pieces, in one run."""
+    subject = subjects(family)
+    pace = subject.pace(max_rows=4, prefill_chunk=7)
+    arms = [arm for arm in ARMS if arm in subject.parts.drafters]
+    limits = itertools.cycle([28, 5, 28, 11])
+    prompts = itertools.islice(itertools.cycle(subject.prompts), 2 * len(arms) - 1)
+
+    assert_exact(pace, subject, requests_for(pace, [(p, next(limits)) for p in prompts], arms))
+
+    said = {token for prompt in subject.prompts for token in subject.reference(prompt, 28)}
+    assert len(said) > 15, "a degenerate text proves little"
 
 
 def test_trained_drafters_leave_the_text_as_it_is(zoo: Subject, zoo_target: Parts) -> None:

@@ -26,7 +26,8 @@ from paceline.drafting.foresight import CachedForesight
 from paceline.drafting.skip_set import SkipSet
 from paceline.errors import ConfigError
 from paceline.models.packing import Span
-from paceline.models.sublayers import LayerSubset, check_sublayers
+from paceline.models.self_checks import check_sublayers
+from paceline.models.sublayers import LayerSubset
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

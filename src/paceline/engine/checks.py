@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 from paceline.contracts import AUTO, split_arm
@@ -30,8 +31,8 @@ def check_request(
         raise RequestError("the prompt is empty; give at least one token")
     if num_prompt > context:
         raise RequestError(
-            f"the prompt has {num_prompt} tokens, the target's context holds {context}; "
-            "shorten the prompt"
+            f"the prompt has {num_prompt} tokens, the target's context holds {context}"
+            f"{_cut(target)}; shorten the prompt"
         )
     unknown = [t for t in request.prompt_tokens if not 0 <= t < target.num_logits]
     if unknown:
@@ -42,6 +43,12 @@ def check_request(
     if request.max_new_tokens < 1:
         raise RequestError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
     needed = max_total(request, context)
+    if target.context_note is not None and needed < num_prompt + request.max_new_tokens:
+        warnings.warn(
+            f"the answer may end early, after {needed - num_prompt} of max_new_tokens = "
+            f"{request.max_new_tokens} tokens{_cut(target)}",
+            stacklevel=2,
+        )
     if max_positions is not None and needed > max_positions:
         raise RequestError(
             f"the request may need {needed} positions, the engine's cache holds {max_positions}; "
@@ -54,6 +61,11 @@ def check_request(
         check_rules(request.rules, target.num_logits, request.max_new_tokens)
     if request.drafter != AUTO:
         check_arm(request.drafter, drafters, RequestError)
+
+
+def _cut(target: LanguageModel) -> str:
+    """Why the context is shorter than the model's own, in parentheses; empty where it is not."""
+    return f" ({target.context_note})" if target.context_note else ""
 
 
 def check_arm(arm: str, drafters: Mapping[str, Drafter], error: type[PacelineError]) -> None:

@@ -23,7 +23,8 @@ from paceline.errors import ArtefactError, ConfigError
 from paceline.layer_search.development import Development, decode, rounds_of
 from paceline.layer_search.pricing import Prices, measure_costs, timed_per_token
 from paceline.layer_search.proposals import bits_of, import_optuna, next_subset, subset_of
-from paceline.models.sublayers import LayerSubset, check_sublayers
+from paceline.models.self_checks import check_sublayers
+from paceline.models.sublayers import LayerSubset
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -1,13 +1,14 @@
 """transformers' own forward, run on packed rows: the general twin of the lean forward.
 
 transformers runs the model on one packed sequence [1, N]; only the attention registered here, under
-the name "paceline", knows which token belongs to which row. Weights stay where transformers put
-them and a model the caller handed in is left as it was found.
+the name "paceline", and that of `own_attention.py` know which token belongs to which row. Weights stay
+where transformers put them and a model the caller handed in is left as it was found.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
@@ -15,10 +16,14 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from paceline.errors import ModelError
-from paceline.models.attention import attend
+from paceline.models.attention import CURRENT, attend
+from paceline.models.output_head import OutputHead
+from paceline.models.own_attention import OwnAttention
 from paceline.models.sublayers import SubLayers
+from paceline.models.visibility import attention_named, configs_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from contextlib import AbstractContextManager
 
     from torch import Tensor
@@ -30,6 +35,9 @@ if TYPE_CHECKING:
 
 NAME: Final = "paceline"
 
+# how many positions each layer of the model under way sees
+_WINDOWS: Final[ContextVar[Mapping[int, int | None]]] = ContextVar("paceline_windows")
+
 # What an architecture may hand its attention function without changing what is computed here.
 _HARMLESS: Final = frozenset(
     {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
@@ -39,43 +47,51 @@ _HARMLESS: Final = frozenset(
 
 
 class TransformersForward:
-    """Body and head of any causal LM whose attention goes through transformers' interface."""
+    """Body and head of any causal LM whose attention goes through transformers' interface.
+
+    Or whose own attention code is known to `own_attention.py`.
+    """
 
     kind: ClassVar[str] = "transformers"
 
-    def __init__(self, model: PreTrainedModel, name: str) -> None:
-        head = model.get_output_embeddings()
-        if head is None:
-            raise ModelError(f"{name}: {type(model).__name__} has no output head; use a causal LM")
-        self._head = head
+    def __init__(
+        self, model: PreTrainedModel, name: str, windows: Mapping[int, int | None]
+    ) -> None:
+        """windows: how many positions each layer sees, see `visibility.py`.
+
+        Raises ModelError if the model has no layer that makes logits.
+        """
+        self._head = OutputHead(model, name)
+        self._windows = windows
         self._body = model.base_model
+        self._own_attention = OwnAttention(self._body)
         self._name = name
         self._sublayers: SubLayers | None = None  # looked for when some are to be skipped
         text_config = model.config.get_text_config()
         self._num_layers: int = text_config.num_hidden_layers
-        self._logit_cap: float | None = getattr(text_config, "final_logit_softcapping", None)
-        # every attention module reads its implementation from one of these
-        configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-        self._configs: list[Any] = list(configs.values())
+        self._configs = configs_of(model)
 
     def hidden(
         self, tokens: Tensor, packed: PackedBatch | PagedBatch, skip: LayerSubset | None = None
     ) -> Tensor:
         """Final hidden states [N, D] of tokens [N], without the sub-layers of `skip`."""
-        before = [config._attn_implementation for config in self._configs]
-        for config in self._configs:
-            config._attn_implementation_internal = NAME
+        tokens_of = CURRENT.set(packed)
+        windows_of = _WINDOWS.set(self._windows)
         try:
-            with self._without(skip):
+            with (
+                attention_named(self._configs, NAME),
+                self._own_attention.packed(),
+                self._without(skip),
+            ):
                 output = self._body(
                     input_ids=tokens[None],
                     position_ids=packed.positions()[None],
                     use_cache=False,
-                    packed=packed,
+                    **self._own_attention.inputs,
                 )
         finally:
-            for config, name in zip(self._configs, before, strict=True):
-                config._attn_implementation_internal = name
+            CURRENT.reset(tokens_of)
+            _WINDOWS.reset(windows_of)
         hidden: Tensor = output.last_hidden_state
         return hidden[0]
 
@@ -89,10 +105,7 @@ class TransformersForward:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of final hidden states [..., D]."""
-        logits: Tensor = self._head(hidden)
-        if self._logit_cap is not None:
-            logits = torch.tanh(logits / self._logit_cap) * self._logit_cap
-        return logits
+        return self._head(hidden)
 
 
 def packed_attention(
@@ -102,18 +115,16 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    packed: PackedBatch | PagedBatch | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface. query: [1, H, N, D]; key, value: [1, Hkv, N, D].
 
-    Returns [1, N, H, D]. An argument that is not known to leave the result alone is refused,
-    because it would be silently ignored.
+    What the layer's mask lets it see decides over `sliding_window`, which transformers' own eager and
+    sdpa attention ignore. Returns [1, N, H, D]. An argument that is not known to leave the result alone
+    is refused, because it would be silently ignored.
     """
-    if packed is None:
-        raise ModelError(f"{type(module).__name__} does not pass extra arguments to its attention")
     strange = [k for k, v in kwargs.items() if v is not None and k not in _HARMLESS]
     if strange or attention_mask is not None:
         raise ModelError(
@@ -122,6 +133,7 @@ def packed_attention(
         )
     scale = scaling if scaling is not None else query.shape[3] ** -0.5
     layer: Any = module.layer_idx
+    window = _WINDOWS.get().get(layer, sliding_window)
     value_dim = value.shape[3]
     if value_dim > key.shape[3]:
         raise ModelError(
@@ -130,8 +142,9 @@ def packed_attention(
     # narrower values (multi-head latent attention) are padded to share a tensor with the keys
     value = F.pad(value, (0, key.shape[3] - value_dim))
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    out = attend(packed, layer, q, torch.cat((k, v), dim=1), scale, sliding_window, softcap)
-    return out[None, ..., :value_dim], None
+    out = attend(CURRENT.get(), layer, q, torch.cat((k, v), dim=1), scale, window, softcap)
+    # some architectures `view` it, which a single row's transposed output does not allow
+    return out[None, ..., :value_dim].contiguous(), None
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -8,7 +8,8 @@ positions, H query heads, Hkv key-value heads, G = H / Hkv, D head size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Final
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,10 @@ from paceline.models.packing import store
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from paceline.models.packing import PackedBatch
+    from paceline.models.packing import KeyBias, PackedBatch
+
+# the batch of the forward under way, for attention that transformers' code calls
+CURRENT: Final[ContextVar[PackedBatch | PagedBatch]] = ContextVar("paceline_batch")
 
 
 def attend(
@@ -31,15 +35,16 @@ def attend(
     scale: float,
     window: int | None = None,
     cap: float | None = None,
+    bias: KeyBias | None = None,
 ) -> Tensor:
     """Cache the new keys and values, return [N, H, D] attention outputs.
 
     query: [N, H, D], rotated. key_value: [N, 2 * Hkv, D], each token's rotated keys of all heads and
     then its values. scale: of the scores. window: positions a token sees. cap: scores pass through
-    cap * tanh(score / cap).
+    cap * tanh(score / cap). bias: added to the scaled scores by the keys' positions (ALiBi).
     """
     if isinstance(packed, PagedBatch):
-        return packed.attend(layer, query, key_value, scale, window, cap)
+        return packed.attend(layer, query, key_value, scale, window, cap, bias)
     num_heads, head_dim = query.shape[1], query.shape[2]
     num_kv_heads = key_value.shape[1] // 2
     groups = num_heads // num_kv_heads
@@ -58,7 +63,8 @@ def attend(
         if width > 1:
             q = q.reshape(rows, width, num_kv_heads, groups, head_dim).permute(0, 2, 3, 1, 4)
         q = q.reshape(rows, num_kv_heads, groups * width, head_dim)
-        out = _attend(q, keys, values, packed.mask(run, window, groups, q), scale, cap)
+        mask = packed.mask(run, window, groups, q, bias)
+        out = _attend(q, keys, values, mask, scale, cap)
         if width > 1:
             out = out.reshape(rows, num_heads, width, head_dim).transpose(1, 2)
         outputs.append(out.reshape(rows * width, num_heads, head_dim))

@@ -25,7 +25,9 @@ BLOCK: Final = 128  # positions; capacity grows by at least this much
 class RowCache:
     """Slots and their tensors; `acquire` a slot for a row, `release` it at its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, block: int = BLOCK) -> None:
+        """block: positions by which capacity grows; a check takes a small one."""
+        self._block = block
         self.layers: list[Tensor | None] = []
         self._free: list[int] = []
         self._num_slots = 0
@@ -54,9 +56,9 @@ class RowCache:
     def reserve(self, num_positions: int) -> None:
         """Make room for positions below `num_positions` in every slot."""
         if num_positions > self._num_positions:
-            blocks = -(-num_positions // BLOCK)
+            blocks = -(-num_positions // self._block)
             grown = self._num_positions + self._num_positions // 2
-            self._num_positions = max(blocks * BLOCK, grown // BLOCK * BLOCK)
+            self._num_positions = max(blocks * self._block, grown // self._block * self._block)
 
     def layer(self, index: int, like: Tensor) -> Tensor:
         """The layer's storage, with room for all slots and reserved positions.

@@ -9,7 +9,7 @@ on the token's own row and position alone:
 - attention of a prompt runs in blocks cut at fixed absolute positions, that of drafts token by token
   over cached text rounded up to whole blocks, a path of a tree laid out as the chain it may become.
 
-`check_exact` then compares whole forwards bit by bit, and refuses what differs.
+`self_checks.check_exact` compares whole forwards bit by bit, and refuses what differs.
 Symbols: N packed tokens, W tokens a row, H query heads, Hkv key-value heads, D head size.
 """
 
@@ -21,16 +21,13 @@ from typing import TYPE_CHECKING, Final
 import torch
 import torch.nn.functional as F
 
-from paceline.errors import ModelError
-from paceline.models.cache import RowCache
-from paceline.models.packing import Span, store
+from paceline.models.packing import store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from torch import Tensor
 
-    from paceline.models.language_model import LanguageModel
     from paceline.models.packing import PackedBatch, Run
 
 BLOCK: Final = 64  # positions; prompts are cut at multiples of it
@@ -157,85 +154,3 @@ def find_rows(
         if all(torch.equal(found[n], found[fewest]) for n in _PROBED if n >= fewest):
             return fewest, False
     return _TILE, True
-
-
-def check_exact(language_model: LanguageModel, seed: int = 0) -> None:
-    """Compare the bits of one row decoded alone, in drafts, in trees, and among other rows.
-
-    Raises ModelError at the first difference: then this machine cannot keep exact mode's promise.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    length = min(BLOCK + 2, language_model.context_length - 14)
-    prompt, other = (
-        torch.randint(language_model.num_logits, (n,), generator=generator) for n in (length, 7)
-    )
-    text = torch.randint(language_model.num_logits, (12,), generator=generator)
-    with torch.inference_mode():
-        alone = _decode(language_model, prompt, text, other, [1] * 12, crowded=False)
-        for widths in ([5, 4, 3], [1, 2, 9], [12]):
-            for crowded in (False, True):
-                drafted = _decode(language_model, prompt, text, other, widths, crowded)
-                if not torch.equal(alone, drafted):
-                    raise _differs(language_model, f"drafts of {widths} tokens")
-        if not torch.equal(alone, _decode_tree(language_model, prompt, text)):
-            raise _differs(language_model, "a tree")
-
-
-def _differs(language_model: LanguageModel, what: str) -> ModelError:
-    return ModelError(
-        f"{language_model.name}: exact mode cannot be had on this machine: the logits behind {what} "
-        f"differ in their last bits from those of plain decoding in {language_model.dtype}; leave "
-        "exact mode off, or use float32"
-    )
-
-
-def _decode(
-    model: LanguageModel,
-    prompt: Tensor,
-    text: Tensor,
-    other: Tensor,
-    widths: Sequence[int],
-    crowded: bool,
-) -> Tensor:
-    """Logits behind every token of `text`, fed `widths` at a time, perhaps beside another row."""
-    cache = RowCache()
-    rows = [cache.acquire(), cache.acquire()]
-    spans = [Span(rows[0], 0, len(prompt), prefill=True)]
-    if crowded:
-        spans.insert(0, Span(rows[1], 0, len(other), prefill=True))
-        model.forward(torch.cat([other, prompt]), spans, cache=cache)
-    else:
-        model.forward(prompt, spans, cache=cache)
-    found, at = [], 0
-    for width in widths:
-        piece = text[at : at + width]
-        span = Span(rows[0], len(prompt) + at, width)
-        if crowded:
-            beside = Span(rows[1], len(other) + at, 1)
-            hidden = model.forward(torch.cat([text[:1], piece]), [beside, span], cache=cache)[1:]
-        else:
-            hidden = model.forward(piece, [span], cache=cache)
-        found.append(model.unembed(hidden))
-        at += width
-    return torch.cat(found)
-
-
-def _decode_tree(model: LanguageModel, prompt: Tensor, text: Tensor) -> Tensor:
-    """The same logits from trees of six nodes, of which every other one is wrong."""
-    cache = RowCache()
-    row = cache.acquire()
-    model.forward(prompt, [Span(row, 0, len(prompt), prefill=True)], cache=cache)
-    # root, wrong child, right child, wrong grandchild, right grandchild
-    lines = [[0], [0, 1], [0, 2], [0, 2, 3], [0, 2, 4]]
-    ancestors = torch.zeros(5, 5, dtype=torch.bool)
-    for node, line in enumerate(lines):
-        ancestors[node, line] = True
-    found = []
-    for at in range(0, len(text), 3):
-        right = text[at : at + 3]
-        nodes = right[[0, 0, 1, 0, 2]]
-        start = len(prompt) + at
-        hidden = model.forward(nodes, [Span(row, start, 5)], [ancestors], cache=cache)
-        found.append(model.unembed(hidden)[[0, 2, 4]])
-        cache.copy_positions(row, torch.tensor([start, start + 2, start + 4]), start)
-    return torch.cat(found)

@@ -7,7 +7,7 @@ sampling or text. Symbols: N packed tokens, D hidden size, V logits width.
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 
@@ -17,9 +17,11 @@ from paceline.models.cache import RowCache
 from paceline.models.cuda.batch import attention_kernel, batch_of
 from paceline.models.cuda.graphs import StaticForward
 from paceline.models.cuda.paged_cache import PagedCache
+from paceline.models.kinds import why_not_packed
 from paceline.models.lean import LeanForward, why_not_lean
 from paceline.models.packing import ChainMasks, PackedBatch, Span
 from paceline.models.peft_adapters import base_of
+from paceline.models.visibility import look_at
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from paceline.models.sublayers import LayerSubset
 
 Forward = Literal["auto", "lean", "transformers"]
+
+# ALiBi has no last position; more than any cache holds
+_ENDLESS: Final = 1 << 20
 
 
 class LanguageModel:
@@ -54,8 +59,11 @@ class LanguageModel:
         model = base_of(model, name)
         self.name = name
         self.model = model.eval()
+        reason = why_not_packed(model)
+        if reason is not None:
+            raise ModelError(f"{name}: {type(model).__name__} is not supported: {reason}")
         config = model.config.get_text_config()
-        self.context_length: int = _context_length(config)
+        self.context_length, self.context_note = context_length_of(config)
         self.hidden_size: int = config.hidden_size
         self.num_layers: int = config.num_hidden_layers
         self.dtype: torch.dtype = model.dtype
@@ -65,15 +73,19 @@ class LanguageModel:
             attention_kernel()  # what it lacks is said now
         self.cache: RowCache | PagedCache = PagedCache(self.device) if self._paged else RowCache()
         self._chain_masks = ChainMasks()
-        self._forward: LeanForward | TransformersForward = TransformersForward(model, name)
-        self.num_logits: int = model.get_output_embeddings().weight.shape[0]
+        self.visibility = look_at(model, self.context_length, self.device)
         reason = "the configuration says so" if forward == "transformers" else why_not_lean(model)
+        reason = reason or next(iter(self.visibility.reasons), None)
         self.exact = exact
+        self._forward: LeanForward | TransformersForward
         if reason is None:
-            self._forward = LeanForward(model, exact)
+            self._forward = LeanForward(model, self.visibility.windows, exact)
         elif forward == "lean" or exact:
             mode = "exact mode" if exact else "the lean forward"
             raise ModelError(f"{name}: cannot run {mode}, because {reason}")
+        else:
+            self._forward = TransformersForward(model, name, self.visibility.windows)
+        self.num_logits: int = model.get_output_embeddings().weight.shape[0]
         self._static: StaticForward | None = None
         if isinstance(self.cache, PagedCache) and isinstance(self._forward, LeanForward):
             self._static = StaticForward(self._forward, self.cache, self.context_length)
@@ -190,7 +202,10 @@ class LanguageModel:
 def cache_bytes_per_position(config: Any, dtype: torch.dtype) -> int:
     """Bytes of one token's keys and values in all layers, by a model's configuration."""
     text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None)
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        heads = 1  # older Falcon, GPT BigCode
+    heads = heads or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return int(2 * text.num_hidden_layers * heads * size * dtype.itemsize)
 
@@ -210,85 +225,29 @@ def _input_device(model: PreTrainedModel) -> torch.device:
     return model.device if device is None else torch.device(device)
 
 
-def _context_length(config: Any) -> int:
-    length = getattr(config, "max_position_embeddings", None)
-    if length is None:
-        raise ModelError(f"{type(config).__name__} names no max_position_embeddings")
+def context_length_of(config: Any) -> tuple[int, str | None]:
+    """(positions that can be used, why they are fewer than the model's own, or None).
+
+    config: of the text part. Raises ModelError if it does not say.
+    """
+    names = ("max_position_embeddings", "max_seq_len", "seq_length")  # most models; MPT; Bloom
+    length = next((n for n in (getattr(config, name, None) for name in names) if n), None)
+    if length is None and config.model_type == "bloom":
+        length = _ENDLESS
+    if length is None or length < 1:
+        raise ModelError(
+            f"{type(config).__name__} names no context length (max_position_embeddings)"
+        )
     # longrope turns every angle once one position passes the original length, for all rows of a
     # forward at once; below it, rows cannot disturb one another
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        length = min(length, rope.get("original_max_position_embeddings") or length)
-    return int(length)
-
-
-def _other_forward(language_model: LanguageModel) -> str:
-    if language_model.forward_kind == "transformers":
-        return ""
-    return " by the lean forward; set 'forward: transformers'"
-
-
-def check_packed_forward(language_model: LanguageModel, seed: int = 0) -> None:
-    """Compare a ragged tree forward with transformers' plain one on random tokens.
-
-    Two rows of unequal length are prefilled together; then one verifies a tree with two branches
-    while the other verifies a chain. Raises ModelError if any logit differs by more than the
-    model's dtype explains: then this architecture keeps state the packed forward does not know.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    vocab = language_model.num_logits
-    long, short = (torch.randint(vocab, (n,), generator=generator) for n in (11, 5))
-    tree, chain = (torch.randint(vocab, (n,), generator=generator) for n in (4, 2))
-    parents = torch.tensor(
-        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]], dtype=torch.bool
-    )
-    # a paged model is checked over its own cache, where its captured steps run: the prompts go their
-    # own way, the tree and the chain are such a step
-    own = language_model.cache
-    cache = own if isinstance(own, PagedCache) else RowCache()
-    slots = [cache.acquire(), cache.acquire()]
-    with torch.inference_mode():
-        try:
-            language_model.forward(
-                torch.cat([long, short]),
-                [Span(slots[0], 0, 11, prefill=True), Span(slots[1], 0, 5, prefill=True)],
-                cache=cache,
+    for part in (rope, *(p for p in rope.values() if isinstance(p, dict))):
+        original = part.get("original_max_position_embeddings")
+        if part.get("rope_type") == "longrope" and original and original < length:
+            note = (
+                f"its context is cut from {length} to {original} tokens: the model's rope type "
+                "'longrope' re-reads the whole text with other angles beyond them, which is not "
+                "supported"
             )
-            hidden = language_model.forward(
-                torch.cat([tree, chain]),
-                [Span(slots[0], 11, 4), Span(slots[1], 5, 2)],
-                ancestors=[parents, None],
-                cache=cache,
-            )
-        except (TypeError, AttributeError, IndexError, RuntimeError) as error:
-            raise ModelError(
-                f"{language_model.name}: {type(language_model.model).__name__} cannot run the "
-                f"packed forward ({error})"
-            ) from error
-        packed = language_model.unembed(hidden).float().cpu()
-        for slot in slots:
-            cache.release(slot)
-        paths = [(long, tree[[0, 1]]), (long, tree[[0, 2, 3]]), (short, chain)]
-        places = [[0, 1], [0, 2, 3], [4, 5]]
-        worst = 0.0
-        scale = 0.0
-        for (text, path), place in zip(paths, places, strict=True):
-            ids = torch.cat([text, path])[None].to(language_model.device)
-            plain = language_model.model(input_ids=ids, use_cache=False).logits[0]
-            plain = plain[-len(place) :].float().cpu()
-            if not plain.isfinite().all():
-                raise ModelError(
-                    f"{language_model.name}: the logits are not finite; the weights are damaged "
-                    f"or too large for {language_model.dtype}"
-                )
-            # nan_to_num: Python's max would pass over a nan
-            difference = (packed[place] - plain).abs().nan_to_num(nan=float("inf"))
-            worst = max(worst, difference.max().item())
-            scale = max(scale, plain.std().item())
-    tolerance = 1e-3 if language_model.dtype == torch.float32 else 0.15
-    if not worst <= tolerance * max(scale, 1e-6):
-        raise ModelError(
-            f"{language_model.name}: the packed forward of {type(language_model.model).__name__} "
-            f"differs from transformers' by {worst:.3g} (logits vary by {scale:.3g}); this "
-            f"architecture is not supported{_other_forward(language_model)}"
-        )
+            return int(original), note
+    return int(length), None

@@ -19,6 +19,8 @@ from paceline.models.products import Product
 from paceline.models.sublayers import LayerSubset
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -94,7 +96,7 @@ class _Norm:
 class _Layer:
     """One decoder layer's products, norms and attention shape."""
 
-    def __init__(self, layer: Any, config: Any, exact: bool) -> None:
+    def __init__(self, layer: Any, config: Any, exact: bool, window: int | None) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         eps = config.rms_norm_eps
         self.norm_1 = _Norm(layer.input_layernorm.weight.data, eps)
@@ -108,11 +110,7 @@ class _Layer:
             norms = attention.q_norm, attention.k_norm
             self.qk_norms = _Norm(norms[0].weight.data, eps), _Norm(norms[1].weight.data, eps)
         self.scale: float = attention.scaling
-        # Mistral keeps one window in its configuration, Qwen one in each layer
-        window = getattr(attention, "sliding_window", None)
-        if config.model_type == "mistral":
-            window = config.sliding_window
-        self.window: int | None = window
+        self.window = window
 
 
 class LeanForward:
@@ -120,11 +118,17 @@ class LeanForward:
 
     kind: ClassVar[str] = "lean"
 
-    def __init__(self, model: PreTrainedModel, exact: bool = False) -> None:
-        """exact: bits that hang on nothing but each row's own tokens, see `exact.py`."""
+    def __init__(
+        self, model: PreTrainedModel, windows: Mapping[int, int | None], exact: bool = False
+    ) -> None:
+        """windows: how many positions each layer sees, see `visibility.py`.
+
+        exact: bits that hang on nothing but each row's own tokens, see `exact.py`.
+        """
         anything: Any = model
         config = model.config
-        self._layers = [_Layer(layer, config, exact) for layer in anything.model.layers]
+        layers = enumerate(anything.model.layers)
+        self._layers = [_Layer(layer, config, exact, windows[i]) for i, layer in layers]
         self._head = Product([anything.lm_head], exact)
         self._embedding: Tensor = anything.model.embed_tokens.weight.data
         self._on_cpu = self._embedding.device.type == "cpu"

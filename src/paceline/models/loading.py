@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from paceline.errors import ModelError
-from paceline.models.exact import check_exact
-from paceline.models.language_model import LanguageModel, check_packed_forward
+from paceline.models.language_model import LanguageModel
 from paceline.models.peft_adapters import merge_adapter
+from paceline.models.self_checks import check_exact, check_packed_forward
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

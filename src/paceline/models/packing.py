@@ -7,17 +7,20 @@ of a run, W tokens a row, L cached positions, G query heads per key-value head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
-
     from paceline.models.cache import RowCache
+
+# What is added to the scores of keys: [L] positions -> [H, L]
+KeyBias: TypeAlias = Callable[[Tensor], Tensor]
 
 # Wider rows are prefill: padding them to one length would cost more than a call each saves.
 _MAX_SHARED_WIDTH: Final = 64
@@ -48,7 +51,7 @@ class Run:
     width: int
     prefill: bool
     ancestors: Tensor | None = None  # [W, W] bool, single rows only
-    masks: dict[tuple[int | None, ...], Tensor | None] = field(default_factory=dict)
+    masks: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict)
     index: Tensor | None = None  # [R*W*2*Hkv] places in the cache, for several rows
 
     @property
@@ -138,16 +141,23 @@ class PackedBatch:
             parts.append((starts[:, None] + depth).flatten())
         return torch.cat(parts).to(self.device)
 
-    def mask(self, run: Run, window: int | None, groups: int, like: Tensor) -> Tensor | None:
+    def mask(
+        self, run: Run, window: int | None, groups: int, like: Tensor, bias: KeyBias | None = None
+    ) -> Tensor | None:
         """[R, 1, G*W, L] additive, or None where every token may see everything.
 
-        window: how many positions, its own included, a token sees; None is all of them.
+        window: how many positions, its own included, a token sees; None is all of them. bias: of the
+        keys of each head; with it the mask is [R, Hkv, G*W, L].
         """
         if window is not None and run.length <= window:
             window = None
-        key = (window, groups)
+        key = (window, groups) if bias is None else (window, groups, bias)
         if key not in run.masks:
-            run.masks[key] = self._build_mask(run, window, groups, like)
+            run.masks[key] = (
+                self._build_mask(run, window, groups, like)
+                if bias is None
+                else _biased_mask(run, window, groups, like, bias)
+            )
         return run.masks[key]
 
     def _build_mask(self, run: Run, window: int | None, groups: int, like: Tensor) -> Tensor | None:
@@ -171,23 +181,37 @@ def chain_ancestors(width: int, device: torch.device) -> Tensor:
 def _visible(run: Run, window: int | None, device: torch.device) -> Tensor:
     """[R, W, L] bool: which cached position each new token may see."""
     starts = torch.tensor(run.starts, device=device)[:, None, None]
-    keys = torch.arange(run.length, device=device)
+    keys = _key_positions(run, device)
     depths = torch.arange(run.width, device=device)[:, None]
     if run.ancestors is None:
-        visible = keys <= starts + depths
         position_of_query = starts + depths
-        position_of_key = keys
+        visible = keys <= position_of_query
     else:
         start = run.starts[0]
         tree = run.ancestors.to(device)
         past = torch.ones(run.width, start, dtype=torch.bool, device=device)
         visible = torch.cat([past, tree], dim=1)[None]
-        tree_positions = start + tree.sum(dim=-1) - 1
-        position_of_query = tree_positions[None, :, None]
-        position_of_key = torch.cat([keys[:start], tree_positions])
+        position_of_query = keys[None, start:, None]
     if window is not None:
-        visible = visible & (position_of_key > position_of_query - window)
+        visible = visible & (keys > position_of_query - window)
     return visible
+
+
+def _key_positions(run: Run, device: torch.device) -> Tensor:
+    """[L] positions of the keys; in a tree the place of a node is not its position."""
+    positions = torch.arange(run.length, device=device)
+    if run.ancestors is not None:
+        start = run.starts[0]
+        positions[start:] = start + run.ancestors.to(device).sum(dim=-1) - 1
+    return positions
+
+
+def _biased_mask(run: Run, window: int | None, groups: int, like: Tensor, bias: KeyBias) -> Tensor:
+    """[R, Hkv, G*W, L] additive: the heads' biases of the keys, -inf where nothing may be seen."""
+    by_key = bias(_key_positions(run, like.device)).to(like.dtype)  # [H, L]
+    hidden = ~_visible(run, window, like.device)
+    mask = by_key[:, None].masked_fill(hidden[:, None], float("-inf"))  # [R, H, W, L]
+    return mask.unflatten(1, (-1, groups)).flatten(2, 3)
 
 
 def store(run: Run, storage: Tensor, new: Tensor) -> None:

@@ -3,11 +3,12 @@
 The lean forward leaves a sub-layer out by itself. In transformers' own modules it is silenced for the
 length of one forward: it answers zeros, and the model is left as it was found. Whether that is the
 same as leaving it out is a matter of the architecture (post-norm layers change the stream all the
-same), so `check_sublayers` tries it. Knows no drafting.
+same), so `self_checks.check_sublayers` tries it. Knows no drafting.
 """
 
 from __future__ import annotations
 
+import inspect
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -16,19 +17,23 @@ import torch
 from torch import nn
 
 from paceline.errors import ModelError
-from paceline.models.cache import RowCache
-from paceline.models.packing import Span
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor
 
-    from paceline.models.language_model import LanguageModel
-
-# what transformers calls the two sub-layers of a decoder layer; OPT's MLP is two bare linear layers
+# what transformers calls the two sub-layers of a decoder layer; OPT's MLP is two bare linear layers,
+# Granite's the sum of two modules
 _ATTENTIONS: Final = (("self_attn",), ("attn",), ("attention",), ("self_attention",))
-_MLPS: Final = (("mlp",), ("feed_forward",), ("block_sparse_moe",), ("ffn",), ("fc1", "fc2"))
+_MLPS: Final = (
+    ("mlp",),
+    ("feed_forward",),
+    ("block_sparse_moe", "shared_mlp"),
+    ("block_sparse_moe",),
+    ("ffn",),
+    ("fc1", "fc2"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,8 @@ class SubLayers:
         self.owner, self.attribute = _find_layers(body, num_layers, name)
         layers: Any = getattr(self.owner, self.attribute)
         self._layers = [_find_sublayers(layer, name) for layer in layers]
+        self._silent = {m: _silent(m, True) for layer in self._layers for m in layer.attention}
+        self._silent |= {m: _silent(m, False) for layer in self._layers for m in layer.mlp}
 
     @contextmanager
     def without(self, subset: LayerSubset) -> Iterator[None]:
@@ -68,13 +75,9 @@ class SubLayers:
         try:
             for kind, indices in (("attention", subset.attention), ("mlp", subset.mlp)):
                 for index in indices:
-                    modules: list[nn.Module] = getattr(self._layers[index], kind)
-                    # the first modules of several hand on what they get, the last one ends it
-                    for module in modules[:-1]:
+                    for module in getattr(self._layers[index], kind):
                         silenced.append((module, module.__dict__.get("forward")))
-                        module.forward = _hand_on  # type: ignore[assignment]
-                    silenced.append((modules[-1], modules[-1].__dict__.get("forward")))
-                    modules[-1].forward = _silence_pair if kind == "attention" else _silence
+                        module.forward = self._silent[module]
             yield
         finally:
             for module, forward in reversed(silenced):
@@ -105,10 +108,6 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return hidden
 
 
-def _hand_on(*args: Any, **kwargs: Any) -> Tensor:
-    return _hidden(args, kwargs)
-
-
 def _silence(*args: Any, **kwargs: Any) -> Tensor:
     return torch.zeros_like(_hidden(args, kwargs))
 
@@ -116,6 +115,22 @@ def _silence(*args: Any, **kwargs: Any) -> Tensor:
 def _silence_pair(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     """As attention modules return: the output and the weights nobody asked for."""
     return _silence(*args, **kwargs), None
+
+
+def _hand_on(hidden_states: Tensor, residual: Tensor, **kwargs: Any) -> Tensor:
+    """As modules that add to the stream by themselves (Bloom, MPT)."""
+    return residual
+
+
+def _hand_on_pair(hidden_states: Tensor, residual: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+    return residual, None
+
+
+def _silent(module: nn.Module, is_attention: bool) -> Callable[..., Any]:
+    """What stands in for a module's forward while it is silent."""
+    if "residual" in inspect.signature(type(module).forward).parameters:
+        return _hand_on_pair if is_attention else _hand_on
+    return _silence_pair if is_attention else _silence
 
 
 def _find_layers(body: nn.Module, num_layers: int, name: str) -> tuple[nn.Module, str]:
@@ -139,58 +154,3 @@ def _find_sublayers(layer: nn.Module, name: str) -> _Layer:
         )
 
     return _Layer(find("attention", _ATTENTIONS), find("MLP", _MLPS))
-
-
-def check_sublayers(language_model: LanguageModel, seed: int = 0) -> None:
-    """Check that skipping does what it says, on random tokens. Raises ModelError if it does not.
-
-    With nothing skipped the hidden states must be the model's own; with everything skipped, those of
-    the same model without decoder layers: embedding, last norm.
-    """
-    name, kind = language_model.name, type(language_model.model).__name__
-    generator = torch.Generator().manual_seed(seed)
-    length = min(7, language_model.context_length)
-    tokens = torch.randint(language_model.num_logits, (length,), generator=generator)
-
-    def run(subset: LayerSubset | None) -> Tensor:
-        cache = RowCache()
-        span = Span(cache.acquire(), 0, length)
-        return language_model.forward(tokens, [span], cache=cache, skip=subset)
-
-    with torch.inference_mode():
-        whole, none_skipped, all_skipped = _tried(
-            name,
-            kind,
-            lambda: [
-                run(None),
-                run(LayerSubset()),
-                run(LayerSubset.everything(language_model.num_layers)),
-            ],
-        )
-        bare = _without_layers(language_model, tokens)
-    tolerance = 1e-3 if language_model.dtype == torch.float32 else 0.05
-    for found, expected in ((none_skipped, whole), (all_skipped, bare)):
-        off = (found.float() - expected.float()).abs().max()
-        if not off <= tolerance * expected.float().std():
-            raise ModelError(
-                f"{name}: the sub-layers of {kind} cannot be skipped: without them the hidden state "
-                f"is off by {off:.2g}, so its layers do more than add to the stream"
-            )
-
-
-def _tried(name: str, kind: str, act: Callable[[], list[Tensor]]) -> list[Tensor]:
-    try:
-        return act()
-    except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{name}: the sub-layers of {kind} cannot be skipped ({error})") from error
-
-
-def _without_layers(language_model: LanguageModel, tokens: Tensor) -> Tensor:
-    """[N, D] by transformers' own code around no decoder layers at all."""
-    body = language_model.model.base_model
-    sublayers = SubLayers(body, language_model.num_layers, language_model.name)
-    with sublayers.no_layers():
-        ids = tokens[None].to(language_model.device)
-        output: Any = body(input_ids=ids, use_cache=False)
-    hidden: Tensor = output.last_hidden_state
-    return hidden[0]

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from paceline.models.language_model import context_length_of
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -35,7 +37,7 @@ def greedy_reference(
 
     At most as many tokens as the context allows: the last one is never fed.
     """
-    context = model.config.get_text_config().max_position_embeddings
+    context, _ = context_length_of(model.config.get_text_config())
     generate: Any = model.generate
     settings: Any = model.generation_config
     own_stop, settings.eos_token_id = settings.eos_token_id, list(stop_token_ids) or None

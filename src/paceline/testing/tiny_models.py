@@ -34,6 +34,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from paceline.testing import tiny_families
 from paceline.testing.tokenizers import NUM_TOKENS
 
 if TYPE_CHECKING:
@@ -199,6 +200,7 @@ _BUILDERS: Final[dict[str, Callable[[int, int], PreTrainedModel]]] = {
     "opt": _opt,
 }
 ARCHITECTURES: Final = tuple(_BUILDERS)
+FAMILIES: Final = tuple(tiny_families.BUILDERS)  # tested less widely
 LEAN_ARCHITECTURES: Final = ("llama", "llama3", "mistral", "qwen2", "qwen3")
 
 
@@ -209,18 +211,21 @@ def tiny_model(
     context: int = 128,
     std: float = _STD,
 ) -> PreTrainedModel:
-    """A random model of one of `ARCHITECTURES` in float32, in evaluation mode, without a stop token.
+    """A random model of `ARCHITECTURES` or `FAMILIES` in float32, evaluating, without a stop token.
 
     context: positions it can hold. std: of the weights; the wider, the less flat its distributions.
     The default vocabulary is that of `byte_tokenizer`. The global random state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _BUILDERS[architecture](vocab_size, context)
+        build = (_BUILDERS | tiny_families.BUILDERS)[architecture]
+        model = build(vocab_size, context)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:  # vectors are biases and norms
                     parameter.normal_(std=std)
+                elif architecture in FAMILIES:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
     model.float().eval()  # type: ignore[no-untyped-call]
     return model
 

@@ -35,7 +35,8 @@ from paceline.distillation.train import (
     train,
 )
 from paceline.errors import ConfigError, StoreError
-from paceline.models.language_model import LanguageModel, check_packed_forward
+from paceline.models.language_model import LanguageModel
+from paceline.models.self_checks import check_packed_forward
 from paceline.models.vocabulary import Vocabulary
 from paceline.store import is_validation, take_by_hash
 

@@ -10,8 +10,9 @@ from torch import nn
 
 from paceline.errors import ModelError
 from paceline.models import lean, products
-from paceline.models.language_model import LanguageModel, check_packed_forward
+from paceline.models.language_model import LanguageModel
 from paceline.models.packing import Span
+from paceline.models.self_checks import check_packed_forward
 from paceline.testing.tiny_models import ARCHITECTURES, LEAN_ARCHITECTURES, tiny_model
 
 PROMPTS = (17, 3, 21)  # 41 tokens: more than a forward takes without rounding their number up

@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM, GraniteConfig, GraniteForCausalLM
+from transformers import BartConfig, BartForCausalLM, CpmAntConfig, CpmAntForCausalLM
 
 from paceline.errors import ModelError
 from paceline.models import attention, packing
 from paceline.models.cache import BLOCK
-from paceline.models.language_model import LanguageModel, check_packed_forward
+from paceline.models.language_model import LanguageModel
 from paceline.models.packing import Span
+from paceline.models.self_checks import check_packed_forward
 from paceline.testing.tiny_models import (
     ARCHITECTURES,
+    FAMILIES,
     LEAN_ARCHITECTURES,
     perturbed,
     tiny_model,
@@ -28,7 +30,7 @@ TOLERANCE = 2e-4
 
 
 FORWARDS = [
-    *((architecture, "transformers") for architecture in ARCHITECTURES),
+    *((architecture, "transformers") for architecture in (*ARCHITECTURES, *FAMILIES)),
     *((architecture, "lean") for architecture in LEAN_ARCHITECTURES),
 ]
 
@@ -245,35 +247,66 @@ def test_the_self_check_refuses_a_planted_mismatch(
         check_packed_forward(model)
 
 
-def test_the_self_check_refuses_uncapped_logits() -> None:
-    model = LanguageModel(tiny_model("gemma2"), "target")
-    model._forward._logit_cap = None  # type: ignore[union-attr]
+@pytest.mark.parametrize("architecture", ["gemma2", "cohere", "granite"])
+def test_the_self_check_refuses_the_logits_of_the_output_layer_alone(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = LanguageModel(tiny_model(architecture), "target")
+    layer = model.model.get_output_embeddings()
+    monkeypatch.setattr(model._forward, "_head", layer)
+
+    with pytest.raises(ModelError, match="not supported"):
+        check_packed_forward(model)
+
+
+def biases_by_the_place_in_the_cache(run: packing.Run, device: torch.device) -> torch.Tensor:
+    return torch.arange(run.length, device=device)
+
+
+@pytest.mark.parametrize("architecture", ["bloom", "mpt", "falcon_alibi"])
+def test_the_self_check_refuses_biases_that_ignore_the_tree(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = LanguageModel(tiny_model(architecture), "target")
+    monkeypatch.setattr(packing, "_key_positions", biases_by_the_place_in_the_cache)
 
     with pytest.raises(ModelError, match="not supported"):
         check_packed_forward(model)
 
 
 def test_architectures_that_do_something_else_are_refused() -> None:
-    granite = GraniteForCausalLM(
-        GraniteConfig(
+    counts_positions_itself = BartForCausalLM(
+        BartConfig(
             vocab_size=50,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            logits_scaling=3.0,
+            d_model=32,
+            decoder_layers=1,
+            decoder_attention_heads=4,
+            decoder_ffn_dim=64,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=0,
+            forced_eos_token_id=None,
         )
     )
-    with pytest.raises(ModelError, match=r"GraniteForCausalLM differs .* not supported"):
-        check_packed_forward(LanguageModel(granite, "target"))
+    with pytest.raises(ModelError, match=r"BartForCausalLM differs .* not supported"):
+        check_packed_forward(LanguageModel(counts_positions_itself, "target"))
 
-    bloom = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=32, n_layer=1, n_head=4))
+    endless = CpmAntForCausalLM(
+        CpmAntConfig(
+            vocab_size=50,
+            hidden_size=32,
+            num_attention_heads=4,
+            dim_head=8,
+            dim_ff=64,
+            num_hidden_layers=1,
+        )
+    )
     with pytest.raises(ModelError, match="max_position_embeddings"):
-        LanguageModel(bloom, "target")
+        LanguageModel(endless, "target")
 
 
 def test_too_short_a_context_for_the_self_check_is_a_model_error() -> None:
-    with pytest.raises(ModelError, match="cannot run the packed forward"):
+    with pytest.raises(ModelError, match="context of 8 tokens is too short"):
         check_packed_forward(LanguageModel(tiny_model("gpt2", context=8), "target"))
 
 

@@ -11,8 +11,15 @@ from paceline.models import sublayers
 from paceline.models.cache import RowCache
 from paceline.models.language_model import Forward, LanguageModel
 from paceline.models.packing import Span
-from paceline.models.sublayers import LayerSubset, check_sublayers
-from paceline.testing.tiny_models import ARCHITECTURES, LEAN_ARCHITECTURES, tiny_model
+from paceline.models.self_checks import check_sublayers
+from paceline.models.sublayers import LayerSubset
+from paceline.testing.tiny_families import WITHOUT_SUBSETS
+from paceline.testing.tiny_models import (
+    ARCHITECTURES,
+    FAMILIES,
+    LEAN_ARCHITECTURES,
+    tiny_model,
+)
 
 TEXT = torch.arange(3, 12)
 SUBSETS = [
@@ -26,6 +33,17 @@ def hidden(model: LanguageModel, subset: LayerSubset | None) -> torch.Tensor:
     cache = RowCache()
     with torch.inference_mode():
         return model.forward(TEXT, [Span(cache.acquire(), 0, len(TEXT))], cache=cache, skip=subset)
+
+
+@pytest.mark.parametrize("architecture", [name for name in FAMILIES if name not in WITHOUT_SUBSETS])
+def test_every_family_can_leave_out_its_sublayers(architecture: str) -> None:
+    check_sublayers(LanguageModel(tiny_model(architecture), "tiny"))
+
+
+@pytest.mark.parametrize("architecture", WITHOUT_SUBSETS)
+def test_families_whose_sublayers_cannot_be_left_out_are_refused(architecture: str) -> None:
+    with pytest.raises(ModelError, match="cannot be skipped"):
+        check_sublayers(LanguageModel(tiny_model(architecture), "tiny"))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -8,7 +8,7 @@ Symbols: R rows, T packed tokens, B words of a token's ancestor bits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache as cached
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from paceline.models.cuda.paged_cache import PagedCache
-    from paceline.models.packing import Span
+    from paceline.models.packing import KeyBias, Span
 
 
 @cached
@@ -54,6 +54,7 @@ class PagedBatch:
     most_wide: int  # no row is wider
     num_positions: int  # no position is higher
     longest: int | None = None  # no row is longer, cached and new tokens together; None: unknown
+    biases: dict[KeyBias, Tensor] = field(default_factory=dict)  # that were asked for so far
 
     @property
     def num_tokens(self) -> int:
@@ -74,12 +75,21 @@ class PagedBatch:
         scale: float,
         window: int | None,
         cap: float | None,
+        bias: KeyBias | None = None,
     ) -> Tensor:
         """Cache the new keys and values, return [T, H, D]; arguments as in `attention.attend`."""
         pool = self.cache.layer(layer, key_value)
         pool.index_copy_(0, self.place, key_value)
-        out: Tensor = attention_kernel()(query, pool, self, scale, window, cap)
+        biases = None if bias is None else self._biases(bias)
+        out: Tensor = attention_kernel()(query, pool, self, scale, window, cap, biases=biases)
         return out
+
+    def _biases(self, bias: KeyBias) -> Tensor:
+        """[H, L] of all positions, the same in every layer."""
+        if bias not in self.biases:
+            positions = torch.arange(self.num_positions + 1, device=self.position.device)
+            self.biases[bias] = bias(positions).float().contiguous()
+        return self.biases[bias]
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _MOST_SPLITS: Final = 32
 _MOST_QUERIES: Final = 64  # of a program
 # numbers that vary from forward to forward; Triton would compile a kernel for each kind of them
-_VARYING: Final = ["num_tokens", "num_words", "num_splits", "table_stride"]
+_VARYING: Final = ["num_tokens", "num_words", "num_splits", "table_stride", "bias_stride"]
 # pieces of one vector, which begin where the ones before them end
 _PARTS: Final = ["firsts", "widths", "starts", "slots", "positions", "bits"]
 
@@ -42,11 +42,13 @@ def attend_blocks(
     window: int | None = None,
     cap: float | None = None,
     num_splits: int | None = None,
+    biases: Tensor | None = None,
 ) -> Tensor:
     """[T, H, D] outputs of queries [T, H, D] whose keys and values are in the pool already.
 
     pool: [places, 2 * Hkv, D]. scale, window, cap: as in `attention.attend`. num_splits: S, chosen by
-    the device's size where None. What pads the batch gets no defined output.
+    the device's size where None. biases: [H, L] float32, added to the scores by the keys' positions, L
+    more than any. What pads the batch gets no defined output.
     """
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = pool.shape[1] // 2
@@ -80,6 +82,7 @@ def attend_blocks(
         batch.slot,
         batch.position,
         batch.position if bits is None else bits,
+        query if biases is None else biases,
         sums,
         weights,
         query.stride(0),
@@ -88,6 +91,7 @@ def attend_blocks(
         num_tokens,
         0 if bits is None else bits.shape[1],
         num_splits,
+        0 if biases is None else biases.stride(0),
         scale,
         0.0 if cap is None else cap,
         NUM_KV_HEADS=num_kv_heads,
@@ -99,6 +103,7 @@ def attend_blocks(
         WINDOW=window or 0,
         CAPPED=cap is not None,
         HAS_BITS=bits is not None,
+        HAS_BIASES=biases is not None,
         IS_SPLIT=num_splits > 1,
         PRECISION="tf32x3",  # for float32: three products that together keep its precision
         # Triton's interpreter multiplies bfloat16 as if it were integers
@@ -149,6 +154,7 @@ def _attend(
     slots,
     positions,
     bits,
+    biases,
     sums,
     weights,
     query_token_stride,
@@ -157,6 +163,7 @@ def _attend(
     num_tokens,
     num_words,
     num_splits,
+    bias_stride,
     scale,
     cap,
     NUM_KV_HEADS: tl.constexpr,
@@ -168,6 +175,7 @@ def _attend(
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
     HAS_BITS: tl.constexpr,
+    HAS_BIASES: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -193,6 +201,7 @@ def _attend(
     at = token[:, None] * query_token_stride + head[:, None] * query_head_stride + d[None, :]
     q = tl.load(query + at, mask=is_query[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
     q_position = tl.load(positions + token).to(tl.int32)
+    head_biases = biases + head * bias_stride
 
     # nothing behind the last token of this tile is seen: ancestors stand before descendants
     stop = start + tl.minimum(width, (tile * BLOCK_M + BLOCK_M - 1) // GROUPS + 1)
@@ -215,15 +224,15 @@ def _attend(
     for b in range(begin, whole):
         acc, total, highest = _add_block(
             acc, total, highest, q, b, pool, blocks, positions, bits, num_words, kv_head, first,
-            start, stop, token, within, q_position, scale, cap, False, NUM_KV_HEADS, HEAD_DIM,
-            BLOCK_D, BLOCK, WINDOW, CAPPED, HAS_BITS, PRECISION, WIDEN,
+            start, stop, token, within, q_position, scale, cap, head_biases, False, NUM_KV_HEADS,
+            HEAD_DIM, BLOCK_D, BLOCK, WINDOW, CAPPED, HAS_BITS, HAS_BIASES, PRECISION, WIDEN,
         )  # fmt: skip
     # a pipeline of ancestor bits would take more shared memory than small devices have
     for b in tl.range(tl.maximum(begin, whole), end, num_stages=1 if HAS_BITS else None):
         acc, total, highest = _add_block(
             acc, total, highest, q, b, pool, blocks, positions, bits, num_words, kv_head, first,
-            start, stop, token, within, q_position, scale, cap, True, NUM_KV_HEADS, HEAD_DIM,
-            BLOCK_D, BLOCK, WINDOW, CAPPED, HAS_BITS, PRECISION, WIDEN,
+            start, stop, token, within, q_position, scale, cap, head_biases, True, NUM_KV_HEADS,
+            HEAD_DIM, BLOCK_D, BLOCK, WINDOW, CAPPED, HAS_BITS, HAS_BIASES, PRECISION, WIDEN,
         )  # fmt: skip
 
     line = (split * num_tokens + token) * (NUM_KV_HEADS * GROUPS) + head
@@ -262,6 +271,7 @@ def _add_block(
     q_position,
     scale,
     cap,
+    head_biases,  # [M] where each query's begin
     NEW: tl.constexpr,  # whether the block holds some of the row's new tokens
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -270,6 +280,7 @@ def _add_block(
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
     HAS_BITS: tl.constexpr,
+    HAS_BIASES: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
@@ -311,9 +322,12 @@ def _add_block(
         else:
             seen = cached_at[None, :] <= start + within[:, None]
         score = tl.where(seen, score, float("-inf"))
-        if WINDOW > 0:
+        if WINDOW > 0 or HAS_BIASES:
             depth = tl.load(positions + first + new, mask=is_new, other=0).to(tl.int32)
             k_position = tl.where(is_new, depth, k_position)
+    if HAS_BIASES:
+        at = head_biases[:, None] + k_position[None, :]
+        score += tl.load(at, mask=(cached_at < stop)[None, :], other=0.0)
     if WINDOW > 0:
         near = k_position[None, :] > q_position[:, None] - WINDOW
         score = tl.where(near, score, float("-inf"))

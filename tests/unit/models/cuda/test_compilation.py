@@ -33,20 +33,23 @@ def built(kernel, types, constants, capability, **options):
     )
     return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
-dtype, head_dim, block_m, has_bits, is_split, window, capped, capability = json.loads(sys.argv[1])
+(dtype, head_dim, block_m, has_bits, is_split, window, capped, has_biases, capability) = (
+    json.loads(sys.argv[1])
+)
 vectors = dict.fromkeys(("firsts", "widths", "starts", "slots", "positions"), "*i64")
 numbers = ("query_token_stride", "query_head_stride", "table_stride", "num_tokens", "num_words",
-           "num_splits")
+           "num_splits", "bias_stride")
 types = {
     "query": dtype, "pool": dtype, "table": "*i32", **vectors, "bits": "*i32",
+    "biases": "*fp32" if has_biases else dtype,
     "sums": "*fp32" if is_split else dtype, "weights": "*fp32" if is_split else dtype,
     **dict.fromkeys(numbers, "i32"), "scale": "fp32", "cap": "fp32",
 }
 constants = {
     "NUM_KV_HEADS": 8, "GROUPS": 4, "HEAD_DIM": head_dim,
     "BLOCK_D": triton.next_power_of_2(head_dim), "BLOCK_M": block_m, "BLOCK": 64, "WINDOW": window,
-    "CAPPED": capped, "HAS_BITS": has_bits, "IS_SPLIT": is_split, "PRECISION": "tf32x3",
-    "WIDEN": False,
+    "CAPPED": capped, "HAS_BITS": has_bits, "HAS_BIASES": has_biases, "IS_SPLIT": is_split,
+    "PRECISION": "tf32x3", "WIDEN": False,
 }
 warps = 8 if block_m * head_dim > 4096 else 4
 row_bytes = head_dim * (2 if dtype == "*bf16" else 4)
@@ -69,13 +72,14 @@ print(json.dumps([attend.metadata.shared, weigh.metadata.shared]))
 @pytest.mark.parametrize(
     "variant",
     [
-        ["*bf16", 128, 16, True, True, 0, False],
-        ["*bf16", 128, 64, True, True, 4096, False],
-        ["*bf16", 128, 64, False, False, 0, False],
-        ["*bf16", 256, 32, True, True, 4096, True],
-        ["*fp32", 64, 32, True, True, 0, False],
+        ["*bf16", 128, 16, True, True, 0, False, False],
+        ["*bf16", 128, 64, True, True, 4096, False, False],
+        ["*bf16", 128, 64, False, False, 0, False, False],
+        ["*bf16", 256, 32, True, True, 4096, True, False],
+        ["*fp32", 64, 32, True, True, 0, False, False],
+        ["*bf16", 128, 64, True, True, 0, False, True],
     ],
-    ids=["a token", "a tree", "a prompt", "capped windows", "float32"],
+    ids=["a token", "a tree", "a prompt", "capped windows", "float32", "ALiBi"],
 )
 def test_kernels_compile(variant: list[object], capability: int) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}

@@ -15,7 +15,7 @@ from paceline.models.cache import RowCache
 from paceline.models.cuda.batch import batch_of
 from paceline.models.cuda.paged_attention import attend_blocks
 from paceline.models.cuda.paged_cache import BLOCK, PagedCache
-from paceline.models.packing import PackedBatch, Span
+from paceline.models.packing import KeyBias, PackedBatch, Span
 
 COMPILED = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") == "0"
 DEVICE = torch.device("cuda" if COMPILED else "cpu")
@@ -61,6 +61,7 @@ class Pair:
         window: int | None = None,
         cap: float | None = None,
         num_splits: int | None = None,
+        bias: KeyBias | None = None,
     ) -> None:
         heads, kv_heads, head_dim = self.shape
         num_tokens = sum(span.width for span in spans)
@@ -68,13 +69,14 @@ class Pair:
         query = self.random(num_tokens, heads + kv_heads, head_dim)[:, :heads]
         new = self.random(num_tokens, 2 * kv_heads, head_dim)
         packed = PackedBatch(spans, self.plain, DEVICE, trees)
-        expected = attend(packed, 0, query, new, 0.3, window, cap)
+        expected = attend(packed, 0, query, new, 0.3, window, cap, bias)
 
         tokens = torch.zeros(num_tokens, dtype=torch.int64)
         _, batch = batch_of(tokens, spans, trees, self.paged, DEVICE)
         pool = self.paged.layer(0, new)
         pool.index_copy_(0, batch.place, new)
-        found = attend_blocks(query, pool, batch, 0.3, window, cap, num_splits)
+        biases = None if bias is None else batch._biases(bias)
+        found = attend_blocks(query, pool, batch, 0.3, window, cap, num_splits, biases)
 
         assert torch.equal(batch.positions(), packed.positions())
         tolerance = 1e-5 if self.dtype == torch.float32 else 2e-2
@@ -135,6 +137,27 @@ def test_a_tree_of_more_nodes_than_a_word_has_bits(window: int | None) -> None:
     pair.fill(b, 70)
     tree = random_tree(100, random.Random(1))
     pair.check([Span(b, 70, 66), Span(a, 50, 100)], [None, tree], window)
+
+
+def alibi(positions: torch.Tensor) -> torch.Tensor:
+    """Slopes of four heads."""
+    slopes = torch.tensor([0.02, 0.3, 0.005, 0.1], device=positions.device)
+    return slopes[:, None] * positions
+
+
+@pytest.mark.parametrize(
+    ("window", "cap", "num_splits"), [(None, None, 1), (70, None, 3), (None, 2.0, 2)]
+)
+def test_biases_by_position(window: int | None, cap: float | None, num_splits: int) -> None:
+    pair = Pair(4, 2, 16)
+    a, b, c = (pair.acquire() for _ in range(3))
+    lengths = {a: 2 * BLOCK + 60, b: 2, c: BLOCK}
+    for slot, length in lengths.items():
+        pair.fill(slot, length)
+    spans = [Span(s, lengths[s], w) for s, w in zip((a, b, c), (9, 5, 4), strict=True)]
+    trees = [random_tree(9, random.Random(0)), None, None]
+    pair.check(spans, trees, window, cap, num_splits, alibi)
+    pair.check([Span(a, lengths[a], 3), Span(b, 2, 1)], None, window, cap, num_splits, alibi)
 
 
 def test_what_a_block_held_before_does_not_matter() -> None:

@@ -20,8 +20,9 @@ from paceline.errors import ModelError
 from paceline.models.cuda.batch import Shape, lay_out
 from paceline.models.cuda.graphs import ROWS, TOKENS, shape_of
 from paceline.models.cuda.paged_cache import BLOCK, PagedCache
-from paceline.models.language_model import LanguageModel, check_packed_forward
+from paceline.models.language_model import LanguageModel
 from paceline.models.packing import Span
+from paceline.models.self_checks import check_packed_forward
 from paceline.testing.reference import greedy_reference
 from paceline.testing.scripted import ScriptedTree
 from paceline.testing.tiny_models import perturbed, tiny_model

@@ -1,0 +1,39 @@
+"""What kind of model this is, where the kind alone decides: the true reason why it cannot be served.
+
+Looks at the configuration and at transformers' own marks. What only a forward shows is found by
+`visibility.py` and by the self-check at load. Knows no cache.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_RECURRENT: Final = re.compile(r"mamba|linear|recurrent|conv|rwkv|lstm|ssm|delta|lightning")
+_ROLLBACK: Final = "which cannot be taken back when a draft is rejected"
+
+
+def why_not_packed(model: PreTrainedModel) -> str | None:
+    """Why a model cannot run on packed rows over a key-value cache, or None if its kind can."""
+    config: Any = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder model, and only causal (decoder-only) models are served"
+    recurrent = _recurrent_layers(config.get_text_config())
+    if recurrent or getattr(model, "_is_stateful", False):
+        what = f" ({', '.join(recurrent)})" if recurrent else ""
+        return f"it keeps a recurrent state beside or instead of keys and values{what}, {_ROLLBACK}"
+    return None
+
+
+def _recurrent_layers(config: Any) -> list[str]:
+    """The layer types of a configuration that keep a state of their own, each once."""
+    for name in ("layer_types", "layers_block_type", "block_types"):
+        kinds = getattr(config, name, None)
+        if isinstance(kinds, list | tuple):
+            found = dict.fromkeys(str(k) for k in kinds if _RECURRENT.search(str(k)))
+            if found:
+                return list(found)
+    return []

@@ -1,0 +1,111 @@
+"""Logits of hidden states as the model's code makes them: scaled (Cohere, Granite), capped (Gemma 2).
+
+Where the output layer alone gives the same bits it is called alone. Elsewhere the causal LM's own
+forward runs with a body that answers the given hidden states, so that whatever the class does between
+its body and its logits is done. The caller's model is not touched. Symbols: D hidden size, V logits
+width.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel
+
+from paceline.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
+
+class _BodyOutput:
+    """What causal LMs look for in the output of their bodies: hidden states, and nothing else."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        return None  # caches, router logits and the like, which go into the model's own output
+
+    def __getitem__(self, at: int | slice) -> Any:
+        return (self.last_hidden_state,)[at]
+
+
+class _GivenBody:
+    """A body that answers the hidden states it was given, and is the real one in all else."""
+
+    def __init__(self, body: nn.Module) -> None:
+        self._real = body
+        self.hidden = torch.empty(0)
+        self.was_asked = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _BodyOutput:
+        self.was_asked = True
+        return _BodyOutput(self.hidden)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._real, name)
+        # some call a body within their body: OPT its decoder
+        return self if isinstance(found, PreTrainedModel) else found
+
+
+class _OwnHead:
+    """A causal LM's forward without its body. Not for two threads at once."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        # not the instance's: hooks there are bound to the model
+        self._forward = type(model).forward
+        self._model = copy.copy(model)  # shares all modules and weights
+        self._model._modules = dict(model._modules)
+        self._body = _GivenBody(model.base_model)
+        self._model._modules[model.base_model_prefix] = self._body  # type: ignore[assignment]
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """hidden: [..., D]. Returns [..., V]."""
+        batch = hidden.reshape(1, -1, hidden.shape[-1])
+        self._body.hidden = batch
+        output = self._forward(self._model, inputs_embeds=batch, use_cache=False)
+        if not self._body.was_asked:
+            raise RuntimeError("it does not call its base model")
+        logits: Tensor = output.logits
+        return logits.view(*hidden.shape[:-1], -1)
+
+
+class OutputHead:
+    """The function from hidden states [..., D] to logits [..., V] of a causal LM."""
+
+    def __init__(self, model: PreTrainedModel, name: str) -> None:
+        """Raises ModelError if the model has no output layer."""
+        self._model, self._name = model, name
+        self._layer: Any = model.get_output_embeddings()
+        if self._layer is None:
+            raise ModelError(f"{name}: {type(model).__name__} has no output head; use a causal LM")
+        self._function: Callable[[Tensor], Tensor] | None = None  # chosen when first called
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """hidden: [..., D]. Returns [..., V].
+
+        Raises ModelError, when first called, if the model's forward cannot run without its body.
+        """
+        if self._function is None:
+            self._function = self._choose(hidden)
+        return self._function(hidden)
+
+    def _choose(self, like: Tensor) -> Callable[[Tensor], Tensor]:
+        """The output layer or the model's own head. like: gives size, dtype and device."""
+        own = _OwnHead(self._model)
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(1, 2, like.shape[-1], generator=generator)
+        probe[:, 1] *= 100  # far enough for a cap to show in bfloat16 too
+        probe = probe.to(like)
+        try:
+            return self._layer if torch.equal(own(probe), self._layer(probe)) else own
+        except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
+            raise ModelError(
+                f"{self._name}: {type(self._model).__name__} does not make logits of hidden states "
+                f"alone ({error})"
+            ) from error

@@ -1,0 +1,254 @@
+"""Attention modules that compute by themselves instead of through transformers' interface.
+
+One short function a family: queries, keys and values as the module makes them, packed attention, the
+module's output layer. It stands in for a method of the module for the length of a forward, and the
+model is left as it was found. ALiBi (Press et al. 2022) is a bias of each key by its position, as the
+model's own code builds it: softmax does not see what is added to all keys of a query alike.
+Symbols: N packed tokens, H query heads, Hkv key-value heads, D head size, L positions.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from paceline.models.attention import CURRENT, attend
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor, nn
+
+    from paceline.models.packing import KeyBias
+
+
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """Where in a model an attention module stands."""
+
+    layer: int
+    bias: KeyBias | None
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
+    ) -> Tensor:
+        """[N, H, D] outputs of queries [N, H, D] over the rows of the batch; key, value: [N, Hkv, D]."""
+        key_value = torch.cat((key, value), dim=1)
+        return attend(CURRENT.get(), self.layer, query, key_value, scale, window, bias=self.bias)
+
+
+# --- modules whose scores, softmax and weighted sum are a method `_attn` of their own -------------
+
+
+def _scores(
+    scale: Callable[[Any], float],
+    module: Any,
+    site: _Site,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None = None,
+) -> tuple[Tensor, None]:
+    """Stand in for `_attn`. query, key, value: [1, H, N, D], as is the output."""
+    window = module.config.window_size if _is_local(module) else None
+    # some turn queries and keys in float32, whatever the model's dtype
+    q, k, v = (t[0].transpose(0, 1).to(value.dtype) for t in (query, key, value))
+    out = site.attend(q, k, v, scale(module), window)
+    return out.transpose(0, 1)[None], None
+
+
+def _is_local(module: Any) -> bool:
+    return getattr(module, "attention_type", None) == "local"  # GPT-Neo
+
+
+def _gpt1(
+    module: Any,
+    site: _Site,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None = None,
+    output_attentions: bool = False,
+) -> list[Tensor]:
+    """Stand in for `_attn` of the first GPT, whose keys are [1, H, D, N]."""
+    scale = value.shape[-1] ** -0.5 if module.scale else 1.0
+    return [_scores(lambda _: scale, module, site, query, key.transpose(2, 3), value)[0]]
+
+
+# --- modules that do everything in `forward` ------------------------------------------------------
+
+
+def _falcon(
+    module: Any,
+    site: _Site,
+    hidden_states: Tensor,  # [1, N, H * D]
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Groups of query heads with one key and one value head: of 1 head, of some, of all."""
+    grouped = module.new_decoder_architecture or module.multi_query
+    num_kv_heads = module.num_kv_heads if grouped else module.num_heads
+    query, key, value = _split(module.query_key_value(hidden_states), num_kv_heads, module.head_dim)
+    if site.bias is None:
+        assert position_embeddings is not None
+        turn = import_module(type(module).__module__).apply_rotary_pos_emb
+        query, key = (t.transpose(0, 1)[None] for t in (query, key))
+        query, key = turn(query, key, *position_embeddings)
+        query, key = (t[0].transpose(0, 1) for t in (query, key))
+    out = site.attend(query, key, value, module.inv_norm_factor)
+    return module.dense(out.flatten(1)[None]), None
+
+
+def _bloom(
+    module: Any, site: _Site, hidden_states: Tensor, residual: Tensor, **kwargs: Any
+) -> tuple[Tensor, None]:
+    heads, size = module.num_heads, module.head_dim
+    query, key, value = _split(module.query_key_value(hidden_states), heads, size)
+    out = site.attend(query, key, value, module.inv_norm_factor)
+    return module.dense(out.flatten(1)[None]) + residual, None
+
+
+def _split(qkv: Tensor, num_kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, H, D], [N, Hkv, D], [N, Hkv, D] of [1, N, ...]: by group its queries, its key, its value."""
+    groups = qkv.view(qkv.shape[1], num_kv_heads, -1, head_dim)
+    return groups[:, :, :-2].flatten(1, 2), groups[:, :, -2], groups[:, :, -1]
+
+
+def _mpt(module: Any, site: _Site, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+    qkv = module.Wqkv(hidden_states)
+    if module.clip_qkv:
+        qkv = qkv.clamp(min=-module.clip_qkv, max=module.clip_qkv)
+    query, key, value = qkv[0].view(qkv.shape[1], 3, module.n_heads, module.head_dim).unbind(1)
+    out = site.attend(query, key, value, module.softmax_scale)
+    return module.out_proj(out.flatten(1)[None]), None
+
+
+def _xglm(module: Any, site: _Site, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+    layers = module.q_proj, module.k_proj, module.v_proj
+    query, key, value = (
+        layer(hidden_states)[0].unflatten(-1, (module.num_heads, -1)) for layer in layers
+    )
+    out = site.attend(query, key, value, module.scaling)
+    return module.out_proj(out.flatten(1)[None]), None
+
+
+# --- biases by position ---------------------------------------------------------------------------
+
+
+class _BloomBias:
+    """Slopes times positions from the start, tabled by the model's code, which may round them."""
+
+    def __init__(self, body: Any) -> None:
+        self._build = import_module(type(body).__module__).build_alibi_tensor
+        self._num_heads: int = body.num_heads
+        config = body.config
+        # Falcon scales scores and biases together, Bloom the scores alone
+        scaled = config.model_type == "falcon"
+        self._divisor = math.sqrt(config.hidden_size // self._num_heads) if scaled else 1.0
+        self._table = torch.empty(self._num_heads, 0)
+
+    def __call__(self, positions: Tensor) -> Tensor:
+        highest = int(positions.max())
+        if highest >= self._table.shape[1]:
+            room = max(256, 2 * highest)
+            ones = torch.ones(1, room, dtype=torch.int64, device=positions.device)
+            table = self._build(ones, self._num_heads, dtype=torch.float32)
+            self._table = table[:, 0] / self._divisor
+        return self._table[:, positions]
+
+
+class _MptBias:
+    """Slopes times positions from the last key."""
+
+    def __init__(self, body: Any) -> None:
+        # of two positions the first is one before the last
+        table = body.build_mpt_alibi_tensor(body.num_heads, 2)
+        self._slopes: Tensor = -table[:, 0, :1]  # [H, 1]
+
+    def __call__(self, positions: Tensor) -> Tensor:
+        return self._slopes.to(positions.device) * (positions - positions.max())
+
+
+def _falcon_bias(body: Any) -> KeyBias | None:
+    return _BloomBias(body) if body.use_alibi else None
+
+
+# --- which is which -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """How one class of attention modules runs on packed rows."""
+
+    method: str  # which the function stands in for
+    function: Callable[..., Any]  # of the module, its site, and the method's arguments
+    bias: Callable[[Any], KeyBias | None] = lambda body: None
+    inputs: dict[str, Any] = field(default_factory=dict)  # that its body needs in addition
+
+
+# by the folder of transformers.models and the name of the class
+_FAMILIES: Final = {
+    ("bloom", "BloomAttention"): _Family("forward", _bloom, _BloomBias),
+    ("codegen", "CodeGenAttention"): _Family("_attn", partial(_scores, lambda m: 1 / m.scale_attn)),
+    ("falcon", "FalconAttention"): _Family("forward", _falcon, _falcon_bias),
+    ("gpt_neo", "GPTNeoSelfAttention"): _Family("_attn", partial(_scores, lambda m: 1.0)),
+    ("gpt_neox_japanese", "GPTNeoXJapaneseAttention"): _Family(
+        "_attn", partial(_scores, lambda m: 1 / m.norm_factor)
+    ),
+    ("gptj", "GPTJAttention"): _Family("_attn", partial(_scores, lambda m: 1 / m.scale_attn)),
+    # its body asks something of the mask that nobody reads here
+    ("mpt", "MptAttention"): _Family(
+        "forward", _mpt, _MptBias, {"attention_mask": torch.ones(1, 1, 1, 1)}
+    ),
+    ("openai", "Attention"): _Family("_attn", _gpt1),
+    ("xglm", "XGLMAttention"): _Family("forward", _xglm),
+}
+
+
+class OwnAttention:
+    """The attention modules of a body that bypass transformers' interface; most bodies have none."""
+
+    def __init__(self, body: nn.Module) -> None:
+        self.inputs: dict[str, Any] = {}  # that the body needs in addition
+        self._stand_ins: list[tuple[nn.Module, str, Callable[..., Any]]] = []
+        bias: KeyBias | None = None
+        for module in body.modules():
+            family = _family_of(module)
+            if family is None:
+                continue
+            if not self._stand_ins:  # one bias for all layers, so that they share its masks
+                bias, self.inputs = family.bias(body), family.inputs
+            site = _Site(len(self._stand_ins), bias)
+            method = family.method
+            if method == "forward" and "_old_forward" in module.__dict__:
+                method = "_old_forward"  # accelerate's hooks stand around that one
+            self._stand_ins.append((module, method, partial(family.function, module, site)))
+
+    @contextmanager
+    def packed(self) -> Iterator[None]:
+        """The time in which they attend to the rows of the current batch."""
+        before = [module.__dict__.get(method) for module, method, _ in self._stand_ins]
+        for module, method, function in self._stand_ins:
+            module.__dict__[method] = function
+        try:
+            yield
+        finally:
+            for (module, method, _), own in zip(self._stand_ins, before, strict=True):
+                if own is None:
+                    del module.__dict__[method]
+                else:  # someone else had put one there
+                    module.__dict__[method] = own
+
+
+def _family_of(module: nn.Module) -> _Family | None:
+    kind = type(module)
+    path = kind.__module__.split(".")
+    if path[:2] != ["transformers", "models"]:
+        return None
+    return _FAMILIES.get((path[2], kind.__name__))
