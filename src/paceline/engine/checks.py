@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from paceline.contracts import AUTO, split_arm
+from paceline.drafting.contract import blaming, read_length
 from paceline.errors import RequestError
 from paceline.logit_rules import check_rules
 from paceline.warping import check_sampling
@@ -65,10 +66,14 @@ def check_arm(arm: str, drafters: Mapping[str, Drafter], error: type[PacelineErr
     drafter = drafters.get(name)
     if drafter is None:
         raise error(f"unknown drafter '{name}'; there are: auto, {', '.join(drafters)}")
-    if length is not None and not 1 <= length <= drafter.num_draft_tokens:
+    if length is None:
+        return
+    with blaming(name):
+        longest = read_length(drafter)
+    if not 1 <= length <= longest:
         raise error(
-            f"'{arm}': drafter '{name}' drafts up to {drafter.num_draft_tokens} tokens; ask "
-            "for fewer, or configure it with more"
+            f"'{arm}': drafter '{name}' drafts up to {longest} tokens; ask for fewer, or configure it "
+            "with more"
         )
 
 
