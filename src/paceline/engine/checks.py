@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from paceline.contracts import AUTO, split_arm
 from paceline.drafting.contract import blaming, read_length
-from paceline.errors import RequestError
+from paceline.errors import DrafterError, RequestError
 from paceline.logit_rules import check_rules
 from paceline.warping import check_sampling
 
@@ -68,8 +68,11 @@ def check_arm(arm: str, drafters: Mapping[str, Drafter], error: type[PacelineErr
         raise error(f"unknown drafter '{name}'; there are: auto, {', '.join(drafters)}")
     if length is None:
         return
-    with blaming(name):
-        longest = read_length(drafter)
+    try:
+        with blaming(name):
+            longest = read_length(drafter)
+    except DrafterError as broken:
+        raise error(str(broken)) from broken
     if not 1 <= length <= longest:
         raise error(
             f"'{arm}': drafter '{name}' drafts up to {longest} tokens; ask for fewer, or configure it "

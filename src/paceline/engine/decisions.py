@@ -70,7 +70,7 @@ def _number(what: str, given: Any) -> float:
 def _features(given: Any) -> np.ndarray:
     """[F] float32."""
     try:
-        features = np.array(given, dtype=np.float32)
+        features = np.asarray(given, dtype=np.float32).copy()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArtefactError(f"features must be an array of numbers ({error})") from error
     if features.ndim != 1:
