@@ -60,11 +60,14 @@ class QueueFullError(PacelineError):
     """Too many requests wait already."""
 
 
+_LONGEST: Final = 1000  # characters of an error that are told
+
+
 def describe(error: BaseException) -> str:
-    """Return one line of an error for a message; of one that cannot be printed its type."""
+    """Return an error's text for a message; of one that has none or cannot be printed its type."""
     kind = type(error).__name__
     try:
-        text = str(error)
+        text = str(error)[:_LONGEST]
     except BaseException as second:
         if isinstance(second, ENDS_ALL):
             raise

@@ -19,7 +19,7 @@ import torch
 
 from paceline.contracts import NONE, Request
 from paceline.costs.table import ENGINE, FORWARD, PREFILL, PROPOSE, ROUND, START, TARGET
-from paceline.drafting.contract import Draft, prepare_all
+from paceline.drafting.contract import Draft, blaming, prepare_all
 from paceline.drafting.foresight import cache_text
 from paceline.engine import Engine
 from paceline.engine.rows import Row
@@ -225,8 +225,9 @@ def _started(
         _forget(parts, cached)
         began = perf_counter()
         for row in rows:
-            drafter.start([row])
-            prepare_all(drafter, row, parts.config.engine.prefill_chunk)
+            with blaming(row.drafter_name):
+                drafter.start([row])
+                prepare_all(drafter, row, parts.config.engine.prefill_chunk)
         _settle(parts)
         yield rows, perf_counter() - began
     finally:

@@ -649,18 +649,30 @@ def test_what_a_drafter_does_to_its_arguments_is_its_own_affair(change: Any) -> 
     class Careless(Honest):
         def propose(self, rows: Any, limits: Any) -> Drafts:
             drafts = super().propose(rows, limits)
-            limits[:] = [HUGE] * len(limits)
             change(rows)
+            change(limits)
             return drafts
 
     engine = engine_with(Careless())
-    requests = [Request(str(n), PROMPT, n, drafter="bad") for n in (3, 6, N)]
+    requests = [Request(str(i), PROMPT, N, drafter="bad") for i in range(3)]
 
     done = serve(engine, *requests, ask("right"))
 
     for request in requests:
-        assert done[request.id].token_ids == OUTPUT[: request.max_new_tokens]
+        assert done[request.id].token_ids == OUTPUT[:N]
+        assert sum(r.accepted for r in done[request.id].rounds) == 6
     assert_clean(engine)
+
+
+def test_a_drafter_cannot_raise_its_limits() -> None:
+    class Greedy(Honest):
+        def propose(self, rows: Any, limits: Any) -> Drafts:
+            limits[:] = [4] * len(rows)
+            return Drafts(ints(len(rows), 4), list(limits))
+
+    bad = assert_ends_alone(Greedy(), "proposed 4 tokens where 3 were allowed")
+
+    assert len(bad.token_ids) == N - 4
 
 
 # --- as a part, and along a text ------------------------------------------------------------------
