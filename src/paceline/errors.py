@@ -12,6 +12,13 @@ PacelineError                 anything the caller can mend; the CLI prints it, e
 └── QueueFullError            a request that came while too many were waiting
 """
 
+from __future__ import annotations
+
+from typing import Final
+
+ENDS_ALL: Final = (KeyboardInterrupt, GeneratorExit)
+"""What ends everything wherever it is raised; all else that a plug-in raises is its own failure."""
+
 
 class PacelineError(Exception):
     """Base of all errors whose message tells the user what to change."""
@@ -51,3 +58,28 @@ class DecodingError(PacelineError):
 
 class QueueFullError(PacelineError):
     """Too many requests wait already."""
+
+
+_LONGEST: Final = 1000  # characters of an error that are told
+
+
+def describe(error: BaseException) -> str:
+    """Return an error's text for a message; of one that has none or cannot be printed its type."""
+    kind = type(error).__name__
+    try:
+        text = str(error)[:_LONGEST]
+    except BaseException as second:
+        if isinstance(second, ENDS_ALL):
+            raise
+        text = ""
+    if not text:
+        return kind
+    # of these the text alone says little: `1`, `'name'`
+    bare = isinstance(error, KeyError) or not isinstance(error, Exception)
+    return f"{kind}: {text}" if bare else text
+
+
+def shown(value: object) -> str:
+    """Return a value and its type for a message, at most 80 characters or so."""
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

@@ -302,7 +302,9 @@ def test_probabilities_that_are_none_end_a_sampled_row(world: World) -> None:
 
     done = {c.request_id: c for c in Driver(engine).generate(requests, return_errors=True)}
 
-    assert done["rude"].error == "drafter 'rude': proposed with probabilities that are not"
+    assert done["rude"].error == (
+        "drafter 'rude': proposed token 0 with probabilities that are negative or not finite"
+    )
     assert done["none"].error is None and len(done["none"].token_ids) == 12
     assert done["near"].error is None and len(done["near"].token_ids) == 12
 

@@ -19,10 +19,11 @@ import torch
 
 from paceline.contracts import NONE, Request
 from paceline.costs.table import ENGINE, FORWARD, PREFILL, PROPOSE, ROUND, START, TARGET
+from paceline.drafting.contract import Draft, blaming, prepare_all
 from paceline.drafting.foresight import cache_text
 from paceline.engine import Driver, Engine
 from paceline.engine.rows import Row
-from paceline.engine.step import Draft, judge, propose, verify
+from paceline.engine.step import judge, propose, verify
 from paceline.errors import DrafterError
 
 if TYPE_CHECKING:
@@ -226,9 +227,9 @@ def _started(
         _forget(parts, cached)
         began = perf_counter()
         for row in rows:
-            drafter.start([row])
-            while not drafter.prepare(row, parts.config.engine.prefill_chunk):
-                pass
+            with blaming(row.drafter_name):
+                drafter.start([row])
+                prepare_all(drafter, row, parts.config.engine.prefill_chunk)
         _settle(parts)
         yield rows, perf_counter() - began
     finally:
@@ -245,7 +246,7 @@ def _propose(parts: Parts, rows: list[Row], length: int, cached: Row) -> tuple[i
     _forget(parts, cached)
     with rows[0].drafter.at_full_length():
         began = perf_counter()
-        drafted = [len(draft.tokens) for draft in propose(rows)]
+        drafted = [len(draft.tokens) for draft in propose(rows, parts.target.num_logits)]
         spent = perf_counter() - began
     error = next((row.error for row in rows if row.error is not None), None)
     if error is not None:
@@ -312,7 +313,7 @@ def _cache(parts: Parts, row: Row, length: int) -> None:
 
 def _row(drafter: Drafter, tokens: list[int], id: int = -1) -> Row:
     """id: below zero, since the engine counts its rows from there. The row has no slot yet."""
-    return Row(id, Request("", (), 1), -1, len(tokens), 0.0, tokens, drafter)
+    return Row(id, Request("", (), 1), -1, len(tokens), 0.0, tokens, drafter, drafter.name)
 
 
 def _period(repeat: int) -> int | None:

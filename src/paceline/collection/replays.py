@@ -17,6 +17,7 @@ import torch
 
 from paceline.collection.trajectories import lone_driver
 from paceline.contracts import NONE, Request
+from paceline.drafting.contract import blaming
 from paceline.drafting.draft_model import DraftModel
 from paceline.replay import max_output, replay, target_distributions
 
@@ -57,7 +58,8 @@ def _replay(parts: Parts, row: Trajectory, name: str) -> Replay:
     num_prompt = len(row.prompt_tokens)
     limit = max_output(row.max_new_tokens, num_prompt, parts.target.context_length)
     drafter = parts.drafters[name]
-    return replay(drafter, row.prompt_tokens, row.output_tokens, limit, sampling=row.sampling)
+    with blaming(name):
+        return replay(drafter, row.prompt_tokens, row.output_tokens, limit, sampling=row.sampling)
 
 
 def _replay_row(id: str, result: Replay) -> dict[str, Any]:
@@ -91,7 +93,7 @@ class ScoreTask:
             text = row.prompt_tokens, row.output_tokens
             p = target_distributions(parts.target, *text, chunk, row.sampling)  # [T, V]
             for name in drafters:
-                with torch.inference_mode():
+                with blaming(name), torch.inference_mode():
                     foresight = parts.drafters[name].would_accept(*text, p, row.sampling)
                     foresight.close()
                 scores = foresight.scores

@@ -15,7 +15,9 @@ import torch
 
 from paceline.contracts import GREEDY
 from paceline.drafting.base import Foresight, PositionScores
+from paceline.drafting.contract import prepare_all, read_drafts, read_length
 from paceline.drafting.stops import FIXED_LENGTH
+from paceline.errors import DrafterError
 from paceline.models.packing import Span
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 # a row that is no request's: the engine counts its rows from 0
 _REPLAYED: Final = -2
+
+_PIECE: Final = 512  # tokens of a drafter's own prefill at once
 
 
 @dataclass(slots=True)
@@ -74,14 +78,13 @@ class SimulatedForesight(Foresight):
             row.tokens.extend(self._text[len(row.tokens) : row.num_prompt + 1])
             self._started = True  # whatever comes of it, `finish` clears it up
             self._drafter.start([row])
-            while not self._drafter.prepare(row, 512):
-                pass
+            prepare_all(self._drafter, row, _PIECE)
         row.tokens.extend(self._text[len(row.tokens) : here])
         drafts = self._drafter.propose([row], [limit])
-        drafted = drafts.lengths[0]
-        tokens = drafts.tokens[0, :drafted].tolist()
-        parents = None if drafts.parents is None else drafts.parents[0, :drafted].tolist()
-        return drafted, num_on_text(tokens, parents, self._text[here:])
+        if len(row.tokens) != here:
+            raise DrafterError("changed row.tokens; copy them first")
+        [draft] = read_drafts(drafts, [row], [limit], read_length(self._drafter))
+        return len(draft.tokens), num_on_text(draft.tokens, draft.parents, self._text[here:])
 
     def close(self) -> None:
         if self._started:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from paceline.config import MAX_DRAFT_TOKENS
 from paceline.contracts import GREEDY, NONE, Drafts, identity_of_arms
 from paceline.drafting.base import Drafter, Foresight, Needs, pad_drafts
+from paceline.drafting.contract import blaming, read_drafts, read_length
 from paceline.drafting.foresight import CachedForesight, SimulatedForesight, num_on_text
 from paceline.errors import ConfigError
 
@@ -210,12 +211,15 @@ class Union(Drafter):
         proposals: list[list[Proposal]] = [[] for _ in rows]
         # no longer path fits the budget; and what a part writes to the target's cache is overwritten
         limits = [min(limit, self.num_draft_tokens) for limit in limits]
-        for p, part in enumerate(self.parts.values()):
-            drafts = part.propose(seen, limits)
-            for i, row in enumerate(rows):
+        for p, (name, part) in enumerate(self.parts.items()):
+            with blaming(name, "part"):
+                proposed = part.propose(seen, limits)
+                drafts = read_drafts(proposed, seen, limits, read_length(part))
+            for draft, row, of_row in zip(drafts, rows, proposals, strict=True):
                 record = self._states[row.id].records[p]
-                record.tokens, record.parents = _one(drafts, i)
-                proposals[i].append(Proposal(record.tokens, record.parents, record.acceptance))
+                record.tokens = draft.tokens
+                record.parents = draft.parents or list(range(-1, len(draft.tokens) - 1))
+                of_row.append(Proposal(record.tokens, record.parents, record.acceptance))
         trees = [merge(of_row, self.num_draft_tokens) for of_row in proposals]
         cpu = torch.device("cpu")
         parents, _ = pad_drafts([parents for _, parents in trees], cpu)
@@ -282,13 +286,3 @@ def _part(name: str, part: str, drafters: Mapping[str, Drafter]) -> Drafter:
             "depend on them; set another 'stop' for the part"
         )
     return found
-
-
-def _one(drafts: Drafts, i: int) -> tuple[list[int], list[int]]:
-    """Row i's (tokens, parents)."""
-    length = drafts.lengths[i]
-    tokens: list[int] = drafts.tokens[i, :length].tolist()
-    if drafts.parents is None:
-        return tokens, list(range(-1, length - 1))
-    parents: list[int] = drafts.parents[i, :length].tolist()
-    return tokens, parents

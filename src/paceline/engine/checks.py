@@ -6,7 +6,8 @@ import warnings
 from typing import TYPE_CHECKING
 
 from paceline.contracts import AUTO, split_arm
-from paceline.errors import RequestError
+from paceline.drafting.contract import blaming, read_length
+from paceline.errors import DrafterError, RequestError
 from paceline.logit_rules import check_rules
 from paceline.warping import check_sampling
 
@@ -77,10 +78,17 @@ def check_arm(arm: str, drafters: Mapping[str, Drafter], error: type[PacelineErr
     drafter = drafters.get(name)
     if drafter is None:
         raise error(f"unknown drafter '{name}'; there are: auto, {', '.join(drafters)}")
-    if length is not None and not 1 <= length <= drafter.num_draft_tokens:
+    if length is None:
+        return
+    try:
+        with blaming(name):
+            longest = read_length(drafter)
+    except DrafterError as broken:
+        raise error(str(broken)) from broken
+    if not 1 <= length <= longest:
         raise error(
-            f"'{arm}': drafter '{name}' drafts up to {drafter.num_draft_tokens} tokens; ask "
-            "for fewer, or configure it with more"
+            f"'{arm}': drafter '{name}' drafts up to {longest} tokens; ask for fewer, or configure it "
+            "with more"
         )
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,17 +26,22 @@ from paceline.contracts import (
     Seconds,
     split_arm,
 )
+from paceline.drafting.contract import Draft, prepare_piece
 from paceline.engine.checks import check_arm, check_request, max_total
+from paceline.engine.containment import SetAside, asking, contained, warn
+from paceline.engine.decisions import check_decision
+from paceline.engine.memory import DrafterMemory
 from paceline.engine.prefixes import BLOCK, PrefixStore
 from paceline.engine.rows import Row
-from paceline.engine.step import Draft, judge, run_round
+from paceline.engine.step import judge, run_round
 from paceline.engine.stops import append_until_stop, final_text
-from paceline.engine.watching import WATCH, Watcher, overlap
+from paceline.engine.watching import WATCH, Watcher
 from paceline.errors import (
     ArtefactError,
     ConfigError,
     QueueFullError,
     RequestError,
+    describe,
 )
 from paceline.models.packing import Span
 
@@ -95,7 +101,8 @@ class Engine:
         that may wait. max_positions: bound on rows x longest row, what the target's cache holds.
         prefix_positions: bound on shared prompt beginnings. max_drafter_mb: bound on what the
         drafters' rows need, beyond which a row is given no drafter. on_complete: told of every
-        request that has ended, with what the policy saw of it if it was asked; must not raise.
+        request that has ended, with what the policy saw of it if it was asked; what it raises is
+        warned of once.
         """
         if target.exact and prefill_chunk < BLOCK:
             raise ConfigError(f"exact mode needs prefill_chunk at {BLOCK} or more: {prefill_chunk}")
@@ -109,12 +116,21 @@ class Engine:
         self._chunk = prefill_chunk
         self._max_waiting = max_waiting
         self._max_positions = max_positions
-        self._max_drafter_mb = max_drafter_mb
+        self._memory = DrafterMemory(self.drafters, max_drafter_mb)
+        self._set_aside = SetAside()
         self._watcher = (
             None
             if watch is None
-            else Watcher(watch, self.drafters, prefill_chunk, self._has_memory)
+            else Watcher(
+                watch,
+                self.drafters,
+                prefill_chunk,
+                self._memory,
+                self._has_memory,
+                self._set_aside,
+            )
         )
+        self._failed_to_report = False
         self._tickets = itertools.count()
         self._waiting: deque[_Waiting] = deque()
         self._rows: list[Row] = []
@@ -228,19 +244,23 @@ class Engine:
             if row.id not in marks or row.error is not None:
                 continue
             assert watcher is not None
-            try:
+            arm = None
+            # as a policy, it may come from anywhere
+            with contained(lambda error, row=row: self._watch_failed(row, error)):  # type: ignore[misc]
                 # of the last round, too: what it cost counts for the requests that follow
                 arm = watcher.after_round(row, marks[row.id], len(rows))
                 if arm is not None:
                     check_arm(arm, self.drafters, ArtefactError)
-            except Exception as error:  # noqa: BLE001 - as a policy, it may come from anywhere
-                if row.finish_reason is None:
-                    row.fail(WATCH, error)
-                continue
             if row.finish_reason is not None or arm is None or arm == row.arm:
                 continue
-            if self.drafters[split_arm(arm)[0]] not in row.barred:
+            name = split_arm(arm)[0]
+            if name not in row.barred and name not in self._set_aside:
                 self._switch(row, arm)
+
+    @staticmethod
+    def _watch_failed(row: Row, error: BaseException) -> None:
+        if row.finish_reason is None:
+            row.fail(WATCH, error)
 
     def check(self, request: Request) -> None:
         """Raise RequestError if the request cannot be served."""
@@ -349,76 +369,78 @@ class Engine:
 
     def _assign_drafter(self, row: Row) -> None:
         began = perf_counter()
-        try:
+        decision = None
+        # a policy may come from anywhere, too
+        with contained(lambda error: row.fail("policy", error)):
             decision = self._decide(row)
             check_arm(decision.arm, self.drafters, ArtefactError)
-        except Exception as error:  # noqa: BLE001 - a policy may come from anywhere, too
-            row.fail("policy", error)
-            return
-        finally:
-            row.seconds.choose += perf_counter() - began
-        self._start_drafter(row, decision)
+        row.seconds.choose += perf_counter() - began
+        if decision is not None and row.finish_reason is None:
+            self._start_drafter(row, decision)
 
     def _start_drafter(self, row: Row, decision: Decision) -> None:
         row.decision = decision
-        if not self._make_room(row, self.drafters[decision.drafter]):
-            row.decision = Decision(NONE, policy=f"no memory for {decision.arm}")
-        self._use(row, row.decision.arm)
+        with asking(row, decision.drafter):
+            if not self._make_room(row, decision.drafter):
+                row.decision = Decision(NONE, policy=f"no memory for {decision.arm}")
+        if row.finish_reason is None:
+            self._use(row, row.decision.arm)
 
     def _use(self, row: Row, arm: str) -> None:
         """From the next round on; a drafter that is started already goes on from where it was."""
-        row.arm, row.drafter = arm, self.drafters[split_arm(arm)[0]]
-        if row.drafter in row.kept:
-            row.prepared = row.kept.pop(row.drafter)
+        name = split_arm(arm)[0]
+        row.arm, row.drafter, row.num_draft_tokens = arm, self.drafters[name], 0
+        if name in row.kept:
+            row.prepared = row.kept.pop(name)
             return
         row.prepared = False
-        self._guarded(row, lambda: row.drafter.start([row]))
+        row.pieces[name] = 0
+        self._guarded(row, lambda: self._start(row))
+
+    def _start(self, row: Row) -> None:
+        self._memory.holders(row.drafter_name)
+        row.drafter.start([row])
 
     def _switch(self, row: Row, arm: str) -> None:
         """Another arm for a row in flight; the drafter it leaves stays started while it may."""
-        wanted, left = self.drafters[split_arm(arm)[0]], row.drafter
+        wanted, left = split_arm(arm)[0], row.drafter_name
         row.switches.append((len(row.tokens) - row.num_prompt, arm))
-        if wanted is left:
+        if wanted == left:
             row.arm = arm
             return
-        row.drafter = self.drafters[NONE]
-        if left is not row.drafter:
+        if left != NONE:
             row.kept[left] = row.prepared
+        row.arm, row.drafter = NONE, self.drafters[NONE]
         watched = self._watcher is not None and self._watcher.watches(row)
-        for drafter in list(row.kept):
-            if drafter is not wanted and (not watched or overlap(drafter, wanted)):
-                self._let_go(row, drafter)
-        if wanted not in row.kept and not self._make_room(row, wanted):
-            row.switches[-1] = (row.switches[-1][0], NONE)
-            arm = NONE
-        self._use(row, arm)
+        with asking(row, wanted):
+            for name in list(row.kept):
+                if name != wanted and (not watched or self._memory.overlap(name, wanted)):
+                    self._let_go(row, name)
+            if wanted not in row.kept and not self._make_room(row, wanted):
+                row.switches[-1] = (row.switches[-1][0], NONE)
+                arm = NONE
+        if row.finish_reason is None:
+            self._use(row, arm)
 
-    def _let_go(self, row: Row, drafter: Drafter) -> None:
-        """Give back what a drafter beside the one in use holds of the row."""
-        row.kept.pop(drafter, None)
-        self._guarded(row, lambda: drafter.finish([row]), drafter.name)
+    def _let_go(self, row: Row, name: str) -> None:
+        """Give back what a drafter beside the one in use holds of the row, which depends on none."""
+        row.kept.pop(name, None)
+        began = perf_counter()
+        with asking(row, name, row.note_failure):
+            self.drafters[name].finish([row])
+        row.seconds.draft += perf_counter() - began
 
-    def _make_room(self, row: Row, wanted: Drafter) -> bool:
+    def _make_room(self, row: Row, wanted: str) -> bool:
         """Whether the row may start the drafter; drafters beside those in use are let go for it."""
         for other in (row, *self._rows):
             if self._has_memory(row, wanted):
                 return True
-            for drafter in list(other.kept):
-                self._let_go(other, drafter)
+            for name in list(other.kept):
+                self._let_go(other, name)
         return self._has_memory(row, wanted)
 
-    def _has_memory(self, row: Row, wanted: Drafter) -> bool:
-        """Whether the drafters' rows would stay within their bound with this one for the row, too."""
-        if self._max_drafter_mb is None or wanted.name == NONE:
-            return True
-        lengths: dict[Drafter, list[int]] = {}
-        for other in self._rows:
-            mine = {other.drafter, *other.kept} | ({wanted} if other is row else set())
-            for drafter in mine:
-                for holder in drafter.holders():
-                    lengths.setdefault(holder, []).append(other.max_total)
-        needed = sum(drafter.state_bytes(of_rows) for drafter, of_rows in lengths.items())
-        return needed <= self._max_drafter_mb * 1e6
+    def _has_memory(self, row: Row, wanted: str) -> bool:
+        return self._memory.has_room(row, wanted, self._rows)
 
     def _prepare_drafters(self) -> None:
         """A piece of each waiting drafter's own prefill."""
@@ -427,15 +449,15 @@ class Engine:
                 self._guarded(row, lambda row=row: self._prepare(row))  # type: ignore[misc]
 
     def _prepare(self, row: Row) -> None:
-        row.prepared = row.drafter.prepare(row, self._chunk)
+        name = row.drafter_name
+        row.prepared = prepare_piece(row.drafter, row, self._chunk, row.pieces[name])
+        row.pieces[name] += 1
 
-    def _guarded(self, row: Row, act: Callable[[], None], name: str | None = None) -> None:
-        """Charge a drafter's work to its row, and its failure too; by default the one in use."""
+    def _guarded(self, row: Row, act: Callable[[], None]) -> None:
+        """Charge the work of the drafter in use to its row, and its failure too."""
         began = perf_counter()
-        try:
+        with asking(row, row.drafter_name):
             act()
-        except Exception as error:  # noqa: BLE001 - a plug-in must not stop other rows
-            row.fail(f"drafter '{name or row.drafter.name}'", error)
         row.seconds.draft += perf_counter() - began
 
     def _decide(self, row: Row) -> Decision:
@@ -452,27 +474,38 @@ class Engine:
             text=lambda: self._decode(row.request.prompt_tokens),
             max_new_tokens=row.request.max_new_tokens,
         )
-        decision = self.choose(context)
+        decision = self._usable(self.choose(context))
         if self._watcher is not None:
-            decision = self._watcher.begin(row, context, decision)
+            decision = self._usable(self._watcher.begin(row, context, decision))
         return decision
+
+    def _usable(self, decision: Decision) -> Decision:
+        """The decision as checked, without a drafter that is set aside."""
+        decision = check_decision(decision)
+        name = decision.drafter
+        if name not in self._set_aside:
+            return decision
+        policy = f"{decision.policy}, set aside: {name}"
+        return replace(decision, arm=NONE, propensity=1.0, policy=policy)
 
     # --- the end ----------------------------------------------------------------------------------
 
     def _end_rows(self) -> None:
         """Give back the rows that have ended, and keep what is to be reported of them."""
-        ended = [row for row in self._rows if row.finish_reason is not None]
-        self._rows = [row for row in self._rows if row.finish_reason is None]
-        for row in ended:
+        for row in [row for row in self._rows if row.finish_reason is not None]:
+            self._rows.remove(row)
             row.finished_at = perf_counter()
             self.target.release(row.slot, damaged=row.error is not None)
             if self._watcher is not None:
                 self._watcher.end(row)
-            for drafter in (row.drafter, *row.kept):
-                try:
-                    drafter.finish([row])
-                except Exception as error:  # noqa: BLE001 - as in `_guarded`, and no longer timed
-                    row.fail(f"drafter '{drafter.name}'", error)
+            tokens = list(row.tokens)  # whatever becomes of the row's own
+            for name in dict.fromkeys((row.drafter_name, *row.kept)):
+                in_use = name == row.drafter_name
+                tell = partial(row.fail_by if in_use else row.note_failure, name)
+                with contained(tell):
+                    self.drafters[name].finish([row])
+            row.tokens = tokens
+            self._set_aside.learn(row)
             self._report(row)
 
     def _report(self, row: Row) -> None:
@@ -480,7 +513,17 @@ class Engine:
         new = row.output[row.num_reported :]
         self._done.append(Progress(row.id, new, completion, row.cause))
         if self.on_complete is not None:
-            self.on_complete(row.request, completion, row.context)
+            with contained(lambda error: self._not_told(row.request, error)):
+                self.on_complete(row.request, completion, row.context)
+
+    def _not_told(self, request: Request, error: BaseException) -> None:
+        """Say once that what is done with completed requests fails; the requests are not concerned."""
+        if not self._failed_to_report:
+            self._failed_to_report = True
+            warn(
+                f"on_complete failed for request '{request.id}' ({describe(error)}): what it keeps of "
+                "completed requests is incomplete; requests go on, and further failures are not told"
+            )
 
     def _complete(self, row: Row) -> Completion:
         assert row.finish_reason is not None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from paceline.contracts import NONE, Decision, RoundStats, Seconds, split_arm
+from paceline.errors import describe
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,9 +33,12 @@ class Row:
     arm: str = NONE  # in use; the decision says what was chosen
     num_prefilled: int = 0  # leading prompt tokens in the target's cache
     prepared: bool = False  # whether the drafter has its own prefill behind it
-    # drafters started beside the one in use, and whether they are prepared
-    kept: dict[Drafter, bool] = field(default_factory=dict)
-    barred: set[Drafter] = field(default_factory=set)  # that failed beside it
+    num_draft_tokens: int = 0  # of its drafter, as read for the last round
+    # names of drafters started beside the one in use, and whether they are prepared
+    kept: dict[str, bool] = field(default_factory=dict)
+    barred: set[str] = field(default_factory=set)  # that failed beside it, or found no memory
+    pieces: dict[str, int] = field(default_factory=dict)  # calls of each drafter's `prepare`
+    failures: dict[str, str] = field(default_factory=dict)  # drafter -> its first error here
     switches: list[tuple[int, str]] = field(default_factory=list)  # (tokens emitted, arm)
     decision: Decision = field(default_factory=lambda: Decision(arm=NONE))
     context: Context | None = None  # what the policy saw, where it was asked
@@ -78,9 +82,34 @@ class Row:
         most = None if any_length else split_arm(self.arm)[1]
         return room if most is None else min(room, most)
 
+    @property
+    def drafter_name(self) -> str:
+        """What the engine calls the drafter in use; its own `name` is not asked."""
+        return split_arm(self.arm)[0]
+
     def fail(self, reason: str, error: BaseException | None = None) -> None:
-        """End with an error of its own; other rows go on."""
-        self.cause = error
-        if error is not None:
-            reason = f"{reason}: {str(error) or type(error).__name__}"
-        self.finish_reason, self.error = "error", reason
+        """End with an error of its own; other rows go on. The first one is kept."""
+        if self.error is None:
+            self.error = reason if error is None else f"{reason}: {describe(error)}"
+            self.cause = error
+        self.finish_reason = "error"
+
+    def fail_by(self, drafter: str, error: BaseException) -> None:
+        """The same where a drafter is to blame."""
+        self.note_failure(drafter, error)
+        self.fail(f"drafter '{drafter}'", error)
+
+    def note_failure(self, drafter: str, error: BaseException) -> None:
+        """Do without a drafter from here on: the row itself may go on, if it is not the one in use."""
+        self.barred.add(drafter)
+        self.failures.setdefault(drafter, describe(error))
+
+    def keeps_text(self, num_tokens: int, last: int) -> bool:
+        """Whether its text is as it was before a drafter was asked; what can be is put back."""
+        tokens = self.tokens
+        if len(tokens) == num_tokens and tokens[-1] == last:
+            return True
+        del tokens[num_tokens:]
+        if len(tokens) == num_tokens:
+            tokens[-1] = last
+        return False

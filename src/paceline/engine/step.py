@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 import paceline.noise as noise
-from paceline.contracts import RoundStats
+from paceline.contracts import NONE, RoundStats
+from paceline.drafting.contract import Draft, read_drafts, read_length
+from paceline.engine.containment import text_changed
 from paceline.engine.stops import append_until_stop
-from paceline.errors import DrafterError
+from paceline.errors import ENDS_ALL
 from paceline.logit_rules import apply_rules
 from paceline.models.packing import Span
 from paceline.verification import accept_block, accept_residual, depths, follow
@@ -27,8 +29,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from paceline.contracts import Drafts, SamplingParams
-    from paceline.drafting.base import Drafter
+    from paceline.contracts import SamplingParams
     from paceline.engine.rows import Row
     from paceline.engine.stops import Decode
     from paceline.models.language_model import LanguageModel
@@ -36,15 +37,6 @@ if TYPE_CHECKING:
 
 
 _NOT_FINITE: Final = "the target's logits are not finite; are its weights fit for its dtype?"
-
-
-@dataclass(slots=True)
-class Draft:
-    """One row's proposal: a chain, or a tree where `parents` are given."""
-
-    tokens: list[int]
-    parents: list[int] | None = None  # index of the token each one follows, -1 for the row's last
-    probs: Tensor | None = None  # [k, V] of a stochastic chain
 
 
 @dataclass(slots=True)
@@ -57,7 +49,12 @@ class Verdict:
 
 def run_round(rows: Sequence[Row], target: LanguageModel, decode: Decode) -> None:
     """Draft, judge, commit. Afterwards a row that ended has a finish reason."""
-    drafts = propose(rows)
+    drafts = propose(rows, target.num_logits)
+    if any(row.finish_reason is not None for row in rows):
+        alive = [i for i, row in enumerate(rows) if row.finish_reason is None]
+        rows, drafts = [rows[i] for i in alive], [drafts[i] for i in alive]
+        if not rows:
+            return
     began = perf_counter()
     hidden, logits = verify(rows, drafts, target)
     verdicts = judge(rows, drafts, logits)
@@ -72,60 +69,55 @@ def run_round(rows: Sequence[Row], target: LanguageModel, decode: Decode) -> Non
 # --- drafts ---------------------------------------------------------------------------------------
 
 
-def propose(rows: Sequence[Row]) -> list[Draft]:
+def propose(rows: Sequence[Row], num_logits: int) -> list[Draft]:
     """Each drafter proposes for its own rows, all of them at once."""
-    drafts = [Draft([]) for _ in rows]
-    groups: dict[Drafter, list[int]] = {}
+    drafts: dict[int, Draft] = {}
+    groups: dict[int, list[int]] = {}  # by identity: a drafter may compare and hash as it likes
     for i, row in enumerate(rows):
-        if row.drafter.num_draft_tokens:
-            groups.setdefault(row.drafter, []).append(i)
-    for drafter, members in groups.items():
+        if row.arm != NONE:
+            groups.setdefault(id(row.drafter), []).append(i)
+    for members in groups.values():
         began = perf_counter()
-        for i, draft in zip(members, _ask(drafter, [rows[i] for i in members]), strict=True):
-            drafts[i] = draft
+        for place, draft in enumerate(_ask([rows[i] for i in members], num_logits)):
+            drafts[members[place]] = draft
         spent = (perf_counter() - began) / len(members)
         for i in members:
             rows[i].seconds.draft += spent
-    return drafts
+    return [drafts[i] if i in drafts else Draft([]) for i in range(len(rows))]
 
 
-def _ask(drafter: Drafter, rows: list[Row]) -> list[Draft]:
+def _ask(rows: list[Row], num_logits: int) -> list[Draft]:
     """Proposals for rows of one drafter; where that fails, for each row alone, to see which."""
-    limits = [row.draft_limit for row in rows]
+    drafter, failed = rows[0].drafter, False
+    texts = [(len(row.tokens), row.tokens[-1]) for row in rows]
     try:
-        proposed = drafter.propose(rows, limits)
-        if not len(proposed.lengths) == len(proposed.tokens) == len(rows):
-            raise DrafterError(f"proposed for {len(proposed.tokens)} rows instead of {len(rows)}")
-        return [_draft(drafter, proposed, i, rows[i], limits[i]) for i in range(len(rows))]
-    except Exception as error:  # noqa: BLE001 - a plug-in must not stop other rows
-        if len(rows) > 1:
-            return [draft for row in rows for draft in _ask(drafter, [row])]
-        rows[0].fail(f"drafter '{drafter.name}'", error)
-        return [Draft([])]
+        num_draft_tokens = read_length(drafter)
+        for row in rows:
+            row.num_draft_tokens = num_draft_tokens
+        if not num_draft_tokens:
+            return [Draft([]) for _ in rows]
+        limits = [row.draft_limit for row in rows]
+        proposed = drafter.propose(rows[:], limits[:])  # it may sort or change what it is handed
+        drafts = read_drafts(proposed, rows, limits, num_draft_tokens, num_logits)
+    except ENDS_ALL:
+        raise
+    except BaseException as error:  # noqa: BLE001 - a plug-in must not stop other rows
+        failed = True
+        if len(rows) == 1:
+            rows[0].fail_by(rows[0].drafter_name, error)
+    for i, row in enumerate(rows):
+        if not row.keeps_text(*texts[i]):
+            row.fail_by(row.drafter_name, text_changed())
+    return [_ask_alone(row, num_logits) for row in rows] if failed else drafts
 
 
-def _draft(drafter: Drafter, proposed: Drafts, i: int, row: Row, limit: int) -> Draft:
-    """Row i's part of a proposal. Raises DrafterError if it breaks the contract."""
-    length = proposed.lengths[i]
-    most = max(0, drafter.num_draft_tokens)
-    if proposed.parents is None:
-        most = min(most, max(0, limit))
-    if not 0 <= length <= most:
-        raise DrafterError(f"proposed {length} tokens where {most} were allowed")
-    draft = Draft(proposed.tokens[i, :length].tolist())
-    if proposed.parents is not None:
-        if proposed.probs is not None:
-            raise DrafterError("proposed a tree with probabilities, which trees do not have")
-        draft.parents = proposed.parents[i, :length].tolist()
-        if any(not -1 <= parent < k for k, parent in enumerate(draft.parents)):
-            raise DrafterError(f"proposed a tree whose parents are out of order: {draft.parents}")
-        deepest = max(depths(draft.parents), default=-1) + 1
-        if deepest > max(0, limit):
-            raise DrafterError(f"proposed a tree {deepest} deep where {limit} was allowed")
-    elif proposed.probs is not None and row.sampling.method in ("residual", "block"):
-        draft.probs = proposed.probs[i, :length]
-        if not ((draft.probs >= 0) & draft.probs.isfinite()).all():
-            raise DrafterError("proposed with probabilities that are not")
+def _ask_alone(row: Row, num_logits: int) -> Draft:
+    """The same for one row of several, if it has not failed yet."""
+    if row.finish_reason is not None:
+        return Draft([])
+    [draft] = _ask([row], num_logits)
+    if draft.probs is not None:
+        draft.probs = draft.probs.clone()  # which the drafter may write over for the next row
     return draft
 
 

@@ -8,19 +8,22 @@ was written meanwhile. *Beside* means: not the arm in use.
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Final, Protocol
 
-from paceline.contracts import NONE, RoundSeen, Scored
+from paceline.contracts import RoundSeen, Scored
+from paceline.drafting.contract import prepare_piece, read_drafts, read_length
 from paceline.drafting.foresight import num_on_text
+from paceline.engine.containment import asking, contained
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from paceline.contracts import Context, Decision
     from paceline.drafting.base import Drafter
+    from paceline.engine.containment import SetAside
+    from paceline.engine.memory import DrafterMemory
     from paceline.engine.rows import Row
 
 
@@ -87,13 +90,19 @@ class Watcher:
         watch: Watch,
         drafters: Mapping[str, Drafter],
         chunk: int,
-        has_memory: Callable[[Row, Drafter], bool],
+        memory: DrafterMemory,
+        has_memory: Callable[[Row, str], bool],
+        set_aside: SetAside,
     ) -> None:
-        """chunk: tokens of a drafter's prefill between two rounds."""
+        """chunk: tokens of a drafter's prefill between two rounds. has_memory: whether a row may start
+        a drafter beside its arm. set_aside: drafters that are left out.
+        """
         self.watch = watch
         self._drafters = drafters
         self._chunk = chunk
+        self._memory = memory
         self._has_memory = has_memory
+        self._set_aside = set_aside
         self._beside: dict[int, list[_Beside]] = {}
         self._charged: dict[int, float] = {}  # draft seconds of each row that were told of
 
@@ -106,10 +115,9 @@ class Watcher:
         if self._beside.pop(row.id, None) is None:
             return
         del self._charged[row.id]
-        try:
+        # as a policy, it may come from anywhere
+        with contained(lambda error: row.fail(WATCH, error)):
             self.watch.end(row.id, max(len(row.tokens) - row.num_prompt - 1, 0))
-        except Exception as error:  # noqa: BLE001 - as a policy, it may come from anywhere
-            row.fail(WATCH, error)
 
     def watches(self, row: Row) -> bool:
         return row.id in self._beside
@@ -125,11 +133,9 @@ class Watcher:
         for row in rows:
             if not self.watches(row):
                 continue
-            try:
+            with contained(lambda error, row=row: row.fail(WATCH, error)):  # type: ignore[misc]
                 if self.watch.has_eyes_on(row.id):
                     marks[row.id] = self._mark(row)
-            except Exception as error:  # noqa: BLE001 - as a policy, it may come from anywhere
-                row.fail(WATCH, error)
         return marks
 
     def _mark(self, row: Row) -> _Mark:
@@ -155,12 +161,14 @@ class Watcher:
         self._beside[row.id] = [
             draft for draft, one in zip(beside, scored, strict=True) if not one.is_final
         ]
-        stats, name = row.rounds[-1], row.drafter.name
-        allowed = min(row.limit_at(mark.num_tokens), row.drafter.num_draft_tokens)
+        stats = row.rounds[-1]
+        allowed = min(row.limit_at(mark.num_tokens), row.num_draft_tokens)
         emitted = len(row.tokens) - mark.num_tokens
         if allowed > 0:
             # the target's own token stands behind what was accepted
-            scored.append(Scored.of(name, stats.drafted, allowed, stats.accepted, emitted))
+            scored.append(
+                Scored.of(row.drafter_name, stats.drafted, allowed, stats.accepted, emitted)
+            )
         seen = RoundSeen(
             arm=row.arm,
             stats=stats,
@@ -181,41 +189,43 @@ class Watcher:
 
     def _draft_beside(self, row: Row, name: str) -> None:
         """A draft that nobody verifies; a drafter that fails at it is not asked again for the row."""
-        drafter = self._drafters[name]
         limit = row.limit_at(len(row.tokens), any_length=True)
-        if drafter in row.barred or limit < 1 or overlap(drafter, row.drafter):
+        if name in row.barred or name in self._set_aside or limit < 1:
             return
-        try:
-            if not self._is_ready(row, drafter):
-                return
-            drafts = drafter.propose([row], [limit])
-            length = drafts.lengths[0]
-            parents = None if drafts.parents is None else drafts.parents[0, :length].tolist()
-            tokens = drafts.tokens[0, :length].tolist()
-        except Exception:  # noqa: BLE001 - nothing of the row depends on it
-            row.barred.add(drafter)
-            row.kept.pop(drafter, None)
-            with suppress(Exception):
-                drafter.finish([row])
-            return
-        allowed = min(limit, drafter.num_draft_tokens)
-        self._beside[row.id].append(_Beside(name, len(row.tokens), tokens, parents, allowed))
+        with asking(row, name, lambda name, error: self._drop(row, name, error)):
+            self._try_beside(row, name, limit)
 
-    def _is_ready(self, row: Row, drafter: Drafter) -> bool:
+    def _try_beside(self, row: Row, name: str, limit: int) -> None:
+        drafter = self._drafters[name]
+        if self._memory.overlap(name, row.drafter_name) or not self._is_ready(row, name):
+            return
+        length = read_length(drafter)
+        [draft] = read_drafts(drafter.propose([row], [limit]), [row], [limit], length)
+        allowed = min(limit, length)
+        self._beside[row.id].append(
+            _Beside(name, len(row.tokens), draft.tokens, draft.parents, allowed)
+        )
+
+    def _drop(self, row: Row, name: str, error: BaseException) -> None:
+        """Do without a drafter that failed beside the arm in use: nothing of the row depends on it."""
+        row.note_failure(name, error)
+        if row.kept.pop(name, None) is not None:
+            with contained(lambda error: row.note_failure(name, error)):
+                self._drafters[name].finish([row])
+
+    def _is_ready(self, row: Row, name: str) -> bool:
         """Start the drafter if need be, or go on with its prefill; whether it can draft now."""
-        if drafter not in row.kept:
-            if any(overlap(drafter, other) for other in row.kept):
+        drafter = self._drafters[name]
+        if name not in row.kept:
+            if any(self._memory.overlap(name, other) for other in row.kept):
                 return False
-            if not self._has_memory(row, drafter):
-                row.barred.add(drafter)
+            if not self._has_memory(row, name):
+                row.barred.add(name)
                 return False
-            row.kept[drafter] = False
+            row.kept[name] = False
+            row.pieces[name] = 0
             drafter.start([row])
-        if not row.kept[drafter]:
-            row.kept[drafter] = drafter.prepare(row, self._chunk)
-        return row.kept[drafter]
-
-
-def overlap(one: Drafter, other: Drafter) -> bool:
-    """Whether they keep their rows' state in the same place, so that a row may have only one of them."""
-    return other.name != NONE and any(a is b for a in one.holders() for b in other.holders())
+        if not row.kept[name]:
+            row.kept[name] = prepare_piece(drafter, row, self._chunk, row.pieces[name])
+            row.pieces[name] += 1
+        return row.kept[name]

@@ -13,6 +13,7 @@ import torch
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from paceline.contracts import SamplingParams
+from paceline.drafting.contract import prepare_all, read_drafts, read_length
 from paceline.drafting.foresight import ReplayedRow
 from paceline.errors import ConfigError, RequestError
 
@@ -70,6 +71,7 @@ class DrafterCandidates(CandidateGenerator):
         with torch.inference_mode():  # drafters that an engine has used hold tensors made there
             self._start()
             drafts = self.drafter.propose([row], [room])
+            read_drafts(drafts, [row], [room], read_length(self.drafter))  # or DrafterError
         path = first_path(drafts)
         if not path:
             return input_ids, None
@@ -83,8 +85,7 @@ class DrafterCandidates(CandidateGenerator):
         self._row.num_prompt = len(self._row.tokens)
         self._started = True
         self.drafter.start([self._row])
-        while not self.drafter.prepare(self._row, _PREPARE):
-            pass
+        prepare_all(self.drafter, self._row, _PREPARE)
 
     def close(self) -> None:
         """Give back what the drafter holds for this text."""

@@ -17,7 +17,8 @@ import torch
 
 from paceline.compiled import compiled
 from paceline.contracts import GREEDY, NONE, ReplayedDrafter, SamplingParams, split_arm
-from paceline.errors import StoreError
+from paceline.drafting.contract import read_whole
+from paceline.errors import DrafterError, StoreError
 from paceline.models.packing import Span
 from paceline.warping import warp
 
@@ -64,7 +65,7 @@ def simulate(foresight: Foresight, num_output: int, max_total_output: int) -> np
     rounds: list[tuple[int, int]] = []
     position = 1
     while position < num_output:
-        drafted, accepted = foresight.accepted(position, max_total_output - position - 1)
+        drafted, accepted = _round(foresight, position, max_total_output - position - 1)
         accepted = min(accepted, num_output - position)
         rounds.append((drafted, accepted))
         position += accepted + 1
@@ -77,9 +78,20 @@ def look_ahead(foresight: Foresight, num_output: int, max_total_output: int) -> 
     """
     rounds: list[tuple[int, int]] = []
     for position in range(1, num_output):
-        drafted, accepted = foresight.accepted(position, max_total_output - position - 1)
+        drafted, accepted = _round(foresight, position, max_total_output - position - 1)
         rounds.append((drafted, min(accepted, num_output - position)))
     return _table(rounds)
+
+
+def _round(foresight: Foresight, position: int, limit: int) -> tuple[int, int]:
+    """What is foreseen there. A drafter's own replay is not trusted to count: less than nothing
+    accepted would have no end.
+    """
+    drafted, accepted = foresight.accepted(position, limit)
+    drafted, accepted = read_whole("drafted", drafted), read_whole("accepted", accepted)
+    if not 0 <= accepted <= drafted:
+        raise DrafterError(f"foresees {accepted} accepted of {drafted} drafted tokens")
+    return drafted, accepted
 
 
 def walk(ahead: np.ndarray, num_draft_tokens: int | None = None) -> np.ndarray:

@@ -123,7 +123,13 @@ class DecisionLog:
         except OSError as error:
             self.num_lost += 1
             if self.num_lost == 1:
-                warnings.warn(f"{self.folder}: decisions are lost ({error})", stacklevel=2)
+                warnings.warn(
+                    f"{self.folder}: decisions are lost ({error}): nothing is logged of request "
+                    f"'{request.id}' and of those that follow, until this folder can be written again; "
+                    "requests go on. Make room, or restore the folder and its permissions; for another "
+                    "one change log.folder",
+                    stacklevel=2,
+                )
 
     def _append(self, data: bytes) -> None:
         if self._path is not None:
@@ -160,11 +166,17 @@ class DecisionLog:
         while True:
             path = self.folder / f"decisions-{number:06d}.jsonl"
             try:
-                with path.open("xb") as file:
-                    file.write(self._head)
-                return path
+                file = path.open("xb")
             except FileExistsError:  # another process was faster
                 number += 1
+                continue
+            try:
+                with file:
+                    file.write(self._head)
+            except OSError:
+                path.unlink()  # or a full disk would gain an empty file for every request
+                raise
+            return path
 
 
 def _row(

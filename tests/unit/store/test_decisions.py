@@ -246,6 +246,23 @@ def test_nothing_is_glued_to_half_a_line(tmp_path: Path) -> None:
     assert len(notes) == 1 and notes[0].endswith(":3: a torn line was left out")
 
 
+def test_a_full_disk_gains_no_file_for_every_request(tmp_path: Path) -> None:
+    log = DecisionLog(tmp_path, OFF)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))
+    try:
+        with pytest.warns(UserWarning, match="nothing is logged of request 'a' and of those that"):
+            log.write(request(id="a"), completion(), FEATURES, 1)
+        log.write(request(id="b"), completion(), FEATURES, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+    log.write(request(id="c"), completion(), FEATURES, 1)
+    decisions, notes = read_decisions(tmp_path)
+    assert ([d.request_id for d in decisions], notes, log.num_lost) == (["c"], [], 2)
+
+
 def test_nothing_is_created_before_the_first_decision(tmp_path: Path) -> None:
     DecisionLog(tmp_path, OFF)
 

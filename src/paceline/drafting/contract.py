@@ -1,0 +1,268 @@
+"""What a drafter must keep to, checked wherever one is asked: in a round, along a text, as a part.
+
+A drafter may come from anywhere, so nothing that it says is taken on trust; what it breaks is a
+DrafterError that says how. Ids outside the target's vocabulary are allowed: they are judged and
+rejected. Knows no engine. Symbols: R rows, K width of a proposal's arrays, V the target's logits width.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from math import ceil, isfinite
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paceline.contracts import Drafts
+from paceline.errors import ENDS_ALL, DrafterError, describe, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+
+    from paceline.contracts import RowView
+    from paceline.drafting.base import Drafter
+
+MAX_NODES: Final = 1024
+"""Tokens of one draft at most, whatever a drafter says of itself: what attends to a tree grows with
+the square of them.
+"""
+
+# calls of `prepare` for each piece of a text: a union has a piece of every part, and a part that reads
+# the text in ids of its own may have many for one of the target's
+_CALLS_PER_PIECE: Final = 64
+
+_MASS_ERROR: Final = 0.01  # of a distribution in half precision
+
+_STOCHASTIC: Final = ("residual", "block")  # methods whose judge weighs the drafter's distribution
+
+_INTEGERS: Final = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
+
+
+@dataclass(slots=True)
+class Draft:
+    """One row's proposal: a chain, or a tree where `parents` are given."""
+
+    tokens: list[int]
+    parents: list[int] | None = None  # index of the token each one follows, -1 for the row's last
+    probs: Tensor | None = None  # [k, V] of a stochastic chain, float32
+
+
+class blaming:  # noqa: N801 - reads as what it is, a clause of `with`
+    """Makes a DrafterError that names the drafter of whatever is raised inside but `ENDS_ALL`."""
+
+    def __init__(self, name: str, kind: str = "drafter") -> None:
+        self._who = f"{kind} '{name}'"
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None and not isinstance(error, ENDS_ALL):
+            raise DrafterError(f"{self._who}: {describe(error)}") from error
+
+
+# --- what it says of itself -----------------------------------------------------------------------
+
+
+def read_length(drafter: Drafter) -> int:
+    """`num_draft_tokens`, a whole number that is not negative."""
+    length = drafter.num_draft_tokens
+    if type(length) is not int:
+        length = read_whole("num_draft_tokens", length)
+    if length < 0:
+        raise DrafterError(f"num_draft_tokens is {length}; it must be 0 or more")
+    return length
+
+
+def read_state_bytes(drafter: Drafter, lengths: Sequence[int]) -> float:
+    """`state_bytes`, a finite number that is not negative."""
+    given: Any = drafter.state_bytes(lengths)
+    try:
+        found = float(given)
+    except (TypeError, ValueError):
+        found = -1.0
+    if isinstance(given, str) or not 0.0 <= found < float("inf"):
+        raise DrafterError(
+            f"state_bytes gave {shown(given)}; it must be a number of bytes, 0 or more"
+        )
+    return found
+
+
+def read_whole(what: str, given: Any) -> int:
+    """A whole number of any library. Raises DrafterError that says what is none."""
+    if not isinstance(given, bool | np.bool_):
+        try:
+            return operator.index(given)
+        except TypeError:
+            pass  # told below
+    raise DrafterError(f"{what} must be a whole number, got {shown(given)}")
+
+
+# --- its own prefill ------------------------------------------------------------------------------
+
+
+def prepare_piece(drafter: Drafter, row: RowView, max_tokens: int, num_calls: int) -> bool:
+    """Ask for one piece of a row's prefill, after so many calls; whether none is left.
+
+    Raises DrafterError for an answer that is none, and where it would never end.
+    """
+    answer: Any = drafter.prepare(row, max_tokens)
+    if answer is True or (isinstance(answer, np.bool_) and answer):
+        return True
+    if not isinstance(answer, bool | np.bool_):
+        raise DrafterError(
+            f"prepare returned {shown(answer)}; it must return True when nothing is left, else False"
+        )
+    most = _CALLS_PER_PIECE * (1 + ceil(len(row.tokens) / max_tokens))
+    if num_calls + 1 >= most:
+        raise DrafterError(
+            f"prepare was called {most} times for {len(row.tokens)} tokens, {max_tokens} at a time, "
+            "and is not done; it must return True when nothing is left"
+        )
+    return False
+
+
+def prepare_all(drafter: Drafter, row: RowView, max_tokens: int) -> None:
+    """The whole of a started row's prefill, a piece after the other."""
+    num_calls = 0
+    while not prepare_piece(drafter, row, max_tokens, num_calls):
+        num_calls += 1
+
+
+# --- its proposals --------------------------------------------------------------------------------
+
+
+def read_drafts(
+    proposed: Drafts,
+    rows: Sequence[RowView],
+    limits: Sequence[int],
+    num_draft_tokens: int,
+    num_logits: int | None = None,
+) -> list[Draft]:
+    """Each row's draft. Raises DrafterError if the proposal breaks the contract of `propose`.
+
+    num_draft_tokens: as `read_length` found it. num_logits: V; None leaves distributions unread.
+    """
+    if not isinstance(proposed, Drafts):
+        raise DrafterError(f"proposed {shown(proposed)}; `propose` must return a `Drafts`")
+    lengths = _lengths(proposed.lengths, len(rows))
+    is_tree, most = proposed.parents is not None, min(num_draft_tokens, MAX_NODES)
+    if is_tree and proposed.probs is not None:
+        raise DrafterError("proposed a tree with probabilities, which trees do not have")
+    width = 0
+    for i, length in enumerate(lengths):
+        allowed = most if is_tree or limits[i] >= most else max(0, limits[i])
+        if not 0 <= length <= allowed:
+            raise DrafterError(f"proposed {length} tokens where {allowed} were allowed")
+        width = length if length > width else width
+    tokens = _read_ids("tokens", proposed.tokens, len(rows), width)
+    drafts = [
+        Draft(tokens[i] if length == width else tokens[i][:length])
+        for i, length in enumerate(lengths)
+    ]
+    if proposed.parents is not None:
+        parents = _read_ids("parents", proposed.parents, len(rows), width)
+        for i, length in enumerate(lengths):
+            drafts[i].parents = parents[i][:length]
+            deepest = _height(parents[i][:length])
+            if deepest > max(0, limits[i]):
+                raise DrafterError(f"proposed a tree {deepest} deep where {limits[i]} was allowed")
+    elif proposed.probs is not None and num_logits is not None:
+        _read_probs(proposed.probs, rows, drafts, width, num_logits)
+    return drafts
+
+
+def _lengths(given: Any, num_rows: int) -> list[int]:
+    if type(given) is not list:
+        try:
+            given = list(given.tolist() if isinstance(given, Tensor | np.ndarray) else given)
+        except TypeError:
+            raise DrafterError(
+                f"lengths must be {num_rows} whole numbers, got {shown(given)}"
+            ) from None
+    if len(given) != num_rows:
+        raise DrafterError(f"proposed for {len(given)} rows instead of {num_rows}")
+    for i, length in enumerate(given):
+        if type(length) is not int:
+            given = [*given[:i], read_whole("a length", length), *given[i + 1 :]]
+    return given  # type: ignore[no-any-return]
+
+
+def _read_ids(what: str, given: Any, num_rows: int, width: int) -> list[list[int]]:
+    """The first `width` columns of an integer array [R, K]."""
+    if not isinstance(given, Tensor):
+        raise DrafterError(f"{what} must be a tensor, got {shown(given)}")
+    if given.dtype not in _INTEGERS:
+        raise DrafterError(f"{what} must be int64, got {given.dtype}")
+    shape = given.shape
+    if len(shape) != 2:
+        raise DrafterError(f"{what} must have the shape [rows, width], got {list(shape)}")
+    if shape[0] != num_rows:
+        raise DrafterError(f"proposed for {shape[0]} rows instead of {num_rows}")
+    if shape[1] < width:
+        raise DrafterError(f"{what} are {shape[1]} wide where a length says {width}")
+    found: list[list[int]] = (given if shape[1] == width else given[:, :width]).tolist()
+    return found
+
+
+def _height(parents: Sequence[int]) -> int:
+    """How many tokens the longest path has. Raises DrafterError unless parents stand before children."""
+    levels: list[int] = []
+    for k, parent in enumerate(parents):
+        if parent == -1:
+            levels.append(1)
+        elif 0 <= parent < k:
+            levels.append(levels[parent] + 1)
+        else:
+            raise DrafterError(
+                f"proposed a tree whose parents are out of order: token {k} follows {parent}"
+            )
+    return max(levels, default=0)
+
+
+def _read_probs(
+    given: Any, rows: Sequence[RowView], drafts: Sequence[Draft], width: int, num_logits: int
+) -> None:
+    """Hand each row whose judge weighs it its distributions."""
+    if not isinstance(given, Tensor) or not given.is_floating_point():
+        kind = given.dtype if isinstance(given, Tensor) else shown(given)
+        raise DrafterError(f"probs must be a tensor of floats, got {kind}")
+    shape = list(given.shape)
+    if len(shape) != 3 or shape[0] != len(rows) or shape[1] < width or shape[2] != num_logits:
+        raise DrafterError(
+            f"probs must have the shape [{len(rows)}, {width}, {num_logits}], rows, width and the "
+            f"target's logits, got {shape}"
+        )
+    weighed = [
+        i for i, row in enumerate(rows) if drafts[i].tokens and row.sampling.method in _STOCHASTIC
+    ]
+    if not weighed:
+        return
+    probs = given[:, :width].detach().float()
+    if len(weighed) < len(rows):
+        probs = probs[weighed]
+    # one copy off the device
+    masses, lowest = torch.stack((probs.sum(dim=-1), probs.amin(dim=-1))).tolist()
+    for place, i in enumerate(weighed):
+        draft = drafts[i]
+        for k, token in enumerate(draft.tokens):
+            mass, low = masses[place][k], lowest[place][k]
+            if not (low >= 0 and isfinite(mass)):
+                raise DrafterError(
+                    f"proposed token {k} with probabilities that are negative or not finite"
+                )
+            # where a token outside the vocabulary was drawn, so was what is missing
+            least = 1.0 - _MASS_ERROR if 0 <= token < num_logits else 0.0
+            if not least <= mass <= 1.0 + _MASS_ERROR:
+                raise DrafterError(
+                    f"proposed token {k} with probabilities that sum to {mass:.4g} instead of 1"
+                )
+        draft.probs = probs[place, : len(draft.tokens)]
