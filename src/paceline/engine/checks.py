@@ -1,4 +1,7 @@
-"""What a request must be to be served, and an arm to be used: checked before anything is begun."""
+"""What a request must be for this target and these drafters, and an arm to be used.
+
+Checked before anything is begun. What holds for every target is the schema's, in `paceline.requests`.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,10 @@ from typing import TYPE_CHECKING
 
 from paceline.contracts import AUTO, split_arm
 from paceline.errors import RequestError
-from paceline.logit_rules import check_rules
-from paceline.warping import check_sampling
+from paceline.requests import shorten
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from paceline.contracts import Request
     from paceline.drafting.base import Drafter
@@ -24,7 +26,10 @@ def check_request(
     drafters: Mapping[str, Drafter],
     max_positions: int | None = None,
 ) -> None:
-    """Raise RequestError if it cannot be served. max_positions: what the target's cache may hold."""
+    """Raise RequestError if a request that fits the schema cannot be served here.
+
+    max_positions: what the target's cache may hold.
+    """
     num_prompt, context = len(request.prompt_tokens), target.context_length
     if num_prompt == 0:
         raise RequestError("the prompt is empty; give at least one token")
@@ -33,27 +38,27 @@ def check_request(
             f"the prompt has {num_prompt} tokens, the target's context holds {context}; "
             "shorten the prompt"
         )
-    unknown = [t for t in request.prompt_tokens if not 0 <= t < target.num_logits]
-    if unknown:
-        raise RequestError(
-            f"the prompt has the token id {unknown[0]}; the target's ids are 0 to "
-            f"{target.num_logits - 1}"
-        )
-    if request.max_new_tokens < 1:
-        raise RequestError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
+    _check_ids("the prompt has", request.prompt_tokens, target.num_logits)
+    _check_ids("stop_token_ids names", request.stop_token_ids, target.num_logits)
+    if request.rules is not None:
+        for name in ("logit_bias", "suppress_tokens", "forced_tokens"):
+            _check_ids(f"{name} names", getattr(request.rules, name), target.num_logits)
     needed = max_total(request, context)
     if max_positions is not None and needed > max_positions:
         raise RequestError(
             f"the request may need {needed} positions, the engine's cache holds {max_positions}; "
             "lower max_new_tokens or raise engine.max_positions"
         )
-    if any(not s for s in request.stop_strings):
-        raise RequestError("a stop string is empty")
-    check_sampling(request.sampling)
-    if request.rules is not None:
-        check_rules(request.rules, target.num_logits, request.max_new_tokens)
     if request.drafter != AUTO:
         check_arm(request.drafter, drafters, RequestError)
+
+
+def _check_ids(who: str, ids: Collection[int], num_logits: int) -> None:
+    if ids and (min(ids) < 0 or max(ids) >= num_logits):
+        unknown = next(t for t in ids if not 0 <= t < num_logits)
+        raise RequestError(
+            f"{who} the token id {shorten(unknown)}; the target's ids are 0 to {num_logits - 1}"
+        )
 
 
 def check_arm(arm: str, drafters: Mapping[str, Drafter], error: type[PacelineError]) -> None:

@@ -30,6 +30,7 @@ from paceline.errors import (
     RequestError,
 )
 from paceline.models.packing import Span
+from paceline.requests import read_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -100,6 +101,7 @@ class Engine:
             if watch is None
             else Watcher(watch, self.drafters, prefill_chunk, self._has_memory)
         )
+        self._door = object()  # what marks the requests that were checked here
         self._tickets = itertools.count()
         self._waiting: deque[tuple[int, Request]] = deque()
         self._rows: list[Row] = []
@@ -115,9 +117,7 @@ class Engine:
         Raises DecodingError at the first request that fails on the way, unless `return_errors`: then
         its completion says so. Drives the engine alone: do not step it meanwhile.
         """
-        left = deque(requests)
-        for request in left:
-            self.check(request)
+        left = deque([self.check(request) for request in requests])
         mine: set[int] = set()
         try:
             while left or mine:
@@ -157,7 +157,7 @@ class Engine:
 
         Raises RequestError if it cannot be served, QueueFullError if too many wait already.
         """
-        self.check(request)
+        request = self.check(request)
         if self.is_full:
             raise QueueFullError(f"{len(self._waiting)} requests wait already; try again later")
         ticket = next(self._tickets)
@@ -239,14 +239,25 @@ class Engine:
             if self.drafters[split_arm(arm)[0]] not in row.barred:
                 self._switch(row, arm)
 
-    def check(self, request: Request) -> None:
-        """Raise RequestError if the request cannot be served."""
+    def check(self, request: Request) -> Request:
+        """The request as this engine takes it; RequestError if it cannot be served.
+
+        One that has passed here before is given back as it is.
+        """
+        if getattr(request, "checked_by", None) is self._door:
+            return request
+        return self.accept(read_request(request))
+
+    def accept(self, request: Request) -> Request:
+        """The same for a request that is known to fit the schema."""
         check_request(request, self.target, self.drafters, self._max_positions)
         if request.drafter == AUTO and self.choose is None:
             raise RequestError(
                 "drafter 'auto' needs a policy and none is loaded; run `paceline learn`, or "
                 f"name a drafter: {', '.join(self.drafters)}"
             )
+        object.__setattr__(request, "checked_by", self._door)
+        return request
 
     # --- admission and prefill --------------------------------------------------------------------
 

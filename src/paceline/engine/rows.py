@@ -77,7 +77,7 @@ class Row:
         most = None if any_length else split_arm(self.arm)[1]
         return room if most is None else min(room, most)
 
-    def fail(self, reason: str, error: Exception | None = None) -> None:
+    def fail(self, reason: str, error: BaseException | None = None) -> None:
         """End with an error of its own; other rows go on."""
         if error is not None:
             reason = f"{reason}: {str(error) or type(error).__name__}"
