@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Annotated, Any, Final, Literal
 
 import numpy as np
@@ -28,6 +28,7 @@ from pydantic import (
 
 from paceline.contracts import (
     AUTO,
+    GREEDY,
     LogitRules,
     LogitsProcessor,
     PenaltyScope,
@@ -295,7 +296,10 @@ class RequestSettings(BaseModel):
 
     def logit_rules(self) -> LogitRules | None:
         """The rules that were asked for; None where they would change nothing."""
-        rules = LogitRules(**{name: getattr(self, name) for name in _RULES})
+        given = self.model_fields_set.intersection(_RULES)
+        if not given:
+            return None
+        rules = LogitRules(**{name: getattr(self, name) for name in given})
         return None if rules == _NO_RULES else rules
 
     def request(
@@ -417,7 +421,7 @@ def read_request(request: Request) -> Request:
         raise RequestError(f"rules must be `LogitRules` or None; got {shorten(rules)}")
     settings: dict[str, Any] = {
         "max_new_tokens": request.max_new_tokens,
-        **_sampling_settings(sampling),
+        **({} if sampling is GREEDY else _sampling_settings(sampling)),
         "stop": request.stop_strings,
         "stop_token_ids": request.stop_token_ids,
         "drafter": request.drafter,
@@ -425,7 +429,8 @@ def read_request(request: Request) -> Request:
     }
     if rules is not None:
         settings |= {name: getattr(rules, name) for name in _RULES}
-    return RequestSettings.read(settings).request(prompt_ids(request.prompt_tokens), request.id)
+    read = RequestSettings.read(settings).request(prompt_ids(request.prompt_tokens), request.id)
+    return replace(read, sampling=GREEDY) if sampling is GREEDY else read
 
 
 def check_sampling(sampling: SamplingParams) -> SamplingParams:
