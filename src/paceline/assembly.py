@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from paceline.drafting.draft_model import DraftModel, DraftModelSettings
 from paceline.drafting.none import NoneDrafter
 from paceline.engine import Engine, TextStream
 from paceline.errors import ArtefactError, ConfigError, DecodingError, RequestError
+from paceline.models.detokenizer import Detokenizer
 from paceline.models.exact import check_exact
 from paceline.models.language_model import LanguageModel, check_packed_forward
 from paceline.models.loading import load_language_model, load_tokenizer
@@ -70,13 +71,14 @@ class Parts:
     tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary
     drafters: dict[str, Drafter]  # `none` first
+    detokenizer: Detokenizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.detokenizer = Detokenizer.of(self.tokenizer, self.vocabulary)
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
-        text = self.tokenizer.decode(
-            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return str(text)
+        return self.detokenizer(tokens)
 
     def surroundings(self) -> Surroundings:
         """What one more drafter would be built amid."""
@@ -162,6 +164,7 @@ class Pace:
     ) -> None:
         self.parts = parts
         self.watch = watch
+        self._decode = parts.detokenizer
         self._notes = tuple(notes)
         engine_section = parts.config.engine
         self.engine = Engine(
@@ -183,9 +186,6 @@ class Pace:
     def notes(self) -> list[str]:
         """What is worth knowing of the policy, and of how the drafters were built, a line each."""
         return [*self._notes, *(d.note for d in self.parts.drafters.values() if d.note)]
-
-    def _decode(self, tokens: Sequence[int]) -> str:
-        return self.parts.text(tokens)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: a string as it is, messages or one message through the chat template.
