@@ -5,9 +5,9 @@ Checked before anything is begun. What holds for every target is the schema's, i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from paceline.contracts import AUTO, split_arm
+from paceline.contracts import AT, AUTO, split_arm
 from paceline.errors import RequestError
 from paceline.requests import shorten
 
@@ -25,10 +25,11 @@ def check_request(
     target: LanguageModel,
     drafters: Mapping[str, Drafter],
     max_positions: int | None = None,
+    may_change: bool = False,
 ) -> None:
     """Raise RequestError if a request that fits the schema cannot be served here.
 
-    max_positions: what the target's cache may hold.
+    max_positions: what the target's cache may hold. may_change: as in `num_positions`.
     """
     num_prompt, context = len(request.prompt_tokens), target.context_length
     if num_prompt == 0:
@@ -43,7 +44,7 @@ def check_request(
     if request.rules is not None:
         for name in ("logit_bias", "suppress_tokens", "forced_tokens"):
             _check_ids(f"{name} names", getattr(request.rules, name), target.num_logits)
-    needed = max_total(request, context)
+    needed = target.cache.rounded(num_positions(request, context, drafters, may_change))
     if max_positions is not None and needed > max_positions:
         raise RequestError(
             f"the request may need {needed} positions, the engine's cache holds {max_positions}; "
@@ -75,6 +76,31 @@ def check_arm(arm: str, drafters: Mapping[str, Drafter], error: type[PacelineErr
             f"'{arm}': drafter '{name}' drafts up to {drafter.num_draft_tokens} tokens; ask "
             "for fewer, or configure it with more"
         )
+
+
+MAX_SPARE: Final = 1024
+"""More positions than that no draft is granted beside a row's own."""
+
+
+def num_positions(
+    request: Request, context_length: int, drafters: Mapping[str, Drafter], may_change: bool = False
+) -> int:
+    """The most positions of the cache that the request may come to need, those of a draft included.
+
+    may_change: whether any drafter may come to draft for it, not only the one it names.
+    """
+    named = request.drafter != AUTO and not may_change
+    name = request.drafter.partition(AT)[0]
+    others = [drafters[name]] if named and name in drafters else drafters.values()
+    return max_total(request, context_length) + max(map(_spare, others), default=0)
+
+
+def _spare(drafter: Drafter) -> int:
+    """Positions of a draft beyond the row's last: a tree's branches stand side by side."""
+    try:
+        return min(max(drafter.num_draft_tokens, 0), MAX_SPARE)
+    except Exception:  # noqa: BLE001 - a drafter may come from anywhere, and fails where it is used
+        return MAX_SPARE
 
 
 def max_total(request: Request, context_length: int) -> int:

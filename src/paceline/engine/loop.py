@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from paceline.contracts import AUTO, NONE, Completion, Context, Decision, Request, split_arm
-from paceline.engine.checks import check_arm, check_request, max_total
+from paceline.engine.checks import check_arm, check_request, max_total, num_positions
 from paceline.engine.prefixes import BLOCK, PrefixStore
 from paceline.engine.rows import Row
 from paceline.engine.step import Draft, judge, run_round
@@ -87,6 +87,9 @@ class Engine:
             raise ConfigError(f"exact mode needs prefill_chunk at {BLOCK} or more: {prefill_chunk}")
         self.target = target
         self.drafters = dict(drafters)
+        target.cache.bound(max_positions)
+        for drafter in self.drafters.values():
+            drafter.bound_cache(max_positions, exact_fit=max_drafter_mb is not None)
         self.choose = choose
         self.on_complete = on_complete
         self.prefixes = PrefixStore(prefix_positions)
@@ -250,7 +253,9 @@ class Engine:
 
     def accept(self, request: Request) -> Request:
         """The same for a request that is known to fit the schema."""
-        check_request(request, self.target, self.drafters, self._max_positions)
+        check_request(
+            request, self.target, self.drafters, self._max_positions, self._watcher is not None
+        )
         if request.drafter == AUTO and self.choose is None:
             raise RequestError(
                 "drafter 'auto' needs a policy and none is loaded; run `paceline learn`, or "
@@ -277,16 +282,7 @@ class Engine:
         admitted = False
         while self._waiting and len(self._rows) < self._max_rows:
             ticket, request = self._waiting[0]
-            longest = max(
-                [
-                    max_total(request, self.target.context_length),
-                    *(row.max_total for row in self._rows),
-                ]
-            )
-            if (
-                self._max_positions is not None
-                and (len(self._rows) + 1) * longest > self._max_positions
-            ):
+            if not self._fits(request):
                 break
             self._waiting.popleft()
             row = self._row(ticket, request, self.target.acquire())
@@ -299,6 +295,18 @@ class Engine:
         if admitted:
             # neighbours in the cache stand side by side, so that they share attention calls
             self._rows.sort(key=lambda row: row.slot)
+
+    def _fits(self, request: Request) -> bool:
+        """Whether the target's cache has room for another row, all of them at their longest."""
+        if self._max_positions is None or not self._rows:
+            return True  # one alone was measured at the door
+        requests = [request, *(row.request for row in self._rows)]
+        longest = max(
+            num_positions(one, self.target.context_length, self.drafters, self._watcher is not None)
+            for one in requests
+        )
+        cache = self.target.cache
+        return cache.num_slots_with_one_more * cache.rounded(longest) <= self._max_positions
 
     def _prefill_step(self) -> None:
         """One forward over pieces of prompts; rows whose prompt ends here get their first token."""

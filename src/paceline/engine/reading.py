@@ -54,12 +54,14 @@ class Reader:
         rest = self._seen[self._num_settled :]
         if not self._run:
             return rest
-        if not self._seen and self._run.startswith(b" "):  # which decoders may strip at the start
-            return self._decode([*self._window, *self._run_tokens])
         try:
-            return rest + self._run.decode()
+            text = self._run.decode()
         except UnicodeDecodeError:
             return rest + _BROKEN * len(self._run)
+        if text.startswith(" ") and not self._seen:
+            first = self._decode([*self._window, self._run_tokens[0]])
+            text = first + text[1:]  # a decoder may strip the space at the start
+        return rest + text
 
     def _settle(self) -> str:
         before = self._seen[: self._num_settled]

@@ -147,8 +147,8 @@ def test_the_same_of_many_answers(kind: str) -> None:
         test_pieces_are_the_text,
         test_stops_end_an_answer_where_the_text_first_holds_them,
     ):
-        many = settings(max_examples=2000, deadline=None)
-        many(check)(kind=kind)
+        many = given(data=st.data())(check.hypothesis.inner_test)
+        settings(max_examples=600, deadline=None)(many)(kind=kind)
 
 
 def draw_stops(kind: str, tokens: Sequence[int], data: st.DataObject) -> tuple[str, ...]:
@@ -282,7 +282,7 @@ def test_the_work_is_linear_in_the_answer(what: str, size: int, ending: str | No
     request = Request("0", (1,), 10**6, stop_strings=("no such text",))
     row = Row(0, request, 0, 10**6, 0.0, [1], NoneDrafter())
     append_until_stop(row, tokens, decode)
-    assert counted[0] <= 60 * len(tokens) or what == "a run of spaces"
+    assert counted[0] <= 60 * len(tokens)
 
 
 def test_a_stray_byte_does_not_hold_back_what_follows() -> None:

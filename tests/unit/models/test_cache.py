@@ -24,7 +24,7 @@ def test_the_lowest_free_slot_is_given_first() -> None:
 def test_capacity_is_whole_blocks_for_every_slot() -> None:
     cache = RowCache()
     cache.acquire(), cache.acquire()
-    cache.reserve(BLOCK + 1)
+    cache.extend(0, BLOCK + 1)
 
     entries = cache.layer(0, new_entries())
 
@@ -35,12 +35,12 @@ def test_capacity_is_whole_blocks_for_every_slot() -> None:
 def test_growing_by_slots_and_by_positions_keeps_contents() -> None:
     cache = RowCache()
     cache.acquire()
-    cache.reserve(BLOCK)
+    cache.extend(0, BLOCK)
     entries = cache.layer(1, new_entries())
     entries[0, :, 5], entries[0, :, BLOCK - 1] = 7.0, 8.0
 
     cache.acquire()
-    cache.reserve(3 * BLOCK)
+    cache.extend(0, 3 * BLOCK)
     entries = cache.layer(1, new_entries())
 
     assert entries.shape[0] >= 2 and entries.shape[2] >= 3 * BLOCK
@@ -52,12 +52,12 @@ def test_growing_by_positions_keeps_slots_that_doubling_left_over() -> None:
     cache = RowCache()
     for _ in range(3):
         cache.acquire()
-        cache.reserve(BLOCK)
+        cache.extend(0, BLOCK)
         entries = cache.layer(0, new_entries())
     assert entries.shape[0] == 4
     entries[3] = 5.0
 
-    cache.reserve(2 * BLOCK)
+    cache.extend(0, 2 * BLOCK)
 
     assert cache.layer(0, new_entries()).shape[:3:2] == (4, 2 * BLOCK)
 
@@ -65,7 +65,7 @@ def test_growing_by_positions_keeps_slots_that_doubling_left_over() -> None:
 def test_storage_is_given_back_when_the_last_of_several_rows_ends() -> None:
     cache = RowCache()
     slots = [cache.acquire() for _ in range(3)]
-    cache.reserve(10)
+    cache.extend(0, 10)
     cache.layer(0, new_entries())
 
     for slot in slots:
@@ -79,7 +79,7 @@ def test_storage_is_given_back_when_the_last_of_several_rows_ends() -> None:
 def test_only_the_row_that_moves_entries_is_touched() -> None:
     cache = RowCache()
     cache.acquire(), cache.acquire()
-    cache.reserve(8)
+    cache.extend(0, 8)
     entries = cache.layer(0, new_entries())
     entries[:] = torch.arange(entries.shape[2])[None, None, :, None]
 
