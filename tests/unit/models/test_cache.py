@@ -87,3 +87,65 @@ def test_only_the_row_that_moves_entries_is_touched() -> None:
 
     assert entries[1, 0, :8, 0].tolist() == [0, 1, 2, 5, 6, 5, 6, 7]
     assert entries[0, 0, :8, 0].tolist() == list(range(8))
+
+
+def fill(cache: RowCache, slot: int, length: int) -> torch.Tensor:
+    cache.extend(slot, length)
+    return cache.layer(0, new_entries())
+
+
+def test_a_bound_takes_the_room_to_grow_and_then_the_blocks() -> None:
+    cache = RowCache()
+    cache.bound(3 * BLOCK)
+    cache.acquire()
+    assert fill(cache, 0, BLOCK + 1).shape[:3:2] == (1, 2 * BLOCK)
+    assert fill(cache, 0, 2 * BLOCK + 1).shape[:3:2] == (1, 3 * BLOCK)
+    cache.acquire()
+    cache.release(0)
+    cache.acquire()
+    assert fill(cache, 0, BLOCK + 9).shape[:3:2] == (2, BLOCK + 9)  # a block more were too many
+    assert cache.max_length == 3 * BLOCK // 2
+
+
+def test_a_bound_is_met_in_whole_units() -> None:
+    cache = RowCache(unit=64)
+    cache.bound(2 * 192)
+    cache.acquire(), cache.acquire()
+    assert fill(cache, 0, 150).shape[:3:2] == (2, 192)
+    assert cache.rounded(150) == 192
+
+
+def test_what_is_needed_is_given_beyond_a_bound() -> None:
+    cache = RowCache()
+    cache.bound(10)
+    cache.acquire()
+    assert fill(cache, 0, 50).shape[:3:2] == (1, 50)
+
+
+def test_a_row_that_has_gone_leaves_no_long_rows_behind() -> None:
+    cache = RowCache()
+    cache.acquire()
+    fill(cache, 0, 50 * BLOCK)
+    cache.release(0)
+    assert fill_of_new(cache).shape[:3:2] == (1, 50 * BLOCK)  # kept: the next may be as long
+    assert fill_of_new(cache).shape[:3:2] == (2, BLOCK)
+
+
+def fill_of_new(cache: RowCache) -> torch.Tensor:
+    return fill(cache, cache.acquire(), 5)
+
+
+def test_an_exact_fit_gives_back_what_a_row_held() -> None:
+    cache = RowCache()
+    cache.bound(None, exact_fit=True)
+    for slot, length in enumerate((5, 3 * BLOCK, 6)):
+        assert cache.acquire() == slot
+        entries = fill(cache, slot, length)
+        entries[slot, :, :5] = slot + 1.0
+    cache.release(1)
+    assert cache.layers[0] is not None and cache.layers[0].shape[:3:2] == (3, BLOCK)
+    assert cache.layers[0][2, :, :5].eq(3.0).all() and cache.layers[0][0, :, :5].eq(1.0).all()
+    cache.release(2)
+    assert cache.layers[0] is not None and cache.layers[0].shape[:3:2] == (1, BLOCK)
+    cache.release(0)
+    assert cache.num_bytes() == 0
