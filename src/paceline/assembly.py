@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import secrets
 import warnings
 from contextlib import aclosing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +17,7 @@ from paceline.contracts import (
     NONE,
     Completion,
     Context,
-    LogitRules,
     Request,
-    SamplingParams,
     identity_of_arms,
     join_arm,
     split_arm,
@@ -32,10 +29,12 @@ from paceline.drafting.draft_model import DraftModel, DraftModelSettings
 from paceline.drafting.none import NoneDrafter
 from paceline.engine import Driver, Engine, TextStream, raise_failure
 from paceline.errors import ArtefactError, ConfigError, RequestError
+from paceline.models.detokenizer import Detokenizer
 from paceline.models.language_model import LanguageModel
 from paceline.models.loading import load_language_model, load_tokenizer
 from paceline.models.self_checks import check_exact, check_packed_forward
 from paceline.models.vocabulary import Vocabulary, check_same_vocabulary
+from paceline.requests import SETTINGS, RequestSettings, read_prompt
 from paceline.selection import (
     Arm,
     Guard,
@@ -48,11 +47,11 @@ from paceline.selection import (
 from paceline.selection.artefact import read_card
 from paceline.selection.drift import RANGE_FILE, DriftAlarm, TrainingRange
 from paceline.store import DecisionLog, LogHeader
-from paceline.warping import check_sampling
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 
+    import numpy as np
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from paceline.costs import Objective
@@ -61,7 +60,7 @@ if TYPE_CHECKING:
     from paceline.engine.loop import Choose, OnComplete
     from paceline.selection import Policy
 
-    Prompt = str | Sequence[Mapping[str, str]]
+    Prompt = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
     DraftSpec = PreTrainedModel | Drafter | tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
@@ -74,13 +73,14 @@ class Parts:
     tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary
     drafters: dict[str, Drafter]  # `none` first
+    detokenizer: Detokenizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.detokenizer = Detokenizer.of(self.tokenizer, self.vocabulary)
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
-        text = self.tokenizer.decode(
-            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return str(text)
+        return self.detokenizer(tokens)
 
     def surroundings(self) -> Surroundings:
         """What one more drafter would be built amid."""
@@ -170,6 +170,7 @@ class Pace:
     ) -> None:
         self.parts = parts
         self.watch = watch
+        self._decode = parts.detokenizer
         self._notes = tuple(notes)
         engine_section = parts.config.engine
         self.engine = Engine(
@@ -195,11 +196,16 @@ class Pace:
         target = [f"target: {cut}"] if cut else []
         return [*self._notes, *target, *(d.note for d in self.parts.drafters.values() if d.note)]
 
-    def _decode(self, tokens: Sequence[int]) -> str:
-        return self.parts.text(tokens)
-
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt. A string goes in as it is, messages through the chat template."""
+        """Token ids of a prompt: a string as it is, messages or one message through the chat template.
+
+        Raises RequestError for anything else, and for messages that the template cannot render.
+        """
+        return list(self._encode(read_prompt(prompt)))
+
+    def _encode(self, prompt: str | tuple[int, ...] | list[dict[str, Any]]) -> Sequence[int]:
+        if isinstance(prompt, tuple):
+            return prompt
         tokenizer = self.parts.tokenizer
         if isinstance(prompt, str):
             ids: list[int] = tokenizer(prompt)["input_ids"]
@@ -209,14 +215,16 @@ class Pace:
                 "messages were given but the target's tokenizer has no chat template; "
                 "give the prompt as a string"
             )
-        return list(
-            tokenizer.apply_chat_template(
-                [dict(message) for message in prompt],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
+        try:
+            rendered = tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, tokenize=True, return_dict=False
             )
-        )
+        except Exception as error:  # a template is the model's own code
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise RequestError(
+                f"the chat template cannot render the messages: {reason[:200]}"
+            ) from error
+        return list(rendered)
 
     def stop_token_ids(self) -> frozenset[int]:
         """Ids that end an answer: the target's generation config, else the tokenizer's."""
@@ -227,68 +235,33 @@ class Pace:
             ids = self.parts.tokenizer.eos_token_id
         if ids is None:
             return frozenset()
-        return frozenset(ids if isinstance(ids, list) else [ids])
+        num_logits = self.parts.target.num_logits
+        # an id that the target cannot write ends nothing
+        return frozenset(
+            t for t in (ids if isinstance(ids, list) else [ids]) if 0 <= t < num_logits
+        )
 
     def request(
         self,
-        prompt: Prompt | Sequence[int],
+        prompt: Prompt | Sequence[int] | np.ndarray | torch.Tensor,
         id: str = "0",
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        seed: int | None = None,
-        sampling: str = "auto",
-        stop: Sequence[str] = (),
-        ignore_eos: bool = False,
-        drafter: str = AUTO,
-        logprobs: bool = False,
-        **rules: Any,
+        **settings: Any,
     ) -> Request:
-        """Build a checked request. A prompt may also be token ids.
+        """Build a checked request; `settings` are the fields of `RequestSettings`.
 
-        `sampling`: auto | residual | block | invariant; auto is `invariant` when a seed is given and
-        `residual` otherwise. `rules` are the fields of `LogitRules`: logit_bias, repetition_penalty,
-        presence_penalty, frequency_penalty, no_repeat_ngram_size, min_new_tokens, suppress_tokens,
-        forced_tokens, processors and the penalties' scopes.
+        prompt: a string, a list of messages or one message, or token ids as a sequence or a
+        one-dimensional array. Raises RequestError with the name of what cannot be served.
         """
-        unsupported = next((name for name in rules if name not in _RULES), None)
+        unsupported = next((name for name in settings if name not in SETTINGS), None)
         if unsupported is not None:
             raise RequestError(
-                f"generation setting '{unsupported}' is not supported{nearest(unsupported, _SETTINGS)}"
+                f"generation setting '{unsupported}' is not supported"
+                f"{nearest(unsupported, list(SETTINGS))}"
             )
-        if sampling not in ("auto", "residual", "block", "invariant"):
-            raise RequestError(
-                f"sampling must be auto, residual, block or invariant, got '{sampling}'"
-            )
-        method = sampling
-        if sampling == "auto":
-            method = "greedy" if temperature == 0 else "residual" if seed is None else "invariant"
-        params = SamplingParams(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            seed=secrets.randbits(62) if seed is None else seed,
-            method=method,  # type: ignore[arg-type]
-        )
-        check_sampling(params)
-        is_ids = not isinstance(prompt, str) and all(isinstance(t, int) for t in prompt)
-        tokens = list(prompt) if is_ids else self.encode(prompt)  # type: ignore[arg-type]
-        request = Request(
-            id=id,
-            prompt_tokens=tuple(tokens),  # type: ignore[arg-type]
-            max_new_tokens=max_new_tokens,
-            sampling=params,
-            stop_token_ids=frozenset() if ignore_eos else self.stop_token_ids(),
-            stop_strings=(stop,) if isinstance(stop, str) else tuple(stop),
-            drafter=drafter,
-            rules=_rules(rules) if rules else None,
-            logprobs=logprobs,
-        )
-        self.engine.check(request)
-        return request
+        read = RequestSettings.read(settings)
+        tokens = tuple(self._encode(read_prompt(prompt)))
+        eos = frozenset() if read.ignore_eos else self.stop_token_ids()
+        return self.engine.accept(read.request(tokens, id, eos))
 
     def complete(self, prompt: Prompt, **settings: Any) -> Completion:
         """Complete one prompt, a string or a list of messages; `settings` as in `request`."""
@@ -353,24 +326,6 @@ def _piece(stream: TextStream, progress: Progress) -> str:
     if progress.completion is None:
         return stream.push(progress.new_tokens)
     return stream.finish(progress.completion.text)
-
-
-_RULES = [field.name for field in fields(LogitRules)]
-_SETTINGS = [
-    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "sampling", "stop"),
-    *("ignore_eos", "drafter", "logprobs", *_RULES),
-]
-
-
-def _rules(given: Mapping[str, Any]) -> LogitRules:
-    """Rules from what a caller wrote: any collection will do."""
-    values = dict(given)
-    if "suppress_tokens" in values:
-        values["suppress_tokens"] = frozenset(values["suppress_tokens"])
-    for name in ("forced_tokens", "processors"):
-        if name in values:
-            values[name] = tuple(values[name])
-    return LogitRules(**values)
 
 
 def load(

@@ -104,6 +104,8 @@ class Request:
     drafter: str = AUTO
     rules: LogitRules | None = None
     logprobs: bool = False
+    # the door it was checked at; a copy made by `dataclasses.replace` is checked again
+    checked_by: object | None = field(default=None, init=False, compare=False, repr=False)
 
 
 class RowView(Protocol):

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from paceline.errors import RequestError
-
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -22,29 +20,6 @@ if TYPE_CHECKING:
     from paceline.contracts import LogitRules
 
 _OFF = float("-inf")
-
-
-def check_rules(rules: LogitRules, num_logits: int, max_new_tokens: int) -> None:
-    """Raise RequestError, naming the setting, if a value is out of range."""
-    if not 0.0 < rules.repetition_penalty < float("inf"):
-        raise RequestError(f"repetition_penalty must be positive, got {rules.repetition_penalty}")
-    for name in ("presence_penalty", "frequency_penalty"):
-        value = getattr(rules, name)
-        if not abs(value) < float("inf"):
-            raise RequestError(f"{name} must be a finite number, got {value}")
-    for name in ("no_repeat_ngram_size", "min_new_tokens"):
-        if getattr(rules, name) < 0:
-            raise RequestError(f"{name} must be 0 (off) or positive, got {getattr(rules, name)}")
-    if rules.min_new_tokens > max_new_tokens:
-        raise RequestError(
-            f"min_new_tokens {rules.min_new_tokens} is above max_new_tokens {max_new_tokens}"
-        )
-    for name in ("logit_bias", "suppress_tokens", "forced_tokens"):
-        unknown = [t for t in getattr(rules, name) if not 0 <= t < num_logits]
-        if unknown:
-            raise RequestError(
-                f"{name} names the token id {unknown[0]}; the target's are 0 to {num_logits - 1}"
-            )
 
 
 def apply_rules(
@@ -72,7 +47,10 @@ def apply_rules(
             scores[sorted(banned)] = _OFF
         for processor in rules.processors:
             ids = torch.tensor([list(text)], device=logits.device)
-            scores.copy_(processor(ids, scores[None].clone())[0])
+            made = processor(ids, scores[None].clone())
+            if made.shape != (1, len(scores)):  # broadcasting would hide it
+                raise ValueError(f"a processor returned scores of shape {list(made.shape)}")
+            scores.copy_(made[0])
         if num_new < len(rules.forced_tokens):
             scores.fill_(_OFF)
             scores[rules.forced_tokens[num_new]] = 0.0

@@ -11,42 +11,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from paceline.errors import RequestError
-
 if TYPE_CHECKING:
     from torch import Tensor
 
     from paceline.contracts import SamplingParams
-
-
-def check_sampling(params: SamplingParams) -> None:
-    """Raise RequestError, naming the setting, if a value is out of range or contradicts another."""
-    if not 0.0 <= params.temperature < float("inf"):
-        raise RequestError(f"temperature must be 0 (greedy) or positive, got {params.temperature}")
-    if params.top_k < 0:
-        raise RequestError(f"top_k must be 0 (off) or positive, got {params.top_k}")
-    if not 0.0 < params.top_p <= 1.0:
-        raise RequestError(f"top_p must be in (0, 1], got {params.top_p}")
-    if not 0.0 <= params.min_p < 1.0:
-        raise RequestError(f"min_p must be in [0, 1), got {params.min_p}")
-    if not -(2**63) <= params.seed < 2**63:
-        raise RequestError(f"seed must fit in 64 bits with its sign, got {params.seed}")
-    if params.temperature == 0.0:
-        filters = {"top_k": params.top_k != 0, "top_p": params.top_p != 1.0}
-        filters["min_p"] = params.min_p != 0.0
-        given = [name for name, is_set in filters.items() if is_set]
-        if given:
-            raise RequestError(
-                f"{', '.join(given)} given with temperature 0, where the most likely token is "
-                "always taken; set a temperature above 0 or drop it"
-            )
-        if params.method != "greedy":
-            raise RequestError(
-                f"sampling method '{params.method}' given with temperature 0; "
-                "set a temperature above 0 or leave the method out"
-            )
-    elif params.method == "greedy":
-        raise RequestError("method 'greedy' needs temperature 0")
 
 
 def warp(logits: Tensor, params: SamplingParams) -> Tensor:

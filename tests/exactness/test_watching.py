@@ -129,7 +129,7 @@ def test_no_drafter_holds_a_row_afterwards() -> None:
     assert books.started >= {*DRAFTERS}
     assert not books.held
     cache = parts.target.cache
-    assert cache._num_slots == len(cache._free)
+    assert cache.num_rows == 0
 
 
 @pytest.mark.parametrize("seed", range(1))

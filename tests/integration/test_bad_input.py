@@ -72,9 +72,8 @@ def pace() -> Pace:
         ({"sampling": "invariant", "seed": 3}, ["'invariant'", "temperature 0"]),
         (
             {"temperature": 1.0, "sampling": "beam"},
-            ["auto, residual, block or invariant", "'beam'"],
+            ["auto, greedy, residual, block or invariant", "'beam'"],
         ),
-        ({"temperature": 1.0, "seed": 2**63}, ["seed", "64 bits"]),
         ({"stop": ["a", ""]}, ["stop string is empty"]),
         ({"stop": ""}, ["stop string is empty"]),
         ({"num_beams": 4}, ["'num_beams' is not supported", "max_new_tokens"]),

@@ -145,8 +145,8 @@ def test_penalties_count_what_their_scope_says() -> None:
 @pytest.mark.parametrize(
     ("rules", "words"),
     [
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive"),
-        ({"presence_penalty": float("nan")}, "presence_penalty must be a finite"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be a number from 0.001"),
+        ({"presence_penalty": float("nan")}, "presence_penalty must be a number.*got nan"),
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size"),
         ({"min_new_tokens": 50}, "min_new_tokens 50 is above max_new_tokens 30"),
         ({"logit_bias": {999: 1.0}}, "logit_bias names the token id 999"),

@@ -21,10 +21,10 @@ from paceline.collection.trajectories import DecodeTask, EncodedPrompt, encode_p
 from paceline.collection.written import check_outputs
 from paceline.contracts import GREEDY, NONE, identity_of_arms, sampling_label
 from paceline.errors import ConfigError, RequestError, StoreError
+from paceline.requests import check_sampling
 from paceline.selection.encoders import TargetHidden, kept_encoders
 from paceline.store import Collection
 from paceline.store.collection import read_trajectories
-from paceline.warping import check_sampling
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -176,6 +176,12 @@ class Drafter(ABC):
         """The drafters that hold its rows' state: itself, or those it is made of."""
         return (self,)
 
+    def bound_cache(self, max_positions: int | None, exact_fit: bool) -> None:  # noqa: B027
+        """Hold no more rows x positions of keys and values, where it keeps any.
+
+        A row that would not fit is to be left without a draft. exact_fit: only what the rows need.
+        """
+
     def state_bytes(self, lengths: Sequence[int]) -> int:
         """Bytes that rows of at most so many tokens each would make it hold, beside its weights."""
         return 0

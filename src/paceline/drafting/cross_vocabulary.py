@@ -353,6 +353,9 @@ class ThroughText(Drafter):
     def num_bytes(self) -> int:
         return self._inside.num_bytes()
 
+    def bound_cache(self, max_positions: int | None, exact_fit: bool) -> None:
+        self._inside.bound_cache(max_positions, exact_fit)
+
     def state_bytes(self, lengths: Sequence[int]) -> int:
         """As if its own ids were as many as the target's."""
         return self._inside.state_bytes(lengths)

@@ -28,6 +28,7 @@ from paceline.drafting.stops import (
     confidences,
     stop_rule,
 )
+from paceline.models.cache import BLOCK
 from paceline.models.loading import load_language_model, load_tokenizer
 from paceline.models.packing import Span
 from paceline.models.vocabulary import Vocabulary, check_same_vocabulary
@@ -124,11 +125,23 @@ class DraftModel(Drafter):
     def start(self, rows: Sequence[RowView]) -> None:
         for row in rows:
             self._states[row.id] = _RowState(self.model.acquire())
+        for state in self._states.values():
+            # a bound leaves each row less where there are more of them
+            if state.num_cached + len(state.drafted) > self._most_positions:
+                state.num_cached, state.drafted = 0, []
+                self.model.cache.forget(state.slot)
+
+    @property
+    def _most_positions(self) -> int:
+        """Of a row: what the model's context holds and the cache's bound allows."""
+        bound = self.model.cache.max_length
+        length = self.model.context_length
+        return length if bound is None else min(length, bound)
 
     def prepare(self, row: RowView, max_tokens: int) -> bool:
         """Cache up to `max_tokens` more tokens, of all but the last."""
         state, text = self._states[row.id], self._text(row)
-        stop = min(len(text) - 1, self.model.context_length)
+        stop = min(len(text) - 1, self._most_positions)
         end = min(stop, state.num_cached + max_tokens)
         if state.num_cached < end:
             chunk = self._known(text[state.num_cached : end])
@@ -152,9 +165,13 @@ class DraftModel(Drafter):
         return self.model.num_bytes() + self.model.cache.num_bytes()
 
     def state_bytes(self, lengths: Sequence[int]) -> int:
-        """Its cache gives every row as many positions as the longest needs."""
+        """Its cache gives every slot as many positions as the longest row needs, in blocks."""
         longest = min(max(lengths, default=0), self.model.context_length)
-        return len(lengths) * longest * self.model.position_bytes
+        slots = max(len(lengths), self.model.cache.num_slots) if lengths else 0
+        return slots * -(-longest // BLOCK) * BLOCK * self.model.position_bytes
+
+    def bound_cache(self, max_positions: int | None, exact_fit: bool) -> None:
+        self.model.cache.bound(max_positions, exact_fit)
 
     # --- prices -----------------------------------------------------------------------------------
 
@@ -285,8 +302,8 @@ class DraftModel(Drafter):
         return not sure or self._rule.goes_on(sure, len(row.tokens) - 1)
 
     def _length(self, text: Sequence[int], limit: int) -> int:
-        """Most tokens to draft: every one that is fed needs a position in the model's context."""
-        room = self.model.context_length - len(text) + 1
+        """Most tokens to draft: every one that is fed needs a position in the cache."""
+        room = self._most_positions - len(text) + 1
         return max(0, min(limit, self.num_draft_tokens, room))
 
     def _forward(

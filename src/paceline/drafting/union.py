@@ -260,6 +260,10 @@ class Union(Drafter):
         """Nothing of its own: its parts are arms and are counted there."""
         return 0
 
+    def bound_cache(self, max_positions: int | None, exact_fit: bool) -> None:
+        for part in self.parts.values():
+            part.bound_cache(max_positions, exact_fit)
+
     def state_bytes(self, lengths: Sequence[int]) -> int:
         return sum(part.state_bytes(lengths) for part in self.parts.values())
 

@@ -1,18 +1,20 @@
-"""What a request must be to be served, and an arm to be used: checked before anything is begun."""
+"""What a request must be for this target and these drafters, and an arm to be used.
+
+Checked before anything is begun. What holds for every target is the schema's, in `paceline.requests`.
+"""
 
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from paceline.contracts import AUTO, split_arm
+from paceline.contracts import AT, AUTO, split_arm
 from paceline.drafting.contract import blaming, read_length
 from paceline.errors import DrafterError, RequestError
-from paceline.logit_rules import check_rules
-from paceline.warping import check_sampling
+from paceline.requests import shorten
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from paceline.contracts import Request
     from paceline.drafting.base import Drafter
@@ -25,8 +27,12 @@ def check_request(
     target: LanguageModel,
     drafters: Mapping[str, Drafter],
     max_positions: int | None = None,
+    may_change: bool = False,
 ) -> None:
-    """Raise RequestError if it cannot be served. max_positions: what the target's cache may hold."""
+    """Raise RequestError if a request that fits the schema cannot be served here.
+
+    max_positions: what the target's cache may hold. may_change: as in `num_positions`.
+    """
     num_prompt, context = len(request.prompt_tokens), target.context_length
     if num_prompt == 0:
         raise RequestError("the prompt is empty; give at least one token")
@@ -35,31 +41,24 @@ def check_request(
             f"the prompt has {num_prompt} tokens, the target's context holds {context}"
             f"{_cut(target)}; shorten the prompt"
         )
-    unknown = [t for t in request.prompt_tokens if not 0 <= t < target.num_logits]
-    if unknown:
-        raise RequestError(
-            f"the prompt has the token id {unknown[0]}; the target's ids are 0 to "
-            f"{target.num_logits - 1}"
-        )
-    if request.max_new_tokens < 1:
-        raise RequestError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
-    needed = max_total(request, context)
-    if target.context_note is not None and needed < num_prompt + request.max_new_tokens:
+    _check_ids("the prompt has", request.prompt_tokens, target.num_logits)
+    _check_ids("stop_token_ids names", request.stop_token_ids, target.num_logits)
+    if request.rules is not None:
+        for name in ("logit_bias", "suppress_tokens", "forced_tokens"):
+            _check_ids(f"{name} names", getattr(request.rules, name), target.num_logits)
+    total = max_total(request, context)
+    if target.context_note is not None and total < num_prompt + request.max_new_tokens:
         warnings.warn(
-            f"the answer may end early, after {needed - num_prompt} of max_new_tokens = "
+            f"the answer may end early, after {total - num_prompt} of max_new_tokens = "
             f"{request.max_new_tokens} tokens{_cut(target)}",
             stacklevel=2,
         )
+    needed = target.cache.rounded(num_positions(request, context, drafters, may_change))
     if max_positions is not None and needed > max_positions:
         raise RequestError(
             f"the request may need {needed} positions, the engine's cache holds {max_positions}; "
             "lower max_new_tokens or raise engine.max_positions"
         )
-    if any(not s for s in request.stop_strings):
-        raise RequestError("a stop string is empty")
-    check_sampling(request.sampling)
-    if request.rules is not None:
-        check_rules(request.rules, target.num_logits, request.max_new_tokens)
     if request.drafter != AUTO:
         check_arm(request.drafter, drafters, RequestError)
 
@@ -67,6 +66,14 @@ def check_request(
 def _cut(target: LanguageModel) -> str:
     """Why the context is shorter than the model's own, in parentheses; empty where it is not."""
     return f" ({target.context_note})" if target.context_note else ""
+
+
+def _check_ids(who: str, ids: Collection[int], num_logits: int) -> None:
+    if ids and (min(ids) < 0 or max(ids) >= num_logits):
+        unknown = next(t for t in ids if not 0 <= t < num_logits)
+        raise RequestError(
+            f"{who} the token id {shorten(unknown)}; the target's ids are 0 to {num_logits - 1}"
+        )
 
 
 def check_arm(arm: str, drafters: Mapping[str, Drafter], error: type[PacelineError]) -> None:
@@ -90,6 +97,31 @@ def check_arm(arm: str, drafters: Mapping[str, Drafter], error: type[PacelineErr
             f"'{arm}': drafter '{name}' drafts up to {longest} tokens; ask for fewer, or configure it "
             "with more"
         )
+
+
+MAX_SPARE: Final = 1024
+"""More positions than that no draft is granted beside a row's own."""
+
+
+def num_positions(
+    request: Request, context_length: int, drafters: Mapping[str, Drafter], may_change: bool = False
+) -> int:
+    """The most positions of the cache that the request may come to need, those of a draft included.
+
+    may_change: whether any drafter may come to draft for it, not only the one it names.
+    """
+    named = request.drafter != AUTO and not may_change
+    name = request.drafter.partition(AT)[0]
+    others = [drafters[name]] if named and name in drafters else drafters.values()
+    return max_total(request, context_length) + max(map(_spare, others), default=0)
+
+
+def _spare(drafter: Drafter) -> int:
+    """Positions of a draft beyond the row's last: a tree's branches stand side by side."""
+    try:
+        return min(max(drafter.num_draft_tokens, 0), MAX_SPARE)
+    except Exception:  # noqa: BLE001 - a drafter may come from anywhere, and fails where it is used
+        return MAX_SPARE
 
 
 def max_total(request: Request, context_length: int) -> int:

@@ -90,9 +90,7 @@ class Driver:
         end. Requests beyond what may wait are submitted as soon as there is room. Closing the iterator
         cancels what is left, and returns when its rows are free.
         """
-        left = deque(enumerate(requests))
-        for _, request in left:
-            self.engine.check(request)
+        left = deque(enumerate([self.engine.check(request) for request in requests]))
         mail: SimpleQueue[Progress | None] = SimpleQueue()
         places: dict[int, int] = {}
         try:
@@ -199,7 +197,7 @@ class Driver:
             raise DecodingError(
                 "this process was forked while requests were in flight; load the models in it again"
             )
-        self.engine.check(request)
+        request = self.engine.check(request)
         with self._lock:
             ticket = self.engine.new_ticket()
             self._mail[ticket] = _Mailbox(deliver, tokens)

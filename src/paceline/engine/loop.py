@@ -27,7 +27,7 @@ from paceline.contracts import (
     split_arm,
 )
 from paceline.drafting.contract import Draft, prepare_piece
-from paceline.engine.checks import check_arm, check_request, max_total
+from paceline.engine.checks import check_arm, check_request, max_total, num_positions
 from paceline.engine.containment import SetAside, asking, contained, warn
 from paceline.engine.decisions import check_decision
 from paceline.engine.memory import DrafterMemory
@@ -44,6 +44,7 @@ from paceline.errors import (
     describe,
 )
 from paceline.models.packing import Span
+from paceline.requests import read_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -108,6 +109,9 @@ class Engine:
             raise ConfigError(f"exact mode needs prefill_chunk at {BLOCK} or more: {prefill_chunk}")
         self.target = target
         self.drafters = dict(drafters)
+        target.cache.bound(max_positions)
+        for drafter in self.drafters.values():
+            drafter.bound_cache(max_positions, exact_fit=max_drafter_mb is not None)
         self.choose = choose
         self.on_complete = on_complete
         self.prefixes = PrefixStore(prefix_positions)
@@ -131,6 +135,7 @@ class Engine:
             )
         )
         self._failed_to_report = False
+        self._door = object()  # what marks the requests that were checked here
         self._tickets = itertools.count()
         self._waiting: deque[_Waiting] = deque()
         self._rows: list[Row] = []
@@ -165,7 +170,7 @@ class Engine:
 
         Raises RequestError if it cannot be served, QueueFullError if too many wait already.
         """
-        self.check(request)
+        request = self.check(request)
         if self.is_full:
             raise QueueFullError(f"{len(self._waiting)} requests wait already; try again later")
         ticket = self.new_ticket() if ticket is None else ticket
@@ -262,14 +267,27 @@ class Engine:
         if row.finish_reason is None:
             row.fail(WATCH, error)
 
-    def check(self, request: Request) -> None:
-        """Raise RequestError if the request cannot be served."""
-        check_request(request, self.target, self.drafters, self._max_positions)
+    def check(self, request: Request) -> Request:
+        """The request as this engine takes it; RequestError if it cannot be served.
+
+        One that has passed here before is given back as it is.
+        """
+        if getattr(request, "checked_by", None) is self._door:
+            return request
+        return self.accept(read_request(request))
+
+    def accept(self, request: Request) -> Request:
+        """The same for a request that is known to fit the schema."""
+        check_request(
+            request, self.target, self.drafters, self._max_positions, self._watcher is not None
+        )
         if request.drafter == AUTO and self.choose is None:
             raise RequestError(
                 "drafter 'auto' needs a policy and none is loaded; run `paceline learn`, or "
                 f"name a drafter: {', '.join(self.drafters)}"
             )
+        object.__setattr__(request, "checked_by", self._door)
+        return request
 
     # --- admission and prefill --------------------------------------------------------------------
 
@@ -292,16 +310,7 @@ class Engine:
         while self._waiting and len(self._rows) < self._max_rows:
             waiting = self._waiting[0]
             request = waiting.request
-            longest = max(
-                [
-                    max_total(request, self.target.context_length),
-                    *(row.max_total for row in self._rows),
-                ]
-            )
-            if (
-                self._max_positions is not None
-                and (len(self._rows) + 1) * longest > self._max_positions
-            ):
+            if not self._fits(request):
                 break
             row = self._row(waiting, self.target.acquire())
             self._rows.append(row)
@@ -314,6 +323,18 @@ class Engine:
         if admitted:
             # neighbours in the cache stand side by side, so that they share attention calls
             self._rows.sort(key=lambda row: row.slot)
+
+    def _fits(self, request: Request) -> bool:
+        """Whether the target's cache has room for another row, all of them at their longest."""
+        if self._max_positions is None or not self._rows:
+            return True  # one alone was measured at the door
+        requests = [request, *(row.request for row in self._rows)]
+        longest = max(
+            num_positions(one, self.target.context_length, self.drafters, self._watcher is not None)
+            for one in requests
+        )
+        cache = self.target.cache
+        return cache.num_slots_with_one_more * cache.rounded(longest) <= self._max_positions
 
     def _prefill_step(self) -> None:
         """One forward over pieces of prompts; rows whose prompt ends here get their first token."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from paceline.contracts import Context, FinishReason, Request, SamplingParams
     from paceline.drafting.base import Drafter
+    from paceline.engine.stops import StopFinder
 
 
 @dataclass(slots=True, eq=False)
@@ -54,6 +55,7 @@ class Row:
     hidden_last: np.ndarray | None = None  # [D] float32
     block_sums: list[np.ndarray] = field(default_factory=list)  # hidden_sum at each block's end
     logprobs: list[float] = field(default_factory=list)
+    stop_finder: StopFinder | None = None  # where it has stop strings
 
     @property
     def sampling(self) -> SamplingParams:

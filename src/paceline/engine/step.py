@@ -25,11 +25,11 @@ from paceline.verification import accept_block, accept_residual, depths, follow
 from paceline.warping import warp
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
-    from paceline.contracts import SamplingParams
+    from paceline.contracts import LogitRules, SamplingParams
     from paceline.engine.rows import Row
     from paceline.engine.stops import Decode
     from paceline.models.language_model import LanguageModel
@@ -37,6 +37,12 @@ if TYPE_CHECKING:
 
 
 _NOT_FINITE: Final = "the target's logits are not finite; are its weights fit for its dtype?"
+_NOTHING_LEFT: Final = (
+    "the logit rules leave no possible token: all logits are -inf, or one is nan or inf; "
+    "look at suppress_tokens, logit_bias and processors"
+)
+# instead of a token, where none is possible: beyond what an int64 of a draft can hold
+_NO_TOKEN: Final = -(2**70)
 
 
 @dataclass(slots=True)
@@ -155,37 +161,72 @@ def _ancestors(parents: Sequence[int]) -> Tensor:
 
 
 def judge(rows: Sequence[Row], drafts: Sequence[Draft], logits: Tensor) -> list[Verdict]:
-    """What is kept of every row's draft, and the token behind it. logits: [N, V]."""
+    """What is kept of every row's draft, and the token behind it. logits: [N, V].
+
+    A row fails where its own text has led to a place without a possible token, not where a draft has.
+    """
     best, ids = logits.max(dim=-1)
-    # one copy off the device, and a second for all sampled rows; -1 marks logits that are no numbers
+    # one copy off the device, and a second for all sampled rows
     choices: list[int] = torch.where(best.isfinite(), ids, -1).tolist()
+    if min(choices) < 0:
+        choices = _matching_nothing(choices)
     verdicts = []
-    drawn: dict[int, Tensor] = {}
+    open_rows: dict[int, _Open] = {}
     first = 0
     for i, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
         stop = first + 1 + len(draft.tokens)
         own = choices[first:stop]
-        verdicts.append(Verdict([], 0))
         if row.sampling.method == "greedy" and row.request.rules is None:
-            verdicts[i] = _follow(own, draft)
+            verdicts.append(_follow(own, draft))
             if verdicts[i].next_token < 0:
                 row.fail(_NOT_FINITE)
-        elif min(own) < 0:
-            row.fail(_NOT_FINITE)
         else:
-            answer = _judge_one(row, draft, logits[first:stop])
+            errors: dict[int, BaseException] = {}
+            answer = _judge_one(row, draft, logits[first:stop], own, errors)
             if isinstance(answer, Verdict):
-                verdicts[i] = answer
-            elif answer is not None:
-                drawn[i] = answer
+                verdicts.append(answer)
+                _check_token(row, answer, own, errors)
+            else:
+                verdicts.append(Verdict([], 0))
+                open_rows[i] = _Open(answer, own, errors)
         first = stop
-    if drawn:
-        sizes = [len(answer) for answer in drawn.values()]
-        flat: list[int] = torch.cat(list(drawn.values())).tolist()
-        for i, size in zip(drawn, sizes, strict=True):
+    if open_rows:
+        flat: list[int] = torch.cat([one.answer for one in open_rows.values()]).tolist()
+        for i, one in open_rows.items():
+            size = len(one.answer)
             verdicts[i] = _verdict(flat[:size], drafts[i])
+            _check_token(rows[i], verdicts[i], one.own, one.errors)
             flat = flat[size:]
     return verdicts
+
+
+@dataclass(slots=True)
+class _Open:
+    """A row whose verdict is still on the device."""
+
+    answer: Tensor
+    own: list[int]  # the target's most likely token at each place
+    errors: dict[int, BaseException]  # of its logit rules, by place
+
+
+def _matching_nothing(choices: Sequence[int]) -> list[int]:
+    """Choices whose negative ones equal no token that a drafter could propose."""
+    return [token if token >= 0 else _NO_TOKEN for token in choices]
+
+
+def _check_token(
+    row: Row, verdict: Verdict, own: Sequence[int], errors: Mapping[int, BaseException]
+) -> None:
+    """Fail a row whose path ends at a place without a possible token."""
+    if verdict.next_token >= 0:
+        return
+    place = verdict.path[-1] + 1 if verdict.path else 0
+    if own[place] < 0:
+        row.fail(_NOT_FINITE)
+    elif place in errors:
+        row.fail("logit rules", errors[place])
+    else:
+        row.fail(_NOTHING_LEFT)
 
 
 def _follow(choices: Choices, draft: Draft) -> Verdict:
@@ -196,33 +237,31 @@ def _follow(choices: Choices, draft: Draft) -> Verdict:
 def _verdict(answer: Sequence[int], draft: Draft) -> Verdict:
     """What `_judge_one` says, read."""
     if draft.probs is None:
-        return _follow(answer, draft)
+        return _follow(_matching_nothing(answer), draft)
     num_accepted, next_token = answer
     return Verdict(list(range(num_accepted)), next_token)
 
 
-def _judge_one(row: Row, draft: Draft, logits: Tensor) -> Verdict | Tensor | None:
-    """A row that is sampled or has rules of its own; None if these fail. logits: [k+1, V].
+def _judge_one(
+    row: Row,
+    draft: Draft,
+    logits: Tensor,
+    own: Sequence[int],
+    errors: dict[int, BaseException],
+) -> Verdict | Tensor:
+    """A row that is sampled or has rules of its own. logits: [k+1, V]. errors: takes those of its rules.
 
     On the CPU the verdict. Elsewhere what it can be read from, left on the device: the target's token at
     every place [k+1], or where the draft has probabilities, how many tokens are accepted and the one
-    behind them [2].
+    behind them [2]. A token of -1 says that none is possible.
     """
-    if row.request.rules is not None:
-        try:
-            logits = apply_rules(
-                row.request.rules,
-                logits,
-                _texts(row, draft, logits.shape[-1]),
-                row.num_prompt,
-                row.request.stop_token_ids,
-            )
-        except Exception as error:  # noqa: BLE001 - a user's own processor
-            row.fail("logit rules", error)
-            return None
+    rules = row.request.rules
+    if rules is not None:
+        logits = _ruled(row, rules, draft, logits, own, errors)
     params, start = row.sampling, len(row.tokens)
     if params.method == "greedy":
-        return logits.argmax(dim=-1)
+        best, ids = logits.max(dim=-1)
+        return torch.where(best.isfinite(), ids, -1)
     on_cpu = logits.device.type == "cpu"
     if draft.probs is None:
         if on_cpu:
@@ -235,6 +274,9 @@ def _judge_one(row: Row, draft: Draft, logits: Tensor) -> Verdict | Tensor | Non
         [params.seed, k, *range(start, start + k), *draft.tokens], device=p.device
     )
     seed, length, at, tokens = numbers[0], numbers[1:2], numbers[2 : k + 2], numbers[k + 2 :]
+    if rules is not None or min(own) < 0:
+        # a softmax that met something else than a number is nan throughout; no draft goes beyond it
+        length = (~p[:k, 0].isnan()).to(torch.int64).cumprod(dim=0).sum(dim=0, keepdim=True)
     block = params.method == "block"
     u = noise.uniform(seed, noise.of_round(at, start) if block else at, noise.ACCEPT)
     verdicts = (accept_block if block else accept_residual)(
@@ -246,6 +288,36 @@ def _judge_one(row: Row, draft: Draft, logits: Tensor) -> Verdict | Tensor | Non
         return Verdict(list(range(kept)), token)
     e = noise.exponential(seed, start + verdicts.num_accepted, noise.TARGET, p.shape[-1])
     return torch.cat([verdicts.num_accepted, noise.race(verdicts.next_law, e)])
+
+
+def _ruled(
+    row: Row,
+    rules: LogitRules,
+    draft: Draft,
+    logits: Tensor,
+    own: Sequence[int],
+    errors: dict[int, BaseException],
+) -> Tensor:
+    """The logits as the row's rules want them [k+1, V]; nan at a place where the rules fail.
+
+    Place by place: what a processor makes of a text that only a draft leads to must not count.
+    """
+    ruled = torch.full(logits.shape, float("nan"), device=logits.device)
+    texts = _texts(row, draft, logits.shape[-1])
+    for place, text in enumerate(texts):
+        if own[place] < 0:
+            continue
+        try:
+            ruled[place] = apply_rules(
+                rules,
+                logits[place : place + 1],
+                [text],
+                row.num_prompt,
+                row.request.stop_token_ids,
+            )[0]
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's own processor
+            errors[place] = error
+    return ruled
 
 
 @dataclass(slots=True)
@@ -261,7 +333,8 @@ class _Draws:
         if place not in self.drawn:
             p = warp(self.logits[place], self.params)
             position = self.start + len(self.drawn)
-            self.drawn[place] = noise.draw(p, self.params.seed, position, noise.TARGET)
+            token = noise.draw(p, self.params.seed, position, noise.TARGET)
+            self.drawn[place] = token if token >= 0 else _NO_TOKEN
         return self.drawn[place]
 
 

@@ -1,12 +1,15 @@
-"""Where an answer ends. Every rule looks at one emitted token after the other.
+"""Where an answer ends, and what its text is. Every rule looks at one emitted token after the other.
 
-A stop string ends the answer at the token that completes it. Only the tail that can hold the string
-is decoded; a token may be less than a character, so the tail is counted generously.
+A stop string ends the answer at the token that completes it: in the text, or if it names a special
+token, in the text with special tokens spelled out. The text ends before it, without special tokens.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from paceline.engine.reading import Reader
+from paceline.models.detokenizer import Detokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -16,7 +19,46 @@ if TYPE_CHECKING:
 
     Decode = Callable[[Sequence[int]], str]
 
-_BYTES_PER_CHARACTER = 4
+
+class StopFinder:
+    """Says of each token of one answer whether it completes a stop string."""
+
+    def __init__(self, decode: Decode, stop_strings: Sequence[str]) -> None:
+        self._words = Detokenizer.wrap(decode)
+        self._text = _Search(Reader(self._words.decode, self._words.byte_of), stop_strings)
+        named = naming_special(self._words, stop_strings)
+        # special tokens are silent in one and tokens like others in the other
+        self._spelled = (
+            _Search(Reader(self._words.spell, self._words.byte_of), named) if named else None
+        )
+
+    def push(self, token: int) -> bool:
+        silent = self._words.is_silent(token)
+        found = not silent and self._text.push(token)
+        if self._spelled is not None and (not silent or token in self._words.special):
+            found = self._spelled.push(token) or found
+        return found
+
+
+class _Search:
+    """Stop strings in the text of one reader."""
+
+    def __init__(self, reader: Reader, stop_strings: Sequence[str]) -> None:
+        self._reader = reader
+        self._stops = stop_strings
+        self._most = max(map(len, stop_strings)) - 1
+        self._tail = ""  # of the settled text, as long as a stop string may begin in it
+
+    def push(self, token: int) -> bool:
+        settled = self._tail + self._reader.push((token,))
+        text = settled + self._reader.open_text()
+        self._tail = settled[-self._most :] if self._most else ""
+        return any(stop in text for stop in self._stops)
+
+
+def naming_special(words: Detokenizer, stop_strings: Sequence[str]) -> list[str]:
+    """The stop strings that hold a special token's spelling."""
+    return [stop for stop in stop_strings if any(s in stop for s in words.special.values())]
 
 
 def append_until_stop(row: Row, emitted: Sequence[int], decode: Decode) -> int:
@@ -34,19 +76,37 @@ def _finish_reason(row: Row, token: int, decode: Decode) -> FinishReason | None:
     if token in request.stop_token_ids:
         return "stop"
     if request.stop_strings:
-        longest = max(len(s) for s in request.stop_strings)
-        tail = row.output[-(_BYTES_PER_CHARACTER * longest + 1) :]
-        text = decode(tail)
-        if any(s in text for s in request.stop_strings):
+        if row.stop_finder is None:
+            row.stop_finder = StopFinder(decode, request.stop_strings)
+        if row.stop_finder.push(token):
             return "stop"
     return "length" if len(row.tokens) >= row.max_total else None
 
 
 def final_text(row: Row, decode: Decode) -> str:
-    """The answer without its stop token and before the first stop string."""
+    """The answer without its stop token, special tokens and what stands from a stop string on."""
     output = row.output
     if output and output[-1] in row.request.stop_token_ids:
         output = output[:-1]
-    text = decode(output)
-    cuts = [i for s in row.request.stop_strings if (i := text.find(s)) >= 0]
-    return text[: min(cuts)] if cuts else text
+    text, stops = decode(output), row.request.stop_strings
+    ends = [i for stop in stops if (i := text.find(stop)) >= 0]
+    texts = [text[: min(ends)] if ends else text]
+    words = Detokenizer.wrap(decode)
+    named = naming_special(words, stops) if stops else []
+    if named:
+        spelled = words.spell(output)
+        places = [i for stop in named if (i := spelled.find(stop)) >= 0]
+        texts += [_text_before(words, output, spelled, min(places))] if places else []
+    return min(texts, key=len)
+
+
+def _text_before(words: Detokenizer, output: Sequence[int], spelled: str, end: int) -> str:
+    """The text of what stands before a place of the spelled-out text."""
+    for count in range(len(output), -1, -1):
+        before = words.spell(output[:count])
+        if len(before) <= end and spelled.startswith(before):
+            break
+    text = words.decode(output[:count])
+    # a stop string may begin inside a token, of which a special one is no text
+    cut = count < len(output) and not words.is_silent(output[count])
+    return text + spelled[len(before) : end] if cut else text

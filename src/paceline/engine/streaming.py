@@ -2,56 +2,93 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
+
+from paceline.engine.reading import Reader
+from paceline.engine.stops import naming_special
+from paceline.errors import DecodingError
+from paceline.models.detokenizer import Detokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from paceline.engine.stops import Decode
 
-_BROKEN: Final = "\ufffd"  # how a decoder shows bytes that are no character yet
-
 
 class TextStream:
     """Turns tokens as they are committed into pieces of text that together are the whole.
 
-    Held back: a tail that is not a whole character yet, and a tail with which a stop string could
-    begin. Decoding starts a few tokens back, because how a token reads may hang on its neighbours.
+    Held back: what is not settled yet (see `reading`), and a tail with which a stop string could begin.
     """
 
     def __init__(self, decode: Decode, stop_strings: Sequence[str] = ()) -> None:
-        self._decode = decode
-        self._stops = tuple(stop_strings)
-        self._tokens: list[int] = []
-        self._read = 0  # tokens whose text is in `_held` or has left
-        self._base = 0  # where decoding starts
+        self._words = Detokenizer.wrap(decode)
+        self._reader = Reader(self._words.decode, self._words.byte_of)
+        self._beginnings = [_Beginnings(stop, self._words) for stop in stop_strings]
         self._held = ""
-        self._num_sent = 0  # characters
+        self._sent: list[str] = []
 
     def push(self, tokens: Sequence[int]) -> str:
         """Take new tokens; the text that may leave now."""
-        self._tokens += tokens
-        before = self._decode(self._tokens[self._base : self._read])
-        after = self._decode(self._tokens[self._base :])
-        if after.endswith(_BROKEN) or not after.startswith(before):
-            return ""  # more bytes are needed
-        self._held += after[len(before) :]
-        self._base, self._read = self._read, len(self._tokens)
-        stop = len(self._held) - self._longest_stop_beginning()
-        piece, self._held = self._held[:stop], self._held[stop:]
-        self._num_sent += len(piece)
+        words = self._words
+        settled = self._reader.push(t for t in tokens if not words.is_silent(t))
+        for beginning in self._beginnings:
+            beginning.push(settled)
+        self._held += settled
+        end = len(self._held) - max((b.length for b in self._beginnings), default=0)
+        piece, self._held = self._held[:end], self._held[end:]
+        if piece:
+            self._sent.append(piece)
         return piece
 
     def finish(self, text: str) -> str:
-        """The last piece of an answer that has ended. text: the whole of it, cut at its stop."""
-        return text[self._num_sent :]
+        """The last piece of an answer that has ended. text: the whole of it, cut at its stop.
 
-    def _longest_stop_beginning(self) -> int:
-        """Characters at the end that a stop string may begin with."""
-        longest = 0
-        for stop in self._stops:
-            for size in range(min(len(stop) - 1, len(self._held)), longest, -1):
-                if self._held.endswith(stop[:size]):
-                    longest = size
-                    break
-        return longest
+        Raises DecodingError if it is not what the pieces so far began.
+        """
+        sent = "".join(self._sent)
+        if not text.startswith(sent):
+            raise DecodingError(
+                "the tokenizer's text changed after it was streamed, so the pieces are not the "
+                "text; use complete()"
+            )
+        return text[len(sent) :]
+
+
+class _Beginnings:
+    """How much of a text's end one stop string may begin with.
+
+    Special tokens are not seen in the text, so a stop string that names one may go on without it.
+    """
+
+    def __init__(self, stop: str, words: Detokenizer) -> None:
+        self._stop = stop
+        self._unseen = list(words.special.values()) if naming_special(words, [stop]) else []
+        self._matches: dict[int, set[int]] = {}  # characters matched since -> places in the stop
+        self._new = self._reached({0})
+
+    @property
+    def length(self) -> int:
+        return max(self._matches, default=0)
+
+    def push(self, text: str) -> None:
+        for character in text:
+            matches: dict[int, set[int]] = {}
+            for length, places in (*self._matches.items(), (0, self._new)):
+                met = {p + 1 for p in places if p < len(self._stop) and self._stop[p] == character}
+                # one that is complete has ended the answer already, or was none
+                if (places := self._reached(met)) - {len(self._stop)}:
+                    matches[length + 1] = places
+            self._matches = matches
+
+    def _reached(self, places: set[int]) -> set[int]:
+        """These places, and those behind special tokens that stand there."""
+        todo = list(places) if self._unseen else []
+        while todo:
+            place = todo.pop()
+            for spelling in self._unseen:
+                behind = place + len(spelling)
+                if self._stop.startswith(spelling, place) and behind not in places:
+                    places.add(behind)
+                    todo.append(behind)
+        return places

@@ -169,16 +169,16 @@ def _request(
     rules: dict[str, Any] = {}
     if asked.processors:
         rules["processors"] = of_row(asked.processors, row, ids[:num_padding])
-    request = pace.request(
+    return pace.request(
         ids[num_padding:].tolist(),
         id=str(row),
         max_new_tokens=asked.max_new_tokens,
         drafter=arm,
-        ignore_eos=True,  # the call's own follow
+        ignore_eos=True,  # the call has its own; transformers ignores ids that cannot come
+        stop_token_ids={t for t in asked.stop_token_ids if 0 <= t < pace.parts.target.num_logits},
         **sampling,
         **rules,
     )
-    return replace(request, stop_token_ids=asked.stop_token_ids)
 
 
 def _decode(pace: Pace, rows: list[_Row], asked: Asked, streamer: BaseStreamer | None) -> None:

@@ -4,7 +4,8 @@ A row owns a slot. Every layer keeps one tensor [slots, 2 * kv heads, positions,
 values, grown in blocks and shaped by the first entries it sees, so any architecture fits. (Positions
 before heads would be written in one piece, but is read up to half as fast.) What a row has cached is
 a length that its owner keeps: rolling back is forgetting positions, nothing is copied or cleared.
-Neighbouring slots form one slice, so a full batch is one attention call. Knows no attention.
+Neighbouring slots form one slice, so a full batch is one attention call. Storage is kept while it is
+large enough, and under a bound it never holds more than its rows need. Knows no attention.
 """
 
 from __future__ import annotations
@@ -25,26 +26,86 @@ BLOCK: Final = 128  # positions; capacity grows by at least this much
 class RowCache:
     """Slots and their tensors; `acquire` a slot for a row, `release` it at its end."""
 
-    def __init__(self, block: int = BLOCK) -> None:
-        """block: positions by which capacity grows; a check takes a small one."""
+    def __init__(self, unit: int = 1, block: int = BLOCK) -> None:
+        """unit: positions are held in multiples of it, also where a bound leaves no room for more.
+        block: positions by which capacity grows; a check takes a small one.
+        """
         self._block = block
         self.layers: list[Tensor | None] = []
+        self._unit = unit
         self._free: list[int] = []
-        self._num_slots = 0
-        self._num_positions = 0
+        self._lengths: list[int] = []  # positions that each slot's row has needed so far
+        self._num_positions = 0  # the longest of them
+        self._limit: int | None = None
+        self._exact_fit = False
+
+    def bound(self, limit: int | None, exact_fit: bool = False) -> None:
+        """Hold at most `limit` slots x positions, as long as the rows do not need more.
+
+        exact_fit: never hold more than the rows need, in blocks, for owners who count bytes.
+        """
+        self._limit, self._exact_fit = limit, exact_fit
+
+    @property
+    def num_rows(self) -> int:
+        """Slots in use."""
+        return len(self._lengths) - len(self._free)
+
+    @property
+    def num_slots(self) -> int:
+        """Slots up to the last one in use."""
+        return len(self._lengths)
+
+    @property
+    def num_slots_with_one_more(self) -> int:
+        """The same after another `acquire`."""
+        return len(self._lengths) + (not self._free)
+
+    @property
+    def max_length(self) -> int | None:
+        """The most positions of a row within the bound, given the rows that there are."""
+        return None if self._limit is None else self._limit // max(1, len(self._lengths))
+
+    def rounded(self, num_positions: int) -> int:
+        """How many positions are held for a row that needs so many, at the least."""
+        return -(-num_positions // self._unit) * self._unit
 
     def acquire(self) -> int:
         """The lowest free slot, so that rows in flight stay neighbours."""
         if self._free:
             return self._free.pop(0)
-        self._num_slots += 1
-        return self._num_slots - 1
+        self._lengths.append(0)
+        return len(self._lengths) - 1
 
     def release(self, slot: int) -> None:
         bisect.insort(self._free, slot)
-        if len(self._free) == self._num_slots and self._num_slots > 1:
-            self._num_slots, self._free = 0, []
-            self.layers = []
+        self._lengths[slot] = 0
+        while self._free and self._free[-1] == len(self._lengths) - 1:
+            self._free.pop()
+            self._lengths.pop()
+        self._num_positions = max(self._lengths, default=0)
+        if self._exact_fit or not self._lengths:
+            self._give_back()
+
+    def _blocks(self) -> int:
+        """The positions that rows need, in whole blocks."""
+        return -(-self._num_positions // self._block) * self._block
+
+    def _give_back(self) -> None:
+        """Let go of storage that no row needs. One row's waits for the next, but for an exact fit."""
+        slots, positions = len(self._lengths), self._blocks()
+        for index, storage in enumerate(self.layers):
+            if storage is None or (storage.shape[0] == 1 and not self._exact_fit):
+                continue
+            if not slots:
+                self.layers[index] = None
+            elif storage.shape[0] > slots or storage.shape[2] > positions:
+                self.layers[index] = storage[:slots, :, :positions].clone()
+
+    def forget(self, slot: int) -> None:
+        """Hold no positions for a row any more until it asks anew; what was cached there is lost."""
+        self._lengths[slot] = 0
+        self._num_positions = max(self._lengths, default=0)
 
     def clear(self, slot: int) -> None:
         """Zero a slot: masked positions enter the product with weight 0, and 0 * nan is nan."""
@@ -53,15 +114,14 @@ class RowCache:
                 if storage is not None and slot < storage.shape[0]:
                     storage[slot].zero_()
 
-    def reserve(self, num_positions: int) -> None:
-        """Make room for positions below `num_positions` in every slot."""
-        if num_positions > self._num_positions:
-            blocks = -(-num_positions // self._block)
-            grown = self._num_positions + self._num_positions // 2
-            self._num_positions = max(blocks * self._block, grown // self._block * self._block)
+    def extend(self, slot: int, num_positions: int) -> None:
+        """Make room for a row's positions below `num_positions`."""
+        if num_positions > self._lengths[slot]:
+            self._lengths[slot] = num_positions
+            self._num_positions = max(self._num_positions, num_positions)
 
     def layer(self, index: int, like: Tensor) -> Tensor:
-        """The layer's storage, with room for all slots and reserved positions.
+        """The layer's storage, with room for all slots and the positions they need.
 
         like: [N, 2 * Hkv, D] new entries, which give heads, width, dtype and device.
         """
@@ -70,24 +130,37 @@ class RowCache:
         storage = self.layers[index]
         if (
             storage is None
-            or storage.shape[0] < self._num_slots
+            or storage.shape[0] < len(self._lengths)
             or storage.shape[2] < self._num_positions
         ):
             storage = self.layers[index] = self._grow(storage, like)
         return storage
 
     def _grow(self, old: Tensor | None, like: Tensor) -> Tensor:
-        slots = self._num_slots
-        if old is not None:
-            # doubling may have left more slots than are in use
-            slots = max(slots, old.shape[0] * 2) if slots > old.shape[0] else old.shape[0]
-        positions = max(self._num_positions, old.shape[2] if old is not None else 0)
+        slots, positions = self._shape(*((0, 0) if old is None else (old.shape[0], old.shape[2])))
         # zeros, not empty: masked positions enter the product with weight 0, and 0 * nan is nan;
         # written, not promised by the system: else decoding would wait for page after page
         new = like.new_empty((slots, like.shape[1], positions, like.shape[2])).zero_()
         if old is not None:
-            new[: old.shape[0], :, : old.shape[2]] = old
+            slots, positions = min(slots, old.shape[0]), min(positions, old.shape[2])
+            new[:slots, :, :positions] = old[:slots, :, :positions]
         return new
+
+    def _shape(self, old_slots: int, old_positions: int) -> tuple[int, int]:
+        """(slots, positions) to grow to: with room to grow further, or as much of that as is allowed."""
+        slots, positions = len(self._lengths), self._blocks()
+        if self._exact_fit:
+            return slots, positions
+        many, long = max(slots, old_slots), positions
+        if slots > old_slots:  # a row that is gone may have been longer than all these
+            many = max(slots, 2 * old_slots)
+        else:
+            long = max(positions, (old_positions + old_positions // 2) // self._block * self._block)
+        smallest = (slots, self.rounded(self._num_positions))
+        if self._limit is None:
+            return many, long
+        wanted = ((many, long), (slots, long), (many, positions), (slots, positions))
+        return next((s for s in wanted if s[0] * s[1] <= self._limit), smallest)
 
     def num_bytes(self) -> int:
         """Bytes held now, by all slots together."""
@@ -102,7 +175,7 @@ class RowCache:
     def write(self, slot: int, start: int, entries: Sequence[Tensor]) -> None:
         """Put what `read` gave at positions start, start + 1, ... of a row."""
         stop = start + entries[0].shape[1]
-        self.reserve(stop)
+        self.extend(slot, stop)
         for index, entry in enumerate(entries):
             self.layer(index, entry.transpose(0, 1))[slot, :, start:stop] = entry
 

@@ -17,6 +17,7 @@ from paceline.models.cache import RowCache
 from paceline.models.cuda.batch import attention_kernel, batch_of
 from paceline.models.cuda.graphs import StaticForward
 from paceline.models.cuda.paged_cache import PagedCache
+from paceline.models.exact import BLOCK as EXACT_BLOCK
 from paceline.models.kinds import why_not_packed
 from paceline.models.lean import LeanForward, why_not_lean
 from paceline.models.packing import ChainMasks, PackedBatch, Span
@@ -71,7 +72,9 @@ class LanguageModel:
         self._paged = self.device.type == "cuda" if paged is None else paged
         if self._paged:
             attention_kernel()  # what it lacks is said now
-        self.cache: RowCache | PagedCache = PagedCache(self.device) if self._paged else RowCache()
+        self.cache: RowCache | PagedCache = (
+            PagedCache(self.device) if self._paged else RowCache(EXACT_BLOCK if exact else 1)
+        )
         self._chain_masks = ChainMasks()
         self.visibility = look_at(model, self.context_length, self.device)
         reason = "the configuration says so" if forward == "transformers" else why_not_lean(model)

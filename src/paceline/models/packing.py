@@ -117,9 +117,9 @@ class PackedBatch:
                 slots = range(span.slot, span.slot + 1)
                 self.runs.append(Run(first, slots, [span.start], span.width, span.prefill, tree))
             first += span.width
+            cache.extend(span.slot, span.start + span.width)
         self.num_tokens = first
         self.num_positions = max(run.length for run in self.runs)
-        cache.reserve(self.num_positions)
 
     def only_chain(self) -> range | None:
         """The positions, if all tokens are one row's chain: then slices do instead of indices."""

@@ -175,7 +175,7 @@ class _Fed:
         # a paged model is checked over its own cache, where its captured steps run
         own = self.model.cache
         # exact mode reads whole blocks of its own, which short ones of the cache would cut
-        rows = RowCache() if self.model.exact else RowCache(_CACHE_BLOCK)
+        rows = RowCache() if self.model.exact else RowCache(block=_CACHE_BLOCK)
         self.cache = own if isinstance(own, PagedCache) else rows
         self.slots = [self.cache.acquire() for _ in self.texts]
 

@@ -26,8 +26,8 @@ def _mix(x: np.uint64) -> np.uint64:
 
 @compiled
 def race(probs: np.ndarray, seed: np.uint64, position: np.uint64, stream: np.uint64) -> int:
-    """The winner among probs [V] float32."""
-    best, winner = np.float32(0.0), 0
+    """The winner among probs [V] float32; -1 where nothing is possible, or where they are no numbers."""
+    best, winner = np.float32(0.0), -1
     bits = _mix(_mix(seed + _GOLDEN * stream) + _GOLDEN * (position + np.uint64(1)))
     for token in range(len(probs)):
         bits += _GOLDEN

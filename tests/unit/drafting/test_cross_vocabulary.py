@@ -149,7 +149,7 @@ def test_any_schedule_gives_the_targets_text(
     for drafter in pace.parts.drafters.values():
         if isinstance(drafter, DraftModel | ThroughText):
             cache = drafter.model.cache
-            assert cache._num_slots == len(cache._free)
+            assert cache.num_rows == 0
     text_drafter = pace.parts.drafters["bpe text"]
     assert isinstance(text_drafter, ThroughText) and not text_drafter._rows
 

@@ -244,7 +244,7 @@ def test_replay_under_a_confidence_stop_is_what_happens(
 
         assert replayed.rounds.tolist() == [[r.drafted, r.accepted] for r in real.rounds]
         assert replayed.scores is not None
-        assert small.model.cache._num_slots == len(small.model.cache._free)
+        assert small.model.cache.num_rows == 0
 
 
 def test_the_stored_confidence_is_the_one_a_greedy_draft_stops_by(target: LanguageModel) -> None:

@@ -259,7 +259,7 @@ def test_rows_may_have_the_union_and_its_parts_side_by_side_and_change_over(pace
     assert [done[t].token_ids for t in tickets] == expected
     for name in ("near", "far"):
         cache = pace.parts.drafters[name].model.cache  # type: ignore[attr-defined]
-        assert cache._num_slots == len(cache._free)
+        assert cache.num_rows == 0
 
 
 def test_bytes_are_counted_where_they_are_held(pace: Pace) -> None:

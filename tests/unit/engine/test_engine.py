@@ -53,7 +53,7 @@ def request(id: str = "0", n: int = 20, drafter: str = "none", **fields: object)
 
 def slots_in_use(engine: Engine) -> int:
     cache = engine.target.cache
-    return cache._num_slots - len(cache._free)
+    return cache.num_rows
 
 
 # --- what is counted ------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def test_rows_join_and_leave_between_rounds() -> None:
     }
     assert [c.request_id for c in done][:2] == ["0", "2"]  # a short one overtakes the long one
     assert max(rows_of_forward) == 2
-    assert engine.target.cache._num_slots <= 2
+    assert engine.target.cache.num_slots <= 2
     assert slots_in_use(engine) == 0
 
 

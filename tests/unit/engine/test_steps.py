@@ -289,6 +289,25 @@ def test_pieces_of_text_are_the_whole_text() -> None:
     assert len(pieces) > 5
 
 
+@pytest.mark.parametrize(
+    ("stop", "text", "num_tokens"),
+    [
+        ("<|user|>", "hi", 3),
+        ("i<|user|>", "h", 3),
+        (["zz", "o<|user|>"], "hiy", 6),
+        ("yo", "hi", 5),
+    ],
+)
+def test_a_stop_string_may_name_a_special_token(stop: Any, text: str, num_tokens: int) -> None:
+    pace = pace_with({"near": perturbed(MODEL, 0.05)})
+    answer = [*b"hi", 257, *b"yo", 257, *b"zzz"]
+    settings: dict[str, Any] = {"forced_tokens": answer, "stop": stop, "max_new_tokens": 20}
+    done = pace.complete(list(PROMPT), drafter="near", **settings)
+
+    assert (done.finish_reason, done.text, len(done.token_ids)) == ("stop", text, num_tokens)
+    assert "".join(pace.stream_text(list(PROMPT), drafter="near", **settings)) == text
+
+
 def test_a_stream_that_is_given_up_frees_its_row() -> None:
     pace = pace_with()
     stream = pace.stream_text(list(PROMPT), drafter="none", max_new_tokens=200)

@@ -41,6 +41,50 @@ class PagedCache:
         self._host = np.zeros((8, 16), dtype=np.int32)  # [slots, blocks a row]
         self._table: Tensor | None = None
         self._stale = True  # whether the device's table lacks something
+        self._limit: int | None = None  # blocks, the first one included
+
+    def bound(self, limit: int | None, exact_fit: bool = False) -> None:
+        """Hold at most `limit` positions, in whole blocks, as long as the rows do not need more.
+
+        exact_fit: nothing else than without it; blocks belong to rows already.
+        """
+        self._limit = None if limit is None else -(-limit // BLOCK) + 1
+        if self._limit is not None and self._limit < self._num_blocks and not self.num_rows:
+            self._num_blocks = self._limit
+            self._free_blocks = list(range(self._limit - 1, 0, -1))
+            self.layers = []
+            self.version += 1
+
+    @property
+    def num_rows(self) -> int:
+        """Slots in use."""
+        return len(self._blocks) - len(self._free_slots)
+
+    @property
+    def num_slots(self) -> int:
+        """As many: rows share what is free, whatever their slots."""
+        return self.num_rows
+
+    @property
+    def num_slots_with_one_more(self) -> int:
+        """The same after another `acquire`."""
+        return self.num_rows + 1
+
+    @property
+    def max_length(self) -> int | None:
+        """The most positions of a row within the bound, if all rows are as long."""
+        return None if self._limit is None else (self._limit - 1) * BLOCK // max(1, self.num_rows)
+
+    def rounded(self, num_positions: int) -> int:
+        """How many positions count against a bound; what a row's last block leaves over does not."""
+        return num_positions
+
+    def forget(self, slot: int) -> None:
+        """Give a row's blocks back; what was cached there is lost."""
+        self._free_blocks.extend(reversed(self._blocks[slot]))
+        self._blocks[slot] = []
+        self._host[slot] = 0
+        self._stale = True
 
     def acquire(self) -> int:
         """The lowest free slot."""
@@ -78,7 +122,10 @@ class PagedCache:
         self._stale = True
 
     def _add_blocks(self, missing: int) -> None:
-        grown = max(2 * self._num_blocks, self._num_blocks + missing)
+        grown = 2 * self._num_blocks
+        if self._limit is not None:
+            grown = min(grown, self._limit)
+        grown = max(grown, self._num_blocks + missing)
         new = range(grown - 1, self._num_blocks - 1, -1)
         self._free_blocks = [*new, *self._free_blocks]
         self._num_blocks = grown

@@ -98,3 +98,30 @@ def test_host_and_device_agree_where_a_position_lies() -> None:
 
     found = cache.places_on_device(torch.from_numpy(rows), torch.from_numpy(positions))
     assert found.tolist() == expected.tolist() and len(set(expected.tolist())) == 4
+
+
+def test_a_bound_holds_however_the_pool_has_grown() -> None:
+    cache = new_cache()
+    cache.bound(10 * BLOCK)
+    rows = [cache.acquire() for _ in range(3)]
+    for turn in range(9):
+        filled(cache, rows[turn % 3], (turn // 3 + 1) * BLOCK, float(turn))
+        assert (
+            cache.layers[0] is not None and cache.layers[0].shape[0] <= 11 * BLOCK
+        )  # and the first
+    filled(cache, rows[0], 8 * BLOCK, 5.0)  # more than was allowed is needed all the same
+    assert cache.read(rows[0], 0, 8 * BLOCK)[0].eq(5.0).all()
+    assert (cache.num_rows, cache.num_slots_with_one_more) == (3, 4)
+
+
+def test_a_row_that_is_forgotten_gives_its_blocks_back() -> None:
+    cache = new_cache()
+    slot = cache.acquire()
+    filled(cache, slot, 5 * BLOCK, 1.0)
+    free = len(cache._free_blocks)
+
+    cache.forget(slot)
+
+    assert len(cache._free_blocks) == free + 5
+    filled(cache, slot, 2 * BLOCK, 2.0)
+    assert cache.read(slot, 0, 2 * BLOCK)[0].eq(2.0).all()

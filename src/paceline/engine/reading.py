@@ -1,0 +1,90 @@
+"""The text of a row as its tokens come, in time linear in them: what is settled and what may change.
+
+Settled text never changes whatever follows, and is what the whole answer's text begins with. Not settled
+are the bytes of an unfinished character, which a decoder shows as one U+FFFD, and a run of byte tokens
+that has not ended. Decoding starts a few tokens back, where the text reads as it does from the start.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+_BROKEN: Final = "\ufffd"  # how a decoder shows bytes that are no character, or none yet
+_WINDOW: Final = 16  # tokens decoded at once before the beginning moves
+# how far back it moves: an unfinished character is at most 3 tokens, and four neighbouring places are
+# tried, since one of them is not inside a character
+_BACK: Final = range(8, 12)
+
+
+class Reader:
+    """Reads tokens one after the other; silent ones are not to be handed in."""
+
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], byte_of: Mapping[int, int] | None = None
+    ) -> None:
+        """byte_of: the byte of each byte token, see `models.detokenizer`."""
+        self._decode = decode
+        self._byte_of = byte_of or {}
+        self._window: list[int] = []  # the tokens that are decoded, without the open run
+        self._run = bytearray()
+        self._run_tokens: list[int] = []
+        self._seen = ""  # the window's text
+        self._num_settled = 0  # characters of it
+
+    def push(self, tokens: Iterable[int]) -> str:
+        """Take tokens; the text that is settled by them."""
+        read = False
+        for token in tokens:
+            byte = self._byte_of.get(token)
+            if byte is None:
+                self._window += [*self._run_tokens, token]
+                self._run.clear()
+                self._run_tokens.clear()
+                read = True
+            else:
+                self._run.append(byte)
+                self._run_tokens.append(token)
+        return self._settle() if read else ""
+
+    def open_text(self) -> str:
+        """What stands behind the settled text now, and may still change."""
+        rest = self._seen[self._num_settled :]
+        if not self._run:
+            return rest
+        try:
+            text = self._run.decode()
+        except UnicodeDecodeError:
+            return rest + _BROKEN * len(self._run)
+        if text.startswith(" ") and not self._seen:
+            first = self._decode([*self._window, self._run_tokens[0]])
+            text = first + text[1:]  # a decoder may strip the space at the start
+        return rest + text
+
+    def _settle(self) -> str:
+        before = self._seen[: self._num_settled]
+        text = self._decode(self._window)
+        if not text.startswith(before):
+            return ""  # a decoder that rewrites what it has said: wait for what it makes of it
+        self._seen = text
+        end = len(text) - text.endswith(_BROKEN)
+        settled = text[self._num_settled : end]
+        self._num_settled = max(end, self._num_settled)
+        if len(self._window) > _WINDOW:
+            self._move_on()
+        return settled
+
+    def _move_on(self) -> None:
+        """Begin a few tokens back, at a place from which the same text is read."""
+        size = len(self._window)
+        # behind a run of bytes, of which a part may read otherwise, the last token alone will do
+        places = [size - back for back in _BACK] + ([size - 1] if self._byte_of else [])
+        num_open = len(self._seen) - self._num_settled
+        for place in places:
+            text = self._decode(self._window[place:])
+            if len(text) > num_open and self._seen.endswith(text):
+                self._window = self._window[place:]
+                self._seen, self._num_settled = text, len(text) - num_open
+                return

@@ -1,0 +1,448 @@
+"""What a request may ask for: one strict schema, for `Pace.request` and for records made by hand.
+
+Scalars and arrays of numpy and torch are taken where they are exact: whole numbers of an integer
+type, one-dimensional arrays of ids. A bool is no number and 2.0 is no whole number. Every refusal is
+a RequestError that names the setting. Knows no target: what depends on one is checked by the engine.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import fields, replace
+from typing import Annotated, Any, Final, Literal
+
+import numpy as np
+import torch
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
+
+from paceline.contracts import (
+    AUTO,
+    GREEDY,
+    LogitRules,
+    LogitsProcessor,
+    PenaltyScope,
+    Request,
+    SamplingParams,
+)
+from paceline.errors import RequestError
+
+MIN_TEMPERATURE: Final = 1e-8
+"""Below it, logits divided by the temperature leave float32."""
+
+MAX_TEMPERATURE: Final = 1e6
+_MAX_FLOAT32: Final = 3.4e38
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+def shorten(value: object) -> str:
+    """A value as a message shows it: one line of at most 80 characters."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # noqa: BLE001 - a caller's own object; integers above 4300 digits, too
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of numpy or torch as Python's; anything else as it is."""
+    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) and value.ndim == 0:
+        try:
+            return value.item()
+        except RuntimeError:  # a tensor without values, on the device meta
+            return value
+    return value
+
+
+def token_ids(value: Any) -> tuple[int, ...]:
+    """Token ids from a sequence, a set or a one-dimensional array of whole numbers.
+
+    Raises ValueError with what else was given.
+    """
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        return _ids_of_array(value)
+    if not isinstance(value, (Sequence, AbstractSet)) or isinstance(value, _BYTES_OR_TEXT):
+        raise ValueError(f"got {shorten(value)}")
+    if set(map(type, value)) <= {int}:
+        return tuple(value)
+    ids = tuple(map(_plain, value))
+    wrong = [given for given, id in zip(value, ids, strict=True) if not _is_whole(id)]
+    if wrong:
+        raise ValueError(f"got {shorten(wrong[0])}")
+    return tuple(map(int, ids))
+
+
+_BYTES_OR_TEXT: Final = (str, bytes, bytearray, memoryview)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _ids_of_array(array: np.ndarray | torch.Tensor) -> tuple[int, ...]:
+    shape = list(array.shape)
+    if len(shape) != 1:
+        raise ValueError(f"got an array of shape {shape}")
+    if isinstance(array, torch.Tensor):
+        whole = not (array.is_floating_point() or array.is_complex() or array.dtype == torch.bool)
+        whole = whole and not (array.is_meta or array.is_quantized)
+    else:
+        whole = np.issubdtype(array.dtype, np.integer)
+    if not whole:
+        raise ValueError(f"got an array of {array.dtype}")
+    return tuple(array.tolist())
+
+
+def _id_set(value: Any) -> frozenset[int]:
+    return frozenset(token_ids(value))
+
+
+def _strings(value: Any) -> tuple[str, ...]:
+    """Stop strings; one may come alone."""
+    if isinstance(value, str):
+        value = (value,)
+    if isinstance(value, np.ndarray) and value.ndim == 1:
+        value = value.tolist()
+    if not isinstance(value, (Sequence, AbstractSet)) or isinstance(value, _BYTES_OR_TEXT):
+        raise ValueError(f"got {shorten(value)}")
+    for one in value:
+        if not isinstance(one, str) or not _is_text(one):
+            raise ValueError(f"got {shorten(one)}")
+    if not all(value):
+        raise ValueError("a stop string is empty")
+    return tuple(map(str, value))
+
+
+def _is_text(text: str) -> bool:
+    """Whether it is Unicode that can be written, so without lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _biases(value: Any) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"got {shorten(value)}")
+    biases: dict[int, float] = {}
+    for key, given in value.items():
+        id, bias = _plain(key), _plain(given)
+        if not _is_whole(id):
+            raise ValueError(f"got the id {shorten(key)}")
+        is_number = isinstance(bias, float) or _is_whole(bias)
+        if not is_number or not (bias == -np.inf or abs(bias) <= _MAX_FLOAT32):
+            raise ValueError(f"got {shorten(given)} for the id {id}")
+        biases[int(id)] = float(bias)
+    return biases
+
+
+def _processors(value: Any) -> tuple[LogitsProcessor, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"got {shorten(value)}")
+    for one in value:
+        if not callable(one):
+            raise ValueError(f"got {shorten(one)}")
+    return tuple(value)
+
+
+def _temperature(value: float) -> float:
+    if value != 0.0 and not MIN_TEMPERATURE <= value <= MAX_TEMPERATURE:
+        raise ValueError(f"got {value}")
+    return value
+
+
+def _fold_seed(value: Any) -> int | None:
+    """A seed of any size as the 64 bits with a sign that the noise is made of; small ones stay."""
+    value = _plain(value)
+    if value is None:
+        return None
+    if not _is_whole(value):
+        raise ValueError(f"got {shorten(value)}")
+    return int((value + 2**63) % 2**64 - 2**63)
+
+
+_Whole = Annotated[int, BeforeValidator(_plain)]
+_Number = Annotated[float, BeforeValidator(_plain), Field(allow_inf_nan=False)]
+_Switch = Annotated[bool, BeforeValidator(_plain)]
+_Ids = Annotated[tuple[int, ...], PlainValidator(token_ids)]
+_IdSet = Annotated[frozenset[int], PlainValidator(_id_set)]
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+class RequestSettings(BaseModel):
+    """The settings of a request beside its prompt; a default asks for nothing.
+
+    sampling: how a stochastic draft is judged; auto is `invariant` where a seed is given and
+    `residual` otherwise, and greedy at temperature 0. stop_token_ids: ids that end the answer in
+    addition to the model's own end, which `ignore_eos` leaves out. From logit_bias on they are the
+    fields of `LogitRules`. A field's description is what its value must be, as messages say it.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    max_new_tokens: _Whole = Field(default=256, ge=1, description="a whole number, at least 1")
+    temperature: Annotated[_Number, AfterValidator(_temperature)] = Field(
+        default=0.0,
+        description=f"0 (greedy) or a number from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}",
+    )
+    top_k: _Whole = Field(default=0, ge=0, description="a whole number, 0 (off) or more")
+    top_p: _Number = Field(default=1.0, gt=0, le=1, description="a number in (0, 1]")
+    min_p: _Number = Field(default=0.0, ge=0, lt=1, description="a number in [0, 1)")
+    seed: Annotated[int | None, PlainValidator(_fold_seed)] = Field(
+        default=None, description="a whole number, or None for one drawn at random"
+    )
+    sampling: Literal["auto", "greedy", "residual", "block", "invariant"] = Field(
+        default="auto", description="auto, greedy, residual, block or invariant"
+    )
+    stop: Annotated[tuple[str, ...], PlainValidator(_strings)] = Field(
+        default=(), description="a string or a list of strings, none of them empty"
+    )
+    ignore_eos: _Switch = Field(default=False, description="True or False")
+    stop_token_ids: _IdSet = Field(
+        default=frozenset(), description="a collection of token ids, whole numbers"
+    )
+    drafter: str = Field(default=AUTO, description="the name of a drafter, a string")
+    logprobs: _Switch = Field(default=False, description="True or False")
+
+    logit_bias: Annotated[dict[int, float], PlainValidator(_biases)] = Field(
+        default_factory=dict,
+        description="a mapping from token ids to numbers, finite or -inf (a ban)",
+    )
+    repetition_penalty: _Number = Field(
+        default=1.0, ge=1e-3, le=1e3, description="a number from 0.001 to 1000, 1 (off)"
+    )
+    repetition_scope: PenaltyScope = Field(default="all", description="all or output")
+    presence_penalty: _Number = Field(
+        default=0.0, ge=-1e6, le=1e6, description="a number from -1e6 to 1e6, 0 (off)"
+    )
+    frequency_penalty: _Number = Field(
+        default=0.0, ge=-1e6, le=1e6, description="a number from -1e6 to 1e6, 0 (off)"
+    )
+    presence_scope: PenaltyScope = Field(default="output", description="all or output")
+    no_repeat_ngram_size: _Whole = Field(
+        default=0, ge=0, description="a whole number, 0 (off) or more"
+    )
+    min_new_tokens: _Whole = Field(default=0, ge=0, description="a whole number, 0 (off) or more")
+    suppress_tokens: _IdSet = Field(
+        default=frozenset(), description="a collection of token ids, whole numbers"
+    )
+    forced_tokens: _Ids = Field(default=(), description="a sequence of token ids, whole numbers")
+    processors: Annotated[tuple[Callable[..., Any], ...], PlainValidator(_processors)] = Field(
+        default=(), description="a list of functions (input_ids, scores) -> scores"
+    )
+
+    @model_validator(mode="after")
+    def _agree(self) -> RequestSettings:
+        if self.temperature == 0.0:
+            filters = {"top_k": self.top_k != 0, "top_p": self.top_p != 1.0}
+            filters["min_p"] = self.min_p != 0.0
+            given = [name for name, is_set in filters.items() if is_set]
+            if given:
+                raise ValueError(
+                    f"{', '.join(given)} given with temperature 0, where the most likely token is "
+                    "always taken; set a temperature above 0 or drop it"
+                )
+            if self.sampling not in ("auto", "greedy"):
+                raise ValueError(
+                    f"sampling method '{self.sampling}' given with temperature 0; "
+                    "set a temperature above 0 or leave the method out"
+                )
+        elif self.sampling == "greedy":
+            raise ValueError(
+                f"sampling method 'greedy' needs temperature 0, not {self.temperature:g}; drop one"
+            )
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens {self.min_new_tokens} is above max_new_tokens "
+                f"{self.max_new_tokens}; lower it or raise the other"
+            )
+        return self
+
+    @classmethod
+    def read(cls, settings: Mapping[str, Any]) -> RequestSettings:
+        """Validate settings by name; the first mistake becomes a RequestError of one line."""
+        try:
+            return cls.model_validate(settings)
+        except ValidationError as error:
+            raise RequestError(_explain(error)) from error
+
+    def sampling_params(self) -> SamplingParams:
+        method = self.sampling
+        if method == "auto":
+            method = "residual" if self.seed is None else "invariant"
+        return SamplingParams(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            seed=secrets.randbits(62) if self.seed is None else self.seed,
+            method="greedy" if self.temperature == 0.0 else method,
+        )
+
+    def logit_rules(self) -> LogitRules | None:
+        """The rules that were asked for; None where they would change nothing."""
+        given = self.model_fields_set.intersection(_RULES)
+        if not given:
+            return None
+        rules = LogitRules(**{name: getattr(self, name) for name in given})
+        return None if rules == _NO_RULES else rules
+
+    def request(
+        self, prompt_tokens: tuple[int, ...], id: str, eos: AbstractSet[int] = frozenset()
+    ) -> Request:
+        """The record of a prompt with these settings. eos: the model's own ends."""
+        stops = self.stop_token_ids if self.ignore_eos else self.stop_token_ids | eos
+        return Request(
+            id=check_id(id),
+            prompt_tokens=prompt_tokens,
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling_params(),
+            stop_token_ids=stops,
+            stop_strings=self.stop,
+            drafter=self.drafter,
+            rules=self.logit_rules(),
+            logprobs=self.logprobs,
+        )
+
+
+_RULES: Final = tuple(field.name for field in fields(LogitRules))
+_NO_RULES: Final = LogitRules()
+SETTINGS: Final = tuple(RequestSettings.model_fields)
+
+
+def _explain(error: ValidationError) -> str:
+    """The first mistake pydantic found, in one line."""
+    first = error.errors(include_url=False)[0]
+    location = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        return f"generation setting '{location[0]}' is not supported; there are: " + ", ".join(
+            SETTINGS
+        )
+    own = str(first["ctx"]["error"]) if first["type"] == "value_error" else None
+    if not location:  # a rule over several settings
+        return own or first["msg"]
+    allowed = RequestSettings.model_fields[location[0]].description
+    return f"{location[0]} must be {allowed}; {own or 'got ' + shorten(first['input'])}"
+
+
+def check_id(id: object) -> str:
+    if not isinstance(id, str):
+        raise RequestError(f"id must be a string; got {shorten(id)}")
+    return id
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+_PROMPTS: Final = "a string, token ids, one message or a list of messages"
+
+
+def read_prompt(prompt: Any) -> str | tuple[int, ...] | list[dict[str, Any]]:
+    """A prompt as text, as token ids or as messages. Raises RequestError for anything else."""
+    if isinstance(prompt, str):
+        if not _is_text(prompt):
+            raise RequestError(
+                f"prompt holds a lone surrogate, which is no text: {shorten(prompt)}; "
+                "decode it with errors='replace'"
+            )
+        return prompt
+    if isinstance(prompt, Mapping):
+        return [_message(prompt)]
+    first = prompt[0] if isinstance(prompt, (list, tuple)) and prompt else None
+    if isinstance(first, Mapping):
+        return [_message(message) for message in prompt]
+    if isinstance(first, str):
+        raise RequestError(
+            f"prompt must be {_PROMPTS}; got a list of strings (`generate` takes several prompts)"
+        )
+    if isinstance(prompt, AbstractSet):  # its order would be anybody's guess
+        raise RequestError(f"prompt must be {_PROMPTS}; got {shorten(prompt)}")
+    return prompt_ids(prompt)
+
+
+def prompt_ids(prompt: Any) -> tuple[int, ...]:
+    """A prompt that is token ids. Raises RequestError for anything else."""
+    try:
+        return token_ids(prompt)
+    except ValueError as error:
+        raise RequestError(
+            f"prompt must be {_PROMPTS}, ids as whole numbers in one dimension; {error}"
+        ) from error
+
+
+def _message(message: Any) -> dict[str, Any]:
+    """A chat message with a role and content; more keys are the template's affair."""
+    if not isinstance(message, Mapping) or not all(isinstance(key, str) for key in message):
+        raise RequestError(
+            f"a message must be a mapping such as {{'role': 'user', 'content': 'Hello'}}; got "
+            f"{shorten(message)}"
+        )
+    if not isinstance(message.get("role"), str):
+        raise RequestError(
+            f"a message needs 'role', a string such as 'user'; got {shorten(dict(message))}"
+        )
+    content = message.get("content")
+    calls_tools = content is None and bool(message.get("tool_calls"))
+    if not (isinstance(content, (str, list)) or calls_tools):
+        raise RequestError(
+            f"a message needs 'content', a string or a list of parts; got {shorten(dict(message))}"
+        )
+    if isinstance(content, str) and not _is_text(content):
+        raise RequestError(
+            f"a message holds a lone surrogate, which is no text: {shorten(content)}; decode it "
+            "with errors='replace'"
+        )
+    return dict(message)
+
+
+# --- records made by hand -------------------------------------------------------------------------
+
+
+def read_request(request: Request) -> Request:
+    """A record made by hand as the schema would have made it. Raises RequestError."""
+    if not isinstance(request, Request):
+        raise RequestError(f"a request must be a `Request`; got {shorten(request)}")
+    sampling, rules = request.sampling, request.rules
+    if rules is not None and not isinstance(rules, LogitRules):
+        raise RequestError(f"rules must be `LogitRules` or None; got {shorten(rules)}")
+    settings: dict[str, Any] = {
+        "max_new_tokens": request.max_new_tokens,
+        **({} if sampling is GREEDY else _sampling_settings(sampling)),
+        "stop": request.stop_strings,
+        "stop_token_ids": request.stop_token_ids,
+        "drafter": request.drafter,
+        "logprobs": request.logprobs,
+    }
+    if rules is not None:
+        settings |= {name: getattr(rules, name) for name in _RULES}
+    read = RequestSettings.read(settings).request(prompt_ids(request.prompt_tokens), request.id)
+    return replace(read, sampling=GREEDY) if sampling is GREEDY else read
+
+
+def check_sampling(sampling: SamplingParams) -> SamplingParams:
+    """Sampling parameters made by hand as the schema would have made them. Raises RequestError."""
+    return RequestSettings.read(_sampling_settings(sampling)).sampling_params()
+
+
+def _sampling_settings(sampling: SamplingParams) -> dict[str, Any]:
+    if not isinstance(sampling, SamplingParams):
+        raise RequestError(f"sampling must be `SamplingParams`; got {shorten(sampling)}")
+    values = {field.name: getattr(sampling, field.name) for field in fields(SamplingParams)}
+    if values["seed"] is None:  # only a setting may leave it to chance
+        raise RequestError("seed must be a whole number; got None")
+    values["sampling"] = values.pop("method")
+    return values
