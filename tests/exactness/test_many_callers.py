@@ -94,8 +94,8 @@ def nothing_is_left(pace: Pace) -> bool:
     """After one more request, in whose rounds whatever was cancelled has ended."""
     pace.complete("the last one", drafter="none", max_new_tokens=2)
     engine, cache = pace.engine, pace.parts.target.cache
-    held = [engine.num_rows, engine.num_waiting, len(pace.driver._mail)]
-    return held == [0, 0, 0] and len(cache._free) == cache._num_slots
+    held = [engine.num_rows, engine.num_waiting, len(pace.driver._mail), cache.num_rows]
+    return held == [0, 0, 0, 0]
 
 
 def in_threads(number: int, act: Callable[[], None]) -> list[threading.Thread]:

@@ -79,7 +79,7 @@ def ask(arm: str, sampling: SamplingParams = GREEDY, n: int = N) -> Request:
 
 
 def slots_in_use() -> int:
-    return TARGET.cache._num_slots - len(TARGET.cache._free)
+    return TARGET.cache.num_rows
 
 
 def serve(engine: Engine, *requests: Request) -> dict[str, Completion]:

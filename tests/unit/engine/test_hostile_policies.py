@@ -66,7 +66,7 @@ def serve(engine: Engine, *arms: str) -> list[Completion]:
         for progress in engine.step():
             if progress.completion is not None:
                 done[progress.ticket] = progress.completion
-    assert engine.num_rows == 0 and TARGET.cache._num_slots == len(TARGET.cache._free)
+    assert engine.num_rows == 0 and TARGET.cache.num_rows == 0
     return [done[ticket] for ticket in tickets]
 
 
