@@ -15,10 +15,10 @@ from paceline.models import own_attention
 from paceline.models.language_model import (
     LanguageModel,
     cache_bytes_per_position,
-    check_packed_forward,
 )
 from paceline.models.output_head import OutputHead
 from paceline.models.packing import Span
+from paceline.models.self_checks import check_packed_forward
 from paceline.testing.tiny_models import ARCHITECTURES, FAMILIES, tiny_model
 
 if TYPE_CHECKING:
