@@ -217,8 +217,71 @@ def test_a_drafter_without_room_in_its_cache_does_not_draft() -> None:
 
     first, second = (pace.request([1] * 55, str(i), **settings) for i in range(2))
     pace.engine.submit(first)
-    for _ in range(6):  # it has more cached than two rows may have each
+    for _ in range(3):  # it has more cached than two rows may have each
         pace.engine.step()
         check()
+    assert pace.engine.num_rows == 1
     done = run(pace.engine, [second], check)
     assert all(c.error is None for c in done.values())
+
+
+def test_slots_that_stand_empty_count_too() -> None:
+    """A row in the last slot keeps those before it in the storage."""
+    pace = pace_with(max_rows=3, max_positions=600)
+    settings: dict[str, Any] = {"drafter": "none", "ignore_eos": True}
+    lengths = [2, 2, 60]
+    requests = [
+        pace.request([1], str(i), max_new_tokens=n, **settings) for i, n in enumerate(lengths)
+    ]
+    for request in requests:
+        pace.engine.submit(request)
+    for _ in range(4):
+        pace.engine.step()
+    assert (pace.engine.num_rows, pace.engine.target.cache.num_slots) == (1, 3)
+
+    cache = pace.engine.target.cache
+    long = pace.request([1] * 250, "long", max_new_tokens=8, **settings)  # two fit, three do not
+    run(pace.engine, [long], lambda: held(cache) <= 600 or pytest.fail(str(held(cache))))
+
+
+def megabytes(units: int) -> tuple[Pace, Any, int]:
+    """A pace whose drafters may hold so many stretches of 128 positions, and its check."""
+    near, far = (tiny_model("llama", seed=s, context=CONTEXT) for s in (1, 2))
+    one = pace_with({"near": near}).parts.drafters["near"].state_bytes([128])
+    pace = pace_with({"near": near, "far": far}, max_rows=4, max_drafter_mb=units * one / 1e6)
+    drafters: list[Any] = [pace.parts.drafters[name] for name in ("near", "far")]
+
+    def check() -> None:
+        assert sum(drafter.model.cache.num_bytes() for drafter in drafters) <= units * one
+
+    return pace, check, one
+
+
+def test_what_a_long_row_held_is_there_for_another_drafter() -> None:
+    pace, check, _ = megabytes(9)
+    long = pace.request([1] * 400, "long", drafter="near", max_new_tokens=3)
+    short = pace.request([1] * 5, "short", drafter="near", max_new_tokens=100, ignore_eos=True)
+    pace.engine.submit(long)
+    pace.engine.submit(short)
+    while pace.engine.num_rows != 1:
+        pace.engine.step()
+        check()
+
+    other = pace.request([1] * 400, "other", drafter="far", max_new_tokens=3)
+    assert run(pace.engine, [other], check)["other"].drafter == "far"
+
+
+def test_a_drafters_empty_slots_count_too() -> None:
+    pace, check, _ = megabytes(9)
+    settings: dict[str, Any] = {"drafter": "near", "ignore_eos": True}
+    for i, n in enumerate((2, 2, 100)):
+        pace.engine.submit(pace.request([1] * 5, str(i), max_new_tokens=n, **settings))
+    for _ in range(4):
+        pace.engine.step()
+        check()
+    assert pace.engine.num_rows == 1
+
+    long = pace.request(
+        [1] * 400, "long", max_new_tokens=3, **settings
+    )  # of three slots, not of two
+    assert run(pace.engine, [long], check)["long"].decision.policy == "no memory for near"

@@ -204,6 +204,19 @@ def test_no_stochastic_draft_goes_beyond_a_place_without_a_token(method: str, pl
     assert row.error is not None and len(verdict.path) == place
 
 
+def test_a_place_without_a_token_does_not_weigh_on_the_tokens_before_it() -> None:
+    """Block verification looks one place ahead; there the draft ends."""
+    logits = torch.zeros(3, 2)
+    logits[1] = NAN
+    probs = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    kept = 0
+    for seed in range(200):
+        row = row_of(temperature=1.0, sampling="block", seed=seed)
+        [verdict] = judge([row], [Draft([0, 0], probs=probs)], logits)
+        kept += len(verdict.path)
+    assert 70 < kept < 130  # p/q is a half
+
+
 def test_the_judge_of_a_device_says_the_same() -> None:
     """The paths of other devices, run here: `_draw_everywhere` and the race over all places."""
     logits = torch.zeros(3, 6)
