@@ -101,6 +101,4 @@ def _share(ranges: list[tuple[int, int]], room: int) -> list[int]:
         least[widest] = max(_LEAST, least[widest] + spare)
         return least
     total = max(1, sum(wanted))
-    return [
-        low + min(want, spare * want // total) for low, want in zip(least, wanted, strict=True)
-    ]
+    return [low + min(want, spare * want // total) for low, want in zip(least, wanted, strict=True)]

@@ -87,6 +87,7 @@ class Engine:
         self.target = target
         self.drafters = dict(drafters)
         self.choose = choose
+        self.why_no_policy = "none is loaded; give `load` one"
         self.on_complete = on_complete
         self.prefixes = PrefixStore(prefix_positions)
         self._decode = decode
@@ -244,8 +245,8 @@ class Engine:
         check_request(request, self.target, self.drafters, self._max_positions)
         if request.drafter == AUTO and self.choose is None:
             raise RequestError(
-                "drafter 'auto' needs a policy and none is loaded; run `paceline learn`, or "
-                f"name a drafter: {', '.join(self.drafters)}"
+                f"drafter 'auto' needs a policy: {self.why_no_policy}, or name a drafter: "
+                f"{', '.join(self.drafters)}"
             )
 
     # --- admission and prefill --------------------------------------------------------------------

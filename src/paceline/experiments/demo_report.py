@@ -27,7 +27,9 @@ _COLOURS: Final = (
 def table(result: DemoResult) -> BandedTable:
     """Speed: a row for every arm, a column for every task and one for all."""
     shown = _by_task("tokens/s, and the speed-up over none", result)
-    shown.caption = "oracle: per request the arm that replay predicts to be fastest, its clocked time"
+    shown.caption = (
+        "oracle: per request the arm that replay predicts to be fastest, its clocked time"
+    )
     for method, style in _methods(result).items():
         cells = [by_method[method] for by_method in result.cells.values()]
         speeds = [f"{cell.tokens_per_second:.0f} {cell.speedup:.2f}x" for cell in cells]
