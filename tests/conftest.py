@@ -53,6 +53,14 @@ def _quick_cost_tables() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def short_trainings() -> Iterator[None]:
+    """For tests that learn a policy and do not ask how well it chooses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("paceline.learning.learners.acceptance._STEPS", 24)
+        yield
+
+
 @pytest.fixture(scope="session")
 def zoo_target() -> Parts:
     """The zoo's target in float32, with whatever trained drafters lie beside it, loaded once."""

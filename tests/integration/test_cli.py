@@ -16,6 +16,7 @@ import yaml
 from paceline.cli import main
 from paceline.experiments.demo_prompts import load_written
 from paceline.store.collection import load_collection
+from paceline.testing import HANGS
 
 ZOO = Path(__file__).parents[2] / "zoo"
 
@@ -318,11 +319,11 @@ def test_ctrl_c_while_collecting_loses_nothing_that_was_finished(
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     first_shard = tmp_path / "runs/collection/trajectories/shard-00000.parquet"
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + HANGS
     while not first_shard.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=200)
+    _, error = process.communicate(timeout=HANGS)
     assert process.returncode == 130
     assert b"Traceback" not in error and b"interrupted" in error
     kept = len(list(first_shard.parent.glob("shard-*.parquet")))

@@ -43,9 +43,8 @@ def literals(path: Path) -> Iterator[tuple[int, str]]:
             inside.update(id(part) for part in ast.walk(node) if part is not node)
             parts = (p.value if isinstance(p, ast.Constant) else "X" for p in node.values)
             yield node.lineno, "".join(map(str, parts))
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if id(node) not in inside:
-                yield node.lineno, node.value
+        elif isinstance(node, ast.Constant) and id(node) not in inside:
+            yield node.lineno, str(node.value)
 
 
 @cache
@@ -228,7 +227,7 @@ def test_what_the_demo_prints_to_try_next_runs(
     code, text = run("demo", "-c", config, "--out", out, *sizes)
     assert code == 0, text
     names = [line[1:].split() for line in text.splitlines() if line.startswith("│")]
-    assert LONG_NAME in {name for name, *_ in names} and "math" in text
+    assert LONG_NAME in {name.partition("@")[0] for name, *_ in names}
     steps = [
         shlex.split(line.removeprefix("  paceline "))
         for line in text.partition("Try next:")[2].splitlines()
