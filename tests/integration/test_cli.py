@@ -110,8 +110,11 @@ def test_the_main_job_runs_verb_by_verb(
     assert "block efficiency" in shown.err
 
     # another machine's costs: the policy is priced with them
-    assert run(monkeypatch, "profile", "-c", config) == 0
-    capsys.readouterr()
+    costs = config.parent / "runs/costs.json"
+    table = json.loads(costs.read_text())
+    for measured in table["measurements"]:
+        measured["seconds"] *= 2.0 if measured["subject"] == "target" else 1.0
+    costs.write_text(json.dumps(table))
     assert run(monkeypatch, "evaluate", "-c", config, "--json") == 0
     again = json.loads(capsys.readouterr().out)
     assert again["circumstances"]["cost table"] != report["circumstances"]["cost table"]
@@ -156,32 +159,6 @@ def test_flags_of_collect_that_cannot_be_are_refused(
     monkeypatch.setenv("COLUMNS", "300")
     assert run(monkeypatch, "collect", prompts, "-c", config, *flags) == 2
     assert message in capsys.readouterr().err
-
-
-def test_a_policy_for_other_drafters_is_refused(
-    config: Path,
-    prompts: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    for verb in (
-        ("collect", prompts, "-c", config, "--max-new-tokens", "16"),
-        ("profile", "-c", config),
-        ("learn", "-c", config),
-    ):
-        assert run(monkeypatch, *verb) == 0
-    raw = yaml.safe_load(config.read_text())
-    raw["drafters"]["lookup"]["settings"]["num_draft_tokens"] = 3
-    config.write_text(yaml.safe_dump(raw))
-    capsys.readouterr()
-    assert run(monkeypatch, "generate", "hello", "-c", config) == 2
-    message = capsys.readouterr().err
-    assert "lookup" in message and "paceline learn" in message
-    raw["drafters"]["lookup"]["settings"]["num_draft_tokens"] = 6
-    raw["drafters"]["copy"] = {"kind": "prompt_lookup", "settings": {}}
-    config.write_text(yaml.safe_dump(raw))
-    assert run(monkeypatch, "learn", "-c", config) == 2
-    assert "paceline collect" in capsys.readouterr().err
 
 
 def test_collect_leaves_out_broken_lines_only_when_told(

@@ -116,7 +116,9 @@ def _why_not_auto(config: Config, vocabulary: Vocabulary, facts: ModelFacts) -> 
     try:
         card = read_card(folder)
         lines = {
-            name: _line(section.kind, check_settings(name, section), card.drafters.get(name, ""))
+            name: line_before_weights(
+                section.kind, check_settings(name, section), card.drafters.get(name, "")
+            )
             for name, section in config.drafters.items()
         }
         expect = PolicyIdentity(
@@ -132,7 +134,7 @@ def _why_not_auto(config: Config, vocabulary: Vocabulary, facts: ModelFacts) -> 
     return None
 
 
-def _line(kind: str, settings: BaseModel, recorded: str) -> str:
+def line_before_weights(kind: str, settings: BaseModel, recorded: str) -> str:
     """A drafter's identity line: what its settings say, and the rest as it was recorded.
 
     A kind from outside the catalogue may say of itself what it likes: its line is as recorded.

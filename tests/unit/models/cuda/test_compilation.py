@@ -12,6 +12,8 @@ import sys
 
 import pytest
 
+from paceline.testing import HANGS
+
 pytest.importorskip("triton")
 
 # the least shared memory of a block among devices of compute capability 8 and 9

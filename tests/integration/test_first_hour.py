@@ -1,4 +1,6 @@
-"""Commands that the program tells its user to run: they parse, they run as printed, they lead on."""
+"""The first hour at the command line: what the program advises runs as printed and leads on; a policy
+that does not fit stops only what needs it; tables can be read in 80 columns.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +8,26 @@ import ast
 import json
 import re
 import shlex
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import typer
 import yaml
 
+import paceline
+from paceline.assembly import build_from_objects
+from paceline.bench.doctor import line_before_weights
 from paceline.cli import main
 from paceline.cli.app import app
+from paceline.config import Config, ModelSection, load_config
+from paceline.contracts import NONE, PromptRecord, identity_of_arms
+from paceline.errors import ArtefactError, RequestError
+from paceline.testing.examples import EXAMPLES
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
 
@@ -114,8 +125,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(models: Path, tmp_path: Path) -> Path:
     """A configuration in a folder of its own, whose name a shell would split, with long names in it."""
-    path = tmp_path / "my models" / "some.yaml"
-    path.parent.mkdir()
+    folder = tmp_path / "my models"
+    folder.mkdir()
+    return write_config(folder / "some.yaml", models)
+
+
+def write_config(path: Path, models: Path) -> Path:
     near = {"model": str(models / "near"), "num_draft_tokens": 4}
     raw = {
         "target": {"model": str(models / "target"), "dtype": "float32"},
@@ -243,3 +258,128 @@ def test_what_the_demo_prints_to_try_next_runs(
     code, text = run(*demo, *sizes)
     assert code == 0, text
     assert (tmp_path / "elsewhere" / "demo-output" / "paceline.yaml").is_file()
+
+
+# --- a policy that does not fit ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def everything(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a configuration with a collection, costs and a policy."""
+    folder = tmp_path_factory.mktemp("learned")
+    path = write_config(folder / "some.yaml", models)
+    settings = load_config(path)
+    tasks = ("math", "code")
+    records = [PromptRecord(f"{t}{i}", t, f"{t} {i} " + "ab " * i) for t in tasks for i in range(8)]
+    paceline.collect(settings, records, 8)
+    paceline.profile(settings)
+    paceline.learn(settings)
+    return folder
+
+
+@pytest.fixture
+def learned(everything: Path, tmp_path: Path) -> Path:
+    """Its configuration in a copy of it."""
+    return shutil.copytree(everything, tmp_path / "my models") / "some.yaml"
+
+
+def other_length(raw: dict[str, Any], folder: Path) -> None:
+    raw["drafters"]["lookup"]["settings"]["num_draft_tokens"] = 3
+
+
+def another_drafter(raw: dict[str, Any], folder: Path) -> None:
+    raw["drafters"]["copy"] = {"kind": "prompt_lookup", "settings": {}}
+
+
+def no_costs(raw: dict[str, Any], folder: Path) -> None:
+    (folder / "runs" / "costs.json").unlink()
+
+
+def a_guard_and_no_costs(raw: dict[str, Any], folder: Path) -> None:
+    raw["selection"] = {"guard": True}
+    no_costs(raw, folder)
+
+
+def a_damaged_card(raw: dict[str, Any], folder: Path) -> None:
+    (folder / "runs" / "policy" / "policy.json").write_text("{")
+
+
+def damaged_weights(raw: dict[str, Any], folder: Path) -> None:
+    (folder / "runs" / "policy" / "policy.safetensors").write_bytes(b"no weights")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason", "advice"),
+    [
+        (other_length, "another drafter 'lookup'", "learn"),
+        (another_drafter, "it does not know copy", "learn"),
+        (no_costs, "cost table", "profile"),
+        (a_guard_and_no_costs, "cost", "profile"),
+        (a_damaged_card, "damaged", "learn"),
+        (damaged_weights, "damaged", "learn"),
+    ],
+)
+def test_a_policy_that_does_not_fit_stops_only_requests_that_leave_the_choice_to_it(
+    spoil: Callable[[dict[str, Any], Path], None],
+    reason: str,
+    advice: str,
+    learned: Path,
+    run: Callable[..., tuple[int, str]],
+) -> None:
+    raw = yaml.safe_load(learned.read_text())
+    spoil(raw, learned.parent)
+    learned.write_text(yaml.safe_dump(raw))
+    request = ("generate", "ab ab", "--max-new-tokens", "3", "-c", learned)
+
+    for drafter in ("none", "lookup", LONG_NAME):
+        code, text = run(*request, "-d", drafter)
+        assert code == 0 and text.count("note: no policy is used") == 1 and reason in text, text
+    code, text = run(*request)
+    assert code == 2 and "drafter 'auto' needs a policy" in text and reason in text
+    assert [advice, "--config", str(learned)] in advised(text)
+    assert len(text.strip().splitlines()) == 1
+    # named by the user, it is wanted
+    policy = learned.parent / "runs" / "policy"
+    code, text = run(*request, "-d", "none", "--policy", policy)
+    assert code == 2 and reason in text
+    # and the doctor knows before weights are read
+    code, text = run("doctor", "-c", learned)
+    assert code == 0 and "drafter 'auto' cannot be used" in text and reason in text, text
+    assert "'auto' can be used" not in text
+    # in Python the same
+    pace = paceline.load(learned)
+    assert any(reason in note for note in pace.notes)
+    assert pace.complete("ab", drafter="none", max_new_tokens=2).token_ids
+    with pytest.raises(RequestError, match=reason):
+        pace.complete("ab")
+    with pytest.raises(ArtefactError, match=reason):
+        paceline.load(learned, policy=policy)
+
+
+def test_drafters_that_were_not_collected_cannot_be_learned_from(
+    learned: Path, run: Callable[..., tuple[int, str]]
+) -> None:
+    raw = yaml.safe_load(learned.read_text())
+    another_drafter(raw, learned.parent)
+    learned.write_text(yaml.safe_dump(raw))
+    code, text = run("learn", "-c", learned)
+    assert code == 2 and ["collect", "PROMPTS", "--config", str(learned)] in advised(text)
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_the_doctor_reads_of_a_drafter_what_it_says_of_itself(kind: str) -> None:
+    parts = build_from_objects(
+        tiny_model(), byte_tokenizer(), {}, Config(target=ModelSection(model="in memory"))
+    )
+    drafter = EXAMPLES[kind]("own", parts.surroundings())
+    recorded = identity_of_arms({"own": drafter.identity()})["own"]
+    settings = SimpleNamespace(num_draft_tokens=drafter.num_draft_tokens)
+    assert line_before_weights(kind, settings, recorded) == recorded  # type: ignore[arg-type]
+    if kind != NONE:
+        settings.num_draft_tokens += 1
+        changed = identity_of_arms(
+            {"own": {**drafter.identity(), "num_draft_tokens": settings.num_draft_tokens}}
+        )["own"]
+        assert line_before_weights(kind, settings, recorded) == changed  # type: ignore[arg-type]
+    was = recorded.replace(f"kind={kind}", "kind=another", 1)
+    assert line_before_weights(kind, drafter, was) == recorded  # type: ignore[arg-type]
