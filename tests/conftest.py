@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ import torch
 from paceline.assembly import Parts, build
 from paceline.config import Config, DrafterSection, ModelSection
 from paceline.contracts import PromptRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parents[1]
 ZOO = ROOT / "zoo"
@@ -38,6 +43,22 @@ def _one_thread() -> None:
     for each other cost minutes; the suite runs in two processes instead.
     """
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_cost_tables() -> Iterator[None]:
+    """A cost table is measured with the fewest repeats: no test depends on how exact it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.import_module("paceline.bench.profile"), "BUDGET", 0.0)
+        yield
+
+
+@pytest.fixture(scope="module")
+def short_trainings() -> Iterator[None]:
+    """For tests that learn a policy and do not ask how well it chooses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("paceline.learning.learners.acceptance._STEPS", 24)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ from paceline.selection import (
 )
 from paceline.selection.artefact import read_card
 from paceline.selection.drift import RANGE_FILE, DriftAlarm, TrainingRange
-from paceline.store import DecisionLog, LogHeader
+from paceline.store import DecisionLog, LogHeader, is_collection
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
@@ -341,8 +341,10 @@ def load(
 
     Either a configuration (a path to paceline.yaml, or a `Config`), or `target`, `tokenizer` and
     `drafters` as objects in memory. A learned policy is loaded from `policy`, by default from where
-    the configuration says, if it is there; without one, requests must name a drafter. A policy made
-    for other models raises ArtefactError; `with_policy=False` leaves it alone. Drafters that stop by
+    the configuration says, if it is there; without one, requests must name a drafter. So they must
+    where that one cannot be used (made for other models, without this machine's costs, damaged):
+    `notes` says why, and a request for `auto` is refused with the reason. One that is named with
+    `policy` raises ArtefactError instead; `with_policy=False` leaves it alone. Drafters that stop by
     expected gain are given the configuration's cost table; without one ArtefactError is raised.
     """
     if (config is None) == (target is None):
@@ -358,7 +360,33 @@ def load(
     _price(parts)
     folder = Path(policy) if policy is not None else parts.config.paths.policy
     if not with_policy or (policy is None and (target is not None or not is_policy(folder))):
-        return Pace(parts, on_complete=open_log(parts))
+        pace = Pace(parts, on_complete=open_log(parts))
+        if with_policy and target is None:
+            pace.engine.why_no_policy = steps_to_policy(parts.config)
+        return pace
+    try:
+        return _with_policy(parts, folder)
+    except ArtefactError as error:
+        if policy is not None:
+            raise
+        pace = Pace(parts, on_complete=open_log(parts), notes=[f"no policy is used: {error}"])
+        pace.engine.why_no_policy = str(error)
+        return pace
+
+
+def steps_to_policy(config: Config) -> str:
+    """That there is no policy yet, and the commands that lead from what there is to one."""
+    paths = config.paths
+    steps = ["`paceline learn`"]
+    if not paths.costs.is_file():
+        steps.insert(0, "`paceline profile`")
+    if not is_collection(paths.store):
+        steps.insert(0, "`paceline collect PROMPTS`")
+    return f"there is none in {paths.policy} yet; run {', then '.join(steps)}"
+
+
+def _with_policy(parts: Parts, folder: Path) -> Pace:
+    """Parts with the policy of a folder. Raises ArtefactError if it cannot be used with them."""
     loaded = _policy(parts, folder)
     watched = TrainingRange.load(folder) if (folder / RANGE_FILE).is_file() else None
     watch = watch_for(parts, loaded.arms, objective=loaded.objective)

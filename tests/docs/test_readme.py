@@ -20,6 +20,9 @@ SHELL = "".join(text for language, text in FENCED if language == "")
 COMMANDS = sorted(set(re.findall(r"^paceline ([\w-]+)", SHELL, flags=re.MULTILINE)))
 
 
+pytestmark = pytest.mark.usefixtures("short_trainings")
+
+
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the bundled configuration, two drafters of it, and a few prompts."""

@@ -21,9 +21,7 @@ SETTINGS: dict[SamplingParams, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize(
-    "per_task", [1, pytest.param(20, marks=[pytest.mark.wide, pytest.mark.timeout(1800)])]
-)
+@pytest.mark.parametrize("per_task", [1, pytest.param(20, marks=pytest.mark.wide)])
 def test_rounds_predicted_by_replay_are_those_of_a_real_run(
     zoo_target: Parts, per_task: int, sampling: SamplingParams
 ) -> None:

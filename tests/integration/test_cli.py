@@ -16,6 +16,7 @@ import yaml
 from paceline.cli import main
 from paceline.experiments.demo_prompts import load_written
 from paceline.store.collection import load_collection
+from paceline.testing import HANGS
 
 ZOO = Path(__file__).parents[2] / "zoo"
 
@@ -109,8 +110,11 @@ def test_the_main_job_runs_verb_by_verb(
     assert "block efficiency" in shown.err
 
     # another machine's costs: the policy is priced with them
-    assert run(monkeypatch, "profile", "-c", config) == 0
-    capsys.readouterr()
+    costs = config.parent / "runs/costs.json"
+    table = json.loads(costs.read_text())
+    for measured in table["measurements"]:
+        measured["seconds"] *= 2.0 if measured["subject"] == "target" else 1.0
+    costs.write_text(json.dumps(table))
     assert run(monkeypatch, "evaluate", "-c", config, "--json") == 0
     again = json.loads(capsys.readouterr().out)
     assert again["circumstances"]["cost table"] != report["circumstances"]["cost table"]
@@ -155,32 +159,6 @@ def test_flags_of_collect_that_cannot_be_are_refused(
     monkeypatch.setenv("COLUMNS", "300")
     assert run(monkeypatch, "collect", prompts, "-c", config, *flags) == 2
     assert message in capsys.readouterr().err
-
-
-def test_a_policy_for_other_drafters_is_refused(
-    config: Path,
-    prompts: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    for verb in (
-        ("collect", prompts, "-c", config, "--max-new-tokens", "16"),
-        ("profile", "-c", config),
-        ("learn", "-c", config),
-    ):
-        assert run(monkeypatch, *verb) == 0
-    raw = yaml.safe_load(config.read_text())
-    raw["drafters"]["lookup"]["settings"]["num_draft_tokens"] = 3
-    config.write_text(yaml.safe_dump(raw))
-    capsys.readouterr()
-    assert run(monkeypatch, "generate", "hello", "-c", config) == 2
-    message = capsys.readouterr().err
-    assert "lookup" in message and "paceline learn" in message
-    raw["drafters"]["lookup"]["settings"]["num_draft_tokens"] = 6
-    raw["drafters"]["copy"] = {"kind": "prompt_lookup", "settings": {}}
-    config.write_text(yaml.safe_dump(raw))
-    assert run(monkeypatch, "learn", "-c", config) == 2
-    assert "paceline collect" in capsys.readouterr().err
 
 
 def test_collect_leaves_out_broken_lines_only_when_told(
@@ -318,11 +296,11 @@ def test_ctrl_c_while_collecting_loses_nothing_that_was_finished(
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     first_shard = tmp_path / "runs/collection/trajectories/shard-00000.parquet"
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + HANGS
     while not first_shard.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=200)
+    _, error = process.communicate(timeout=HANGS)
     assert process.returncode == 130
     assert b"Traceback" not in error and b"interrupted" in error
     kept = len(list(first_shard.parent.glob("shard-*.parquet")))

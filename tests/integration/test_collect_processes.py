@@ -16,6 +16,7 @@ from paceline.collection.card import CARD_JSON, CARD_MD
 from paceline.config import load_config
 from paceline.experiments.pipeline import collect
 from paceline.store import load_collection, read_prompts
+from paceline.testing import HANGS
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
 
@@ -56,9 +57,14 @@ while left:
     pid = start("killed")
     # some way into the run by what it has written, then anywhere between two writes
     goal = shards("killed") + moments.randrange(1 + (total - shards("killed")) // (left + 1))
-    while shards("killed") < goal and not os.waitpid(pid, os.WNOHANG)[0]:
+    # an ended process is left to be waited for below, so that its id cannot be another's
+    ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    while shards("killed") < goal and os.waitid(os.P_PID, pid, ended) is None:
         time.sleep(0.001)
-    time.sleep(moments.random() * took / total)
+    # no further than to the next write, however much slower the first run was
+    until = time.monotonic() + moments.random() * took / total
+    while shards("killed") <= goal and time.monotonic() < until:
+        time.sleep(0.001)
     os.kill(pid, signal.SIGKILL)
     killed += os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
     left -= 1
@@ -110,7 +116,7 @@ def test_killed_at_random_moments_a_run_ends_as_one_that_was_not(
     ended = subprocess.run(
         [sys.executable, "-c", DRIVER, "5", *arguments],
         cwd=tmp_path, env={**os.environ, "NUM_KILLS": str(NUM_KILLS), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False, timeout=300,
+        capture_output=True, text=True, check=False, timeout=HANGS,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     # it was killed in the midst of the work, not before or after it

@@ -28,6 +28,7 @@ from paceline.config import Config, EngineSection, ModelSection
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
 from paceline.errors import ConfigError, DecodingError, RequestError
 from paceline.integrations import hf
+from paceline.testing import HANGS
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
 
@@ -292,7 +293,7 @@ def test_an_iterator_streamer_hears_the_end_even_of_a_call_that_is_refused(
     expected = byte_tokenizer().decode(llama.generate(**inputs, **settings)[0, 9:])
 
     def read(**extra: Any) -> str:
-        streamer = TextIteratorStreamer(byte_tokenizer(), skip_prompt=True, timeout=60)
+        streamer = TextIteratorStreamer(byte_tokenizer(), skip_prompt=True, timeout=HANGS)
         call = {**inputs, **settings, **extra, "streamer": streamer, "pace": pace}
 
         def run() -> None:

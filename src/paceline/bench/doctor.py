@@ -7,16 +7,18 @@ how many tokens a round must emit to break even.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
+from paceline.assembly import steps_to_policy
 from paceline.config import ModelSection
 from paceline.contracts import NONE
 from paceline.costs.table import CostTable
-from paceline.drafting.catalog import check_settings, find_kind
+from paceline.drafting.catalog import CATALOG, check_settings, find_kind
 from paceline.drafting.cross_vocabulary import CrossVocabularySettings, check_bridge
 from paceline.errors import ArtefactError, PacelineError, StoreError
 from paceline.models.language_model import cache_bytes_per_position
@@ -24,9 +26,13 @@ from paceline.models.loading import DTYPES, load_config, load_tokenizer, resolve
 from paceline.models.vocabulary import Vocabulary
 from paceline.replay import price_stops, rounds_of
 from paceline.rewards import request_seconds
+from paceline.selection import PolicyIdentity, is_policy, load_policy
+from paceline.selection.artefact import read_card
 from paceline.store.collection import load_collection
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from paceline.config import Config
     from paceline.drafting.base import Drafter
     from paceline.models.vocabulary import Tokenizer
@@ -42,6 +48,7 @@ class ModelFacts:
     cache_bytes_per_token: int
     context: int
     num_logits: int
+    hidden_size: int
 
 
 @dataclass(slots=True)
@@ -67,6 +74,7 @@ class DoctorReport:
     chat_template: bool
     drafters: list[DrafterCheck]
     notes: list[str] = field(default_factory=list)
+    why_not_auto: str | None = None  # None if, as far as can be seen, a policy can choose
 
     @property
     def problems(self) -> list[str]:
@@ -95,7 +103,49 @@ def doctor(config: Config) -> DoctorReport:
     report.notes += [note] if note else []
     for name in config.drafters:
         report.drafters.append(_check_drafter(config, name, tokenizer, facts, pay))
+    if not report.problems:
+        report.why_not_auto = _why_not_auto(config, vocabulary, facts)
     return report
+
+
+def _why_not_auto(config: Config, vocabulary: Vocabulary, facts: ModelFacts) -> str | None:
+    """Why no policy can choose, as far as that shows before weights are read."""
+    folder, path = config.paths.policy, config.paths.costs
+    if not is_policy(folder):
+        return steps_to_policy(config)
+    try:
+        card = read_card(folder)
+        lines = {
+            name: line_before_weights(
+                section.kind, check_settings(name, section), card.drafters.get(name, "")
+            )
+            for name, section in config.drafters.items()
+        }
+        expect = PolicyIdentity(
+            target=card.target,
+            tokenizer=vocabulary.hash(),
+            hidden_size=facts.hidden_size,
+            drafters={NONE: card.drafters.get(NONE, ""), **lines},
+        )
+        costs = CostTable.load(path) if path.is_file() or config.selection.watches else None
+        load_policy(folder, expect, costs, selection=config.selection)
+    except ArtefactError as error:
+        return str(error)
+    return None
+
+
+def line_before_weights(kind: str, settings: BaseModel, recorded: str) -> str:
+    """A drafter's identity line: what its settings say, and the rest as it was recorded.
+
+    A kind from outside the catalogue may say of itself what it likes: its line is as recorded.
+    """
+    if kind not in CATALOG:
+        return recorded
+    line = re.sub(r"\bkind=[^,]*", f"kind={kind}", recorded, count=1)
+    length = getattr(settings, "num_draft_tokens", None)
+    if length is None:
+        return line
+    return re.sub(r"\bnum_draft_tokens=\d+", f"num_draft_tokens={length}", line, count=1)
 
 
 def model_facts(section: ModelSection) -> ModelFacts:
@@ -115,6 +165,7 @@ def model_facts(section: ModelSection) -> ModelFacts:
         cache_bytes_per_token=cache_bytes_per_position(raw, dtype),
         context=text.max_position_embeddings,
         num_logits=text.vocab_size,
+        hidden_size=text.hidden_size,
     )
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     Progress = Callable[[str, int, int], None]
 
+BUDGET: Final = 10.0  # seconds
 _FEWEST: Final = 3  # repeats of everything, so that one interruption is not in the median
 _FEWEST_OF_CHEAP, _MOST = 4, 20
 
@@ -35,12 +36,12 @@ _FEWEST_OF_CHEAP, _MOST = 4, 20
 def profile(
     source: Parts | Pace,
     on_progress: Progress = lambda stage, done, total: None,
-    budget: float = 10.0,
+    budget: float | None = None,
 ) -> CostTable:
     """Measure target and drafters on this machine.
 
-    budget: seconds to spend; three repeats are made however slow the models are, and more of the
-    cheap work, which is the noisier. on_progress(stage, done, total) counts sittings.
+    budget: seconds to spend, BUDGET by default; three repeats are made however slow the models are,
+    and more of the cheap work, which is the noisier. on_progress(stage, done, total) counts sittings.
     """
     parts = source.parts if isinstance(source, Pace) else source
     grid = Grid.of(parts)
@@ -55,7 +56,7 @@ def profile(
             sitting(0, order)  # warms up, and tells what a repeat takes
             took.append(perf_counter() - began)
             on_progress("profile", number, total)
-        turns = _turns(sittings, took, budget, order)
+        turns = _turns(sittings, took, BUDGET if budget is None else budget, order)
         for number, (repeat, sitting) in enumerate(turns, start=len(sittings) + 1):
             for cell, seconds in sitting(repeat, order):
                 found[cell].append(seconds)

@@ -15,6 +15,7 @@ from paceline.cli.experiment import experiment
 from paceline.cli.generate import generate
 from paceline.cli.layer_search import layer_search
 from paceline.cli.learn import learn
+from paceline.cli.next_steps import Verb
 from paceline.cli.paraphrase import paraphrase
 from paceline.cli.profile import profile
 from paceline.cli.trigram import trigram
@@ -43,7 +44,7 @@ _VERBS = (
     experiment,
 )
 for verb in _VERBS:
-    app.command()(verb)
+    app.command(cls=Verb)(verb)
 app.add_typer(trigram)
 
 

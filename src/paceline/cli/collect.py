@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from paceline.cli.next_steps import say
 from paceline.cli.options import (
     DEFAULT_CONFIG,
     ConfigOption,
@@ -82,8 +83,8 @@ def collect(
     records = take_by_hash(read_prompts(prompts, fields, bad.append if skip_bad else None), limit)
     console = Console()
     if bad:
-        console.print(f"{len(bad)} broken rows were left out, the first of them:")
-        console.print("\n".join(bad[:SHOWN]), markup=False, highlight=False)
+        say(console, f"{len(bad)} broken rows were left out, the first of them:")
+        say(console, "\n".join(bad[:SHOWN]))
     with progress(console) as report:
         result = run_collect(
             settings,
@@ -97,11 +98,11 @@ def collect(
             sources=prompts,
             workers=workers,
         )
-    console.print(f"{result.num_prompts} prompts in {settings.paths.store}")
+    say(console, f"{result.num_prompts} prompts in {settings.paths.store}")
     if result.num_too_long:
-        console.print(f"{result.num_too_long} prompts did not fit the context and were left out")
+        say(console, f"{result.num_too_long} prompts did not fit the context and were left out")
     _print_seconds(console, result)
-    console.print("next: paceline profile, then paceline learn")
+    say(console, "next: `paceline profile`, then `paceline learn`")
 
 
 def _samplings(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from paceline.cli.next_steps import say
 from paceline.cli.options import DEFAULT_CONFIG, ConfigOption, configured
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from paceline.experiments.data_report import DataReport
+    from paceline.terminal import BandedTable
 
 
 def data(
@@ -37,7 +39,7 @@ def data(
     if plot is not None:
         write_plot(report, plot)
         if not as_json:
-            console.print(f"written: {plot}")
+            say(console, f"written: {plot}")
 
 
 def _print(console: Console, report: DataReport) -> None:
@@ -48,13 +50,16 @@ def _print(console: Console, report: DataReport) -> None:
     if report.oracle:
         _print_oracle(console, report)
     for name, count in report.writers.items():
-        console.print(f"outputs written by {name}: to {count} rows", highlight=False)
+        say(console, f"outputs written by {name}: to {count} rows")
     for note in report.notes:
-        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"note: {note}")
 
 
 def _print_tasks(console: Console, report: DataReport) -> None:
-    table = _table("collected rows, a row is a prompt under a sampling", "task", "samplings")
+    from paceline.terminal import PROSE
+
+    table = _table("collected rows, a row is a prompt under a sampling", "task")
+    table.add_column("samplings", overflow=PROSE)
     for column in ("prompts", "rows", "prompt tokens", "output tokens", "output total"):
         table.add_column(column, justify="right")
     for task, own in report.tasks.items():
@@ -66,17 +71,13 @@ def _print_tasks(console: Console, report: DataReport) -> None:
 
 
 def _print_acceptance(console: Console, report: DataReport) -> None:
-    table = _table("tokens a round (first drafted token right)", "task")
-    for name in report.acceptance:
-        table.add_column(name, justify="right")
-    for task in report.tasks:
-        _before_all(table, task)
+    table = _table("tokens per round (first drafted token right)", "drafter", *report.tasks)
+    for name, by_task in report.acceptance.items():
         cells = []
-        for by_task in report.acceptance.values():
-            own = by_task[task]
+        for own in (by_task[task] for task in report.tasks):
             match = "-" if own.match is None else f"{own.match:.0%}"
             cells.append(f"{own.tokens_per_round:.2f} ({match})")
-        table.add_row(task, *cells)
+        table.add_row(name, *cells)
     console.print(table)
 
 
@@ -89,13 +90,11 @@ def _print_overlap(console: Console, report: DataReport) -> None:
     }
     if not scored:
         return
-    table = _table("how much of the target's distribution a drafter covers: sum min(p, q)", "task")
-    for name in scored:
-        table.add_column(name, justify="right")
-    for task in report.tasks:
-        _before_all(table, task)
-        overlaps = [by_task[task].overlap for by_task in scored.values()]
-        table.add_row(task, *("-" if one is None else f"{one:.2f}" for one in overlaps))
+    title = "how much of the target's distribution a drafter covers: sum min(p, q)"
+    table = _table(title, "drafter", *report.tasks)
+    for name, by_task in scored.items():
+        overlaps = [by_task[task].overlap for task in report.tasks]
+        table.add_row(name, *("-" if one is None else f"{one:.2f}" for one in overlaps))
     console.print(table)
 
 
@@ -103,28 +102,28 @@ def _print_oracle(console: Console, report: DataReport) -> None:
     from paceline.contracts import NONE
     from paceline.experiments.data_report import shares_by_drafter
 
-    table = _table("predicted: the fastest drafter of each row, at its best length", "task")
-    names = [NONE, *report.acceptance]
-    for name in (*names, "over none"):
-        table.add_column(name, justify="right")
-    for task, oracle in report.oracle.items():
-        _before_all(table, task)
-        shares = shares_by_drafter(oracle)
-        cells = [f"{shares[name]:.0%}" if name in shares else "" for name in names]
-        table.add_row(task, *cells, f"{oracle.speedup:.2f}x")
+    title = "predicted: the fastest drafter of each row, at its best length"
+    table = _table(title, "drafter", *report.oracle)
+    shares = [shares_by_drafter(oracle) for oracle in report.oracle.values()]
+    for name in (NONE, *report.acceptance):
+        table.add_row(name, *(f"{own[name]:.0%}" if name in own else "" for own in shares))
+    table.add_section()
+    table.add_row("over none", *(f"{oracle.speedup:.2f}x" for oracle in report.oracle.values()))
     console.print(table)
 
 
-def _table(title: str, *columns: str) -> Any:
-    from rich.table import Table
+def _table(title: str, first: str, *figures: str) -> BandedTable:
+    """A table with a column of names and others of figures."""
+    from paceline.terminal import BandedTable
 
-    table = Table(title=title, pad_edge=False, title_justify="left")
-    for column in columns:
-        table.add_column(column)
+    table = BandedTable(title=title, title_justify="left")
+    table.add_column(first)
+    for column in figures:
+        table.add_column(column, justify="right")
     return table
 
 
-def _before_all(table: Any, task: str) -> None:
+def _before_all(table: BandedTable, task: str) -> None:
     from paceline.experiments.data_report import ALL
 
     if task == ALL:

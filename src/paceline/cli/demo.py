@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from paceline.cli.next_steps import command, say
 from paceline.cli.options import (
     DEFAULT_CONFIG,
     ConfigOption,
@@ -16,6 +17,8 @@ from paceline.cli.options import (
     ThreadsOption,
     configured,
 )
+
+_PROMPT = "Translate English to French: The function returns a new list."
 
 
 def demo(
@@ -39,48 +42,50 @@ def demo(
 
     from paceline.cli.progress import progress
     from paceline.experiments.demo_job import demo as run_demo
+    from paceline.experiments.demo_job import in_folder
     from paceline.experiments.demo_report import (
+        accepted_table,
         chosen_table,
         sentences,
         table,
+        write_config,
         write_figure,
         write_json,
     )
 
     began = perf_counter()
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=130)  # a pipe has no width; the table needs about this much
     settings = configured(config, dtype, device, threads, exact)
     console.print(
         f"target [bold]{Path(settings.target.model).name}[/], drafters "
         f"[bold]{', '.join(settings.drafters)}[/]"
     )
     work = out / "work"
+    own_config = out / "paceline.yaml"
     if work.exists():
         shutil.rmtree(work)  # every run measures anew
     with progress(console) as report:
         result = run_demo(settings, work, collected, timed, max_new_tokens, report)
+    write_config(in_folder(settings, work), own_config)
     write_json(result, out / "demo.json")
     write_figure(result, out / "demo.png")
     console.print()
     console.print(table(result))
+    console.print(accepted_table(result))
     console.print(chosen_table(result))
     for line in sentences(result):
         console.print(f"- {line}", highlight=False)
     facts = result.circumstances
     console.print(
         f"\n[dim]{facts['cpu']} ({facts['cpu_capability']}), {facts['threads']} threads, "
-        f"{result.settings['dtype']}, torch {facts['torch']}; {perf_counter() - began:.0f} s in "
-        f"all. Written: {out / 'demo.png'}, {out / 'demo.json'}[/]"
+        f"{result.settings['dtype']}, torch {facts['torch']}; {perf_counter() - began:.0f} s in all[/]"
     )
-    policy = work / "policy"
-    console.print(
-        "\nTry next:\n"
-        f'  paceline generate "Translate English to French:\\nThe function returns a new list." '
-        f"--policy {policy} --stats\n"
-        f"  paceline demo --dtype float32\n"
-        f"  paceline doctor",
-        markup=False,
-        highlight=False,
-    )
+    say(console, f"written: {out / 'demo.png'}, {out / 'demo.json'}, {own_config}")
+    say(console, "\nTry next:")
+    made = ("--config", own_config)
+    for step in (
+        command("generate", _PROMPT, *made, "--stats"),
+        command("doctor", *made),
+        command("demo", "--dtype", "float32"),
+    ):
+        say(console, f"  {step}")

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from paceline.cli.next_steps import say
 from paceline.cli.options import DEFAULT_CONFIG, ConfigOption, configured
 
 
@@ -31,7 +32,6 @@ def distill(
     """Decode prompts with the target, then train a drafter to predict the answers. Resumes."""
     import yaml
     from rich.console import Console
-    from rich.table import Table
 
     from paceline.cli.progress import progress
     from paceline.config import parse
@@ -39,6 +39,7 @@ def distill(
     from paceline.distillation import distill as run_distill
     from paceline.distillation.train import Progress
     from paceline.errors import ConfigError
+    from paceline.terminal import BandedTable
 
     raw: dict[str, Any] = {"size": size}
     flags = {"epochs": epochs, "seed": seed, "threads": threads}
@@ -64,7 +65,7 @@ def distill(
             on_progress,
             also_measure=measure or (),
         )
-    table = Table(title="validation prompts", pad_edge=False)
+    table = BandedTable(title="validation prompts")
     for column in ("task", "tokens", "match rate", "loss"):
         table.add_column(column, justify="left" if column == "task" else "right")
     for domain, quality in result.quality.items():
@@ -75,4 +76,4 @@ def distill(
             f"{quality.loss:.3f}",
         )
     console.print(table)
-    console.print(f"written: {result.out}, {result.num_parameters / 1e6:.2f} M parameters")
+    say(console, f"written: {result.out}, {result.num_parameters / 1e6:.2f} M parameters")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from paceline.cli.next_steps import say
 from paceline.cli.options import (
     DEFAULT_CONFIG,
     ConfigOption,
@@ -22,11 +23,11 @@ def doctor(
 ) -> None:
     """Check a configuration before weights are read. Exit code 2 if a drafter cannot be used."""
     from rich.console import Console
-    from rich.table import Table
 
     from paceline.bench.doctor import ModelFacts
     from paceline.bench.doctor import doctor as run_doctor
     from paceline.contracts import AUTO
+    from paceline.terminal import PROSE, BandedTable
 
     def size(facts: ModelFacts | None) -> tuple[str, str, str]:
         if facts is None:
@@ -40,9 +41,11 @@ def doctor(
 
     report = run_doctor(configured(config, dtype, device, threads))
     console = Console()
-    table = Table(pad_edge=False)
-    for column in ("model", "kind", "parameters", "dtype", "memory", "vocabulary", "predicted"):
-        table.add_column(column, overflow="fold")
+    table = BandedTable()
+    for column in ("model", "kind", "parameters", "dtype"):
+        table.add_column(column)
+    for column in ("memory", "vocabulary", "predicted"):
+        table.add_column(column, overflow=PROSE)
     vocabulary = f"{report.num_tokens} tokens"
     table.add_row("[bold]target[/]", report.device, *size(report.facts), vocabulary, "1.00x")
     for drafter in report.drafters:
@@ -55,13 +58,18 @@ def doctor(
         )
     console.print(table)
     template = "has" if report.chat_template else "has no"
-    console.print(
-        f"target: {report.target}; context {report.facts.context}; {template} chat template"
+    say(
+        console,
+        f"target: {report.target}; context {report.facts.context}; {template} chat template",
     )
     for note in report.notes:
-        console.print(f"note: {note}", markup=False, highlight=False)
+        say(console, f"note: {note}")
     for problem in report.problems:
-        console.print(f"problem: {problem}", style="bold red", markup=False, highlight=False)
+        say(console, f"problem: {problem}", style="bold red")
     if report.problems:
         raise typer.Exit(2)
-    console.print(f"drafter '{AUTO}' and each named one can be used with this configuration")
+    say(console, "each named drafter can be used with this configuration")
+    if report.why_not_auto is None:
+        say(console, f"drafter '{AUTO}' can be used: the policy was learned for these drafters")
+    else:
+        say(console, f"drafter '{AUTO}' cannot be used, it needs a policy: {report.why_not_auto}")

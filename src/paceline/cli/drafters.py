@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from paceline.cli.next_steps import say
 from paceline.cli.options import (
     DEFAULT_CONFIG,
     DeviceOption,
@@ -59,20 +60,21 @@ def drafters(
 
 
 def _print(console: Console, found: DrafterList) -> None:
-    from rich.table import Table
+    from paceline.terminal import PROSE, BandedTable
 
-    table = Table(pad_edge=False)
-    for column in ("kind", "what it does", "needs", "arms"):
-        table.add_column(column, overflow="fold")
+    table = BandedTable()
+    table.add_column("kind")
+    for column in ("what it does", "needs", "arms"):
+        table.add_column(column, overflow=PROSE)
     for kind in found.kinds:
         table.add_row(kind.kind, kind.summary, ", ".join(kind.needs) or "-", _arms(kind))
     console.print(table)
     if found.row_tokens is not None:
         _print_memory(console, found)
     elif found.target is None:
-        console.print("no configuration: name one with --config to see its arms")
+        say(console, "no configuration: name one with --config to see its arms")
     for problem in found.problems:
-        console.print(f"problem: {problem}", style="bold red", markup=False, highlight=False)
+        say(console, f"problem: {problem}", style="bold red")
 
 
 def _arms(kind: Kind) -> str:
@@ -83,9 +85,9 @@ def _arms(kind: Kind) -> str:
 
 
 def _print_memory(console: Console, found: DrafterList) -> None:
-    from rich.table import Table
+    from paceline.terminal import BandedTable
 
-    table = Table(pad_edge=False)
+    table = BandedTable()
     table.add_column("arm")
     table.add_column("held when loaded", justify="right")
     table.add_column(f"a row of {found.row_tokens} tokens adds", justify="right")

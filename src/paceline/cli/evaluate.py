@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from paceline.cli.next_steps import say
 from paceline.cli.options import DEFAULT_CONFIG, ConfigOption, configured
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def evaluate(
         return
     show(console, found)
     if plot is not None:
-        console.print(f"written: {plot}")
+        say(console, f"written: {plot}")
 
 
 def _towards(settings: Config, objective: str | None) -> Config:

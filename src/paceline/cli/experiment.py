@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from paceline.cli.next_steps import say
 from paceline.cli.options import (
     DEFAULT_CONFIG,
     ConfigOption,
@@ -76,8 +77,6 @@ def experiment(
     from paceline.experiments.catalog import find_experiment
 
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)  # a pipe has no width; the tables need about this much
     if list_all:
         _print_list(console)
         return
@@ -85,7 +84,7 @@ def experiment(
         from paceline.experiments.page import collect_docs as write_page
 
         page = write_page(*([] if out is None else [out]))
-        console.print(f"written: {page}", markup=False, highlight=False)
+        say(console, f"written: {page}")
         return
     if recipe is not None:
         if name is not None or any((out, prompts, smoke, store, dtype, device, threads)):
@@ -109,28 +108,28 @@ def experiment(
     _print_table(console, done.findings.tables[0])
     for remark in done.findings.remarks:
         console.print(f"- {remark}", markup=False, highlight=False)
-    console.print(f"written: {', '.join(map(str, done.files))}", markup=False, highlight=False)
+    say(console, f"written: {', '.join(map(str, done.files))}")
 
 
 def _print_list(console: Console) -> None:
-    from rich.table import Table as Shown
-
     from paceline.experiments.catalog import EXPERIMENTS
+    from paceline.terminal import PROSE, BandedTable
 
-    shown = Shown(pad_edge=False)
-    for head in ("name", "question", "what the paper says"):
-        shown.add_column(head, overflow="fold")
+    shown = BandedTable()
+    shown.add_column("name")
+    for head in ("question", "what the paper says"):
+        shown.add_column(head, overflow=PROSE)
     for found in EXPERIMENTS.values():
         shown.add_row(found.name, found.title, str(found.claim or "nothing; the question is ours"))
     console.print(shown)
 
 
 def _print_table(console: Console, table: Table) -> None:
-    from rich.table import Table as Shown
+    from paceline.terminal import BandedTable
 
-    shown = Shown(title=table.title, pad_edge=False)
+    shown = BandedTable(title=table.title)
     for column in table.columns:
-        shown.add_column(column.name, overflow="fold")
+        shown.add_column(column.name)
     for row in table.texts():
         shown.add_row(*row)
     console.print(shown)
@@ -155,7 +154,7 @@ def _run_recipe(
 
 
 def _print_plan(console: Console, planned: DryRun) -> None:
-    from rich.table import Table as Shown
+    from paceline.terminal import BandedTable
 
     recipe, device = planned.recipe, planned.recipe.device
     console.print(f"{recipe.title} ({recipe.paper})", markup=False, highlight=False)
@@ -163,7 +162,7 @@ def _print_plan(console: Console, planned: DryRun) -> None:
         console.print(f"the paper: {claim}", markup=False, highlight=False)
     for line in recipe.ours:
         console.print(f"ours: {line}", markup=False, highlight=False)
-    shown = Shown(pad_edge=False)
+    shown = BandedTable()
     heads = ("", "kind", "parameters", "weights, GB", "cache, GB", "table, GB", "K", "ms a step")
     for head in (*heads, "pays above, tokens a round"):
         shown.add_column(head, justify="left" if head in ("", "kind") else "right")

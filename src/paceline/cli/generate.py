@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from paceline.cli.next_steps import say
 from paceline.cli.options import (
     DEFAULT_CONFIG,
     ConfigOption,
@@ -46,6 +47,7 @@ def generate(
     ] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Show what it cost.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    costs: Annotated[Path | None, typer.Option(help="File of the cost table.")] = None,
     policy: Annotated[Path | None, typer.Option(help="Folder of the policy.")] = None,
     dtype: DtypeOption = None,
     exact: ExactOption = None,
@@ -59,9 +61,8 @@ def generate(
 
     from paceline.assembly import load
 
-    pace = load(configured(config, dtype, device, threads, exact, policy=policy))
-    for note in pace.notes:
-        Console(stderr=True).print(note, markup=False, highlight=False)
+    settings = configured(config, dtype, device, threads, exact, costs=costs)
+    pace = load(settings, policy=policy)
     text = sys.stdin.read() if prompt == "-" else prompt
     has_template = getattr(pace.parts.tokenizer, "chat_template", None) is not None
     messages: Any = text if raw or not has_template else [{"role": "user", "content": text}]
@@ -77,6 +78,8 @@ def generate(
         sampling=sampling,
         stop=stop or (),
     )
+    for note in pace.notes:
+        say(Console(stderr=True), f"note: {note}")
     console = Console()
     if as_json:
         record = asdict(completion)

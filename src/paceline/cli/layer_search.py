@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from paceline.cli.next_steps import say
 from paceline.cli.options import (
     DEFAULT_CONFIG,
     ConfigOption,
@@ -106,12 +107,10 @@ def layer_search(
     plot(found, picture)
     best = found.best
     if found.speedup(best) <= 1:
-        console.print(
-            "no set was faster than the target alone; `layer_skip` is not for this target"
-        )
-    console.print(f"skip_attention: {list(best.skip_attention)}", highlight=False)
-    console.print(f"skip_mlp: {list(best.skip_mlp)}", highlight=False)
-    console.print(f"written: {out}, {picture}")
+        say(console, "no set was faster than the target alone; `layer_skip` is not for this target")
+    say(console, f"skip_attention: {list(best.skip_attention)}")
+    say(console, f"skip_mlp: {list(best.skip_mlp)}")
+    say(console, f"written: {out}, {picture}")
 
 
 def _prompt(pace: Any, text: str) -> Any:

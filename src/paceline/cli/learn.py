@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from paceline.cli.next_steps import say
 from paceline.cli.options import DEFAULT_CONFIG, ConfigOption, configured
 
 if TYPE_CHECKING:
@@ -78,24 +79,25 @@ def learn(
         else:
             learned = run_learn(settings, report, search, plot)
     for note in notes:
-        console.print(f"note: of the log, {note}", markup=False)
+        say(console, f"note: of the log, {note}")
     if isinstance(learned, LearningResult):
         show_report(console, learned.report)
         for line in _facts(learned):
-            console.print(line, highlight=False)
+            say(console, line)
     else:
         low, high = learned.gain.interval()
-        console.print(
+        say(
+            console,
             f"log tokens/s over what was served: {learned.gain.value:+.3f} (95%: {low:+.3f} to "
             f"{high:+.3f}), from choices alone, {learned.gain.effective_sample_size:.0f} of "
-            f"{learned.gain.num_requests} held-out requests' worth"
+            f"{learned.gain.num_requests} held-out requests' worth",
         )
     if verdict is not None:
-        console.print(f"against the policy in use: {verdict.reason}")
+        say(console, f"against the policy in use: {verdict.reason}")
     kept = verdict is not None and not verdict.adopt
-    console.print(f"{'kept' if kept else 'written'}: {settings.paths.policy}")
+    say(console, f"{'kept' if kept else 'written'}: {settings.paths.policy}")
     if plot is not None and not from_log:
-        console.print(f"written: {plot}")
+        say(console, f"written: {plot}")
 
 
 def _number_or_name(objective: str | None) -> float | str | None:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from paceline.cli.next_steps import say
+
 
 def paraphrase(
     prompts: Annotated[Path, typer.Argument(metavar="IN", help="JSONL with id, domain, prompt.")],
@@ -31,4 +33,4 @@ def paraphrase(
         if value not in valid:
             raise ConfigError(f"--{name} must be {' or '.join(valid)}, got '{value}'")
     variants = rewrite(read_prompts([prompts]), out, cast("Kind", kind), cast("Use", use))
-    Console().print(f"{len(variants)} prompts in {out}")
+    say(Console(), f"{len(variants)} prompts in {out}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from paceline.cli.next_steps import say
 from paceline.cli.options import (
     DEFAULT_CONFIG,
     ConfigOption,
@@ -18,9 +19,8 @@ from paceline.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from paceline.costs import CostTable
+    from paceline.terminal import BandedTable
 
 
 def profile(
@@ -33,17 +33,17 @@ def profile(
 ) -> None:
     """Time the target's and every drafter's real forwards on this machine."""
     from rich.console import Console
-    from rich.table import Table
 
     from paceline.cli.progress import progress
     from paceline.experiments.pipeline import profile as run_profile
+    from paceline.terminal import BandedTable
 
     settings = configured(config, dtype, device, threads, exact, costs=costs)
     console = Console()
     with progress(console) as report:
         table = run_profile(settings, report)
     step = table.seconds("target", "forward", 1, context=128)
-    shown = Table(title="milliseconds at context 128", pad_edge=False)
+    shown = BandedTable(title="milliseconds at context 128")
     for column in ("what", "1 token", "5 tokens", "5 tokens over 1 target token"):
         shown.add_column(column, justify="right" if column != "what" else "left")
     lines = [("target forward", "target", "forward")]
@@ -55,16 +55,16 @@ def profile(
     console.print(shown)
     console.print(_by_rows(table, settings.engine.max_rows))
     if (doubt := table.doubt()) is not None:
-        console.print(f"note: {doubt}", highlight=False, soft_wrap=True)
-    console.print(f"written: {settings.paths.costs}")
+        say(console, f"note: {doubt}")
+    say(console, f"written: {settings.paths.costs}")
 
 
-def _by_rows(table: CostTable, most: int) -> Table:
+def _by_rows(table: CostTable, most: int) -> BandedTable:
     """What a target forward costs as more rows share it: why drafts are shorter under load."""
-    from rich.table import Table
+    from paceline.terminal import BandedTable
 
     rows = sorted({min(n, most) for n in (1, 2, 4, 8, 16)})
-    shown = Table(title="target forward by rows, milliseconds", pad_edge=False)
+    shown = BandedTable(title="target forward by rows, milliseconds")
     shown.add_column("context 128")
     for n in rows:
         shown.add_column(str(n), justify="right")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from paceline.cli.next_steps import Verb, say
 from paceline.cli.options import DEFAULT_CONFIG, ConfigOption, configured
 
 trigram = typer.Typer(name="trigram", no_args_is_help=True)
@@ -17,7 +18,7 @@ def root() -> None:
     """Tables for drafters of kind trigram_tree: build."""
 
 
-@trigram.command()
+@trigram.command(cls=Verb)
 def build(
     out: Annotated[Path, typer.Option(help="File of the table to write.")],
     text: Annotated[
@@ -51,9 +52,9 @@ def build(
         facts = build_trigrams(
             configured(config, store=store), out, files, from_collection, settings, report
         )
-    console.print(
+    say(
+        console,
         f"{facts.num_tokens:,} tokens read; {facts.num_pairs:,} pairs with {facts.num_trigrams:,} "
         f"successors written: {out}, {out.stat().st_size / 1e6:.1f} MB",
-        soft_wrap=True,
     )
-    console.print("next: name it as the `table` of a drafter of kind trigram_tree")
+    say(console, "next: name it as the `table` of a drafter of kind trigram_tree")

@@ -57,7 +57,7 @@ class LayerSkipSettings(ThresholdSettings):
         inline = bool(self.skip_attention or self.skip_mlp)
         if inline == (self.skip_set is not None):
             raise ValueError(
-                "say what to skip: skip_set with a file of `paceline layer-search`, or "
+                "say what to skip: skip_set with a file of `paceline layer-search PROMPTS`, or "
                 "skip_attention and skip_mlp with layer indices"
             )
         return self

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from paceline.models.language_model import LanguageModel
 
 FORMAT_VERSION: Final = 1
-_AGAIN: Final = "run `paceline layer-search`"
+_AGAIN: Final = "run `paceline layer-search PROMPTS`"
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,6 +113,7 @@ class Engine:
         for drafter in self.drafters.values():
             drafter.bound_cache(max_positions, exact_fit=max_drafter_mb is not None)
         self.choose = choose
+        self.why_no_policy = "none is loaded; give `load` one"
         self.on_complete = on_complete
         self.prefixes = PrefixStore(prefix_positions)
         self._decode = decode
@@ -283,8 +284,8 @@ class Engine:
         )
         if request.drafter == AUTO and self.choose is None:
             raise RequestError(
-                "drafter 'auto' needs a policy and none is loaded; run `paceline learn`, or "
-                f"name a drafter: {', '.join(self.drafters)}"
+                f"drafter 'auto' needs a policy: {self.why_no_policy}, or name a drafter: "
+                f"{', '.join(self.drafters)}"
             )
         object.__setattr__(request, "checked_by", self._door)
         return request

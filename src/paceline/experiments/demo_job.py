@@ -85,15 +85,10 @@ def demo(
 ) -> DemoResult:
     """Run the main job end to end; artefacts go into `folder`."""
     collected, timed = demo_prompts(collect_per_task, timed_per_task)
-    config = config.model_copy(
-        update={
-            "paths": PathsSection(
-                store=folder / "collection", costs=folder / "costs.json", policy=folder / "policy"
-            ),
-            # every method decodes the same prompts, and each must pay for its own prefill
-            "engine": config.engine.model_copy(update={"prefix_positions": 0}),
-        }
-    )
+    config = in_folder(config, folder)
+    # every method decodes the same prompts, and each must pay for its own prefill
+    engine = config.engine.model_copy(update={"prefix_positions": 0})
+    config = config.model_copy(update={"engine": engine})
     prepared = prepare(config, collected, max_new_tokens, on_progress)
     pace = prepared.pace
     prompts = [
@@ -116,6 +111,15 @@ def demo(
     if pace.parts.target.dtype == torch.float32 or pace.parts.target.exact:
         _check_texts(timings, list(methods))
     return _result(prepared, recorder, timings, prompts, max_new_tokens, len(collected))
+
+
+def in_folder(config: Config, folder: Path) -> Config:
+    """The configuration with the paths of what the demo writes into a folder."""
+    folder = folder.resolve()
+    paths = PathsSection(
+        store=folder / "collection", costs=folder / "costs.json", policy=folder / "policy"
+    )
+    return config.model_copy(update={"paths": paths})
 
 
 def _check_texts(timings: list[Timing], methods: Sequence[str]) -> None:

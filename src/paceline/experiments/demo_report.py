@@ -1,4 +1,4 @@
-"""The demo's result as a table for the terminal, a PNG figure and JSON."""
+"""The demo's result as tables for the terminal, a PNG figure and JSON."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
-from rich.table import Table
+import yaml
 
 from paceline.contracts import AUTO, NONE
-from paceline.experiments.demo_job import ALL_TASKS, ORACLE, RANDOM, Cell, DemoResult
+from paceline.experiments.demo_job import ALL_TASKS, ORACLE, RANDOM, DemoResult
 from paceline.store import write_atomically
+from paceline.terminal import PROSE, BandedTable
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from paceline.config import Config
 
 # no green: that is the policy's
 _COLOURS: Final = (
@@ -21,37 +24,50 @@ _COLOURS: Final = (
 )  # fmt: skip
 
 
-def table(result: DemoResult) -> Table:
-    """A row for every task and one for all, a column for every arm."""
-    methods = list(result.cells[ALL_TASKS])
-    shown = Table(
-        title="tokens/s, speed-up over none, block efficiency, texts equal to none's",
-        caption="oracle: per request the arm that replay predicts to be fastest, its clocked time",
-        pad_edge=False,
+def table(result: DemoResult) -> BandedTable:
+    """Speed: a row for every arm, a column for every task and one for all."""
+    shown = _by_task("tokens/s, and the speed-up over none", result)
+    shown.caption = (
+        "oracle: per request the arm that replay predicts to be fastest, its clocked time"
     )
-    shown.add_column("task")
-    for method in methods:
-        style = {AUTO: "bold green", NONE: "dim", ORACLE: "dim"}.get(method, "")
-        shown.add_column(method, justify="right", style=style)
-    for task, cells in result.cells.items():
-        if task == ALL_TASKS:
-            shown.add_section()
-        shown.add_row(f"[bold]{task}[/]", *(_cell_text(m, cells[m]) for m in methods))
+    for method, style in _methods(result).items():
+        cells = [by_method[method] for by_method in result.cells.values()]
+        speeds = [f"{cell.tokens_per_second:.0f} {cell.speedup:.2f}x" for cell in cells]
+        shown.add_row(method, *speeds, style=style)
     return shown
 
 
-def _cell_text(method: str, cell: Cell) -> str:
-    lines = [f"{cell.tokens_per_second:.0f}", f"{cell.speedup:.2f}x"]
-    lines.append(f"{cell.block_efficiency:.2f}" if method != ORACLE else "")
-    lines.append(f"{cell.equal_texts}/{cell.prompts}")
-    return "\n".join(lines)
+def accepted_table(result: DemoResult) -> BandedTable:
+    """What was accepted, and whether the texts are those of `none`, likewise."""
+    shown = _by_task("tokens per target forward, and texts equal to those of none", result)
+    for method, style in _methods(result).items():
+        if method == ORACLE:
+            continue  # its runs are those of the arms
+        cells = [by_method[method] for by_method in result.cells.values()]
+        found = [f"{c.block_efficiency:.2f} {c.equal_texts}/{c.prompts}" for c in cells]
+        shown.add_row(method, *found, style=style)
+    return shown
 
 
-def chosen_table(result: DemoResult) -> Table:
+def _by_task(title: str, result: DemoResult) -> BandedTable:
+    shown = BandedTable(title=title)
+    shown.add_column("arm")
+    for task in result.cells:
+        shown.add_column(task, justify="right")
+    return shown
+
+
+def _methods(result: DemoResult) -> dict[str, str]:
+    """Every way of decoding, with the style of its row."""
+    special = {AUTO: "bold green", NONE: "dim", ORACLE: "dim"}
+    return {method: special.get(method, "") for method in result.cells[ALL_TASKS]}
+
+
+def chosen_table(result: DemoResult) -> BandedTable:
     """Which arms the policy gave its requests to."""
-    shown = Table(title="what auto chose", pad_edge=False)
+    shown = BandedTable(title="what auto chose")
     shown.add_column("task")
-    shown.add_column("arm (requests)")
+    shown.add_column("arm (requests)", overflow=PROSE)
     for task, arms in result.chosen.items():
         shown.add_row(task, ", ".join(f"{arm} ({n})" for arm, n in arms.items()))
     return shown
@@ -89,6 +105,14 @@ def sentences(result: DemoResult) -> list[str]:
 
 def write_json(result: DemoResult, path: Path) -> None:
     write_atomically(path, json.dumps(asdict(result), indent=1).encode() + b"\n")
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Write a configuration as YAML that every verb takes; of the defaults it is silent."""
+    raw = config.model_dump(mode="json", exclude_defaults=True)
+    text = "# The demo's models with what the demo collected, measured and learned.\n"
+    text += yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
+    write_atomically(path, text.encode())
 
 
 def write_figure(result: DemoResult, path: Path) -> None:

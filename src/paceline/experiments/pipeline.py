@@ -81,7 +81,7 @@ def data(config: Config) -> DataReport:
     there = {name: line for name, line in collection.identity.arms.items() if name != NONE}
     absent = [name for name in config.drafters if name not in there]
     notes = [
-        f"'{name}' is configured and not in the collection; `paceline collect` adds it"
+        f"'{name}' is configured and not in the collection; `paceline collect PROMPTS` adds it"
         for name in absent
     ]
     arms = [arm for arm in arms_of(config) if split_arm(arm)[0] in {NONE, *there}]
@@ -130,7 +130,7 @@ def _answers(folder: Path, tokenizer: str) -> TokenSequences:
         )
     trajectories = read_trajectories(store)
     if not trajectories:
-        raise StoreError(f"{folder}: the collection is empty; run `paceline collect`")
+        raise StoreError(f"{folder}: the collection is empty; run `paceline collect PROMPTS`")
     # the prompt's last two tokens are what the first answered one follows
     sequences = [(*t.prompt_tokens[-2:], *t.output_tokens) for t in trajectories]
     return TokenSequences(f"{folder} {store.num_rows}", sequences)

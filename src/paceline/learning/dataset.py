@@ -162,7 +162,7 @@ def _check_arms(arms: tuple[str, ...], prompts: Sequence[CollectedPrompt]) -> No
     if len(prompts) < MIN_PROMPTS:
         raise StoreError(
             f"{len(prompts)} prompts are too few to learn from, at least {MIN_PROMPTS} are needed "
-            "(some hundred is better); run `paceline collect` with more prompts"
+            "(some hundred is better); run `paceline collect PROMPTS` with more prompts"
         )
 
 
@@ -198,15 +198,15 @@ def _alignment_rewards(
     if not writing:
         raise StoreError(
             "the reward 'alignment' compares texts the drafters wrote on their own, and the "
-            "collection has none; run `paceline collect --alignment`, or use the reward 'speed'"
+            "collection has none; run `paceline collect PROMPTS --alignment`, or use the reward 'speed'"
         )
     rewards = np.empty((len(prompts), len(arms)))
     for row, prompt in zip(rewards, prompts, strict=True):
         missing = sorted(writing - prompt.draft_outputs.keys())
         if missing:
             raise StoreError(
-                f"prompt '{prompt.id}' has no text of '{missing[0]}' on its own; run `paceline "
-                "collect --alignment` again to finish it"
+                f"prompt '{prompt.id}' has no text of '{missing[0]}' on its own; run `paceline collect "
+                "PROMPTS --alignment` again to finish it"
             )
         found = alignments(
             costs.seconds,

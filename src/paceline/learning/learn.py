@@ -106,12 +106,12 @@ def learn(
     if stale:
         raise StoreError(
             f"the collection's features of '{stale[0]}' were computed otherwise than now; delete "
-            "them and run `paceline collect` again"
+            "them and run `paceline collect PROMPTS` again"
         )
     if found != encode.num_features:
         raise StoreError(
             f"the collection has {found} features a prompt, this target and version give "
-            f"{encode.num_features}; run `paceline collect` into a new folder"
+            f"{encode.num_features}; run `paceline collect PROMPTS` into a new folder"
         )
     training_part, held_out = split(dataset, settings.held_out)
     if search:

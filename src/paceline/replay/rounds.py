@@ -127,7 +127,7 @@ def rounds_of(prompt: CollectedPrompt, arm: str) -> np.ndarray:
     replayed = prompt.replays.get(drafter)
     if replayed is None:
         raise StoreError(
-            f"arm '{drafter}' was not replayed on prompt '{prompt.id}'; run `paceline collect` "
+            f"arm '{drafter}' was not replayed on prompt '{prompt.id}'; run `paceline collect PROMPTS` "
             "again with this configuration"
         )
     if replayed.everywhere:

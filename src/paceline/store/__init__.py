@@ -1,7 +1,12 @@
 """KEEP: Parquet shards with a manifest. Knows schemas and atomic writes, not what the rows mean."""
 
 from paceline.files import write_atomically
-from paceline.store.collection import Collection, LoadedCollection, load_collection
+from paceline.store.collection import (
+    Collection,
+    LoadedCollection,
+    is_collection,
+    load_collection,
+)
 from paceline.store.decisions import (
     DecisionLog,
     LoadedDecisions,
@@ -21,6 +26,7 @@ __all__ = [
     "LoggedDecision",
     "PromptFields",
     "ShardStore",
+    "is_collection",
     "is_validation",
     "load_collection",
     "read_decisions",

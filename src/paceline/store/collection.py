@@ -95,7 +95,7 @@ class Collection:
         folder = folder_of(self.folder, kind, name)
         remedy = "collect into a new folder"
         if kind != TRAJECTORIES:
-            remedy = f"delete {folder} and run `paceline collect` again"
+            remedy = f"delete {folder} and run `paceline collect PROMPTS` again"
         identity = {"target": self._target, **made_with}
         return ShardStore(folder, kind, SCHEMAS[kind], identity, remedy)
 
@@ -114,7 +114,7 @@ def load_collection(
     folder = Path(folder)
     store = open_trajectories(folder)
     if store.num_rows == 0:
-        raise StoreError(f"{folder}: the collection is empty; run `paceline collect`")
+        raise StoreError(f"{folder}: the collection is empty; run `paceline collect PROMPTS`")
     # by id, so that nothing learned depends on the order of collecting
     rows = sorted(read_trajectories(store), key=lambda row: row.id)
     target = str(store.identity["target"])
@@ -171,10 +171,15 @@ def read_overlaps(folder: Path) -> dict[str, dict[str, np.ndarray]]:
     return overlaps
 
 
+def is_collection(folder: Path) -> bool:
+    """Whether something was collected there, whatever made it."""
+    return folder_of(folder, TRAJECTORIES).is_dir()
+
+
 def open_trajectories(folder: Path) -> ShardStore:
     """The trajectories of an existing collection, for `read_trajectories`, whatever made them."""
-    if not folder_of(folder, TRAJECTORIES).is_dir():
-        raise StoreError(f"{folder}: no collection here; run `paceline collect`")
+    if not is_collection(folder):
+        raise StoreError(f"{folder}: no collection here; run `paceline collect PROMPTS`")
     return _open_existing(Path(folder), TRAJECTORIES)
 
 
@@ -190,8 +195,8 @@ def _read_beside(
     if not where.is_dir():
         what = f"arm '{name}' is not" if kind == REPLAYS else f"the {kind} of '{name}' are not"
         raise StoreError(
-            f"{folder}: {what} in this collection; run `paceline collect` again to add what this "
-            "configuration names"
+            f"{folder}: {what} in this collection; run `paceline collect PROMPTS` again to add "
+            "what this configuration names"
         )
     store = _open_existing(folder, kind, name)
     _check_target(store, where, target)
@@ -200,8 +205,8 @@ def _read_beside(
     num_there = sum(id in place for id in ids)
     if num_there < len(ids):
         raise StoreError(
-            f"{where}: covers {num_there} of {len(ids)} prompts; run `paceline collect` again to "
-            "finish it"
+            f"{where}: covers {num_there} of {len(ids)} prompts; run `paceline collect PROMPTS` again "
+            "to finish it"
         )
     order = [place[id] for id in ids]
     return {key: [column[i] for i in order] for key, column in columns.items()}, store.identity
@@ -211,7 +216,7 @@ def _check_target(store: ShardStore, where: Path, target: str) -> None:
     if store.identity.get("target") != target:
         raise StoreError(
             f"{where}: was made with target {store.identity.get('target')!r}, the trajectories "
-            f"with {target!r}; delete it and run `paceline collect` again"
+            f"with {target!r}; delete it and run `paceline collect PROMPTS` again"
         )
 
 
@@ -226,7 +231,7 @@ def _read_features(
         if len(widths) > 1:
             raise StoreError(
                 f"{folder_of(folder, FEATURES, encoder)}: rows of {min(widths)} and of "
-                f"{max(widths)} features; delete it and run `paceline collect` again"
+                f"{max(widths)} features; delete it and run `paceline collect PROMPTS` again"
             )
         parts.append(np.stack(columns["features"]))
         spans[encoder] = slice(start, start := start + parts[-1].shape[1])
@@ -275,7 +280,7 @@ def _check_fit(where: Path, replays: Sequence[ReplayedDrafter], rows: Sequence[T
         if not 0 <= emitted - len(row.output_tokens) <= slack:
             raise StoreError(
                 f"{where}: the replay of '{row.id}' is not of the trajectory collected here; delete "
-                "it and run `paceline collect` again"
+                "it and run `paceline collect PROMPTS` again"
             )
 
 

@@ -63,7 +63,7 @@ class ShardStore:
         """An existing store, whatever it was made with. Raises StoreError if there is none."""
         manifest = read_manifest(Path(folder))
         if manifest is None:
-            raise StoreError(f"{folder}: no collection here; run `paceline collect` first")
+            raise StoreError(f"{folder}: no collection here; run `paceline collect PROMPTS` first")
         return cls(folder, kind, schema, manifest.get("identity", {}))
 
     def _check(self, manifest: dict[str, Any]) -> None:

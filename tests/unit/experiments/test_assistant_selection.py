@@ -12,15 +12,16 @@ import pytest
 import yaml
 
 import paceline
+from paceline.bench import profile
 from paceline.contracts import NONE
 from paceline.costs import CostTable
+from paceline.experiments import workbench
 from paceline.experiments.assistant_selection import new_machine, number_of_examples
 from paceline.experiments.assistant_selection.learned import Drafting
 from paceline.experiments.assistant_selection.number_of_examples import reached
 from paceline.experiments.assistant_selection.self_drafting import skip_sets
 from paceline.experiments.catalog import EXPERIMENTS
 from paceline.experiments.workbench import SMOKE, Workbench
-from paceline.learning.learners import acceptance
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
 
@@ -105,9 +106,28 @@ def price(m: Measurement) -> float:
 
 
 @pytest.fixture(autouse=True)
-def _short_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_trainings(short_trainings: None) -> None:
     """Nothing here asks how well a policy chooses."""
-    monkeypatch.setattr(acceptance, "_STEPS", 24)
+
+
+@pytest.fixture(autouse=True)
+def _steady_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured is priced by a rule: how busy the machine is decides nothing here."""
+
+    def measure(*settings: Any) -> CostTable:
+        measured = profile(*settings)
+        steady = [replace(m, seconds=_steady(m)) for m in measured.measurements]
+        return CostTable(measured.fingerprint, steady)
+
+    monkeypatch.setattr(workbench, "profile", measure)
+
+
+def _steady(m: Measurement) -> float:
+    """A forward of the target takes a millisecond and little more for each token; drafting less."""
+    if m.subject == "engine":
+        return 1e-4
+    per_token = {"forward": 5e-5, "prefill": 1e-5, "start": 2e-6, "propose": 2e-4}[m.operation]
+    return (1e-3 if m.subject == "target" else 0.0) + per_token * (m.tokens + m.rows - 1)
 
 
 def run(place: Place, name: str) -> dict[str, Any]:

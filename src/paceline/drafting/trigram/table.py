@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from shlex import quote
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
@@ -118,7 +119,7 @@ def check_tokenizer(name: str, path: Path, facts: TableFacts, tokenizer: str) ->
     if facts.tokenizer != tokenizer:
         raise VocabularyError(
             f"drafter '{name}': {path} was built with another tokenizer ({facts.tokenizer}) than "
-            f"the target's ({tokenizer}); build one with `paceline trigram build`"
+            f"the target's ({tokenizer}); build one with `paceline trigram build FILE --out TABLE`"
         )
 
 
@@ -131,7 +132,8 @@ def _read_header(path: Path) -> tuple[TableFacts, dict[str, int], int]:
         size = path.stat().st_size
     except FileNotFoundError as error:
         raise ConfigError(
-            f"{path}: no such tri-gram table; build it with `paceline trigram build --out {path}`"
+            f"{path}: no such tri-gram table; build it with `paceline trigram build FILE --out "
+            f"{quote(str(path))}`"
         ) from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
@@ -160,5 +162,5 @@ def _read_header(path: Path) -> tuple[TableFacts, dict[str, int], int]:
 def _damaged(path: Path, why: str) -> ArtefactError:
     return ArtefactError(
         f"{path}: not a tri-gram table, or a damaged one: {why}; build it again with "
-        "`paceline trigram build`"
+        "`paceline trigram build FILE --out TABLE`"
     )

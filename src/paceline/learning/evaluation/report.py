@@ -242,7 +242,7 @@ def _check(
     if train.arms != held_out.arms:
         raise StoreError(
             f"the prompts to evaluate on have the arms {', '.join(held_out.arms)}, those to learn "
-            f"from {', '.join(train.arms)}; run `paceline collect` with the same drafters"
+            f"from {', '.join(train.arms)}; run `paceline collect PROMPTS` with the same drafters"
         )
     shape = (len(held_out), len(held_out.arms))
     for name, laws in policies.items():

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from rich.table import Table
-
 from paceline.contracts import NONE
 from paceline.learning.evaluation.report import ORACLE
+from paceline.terminal import BandedTable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -53,9 +52,9 @@ def show_report(
             console.print(f"{policy} over {name}: {interval}", markup=False, highlight=False)
 
 
-def _ways(report: EvaluationReport, title: str) -> Table:
+def _ways(report: EvaluationReport, title: str) -> BandedTable:
     overall = report.overall
-    shown = Table(title=title, pad_edge=False)
+    shown = BandedTable(title=title)
     shown.add_column(f"{overall.num_prompts} prompts")
     for name in (
         "speed-up (95%)",
@@ -102,25 +101,24 @@ def _interval(found: Interval) -> str:
     return f"{found.value:.2f} ({found.low:.2f}-{found.high:.2f})"
 
 
-def _by_task(report: EvaluationReport) -> Table:
-    shown = Table(title=f"speed-up over {NONE} by task", pad_edge=False)
-    shown.add_column("task")
-    shown.add_column("prompts", justify="right")
-    for name in report.overall.strategies:
-        style = "bold green" if name in report.policies else ""
-        shown.add_column(name, justify="right", style=style)
+def _by_task(report: EvaluationReport) -> BandedTable:
+    shown = BandedTable(title=f"speed-up over {NONE} by task")
+    shown.add_column("prompts")
     for task, part in report.by_domain.items():
-        speeds = (figures.speedup.value for figures in part.strategies.values())
-        shown.add_row(task, str(part.num_prompts), *(f"{speed:.2f}" for speed in speeds))
+        shown.add_column(f"{part.num_prompts} {task}", justify="right")
+    for name in report.overall.strategies:
+        speeds = [part.strategies[name].speedup.value for part in report.by_domain.values()]
+        style = "bold green" if name in report.policies else ""
+        shown.add_row(name, *(f"{speed:.2f}" for speed in speeds), style=style)
     return shown
 
 
-def _sections(sections: Sequence[Section]) -> Table:
+def _sections(sections: Sequence[Section]) -> BandedTable:
     """A row for each section; policies with their interval."""
     names = list(dict.fromkeys(n for s in sections for n in s.report.overall.strategies))
     names = [*(name for name in names if name != ORACLE), ORACLE]
     policies = {policy for section in sections for policy in section.report.policies}
-    shown = Table(title=f"speed-up over {NONE} by section", pad_edge=False)
+    shown = BandedTable(title=f"speed-up over {NONE} by section")
     shown.add_column("section")
     shown.add_column("prompts", justify="right")
     for name in names:

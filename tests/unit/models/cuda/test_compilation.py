@@ -12,6 +12,8 @@ import sys
 
 import pytest
 
+from paceline.testing import HANGS
+
 pytest.importorskip("triton")
 
 # the least shared memory of a block among devices of compute capability 8 and 9
@@ -86,7 +88,7 @@ def test_kernels_compile(variant: list[object], capability: int) -> None:
     argument = json.dumps([*variant, capability])
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, argument],
-        env=environment, capture_output=True, text=True, check=False, timeout=280,
+        env=environment, capture_output=True, text=True, check=False, timeout=HANGS,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert max(json.loads(done.stdout.splitlines()[-1])) <= SHARED_BYTES
