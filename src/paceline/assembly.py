@@ -6,11 +6,11 @@ import secrets
 import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from paceline.config import Config, ModelSection, load_config, nearest
+from paceline.config import Config, GenerationDefaults, ModelSection, load_config, nearest
 from paceline.contracts import (
     AT,
     AUTO,
@@ -32,6 +32,7 @@ from paceline.drafting.none import NoneDrafter
 from paceline.engine import Engine, TextStream
 from paceline.errors import ArtefactError, ConfigError, DecodingError, RequestError
 from paceline.models.exact import check_exact
+from paceline.models.generation_config import DEFAULT_NEW_TOKENS, end_tokens, with_defaults
 from paceline.models.language_model import LanguageModel, check_packed_forward
 from paceline.models.loading import load_language_model, load_tokenizer
 from paceline.models.vocabulary import Vocabulary, check_same_vocabulary
@@ -211,20 +212,37 @@ class Pace:
 
     def stop_token_ids(self) -> frozenset[int]:
         """Ids that end an answer: the target's generation config, else the tokenizer's."""
-        model = self.parts.target.model
-        generation_config = getattr(model, "generation_config", None)
-        ids = getattr(generation_config, "eos_token_id", None)
-        if ids is None:
-            ids = self.parts.tokenizer.eos_token_id
-        if ids is None:
-            return frozenset()
-        return frozenset(ids if isinstance(ids, list) else [ids])
+        return end_tokens(self.parts.target.model, self.parts.tokenizer)
 
     def request(
         self,
         prompt: Prompt | Sequence[int],
         id: str = "0",
-        max_new_tokens: int = 256,
+        generation_config: GenerationDefaults | None = None,
+        **settings: Any,
+    ) -> Request:
+        """Build a checked request. A prompt may also be token ids.
+
+        generation_config: `auto` takes what the call does not set from the target's own generation
+        configuration, `none` leaves that aside; by default as this pace was loaded. The settings are
+        those of `_request`: max_new_tokens, temperature, top_k, top_p, min_p, seed, sampling, stop,
+        ignore_eos, drafter, logprobs and the rules.
+        """
+        is_ids = not isinstance(prompt, str) and all(isinstance(t, int) for t in prompt)
+        tokens = list(prompt) if is_ids else self.encode(prompt)  # type: ignore[arg-type]
+        generation_config = generation_config or self.parts.config.generation_config
+        if generation_config not in get_args(GenerationDefaults):
+            raise RequestError(f"generation_config must be auto or none, got {generation_config!r}")
+        if generation_config == "auto":
+            ends = frozenset() if settings.get("ignore_eos") else self.stop_token_ids()
+            settings = with_defaults(self.parts.target, settings, len(tokens), ends)
+        return self._request(tokens, id, **settings)  # type: ignore[arg-type]
+
+    def _request(
+        self,
+        tokens: Sequence[int],
+        id: str,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -237,7 +255,7 @@ class Pace:
         logprobs: bool = False,
         **rules: Any,
     ) -> Request:
-        """Build a checked request. A prompt may also be token ids.
+        """The request of these settings and no others.
 
         `sampling`: auto | residual | block | invariant; auto is `invariant` when a seed is given and
         `residual` otherwise. `rules` are the fields of `LogitRules`: logit_bias, repetition_penalty,
@@ -265,11 +283,9 @@ class Pace:
             method=method,  # type: ignore[arg-type]
         )
         check_sampling(params)
-        is_ids = not isinstance(prompt, str) and all(isinstance(t, int) for t in prompt)
-        tokens = list(prompt) if is_ids else self.encode(prompt)  # type: ignore[arg-type]
         request = Request(
             id=id,
-            prompt_tokens=tuple(tokens),  # type: ignore[arg-type]
+            prompt_tokens=tuple(tokens),
             max_new_tokens=max_new_tokens,
             sampling=params,
             stop_token_ids=frozenset() if ignore_eos else self.stop_token_ids(),
@@ -356,6 +372,7 @@ def load(
     drafters: Mapping[str, DraftSpec] | None = None,
     policy: Path | str | None = None,
     with_policy: bool = True,
+    generation_config: GenerationDefaults | None = None,
 ) -> Pace:
     """A target with its drafters, ready to generate.
 
@@ -375,6 +392,9 @@ def load(
     else:
         assert config is not None
         parts = build(config if isinstance(config, Config) else load_config(config))
+    if generation_config is not None:
+        update = {"generation_config": generation_config}
+        parts.config = parts.config.model_copy(update=update)
     _price(parts)
     folder = Path(policy) if policy is not None else parts.config.paths.policy
     if not with_policy or (policy is None and (target is not None or not is_policy(folder))):
