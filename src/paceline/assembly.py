@@ -381,7 +381,10 @@ def load(
     the configuration says, if it is there; without one, requests must name a drafter. A policy made
     for other models raises ArtefactError; `with_policy=False` leaves it alone. Drafters that stop by
     expected gain are given the configuration's cost table; without one ArtefactError is raised.
+    generation_config: `auto` or `none`, before what the configuration says; see `Pace.request`.
     """
+    if generation_config not in (None, *get_args(GenerationDefaults)):
+        raise ConfigError(f"generation_config must be auto or none, got {generation_config!r}")
     if (config is None) == (target is None):
         raise ConfigError("load takes a configuration, or target=, tokenizer= and drafters=")
     if target is not None:
