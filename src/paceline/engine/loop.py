@@ -155,14 +155,27 @@ class Engine:
     def submit(self, request: Request) -> int:
         """Queue a request; the ticket names it from here on.
 
-        Raises RequestError if it cannot be served, QueueFullError if too many wait already.
+        Raises RequestError if it cannot be served, QueueFullError if too many wait already. Weights of
+        the target that changed in place are taken anew first; rows in flight, which began with the old
+        ones, fail. Raises ModelError if the target must be loaded again.
         """
         self.check(request)
         if self.is_full:
             raise QueueFullError(f"{len(self._waiting)} requests wait already; try again later")
+        if self.target.has_changed():
+            self._take_new_weights()
         ticket = next(self._tickets)
         self._waiting.append((ticket, request))
         return ticket
+
+    def _take_new_weights(self) -> None:
+        for row in self._rows:
+            if row.finish_reason is None:
+                row.fail("the target's weights changed while it was decoded; send it again")
+        with torch.inference_mode():
+            self._end_rows()
+        self.prefixes.clear()
+        self.target.reload()
 
     def cancel(self, ticket: int) -> None:
         """End a request with what it has so far; its row is free before the next round."""
