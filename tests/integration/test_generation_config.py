@@ -261,6 +261,17 @@ def test_a_temperature_of_the_call_samples_with_the_models_filters() -> None:
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.8, 1.0, 0)
 
 
+def test_whole_numbers_are_numbers() -> None:
+    pace = pace_with(bad_words_ids=[[0]], max_new_tokens=16)
+    call = {"drafter": "none", "ignore_eos": True}
+    expected = by_transformers(pace.parts.target.model, repetition_penalty=2.0)
+    assert pace.complete(PROMPT, repetition_penalty=2, **call).token_ids == expected
+    sampling = pace.request(PROMPT, temperature=2, top_p=1, min_p=0, top_k=3, **call).sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (2.0, 1.0, 3)
+    pace.parts.target.model.generation_config.repetition_penalty = 2
+    assert pace.complete(PROMPT, **call).token_ids == expected
+
+
 def test_rules_that_only_paceline_has_join_the_models() -> None:
     pace = pace_with(repetition_penalty=1.3, bad_words_ids=[[5]], max_new_tokens=8)
 

@@ -66,6 +66,7 @@ _IDLE: Final[Mapping[str, object]] = {
 # settings that `Pace.request` and transformers call by one name
 _SAMPLING: Final = ("temperature", "top_k", "top_p", "min_p")
 _RULES: Final = ("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "suppress_tokens")
+_FLOATS: Final = ("temperature", "top_p", "min_p", "repetition_penalty")
 # what else a model's configuration may set that acts on the text
 _ALSO: Final = (
     "do_sample",
@@ -175,6 +176,9 @@ def _merge(config: GenerationConfig, given: Mapping[str, Any], num_prompt: int) 
     for name, value in neutral.items():
         if getattr(asked, name, None) is None:
             setattr(asked, name, value)
+    for name in _FLOATS:
+        if isinstance(getattr(asked, name), int):  # transformers insists on the type
+            setattr(asked, name, float(getattr(asked, name)))
     if asked.temperature == 0:
         asked.do_sample = False
     if "repetition_scope" in given and "repetition_penalty" in given:
