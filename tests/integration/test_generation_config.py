@@ -279,8 +279,11 @@ def test_rules_that_only_paceline_has_join_the_models() -> None:
         scores[:, 9] += 100.0
         return scores
 
-    request = pace.request(PROMPT, drafter="none", processors=[lift], presence_penalty=0.5)
+    call = {"repetition_penalty": 1.6, "presence_penalty": 0.5}
+    request = pace.request(PROMPT, drafter="none", processors=[lift], **call)
     assert request.rules is not None
+    assert request.rules.repetition_penalty == 1.0  # it is among the processors
+    assert request.rules.processors[0].penalty == 1.6  # type: ignore[attr-defined]
     assert request.rules.processors[-1] is lift and len(request.rules.processors) == 3
     assert request.rules.presence_penalty == 0.5
     assert set(pace.complete(PROMPT, drafter="none", processors=[lift]).token_ids) == {9}

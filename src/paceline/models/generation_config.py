@@ -183,8 +183,6 @@ def _merge(config: GenerationConfig, given: Mapping[str, Any], num_prompt: int) 
         asked.do_sample = False
     if "repetition_scope" in given and "repetition_penalty" in given:
         asked.repetition_penalty = 1.0  # left to paceline's own rule, which alone knows scopes
-    if "min_new_tokens" in given:
-        asked.min_length = 0
     if asked.forced_bos_token_id is not None and ("forced_tokens" in given or num_prompt > 1):
         asked.forced_bos_token_id = None  # transformers forces it behind one token only
     asked.suppress_tokens = _tokens_or_none(asked.suppress_tokens)
