@@ -11,17 +11,19 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-full check wheel bench models format setup clean
+.PHONY: help demo test test-full test-oldest test-newest check wheel bench models format setup clean
 
 help:
 	@echo "make demo       see it work on this machine, without any download of models"
 	@echo "make test       style, types, import rules, wheel, tests"
 	@echo "make test-full  the same with the wide grids"
+	@echo "make test-oldest, make test-newest  exactness and integration with the oldest and the newest"
+	@echo "                transformers that pyproject.toml allows, in environments of their own"
 	@echo "make check      style, types and import rules only"
 	@echo "make bench      timed comparison with transformers' own generate"
 	@echo "make models     which architectures are exact, written into docs/models.md"
 	@echo "make format     let ruff mend what it can"
-	@echo "make clean      remove .venv, builds and caches"
+	@echo "make clean      remove environments, builds and caches"
 
 demo: $(STAMP)
 	@$(BIN)/paceline demo $(ARGS)
@@ -31,6 +33,10 @@ test: check wheel
 
 test-full: check wheel
 	$(BIN)/python -m pytest -n $(TESTERS) -m "wide or not wide" $(ARGS)
+
+test-oldest test-newest: test-%: .venv-%/.installed
+	.venv-$*/bin/python -m pip freeze | grep '^transformers=='
+	.venv-$*/bin/python -m pytest -n $(TESTERS) tests/exactness tests/integration $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -49,7 +55,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # --- the environment ------------------------------------------------------------------------------
 
@@ -69,6 +75,20 @@ $(STAMP): pyproject.toml requirements.lock
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 	@echo "Installed."
+
+# --- transformers at either end of its range, everything else as locked ----------------------------
+
+TRANSFORMERS := $(shell sed -n 's/^ *"\(transformers>=[^"]*\)".*/\1/p' pyproject.toml)
+TRANSFORMERS_oldest := $(shell echo '$(TRANSFORMERS)' | sed 's/>=\([^,]*\),.*/==\1/')
+TRANSFORMERS_newest := $(TRANSFORMERS)
+
+.venv-oldest/.installed .venv-newest/.installed: .venv-%/.installed: pyproject.toml requirements.lock
+	@echo "Installing requirements.lock with $(TRANSFORMERS_$*) into .venv-$*: as long and as large as .venv."
+	@$(PYTHON) -m venv --clear .venv-$*
+	@grep -v '^transformers==' requirements.lock >.venv-$*/requirements.txt
+	@.venv-$*/bin/python -m pip --quiet --disable-pip-version-check install -r .venv-$*/requirements.txt '$(TRANSFORMERS_$*)'
+	@.venv-$*/bin/python -m pip --quiet --disable-pip-version-check install --no-deps --no-build-isolation --editable .
+	@touch $@
 
 # --- the wheel: builds with what is installed, and holds every file of the package -----------------
 

@@ -75,6 +75,7 @@ def with_answers(
             id=r.id,
             max_new_tokens=new_tokens,
             drafter=NONE,
+            generation_config="none",
         )
         for r in records
     ]
@@ -110,6 +111,7 @@ class Runner:
                 drafter=arm,
                 temperature=self._temperature,
                 seed=7 if self._temperature else None,
+                generation_config="none",
             )
             (completion,) = self.pace.stream([request])
             self.completions[arm, tuple(tokens)] = completion

@@ -115,7 +115,11 @@ class Case:
     runs: list[Completion] = field(default_factory=list)
 
     def run(self, tokens: Sequence[int], drafter: str, max_new_tokens: int) -> None:
-        settings = {"drafter": drafter, "max_new_tokens": max_new_tokens}
+        settings = {
+            "drafter": drafter,
+            "max_new_tokens": max_new_tokens,
+            "generation_config": "none",
+        }
         self.runs.append(self.pace.complete(tokens, **settings))  # type: ignore[arg-type]
 
 
@@ -154,7 +158,7 @@ def stream(
     warm = plain.pace.encode([{"role": "user", "content": records[0].prompt}])
     for case in (plain, *cases):  # not watched: the watches begin with the stream
         for arm in case.pace.drafters:
-            case.pace.complete(warm, drafter=arm, max_new_tokens=8)
+            case.pace.complete(warm, drafter=arm, max_new_tokens=8, generation_config="none")
     for record in records:
         tokens = plain.pace.encode([{"role": "user", "content": record.prompt}])
         turns = [*cases, plain]

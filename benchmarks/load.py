@@ -159,13 +159,20 @@ class Load:
 
     def _submit(self, arm: Arm, prompt: TimedPrompt) -> int:
         request = self._pace.request(
-            list(prompt.tokens), max_new_tokens=self._new_tokens, drafter=arm(prompt)
+            list(prompt.tokens),
+            max_new_tokens=self._new_tokens,
+            drafter=arm(prompt),
+            generation_config="none",
         )
         return self._pace.driver.submit(request, self._mail.put)
 
     def _background(self, prompt: TimedPrompt) -> int:
         request = self._pace.request(
-            list(prompt.tokens), max_new_tokens=BACKGROUND_TOKENS, drafter=NONE, ignore_eos=True
+            list(prompt.tokens),
+            max_new_tokens=BACKGROUND_TOKENS,
+            drafter=NONE,
+            ignore_eos=True,
+            generation_config="none",
         )
         return self._pace.driver.submit(request, self._mail.put)
 

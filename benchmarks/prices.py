@@ -88,7 +88,9 @@ def clock(
 
     def method(arm: str) -> Any:
         def run(tokens: Sequence[int]) -> Sequence[int]:
-            found = pace.complete(list(tokens), drafter=arm, max_new_tokens=new_tokens)
+            found = pace.complete(
+                list(tokens), drafter=arm, max_new_tokens=new_tokens, generation_config="none"
+            )
             completions[arm, tuple(tokens)] = found
             return found.token_ids
 

@@ -54,7 +54,9 @@ def collect(
     found = []
     for number, record in enumerate(prompts, start=1):
         tokens = pace.encode([{"role": "user", "content": record.prompt}])
-        plain = pace.complete(tokens, drafter=NONE, max_new_tokens=max_new_tokens)
+        plain = pace.complete(
+            tokens, drafter=NONE, max_new_tokens=max_new_tokens, generation_config="none"
+        )
         limit = max_output(max_new_tokens, len(tokens), parts.target.context_length)
         replays = {arm: replay(parts.drafters[arm], tokens, plain.token_ids, limit) for arm in arms}
         scores = {

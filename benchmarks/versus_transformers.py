@@ -91,7 +91,12 @@ def transformers_methods(pace: Pace, dtype: torch.dtype, max_new_tokens: int) ->
 def our_methods(pace: Pace, max_new_tokens: int) -> dict[str, Method]:
     def method(drafter: str) -> Method:
         def run(tokens: Any) -> list[int]:
-            request = pace.request(list(tokens), max_new_tokens=max_new_tokens, drafter=drafter)
+            request = pace.request(
+                list(tokens),
+                max_new_tokens=max_new_tokens,
+                drafter=drafter,
+                generation_config="none",
+            )
             return next(iter(pace.stream([request]))).token_ids
 
         return run

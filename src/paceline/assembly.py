@@ -6,11 +6,11 @@ import warnings
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from paceline.config import Config, ModelSection, load_config, nearest
+from paceline.config import Config, GenerationDefaults, ModelSection, load_config, nearest
 from paceline.contracts import (
     AT,
     AUTO,
@@ -30,6 +30,7 @@ from paceline.drafting.none import NoneDrafter
 from paceline.engine import Driver, Engine, TextStream, raise_failure
 from paceline.errors import ArtefactError, ConfigError, RequestError
 from paceline.models.detokenizer import Detokenizer
+from paceline.models.generation_config import end_tokens, with_defaults
 from paceline.models.language_model import LanguageModel
 from paceline.models.loading import load_language_model, load_tokenizer
 from paceline.models.self_checks import check_exact, check_packed_forward
@@ -228,26 +229,22 @@ class Pace:
 
     def stop_token_ids(self) -> frozenset[int]:
         """Ids that end an answer: the target's generation config, else the tokenizer's."""
-        model = self.parts.target.model
-        generation_config = getattr(model, "generation_config", None)
-        ids = getattr(generation_config, "eos_token_id", None)
-        if ids is None:
-            ids = self.parts.tokenizer.eos_token_id
-        if ids is None:
-            return frozenset()
-        num_logits = self.parts.target.num_logits
         # an id that the target cannot write ends nothing
-        return frozenset(
-            t for t in (ids if isinstance(ids, list) else [ids]) if 0 <= t < num_logits
-        )
+        num_logits = self.parts.target.num_logits
+        ends = end_tokens(self.parts.target.model, self.parts.tokenizer)
+        return frozenset(token for token in ends if 0 <= token < num_logits)
 
     def request(
         self,
         prompt: Prompt | Sequence[int] | np.ndarray | torch.Tensor,
         id: str = "0",
+        generation_config: GenerationDefaults | None = None,
         **settings: Any,
     ) -> Request:
         """Build a checked request; `settings` are the fields of `RequestSettings`.
+
+        generation_config: `auto` takes what the call does not set from the target's own generation
+        configuration, `none` leaves that aside; by default as this pace was loaded.
 
         prompt: a string, a list of messages or one message, or token ids as a sequence or a
         one-dimensional array. Raises RequestError with the name of what cannot be served.
@@ -261,6 +258,14 @@ class Pace:
         read = RequestSettings.read(settings)
         tokens = tuple(self._encode(read_prompt(prompt)))
         eos = frozenset() if read.ignore_eos else self.stop_token_ids()
+        generation_config = generation_config or self.parts.config.generation_config
+        if generation_config not in get_args(GenerationDefaults):
+            raise RequestError(f"generation_config must be auto or none, got {generation_config!r}")
+        if generation_config == "auto":
+            given = read.given()
+            merged = with_defaults(self.parts.target, given, len(tokens), read.stop_token_ids | eos)
+            if merged != given:
+                read = _read_defaults(merged)
         return self.engine.accept(read.request(tokens, id, eos))
 
     def complete(self, prompt: Prompt, **settings: Any) -> Completion:
@@ -314,6 +319,17 @@ class Pace:
                     yield piece
 
 
+def _read_defaults(settings: dict[str, Any]) -> RequestSettings:
+    """A call's valid settings among the model's own."""
+    try:
+        return RequestSettings.read(settings)
+    except RequestError as error:
+        raise RequestError(
+            f"the model's generation configuration cannot be used: {error}; set "
+            "'generation_config: none' to leave it aside, or correct the model's"
+        ) from error
+
+
 def _pieces(stream: TextStream, progresses: Iterator[Progress]) -> Iterator[str]:
     for progress in progresses:
         if piece := _piece(stream, progress):
@@ -336,6 +352,7 @@ def load(
     drafters: Mapping[str, DraftSpec] | None = None,
     policy: Path | str | None = None,
     with_policy: bool = True,
+    generation_config: GenerationDefaults | None = None,
 ) -> Pace:
     """A target with its drafters, ready to generate.
 
@@ -346,7 +363,10 @@ def load(
     `notes` says why, and a request for `auto` is refused with the reason. One that is named with
     `policy` raises ArtefactError instead; `with_policy=False` leaves it alone. Drafters that stop by
     expected gain are given the configuration's cost table; without one ArtefactError is raised.
+    generation_config: `auto` or `none`, before what the configuration says; see `Pace.request`.
     """
+    if generation_config not in (None, *get_args(GenerationDefaults)):
+        raise ConfigError(f"generation_config must be auto or none, got {generation_config!r}")
     if (config is None) == (target is None):
         raise ConfigError("load takes a configuration, or target=, tokenizer= and drafters=")
     if target is not None:
@@ -357,6 +377,9 @@ def load(
     else:
         assert config is not None
         parts = build(config if isinstance(config, Config) else load_config(config))
+    if generation_config is not None:
+        update = {"generation_config": generation_config}
+        parts.config = parts.config.model_copy(update=update)
     _price(parts)
     folder = Path(policy) if policy is not None else parts.config.paths.policy
     if not with_policy or (policy is None and (target is not None or not is_policy(folder))):

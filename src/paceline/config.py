@@ -18,6 +18,7 @@ from paceline.errors import ConfigError
 S = TypeVar("S", bound=BaseModel)
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+GenerationDefaults = Literal["auto", "none"]
 Learner = Literal[
     "acceptance",
     "reinforce",
@@ -206,10 +207,13 @@ class Config(Section):
 
     exact: the target runs in exact mode, where a text's bits hang on its own tokens alone, so that
     greedy text is the same for every drafter and batch in bfloat16 too; refused where it cannot be.
+    generation_config: `auto` takes the defaults of requests from the target's own generation
+    configuration (penalties, lengths, sampling and so on), `none` only the tokens that end an answer.
     """
 
     target: ModelSection
     exact: bool = False
+    generation_config: GenerationDefaults = "auto"
     drafters: dict[str, DrafterSection] = Field(default_factory=dict)
     engine: EngineSection = EngineSection()
     learning: LearningSection = LearningSection()

@@ -23,7 +23,6 @@ from pydantic import (
     Field,
     PlainValidator,
     ValidationError,
-    model_validator,
 )
 
 from paceline.contracts import (
@@ -246,42 +245,47 @@ class RequestSettings(BaseModel):
         default=(), description="a list of functions (input_ids, scores) -> scores"
     )
 
-    @model_validator(mode="after")
-    def _agree(self) -> RequestSettings:
-        if self.temperature == 0.0:
-            filters = {"top_k": self.top_k != 0, "top_p": self.top_p != 1.0}
-            filters["min_p"] = self.min_p != 0.0
-            given = [name for name, is_set in filters.items() if is_set]
-            if given:
-                raise ValueError(
-                    f"{', '.join(given)} given with temperature 0, where the most likely token is "
-                    "always taken; set a temperature above 0 or drop it"
-                )
-            if self.sampling not in ("auto", "greedy"):
-                raise ValueError(
-                    f"sampling method '{self.sampling}' given with temperature 0; "
-                    "set a temperature above 0 or leave the method out"
-                )
-        elif self.sampling == "greedy":
-            raise ValueError(
-                f"sampling method 'greedy' needs temperature 0, not {self.temperature:g}; drop one"
-            )
-        if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens {self.min_new_tokens} is above max_new_tokens "
-                f"{self.max_new_tokens}; lower it or raise the other"
-            )
-        return self
-
     @classmethod
     def read(cls, settings: Mapping[str, Any]) -> RequestSettings:
-        """Validate settings by name; the first mistake becomes a RequestError of one line."""
+        """Validate settings by name, each by itself; the first mistake becomes a RequestError."""
         try:
             return cls.model_validate(settings)
         except ValidationError as error:
             raise RequestError(_explain(error)) from error
 
+    def _check_agreement(self) -> None:
+        """Raise RequestError if settings that are valid by themselves contradict one another."""
+        if self.temperature == 0.0:
+            filters = {"top_k": self.top_k != 0, "top_p": self.top_p != 1.0}
+            filters["min_p"] = self.min_p != 0.0
+            given = [name for name, is_set in filters.items() if is_set]
+            if given:
+                raise RequestError(
+                    f"{', '.join(given)} given with temperature 0, where the most likely token is "
+                    "always taken; set a temperature above 0 or drop it"
+                )
+            if self.sampling not in ("auto", "greedy"):
+                raise RequestError(
+                    f"sampling method '{self.sampling}' given with temperature 0; "
+                    "set a temperature above 0 or leave the method out"
+                )
+        elif self.sampling == "greedy":
+            raise RequestError(
+                f"sampling method 'greedy' needs temperature 0, not {self.temperature:g}; drop one"
+            )
+        if self.min_new_tokens > self.max_new_tokens:
+            raise RequestError(
+                f"min_new_tokens {self.min_new_tokens} is above max_new_tokens "
+                f"{self.max_new_tokens}; lower it or raise the other"
+            )
+
+    def given(self) -> dict[str, Any]:
+        """The settings that were set, by name."""
+        return {name: getattr(self, name) for name in self.model_fields_set}
+
     def sampling_params(self) -> SamplingParams:
+        """How tokens are drawn. Raises RequestError as `request` does."""
+        self._check_agreement()
         method = self.sampling
         if method == "auto":
             method = "residual" if self.seed is None else "invariant"
@@ -305,7 +309,10 @@ class RequestSettings(BaseModel):
     def request(
         self, prompt_tokens: tuple[int, ...], id: str, eos: AbstractSet[int] = frozenset()
     ) -> Request:
-        """The record of a prompt with these settings. eos: the model's own ends."""
+        """The record of a prompt with these settings. eos: the model's own ends.
+
+        Raises RequestError if settings contradict one another.
+        """
         stops = self.stop_token_ids if self.ignore_eos else self.stop_token_ids | eos
         return Request(
             id=check_id(id),
@@ -334,8 +341,6 @@ def _explain(error: ValidationError) -> str:
             SETTINGS
         )
     own = str(first["ctx"]["error"]) if first["type"] == "value_error" else None
-    if not location:  # a rule over several settings
-        return own or first["msg"]
     allowed = RequestSettings.model_fields[location[0]].description
     return f"{location[0]} must be {allowed}; {own or 'got ' + shorten(first['input'])}"
 

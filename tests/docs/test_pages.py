@@ -12,7 +12,7 @@ from pydantic import BaseModel
 import paceline
 from paceline.drafting.base import Needs, Surroundings
 from paceline.drafting.catalog import CATALOG
-from paceline.integrations.generation_settings import _REFUSED
+from paceline.integrations.generation_settings import _REFUSED, _REFUSED_HERE
 
 ROOT = Path(__file__).parents[2]
 COMING = (ROOT / "docs" / "coming-from-assistant-model.md").read_text(encoding="utf-8")
@@ -31,7 +31,7 @@ def test_the_page_for_those_who_come_from_assistant_model_runs_from_top_to_botto
 
 def test_it_names_every_setting_that_is_refused() -> None:
     refused = COMING.partition("## What is refused")[2]
-    for name in _REFUSED:
+    for name in (*_REFUSED, *_REFUSED_HERE):
         assert f"`{name}`" in refused, name
 
 

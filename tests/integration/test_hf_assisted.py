@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from transformers import GenerationConfig, LogitsProcessorList, WatermarkingConfig
+from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
-from paceline.assembly import build_from_objects
+from paceline.assembly import Pace, build_from_objects
 from paceline.config import Config, ModelSection
 from paceline.contracts import SamplingParams
 from paceline.drafting.base import Needs
@@ -35,6 +37,13 @@ PROMPT = torch.tensor([[9, 40, 7, 7, 40, 9, 40, 7]])
 def parts_of(model: PreTrainedModel, **drafters: Any) -> Parts:
     placeholder = Config(target=ModelSection(model="in memory"))
     return add_examples(build_from_objects(model, byte_tokenizer(), drafters, placeholder))
+
+
+class Guided(UnbatchedClassifierFreeGuidanceLogitsProcessor):
+    """Keeps a cache of its own between calls."""
+
+    def __init__(self) -> None:
+        pass
 
 
 def from_text(drafter: Drafter) -> bool:
@@ -172,6 +181,44 @@ def test_a_drafter_of_the_targets_own_states_is_refused() -> None:
         drafter.needs = needs  # type: ignore[misc]
         with pytest.raises(ConfigError, match="reads the target's own states"):
             hf.candidate_generator(drafter, max_length=20)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 3},
+        {"guidance_scale": 1.5},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"dola_layers": "high"},
+        {"force_words_ids": [[5]]},
+        {"constraints": [object()]},
+        {"watermarking_config": WatermarkingConfig()},
+        {"encoder_repetition_penalty": 1.2},
+        {"num_assistant_tokens": 7},
+        {"assistant_ensemble_weight": 0.5},
+        {"logits_processor": LogitsProcessorList([Guided()])},
+        {"token_type_ids": torch.zeros(1, PROMPT.shape[1], dtype=torch.int64)},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_what_generate_refuses_assisted_refuses_in_the_same_words(settings: dict[str, Any]) -> None:
+    model = tiny_model("gpt2")
+    parts = parts_of(model, noisy=perturbed(model, 0.1))
+    pace, drafter = Pace(parts), parts.drafters["noisy"]
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0)
+    inputs: dict[str, Any] = {"input_ids": PROMPT, "generation_config": config}
+    for name, value in settings.items():
+        if hasattr(config, name):  # as they are: transformers checks some, and calls others old
+            setattr(config, name, value)
+        else:
+            inputs[name] = value
+    said = []
+    for custom, given in ((hf.generate, {"pace": pace}), (hf.assisted, {"drafter": drafter})):
+        with pytest.raises(RequestError) as caught:
+            model.generate(**inputs, **given, custom_generate=custom)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+    assert next(iter(settings)) in said[0] or "Guid" in said[0]
 
 
 def test_rows_and_a_missing_drafter_are_refused() -> None:

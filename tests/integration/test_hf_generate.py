@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import itertools
 import pickle
@@ -15,6 +16,7 @@ import pytest
 import torch
 from scipy import stats
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     StoppingCriteriaList,
@@ -407,11 +409,17 @@ def test_what_cannot_be_honoured_is_refused_by_name(
 
 def test_a_cache_that_already_holds_text_is_refused(llama: PreTrainedModel, pace: Pace) -> None:
     inputs = batch(9)
-    past = llama(inputs["input_ids"][:, :5], use_cache=True).past_key_values
-    with pytest.raises(RequestError, match="past_key_values already holds text"):
-        llama.generate(
-            **inputs, past_key_values=past, max_new_tokens=4, custom_generate=hf.generate, pace=pace
-        )
+    parameters = inspect.signature(llama.forward).parameters  # its name depends on transformers
+    name = next(name for name in ("cache", "past_key_values") if name in parameters)
+    settings = {"do_sample": False, "max_new_tokens": 4, "custom_generate": hf.generate}
+    empty = DynamicCache(config=llama.config)
+    found = llama.generate(**inputs, **{name: empty}, **settings, pace=pace)
+    assert torch.equal(found, llama.generate(**inputs, do_sample=False, max_new_tokens=4))
+
+    past = DynamicCache(config=llama.config)
+    llama(inputs["input_ids"][:, :5], use_cache=True, **{name: past})
+    with pytest.raises(RequestError, match=f"'{name}' already holds text"):
+        llama.generate(**inputs, **{name: past}, **settings, pace=pace)
 
 
 def test_embeddings_in_the_place_of_text_are_refused(llama: PreTrainedModel, pace: Pace) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -26,17 +26,29 @@ if TYPE_CHECKING:
     from paceline.contracts import Completion
 
 
+_DEFAULT: Final = "Default: the model's own, else"
+
+
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt, or '-' to read it from stdin.")],
     config: ConfigOption = DEFAULT_CONFIG,
     drafter: Annotated[
         str, typer.Option("--drafter", "-d", help="auto, none, or a drafter's name.")
     ] = "auto",
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to emit.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 is off.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the nucleus of this mass; 1 is off.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the best.")] = 0.0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help=f"Most tokens to emit. {_DEFAULT} 256.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help=f"0 is greedy. {_DEFAULT} 0.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help=f"Keep the k most likely tokens; 0 is off. {_DEFAULT} 0.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help=f"Keep the nucleus of this mass; 1 is off. {_DEFAULT} 1.")
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help=f"Drop tokens below this share of the best. {_DEFAULT} 0."),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Same seed, same text, whatever drafter.")
     ] = None,
@@ -66,18 +78,17 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     has_template = getattr(pace.parts.tokenizer, "chat_template", None) is not None
     messages: Any = text if raw or not has_template else [{"role": "user", "content": text}]
-    completion = pace.complete(
-        messages,
-        drafter=drafter,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        sampling=sampling,
-        stop=stop or (),
-    )
+    asked = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "seed": seed,
+        "stop": stop or None,
+    }
+    given: dict[str, Any] = {name: v for name, v in asked.items() if v is not None}
+    completion = pace.complete(messages, drafter=drafter, sampling=sampling, **given)
     for note in pace.notes:
         say(Console(stderr=True), f"note: {note}")
     console = Console()

@@ -83,7 +83,10 @@ def decode_outputs(
     for first in range(0, len(todo), shard_size):
         part = todo[first : first + shard_size]
         requests = [
-            pace.request(t, id=r.id, max_new_tokens=max_new_tokens, drafter=NONE) for r, t in part
+            pace.request(
+                t, id=r.id, max_new_tokens=max_new_tokens, drafter=NONE, generation_config="none"
+            )
+            for r, t in part
         ]
         domains = {record.id: record.domain for record, _ in part}
         prompt_tokens = {record.id: tokens for record, tokens in part}

@@ -123,6 +123,9 @@ class DraftModel(Drafter):
         )
 
     def start(self, rows: Sequence[RowView]) -> None:
+        if self.model.has_changed():
+            # what rows in flight cached of the old weights makes their drafts worse, not wrong
+            self.model.reload()
         for row in rows:
             self._states[row.id] = _RowState(self.model.acquire())
         for state in self._states.values():

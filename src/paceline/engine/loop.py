@@ -313,6 +313,8 @@ class Engine:
             request = waiting.request
             if not self._fits(request):
                 break
+            if not admitted and self.target.has_changed():
+                self._take_new_weights()
             row = self._row(waiting, self.target.acquire())
             self._rows.append(row)
             self._waiting.popleft()
@@ -336,6 +338,18 @@ class Engine:
         )
         cache = self.target.cache
         return cache.num_slots_with_one_more * cache.rounded(longest) <= self._max_positions
+
+    def _take_new_weights(self) -> None:
+        """Weights of the target that changed in place are taken anew; rows that began before fail.
+
+        Raises ModelError if the target must be loaded again.
+        """
+        for row in self._rows:
+            if row.finish_reason is None:
+                row.fail("the target's weights changed while it was decoded; send it again")
+        self._end_rows()
+        self.prefixes.clear()
+        self.target.reload()
 
     def _prefill_step(self) -> None:
         """One forward over pieces of prompts; rows whose prompt ends here get their first token."""

@@ -78,6 +78,10 @@ class PrefixStore:
         while len(self._blocks) > self._max_blocks:
             self._blocks.popitem(last=False)
 
+    def clear(self) -> None:
+        """Forget all blocks."""
+        self._blocks.clear()
+
     def num_bytes(self) -> int:
         """Bytes held now."""
         return sum(t.nbytes for block in self._blocks.values() for t in block.entries)

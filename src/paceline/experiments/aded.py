@@ -297,7 +297,12 @@ class _Recorder:
     def __init__(self, pace: Pace, temperature: float, max_new_tokens: int) -> None:
         self._pace = pace
         self.temperature = temperature
-        self._settings = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": 1}
+        self._settings: dict[str, Any] = {
+            "temperature": temperature,
+            "max_new_tokens": max_new_tokens,
+            "seed": 1,
+            "generation_config": "none",
+        }
         self.completions: dict[str, list[Completion]] = {}
 
     def method(self, name: str) -> Callable[[Sequence[int]], Sequence[int]]:

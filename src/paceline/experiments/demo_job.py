@@ -147,7 +147,10 @@ class _Recorder:
         def run(tokens: Sequence[int]) -> Sequence[int]:
             drafter = self._random_arm(tokens) if name == RANDOM else name
             request = self.pace.request(
-                list(tokens), drafter=drafter, max_new_tokens=self.max_new_tokens
+                list(tokens),
+                drafter=drafter,
+                max_new_tokens=self.max_new_tokens,
+                generation_config="none",
             )
             completion = next(iter(self.pace.stream([request])))
             self.completions[name, tuple(tokens)] = completion

@@ -12,22 +12,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from transformers import Cache
 from transformers.generation.logits_process import (
-    ClassifierFreeGuidanceLogitsProcessor,
-    LogitNormalization,
-    MinPLogitsWarper,
     PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
-    SynthIDTextWatermarkLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from paceline.contracts import SamplingParams
 from paceline.errors import RequestError
+from paceline.models.generation_config import (
+    OTHER_DECODING,
+    asks,
+    refuse_stateful,
+    take_warpers,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -44,16 +43,19 @@ _DRAFTER: Final = "give a drafter to paceline instead: pace=, drafters= or assis
 
 # setting -> what to do about it; nothing, zero and transformers' own defaults ask for nothing
 _REFUSED: Final[Mapping[str, str]] = {
-    "num_beams": _ELSEWHERE,
-    "num_beam_groups": _ELSEWHERE,
-    "constraints": _ELSEWHERE,
-    "force_words_ids": _ELSEWHERE,
-    "penalty_alpha": _ELSEWHERE,
-    "dola_layers": _ELSEWHERE,
-    "guidance_scale": _ELSEWHERE,
-    "watermarking_config": _ELSEWHERE,
+    **dict.fromkeys(OTHER_DECODING, _ELSEWHERE),
     "encoder_repetition_penalty": "use repetition_penalty",
     "encoder_no_repeat_ngram_size": "use no_repeat_ngram_size",
+    "num_assistant_tokens": "set num_draft_tokens of the drafter",
+    "num_assistant_tokens_schedule": "set num_draft_tokens of the drafter",
+    "assistant_confidence_threshold": "set num_draft_tokens of the drafter",
+    "assistant_ensemble_weight": "it changes what is written; drop it",
+    "assistant_early_exit": _DRAFTER,
+    "use_mtp": _DRAFTER,
+    "speculation_type": _DRAFTER,
+}
+# the same of what transformers itself honours where it decodes
+_REFUSED_HERE: Final[Mapping[str, str]] = {
     "output_scores": _NOT_KEPT,
     "output_logits": _NOT_KEPT,
     "output_attentions": _NOT_KEPT,
@@ -64,33 +66,11 @@ _REFUSED: Final[Mapping[str, str]] = {
     "prefill_chunk_size": "set engine.prefill_chunk in paceline's configuration",
     "compile_config": "paceline's forward is not compiled; drop it",
     "continuous_batching_config": "rows of a batch are decoded together already; drop it",
-    "num_assistant_tokens": "set num_draft_tokens of the drafter",
-    "num_assistant_tokens_schedule": "set num_draft_tokens of the drafter",
-    "assistant_confidence_threshold": "set num_draft_tokens of the drafter",
-    "assistant_ensemble_weight": "it changes what is written; drop it",
-    "assistant_early_exit": _DRAFTER,
-    "use_mtp": _DRAFTER,
-    "speculation_type": _DRAFTER,
 }
-# values beside the defaults that change nothing
-_IDLE: Final[Mapping[str, object]] = {"guidance_scale": 1, "cache_implementation": "dynamic"}
 
-# what transformers prepares for a forward and paceline prepares for itself
-_PREPARED: Final = frozenset(
-    {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
-)
-# their answer depends on more than their arguments
-_STATEFUL: Final = (
-    ClassifierFreeGuidanceLogitsProcessor,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-    SynthIDTextWatermarkLogitsProcessor,
-)
-# paceline's own warping, last to first; the attribute is the sampling parameter's name too
-_WARPERS: Final = (
-    (MinPLogitsWarper, "min_p"),
-    (TopPLogitsWarper, "top_p"),
-    (TopKLogitsWarper, "top_k"),
-    (TemperatureLogitsWarper, "temperature"),
+# what may be given for the model's forward; a cache, too, under whatever name, if it is empty
+_INPUTS: Final = frozenset(
+    {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
 )
 
 
@@ -113,15 +93,10 @@ def read_settings(
     num_prompt: int,
 ) -> Asked:
     """Raises RequestError with the name of a setting that cannot be honoured. num_prompt: L."""
-    _refuse_settings(config)
-    for processor in processors:
-        if isinstance(processor, _STATEFUL):
-            raise RequestError(
-                f"{type(processor).__name__} is not a function of the text and its scores alone, "
-                "so a draft cannot be judged with it; drop it"
-            )
+    refuse_other_decoding(config, processors)
+    _refuse_settings(config, _REFUSED_HERE)
     left = list(processors)
-    sampling = _take_warpers(left) if config.do_sample else {"temperature": 0.0}
+    sampling = take_warpers(left) if config.do_sample else {"temperature": 0.0}
     ends = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
     stops = [c.eos_token_id for c in criteria if isinstance(c, EosTokenCriteria)]
     pad = getattr(config, "_pad_token_tensor", None)
@@ -142,54 +117,43 @@ def read_sampling(config: GenerationConfig, processors: Sequence[Processor]) -> 
     if not config.do_sample:
         return SamplingParams()
     seed = int(torch.randint(2**62, ()))
-    return SamplingParams(**_take_warpers(list(processors)), seed=seed, method="residual")
+    return SamplingParams(**take_warpers(list(processors)), seed=seed, method="residual")
 
 
-def _refuse_settings(config: GenerationConfig) -> None:
-    defaults = config._get_default_generation_params()
-    for name, advice in _REFUSED.items():
-        value = getattr(config, name, None)
-        if value and value != defaults.get(name, _IDLE.get(name)):
+def refuse_other_decoding(config: GenerationConfig, processors: Sequence[Processor]) -> None:
+    """Raise RequestError for what would choose other tokens, whoever decodes with our drafters."""
+    _refuse_settings(config, _REFUSED)
+    refuse_stateful(processors)
+
+
+def _refuse_settings(config: GenerationConfig, refused: Mapping[str, str]) -> None:
+    for name, advice in refused.items():
+        if asks(config, name):
+            value = getattr(config, name)
             raise RequestError(f"paceline does not support {name}={value!r} of generate: {advice}")
 
 
-def _take_warpers(processors: list[Processor]) -> dict[str, Any]:
-    """Sampling parameters from the warpers at the list's end, which are taken off it.
+def read_padding(
+    input_ids: Tensor, model_kwargs: Mapping[str, Any], given: Mapping[str, Any]
+) -> list[int]:
+    """Number of padding tokens left of each row. Refuses inputs other than plain text.
 
-    A warper in front of a processor that is not known here stays where it is: transformers' order
-    is kept, and the drafter's distribution is then warped less than the target's.
+    input_ids: [B, L]. model_kwargs: as transformers prepared them. given: those that the caller gave;
+    whatever else transformers prepared follows from the text and its mask alone.
     """
-    sampling: dict[str, Any] = {"temperature": 1.0}
-    if processors and isinstance(processors[-1], LogitNormalization):
-        processors.pop()  # probabilities are normalised anyway
-    for kind, name in _WARPERS:
-        if processors and type(processors[-1]) is kind and _is_plain(processors[-1]):
-            sampling[name] = getattr(processors.pop(), name)
-    return sampling
-
-
-def _is_plain(warper: Any) -> bool:
-    keep = getattr(warper, "min_tokens_to_keep", 1)
-    return keep == 1 and getattr(warper, "filter_value", -torch.inf) == -torch.inf
-
-
-def read_padding(input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> list[int]:
-    """How many tokens of padding stand left of each row. Refuses inputs other than plain text.
-
-    input_ids: [B, L].
-    """
-    for name, value in model_kwargs.items():
-        if name not in _PREPARED and value is not None:
+    for name, value in given.items():
+        if isinstance(value, Cache) and not value.get_seq_length():
+            continue
+        if isinstance(value, Cache):
+            raise RequestError(
+                f"'{name}' already holds text; paceline keeps its own cache (and shares prompts that "
+                "begin alike), so give the whole prompt as input_ids"
+            )
+        if name not in _INPUTS and value is not None:
             raise RequestError(
                 f"paceline does not support the model input '{name}'; it decodes from input_ids and "
                 "attention_mask alone"
             )
-    past = model_kwargs.get("past_key_values")
-    if past is not None and past.get_seq_length():
-        raise RequestError(
-            "past_key_values already holds text; paceline keeps its own cache (and shares prompts "
-            "that begin alike), so give the whole prompt as input_ids"
-        )
     num_rows, length = input_ids.shape
     mask = model_kwargs.get("attention_mask")
     if mask is None:

@@ -27,6 +27,7 @@ from paceline.integrations.generation_settings import (
     read_padding,
     read_sampling,
     read_settings,
+    refuse_other_decoding,
 )
 from paceline.integrations.kept_pace import pace_of
 
@@ -96,7 +97,8 @@ def generate(
         asked = read_settings(
             generation_config, logits_processor, stopping_criteria, input_ids.shape[1]
         )
-        padding = read_padding(input_ids, model_kwargs)
+        given = _given_inputs(lost, generation_config, model_kwargs)
+        padding = read_padding(input_ids, model_kwargs, given)
         if streamer is not None and len(input_ids) > 1:
             raise RequestError("a streamer takes one row; generate the rows of a batch one by one")
         pace = pace_of(model, generation_config, pace, drafters, lost["assistant_model"])
@@ -134,7 +136,7 @@ def _lost_arguments(model: PreTrainedModel) -> dict[str, Any]:
     arguments, and takes these out before. A streamer was already given the prompt and may have a
     reader waiting, so to leave it alone would be to hang; its frame is the only place they are at.
     """
-    names = ("streamer", "assistant_model", "synced_gpus")
+    names = ("streamer", "assistant_model", "synced_gpus", "kwargs")
     code = inspect.unwrap(GenerationMixin.generate).__code__
     frame = inspect.currentframe()
     while frame is not None:
@@ -142,6 +144,18 @@ def _lost_arguments(model: PreTrainedModel) -> dict[str, Any]:
             return {name: frame.f_locals.get(name) for name in names}
         frame = frame.f_back
     return dict.fromkeys(names)
+
+
+def _given_inputs(
+    lost: Mapping[str, Any], config: GenerationConfig, model_kwargs: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Inputs of the model's forward as the caller gave them; all there are where that is not known.
+
+    Of its keyword arguments `generate` takes those that its configuration has an attribute for.
+    """
+    if lost["kwargs"] is None:
+        return model_kwargs
+    return {n: v for n, v in lost["kwargs"].items() if not hasattr(config, n)}
 
 
 def _arm(pace: Pace, drafter: str | None) -> str:
@@ -177,6 +191,7 @@ def _request(
         drafter=arm,
         ignore_eos=True,  # the call has its own; transformers ignores ids that cannot come
         stop_token_ids={t for t in asked.stop_token_ids if 0 <= t < pace.parts.target.num_logits},
+        generation_config="none",  # transformers has merged the model's and the call's
         **sampling,
         **rules,
     )
@@ -267,14 +282,16 @@ def assisted(
     others["assistant_model"] = lost["assistant_model"]
     if given := [name for name, value in others.items() if value]:
         raise RequestError(f"drafter and {given[0]} say different things; give one of them")
+    refuse_other_decoding(generation_config, logits_processor)
     if len(input_ids) > 1:
         raise RequestError("transformers' assisted decoding takes one row; give one prompt")
+    inputs = _given_inputs(lost, generation_config, model_kwargs)
     instance: Any = model
     with candidate_generator(
         drafter,
         max_length=generation_config.max_length,
         sampling=read_sampling(generation_config, logits_processor),
-        num_padding=read_padding(input_ids, model_kwargs)[0],
+        num_padding=read_padding(input_ids, model_kwargs, inputs)[0],
     ) as candidates:
         instance._get_candidate_generator = lambda **_: candidates
         try:

@@ -13,6 +13,7 @@ from paceline.assembly import Pace, load
 from paceline.config import MAX_DRAFT_TOKENS
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
 from paceline.errors import ConfigError, RequestError
+from paceline.models.weights_watch import WeightsWatch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -44,8 +45,20 @@ class _Ids:
 class _Kept:
     """A pace kept on its model, with what it was made from; copies of the model start without."""
 
-    def __init__(self, made_from: tuple[Any, ...] = (), pace: Pace | None = None) -> None:
-        self.made_from, self.pace = made_from, pace
+    def __init__(
+        self,
+        made_from: tuple[Any, ...] = (),
+        pace: Pace | None = None,
+        watches: Sequence[WeightsWatch] = (),
+    ) -> None:
+        """watches: of all models it was made from."""
+        self.made_from, self.pace, self._watches = made_from, pace, watches
+
+    def serves(self, made_from: tuple[Any, ...]) -> bool:
+        """Whether it is there, was made from the same, and that is as it was."""
+        if self.pace is None or self.made_from != made_from:
+            return False
+        return not any(watch.has_changed() for watch in self._watches)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Kept:
         return _Kept()
@@ -82,28 +95,14 @@ def pace_of(
     sources = dict(drafters or {})
     if assistant is not None:
         sources["assistant_model"] = assistant
-    made_from = (sources, lookup, *(_version(m) for m in (model, *sources.values())))
+    made_from = (sources, lookup)
     kept: Any = getattr(model, _KEPT, None)
-    if kept is None or kept.pace is None or kept.made_from != made_from:
-        kept = _Kept(made_from, _make_pace(model, sources, *lookup))
+    if kept is None or not kept.serves(made_from):
+        made = _make_pace(model, sources, *lookup)
+        kept = _Kept(made_from, made, [WeightsWatch(m) for m in (model, *sources.values())])
         setattr(model, _KEPT, kept)
-    made: Pace = kept.pace
-    return made
-
-
-def _version(model: Any) -> tuple[Any, ...]:
-    """Changes with weights and adapters in use, so that a kept pace is never out of date."""
-    if not isinstance(model, torch.nn.Module):
-        return ()
-    weights = list(model.parameters())
-    written = sum(p._version for p in weights if not p.is_inference())
-    places = sum(p.data_ptr() for p in weights if type(p.data) is torch.Tensor)
-    adapters = [
-        (str(m._active_adapter), m._disable_adapters)
-        for m in model.modules()
-        if hasattr(m, "_disable_adapters")  # PEFT's layers
-    ]
-    return len(weights), written, places, *adapters
+    found: Pace = kept.pace
+    return found
 
 
 def _make_pace(

@@ -23,6 +23,7 @@ from paceline.models.lean import LeanForward, why_not_lean
 from paceline.models.packing import ChainMasks, PackedBatch, Span
 from paceline.models.peft_adapters import base_of
 from paceline.models.visibility import look_at
+from paceline.models.weights_watch import WeightsWatch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,14 +78,18 @@ class LanguageModel:
         )
         self._chain_masks = ChainMasks()
         self.visibility = look_at(model, self.context_length, self.device)
+        self.exact = exact
+        self._take_weights(forward)
+
+    def _take_weights(self, forward: Forward) -> None:
+        model, name = self.model, self.name
         reason = "the configuration says so" if forward == "transformers" else why_not_lean(model)
         reason = reason or next(iter(self.visibility.reasons), None)
-        self.exact = exact
         self._forward: LeanForward | TransformersForward
         if reason is None:
-            self._forward = LeanForward(model, self.visibility.windows, exact)
-        elif forward == "lean" or exact:
-            mode = "exact mode" if exact else "the lean forward"
+            self._forward = LeanForward(model, self.visibility.windows, self.exact)
+        elif forward == "lean" or self.exact:
+            mode = "exact mode" if self.exact else "the lean forward"
             raise ModelError(f"{name}: cannot run {mode}, because {reason}")
         else:
             self._forward = TransformersForward(model, name, self.visibility.windows)
@@ -92,11 +97,33 @@ class LanguageModel:
         self._static: StaticForward | None = None
         if isinstance(self.cache, PagedCache) and isinstance(self._forward, LeanForward):
             self._static = StaticForward(self._forward, self.cache, self.context_length)
+        self._watch = WeightsWatch(model)  # last: on CUDA packing moves them
 
     @property
     def forward_kind(self) -> str:
         """`lean` or `transformers`: whose code runs the weights."""
         return self._forward.kind
+
+    def has_changed(self) -> bool:
+        """Whether the model's weights changed since they were taken; see `WeightsWatch`."""
+        return self._watch.has_changed()
+
+    def reload(self) -> None:
+        """Take the model's weights as they are now; what caches hold of the old ones is void.
+
+        Raises ModelError if more than their values changed.
+        """
+        kind, facts = self.forward_kind, (self.dtype, self.device, self.num_logits)
+        found = self.model.dtype, _input_device(self.model)
+        if (*found, self.model.get_output_embeddings().weight.shape[0]) == facts:
+            with torch.inference_mode(False), torch.no_grad():  # as at load, whoever asks
+                self._take_weights("transformers" if kind == "transformers" else "auto")
+            if self.forward_kind == kind:
+                return
+        raise ModelError(
+            f"{self.name}: the model changed after it was loaded, and in more than the values of its "
+            "weights (dtype, device, vocabulary or layers); load it again with paceline.load"
+        )
 
     def acquire(self) -> int:
         """A slot for a new row."""

@@ -39,7 +39,7 @@ class Product:
         if known and len(known) != len(layers):
             raise ValueError("layers with and without biases do not make one product")
         self.bias: Tensor | None = torch.cat(known) if known else None
-        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        weight = joined(weights)
         self.packed = packs(weight) if exact else packs(weight) and is_worth_packing(weight)
         if exact and not self.packed:
             raise ModelError(
@@ -102,6 +102,22 @@ class Product:
                 other = residual[first : first + self.rows]
                 outputs.append(_binary(part, other, self.weight, self.bias, "add"))
         return torch.cat(outputs)[:num_rows]
+
+
+def joined(weights: Sequence[Tensor]) -> Tensor:
+    """Weights [out, in] as one [sum of outs, in]; without a copy where they are views of one already.
+
+    So a second product of the same layers leaves them where the first one has put them.
+    """
+    first, end = weights[0], weights[0].data_ptr()
+    for weight in weights:
+        storage = weight.untyped_storage().data_ptr()
+        together = storage == first.untyped_storage().data_ptr() and weight.data_ptr() == end
+        if not (together and weight.is_contiguous()):
+            return torch.cat(list(weights))
+        end += weight.nbytes
+    num_outputs = sum(len(weight) for weight in weights)
+    return first.as_strided((num_outputs, first.shape[1]), (first.shape[1], 1))
 
 
 def packs(weight: Tensor) -> bool:

@@ -67,7 +67,7 @@ def test_relative_paths_mean_relative_to_the_file(
     [
         ("targt: {model: a/b}\n", ["'targt'", "did you mean 'target'"]),
         (MINIMAL + "engin: {}\n", ["'engin'", "did you mean 'engine'"]),
-        (MINIMAL + "zebra: 1\n", ["'zebra'", "valid: target, exact, drafters"]),
+        (MINIMAL + "zebra: 1\n", ["'zebra'", "valid: target, exact, generation_config"]),
         (MINIMAL + "engine: {maxrows: 3}\n", ["'engine.maxrows'", "'max_rows'"]),
         ("target: {modl: a/b}\n", ["'target.modl'", "'model'"]),
         (MINIMAL + "drafters: {x: {kynd: none}}\n", ["'drafters.x.kynd'", "'kind'"]),

@@ -213,7 +213,10 @@ def _time(config: Config, jobs: Sequence[Job], repeats: int) -> np.ndarray:
         job = by_tokens[tuple(tokens)]
         arm = job.home if which == "home" else job.here
         request: Request = pace.request(
-            list(tokens), max_new_tokens=job.max_new_tokens, drafter=arm
+            list(tokens),
+            max_new_tokens=job.max_new_tokens,
+            drafter=arm,
+            generation_config="none",
         )
         return next(iter(pace.stream([request]))).token_ids
 

@@ -1,0 +1,297 @@
+"""A model's own generation settings: defaults of a request, and what of them cannot be honoured.
+
+One reading for every caller: plain requests take the model's `generation_config` under what the call
+gives; transformers' `generate` has merged the two already and hands in the result. Logits processors
+stay transformers' own objects in transformers' own order; what paceline has a rule or a sampling
+parameter for becomes one. Knows no engine and no request. Symbols: V logits.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from transformers.generation.logits_process import (
+    ClassifierFreeGuidanceLogitsProcessor,
+    LogitNormalization,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+
+from paceline.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+    from torch import Tensor
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from paceline.models.language_model import LanguageModel
+
+    Processor = Callable[[Tensor, Tensor], Tensor]
+
+DEFAULT_NEW_TOKENS: Final = 256
+"""Maximum number of new tokens where neither the call nor the model says."""
+
+# Settings that choose other tokens in a way paceline does not; None and zero ask for nothing.
+OTHER_DECODING: Final = (
+    "num_beams",
+    "num_beam_groups",
+    "constraints",
+    "force_words_ids",
+    "penalty_alpha",
+    "dola_layers",
+    "guidance_scale",
+    "watermarking_config",
+    "encoder_repetition_penalty",
+    "encoder_no_repeat_ngram_size",
+)
+# the same, of settings that transformers' `generate` honours before it calls paceline
+_BEFORE_DECODING: Final = ("num_return_sequences", "token_healing", "max_time")
+# values in addition to transformers' defaults that change nothing
+_IDLE: Final[Mapping[str, object]] = {
+    "guidance_scale": 1,
+    "cache_implementation": "dynamic",
+}
+
+# settings that `Pace.request` and transformers call by one name
+_SAMPLING: Final = ("temperature", "top_k", "top_p", "min_p")
+_RULES: Final = ("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "suppress_tokens")
+_FLOATS: Final = ("temperature", "top_p", "min_p", "repetition_penalty")
+# what else a model's configuration may set that acts on the text
+_ALSO: Final = (
+    "do_sample",
+    "max_new_tokens",
+    "max_length",
+    "min_length",
+    "stop_strings",
+    "top_h",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "bad_words_ids",
+    "sequence_bias",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "begin_suppress_tokens",
+    "exponential_decay_length_penalty",
+    "remove_invalid_values",
+    "renormalize_logits",
+)
+_ACTIVE: Final = (*OTHER_DECODING, *_BEFORE_DECODING, *_SAMPLING, *_RULES, *_ALSO)
+
+# their answer depends on more than their arguments
+_STATEFUL: Final = (
+    ClassifierFreeGuidanceLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+)
+# paceline's own warping, last to first; the attribute is the sampling parameter's name too
+_WARPERS: Final = (
+    (MinPLogitsWarper, "min_p"),
+    (TopPLogitsWarper, "top_p"),
+    (TopKLogitsWarper, "top_k"),
+    (TemperatureLogitsWarper, "temperature"),
+)
+# processors that paceline has a rule for; they ban tokens after the penalty, so in any order
+_OWN: Final[Mapping[type, str]] = {
+    RepetitionPenaltyLogitsProcessor: "repetition_penalty",
+    NoRepeatNGramLogitsProcessor: "no_repeat_ngram_size",
+    MinNewTokensLengthLogitsProcessor: "min_new_tokens",
+    SuppressTokensLogitsProcessor: "suppress_tokens",
+}
+
+
+# --- defaults of a request ------------------------------------------------------------------------
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the ids that end an answer: the model's, or the tokenizer's where the model names none.
+
+    transformers' `generate` does not know the tokenizer, and does not stop in the second case.
+    """
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    return frozenset() if ids is None else frozenset(_integers(ids))
+
+
+def with_defaults(
+    target: LanguageModel,
+    given: Mapping[str, Any],
+    num_prompt: int,
+    stop_token_ids: Collection[int],
+) -> dict[str, Any]:
+    """Return a call's settings, in `Pace.request`'s names, with the model's own where it gives none.
+
+    given: settings of the call, each valid by itself. num_prompt: tokens of the prompt. stop_token_ids:
+    those of the request. Raises RequestError, naming the setting, for one of the model's that cannot
+    be honoured. transformers' own defaults, such as top_k=50, stand in no model's configuration and
+    are not taken.
+    """
+    model: Any = target.model
+    config: GenerationConfig | None = getattr(model, "generation_config", None)
+    if config is None or all(getattr(config, name, None) is None for name in _ACTIVE):
+        return dict(given)
+    _refuse_of_model(config)
+    asked = _merge(config, given, num_prompt)
+    ends = sorted(stop_token_ids)
+    asked._eos_token_tensor = torch.tensor(ends, device=target.device) if ends else None
+    if not ends:
+        asked.exponential_decay_length_penalty = None  # it makes an end likelier, and there is none
+    try:
+        processors = list(
+            model._get_logits_processor(
+                generation_config=asked, input_ids_seq_length=num_prompt, device=target.device
+            )
+        )
+    except (TypeError, ValueError) as error:
+        raise RequestError(
+            f"the model's generation configuration cannot be used: {error}; {_WAY_OUT}"
+        ) from error
+    return _in_own_words(asked, given, processors)
+
+
+_WAY_OUT: Final = "set 'generation_config: none' to leave it aside, or correct the model's"
+
+
+def _merge(config: GenerationConfig, given: Mapping[str, Any], num_prompt: int) -> Any:
+    """The model's configuration with what the call gives, and neutral values for the rest."""
+    asked: Any = copy.copy(config)
+    neutral = {**config._get_default_generation_params(), "top_k": 0, "max_length": None}
+    for name in (*_SAMPLING, *_RULES, "max_new_tokens"):
+        if name in given:
+            setattr(asked, name, given[name])
+    if "temperature" in given:
+        asked.do_sample = True
+    for name, value in neutral.items():
+        if getattr(asked, name, None) is None:
+            setattr(asked, name, value)
+    for name in _FLOATS:
+        if isinstance(getattr(asked, name), int):  # transformers insists on the type
+            setattr(asked, name, float(getattr(asked, name)))
+    if asked.temperature == 0:
+        asked.do_sample = False
+    if "repetition_scope" in given and "repetition_penalty" in given:
+        asked.repetition_penalty = 1.0  # left to paceline's own rule, which alone knows scopes
+    if asked.forced_bos_token_id is not None and ("forced_tokens" in given or num_prompt > 1):
+        asked.forced_bos_token_id = None  # transformers forces it behind one token only
+    asked.suppress_tokens = _tokens_or_none(asked.suppress_tokens)
+    asked.begin_suppress_tokens = _tokens_or_none(asked.begin_suppress_tokens)
+    _settle_lengths(asked, given, num_prompt)
+    return asked
+
+
+def _settle_lengths(asked: Any, given: Mapping[str, Any], num_prompt: int) -> None:
+    """Lengths of the answer from lengths of prompt and answer; the same rules as transformers'."""
+    if asked.max_new_tokens is None and asked.max_length is not None:
+        asked.max_new_tokens = asked.max_length - num_prompt
+        if asked.max_new_tokens < 1:
+            raise RequestError(
+                f"the prompt has {num_prompt} tokens and the model's generation configuration sets "
+                f"max_length={asked.max_length} for prompt and answer; give max_new_tokens"
+            )
+    if asked.max_new_tokens is None:
+        asked.max_new_tokens = DEFAULT_NEW_TOKENS
+    asked.max_length = num_prompt + asked.max_new_tokens
+    if asked.min_new_tokens is None:
+        asked.min_new_tokens = max(0, asked.min_length - num_prompt)
+    if "min_new_tokens" not in given:
+        asked.min_new_tokens = min(asked.min_new_tokens, asked.max_new_tokens)
+    asked.min_length = 0  # said by min_new_tokens now
+
+
+def _in_own_words(
+    asked: Any, given: Mapping[str, Any], processors: list[Processor]
+) -> dict[str, Any]:
+    """Settings in `Pace.request`'s names from the merged configuration and its processors."""
+    settings = {**given, "max_new_tokens": asked.max_new_tokens}
+    if asked.do_sample:
+        settings = {n: v for n, v in settings.items() if n not in _SAMPLING}
+        settings |= take_warpers(processors)
+    if asked.stop_strings is not None and "stop" not in given:
+        strings = asked.stop_strings
+        settings["stop"] = (strings,) if isinstance(strings, str) else tuple(strings)
+    if all(type(p) in _OWN for p in processors):
+        settings |= {_OWN[type(p)]: getattr(asked, _OWN[type(p)]) for p in processors}
+        processors = []
+    elif "repetition_scope" not in given:
+        settings.pop("repetition_penalty", None)  # one of the processors; bans may stand twice
+    if processors:
+        settings["processors"] = (*processors, *given.get("processors", ()))
+    return settings
+
+
+def _refuse_of_model(config: GenerationConfig) -> None:
+    for name in (*OTHER_DECODING, *_BEFORE_DECODING):
+        if asks(config, name):
+            raise RequestError(
+                f"the model's generation configuration sets {name}={_short(getattr(config, name))}, "
+                f"which paceline does not support; {_WAY_OUT}"
+            )
+
+
+# --- what a merged configuration and its processors ask for ---------------------------------------
+
+
+def asks(config: GenerationConfig, name: str) -> bool:
+    """Whether a setting asks for anything: None, zero, empty and idle values do not."""
+    value = getattr(config, name, None)
+    idle = _IDLE.get(name, config._get_default_generation_params().get(name))
+    return bool(value) and value != idle
+
+
+def refuse_stateful(processors: Iterable[Processor]) -> None:
+    """Raise RequestError if a processor's answer depends on more than the text and its scores."""
+    for processor in processors:
+        if isinstance(processor, _STATEFUL):
+            raise RequestError(
+                f"{type(processor).__name__} is not a function of the text and its scores alone, "
+                "so a draft cannot be judged with it; drop it"
+            )
+
+
+def take_warpers(processors: list[Processor]) -> dict[str, Any]:
+    """Sampling parameters from the warpers at the list's end, which are taken off it.
+
+    A warper in front of a processor that is not known here stays where it is: transformers' order
+    is kept, and the drafter's distribution is then warped less than the target's.
+    """
+    sampling: dict[str, Any] = {"temperature": 1.0}
+    if processors and isinstance(processors[-1], LogitNormalization):
+        processors.pop()  # probabilities are normalised anyway
+    for kind, name in _WARPERS:
+        if processors and type(processors[-1]) is kind and _is_plain(processors[-1]):
+            sampling[name] = getattr(processors.pop(), name)
+    return sampling
+
+
+def _is_plain(warper: Any) -> bool:
+    keep = getattr(warper, "min_tokens_to_keep", 1)
+    return keep == 1 and getattr(warper, "filter_value", -torch.inf) == -torch.inf
+
+
+def _integers(ids: int | Sequence[int] | Tensor) -> list[int]:
+    numbers: list[int] = torch.as_tensor(ids).flatten().tolist()
+    return numbers
+
+
+def _tokens_or_none(ids: Any) -> list[int] | None:
+    """Token ids as a list; None where there are none, for which transformers makes no processor."""
+    if ids is None:
+        return None
+    return _integers(ids if isinstance(ids, torch.Tensor) else list(ids)) or None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
