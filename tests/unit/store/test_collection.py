@@ -147,7 +147,9 @@ def test_nothing_there_and_nothing_in_it(tmp_path: Path) -> None:
 def test_a_missing_arm_is_named(tmp_path: Path) -> None:
     fill(tmp_path)
     refused(
-        tmp_path, "arm 'code' is not in this.*run `paceline collect PROMPTS` again to add what", ["code"]
+        tmp_path,
+        "arm 'code' is not in this.*run `paceline collect PROMPTS` again to add what",
+        ["code"],
     )
     assert not (tmp_path / "replays" / "code").exists()
 
@@ -162,7 +164,9 @@ def test_an_unfinished_arm_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
 def test_missing_features_are_named(tmp_path: Path) -> None:
     fill(tmp_path)
     shutil.rmtree(tmp_path / "features")
-    refused(tmp_path, "the features of 'target_hidden' are not in.*`paceline collect PROMPTS` again")
+    refused(
+        tmp_path, "the features of 'target_hidden' are not in.*`paceline collect PROMPTS` again"
+    )
 
 
 def test_another_target_or_tokenizer_is_refused(tmp_path: Path) -> None:
