@@ -166,8 +166,8 @@ def _arm(pace: Pace, drafter: str | None) -> str:
     others = [name for name in pace.drafters if name != NONE]
     if len(others) > 1:
         raise RequestError(
-            f"no policy chooses among {', '.join(others)}: {pace.engine.why_no_policy}, or name one "
-            "with drafter="
+            f"no policy chooses among {', '.join(others)} ({pace.engine.why_no_policy}); name one with "
+            "drafter="
         )
     return others[0] if others else NONE
 

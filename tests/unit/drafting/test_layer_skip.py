@@ -342,7 +342,7 @@ def test_a_skip_set_that_is_not_one(tmp_path: Path, content: str | None) -> None
     if content is not None:
         path.write_text(content)
     settings = LayerSkipSettings(skip_set=path)
-    with pytest.raises(ArtefactError, match="run `paceline layer-search`"):
+    with pytest.raises(ArtefactError, match="run `paceline layer-search PROMPTS`"):
         LayerSkip.check("skip", settings, None)  # type: ignore[arg-type]
 
 

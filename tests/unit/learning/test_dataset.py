@@ -194,7 +194,9 @@ def test_refusals_say_what_to_do(prompts: list[CollectedPrompt], costs: CostTabl
     broken[3] = np.nan
     with pytest.raises(StoreError, match=r"prompt 'p0' is not a finite number.*another dtype"):
         build([replace(first, features=broken), *rest])
-    with pytest.raises(StoreError, match=r"collection has none; run `paceline collect --align"):
+    with pytest.raises(
+        StoreError, match=r"collection has none; run `paceline collect PROMPTS --align"
+    ):
         build(prompts, settings=ALIGNMENT)
     partly = [prompts[0], *(with_outputs(p, "code") for p in rest)]
     with pytest.raises(StoreError, match=r"prompt 'p0' has no text of 'code'"):

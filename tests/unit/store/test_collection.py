@@ -138,16 +138,18 @@ def test_an_arm_may_be_called_anything(tmp_path: Path, arm: str) -> None:
 
 
 def test_nothing_there_and_nothing_in_it(tmp_path: Path) -> None:
-    refused(tmp_path / "nowhere", "no collection here; run `paceline collect`")
+    refused(tmp_path / "nowhere", "no collection here; run `paceline collect PROMPTS`")
     assert not (tmp_path / "nowhere").exists()
     open_collection(tmp_path)
-    refused(tmp_path, "the collection is empty; run `paceline collect`")
+    refused(tmp_path, "the collection is empty; run `paceline collect PROMPTS`")
 
 
 def test_a_missing_arm_is_named(tmp_path: Path) -> None:
     fill(tmp_path)
     refused(
-        tmp_path, "arm 'code' is not in this.*run `paceline collect` again to add what", ["code"]
+        tmp_path,
+        "arm 'code' is not in this.*run `paceline collect PROMPTS` again to add what",
+        ["code"],
     )
     assert not (tmp_path / "replays" / "code").exists()
 
@@ -155,14 +157,16 @@ def test_a_missing_arm_is_named(tmp_path: Path) -> None:
 def test_an_unfinished_arm_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
     collection = fill(tmp_path)
     collection.replays("code", "kind=code").append([replayed("a")])
-    refused(tmp_path, "code: covers 1 of 3 prompts; run `paceline collect` again")
+    refused(tmp_path, "code: covers 1 of 3 prompts; run `paceline collect PROMPTS` again")
     assert len(load_collection(tmp_path, ["math"]).prompts) == 3
 
 
 def test_missing_features_are_named(tmp_path: Path) -> None:
     fill(tmp_path)
     shutil.rmtree(tmp_path / "features")
-    refused(tmp_path, "the features of 'target_hidden' are not in this.*`paceline collect` again")
+    refused(
+        tmp_path, "the features of 'target_hidden' are not in.*`paceline collect PROMPTS` again"
+    )
 
 
 def test_another_target_or_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -147,6 +147,8 @@ def test_a_shard_of_another_length_is_refused(tmp_path: Path) -> None:
 
 
 def test_opening_what_is_not_there_is_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"no collection here; run `paceline collect` first"):
+    with pytest.raises(
+        StoreError, match=r"no collection here; run `paceline collect PROMPTS` first"
+    ):
         ShardStore.open(tmp_path / "nothing", "things", SCHEMA)
     assert not (tmp_path / "nothing").exists()

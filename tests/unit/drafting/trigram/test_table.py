@@ -213,7 +213,7 @@ def test_a_table_of_another_tokenizer_is_refused(table_file: Path) -> None:
 
 
 def test_a_missing_table_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none: no such .* trigram build --out"):
+    with pytest.raises(ConfigError, match=r"none: no such .* trigram build FILE --out"):
         read_facts(tmp_path / "none")
 
 
