@@ -280,8 +280,9 @@ class Pace:
 
         `settings` are those of `request` and hold for all of them.
         """
-        several = isinstance(prompts, Iterable) and not isinstance(prompts, (str, bytes, Mapping))
-        given = list(prompts) if several else []
+        given: Any = prompts  # whatever its type says
+        several = isinstance(given, Iterable) and not isinstance(given, (str, bytes, Mapping))
+        given = list(given) if several else []
         # one conversation is a list of messages
         if not several or (given and isinstance(given[0], Mapping)):
             raise RequestError("generate takes a list of prompts; use complete for one prompt")
