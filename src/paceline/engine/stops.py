@@ -106,7 +106,9 @@ def _text_before(words: Detokenizer, output: Sequence[int], spelled: str, end: i
         before = words.spell(output[:count])
         if len(before) <= end and spelled.startswith(before):
             break
-    text = words.decode(output[:count])
-    # a stop string may begin inside a token, of which a special one is no text
-    cut = count < len(output) and not words.is_silent(output[count])
-    return text + spelled[len(before) : end] if cut else text
+    # a stop string may begin inside a token; of a special one only what stands before its name is text,
+    # as what a decoder puts between two tokens
+    name = words.special.get(output[count]) if count < len(output) else None
+    named_at = spelled.find(name, len(before)) if name is not None else -1
+    cut = end if named_at < 0 else min(end, named_at)
+    return words.decode(output[:count]) + spelled[len(before) : cut]
