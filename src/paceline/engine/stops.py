@@ -96,8 +96,17 @@ def final_text(row: Row, decode: Decode) -> str:
     if named:
         spelled = words.spell(output)
         places = [i for stop in named if (i := spelled.find(stop)) >= 0]
-        texts += [_text_before(words, output, spelled, min(places))] if places else []
+        if places:
+            # with special tokens spelled out, a decoder may put blanks where the text has none
+            texts.append(
+                _beginning_of_both(text, _text_before(words, output, spelled, min(places)))
+            )
     return min(texts, key=len)
+
+
+def _beginning_of_both(one: str, other: str) -> str:
+    unequal = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return one[: next(unequal, min(len(one), len(other)))]
 
 
 def _text_before(words: Detokenizer, output: Sequence[int], spelled: str, end: int) -> str:
