@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +51,7 @@ from paceline.selection.drift import RANGE_FILE, DriftAlarm, TrainingRange
 from paceline.store import DecisionLog, LogHeader, is_collection
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Iterator, Sequence
 
     import numpy as np
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -284,9 +285,13 @@ class Pace:
 
         `settings` are those of `request` and hold for all of them.
         """
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], dict)):
+        given: Any = prompts  # whatever its type says
+        several = isinstance(given, Iterable) and not isinstance(given, (str, bytes, Mapping))
+        given = list(given) if several else []
+        # one conversation is a list of messages
+        if not several or (given and isinstance(given[0], Mapping)):
             raise RequestError("generate takes a list of prompts; use complete for one prompt")
-        requests = [self.request(p, id=str(i), **settings) for i, p in enumerate(prompts)]
+        requests = [self.request(p, id=str(i), **settings) for i, p in enumerate(given)]
         done = {c.request_id: c for c in self.driver.generate(requests)}
         return [done[request.id] for request in requests]
 

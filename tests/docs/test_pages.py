@@ -13,6 +13,7 @@ import paceline
 from paceline.drafting.base import Needs, Surroundings
 from paceline.drafting.catalog import CATALOG
 from paceline.integrations.generation_settings import _REFUSED, _REFUSED_HERE
+from paceline.requests import RequestSettings
 
 ROOT = Path(__file__).parents[2]
 COMING = (ROOT / "docs" / "coming-from-assistant-model.md").read_text(encoding="utf-8")
@@ -51,3 +52,12 @@ def test_what_a_drafter_of_ones_own_is_told_to_use_is_public() -> None:
     assert fields(Needs)
     for kind in CATALOG.values():
         assert issubclass(kind.Settings, BaseModel)
+
+
+def test_the_page_of_requests_lists_every_setting_as_it_is_checked() -> None:
+    page = (ROOT / "docs" / "requests.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", page, flags=re.MULTILINE))
+    fields = RequestSettings.model_fields
+    assert {name: listed.get(name) for name in fields} == {
+        n: f.description for n, f in fields.items()
+    }

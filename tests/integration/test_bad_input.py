@@ -104,7 +104,8 @@ def test_messages_without_a_chat_template_are_refused() -> None:
 
 
 def test_one_prompt_given_for_a_list_of_prompts_is_refused(pace: Pace) -> None:
-    for prompt in ("hello", [{"role": "user", "content": "hi"}]):
+    message = {"role": "user", "content": "hi"}
+    for prompt in ("hello", [message], (message,), message, b"hello", None, 5):
         with pytest.raises(RequestError) as caught:
             pace.generate(prompt, drafter="none")
         assert_one_clear_line(caught.value, ["list of prompts", "complete"])

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 import paceline
 from paceline.assembly import Pace, build_from_objects
 from paceline.config import Config, ModelSection
-from paceline.errors import DecodingError, ModelError
+from paceline.errors import DecodingError
 from paceline.integrations import hf
 from paceline.models.products import joined
 from paceline.models.weights_watch import WeightsWatch
@@ -180,7 +180,7 @@ def test_a_model_that_changed_in_more_than_values_must_be_loaded_again() -> None
     model = tiny_model("llama")
     pace = paceline.load(target=model, tokenizer=byte_tokenizer(), drafters={})
     model.to(torch.bfloat16)
-    with pytest.raises(ModelError, match=r"target: the model changed .* load it again"):
+    with pytest.raises(DecodingError, match=r"target: the model changed .* load it again"):
         pace.complete(PROMPT, drafter="none", **TEN)
     model.to(torch.float32)
     expected = by_transformers(model)

@@ -165,5 +165,5 @@ def test_a_processor_that_fails_ends_its_row(pace: Pace) -> None:
     def broken(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         raise KeyError("what?")
 
-    with pytest.raises(DecodingError, match="logit rules: 'what\\?'"):
+    with pytest.raises(DecodingError, match="logit rules: KeyError: 'what\\?'"):
         pace.complete(PROMPT, drafter="near", max_new_tokens=N, processors=[broken])

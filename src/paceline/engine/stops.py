@@ -96,8 +96,17 @@ def final_text(row: Row, decode: Decode) -> str:
     if named:
         spelled = words.spell(output)
         places = [i for stop in named if (i := spelled.find(stop)) >= 0]
-        texts += [_text_before(words, output, spelled, min(places))] if places else []
+        if places:
+            # with special tokens spelled out, a decoder may put blanks where the text has none
+            texts.append(
+                _beginning_of_both(text, _text_before(words, output, spelled, min(places)))
+            )
     return min(texts, key=len)
+
+
+def _beginning_of_both(one: str, other: str) -> str:
+    unequal = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return one[: next(unequal, min(len(one), len(other)))]
 
 
 def _text_before(words: Detokenizer, output: Sequence[int], spelled: str, end: int) -> str:
@@ -106,7 +115,9 @@ def _text_before(words: Detokenizer, output: Sequence[int], spelled: str, end: i
         before = words.spell(output[:count])
         if len(before) <= end and spelled.startswith(before):
             break
-    text = words.decode(output[:count])
-    # a stop string may begin inside a token, of which a special one is no text
-    cut = count < len(output) and not words.is_silent(output[count])
-    return text + spelled[len(before) : end] if cut else text
+    # a stop string may begin inside a token; of a special one only what stands before its name is text,
+    # as what a decoder puts between two tokens
+    name = words.special.get(output[count]) if count < len(output) else None
+    named_at = spelled.find(name, len(before)) if name is not None else -1
+    cut = end if named_at < 0 else min(end, named_at)
+    return words.decode(output[:count]) + spelled[len(before) : cut]

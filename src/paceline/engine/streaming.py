@@ -65,7 +65,15 @@ class _Beginnings:
         self._stop = stop
         self._unseen = list(words.special.values()) if naming_special(words, [stop]) else []
         self._matches: dict[int, set[int]] = {}  # characters matched since -> places in the stop
-        self._new = self._reached({0})
+        # it may begin inside a special token's name, too
+        inside = {
+            len(name) - k
+            for name in self._unseen
+            for k in range(len(name))
+            if stop.startswith(name[k:])
+        }
+        blanks = {place + 1 for place in inside if stop.startswith(" ", place)}
+        self._new = self._reached({0} | inside | blanks)
 
     @property
     def length(self) -> int:
@@ -82,13 +90,19 @@ class _Beginnings:
             self._matches = matches
 
     def _reached(self, places: set[int]) -> set[int]:
-        """These places, and those behind special tokens that stand there."""
+        """These places, and those behind special tokens that stand there.
+
+        A blank beside a special token may be there only where it is spelled out.
+        """
         todo = list(places) if self._unseen else []
         while todo:
             place = todo.pop()
-            for spelling in self._unseen:
-                behind = place + len(spelling)
-                if self._stop.startswith(spelling, place) and behind not in places:
-                    places.add(behind)
-                    todo.append(behind)
+            for name in self._unseen:
+                for start in (place, place + self._stop.startswith(" ", place)):
+                    if not self._stop.startswith(name, start):
+                        continue
+                    behind = start + len(name)
+                    new = {behind, behind + self._stop.startswith(" ", behind)} - places
+                    places |= new
+                    todo += new
         return places

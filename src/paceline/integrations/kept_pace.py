@@ -5,7 +5,7 @@ Knows no decoding. It is kept as long as the same drafters are given and the wei
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 
@@ -31,6 +31,8 @@ class _Ids:
     """In a tokenizer's place where only ids are known: every id is a token, nothing has a text."""
 
     eos_token_id = None
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
+    all_special_ids: ClassVar[list[int]] = []
 
     def __init__(self, num_tokens: int) -> None:
         self._num_tokens = num_tokens
