@@ -74,6 +74,13 @@ class _Beginnings:
         }
         blanks = {place + 1 for place in inside if stop.startswith(" ", place)}
         self._new = self._reached({0} | inside | blanks)
+        # where a blank of the text may be one that the spelled-out text has elsewhere or lacks
+        self._beside = inside | {
+            place
+            for place in range(len(stop) + 1)
+            for name in self._unseen
+            if stop.startswith(name, place) or stop.endswith(name, 0, place)
+        }
 
     @property
     def length(self) -> int:
@@ -84,6 +91,8 @@ class _Beginnings:
             matches: dict[int, set[int]] = {}
             for length, places in (*self._matches.items(), (0, self._new)):
                 met = {p + 1 for p in places if p < len(self._stop) and self._stop[p] == character}
+                if character == " ":
+                    met |= places & self._beside
                 # one that is complete has ended the answer already, or was none
                 if (places := self._reached(met)) - {len(self._stop)}:
                     matches[length + 1] = places

@@ -194,18 +194,19 @@ def test_stops_end_an_answer_where_the_text_first_holds_them(
     assert "".join(pieces) + stream.finish(text) == text
 
 
-def test_what_a_decoder_puts_before_a_special_token_is_text() -> None:
+@pytest.mark.parametrize("num_ends", [1, 2])
+def test_what_a_decoder_puts_before_a_special_token_is_text_or_not_sent(num_ends: int) -> None:
     """As BPEDecoder's blank, which the last token alone is without."""
     decode, stop = KINDS["suffix"], "</s>a "
     row = Row(0, Request("0", (1,), 9, stop_strings=(stop,)), 0, 10, 0.0, [1], NoneDrafter())
     stream, end = TextStream(decode, (stop,)), next(iter(decode.special))
     pieces = []
-    for token in (0, end, 0, 0):
+    for token in (0, *[end] * num_ends, 0, 0):
         append_until_stop(row, [token], decode)
         pieces += [stream.push([token])] if row.finish_reason is None else []
 
     text = final_text(row, decode)
-    assert (row.finish_reason, text) == ("stop", "a ")
+    assert (row.finish_reason, text.rstrip()) == ("stop", "a")
     assert "".join(pieces) + stream.finish(text) == text
 
 
