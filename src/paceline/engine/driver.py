@@ -1,8 +1,8 @@
 """The one owner of an engine's steps, and the ways to wait for what they bring.
 
 Any number of threads, generators and asyncio tasks may submit; one thread of the driver's own steps
-the engine while there is work and blocks while there is none. Every request has a mailbox, a function
-that is handed its progress, so that no caller can take another's. Knows no text and no policy.
+the engine while somebody waits for what it brings, and blocks otherwise. Every request has a mailbox,
+so that no caller can take another's progress. Knows no text and no policy.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import weakref
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final
 
@@ -29,31 +28,36 @@ if TYPE_CHECKING:
     from paceline.engine.loop import Engine, Progress
 
     Deliver = Callable[[Progress], None]
-    Orders = SimpleQueue[int | None]
+    Mail = SimpleQueue[Progress | None]  # None: look whether there is room for more requests
+    # a ticket to cancel, mail that somebody waits for, or one of the two below
+    Orders = SimpleQueue[int | Mail | None]
 
 _WAKE: Final = None  # an order: look whether there is work
-_STOP: Final = -1  # an order: end the thread; tickets, which are orders to cancel, count from 0
+_STOP: Final = -1  # an order: end the thread; tickets count from 0
 # A finaliser may run in a thread that holds what the round waits for, so nobody waits for ever.
 _LONGEST_ROUND: Final = 30.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
 class _Mailbox:
-    deliver: Deliver
+    to: Deliver | Mail  # mail is waited for by and by, a function takes all that comes
     tokens: bool  # whether tokens are delivered as they come, or the completion alone
 
 
 class Driver:
     """Steps one engine for any number of callers. Thread-safe.
 
-    The engine runs ahead of whoever reads: a request that was submitted is decoded to its end unless
-    it is cancelled. While requests are in flight the models belong to the driver's thread.
+    A request of an iterator is decoded while some caller waits, for this one or for another; between
+    two reads, while nobody waits, the models are the caller's own. A request of `submit` or of an
+    asyncio task is decoded to its end.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._mail: dict[int, _Mailbox] = {}
-        self._room: deque[Callable[[], None]] = deque()  # to be told when the queue has room
+        self._always: set[int] = set()  # tickets that somebody waits for all the time
+        self._waiting: set[Mail] = set()  # that somebody waits for; the thread's own
+        self._room: deque[Mail] = deque()  # to be told when the queue has room
         self._num_threads = torch.get_num_threads()
         self._forked_in_flight = False
         self._reset()
@@ -91,18 +95,18 @@ class Driver:
         cancels what is left, and returns when its rows are free.
         """
         left = deque(enumerate([self.engine.check(request) for request in requests]))
-        mail: SimpleQueue[Progress | None] = SimpleQueue()
+        mail: Mail = SimpleQueue()
         places: dict[int, int] = {}
         try:
             while left or places:
                 try:
                     while left:
-                        ticket = self._queue(left[0][1], mail.put, tokens)
+                        ticket = self._queue(left[0][1], mail, tokens)
                         places[ticket] = left.popleft()[0]
                 except QueueFullError:
-                    self._room.append(partial(mail.put, None))
-                finally:
-                    self._wake()  # after all of them, so that they share their prefill
+                    self._room.append(mail)
+                if mail.empty():
+                    self._wake(mail)  # after all of them, so that they share their prefill
                 progress = mail.get()
                 if progress is None:
                     continue
@@ -113,7 +117,7 @@ class Driver:
         finally:
             self._give_up(places, mail)
 
-    def _give_up(self, tickets: Iterable[int], mail: SimpleQueue[Progress | None]) -> None:
+    def _give_up(self, tickets: Iterable[int], mail: Mail) -> None:
         """Cancel requests and wait until their rows are free."""
         left = set(tickets)
         for ticket in left:
@@ -186,7 +190,7 @@ class Driver:
         self._wake()
         return ticket
 
-    def _queue(self, request: Request, deliver: Deliver, tokens: bool) -> int:
+    def _queue(self, request: Request, to: Deliver | Mail, tokens: bool) -> int:
         """`submit` without waking the thread."""
         if threading.current_thread() is self._thread:
             raise DecodingError(
@@ -200,21 +204,23 @@ class Driver:
         request = self.engine.check(request)
         with self._lock:
             ticket = self.engine.new_ticket()
-            self._mail[ticket] = _Mailbox(deliver, tokens)
+            self._mail[ticket] = _Mailbox(to, tokens)
             try:
                 self.engine.submit(request, ticket)
             except BaseException:
                 del self._mail[ticket]
                 raise
+            if not isinstance(to, SimpleQueue):
+                self._always.add(ticket)
         return ticket
 
-    def _wake(self) -> None:
-        """Have the thread look for work."""
+    def _wake(self, mail: Mail | None = None) -> None:
+        """Have the thread look for work, and work until there is mail, where some is waited for."""
         with self._lock:
             self._num_threads = torch.get_num_threads()
             if self._thread is None:
                 self._start()
-        self._orders.put(_WAKE)
+        self._orders.put(_WAKE if mail is None else mail)
 
     def cancel(self, ticket: int) -> None:
         """End a request with what it has so far; its row is free before the next round.
@@ -234,8 +240,8 @@ class Driver:
         weakref.finalize(self, _stop, self._orders, self._thread)
         self._thread.start()
 
-    def _work_off(self, order: int | None) -> bool:
-        """Step until nothing is left to do; whether the thread should go on."""
+    def _work_off(self, order: int | Mail | None) -> bool:
+        """Step while somebody waits for it; whether the thread should go on."""
         if torch.get_num_threads() != self._num_threads:  # each thread has its own number
             torch.set_num_threads(self._num_threads)
         while True:
@@ -244,10 +250,14 @@ class Driver:
                 orders.append(self._orders.get())
             if _STOP in orders:
                 return False
-            self._step([ticket for ticket in orders if ticket is not _WAKE])
-            self._tell_of_room()
-            if not self.engine.has_work:
+            cancelled = [one for one in orders if isinstance(one, int)]
+            # mail that has come meanwhile is waited for no more
+            self._waiting |= {m for m in orders if isinstance(m, SimpleQueue) and m.empty()}
+            if not cancelled and not (self.engine.has_work and (self._waiting or self._always)):
                 return True
+            self._step(cancelled)
+            while self._room and not self.engine.is_full:
+                self._put(None, self._room.popleft())
             order = _WAKE
 
     def _step(self, cancelled: Iterable[int]) -> None:
@@ -255,31 +265,36 @@ class Driver:
             for ticket in cancelled:
                 self.engine.cancel(ticket)
             found = self.engine.step()
-        except BaseException:  # noqa: BLE001 - requests have ended with it, and the next step says so
-            return
+        except BaseException:  # noqa: BLE001 - the requests that ended with it say so
+            found = self.engine.take_progress()
         for progress in found:
             mailbox = self._mail.get(progress.ticket)
             if mailbox is None:
                 continue
             if progress.completion is not None:
                 del self._mail[progress.ticket]
+                self._always.discard(progress.ticket)
             elif not mailbox.tokens:
                 continue
+            if isinstance(mailbox.to, SimpleQueue):
+                self._put(progress, mailbox.to)
+                continue
             try:
-                mailbox.deliver(progress)
+                mailbox.to(progress)
             except Exception:  # noqa: BLE001 - nobody can read it, such as after an event loop's end
                 self._mail.pop(progress.ticket, None)
+                self._always.discard(progress.ticket)
                 self.cancel(progress.ticket)
 
-    def _tell_of_room(self) -> None:
-        while self._room and not self.engine.is_full:
-            self._room.popleft()()
+    def _put(self, progress: Progress | None, mail: Mail) -> None:
+        self._waiting.discard(mail)  # first: whoever reads it may use the models at once
+        mail.put(progress)
 
     def after_fork(self) -> None:
         """Begin anew in a forked child, where the thread is not: its requests are the parent's."""
         self._forked_in_flight = self.engine.has_work
-        self._mail.clear()
-        self._room.clear()
+        for held in (self._mail, self._always, self._waiting, self._room):
+            held.clear()
         self._reset()
 
 

@@ -220,6 +220,10 @@ class Engine:
                 self._fail(error)
                 raise
             self._end_rows()
+        return self.take_progress()
+
+    def take_progress(self) -> list[Progress]:
+        """What the steps so far have brought and nobody has been told of."""
         progress, self._done = self._done, []
         for row in self._rows:
             new = row.tokens[row.num_prompt + row.num_reported :]

@@ -82,6 +82,21 @@ def test_two_streams_read_in_turn_keep_apart() -> None:
     assert "".join(b for _, b in pairs) + "".join(two) == texts[1]
 
 
+def test_between_two_reads_the_models_are_the_callers_own() -> None:
+    """Nobody waits, so nothing runs: transformers may use the same model meanwhile."""
+    pace = pace_of()
+    stream = pace.stream_text("abc", **LONG)
+    next(stream)
+    batch = pace.stream(
+        [pace.request("abc", id=str(i), **SHORT | {"max_new_tokens": 4 + i}) for i in range(3)]
+    )
+    next(batch)
+
+    before = [list(row.tokens) for row in pace.engine._rows]
+    time.sleep(0.05)
+    assert [row.tokens for row in pace.engine._rows] == before and len(before) == 3
+
+
 @pytest.mark.parametrize("leave", ["close", "collect", "abandon a batch"])
 def test_who_goes_away_frees_their_rows(leave: str) -> None:
     pace = pace_of()
