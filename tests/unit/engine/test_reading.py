@@ -161,7 +161,7 @@ def draw_stops(kind: str, tokens: Sequence[int], data: st.DataObject) -> tuple[s
     return tuple(stops)
 
 
-# WordPiece, which no causal model uses, writes a text's first token as `##a`, and as `a` behind a special
+# WordPiece, which no causal model uses, writes a first token as `##a`, and as `a` behind a special
 # token: where that is spelled out, it is another text, and a stream that cannot know says so
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "wordpiece"])
 @settings(max_examples=50, deadline=None)
