@@ -72,14 +72,16 @@ class _Beginnings:
             for k in range(len(name))
             if stop.startswith(name[k:])
         }
-        blanks = {place + 1 for place in inside if stop.startswith(" ", place)}
-        self._new = self._reached({0} | inside | blanks)
-        # where a blank of the text may be one that the spelled-out text has elsewhere or lacks
+        starts = {0} | inside if self._unseen else {0}
+        blanks = {place + 1 for place in starts if self._unseen and stop.startswith(" ", place)}
+        self._new = self._reached(starts | blanks)
+        # where a blank of the text may be one that the spelled-out text has elsewhere or lacks; before
+        # the stop string, since a decoder may leave it out where the text is cut
         self._beside = inside | {
             place
             for place in range(len(stop) + 1)
             for name in self._unseen
-            if stop.startswith(name, place) or stop.endswith(name, 0, place)
+            if place == 0 or stop.startswith(name, place) or stop.endswith(name, 0, place)
         }
 
     @property

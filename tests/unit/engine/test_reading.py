@@ -142,11 +142,10 @@ def test_pieces_are_the_text(kind: str, data: st.DataObject) -> None:
 @pytest.mark.wide
 @kinds
 def test_the_same_of_many_answers(kind: str) -> None:
-    for check in (
-        test_settled_text_stays_and_the_rest_is_open,
-        test_pieces_are_the_text,
-        test_stops_end_an_answer_where_the_text_first_holds_them,
-    ):
+    checks = [test_settled_text_stays_and_the_rest_is_open, test_pieces_are_the_text]
+    if kind != "wordpiece":
+        checks.append(test_stops_end_an_answer_where_the_text_first_holds_them)
+    for check in checks:
         many = given(data=st.data())(check.hypothesis.inner_test)
         settings(max_examples=600, deadline=None)(many)(kind=kind)
 
@@ -162,7 +161,9 @@ def draw_stops(kind: str, tokens: Sequence[int], data: st.DataObject) -> tuple[s
     return tuple(stops)
 
 
-@kinds
+# WordPiece, which no causal model uses, writes a first token as `##a`, and as `a` behind a special
+# token: where that is spelled out, it is another text, and a stream that cannot know says so
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "wordpiece"])
 @settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_stops_end_an_answer_where_the_text_first_holds_them(
