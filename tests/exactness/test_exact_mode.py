@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from paceline.assembly import Pace, Parts, build, build_from_objects
 from paceline.config import Config, DrafterSection, EngineSection, ModelSection
@@ -16,12 +17,12 @@ from paceline.models import exact, language_model, packing, products
 from paceline.models.exact import find_rows
 from paceline.models.language_model import LanguageModel
 from paceline.models.self_checks import check_exact
-from paceline.testing.scripted import ScriptedTree
+from paceline.testing.scripted import ScriptedDrafter, ScriptedTree, copying
 from paceline.testing.tiny_models import LEAN_ARCHITECTURES, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from paceline.contracts import PromptRecord
 
@@ -119,6 +120,7 @@ def products_that_look_around(monkeypatch: pytest.MonkeyPatch) -> None:
         products.Product, "__call__", lambda self, x: call(self, x) * (1 + len(x) % 2 * 2**-7)
     )
     monkeypatch.setattr(products, "find_rows", lambda *_: (1, False))
+    monkeypatch.setattr(products, "_FOUND_ROWS", {})
 
 
 @pytest.mark.parametrize(
@@ -137,11 +139,75 @@ def test_the_probe_finds_from_how_many_rows_on_the_bits_are_the_same(rows: int) 
     def product(x: torch.Tensor) -> torch.Tensor:
         return x * (1.0 if len(x) >= rows else 1.001)
 
-    assert find_rows(product, 4, torch.zeros(1)) == (rows, False)
+    assert rows_of(product) == (rows, False)
+
+
+def rows_of(
+    product: Callable[[torch.Tensor], torch.Tensor], add_to: Any = None, dtype: Any = torch.float32
+) -> tuple[int, bool]:
+    usual = lambda residual, x: residual + product(x)  # noqa: E731
+    return find_rows(product, add_to or usual, 4, torch.zeros(1, dtype=dtype))
+
+
+def test_the_probe_looks_at_every_row_of_a_call() -> None:
+    """A kernel may sum the rows that fill no tile of its own in another order."""
+
+    def last_differ(x: torch.Tensor) -> torch.Tensor:
+        ends = (torch.arange(len(x)) >= len(x) // 3 * 3)[:, None]
+        return x * torch.where(ends, 1.001, 1.0)
+
+    assert rows_of(last_differ) == (2, True)  # the largest tile in which all rows are alike
+
+
+def test_the_probe_sees_bits_that_rounding_hides() -> None:
+    """Differences in the last bits of a sum seldom reach bfloat16, and then they change a text."""
+
+    def sums(x: torch.Tensor) -> torch.Tensor:
+        return x.float() * (1.0 if len(x) > 1 else 1.0 + 2**-15)
+
+    def add_to(residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return (residual.float() + sums(x)).bfloat16()
+
+    plain = lambda x: sums(x).bfloat16()  # noqa: E731
+    assert rows_of(plain, lambda residual, x: residual + plain(x), torch.bfloat16) == (1, False)
+    assert rows_of(plain, add_to, torch.bfloat16) == (2, False)
+
+
+def test_a_shape_whose_single_row_is_summed_otherwise_keeps_one_text() -> None:
+    """1,376 inputs: kernels have been seen to sum one row in another order than several."""
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=8200,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        num_hidden_layers=2,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.06)
+    exactly = Config(target=ModelSection(model="in memory"), exact=True)
+    parts = build_from_objects(model.bfloat16(), byte_tokenizer(), {}, exactly)
+    settings: dict[str, Any] = {"max_new_tokens": 24, "ignore_eos": True, "logprobs": True}
+    for prompt in ([5], [*range(40, 58)]):
+        plain = pace_of(parts).complete(prompt, drafter="none", **settings)
+        for right in (2, 9):
+            known = ScriptedDrafter("known", copying([*prompt, *plain.token_ids], right), 12)
+            pace = pace_of(parts, {"known": known})
+            drafted = pace.complete(prompt, drafter="known", **settings)
+
+            assert drafted.token_ids == plain.token_ids and drafted.logprobs == plain.logprobs
+            assert len(drafted.rounds) < len(plain.rounds)
 
 
 def test_a_product_that_never_settles_runs_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find_rows(lambda x: x * (1 + len(x) / 1000), 4, torch.zeros(1)) == (8, True)
+    assert rows_of(lambda x: x * (1 + len(x) / 1000)) == (8, True)
     layers = [nn.Linear(6, n, bias=True) for n in (4, 7)]
     product = products.Product(layers, exact=True)
     product.rows, product.fixed = 8, True

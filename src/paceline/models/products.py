@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _MIN_PACKED_NUMBERS: Final = 2**17
 _ROWS_HINT: Final = 8  # tokens the packed layout is made for; others work, a little slower
 
+_FOUND_ROWS: Final[dict[tuple[object, ...], tuple[int, bool]]] = {}
+
 
 class Product:
     """x -> x W^T (+ b) for fixed W; several linear layers with one input become one product."""
@@ -46,7 +48,6 @@ class Product:
                 f"exact mode rests on the CPU's packed products, which {weight.dtype} on "
                 f"{weight.device} does not have here; use bfloat16 or float32 on a CPU"
             )
-        num_inputs = weight.shape[1]
         like = weight
         if self.packed:
             weight = _mkldnn()._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
@@ -60,7 +61,14 @@ class Product:
         self.weight: Tensor = weight
         self.rows, self.fixed = 1, False
         if exact:
-            self.rows, self.fixed = find_rows(self, num_inputs, like)
+            self.rows, self.fixed = self._find_rows(like)
+
+    def _find_rows(self, weight: Tensor) -> tuple[int, bool]:
+        """`exact.find_rows`, asked once for each shape: kernels are chosen by it."""
+        key = (*weight.shape, weight.dtype, self.bias is None, torch.get_num_threads())
+        if key not in _FOUND_ROWS:
+            _FOUND_ROWS[key] = find_rows(self, self.add_to, weight.shape[1], weight)
+        return _FOUND_ROWS[key]
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [N, in]. Returns [N, out]."""
