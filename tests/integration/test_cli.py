@@ -222,8 +222,14 @@ def test_a_mistake_in_the_configuration_is_one_line_and_exit_code_2(
 
 BAD_REQUESTS = [
     (("generate", ""), "prompt is empty"),
-    (("generate", "hello", "--max-new-tokens", "0"), "max_new_tokens must be at least 1"),
-    (("generate", "hello", "--max-new-tokens", "-3"), "max_new_tokens must be at least 1"),
+    (
+        ("generate", "hello", "--max-new-tokens", "0"),
+        "max_new_tokens must be a whole number, at least 1",
+    ),
+    (
+        ("generate", "hello", "--max-new-tokens", "-3"),
+        "max_new_tokens must be a whole number, at least 1",
+    ),
     (("generate", "hello", "--top-p", "0.5"), "top_p given with temperature 0"),
     (("generate", "hello", "--temperature", "-1"), "temperature must be"),
     (("generate", "hello", "-d", "maths"), "unknown drafter 'maths'"),

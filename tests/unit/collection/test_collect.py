@@ -217,7 +217,7 @@ def test_another_seed_draws_other_answers(
     [
         ((), "at least one sampling"),
         ((GREEDY, GREEDY), "temperature is given twice"),
-        ((replace(WARM, top_p=0.0),), "top_p must be in"),
+        ((replace(WARM, top_p=0.0),), "top_p must be a number in"),
         ((replace(GREEDY, top_k=3),), "top_k given with temperature 0"),
     ],
 )
