@@ -31,7 +31,7 @@ from paceline.drafting.none import NoneDrafter
 from paceline.engine import Driver, Engine, TextStream, raise_failure
 from paceline.errors import ArtefactError, ConfigError, RequestError
 from paceline.models.detokenizer import Detokenizer
-from paceline.models.generation_config import end_tokens, with_defaults
+from paceline.models.generation_config import end_tokens, unusable, with_defaults
 from paceline.models.language_model import LanguageModel
 from paceline.models.loading import load_language_model, load_tokenizer
 from paceline.models.self_checks import check_exact, check_packed_forward
@@ -329,10 +329,7 @@ def _read_defaults(settings: dict[str, Any]) -> RequestSettings:
     try:
         return RequestSettings.read(settings)
     except RequestError as error:
-        raise RequestError(
-            f"the model's generation configuration cannot be used: {error}; set "
-            "'generation_config: none' to leave it aside, or correct the model's"
-        ) from error
+        raise unusable(error) from error
 
 
 def _pieces(stream: TextStream, progresses: Iterator[Progress]) -> Iterator[str]:

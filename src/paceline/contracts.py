@@ -23,6 +23,7 @@ PenaltyScope = Literal["all", "output"]  # all: prompt and output
 NONE: Final = "none"
 AUTO: Final = "auto"
 AT: Final = "@"  # between drafter and draft length in an arm's name
+DEFAULT_NEW_TOKENS: Final = 256  # max_new_tokens where neither the call nor the model sets it
 
 
 @dataclass(frozen=True, slots=True)

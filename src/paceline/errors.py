@@ -79,7 +79,17 @@ def describe(error: BaseException) -> str:
     return f"{kind}: {text}" if bare else text
 
 
+def shorten(value: object, most: int = 80) -> str:
+    """Return a value for a message: one line of at most `most` characters."""
+    try:
+        text = " ".join(repr(value).split())
+    except BaseException as error:  # a caller's own object, or an integer above 4300 digits
+        if isinstance(error, ENDS_ALL):
+            raise
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def shown(value: object) -> str:
-    """Return a value and its type for a message, at most 80 characters or so."""
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+    """Return a value and its type for a message, in one line."""
+    return f"{shorten(value, 60)} ({type(value).__name__})"

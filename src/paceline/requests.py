@@ -27,6 +27,7 @@ from pydantic import (
 
 from paceline.contracts import (
     AUTO,
+    DEFAULT_NEW_TOKENS,
     GREEDY,
     LogitRules,
     LogitsProcessor,
@@ -34,25 +35,16 @@ from paceline.contracts import (
     Request,
     SamplingParams,
 )
-from paceline.errors import RequestError
+from paceline.errors import RequestError, shorten
 
-MIN_TEMPERATURE: Final = 1e-8
+_MIN_TEMPERATURE: Final = 1e-8
 """Below it, logits divided by the temperature leave float32."""
 
-MAX_TEMPERATURE: Final = 1e6
+_MAX_TEMPERATURE: Final = 1e6
 _MAX_FLOAT32: Final = 3.4e38
 
 
 # --- values ---------------------------------------------------------------------------------------
-
-
-def shorten(value: object) -> str:
-    """A value as a message shows it: one line of at most 80 characters."""
-    try:
-        text = " ".join(repr(value).split())
-    except Exception:  # noqa: BLE001 - a caller's own object; integers above 4300 digits, too
-        text = f"a value of type {type(value).__name__}"
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _plain(value: Any) -> Any:
@@ -158,7 +150,7 @@ def _processors(value: Any) -> tuple[LogitsProcessor, ...]:
 
 
 def _temperature(value: float) -> float:
-    if value != 0.0 and not MIN_TEMPERATURE <= value <= MAX_TEMPERATURE:
+    if value != 0.0 and not _MIN_TEMPERATURE <= value <= _MAX_TEMPERATURE:
         raise ValueError(f"got {value}")
     return value
 
@@ -194,10 +186,12 @@ class RequestSettings(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    max_new_tokens: _Whole = Field(default=256, ge=1, description="a whole number, at least 1")
+    max_new_tokens: _Whole = Field(
+        default=DEFAULT_NEW_TOKENS, ge=1, description="a whole number, at least 1"
+    )
     temperature: Annotated[_Number, AfterValidator(_temperature)] = Field(
         default=0.0,
-        description=f"0 (greedy) or a number from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}",
+        description=f"0 (greedy) or a number from {_MIN_TEMPERATURE:g} to {_MAX_TEMPERATURE:g}",
     )
     top_k: _Whole = Field(default=0, ge=0, description="a whole number, 0 (off) or more")
     top_p: _Number = Field(default=1.0, gt=0, le=1, description="a number in (0, 1]")
@@ -315,7 +309,7 @@ class RequestSettings(BaseModel):
         """
         stops = self.stop_token_ids if self.ignore_eos else self.stop_token_ids | eos
         return Request(
-            id=check_id(id),
+            id=_check_id(id),
             prompt_tokens=prompt_tokens,
             max_new_tokens=self.max_new_tokens,
             sampling=self.sampling_params(),
@@ -345,7 +339,7 @@ def _explain(error: ValidationError) -> str:
     return f"{location[0]} must be {allowed}; {own or 'got ' + shorten(first['input'])}"
 
 
-def check_id(id: object) -> str:
+def _check_id(id: object) -> str:
     if not isinstance(id, str):
         raise RequestError(f"id must be a string; got {shorten(id)}")
     return id

@@ -8,6 +8,7 @@ rejected. Knows no engine. Symbols: R rows, K width of a proposal's arrays, V th
 from __future__ import annotations
 
 import operator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil, isfinite
 from typing import TYPE_CHECKING, Any, Final
@@ -20,8 +21,7 @@ from paceline.contracts import Drafts
 from paceline.errors import ENDS_ALL, DrafterError, describe, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from types import TracebackType
+    from collections.abc import Iterator, Sequence
 
     from paceline.contracts import RowView
     from paceline.drafting.base import Drafter
@@ -51,22 +51,15 @@ class Draft:
     probs: Tensor | None = None  # [k, V] of a stochastic chain, float32
 
 
-class blaming:  # noqa: N801 - reads as what it is, a clause of `with`
-    """Makes a DrafterError that names the drafter of whatever is raised inside but `ENDS_ALL`."""
-
-    def __init__(self, name: str, kind: str = "drafter") -> None:
-        self._who = f"{kind} '{name}'"
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is not None and not isinstance(error, ENDS_ALL):
-            raise DrafterError(f"{self._who}: {describe(error)}") from error
+@contextmanager
+def blaming(name: str, kind: str = "drafter") -> Iterator[None]:
+    """Raise whatever the block raises, except `ENDS_ALL`, as a DrafterError that names the drafter."""
+    try:
+        yield
+    except ENDS_ALL:
+        raise
+    except BaseException as error:
+        raise DrafterError(f"{kind} '{name}': {describe(error)}") from error
 
 
 # --- what it says of itself -----------------------------------------------------------------------

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from paceline.contracts import AT, AUTO, split_arm
 from paceline.drafting.contract import blaming, read_length
-from paceline.errors import DrafterError, RequestError
-from paceline.requests import shorten
+from paceline.errors import DrafterError, RequestError, shorten
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -99,7 +98,7 @@ def check_arm(arm: str, drafters: Mapping[str, Drafter], error: type[PacelineErr
         )
 
 
-MAX_SPARE: Final = 1024
+_MAX_SPARE: Final = 1024
 """More positions than that no draft is granted beside a row's own."""
 
 
@@ -119,9 +118,9 @@ def num_positions(
 def _spare(drafter: Drafter) -> int:
     """Positions of a draft beyond the row's last: a tree's branches stand side by side."""
     try:
-        return min(max(drafter.num_draft_tokens, 0), MAX_SPARE)
+        return min(max(drafter.num_draft_tokens, 0), _MAX_SPARE)
     except Exception:  # noqa: BLE001 - a drafter may come from anywhere, and fails where it is used
-        return MAX_SPARE
+        return _MAX_SPARE
 
 
 def max_total(request: Request, context_length: int) -> int:

@@ -409,13 +409,12 @@ class Engine:
 
     def _assign_drafter(self, row: Row) -> None:
         began = perf_counter()
-        decision = None
         # a policy may come from anywhere, too
         with contained(lambda error: row.fail("policy", error)):
             decision = self._decide(row)
             check_arm(decision.arm, self.drafters, ArtefactError)
         row.seconds.choose += perf_counter() - began
-        if decision is not None and row.finish_reason is None:
+        if row.finish_reason is None:  # so there is a decision
             self._start_drafter(row, decision)
 
     def _start_drafter(self, row: Row, decision: Decision) -> None:

@@ -20,7 +20,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from paceline.contracts import SamplingParams
-from paceline.errors import RequestError
+from paceline.errors import RequestError, shorten
 from paceline.models.generation_config import (
     OTHER_DECODING,
     asks,
@@ -129,8 +129,8 @@ def refuse_other_decoding(config: GenerationConfig, processors: Sequence[Process
 def _refuse_settings(config: GenerationConfig, refused: Mapping[str, str]) -> None:
     for name, advice in refused.items():
         if asks(config, name):
-            value = getattr(config, name)
-            raise RequestError(f"paceline does not support {name}={value!r} of generate: {advice}")
+            value = shorten(getattr(config, name))
+            raise RequestError(f"paceline does not support {name}={value} of generate: {advice}")
 
 
 def read_padding(

@@ -27,7 +27,8 @@ from transformers.generation.logits_process import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from paceline.errors import RequestError
+from paceline.contracts import DEFAULT_NEW_TOKENS
+from paceline.errors import RequestError, shorten
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -38,9 +39,6 @@ if TYPE_CHECKING:
     from paceline.models.language_model import LanguageModel
 
     Processor = Callable[[Tensor, Tensor], Tensor]
-
-DEFAULT_NEW_TOKENS: Final = 256
-"""Maximum number of new tokens where neither the call nor the model says."""
 
 # Settings that choose other tokens in a way paceline does not; None and zero ask for nothing.
 OTHER_DECODING: Final = (
@@ -155,13 +153,16 @@ def with_defaults(
             )
         )
     except (TypeError, ValueError) as error:
-        raise RequestError(
-            f"the model's generation configuration cannot be used: {error}; {_WAY_OUT}"
-        ) from error
+        raise unusable(error) from error
     return _in_own_words(asked, given, processors)
 
 
-_WAY_OUT: Final = "set 'generation_config: none' to leave it aside, or correct the model's"
+_WAY_OUT: Final = "set 'generation_config: none' to ignore it, or correct the model's"
+
+
+def unusable(error: Exception) -> RequestError:
+    """Return the error of a model whose own settings raise `error`."""
+    return RequestError(f"the model's generation configuration cannot be used: {error}; {_WAY_OUT}")
 
 
 def _merge(config: GenerationConfig, given: Mapping[str, Any], num_prompt: int) -> Any:
@@ -235,7 +236,7 @@ def _refuse_of_model(config: GenerationConfig) -> None:
     for name in (*OTHER_DECODING, *_BEFORE_DECODING):
         if asks(config, name):
             raise RequestError(
-                f"the model's generation configuration sets {name}={_short(getattr(config, name))}, "
+                f"the model's generation configuration sets {name}={shorten(getattr(config, name))}, "
                 f"which paceline does not support; {_WAY_OUT}"
             )
 
@@ -290,8 +291,3 @@ def _tokens_or_none(ids: Any) -> list[int] | None:
     if ids is None:
         return None
     return _integers(ids if isinstance(ids, torch.Tensor) else list(ids)) or None
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from paceline.errors import ModelError
+from paceline.models.visibility import FAILURES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,7 +105,7 @@ class OutputHead:
         probe = probe.to(like)
         try:
             return self._layer if torch.equal(own(probe), self._layer(probe)) else own
-        except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
+        except FAILURES as error:
             raise ModelError(
                 f"{self._name}: {type(self._model).__name__} does not make logits of hidden states "
                 f"alone ({error})"

@@ -173,11 +173,6 @@ class PackedBatch:
         return tiled.reshape(len(run.slots), 1, groups * run.width, run.length)
 
 
-def chain_ancestors(width: int, device: torch.device) -> Tensor:
-    """[W, W] bool, True where the column is an ancestor of the row or the row itself."""
-    return torch.ones(width, width, dtype=torch.bool, device=device).tril_()
-
-
 def _visible(run: Run, window: int | None, device: torch.device) -> Tensor:
     """[R, W, L] bool: which cached position each new token may see."""
     starts = torch.tensor(run.starts, device=device)[:, None, None]

@@ -23,9 +23,10 @@ from paceline.models.cuda.paged_cache import PagedCache
 from paceline.models.exact import BLOCK as EXACT_BLOCK
 from paceline.models.packing import Span
 from paceline.models.sublayers import LayerSubset, SubLayers
+from paceline.models.visibility import FAILURES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -53,8 +54,6 @@ _TREE: Final = (
     (True, False, True, True),
 )
 _KEPT: Final = (0, 2, 3)  # the path of the tree that is accepted
-# what an architecture's code may raise where it is run in a way that it does not know
-_FAILURES: Final = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)
 
 
 def check_packed_forward(language_model: LanguageModel, seed: int = 0) -> None:
@@ -71,14 +70,14 @@ def check_packed_forward(language_model: LanguageModel, seed: int = 0) -> None:
     with torch.inference_mode():
         try:
             _feed_rounds(fed, num_prompt)
-        except _FAILURES as error:
+        except FAILURES as error:
             reasons = "; ".join(language_model.visibility.reasons) or str(error)
             raise ModelError(f"{name}: {kind} cannot run the packed forward: {reasons}") from error
         finally:
             fed.release()
         try:
             worst, scale, step = _compare(fed)
-        except _FAILURES as error:
+        except FAILURES as error:
             raise ModelError(
                 f"{name}: {kind} cannot be checked: transformers' own forward over its text fails "
                 f"with {type(error).__name__}: {error}"
@@ -382,15 +381,13 @@ def check_sublayers(language_model: LanguageModel, seed: int = 0) -> None:
         return language_model.forward(tokens, [span], cache=cache, skip=subset)
 
     with torch.inference_mode():
-        whole, none_skipped, all_skipped = _tried(
-            name,
-            kind,
-            lambda: [
-                run(None),
-                run(LayerSubset()),
-                run(LayerSubset.everything(language_model.num_layers)),
-            ],
-        )
+        try:
+            whole, none_skipped = run(None), run(LayerSubset())
+            all_skipped = run(LayerSubset.everything(language_model.num_layers))
+        except FAILURES as error:
+            raise ModelError(
+                f"{name}: the sub-layers of {kind} cannot be skipped ({error})"
+            ) from error
         bare = _without_layers(language_model, tokens)
     tolerance = 1e-3 if language_model.dtype == torch.float32 else 0.05
     for found, expected in ((none_skipped, whole), (all_skipped, bare)):
@@ -400,13 +397,6 @@ def check_sublayers(language_model: LanguageModel, seed: int = 0) -> None:
                 f"{name}: the sub-layers of {kind} cannot be skipped: without them the hidden state "
                 f"is off by {off:.2g}, so its layers do more than add to the stream"
             )
-
-
-def _tried(name: str, kind: str, act: Callable[[], list[Tensor]]) -> list[Tensor]:
-    try:
-        return act()
-    except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{name}: the sub-layers of {kind} cannot be skipped ({error})") from error
 
 
 def _without_layers(language_model: LanguageModel, tokens: Tensor) -> Tensor:

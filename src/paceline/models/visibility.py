@@ -25,7 +25,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-PROBE: Final = "paceline_probe"
+FAILURES: Final = (
+    TypeError, ValueError, AttributeError, LookupError, RuntimeError, ImportError, AssertionError,
+)  # fmt: skip
+"""Exceptions that an architecture's code may raise where it is run in an unusual way."""
+
+_PROBE: Final = "paceline_probe"
 _NUM_TOKENS: Final = 3
 
 
@@ -76,12 +81,9 @@ def look_at(model: PreTrainedModel, context_length: int, device: torch.device) -
     tokens = torch.zeros((1, min(_NUM_TOKENS, context_length)), dtype=torch.int64, device=device)
     current = _current.set(seen)
     try:
-        with torch.inference_mode(), attention_named(configs_of(model), PROBE):
+        with torch.inference_mode(), attention_named(configs_of(model), _PROBE):
             body(input_ids=tokens, use_cache=False)
-    except (
-        TypeError, ValueError, AttributeError, LookupError, RuntimeError, ImportError,
-        AssertionError,
-    ) as error:  # fmt: skip
+    except FAILURES as error:
         seen.note(f"its forward fails on plain tokens: {type(error).__name__}: {error}"[:200])
     finally:
         _current.reset(current)
@@ -127,7 +129,7 @@ def window_of(
     for query in (last, 2 * last // 3, last // 3 + 1, 1, 0):
         try:
             visible = mask_function(zero, zero, zero + query, keys)
-        except (TypeError, ValueError, LookupError, RuntimeError) as error:
+        except FAILURES as error:
             return f"its attention mask follows a rule of its own ({type(error).__name__})"
         visible = visible.expand(1, 1, 1, context_length).flatten()
         if bool(visible[query + 1 :].any()):
@@ -177,5 +179,5 @@ def _probe_attention(
     return query.new_zeros(*query.shape[:1], query.shape[2], query.shape[1], value.shape[3]), None
 
 
-AttentionInterface.register(PROBE, _probe_attention)
-AttentionMaskInterface.register(PROBE, _probe_mask)
+AttentionInterface.register(_PROBE, _probe_attention)
+AttentionMaskInterface.register(_PROBE, _probe_mask)
