@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Final
 
 ENDS_ALL: Final = (KeyboardInterrupt, GeneratorExit)
-"""What ends everything wherever it is raised; all else that a plug-in raises is its own failure."""
+"""Exceptions that end the program wherever they are raised; any other is a failure of its plug-in."""
 
 
 class PacelineError(Exception):
@@ -60,11 +60,11 @@ class QueueFullError(PacelineError):
     """Too many requests wait already."""
 
 
-_LONGEST: Final = 1000  # characters of an error that are told
+_LONGEST: Final = 1000  # characters of an error in a message
 
 
 def describe(error: BaseException) -> str:
-    """Return an error's text for a message; of one that has none or cannot be printed its type."""
+    """Return an error's text for a message, or its type if it has no text or cannot be printed."""
     kind = type(error).__name__
     try:
         text = str(error)[:_LONGEST]
@@ -74,7 +74,7 @@ def describe(error: BaseException) -> str:
         text = ""
     if not text:
         return kind
-    # of these the text alone says little: `1`, `'name'`
+    # the text of these alone says little: `1`, `'name'`
     bare = isinstance(error, KeyError) or not isinstance(error, Exception)
     return f"{kind}: {text}" if bare else text
 

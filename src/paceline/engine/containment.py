@@ -1,7 +1,7 @@
-"""What a plug-in raises is told to whoever it concerns, and stops nothing else.
+"""Containment of plug-ins: an exception ends the request it belongs to, and no other.
 
-Drafters, policies, watches and what is done with completed requests may come from anywhere. A drafter
-that fails in request after request is set aside, so that the policy's requests do without it.
+Drafters, policies, watches and `on_complete` may be anybody's code. A drafter that fails in several
+requests in succession is set aside: the policy's requests no longer use it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from paceline.engine.rows import Row
 
 MOST_FAILURES: Final = 3
-"""Requests in a row that a drafter may fail in before it is set aside."""
+"""Successive requests that a drafter fails in before it is set aside."""
 
 
 @contextmanager
@@ -57,12 +57,12 @@ def asking(
 
 
 def text_changed() -> DrafterError:
-    """What a drafter did that wrote into its row."""
+    """Return the error of a drafter that wrote into its row's tokens."""
     return DrafterError("changed row.tokens, which are the engine's; copy them first")
 
 
 def warn(message: str) -> None:
-    """Warn; where warnings are errors, show this one without ending what others asked for."""
+    """Warn. If warnings are errors, print this one instead, so that no request ends."""
     try:
         warnings.warn(message, stacklevel=3)
     except Warning as error:
@@ -70,16 +70,16 @@ def warn(message: str) -> None:
 
 
 class SetAside:
-    """The drafters that `auto` does without: each failed in its last requests, one after the other."""
+    """The drafters that `auto` does not use, because their last `MOST_FAILURES` requests failed."""
 
     def __init__(self) -> None:
-        self._failures: dict[str, int] = {}  # in a row
+        self._failures: dict[str, int] = {}  # in succession
 
     def __contains__(self, drafter: str) -> bool:
         return self._failures.get(drafter, 0) >= MOST_FAILURES
 
     def learn(self, row: Row) -> None:
-        """Count a request that has ended, for every drafter that it can speak for."""
+        """Count a request that has ended, for every drafter that worked on it."""
         used = [row.drafter_name] if row.prepared and row.rounds and row.error is None else []
         for name in (*used, *(name for name, prepared in row.kept.items() if prepared)):
             if name not in row.failures:

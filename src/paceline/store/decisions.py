@@ -124,10 +124,9 @@ class DecisionLog:
             self.num_lost += 1
             if self.num_lost == 1:
                 warnings.warn(
-                    f"{self.folder}: decisions are lost ({error}): nothing is logged of request "
-                    f"'{request.id}' and of those that follow, until this folder can be written again; "
-                    "requests go on. Make room, or restore the folder and its permissions; for another "
-                    "one change log.folder",
+                    f"{self.folder}: decisions are lost ({error}): request '{request.id}' and later "
+                    "ones are not logged until this folder can be written; requests go on. Free disk "
+                    "space, restore the folder and its permissions, or change log.folder",
                     stacklevel=2,
                 )
 
@@ -174,7 +173,7 @@ class DecisionLog:
                 with file:
                     file.write(self._head)
             except OSError:
-                path.unlink()  # or a full disk would gain an empty file for every request
+                path.unlink()  # else a full disk gets one empty file per request
                 raise
             return path
 

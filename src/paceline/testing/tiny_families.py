@@ -1,7 +1,7 @@
-"""Tiny models of families that go their own way: at the logits, in the attention, or in its bias.
+"""Tiny models of families with code of their own at the logits, in the attention or in its bias.
 
-The builders behind `tiny_models.FAMILIES`, in the same shapes as its `ARCHITECTURES`. Models whose
-number of heads is not a power of two have two series of ALiBi slopes.
+The builders of `tiny_models.FAMILIES`, in the sizes of its `ARCHITECTURES`. With a number of heads that
+is not a power of two, ALiBi has two series of slopes.
 """
 
 from __future__ import annotations
@@ -88,14 +88,14 @@ _EXPERTS: Final[dict[str, Any]] = {"num_local_experts": 4, "num_experts_per_tok"
 
 
 def _granite_moe(vocab_size: int, context: int) -> PreTrainedModel:
-    """Granite with two of four experts a token."""
+    """Granite with two of four experts per token."""
     return GraniteMoeForCausalLM(
         GraniteMoeConfig(**llama_shape(vocab_size, context), **_MULTIPLIERS, **_EXPERTS)
     )
 
 
 def _granite_moe_shared(vocab_size: int, context: int) -> PreTrainedModel:
-    """Granite with two of four experts a token, and one for all."""
+    """Granite with two of four experts per token, and one for all."""
     return GraniteMoeSharedForCausalLM(
         GraniteMoeSharedConfig(
             **llama_shape(vocab_size, context),
@@ -182,7 +182,7 @@ def _gpt_neo(vocab_size: int, context: int) -> PreTrainedModel:
 
 
 def _gpt1(vocab_size: int, context: int) -> PreTrainedModel:
-    """Norms behind the residuals, learned positions, keys laid out in columns."""
+    """Norms after the residuals, learned positions, keys laid out in columns."""
     return OpenAIGPTLMHeadModel(OpenAIGPTConfig(**gpt_shape(vocab_size, context)))
 
 
@@ -219,7 +219,7 @@ def _xglm(vocab_size: int, context: int) -> PreTrainedModel:
 
 
 def _bloom(vocab_size: int, context: int) -> PreTrainedModel:
-    """ALiBi from the first position, a norm behind the embedding, residuals added inside modules."""
+    """ALiBi from the first position, a norm after the embedding, residuals added inside modules."""
     return BloomForCausalLM(
         BloomConfig(
             vocab_size=vocab_size,
@@ -266,5 +266,5 @@ BUILDERS: Final[dict[str, Callable[[int, int], PreTrainedModel]]] = {
     "bloom": _bloom,
     "mpt": _mpt,
 }
-# what follows the attention of these asks more of it than a zero
+# the code after their attention does not accept a zero output
 WITHOUT_SUBSETS: Final = ("gpt1", "gpt_neox_japanese")

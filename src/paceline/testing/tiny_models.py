@@ -180,7 +180,7 @@ def tiny_model(
     context: int = 128,
     std: float = _STD,
 ) -> PreTrainedModel:
-    """A random model of `ARCHITECTURES` or `FAMILIES` in float32, evaluating, without a stop token.
+    """Build a random model of `ARCHITECTURES` or `FAMILIES` in float32, without a stop token.
 
     context: positions it can hold. std: of the weights; the wider, the less flat its distributions.
     The default vocabulary is that of `byte_tokenizer`. The global random state is left as it was.
