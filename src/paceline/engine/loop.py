@@ -43,14 +43,14 @@ from paceline.errors import (
     RequestError,
     describe,
 )
+from paceline.models.detokenizer import Detokenizer
 from paceline.models.packing import Span
 from paceline.requests import read_request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from paceline.drafting.base import Drafter
-    from paceline.engine.stops import Decode
     from paceline.engine.watching import Watch
     from paceline.models.language_model import LanguageModel
 
@@ -87,7 +87,7 @@ class Engine:
         self,
         target: LanguageModel,
         drafters: Mapping[str, Drafter],
-        decode: Decode,
+        decode: Callable[[Sequence[int]], str],
         choose: Choose | None = None,
         max_rows: int = 8,
         prefill_chunk: int = 512,
@@ -116,7 +116,7 @@ class Engine:
         self.why_no_policy = "none is loaded; give `load` one"
         self.on_complete = on_complete
         self.prefixes = PrefixStore(prefix_positions)
-        self._decode = decode
+        self._words = Detokenizer.wrap(decode)
         self._max_rows = max_rows
         self._chunk = prefill_chunk
         self._max_waiting = max_waiting
@@ -249,7 +249,7 @@ class Engine:
         marks = {} if watcher is None else watcher.before_round(rows)
         rows = [row for row in rows if row.finish_reason is None]
         if rows:
-            run_round(rows, self.target, self._decode)
+            run_round(rows, self.target, self._words)
         for row in rows if marks else ():
             if row.id not in marks or row.error is not None:
                 continue
@@ -403,7 +403,7 @@ class Engine:
         self.prefixes.keep(row.request.prompt_tokens, self.target.cache, row.slot, row.block_sums)
         if row.request.logprobs:
             row.logprobs.append(float(logits.float().log_softmax(dim=-1)[token]))
-        append_until_stop(row, [token], self._decode)
+        append_until_stop(row, [token], self._words)
 
     # --- drafters ---------------------------------------------------------------------------------
 
@@ -510,7 +510,7 @@ class Engine:
             sampling=row.sampling,
             rows_in_flight=len(self._rows),
             request_id=row.request.id,
-            text=lambda: self._decode(row.request.prompt_tokens),
+            text=lambda: self._words.decode(row.request.prompt_tokens),
             max_new_tokens=row.request.max_new_tokens,
         )
         decision = self._usable(self.choose(context))
@@ -569,7 +569,7 @@ class Engine:
         return Completion(
             request_id=row.request.id,
             token_ids=row.output,
-            text=final_text(row, self._decode),
+            text=final_text(row, self._words),
             finish_reason=row.finish_reason,
             drafter=row.decision.drafter,
             decision=row.decision,

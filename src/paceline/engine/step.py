@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from paceline.contracts import LogitRules, SamplingParams
     from paceline.engine.rows import Row
-    from paceline.engine.stops import Decode
+    from paceline.models.detokenizer import Detokenizer
     from paceline.models.language_model import LanguageModel
     from paceline.verification.trees import Choices
 
@@ -53,7 +53,7 @@ class Verdict:
     next_token: int
 
 
-def run_round(rows: Sequence[Row], target: LanguageModel, decode: Decode) -> None:
+def run_round(rows: Sequence[Row], target: LanguageModel, words: Detokenizer) -> None:
     """Draft, judge, commit. Afterwards a row that ended has a finish reason."""
     drafts = propose(rows, target.num_logits)
     if any(row.finish_reason is not None for row in rows):
@@ -65,7 +65,7 @@ def run_round(rows: Sequence[Row], target: LanguageModel, decode: Decode) -> Non
     hidden, logits = verify(rows, drafts, target)
     verdicts = judge(rows, drafts, logits)
     judged = perf_counter()
-    commit(rows, drafts, verdicts, target, hidden, logits, decode)
+    commit(rows, drafts, verdicts, target, hidden, logits, words)
     done = perf_counter()
     for row in rows:
         row.seconds.verify += (judged - began) / len(rows)
@@ -366,7 +366,7 @@ def commit(
     target: LanguageModel,
     hidden: Tensor,
     logits: Tensor,
-    decode: Decode,
+    words: Detokenizer,
 ) -> None:
     """Append what was kept and the target's own token, up to where the answer ends."""
     first = 0
@@ -382,7 +382,7 @@ def commit(
             target.cache.copy_positions(row.slot, source, start)
         tokens = [*(draft.tokens[k] for k in path), verdict.next_token]
         row.hidden = hidden[place + (path[-1] + 1 if path else 0)]
-        emitted = append_until_stop(row, tokens, decode)
+        emitted = append_until_stop(row, tokens, words)
         if row.request.logprobs:
             places = [place, *(place + 1 + k for k in path)][:emitted]
             row.logprobs += _logprobs(logits[places], tokens[:emitted])

@@ -9,22 +9,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from paceline.engine.reading import Reader
-from paceline.models.detokenizer import Detokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from paceline.contracts import FinishReason
     from paceline.engine.rows import Row
-
-    Decode = Callable[[Sequence[int]], str]
+    from paceline.models.detokenizer import Detokenizer
 
 
 class StopFinder:
     """The search for stop strings in one answer, token by token."""
 
-    def __init__(self, decode: Decode, stop_strings: Sequence[str]) -> None:
-        self._words = Detokenizer.wrap(decode)
+    def __init__(self, words: Detokenizer, stop_strings: Sequence[str]) -> None:
+        self._words = words
         self._text = _Search(Reader(self._words.decode, self._words.byte_of), stop_strings)
         named = naming_special(self._words, stop_strings)
         # special tokens leave no text in the first search, and their names in the second
@@ -62,37 +60,36 @@ def naming_special(words: Detokenizer, stop_strings: Sequence[str]) -> list[str]
     return [stop for stop in stop_strings if any(s in stop for s in words.special.values())]
 
 
-def append_until_stop(row: Row, emitted: Sequence[int], decode: Decode) -> int:
+def append_until_stop(row: Row, emitted: Sequence[int], words: Detokenizer) -> int:
     """Append emitted tokens up to and including the one that ends the answer; return how many."""
     for count, token in enumerate(emitted, start=1):
         row.tokens.append(token)
-        row.finish_reason = _finish_reason(row, token, decode)
+        row.finish_reason = _finish_reason(row, token, words)
         if row.finish_reason is not None:
             return count
     return len(emitted)
 
 
-def _finish_reason(row: Row, token: int, decode: Decode) -> FinishReason | None:
+def _finish_reason(row: Row, token: int, words: Detokenizer) -> FinishReason | None:
     request = row.request
     if token in request.stop_token_ids:
         return "stop"
     if request.stop_strings:
         if row.stop_finder is None:
-            row.stop_finder = StopFinder(decode, request.stop_strings)
+            row.stop_finder = StopFinder(words, request.stop_strings)
         if row.stop_finder.push(token):
             return "stop"
     return "length" if len(row.tokens) >= row.max_total else None
 
 
-def final_text(row: Row, decode: Decode) -> str:
+def final_text(row: Row, words: Detokenizer) -> str:
     """Return the answer's text, without its stop token and special tokens, cut before a stop string."""
     output = row.output
     if output and output[-1] in row.request.stop_token_ids:
         output = output[:-1]
-    text, stops = decode(output), row.request.stop_strings
+    text, stops = words.decode(output), row.request.stop_strings
     ends = [i for stop in stops if (i := text.find(stop)) >= 0]
     texts = [text[: min(ends)] if ends else text]
-    words = Detokenizer.wrap(decode)
     named = naming_special(words, stops) if stops else []
     if named:
         spelled = words.spell(output)

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 from paceline.engine.reading import Reader
 from paceline.engine.stops import naming_special
 from paceline.errors import DecodingError
-from paceline.models.detokenizer import Detokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from paceline.engine.stops import Decode
+    from paceline.models.detokenizer import Detokenizer
 
 
 class TextStream:
@@ -21,9 +20,9 @@ class TextStream:
     Held back are open text (see `reading`) and a tail with which a stop string could begin.
     """
 
-    def __init__(self, decode: Decode, stop_strings: Sequence[str] = ()) -> None:
-        self._words = Detokenizer.wrap(decode)
-        self._reader = Reader(self._words.decode, self._words.byte_of)
+    def __init__(self, words: Detokenizer, stop_strings: Sequence[str] = ()) -> None:
+        self._words = words
+        self._reader = Reader(words.decode, words.byte_of)
         self._beginnings = [_Beginnings(stop, self._words) for stop in stop_strings]
         self._held = ""
         self._sent: list[str] = []
