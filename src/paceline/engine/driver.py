@@ -123,7 +123,7 @@ class Driver:
         for ticket in left:
             self.cancel(ticket)
         if threading.current_thread() is self._thread:
-            return  # a generator collected by the garbage collector during a step
+            return  # a generator that was garbage-collected during a step
         with suppress(Exception):  # Empty: see _LONGEST_ROUND
             while left:
                 progress = mail.get(timeout=_LONGEST_ROUND)

@@ -124,9 +124,10 @@ class DecisionLog:
             self.num_lost += 1
             if self.num_lost == 1:
                 warnings.warn(
-                    f"{self.folder}: decisions are lost ({error}): request '{request.id}' and later "
-                    "ones are not logged until this folder can be written; requests go on. Free disk "
-                    "space, restore the folder and its permissions, or change log.folder",
+                    f"{self.folder}: decisions are lost ({error}): nothing is logged of request "
+                    f"'{request.id}' and of those that follow, until this folder can be written again; "
+                    "requests go on. Make room, or restore the folder and its permissions; for another "
+                    "one change log.folder",
                     stacklevel=2,
                 )
 
