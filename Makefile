@@ -83,7 +83,7 @@ TRANSFORMERS_oldest := $(shell echo '$(TRANSFORMERS)' | sed 's/>=\([^,]*\),.*/==
 TRANSFORMERS_newest := $(TRANSFORMERS)
 
 .venv-oldest/.installed .venv-newest/.installed: .venv-%/.installed: pyproject.toml requirements.lock
-	@echo "Installing requirements.lock with $(TRANSFORMERS_$*) into .venv-$*: as long and as large as .venv."
+	@echo "Installing requirements.lock with $(TRANSFORMERS_$*) into .venv-$*: it takes as long and as much space as .venv."
 	@$(PYTHON) -m venv --clear .venv-$*
 	@grep -v '^transformers==' requirements.lock >.venv-$*/requirements.txt
 	@.venv-$*/bin/python -m pip --quiet --disable-pip-version-check install -r .venv-$*/requirements.txt '$(TRANSFORMERS_$*)'

@@ -1,7 +1,7 @@
 """Write the table of docs/models.md: every causal LM of the installed transformers, exact or refused.
 
 Usage: python scripts/models_table.py [NAME ...]; with names, only those are judged and printed.
-Exit code 1 if a model loads and writes another text than `generate`.
+Exit code 1 if a model loads and gives another text than `generate`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ END = "<!-- table of architectures: end -->"
 
 
 def main(names: list[str]) -> int:
-    """Judge, report, and write the page where everything was judged."""
+    """Judge the named architectures and print them; if none is named, judge all and write the page."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     judged: list[Judgement] = []

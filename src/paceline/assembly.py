@@ -31,7 +31,7 @@ from paceline.drafting.none import NoneDrafter
 from paceline.engine import Driver, Engine, TextStream, raise_failure
 from paceline.errors import ArtefactError, ConfigError, RequestError
 from paceline.models.detokenizer import Detokenizer
-from paceline.models.generation_config import end_tokens, with_defaults
+from paceline.models.generation_config import end_tokens, unusable, with_defaults
 from paceline.models.language_model import LanguageModel
 from paceline.models.loading import load_language_model, load_tokenizer
 from paceline.models.self_checks import check_exact, check_packed_forward
@@ -193,13 +193,13 @@ class Pace:
 
     @property
     def notes(self) -> list[str]:
-        """What is worth knowing of the policy, the target and the drafters, a line each."""
+        """Notes on the policy, the target and the drafters, one line each."""
         cut = self.parts.target.context_note
         target = [f"target: {cut}"] if cut else []
         return [*self._notes, *target, *(d.note for d in self.parts.drafters.values() if d.note)]
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt: a string as it is, messages or one message through the chat template.
+        """Return a prompt's token ids: a string as it is, one or several messages by the chat template.
 
         Raises RequestError for anything else, and for messages that the template cannot render.
         """
@@ -230,7 +230,7 @@ class Pace:
 
     def stop_token_ids(self) -> frozenset[int]:
         """Ids that end an answer: the target's generation config, else the tokenizer's."""
-        # an id that the target cannot write ends nothing
+        # the target never emits an id outside its vocabulary
         num_logits = self.parts.target.num_logits
         ends = end_tokens(self.parts.target.model, self.parts.tokenizer)
         return frozenset(token for token in ends if 0 <= token < num_logits)
@@ -245,10 +245,10 @@ class Pace:
         """Build a checked request; `settings` are the fields of `RequestSettings`.
 
         generation_config: `auto` takes what the call does not set from the target's own generation
-        configuration, `none` leaves that aside; by default as this pace was loaded.
+        configuration, `none` ignores it; by default as this pace was loaded.
 
         prompt: a string, a list of messages or one message, or token ids as a sequence or a
-        one-dimensional array. Raises RequestError with the name of what cannot be served.
+        one-dimensional array. Raises RequestError that names the setting it cannot serve.
         """
         unsupported = next((name for name in settings if name not in SETTINGS), None)
         if unsupported is not None:
@@ -325,14 +325,11 @@ class Pace:
 
 
 def _read_defaults(settings: dict[str, Any]) -> RequestSettings:
-    """A call's valid settings among the model's own."""
+    """Validate a call's settings merged with the model's own."""
     try:
         return RequestSettings.read(settings)
     except RequestError as error:
-        raise RequestError(
-            f"the model's generation configuration cannot be used: {error}; set "
-            "'generation_config: none' to leave it aside, or correct the model's"
-        ) from error
+        raise unusable(error) from error
 
 
 def _pieces(stream: TextStream, progresses: Iterator[Progress]) -> Iterator[str]:
@@ -342,7 +339,7 @@ def _pieces(stream: TextStream, progresses: Iterator[Progress]) -> Iterator[str]
 
 
 def _piece(stream: TextStream, progress: Progress) -> str:
-    """The text that may leave after some progress. Raises DecodingError if the request has failed."""
+    """Return the text that is final after some progress. Raises DecodingError for a failed request."""
     raise_failure(progress)
     if progress.completion is None:
         return stream.push(progress.new_tokens)
@@ -363,12 +360,12 @@ def load(
 
     Either a configuration (a path to paceline.yaml, or a `Config`), or `target`, `tokenizer` and
     `drafters` as objects in memory. A learned policy is loaded from `policy`, by default from where
-    the configuration says, if it is there; without one, requests must name a drafter. So they must
-    where that one cannot be used (made for other models, without this machine's costs, damaged):
-    `notes` says why, and a request for `auto` is refused with the reason. One that is named with
-    `policy` raises ArtefactError instead; `with_policy=False` leaves it alone. Drafters that stop by
+    the configuration says, if it is there; without one, requests must name a drafter. The same holds
+    if that policy cannot be used (made for other models, without this machine's costs, damaged):
+    `notes` says why, and a request for `auto` is refused with the reason. A policy named with
+    `policy` raises ArtefactError instead; `with_policy=False` loads none. Drafters that stop by
     expected gain are given the configuration's cost table; without one ArtefactError is raised.
-    generation_config: `auto` or `none`, before what the configuration says; see `Pace.request`.
+    generation_config: `auto` or `none`, overrides the configuration; see `Pace.request`.
     """
     if generation_config not in (None, *get_args(GenerationDefaults)):
         raise ConfigError(f"generation_config must be auto or none, got {generation_config!r}")
@@ -403,7 +400,7 @@ def load(
 
 
 def steps_to_policy(config: Config) -> str:
-    """That there is no policy yet, and the commands that lead from what there is to one."""
+    """Return a message that there is no policy yet, with the commands that make one."""
     paths = config.paths
     steps = ["`paceline learn`"]
     if not paths.costs.is_file():
@@ -414,7 +411,7 @@ def steps_to_policy(config: Config) -> str:
 
 
 def _with_policy(parts: Parts, folder: Path) -> Pace:
-    """Parts with the policy of a folder. Raises ArtefactError if it cannot be used with them."""
+    """Assemble parts with a folder's policy. Raises ArtefactError if it does not fit them."""
     loaded = _policy(parts, folder)
     watched = TrainingRange.load(folder) if (folder / RANGE_FILE).is_file() else None
     watch = watch_for(parts, loaded.arms, objective=loaded.objective)

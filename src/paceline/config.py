@@ -82,8 +82,8 @@ class EngineSection(Section):
 
     max_rows: requests decoded at once. prefill_chunk: prompt tokens between two rounds. max_waiting:
     requests that may queue. max_positions: bound on rows times the longest row, which is what the
-    caches of the target and of each drafter hold; a draft counts. prefix_positions: bound on kept
-    beginnings of past prompts; 0 keeps none.
+    caches of the target and of each drafter hold, those of a draft included. prefix_positions: bound
+    on kept beginnings of past prompts; 0 keeps none.
     max_drafter_mb: bound on what the drafters' rows need beside their weights, in MB of 10^6 bytes; a
     request whose drafter would not fit is decoded by `none`, and its decision says so.
     """

@@ -23,6 +23,7 @@ PenaltyScope = Literal["all", "output"]  # all: prompt and output
 NONE: Final = "none"
 AUTO: Final = "auto"
 AT: Final = "@"  # between drafter and draft length in an arm's name
+DEFAULT_NEW_TOKENS: Final = 256  # max_new_tokens where neither the call nor the model sets it
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,7 @@ class Request:
     drafter: str = AUTO
     rules: LogitRules | None = None
     logprobs: bool = False
-    # the door it was checked at; a copy made by `dataclasses.replace` is checked again
+    # mark of the engine that has checked it; a copy by `dataclasses.replace` has none
     checked_by: object | None = field(default=None, init=False, compare=False, repr=False)
 
 
@@ -219,7 +220,7 @@ class RoundSeen:
 class Seconds:
     """Wall-clock seconds of a request by part; shared work of a batch is divided among its rows.
 
-    `queue` is the time before it was admitted, which is not part of the total.
+    `queue` is the time before admission, which is not part of the total.
     """
 
     queue: float = 0.0

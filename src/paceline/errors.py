@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Final
 
 ENDS_ALL: Final = (KeyboardInterrupt, GeneratorExit)
-"""What ends everything wherever it is raised; all else that a plug-in raises is its own failure."""
+"""Exceptions that end the program wherever they are raised; any other is a failure of its plug-in."""
 
 
 class PacelineError(Exception):
@@ -60,11 +60,11 @@ class QueueFullError(PacelineError):
     """Too many requests wait already."""
 
 
-_LONGEST: Final = 1000  # characters of an error that are told
+_LONGEST: Final = 1000  # characters of an error in a message
 
 
 def describe(error: BaseException) -> str:
-    """Return an error's text for a message; of one that has none or cannot be printed its type."""
+    """Return an error's text for a message, or its type if it has no text or cannot be printed."""
     kind = type(error).__name__
     try:
         text = str(error)[:_LONGEST]
@@ -74,12 +74,22 @@ def describe(error: BaseException) -> str:
         text = ""
     if not text:
         return kind
-    # of these the text alone says little: `1`, `'name'`
+    # the text of these alone says little: `1`, `'name'`
     bare = isinstance(error, KeyError) or not isinstance(error, Exception)
     return f"{kind}: {text}" if bare else text
 
 
+def shorten(value: object, most: int = 80) -> str:
+    """Return a value for a message: one line of at most `most` characters."""
+    try:
+        text = " ".join(repr(value).split())
+    except BaseException as error:  # a caller's own object, or an integer above 4300 digits
+        if isinstance(error, ENDS_ALL):
+            raise
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def shown(value: object) -> str:
-    """Return a value and its type for a message, at most 80 characters or so."""
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+    """Return a value and its type for a message, in one line."""
+    return f"{shorten(value, 60)} ({type(value).__name__})"

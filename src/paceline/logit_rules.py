@@ -48,7 +48,7 @@ def apply_rules(
         for processor in rules.processors:
             ids = torch.tensor([list(text)], device=logits.device)
             made = processor(ids, scores[None].clone())
-            if made.shape != (1, len(scores)):  # broadcasting would hide it
+            if made.shape != (1, len(scores)):  # `copy_` would broadcast it
                 raise ValueError(f"a processor returned scores of shape {list(made.shape)}")
             scores.copy_(made[0])
         if num_new < len(rules.forced_tokens):

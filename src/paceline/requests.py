@@ -1,8 +1,8 @@
-"""What a request may ask for: one strict schema, for `Pace.request` and for records made by hand.
+"""The strict schema of a request, for `Pace.request` and for records made by hand.
 
-Scalars and arrays of numpy and torch are taken where they are exact: whole numbers of an integer
-type, one-dimensional arrays of ids. A bool is no number and 2.0 is no whole number. Every refusal is
-a RequestError that names the setting. Knows no target: what depends on one is checked by the engine.
+Scalars and arrays of numpy and torch are accepted if they are exact: whole numbers of an integer type,
+one-dimensional arrays of ids. A bool is not a number and 2.0 is not a whole number. Every refusal is a
+RequestError that names the setting. Knows no target: the engine checks what depends on one.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pydantic import (
 
 from paceline.contracts import (
     AUTO,
+    DEFAULT_NEW_TOKENS,
     GREEDY,
     LogitRules,
     LogitsProcessor,
@@ -34,41 +35,30 @@ from paceline.contracts import (
     Request,
     SamplingParams,
 )
-from paceline.errors import RequestError
+from paceline.errors import RequestError, shorten
 
-MIN_TEMPERATURE: Final = 1e-8
-"""Below it, logits divided by the temperature leave float32."""
-
-MAX_TEMPERATURE: Final = 1e6
+_MIN_TEMPERATURE: Final = 1e-8  # below it, logits divided by the temperature exceed float32
+_MAX_TEMPERATURE: Final = 1e6
 _MAX_FLOAT32: Final = 3.4e38
 
 
 # --- values ---------------------------------------------------------------------------------------
 
 
-def shorten(value: object) -> str:
-    """A value as a message shows it: one line of at most 80 characters."""
-    try:
-        text = " ".join(repr(value).split())
-    except Exception:  # noqa: BLE001 - a caller's own object; integers above 4300 digits, too
-        text = f"a value of type {type(value).__name__}"
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def _plain(value: Any) -> Any:
-    """A scalar of numpy or torch as Python's; anything else as it is."""
+    """Return a scalar of numpy or torch as Python's, anything else unchanged."""
     if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) and value.ndim == 0:
         try:
             return value.item()
-        except RuntimeError:  # a tensor without values, on the device meta
+        except RuntimeError:  # a tensor without values, on the meta device
             return value
     return value
 
 
 def token_ids(value: Any) -> tuple[int, ...]:
-    """Token ids from a sequence, a set or a one-dimensional array of whole numbers.
+    """Return token ids from a sequence, a set or a one-dimensional array of whole numbers.
 
-    Raises ValueError with what else was given.
+    Raises ValueError that shows any other value.
     """
     if isinstance(value, (np.ndarray, torch.Tensor)):
         return _ids_of_array(value)
@@ -109,7 +99,7 @@ def _id_set(value: Any) -> frozenset[int]:
 
 
 def _strings(value: Any) -> tuple[str, ...]:
-    """Stop strings; one may come alone."""
+    """Return stop strings from one or several."""
     if isinstance(value, str):
         value = (value,)
     if isinstance(value, np.ndarray) and value.ndim == 1:
@@ -125,7 +115,7 @@ def _strings(value: Any) -> tuple[str, ...]:
 
 
 def _is_text(text: str) -> bool:
-    """Whether it is Unicode that can be written, so without lone surrogates."""
+    """Return whether a string can be encoded, so has no lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -158,13 +148,13 @@ def _processors(value: Any) -> tuple[LogitsProcessor, ...]:
 
 
 def _temperature(value: float) -> float:
-    if value != 0.0 and not MIN_TEMPERATURE <= value <= MAX_TEMPERATURE:
+    if value != 0.0 and not _MIN_TEMPERATURE <= value <= _MAX_TEMPERATURE:
         raise ValueError(f"got {value}")
     return value
 
 
 def _fold_seed(value: Any) -> int | None:
-    """A seed of any size as the 64 bits with a sign that the noise is made of; small ones stay."""
+    """Return the last 64 bits of a seed as a signed integer; small seeds are unchanged."""
     value = _plain(value)
     if value is None:
         return None
@@ -184,20 +174,22 @@ _IdSet = Annotated[frozenset[int], PlainValidator(_id_set)]
 
 
 class RequestSettings(BaseModel):
-    """The settings of a request beside its prompt; a default asks for nothing.
+    """The settings of a request in addition to its prompt. A default has no effect.
 
-    sampling: how a stochastic draft is judged; auto is `invariant` where a seed is given and
-    `residual` otherwise, and greedy at temperature 0. stop_token_ids: ids that end the answer in
-    addition to the model's own end, which `ignore_eos` leaves out. From logit_bias on they are the
-    fields of `LogitRules`. A field's description is what its value must be, as messages say it.
+    sampling: how a stochastic draft is judged; auto is `invariant` with a seed, `residual` without one,
+    and greedy at temperature 0. stop_token_ids: ids that end the answer in addition to the model's
+    own, which `ignore_eos` omits. The settings from logit_bias on are the fields of `LogitRules`. A
+    field's description says what its value must be, as messages quote it.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    max_new_tokens: _Whole = Field(default=256, ge=1, description="a whole number, at least 1")
+    max_new_tokens: _Whole = Field(
+        default=DEFAULT_NEW_TOKENS, ge=1, description="a whole number, at least 1"
+    )
     temperature: Annotated[_Number, AfterValidator(_temperature)] = Field(
         default=0.0,
-        description=f"0 (greedy) or a number from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}",
+        description=f"0 (greedy) or a number from {_MIN_TEMPERATURE:g} to {_MAX_TEMPERATURE:g}",
     )
     top_k: _Whole = Field(default=0, ge=0, description="a whole number, 0 (off) or more")
     top_p: _Number = Field(default=1.0, gt=0, le=1, description="a number in (0, 1]")
@@ -247,14 +239,14 @@ class RequestSettings(BaseModel):
 
     @classmethod
     def read(cls, settings: Mapping[str, Any]) -> RequestSettings:
-        """Validate settings by name, each by itself; the first mistake becomes a RequestError."""
+        """Validate each setting by itself; raise the first mistake as a RequestError."""
         try:
             return cls.model_validate(settings)
         except ValidationError as error:
             raise RequestError(_explain(error)) from error
 
     def _check_agreement(self) -> None:
-        """Raise RequestError if settings that are valid by themselves contradict one another."""
+        """Raise RequestError if valid settings contradict one another."""
         if self.temperature == 0.0:
             filters = {"top_k": self.top_k != 0, "top_p": self.top_p != 1.0}
             filters["min_p"] = self.min_p != 0.0
@@ -280,11 +272,11 @@ class RequestSettings(BaseModel):
             )
 
     def given(self) -> dict[str, Any]:
-        """The settings that were set, by name."""
+        """Return the settings that were set, by name."""
         return {name: getattr(self, name) for name in self.model_fields_set}
 
     def sampling_params(self) -> SamplingParams:
-        """How tokens are drawn. Raises RequestError as `request` does."""
+        """Return the sampling parameters. Raises RequestError as `request` does."""
         self._check_agreement()
         method = self.sampling
         if method == "auto":
@@ -299,7 +291,7 @@ class RequestSettings(BaseModel):
         )
 
     def logit_rules(self) -> LogitRules | None:
-        """The rules that were asked for; None where they would change nothing."""
+        """Return the logit rules that were set, or None if they change nothing."""
         given = self.model_fields_set.intersection(_RULES)
         if not given:
             return None
@@ -309,13 +301,13 @@ class RequestSettings(BaseModel):
     def request(
         self, prompt_tokens: tuple[int, ...], id: str, eos: AbstractSet[int] = frozenset()
     ) -> Request:
-        """The record of a prompt with these settings. eos: the model's own ends.
+        """Return the record of a prompt with these settings. eos: the model's own end tokens.
 
         Raises RequestError if settings contradict one another.
         """
         stops = self.stop_token_ids if self.ignore_eos else self.stop_token_ids | eos
         return Request(
-            id=check_id(id),
+            id=_check_id(id),
             prompt_tokens=prompt_tokens,
             max_new_tokens=self.max_new_tokens,
             sampling=self.sampling_params(),
@@ -333,7 +325,7 @@ SETTINGS: Final = tuple(RequestSettings.model_fields)
 
 
 def _explain(error: ValidationError) -> str:
-    """The first mistake pydantic found, in one line."""
+    """Return the first mistake that pydantic found, in one line."""
     first = error.errors(include_url=False)[0]
     location = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
@@ -345,7 +337,7 @@ def _explain(error: ValidationError) -> str:
     return f"{location[0]} must be {allowed}; {own or 'got ' + shorten(first['input'])}"
 
 
-def check_id(id: object) -> str:
+def _check_id(id: object) -> str:
     if not isinstance(id, str):
         raise RequestError(f"id must be a string; got {shorten(id)}")
     return id
@@ -357,11 +349,11 @@ _PROMPTS: Final = "a string, token ids, one message or a list of messages"
 
 
 def read_prompt(prompt: Any) -> str | tuple[int, ...] | list[dict[str, Any]]:
-    """A prompt as text, as token ids or as messages. Raises RequestError for anything else."""
+    """Return a prompt as text, token ids or messages. Raises RequestError for anything else."""
     if isinstance(prompt, str):
         if not _is_text(prompt):
             raise RequestError(
-                f"prompt holds a lone surrogate, which is no text: {shorten(prompt)}; "
+                f"prompt holds a lone surrogate, which cannot be encoded: {shorten(prompt)}; "
                 "decode it with errors='replace'"
             )
         return prompt
@@ -374,13 +366,13 @@ def read_prompt(prompt: Any) -> str | tuple[int, ...] | list[dict[str, Any]]:
         raise RequestError(
             f"prompt must be {_PROMPTS}; got a list of strings (`generate` takes several prompts)"
         )
-    if isinstance(prompt, AbstractSet):  # its order would be anybody's guess
+    if isinstance(prompt, AbstractSet):  # it has no order
         raise RequestError(f"prompt must be {_PROMPTS}; got {shorten(prompt)}")
     return prompt_ids(prompt)
 
 
 def prompt_ids(prompt: Any) -> tuple[int, ...]:
-    """A prompt that is token ids. Raises RequestError for anything else."""
+    """Return a prompt of token ids. Raises RequestError for anything else."""
     try:
         return token_ids(prompt)
     except ValueError as error:
@@ -390,7 +382,7 @@ def prompt_ids(prompt: Any) -> tuple[int, ...]:
 
 
 def _message(message: Any) -> dict[str, Any]:
-    """A chat message with a role and content; more keys are the template's affair."""
+    """Return a chat message after checking role and content; other keys are for the template."""
     if not isinstance(message, Mapping) or not all(isinstance(key, str) for key in message):
         raise RequestError(
             f"a message must be a mapping such as {{'role': 'user', 'content': 'Hello'}}; got "
@@ -408,7 +400,7 @@ def _message(message: Any) -> dict[str, Any]:
         )
     if isinstance(content, str) and not _is_text(content):
         raise RequestError(
-            f"a message holds a lone surrogate, which is no text: {shorten(content)}; decode it "
+            f"a message holds a lone surrogate, which cannot be encoded: {shorten(content)}; decode it "
             "with errors='replace'"
         )
     return dict(message)
@@ -418,7 +410,7 @@ def _message(message: Any) -> dict[str, Any]:
 
 
 def read_request(request: Request) -> Request:
-    """A record made by hand as the schema would have made it. Raises RequestError."""
+    """Validate a record made by hand; return it as the schema makes it. Raises RequestError."""
     if not isinstance(request, Request):
         raise RequestError(f"a request must be a `Request`; got {shorten(request)}")
     sampling, rules = request.sampling, request.rules
@@ -439,7 +431,7 @@ def read_request(request: Request) -> Request:
 
 
 def check_sampling(sampling: SamplingParams) -> SamplingParams:
-    """Sampling parameters made by hand as the schema would have made them. Raises RequestError."""
+    """Validate sampling parameters made by hand; return them as the schema makes them."""
     return RequestSettings.read(_sampling_settings(sampling)).sampling_params()
 
 
@@ -447,7 +439,7 @@ def _sampling_settings(sampling: SamplingParams) -> dict[str, Any]:
     if not isinstance(sampling, SamplingParams):
         raise RequestError(f"sampling must be `SamplingParams`; got {shorten(sampling)}")
     values = {field.name: getattr(sampling, field.name) for field in fields(SamplingParams)}
-    if values["seed"] is None:  # only a setting may leave it to chance
+    if values["seed"] is None:  # a record must be reproducible; only the setting may be None
         raise RequestError("seed must be a whole number; got None")
     values["sampling"] = values.pop("method")
     return values

@@ -1,7 +1,7 @@
-"""Tables for a terminal of any width: names and numbers stay whole.
+"""Tables for a terminal of any width, with names and numbers whole.
 
-A table that is too wide is shown in bands of columns, one below the other, each with the first column,
-so that nothing is cut. Knows nothing of what its cells mean.
+A table that is too wide is shown in bands of columns, one below the other, each with the first column.
+Knows nothing about the meaning of its cells.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from rich.table import Column
 
 PROSE: Final = "fold"
-"""The `overflow` of a column of sentences, whose cells may be broken into lines."""
-_LEAST_PROSE: Final = 16  # characters a column of sentences is given at least, if it has as many
-_LEAST: Final = 4  # characters, where not even two columns fit whole
+"""The `overflow` of a column of sentences, whose cells may be wrapped."""
+_LEAST_PROSE: Final = 16  # minimum width of a column of longer sentences, in characters
+_LEAST: Final = 4  # minimum width where not even two columns fit, in characters
 
 
 class BandedTable(Table):
-    """A rich table whose columns are shown in bands where they do not fit beside each other.
+    """A rich table that is shown in bands of columns where they do not all fit.
 
-    Cells stay in one piece, headers may be broken between words. Columns added with
+    Cells are not wrapped, headers may be wrapped between words. Columns added with
     `overflow=PROSE` hold sentences.
     """
 
@@ -63,7 +63,7 @@ class BandedTable(Table):
             yield part
 
     def _bands(self, least: list[int], room: int) -> list[list[int]]:
-        """Places of the columns of each band, as many as fit; the first column is in all."""
+        """Return the indices of each band's columns, as many as fit; the first column is in all."""
         bands = [[0]]
         for place in range(1, len(least)):
             band = [*bands[-1], place]
@@ -74,14 +74,14 @@ class BandedTable(Table):
         return bands
 
     def _lines(self, num_columns: int) -> int:
-        """Characters between and around so many columns."""
+        """Return the number of characters between and around columns."""
         around = 2 if self.pad_edge else 0
         lines = num_columns + 1 if self.box is not None else 0
         return 2 * num_columns - 2 + around + lines
 
 
 def _widths(console: Console, options: ConsoleOptions, column: Column) -> tuple[int, int]:
-    """(least, most) characters of a column's cells and header."""
+    """Return the (least, most) characters of a column's cells and header."""
     header = Measurement.get(console, options, column.header)
     cells = [Measurement.get(console, options, cell) for cell in column.cells]
     longest = max([header.maximum, *(cell.maximum for cell in cells)])
@@ -92,11 +92,11 @@ def _widths(console: Console, options: ConsoleOptions, column: Column) -> tuple[
 
 
 def _share(ranges: list[tuple[int, int]], room: int) -> list[int]:
-    """A width for each column: its least, and of what is left as it has use for."""
+    """Return a width per column: its least, and a share of the rest by need."""
     least = [low for low, _ in ranges]
     wanted = [high - low for low, high in ranges]
     spare = room - sum(least)
-    if spare < 0:  # the widest gives way, broken into lines
+    if spare < 0:  # the widest column is wrapped
         widest = least.index(max(least))
         least[widest] = max(_LEAST, least[widest] + spare)
         return least

@@ -15,8 +15,8 @@ import torch
 import paceline
 from paceline.assembly import Pace
 from paceline.contracts import LogitRules, Request, SamplingParams
-from paceline.errors import RequestError
-from paceline.requests import SETTINGS, RequestSettings, read_prompt, read_request, shorten
+from paceline.errors import RequestError, shorten
+from paceline.requests import SETTINGS, RequestSettings, read_prompt, read_request
 from paceline.testing.tiny_models import tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
 

@@ -74,7 +74,7 @@ class DoctorReport:
     chat_template: bool
     drafters: list[DrafterCheck]
     notes: list[str] = field(default_factory=list)
-    why_not_auto: str | None = None  # None if, as far as can be seen, a policy can choose
+    why_not_auto: str | None = None  # None if no obstacle was found
 
     @property
     def problems(self) -> list[str]:
@@ -109,7 +109,7 @@ def doctor(config: Config) -> DoctorReport:
 
 
 def _why_not_auto(config: Config, vocabulary: Vocabulary, facts: ModelFacts) -> str | None:
-    """Why no policy can choose, as far as that shows before weights are read."""
+    """Return why no policy can choose, as far as that shows before weights are read; None if one can."""
     folder, path = config.paths.policy, config.paths.costs
     if not is_policy(folder):
         return steps_to_policy(config)
@@ -135,9 +135,9 @@ def _why_not_auto(config: Config, vocabulary: Vocabulary, facts: ModelFacts) -> 
 
 
 def line_before_weights(kind: str, settings: BaseModel, recorded: str) -> str:
-    """A drafter's identity line: what its settings say, and the rest as it was recorded.
+    """Return a drafter's identity line from its settings, with the recorded line for the rest.
 
-    A kind from outside the catalogue may say of itself what it likes: its line is as recorded.
+    The line of a kind from outside the catalogue is unknown here, so the recorded one is returned.
     """
     if kind not in CATALOG:
         return recorded

@@ -132,7 +132,7 @@ def _measure(config: Config) -> tuple[dict[str, tuple[int, int]], int]:
 
 
 def _most_bytes(driver: Driver, request: Request, drafter: Drafter) -> int:
-    """The most that a drafter holds after any round of a request."""
+    """Return the most bytes that a drafter holds after any round of a request."""
     sizes: list[int] = []
     ended: SimpleQueue[Progress] = SimpleQueue()
 

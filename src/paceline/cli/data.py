@@ -113,7 +113,7 @@ def _print_oracle(console: Console, report: DataReport) -> None:
 
 
 def _table(title: str, first: str, *figures: str) -> BandedTable:
-    """A table with a column of names and others of figures."""
+    """Make a table with one column of names and the rest of figures."""
     from paceline.terminal import BandedTable
 
     table = BandedTable(title=title, title_justify="left")

@@ -19,6 +19,7 @@ from paceline.cli.options import (
     ThreadsOption,
     configured,
 )
+from paceline.contracts import DEFAULT_NEW_TOKENS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,7 +37,8 @@ def generate(
         str, typer.Option("--drafter", "-d", help="auto, none, or a drafter's name.")
     ] = "auto",
     max_new_tokens: Annotated[
-        int | None, typer.Option(help=f"Most tokens to emit. {_DEFAULT} 256.")
+        int | None,
+        typer.Option(help=f"Maximum number of new tokens. {_DEFAULT} {DEFAULT_NEW_TOKENS}."),
     ] = None,
     temperature: Annotated[float | None, typer.Option(help=f"0 is greedy. {_DEFAULT} 0.")] = None,
     top_k: Annotated[

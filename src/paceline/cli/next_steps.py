@@ -1,8 +1,8 @@
-"""Commands that the program tells its user to run, made so that they run as they are printed.
+"""Commands that the program tells its user to run, completed so that they run as printed.
 
-A message names a command in backticks: `paceline learn`. Before it is shown, the command is given what
-the running one was given and it takes, too: the configuration, the paths, the dtype. Words in capitals,
-as in `paceline collect PROMPTS`, stand for what the user has to put there.
+A message names a command in backticks: `paceline learn`. Before it is shown, the command gets those
+options of the running command that it also takes: the configuration, the paths, the dtype. Words in
+capitals, as in `paceline collect PROMPTS`, stand for values that the user fills in.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Verb(TyperCommand):
 
 
 def command(*words: str | Path) -> str:
-    """`paceline WORDS` quoted for a shell, with the options that the running verb was given."""
+    """Return `paceline WORDS` quoted for a shell, with the options that the running verb was given."""
     return runnable(f"`paceline {shlex.join(map(str, words))}`").strip("`")
 
 
 def runnable(text: str) -> str:
-    """A message whose commands in backticks have the options that the running verb was given."""
+    """Return a message with its commands completed by the options that the running verb was given."""
     running = _RUNNING.get()
     if running is None:
         return text
@@ -56,7 +56,7 @@ def runnable(text: str) -> str:
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:
-    """Print a sentence in one line, however narrow the terminal: a command or a path can be copied."""
+    """Print a sentence in one line at any terminal width, so that a command in it can be copied."""
     console.print(runnable(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -74,7 +74,7 @@ def _completed(written: str, running: Any) -> str:
 
 
 def _find(words: Sequence[str], running: Any) -> Any:
-    """The verb that words begin with, `trigram build` too; None if there is none."""
+    """Return the verb that words begin with (`trigram build` is one), or None."""
     found = running.find_root().command
     for word in words:
         if not hasattr(found, "commands"):

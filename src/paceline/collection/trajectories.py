@@ -139,7 +139,7 @@ def feature_row(encoder: str, id: str, features: np.ndarray) -> dict[str, Any]:
 
 
 def lone_driver(parts: Parts, model: LanguageModel, choose: Choose | None = None) -> Driver:
-    """An engine of its own, in which a model decodes without drafters and nobody reads the text."""
+    """Make an engine in which a model decodes without drafters and without text."""
     section = parts.config.engine
     return Driver(
         Engine(

@@ -177,9 +177,9 @@ class Drafter(ABC):
         return (self,)
 
     def bound_cache(self, max_positions: int | None, exact_fit: bool) -> None:  # noqa: B027
-        """Hold no more rows x positions of keys and values, where it keeps any.
+        """Bound the rows x positions of keys and values that the drafter holds, if it holds any.
 
-        A row that would not fit is to be left without a draft. exact_fit: only what the rows need.
+        It drafts nothing for a row that does not fit. exact_fit: hold no more than the rows need.
         """
 
     def state_bytes(self, lengths: Sequence[int]) -> int:

@@ -1,13 +1,14 @@
-"""What a drafter must keep to, checked wherever one is asked: in a round, along a text, as a part.
+"""The contract of a drafter, checked wherever one is called: in a round, in a replay, in a union.
 
-A drafter may come from anywhere, so nothing that it says is taken on trust; what it breaks is a
-DrafterError that says how. Ids outside the target's vocabulary are allowed: they are judged and
-rejected. Knows no engine. Symbols: R rows, K width of a proposal's arrays, V the target's logits width.
+A drafter may be anybody's code, so everything it returns is checked; a breach raises a DrafterError
+that says how. Ids outside the target's vocabulary are allowed: the target rejects them. Knows no
+engine. Symbols: R rows, K width of a proposal's arrays, V the target's logits width.
 """
 
 from __future__ import annotations
 
 import operator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil, isfinite
 from typing import TYPE_CHECKING, Any, Final
@@ -20,19 +21,16 @@ from paceline.contracts import Drafts
 from paceline.errors import ENDS_ALL, DrafterError, describe, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from types import TracebackType
+    from collections.abc import Iterator, Sequence
 
     from paceline.contracts import RowView
     from paceline.drafting.base import Drafter
 
 MAX_NODES: Final = 1024
-"""Tokens of one draft at most, whatever a drafter says of itself: what attends to a tree grows with
-the square of them.
-"""
+"""Maximum number of tokens per draft, whatever a drafter declares: a tree's mask grows quadratically."""
 
-# calls of `prepare` for each piece of a text: a union has a piece of every part, and a part that reads
-# the text in ids of its own may have many for one of the target's
+# calls of `prepare` per piece of a text: a union prepares one part per call, and a part with another
+# tokenizer may need many pieces for one of the target's
 _CALLS_PER_PIECE: Final = 64
 
 _MASS_ERROR: Final = 0.01  # of a distribution in half precision
@@ -51,29 +49,22 @@ class Draft:
     probs: Tensor | None = None  # [k, V] of a stochastic chain, float32
 
 
-class blaming:  # noqa: N801 - reads as what it is, a clause of `with`
-    """Makes a DrafterError that names the drafter of whatever is raised inside but `ENDS_ALL`."""
-
-    def __init__(self, name: str, kind: str = "drafter") -> None:
-        self._who = f"{kind} '{name}'"
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is not None and not isinstance(error, ENDS_ALL):
-            raise DrafterError(f"{self._who}: {describe(error)}") from error
+@contextmanager
+def blaming(name: str, kind: str = "drafter") -> Iterator[None]:
+    """Raise whatever the block raises, except `ENDS_ALL`, as a DrafterError that names the drafter."""
+    try:
+        yield
+    except ENDS_ALL:
+        raise
+    except BaseException as error:
+        raise DrafterError(f"{kind} '{name}': {describe(error)}") from error
 
 
-# --- what it says of itself -----------------------------------------------------------------------
+# --- numbers it declares -----------------------------------------------------------------------
 
 
 def read_length(drafter: Drafter) -> int:
-    """`num_draft_tokens`, a whole number that is not negative."""
+    """Return the drafter's `num_draft_tokens`, a whole number, 0 or more."""
     length = drafter.num_draft_tokens
     if type(length) is not int:
         length = read_whole("num_draft_tokens", length)
@@ -83,7 +74,7 @@ def read_length(drafter: Drafter) -> int:
 
 
 def read_state_bytes(drafter: Drafter, lengths: Sequence[int]) -> float:
-    """`state_bytes`, a finite number that is not negative."""
+    """Return the drafter's `state_bytes`, a finite number, 0 or more."""
     given: Any = drafter.state_bytes(lengths)
     try:
         found = float(given)
@@ -97,7 +88,7 @@ def read_state_bytes(drafter: Drafter, lengths: Sequence[int]) -> float:
 
 
 def read_whole(what: str, given: Any) -> int:
-    """A whole number of any library. Raises DrafterError that says what is none."""
+    """Return a whole number of any library as Python's. Raises DrafterError for anything else."""
     if not isinstance(given, bool | np.bool_):
         try:
             return operator.index(given)
@@ -110,9 +101,10 @@ def read_whole(what: str, given: Any) -> int:
 
 
 def prepare_piece(drafter: Drafter, row: RowView, max_tokens: int, num_calls: int) -> bool:
-    """Ask for one piece of a row's prefill, after so many calls; whether none is left.
+    """Prepare one piece of a row's prefill; return whether it was the last.
 
-    Raises DrafterError for an answer that is none, and where it would never end.
+    num_calls: calls for this row so far. Raises DrafterError for an answer that is not a bool, and
+    after so many calls that the prefill seems endless.
     """
     answer: Any = drafter.prepare(row, max_tokens)
     if answer is True or (isinstance(answer, np.bool_) and answer):
@@ -131,7 +123,7 @@ def prepare_piece(drafter: Drafter, row: RowView, max_tokens: int, num_calls: in
 
 
 def prepare_all(drafter: Drafter, row: RowView, max_tokens: int) -> None:
-    """The whole of a started row's prefill, a piece after the other."""
+    """Prepare a started row completely, piece by piece."""
     num_calls = 0
     while not prepare_piece(drafter, row, max_tokens, num_calls):
         num_calls += 1
@@ -147,9 +139,9 @@ def read_drafts(
     num_draft_tokens: int,
     num_logits: int | None = None,
 ) -> list[Draft]:
-    """Each row's draft. Raises DrafterError if the proposal breaks the contract of `propose`.
+    """Return each row's draft. Raises DrafterError if a proposal breaks the contract of `propose`.
 
-    num_draft_tokens: as `read_length` found it. num_logits: V; None leaves distributions unread.
+    num_draft_tokens: from `read_length`. num_logits: V; None does not read distributions.
     """
     if not isinstance(proposed, Drafts):
         raise DrafterError(f"proposed {shown(proposed)}; `propose` must return a `Drafts`")
@@ -197,7 +189,7 @@ def _lengths(given: Any, num_rows: int) -> list[int]:
 
 
 def _read_ids(what: str, given: Any, num_rows: int, width: int) -> list[list[int]]:
-    """The first `width` columns of an integer array [R, K]."""
+    """Return the first `width` columns of an integer array [R, K]."""
     if not isinstance(given, Tensor):
         raise DrafterError(f"{what} must be a tensor, got {shown(given)}")
     if given.dtype not in _INTEGERS:
@@ -214,7 +206,7 @@ def _read_ids(what: str, given: Any, num_rows: int, width: int) -> list[list[int
 
 
 def _height(parents: Sequence[int]) -> int:
-    """How many tokens the longest path has. Raises DrafterError unless parents stand before children."""
+    """Return the length of the longest path. Raises DrafterError unless parents precede children."""
     levels: list[int] = []
     for k, parent in enumerate(parents):
         if parent == -1:
@@ -231,7 +223,7 @@ def _height(parents: Sequence[int]) -> int:
 def _read_probs(
     given: Any, rows: Sequence[RowView], drafts: Sequence[Draft], width: int, num_logits: int
 ) -> None:
-    """Hand each row whose judge weighs it its distributions."""
+    """Set the distributions of the drafts whose judge uses them."""
     if not isinstance(given, Tensor) or not given.is_floating_point():
         kind = given.dtype if isinstance(given, Tensor) else shown(given)
         raise DrafterError(f"probs must be a tensor of floats, got {kind}")
@@ -249,7 +241,7 @@ def _read_probs(
     probs = given[:, :width].detach().float()
     if len(weighed) < len(rows):
         probs = probs[weighed]
-    # one copy off the device
+    # one copy from the device
     masses, lowest = torch.stack((probs.sum(dim=-1), probs.amin(dim=-1))).tolist()
     for place, i in enumerate(weighed):
         draft = drafts[i]
@@ -259,7 +251,7 @@ def _read_probs(
                 raise DrafterError(
                     f"proposed token {k} with probabilities that are negative or not finite"
                 )
-            # where a token outside the vocabulary was drawn, so was what is missing
+            # probabilities of ids outside the target's vocabulary are not in the sum
             least = 1.0 - _MASS_ERROR if 0 <= token < num_logits else 0.0
             if not least <= mass <= 1.0 + _MASS_ERROR:
                 raise DrafterError(

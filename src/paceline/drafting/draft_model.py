@@ -124,19 +124,19 @@ class DraftModel(Drafter):
 
     def start(self, rows: Sequence[RowView]) -> None:
         if self.model.has_changed():
-            # what rows in flight cached of the old weights makes their drafts worse, not wrong
+            # rows in flight keep caches of the old weights: worse drafts, never wrong text
             self.model.reload()
         for row in rows:
             self._states[row.id] = _RowState(self.model.acquire())
         for state in self._states.values():
-            # a bound leaves each row less where there are more of them
+            # under a bound, each row has less room when there are more rows
             if state.num_cached + len(state.drafted) > self._most_positions:
                 state.num_cached, state.drafted = 0, []
                 self.model.cache.forget(state.slot)
 
     @property
     def _most_positions(self) -> int:
-        """Of a row: what the model's context holds and the cache's bound allows."""
+        """Positions per row that the model's context and the cache's bound allow."""
         bound = self.model.cache.max_length
         length = self.model.context_length
         return length if bound is None else min(length, bound)
@@ -168,7 +168,7 @@ class DraftModel(Drafter):
         return self.model.num_bytes() + self.model.cache.num_bytes()
 
     def state_bytes(self, lengths: Sequence[int]) -> int:
-        """Its cache gives every slot as many positions as the longest row needs, in blocks."""
+        """Return the bytes of the cache, in which every slot has the positions of the longest row."""
         longest = min(max(lengths, default=0), self.model.context_length)
         slots = max(len(lengths), self.model.cache.num_slots) if lengths else 0
         return slots * -(-longest // BLOCK) * BLOCK * self.model.position_bytes
@@ -305,7 +305,7 @@ class DraftModel(Drafter):
         return not sure or self._rule.goes_on(sure, len(row.tokens) - 1)
 
     def _length(self, text: Sequence[int], limit: int) -> int:
-        """Most tokens to draft: every one that is fed needs a position in the cache."""
+        """Return how many tokens to draft: each one that is fed needs a position in the cache."""
         room = self._most_positions - len(text) + 1
         return max(0, min(limit, self.num_draft_tokens, room))
 

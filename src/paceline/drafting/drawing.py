@@ -59,7 +59,7 @@ def draw(
         if stochastic:
             # a draft behind a rejection may have moved an adaptive stop: it must not be drawn again
             position = noise.of_round(position, len(row.tokens))
-        # a drafter without a possible token guesses: nothing but its speed depends on it
+        # a drafter without a possible token drafts token 0: only speed depends on it
         drawn[r] = max(noise.draw(q, row.sampling.seed, position, stream), 0)
         if stochastic and probs is not None:
             probs[places[r], step, : q.shape[-1]] = q

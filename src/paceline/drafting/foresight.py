@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # a row that is no request's: the engine counts its rows from 0
 _REPLAYED: Final = -2
 
-_PIECE: Final = 512  # tokens of a drafter's own prefill at once
+_PIECE: Final = 512  # tokens per piece of a drafter's own prefill
 
 
 @dataclass(slots=True)

@@ -1,6 +1,6 @@
-"""What a request must be for this target and these drafters, and an arm to be used.
+"""Checks of a request against one target and its drafters, and of an arm, before any work on it.
 
-Checked before anything is begun. What holds for every target is the schema's, in `paceline.requests`.
+Rules that hold for every target are the schema's, in `paceline.requests`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from paceline.contracts import AT, AUTO, split_arm
 from paceline.drafting.contract import blaming, read_length
-from paceline.errors import DrafterError, RequestError
-from paceline.requests import shorten
+from paceline.errors import DrafterError, RequestError, shorten
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -64,7 +63,7 @@ def check_request(
 
 
 def _cut(target: LanguageModel) -> str:
-    """Why the context is shorter than the model's own, in parentheses; empty where it is not."""
+    """Return in parentheses why the context is shorter than the model's own; empty if it is not."""
     return f" ({target.context_note})" if target.context_note else ""
 
 
@@ -99,16 +98,16 @@ def check_arm(arm: str, drafters: Mapping[str, Drafter], error: type[PacelineErr
         )
 
 
-MAX_SPARE: Final = 1024
-"""More positions than that no draft is granted beside a row's own."""
+_MAX_SPARE: Final = 1024
+"""Maximum number of positions for a draft in addition to the row's own."""
 
 
 def num_positions(
     request: Request, context_length: int, drafters: Mapping[str, Drafter], may_change: bool = False
 ) -> int:
-    """The most positions of the cache that the request may come to need, those of a draft included.
+    """Return the most cache positions that a request may need, those of a draft included.
 
-    may_change: whether any drafter may come to draft for it, not only the one it names.
+    may_change: whether any drafter may draft for it, not only the one it names.
     """
     named = request.drafter != AUTO and not may_change
     name = request.drafter.partition(AT)[0]
@@ -117,15 +116,15 @@ def num_positions(
 
 
 def _spare(drafter: Drafter) -> int:
-    """Positions of a draft beyond the row's last: a tree's branches stand side by side."""
+    """Return the positions that a draft needs after the row's last, one per node."""
     try:
-        return min(max(drafter.num_draft_tokens, 0), MAX_SPARE)
-    except Exception:  # noqa: BLE001 - a drafter may come from anywhere, and fails where it is used
-        return MAX_SPARE
+        return min(max(drafter.num_draft_tokens, 0), _MAX_SPARE)
+    except Exception:  # noqa: BLE001 - a broken drafter fails where it is used
+        return _MAX_SPARE
 
 
 def max_total(request: Request, context_length: int) -> int:
-    """The most tokens the request may come to hold, prompt and output."""
+    """Return the most tokens that a request may have, prompt and output together."""
     # the last emitted token is never fed, so it needs no position
     room = context_length + 1 - len(request.prompt_tokens)
     return len(request.prompt_tokens) + min(request.max_new_tokens, room)

@@ -1,88 +1,68 @@
-"""What a plug-in raises is told to whoever it concerns, and stops nothing else.
+"""Containment of plug-ins: an exception ends the request it belongs to, and no other.
 
-Drafters, policies, watches and what is done with completed requests may come from anywhere. A drafter
-that fails in request after request is set aside, so that the policy's requests do without it.
+Drafters, policies, watches and `on_complete` may be anybody's code. A drafter that fails in several
+requests in succession is set aside: the policy's requests no longer use it.
 """
 
 from __future__ import annotations
 
 import traceback
 import warnings
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from paceline.errors import ENDS_ALL, DrafterError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from types import TracebackType
+    from collections.abc import Callable, Iterator
 
     from paceline.engine.rows import Row
 
 MOST_FAILURES: Final = 3
-"""Requests in a row that a drafter may fail in before it is set aside."""
+"""Successive requests that a drafter fails in before it is set aside."""
 
 
-class contained:  # noqa: N801 - reads as what it is, a clause of `with`
-    """Hands whatever is raised inside but `ENDS_ALL` to `tell`, and goes on behind the block."""
-
-    __slots__ = ("_tell",)
-
-    def __init__(self, tell: Callable[[BaseException], object]) -> None:
-        self._tell = tell
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool:
-        if error is None or isinstance(error, ENDS_ALL):
-            return False
-        self._tell(error)
-        return True
+@contextmanager
+def contained(tell: Callable[[BaseException], object]) -> Iterator[None]:
+    """Hand whatever the block raises, except `ENDS_ALL`, to `tell`, and go on after the block."""
+    try:
+        yield
+    except ENDS_ALL:
+        raise
+    except BaseException as error:  # noqa: BLE001 - a plug-in may raise anything
+        tell(error)
 
 
-class asking:  # noqa: N801 - as above
-    """Contains what a drafter raises while it is asked about one row, whose text it must leave alone.
+@contextmanager
+def asking(
+    row: Row, name: str, tell: Callable[[str, BaseException], object] | None = None
+) -> Iterator[None]:
+    """Contain what a drafter raises while it works for one row, whose text it must not change.
 
-    By default the row fails; with `tell` only what is raised goes there.
+    By default the row fails; with `tell` only a changed text fails it.
     """
-
-    __slots__ = ("_name", "_row", "_tell", "_text")
-
-    def __init__(
-        self, row: Row, name: str, tell: Callable[[str, BaseException], object] | None = None
-    ) -> None:
-        self._row, self._name, self._tell = row, name, tell or row.fail_by
-
-    def __enter__(self) -> None:
-        self._text = len(self._row.tokens), self._row.tokens[-1]
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool:
-        kept = self._row.keeps_text(*self._text)
-        if isinstance(error, ENDS_ALL):
-            return False
-        if error is not None:
-            self._tell(self._name, error)
-        if not kept:
-            self._row.fail_by(self._name, text_changed())
-        return True
+    text = len(row.tokens), row.tokens[-1]
+    failure: BaseException | None = None
+    try:
+        yield
+    except BaseException as error:  # noqa: BLE001 - a plug-in may raise anything
+        failure = error
+    kept = row.keeps_text(*text)
+    if isinstance(failure, ENDS_ALL):
+        raise failure
+    if failure is not None:
+        (tell or row.fail_by)(name, failure)
+    if not kept:
+        row.fail_by(name, text_changed())
 
 
 def text_changed() -> DrafterError:
-    """What a drafter did that wrote into its row."""
+    """Return the error of a drafter that wrote into its row's tokens."""
     return DrafterError("changed row.tokens, which are the engine's; copy them first")
 
 
 def warn(message: str) -> None:
-    """Warn; where warnings are errors, show this one without ending what others asked for."""
+    """Warn. If warnings are errors, print this one instead, so that no request ends."""
     try:
         warnings.warn(message, stacklevel=3)
     except Warning as error:
@@ -90,16 +70,16 @@ def warn(message: str) -> None:
 
 
 class SetAside:
-    """The drafters that `auto` does without: each failed in its last requests, one after the other."""
+    """The drafters that `auto` does not use, because their last `MOST_FAILURES` requests failed."""
 
     def __init__(self) -> None:
-        self._failures: dict[str, int] = {}  # in a row
+        self._failures: dict[str, int] = {}  # in succession
 
     def __contains__(self, drafter: str) -> bool:
         return self._failures.get(drafter, 0) >= MOST_FAILURES
 
     def learn(self, row: Row) -> None:
-        """Count a request that has ended, for every drafter that it can speak for."""
+        """Count a request that has ended, for every drafter that worked on it."""
         used = [row.drafter_name] if row.prepared and row.rounds and row.error is None else []
         for name in (*used, *(name for name, prepared in row.kept.items() if prepared)):
             if name not in row.failures:

@@ -1,7 +1,7 @@
-"""A policy's decision, checked once before it is carried out, kept and logged.
+"""The check of a policy's decision, before it is carried out and logged.
 
-A policy may come from anywhere, and numbers of other libraries are welcome: they leave here as plain
-ones, so that a decision can be compared, written as JSON and read again.
+A policy may be anybody's code. Numbers of other libraries become Python's, so that a decision can be
+compared, written as JSON and read again.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from paceline.errors import ArtefactError, shown
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_ROUNDED: Final = 1e-6  # what a sum of shares may be above 1
+_ROUNDED: Final = 1e-6  # rounding error of a sum of probabilities
 
 
 def check_decision(given: Any) -> Decision:
-    """The decision in plain numbers. Raises ArtefactError that names the part which is none."""
+    """Return the decision in Python's numbers. Raises ArtefactError that names the wrong field."""
     if not isinstance(given, Decision):
         raise ArtefactError(f"choose must return a Decision, got {shown(given)}")
     for what in ("arm", "policy"):
@@ -68,7 +68,7 @@ def _number(what: str, given: Any) -> float:
 
 
 def _features(given: Any) -> np.ndarray:
-    """[F] float32."""
+    """Return features as a new array [F] float32."""
     try:
         features = np.asarray(given, dtype=np.float32).copy()
     except (TypeError, ValueError, RuntimeError) as error:

@@ -1,8 +1,8 @@
-"""The one owner of an engine's steps, and the ways to wait for what they bring.
+"""The one owner of an engine's steps, and the ways to wait for progress.
 
-Any number of threads, generators and asyncio tasks may submit; one thread of the driver's own steps
-the engine while somebody waits for what it brings, and blocks otherwise. Every request has a mailbox,
-so that no caller can take another's progress. Knows no text and no policy.
+Any number of threads, generators and asyncio tasks may submit. One thread of the driver steps the
+engine while a caller waits, and blocks otherwise. Every request has a mailbox, so that no caller can
+take another's progress. Knows no text and no policy.
 """
 
 from __future__ import annotations
@@ -28,55 +28,55 @@ if TYPE_CHECKING:
     from paceline.engine.loop import Engine, Progress
 
     Deliver = Callable[[Progress], None]
-    Mail = SimpleQueue[Progress | None]  # None: look whether there is room for more requests
-    # a ticket to cancel, mail that somebody waits for, or one of the two below
+    Mail = SimpleQueue[Progress | None]  # None: the queue may have room again
+    # a ticket to cancel, mail that a caller waits for, or one of the two below
     Orders = SimpleQueue[int | Mail | None]
 
 _WAKE: Final = None  # an order: look whether there is work
 _STOP: Final = -1  # an order: end the thread; tickets count from 0
-# A finaliser may run in a thread that holds what the round waits for, so nobody waits for ever.
+# A finaliser may run in a thread that holds a lock which the round needs, so waits are bounded.
 _LONGEST_ROUND: Final = 30.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
 class _Mailbox:
-    to: Deliver | Mail  # mail is waited for by and by, a function takes all that comes
-    tokens: bool  # whether tokens are delivered as they come, or the completion alone
+    to: Deliver | Mail  # mail is read when its caller likes, a function is called at once
+    tokens: bool  # whether new tokens are delivered, or the completion alone
 
 
 class Driver:
     """Steps one engine for any number of callers. Thread-safe.
 
-    A request of an iterator is decoded while some caller waits, for this one or for another; between
-    two reads, while nobody waits, the models are the caller's own. A request of `submit` or of an
-    asyncio task is decoded to its end.
+    A request of an iterator advances while any caller waits for any request; between two reads, when
+    no caller waits, the models are free for the caller's own use. A request of `submit` or of an
+    asyncio task is decoded to its end without a wait.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._mail: dict[int, _Mailbox] = {}
-        self._always: set[int] = set()  # tickets that somebody waits for all the time
-        self._waiting: set[Mail] = set()  # that somebody waits for; the thread's own
-        self._room: deque[Mail] = deque()  # to be told when the queue has room
+        self._always: set[int] = set()  # tickets that need no waiting caller
+        self._waiting: set[Mail] = set()  # that a caller waits for; used by the thread alone
+        self._room: deque[Mail] = deque()  # to notify when the queue has room
         self._num_threads = torch.get_num_threads()
         self._forked_in_flight = False
         self._reset()
         _drivers.add(self)
 
     def _reset(self) -> None:
-        self._lock = threading.Lock()  # held to submit: tickets, fullness, the thread's start
+        self._lock = threading.Lock()  # guards tickets, fullness and the thread's start
         self._orders: Orders = SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    # --- for whoever waits ------------------------------------------------------------------------
+    # --- ways to wait -----------------------------------------------------------------------------
 
     def generate(
         self, requests: Iterable[Request], return_errors: bool = False
     ) -> Iterator[Completion]:
-        """Yield completions as they finish. All requests are checked before the first is begun.
+        """Yield completions as they finish. All requests are checked before the first one starts.
 
-        Raises DecodingError at the first request that fails on the way, unless `return_errors`: then
-        its completion says so. Closing the iterator cancels the requests that are left.
+        Raises DecodingError at the first request that fails, unless `return_errors`: then its
+        completion holds the error. Closing the iterator cancels the unfinished requests.
         """
         for _, progress in self.progress(requests, tokens=False):
             completion = progress.completion
@@ -88,11 +88,11 @@ class Driver:
     def progress(
         self, requests: Iterable[Request], tokens: bool = True
     ) -> Iterator[tuple[int, Progress]]:
-        """Yield each request's progress with the request's place among them, until all have ended.
+        """Yield (index of a request, its progress) until all requests have ended.
 
-        tokens: whether new tokens are told as they come; else each request is heard of once, at its
-        end. Requests beyond what may wait are submitted as soon as there is room. Closing the iterator
-        cancels what is left, and returns when its rows are free.
+        tokens: whether to report new tokens as they come, or each request once, at its end. Requests
+        for which the queue has no room are submitted later. Closing the iterator cancels the
+        unfinished requests and returns when their rows are free.
         """
         left = deque(enumerate([self.engine.check(request) for request in requests]))
         mail: Mail = SimpleQueue()
@@ -106,7 +106,7 @@ class Driver:
                 except QueueFullError:
                     self._room.append(mail)
                 if mail.empty():
-                    self._wake(mail)  # after all of them, so that they share their prefill
+                    self._wake(mail)  # after all are queued, so that they share their prefill
                 progress = mail.get()
                 if progress is None:
                     continue
@@ -123,7 +123,7 @@ class Driver:
         for ticket in left:
             self.cancel(ticket)
         if threading.current_thread() is self._thread:
-            return  # a generator that was collected in the middle of a step
+            return  # a generator that was garbage-collected during a step
         with suppress(Exception):  # Empty: see _LONGEST_ROUND
             while left:
                 progress = mail.get(timeout=_LONGEST_ROUND)
@@ -177,13 +177,13 @@ class Driver:
         assert progress.completion is not None
         return progress.completion
 
-    # --- the engine's door ------------------------------------------------------------------------
+    # --- submitting ------------------------------------------------------------------------
 
     def submit(self, request: Request, deliver: Deliver, tokens: bool = True) -> int:
-        """Queue a request and return its ticket; `deliver` is handed its progress as it comes.
+        """Queue a request and return its ticket; `deliver` is called with its progress.
 
-        deliver: called in the driver's thread between two steps, so it must be quick; one that raises
-        ends the request. tokens: as in `progress`. Raises RequestError if the request cannot be
+        deliver: called in the driver's thread between two steps, so it must be quick; if it raises,
+        the request is cancelled. tokens: as in `progress`. Raises RequestError if the request cannot be
         served, QueueFullError if too many wait already.
         """
         ticket = self._queue(request, deliver, tokens)
@@ -191,7 +191,7 @@ class Driver:
         return ticket
 
     def _queue(self, request: Request, to: Deliver | Mail, tokens: bool) -> int:
-        """`submit` without waking the thread."""
+        """Queue a request as `submit` does, without waking the thread."""
         if threading.current_thread() is self._thread:
             raise DecodingError(
                 "a policy, drafter, logits processor or log asked the engine that it works for; "
@@ -215,7 +215,7 @@ class Driver:
         return ticket
 
     def _wake(self, mail: Mail | None = None) -> None:
-        """Have the thread look for work, and work until there is mail, where some is waited for."""
+        """Make the thread look for work. mail: what the caller waits for, if it waits."""
         with self._lock:
             self._num_threads = torch.get_num_threads()
             if self._thread is None:
@@ -225,14 +225,14 @@ class Driver:
     def cancel(self, ticket: int) -> None:
         """End a request with what it has so far; its row is free before the next round.
 
-        Safe in any thread and in a finaliser. A request that has ended is left alone.
+        Safe in any thread and in a finaliser. Does nothing to a request that has ended.
         """
         self._orders.put(ticket)
 
     # --- the thread -------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        # not held by the thread while it is idle, so that a driver nobody has any more can go
+        # a weak reference, so that an idle thread does not keep an unused driver alive
         work = (weakref.ref(self), self._orders)
         self._thread = threading.Thread(
             target=_work, args=work, name="paceline driver", daemon=True
@@ -241,8 +241,8 @@ class Driver:
         self._thread.start()
 
     def _work_off(self, order: int | Mail | None) -> bool:
-        """Step while somebody waits for it; whether the thread should go on."""
-        if torch.get_num_threads() != self._num_threads:  # each thread has its own number
+        """Step while a caller waits; return whether the thread should continue."""
+        if torch.get_num_threads() != self._num_threads:  # torch keeps it per thread
             torch.set_num_threads(self._num_threads)
         while True:
             orders = [order]
@@ -251,7 +251,7 @@ class Driver:
             if _STOP in orders:
                 return False
             cancelled = [one for one in orders if isinstance(one, int)]
-            # mail that has come meanwhile is waited for no more
+            # a caller whose mail has arrived waits no longer
             self._waiting |= {m for m in orders if isinstance(m, SimpleQueue) and m.empty()}
             if not cancelled and not (self.engine.has_work and (self._waiting or self._always)):
                 return True
@@ -265,7 +265,7 @@ class Driver:
             for ticket in cancelled:
                 self.engine.cancel(ticket)
             found = self.engine.step()
-        except BaseException:  # noqa: BLE001 - the requests that ended with it say so
+        except BaseException:  # noqa: BLE001 - their completions hold the error
             found = self.engine.take_progress()
         for progress in found:
             mailbox = self._mail.get(progress.ticket)
@@ -281,17 +281,17 @@ class Driver:
                 continue
             try:
                 mailbox.to(progress)
-            except Exception:  # noqa: BLE001 - nobody can read it, such as after an event loop's end
+            except Exception:  # noqa: BLE001 - such as a closed event loop
                 self._mail.pop(progress.ticket, None)
                 self._always.discard(progress.ticket)
                 self.cancel(progress.ticket)
 
     def _put(self, progress: Progress | None, mail: Mail) -> None:
-        self._waiting.discard(mail)  # first: whoever reads it may use the models at once
+        self._waiting.discard(mail)  # first: its reader may use the models at once
         mail.put(progress)
 
     def after_fork(self) -> None:
-        """Begin anew in a forked child, where the thread is not: its requests are the parent's."""
+        """Reset in a forked child, which has no driver thread: the requests are the parent's."""
         self._forked_in_flight = self.engine.has_work
         for held in (self._mail, self._always, self._waiting, self._room):
             held.clear()
@@ -308,7 +308,7 @@ def raise_failure(progress: Progress) -> None:
 
 
 def _work(driver_of: weakref.ref[Driver], orders: Orders) -> None:
-    """The thread: blocks while there is nothing to do."""
+    """Run the driver's thread; block while there is no order."""
     going_on = True
     while going_on:
         order = orders.get()
@@ -318,7 +318,7 @@ def _work(driver_of: weakref.ref[Driver], orders: Orders) -> None:
 
 
 def _stop(orders: Orders, thread: threading.Thread) -> None:
-    """End a thread whose driver is gone, or at the end of the process after the step it is at."""
+    """End the thread after its current step, when its driver is gone or the process exits."""
     orders.put(_STOP)
     if thread is not threading.current_thread() and thread.is_alive():
         thread.join(_LONGEST_ROUND)

@@ -43,14 +43,14 @@ from paceline.errors import (
     RequestError,
     describe,
 )
+from paceline.models.detokenizer import Detokenizer
 from paceline.models.packing import Span
 from paceline.requests import read_request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from paceline.drafting.base import Drafter
-    from paceline.engine.stops import Decode
     from paceline.engine.watching import Watch
     from paceline.models.language_model import LanguageModel
 
@@ -60,12 +60,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a step brought one request: tokens that are now final, and at the end its completion."""
+    """The result of a step for one request: tokens that are now final, and at its end the completion."""
 
     ticket: int
     new_tokens: list[int]
     completion: Completion | None = None
-    cause: BaseException | None = None  # what the completion's error came from, where it was raised
+    cause: BaseException | None = None  # the exception behind the completion's error
 
 
 class _Waiting(NamedTuple):
@@ -77,8 +77,8 @@ class _Waiting(NamedTuple):
 class Engine:
     """Decodes requests with one target; every row may have its own drafter.
 
-    `choose` is asked once a request with drafter "auto", after the target's prefill; `watch`, where
-    there is one, may change its decision and the arm after every round. `decode` turns token ids
+    `choose` is called once per request with drafter "auto", after the target's prefill; `watch`, if
+    given, may change its decision, and the arm after every round. `decode` turns token ids
     into text, for stop strings and completions. Not thread-safe: one thread submits, steps and
     cancels.
     """
@@ -87,7 +87,7 @@ class Engine:
         self,
         target: LanguageModel,
         drafters: Mapping[str, Drafter],
-        decode: Decode,
+        decode: Callable[[Sequence[int]], str],
         choose: Choose | None = None,
         max_rows: int = 8,
         prefill_chunk: int = 512,
@@ -98,12 +98,12 @@ class Engine:
         on_complete: OnComplete | None = None,
         watch: Watch | None = None,
     ) -> None:
-        """max_rows: requests in flight. prefill_chunk: prompt tokens a step. max_waiting: requests
+        """max_rows: requests in flight. prefill_chunk: prompt tokens per step. max_waiting: requests
         that may wait. max_positions: bound on rows x longest row, what the target's cache holds.
         prefix_positions: bound on shared prompt beginnings. max_drafter_mb: bound on what the
-        drafters' rows need, beyond which a row is given no drafter. on_complete: told of every
-        request that has ended, with what the policy saw of it if it was asked; what it raises is
-        warned of once.
+        drafters' rows need, beyond which a row gets no drafter. on_complete: called with every
+        request that has ended, its completion, and the policy's context if a policy chose; the
+        first exception it raises becomes a warning, the rest are ignored.
         """
         if target.exact and prefill_chunk < BLOCK:
             raise ConfigError(f"exact mode needs prefill_chunk at {BLOCK} or more: {prefill_chunk}")
@@ -116,7 +116,7 @@ class Engine:
         self.why_no_policy = "none is loaded; give `load` one"
         self.on_complete = on_complete
         self.prefixes = PrefixStore(prefix_positions)
-        self._decode = decode
+        self._words = Detokenizer.wrap(decode)
         self._max_rows = max_rows
         self._chunk = prefill_chunk
         self._max_waiting = max_waiting
@@ -136,7 +136,7 @@ class Engine:
             )
         )
         self._failed_to_report = False
-        self._door = object()  # what marks the requests that were checked here
+        self._door = object()  # marks the requests that were checked here
         self._tickets = itertools.count()
         self._waiting: deque[_Waiting] = deque()
         self._rows: list[Row] = []
@@ -159,15 +159,15 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would bring anything."""
+        """Whether there is anything to step or to report."""
         return bool(self._rows or self._waiting or self._done)
 
     def new_ticket(self) -> int:
-        """A ticket for a request that is about to be submitted."""
+        """Return a ticket for a request that is about to be submitted."""
         return next(self._tickets)
 
     def submit(self, request: Request, ticket: int | None = None) -> int:
-        """Queue a request; the ticket names it from here on. May be called while a step runs.
+        """Queue a request and return its ticket. May be called while a step runs.
 
         Raises RequestError if it cannot be served, QueueFullError if too many wait already.
         """
@@ -196,7 +196,7 @@ class Engine:
         self._report(row)
 
     def switch(self, ticket: int, arm: str) -> None:
-        """Give a row in flight another arm from its next round on, whatever a watch would have."""
+        """Give a row in flight another arm from its next round on, and end its watch."""
         check_arm(arm, self.drafters, RequestError)
         for row in self._rows:
             if row.id == ticket and row.is_prefilled:
@@ -206,7 +206,7 @@ class Engine:
                 self._switch(row, arm)
 
     def step(self) -> list[Progress]:
-        """Admit what fits, prefill a piece, run one round; what this brought, request by request."""
+        """Admit what fits, prefill a piece, run one round; return the progress of each request."""
         with torch.inference_mode():
             try:
                 self._end_rows()  # cancelled since the last step
@@ -223,7 +223,7 @@ class Engine:
         return self.take_progress()
 
     def take_progress(self) -> list[Progress]:
-        """What the steps so far have brought and nobody has been told of."""
+        """Return the progress that no step has returned yet."""
         progress, self._done = self._done, []
         for row in self._rows:
             new = row.tokens[row.num_prompt + row.num_reported :]
@@ -233,7 +233,7 @@ class Engine:
         return progress
 
     def _fail(self, error: BaseException) -> None:
-        """End what a failed step may have broken: all rows, or the request that could not become one."""
+        """End what a failed step may have broken: all rows, or the request that it could not admit."""
         for row in self._rows:
             if row.finish_reason is None:
                 row.fail("the engine stopped", error)
@@ -244,20 +244,20 @@ class Engine:
         self._end_rows()
 
     def _round(self, rows: list[Row]) -> None:
-        """One round, with a watch's eyes on the rows that have one."""
+        """Run one round, and report each watched row's round to the watch."""
         watcher = self._watcher
         marks = {} if watcher is None else watcher.before_round(rows)
         rows = [row for row in rows if row.finish_reason is None]
         if rows:
-            run_round(rows, self.target, self._decode)
+            run_round(rows, self.target, self._words)
         for row in rows if marks else ():
             if row.id not in marks or row.error is not None:
                 continue
             assert watcher is not None
             arm = None
-            # as a policy, it may come from anywhere
+            # a watch may be anybody's code
             with contained(lambda error, row=row: self._watch_failed(row, error)):  # type: ignore[misc]
-                # of the last round, too: what it cost counts for the requests that follow
+                # also after the last round: its costs count for later requests
                 arm = watcher.after_round(row, marks[row.id], len(rows))
                 if arm is not None:
                     check_arm(arm, self.drafters, ArtefactError)
@@ -273,16 +273,16 @@ class Engine:
             row.fail(WATCH, error)
 
     def check(self, request: Request) -> Request:
-        """The request as this engine takes it; RequestError if it cannot be served.
+        """Return the request as the schema reads it. Raises RequestError if it cannot be served.
 
-        One that has passed here before is given back as it is.
+        A request that this engine has checked before is returned unchanged.
         """
         if getattr(request, "checked_by", None) is self._door:
             return request
         return self.accept(read_request(request))
 
     def accept(self, request: Request) -> Request:
-        """The same for a request that is known to fit the schema."""
+        """Check a request that is known to fit the schema, and mark it as checked."""
         check_request(
             request, self.target, self.drafters, self._max_positions, self._watcher is not None
         )
@@ -310,7 +310,7 @@ class Engine:
         )
 
     def _admit(self) -> None:
-        """Rows for waiting requests, first come first served, as far as rows and cache reach."""
+        """Make rows of waiting requests, in order of submission, while rows and cache have room."""
         admitted = False
         while self._waiting and len(self._rows) < self._max_rows:
             waiting = self._waiting[0]
@@ -332,9 +332,9 @@ class Engine:
             self._rows.sort(key=lambda row: row.slot)
 
     def _fits(self, request: Request) -> bool:
-        """Whether the target's cache has room for another row, all of them at their longest."""
+        """Return whether the target's cache has room for another row, with all rows at their longest."""
         if self._max_positions is None or not self._rows:
-            return True  # one alone was measured at the door
+            return True  # `check_request` has compared one row alone with the bound
         requests = [request, *(row.request for row in self._rows)]
         longest = max(
             num_positions(one, self.target.context_length, self.drafters, self._watcher is not None)
@@ -344,7 +344,7 @@ class Engine:
         return cache.num_slots_with_one_more * cache.rounded(longest) <= self._max_positions
 
     def _take_new_weights(self) -> None:
-        """Weights of the target that changed in place are taken anew; rows that began before fail.
+        """Reload the target's weights after they changed in place, and fail the rows in flight.
 
         Raises ModelError if the target must be loaded again.
         """
@@ -356,7 +356,7 @@ class Engine:
         self.target.reload()
 
     def _prefill_step(self) -> None:
-        """One forward over pieces of prompts; rows whose prompt ends here get their first token."""
+        """Run one forward over pieces of prompts; rows whose prompt ends here get their first token."""
         pieces: list[tuple[Row, int, int]] = []
         room = self._chunk
         for row in sorted(self._rows, key=lambda row: row.id):
@@ -403,19 +403,18 @@ class Engine:
         self.prefixes.keep(row.request.prompt_tokens, self.target.cache, row.slot, row.block_sums)
         if row.request.logprobs:
             row.logprobs.append(float(logits.float().log_softmax(dim=-1)[token]))
-        append_until_stop(row, [token], self._decode)
+        append_until_stop(row, [token], self._words)
 
     # --- drafters ---------------------------------------------------------------------------------
 
     def _assign_drafter(self, row: Row) -> None:
         began = perf_counter()
-        decision = None
-        # a policy may come from anywhere, too
+        # a policy may be anybody's code
         with contained(lambda error: row.fail("policy", error)):
             decision = self._decide(row)
             check_arm(decision.arm, self.drafters, ArtefactError)
         row.seconds.choose += perf_counter() - began
-        if decision is not None and row.finish_reason is None:
+        if row.finish_reason is None:  # so there is a decision
             self._start_drafter(row, decision)
 
     def _start_drafter(self, row: Row, decision: Decision) -> None:
@@ -427,7 +426,7 @@ class Engine:
             self._use(row, row.decision.arm)
 
     def _use(self, row: Row, arm: str) -> None:
-        """From the next round on; a drafter that is started already goes on from where it was."""
+        """Set the arm for the next round; a drafter that was kept continues where it stopped."""
         name = split_arm(arm)[0]
         row.arm, row.drafter, row.num_draft_tokens = arm, self.drafters[name], 0
         if name in row.kept:
@@ -442,7 +441,7 @@ class Engine:
         row.drafter.start([row])
 
     def _switch(self, row: Row, arm: str) -> None:
-        """Another arm for a row in flight; the drafter it leaves stays started while it may."""
+        """Change the arm of a row in flight; the drafter it leaves stays started if it can."""
         wanted, left = split_arm(arm)[0], row.drafter_name
         row.switches.append((len(row.tokens) - row.num_prompt, arm))
         if wanted == left:
@@ -463,7 +462,7 @@ class Engine:
             self._use(row, arm)
 
     def _let_go(self, row: Row, name: str) -> None:
-        """Give back what a drafter beside the one in use holds of the row, which depends on none."""
+        """Finish a kept drafter for the row; if it fails, the row goes on, since it is not in use."""
         row.kept.pop(name, None)
         began = perf_counter()
         with asking(row, name, row.note_failure):
@@ -471,7 +470,7 @@ class Engine:
         row.seconds.draft += perf_counter() - began
 
     def _make_room(self, row: Row, wanted: str) -> bool:
-        """Whether the row may start the drafter; drafters beside those in use are let go for it."""
+        """Return whether the row may start the drafter, after finishing kept drafters if need be."""
         for other in (row, *self._rows):
             if self._has_memory(row, wanted):
                 return True
@@ -483,7 +482,7 @@ class Engine:
         return self._memory.has_room(row, wanted, self._rows)
 
     def _prepare_drafters(self) -> None:
-        """A piece of each waiting drafter's own prefill."""
+        """Prepare one piece of each unprepared drafter's own prefill."""
         for row in self._rows:
             if row.is_prefilled and not row.prepared and row.finish_reason is None:
                 self._guarded(row, lambda row=row: self._prepare(row))  # type: ignore[misc]
@@ -494,7 +493,7 @@ class Engine:
         row.pieces[name] += 1
 
     def _guarded(self, row: Row, act: Callable[[], None]) -> None:
-        """Charge the work of the drafter in use to its row, and its failure too."""
+        """Run work of the drafter in use; charge its seconds and its failure to the row."""
         began = perf_counter()
         with asking(row, row.drafter_name):
             act()
@@ -511,7 +510,7 @@ class Engine:
             sampling=row.sampling,
             rows_in_flight=len(self._rows),
             request_id=row.request.id,
-            text=lambda: self._decode(row.request.prompt_tokens),
+            text=lambda: self._words.decode(row.request.prompt_tokens),
             max_new_tokens=row.request.max_new_tokens,
         )
         decision = self._usable(self.choose(context))
@@ -520,7 +519,7 @@ class Engine:
         return decision
 
     def _usable(self, decision: Decision) -> Decision:
-        """The decision as checked, without a drafter that is set aside."""
+        """Return the checked decision, with the arm `none` if its drafter is set aside."""
         decision = check_decision(decision)
         name = decision.drafter
         if name not in self._set_aside:
@@ -538,7 +537,7 @@ class Engine:
             self.target.release(row.slot, damaged=row.error is not None)
             if self._watcher is not None:
                 self._watcher.end(row)
-            tokens = list(row.tokens)  # whatever becomes of the row's own
+            tokens = list(row.tokens)  # a drafter may change the row's own
             for name in dict.fromkeys((row.drafter_name, *row.kept)):
                 in_use = name == row.drafter_name
                 tell = partial(row.fail_by if in_use else row.note_failure, name)
@@ -557,12 +556,12 @@ class Engine:
                 self.on_complete(row.request, completion, row.context)
 
     def _not_told(self, request: Request, error: BaseException) -> None:
-        """Say once that what is done with completed requests fails; the requests are not concerned."""
+        """Warn once that `on_complete` fails. Requests go on."""
         if not self._failed_to_report:
             self._failed_to_report = True
             warn(
-                f"on_complete failed for request '{request.id}' ({describe(error)}): what it keeps of "
-                "completed requests is incomplete; requests go on, and further failures are not told"
+                f"on_complete failed for request '{request.id}' ({describe(error)}), so its record of "
+                "completed requests is incomplete; requests go on, and later failures are not reported"
             )
 
     def _complete(self, row: Row) -> Completion:
@@ -570,7 +569,7 @@ class Engine:
         return Completion(
             request_id=row.request.id,
             token_ids=row.output,
-            text=final_text(row, self._decode),
+            text=final_text(row, self._words),
             finish_reason=row.finish_reason,
             drafter=row.decision.drafter,
             decision=row.decision,

@@ -1,6 +1,6 @@
-"""What drafters hold of rows: whether another row has room, and who holds it in the same place.
+"""The memory of drafters: whether another row has room, and which drafters share their state.
 
-A drafter is known here by its name in the engine; its own hash and equality are never asked.
+A drafter is identified by its name in the engine, never by its own hash or equality.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class DrafterMemory:
         self._holders: dict[str, tuple[Drafter, list[Drafter]]] = {}
 
     def holders(self, name: str) -> list[Drafter]:
-        """Who holds the state of a drafter's rows. Asked once, so that it fails before the first row."""
+        """Return the holders of the state of a drafter's rows, asked once, before its first row."""
         drafter = self._drafters[name]
         known = self._holders.get(name)
         if known is None or known[0] is not drafter:
@@ -36,15 +36,15 @@ class DrafterMemory:
         return known[1]
 
     def overlap(self, one: str, other: str) -> bool:
-        """Whether they keep their rows' state in the same place: a row may have only one of them."""
+        """Return whether two drafters share the holder of their rows' state; a row may have only one."""
         if NONE in (one, other):
             return False
         return any(a is b for a in self.holders(one) for b in self.holders(other))
 
     def has_room(self, row: Row, wanted: str, rows: Sequence[Row]) -> bool:
-        """Whether the drafters' rows would stay within the bound with this one for the row, too.
+        """Return whether all drafters' rows stay within the bound if the row gets the wanted drafter.
 
-        Raises what the wanted drafter raises; another one that fails here fails in its own rows.
+        Raises what the wanted drafter raises; any other drafter that fails here fails its own rows.
         """
         if self._max_mb is None or wanted == NONE:
             return True

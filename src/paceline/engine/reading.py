@@ -1,8 +1,8 @@
-"""The text of a row as its tokens come, in time linear in them: what is settled and what may change.
+"""The text of a row as its tokens arrive, in linear time: the settled text and the open text.
 
-Settled text never changes whatever follows, and is what the whole answer's text begins with. Not settled
-are the bytes of an unfinished character, which a decoder shows as one U+FFFD, and a run of byte tokens
-that has not ended. Decoding starts a few tokens back, where the text reads as it does from the start.
+Settled text is a prefix of the answer's text, whatever tokens follow. Open are the bytes of an
+unfinished character, which a decoder shows as one U+FFFD, and a run of byte tokens that has not ended.
+Decoding starts a few tokens back, at a token from which the text is the same as from the start.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
 _BROKEN: Final = "\ufffd"  # how a decoder shows bytes that are no character, or none yet
-_WINDOW: Final = 16  # tokens decoded at once before the beginning moves
-# how far back it moves: an unfinished character is at most 3 tokens, and four neighbouring places are
-# tried, since one of them is not inside a character
+_WINDOW: Final = 16  # tokens decoded at once before the start moves
+# tokens before the end where it may move: an unfinished character has at most 3 tokens, so one of four
+# neighbouring places is not inside a character
 _BACK: Final = range(8, 12)
 
 
 class Reader:
-    """Reads tokens one after the other; silent ones are not to be handed in."""
+    """The settled and the open text of one answer. Silent tokens must be left out."""
 
     def __init__(
         self, decode: Callable[[Sequence[int]], str], byte_of: Mapping[int, int] | None = None
@@ -35,7 +35,7 @@ class Reader:
         self._num_settled = 0  # characters of it
 
     def push(self, tokens: Iterable[int]) -> str:
-        """Take tokens; the text that is settled by them."""
+        """Take tokens; return the text that they settle."""
         read = False
         for token in tokens:
             byte = self._byte_of.get(token)
@@ -50,7 +50,7 @@ class Reader:
         return self._settle() if read else ""
 
     def open_text(self) -> str:
-        """What stands behind the settled text now, and may still change."""
+        """Return the text after the settled text, which may still change."""
         rest = self._seen[self._num_settled :]
         if not self._run:
             return rest
@@ -67,7 +67,7 @@ class Reader:
         before = self._seen[: self._num_settled]
         text = self._decode(self._window)
         if not text.startswith(before):
-            return ""  # a decoder that rewrites what it has said: wait for what it makes of it
+            return ""  # the decoder has rewritten settled text: wait for more tokens
         self._seen = text
         end = len(text) - text.endswith(_BROKEN)
         settled = text[self._num_settled : end]
@@ -77,9 +77,9 @@ class Reader:
         return settled
 
     def _move_on(self) -> None:
-        """Begin a few tokens back, at a place from which the same text is read."""
+        """Start a few tokens before the end, at a place from which the text is the same."""
         size = len(self._window)
-        # behind a run of bytes, of which a part may read otherwise, the last token alone will do
+        # part of a run of bytes may decode differently; after a run, the last token alone is safe
         places = [size - back for back in _BACK] + ([size - 1] if self._byte_of else [])
         num_open = len(self._seen) - self._num_settled
         for place in places:

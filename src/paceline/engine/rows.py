@@ -34,11 +34,11 @@ class Row:
     arm: str = NONE  # in use; the decision says what was chosen
     num_prefilled: int = 0  # leading prompt tokens in the target's cache
     prepared: bool = False  # whether the drafter has its own prefill behind it
-    num_draft_tokens: int = 0  # of its drafter, as read for the last round
-    # names of drafters started beside the one in use, and whether they are prepared
+    num_draft_tokens: int = 0  # of its drafter, read in the last round
+    # drafters that are started and not in use, and whether they are prepared
     kept: dict[str, bool] = field(default_factory=dict)
-    barred: set[str] = field(default_factory=set)  # that failed beside it, or found no memory
-    pieces: dict[str, int] = field(default_factory=dict)  # calls of each drafter's `prepare`
+    barred: set[str] = field(default_factory=set)  # drafters that failed or found no memory
+    pieces: dict[str, int] = field(default_factory=dict)  # calls of `prepare` by drafter
     failures: dict[str, str] = field(default_factory=dict)  # drafter -> its first error here
     switches: list[tuple[int, str]] = field(default_factory=list)  # (tokens emitted, arm)
     decision: Decision = field(default_factory=lambda: Decision(arm=NONE))
@@ -47,7 +47,7 @@ class Row:
     seconds: Seconds = field(default_factory=Seconds)
     finish_reason: FinishReason | None = None
     error: str | None = None
-    cause: BaseException | None = None  # of the error, where it was raised
+    cause: BaseException | None = None  # the exception behind the error
     finished_at: float = 0.0
     num_reported: int = 0  # output tokens that left as progress
     hidden: Tensor | None = None  # [D] before the last token, where the drafter needs it
@@ -86,28 +86,28 @@ class Row:
 
     @property
     def drafter_name(self) -> str:
-        """What the engine calls the drafter in use; its own `name` is not asked."""
+        """The engine's name of the drafter in use, which may differ from the drafter's own `name`."""
         return split_arm(self.arm)[0]
 
     def fail(self, reason: str, error: BaseException | None = None) -> None:
-        """End with an error of its own; other rows go on. The first one is kept."""
+        """End this row with an error; other rows go on. The first error is kept."""
         if self.error is None:
             self.error = reason if error is None else f"{reason}: {describe(error)}"
             self.cause = error
         self.finish_reason = "error"
 
     def fail_by(self, drafter: str, error: BaseException) -> None:
-        """The same where a drafter is to blame."""
+        """Fail because of a drafter."""
         self.note_failure(drafter, error)
         self.fail(f"drafter '{drafter}'", error)
 
     def note_failure(self, drafter: str, error: BaseException) -> None:
-        """Do without a drafter from here on: the row itself may go on, if it is not the one in use."""
+        """Record a drafter's failure and use it no more. The row goes on."""
         self.barred.add(drafter)
         self.failures.setdefault(drafter, describe(error))
 
     def keeps_text(self, num_tokens: int, last: int) -> bool:
-        """Whether its text is as it was before a drafter was asked; what can be is put back."""
+        """Return whether a drafter left the tokens unchanged; restore the length and the last token."""
         tokens = self.tokens
         if len(tokens) == num_tokens and tokens[-1] == last:
             return True

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from paceline.contracts import LogitRules, SamplingParams
     from paceline.engine.rows import Row
-    from paceline.engine.stops import Decode
+    from paceline.models.detokenizer import Detokenizer
     from paceline.models.language_model import LanguageModel
     from paceline.verification.trees import Choices
 
@@ -41,7 +41,7 @@ _NOTHING_LEFT: Final = (
     "the logit rules leave no possible token: all logits are -inf, or one is nan or inf; "
     "look at suppress_tokens, logit_bias and processors"
 )
-# instead of a token, where none is possible: beyond what an int64 of a draft can hold
+# in place of a token where none is possible; no int64 of a draft equals it
 _NO_TOKEN: Final = -(2**70)
 
 
@@ -53,7 +53,7 @@ class Verdict:
     next_token: int
 
 
-def run_round(rows: Sequence[Row], target: LanguageModel, decode: Decode) -> None:
+def run_round(rows: Sequence[Row], target: LanguageModel, words: Detokenizer) -> None:
     """Draft, judge, commit. Afterwards a row that ended has a finish reason."""
     drafts = propose(rows, target.num_logits)
     if any(row.finish_reason is not None for row in rows):
@@ -65,7 +65,7 @@ def run_round(rows: Sequence[Row], target: LanguageModel, decode: Decode) -> Non
     hidden, logits = verify(rows, drafts, target)
     verdicts = judge(rows, drafts, logits)
     judged = perf_counter()
-    commit(rows, drafts, verdicts, target, hidden, logits, decode)
+    commit(rows, drafts, verdicts, target, hidden, logits, words)
     done = perf_counter()
     for row in rows:
         row.seconds.verify += (judged - began) / len(rows)
@@ -78,7 +78,7 @@ def run_round(rows: Sequence[Row], target: LanguageModel, decode: Decode) -> Non
 def propose(rows: Sequence[Row], num_logits: int) -> list[Draft]:
     """Each drafter proposes for its own rows, all of them at once."""
     drafts: dict[int, Draft] = {}
-    groups: dict[int, list[int]] = {}  # by identity: a drafter may compare and hash as it likes
+    groups: dict[int, list[int]] = {}  # by identity, since a drafter may define hash and equality
     for i, row in enumerate(rows):
         if row.arm != NONE:
             groups.setdefault(id(row.drafter), []).append(i)
@@ -118,12 +118,12 @@ def _ask(rows: list[Row], num_logits: int) -> list[Draft]:
 
 
 def _ask_alone(row: Row, num_logits: int) -> Draft:
-    """The same for one row of several, if it has not failed yet."""
+    """Ask for one row of several, if it has not failed yet."""
     if row.finish_reason is not None:
         return Draft([])
     [draft] = _ask([row], num_logits)
     if draft.probs is not None:
-        draft.probs = draft.probs.clone()  # which the drafter may write over for the next row
+        draft.probs = draft.probs.clone()  # the drafter may overwrite it for the next row
     return draft
 
 
@@ -142,7 +142,7 @@ def verify(
         flat.extend(draft.tokens)
         spans.append(Span(row.slot, len(row.tokens) - 1, 1 + len(draft.tokens)))
         ancestors.append(None if draft.parents is None else _ancestors(draft.parents))
-    # a drafter may know ids that the target lacks: any other is fed, and the judge rejects it
+    # a drafter may draft ids that the target lacks: another id is fed, and the judge rejects the draft's
     tokens = torch.tensor(flat).clamp_(0, target.num_logits - 1)
     trees = ancestors if any(a is not None for a in ancestors) else None
     hidden = target.forward(tokens, spans, trees)
@@ -161,12 +161,12 @@ def _ancestors(parents: Sequence[int]) -> Tensor:
 
 
 def judge(rows: Sequence[Row], drafts: Sequence[Draft], logits: Tensor) -> list[Verdict]:
-    """What is kept of every row's draft, and the token behind it. logits: [N, V].
+    """Return each row's verdict: the accepted path and the token after it. logits: [N, V].
 
-    A row fails where its own text has led to a place without a possible token, not where a draft has.
+    A row fails if its own text leads to a place without a possible token, not if only a draft does.
     """
     best, ids = logits.max(dim=-1)
-    # one copy off the device, and a second for all sampled rows
+    # one copy from the device, and a second one for all sampled rows
     choices: list[int] = torch.where(best.isfinite(), ids, -1).tolist()
     if min(choices) < 0:
         choices = _matching_nothing(choices)
@@ -202,7 +202,7 @@ def judge(rows: Sequence[Row], drafts: Sequence[Draft], logits: Tensor) -> list[
 
 @dataclass(slots=True)
 class _Open:
-    """A row whose verdict is still on the device."""
+    """A verdict that is still on the device."""
 
     answer: Tensor
     own: list[int]  # the target's most likely token at each place
@@ -210,14 +210,14 @@ class _Open:
 
 
 def _matching_nothing(choices: Sequence[int]) -> list[int]:
-    """Choices whose negative ones equal no token that a drafter could propose."""
+    """Replace negative choices by a value that equals no drafted token."""
     return [token if token >= 0 else _NO_TOKEN for token in choices]
 
 
 def _check_token(
     row: Row, verdict: Verdict, own: Sequence[int], errors: Mapping[int, BaseException]
 ) -> None:
-    """Fail a row whose path ends at a place without a possible token."""
+    """Fail a row whose accepted path ends at a place without a possible token."""
     if verdict.next_token >= 0:
         return
     place = verdict.path[-1] + 1 if verdict.path else 0
@@ -235,7 +235,7 @@ def _follow(choices: Choices, draft: Draft) -> Verdict:
 
 
 def _verdict(answer: Sequence[int], draft: Draft) -> Verdict:
-    """What `_judge_one` says, read."""
+    """Make the verdict of an answer of `_judge_one` that was copied from the device."""
     if draft.probs is None:
         return _follow(_matching_nothing(answer), draft)
     num_accepted, next_token = answer
@@ -249,11 +249,11 @@ def _judge_one(
     own: Sequence[int],
     errors: dict[int, BaseException],
 ) -> Verdict | Tensor:
-    """A row that is sampled or has rules of its own. logits: [k+1, V]. errors: takes those of its rules.
+    """Judge a row that is sampled or has rules. logits: [k+1, V]. errors: filled with its rules' errors.
 
-    On the CPU the verdict. Elsewhere what it can be read from, left on the device: the target's token at
-    every place [k+1], or where the draft has probabilities, how many tokens are accepted and the one
-    behind them [2]. A token of -1 says that none is possible.
+    Return the verdict on the CPU. On other devices return a tensor that `_verdict` reads: the target's
+    token at every place [k+1], or for a draft with probabilities the number of accepted tokens and the
+    token after them [2]. A token of -1 means that none is possible.
     """
     rules = row.request.rules
     if rules is not None:
@@ -275,7 +275,7 @@ def _judge_one(
     )
     seed, length, at, tokens = numbers[0], numbers[1:2], numbers[2 : k + 2], numbers[k + 2 :]
     if rules is not None or min(own) < 0:
-        # a softmax that met something else than a number is nan throughout; no draft goes beyond it
+        # a softmax over a nan or inf is nan throughout; the draft is cut there
         length = (~p[:k, 0].isnan()).to(torch.int64).cumprod(dim=0).sum(dim=0, keepdim=True)
     block = params.method == "block"
     u = noise.uniform(seed, noise.of_round(at, start) if block else at, noise.ACCEPT)
@@ -298,9 +298,9 @@ def _ruled(
     own: Sequence[int],
     errors: dict[int, BaseException],
 ) -> Tensor:
-    """The logits as the row's rules want them [k+1, V]; nan at a place where the rules fail.
+    """Return the logits [k+1, V] after the row's rules; nan at a place where the rules fail.
 
-    Place by place: what a processor makes of a text that only a draft leads to must not count.
+    Each place is computed alone, so a processor that fails on a drafted text fails that place only.
     """
     ruled = torch.full(logits.shape, float("nan"), device=logits.device)
     texts = _texts(row, draft, logits.shape[-1])
@@ -322,7 +322,7 @@ def _ruled(
 
 @dataclass(slots=True)
 class _Draws:
-    """The target's own draws by place, each made when it is asked for: down one path from the root."""
+    """The target's draws by place, made on demand along one path from the root."""
 
     logits: Tensor  # [k+1, V]
     params: SamplingParams
@@ -339,7 +339,7 @@ class _Draws:
 
 
 def _draw_everywhere(logits: Tensor, draft: Draft, params: SamplingParams, start: int) -> Tensor:
-    """The target's own draw at every place of a draft [k+1], where asking for one would be a wait."""
+    """Draw the target's token at every place of a draft [k+1], since each read would be a copy."""
     levels = range(len(draft.tokens)) if draft.parents is None else depths(draft.parents)
     places = [start, *(start + 1 + level for level in levels)]
     numbers = torch.tensor([params.seed, *places], device=logits.device)
@@ -366,7 +366,7 @@ def commit(
     target: LanguageModel,
     hidden: Tensor,
     logits: Tensor,
-    decode: Decode,
+    words: Detokenizer,
 ) -> None:
     """Append what was kept and the target's own token, up to where the answer ends."""
     first = 0
@@ -382,7 +382,7 @@ def commit(
             target.cache.copy_positions(row.slot, source, start)
         tokens = [*(draft.tokens[k] for k in path), verdict.next_token]
         row.hidden = hidden[place + (path[-1] + 1 if path else 0)]
-        emitted = append_until_stop(row, tokens, decode)
+        emitted = append_until_stop(row, tokens, words)
         if row.request.logprobs:
             places = [place, *(place + 1 + k for k in path)][:emitted]
             row.logprobs += _logprobs(logits[places], tokens[:emitted])

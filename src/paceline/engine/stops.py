@@ -9,30 +9,29 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from paceline.engine.reading import Reader
-from paceline.models.detokenizer import Detokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from paceline.contracts import FinishReason
     from paceline.engine.rows import Row
-
-    Decode = Callable[[Sequence[int]], str]
+    from paceline.models.detokenizer import Detokenizer
 
 
 class StopFinder:
-    """Says of each token of one answer whether it completes a stop string."""
+    """The search for stop strings in one answer, token by token."""
 
-    def __init__(self, decode: Decode, stop_strings: Sequence[str]) -> None:
-        self._words = Detokenizer.wrap(decode)
+    def __init__(self, words: Detokenizer, stop_strings: Sequence[str]) -> None:
+        self._words = words
         self._text = _Search(Reader(self._words.decode, self._words.byte_of), stop_strings)
         named = naming_special(self._words, stop_strings)
-        # special tokens are silent in one and tokens like others in the other
+        # special tokens leave no text in the first search, and their names in the second
         self._spelled = (
             _Search(Reader(self._words.spell, self._words.byte_of), named) if named else None
         )
 
     def push(self, token: int) -> bool:
+        """Take a token; return whether it completes a stop string."""
         silent = self._words.is_silent(token)
         found = not silent and self._text.push(token)
         if self._spelled is not None and (not silent or token in self._words.special):
@@ -47,7 +46,7 @@ class _Search:
         self._reader = reader
         self._stops = stop_strings
         self._most = max(map(len, stop_strings)) - 1
-        self._tail = ""  # of the settled text, as long as a stop string may begin in it
+        self._tail = ""  # end of the settled text in which a stop string may begin
 
     def push(self, token: int) -> bool:
         settled = self._tail + self._reader.push((token,))
@@ -57,47 +56,46 @@ class _Search:
 
 
 def naming_special(words: Detokenizer, stop_strings: Sequence[str]) -> list[str]:
-    """The stop strings that hold a special token's spelling."""
+    """Return the stop strings that contain the name of a special token."""
     return [stop for stop in stop_strings if any(s in stop for s in words.special.values())]
 
 
-def append_until_stop(row: Row, emitted: Sequence[int], decode: Decode) -> int:
+def append_until_stop(row: Row, emitted: Sequence[int], words: Detokenizer) -> int:
     """Append emitted tokens up to and including the one that ends the answer; return how many."""
     for count, token in enumerate(emitted, start=1):
         row.tokens.append(token)
-        row.finish_reason = _finish_reason(row, token, decode)
+        row.finish_reason = _finish_reason(row, token, words)
         if row.finish_reason is not None:
             return count
     return len(emitted)
 
 
-def _finish_reason(row: Row, token: int, decode: Decode) -> FinishReason | None:
+def _finish_reason(row: Row, token: int, words: Detokenizer) -> FinishReason | None:
     request = row.request
     if token in request.stop_token_ids:
         return "stop"
     if request.stop_strings:
         if row.stop_finder is None:
-            row.stop_finder = StopFinder(decode, request.stop_strings)
+            row.stop_finder = StopFinder(words, request.stop_strings)
         if row.stop_finder.push(token):
             return "stop"
     return "length" if len(row.tokens) >= row.max_total else None
 
 
-def final_text(row: Row, decode: Decode) -> str:
-    """The answer without its stop token, special tokens and what stands from a stop string on."""
+def final_text(row: Row, words: Detokenizer) -> str:
+    """Return the answer's text, without its stop token and special tokens, cut before a stop string."""
     output = row.output
     if output and output[-1] in row.request.stop_token_ids:
         output = output[:-1]
-    text, stops = decode(output), row.request.stop_strings
+    text, stops = words.decode(output), row.request.stop_strings
     ends = [i for stop in stops if (i := text.find(stop)) >= 0]
     texts = [text[: min(ends)] if ends else text]
-    words = Detokenizer.wrap(decode)
     named = naming_special(words, stops) if stops else []
     if named:
         spelled = words.spell(output)
         places = [i for stop in named if (i := spelled.find(stop)) >= 0]
         if places:
-            # with special tokens spelled out, a decoder may put blanks where the text has none
+            # with special tokens spelled out, a decoder may add blanks that the text has not
             texts.append(
                 _beginning_of_both(text, _text_before(words, output, spelled, min(places)))
             )
@@ -110,13 +108,13 @@ def _beginning_of_both(one: str, other: str) -> str:
 
 
 def _text_before(words: Detokenizer, output: Sequence[int], spelled: str, end: int) -> str:
-    """The text of what stands before a place of the spelled-out text."""
+    """Return the text that precedes a place of the spelled-out text."""
     for count in range(len(output), -1, -1):
         before = words.spell(output[:count])
         if len(before) <= end and spelled.startswith(before):
             break
-    # a stop string may begin inside a token; of a special one only what stands before its name is text,
-    # as what a decoder puts between two tokens
+    # a stop string may begin inside a token; of a special token, only a blank that the decoder puts
+    # before its name is text
     name = words.special.get(output[count]) if count < len(output) else None
     named_at = spelled.find(name, len(before)) if name is not None else -1
     cut = end if named_at < 0 else min(end, named_at)

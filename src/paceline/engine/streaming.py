@@ -1,4 +1,4 @@
-"""Text that leaves while it is decoded: never half a character, never part of a stop string."""
+"""Streaming of text while it is decoded, without half characters and without parts of stop strings."""
 
 from __future__ import annotations
 
@@ -7,29 +7,28 @@ from typing import TYPE_CHECKING
 from paceline.engine.reading import Reader
 from paceline.engine.stops import naming_special
 from paceline.errors import DecodingError
-from paceline.models.detokenizer import Detokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from paceline.engine.stops import Decode
+    from paceline.models.detokenizer import Detokenizer
 
 
 class TextStream:
-    """Turns tokens as they are committed into pieces of text that together are the whole.
+    """Pieces of text from tokens as they are committed; the pieces together are the answer's text.
 
-    Held back: what is not settled yet (see `reading`), and a tail with which a stop string could begin.
+    Held back are open text (see `reading`) and a tail with which a stop string could begin.
     """
 
-    def __init__(self, decode: Decode, stop_strings: Sequence[str] = ()) -> None:
-        self._words = Detokenizer.wrap(decode)
-        self._reader = Reader(self._words.decode, self._words.byte_of)
+    def __init__(self, words: Detokenizer, stop_strings: Sequence[str] = ()) -> None:
+        self._words = words
+        self._reader = Reader(words.decode, words.byte_of)
         self._beginnings = [_Beginnings(stop, self._words) for stop in stop_strings]
         self._held = ""
         self._sent: list[str] = []
 
     def push(self, tokens: Sequence[int]) -> str:
-        """Take new tokens; the text that may leave now."""
+        """Take new tokens; return the text that is final."""
         words = self._words
         settled = self._reader.push(t for t in tokens if not words.is_silent(t))
         for beginning in self._beginnings:
@@ -42,30 +41,30 @@ class TextStream:
         return piece
 
     def finish(self, text: str) -> str:
-        """The last piece of an answer that has ended. text: the whole of it, cut at its stop.
+        """Return the last piece of an answer that has ended. text: the whole answer, cut at its stop.
 
-        Raises DecodingError if it is not what the pieces so far began.
+        Raises DecodingError if the text does not begin with the pieces so far.
         """
         sent = "".join(self._sent)
         if not text.startswith(sent):
             raise DecodingError(
-                "the tokenizer's text changed after it was streamed, so the pieces are not the "
-                "text; use complete()"
+                "the tokenizer changed text after it was streamed, so the pieces are not the text; "
+                "use complete()"
             )
         return text[len(sent) :]
 
 
 class _Beginnings:
-    """How much of a text's end one stop string may begin with.
+    """The end of a text that may be the beginning of one stop string.
 
-    Special tokens are not seen in the text, so a stop string that names one may go on without it.
+    Special tokens leave no text, so a stop string that names one matches without its name.
     """
 
     def __init__(self, stop: str, words: Detokenizer) -> None:
         self._stop = stop
         self._unseen = list(words.special.values()) if naming_special(words, [stop]) else []
         self._matches: dict[int, set[int]] = {}  # characters matched since -> places in the stop
-        # it may begin inside a special token's name, too
+        # it may also begin inside a special token's name
         inside = {
             len(name) - k
             for name in self._unseen
@@ -75,8 +74,8 @@ class _Beginnings:
         starts = {0} | inside if self._unseen else {0}
         blanks = {place + 1 for place in starts if self._unseen and stop.startswith(" ", place)}
         self._new = self._reached(starts | blanks)
-        # where a blank of the text may be one that the spelled-out text has elsewhere or lacks; before
-        # the stop string, since a decoder may leave it out where the text is cut
+        # places where the text may have a blank that the spelled-out text has elsewhere or lacks; also
+        # before the stop string, since a decoder may omit the blank where the text is cut
         self._beside = inside | {
             place
             for place in range(len(stop) + 1)
@@ -95,15 +94,15 @@ class _Beginnings:
                 met = {p + 1 for p in places if p < len(self._stop) and self._stop[p] == character}
                 if character == " ":
                     met |= places & self._beside
-                # one that is complete has ended the answer already, or was none
+                # a complete stop string has ended the answer already, or is none
                 if (places := self._reached(met)) - {len(self._stop)}:
                     matches[length + 1] = places
             self._matches = matches
 
     def _reached(self, places: set[int]) -> set[int]:
-        """These places, and those behind special tokens that stand there.
+        """Return these places and those after special tokens that start there.
 
-        A blank beside a special token may be there only where it is spelled out.
+        A blank next to a special token may exist in the spelled-out text only.
         """
         todo = list(places) if self._unseen else []
         while todo:

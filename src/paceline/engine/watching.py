@@ -95,7 +95,7 @@ class Watcher:
         set_aside: SetAside,
     ) -> None:
         """chunk: tokens of a drafter's prefill between two rounds. has_memory: whether a row may start
-        a drafter beside its arm. set_aside: drafters that are left out.
+        another drafter in addition to its arm's. set_aside: drafters that are not used.
         """
         self.watch = watch
         self._drafters = drafters
@@ -115,7 +115,7 @@ class Watcher:
         if self._beside.pop(row.id, None) is None:
             return
         del self._charged[row.id]
-        # as a policy, it may come from anywhere
+        # a watch may be anybody's code
         with contained(lambda error: row.fail(WATCH, error)):
             self.watch.end(row.id, max(len(row.tokens) - row.num_prompt - 1, 0))
 
@@ -125,9 +125,9 @@ class Watcher:
     # --- a round ----------------------------------------------------------------------------------
 
     def before_round(self, rows: Sequence[Row]) -> dict[int, _Mark]:
-        """Make the drafts that are wanted; ticket -> where each watched row stands.
+        """Make the drafts that are wanted; return by ticket where each watched row stands.
 
-        A row whose watch fails at it fails alone.
+        A row whose watch fails here fails alone.
         """
         marks: dict[int, _Mark] = {}
         for row in rows:
@@ -207,7 +207,7 @@ class Watcher:
         )
 
     def _drop(self, row: Row, name: str, error: BaseException) -> None:
-        """Do without a drafter that failed beside the arm in use: nothing of the row depends on it."""
+        """Finish a drafter that failed and is not in use, and use it no more. The row goes on."""
         row.note_failure(name, error)
         if row.kept.pop(name, None) is not None:
             with contained(lambda error: row.note_failure(name, error)):

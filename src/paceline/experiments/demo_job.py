@@ -114,7 +114,7 @@ def demo(
 
 
 def in_folder(config: Config, folder: Path) -> Config:
-    """The configuration with the paths of what the demo writes into a folder."""
+    """Return the configuration with the paths of the demo's files in a folder."""
     folder = folder.resolve()
     paths = PathsSection(
         store=folder / "collection", costs=folder / "costs.json", policy=folder / "policy"

@@ -25,7 +25,7 @@ _COLOURS: Final = (
 
 
 def table(result: DemoResult) -> BandedTable:
-    """Speed: a row for every arm, a column for every task and one for all."""
+    """Show speed: one row per arm, one column per task and one for all."""
     shown = _by_task("tokens/s, and the speed-up over none", result)
     shown.caption = (
         "oracle: per request the arm that replay predicts to be fastest, its clocked time"
@@ -38,7 +38,7 @@ def table(result: DemoResult) -> BandedTable:
 
 
 def accepted_table(result: DemoResult) -> BandedTable:
-    """What was accepted, and whether the texts are those of `none`, likewise."""
+    """Show block efficiency, and how many texts equal those of `none`, in the same rows and columns."""
     shown = _by_task("tokens per target forward, and texts equal to those of none", result)
     for method, style in _methods(result).items():
         if method == ORACLE:
@@ -58,13 +58,13 @@ def _by_task(title: str, result: DemoResult) -> BandedTable:
 
 
 def _methods(result: DemoResult) -> dict[str, str]:
-    """Every way of decoding, with the style of its row."""
+    """Return every way of decoding with the style of its row."""
     special = {AUTO: "bold green", NONE: "dim", ORACLE: "dim"}
     return {method: special.get(method, "") for method in result.cells[ALL_TASKS]}
 
 
 def chosen_table(result: DemoResult) -> BandedTable:
-    """Which arms the policy gave its requests to."""
+    """Show the arms that the policy chose, by task."""
     shown = BandedTable(title="what auto chose")
     shown.add_column("task")
     shown.add_column("arm (requests)", overflow=PROSE)
@@ -108,7 +108,7 @@ def write_json(result: DemoResult, path: Path) -> None:
 
 
 def write_config(config: Config, path: Path) -> None:
-    """Write a configuration as YAML that every verb takes; of the defaults it is silent."""
+    """Write a configuration as YAML for every verb, without the defaults."""
     raw = config.model_dump(mode="json", exclude_defaults=True)
     text = "# The demo's models with what the demo collected, measured and learned.\n"
     text += yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)

@@ -20,7 +20,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from paceline.contracts import SamplingParams
-from paceline.errors import RequestError
+from paceline.errors import RequestError, shorten
 from paceline.models.generation_config import (
     OTHER_DECODING,
     asks,
@@ -54,7 +54,7 @@ _REFUSED: Final[Mapping[str, str]] = {
     "use_mtp": _DRAFTER,
     "speculation_type": _DRAFTER,
 }
-# the same of what transformers itself honours where it decodes
+# settings that transformers honours when it decodes itself, as in `assisted`
 _REFUSED_HERE: Final[Mapping[str, str]] = {
     "output_scores": _NOT_KEPT,
     "output_logits": _NOT_KEPT,
@@ -68,7 +68,7 @@ _REFUSED_HERE: Final[Mapping[str, str]] = {
     "continuous_batching_config": "rows of a batch are decoded together already; drop it",
 }
 
-# what may be given for the model's forward; a cache, too, under whatever name, if it is empty
+# inputs of the model's forward that a caller may give, in addition to an empty cache of any name
 _INPUTS: Final = frozenset(
     {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
 )
@@ -121,7 +121,7 @@ def read_sampling(config: GenerationConfig, processors: Sequence[Processor]) -> 
 
 
 def refuse_other_decoding(config: GenerationConfig, processors: Sequence[Processor]) -> None:
-    """Raise RequestError for what would choose other tokens, whoever decodes with our drafters."""
+    """Raise RequestError for settings that change the choice of tokens, in `generate` and `assisted`."""
     _refuse_settings(config, _REFUSED)
     refuse_stateful(processors)
 
@@ -129,17 +129,17 @@ def refuse_other_decoding(config: GenerationConfig, processors: Sequence[Process
 def _refuse_settings(config: GenerationConfig, refused: Mapping[str, str]) -> None:
     for name, advice in refused.items():
         if asks(config, name):
-            value = getattr(config, name)
-            raise RequestError(f"paceline does not support {name}={value!r} of generate: {advice}")
+            value = shorten(getattr(config, name))
+            raise RequestError(f"paceline does not support {name}={value} of generate: {advice}")
 
 
 def read_padding(
     input_ids: Tensor, model_kwargs: Mapping[str, Any], given: Mapping[str, Any]
 ) -> list[int]:
-    """Number of padding tokens left of each row. Refuses inputs other than plain text.
+    """Return the number of padding tokens left of each row. Refuses inputs other than plain text.
 
-    input_ids: [B, L]. model_kwargs: as transformers prepared them. given: those that the caller gave;
-    whatever else transformers prepared follows from the text and its mask alone.
+    input_ids: [B, L]. model_kwargs: prepared by transformers. given: those of the caller; all others
+    follow from the text and its mask.
     """
     for name, value in given.items():
         if isinstance(value, Cache) and not value.get_seq_length():

@@ -149,9 +149,9 @@ def _lost_arguments(model: PreTrainedModel) -> dict[str, Any]:
 def _given_inputs(
     lost: Mapping[str, Any], config: GenerationConfig, model_kwargs: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """Inputs of the model's forward as the caller gave them; all there are where that is not known.
+    """Return the inputs of the model's forward that the caller gave, or all if that is not known.
 
-    Of its keyword arguments `generate` takes those that its configuration has an attribute for.
+    `generate` itself takes the keyword arguments that its configuration has an attribute for.
     """
     if lost["kwargs"] is None:
         return model_kwargs
@@ -189,7 +189,7 @@ def _request(
         id=str(row),
         max_new_tokens=asked.max_new_tokens,
         drafter=arm,
-        ignore_eos=True,  # the call has its own; transformers ignores ids that cannot come
+        ignore_eos=True,  # the call has its own; as in transformers, unknown ids are ignored
         stop_token_ids={t for t in asked.stop_token_ids if 0 <= t < pace.parts.target.num_logits},
         generation_config="none",  # transformers has merged the model's and the call's
         **sampling,

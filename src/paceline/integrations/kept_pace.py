@@ -53,11 +53,11 @@ class _Kept:
         pace: Pace | None = None,
         watches: Sequence[WeightsWatch] = (),
     ) -> None:
-        """watches: of all models it was made from."""
+        """watches: one per model it was made from."""
         self.made_from, self.pace, self._watches = made_from, pace, watches
 
     def serves(self, made_from: tuple[Any, ...]) -> bool:
-        """Whether it is there, was made from the same, and that is as it was."""
+        """Return whether there is a pace, made from the same models, whose weights have not changed."""
         if self.pace is None or self.made_from != made_from:
             return False
         return not any(watch.has_changed() for watch in self._watches)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 NAME: Final = "paceline"
 
-# how many positions each layer of the model under way sees
+# positions that each layer of the running model sees
 _WINDOWS: Final[ContextVar[Mapping[int, int | None]]] = ContextVar("paceline_windows")
 
 # What an architecture may hand its attention function without changing what is computed here.
@@ -47,9 +47,9 @@ _HARMLESS: Final = frozenset(
 
 
 class TransformersForward:
-    """Body and head of any causal LM whose attention goes through transformers' interface.
+    """Body and head of a causal LM whose attention goes through transformers' interface.
 
-    Or whose own attention code is known to `own_attention.py`.
+    Models with attention code of their own are also supported if `own_attention.py` knows them.
     """
 
     kind: ClassVar[str] = "transformers"
@@ -57,7 +57,7 @@ class TransformersForward:
     def __init__(
         self, model: PreTrainedModel, name: str, windows: Mapping[int, int | None]
     ) -> None:
-        """windows: how many positions each layer sees, see `visibility.py`.
+        """windows: positions that each layer sees, see `visibility.py`.
 
         Raises ModelError if the model has no layer that makes logits.
         """
@@ -121,9 +121,9 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface. query: [1, H, N, D]; key, value: [1, Hkv, N, D].
 
-    What the layer's mask lets it see decides over `sliding_window`, which transformers' own eager and
-    sdpa attention ignore. Returns [1, N, H, D]. An argument that is not known to leave the result alone
-    is refused, because it would be silently ignored.
+    The window of the layer's mask has priority over `sliding_window`, which transformers' own eager and
+    sdpa attention ignore. Returns [1, N, H, D]. Refuses any argument that might change the result,
+    because it would be ignored silently.
     """
     strange = [k for k, v in kwargs.items() if v is not None and k not in _HARMLESS]
     if strange or attention_mask is not None:
@@ -143,7 +143,7 @@ def packed_attention(
     value = F.pad(value, (0, key.shape[3] - value_dim))
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     out = attend(CURRENT.get(), layer, q, torch.cat((k, v), dim=1), scale, window, softcap)
-    # some architectures `view` it, which a single row's transposed output does not allow
+    # contiguous, since some architectures `view` it
     return out[None, ..., :value_dim].contiguous(), None
 
 

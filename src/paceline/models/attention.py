@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from paceline.models.packing import KeyBias, PackedBatch
 
-# the batch of the forward under way, for attention that transformers' code calls
+# the batch of the running forward, for attention that transformers' code calls
 CURRENT: Final[ContextVar[PackedBatch | PagedBatch]] = ContextVar("paceline_batch")
 
 
@@ -41,7 +41,7 @@ def attend(
 
     query: [N, H, D], rotated. key_value: [N, 2 * Hkv, D], each token's rotated keys of all heads and
     then its values. scale: of the scores. window: positions a token sees. cap: scores pass through
-    cap * tanh(score / cap). bias: added to the scaled scores by the keys' positions (ALiBi).
+    cap * tanh(score / cap). bias: function of the keys' positions, added to the scaled scores (ALiBi).
     """
     if isinstance(packed, PagedBatch):
         return packed.attend(layer, query, key_value, scale, window, cap, bias)

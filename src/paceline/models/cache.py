@@ -5,7 +5,7 @@ values, grown in blocks and shaped by the first entries it sees, so any architec
 before heads would be written in one piece, but is read up to half as fast.) What a row has cached is
 a length that its owner keeps: rolling back is forgetting positions, nothing is copied or cleared.
 Neighbouring slots form one slice, so a full batch is one attention call. Storage is kept while it is
-large enough, and under a bound it never holds more than its rows need. Knows no attention.
+large enough; under a bound it never holds more than its rows need. Knows no attention.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ class RowCache:
     """Slots and their tensors; `acquire` a slot for a row, `release` it at its end."""
 
     def __init__(self, unit: int = 1, block: int = BLOCK) -> None:
-        """unit: positions are held in multiples of it, also where a bound leaves no room for more.
-        block: positions by which capacity grows; a check takes a small one.
+        """unit: positions are held in multiples of it, even if a bound leaves no room for a block.
+        block: positions by which capacity grows; self-checks use a small one.
         """
         self._block = block
         self.layers: list[Tensor | None] = []
         self._unit = unit
         self._free: list[int] = []
-        self._lengths: list[int] = []  # positions that each slot's row has needed so far
+        self._lengths: list[int] = []  # positions that the row of each slot has needed so far
         self._num_positions = 0  # the longest of them
         self._limit: int | None = None
         self._exact_fit = False
 
     def bound(self, limit: int | None, exact_fit: bool = False) -> None:
-        """Hold at most `limit` slots x positions, as long as the rows do not need more.
+        """Hold at most `limit` slots x positions, unless the rows need more.
 
-        exact_fit: never hold more than the rows need, in blocks, for owners who count bytes.
+        exact_fit: never hold more than the rows need, in blocks, for owners that count bytes.
         """
         self._limit, self._exact_fit = limit, exact_fit
 
@@ -58,16 +58,16 @@ class RowCache:
 
     @property
     def num_slots_with_one_more(self) -> int:
-        """The same after another `acquire`."""
+        """`num_slots` after another `acquire`."""
         return len(self._lengths) + (not self._free)
 
     @property
     def max_length(self) -> int | None:
-        """The most positions of a row within the bound, given the rows that there are."""
+        """Maximum number of positions per row within the bound, with the current rows."""
         return None if self._limit is None else self._limit // max(1, len(self._lengths))
 
     def rounded(self, num_positions: int) -> int:
-        """How many positions are held for a row that needs so many, at the least."""
+        """Return the least number of positions held for a row that needs `num_positions`."""
         return -(-num_positions // self._unit) * self._unit
 
     def acquire(self) -> int:
@@ -88,11 +88,11 @@ class RowCache:
             self._give_back()
 
     def _blocks(self) -> int:
-        """The positions that rows need, in whole blocks."""
+        """Return the positions that the longest row needs, in whole blocks."""
         return -(-self._num_positions // self._block) * self._block
 
     def _give_back(self) -> None:
-        """Let go of storage that no row needs. One row's waits for the next, but for an exact fit."""
+        """Free storage that no row needs. One slot's is kept for the next row, unless exact_fit."""
         slots, positions = len(self._lengths), self._blocks()
         for index, storage in enumerate(self.layers):
             if storage is None or (storage.shape[0] == 1 and not self._exact_fit):
@@ -103,7 +103,7 @@ class RowCache:
                 self.layers[index] = storage[:slots, :, :positions].clone()
 
     def forget(self, slot: int) -> None:
-        """Hold no positions for a row any more until it asks anew; what was cached there is lost."""
+        """Free a row's positions until it extends again; their keys and values are lost."""
         self._lengths[slot] = 0
         self._num_positions = max(self._lengths, default=0)
 
@@ -121,7 +121,7 @@ class RowCache:
             self._num_positions = max(self._num_positions, num_positions)
 
     def layer(self, index: int, like: Tensor) -> Tensor:
-        """The layer's storage, with room for all slots and the positions they need.
+        """Return the layer's storage, with room for all slots and the positions they need.
 
         like: [N, 2 * Hkv, D] new entries, which give heads, width, dtype and device.
         """
@@ -147,12 +147,12 @@ class RowCache:
         return new
 
     def _shape(self, old_slots: int, old_positions: int) -> tuple[int, int]:
-        """(slots, positions) to grow to: with room to grow further, or as much of that as is allowed."""
+        """Return (slots, positions) to grow to, with spare room as far as the bound allows."""
         slots, positions = len(self._lengths), self._blocks()
         if self._exact_fit:
             return slots, positions
         many, long = max(slots, old_slots), positions
-        if slots > old_slots:  # a row that is gone may have been longer than all these
+        if slots > old_slots:  # an ended row may have been longer than all current ones
             many = max(slots, 2 * old_slots)
         else:
             long = max(positions, (old_positions + old_positions // 2) // self._block * self._block)

@@ -1,8 +1,8 @@
-"""Token ids to text, and what of a tokenizer matters to text that grows token by token.
+"""Token ids to text, with the facts about a tokenizer that text decoded token by token depends on.
 
-A *byte token* is one byte of a byte-fallback vocabulary (`<0xE2>`): neighbouring ones are read together,
-as UTF-8 if all of them are, else as a U+FFFD each, so their text is settled by what follows the last.
-A *silent* id leaves no text: special tokens, and ids of padding that no token has. Knows no engine.
+A *byte token* is one byte of a byte-fallback vocabulary (`<0xE2>`). A run of them is decoded as UTF-8 if
+it is valid, else as one U+FFFD per byte, so its text is final only when the run has ended. A *silent* id
+leaves no text: a special token, or an id that no token has. Knows no engine.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _BYTE_TOKENS: Final = {f"<0x{byte:02X}>": byte for byte in range(256)}
 
 @dataclass(frozen=True, slots=True)
 class Detokenizer:
-    """`decode` leaves special tokens out, as text does; `spell` writes them, for stop strings.
+    """Two decoders of one tokenizer: `decode` omits special tokens, `spell` writes their names.
 
-    special: their spelling by id. byte_of: the byte of each byte token. num_ids: ids from here on are
-    silent, as `holes` below are; None where that is not known.
+    special: names of special tokens by id. byte_of: the byte of each byte token. holes: ids below
+    num_ids that no token has. num_ids: all ids from here on are silent; None if unknown.
     """
 
     decode: Callable[[Sequence[int]], str]
@@ -53,7 +53,7 @@ class Detokenizer:
         ids = vocabulary.ids
         known = set(ids.values())
         byte_of = {}
-        # a vocabulary may hold such names as plain text: then they read as they are written
+        # in some vocabularies such a name is plain text and decodes as itself
         if "<0x41>" in ids and decode([ids["<0x41>"]]) == "A":
             byte_of = {ids[name]: byte for name, byte in _BYTE_TOKENS.items() if name in ids}
         return cls(
@@ -67,14 +67,14 @@ class Detokenizer:
 
     @classmethod
     def wrap(cls, decode: Callable[[Sequence[int]], str]) -> Detokenizer:
-        """Of a plain function, in which no token is special and none is a byte."""
+        """Make a detokenizer of a plain function, without special and byte tokens."""
         return decode if isinstance(decode, Detokenizer) else cls(decode, decode)
 
     def __call__(self, tokens: Sequence[int]) -> str:
         return self.decode(tokens)
 
     def is_silent(self, token: int) -> bool:
-        """Whether `decode` passes over the token."""
+        """Return whether the token leaves no text in `decode`."""
         return (
             token in self.special
             or token in self.holes

@@ -1,9 +1,9 @@
-"""A model's own generation settings: defaults of a request, and what of them cannot be honoured.
+"""A model's own generation settings: the defaults of a request, and the settings that are refused.
 
-One reading for every caller: plain requests take the model's `generation_config` under what the call
-gives; transformers' `generate` has merged the two already and hands in the result. Logits processors
-stay transformers' own objects in transformers' own order; what paceline has a rule or a sampling
-parameter for becomes one. Knows no engine and no request. Symbols: V logits.
+A plain request takes from the model's `generation_config` what the call does not set; transformers'
+`generate` has merged the two already and passes the result. Logits processors stay transformers' objects
+in transformers' order, except those for which paceline has a rule or a sampling parameter. Knows no
+engine and no request. Symbols: V logits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from transformers.generation.logits_process import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from paceline.errors import RequestError
+from paceline.contracts import DEFAULT_NEW_TOKENS
+from paceline.errors import RequestError, shorten
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -39,10 +40,7 @@ if TYPE_CHECKING:
 
     Processor = Callable[[Tensor, Tensor], Tensor]
 
-DEFAULT_NEW_TOKENS: Final = 256
-"""Maximum number of new tokens where neither the call nor the model says."""
-
-# Settings that choose other tokens in a way paceline does not; None and zero ask for nothing.
+# Settings that change which tokens are chosen and that paceline does not support.
 OTHER_DECODING: Final = (
     "num_beams",
     "num_beam_groups",
@@ -55,19 +53,19 @@ OTHER_DECODING: Final = (
     "encoder_repetition_penalty",
     "encoder_no_repeat_ngram_size",
 )
-# the same, of settings that transformers' `generate` honours before it calls paceline
+# unsupported settings that transformers' `generate` honours before it calls paceline
 _BEFORE_DECODING: Final = ("num_return_sequences", "token_healing", "max_time")
-# values in addition to transformers' defaults that change nothing
+# values without effect that are not transformers' defaults
 _IDLE: Final[Mapping[str, object]] = {
     "guidance_scale": 1,
     "cache_implementation": "dynamic",
 }
 
-# settings that `Pace.request` and transformers call by one name
+# settings that have the same name in `Pace.request` and in transformers
 _SAMPLING: Final = ("temperature", "top_k", "top_p", "min_p")
 _RULES: Final = ("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "suppress_tokens")
 _FLOATS: Final = ("temperature", "top_p", "min_p", "repetition_penalty")
-# what else a model's configuration may set that acts on the text
+# other settings of a model's configuration that act on the text
 _ALSO: Final = (
     "do_sample",
     "max_new_tokens",
@@ -89,7 +87,7 @@ _ALSO: Final = (
 )
 _ACTIVE: Final = (*OTHER_DECODING, *_BEFORE_DECODING, *_SAMPLING, *_RULES, *_ALSO)
 
-# their answer depends on more than their arguments
+# their result depends on more than their arguments
 _STATEFUL: Final = (
     ClassifierFreeGuidanceLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
@@ -102,7 +100,7 @@ _WARPERS: Final = (
     (TopKLogitsWarper, "top_k"),
     (TemperatureLogitsWarper, "temperature"),
 )
-# processors that paceline has a rule for; they ban tokens after the penalty, so in any order
+# processors that paceline has a rule for; all but the penalty ban tokens, so their order is free
 _OWN: Final[Mapping[type, str]] = {
     RepetitionPenaltyLogitsProcessor: "repetition_penalty",
     NoRepeatNGramLogitsProcessor: "no_repeat_ngram_size",
@@ -131,12 +129,11 @@ def with_defaults(
     num_prompt: int,
     stop_token_ids: Collection[int],
 ) -> dict[str, Any]:
-    """Return a call's settings, in `Pace.request`'s names, with the model's own where it gives none.
+    """Return a call's settings in `Pace.request`'s names, completed by the model's own.
 
     given: settings of the call, each valid by itself. num_prompt: tokens of the prompt. stop_token_ids:
-    those of the request. Raises RequestError, naming the setting, for one of the model's that cannot
-    be honoured. transformers' own defaults, such as top_k=50, stand in no model's configuration and
-    are not taken.
+    those of the request. Raises RequestError that names a setting of the model which is not supported.
+    transformers' own defaults, such as top_k=50, are not in a model's configuration and are not used.
     """
     model: Any = target.model
     config: GenerationConfig | None = getattr(model, "generation_config", None)
@@ -147,7 +144,9 @@ def with_defaults(
     ends = sorted(stop_token_ids)
     asked._eos_token_tensor = torch.tensor(ends, device=target.device) if ends else None
     if not ends:
-        asked.exponential_decay_length_penalty = None  # it makes an end likelier, and there is none
+        asked.exponential_decay_length_penalty = (
+            None  # it raises the end tokens, and there are none
+        )
     try:
         processors = list(
             model._get_logits_processor(
@@ -155,17 +154,20 @@ def with_defaults(
             )
         )
     except (TypeError, ValueError) as error:
-        raise RequestError(
-            f"the model's generation configuration cannot be used: {error}; {_WAY_OUT}"
-        ) from error
+        raise unusable(error) from error
     return _in_own_words(asked, given, processors)
 
 
-_WAY_OUT: Final = "set 'generation_config: none' to leave it aside, or correct the model's"
+_WAY_OUT: Final = "set 'generation_config: none' to ignore it, or correct the model's"
+
+
+def unusable(error: Exception) -> RequestError:
+    """Return the error of a model whose own settings raise `error`."""
+    return RequestError(f"the model's generation configuration cannot be used: {error}; {_WAY_OUT}")
 
 
 def _merge(config: GenerationConfig, given: Mapping[str, Any], num_prompt: int) -> Any:
-    """The model's configuration with what the call gives, and neutral values for the rest."""
+    """Return the model's configuration with the call's settings, and neutral values for the rest."""
     asked: Any = copy.copy(config)
     neutral = {**config._get_default_generation_params(), "top_k": 0, "max_length": None}
     for name in (*_SAMPLING, *_RULES, "max_new_tokens"):
@@ -182,9 +184,9 @@ def _merge(config: GenerationConfig, given: Mapping[str, Any], num_prompt: int) 
     if asked.temperature == 0:
         asked.do_sample = False
     if "repetition_scope" in given and "repetition_penalty" in given:
-        asked.repetition_penalty = 1.0  # left to paceline's own rule, which alone knows scopes
+        asked.repetition_penalty = 1.0  # left to paceline's rule, since transformers has no scopes
     if asked.forced_bos_token_id is not None and ("forced_tokens" in given or num_prompt > 1):
-        asked.forced_bos_token_id = None  # transformers forces it behind one token only
+        asked.forced_bos_token_id = None  # transformers forces it after a prompt of one token only
     asked.suppress_tokens = _tokens_or_none(asked.suppress_tokens)
     asked.begin_suppress_tokens = _tokens_or_none(asked.begin_suppress_tokens)
     _settle_lengths(asked, given, num_prompt)
@@ -192,7 +194,7 @@ def _merge(config: GenerationConfig, given: Mapping[str, Any], num_prompt: int) 
 
 
 def _settle_lengths(asked: Any, given: Mapping[str, Any], num_prompt: int) -> None:
-    """Lengths of the answer from lengths of prompt and answer; the same rules as transformers'."""
+    """Set the lengths of the answer from those of prompt and answer together, as transformers does."""
     if asked.max_new_tokens is None and asked.max_length is not None:
         asked.max_new_tokens = asked.max_length - num_prompt
         if asked.max_new_tokens < 1:
@@ -207,13 +209,13 @@ def _settle_lengths(asked: Any, given: Mapping[str, Any], num_prompt: int) -> No
         asked.min_new_tokens = max(0, asked.min_length - num_prompt)
     if "min_new_tokens" not in given:
         asked.min_new_tokens = min(asked.min_new_tokens, asked.max_new_tokens)
-    asked.min_length = 0  # said by min_new_tokens now
+    asked.min_length = 0  # min_new_tokens replaces it
 
 
 def _in_own_words(
     asked: Any, given: Mapping[str, Any], processors: list[Processor]
 ) -> dict[str, Any]:
-    """Settings in `Pace.request`'s names from the merged configuration and its processors."""
+    """Return settings in `Pace.request`'s names from the merged configuration and its processors."""
     settings = {**given, "max_new_tokens": asked.max_new_tokens}
     if asked.do_sample:
         settings = {n: v for n, v in settings.items() if n not in _SAMPLING}
@@ -225,7 +227,9 @@ def _in_own_words(
         settings |= {_OWN[type(p)]: getattr(asked, _OWN[type(p)]) for p in processors}
         processors = []
     elif "repetition_scope" not in given:
-        settings.pop("repetition_penalty", None)  # one of the processors; bans may stand twice
+        settings.pop(
+            "repetition_penalty", None
+        )  # a processor applies it; bans may be applied twice
     if processors:
         settings["processors"] = (*processors, *given.get("processors", ()))
     return settings
@@ -235,23 +239,23 @@ def _refuse_of_model(config: GenerationConfig) -> None:
     for name in (*OTHER_DECODING, *_BEFORE_DECODING):
         if asks(config, name):
             raise RequestError(
-                f"the model's generation configuration sets {name}={_short(getattr(config, name))}, "
+                f"the model's generation configuration sets {name}={shorten(getattr(config, name))}, "
                 f"which paceline does not support; {_WAY_OUT}"
             )
 
 
-# --- what a merged configuration and its processors ask for ---------------------------------------
+# --- settings of a merged configuration and its processors ---------------------------------------
 
 
 def asks(config: GenerationConfig, name: str) -> bool:
-    """Whether a setting asks for anything: None, zero, empty and idle values do not."""
+    """Return whether a setting has an effect: None, zero, empty and idle values have none."""
     value = getattr(config, name, None)
     idle = _IDLE.get(name, config._get_default_generation_params().get(name))
     return bool(value) and value != idle
 
 
 def refuse_stateful(processors: Iterable[Processor]) -> None:
-    """Raise RequestError if a processor's answer depends on more than the text and its scores."""
+    """Raise RequestError if a processor's result depends on more than the text and its scores."""
     for processor in processors:
         if isinstance(processor, _STATEFUL):
             raise RequestError(
@@ -261,10 +265,10 @@ def refuse_stateful(processors: Iterable[Processor]) -> None:
 
 
 def take_warpers(processors: list[Processor]) -> dict[str, Any]:
-    """Sampling parameters from the warpers at the list's end, which are taken off it.
+    """Remove the warpers at the end of the list and return them as sampling parameters.
 
-    A warper in front of a processor that is not known here stays where it is: transformers' order
-    is kept, and the drafter's distribution is then warped less than the target's.
+    A warper before an unknown processor stays in the list, to keep transformers' order; the drafter's
+    distribution is then warped less than the target's.
     """
     sampling: dict[str, Any] = {"temperature": 1.0}
     if processors and isinstance(processors[-1], LogitNormalization):
@@ -286,12 +290,7 @@ def _integers(ids: int | Sequence[int] | Tensor) -> list[int]:
 
 
 def _tokens_or_none(ids: Any) -> list[int] | None:
-    """Token ids as a list; None where there are none, for which transformers makes no processor."""
+    """Return token ids as a list, or None for no ids, so that transformers makes no processor."""
     if ids is None:
         return None
     return _integers(ids if isinstance(ids, torch.Tensor) else list(ids)) or None
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,7 +1,7 @@
-"""What kind of model this is, where the kind alone decides: the true reason why it cannot be served.
+"""Kinds of models that cannot be served, and the reason, from the configuration alone.
 
-Looks at the configuration and at transformers' own marks. What only a forward shows is found by
-`visibility.py` and by the self-check at load. Knows no cache.
+Faults that only a forward shows are found by `visibility.py` and by the self-check at load. Knows no
+cache.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ _ROLLBACK: Final = "which cannot be taken back when a draft is rejected"
 
 
 def why_not_packed(model: PreTrainedModel) -> str | None:
-    """Why a model cannot run on packed rows over a key-value cache, or None if its kind can."""
+    """Return why a model cannot run on packed rows over a key-value cache, or None if its kind can."""
     config: Any = model.config
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder model, and only causal (decoder-only) models are served"
     recurrent = _recurrent_layers(config.get_text_config())
     if recurrent or getattr(model, "_is_stateful", False):
         what = f" ({', '.join(recurrent)})" if recurrent else ""
-        return f"it keeps a recurrent state beside or instead of keys and values{what}, {_ROLLBACK}"
+        state = f"a recurrent state in addition to or instead of keys and values{what}"
+        return f"it keeps {state}, {_ROLLBACK}"
     return None
 
 
 def _recurrent_layers(config: Any) -> list[str]:
-    """The layer types of a configuration that keep a state of their own, each once."""
+    """Return the layer types of a configuration that keep a recurrent state, each once."""
     for name in ("layer_types", "layers_block_type", "block_types"):
         kinds = getattr(config, name, None)
         if isinstance(kinds, list | tuple):

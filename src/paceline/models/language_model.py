@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 Forward = Literal["auto", "lean", "transformers"]
 
-# ALiBi has no last position; more than any cache holds
+# for ALiBi, which has no last position: more positions than any cache holds
 _ENDLESS: Final = 1 << 20
 
 
@@ -97,7 +97,7 @@ class LanguageModel:
         self._static: StaticForward | None = None
         if isinstance(self.cache, PagedCache) and isinstance(self._forward, LeanForward):
             self._static = StaticForward(self._forward, self.cache, self.context_length)
-        self._watch = WeightsWatch(model)  # last: on CUDA packing moves them
+        self._watch = WeightsWatch(model)  # last, since packing moves weights on CUDA
 
     @property
     def forward_kind(self) -> str:
@@ -105,18 +105,18 @@ class LanguageModel:
         return self._forward.kind
 
     def has_changed(self) -> bool:
-        """Whether the model's weights changed since they were taken; see `WeightsWatch`."""
+        """Return whether the weights changed since they were read; see `WeightsWatch`."""
         return self._watch.has_changed()
 
     def reload(self) -> None:
-        """Take the model's weights as they are now; what caches hold of the old ones is void.
+        """Read the model's weights again; keys and values cached with the old ones are invalid.
 
-        Raises ModelError if more than their values changed.
+        Raises ModelError if more than the values of the weights changed.
         """
         kind, facts = self.forward_kind, (self.dtype, self.device, self.num_logits)
         found = self.model.dtype, _input_device(self.model)
         if (*found, self.model.get_output_embeddings().weight.shape[0]) == facts:
-            with torch.inference_mode(False), torch.no_grad():  # as at load, whoever asks
+            with torch.inference_mode(False), torch.no_grad():  # as at load
                 self._take_weights("transformers" if kind == "transformers" else "auto")
             if self.forward_kind == kind:
                 return
@@ -256,9 +256,9 @@ def _input_device(model: PreTrainedModel) -> torch.device:
 
 
 def context_length_of(config: Any) -> tuple[int, str | None]:
-    """(positions that can be used, why they are fewer than the model's own, or None).
+    """Return (usable positions, why they are fewer than the model's own, or None).
 
-    config: of the text part. Raises ModelError if it does not say.
+    config: of the text part. Raises ModelError if it names no length.
     """
     names = ("max_position_embeddings", "max_seq_len", "seq_length")  # most models; MPT; Bloom
     length = next((n for n in (getattr(config, name, None) for name in names) if n), None)
@@ -276,7 +276,7 @@ def context_length_of(config: Any) -> tuple[int, str | None]:
         if part.get("rope_type") == "longrope" and original and original < length:
             note = (
                 f"its context is cut from {length} to {original} tokens: the model's rope type "
-                "'longrope' re-reads the whole text with other angles beyond them, which is not "
+                "'longrope' changes the angles of the whole text beyond them, which is not "
                 "supported"
             )
             return int(original), note

@@ -121,9 +121,9 @@ class LeanForward:
     def __init__(
         self, model: PreTrainedModel, windows: Mapping[int, int | None], exact: bool = False
     ) -> None:
-        """windows: how many positions each layer sees, see `visibility.py`.
+        """windows: positions that each layer sees, see `visibility.py`.
 
-        exact: bits that hang on nothing but each row's own tokens, see `exact.py`.
+        exact: bits that depend on each row's own tokens alone, see `exact.py`.
         """
         anything: Any = model
         config = model.config

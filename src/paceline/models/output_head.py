@@ -1,8 +1,8 @@
-"""Logits of hidden states as the model's code makes them: scaled (Cohere, Granite), capped (Gemma 2).
+"""Logits of hidden states as the model's own code makes them: scaled (Cohere), capped (Gemma 2).
 
-Where the output layer alone gives the same bits it is called alone. Elsewhere the causal LM's own
-forward runs with a body that answers the given hidden states, so that whatever the class does between
-its body and its logits is done. The caller's model is not touched. Symbols: D hidden size, V logits
+If the output layer alone gives the same bits, it is called alone. Otherwise the causal LM's own forward
+runs with a stand-in body that returns the given hidden states, so that every step between body and
+logits runs. The caller's model is not changed. Symbols: D hidden size, V logits
 width.
 """
 
@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from paceline.errors import ModelError
+from paceline.models.visibility import FAILURES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,20 +24,20 @@ if TYPE_CHECKING:
 
 
 class _BodyOutput:
-    """What causal LMs look for in the output of their bodies: hidden states, and nothing else."""
+    """The output of a causal LM's body: hidden states, and None for everything else."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
 
     def __getattr__(self, name: str) -> None:
-        return None  # caches, router logits and the like, which go into the model's own output
+        return None  # caches, router logits and so on, which only go into the model's output
 
     def __getitem__(self, at: int | slice) -> Any:
         return (self.last_hidden_state,)[at]
 
 
 class _GivenBody:
-    """A body that answers the hidden states it was given, and is the real one in all else."""
+    """A body that returns given hidden states, with the attributes of the real one."""
 
     def __init__(self, body: nn.Module) -> None:
         self._real = body
@@ -49,7 +50,7 @@ class _GivenBody:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._real, name)
-        # some call a body within their body: OPT its decoder
+        # some models call a body inside their body, such as OPT's decoder
         return self if isinstance(found, PreTrainedModel) else found
 
 
@@ -57,7 +58,7 @@ class _OwnHead:
     """A causal LM's forward without its body. Not for two threads at once."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        # not the instance's: hooks there are bound to the model
+        # the class's, since hooks replace the instance's
         self._forward = type(model).forward
         self._model = copy.copy(model)  # shares all modules and weights
         self._model._modules = dict(model._modules)
@@ -65,7 +66,7 @@ class _OwnHead:
         self._model._modules[model.base_model_prefix] = self._body  # type: ignore[assignment]
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """hidden: [..., D]. Returns [..., V]."""
+        """Return logits [..., V] of hidden states [..., D]."""
         batch = hidden.reshape(1, -1, hidden.shape[-1])
         self._body.hidden = batch
         output = self._forward(self._model, inputs_embeds=batch, use_cache=False)
@@ -87,7 +88,7 @@ class OutputHead:
         self._function: Callable[[Tensor], Tensor] | None = None  # chosen when first called
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """hidden: [..., D]. Returns [..., V].
+        """Return logits [..., V] of hidden states [..., D].
 
         Raises ModelError, when first called, if the model's forward cannot run without its body.
         """
@@ -96,7 +97,7 @@ class OutputHead:
         return self._function(hidden)
 
     def _choose(self, like: Tensor) -> Callable[[Tensor], Tensor]:
-        """The output layer or the model's own head. like: gives size, dtype and device."""
+        """Return the output layer, or the model's own head. like: gives size, dtype and device."""
         own = _OwnHead(self._model)
         if like.is_meta:  # no values to compare
             return own
@@ -106,7 +107,7 @@ class OutputHead:
         probe = probe.to(like)
         try:
             return self._layer if torch.equal(own(probe), self._layer(probe)) else own
-        except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
+        except FAILURES as error:
             raise ModelError(
                 f"{self._name}: {type(self._model).__name__} does not make logits of hidden states "
                 f"alone ({error})"

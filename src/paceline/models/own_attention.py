@@ -1,9 +1,9 @@
 """Attention modules that compute by themselves instead of through transformers' interface.
 
-One short function a family: queries, keys and values as the module makes them, packed attention, the
-module's output layer. It stands in for a method of the module for the length of a forward, and the
-model is left as it was found. ALiBi (Press et al. 2022) is a bias of each key by its position, as the
-model's own code builds it: softmax does not see what is added to all keys of a query alike.
+One short function per family: the module's queries, keys and values, packed attention, the module's
+output layer. It replaces a method of the module during a forward; then the method is restored. ALiBi
+(Press et al. 2022) is a bias per key by its position, as the model's own code builds it: softmax ignores
+a constant added to all keys of a query.
 Symbols: N packed tokens, H query heads, Hkv key-value heads, D head size, L positions.
 """
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _Site:
-    """Where in a model an attention module stands."""
+    """The layer of an attention module, and the bias of its scores."""
 
     layer: int
     bias: KeyBias | None
@@ -38,7 +38,7 @@ class _Site:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
     ) -> Tensor:
-        """[N, H, D] outputs of queries [N, H, D] over the rows of the batch; key, value: [N, Hkv, D]."""
+        """Attend over the rows of the batch. query and output: [N, H, D]; key, value: [N, Hkv, D]."""
         key_value = torch.cat((key, value), dim=1)
         return attend(CURRENT.get(), self.layer, query, key_value, scale, window, bias=self.bias)
 
@@ -57,7 +57,7 @@ def _scores(
 ) -> tuple[Tensor, None]:
     """Stand in for `_attn`. query, key, value: [1, H, N, D], as is the output."""
     window = module.config.window_size if _is_local(module) else None
-    # some turn queries and keys in float32, whatever the model's dtype
+    # some models rotate queries and keys in float32 in every dtype
     q, k, v = (t[0].transpose(0, 1).to(value.dtype) for t in (query, key, value))
     out = site.attend(q, k, v, scale(module), window)
     return out.transpose(0, 1)[None], None
@@ -91,7 +91,7 @@ def _falcon(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Groups of query heads with one key and one value head: of 1 head, of some, of all."""
+    """Attend with query heads in groups of any size, each with one key and one value head."""
     grouped = module.new_decoder_architecture or module.multi_query
     num_kv_heads = module.num_kv_heads if grouped else module.num_heads
     query, key, value = _split(module.query_key_value(hidden_states), num_kv_heads, module.head_dim)
@@ -115,7 +115,7 @@ def _bloom(
 
 
 def _split(qkv: Tensor, num_kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[N, H, D], [N, Hkv, D], [N, Hkv, D] of [1, N, ...]: by group its queries, its key, its value."""
+    """Split [1, N, ...], by group queries, key, value, into [N, H, D], [N, Hkv, D] and [N, Hkv, D]."""
     groups = qkv.view(qkv.shape[1], num_kv_heads, -1, head_dim)
     return groups[:, :, :-2].flatten(1, 2), groups[:, :, -2], groups[:, :, -1]
 
@@ -142,7 +142,7 @@ def _xglm(module: Any, site: _Site, hidden_states: Tensor, **kwargs: Any) -> tup
 
 
 class _BloomBias:
-    """Slopes times positions from the start, tabled by the model's code, which may round them."""
+    """Slopes times positions, in a table from the model's code, which may round them."""
 
     def __init__(self, body: Any) -> None:
         self._build = import_module(type(body).__module__).build_alibi_tensor
@@ -164,10 +164,10 @@ class _BloomBias:
 
 
 class _MptBias:
-    """Slopes times positions from the last key."""
+    """Slopes times positions, counted backward from the last key."""
 
     def __init__(self, body: Any) -> None:
-        # of two positions the first is one before the last
+        # with two positions, the first is one before the last
         table = body.build_mpt_alibi_tensor(body.num_heads, 2)
         self._slopes: Tensor = -table[:, 0, :1]  # [H, 1]
 
@@ -179,17 +179,17 @@ def _falcon_bias(body: Any) -> KeyBias | None:
     return _BloomBias(body) if body.use_alibi else None
 
 
-# --- which is which -------------------------------------------------------------------------------
+# --- the families -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """How one class of attention modules runs on packed rows."""
+    """The way one class of attention modules runs on packed rows."""
 
-    method: str  # which the function stands in for
+    method: str  # the one that the function replaces
     function: Callable[..., Any]  # of the module, its site, and the method's arguments
     bias: Callable[[Any], KeyBias | None] = lambda body: None
-    inputs: dict[str, Any] = field(default_factory=dict)  # that its body needs in addition
+    inputs: dict[str, Any] = field(default_factory=dict)  # additional inputs of its body
 
 
 # by the folder of transformers.models and the name of the class
@@ -202,7 +202,7 @@ _FAMILIES: Final = {
         "_attn", partial(_scores, lambda m: 1 / m.norm_factor)
     ),
     ("gptj", "GPTJAttention"): _Family("_attn", partial(_scores, lambda m: 1 / m.scale_attn)),
-    # its body asks something of the mask that nobody reads here
+    # its body requires a mask, which is not used here
     ("mpt", "MptAttention"): _Family(
         "forward", _mpt, _MptBias, {"attention_mask": torch.ones(1, 1, 1, 1)}
     ),
@@ -215,7 +215,7 @@ class OwnAttention:
     """The attention modules of a body that bypass transformers' interface; most bodies have none."""
 
     def __init__(self, body: nn.Module) -> None:
-        self.inputs: dict[str, Any] = {}  # that the body needs in addition
+        self.inputs: dict[str, Any] = {}  # additional inputs of the body
         self._stand_ins: list[tuple[nn.Module, str, Callable[..., Any]]] = []
         bias: KeyBias | None = None
         for module in body.modules():
@@ -227,12 +227,12 @@ class OwnAttention:
             site = _Site(len(self._stand_ins), bias)
             method = family.method
             if method == "forward" and "_old_forward" in module.__dict__:
-                method = "_old_forward"  # accelerate's hooks stand around that one
+                method = "_old_forward"  # accelerate's hooks wrap this one
             self._stand_ins.append((module, method, partial(family.function, module, site)))
 
     @contextmanager
     def packed(self) -> Iterator[None]:
-        """The time in which they attend to the rows of the current batch."""
+        """Let the modules attend to the rows of the current batch."""
         before = [module.__dict__.get(method) for module, method, _ in self._stand_ins]
         for module, method, function in self._stand_ins:
             module.__dict__[method] = function
@@ -242,7 +242,7 @@ class OwnAttention:
             for (module, method, _), own in zip(self._stand_ins, before, strict=True):
                 if own is None:
                     del module.__dict__[method]
-                else:  # someone else had put one there
+                else:  # another library had replaced it
                     module.__dict__[method] = own
 
 

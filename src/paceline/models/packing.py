@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from paceline.models.cache import RowCache
 
-# What is added to the scores of keys: [L] positions -> [H, L]
+# biases of keys, added to their scores: [L] positions -> [H, L]
 KeyBias: TypeAlias = Callable[[Tensor], Tensor]
 
 # Wider rows are prefill: padding them to one length would cost more than a call each saves.
@@ -147,7 +147,7 @@ class PackedBatch:
         """[R, 1, G*W, L] additive, or None where every token may see everything.
 
         window: how many positions, its own included, a token sees; None is all of them. bias: of the
-        keys of each head; with it the mask is [R, Hkv, G*W, L].
+        keys, by head; with it the mask is [R, Hkv, G*W, L].
         """
         if window is not None and run.length <= window:
             window = None
@@ -173,11 +173,6 @@ class PackedBatch:
         return tiled.reshape(len(run.slots), 1, groups * run.width, run.length)
 
 
-def chain_ancestors(width: int, device: torch.device) -> Tensor:
-    """[W, W] bool, True where the column is an ancestor of the row or the row itself."""
-    return torch.ones(width, width, dtype=torch.bool, device=device).tril_()
-
-
 def _visible(run: Run, window: int | None, device: torch.device) -> Tensor:
     """[R, W, L] bool: which cached position each new token may see."""
     starts = torch.tensor(run.starts, device=device)[:, None, None]
@@ -198,7 +193,7 @@ def _visible(run: Run, window: int | None, device: torch.device) -> Tensor:
 
 
 def _key_positions(run: Run, device: torch.device) -> Tensor:
-    """[L] positions of the keys; in a tree the place of a node is not its position."""
+    """Return the positions of the keys [L]; in a tree, a node's place is not its position."""
     positions = torch.arange(run.length, device=device)
     if run.ancestors is not None:
         start = run.starts[0]
@@ -207,7 +202,7 @@ def _key_positions(run: Run, device: torch.device) -> Tensor:
 
 
 def _biased_mask(run: Run, window: int | None, groups: int, like: Tensor, bias: KeyBias) -> Tensor:
-    """[R, Hkv, G*W, L] additive: the heads' biases of the keys, -inf where nothing may be seen."""
+    """Return [R, Hkv, G*W, L] additive: the heads' biases of visible keys, -inf for the others."""
     by_key = bias(_key_positions(run, like.device)).to(like.dtype)  # [H, L]
     hidden = ~_visible(run, window, like.device)
     mask = by_key[:, None].masked_fill(hidden[:, None], float("-inf"))  # [R, H, W, L]

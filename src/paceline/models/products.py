@@ -113,9 +113,9 @@ class Product:
 
 
 def joined(weights: Sequence[Tensor]) -> Tensor:
-    """Weights [out, in] as one [sum of outs, in]; without a copy where they are views of one already.
+    """Join weights [out, in] to one [sum of outs, in], without a copy if they are adjacent views of one.
 
-    So a second product of the same layers leaves them where the first one has put them.
+    So a second product of the same layers does not move them again.
     """
     first, end = weights[0], weights[0].data_ptr()
     for weight in weights:

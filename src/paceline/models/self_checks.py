@@ -1,11 +1,10 @@
-"""The checks of a loaded model: what runs here is what transformers runs, to the last step of a round.
+"""Self-checks of a loaded model: each kind of engine step gives the same logits as transformers.
 
 `check_packed_forward` feeds rows as the engine does (prompts in pieces, one row alone, rows that share
-a call, a tree, a path kept, a draft taken back) and compares every logit with transformers' plain
-forward. `check_exact` compares the bits of exact mode, `check_sublayers` tries what skipping does.
-Texts are longer than the layers' windows where that is affordable; longer windows are read from the
-model's own mask code by `visibility.py`, whatever their length. Symbols: N tokens, W tokens a row, V
-logits width.
+a call, a tree, an accepted path, a draft taken back) and compares the logits with transformers' plain
+forward. `check_exact` compares the bits of exact mode, `check_sublayers` checks skipped sub-layers.
+Texts are longer than the layers' windows if that is affordable; `visibility.py` reads windows of any
+length from the model's own mask code. Symbols: N tokens, W tokens per row, V logits width.
 """
 
 from __future__ import annotations
@@ -23,25 +22,26 @@ from paceline.models.cuda.paged_cache import PagedCache
 from paceline.models.exact import BLOCK as EXACT_BLOCK
 from paceline.models.packing import Span
 from paceline.models.sublayers import LayerSubset, SubLayers
+from paceline.models.visibility import FAILURES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
     from paceline.models.language_model import LanguageModel
 
-_CACHE_BLOCK: Final = 8  # so that short texts meet the borders of the row cache's blocks
+_CACHE_BLOCK: Final = 8  # so that short texts cross the row cache's blocks
 _SHORT: Final = 4  # tokens of the short prompts
-_LONG: Final = 12  # and of the long one, where no window asks for more
-_DECODED: Final = 7  # positions the long row needs behind its prompt
-_PAST: Final = 4  # tokens of a prompt behind a window
-_FEW: Final = 40  # tokens of a text for which padding costs less than one more forward
-_LONGEST: Final = 1100  # tokens; a window beyond is read from the mask code alone
-# multiply-adds of all forwards over the long row: one or two seconds
+_LONG: Final = 12  # and of the long one, unless a window needs more
+_DECODED: Final = 7  # positions that the long row needs after its prompt
+_PAST: Final = 4  # tokens of a prompt after the end of a window
+_FEW: Final = 40  # tokens; padding shorter texts costs less than one more forward
+_LONGEST: Final = 1100  # tokens; longer windows are only read from the mask code
+# multiply-adds of all forwards over the long row, for one or two seconds
 _AFFORDABLE: Final = {"cpu": 2e11, "cuda": 2e13}
 _FORWARDS: Final = 4  # over the long row: one packed, and the plain ones
-# What configurations call a bound on what a token sees that no mask function tells.
+# Names, in configurations, of bounds on what a token sees.
 _BOUNDS: Final = (
     "sliding_window", "attention_chunk_size", "index_topk", "index_topk_blocks", "keep_window_size",
     "attention_window", "attention_window_size", "local_attention", "window_size", "block_size",
@@ -53,15 +53,13 @@ _TREE: Final = (
     (True, False, True, True),
 )
 _KEPT: Final = (0, 2, 3)  # the path of the tree that is accepted
-# what an architecture's code may raise where it is run in a way that it does not know
-_FAILURES: Final = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)
 
 
 def check_packed_forward(language_model: LanguageModel, seed: int = 0) -> None:
     """Compare the steps of rounds with transformers' plain forward, on random tokens.
 
     Raises ModelError if any logit differs by more than the model's dtype explains, or if the model
-    has what this cannot see.
+    bounds what a token sees in a way that this check cannot reach.
     """
     name, kind = language_model.name, type(language_model.model).__name__
     _check_cached_windows(language_model)
@@ -71,14 +69,14 @@ def check_packed_forward(language_model: LanguageModel, seed: int = 0) -> None:
     with torch.inference_mode():
         try:
             _feed_rounds(fed, num_prompt)
-        except _FAILURES as error:
+        except FAILURES as error:
             reasons = "; ".join(language_model.visibility.reasons) or str(error)
             raise ModelError(f"{name}: {kind} cannot run the packed forward: {reasons}") from error
         finally:
             fed.release()
         try:
             worst, scale, step = _compare(fed)
-        except _FAILURES as error:
+        except FAILURES as error:
             raise ModelError(
                 f"{name}: {kind} cannot be checked: transformers' own forward over its text fails "
                 f"with {type(error).__name__}: {error}"
@@ -93,10 +91,10 @@ def check_packed_forward(language_model: LanguageModel, seed: int = 0) -> None:
         )
 
 
-def past_windows(language_model: LanguageModel, at_least: int, behind: int) -> int:
-    """Length of a prompt past every window and block that can be afforded.
+def past_windows(language_model: LanguageModel, at_least: int, after: int) -> int:
+    """Return the length of a prompt that exceeds every affordable window and block.
 
-    behind: positions that must stay free behind it. Raises ModelError if the context is too short.
+    after: positions that must stay free after it. Raises ModelError if the context is too short.
     """
     budget = _AFFORDABLE.get(language_model.device.type, _AFFORDABLE["cpu"])
     parameters = sum(p.numel() for p in language_model.model.parameters())
@@ -106,17 +104,17 @@ def past_windows(language_model: LanguageModel, at_least: int, behind: int) -> i
     if isinstance(language_model.cache, PagedCache):
         bounds.append(PAGED_BLOCK)
     wanted = [at_least, *(bound + _PAST for bound in bounds if bound + _PAST <= most)]
-    room = language_model.context_length - behind
+    room = language_model.context_length - after
     if room < _SHORT:
         raise ModelError(
             f"{language_model.name}: a context of {language_model.context_length} tokens is too "
-            f"short for the self-check, which needs {behind + _SHORT}"
+            f"short for the self-check, which needs {after + _SHORT}"
         )
     return min(max(wanted), room)
 
 
 def _declared(language_model: LanguageModel) -> dict[str, int]:
-    """The bounds in a model's configuration that lie within its context, by name."""
+    """Return the bounds in a model's configuration that are below its context, by name."""
     config: Any = language_model.model.config.get_text_config()
     values = {name: _number(config, name) for name in _BOUNDS}
     return {n: v for n, v in values.items() if v and 0 < v < language_model.context_length}
@@ -125,13 +123,13 @@ def _declared(language_model: LanguageModel) -> dict[str, int]:
 def _number(config: Any, name: str) -> int | None:
     try:
         value = getattr(config, name, None)
-    except (AttributeError, ValueError):  # differs from layer to layer: the mask code tells
+    except (AttributeError, ValueError):  # differs by layer: read from the mask code
         return None
     return value if type(value) is int else None
 
 
 def _check_bounds(language_model: LanguageModel, length: int) -> None:
-    """Raise ModelError if a token's view is bounded by what neither the text nor a mask shows."""
+    """Raise ModelError for a bound on what a token sees that is not reached and no mask shows."""
     seen = language_model.visibility
     complete = not seen.reasons
     for name, bound in _declared(language_model).items():
@@ -145,9 +143,9 @@ def _check_bounds(language_model: LanguageModel, length: int) -> None:
 
 
 def _check_cached_windows(language_model: LanguageModel) -> None:
-    """Raise ModelError if transformers' own cache forgets what a layer's mask lets it see.
+    """Raise ModelError if transformers' own cache drops positions that a layer's mask lets it see.
 
-    Then `generate` writes another text than the plain forward says, and nothing is right.
+    Then `generate` and the plain forward disagree, so there is no right text to compare with.
     """
     cache = DynamicCache(config=language_model.model.config)
     for index, seen in language_model.visibility.windows.items():
@@ -162,19 +160,19 @@ def _check_cached_windows(language_model: LanguageModel) -> None:
 
 @dataclass(slots=True)
 class _Fed:
-    """Three neighbouring rows that are fed step by step, and the logits found on the way."""
+    """Three neighbouring rows, fed step by step, with the logits of every step."""
 
     model: LanguageModel
     generator: torch.Generator
     cache: Any = None
     slots: list[int] = field(default_factory=list)
-    texts: list[list[int]] = field(default_factory=lambda: [[], [], []])  # as the cache holds them
+    texts: list[list[int]] = field(default_factory=lambda: [[], [], []])  # as cached
     found: list[tuple[str, list[int], Tensor]] = field(default_factory=list)  # step, text, [V]
 
     def __post_init__(self) -> None:
-        # a paged model is checked over its own cache, where its captured steps run
+        # a paged model is checked with its own cache, which its captured graphs use
         own = self.model.cache
-        # exact mode reads whole blocks of its own, which short ones of the cache would cut
+        # exact mode needs blocks of its own size
         rows = RowCache() if self.model.exact else RowCache(block=_CACHE_BLOCK)
         self.cache = own if isinstance(own, PagedCache) else rows
         self.slots = [self.cache.acquire() for _ in self.texts]
@@ -194,7 +192,7 @@ class _Fed:
         texts: list[list[int]] = []
         at = 0
         for row, piece, seen in zip(rows, pieces, ancestors, strict=True):
-            # of a piece of a prompt the last tokens do
+            # of a prompt's piece, the last tokens are enough
             for k in range(max(0, len(piece) - _PAST) if prefill else 0, len(piece)):
                 path = piece[: k + 1] if seen is None else piece[seen[k]]
                 places.append(at + k)
@@ -212,7 +210,7 @@ class _Fed:
         self.cache.copy_positions(self.slots[row], places, start)
 
     def forget(self, row: int, count: int) -> None:
-        """Take a row's last tokens back; what is cached of them stays there, stale."""
+        """Remove a row's last tokens; their cache entries stay, stale."""
         del self.texts[row][-count:]
 
     def release(self) -> None:
@@ -221,7 +219,7 @@ class _Fed:
 
 
 def _feed_rounds(fed: _Fed, num_prompt: int) -> None:
-    """The steps of a few rounds over a long row and two short ones."""
+    """Feed the steps of a few rounds to a long row and two short ones."""
     half = num_prompt // 2
     fed.feed("a prompt's first piece", {0: half, 1: _SHORT}, prefill=True)
     fed.feed("a prompt's last piece", {0: num_prompt - half, 2: _SHORT}, prefill=True)
@@ -235,13 +233,13 @@ def _feed_rounds(fed: _Fed, num_prompt: int) -> None:
 
 
 def _compare(fed: _Fed) -> tuple[float, float, str]:
-    """(largest difference, spread of the logits, the step it is at) against the plain forward."""
+    """Return (largest difference to the plain forward, spread of the logits, the step of the former)."""
     float32 = fed.model.dtype == torch.float32
     worst, scale, where = 0.0, 0.0, ""
     texts = [text for _, text, _ in fed.found]
     whole = [t for t in texts if not any(len(o) > len(t) and o[: len(t)] == t for o in texts)]
     long = max(map(len, whole))
-    # texts of about one length go through together: what pads one stands behind it
+    # texts of similar length share a forward; padding goes at their ends
     near = [2 * len(text) > long or long < _FEW for text in whole]
     for side in (True, False):
         group = [text for text, is_near in zip(whole, near, strict=True) if is_near == side]
@@ -260,7 +258,7 @@ def _compare(fed: _Fed) -> tuple[float, float, str]:
                 )
             # nan_to_num: Python's max would pass over a nan
             off = (found - expected).nan_to_num(nan=float("inf"))
-            # of rounded sums single logits stray; a wrong forward is off in all of them
+            # rounding moves single logits far; a wrong forward moves all of them
             difference = (off.abs().max() if float32 else off.square().mean().sqrt()).item()
             if difference > worst:
                 worst, where = difference, step
@@ -269,7 +267,7 @@ def _compare(fed: _Fed) -> tuple[float, float, str]:
 
 
 def _plain(language_model: LanguageModel, texts: Sequence[list[int]]) -> Tensor:
-    """transformers' own logits [texts, longest, V]; those behind a text's end mean nothing."""
+    """Return transformers' own logits [texts, longest, V]; those after a text's end are undefined."""
     longest = max(map(len, texts))
     ids = torch.tensor([[*t, *t[-1:] * (longest - len(t))] for t in texts])
     model: Any = language_model.model
@@ -307,7 +305,7 @@ def check_exact(language_model: LanguageModel, seed: int = 0) -> None:
 
 def _differs(language_model: LanguageModel, what: str) -> ModelError:
     return ModelError(
-        f"{language_model.name}: exact mode cannot be had on this machine: the logits behind {what} "
+        f"{language_model.name}: exact mode cannot be had on this machine: the logits after {what} "
         f"differ in their last bits from those of plain decoding in {language_model.dtype}; leave "
         "exact mode off, or use float32"
     )
@@ -321,7 +319,7 @@ def _decode(
     widths: Sequence[int],
     crowded: bool,
 ) -> Tensor:
-    """Logits behind every token of `text`, fed `widths` at a time, perhaps beside another row."""
+    """Return the logits after each token of `text`, fed `widths` at a time. crowded: two rows."""
     cache = RowCache()
     rows = [cache.acquire(), cache.acquire()]
     spans = [Span(rows[0], 0, len(prompt), prefill=True)]
@@ -335,8 +333,8 @@ def _decode(
         piece = text[at : at + width]
         span = Span(rows[0], len(prompt) + at, width)
         if crowded:
-            beside = Span(rows[1], len(other) + at, 1)
-            hidden = model.forward(torch.cat([text[:1], piece]), [beside, span], cache=cache)[1:]
+            neighbour = Span(rows[1], len(other) + at, 1)
+            hidden = model.forward(torch.cat([text[:1], piece]), [neighbour, span], cache=cache)[1:]
         else:
             hidden = model.forward(piece, [span], cache=cache)
         found.append(model.unembed(hidden))
@@ -345,7 +343,7 @@ def _decode(
 
 
 def _decode_tree(model: LanguageModel, prompt: Tensor, text: Tensor) -> Tensor:
-    """The same logits from trees of six nodes, of which every other one is wrong."""
+    """Return the logits of `_decode` from trees of five nodes, two of them wrong."""
     cache = RowCache()
     row = cache.acquire()
     model.forward(prompt, [Span(row, 0, len(prompt), prefill=True)], cache=cache)
@@ -366,7 +364,7 @@ def _decode_tree(model: LanguageModel, prompt: Tensor, text: Tensor) -> Tensor:
 
 
 def check_sublayers(language_model: LanguageModel, seed: int = 0) -> None:
-    """Check that skipping does what it says, on random tokens. Raises ModelError if it does not.
+    """Check the effect of skipped sub-layers on random tokens. Raises ModelError if it is wrong.
 
     With nothing skipped the hidden states must be the model's own; with everything skipped, those of
     the same model without decoder layers: embedding, last norm.
@@ -382,15 +380,13 @@ def check_sublayers(language_model: LanguageModel, seed: int = 0) -> None:
         return language_model.forward(tokens, [span], cache=cache, skip=subset)
 
     with torch.inference_mode():
-        whole, none_skipped, all_skipped = _tried(
-            name,
-            kind,
-            lambda: [
-                run(None),
-                run(LayerSubset()),
-                run(LayerSubset.everything(language_model.num_layers)),
-            ],
-        )
+        try:
+            whole, none_skipped = run(None), run(LayerSubset())
+            all_skipped = run(LayerSubset.everything(language_model.num_layers))
+        except FAILURES as error:
+            raise ModelError(
+                f"{name}: the sub-layers of {kind} cannot be skipped ({error})"
+            ) from error
         bare = _without_layers(language_model, tokens)
     tolerance = 1e-3 if language_model.dtype == torch.float32 else 0.05
     for found, expected in ((none_skipped, whole), (all_skipped, bare)):
@@ -398,19 +394,12 @@ def check_sublayers(language_model: LanguageModel, seed: int = 0) -> None:
         if not off <= tolerance * expected.float().std():
             raise ModelError(
                 f"{name}: the sub-layers of {kind} cannot be skipped: without them the hidden state "
-                f"is off by {off:.2g}, so its layers do more than add to the stream"
+                f"is off by {off:.2g}, so its layers do more than add to the residual stream"
             )
 
 
-def _tried(name: str, kind: str, act: Callable[[], list[Tensor]]) -> list[Tensor]:
-    try:
-        return act()
-    except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{name}: the sub-layers of {kind} cannot be skipped ({error})") from error
-
-
 def _without_layers(language_model: LanguageModel, tokens: Tensor) -> Tensor:
-    """[N, D] by transformers' own code around no decoder layers at all."""
+    """Return hidden states [N, D] of transformers' own code without decoder layers."""
     body = language_model.model.base_model
     sublayers = SubLayers(body, language_model.num_layers, language_model.name)
     with sublayers.no_layers():

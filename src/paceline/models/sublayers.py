@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-# what transformers calls the two sub-layers of a decoder layer; OPT's MLP is two bare linear layers,
-# Granite's the sum of two modules
+# transformers' names of the two sub-layers of a decoder layer; OPT's MLP is two bare linear layers,
+# GraniteMoeShared's the sum of two modules
 _ATTENTIONS: Final = (("self_attn",), ("attn",), ("attention",), ("self_attention",))
 _MLPS: Final = (
     ("mlp",),
@@ -118,7 +118,7 @@ def _silence_pair(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
 
 
 def _hand_on(hidden_states: Tensor, residual: Tensor, **kwargs: Any) -> Tensor:
-    """As modules that add to the stream by themselves (Bloom, MPT)."""
+    """Return the residual alone, for modules that add to it themselves (Bloom, MPT)."""
     return residual
 
 
@@ -127,7 +127,7 @@ def _hand_on_pair(hidden_states: Tensor, residual: Tensor, **kwargs: Any) -> tup
 
 
 def _silent(module: nn.Module, is_attention: bool) -> Callable[..., Any]:
-    """What stands in for a module's forward while it is silent."""
+    """Return the function that replaces a silent module's forward."""
     if "residual" in inspect.signature(type(module).forward).parameters:
         return _hand_on_pair if is_attention else _hand_on
     return _silence_pair if is_attention else _silence

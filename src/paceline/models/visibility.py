@@ -1,9 +1,9 @@
-"""Which earlier tokens each attention layer sees, asked of transformers' own mask code.
+"""The earlier tokens that each attention layer sees, read from transformers' own mask code.
 
-Some architectures tell their attention function the window, others apply it by the mask alone. One
-forward over a few tokens runs under a name of its own, with a mask function that notes what the model
-asks for and evaluates it up to the end of the context, and an attention that notes which layer got
-which mask. So a window of any length is read exactly and at the cost of a few tokens.
+Some architectures pass the window to their attention function, others apply it by the mask alone. One
+forward over a few tokens runs with a probe mask, which evaluates the model's mask function up to the
+end of the context, and a probe attention, which records the mask of each layer. So a window of any
+length is read exactly, at the cost of a few tokens.
 Symbols: N tokens, H query heads, D size of a value, w positions of a window.
 """
 
@@ -25,19 +25,24 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-PROBE: Final = "paceline_probe"
+FAILURES: Final = (
+    TypeError, ValueError, AttributeError, LookupError, RuntimeError, ImportError, AssertionError,
+)  # fmt: skip
+"""Exceptions that an architecture's code may raise where it is run in an unusual way."""
+
+_PROBE: Final = "paceline_probe"
 _NUM_TOKENS: Final = 3
 
 
 @dataclass(slots=True)
 class Visibility:
-    """What one forward showed: the window of every layer, and what packed rows cannot be given."""
+    """The findings of one forward: the window of every layer, and why packed rows would be wrong."""
 
     windows: dict[int, int | None] = field(default_factory=dict)  # by layer index; None: all
     reasons: list[str] = field(default_factory=list)  # why the packed forward would be wrong
     _context: int = 0
     _masks: dict[int, int | str | None] = field(default_factory=dict)  # by the tensor's address
-    _kept: list[Tensor] = field(default_factory=list)  # alive, so that no address is used twice
+    _kept: list[Tensor] = field(default_factory=list)  # kept alive, so that no address is reused
     _layers: dict[int, int] = field(default_factory=dict)  # layer index -> its module's id
 
     def note(self, reason: str) -> None:
@@ -49,13 +54,13 @@ _current: ContextVar[Visibility | None] = ContextVar("visibility", default=None)
 
 
 def configs_of(model: PreTrainedModel) -> list[Any]:
-    """The configurations in a model; each attention module reads its implementation from one."""
+    """Return a model's configurations; each attention module reads its implementation from one."""
     return list({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
 
 
 @contextmanager
 def attention_named(configs: Sequence[Any], name: str) -> Iterator[None]:
-    """The time in which a model runs its attention under a registered name."""
+    """Run a model's attention under a registered name inside the block."""
     before = [config._attn_implementation for config in configs]
     for config in configs:
         config._attn_implementation_internal = name
@@ -69,19 +74,16 @@ def attention_named(configs: Sequence[Any], name: str) -> Iterator[None]:
 def look_at(model: PreTrainedModel, context_length: int, device: torch.device) -> Visibility:
     """Run a few tokens through a model's body and return what its attention was given.
 
-    device: where token ids go in. A forward that fails shows what it can: its error is a reason.
+    device: of the token ids. The error of a forward that fails becomes a reason.
     """
     seen = Visibility(_context=context_length)
     body: Any = model.base_model
     tokens = torch.zeros((1, min(_NUM_TOKENS, context_length)), dtype=torch.int64, device=device)
     current = _current.set(seen)
     try:
-        with torch.inference_mode(), attention_named(configs_of(model), PROBE):
+        with torch.inference_mode(), attention_named(configs_of(model), _PROBE):
             body(input_ids=tokens, use_cache=False)
-    except (
-        TypeError, ValueError, AttributeError, LookupError, RuntimeError, ImportError,
-        AssertionError,
-    ) as error:  # fmt: skip
+    except FAILURES as error:
         seen.note(f"its forward fails on plain tokens: {type(error).__name__}: {error}"[:200])
     finally:
         _current.reset(current)
@@ -102,7 +104,7 @@ def look_at(model: PreTrainedModel, context_length: int, device: torch.device) -
 def _probe_mask(
     *args: Any, mask_function: Callable[..., Tensor], device: Any = None, **kwargs: Any
 ) -> Any:
-    """transformers' mask interface. Returns the real mask of the few tokens, and notes its rule."""
+    """Stand in for transformers' mask function: return the real mask and record its window."""
     seen = _current.get()
     assert seen is not None
     kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
@@ -116,9 +118,9 @@ def _probe_mask(
 def window_of(
     mask_function: Callable[..., Tensor], context_length: int, device: Any
 ) -> int | str | None:
-    """The window w of a mask function within a context, None for all earlier tokens.
+    """Return the window w of a mask function within a context, or None for all earlier tokens.
 
-    A string says what it is where it is neither.
+    Return the reason as a string if the mask is neither.
     """
     zero = torch.zeros((1, 1, 1, 1), dtype=torch.int64, device=device)
     keys = torch.arange(context_length, device=device)[None, None, None]
@@ -127,7 +129,7 @@ def window_of(
     for query in (last, 2 * last // 3, last // 3 + 1, 1, 0):
         try:
             visible = mask_function(zero, zero, zero + query, keys)
-        except (TypeError, ValueError, LookupError, RuntimeError) as error:
+        except FAILURES as error:
             return f"its attention mask follows a rule of its own ({type(error).__name__})"
         visible = visible.expand(1, 1, 1, context_length).flatten()
         if bool(visible[query + 1 :].any()):
@@ -151,7 +153,7 @@ def _probe_attention(
     is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface. Returns zeros [1, N, H, D], and notes the layer's mask."""
+    """Stand in for transformers' attention: return zeros [1, N, H, D] and record the layer's mask."""
     seen = _current.get()
     assert seen is not None
     layer = getattr(module, "layer_idx", None)
@@ -177,5 +179,5 @@ def _probe_attention(
     return query.new_zeros(*query.shape[:1], query.shape[2], query.shape[1], value.shape[3]), None
 
 
-AttentionInterface.register(PROBE, _probe_attention)
-AttentionMaskInterface.register(PROBE, _probe_mask)
+AttentionInterface.register(_PROBE, _probe_attention)
+AttentionMaskInterface.register(_PROBE, _probe_mask)

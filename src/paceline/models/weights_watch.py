@@ -1,8 +1,8 @@
-"""Whether a model's weights are still those that something was made of.
+"""Detection of changes to a model's weights after load.
 
-The lean forward packs the weights into copies and caches hold what they computed, so weights that
-change in place (an optimizer's step, a merge, another adapter, a `load_state_dict`) make both wrong.
-Cheap enough to ask at every request: no weight is read as a whole.
+The lean forward copies the weights and caches hold their results, so a change in place (an optimizer's
+step, a merge, another adapter, a `load_state_dict`) makes both wrong. The check is cheap enough for
+every request: it reads no weight as a whole.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _INTEGERS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int6
 
 
 class WeightsWatch:
-    """The weights of a model as they were when this was made.
+    """A record of a model's weights at the time this was made.
 
     Notices parameters and modules that were replaced or moved, writes that torch counts (in place,
     under `no_grad`, too) and switched PEFT adapters. Of writes that torch does not count (through
@@ -27,11 +27,11 @@ class WeightsWatch:
     """
 
     def __init__(self, model: Any) -> None:
-        """model: a module; of anything else nothing ever changes."""
+        """model: a module; anything else never changes."""
         modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
         tables: list[dict[str, Any]] = [m._parameters for m in modules]
         tables += [m._modules for m in modules]
-        # what accelerate has offloaded is put in place and taken away again by every forward
+        # not weights that accelerate has offloaded, since every forward loads and removes them
         entries = [
             (t, name, v)
             for t in tables
@@ -49,7 +49,7 @@ class WeightsWatch:
         self._seen = self._state()
 
     def has_changed(self) -> bool:
-        """Whether the weights are others than when this was made."""
+        """Return whether the weights have changed since this was made."""
         held = map(dict.get, self._tables, self._names)
         return not all(map(is_, held, self._values)) or self._state() != self._seen
 
@@ -63,7 +63,7 @@ class WeightsWatch:
 
 
 def _sample(weight: Tensor) -> memoryview | None:
-    """A view of a weight's middle number, as the integer of its bits; None where there is none."""
+    """Return a view of a weight's middle number as an integer; None if it cannot be read cheaply."""
     kind = _INTEGERS.get(weight.element_size())
     if weight.device.type != "cpu" or kind is None or not weight.numel():
         return None

@@ -72,16 +72,16 @@ def exponential(seeds: Tensor, positions: Tensor, stream: int, num_tokens: int) 
 
 
 def race(probs: Tensor, noise: Tensor) -> Tensor:
-    """One draw from each distribution: [..., V] probabilities and noise to [...] token ids.
+    """Draw a token id [...] from each distribution [..., V] with noise [..., V].
 
-    -1 where no token is possible, or where the probabilities are no numbers.
+    -1 if no token is possible or a probability is nan.
     """
     best, winners = (probs / noise).max(dim=-1)
     return torch.where(best > 0.0, winners, -1)
 
 
 def draw(probs: Tensor, seed: int, position: int, stream: int) -> int:
-    """One draw from a distribution [V] of float32, by the race at a row's seed and position; -1 if none.
+    """Draw from a distribution [V] of float32 by the race at a seed and position; -1 if no token can be.
 
     On the CPU by the compiled race: there the noise of a whole vocabulary takes longer to make than many
     a model's forward. Elsewhere by `race`. They differ at most where two tokens tie to the last bit.

@@ -26,7 +26,7 @@ def _mix(x: np.uint64) -> np.uint64:
 
 @compiled
 def race(probs: np.ndarray, seed: np.uint64, position: np.uint64, stream: np.uint64) -> int:
-    """The winner among probs [V] float32; -1 where nothing is possible, or where they are no numbers."""
+    """Return the winner among probs [V] float32; -1 if no token is possible."""
     best, winner = np.float32(0.0), -1
     bits = _mix(_mix(seed + _GOLDEN * stream) + _GOLDEN * (position + np.uint64(1)))
     for token in range(len(probs)):

@@ -84,8 +84,9 @@ def look_ahead(foresight: Foresight, num_output: int, max_total_output: int) -> 
 
 
 def _round(foresight: Foresight, position: int, limit: int) -> tuple[int, int]:
-    """What is foreseen there. A drafter's own replay is not trusted to count: less than nothing
-    accepted would have no end.
+    """Return (drafted, accepted) tokens of a round at a position, checked.
+
+    A negative count from a drafter's own replay would never end.
     """
     drafted, accepted = foresight.accepted(position, limit)
     drafted, accepted = read_whole("drafted", drafted), read_whole("accepted", accepted)

@@ -172,7 +172,7 @@ def read_overlaps(folder: Path) -> dict[str, dict[str, np.ndarray]]:
 
 
 def is_collection(folder: Path) -> bool:
-    """Whether something was collected there, whatever made it."""
+    """Return whether a folder holds a collection, of any version."""
     return folder_of(folder, TRAJECTORIES).is_dir()
 
 

@@ -174,7 +174,7 @@ class DecisionLog:
                 with file:
                     file.write(self._head)
             except OSError:
-                path.unlink()  # or a full disk would gain an empty file for every request
+                path.unlink()  # else a full disk gets one empty file per request
                 raise
             return path
 

@@ -3,4 +3,4 @@
 from typing import Final
 
 HANGS: Final = 900.0
-"""Seconds after which a test takes what it waits for to hang; no test waits on a time to pass."""
+"""Seconds after which a waiting test fails; far more than any test needs."""

@@ -1,9 +1,9 @@
-"""Every causal language model of transformers, tiny: is its text `generate`'s, or is it refused?
+"""A check of every causal language model of transformers, tiny: exact, or refused.
 
-Configurations are made small by the names of their fields, with windows shorter than the texts, so a
-new architecture of transformers joins by itself. Weights are random and wide. `judge` loads a model
-as a user would and compares greedy text at several lengths, in one batch, with drafts that are partly
-wrong, chains and trees. Used by `scripts/models_table.py` and the tests.
+Configurations are made small by the names of their fields, with windows shorter than the texts, so new
+architectures of transformers are included automatically. Weights are random and large. `judge` loads a
+model as a user would and compares greedy text with `generate`'s: several lengths in one batch, chains
+and trees that are partly wrong. Used by `scripts/models_table.py` and the tests.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ NEW_TOKENS: Final = 14
 _MOST_PARAMETERS: Final = 16_000_000
 _STD: Final = 0.25
 
-# Fields of configurations, by what they mean, and how large they are in a tiny model.
+# Fields of configurations, grouped by meaning, with their size in a tiny model.
 _FIELDS: Final[dict[str, Any]] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "n_words"), NUM_TOKENS),
     **dict.fromkeys(
@@ -93,7 +93,7 @@ _FIELDS: Final[dict[str, Any]] = {
     "num_kv_shared_layers": 0,
     "first_k_dense_replace": 1,
     "is_decoder": True,
-    # a factor of one would hide that it is forgotten
+    # not 1, so that a forgotten factor shows
     "logits_scaling": 3.0,
     "residual_multiplier": 0.5,
     "embedding_multiplier": 2.0,
@@ -101,10 +101,10 @@ _FIELDS: Final[dict[str, Any]] = {
 }  # fmt: skip
 _SPECIAL: Final = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
-# Set where their default is None, too.
+# Set even if their default is None.
 _ALWAYS: Final = frozenset({*_SPECIAL, "sliding_window", "max_position_embeddings", "head_dim"})
 
-# What the names alone do not say, by model type.
+# Exceptions by model type.
 _OVERRIDES: Final[dict[str, dict[str, Any]]] = {
     "bamba": {"attn_layer_indices": [1], "mamba_d_head": 16},
     "cohere_compass_text": {"layer_types": None},
@@ -128,7 +128,7 @@ _OVERRIDES: Final[dict[str, dict[str, Any]]] = {
 
 
 def architectures() -> list[tuple[str, type]]:
-    """(class name, configuration class) of every causal LM of the installed transformers."""
+    """Return (class name, configuration class) of every causal LM of the installed transformers."""
     found: dict[str, type] = {}
     mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
     for config_class, model_class in mapping.items():
@@ -137,7 +137,7 @@ def architectures() -> list[tuple[str, type]]:
 
 
 def tiny_config(config_class: Any) -> PreTrainedConfig:
-    """A small configuration of a class: its own defaults, with the known fields made small."""
+    """Return a configuration with the class's defaults, except the known fields, made small."""
     default = config_class()
     known = set(default.to_dict()) | set(default.__dict__)
     model_type = default.model_type
@@ -163,9 +163,9 @@ def tiny_config(config_class: Any) -> PreTrainedConfig:
 
 
 def tiny_of(config_class: Any, seed: int = 0) -> PreTrainedModel:
-    """A random model of a configuration class in float32, without special tokens.
+    """Build a random model of a configuration class in float32, without special tokens.
 
-    Raises whatever its code raises when the small configuration does not suit it.
+    Raises what the model's code raises if it rejects the small configuration.
     """
     auto: Any = AutoModelForCausalLM
     with quiet_transformers():
@@ -203,7 +203,7 @@ def judge(name: str, config_class: Any) -> Judgement:
         model = tiny_of(config_class)
         prompts = [_prompt(length, seed) for seed, length in enumerate(PROMPTS)]
         expected = [_generate(model, prompt) for prompt in prompts]
-    except Exception as error:  # noqa: BLE001 - any failure of its own code means: not built
+    except Exception as error:  # noqa: BLE001 - any failure of the model's code
         return Judgement(name, "not built", _first_line(error))
     everything = [[*p, *e] for p, e in zip(prompts, expected, strict=True)]
     drafters = {"chain": _chain(everything), "tree": _tree(everything)}
@@ -211,7 +211,7 @@ def judge(name: str, config_class: Any) -> Judgement:
         pace = load(target=model, tokenizer=byte_tokenizer(), drafters=drafters)
     except ModelError as error:
         return Judgement(name, "refused", _reason(name, str(error)))
-    except Exception as error:  # noqa: BLE001 - a model is refused by name, not by a crash
+    except Exception as error:  # noqa: BLE001 - a refusal is a ModelError
         return Judgement(name, "wrong", f"load: {_first_line(error)}")
     for drafter in ("none", "chain", "tree"):
         for batch in (prompts, prompts[:1]):
@@ -242,7 +242,7 @@ _SAYS: Final[dict[Result, str]] = {
 
 
 def table(judged: Sequence[Judgement]) -> str:
-    """The Markdown of all architectures' lines, with the circumstances above."""
+    """Return a Markdown table of all architectures, after a line of circumstances."""
     exact = [j for j in judged if j.result in ("lean", "transformers")]
     counts = {result: sum(j.result == result for j in judged) for result in _SAYS}
     lines = [
@@ -279,13 +279,13 @@ def _generate(model: Any, prompt: Sequence[int]) -> list[int]:
 
 
 def _following(everything: Sequence[Sequence[int]], tokens: Sequence[int], n: int) -> list[int]:
-    """The right next tokens of the row that these tokens are of."""
+    """Return the right next tokens of the row that begins with these tokens."""
     text = next((t for t in everything if list(t[: len(tokens)]) == list(tokens)), None)
     return [] if text is None else list(text[len(tokens) : len(tokens) + n])
 
 
 def _chain(everything: Sequence[Sequence[int]]) -> ScriptedDrafter:
-    """Two right tokens, then wrong ones."""
+    """Make a drafter of chains of two right tokens and then wrong ones."""
 
     def function(tokens: Sequence[int], limit: int) -> list[int]:
         right = _following(everything, tokens, limit)
@@ -295,7 +295,7 @@ def _chain(everything: Sequence[Sequence[int]]) -> ScriptedDrafter:
 
 
 def _tree(everything: Sequence[Sequence[int]]) -> ScriptedTree:
-    """A wrong first branch of two, and a right one of which the third token is wrong."""
+    """Make a drafter of trees with a wrong first branch and a right one with a wrong third token."""
 
     def function(tokens: Sequence[int], limit: int) -> tuple[list[int], list[int]]:
         right = _following(everything, tokens, min(limit, 3))
@@ -308,7 +308,7 @@ def _tree(everything: Sequence[Sequence[int]]) -> ScriptedTree:
 
 
 def _reason(name: str, error: str) -> str:
-    """Why a model was refused, without what the line says already."""
+    """Return why a model was refused, without what its line of the table says already."""
     reason = error.removeprefix("target: ")
     differs = re.fullmatch(
         r"the packed forward of \w+ differs .*?; this .*? supported(?:: (.*))?", reason

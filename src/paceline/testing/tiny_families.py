@@ -1,7 +1,7 @@
-"""Tiny models of families that go their own way: at the logits, in the attention, or in its bias.
+"""Tiny models of families with code of their own at the logits, in the attention or in its bias.
 
-The builders behind `tiny_models.FAMILIES`, in the same shapes as its `ARCHITECTURES`. Models whose
-number of heads is not a power of two have two series of ALiBi slopes.
+The builders of `tiny_models.FAMILIES`, in the sizes of its `ARCHITECTURES`. With a number of heads that
+is not a power of two, ALiBi has two series of slopes.
 """
 
 from __future__ import annotations
@@ -43,50 +43,19 @@ from transformers import (
     XGLMForCausalLM,
 )
 
+from paceline.testing.tiny_shapes import HEADS, HIDDEN, LAYERS, PLAIN, gpt_shape, llama_shape
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from transformers import PreTrainedModel
 
-_HIDDEN: Final = 32
-_LAYERS: Final = 2
-_HEADS: Final = 4
 _ODD_HEADS: Final[dict[str, Any]] = {"hidden": 48, "heads": 6}
-_PLAIN: Final[dict[str, Any]] = {
-    "tie_word_embeddings": False,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
-
-
-def _shape(vocab_size: int, context: int) -> dict[str, Any]:
-    return {
-        "vocab_size": vocab_size,
-        "hidden_size": _HIDDEN,
-        "intermediate_size": 2 * _HIDDEN,
-        "num_hidden_layers": _LAYERS,
-        "num_attention_heads": _HEADS,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": context,
-        **_PLAIN,
-    }
-
-
-def _gpt_shape(vocab_size: int, context: int) -> dict[str, Any]:
-    return {
-        "vocab_size": vocab_size,
-        "n_positions": context,
-        "n_embd": _HIDDEN,
-        "n_layer": _LAYERS,
-        "n_head": _HEADS,
-        **_PLAIN,
-    }
 
 
 def _cohere(vocab_size: int, context: int) -> PreTrainedModel:
     """Scaled logits of a tied head, norms on queries and keys, parallel attention and MLP."""
-    shape = _shape(vocab_size, context) | {"tie_word_embeddings": True}
+    shape = llama_shape(vocab_size, context) | {"tie_word_embeddings": True}
     return CohereForCausalLM(CohereConfig(**shape, logit_scale=0.25, use_qk_norm=True))
 
 
@@ -94,7 +63,7 @@ def _cohere2(vocab_size: int, context: int) -> PreTrainedModel:
     """Scaled logits; a window of 6 tokens with angles on one layer, none of either on the other."""
     return Cohere2ForCausalLM(
         Cohere2Config(
-            **_shape(vocab_size, context),
+            **llama_shape(vocab_size, context),
             logit_scale=0.25,
             sliding_window=6,
             layer_types=["sliding_attention", "full_attention"],
@@ -112,27 +81,27 @@ _MULTIPLIERS: Final[dict[str, Any]] = {
 
 def _granite(vocab_size: int, context: int) -> PreTrainedModel:
     """Multipliers of the embedding, the scores, the residuals and the logits."""
-    return GraniteForCausalLM(GraniteConfig(**_shape(vocab_size, context), **_MULTIPLIERS))
+    return GraniteForCausalLM(GraniteConfig(**llama_shape(vocab_size, context), **_MULTIPLIERS))
 
 
 _EXPERTS: Final[dict[str, Any]] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 def _granite_moe(vocab_size: int, context: int) -> PreTrainedModel:
-    """Granite with two of four experts a token."""
+    """Granite with two of four experts per token."""
     return GraniteMoeForCausalLM(
-        GraniteMoeConfig(**_shape(vocab_size, context), **_MULTIPLIERS, **_EXPERTS)
+        GraniteMoeConfig(**llama_shape(vocab_size, context), **_MULTIPLIERS, **_EXPERTS)
     )
 
 
 def _granite_moe_shared(vocab_size: int, context: int) -> PreTrainedModel:
-    """Granite with two of four experts a token, and one for all."""
+    """Granite with two of four experts per token, and one for all."""
     return GraniteMoeSharedForCausalLM(
         GraniteMoeSharedConfig(
-            **_shape(vocab_size, context),
+            **llama_shape(vocab_size, context),
             **_MULTIPLIERS,
             **_EXPERTS,
-            shared_intermediate_size=_HIDDEN,
+            shared_intermediate_size=HIDDEN,
         )
     )
 
@@ -141,11 +110,11 @@ def _falcon_like(vocab_size: int, context: int, **settings: Any) -> PreTrainedMo
     return FalconForCausalLM(
         FalconConfig(
             vocab_size=vocab_size,
-            hidden_size=settings.pop("hidden", _HIDDEN),
-            num_hidden_layers=_LAYERS,
-            num_attention_heads=settings.pop("heads", _HEADS),
+            hidden_size=settings.pop("hidden", HIDDEN),
+            num_hidden_layers=LAYERS,
+            num_attention_heads=settings.pop("heads", HEADS),
             max_position_embeddings=context,
-            **_PLAIN,
+            **PLAIN,
             **settings,
         )
     )
@@ -175,23 +144,25 @@ def _falcon_alibi(vocab_size: int, context: int) -> PreTrainedModel:
 def _stablelm(vocab_size: int, context: int) -> PreTrainedModel:
     """Norms per head on queries and keys, partly rotary heads, parallel attention and MLP."""
     return StableLmForCausalLM(
-        StableLmConfig(**_shape(vocab_size, context), qk_layernorm=True, use_parallel_residual=True)
+        StableLmConfig(
+            **llama_shape(vocab_size, context), qk_layernorm=True, use_parallel_residual=True
+        )
     )
 
 
 def _nemotron(vocab_size: int, context: int) -> PreTrainedModel:
     """Norms with weights around 1, partly rotary heads, a squared ReLU."""
-    return NemotronForCausalLM(NemotronConfig(**_shape(vocab_size, context), head_dim=8))
+    return NemotronForCausalLM(NemotronConfig(**llama_shape(vocab_size, context), head_dim=8))
 
 
 def _gptj(vocab_size: int, context: int) -> PreTrainedModel:
     """Rotary positions in interleaved pairs on a part of each head, from a table."""
-    return GPTJForCausalLM(GPTJConfig(**_gpt_shape(vocab_size, context), rotary_dim=4))
+    return GPTJForCausalLM(GPTJConfig(**gpt_shape(vocab_size, context), rotary_dim=4))
 
 
 def _codegen(vocab_size: int, context: int) -> PreTrainedModel:
     """GPT-J with fused query-key-value weights in four parts."""
-    return CodeGenForCausalLM(CodeGenConfig(**_gpt_shape(vocab_size, context), rotary_dim=4))
+    return CodeGenForCausalLM(CodeGenConfig(**gpt_shape(vocab_size, context), rotary_dim=4))
 
 
 def _gpt_neo(vocab_size: int, context: int) -> PreTrainedModel:
@@ -199,20 +170,20 @@ def _gpt_neo(vocab_size: int, context: int) -> PreTrainedModel:
     return GPTNeoForCausalLM(
         GPTNeoConfig(
             vocab_size=vocab_size,
-            hidden_size=_HIDDEN,
-            num_layers=_LAYERS,
-            num_heads=_HEADS,
+            hidden_size=HIDDEN,
+            num_layers=LAYERS,
+            num_heads=HEADS,
             max_position_embeddings=context,
             window_size=6,
             attention_types=[[["global", "local"], 1]],
-            **_PLAIN,
+            **PLAIN,
         )
     )
 
 
 def _gpt1(vocab_size: int, context: int) -> PreTrainedModel:
-    """Norms behind the residuals, learned positions, keys laid out in columns."""
-    return OpenAIGPTLMHeadModel(OpenAIGPTConfig(**_gpt_shape(vocab_size, context)))
+    """Norms after the residuals, learned positions, keys laid out in columns."""
+    return OpenAIGPTLMHeadModel(OpenAIGPTConfig(**gpt_shape(vocab_size, context)))
 
 
 def _gpt_neox_japanese(vocab_size: int, context: int) -> PreTrainedModel:
@@ -220,11 +191,11 @@ def _gpt_neox_japanese(vocab_size: int, context: int) -> PreTrainedModel:
     return GPTNeoXJapaneseForCausalLM(
         GPTNeoXJapaneseConfig(
             vocab_size=vocab_size,
-            hidden_size=_HIDDEN,
-            num_hidden_layers=_LAYERS,
-            num_attention_heads=_HEADS,
+            hidden_size=HIDDEN,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
             max_position_embeddings=context,
-            **_PLAIN,
+            **PLAIN,
         )
     )
 
@@ -234,10 +205,10 @@ def _xglm(vocab_size: int, context: int) -> PreTrainedModel:
     return XGLMForCausalLM(
         XGLMConfig(
             vocab_size=vocab_size,
-            d_model=_HIDDEN,
-            ffn_dim=2 * _HIDDEN,
-            num_layers=_LAYERS,
-            attention_heads=_HEADS,
+            d_model=HIDDEN,
+            ffn_dim=2 * HIDDEN,
+            num_layers=LAYERS,
+            attention_heads=HEADS,
             max_position_embeddings=context,
             tie_word_embeddings=False,
             bos_token_id=None,
@@ -248,14 +219,14 @@ def _xglm(vocab_size: int, context: int) -> PreTrainedModel:
 
 
 def _bloom(vocab_size: int, context: int) -> PreTrainedModel:
-    """ALiBi from the first position, a norm behind the embedding, residuals added inside modules."""
+    """ALiBi from the first position, a norm after the embedding, residuals added inside modules."""
     return BloomForCausalLM(
         BloomConfig(
             vocab_size=vocab_size,
             hidden_size=_ODD_HEADS["hidden"],
             n_head=_ODD_HEADS["heads"],
-            n_layer=_LAYERS,
-            **{"seq_length": context, **_PLAIN},
+            n_layer=LAYERS,
+            **{"seq_length": context, **PLAIN},
         )
     )
 
@@ -267,10 +238,10 @@ def _mpt(vocab_size: int, context: int) -> PreTrainedModel:
             vocab_size=vocab_size,
             d_model=_ODD_HEADS["hidden"],
             n_heads=_ODD_HEADS["heads"],
-            n_layers=_LAYERS,
+            n_layers=LAYERS,
             max_seq_len=context,
             attn_config={"clip_qkv": 2.0},
-            **_PLAIN,
+            **PLAIN,
         )
     )
 
@@ -295,5 +266,5 @@ BUILDERS: Final[dict[str, Callable[[int, int], PreTrainedModel]]] = {
     "bloom": _bloom,
     "mpt": _mpt,
 }
-# what follows the attention of these asks more of it than a zero
+# the code after their attention does not accept a zero output
 WITHOUT_SUBSETS: Final = ("gpt1", "gpt_neox_japanese")

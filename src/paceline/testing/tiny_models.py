@@ -7,7 +7,7 @@ training, so that the greedy output wanders over the vocabulary instead of repea
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from transformers import (
@@ -35,45 +35,23 @@ from transformers import (
 )
 
 from paceline.testing import tiny_families
+from paceline.testing.tiny_shapes import HEADS, HIDDEN, LAYERS, PLAIN, gpt_shape, llama_shape
 from paceline.testing.tokenizers import NUM_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_HIDDEN: Final = 32
-_LAYERS: Final = 2
-_HEADS: Final = 4
 _STD: Final = 0.25  # of the weights, an order of magnitude more than is usual
-# No special ids: several architectures' own defaults lie outside a small vocabulary.
-_PLAIN: Final[dict[str, Any]] = {
-    "tie_word_embeddings": False,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
-
-
-def _llama_like(vocab_size: int, context: int) -> dict[str, Any]:
-    return {
-        "vocab_size": vocab_size,
-        "hidden_size": _HIDDEN,
-        "intermediate_size": 2 * _HIDDEN,
-        "num_hidden_layers": _LAYERS,
-        "num_attention_heads": _HEADS,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": context,
-        **_PLAIN,
-    }
 
 
 def _llama(vocab_size: int, context: int) -> PreTrainedModel:
     """Grouped-query attention: 4 heads share 2 key-value heads."""
-    return LlamaForCausalLM(LlamaConfig(**_llama_like(vocab_size, context)))
+    return LlamaForCausalLM(LlamaConfig(**llama_shape(vocab_size, context)))
 
 
 def _llama3(vocab_size: int, context: int) -> PreTrainedModel:
     """Llama 3's scaled angles and a tied head."""
-    shape = _llama_like(vocab_size, context) | {"tie_word_embeddings": True}
+    shape = llama_shape(vocab_size, context) | {"tie_word_embeddings": True}
     rope = {
         "rope_type": "llama3",
         "rope_theta": 500000.0,
@@ -89,7 +67,7 @@ def _qwen2(vocab_size: int, context: int) -> PreTrainedModel:
     """Biases on queries, keys and values; the second layer has a sliding window of 6 tokens."""
     return Qwen2ForCausalLM(
         Qwen2Config(
-            **_llama_like(vocab_size, context),
+            **llama_shape(vocab_size, context),
             use_sliding_window=True,
             sliding_window=6,
             max_window_layers=1,
@@ -99,13 +77,13 @@ def _qwen2(vocab_size: int, context: int) -> PreTrainedModel:
 
 def _qwen3(vocab_size: int, context: int) -> PreTrainedModel:
     """Norms on queries and keys, and heads wider than hidden size / number of heads."""
-    return Qwen3ForCausalLM(Qwen3Config(**_llama_like(vocab_size, context), head_dim=16))
+    return Qwen3ForCausalLM(Qwen3Config(**llama_shape(vocab_size, context), head_dim=16))
 
 
 def _mistral(vocab_size: int, context: int) -> PreTrainedModel:
     """A sliding window of 6 tokens on every layer."""
     return MistralForCausalLM(
-        MistralConfig(**_llama_like(vocab_size, context), head_dim=8, sliding_window=6)
+        MistralConfig(**llama_shape(vocab_size, context), head_dim=8, sliding_window=6)
     )
 
 
@@ -113,7 +91,7 @@ def _gemma2(vocab_size: int, context: int) -> PreTrainedModel:
     """Sliding and full layers in turn, capped attention scores and capped logits."""
     return Gemma2ForCausalLM(
         Gemma2Config(
-            **_llama_like(vocab_size, context),
+            **llama_shape(vocab_size, context),
             head_dim=8,
             query_pre_attn_scalar=8,
             sliding_window=6,
@@ -127,7 +105,7 @@ def _gemma3(vocab_size: int, context: int) -> PreTrainedModel:
     """Norms on queries and keys, and other angles on the sliding layer than on the full one."""
     return Gemma3ForCausalLM(
         Gemma3TextConfig(
-            **_llama_like(vocab_size, context),
+            **llama_shape(vocab_size, context),
             head_dim=8,
             query_pre_attn_scalar=8,
             sliding_window=6,
@@ -138,7 +116,7 @@ def _gemma3(vocab_size: int, context: int) -> PreTrainedModel:
 
 def _phi(vocab_size: int, context: int) -> PreTrainedModel:
     """Rotary positions on a part of each head, biases everywhere, parallel attention and MLP."""
-    return PhiForCausalLM(PhiConfig(**_llama_like(vocab_size, context)))
+    return PhiForCausalLM(PhiConfig(**llama_shape(vocab_size, context)))
 
 
 def _opt(vocab_size: int, context: int) -> PreTrainedModel:
@@ -146,29 +124,20 @@ def _opt(vocab_size: int, context: int) -> PreTrainedModel:
     return OPTForCausalLM(
         OPTConfig(
             vocab_size=vocab_size,
-            hidden_size=_HIDDEN,
-            ffn_dim=2 * _HIDDEN,
-            num_hidden_layers=_LAYERS,
-            num_attention_heads=_HEADS,
+            hidden_size=HIDDEN,
+            ffn_dim=2 * HIDDEN,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
             max_position_embeddings=context,
-            word_embed_proj_dim=_HIDDEN,
-            **_PLAIN,
+            word_embed_proj_dim=HIDDEN,
+            **PLAIN,
         )
     )
 
 
 def _gpt2(vocab_size: int, context: int) -> PreTrainedModel:
     """Learned positions and fused query-key-value weights."""
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=vocab_size,
-            n_positions=context,
-            n_embd=_HIDDEN,
-            n_layer=_LAYERS,
-            n_head=_HEADS,
-            **_PLAIN,
-        )
-    )
+    return GPT2LMHeadModel(GPT2Config(**gpt_shape(vocab_size, context)))
 
 
 def _gpt_neox(vocab_size: int, context: int) -> PreTrainedModel:
@@ -176,12 +145,12 @@ def _gpt_neox(vocab_size: int, context: int) -> PreTrainedModel:
     return GPTNeoXForCausalLM(
         GPTNeoXConfig(
             vocab_size=vocab_size,
-            hidden_size=_HIDDEN,
-            intermediate_size=2 * _HIDDEN,
-            num_hidden_layers=_LAYERS,
-            num_attention_heads=_HEADS,
+            hidden_size=HIDDEN,
+            intermediate_size=2 * HIDDEN,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
             max_position_embeddings=context,
-            **_PLAIN,
+            **PLAIN,
         )
     )
 
@@ -211,7 +180,7 @@ def tiny_model(
     context: int = 128,
     std: float = _STD,
 ) -> PreTrainedModel:
-    """A random model of `ARCHITECTURES` or `FAMILIES` in float32, evaluating, without a stop token.
+    """Build a random model of `ARCHITECTURES` or `FAMILIES` in float32, without a stop token.
 
     context: positions it can hold. std: of the weights; the wider, the less flat its distributions.
     The default vocabulary is that of `byte_tokenizer`. The global random state is left as it was.

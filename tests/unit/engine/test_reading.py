@@ -312,7 +312,7 @@ def test_a_stray_byte_does_not_hold_back_what_follows() -> None:
 
 def test_text_that_changes_after_it_left_is_told() -> None:
     """As of a decoder that reads the text from its end."""
-    stream = TextStream(lambda tokens: "".join(map(str, reversed(tokens))))
+    stream = TextStream(Detokenizer.wrap(lambda tokens: "".join(map(str, reversed(tokens)))))
     assert stream.push([1]) == "1"
     assert stream.push([2]) == ""
 

@@ -16,6 +16,7 @@ from paceline.engine import TextStream
 from paceline.engine.prefixes import BLOCK, PrefixStore
 from paceline.errors import DecodingError, QueueFullError, RequestError
 from paceline.models.cache import RowCache
+from paceline.models.detokenizer import Detokenizer
 from paceline.testing.reference import greedy_reference
 from paceline.testing.scripted import ScriptedDrafter, copying
 from paceline.testing.tiny_models import perturbed, tiny_model
@@ -333,6 +334,7 @@ TEXT = "naïve 🙂 日本語 and plain; STOPS here STOP there"
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_no_piece_holds_half_a_character(size: int) -> None:
+    @Detokenizer.wrap
     def decode(tokens: Sequence[int]) -> str:
         return bytes(tokens).decode("utf-8", errors="replace")
 
@@ -347,6 +349,7 @@ def test_no_piece_holds_half_a_character(size: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_no_piece_holds_the_beginning_of_a_stop_string(size: int) -> None:
+    @Detokenizer.wrap
     def decode(tokens: Sequence[int]) -> str:
         return bytes(tokens).decode("utf-8", errors="replace")
 
@@ -361,6 +364,7 @@ def test_no_piece_holds_the_beginning_of_a_stop_string(size: int) -> None:
 
 
 def test_what_was_held_back_comes_at_the_end() -> None:
+    @Detokenizer.wrap
     def decode(tokens: Sequence[int]) -> str:
         return bytes(tokens).decode("utf-8", errors="replace")
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from paceline.contracts import Request
 from paceline.drafting.none import NoneDrafter
 from paceline.engine.rows import Row
 from paceline.engine.stops import append_until_stop, final_text
+from paceline.models.detokenizer import Detokenizer
 from paceline.testing.tokenizers import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 END = 256
 
 
-def decode(tokens: list[int]) -> str:
+@Detokenizer.wrap
+def decode(tokens: Sequence[int]) -> str:
     text: str = TOKENIZER.decode(list(tokens), skip_special_tokens=True)
     return text
 

@@ -54,7 +54,7 @@ class PagedBatch:
     most_wide: int  # no row is wider
     num_positions: int  # no position is higher
     longest: int | None = None  # no row is longer, cached and new tokens together; None: unknown
-    biases: dict[KeyBias, Tensor] = field(default_factory=dict)  # that were asked for so far
+    biases: dict[KeyBias, Tensor] = field(default_factory=dict)  # filled on demand
 
     @property
     def num_tokens(self) -> int:
@@ -85,7 +85,7 @@ class PagedBatch:
         return out
 
     def _biases(self, bias: KeyBias) -> Tensor:
-        """[H, L] of all positions, the same in every layer."""
+        """Return the biases [H, L] of all positions, the same in every layer."""
         if bias not in self.biases:
             positions = torch.arange(self.num_positions + 1, device=self.position.device)
             self.biases[bias] = bias(positions).float().contiguous()

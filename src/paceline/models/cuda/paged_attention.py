@@ -47,8 +47,8 @@ def attend_blocks(
     """[T, H, D] outputs of queries [T, H, D] whose keys and values are in the pool already.
 
     pool: [places, 2 * Hkv, D]. scale, window, cap: as in `attention.attend`. num_splits: S, chosen by
-    the device's size where None. biases: [H, L] float32, added to the scores by the keys' positions, L
-    more than any. What pads the batch gets no defined output.
+    the device's size where None. biases: [H, L] float32, added to the scores by key position, L
+    greater than any position. The output of padding tokens is undefined.
     """
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = pool.shape[1] // 2
@@ -271,7 +271,7 @@ def _add_block(
     q_position,
     scale,
     cap,
-    head_biases,  # [M] where each query's begin
+    head_biases,  # [M] where the biases of each query's head begin
     NEW: tl.constexpr,  # whether the block holds some of the row's new tokens
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,

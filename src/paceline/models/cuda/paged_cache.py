@@ -41,12 +41,12 @@ class PagedCache:
         self._host = np.zeros((8, 16), dtype=np.int32)  # [slots, blocks a row]
         self._table: Tensor | None = None
         self._stale = True  # whether the device's table lacks something
-        self._limit: int | None = None  # blocks, the first one included
+        self._limit: int | None = None  # blocks, including the first one
 
     def bound(self, limit: int | None, exact_fit: bool = False) -> None:
-        """Hold at most `limit` positions, in whole blocks, as long as the rows do not need more.
+        """Hold at most `limit` positions, in whole blocks, unless the rows need more.
 
-        exact_fit: nothing else than without it; blocks belong to rows already.
+        exact_fit: without effect, since rows own blocks anyway.
         """
         self._limit = None if limit is None else -(-limit // BLOCK) + 1
         if self._limit is not None and self._limit < self._num_blocks and not self.num_rows:
@@ -62,25 +62,25 @@ class PagedCache:
 
     @property
     def num_slots(self) -> int:
-        """As many: rows share what is free, whatever their slots."""
+        """Slots that need memory: those in use, since rows share the free blocks."""
         return self.num_rows
 
     @property
     def num_slots_with_one_more(self) -> int:
-        """The same after another `acquire`."""
+        """`num_slots` after another `acquire`."""
         return self.num_rows + 1
 
     @property
     def max_length(self) -> int | None:
-        """The most positions of a row within the bound, if all rows are as long."""
+        """Maximum number of positions per row within the bound, if all rows are equally long."""
         return None if self._limit is None else (self._limit - 1) * BLOCK // max(1, self.num_rows)
 
     def rounded(self, num_positions: int) -> int:
-        """How many positions count against a bound; what a row's last block leaves over does not."""
+        """Return the positions that count against a bound: the unused rest of a last block does not."""
         return num_positions
 
     def forget(self, slot: int) -> None:
-        """Give a row's blocks back; what was cached there is lost."""
+        """Free a row's blocks; their keys and values are lost."""
         self._free_blocks.extend(reversed(self._blocks[slot]))
         self._blocks[slot] = []
         self._host[slot] = 0
