@@ -293,7 +293,7 @@ class Driver:
                 continue
             try:
                 mailbox.to(progress)
-            except BaseException:  # noqa: BLE001 - nobody can read it, such as after an event loop's end
+            except BaseException:  # noqa: BLE001 - nobody can read it, as after an event loop's end
                 self._mail.pop(progress.ticket, None)
                 self._always.discard(progress.ticket)
                 self.cancel(progress.ticket)
