@@ -368,7 +368,7 @@ MASKED = np.ma.array([1, 2], mask=[False, True])
         ("processors", Unreadable([1])),
         ("logit_bias", UnreadableMapping({1: 1.0})),
         ("logit_bias", {10**5000: "x"}),
-        ("min_new_tokens", 10**5000),
+        pytest.param("min_new_tokens", 10**5000, id="more digits than are printed"),
         ("prompt", MASKED),
         ("prompt", Unreadable([1])),
         ("prompt", UnreadableMapping({"role": "user"})),
