@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import fields, replace
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ from paceline.contracts import (
 )
 from paceline.errors import RequestError, shorten
 
+T = TypeVar("T")
+
 _MIN_TEMPERATURE: Final = 1e-8  # below it, logits divided by the temperature exceed float32
 _MAX_TEMPERATURE: Final = 1e6
 _MAX_FLOAT32: Final = 3.4e38
@@ -50,7 +52,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) and value.ndim == 0:
         try:
             return value.item()
-        except RuntimeError:  # a tensor without values, on the meta device
+        except Exception:  # noqa: BLE001 - a tensor without values, or of a kind that lacks them
             return value
     return value
 
@@ -60,6 +62,20 @@ def token_ids(value: Any) -> tuple[int, ...]:
 
     Raises ValueError that shows any other value.
     """
+    return _readable(_token_ids, value)
+
+
+def _readable(read: Callable[[Any], T], value: Any) -> T:
+    """What `read` makes of a value; ValueError where that cannot even be looked through."""
+    try:
+        return read(value)
+    except ValueError:
+        raise
+    except Exception as error:  # a caller's own object, a tensor of a kind that holds no list
+        raise ValueError(f"got {shorten(value)}") from error
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
     if isinstance(value, (np.ndarray, torch.Tensor)):
         return _ids_of_array(value)
     if not isinstance(value, (Sequence, AbstractSet)) or isinstance(value, _BYTES_OR_TEXT):
@@ -91,7 +107,10 @@ def _ids_of_array(array: np.ndarray | torch.Tensor) -> tuple[int, ...]:
         whole = np.issubdtype(array.dtype, np.integer)
     if not whole:
         raise ValueError(f"got an array of {array.dtype}")
-    return tuple(array.tolist())
+    ids = tuple(array.tolist())
+    if not set(map(type, ids)) <= {int}:  # masked numbers, spans of time
+        raise ValueError(f"got {shorten(array)}")
+    return ids
 
 
 def _id_set(value: Any) -> frozenset[int]:
@@ -100,6 +119,10 @@ def _id_set(value: Any) -> frozenset[int]:
 
 def _strings(value: Any) -> tuple[str, ...]:
     """Return stop strings from one or several."""
+    return _readable(_read_strings, value)
+
+
+def _read_strings(value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         value = (value,)
     if isinstance(value, np.ndarray) and value.ndim == 1:
@@ -124,6 +147,10 @@ def _is_text(text: str) -> bool:
 
 
 def _biases(value: Any) -> dict[int, float]:
+    return _readable(_read_biases, value)
+
+
+def _read_biases(value: Any) -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise ValueError(f"got {shorten(value)}")
     biases: dict[int, float] = {}
@@ -133,12 +160,16 @@ def _biases(value: Any) -> dict[int, float]:
             raise ValueError(f"got the id {shorten(key)}")
         is_number = isinstance(bias, float) or _is_whole(bias)
         if not is_number or not (bias == -np.inf or abs(bias) <= _MAX_FLOAT32):
-            raise ValueError(f"got {shorten(given)} for the id {id}")
+            raise ValueError(f"got {shorten(given)} for the id {shorten(id)}")
         biases[int(id)] = float(bias)
     return biases
 
 
 def _processors(value: Any) -> tuple[LogitsProcessor, ...]:
+    return _readable(_read_processors, value)
+
+
+def _read_processors(value: Any) -> tuple[LogitsProcessor, ...]:
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"got {shorten(value)}")
     for one in value:
@@ -267,8 +298,8 @@ class RequestSettings(BaseModel):
             )
         if self.min_new_tokens > self.max_new_tokens:
             raise RequestError(
-                f"min_new_tokens {self.min_new_tokens} is above max_new_tokens "
-                f"{self.max_new_tokens}; lower it or raise the other"
+                f"min_new_tokens {shorten(self.min_new_tokens)} is above max_new_tokens "
+                f"{shorten(self.max_new_tokens)}; lower it or raise the other"
             )
 
     def given(self) -> dict[str, Any]:
@@ -383,27 +414,31 @@ def prompt_ids(prompt: Any) -> tuple[int, ...]:
 
 def _message(message: Any) -> dict[str, Any]:
     """Return a chat message after checking role and content; other keys are for the template."""
-    if not isinstance(message, Mapping) or not all(isinstance(key, str) for key in message):
+    try:
+        message = dict(message) if isinstance(message, Mapping) else message
+    except Exception:  # noqa: BLE001 - a caller's own mapping, refused below
+        message = shorten(message)
+    if not isinstance(message, dict) or not all(isinstance(key, str) for key in message):
         raise RequestError(
             f"a message must be a mapping such as {{'role': 'user', 'content': 'Hello'}}; got "
             f"{shorten(message)}"
         )
     if not isinstance(message.get("role"), str):
         raise RequestError(
-            f"a message needs 'role', a string such as 'user'; got {shorten(dict(message))}"
+            f"a message needs 'role', a string such as 'user'; got {shorten(message)}"
         )
     content = message.get("content")
     calls_tools = content is None and bool(message.get("tool_calls"))
     if not (isinstance(content, (str, list)) or calls_tools):
         raise RequestError(
-            f"a message needs 'content', a string or a list of parts; got {shorten(dict(message))}"
+            f"a message needs 'content', a string or a list of parts; got {shorten(message)}"
         )
     if isinstance(content, str) and not _is_text(content):
         raise RequestError(
             f"a message holds a lone surrogate, which cannot be encoded: {shorten(content)}; decode it "
             "with errors='replace'"
         )
-    return dict(message)
+    return message
 
 
 # --- records made by hand -------------------------------------------------------------------------

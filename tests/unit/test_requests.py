@@ -338,3 +338,48 @@ def test_a_value_is_shown_in_one_short_line() -> None:
     assert shorten(10**5000) == "a value of type int"
     assert shorten(Hostile()) == "a value of type Hostile"
     assert read_prompt("") == ""
+
+
+class Unreadable(list[Any]):
+    """A list that cannot be looked through."""
+
+    def __iter__(self) -> Any:
+        raise KeyError("iter")
+
+
+class UnreadableMapping(dict[Any, Any]):
+    def __iter__(self) -> Any:
+        raise KeyError("iter")
+
+    keys = items = __iter__
+
+
+MASKED = np.ma.array([1, 2], mask=[False, True])
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("stop_token_ids", torch.tensor([1, 2]).to_sparse()),
+        ("stop_token_ids", np.array([1], dtype="m8[s]")),
+        ("forced_tokens", MASKED),
+        ("suppress_tokens", Unreadable([1])),
+        ("stop", Unreadable(["a"])),
+        ("processors", Unreadable([1])),
+        ("logit_bias", UnreadableMapping({1: 1.0})),
+        ("logit_bias", {10**5000: "x"}),
+        pytest.param("min_new_tokens", 10**5000, id="more digits than are printed"),
+        ("prompt", MASKED),
+        ("prompt", Unreadable([1])),
+        ("prompt", UnreadableMapping({"role": "user"})),
+    ],
+)
+def test_what_cannot_be_looked_through_is_refused_by_name(
+    pace: Pace, setting: str, value: Any
+) -> None:
+    settings = {"prompt": "a", "drafter": "none", setting: value}
+    with pytest.raises(
+        RequestError,
+        match="message" if isinstance(value, dict) and setting == "prompt" else setting,
+    ):
+        pace.request(**settings)

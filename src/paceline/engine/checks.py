@@ -49,7 +49,7 @@ def check_request(
     if target.context_note is not None and total < num_prompt + request.max_new_tokens:
         warnings.warn(
             f"the answer may end early, after {total - num_prompt} of max_new_tokens = "
-            f"{request.max_new_tokens} tokens{_cut(target)}",
+            f"{shorten(request.max_new_tokens)} tokens{_cut(target)}",
             stacklevel=2,
         )
     needed = target.cache.rounded(num_positions(request, context, drafters, may_change))

@@ -97,6 +97,7 @@ class Driver:
         left = deque(enumerate([self.engine.check(request) for request in requests]))
         mail: Mail = SimpleQueue()
         places: dict[int, int] = {}
+        asked_for_room = False
         try:
             while left or places:
                 try:
@@ -104,11 +105,14 @@ class Driver:
                         ticket = self._queue(left[0][1], mail, tokens)
                         places[ticket] = left.popleft()[0]
                 except QueueFullError:
-                    self._room.append(mail)
+                    if not asked_for_room:
+                        self._room.append(mail)
+                    asked_for_room = True
                 if mail.empty():
                     self._wake(mail)  # after all are queued, so that they share their prefill
                 progress = mail.get()
                 if progress is None:
+                    asked_for_room = False
                     continue
                 place = places[progress.ticket]
                 if progress.completion is not None:
@@ -122,7 +126,10 @@ class Driver:
         left = set(tickets)
         for ticket in left:
             self.cancel(ticket)
-        if threading.current_thread() is self._thread:
+        thread = self._thread
+        if thread is None or not thread.is_alive():
+            return  # at the end of the process, or in a forked child
+        if threading.current_thread() is thread:
             return  # a generator that was garbage-collected during a step
         with suppress(Exception):  # Empty: see _LONGEST_ROUND
             while left:
@@ -170,7 +177,7 @@ class Driver:
         ticket = self.submit(request, deliver, tokens=False)
         try:
             progress = await found
-        except asyncio.CancelledError:
+        except BaseException:  # cancelled, or thrown away with its event loop
             self.cancel(ticket)
             raise
         raise_failure(progress)
@@ -192,15 +199,7 @@ class Driver:
 
     def _queue(self, request: Request, to: Deliver | Mail, tokens: bool) -> int:
         """Queue a request as `submit` does, without waking the thread."""
-        if threading.current_thread() is self._thread:
-            raise DecodingError(
-                "a policy, drafter, logits processor or log asked the engine that it works for; "
-                "give it an engine of its own"
-            )
-        if self._forked_in_flight:
-            raise DecodingError(
-                "this process was forked while requests were in flight; load the models in it again"
-            )
+        self._check_caller()
         request = self.engine.check(request)
         with self._lock:
             ticket = self.engine.new_ticket()
@@ -214,11 +213,24 @@ class Driver:
                 self._always.add(ticket)
         return ticket
 
+    def _check_caller(self) -> None:
+        """Raise DecodingError to who would wait for ever."""
+        if threading.current_thread() is self._thread:
+            raise DecodingError(
+                "a policy, drafter, logits processor or log asked the engine that it works for; "
+                "give it an engine of its own"
+            )
+        if self._forked_in_flight:
+            raise DecodingError(
+                "this process was forked while requests were in flight; load the models in it again"
+            )
+
     def _wake(self, mail: Mail | None = None) -> None:
         """Make the thread look for work. mail: what the caller waits for, if it waits."""
+        self._check_caller()
         with self._lock:
             self._num_threads = torch.get_num_threads()
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():
                 self._start()
         self._orders.put(_WAKE if mail is None else mail)
 
@@ -234,11 +246,10 @@ class Driver:
     def _start(self) -> None:
         # a weak reference, so that an idle thread does not keep an unused driver alive
         work = (weakref.ref(self), self._orders)
-        self._thread = threading.Thread(
-            target=_work, args=work, name="paceline driver", daemon=True
-        )
-        weakref.finalize(self, _stop, self._orders, self._thread)
-        self._thread.start()
+        thread = threading.Thread(target=_work, args=work, name="paceline driver", daemon=True)
+        thread.start()
+        self._thread = thread  # not before: the system may have no thread left to give
+        weakref.finalize(self, _stop, self._orders, thread)
 
     def _work_off(self, order: int | Mail | None) -> bool:
         """Step while a caller waits; return whether the thread should continue."""
@@ -253,11 +264,12 @@ class Driver:
             cancelled = [one for one in orders if isinstance(one, int)]
             # a caller whose mail has arrived waits no longer
             self._waiting |= {m for m in orders if isinstance(m, SimpleQueue) and m.empty()}
+            # before the thread may go idle: the queue may have emptied since somebody found it full
+            while self._room and not self.engine.is_full:
+                self._put(None, self._room.popleft())
             if not cancelled and not (self.engine.has_work and (self._waiting or self._always)):
                 return True
             self._step(cancelled)
-            while self._room and not self.engine.is_full:
-                self._put(None, self._room.popleft())
             order = _WAKE
 
     def _step(self, cancelled: Iterable[int]) -> None:
@@ -281,7 +293,7 @@ class Driver:
                 continue
             try:
                 mailbox.to(progress)
-            except Exception:  # noqa: BLE001 - such as a closed event loop
+            except BaseException:  # noqa: BLE001 - nobody can read it, such as after an event loop's end
                 self._mail.pop(progress.ticket, None)
                 self._always.discard(progress.ticket)
                 self.cancel(progress.ticket)

@@ -216,10 +216,10 @@ class Engine:
                 running = [r for r in self._rows if r.prepared and r.finish_reason is None]
                 if running:
                     self._round(running)
+                self._end_rows()
             except BaseException as error:
                 self._fail(error)
                 raise
-            self._end_rows()
         return self.take_progress()
 
     def take_progress(self) -> list[Progress]:
@@ -530,25 +530,41 @@ class Engine:
     # --- the end ----------------------------------------------------------------------------------
 
     def _end_rows(self) -> None:
-        """Give back the rows that have ended, and keep what is to be reported of them."""
+        """Give back the rows that have ended, and keep what is to be reported of them.
+
+        Raises what giving one back has raised, when all of them are reported.
+        """
+        failure: BaseException | None = None
         for row in [row for row in self._rows if row.finish_reason is not None]:
             self._rows.remove(row)
             row.finished_at = perf_counter()
-            self.target.release(row.slot, damaged=row.error is not None)
-            if self._watcher is not None:
-                self._watcher.end(row)
-            tokens = list(row.tokens)  # a drafter may change the row's own
-            for name in dict.fromkeys((row.drafter_name, *row.kept)):
-                in_use = name == row.drafter_name
-                tell = partial(row.fail_by if in_use else row.note_failure, name)
-                with contained(tell):
-                    self.drafters[name].finish([row])
-            row.tokens = tokens
-            self._set_aside.learn(row)
+            try:
+                self._give_back(row)
+            except BaseException as error:  # noqa: BLE001 - raised below
+                row.fail("the engine stopped", error)
+                failure = failure or error
             self._report(row)
+        if failure is not None:
+            raise failure
+
+    def _give_back(self, row: Row) -> None:
+        self.target.release(row.slot, damaged=row.error is not None)
+        if self._watcher is not None:
+            self._watcher.end(row)
+        tokens = list(row.tokens)  # whatever becomes of the row's own
+        for name in dict.fromkeys((row.drafter_name, *row.kept)):
+            in_use = name == row.drafter_name
+            tell = partial(row.fail_by if in_use else row.note_failure, name)
+            with contained(tell):
+                self.drafters[name].finish([row])
+        row.tokens = tokens
+        self._set_aside.learn(row)
 
     def _report(self, row: Row) -> None:
-        completion = self._complete(row)
+        text = ""
+        with contained(lambda error: row.fail("tokenizer", error)):
+            text = final_text(row, self._words)
+        completion = self._complete(row, text)
         new = row.output[row.num_reported :]
         self._done.append(Progress(row.id, new, completion, row.cause))
         if self.on_complete is not None:
@@ -564,12 +580,13 @@ class Engine:
                 "completed requests is incomplete; requests go on, and later failures are not reported"
             )
 
-    def _complete(self, row: Row) -> Completion:
+    @staticmethod
+    def _complete(row: Row, text: str) -> Completion:
         assert row.finish_reason is not None
         return Completion(
             request_id=row.request.id,
             token_ids=row.output,
-            text=final_text(row, self._words),
+            text=text,
             finish_reason=row.finish_reason,
             drafter=row.decision.drafter,
             decision=row.decision,

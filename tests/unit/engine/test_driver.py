@@ -18,6 +18,7 @@ import paceline
 from paceline.assembly import Pace, build_from_objects
 from paceline.config import Config, EngineSection, ModelSection
 from paceline.contracts import Decision
+from paceline.engine.driver import _stop
 from paceline.errors import DecodingError, QueueFullError, RequestError
 from paceline.testing.tiny_models import tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
@@ -342,3 +343,149 @@ def test_threads_that_step_for_one_another_would_be_seen() -> None:
     for thread in threads:
         thread.join()
     assert steppers == {"paceline driver"}
+
+
+@pytest.mark.parametrize("what", ["release", "decode", "finish"])
+def test_what_breaks_the_end_of_a_row_is_told_to_who_waits_for_it(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pace = pace_of()
+    expected = pace.complete("abc", **SHORT).text
+    broken: Any = {
+        "release": pace.parts.target,
+        "decode": pace.engine,
+        "finish": pace.engine.drafters["none"],
+    }[what]
+    error: BaseException = KeyboardInterrupt() if what == "finish" else MemoryError("all")
+
+    def fail(*given: Any, **named: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(broken, "_decode" if what == "decode" else what, fail)
+        requests = [pace.request("abc", id=str(i), **SHORT) for i in range(3)]
+        done = list(pace.driver.generate(requests, return_errors=True))
+
+    assert [c.finish_reason for c in done] == ["error"] * 3
+    assert pace.complete("abc", **SHORT).text == expected
+    assert not pace.driver._mail and pace.engine.num_rows == 0
+
+
+def test_room_that_came_before_it_was_waited_for_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The queue may empty, and the thread go idle, between its being found full and that being said."""
+    pace = pace_of(max_rows=1, max_waiting=1)
+    submit, refused = pace.engine.submit, [True]
+
+    def full_at_first(*given: Any) -> int:
+        if refused and refused.pop():
+            raise QueueFullError("by the time this is read there is room")
+        return submit(*given)
+
+    monkeypatch.setattr(pace.engine, "submit", full_at_first)
+    assert len(pace.complete("abc", **SHORT).token_ids) == 6
+    assert not pace.driver._room
+
+
+def test_who_waits_for_room_asks_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pace = pace_of(max_rows=1, max_waiting=1)
+    requests = [pace.request("abc", id=str(i), **SHORT) for i in range(4)]
+    most = 0
+    for _ in pace.driver.progress(requests):
+        most = max(most, len(pace.driver._room))
+    assert most <= 1
+
+
+def test_a_reader_in_the_drivers_own_thread_is_refused() -> None:
+    """Whoever reads on in a policy or a log would wait for themselves."""
+    told: list[BaseException] = []
+
+    def choose(context: Context) -> Decision:
+        try:
+            next(stream)
+        except DecodingError as error:
+            told.append(error)
+        return Decision("none")
+
+    pace = pace_of(choose)
+    stream = pace.stream_text("abc", **LONG)
+    next(stream)
+    pace.complete("xyz", max_new_tokens=3, ignore_eos=True)
+    assert "asked the engine that it works for" in str(told[0])
+    assert pace.engine.num_rows == 0
+
+
+def test_a_delivery_that_exits_ends_its_request_alone() -> None:
+    pace, ended = pace_of(), []
+
+    def deliver(progress: object) -> None:
+        raise SystemExit
+
+    pace.driver.submit(pace.request("abc", **LONG), deliver)
+    ended.append(pace.complete("abc", **SHORT))
+    wait_until(lambda: pace.engine.num_rows == 0)
+    assert len(ended[0].token_ids) == 6
+
+
+def test_a_task_that_is_thrown_away_frees_its_row() -> None:
+    pace = pace_of()
+    loop = asyncio.new_event_loop()
+    asking = pace.acomplete("abc", **LONG)
+
+    async def begin() -> None:
+        asking.send(None)
+
+    loop.run_until_complete(begin())
+    wait_until(lambda: pace.engine.num_rows == 1)
+    asking.close()
+    loop.close()
+
+    pace.complete("abc", **SHORT | {"max_new_tokens": 1})
+    assert pace.engine.num_rows == 0
+
+
+def test_a_thread_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    pace = pace_of()
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start"):
+            pace.complete("abc", **LONG)
+
+    assert len(pace.complete("abc", **SHORT).token_ids) == 6
+    assert pace.engine.num_rows == 0
+
+
+def test_a_stream_that_is_open_when_the_thread_has_ended_holds_up_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As at the end of a process, where streams are collected after the thread."""
+    monkeypatch.setattr("paceline.engine.driver._LONGEST_ROUND", None)  # would wait for ever
+    pace = pace_of()
+    stream = pace.stream_text("abc", **LONG)
+    next(stream)
+    thread = pace.driver._thread
+    assert thread is not None
+    _stop(pace.driver._orders, thread)
+
+    stream.close()
+    assert not thread.is_alive()
+
+
+def test_a_stream_of_the_parent_cannot_be_read_in_a_forked_child() -> None:
+    pace, before = pace_of(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        stream = pace.stream_text("abc", **LONG)
+        next(stream)
+
+        def is_refused() -> bool:
+            with pytest.raises(DecodingError, match="forked while requests were in flight"):
+                list(stream)
+            return True
+
+        assert in_child(is_refused)
+    finally:
+        torch.set_num_threads(before)
