@@ -185,6 +185,11 @@ def test_a_cache_that_forgets_what_the_mask_shows_is_refused() -> None:
         loaded(random_model(config))
 
 
+def test_a_window_of_one_which_transformers_cache_does_not_keep_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"layer 0 sees 1 earlier .* cache keeps all of them"):
+        loaded(random_model(phimoe(window=1)))
+
+
 # --- what cannot be checked -----------------------------------------------------------------------
 
 
