@@ -22,8 +22,9 @@ class WeightsWatch:
     """The weights of a model as they were when this was made.
 
     Notices parameters, persistent buffers and modules that were replaced or moved, writes that torch
-    counts (in place, under `no_grad`, too) and switched PEFT adapters. Of writes that torch does not count (through
-    `.data`) it notices, on the CPU, those that reach the number in the middle of any weight.
+    counts (in place, under `no_grad`, too) and switched PEFT adapters. Of writes that torch does not
+    count (through `.data`) it notices, on the CPU, those that reach the number in the middle of any
+    weight.
     """
 
     def __init__(self, model: Any) -> None:
