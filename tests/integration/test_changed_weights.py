@@ -117,6 +117,33 @@ def test_the_text_is_that_of_the_new_weights(
     assert "".join(pace.stream_text(PROMPT, drafter="none", **TEN)) == pace.parts.text(expected)
 
 
+def test_a_buffer_that_a_checkpoint_holds_is_a_weight() -> None:
+    model = tiny_model("llama")
+    model.model.register_buffer("bias_of_experts", torch.zeros(4))
+    model.model.register_buffer("angles", torch.zeros(4), persistent=False)
+    watch = WeightsWatch(model)
+
+    model.model.angles.add_(1)
+    model.model.angles = torch.ones(4)
+    assert not watch.has_changed()
+    model.model.bias_of_experts.add_(1)
+    assert watch.has_changed()
+
+
+def test_nothing_drops_out_of_a_model_that_is_trained_between_requests() -> None:
+    model = tiny_model("gpt2")
+    pace = paceline.load(target=model, tokenizer=byte_tokenizer(), drafters={})
+    expected = by_transformers(model)
+    model.train()
+    model.transformer.h[0].eval()  # frozen by its owner
+
+    assert pace.complete(PROMPT, drafter="none", **TEN).token_ids == expected
+    assert model.training
+    evaluating = [name for name, m in model.named_modules() if not m.training]
+    assert evaluating
+    assert all(name.startswith("transformer.h.0") for name in evaluating)
+
+
 def test_every_kind_of_drafter_goes_on_with_the_new_weights() -> None:
     model = tiny_model("llama")
     config = Config(target=ModelSection(model="in memory"))

@@ -7,7 +7,7 @@ where transformers put them and a model the caller handed in is left as it was f
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -23,10 +23,10 @@ from paceline.models.sublayers import SubLayers
 from paceline.models.visibility import attention_named, configs_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from contextlib import AbstractContextManager
 
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from paceline.models.cuda.batch import PagedBatch
@@ -79,6 +79,7 @@ class TransformersForward:
         windows_of = _WINDOWS.set(self._windows)
         try:
             with (
+                _evaluating(self._body),
                 attention_named(self._configs, NAME),
                 self._own_attention.packed(),
                 self._without(skip),
@@ -106,6 +107,19 @@ class TransformersForward:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of final hidden states [..., D]."""
         return self._head(hidden)
+
+
+@contextmanager
+def _evaluating(body: nn.Module) -> Iterator[None]:
+    """The time in which nothing drops out, also of a model that is being trained between requests."""
+    training = [m for m in body.modules() if m.training] if body.training else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def packed_attention(

@@ -12,6 +12,7 @@ import copy
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers.generation.logits_process import (
     ClassifierFreeGuidanceLogitsProcessor,
     LogitNormalization,
@@ -31,7 +32,7 @@ from paceline.contracts import DEFAULT_NEW_TOKENS
 from paceline.errors import RequestError, shorten
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from torch import Tensor
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -118,9 +119,10 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> fr
     transformers' `generate` does not know the tokenizer, and does not stop in the second case.
     """
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    return frozenset() if ids is None else frozenset(_integers(ids))
+    if ids is not None:
+        return frozenset(_integers("eos_token_id", ids, "correct it there"))
+    last: int | None = tokenizer.eos_token_id
+    return frozenset() if last is None else frozenset((last,))
 
 
 def with_defaults(
@@ -139,8 +141,13 @@ def with_defaults(
     config: GenerationConfig | None = getattr(model, "generation_config", None)
     if config is None or all(getattr(config, name, None) is None for name in _ACTIVE):
         return dict(given)
+    _check_types(config)
     _refuse_of_model(config)
     asked = _merge(config, given, num_prompt)
+    if asked.suppress_tokens and "suppress_tokens" not in given:
+        # as transformers, which looks for each id of the vocabulary among these
+        asked.suppress_tokens = [t for t in asked.suppress_tokens if 0 <= t < target.num_logits]
+        asked.suppress_tokens = asked.suppress_tokens or None
     ends = sorted(stop_token_ids)
     asked._eos_token_tensor = torch.tensor(ends, device=target.device) if ends else None
     if not ends:
@@ -153,7 +160,7 @@ def with_defaults(
                 generation_config=asked, input_ids_seq_length=num_prompt, device=target.device
             )
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
         raise unusable(error) from error
     return _in_own_words(asked, given, processors)
 
@@ -164,6 +171,31 @@ _WAY_OUT: Final = "set 'generation_config: none' to ignore it, or correct the mo
 def unusable(error: Exception) -> RequestError:
     """Return the error of a model whose own settings raise `error`."""
     return RequestError(f"the model's generation configuration cannot be used: {error}; {_WAY_OUT}")
+
+
+class _Computed(BaseModel):
+    """The settings that are computed with before transformers looks at them, and their types."""
+
+    model_config = ConfigDict(strict=True, from_attributes=True)
+
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    min_new_tokens: int | None = None
+    min_length: int | None = None
+    stop_strings: str | list[str] | tuple[str, ...] | None = None
+
+
+def _check_types(config: GenerationConfig) -> None:
+    """Raise RequestError for a value of the model's that is of another type than its setting."""
+    try:
+        _Computed.model_validate(config)
+    except ValidationError as error:
+        name = str(error.errors(include_url=False)[0]["loc"][0])
+        allowed = "a string or a list" if name == "stop_strings" else "a whole number"
+        raise RequestError(
+            f"the model's generation configuration sets {name}={shorten(getattr(config, name))}, "
+            f"which is not {allowed}; {_WAY_OUT}"
+        ) from error
 
 
 def _merge(config: GenerationConfig, given: Mapping[str, Any], num_prompt: int) -> Any:
@@ -187,8 +219,9 @@ def _merge(config: GenerationConfig, given: Mapping[str, Any], num_prompt: int) 
         asked.repetition_penalty = 1.0  # left to paceline's rule, since transformers has no scopes
     if asked.forced_bos_token_id is not None and ("forced_tokens" in given or num_prompt > 1):
         asked.forced_bos_token_id = None  # transformers forces it after a prompt of one token only
-    asked.suppress_tokens = _tokens_or_none(asked.suppress_tokens)
-    asked.begin_suppress_tokens = _tokens_or_none(asked.begin_suppress_tokens)
+    for name in ("suppress_tokens", "begin_suppress_tokens"):
+        # transformers makes no processor of none
+        setattr(asked, name, _integers(name, getattr(asked, name), _WAY_OUT) or None)
     _settle_lengths(asked, given, num_prompt)
     return asked
 
@@ -284,13 +317,23 @@ def _is_plain(warper: Any) -> bool:
     return keep == 1 and getattr(warper, "filter_value", -torch.inf) == -torch.inf
 
 
-def _integers(ids: int | Sequence[int] | Tensor) -> list[int]:
-    numbers: list[int] = torch.as_tensor(ids).flatten().tolist()
+def _integers(name: str, ids: Any, remedy: str) -> list[int]:
+    """Token ids of a setting; none of None. Raises RequestError for anything but whole numbers."""
+    try:
+        whole = ids if isinstance(ids, torch.Tensor) else torch.as_tensor(_listed(ids))
+    except (TypeError, ValueError, RuntimeError):
+        whole = torch.empty(1)
+    strange = whole.is_floating_point() or whole.is_complex() or whole.dtype == torch.bool
+    if strange and whole.numel():
+        raise RequestError(
+            f"the model's generation configuration sets {name}={shorten(ids)}, which are not token "
+            f"ids; {remedy}"
+        )
+    numbers: list[int] = whole.flatten().tolist()
     return numbers
 
 
-def _tokens_or_none(ids: Any) -> list[int] | None:
-    """Return token ids as a list, or None for no ids, so that transformers makes no processor."""
+def _listed(ids: Any) -> Any:
     if ids is None:
-        return None
-    return _integers(ids if isinstance(ids, torch.Tensor) else list(ids)) or None
+        return []
+    return list(ids) if isinstance(ids, (set, frozenset)) else ids

@@ -280,4 +280,11 @@ def context_length_of(config: Any) -> tuple[int, str | None]:
                 "supported"
             )
             return int(original), note
+        if part.get("rope_type") == "dynamic" and length > 1:
+            # a forward over a longer text leaves its angles behind, and only shorter ones clear them
+            note = (
+                f"its context is cut from {length} to {length - 1} tokens: the model's rope type "
+                "'dynamic' keeps the angles of a longer text where one is as long as that"
+            )
+            return int(length) - 1, note
     return int(length), None

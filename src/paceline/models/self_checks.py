@@ -149,8 +149,12 @@ def _check_cached_windows(language_model: LanguageModel) -> None:
     """
     cache = DynamicCache(config=language_model.model.config)
     for index, seen in language_model.visibility.windows.items():
-        kept = getattr(cache.layers[index], "sliding_window", None) if cache.layers else None
-        if kept is not None and kept < (seen or language_model.context_length):
+        window = getattr(cache.layers[index], "sliding_window", None) if cache.layers else None
+        # it keeps the last `window - 1` of a list, and the last 0 are all
+        kept = "all" if window == 1 else window
+        if window is not None and (
+            kept == "all" or window < (seen or language_model.context_length)
+        ):
             raise ModelError(
                 f"{language_model.name}: {type(language_model.model).__name__} is not supported: "
                 f"layer {index} sees {seen or 'all'} earlier tokens by its mask, and transformers' "

@@ -21,27 +21,30 @@ _INTEGERS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int6
 class WeightsWatch:
     """A record of a model's weights at the time this was made.
 
-    Notices parameters and modules that were replaced or moved, writes that torch counts (in place,
-    under `no_grad`, too) and switched PEFT adapters. Of writes that torch does not count (through
-    `.data`) it notices, on the CPU, those that reach the number in the middle of any weight.
+    Notices parameters, persistent buffers and modules that were replaced or moved, writes that torch
+    counts (in place, under `no_grad`, too) and switched PEFT adapters. Of writes that torch does not
+    count (through `.data`) it notices, on the CPU, those that reach the number in the middle of any
+    weight.
     """
 
     def __init__(self, model: Any) -> None:
         """model: a module; anything else never changes."""
         modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
-        tables: list[dict[str, Any]] = [m._parameters for m in modules]
-        tables += [m._modules for m in modules]
-        # not weights that accelerate has offloaded, since every forward loads and removes them
-        entries = [
-            (t, name, v)
-            for t in tables
-            for name, v in t.items()
-            if v is not None and not getattr(v, "is_meta", False)
+        # not weights that accelerate has offloaded, since every forward loads and removes them, nor
+        # buffers that no checkpoint holds, which some forwards rewrite
+        entries: list[tuple[dict[str, Any], str, Any]] = [
+            (table, name, v)
+            for m in modules
+            for table in (m._parameters, m._modules, m._buffers)
+            for name, v in table.items()
+            if v is not None
+            and not getattr(v, "is_meta", False)
+            and name not in m._non_persistent_buffers_set
         ]
         self._tables = [table for table, _, _ in entries]
         self._names = [name for _, name, _ in entries]
         self._values = [value for _, _, value in entries]
-        weights = {id(v): v for v in self._values if isinstance(v, torch.nn.Parameter)}
+        weights = {id(v): v for v in self._values if isinstance(v, torch.Tensor)}
         self._counted = [w for w in weights.values() if not w.is_inference()]
         self._placed = [w for w in weights.values() if type(w.data) is torch.Tensor]
         self._samples = [s for w in self._placed if (s := _sample(w.data)) is not None]

@@ -185,6 +185,11 @@ def test_a_cache_that_forgets_what_the_mask_shows_is_refused() -> None:
         loaded(random_model(config))
 
 
+def test_a_window_of_one_which_transformers_cache_does_not_keep_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"layer 0 sees 1 earlier .* cache keeps all of them"):
+        loaded(random_model(phimoe(window=1)))
+
+
 # --- what cannot be checked -----------------------------------------------------------------------
 
 
@@ -256,3 +261,23 @@ def test_an_answer_that_may_reach_the_cut_is_warned_of(longrope: Pace) -> None:
 
     whole = longrope.complete(prompt(40), max_new_tokens=NEW_TOKENS, **settings)
     assert list(whole.token_ids) == generated(longrope.parts.target.model, prompt(40))
+
+
+# --- dynamic --------------------------------------------------------------------------------------
+
+
+def test_angles_that_a_longer_text_left_behind_reach_no_row() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    model = random_model(
+        hf.LlamaConfig(**{**SHAPE, "max_position_embeddings": 64}, rope_parameters=rope)
+    )
+    pace = loaded(model)
+    assert "cut from 64 to 63 tokens" in pace.notes[0]
+    short, full = prompt(3), prompt(pace.parts.target.context_length)
+    expected = generated(model, short)
+
+    generated(model, prompt(60))  # past the original length
+    with pytest.warns(UserWarning, match="cut from 64 to 63"):
+        pair = pace.generate([short, full], drafter="none", max_new_tokens=20, ignore_eos=True)
+
+    assert list(pair[0].token_ids) == expected
