@@ -24,10 +24,10 @@ def main(names: list[str]) -> int:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     judged: list[Judgement] = []
-    for name, config_class in architectures():
+    for name, model_type in architectures():
         if names and name not in names:
             continue
-        found = judge(name, config_class)
+        found = judge(name, model_type)
         judged.append(found)
         print(f"{found.result:13s} {found.architecture}  {found.reason}", flush=True)
     wrong = [j.architecture for j in judged if j.result == "wrong"]

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from paceline.assembly import load
 from paceline.errors import ModelError
@@ -127,12 +127,14 @@ _OVERRIDES: Final[dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def architectures() -> list[tuple[str, type]]:
-    """Return (class name, configuration class) of every causal LM of the installed transformers."""
-    found: dict[str, type] = {}
-    mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
-    for config_class, model_class in mapping.items():
-        found.setdefault(model_class.__name__, config_class)
+def architectures() -> list[tuple[str, str]]:
+    """Return (class name, model type) of every causal LM of the installed transformers.
+
+    By names alone: their code is imported when one is judged.
+    """
+    found: dict[str, str] = {}
+    for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        found.setdefault(name, model_type)
     return sorted(found.items(), key=lambda item: item[0].lower())
 
 
@@ -197,10 +199,10 @@ class Judgement:
     reason: str = ""
 
 
-def judge(name: str, config_class: Any) -> Judgement:
+def judge(name: str, model_type: str) -> Judgement:
     """Build the tiny model, load it and compare its texts with `generate`'s."""
     try:
-        model = tiny_of(config_class)
+        model = tiny_of(CONFIG_MAPPING[model_type])
         prompts = [_prompt(length, seed) for seed, length in enumerate(PROMPTS)]
         expected = [_generate(model, prompt) for prompt in prompts]
     except Exception as error:  # noqa: BLE001 - any failure of the model's code

@@ -20,6 +20,7 @@ from paceline.config import Config, EngineSection, ModelSection
 from paceline.contracts import Decision
 from paceline.engine.driver import _stop
 from paceline.errors import DecodingError, QueueFullError, RequestError
+from paceline.models.detokenizer import Detokenizer
 from paceline.testing.tiny_models import tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
 
@@ -362,7 +363,10 @@ def test_what_breaks_the_end_of_a_row_is_told_to_who_waits_for_it(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(broken, "_decode" if what == "decode" else what, fail)
+        if what == "decode":
+            patch.setattr(broken, "_words", Detokenizer.wrap(fail))
+        else:
+            patch.setattr(broken, what, fail)
         requests = [pace.request("abc", id=str(i), **SHORT) for i in range(3)]
         done = list(pace.driver.generate(requests, return_errors=True))
 
