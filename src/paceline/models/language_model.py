@@ -66,7 +66,6 @@ class LanguageModel:
             raise ModelError(f"{name}: {type(model).__name__} is not supported: {reason}")
         config = model.config.get_text_config()
         self.context_length, self.context_note = context_length_of(config)
-        self.hidden_size: int = config.hidden_size
         self.num_layers: int = config.num_hidden_layers
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = _input_device(model)
@@ -93,7 +92,10 @@ class LanguageModel:
             raise ModelError(f"{name}: cannot run {mode}, because {reason}")
         else:
             self._forward = TransformersForward(model, name, self.visibility.windows)
-        self.num_logits: int = model.get_output_embeddings().weight.shape[0]
+        # of what the body gives, which a small OPT projects down at its end
+        self.hidden_size: int
+        self.num_logits: int
+        self.num_logits, self.hidden_size = model.get_output_embeddings().weight.shape
         self._static: StaticForward | None = None
         if isinstance(self.cache, PagedCache) and isinstance(self._forward, LeanForward):
             self._static = StaticForward(self._forward, self.cache, self.context_length)

@@ -40,6 +40,7 @@ _FEW: Final = 40  # tokens; padding shorter texts costs less than one more forwa
 _LONGEST: Final = 1100  # tokens; longer windows are only read from the mask code
 # multiply-adds of all forwards over the long row, for one or two seconds
 _AFFORDABLE: Final = {"cpu": 2e11, "cuda": 2e13}
+_TRIES: Final = 4  # texts in half precision, before a model is refused
 _FORWARDS: Final = 4  # over the long row: one packed, and the plain ones
 # Names, in configurations, of bounds on what a token sees.
 _BOUNDS: Final = (
@@ -65,6 +66,32 @@ def check_packed_forward(language_model: LanguageModel, seed: int = 0) -> None:
     _check_cached_windows(language_model)
     num_prompt = past_windows(language_model, _LONG, _DECODED)
     _check_bounds(language_model, num_prompt + _DECODED)
+    float32 = language_model.dtype == torch.float32
+    # of half the bits a near tie of two experts may be cut either way, which moves all logits of a
+    # place; a wrong forward is off at the same places whatever the tokens are
+    least: list[float] = []
+    for more in range(1 if float32 else _TRIES):
+        steps, differences, scale = _differences(language_model, num_prompt, seed + more)
+        least = list(map(min, least or differences, differences))
+        worst = max(least)
+        if worst <= (1e-3 if float32 else 0.15) * max(scale, 1e-6):
+            return
+    reasons = "; ".join(language_model.visibility.reasons)
+    raise ModelError(
+        f"{name}: the packed forward of {kind} differs from transformers' by {worst:.3g} at "
+        f"{steps[least.index(worst)]} (logits vary by {scale:.3g}); this architecture is not supported"
+        f"{reasons and ': ' + reasons}{_other_forward(language_model)}"
+    )
+
+
+def _differences(
+    language_model: LanguageModel, num_prompt: int, seed: int
+) -> tuple[list[str], list[float], float]:
+    """(step, difference from the plain forward) of every place looked at, and the logits' spread.
+
+    Raises ModelError where either forward fails.
+    """
+    name, kind = language_model.name, type(language_model.model).__name__
     fed = _Fed(language_model, torch.Generator().manual_seed(seed))
     with torch.inference_mode():
         try:
@@ -75,20 +102,13 @@ def check_packed_forward(language_model: LanguageModel, seed: int = 0) -> None:
         finally:
             fed.release()
         try:
-            worst, scale, step = _compare(fed)
+            differences, scale = _compare(fed)
         except FAILURES as error:
             raise ModelError(
                 f"{name}: {kind} cannot be checked: transformers' own forward over its text fails "
                 f"with {type(error).__name__}: {error}"
             ) from error
-    tolerance = 1e-3 if language_model.dtype == torch.float32 else 0.15
-    if not worst <= tolerance * max(scale, 1e-6):
-        reasons = "; ".join(language_model.visibility.reasons)
-        raise ModelError(
-            f"{name}: the packed forward of {kind} differs from transformers' by {worst:.3g} at "
-            f"{step} (logits vary by {scale:.3g}); this architecture is not supported"
-            f"{reasons and ': ' + reasons}{_other_forward(language_model)}"
-        )
+    return [step for step, _, _ in fed.found], differences, scale
 
 
 def past_windows(language_model: LanguageModel, at_least: int, after: int) -> int:
@@ -236,10 +256,10 @@ def _feed_rounds(fed: _Fed, num_prompt: int) -> None:
     fed.feed("rows of one token, of which some had a draft taken back", {0: 1, 1: 1, 2: 1})
 
 
-def _compare(fed: _Fed) -> tuple[float, float, str]:
-    """Return (largest difference to the plain forward, spread of the logits, the step of the former)."""
+def _compare(fed: _Fed) -> tuple[list[float], float]:
+    """Return the difference of each place to the plain forward, and the spread of its logits."""
     float32 = fed.model.dtype == torch.float32
-    worst, scale, where = 0.0, 0.0, ""
+    differences, scale = [0.0] * len(fed.found), 0.0
     texts = [text for _, text, _ in fed.found]
     whole = [t for t in texts if not any(len(o) > len(t) and o[: len(t)] == t for o in texts)]
     long = max(map(len, whole))
@@ -250,7 +270,7 @@ def _compare(fed: _Fed) -> tuple[float, float, str]:
         if not group:
             continue
         plain = _plain(fed.model, group)
-        for step, text, found in fed.found:
+        for at, (_, text, found) in enumerate(fed.found):
             row = next((i for i, t in enumerate(group) if t[: len(text)] == text), None)
             if row is None:
                 continue
@@ -264,10 +284,9 @@ def _compare(fed: _Fed) -> tuple[float, float, str]:
             off = (found - expected).nan_to_num(nan=float("inf"))
             # rounding moves single logits far; a wrong forward moves all of them
             difference = (off.abs().max() if float32 else off.square().mean().sqrt()).item()
-            if difference > worst:
-                worst, where = difference, step
+            differences[at] = max(differences[at], difference)
             scale = max(scale, expected.std().item())
-    return worst, scale, where
+    return differences, scale
 
 
 def _plain(language_model: LanguageModel, texts: Sequence[list[int]]) -> Tensor:

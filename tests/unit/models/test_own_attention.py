@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, OPTConfig, OPTForCausalLM
 
 from paceline.errors import ModelError
 from paceline.models import own_attention
@@ -165,6 +165,19 @@ def test_a_cap_that_small_logits_do_not_show_is_found() -> None:
         head(torch.randn(1, 32, dtype=torch.bfloat16))
 
     assert head._function is not model.get_output_embeddings()
+
+
+def test_hidden_states_are_as_wide_as_the_body_gives_them() -> None:
+    config = OPTConfig(
+        vocab_size=50, hidden_size=32, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=1,
+        num_attention_heads=2, do_layer_norm_before=False,
+    )  # fmt: skip
+    model = LanguageModel(OPTForCausalLM(config).eval(), "target")
+    with torch.inference_mode():
+        hidden = model.forward(torch.arange(3), [Span(model.acquire(), 0, 3)])
+
+    assert model.hidden_size == hidden.shape[1] == 16
+    check_packed_forward(model)
 
 
 def test_logits_follow_weights_that_change_in_place() -> None:

@@ -11,6 +11,7 @@ import transformers as hf
 from paceline.assembly import load
 from paceline.errors import ModelError, RequestError
 from paceline.models import visibility
+from paceline.models.cache import RowCache
 from paceline.models.language_model import LanguageModel
 from paceline.models.self_checks import check_packed_forward, past_windows
 from paceline.testing.tiny_models import tiny_model
@@ -165,6 +166,30 @@ def test_a_forward_that_drops_a_window_is_refused(monkeypatch: pytest.MonkeyPatc
     model._forward._windows = {}  # type: ignore[union-attr]
 
     with pytest.raises(ModelError, match=r"PhimoeForCausalLM differs .* not supported"):
+        check_packed_forward(model)
+
+
+def mixtral() -> LanguageModel:
+    config = hf.MixtralConfig(**{**SHAPE, "num_hidden_layers": 12}, num_local_experts=8)
+    return LanguageModel(random_model(config).bfloat16(), "target")
+
+
+def test_experts_that_rounding_exchanges_do_not_refuse_a_model() -> None:
+    """In half precision a near tie of two experts is cut either way, for a few tokens."""
+    model = mixtral()
+    for seed in range(3):
+        check_packed_forward(model, seed)
+
+
+def test_a_wrong_forward_is_refused_in_half_precision_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mixtral()
+    copy_positions = RowCache.copy_positions
+    monkeypatch.setattr(
+        RowCache,
+        "copy_positions",
+        lambda self, slot, source, start: copy_positions(self, slot, source - 1, start),
+    )
+    with pytest.raises(ModelError, match=r"differs .* at chains of one length"):
         check_packed_forward(model)
 
 
