@@ -178,6 +178,7 @@ def _check_drafter(
         kind = find_kind(name, section.kind)
         settings = check_settings(name, section)
         if isinstance(settings, ModelSection):  # the drafter is a model
+            check.vocabulary = "unknown"
             check.facts = model_facts(settings)
             _check_vocabulary(check, kind, settings, tokenizer, target)
         if check.problem is None:
