@@ -287,7 +287,7 @@ def test_a_place_that_cannot_be_written_is_one_line(
     }
     code, text = run(*words[where], "-c", learned, where, place)
     assert code == 2 and "Traceback" not in text
-    assert str(tmp_path / "a file") in text and "cannot be read or written" in text
+    assert str(tmp_path / "a file") in text and "cannot be read" in text
 
 
 @pytest.mark.parametrize("flag", ["--timed", "--collected", "--max-new-tokens"])
@@ -457,6 +457,17 @@ def test_drafters_that_were_not_collected_cannot_be_learned_from(
     learned.write_text(yaml.safe_dump(raw))
     code, text = run("learn", "-c", learned)
     assert code == 2 and ["collect", "PROMPTS", "--config", str(learned)] in advised(text)
+
+
+def test_the_doctor_says_whole_what_to_run_for_a_drafter_without_prices(
+    learned: Path, run: Callable[..., tuple[int, str]]
+) -> None:
+    raw = yaml.safe_load(learned.read_text())
+    another_drafter(raw, learned.parent)
+    learned.write_text(yaml.safe_dump(raw))
+    code, text = run("doctor", "-c", learned)
+    assert code == 0 and "note: drafter 'copy': " in text
+    assert all(words[-2:] == ["--config", str(learned)] for words in advised(text)), text
 
 
 @pytest.mark.parametrize("kind", EXAMPLES)
