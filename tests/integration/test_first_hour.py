@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import typer
 import yaml
+from transformers import tokenization_utils_base
 
 import paceline
 from paceline.assembly import build_from_objects
@@ -27,6 +28,7 @@ from paceline.cli.app import app
 from paceline.config import Config, ModelSection, load_config
 from paceline.contracts import NONE, PromptRecord, identity_of_arms
 from paceline.errors import ArtefactError, RequestError
+from paceline.models.loading import load_tokenizer
 from paceline.testing.examples import EXAMPLES
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
@@ -166,8 +168,8 @@ def run(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
 
-    def run(*words: str | Path) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["paceline", *map(str, words)])
+    def run(*words: str | Path, program: str | Path = "paceline") -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [str(program), *map(str, words)])
         code = 0
         try:
             main()
@@ -239,7 +241,7 @@ def test_what_the_demo_prints_to_try_next_runs(
 ) -> None:
     sizes = ("--timed", "1", "--collected", "4", "--max-new-tokens", "8")
     out = tmp_path / "of the demo"
-    code, text = run("demo", "-c", config, "--out", out, *sizes)
+    code, text = run("demo", "-c", config, "--out", out, "--dtype", "bfloat16", *sizes)
     assert code == 0, text
     names = [line[1:].split() for line in text.splitlines() if line.startswith("│")]
     assert LONG_NAME in {name.partition("@")[0] for name, *_ in names}
@@ -258,6 +260,97 @@ def test_what_the_demo_prints_to_try_next_runs(
     code, text = run(*demo, *sizes)
     assert code == 0, text
     assert (tmp_path / "elsewhere" / "demo-output" / "paceline.yaml").is_file()
+    assert "Try next:" in text and "paceline demo" not in text  # this was float32
+
+
+def test_the_demo_replaces_its_own_configuration_and_nobody_elses(
+    config: Path, run: Callable[..., tuple[int, str]]
+) -> None:
+    mine = config.rename(config.with_name("paceline.yaml"))
+    (mine.parent / "work").mkdir()
+    before = mine.read_bytes()
+    code, text = run("demo", "-c", mine, "--out", mine.parent)
+    assert code == 2 and str(mine) in text and "--out" in text
+    assert mine.read_bytes() == before and (mine.parent / "work").is_dir()
+
+
+@pytest.mark.parametrize("where", ["--out", "--store", "--plot"])
+def test_a_place_that_cannot_be_written_is_one_line(
+    where: str, learned: Path, prompts: Path, tmp_path: Path, run: Callable[..., tuple[int, str]]
+) -> None:
+    (tmp_path / "a file").touch()
+    place = tmp_path / "a file" / "inside.png"  # for any user, root too
+    words = {
+        "--out": ("demo", "--timed", "1", "--collected", "4", "--max-new-tokens", "4"),
+        "--store": ("collect", prompts),
+        "--plot": ("learn",),
+    }
+    code, text = run(*words[where], "-c", learned, where, place)
+    assert code == 2 and "Traceback" not in text
+    assert str(tmp_path / "a file") in text and "cannot be read" in text
+
+
+@pytest.mark.parametrize("flag", ["--timed", "--collected", "--max-new-tokens"])
+def test_a_demo_of_nothing_is_refused(
+    flag: str, config: Path, run: Callable[..., tuple[int, str]]
+) -> None:
+    code, text = run("demo", "-c", config, flag, "0")
+    assert code == 2 and flag in text
+
+
+@pytest.mark.parametrize("found", [None, "this program", "another one"])
+def test_an_advised_command_calls_the_program_as_this_shell_finds_it(
+    found: str | None,
+    config: Path,
+    tmp_path: Path,
+    run: Callable[..., tuple[int, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    program = tmp_path / "an environment" / "paceline"
+    for path in (program, tmp_path / "another" / "paceline"):
+        path.parent.mkdir()
+        path.touch(mode=0o755)
+    places = {None: "nothing", "this program": "an environment", "another one": "another"}
+    monkeypatch.setenv("PATH", str(tmp_path / places[found]))
+    code, text = run("data", "-c", config, program=program)
+    assert code == 2
+    name = "paceline" if found == "this program" else shlex.quote(str(program))
+    assert f"run `{name} collect PROMPTS --config " in text
+
+
+@pytest.mark.parametrize(
+    ("verb", "resumes"),
+    [("profile", False), ("generate", False), ("collect", True), ("trigram", True)],
+)
+def test_an_interrupted_verb_says_that_something_is_kept_where_it_is(
+    verb: str,
+    resumes: bool,
+    run: Callable[..., tuple[int, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("paceline.config.load_config", stop)
+    words = {"generate": ("ab",), "collect": ("p",), "trigram": ("build", "p", "--out", "t")}
+    code, text = run(verb, *words.get(verb, ()))
+    assert code == 130 and "interrupted" in text and "Traceback" not in text
+    assert ("what was finished is kept" in text) == resumes
+
+
+def test_of_a_prompt_that_is_too_long_only_the_request_speaks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.model_max_length = 8
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    said: list[object] = []
+    monkeypatch.setattr(tokenization_utils_base.logger, "warning", lambda *m: said.append(m))
+    assert len(load_tokenizer(ModelSection(model=str(tmp_path)))("ab " * 10)["input_ids"]) > 8
+    assert not said
+    tokenizer("ab " * 10)
+    assert said
 
 
 # --- a policy that does not fit ---------------------------------------------------------------------
@@ -364,6 +457,17 @@ def test_drafters_that_were_not_collected_cannot_be_learned_from(
     learned.write_text(yaml.safe_dump(raw))
     code, text = run("learn", "-c", learned)
     assert code == 2 and ["collect", "PROMPTS", "--config", str(learned)] in advised(text)
+
+
+def test_the_doctor_says_whole_what_to_run_for_a_drafter_without_prices(
+    learned: Path, run: Callable[..., tuple[int, str]]
+) -> None:
+    raw = yaml.safe_load(learned.read_text())
+    another_drafter(raw, learned.parent)
+    learned.write_text(yaml.safe_dump(raw))
+    code, text = run("doctor", "-c", learned)
+    assert code == 0 and "note: drafter 'copy': " in text
+    assert all(words[-2:] == ["--config", str(learned)] for words in advised(text)), text
 
 
 @pytest.mark.parametrize("kind", EXAMPLES)

@@ -99,8 +99,8 @@ def doctor(config: Config) -> DoctorReport:
         report.notes.append(
             f"the tokenizer has {vocabulary.num_tokens} tokens, the head {facts.num_logits}"
         )
-    pay, note = _predictions(config)
-    report.notes += [note] if note else []
+    pay, notes = _predictions(config)
+    report.notes += notes
     for name in config.drafters:
         report.drafters.append(_check_drafter(config, name, tokenizer, facts, pay))
     if not report.problems:
@@ -178,6 +178,7 @@ def _check_drafter(
         kind = find_kind(name, section.kind)
         settings = check_settings(name, section)
         if isinstance(settings, ModelSection):  # the drafter is a model
+            check.vocabulary = "unknown"
             check.facts = model_facts(settings)
             _check_vocabulary(check, kind, settings, tokenizer, target)
         if check.problem is None:
@@ -209,17 +210,18 @@ def _check_vocabulary(
         check.vocabulary = "same ids"
 
 
-def _predictions(config: Config) -> tuple[dict[str, str], str]:
+def _predictions(config: Config) -> tuple[dict[str, str], list[str]]:
     """(what each drafter should pay, what is missing for a better answer)."""
     try:
         costs = CostTable.load(config.paths.costs)
     except ArtefactError as error:
-        return {}, f"no prediction: {error}"
+        return {}, [f"no prediction: {error}"]
     try:
         names = [NONE, *config.drafters]
         collection = load_collection(config.paths.store, names, encoders=())
     except StoreError as error:
-        return _break_even(config, costs), f"break-even only: {error}"
+        pay, unknown = _break_even(config, costs)
+        return pay, [f"break-even only: {error}", *unknown]
     try:
         prompts = price_stops(collection.prompts, config, costs)
         total = {
@@ -230,16 +232,16 @@ def _predictions(config: Config) -> tuple[dict[str, str], str]:
             for name in names
         }
     except ArtefactError as error:
-        return {}, f"no prediction: {error}"
+        return {}, [f"no prediction: {error}"]
     return {
         name: f"{total[NONE] / total[name]:.2f}x none on {len(prompts)} prompts"
         for name in config.drafters
-    }, ""
+    }, []
 
 
-def _break_even(config: Config, costs: CostTable) -> dict[str, str]:
-    """Tokens a round must emit for a drafter to be no slower than plain decoding."""
-    result = {}
+def _break_even(config: Config, costs: CostTable) -> tuple[dict[str, str], list[str]]:
+    """Tokens a round must emit for a drafter to be no slower than plain decoding; what is not known."""
+    result, unknown = {}, []
     for name, section in config.drafters.items():
         length = getattr(check_settings(name, section), "num_draft_tokens", 0)
         try:
@@ -248,7 +250,7 @@ def _break_even(config: Config, costs: CostTable) -> dict[str, str]:
             verify = costs.seconds("target", "forward", 1 + length, context=128) + overhead
             drafting = costs.seconds(name, "propose", length, context=128)
         except ArtefactError as error:
-            result[name] = f"unknown ({error})"
+            unknown.append(f"drafter '{name}': {error}")
             continue
         result[name] = f"pays above {(verify + drafting) / plain:.2f} tokens a round"
-    return result
+    return result, unknown

@@ -1,14 +1,12 @@
 """COMMAND: one thin file per verb, imported only when that verb runs.
 
-Here only the errors are handled: what the user can mend is one line and exit code 2, Ctrl-C is 130.
+Here only the errors are handled: what the user can mend is one line and exit code 2, a file or
+folder that cannot be read or written included. Ctrl-C is 130; the verb itself says what it means.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import Final
-
-_INTERRUPTED: Final = 130
 
 
 def main() -> None:
@@ -22,10 +20,12 @@ def main() -> None:
     try:
         app()
     except PacelineError as error:
-        Console(stderr=True).print(f"[bold red]paceline:[/] {escape(str(error))}", soft_wrap=True)
-        sys.exit(2)
-    except SystemExit as stop:
-        # typer turns Ctrl-C into this exit code and says nothing
-        if stop.code == _INTERRUPTED:
-            Console(stderr=True).print("[bold]paceline:[/] interrupted; what was finished is kept")
-        raise
+        wrong = str(error)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        wrong = f"{error.filename}: cannot be read or written ({error.strerror})"
+    else:
+        return
+    Console(stderr=True).print(f"[bold red]paceline:[/] {escape(wrong)}", soft_wrap=True)
+    sys.exit(2)

@@ -15,7 +15,7 @@ from paceline.cli.experiment import experiment
 from paceline.cli.generate import generate
 from paceline.cli.layer_search import layer_search
 from paceline.cli.learn import learn
-from paceline.cli.next_steps import Verb
+from paceline.cli.next_steps import ResumingVerb, Verb
 from paceline.cli.paraphrase import paraphrase
 from paceline.cli.profile import profile
 from paceline.cli.trigram import trigram
@@ -43,8 +43,9 @@ _VERBS = (
     layer_search,
     experiment,
 )
+_RESUMING = (collect, distill, layer_search, experiment)
 for verb in _VERBS:
-    app.command(cls=Verb)(verb)
+    app.command(cls=ResumingVerb if verb in _RESUMING else Verb)(verb)
 app.add_typer(trigram)
 
 

@@ -35,7 +35,7 @@ def collect(
     store: Annotated[Path | None, typer.Option(help="Folder of the collection.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens an answer.")] = 256,
     limit: Annotated[
-        int | None, typer.Option(help="Take this many prompts, by hash of id.")
+        int | None, typer.Option(min=1, help="Take this many prompts, by hash of id.")
     ] = None,
     temperature: Annotated[
         list[float] | None,

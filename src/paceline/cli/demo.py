@@ -26,9 +26,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for what the demo writes.")] = Path(
         "demo-output"
     ),
-    timed: Annotated[int, typer.Option(help="Timed prompts of each task.")] = 8,
-    collected: Annotated[int, typer.Option(help="Prompts of each task to learn from.")] = 48,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens an answer.")] = 96,
+    timed: Annotated[int, typer.Option(min=1, help="Timed prompts of each task.")] = 8,
+    collected: Annotated[int, typer.Option(min=1, help="Prompts of each task to learn from.")] = 48,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens an answer.")] = 96,
     dtype: DtypeOption = None,
     exact: ExactOption = None,
     device: DeviceOption = None,
@@ -41,11 +41,13 @@ def demo(
     from rich.console import Console
 
     from paceline.cli.progress import progress
+    from paceline.errors import ConfigError
     from paceline.experiments.demo_job import demo as run_demo
     from paceline.experiments.demo_job import in_folder
     from paceline.experiments.demo_report import (
         accepted_table,
         chosen_table,
+        is_of_demo,
         sentences,
         table,
         write_config,
@@ -56,12 +58,14 @@ def demo(
     began = perf_counter()
     console = Console()
     settings = configured(config, dtype, device, threads, exact)
+    own_config = out / "paceline.yaml"
+    if own_config.exists() and not is_of_demo(own_config):
+        raise ConfigError(f"{own_config}: not written by a demo; name another folder with --out")
     console.print(
         f"target [bold]{Path(settings.target.model).name}[/], drafters "
         f"[bold]{', '.join(settings.drafters)}[/]"
     )
     work = out / "work"
-    own_config = out / "paceline.yaml"
     if work.exists():
         shutil.rmtree(work)  # every run measures anew
     with progress(console) as report:
@@ -83,9 +87,8 @@ def demo(
     say(console, f"written: {out / 'demo.png'}, {out / 'demo.json'}, {own_config}")
     say(console, "\nTry next:")
     made = ("--config", own_config)
-    for step in (
-        command("generate", _PROMPT, *made, "--stats"),
-        command("doctor", *made),
-        command("demo", "--dtype", "float32"),
-    ):
+    steps = [command("generate", _PROMPT, *made, "--stats"), command("doctor", *made)]
+    if result.settings["dtype"] != "float32":
+        steps.append(command("demo", "--dtype", "float32"))
+    for step in steps:
         say(console, f"  {step}")

@@ -1,17 +1,21 @@
-"""Commands that the program tells its user to run, completed so that they run as printed.
+"""Commands that the program tells its user to run, made so that they run as they are printed.
 
-A message names a command in backticks: `paceline learn`. Before it is shown, the command gets those
-options of the running command that it also takes: the configuration, the paths, the dtype. Words in
-capitals, as in `paceline collect PROMPTS`, stand for values that the user fills in.
+A message names a command in backticks: `paceline learn`. Before it is shown, the command is given what
+the running one was given and it takes, too: the configuration, the paths, the dtype. Where the shell
+does not find this program by its name, as after `make demo`, its path stands for the name. Words in
+capitals, as in `paceline collect PROMPTS`, stand for what the user has to put there.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
+import sys
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from typer.core import TyperCommand
 
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+NAME: Final = "paceline"
 SHARED: Final = ("config", "store", "costs", "policy", "dtype", "exact", "device", "threads")
 """Options that mean the same in every verb that has them."""
 _COMMAND: Final = re.compile(r"`paceline ([^`]+)`")
@@ -31,6 +36,9 @@ _RUNNING: ContextVar[Any] = ContextVar("running", default=None)
 class Verb(TyperCommand):
     """A verb whose errors name commands that can be run as they are printed."""
 
+    interrupted: ClassVar = "interrupted"
+    """What is said after Ctrl-C."""
+
     def invoke(self, ctx: Any) -> Any:
         token = _RUNNING.set(ctx)
         try:
@@ -38,13 +46,26 @@ class Verb(TyperCommand):
         except PacelineError as error:
             error.args = (runnable(str(error)),)
             raise
+        except KeyboardInterrupt:
+            from rich.console import Console
+
+            Console(stderr=True).print(f"[bold]paceline:[/] {self.interrupted}", soft_wrap=True)
+            raise
         finally:
             _RUNNING.reset(token)
 
 
+class ResumingVerb(Verb):
+    """A verb that continues where it stopped when it is run again."""
+
+    interrupted: ClassVar = (
+        "interrupted; what was finished is kept, and the same command goes on from there"
+    )
+
+
 def command(*words: str | Path) -> str:
     """Return `paceline WORDS` quoted for a shell, with the options that the running verb was given."""
-    return runnable(f"`paceline {shlex.join(map(str, words))}`").strip("`")
+    return runnable(f"`{NAME} {shlex.join(map(str, words))}`").strip("`")
 
 
 def runnable(text: str) -> str:
@@ -52,12 +73,22 @@ def runnable(text: str) -> str:
     running = _RUNNING.get()
     if running is None:
         return text
-    return _COMMAND.sub(lambda found: f"`paceline {_completed(found[1], running)}`", text)
+    program = _program()
+    return _COMMAND.sub(lambda found: f"`{program} {_completed(found[1], running)}`", text)
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:
     """Print a sentence in one line at any terminal width, so that a command in it can be copied."""
     console.print(runnable(text), style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _program() -> str:
+    """What a shell calls this program by: its name, or its path where the name finds none or another."""
+    called = sys.argv[0]
+    if Path(called).name != NAME or os.sep not in called:
+        return NAME
+    found = shutil.which(NAME)
+    return NAME if found and Path(found).samefile(called) else shlex.quote(called)
 
 
 def _completed(written: str, running: Any) -> str:

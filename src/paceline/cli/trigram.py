@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from paceline.cli.next_steps import Verb, say
+from paceline.cli.next_steps import ResumingVerb, say
 from paceline.cli.options import DEFAULT_CONFIG, ConfigOption, configured
 
 trigram = typer.Typer(name="trigram", no_args_is_help=True)
@@ -18,7 +18,7 @@ def root() -> None:
     """Tables for drafters of kind trigram_tree: build."""
 
 
-@trigram.command(cls=Verb)
+@trigram.command(cls=ResumingVerb)
 def build(
     out: Annotated[Path, typer.Option(help="File of the table to write.")],
     text: Annotated[

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _COLOURS: Final = (
     "#3b6ea5", "#8cb6d9", "#c44e52", "#eba3a5", "#7a5ba6", "#c3aed6", "#8c6d46", "#5f9ea0",
 )  # fmt: skip
+_OF_DEMO: Final = "# The demo's models with what the demo collected, measured and learned.\n"
 
 
 def table(result: DemoResult) -> BandedTable:
@@ -110,9 +111,13 @@ def write_json(result: DemoResult, path: Path) -> None:
 def write_config(config: Config, path: Path) -> None:
     """Write a configuration as YAML for every verb, without the defaults."""
     raw = config.model_dump(mode="json", exclude_defaults=True)
-    text = "# The demo's models with what the demo collected, measured and learned.\n"
-    text += yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
+    text = _OF_DEMO + yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
     write_atomically(path, text.encode())
+
+
+def is_of_demo(path: Path) -> bool:
+    """Whether `write_config` wrote this file, so that another demo may replace it."""
+    return path.read_bytes().startswith(_OF_DEMO.encode())
 
 
 def write_figure(result: DemoResult, path: Path) -> None:

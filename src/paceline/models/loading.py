@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from huggingface_hub.errors import HFValidationError
@@ -33,6 +33,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+_TOO_LONG: Final = "sequence-length-is-longer-than-the-specified-maximum"  # a warning, shown once
 
 
 @contextmanager
@@ -117,6 +118,8 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         raise ModelError(
             f"{section.model}: no usable tokenizer ({_reason(error)}); {remedy}"
         ) from error
+    # of a text that is too long the request itself speaks, and with what to do
+    getattr(tokenizer, "deprecation_warnings", {})[_TOO_LONG] = True
     return tokenizer
 
 

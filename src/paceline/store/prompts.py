@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -41,18 +42,18 @@ class _BadRowError(ValueError):
 
 
 def read_prompts(
-    paths: Iterable[Path | str],
+    paths: Iterable[Path | str] | Path | str,
     fields: PromptFields = PromptFields(),
     on_bad: Callable[[str], None] | None = None,
 ) -> list[PromptRecord]:
-    """Prompts of JSONL files, Parquet files, and saved datasets (`folder`, or `folder:split`).
+    """Return prompts of JSONL files, Parquet files and saved datasets (`folder`, or `folder:split`).
 
     A prompt is a string, or a list with one message of the role `user`. Ids must be unique; a prompt
     without an id that occurs again is taken once. A broken row raises ConfigError with its place;
     with `on_bad`, it is left out and its message is handed there.
     """
     records: dict[str, PromptRecord] = {}
-    for path in paths:
+    for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         for where, raw in _rows(str(path), fields):
             try:
                 record, is_named = _record(raw, fields)

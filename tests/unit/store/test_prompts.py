@@ -72,6 +72,7 @@ def test_every_format_gives_the_same_records(
 
     assert read_prompts([path]) == RECORDS
     assert read_prompts([str(path)]) == RECORDS
+    assert read_prompts(path) == read_prompts(str(path)) == RECORDS
 
 
 def test_a_dataset_saved_by_the_datasets_package(tmp_path: Path) -> None:
