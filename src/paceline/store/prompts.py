@@ -46,7 +46,7 @@ def read_prompts(
     fields: PromptFields = PromptFields(),
     on_bad: Callable[[str], None] | None = None,
 ) -> list[PromptRecord]:
-    """Prompts of JSONL files, Parquet files, and saved datasets (`folder`, or `folder:split`); one or more.
+    """Prompts of one or more JSONL files, Parquet files, saved datasets (`folder`, or `folder:split`).
 
     A prompt is a string, or a list with one message of the role `user`. Ids must be unique; a prompt
     without an id that occurs again is taken once. A broken row raises ConfigError with its place;
