@@ -26,6 +26,11 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
         what = f" ({', '.join(recurrent)})" if recurrent else ""
         state = f"a recurrent state in addition to or instead of keys and values{what}"
         return f"it keeps {state}, {_ROLLBACK}"
+    if getattr(config.get_text_config(), "index_topk", None):
+        return (
+            "an index of its own chooses which tokens each token sees (index_topk), and that index is "
+            "not kept per row"
+        )
     return None
 
 
