@@ -14,11 +14,12 @@ import weakref
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final
 
 import torch
 
+from paceline.engine.openmp import release_pool
 from paceline.errors import DecodingError, QueueFullError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ _WAKE: Final = None  # an order: look whether there is work
 _STOP: Final = -1  # an order: end the thread; tickets count from 0
 # A finaliser may run in a thread that holds a lock which the round needs, so waits are bounded.
 _LONGEST_ROUND: Final = 30.0  # seconds
+_LINGER: Final = 0.02  # seconds that the thread keeps its OpenMP workers while a stream is not read
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ class Driver:
         self._num_threads = torch.get_num_threads()
         self._forked_in_flight = False
         self._reset()
+        release_pool()  # of the thread that has loaded the models
         _drivers.add(self)
 
     def _reset(self) -> None:
@@ -228,6 +231,7 @@ class Driver:
     def _wake(self, mail: Mail | None = None) -> None:
         """Make the thread look for work. mail: what the caller waits for, if it waits."""
         self._check_caller()
+        release_pool()
         with self._lock:
             self._num_threads = torch.get_num_threads()
             if self._thread is None or not self._thread.is_alive():
@@ -279,6 +283,8 @@ class Driver:
             found = self.engine.step()
         except BaseException:  # noqa: BLE001 - their completions hold the error
             found = self.engine.take_progress()
+        if not self.engine.has_work:
+            release_pool()  # first: a caller may compute as soon as it is told
         for progress in found:
             mailbox = self._mail.get(progress.ticket)
             if mailbox is None:
@@ -323,7 +329,11 @@ def _work(driver_of: weakref.ref[Driver], orders: Orders) -> None:
     """Run the driver's thread; block while there is no order."""
     going_on = True
     while going_on:
-        order = orders.get()
+        try:
+            order = orders.get(timeout=_LINGER)
+        except Empty:
+            release_pool()
+            order = orders.get()
         driver = driver_of()
         going_on = driver is not None and driver._work_off(order)
         del driver
