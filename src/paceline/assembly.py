@@ -172,13 +172,12 @@ class Pace:
     ) -> None:
         self.parts = parts
         self.watch = watch
-        self._decode = parts.detokenizer
         self._notes = tuple(notes)
         engine_section = parts.config.engine
         self.engine = Engine(
             parts.target,
             parts.drafters,
-            decode=self._decode,
+            decode=parts.detokenizer,
             choose=choose,
             watch=watch,
             on_complete=on_complete,
@@ -308,7 +307,7 @@ class Pace:
         Closing the iterator cancels the request. Raises DecodingError if it fails on the way.
         """
         request = self.request(prompt, **settings)
-        stream = TextStream(self._decode, request.stop_strings)
+        stream = TextStream(self.parts.detokenizer, request.stop_strings)
         return _pieces(stream, (progress for _, progress in self.driver.progress([request])))
 
     async def astream_text(self, prompt: Prompt, **settings: Any) -> AsyncGenerator[str, None]:
@@ -317,7 +316,7 @@ class Pace:
         Raises QueueFullError if too many requests wait already.
         """
         request = self.request(prompt, **settings)
-        stream = TextStream(self._decode, request.stop_strings)
+        stream = TextStream(self.parts.detokenizer, request.stop_strings)
         async with aclosing(self.driver.aprogress(request)) as progresses:
             async for progress in progresses:
                 if piece := _piece(stream, progress):

@@ -329,7 +329,7 @@ def test_a_stop_token_ends_the_text_wherever_it_falls(tiny: Subject, arm: str) -
     for place, completion in zip(places, run(pace, requests), strict=True):
         assert completion.token_ids == reference[: place + 1]
         assert completion.finish_reason == "stop"
-        assert completion.text == pace._decode(reference[:place])
+        assert completion.text == pace.parts.detokenizer(reference[:place])
         if arm in ("self", "copying") and place % 5 in (1, 2, 3):
             assert completion.rounds[-1].accepted < completion.rounds[-1].drafted
 
@@ -356,7 +356,7 @@ def test_a_stop_string_ends_the_text_at_the_token_that_completes_it(zoo: Subject
     reference = zoo.reference(prompt, 24)
     script = ScriptedDrafter("copying", copying([*prompt, *reference]), num_draft_tokens=4)
     pace = zoo.pace(max_rows=4, extra={"copying": script})
-    decode = pace._decode
+    decode = pace.parts.detokenizer
     pieces = [decode([token]) for token in reference]
     # from the middle of one token to the middle of the next but one
     stops = [
