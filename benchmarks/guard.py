@@ -1,11 +1,11 @@
-"""Is any task slower than plain decoding? A stream of requests, by the clock, watched and not.
+"""Is any task slower than plain decoding? A stream of requests, by the clock, controlled and not.
 
     python benchmarks/guard.py [--per-task 100] [--shift 60] [--data FOLDER] [--policy FOLDER]
 
 Every request of a mixed stream runs through `none` and through every case, interleaved in one process,
-in an order that changes from request to request; each case keeps its own watch from the first request
-on, so what it takes to learn counts. Seconds are end to end: prefill, choice, drafters' starts, drafts
-made beside, rounds. A ratio is the seconds a token of `none` over the case's; its interval a bootstrap
+in an order that changes from request to request; each case keeps its own controller from the first
+request on, so what it takes to learn counts. Seconds are end to end: prefill, choice, drafters'
+starts, shadow drafts, rounds. A ratio is the seconds a token of `none` over the case's; its interval a bootstrap
 over requests, 95%. The cases:
 
     auto          the learned policy's choice
@@ -32,7 +32,7 @@ import numpy as np
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from paceline.assembly import Pace, Parts, policy_identity, watch_for
+from paceline.assembly import Pace, Parts, build_controller, policy_identity
 from paceline.bench.circumstances import circumstances, headline
 from paceline.bench.profile import profile
 from paceline.cli.options import configured
@@ -110,7 +110,7 @@ class Case:
     """One way to decode, and what every prompt took with it."""
 
     name: str
-    watched: str
+    controlled: str
     pace: Pace
     runs: list[Completion] = field(default_factory=list)
 
@@ -129,15 +129,15 @@ def cases_of(
     choose: Choose,
     arms: Sequence[str],
     costs: CostTable,
-    watches: Sequence[str] = tuple(WATCHES),
+    controls: Sequence[str] = tuple(WATCHES),
 ) -> list[Case]:
-    """A case for every way to watch."""
+    """A case for every way to controller."""
     found = []
-    for watched in watches:
-        section = WATCHES[watched]
+    for controlled in controls:
+        section = WATCHES[controlled]
         config = parts.config.model_copy(update={"selection": section})
         own = Parts(config, parts.target, parts.tokenizer, parts.vocabulary, parts.drafters)
-        found.append(Case(name, watched, Pace(own, choose, watch_for(own, arms, costs))))
+        found.append(Case(name, controlled, Pace(own, choose, build_controller(own, arms, costs))))
     return found
 
 
@@ -156,7 +156,7 @@ def stream(
     """Every prompt through every case, `none` among them."""
     order = random.Random(1)
     warm = plain.pace.encode([{"role": "user", "content": records[0].prompt}])
-    for case in (plain, *cases):  # not watched: the watches begin with the stream
+    for case in (plain, *cases):  # not controlled: the controls begin with the stream
         for arm in case.pace.drafters:
             case.pace.complete(warm, drafter=arm, max_new_tokens=8, generation_config="none")
     for record in records:
@@ -225,15 +225,17 @@ def plot(result: dict[str, Any], path: Path) -> None:
         values = np.array([f["ratio"] for f in found])
         spread = [values - [f["low"] for f in found], [f["high"] for f in found] - values]
         above.errorbar(at, values, yerr=np.abs(spread), fmt="o", markersize=3, label=task)
-    above.set_xticks(range(len(rows)), [f"{r['case']}\n{r['watched']}" for r in rows], fontsize=7)
+    above.set_xticks(
+        range(len(rows)), [f"{r['case']}\n{r['controlled']}" for r in rows], fontsize=7
+    )
     above.axhline(0.98, color="0.3", linewidth=0.8, linestyle=":")
     above.set(
         ylabel="speed over none", title="By task, with 95% intervals; dotted: the promise, 0.98"
     )
     above.legend(fontsize=7)
     shift = result["shift"]
-    for watched, speeds in shift["course"].items():
-        below.plot(range(1, len(speeds) + 1), speeds, label=watched)
+    for controlled, speeds in shift["course"].items():
+        below.plot(range(1, len(speeds) + 1), speeds, label=controlled)
     below.axvline(shift["at"] + 0.5, color="0.3", linewidth=0.8)
     below.axhline(1.0, color="0.3", linewidth=0.8, linestyle=":")
     below.set(
@@ -249,11 +251,11 @@ def markdown(result: dict[str, Any]) -> str:
     rows = result["cases"]
     tasks = list(rows[0]["tasks"])
     lines = [
-        "# Watched and not: speed over plain decoding, by task",
+        "# Controlled and not: speed over plain decoding, by task",
         "",
         f"{headline(result['circumstances'], 'transformers')} {result['setting']}",
         "",
-        f"| case | watched by | {' | '.join(tasks)} | worst task | arms a request |",
+        f"| case | controlled by | {' | '.join(tasks)} | worst task | arms a request |",
         "|---|---|" + "---|" * (len(tasks) + 2),
     ]
     for row in rows:
@@ -262,16 +264,16 @@ def markdown(result: dict[str, Any]) -> str:
         ]
         worst = min(f["ratio"] for task, f in row["tasks"].items() if task != ALL_TASKS)
         lines.append(
-            f"| {row['case']} | {row['watched']} | {' | '.join(cells)} | {worst:.3f} | "
+            f"| {row['case']} | {row['controlled']} | {' | '.join(cells)} | {worst:.3f} | "
             f"{row['arms']:.2f} |"
         )
-    heads = ["watched by", BEFORE, f"{AFTER}, first half", f"{AFTER}, second half"]
+    heads = ["controlled by", BEFORE, f"{AFTER}, first half", f"{AFTER}, second half"]
     lines += ["", f"| {' | '.join(heads)} |", "|---|---|---|---|"]
-    for watched, parts in result["shift"]["speeds"].items():
-        lines.append(f"| {watched} | " + " | ".join(f"{speed:.3f}" for speed in parts) + " |")
+    for controlled, parts in result["shift"]["speeds"].items():
+        lines.append(f"| {controlled} | " + " | ".join(f"{speed:.3f}" for speed in parts) + " |")
     lines += ["", "What the guards report at the end:", ""]
     for row in rows:
-        lines += [f"- {row['case']}, {row['watched']}: {line}" for line in row["report"]]
+        lines += [f"- {row['case']}, {row['controlled']}: {line}" for line in row["report"]]
     return "\n".join(lines) + "\n"
 
 
@@ -308,10 +310,10 @@ def mixed(
     return [
         {
             "case": case.name,
-            "watched": case.watched,
+            "controlled": case.controlled,
             "tasks": by_task(records, plain, case),
             "arms": float(np.mean([1 + len(c.switches) for c in case.runs])),
-            "report": case.pace.watch.report() if case.pace.watch is not None else [],
+            "report": case.pace.controller.report() if case.pace.controller is not None else [],
         }
         for case in cases
     ]
@@ -338,9 +340,9 @@ def shifting(
     pieces = [slice(0, at), slice(at, half), slice(half, len(ordered))]
     return {
         "at": at,
-        "course": {case.watched: recovery(plain, case) for case in cases},
+        "course": {case.controlled: recovery(plain, case) for case in cases},
         "speeds": {
-            case.watched: [ratio(plain.runs[piece], case.runs[piece]) for piece in pieces]
+            case.controlled: [ratio(plain.runs[piece], case.runs[piece]) for piece in pieces]
             for case in cases
         },
     }

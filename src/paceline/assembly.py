@@ -38,11 +38,11 @@ from paceline.models.self_checks import check_exact, check_packed_forward
 from paceline.models.vocabulary import Vocabulary, check_same_vocabulary
 from paceline.requests import SETTINGS, RequestSettings, read_prompt
 from paceline.selection import (
+    AdaptiveController,
     Arm,
     Guard,
     PolicyIdentity,
     TablePrices,
-    Watch,
     is_policy,
     load_policy,
 )
@@ -166,12 +166,12 @@ class Pace:
         self,
         parts: Parts,
         choose: Choose | None = None,
-        watch: Watch | None = None,
+        controller: AdaptiveController | None = None,
         on_complete: OnComplete | None = None,
         notes: Sequence[str] = (),
     ) -> None:
         self.parts = parts
-        self.watch = watch
+        self.controller = controller
         self._notes = tuple(notes)
         engine_section = parts.config.engine
         self.engine = Engine(
@@ -179,7 +179,7 @@ class Pace:
             parts.drafters,
             decode=parts.detokenizer,
             choose=choose,
-            watch=watch,
+            controller=controller,
             on_complete=on_complete,
             **engine_section.model_dump(),
         )
@@ -412,10 +412,10 @@ def steps_to_policy(config: Config) -> str:
 def _with_policy(parts: Parts, folder: Path) -> Pace:
     """Assemble parts with a folder's policy. Raises ArtefactError if it does not fit them."""
     loaded = _policy(parts, folder)
-    watched = TrainingRange.load(folder) if (folder / RANGE_FILE).is_file() else None
-    watch = watch_for(parts, loaded.arms, objective=loaded.objective)
-    on_complete = open_log(parts, watched, dict(read_card(folder).encoders))
-    return Pace(parts, loaded.choose, watch, on_complete, loaded.notes)
+    controlled = TrainingRange.load(folder) if (folder / RANGE_FILE).is_file() else None
+    controller = build_controller(parts, loaded.arms, objective=loaded.objective)
+    on_complete = open_log(parts, controlled, dict(read_card(folder).encoders))
+    return Pace(parts, loaded.choose, controller, on_complete, loaded.notes)
 
 
 def _policy(parts: Parts, folder: Path) -> Policy:
@@ -426,18 +426,18 @@ def _policy(parts: Parts, folder: Path) -> Policy:
     return load_policy(folder, policy_identity(parts), costs, selection=section)
 
 
-def watch_for(
+def build_controller(
     parts: Parts,
     arms: Sequence[str],
     costs: CostTable | None = None,
     objective: Objective = 0.0,
-) -> Watch | None:
+) -> AdaptiveController | None:
     """What the configuration's `selection` asks for over these arms and all drafters; None if nothing.
 
     Raises ArtefactError unless this machine's costs of all of them are given, or where they should be.
     """
     section = parts.config.selection
-    if not section.watches:
+    if not section.is_adaptive:
         return None
     named = [split_arm(arm) for arm in dict.fromkeys([*parts.drafters, *arms])]
     lengths = {name: drafter.num_draft_tokens for name, drafter in parts.drafters.items()}
@@ -450,7 +450,7 @@ def watch_for(
             f"'selection' asks for more than the policy's choice, which needs this machine's costs: "
             f"{error}, or leave 'selection' out"
         ) from error
-    return Watch(
+    return AdaptiveController(
         [
             Arm(name if k is None else join_arm(name, k), name, k or lengths[name])
             for name, k in named
@@ -481,7 +481,7 @@ def _price(parts: Parts) -> None:
 
 def open_log(
     parts: Parts,
-    watched: TrainingRange | None = None,
+    controlled: TrainingRange | None = None,
     encoders: Mapping[str, str] | None = None,
 ) -> OnComplete | None:
     """What is done with completed requests: they go to the configuration's decision log, and the
@@ -500,7 +500,7 @@ def open_log(
             section.tokens,
         )
         log = DecisionLog(section.folder, header)
-    alarm = DriftAlarm(watched) if watched is not None else None
+    alarm = DriftAlarm(controlled) if controlled is not None else None
     if log is None and alarm is None:
         return None
 

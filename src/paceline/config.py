@@ -179,7 +179,7 @@ class SelectionSection(Section):
         return self
 
     @property
-    def watches(self) -> bool:
+    def is_adaptive(self) -> bool:
         """Whether anything here is more than the policy's choice."""
         return self.adapt != "off" or self.guard or self.explore > 0
 

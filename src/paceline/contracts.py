@@ -153,7 +153,7 @@ class Verdicts:
     """What the target says of R drafts that were drawn at random."""
 
     num_accepted: Tensor  # [R] int64, draft tokens kept
-    next_law: Tensor  # [R, V] weights, not normalised, of the recovered or the bonus token
+    next_weights: Tensor  # [R, V] weights, not normalised, of the recovered or the bonus token
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,7 @@ class RoundStats:
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class DraftOutcome:
     """What the text has come to say of one draft, of the arm in use or of one made beside it.
 
     Of at most `allowed` tokens it had `drafted`. Depths up to `known` were told of before; since then
@@ -183,7 +183,7 @@ class Scored:
     @classmethod
     def of(
         cls, drafter: str, drafted: int, allowed: int, right: int, visible: int, known: int = 0
-    ) -> Scored:
+    ) -> DraftOutcome:
         """right: depths on the text so far, of which `visible` tokens have been written since."""
         ended = right < min(drafted, visible) or right == drafted < allowed
         return cls(drafter, drafted, allowed, right, ended, known)
@@ -195,8 +195,8 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
-class RoundSeen:
-    """One round of a watched row, as it stands after the commit.
+class RoundReport:
+    """One round of a controlled row, as it stands after the commit.
 
     context: tokens in the target's cache before it. room: tokens that may still be emitted. The
     seconds are this row's: of starting its drafter since the last round, of drafts beside, of drafting,
@@ -209,11 +209,11 @@ class RoundSeen:
     context: int
     rows: int
     room: int
-    scored: Sequence[Scored]
+    outcomes: Sequence[DraftOutcome]
     start_seconds: float
     draft_seconds: float
     other_seconds: float
-    beside_seconds: float = 0.0
+    shadow_seconds: float = 0.0
 
 
 @dataclass(slots=True)

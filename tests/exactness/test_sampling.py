@@ -1,7 +1,8 @@
 """Sampled text has the target's own distribution, whatever drafts and however it is judged.
 
 The verifier is run on many rows at once against a target that is a small table p(next | last token),
-so the exact law of the first two tokens is known; planted bugs show that the same check sees them.
+so the exact distribution of the first two tokens is known; planted bugs show that
+the same check sees them.
 Then the engine itself on a model with ten tokens, and the promise that a seed gives one text.
 Symbols: R rows, K drafted tokens, V tokens.
 """
@@ -28,7 +29,7 @@ from paceline.engine import Driver, Engine
 from paceline.models.language_model import LanguageModel
 from paceline.testing.examples import OTHER_KINDS, add_examples
 from paceline.testing.judging import Judged, judge_block, judge_residual
-from paceline.testing.restless import RestlessWatch
+from paceline.testing.random_controller import RandomController
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
 from paceline.verification import follow
@@ -368,7 +369,7 @@ def test_a_token_the_target_cannot_say_is_seen() -> None:
     assert chi_square(counts, expected) == 0.0
 
 
-# --- the engine, on a model whose law can be written down -----------------------------------------
+# --- the engine, on a model whose distribution is known -------------------------------------------
 
 SMALL_V = 10
 NUM_REQUESTS = 1500
@@ -393,8 +394,8 @@ def law_of_three_tokens(
         second = after([[*prompt, a] for a in tokens])
         third = after([[*prompt, a, b] for a in tokens for b in tokens])
     third = third.reshape(SMALL_V, SMALL_V, SMALL_V)
-    law: np.ndarray = (first[:, None, None] * second[:, :, None] * third).numpy()
-    return law
+    distribution: np.ndarray = (first[:, None, None] * second[:, :, None] * third).numpy()
+    return distribution
 
 
 def small_drafters(target: LanguageModel) -> dict[str, Drafter]:
@@ -439,24 +440,26 @@ def test_the_engine_emits_the_targets_distribution(
         counts[tuple(completion.token_ids[:3])] += 1
         firsts.append(completion.rounds[0].accepted)
 
-    law = law_of_three_tokens(small_target, prompt, params)
+    distribution = law_of_three_tokens(small_target, prompt, params)
     assert set(firsts) == {0, 1, 2}
     for axes in ((), (0,), (2,), (0, 1)):
-        assert chi_square(counts.sum(axes).ravel(), law.sum(axes).ravel()) > ALPHA
+        assert chi_square(counts.sum(axes).ravel(), distribution.sum(axes).ravel()) > ALPHA
 
 
 def test_a_watch_that_switches_by_what_was_right_moves_no_mass(small_target: LanguageModel) -> None:
     """Drafts made beside the arm in use are drawn with noise of their own round."""
     params = SamplingParams(1.2, top_k=7, min_p=0.02, method="residual")
     prompt = (3, 7, 1, 3)
-    watch = RestlessWatch(["none", "near", "near@1", "random"], ["near", "random", "lookup"])
+    controller = RandomController(
+        ["none", "near", "near@1", "random"], ["near", "random", "lookup"]
+    )
     engine = Engine(
         small_target,
         small_drafters(small_target),
         decode=str,
         choose=lambda context: Decision("near@1"),
         max_rows=100,
-        watch=watch,
+        controller=controller,
     )
     requests = [
         Request(str(i), prompt, 4, replace(params, seed=1_000 + i)) for i in range(NUM_REQUESTS)
@@ -466,10 +469,10 @@ def test_a_watch_that_switches_by_what_was_right_moves_no_mass(small_target: Lan
     for completion in Driver(engine).generate(requests):
         counts[tuple(completion.token_ids[:3])] += 1
 
-    assert len(watch.ended) == NUM_REQUESTS
-    law = law_of_three_tokens(small_target, prompt, params)
+    assert len(controller.ended) == NUM_REQUESTS
+    distribution = law_of_three_tokens(small_target, prompt, params)
     for axes in ((), (0,), (2,), (0, 1)):
-        assert chi_square(counts.sum(axes).ravel(), law.sum(axes).ravel()) > ALPHA
+        assert chi_square(counts.sum(axes).ravel(), distribution.sum(axes).ravel()) > ALPHA
 
 
 # --- a seed is a text -----------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 A tree is judged by one draw from p at each node, along the child that equals it. ADED's released
 flow, which is that of REST, draws for every path anew and the next root too: it is done here by hand,
-on the same trees and the same law, to show that the check sees it. Symbols: V tokens.
+on the same trees and the same distribution, to show that the check sees it. Symbols: V tokens.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def tri(target: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Trig
 
 
 @pytest.fixture(scope="module")
-def law(target: LanguageModel) -> np.ndarray:
+def distribution(target: LanguageModel) -> np.ndarray:
     """[V, V, V] probabilities of the first three tokens, from transformers' own forward."""
 
     def after(texts: list[list[int]]) -> Tensor:
@@ -74,7 +74,7 @@ def law(target: LanguageModel) -> np.ndarray:
 
 
 def p_value(counts: np.ndarray, expected: np.ndarray) -> float:
-    """Of the counts under the law; 0 if what cannot be was seen. Rare cells are pooled."""
+    """Of the counts under the distribution; 0 if what cannot be was seen. Rare cells are pooled."""
     counts, expected = counts.ravel(), expected.ravel() / expected.sum() * counts.sum()
     if counts[expected == 0].any():
         return 0.0
@@ -90,7 +90,7 @@ def p_value(counts: np.ndarray, expected: np.ndarray) -> float:
 
 @pytest.mark.parametrize("method", ["residual", "invariant"])
 def test_the_engine_emits_the_targets_distribution_from_trees(
-    target: LanguageModel, tri: TrigramTree, law: np.ndarray, method: str
+    target: LanguageModel, tri: TrigramTree, distribution: np.ndarray, method: str
 ) -> None:
     engine = Engine(target, {"none": NoneDrafter(), "tri": tri}, decode=str, max_rows=100)
     requests = [
@@ -112,18 +112,18 @@ def test_the_engine_emits_the_targets_distribution_from_trees(
     assert {0, 1, 2} <= set(accepted)
     assert np.mean(accepted) > 0.5
     for axes in ((), (0,), (0, 1), (0, 2)):
-        assert p_value(counts.sum(axes), law.sum(axes)) > ALPHA
+        assert p_value(counts.sum(axes), distribution.sum(axes)) > ALPHA
 
 
 def test_the_released_flow_does_not_emit_the_targets_distribution(
-    target: LanguageModel, tri: TrigramTree, law: np.ndarray
+    target: LanguageModel, tri: TrigramTree, distribution: np.ndarray
 ) -> None:
     """One round behind a first token drawn from p: what it emits next, by the released rules."""
     generator = np.random.default_rng(0)
-    first = law.sum((1, 2))
+    first = distribution.sum((1, 2))
     counts = np.zeros((V, V))
     paths_of: dict[int, list[list[int]]] = {}
-    second = law.sum(2) / first[:, None].clip(min=1e-300)
+    second = distribution.sum(2) / first[:, None].clip(min=1e-300)
     for _ in range(NUM_REQUESTS):
         a = int(generator.choice(V, p=first / first.sum()))
         if a not in paths_of:
@@ -139,7 +139,7 @@ def test_the_released_flow_does_not_emit_the_targets_distribution(
 
     assert max(len(paths) for paths in paths_of.values()) > 1
     assert p_value(counts.sum(1), first) > ALPHA  # that one was drawn from p
-    assert p_value(counts, law.sum(2)) < ALPHA
+    assert p_value(counts, distribution.sum(2)) < ALPHA
 
 
 def root_paths(tri: TrigramTree, row: ReplayedRow) -> list[list[int]]:

@@ -18,7 +18,7 @@ from paceline.config import Config, ModelSection
 from paceline.errors import DecodingError
 from paceline.integrations import hf
 from paceline.models.products import joined
-from paceline.models.weights_watch import WeightsWatch
+from paceline.models.weights_monitor import WeightsMonitor
 from paceline.testing.examples import add_examples
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
@@ -121,13 +121,13 @@ def test_a_buffer_that_a_checkpoint_holds_is_a_weight() -> None:
     model = tiny_model("llama")
     model.model.register_buffer("bias_of_experts", torch.zeros(4))
     model.model.register_buffer("angles", torch.zeros(4), persistent=False)
-    watch = WeightsWatch(model)
+    controller = WeightsMonitor(model)
 
     model.model.angles.add_(1)
     model.model.angles = torch.ones(4)
-    assert not watch.has_changed()
+    assert not controller.has_changed()
     model.model.bias_of_experts.add_(1)
-    assert watch.has_changed()
+    assert controller.has_changed()
 
 
 def test_nothing_drops_out_of_a_model_that_is_trained_between_requests() -> None:
@@ -254,7 +254,7 @@ def test_weights_that_stay_as_they_are_are_not_taken_again(architecture: str) ->
 
 
 def test_a_watch_of_what_is_no_module_never_changes() -> None:
-    assert not WeightsWatch(object()).has_changed()
+    assert not WeightsMonitor(object()).has_changed()
 
 
 def test_a_second_product_leaves_fused_weights_where_the_first_has_put_them() -> None:

@@ -203,11 +203,11 @@ def test_the_zoo_writes_the_same_text_with_every_arm_and_says_what_it_cost(
     ids=lambda settings: "+".join(settings),
 )
 def test_sampled_text_has_transformers_distribution(settings: dict[str, Any]) -> None:
-    """The law of the first three tokens, from transformers' own scores."""
+    """The distribution of the first three tokens, from transformers' own scores."""
     model = tiny_model("llama", vocab_size=7, std=0.5)
     prompt = torch.tensor([[3, 1, 4, 1, 5]])
 
-    def law(text: Tensor) -> Tensor:
+    def distribution(text: Tensor) -> Tensor:
         output = model.generate(
             text, attention_mask=torch.ones_like(text), do_sample=True, max_new_tokens=1,
             output_scores=True, return_dict_in_generate=True, **settings,
@@ -216,8 +216,12 @@ def test_sampled_text_has_transformers_distribution(settings: dict[str, Any]) ->
 
     texts, expected = [()], [1.0]
     for _ in range(3):
-        laws = [law(torch.cat((prompt, torch.tensor([text]).long()), 1)) for text in texts]
-        expected = [p * float(q) for p, law_ in zip(expected, laws, strict=True) for q in law_]
+        distributions = [
+            distribution(torch.cat((prompt, torch.tensor([text]).long()), 1)) for text in texts
+        ]
+        expected = [
+            p * float(q) for p, law_ in zip(expected, distributions, strict=True) for q in law_
+        ]
         texts = [(*text, token) for text in texts for token in range(7)]
     torch.manual_seed(11)
     num_draws = 400

@@ -127,7 +127,7 @@ def _why_not_auto(config: Config, vocabulary: Vocabulary, facts: ModelFacts) -> 
             hidden_size=facts.hidden_size,
             drafters={NONE: card.drafters.get(NONE, ""), **lines},
         )
-        costs = CostTable.load(path) if path.is_file() or config.selection.watches else None
+        costs = CostTable.load(path) if path.is_file() or config.selection.is_adaptive else None
         load_policy(folder, expect, costs, selection=config.selection)
     except ArtefactError as error:
         return str(error)

@@ -15,10 +15,10 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
 from paceline.collection.card import Card, describe_run
-from paceline.collection.crew import gather
+from paceline.collection.draft_outputs import check_outputs
 from paceline.collection.replays import OutputTask, ReplayTask, ScoreTask, is_chain, writers
 from paceline.collection.trajectories import DecodeTask, EncodedPrompt, encode_prompts, under
-from paceline.collection.written import check_outputs
+from paceline.collection.workers import gather
 from paceline.contracts import GREEDY, NONE, identity_of_arms, sampling_label
 from paceline.errors import ConfigError, RequestError, StoreError
 from paceline.requests import check_sampling
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     from paceline.assembly import Pace
-    from paceline.collection.crew import Crew, Progress
+    from paceline.collection.workers import Progress, WorkerPool
     from paceline.contracts import PromptRecord, SamplingParams
     from paceline.store import ShardStore
     from paceline.store.layout import Trajectory
@@ -105,13 +105,13 @@ def collect(
     }
     card = Card(run.collection.folder, pace, run.encoder, describe_run(pace, sources, settings))
     card.write(read_trajectories(run.collection.trajectories), finished=False)
-    with gather(pace, workers) as crew:
-        run.decode(crew, missing, max_new_tokens)
+    with gather(pace, workers) as pool:
+        run.decode(pool, missing, max_new_tokens)
         rows = read_trajectories(run.collection.trajectories)
         run.complete_features(rows)
-        replayed = run.replay(crew, rows)
-        scored = run.score(crew, rows) if scores else {}
-        written = run.let_write(crew, rows) if alignment else {}
+        replayed = run.replay(pool, rows)
+        scored = run.score(pool, rows) if scores else {}
+        written = run.decode_draft_outputs(pool, rows) if alignment else {}
     written |= {name: found.keep() for name, found in elsewhere.items()}
     card.write(rows, finished=True)
     return CollectionReport(
@@ -159,14 +159,14 @@ class _Run:
                 )
         return rows
 
-    def decode(self, crew: Crew, missing: list[EncodedPrompt], max_new_tokens: int) -> None:
+    def decode(self, pool: WorkerPool, missing: list[EncodedPrompt], max_new_tokens: int) -> None:
         # neighbours of like length waste little of a batch
         missing.sort(key=lambda prompt: (len(prompt.tokens), prompt.id))
         tasks = [DecodeTask(part, max_new_tokens) for part in self._parts(missing)]
         states = self._features[TargetHidden.name]
         # of a run that was stopped between the two stores; the prompt may have changed since
         states.drop_last_without(self.collection.trajectories.ids())
-        for result in crew.do(tasks, "decode", self._on_progress):
+        for result in pool.do(tasks, "decode", self._on_progress):
             states.append(result.states)
             self.collection.trajectories.append(result.trajectories)
             self.seconds["decode"] += result.seconds
@@ -187,19 +187,19 @@ class _Run:
                 self._on_progress("features", done, total)
         self.seconds["features"] += perf_counter() - began
 
-    def replay(self, crew: Crew, rows: Sequence[Trajectory]) -> dict[str, int]:
+    def replay(self, pool: WorkerPool, rows: Sequence[Trajectory]) -> dict[str, int]:
         names = [name for name in self.pace.drafters if name != NONE]
         stores = {name: self.collection.replays(name, self._lines[name]) for name in names}
-        return self._complete(crew, rows, stores, ReplayTask, "replay")
+        return self._complete(pool, rows, stores, ReplayTask, "replay")
 
-    def score(self, crew: Crew, rows: Sequence[Trajectory]) -> dict[str, int]:
+    def score(self, pool: WorkerPool, rows: Sequence[Trajectory]) -> dict[str, int]:
         names = [name for name in self.pace.drafters if is_chain(self.pace.parts, name)]
         stores = {name: self.collection.scores(name, self._lines[name]) for name in names}
-        return self._complete(crew, rows, stores, ScoreTask, "scores")
+        return self._complete(pool, rows, stores, ScoreTask, "scores")
 
     def _complete(
         self,
-        crew: Crew,
+        pool: WorkerPool,
         rows: Sequence[Trajectory],
         stores: Mapping[str, ShardStore],
         kind: type[ReplayTask | ScoreTask],
@@ -210,7 +210,7 @@ class _Run:
         lacking = [(row, [n for n, ids in there.items() if row.id not in ids]) for row in rows]
         tasks = [kind(part) for part in self._parts([work for work in lacking if work[1]])]
         counts = Counter(dict.fromkeys(stores, 0))
-        for found, seconds in crew.do(tasks, stage, self._on_progress):
+        for found, seconds in pool.do(tasks, stage, self._on_progress):
             for name, of_drafter in found.items():
                 stores[name].append(of_drafter)
                 counts[name] += len(of_drafter)
@@ -218,7 +218,7 @@ class _Run:
                 self.seconds[what] += spent
         return dict(counts)
 
-    def let_write(self, crew: Crew, rows: Sequence[Trajectory]) -> dict[str, int]:
+    def decode_draft_outputs(self, pool: WorkerPool, rows: Sequence[Trajectory]) -> dict[str, int]:
         """Each draft model's own greedy output to every prompt, once for all samplings."""
         prompts = list({row.prompt_id: row for row in reversed(rows)}.values())[::-1]
         names = writers(self.pace.parts)
@@ -231,7 +231,7 @@ class _Run:
         ]
         began = perf_counter()
         counts = Counter(dict.fromkeys(names, 0))
-        for task, found in zip(tasks, crew.do(tasks, "outputs", self._on_progress), strict=True):
+        for task, found in zip(tasks, pool.do(tasks, "outputs", self._on_progress), strict=True):
             stores[task.writer].append(found)
             counts[task.writer] += len(found)
         self.seconds["outputs"] += perf_counter() - began

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from paceline.assembly import Pace
-    from paceline.collection.crew import Progress
+    from paceline.collection.workers import Progress
     from paceline.store import LoggedDecision
 
 SERVED: Final = "served"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from paceline.assembly import Pace, Parts
-    from paceline.collection.crew import Tick
+    from paceline.collection.workers import Tick
     from paceline.replay import Replay
     from paceline.store.layout import Trajectory
 

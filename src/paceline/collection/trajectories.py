@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from paceline.assembly import Pace, Parts
-    from paceline.collection.crew import Tick
+    from paceline.collection.workers import Tick
     from paceline.contracts import Completion, SamplingParams
     from paceline.engine.loop import Choose
     from paceline.models.language_model import LanguageModel

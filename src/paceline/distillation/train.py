@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a watcher may draw. `match_rate` is the last validation's mean over domains."""
+    """What a controlled may draw. `match_rate` is the last validation's mean over domains."""
 
     phase: str  # decode | train
     step: int

@@ -1,6 +1,6 @@
 """Containment of plug-ins: an exception ends the request it belongs to, and no other.
 
-Drafters, policies, watches and `on_complete` may be anybody's code. A drafter that fails in several
+Drafters, policies, controls and `on_complete` may be anybody's code. A drafter that fails in several
 requests in succession is set aside: the policy's requests no longer use it.
 """
 
@@ -69,7 +69,7 @@ def warn(message: str) -> None:
         traceback.print_exception(error)
 
 
-class SetAside:
+class DisabledDrafters:
     """The drafters that `auto` does not use, because their last `MOST_FAILURES` requests failed."""
 
     def __init__(self) -> None:

@@ -28,14 +28,14 @@ from paceline.contracts import (
 )
 from paceline.drafting.contract import Draft, prepare_piece
 from paceline.engine.checks import check_arm, check_request, max_total, num_positions
-from paceline.engine.containment import SetAside, asking, contained, warn
+from paceline.engine.containment import DisabledDrafters, asking, contained, warn
+from paceline.engine.controlled_rows import CONTROLLER, ControlledRows
 from paceline.engine.decisions import check_decision
+from paceline.engine.endings import append_until_stop, final_text
 from paceline.engine.memory import DrafterMemory
 from paceline.engine.prefixes import BLOCK, PrefixStore
 from paceline.engine.rows import Row
 from paceline.engine.step import judge, run_round
-from paceline.engine.stops import append_until_stop, final_text
-from paceline.engine.watching import WATCH, Watcher
 from paceline.errors import (
     ArtefactError,
     ConfigError,
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from paceline.drafting.base import Drafter
-    from paceline.engine.watching import Watch
+    from paceline.engine.controlled_rows import ArmController
     from paceline.models.language_model import LanguageModel
 
     Choose = Callable[[Context], Decision]
@@ -77,7 +77,7 @@ class _Waiting(NamedTuple):
 class Engine:
     """Decodes requests with one target; every row may have its own drafter.
 
-    `choose` is called once per request with drafter "auto", after the target's prefill; `watch`, if
+    `choose` is called once per request with drafter "auto", after the target's prefill; `controller`, if
     given, may change its decision, and the arm after every round. `decode` turns token ids
     into text, for stop strings and completions. Not thread-safe: one thread submits, steps and
     cancels.
@@ -96,7 +96,7 @@ class Engine:
         prefix_positions: int = 0,
         max_drafter_mb: float | None = None,
         on_complete: OnComplete | None = None,
-        watch: Watch | None = None,
+        controller: ArmController | None = None,
     ) -> None:
         """max_rows: requests in flight. prefill_chunk: prompt tokens per step. max_waiting: requests
         that may wait. max_positions: bound on rows x longest row, what the target's cache holds.
@@ -122,17 +122,17 @@ class Engine:
         self._max_waiting = max_waiting
         self._max_positions = max_positions
         self._memory = DrafterMemory(self.drafters, max_drafter_mb)
-        self._set_aside = SetAside()
-        self._watcher = (
+        self._disabled = DisabledDrafters()
+        self._controlled = (
             None
-            if watch is None
-            else Watcher(
-                watch,
+            if controller is None
+            else ControlledRows(
+                controller,
                 self.drafters,
                 prefill_chunk,
                 self._memory,
                 self._has_memory,
-                self._set_aside,
+                self._disabled,
             )
         )
         self._failed_to_report = False
@@ -196,12 +196,12 @@ class Engine:
         self._report(row)
 
     def switch(self, ticket: int, arm: str) -> None:
-        """Give a row in flight another arm from its next round on, and end its watch."""
+        """Give a row in flight another arm from its next round on, and end its controller."""
         check_arm(arm, self.drafters, RequestError)
         for row in self._rows:
             if row.id == ticket and row.is_prefilled:
-                if self._watcher is not None:
-                    self._watcher.end(row)
+                if self._controlled is not None:
+                    self._controlled.end(row)
                 row.decision = Decision(arm, policy="switched")
                 self._switch(row, arm)
 
@@ -244,33 +244,33 @@ class Engine:
         self._end_rows()
 
     def _round(self, rows: list[Row]) -> None:
-        """Run one round, and report each watched row's round to the watch."""
-        watcher = self._watcher
-        marks = {} if watcher is None else watcher.before_round(rows)
+        """Run one round, and report each controlled row's round to the controller."""
+        controlled = self._controlled
+        marks = {} if controlled is None else controlled.before_round(rows)
         rows = [row for row in rows if row.finish_reason is None]
         if rows:
             run_round(rows, self.target, self._words)
         for row in rows if marks else ():
             if row.id not in marks or row.error is not None:
                 continue
-            assert watcher is not None
+            assert controlled is not None
             arm = None
-            # a watch may be anybody's code
-            with contained(lambda error, row=row: self._watch_failed(row, error)):  # type: ignore[misc]
+            # a controller may be anybody's code
+            with contained(lambda error, row=row: self._controller_failed(row, error)):  # type: ignore[misc]
                 # also after the last round: its costs count for later requests
-                arm = watcher.after_round(row, marks[row.id], len(rows))
+                arm = controlled.after_round(row, marks[row.id], len(rows))
                 if arm is not None:
                     check_arm(arm, self.drafters, ArtefactError)
             if row.finish_reason is not None or arm is None or arm == row.arm:
                 continue
             name = split_arm(arm)[0]
-            if name not in row.barred and name not in self._set_aside:
+            if name not in row.barred and name not in self._disabled:
                 self._switch(row, arm)
 
     @staticmethod
-    def _watch_failed(row: Row, error: BaseException) -> None:
+    def _controller_failed(row: Row, error: BaseException) -> None:
         if row.finish_reason is None:
-            row.fail(WATCH, error)
+            row.fail(CONTROLLER, error)
 
     def check(self, request: Request) -> Request:
         """Return the request as the schema reads it. Raises RequestError if it cannot be served.
@@ -284,7 +284,7 @@ class Engine:
     def accept(self, request: Request) -> Request:
         """Check a request that is known to fit the schema, and mark it as checked."""
         check_request(
-            request, self.target, self.drafters, self._max_positions, self._watcher is not None
+            request, self.target, self.drafters, self._max_positions, self._controlled is not None
         )
         if request.drafter == AUTO and self.choose is None:
             raise RequestError(
@@ -337,7 +337,9 @@ class Engine:
             return True  # `check_request` has compared one row alone with the bound
         requests = [request, *(row.request for row in self._rows)]
         longest = max(
-            num_positions(one, self.target.context_length, self.drafters, self._watcher is not None)
+            num_positions(
+                one, self.target.context_length, self.drafters, self._controlled is not None
+            )
             for one in requests
         )
         cache = self.target.cache
@@ -450,10 +452,10 @@ class Engine:
         if left != NONE:
             row.kept[left] = row.prepared
         row.arm, row.drafter = NONE, self.drafters[NONE]
-        watched = self._watcher is not None and self._watcher.watches(row)
+        controlled = self._controlled is not None and self._controlled.controls(row)
         with asking(row, wanted):
             for name in list(row.kept):
-                if name != wanted and (not watched or self._memory.overlap(name, wanted)):
+                if name != wanted and (not controlled or self._memory.overlap(name, wanted)):
                     self._let_go(row, name)
             if wanted not in row.kept and not self._make_room(row, wanted):
                 row.switches[-1] = (row.switches[-1][0], NONE)
@@ -514,15 +516,15 @@ class Engine:
             max_new_tokens=row.request.max_new_tokens,
         )
         decision = self._usable(self.choose(context))
-        if self._watcher is not None:
-            decision = self._usable(self._watcher.begin(row, context, decision))
+        if self._controlled is not None:
+            decision = self._usable(self._controlled.begin(row, context, decision))
         return decision
 
     def _usable(self, decision: Decision) -> Decision:
         """Return the checked decision, with the arm `none` if its drafter is set aside."""
         decision = check_decision(decision)
         name = decision.drafter
-        if name not in self._set_aside:
+        if name not in self._disabled:
             return decision
         policy = f"{decision.policy}, set aside: {name}"
         return replace(decision, arm=NONE, propensity=1.0, policy=policy)
@@ -549,8 +551,8 @@ class Engine:
 
     def _give_back(self, row: Row) -> None:
         self.target.release(row.slot, damaged=row.error is not None)
-        if self._watcher is not None:
-            self._watcher.end(row)
+        if self._controlled is not None:
+            self._controlled.end(row)
         tokens = list(row.tokens)  # whatever becomes of the row's own
         for name in dict.fromkeys((row.drafter_name, *row.kept)):
             in_use = name == row.drafter_name
@@ -558,7 +560,7 @@ class Engine:
             with contained(tell):
                 self.drafters[name].finish([row])
         row.tokens = tokens
-        self._set_aside.learn(row)
+        self._disabled.learn(row)
 
     def _report(self, row: Row) -> None:
         text = ""

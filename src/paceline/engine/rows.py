@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from paceline.contracts import Context, FinishReason, Request, SamplingParams
     from paceline.drafting.base import Drafter
-    from paceline.engine.stops import StopFinder
+    from paceline.engine.endings import StopFinder
 
 
 @dataclass(slots=True, eq=False)

@@ -17,7 +17,7 @@ import paceline.noise as noise
 from paceline.contracts import NONE, RoundStats
 from paceline.drafting.contract import Draft, read_drafts, read_length
 from paceline.engine.containment import text_changed
-from paceline.engine.stops import append_until_stop
+from paceline.engine.endings import append_until_stop
 from paceline.errors import ENDS_ALL
 from paceline.logit_rules import apply_rules
 from paceline.models.packing import Span
@@ -284,10 +284,10 @@ def _judge_one(
     )
     if on_cpu:
         kept = int(verdicts.num_accepted)
-        token = noise.draw(verdicts.next_law[0], params.seed, start + kept, noise.TARGET)
+        token = noise.draw(verdicts.next_weights[0], params.seed, start + kept, noise.TARGET)
         return Verdict(list(range(kept)), token)
     e = noise.exponential(seed, start + verdicts.num_accepted, noise.TARGET, p.shape[-1])
-    return torch.cat([verdicts.num_accepted, noise.race(verdicts.next_law, e)])
+    return torch.cat([verdicts.num_accepted, noise.race(verdicts.next_weights, e)])
 
 
 def _ruled(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from paceline.engine.endings import naming_special
 from paceline.engine.reading import Reader
-from paceline.engine.stops import naming_special
 from paceline.errors import DecodingError
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class _Beginnings:
         self._new = self._reached(starts | blanks)
         # places where the text may have a blank that the spelled-out text has elsewhere or lacks; also
         # before the stop string, since a decoder may omit the blank where the text is cut
-        self._beside = inside | {
+        self._shadows = inside | {
             place
             for place in range(len(stop) + 1)
             for name in self._unseen
@@ -93,7 +93,7 @@ class _Beginnings:
             for length, places in (*self._matches.items(), (0, self._new)):
                 met = {p + 1 for p in places if p < len(self._stop) and self._stop[p] == character}
                 if character == " ":
-                    met |= places & self._beside
+                    met |= places & self._shadows
                 # a complete stop string has ended the answer already, or is none
                 if (places := self._reached(met)) - {len(self._stop)}:
                     matches[length + 1] = places

@@ -128,4 +128,6 @@ def _seconds(policy: Policy, prompts: Dataset) -> np.ndarray:
     """[N] predicted, of what a policy chooses on prompts."""
     places = np.array([prompts.arms.index(arm) for arm in policy.arms])
     preferred = policy.chooser.preferences(prompts.features, prompts.situation())
-    return np.asarray((policy.chooser.law(preferred) * prompts.seconds[:, places]).sum(axis=1))
+    return np.asarray(
+        (policy.chooser.distribution(preferred) * prompts.seconds[:, places]).sum(axis=1)
+    )

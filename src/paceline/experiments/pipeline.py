@@ -11,7 +11,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from paceline.assembly import Pace, build, policy_identity, watch_for
+from paceline.assembly import Pace, build, build_controller, policy_identity
 from paceline.bench.profile import profile as measure_costs
 from paceline.collection import collect as collect_prompts
 from paceline.contracts import NONE, split_arm
@@ -221,5 +221,5 @@ def prepare(
     )
     learned.save(config.paths.policy)
     stage("learn")
-    watch = watch_for(parts, learned.policy.arms, costs, learned.policy.objective)
-    return Prepared(Pace(parts, learned.policy.choose, watch), costs, learned, seconds)
+    controller = build_controller(parts, learned.policy.arms, costs, learned.policy.objective)
+    return Prepared(Pace(parts, learned.policy.choose, controller), costs, learned, seconds)

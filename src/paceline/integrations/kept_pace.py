@@ -13,7 +13,7 @@ from paceline.assembly import Pace, load
 from paceline.config import MAX_DRAFT_TOKENS
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
 from paceline.errors import ConfigError, RequestError
-from paceline.models.weights_watch import WeightsWatch
+from paceline.models.weights_monitor import WeightsMonitor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -51,7 +51,7 @@ class _Kept:
         self,
         made_from: tuple[Any, ...] = (),
         pace: Pace | None = None,
-        watches: Sequence[WeightsWatch] = (),
+        watches: Sequence[WeightsMonitor] = (),
     ) -> None:
         """watches: one per model it was made from."""
         self.made_from, self.pace, self._watches = made_from, pace, watches
@@ -101,7 +101,7 @@ def pace_of(
     kept: Any = getattr(model, _KEPT, None)
     if kept is None or not kept.serves(made_from):
         made = _make_pace(model, sources, *lookup)
-        kept = _Kept(made_from, made, [WeightsWatch(m) for m in (model, *sources.values())])
+        kept = _Kept(made_from, made, [WeightsMonitor(m) for m in (model, *sources.values())])
         setattr(model, _KEPT, kept)
     found: Pace = kept.pace
     return found

@@ -151,13 +151,13 @@ def learn_from_choices(
 def _picks(policy: Policy, arms: Sequence[str], log: _Log) -> np.ndarray:
     """[n, A] with which the policy would choose each arm, under each request's own load."""
     places = [arms.index(arm) for arm in policy.arms]
-    law = np.zeros((len(log.ids), len(arms)))
+    distribution = np.zeros((len(log.ids), len(arms)))
     for rows in np.unique(log.rows_in_flight):
         own = log.rows_in_flight == rows
         situation = Situation(log.num_prompt[own], int(rows), policy.objective)
         preferred = policy.chooser.preferences(log.features[own], situation)
-        law[np.ix_(own, places)] = policy.chooser.law(preferred)
-    return law
+        distribution[np.ix_(own, places)] = policy.chooser.distribution(preferred)
+    return distribution
 
 
 def _dataset(

@@ -43,9 +43,9 @@ def speed_of(chooser: Chooser, data: Dataset) -> float:
     """Seconds of `none` on all prompts over those of a chooser's arms."""
     if isinstance(chooser, PortableChooser) and chooser.pricer is None:
         chooser.pricer = data.pricer()
-    law = chooser.law(chooser.preferences(data.features, data.situation()))
+    distribution = chooser.distribution(chooser.preferences(data.features, data.situation()))
     none = data.seconds[:, data.arms.index("none")]
-    return float(none.sum() / (law * data.seconds).sum())
+    return float(none.sum() / (distribution * data.seconds).sum())
 
 
 def plot(

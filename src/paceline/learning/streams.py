@@ -2,7 +2,7 @@
 
 What each drafter would have had accepted at every position of a prompt's output is known (`ahead`),
 so any schedule of arms can be played through: fixed arms, a policy's choice, bandits that learn from
-the rounds they see, and the very `Watch` that the engine asks. Seconds are the cost table's; a
+the rounds they see, and the `AdaptiveController` of the engine. Seconds are the cost table's; a
 drafter that has not read the text is charged for reading it, and so are drafts made beside the arm
 in use. Knows no model. Symbols: T output tokens, N arms, t rounds so far.
 """
@@ -20,18 +20,18 @@ from paceline.contracts import (
     NONE,
     Context,
     Decision,
-    RoundSeen,
+    DraftOutcome,
+    RoundReport,
     RoundStats,
     SamplingParams,
-    Scored,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from paceline.selection.adaptation import Arm
+    from paceline.selection.controller import AdaptiveController
     from paceline.selection.round_prices import RoundPrices
-    from paceline.selection.watch import Watch
 
 _NO_STATE: Final = np.zeros(0, dtype=np.float32)
 
@@ -48,7 +48,7 @@ class StreamPrompt:
 
 
 @dataclass(slots=True)
-class Lived:
+class StreamOutcome:
     """One request as it went: seconds after its prefill, and rounds by arm."""
 
     seconds: float = 0.0
@@ -57,7 +57,7 @@ class Lived:
     switches: int = 0
 
 
-class Way(ABC):
+class StreamMethod(ABC):
     """A way to choose arms. `seen` is None before a request's first round."""
 
     name: str
@@ -66,11 +66,11 @@ class Way(ABC):
     def begin(self, number: int, prompt: StreamPrompt) -> str:
         """The arm of a request's first round."""
 
-    def to_score(self, number: int) -> Sequence[str]:
+    def shadow_drafters(self, number: int) -> Sequence[str]:
         """Drafters that make a draft beside the arm in use in the next round."""
         return ()
 
-    def after_round(self, number: int, seen: RoundSeen) -> str | None:
+    def after_round(self, number: int, seen: RoundReport) -> str | None:
         """The arm to go on with, None for the same."""
         return None
 
@@ -78,7 +78,7 @@ class Way(ABC):
         """The request is over."""
 
 
-class Fixed(Way):
+class Fixed(StreamMethod):
     """One arm for all."""
 
     def __init__(self, arm: str) -> None:
@@ -89,7 +89,7 @@ class Fixed(Way):
         return self._arm
 
 
-class Offline(Way):
+class Offline(StreamMethod):
     """The policy's choice before the first round, kept to the end."""
 
     name = "policy"
@@ -98,12 +98,12 @@ class Offline(Way):
         return prompt.decision.arm
 
 
-class Watched(Way):
-    """The engine's watch; `with_policy` gives it the policy's prediction as prior, else nothing."""
+class Controlled(StreamMethod):
+    """The engine's controller; `with_policy` gives it the policy's prediction as prior, else nothing."""
 
-    def __init__(self, name: str, watch: Watch, with_policy: bool = True) -> None:
+    def __init__(self, name: str, controller: AdaptiveController, with_policy: bool = True) -> None:
         self.name = name
-        self._watch = watch
+        self._watch = controller
         self._with_policy = with_policy
 
     def begin(self, number: int, prompt: StreamPrompt) -> str:
@@ -113,17 +113,17 @@ class Watched(Way):
         decision = prompt.decision if self._with_policy else Decision(NONE)
         return self._watch.begin(number, context, decision, prompt.num_output - 1).arm
 
-    def to_score(self, number: int) -> Sequence[str]:
-        return self._watch.to_score(number)
+    def shadow_drafters(self, number: int) -> Sequence[str]:
+        return self._watch.shadow_drafters(number)
 
-    def after_round(self, number: int, seen: RoundSeen) -> str | None:
+    def after_round(self, number: int, seen: RoundReport) -> str | None:
         return self._watch.after_round(number, seen)
 
     def end(self, number: int) -> None:
         self._watch.end(number)
 
 
-class _Bandit(Way):
+class _Bandit(StreamMethod):
     """Learns the speed of arms, emitted tokens a plain round's time, from the rounds they are given.
 
     `forgets` begins anew with every request, as the published bandits over drafters do.
@@ -154,7 +154,7 @@ class _Bandit(Way):
             self._reset()
         return self._arms[self._pick()]
 
-    def after_round(self, number: int, seen: RoundSeen) -> str | None:
+    def after_round(self, number: int, seen: RoundReport) -> str | None:
         plain = self._prices.rounds(NONE, seen.context, seen.rows)[0]
         speed = seen.emitted * plain / (seen.draft_seconds + seen.other_seconds)
         self._learn(self._arms.index(seen.arm), min(1.0, speed / _FASTEST))
@@ -207,7 +207,7 @@ class EXP3(_Bandit):
 
 
 @dataclass(slots=True)
-class _Beside:
+class _ShadowDraft:
     """A draft made beside the arm in use, whose worth the text has yet to tell."""
 
     drafter: str
@@ -217,12 +217,14 @@ class _Beside:
     accepted: int
     known: int = 0
 
-    def tell(self, position: int) -> Scored:
+    def tell(self, position: int) -> DraftOutcome:
         visible = position - self.position
         right = min(self.accepted, visible)
-        scored = Scored.of(self.drafter, self.drafted, self.allowed, right, visible, self.known)
+        outcomes = DraftOutcome.of(
+            self.drafter, self.drafted, self.allowed, right, visible, self.known
+        )
         self.known = right
-        return scored
+        return outcomes
 
 
 class Stream:
@@ -249,26 +251,26 @@ class Stream:
             longest = max(arm.num_draft_tokens, self._lengths.get(arm.drafter, 0))
             self._lengths[arm.drafter] = longest
 
-    def play(self, way: Way) -> list[Lived]:
+    def play(self, way: StreamMethod) -> list[StreamOutcome]:
         """Every request, one after the other."""
         clock = np.random.default_rng(self._seed)
         return [self._request(way, i, prompt, clock) for i, prompt in enumerate(self.prompts)]
 
     def _request(
-        self, way: Way, number: int, prompt: StreamPrompt, clock: np.random.Generator
-    ) -> Lived:
-        lived = Lived()
+        self, way: StreamMethod, number: int, prompt: StreamPrompt, clock: np.random.Generator
+    ) -> StreamOutcome:
+        result = StreamOutcome()
         arm = self.arms[way.begin(number, prompt)]
         read: dict[str, int] = {}  # drafter -> output positions it has read, the prompt with them
-        beside: list[_Beside] = []
+        beside: list[_ShadowDraft] = []
         position = 1
         while position < prompt.num_output:
             context = prompt.num_prompt + position - 1
             start = self._catch_up(arm.drafter, prompt, position, read)
             drafting = 0.0
-            for drafter in way.to_score(number):
+            for drafter in way.shadow_drafters(number):
                 start += self._catch_up(drafter, prompt, position, read)
-                draft = self._beside(drafter, prompt, position)
+                draft = self._shadows(drafter, prompt, position)
                 if draft is not None:
                     beside.append(draft)
                     drafting += self.prices.drafting(drafter, draft.drafted, context)
@@ -279,24 +281,28 @@ class Stream:
             other = float(self.prices.rounds(arm.drafter, context, 1)[drafted]) - own
             other *= exp(self._noise * clock.standard_normal()) if self._noise else 1.0
             for place in range(emitted):
-                lived.plain_seconds += float(self.prices.rounds(NONE, context + place, 1)[0])
+                result.plain_seconds += float(self.prices.rounds(NONE, context + place, 1)[0])
             position += emitted
-            lived.seconds += start + drafting + own + other
-            lived.rounds[arm.name] = lived.rounds.get(arm.name, 0) + 1
-            scored = [draft.tell(position) for draft in beside]
-            beside = [draft for draft, one in zip(beside, scored, strict=True) if not one.is_final]
+            result.seconds += start + drafting + own + other
+            result.rounds[arm.name] = result.rounds.get(arm.name, 0) + 1
+            outcomes = [draft.tell(position) for draft in beside]
+            beside = [
+                draft for draft, one in zip(beside, outcomes, strict=True) if not one.is_final
+            ]
             if allowed:
-                scored.append(Scored.of(arm.drafter, drafted, allowed, accepted, accepted + 1))
-            seen = RoundSeen(
+                outcomes.append(
+                    DraftOutcome.of(arm.drafter, drafted, allowed, accepted, accepted + 1)
+                )
+            seen = RoundReport(
                 arm.name, RoundStats(drafted, accepted), emitted, context, 1,
-                prompt.num_output - position, scored, start, drafting + own, other,
+                prompt.num_output - position, outcomes, start, drafting + own, other,
             )  # fmt: skip
             wanted = way.after_round(number, seen)
             if wanted is not None and wanted != arm.name:
                 arm = self.arms[wanted]
-                lived.switches += 1
+                result.switches += 1
         way.end(number)
-        return lived
+        return result
 
     def _round(self, arm: Arm, prompt: StreamPrompt, position: int) -> tuple[int, int]:
         if not arm.num_draft_tokens:
@@ -305,12 +311,12 @@ class Stream:
         k = arm.num_draft_tokens
         return min(k, int(drafted)), min(k, int(accepted))
 
-    def _beside(self, drafter: str, prompt: StreamPrompt, position: int) -> _Beside | None:
+    def _shadows(self, drafter: str, prompt: StreamPrompt, position: int) -> _ShadowDraft | None:
         allowed = min(self._lengths[drafter], prompt.num_output - position - 1)
         if not allowed:
             return None
         drafted, accepted = prompt.ahead[drafter][position - 1]
-        return _Beside(drafter, position, int(drafted), allowed, int(accepted))
+        return _ShadowDraft(drafter, position, int(drafted), allowed, int(accepted))
 
     def _catch_up(
         self, drafter: str, prompt: StreamPrompt, position: int, read: dict[str, int]

@@ -23,7 +23,7 @@ from paceline.models.lean import LeanForward, why_not_lean
 from paceline.models.packing import ChainMasks, PackedBatch, Span
 from paceline.models.peft_adapters import base_of
 from paceline.models.visibility import look_at
-from paceline.models.weights_watch import WeightsWatch
+from paceline.models.weights_monitor import WeightsMonitor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -99,7 +99,7 @@ class LanguageModel:
         self._static: StaticForward | None = None
         if isinstance(self.cache, PagedCache) and isinstance(self._forward, LeanForward):
             self._static = StaticForward(self._forward, self.cache, self.context_length)
-        self._watch = WeightsWatch(model)  # last, since packing moves weights on CUDA
+        self._watch = WeightsMonitor(model)  # last, since packing moves weights on CUDA
 
     @property
     def forward_kind(self) -> str:
@@ -107,7 +107,7 @@ class LanguageModel:
         return self._forward.kind
 
     def has_changed(self) -> bool:
-        """Return whether the weights changed since they were read; see `WeightsWatch`."""
+        """Return whether the weights changed since they were read; see `WeightsMonitor`."""
         return self._watch.has_changed()
 
     def reload(self) -> None:

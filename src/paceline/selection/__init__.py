@@ -1,4 +1,4 @@
-"""CHOOSE: features, policies and their artefacts, and what watches a choice while decoding.
+"""CHOOSE: features, policies and their artefacts, and what controls a choice while decoding.
 
 Arms are names here; no engine, no drafters.
 """
@@ -11,13 +11,14 @@ from paceline.selection.artefact import (
     policy_of,
     save_policy,
 )
+from paceline.selection.controller import AdaptiveController
 from paceline.selection.features import feature_vector
 from paceline.selection.guard import Guard
 from paceline.selection.policies import Policy
 from paceline.selection.round_prices import RoundPrices, TablePrices
-from paceline.selection.watch import Watch
 
 __all__ = [
+    "AdaptiveController",
     "Arm",
     "Guard",
     "Hedge",
@@ -25,7 +26,6 @@ __all__ = [
     "PolicyIdentity",
     "RoundPrices",
     "TablePrices",
-    "Watch",
     "feature_vector",
     "is_policy",
     "load_policy",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from paceline.contracts import Scored
+    from paceline.contracts import DraftOutcome
     from paceline.selection.round_prices import RoundPrices
 
 PRIOR_ROUNDS: Final = 6.0
@@ -117,9 +117,9 @@ class Hedge:
             curve = self._prices.rounds(name, context, rows)
             self._curves[d, : len(curve)] = curve / plain
 
-    def observe(self, scored: Sequence[Scored], emitted: int) -> None:
+    def observe(self, outcomes: Sequence[DraftOutcome], emitted: int) -> None:
         """What a round brought: judged drafts of any drafters, and how much text."""
-        for one in scored:
+        for one in outcomes:
             d = self.arms.drafter_place[one.drafter]
             _count(
                 self._counts[d], one.drafted, one.allowed, one.known, one.accepted, int(one.ended)

@@ -1,6 +1,6 @@
 """Noticing that requests have left what a policy was learned on: an alarm, not a decision.
 
-Watched are one number of each request's features, its distance from the nearest of some centres of
+Controlled are one number of each request's features, its distance from the nearest of some centres of
 the training prompts, and the acceptance of each arm in use. A request is outside where such a number
 lies beyond a quantile of training. One outside says nothing; a cumulative sum over requests raises
 the alarm. Knows no models and no prices.

@@ -93,15 +93,19 @@ class Policy:
             in_rounds = dict(zip(self.arms, rounds[0].tolist(), strict=True))
         else:
             preferences = self.chooser.preferences(features[None], situation)
-        law = self.chooser.law(preferences)[0]  # [A]
-        place = int(law.argmax()) if law.max() >= 1.0 else self._draw(law, context)
+        distribution = self.chooser.distribution(preferences)[0]  # [A]
+        place = (
+            int(distribution.argmax())
+            if distribution.max() >= 1.0
+            else self._draw(distribution, context)
+        )
         scores = dict(zip(self.arms, self.chooser.scores(preferences)[0].tolist(), strict=True))
-        propensity = float(min(law[place], 1.0))
+        propensity = float(min(distribution[place], 1.0))
         return Decision(self.arms[place], propensity, scores, self.id, features, seconds, in_rounds)
 
-    def _draw(self, law: np.ndarray, context: Context) -> int:
-        """A place by its probability, law [A]; the same for the same request, in any order."""
+    def _draw(self, distribution: np.ndarray, context: Context) -> int:
+        """A place by its probability, distribution [A]; the same for the same request, in any order."""
         digest = hashlib.sha256(f"{self._seed}\0{context.request_id}\0".encode())
         digest.update(np.asarray(context.prompt_tokens, dtype="<i8").tobytes())
         point = int.from_bytes(digest.digest()[:8], "big") / 2.0**64
-        return int(np.searchsorted(law.cumsum()[:-1], point, side="right"))
+        return int(np.searchsorted(distribution.cumsum()[:-1], point, side="right"))

@@ -36,5 +36,5 @@ def judge_block(
 
 def _drawn(verdicts: Verdicts, noise: Tensor) -> Judged:
     rows = torch.arange(len(noise), device=noise.device)
-    drawn = race(verdicts.next_law, noise[rows, verdicts.num_accepted])
+    drawn = race(verdicts.next_weights, noise[rows, verdicts.num_accepted])
     return Judged(verdicts.num_accepted, drawn)

@@ -84,7 +84,7 @@ def _at_drafts(
 def _recover(
     p: Tensor, q: Tensor, share: Tensor, num_accepted: Tensor, lengths: Tensor
 ) -> Verdicts:
-    """The law of the token behind what was kept: max(0, share p - q) after a rejection, else p.
+    """The distribution of the token behind what was kept: max(0, share p - q) after a rejection, else p.
 
     share: [R], how much of p counts at that place.
     """

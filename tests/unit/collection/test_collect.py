@@ -19,7 +19,7 @@ from transformers import BertConfig, BertModel
 import paceline.store.shards as shards
 from paceline.collection import collect
 from paceline.collection.card import CARD_JSON, CARD_MD
-from paceline.collection.written import read_outputs
+from paceline.collection.draft_outputs import read_outputs
 from paceline.config import SelectionSection
 from paceline.contracts import (
     AUTO,

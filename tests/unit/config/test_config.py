@@ -150,8 +150,8 @@ def test_adapt_may_be_written_bare(tmp_path: Path, written: str) -> None:
     section = load_config(path).selection
 
     assert section.adapt == written.strip('"')
-    assert section.watches
+    assert section.is_adaptive
 
 
 def test_nothing_watches_unless_asked() -> None:
-    assert not Config(target=ModelSection(model="x")).selection.watches
+    assert not Config(target=ModelSection(model="x")).selection.is_adaptive

@@ -116,13 +116,13 @@ def test_every_cache_stays_within_max_positions(seed: int) -> None:
     drafters = drafters_of_every_cache()
     pace = pace_with(drafters, max_rows=6, max_positions=BOUND, prefix_positions=256)
     engine = pace.engine
-    watched = caches(engine) | {"through": drafters["through"]._inside.model.cache}
+    controlled = caches(engine) | {"through": drafters["through"]._inside.model.cache}
     requests = traffic(pace, list(engine.drafters), seed)
     most_rows = [0]
 
     def check() -> None:
         most_rows[0] = max(most_rows[0], engine.num_rows)
-        for name, cache in watched.items():
+        for name, cache in controlled.items():
             assert held(cache) <= BOUND, name
 
     done = run(engine, requests, check)

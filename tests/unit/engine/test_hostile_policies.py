@@ -21,8 +21,8 @@ from paceline.errors import DrafterError, RequestError
 from paceline.models.language_model import LanguageModel
 from paceline.store import read_decisions
 from paceline.store.layout import Trajectory
+from paceline.testing.random_controller import RandomController
 from paceline.testing.reference import greedy_reference
-from paceline.testing.restless import RestlessWatch
 from paceline.testing.scripted import ScriptedDrafter, copying
 from paceline.testing.tiny_models import tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
@@ -111,11 +111,11 @@ NAN = float("nan")
 )
 @pytest.mark.parametrize("by_watch", [False, True])
 def test_a_decision_that_is_none_ends_its_row(answer: Any, words: str, by_watch: bool) -> None:
-    watch = None
+    controller = None
     if by_watch:
-        watch = RestlessWatch([], [])
-        watch.begin = lambda ticket, context, decision, room: answer
-    engine = engine_with(choose=lambda c: decision() if by_watch else answer, watch=watch)
+        controller = RandomController([], [])
+        controller.begin = lambda ticket, context, decision, room: answer
+    engine = engine_with(choose=lambda c: decision() if by_watch else answer, controller=controller)
 
     bad, *good = serve(engine, "auto", "none", "math")
 
@@ -260,14 +260,14 @@ def test_failures_of_others_do_not_count() -> None:
     assert serve(engine, "auto")[0].drafter == "math"
 
 
-class Wanting(RestlessWatch):
+class Wanting(RandomController):
     """Wants one arm, whatever comes of it."""
 
     def __init__(self, arm: str, scored: Sequence[str] = ()) -> None:
         super().__init__([arm], scored)
         self.arm = arm
 
-    def to_score(self, ticket: int) -> Sequence[str]:
+    def shadow_drafters(self, ticket: int) -> Sequence[str]:
         return self._scored
 
     def after_round(self, ticket: int, seen: Any) -> str | None:
@@ -277,7 +277,7 @@ class Wanting(RestlessWatch):
 def test_a_watch_does_not_switch_to_what_is_set_aside() -> None:
     drafter = Moody()
     choose = lambda context: Decision("none", policy="mine")  # noqa: E731
-    engine = engine_with(drafter, choose, watch=Wanting("math"))
+    engine = engine_with(drafter, choose, controller=Wanting("math"))
     assert serve(engine, "auto")[0].switches == [(2, "math")]
     drafter.is_well = False
 
@@ -292,7 +292,7 @@ def test_a_watch_does_not_switch_to_what_is_set_aside() -> None:
 def test_failures_beside_the_arm_in_use_count_and_harm_nobody() -> None:
     drafter = Moody()
     choose = lambda context: Decision("none", policy="mine")  # noqa: E731
-    engine = engine_with(drafter, choose, watch=Wanting("none", ["math"]))
+    engine = engine_with(drafter, choose, controller=Wanting("none", ["math"]))
     drafter.is_well = False
 
     with pytest.warns(UserWarning, match="set aside"):

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 from paceline.contracts import Request
 from paceline.drafting.none import NoneDrafter
+from paceline.engine.endings import append_until_stop, final_text
 from paceline.engine.reading import Reader
 from paceline.engine.rows import Row
-from paceline.engine.stops import append_until_stop, final_text
 from paceline.engine.streaming import TextStream
 from paceline.errors import DecodingError
 from paceline.models.detokenizer import Detokenizer

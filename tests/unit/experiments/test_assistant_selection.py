@@ -319,7 +319,7 @@ def test_the_second_choice_is_taken_where_none_is_barred() -> None:
     inner = Liking()
     barred = Drafting(inner, data=None)  # type: ignore[arg-type]
     found = barred.preferences(np.zeros((1, 1)), None)  # type: ignore[arg-type]
-    assert barred.law(found).tolist() == [[0.0, 0.0, 1.0]]
+    assert barred.distribution(found).tolist() == [[0.0, 0.0, 1.0]]
 
 
 def test_a_given_store_is_used_and_its_prompts_are_not_timed(place: Place, tmp_path: Path) -> None:

@@ -124,9 +124,9 @@ def test_a_drafter_is_shown_at_the_length_that_was_best_in_training() -> None:
     arms = ("none", "code", "code@2", "math@3", "math@8")
     train = replace(outcomes([[10, 6, 5, 9, 8]], ["a"]), arms=arms, rewards=np.ones((1, 5)))
     held_out = replace(train, seconds=np.array([[10.0, 1, 5, 2, 8]]))
-    law = np.eye(5)[[3]]
+    distribution = np.eye(5)[[3]]
 
-    report = evaluate(train, held_out, {POLICY: [law]})
+    report = evaluate(train, held_out, {POLICY: [distribution]})
 
     assert list(report.overall.arms) == ["none", "code@2", "math@8"]
     assert report.overall.arms["code@2"].seconds == 5

@@ -20,14 +20,14 @@ def simulate(seed: int, num: int, explore: float = 0.5) -> tuple[Served, np.ndar
     features = rng.normal(size=(num, 3)).astype(np.float32)
     sign = np.sign(features[:, 0])
     speeds = np.stack([np.zeros(num), 0.3 + 0.2 * sign, 0.3 - 0.2 * sign], axis=1)
-    law = np.full((num, 3), explore / 3)
-    law[:, 1] += 1 - explore
-    chosen = np.array([rng.choice(3, p=p) for p in law])
+    distribution = np.full((num, 3), explore / 3)
+    distribution[:, 1] += 1 - explore
+    chosen = np.array([rng.choice(3, p=p) for p in distribution])
     every = np.arange(num)
     served = Served(
         arms=ARMS,
         chosen=chosen,
-        propensities=law[every, chosen],
+        propensities=distribution[every, chosen],
         tokens_per_second=100 * np.exp(speeds[every, chosen] + 0.1 * rng.normal(size=num)),
         features=features,
         num_prompt=rng.integers(5, 50, num),
@@ -50,12 +50,13 @@ def test_estimates_hold_the_truth_about_as_often_as_they_say() -> None:
     widths = dict.fromkeys(covered, 0.0)
     for seed in range(60):
         served, speeds = simulate(seed, 400)
-        law = served.laws(by_sign())
+        distribution = served.distributions(by_sign())
         # the gain over what was served, which itself is a draw
         truth = np.exp(
-            (law * speeds).sum(axis=1).mean() - np.log(served.tokens_per_second / 100).mean()
+            (distribution * speeds).sum(axis=1).mean()
+            - np.log(served.tokens_per_second / 100).mean()
         )
-        for name, gain in evaluate_logged(served, {"p": law}, seed).gains["p"].items():
+        for name, gain in evaluate_logged(served, {"p": distribution}, seed).gains["p"].items():
             covered[name] += gain.speed.low <= truth <= gain.speed.high
             widths[name] += gain.speed.high - gain.speed.low
     assert all(count >= 50 for count in covered.values()), covered
@@ -64,7 +65,10 @@ def test_estimates_hold_the_truth_about_as_often_as_they_say() -> None:
 
 def test_the_better_policy_is_found_better() -> None:
     served, _ = simulate(1, 1000)
-    policies = {"by sign": served.laws(by_sign()), "plain": served.laws(FixedChooser(ARMS, "none"))}
+    policies = {
+        "by sign": served.distributions(by_sign()),
+        "plain": served.distributions(FixedChooser(ARMS, "none")),
+    }
 
     report = evaluate_logged(served, policies)
 
@@ -76,7 +80,7 @@ def test_the_better_policy_is_found_better() -> None:
 
 def test_a_log_that_seldom_did_the_same_is_named() -> None:
     served, _ = simulate(1, 400, explore=0.06)
-    report = evaluate_logged(served, {"plain": served.laws(FixedChooser(ARMS, "none"))})
+    report = evaluate_logged(served, {"plain": served.distributions(FixedChooser(ARMS, "none"))})
     assert report.gains["plain"]["ips"].effective < FEW
     assert "log more with explore > 0" in report.sentences()[0]
 
@@ -85,7 +89,7 @@ def test_without_exploration_nothing_is_estimated() -> None:
     served, _ = simulate(1, 100)
     certain = replace(served, chosen=np.ones(100, dtype=int), propensities=np.ones(100))
     with pytest.raises(StoreError, match="explore > 0"):
-        evaluate_logged(certain, {"p": served.laws(by_sign())})
+        evaluate_logged(certain, {"p": served.distributions(by_sign())})
 
 
 def test_what_cannot_be_served_is_refused() -> None:
@@ -95,7 +99,7 @@ def test_what_cannot_be_served_is_refused() -> None:
     with pytest.raises(
         StoreError, match="the log has the arms none, code, math, the policy is for"
     ):
-        served.laws(FixedChooser(("none", "maths"), "none"))
+        served.distributions(FixedChooser(("none", "maths"), "none"))
 
 
 def test_a_policy_is_told_the_load_of_each_request() -> None:
@@ -109,5 +113,5 @@ def test_a_policy_is_told_the_load_of_each_request() -> None:
         return original(features, situation)  # type: ignore[arg-type]
 
     chooser.preferences = spy  # type: ignore[method-assign]
-    served.laws(chooser)
+    served.distributions(chooser)
     assert seen == [(1, int((served.rows == 1).sum())), (4, int((served.rows == 4).sum()))]

@@ -121,8 +121,10 @@ def test_what_features_are_worth_shows(make: Callable[..., Dataset]) -> None:
     assert speed[hidden] > 0.98 * speed[ORACLE]
     assert speed[hidden] > speed[both] > speed[stats]  # the statistics are noise here
     assert speed[stats] < 0.8 * speed[ORACLE]
-    law = contenders[3].laws(held_out)[0]
-    assert (law == law[0]).all()  # nothing is known, so every prompt gets the same arm
+    distribution = contenders[3].distributions(held_out)[0]
+    assert (
+        distribution == distribution[0]
+    ).all()  # nothing is known, so every prompt gets the same arm
 
 
 def test_an_encoders_block_is_its_own(make: Callable[..., Dataset]) -> None:

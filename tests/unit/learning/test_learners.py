@@ -93,8 +93,10 @@ def share_of_oracle(fitted: Fitted, held_out: Dataset, rows: int) -> float:
     chooser = fitted.chooser
     if chooser.portable and chooser.pricer is None:
         chooser.pricer = held_out.pricer()
-    law = chooser.law(chooser.preferences(held_out.features, held_out.situation(rows)))
-    return float(seconds.min(axis=1).sum() / (law * seconds).sum())
+    distribution = chooser.distribution(
+        chooser.preferences(held_out.features, held_out.situation(rows))
+    )
+    return float(seconds.min(axis=1).sum() / (distribution * seconds).sum())
 
 
 def test_every_learner_in_the_configuration_is_there() -> None:
@@ -243,8 +245,8 @@ def test_the_first_line_is_told_from_the_rest_of_a_prompt() -> None:
     assert 4 <= chooser.num_tokens <= 8  # the ninth token is the prompt's own
     assert set(chooser.table) == {(opening,) * chooser.num_tokens for opening in range(3)}
     unheard = replace(data(30), prompts=((77,) * 9,) * 30)
-    law = chooser.preferences(unheard.features, unheard.situation())
-    assert (law.argmax(axis=1) == chooser.otherwise).all()
+    distribution = chooser.preferences(unheard.features, unheard.situation())
+    assert (distribution.argmax(axis=1) == chooser.otherwise).all()
 
 
 def test_several_seeds_are_averaged_where_that_is_possible() -> None:

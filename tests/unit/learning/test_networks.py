@@ -132,8 +132,8 @@ def reward_of(
     chooser: Chooser, tabled: Callable[..., Dataset], features: np.ndarray, rewards: np.ndarray
 ) -> float:
     data = tabled(chooser.arms, features, rewards=rewards)
-    law = chooser.law(chooser.preferences(data.features, data.situation()))
-    return float((law * rewards).sum(axis=1).mean())
+    distribution = chooser.distribution(chooser.preferences(data.features, data.situation()))
+    return float((distribution * rewards).sum(axis=1).mean())
 
 
 def test_the_expected_loss_has_the_exact_gradient() -> None:
@@ -298,8 +298,8 @@ def test_entropy_keeps_the_policy_open(clusters: Callable) -> None:
 
     def entropy(weight: float) -> float:
         training = trained(seen.features, seen.rewards, 100, entropy_weight=weight)
-        law = training.probabilities(training.inputs(seen.features))[0]
-        return float(mean_entropy(torch.from_numpy(np.log(law))))
+        distribution = training.probabilities(training.inputs(seen.features))[0]
+        return float(mean_entropy(torch.from_numpy(np.log(distribution))))
 
     assert entropy(0.0) < 0.5 * entropy(0.5)
 

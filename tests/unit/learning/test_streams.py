@@ -11,15 +11,15 @@ from paceline.contracts import NONE, Decision
 from paceline.learning.streams import (
     EXP3,
     UCB,
+    Controlled,
     Fixed,
-    Lived,
     Offline,
     Stream,
+    StreamOutcome,
     StreamPrompt,
-    Watched,
 )
 from paceline.replay import walk
-from paceline.selection import Arm, Guard, Watch
+from paceline.selection import AdaptiveController, Arm, Guard
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,11 +74,11 @@ def informed(domain: str, believed: str | None = None) -> StreamPrompt:
     return prompt_of(domain, Decision(right, seconds_per_token=seconds))
 
 
-def speed(lived: Sequence[Lived]) -> float:
-    return sum(one.plain_seconds for one in lived) / sum(one.seconds for one in lived)
+def speed(outcomes: Sequence[StreamOutcome]) -> float:
+    return sum(one.plain_seconds for one in outcomes) / sum(one.seconds for one in outcomes)
 
 
-def play(prompts: Sequence[StreamPrompt], way: object) -> list[Lived]:
+def play(prompts: Sequence[StreamPrompt], way: object) -> list[StreamOutcome]:
     return Stream(prompts, ARMS, Prices()).play(way)  # type: ignore[arg-type]
 
 
@@ -86,36 +86,36 @@ def play(prompts: Sequence[StreamPrompt], way: object) -> list[Lived]:
 def test_a_fixed_arm_takes_what_its_replayed_rounds_cost(arm: str, k: int) -> None:
     prompt = prompt_of("even")
     drafter = arm.partition("@")[0]
-    [lived] = play([prompt], Fixed(arm))
+    [outcomes] = play([prompt], Fixed(arm))
 
     rounds = walk(prompt.ahead[drafter], k)
-    assert lived.seconds == pytest.approx(0.3 + (1.0 + 0.05 * rounds[:, 0]).sum())
-    assert lived.rounds == {arm: len(rounds)}
-    assert lived.plain_seconds == pytest.approx(T - 1)
+    assert outcomes.seconds == pytest.approx(0.3 + (1.0 + 0.05 * rounds[:, 0]).sum())
+    assert outcomes.rounds == {arm: len(rounds)}
+    assert outcomes.plain_seconds == pytest.approx(T - 1)
 
 
 def test_none_takes_a_round_a_token_and_starts_nothing() -> None:
-    [lived] = play([prompt_of("even")], Fixed(NONE))
-    assert lived.seconds == lived.plain_seconds == pytest.approx(T - 1)
+    [outcomes] = play([prompt_of("even")], Fixed(NONE))
+    assert outcomes.seconds == outcomes.plain_seconds == pytest.approx(T - 1)
 
 
 def test_the_policys_choice_is_kept() -> None:
-    lived = play([informed("even"), informed("odd")], Offline())
-    assert [list(one.rounds) for one in lived] == [["even"], ["odd"]]
-    assert speed(lived) > 3
+    outcomes = play([informed("even"), informed("odd")], Offline())
+    assert [list(one.rounds) for one in outcomes] == [["even"], ["odd"]]
+    assert speed(outcomes) > 3
 
 
 @pytest.mark.parametrize("kind", [UCB, EXP3])
 def test_bandits_find_the_best_arm_of_a_steady_stream(kind: type[UCB] | type[EXP3]) -> None:
     way = kind("bandit", NAMES, Prices(), seed=0, forgets=False)
-    lived = play([prompt_of("even")] * 120, way)
+    outcomes = play([prompt_of("even")] * 120, way)
 
-    late = lived[-30:]
+    late = outcomes[-30:]
     share = sum(one.rounds.get("even", 0) for one in late) / sum(
         sum(one.rounds.values()) for one in late
     )
     assert share > (0.9 if kind is UCB else 0.5)
-    assert speed(late) > speed(lived[:10])
+    assert speed(late) > speed(outcomes[:10])
 
 
 def test_a_bandit_that_forgets_pays_for_every_request_anew() -> None:
@@ -135,23 +135,27 @@ def test_a_watch_without_a_policy_finds_each_requests_drafter() -> None:
             return 0.0005 * drafted
 
     prompts = [prompt_of("even" if i % 2 else "odd") for i in range(20)]
-    watch = Watch(ARMS, Cheap(), adapt=True)
-    lived = Stream(prompts, ARMS, Cheap()).play(Watched("hedge", watch, with_policy=False))
+    controller = AdaptiveController(ARMS, Cheap(), adapt=True)
+    outcomes = Stream(prompts, ARMS, Cheap()).play(
+        Controlled("hedge", controller, with_policy=False)
+    )
 
-    for prompt, one in zip(prompts, lived, strict=True):
+    for prompt, one in zip(prompts, outcomes, strict=True):
         assert max(one.rounds, key=one.rounds.__getitem__).startswith(prompt.domain)
-    assert speed(lived) > 1.8
+    assert speed(outcomes) > 1.8
 
 
 def test_a_policy_makes_it_sooner_and_a_wrong_one_is_mended() -> None:
     prompts = [informed("even" if i % 2 else "odd") for i in range(20)]
     wrong = [informed(p.domain, "odd" if p.domain == "even" else "even") for p in prompts]
-    hedge = speed(play(prompts, Watched("a", Watch(ARMS, Prices(), adapt=True), False)))
-    both = speed(play(prompts, Watched("b", Watch(ARMS, Prices(), adapt=True))))
+    hedge = speed(
+        play(prompts, Controlled("a", AdaptiveController(ARMS, Prices(), adapt=True), False))
+    )
+    both = speed(play(prompts, Controlled("b", AdaptiveController(ARMS, Prices(), adapt=True))))
     offline = speed(play(prompts, Offline()))
     misled, mended = (
         speed(play(wrong, Offline())),
-        speed(play(wrong, Watched("c", Watch(ARMS, Prices(), adapt=True)))),
+        speed(play(wrong, Controlled("c", AdaptiveController(ARMS, Prices(), adapt=True)))),
     )
 
     assert both > hedge
@@ -163,13 +167,13 @@ def test_a_policy_makes_it_sooner_and_a_wrong_one_is_mended() -> None:
 def test_after_a_shift_the_watch_recovers_within_requests() -> None:
     """A policy that only knows even prompts."""
     prompts = [informed("even")] * 30 + [informed("odd", "even")] * 60
-    watch = Watch(ARMS, Prices(), adapt=True, guard=Guard())
-    lived = play(prompts, Watched("watch", watch))
+    controller = AdaptiveController(ARMS, Prices(), adapt=True, guard=Guard())
+    outcomes = play(prompts, Controlled("controller", controller))
     offline = play(prompts, Offline())
 
     assert speed(offline[30:]) < 0.9
-    assert speed(lived[:30]) > 0.9 * speed(offline[:30])
-    assert speed(lived[-20:]) > 1.5
+    assert speed(outcomes[:30]) > 0.9 * speed(offline[:30])
+    assert speed(outcomes[-20:]) > 1.5
 
 
 def test_the_guard_keeps_its_promise_among_useless_drafters_only() -> None:
@@ -182,7 +186,9 @@ def test_the_guard_keeps_its_promise_among_useless_drafters_only() -> None:
 
     assert speed(stream.play(Offline())) < 0.85
     for adapt in (False, True):
-        guarded = stream.play(Watched("guard", Watch(ARMS, Prices(), adapt=adapt, guard=Guard())))
+        guarded = stream.play(
+            Controlled("guard", AdaptiveController(ARMS, Prices(), adapt=adapt, guard=Guard()))
+        )
         assert speed(guarded) > 0.98
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paceline.contracts import NONE, Scored
+from paceline.contracts import NONE, DraftOutcome
 from paceline.selection import Arm, Hedge
 from paceline.selection.adaptation import MARGIN, MEMORY, PRIOR_ROUNDS, Arms
 
@@ -47,7 +47,7 @@ class Reference:
     depths: dict[tuple[str, int], list[list[float]]] = field(default_factory=dict)
     drafts: dict[str, list[list[float]]] = field(default_factory=dict)  # [weight, drafted, allowed]
 
-    def add(self, one: Scored) -> None:
+    def add(self, one: DraftOutcome) -> None:
         if one.known == 0:
             for draft in self.drafts.get(one.drafter, []):
                 draft[0] *= MEMORY
@@ -111,17 +111,17 @@ def flat(value: float = 1.0) -> dict[str, float]:
 
 
 @st.composite
-def rounds(draw: st.DrawFn) -> list[list[Scored]]:
+def rounds(draw: st.DrawFn) -> list[list[DraftOutcome]]:
     """Some rounds' judgements; drafts of `b` are told of in pieces, as longer texts make them known."""
-    found: list[list[Scored]] = []
+    found: list[list[DraftOutcome]] = []
     open_draft: tuple[int, int, int] | None = None  # drafted, right in truth, told
     for _ in range(draw(st.integers(1, 12))):
-        scored = []
+        outcomes = []
         for drafter in draw(st.lists(st.sampled_from(["a", "c"]), unique=True)):
             allowed = draw(st.integers(1, LENGTHS[drafter]))
             drafted = draw(st.integers(0, allowed))
             accepted = draw(st.integers(0, drafted))
-            scored.append(Scored.of(drafter, drafted, allowed, accepted, accepted + 1))
+            outcomes.append(DraftOutcome.of(drafter, drafted, allowed, accepted, accepted + 1))
         if open_draft is None:
             drafted = draw(st.integers(0, 12))
             open_draft = (drafted, draw(st.integers(0, drafted)), 0)
@@ -130,23 +130,23 @@ def rounds(draw: st.DrawFn) -> list[list[Scored]]:
             told = open_draft[2]
             visible = told + draw(st.integers(1, 5))
         drafted, truth, _ = open_draft
-        one = Scored.of("b", drafted, 12, min(truth, visible), visible, told)
-        scored.append(one)
+        one = DraftOutcome.of("b", drafted, 12, min(truth, visible), visible, told)
+        outcomes.append(one)
         # a piece in which nothing was right yet would be taken for the first again
         open_draft = None if one.is_final or one.accepted == 0 else (drafted, truth, one.accepted)
-        found.append(scored)
+        found.append(outcomes)
     return found
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(rounds(), st.integers(0, 200), st.integers(1, 4), st.floats(0.3, 1.5))
 def test_losses_are_those_of_the_readable_twin(
-    seen: list[list[Scored]], context: int, rows: int, value: float
+    seen: list[list[DraftOutcome]], context: int, rows: int, value: float
 ) -> None:
     hedge, twin = hedge_of(flat(value)), Reference(flat(value))
-    for scored in seen:
-        hedge.observe(scored, 2)
-        for one in scored:
+    for outcomes in seen:
+        hedge.observe(outcomes, 2)
+        for one in outcomes:
             twin.add(one)
 
     losses = hedge.losses(context, rows)
@@ -166,7 +166,7 @@ def test_one_draft_speaks_for_every_length_of_its_drafter() -> None:
     """Accepted 1 of 4: at length 1 all was right, longer drafts only cost more."""
     hedge = hedge_of(flat())
     for _ in range(200):
-        hedge.observe([Scored.of("a", 4, 4, 1, 2)], 2)
+        hedge.observe([DraftOutcome.of("a", 4, 4, 1, 2)], 2)
     losses = dict(zip([arm.name for arm in ARMS.all], hedge.losses(100, 1), strict=True))
 
     curve = Prices().rounds("a", 100, 1) / 2.0
@@ -179,8 +179,8 @@ def test_a_draft_cut_short_says_nothing_of_what_would_have_come_behind() -> None
     """Always 1 of 1 right: a longer draft is believed to go on as well, not to end there."""
     cut, wrong = hedge_of(flat()), hedge_of(flat())
     for _ in range(50):
-        cut.observe([Scored.of("a", 1, 1, 1, 2)], 2)
-        wrong.observe([Scored.of("a", 2, 4, 1, 2)], 2)
+        cut.observe([DraftOutcome.of("a", 1, 1, 1, 2)], 2)
+        wrong.observe([DraftOutcome.of("a", 2, 4, 1, 2)], 2)
     a4 = ARMS.place["a@4"]
 
     assert cut.losses(100, 1)[a4] < 0.5
@@ -191,9 +191,9 @@ def test_what_is_known_of_a_draft_counts_before_all_of_it_is() -> None:
     """12 tokens drafted, and so far the text has confirmed three."""
     hedge = hedge_of(flat())
     before = hedge.losses(100, 1)[ARMS.place["b@12"]]
-    hedge.observe([Scored.of("b", 12, 12, 3, 3)], 3)
+    hedge.observe([DraftOutcome.of("b", 12, 12, 3, 3)], 3)
     sooner = hedge.losses(100, 1)[ARMS.place["b@12"]]
-    hedge.observe([Scored.of("b", 12, 12, 4, 6, known=3)], 3)
+    hedge.observe([DraftOutcome.of("b", 12, 12, 4, 6, known=3)], 3)
     later = hedge.losses(100, 1)[ARMS.place["b@12"]]
 
     assert sooner < before
@@ -203,7 +203,7 @@ def test_what_is_known_of_a_draft_counts_before_all_of_it_is() -> None:
 def test_more_rows_make_drafts_dear_and_the_belief_follows() -> None:
     hedge = hedge_of(flat(0.6))
     for _ in range(20):
-        hedge.observe([Scored.of("a", 4, 4, 2, 3)], 3)
+        hedge.observe([DraftOutcome.of("a", 4, 4, 2, 3)], 3)
     alone, crowded = hedge.losses(100, 1), hedge.losses(100, 16)
 
     assert alone[ARMS.place["a@4"]] < 1.0 < crowded[ARMS.place["a@4"]]

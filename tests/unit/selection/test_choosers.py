@@ -105,8 +105,8 @@ def test_what_was_learned_survives_arrays_and_json(chooser: Chooser) -> None:
         preferences = chooser.preferences(FEATURES, told)
         assert preferences.shape == (7, A)
         assert np.array_equal(again.preferences(FEATURES, told), preferences)
-        law = chooser.law(preferences)
-        assert law.sum(axis=1) == pytest.approx(np.ones(7))
+        distribution = chooser.distribution(preferences)
+        assert distribution.sum(axis=1) == pytest.approx(np.ones(7))
         assert chooser.scores(preferences).shape == (7, A)
 
 

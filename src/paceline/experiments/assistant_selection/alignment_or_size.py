@@ -78,11 +78,11 @@ class _Cell:
         self.report = study.report([policy])
         self.name = policy.name
         held = {prompt.id: prompt for prompt in prompts}
-        (law,) = policy.laws(study.held_out)
+        (distribution,) = policy.distributions(study.held_out)
         similar = _similarities(
             [held[id] for id in study.held_out.ids], study.held_out.arms, metric
         )
-        self.similarity = float((law * similar).sum(axis=1).mean())
+        self.similarity = float((distribution * similar).sum(axis=1).mean())
 
     @property
     def shares(self) -> dict[str, float]:

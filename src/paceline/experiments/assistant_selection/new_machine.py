@@ -141,12 +141,12 @@ def _profile(config: Config, path: Path, seconds: float) -> None:
 
 def _priced(machine: Machine, study: Study, policy: Contender) -> _Priced:
     data = study.held_out
-    (law,) = policy.laws(data)  # priced with this study's table
+    (distribution,) = policy.distributions(data)  # priced with this study's table
     return _Priced(
         machine,
         data.arms,
         data.seconds,
-        law.argmax(axis=1),
+        distribution.argmax(axis=1),
         int(study.train.seconds.sum(axis=0).argmin()),
     )
 

@@ -92,9 +92,9 @@ def _speedup(study: Study, learner: str, size: int, draw: int) -> float:
     settings = study.settings.model_copy(update={"learner": learner, "seed": draw})
     chooser = BY_NAME[learner].fit(part, settings, lambda stage, done, total: None).chooser
     held_out = study.held_out
-    (law,) = Contender(learner, (chooser,)).laws(held_out)
+    (distribution,) = Contender(learner, (chooser,)).distributions(held_out)
     none = held_out.seconds[:, held_out.arms.index(NONE)].sum()
-    return float(none / (law * held_out.seconds).sum())
+    return float(none / (distribution * held_out.seconds).sum())
 
 
 def _table(found: dict[str, list[_Learned]], num_held_out: int, single: float) -> Table:

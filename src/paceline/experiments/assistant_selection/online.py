@@ -23,8 +23,8 @@ from paceline.experiments.assistant_selection.learned import (
 from paceline.experiments.findings import Column, Findings, Panel, Series, Table
 from paceline.learning.evaluation.bootstrap import divide, resample
 from paceline.learning.evaluation.bootstrap import interval as interval_of
-from paceline.learning.streams import EXP3, UCB, Fixed, Offline, Stream, StreamPrompt, Watched
-from paceline.selection import Arm, Guard, TablePrices, Watch
+from paceline.learning.streams import EXP3, UCB, Controlled, Fixed, Offline, Stream, StreamPrompt
+from paceline.selection import AdaptiveController, Arm, Guard, TablePrices
 from paceline.selection.choosers import PortableChooser
 from paceline.selection.choosers.base import price_work
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from paceline.experiments.findings import Value
     from paceline.experiments.workbench import Workbench
     from paceline.learning.evaluation.bootstrap import Interval
-    from paceline.learning.streams import Lived, Way
+    from paceline.learning.streams import StreamMethod, StreamOutcome
 
 LEARNER: Final = "acceptance"
 STEADY: Final = "steady"
@@ -57,11 +57,11 @@ class _Played:
     switches: int
 
     @classmethod
-    def of(cls, lived: Sequence[Lived]) -> _Played:
+    def of(cls, outcomes: Sequence[StreamOutcome]) -> _Played:
         return cls(
-            np.array([one.seconds for one in lived]),
-            np.array([one.plain_seconds for one in lived]),
-            sum(one.switches for one in lived),
+            np.array([one.seconds for one in outcomes]),
+            np.array([one.plain_seconds for one in outcomes]),
+            sum(one.switches for one in outcomes),
         )
 
     def speed(self, part: slice = slice(None)) -> Interval:
@@ -122,15 +122,19 @@ def _play_all(
     single = names[int(taught.train.seconds.sum(axis=0).argmin())]
     least = np.min([one.seconds for one in fixed.values()], axis=0)
     found = {SINGLE: fixed[single]}
-    ways: dict[str, Callable[[], Way]] = {
+    ways: dict[str, Callable[[], StreamMethod]] = {
         f"UCB{ANEW}": lambda: UCB("", names, prices, 0, forgets=True),
         f"EXP3{ANEW}": lambda: EXP3("", names, prices, 0, forgets=True),
         "UCB, over requests": lambda: UCB("", names, prices, 0, forgets=False),
         "EXP3, over requests": lambda: EXP3("", names, prices, 0, forgets=False),
-        "Hedge": lambda: Watched("", Watch(arms, prices, adapt=True), with_policy=False),
+        "Hedge": lambda: Controlled(
+            "", AdaptiveController(arms, prices, adapt=True), with_policy=False
+        ),
         POLICY: Offline,
-        BOTH: lambda: Watched("", Watch(arms, prices, adapt=True)),
-        f"{BOTH} + guard": lambda: Watched("", Watch(arms, prices, adapt=True, guard=Guard())),
+        BOTH: lambda: Controlled("", AdaptiveController(arms, prices, adapt=True)),
+        f"{BOTH} + guard": lambda: Controlled(
+            "", AdaptiveController(arms, prices, adapt=True, guard=Guard())
+        ),
     }
     for done, (name, make) in enumerate(ways.items()):
         bench.on_progress("play streams", done, len(ways))

@@ -41,11 +41,11 @@ class Contender:
     choosers: tuple[Chooser, ...]
     encoders: Encoders = None
 
-    def laws(self, data: Dataset, rows: int = 1) -> list[np.ndarray]:
+    def distributions(self, data: Dataset, rows: int = 1) -> list[np.ndarray]:
         """By training, the probability of each arm for each prompt: [N, A]."""
         seen = with_encoders(data, self.encoders)
         situation = seen.situation(rows)
-        return [c.law(c.preferences(seen.features, situation)) for c in self._priced(data)]
+        return [c.distribution(c.preferences(seen.features, situation)) for c in self._priced(data)]
 
     def choose_seconds(self, data: Dataset) -> float:
         """What one choice takes on this machine, the median of some; features are at hand by then."""
@@ -56,7 +56,7 @@ class Contender:
             one = seen.rows(np.array([i]))
             features, situation = one.features, one.situation()
             began = perf_counter()
-            chooser.law(chooser.preferences(features, situation))
+            chooser.distribution(chooser.preferences(features, situation))
             spent.append(perf_counter() - began)
         return median(spent)
 

@@ -60,19 +60,21 @@ class Served:
             self.chosen, self.propensities, rewards - rewards.mean(), len(self.arms)
         )
 
-    def laws(self, chooser: Chooser, objective: Objective = "latency") -> np.ndarray:
+    def distributions(self, chooser: Chooser, objective: Objective = "latency") -> np.ndarray:
         """[n, A] with which a chooser takes each arm, told what was known when it was served."""
         if chooser.arms != self.arms:
             raise StoreError(
                 f"the log has the arms {', '.join(self.arms)}, the policy is for "
                 f"{', '.join(chooser.arms)}; run `paceline learn`"
             )
-        laws = np.empty((len(self), len(self.arms)))
+        distributions = np.empty((len(self), len(self.arms)))
         for rows in np.unique(self.rows):
             own = self.rows == rows
             situation = Situation(self.num_prompt[own], int(rows), objective)
-            laws[own] = chooser.law(chooser.preferences(self.features[own], situation))
-        return laws
+            distributions[own] = chooser.distribution(
+                chooser.preferences(self.features[own], situation)
+            )
+        return distributions
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ class LoggedReport:
 def evaluate_logged(
     served: Served, policies: Mapping[str, np.ndarray], seed: int = 0
 ) -> LoggedReport:
-    """policies: by name [n, A], see `Served.laws`. seed: of the folds of the reward model.
+    """policies: by name [n, A], see `Served.distributions`. seed: of the folds of the reward model.
 
     None of the requests may have been trained on. Raises StoreError where what a policy would do was
     never tried, which takes a log with explore > 0.
@@ -122,11 +124,11 @@ def evaluate_logged(
         len(served),
         {
             name: {
-                "ips": _gain(ips(choices, law)),
-                "snips": _gain(snips(choices, law)),
-                "doubly robust": _gain(doubly_robust(choices, law, predicted)),
+                "ips": _gain(ips(choices, distribution)),
+                "snips": _gain(snips(choices, distribution)),
+                "doubly robust": _gain(doubly_robust(choices, distribution, predicted)),
             }
-            for name, law in policies.items()
+            for name, distribution in policies.items()
         },
     )
 

@@ -171,12 +171,12 @@ def evaluate(
     """
     _check(train, held_out, policies)
     fitted = _fit(train)
-    laws = _strategies(held_out, fitted, policies)
+    distributions = _strategies(held_out, fitted, policies)
     charges = choose_seconds or {}
-    extra = {name: charges.get(name, 0.0) for name in laws}
-    tally = _tally(held_out, fitted, laws, extra, seed)
+    extra = {name: charges.get(name, 0.0) for name in distributions}
+    tally = _tally(held_out, fitted, distributions, extra, seed)
     baselines: dict[str, int] = {NONE: tally.arms[NONE]}
-    baselines |= {name: tally.strategies[name] for name in BASELINES if name in laws}
+    baselines |= {name: tally.strategies[name] for name in BASELINES if name in distributions}
     known = [line in fitted.by_line for line in held_out.first_lines]
     return EvaluationReport(
         num_train=len(train),
@@ -195,7 +195,7 @@ def evaluate(
         },
         slowest={name: _slowest(tally, place) for name, place in tally.strategies.items()},
         by_seed={
-            name: tuple(_speedup(held_out, law, extra[name]) for law in trained)
+            name: tuple(_speedup(held_out, distribution, extra[name]) for distribution in trained)
             for name, trained in policies.items()
         },
         known_first_lines=float(np.mean(known)) if known else None,
@@ -203,9 +203,9 @@ def evaluate(
     )
 
 
-def _speedup(data: Outcomes, law: np.ndarray, choose_seconds: float) -> float:
+def _speedup(data: Outcomes, distribution: np.ndarray, choose_seconds: float) -> float:
     none = data.seconds[:, data.arms.index(NONE)].sum()
-    return float(none / ((law * data.seconds).sum() + choose_seconds * len(data)))
+    return float(none / ((distribution * data.seconds).sum() + choose_seconds * len(data)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,11 +245,12 @@ def _check(
             f"from {', '.join(train.arms)}; run `paceline collect PROMPTS` with the same drafters"
         )
     shape = (len(held_out), len(held_out.arms))
-    for name, laws in policies.items():
-        for law in laws:
-            if law.shape != shape:
+    for name, distributions in policies.items():
+        for distribution in distributions:
+            if distribution.shape != shape:
                 raise StoreError(
-                    f"'{name}' chose for {law.shape[0]} prompts among {law.shape[1]} arms, there "
+                    f"'{name}' chose for {distribution.shape[0]} prompts among "
+                    f"{distribution.shape[1]} arms, there "
                     f"are {shape[0]} and {shape[1]}; run `paceline learn`"
                 )
 
@@ -286,21 +287,23 @@ def _strategies(
     N, A = data.seconds.shape
     single = np.eye(A)
     best = fitted.best_single
-    laws = {
+    distributions = {
         RANDOM: np.full((N, A), 1.0 / A),
         BEST_SINGLE: np.tile(single[best], (N, 1)),
         PER_TASK: single[[fitted.by_task.get(task, best) for task in data.domains]],
     }
     if fitted.by_line and data.first_lines:
-        laws[FIRST_LINE] = single[[fitted.by_line.get(line, best) for line in data.first_lines]]
-    laws |= {name: np.mean(trained, axis=0) for name, trained in policies.items()}
-    return laws | {ORACLE: single[data.seconds.argmin(axis=1)]}
+        distributions[FIRST_LINE] = single[
+            [fitted.by_line.get(line, best) for line in data.first_lines]
+        ]
+    distributions |= {name: np.mean(trained, axis=0) for name, trained in policies.items()}
+    return distributions | {ORACLE: single[data.seconds.argmin(axis=1)]}
 
 
 def _tally(
     data: Outcomes,
     fitted: _Fitted,
-    laws: Mapping[str, np.ndarray],
+    distributions: Mapping[str, np.ndarray],
     extra: Mapping[str, float],
     seed: int,
 ) -> _Tally:
@@ -310,26 +313,29 @@ def _tally(
 
     def columns(by_arm: np.ndarray) -> np.ndarray:
         """[N, S] of a figure that each arm [N, A] has."""
-        expected = [(law * by_arm).sum(axis=1) for law in laws.values()]
+        expected = [(distribution * by_arm).sum(axis=1) for distribution in distributions.values()]
         return np.column_stack([by_arm[:, fixed], *expected])
 
     charged = np.array([0.0] * len(fixed) + list(extra.values()))  # [S]
     ratios = np.column_stack(
         [none / seconds[:, fixed]]
-        + [(law * (none / (seconds + extra[n]))).sum(axis=1) for n, law in laws.items()]
+        + [
+            (distribution * (none / (seconds + extra[n]))).sum(axis=1)
+            for n, distribution in distributions.items()
+        ]
     )
     sampled = resample(columns(seconds) + charged, data.domains, seed)
     member = np.array(sampled.tasks)[:, None] == np.array(data.domains, dtype=str)  # [D, N]
     return _Tally(
         arms={data.arms[place]: i for i, place in enumerate(fixed)},
-        strategies={name: len(fixed) + i for i, name in enumerate(laws)},
+        strategies={name: len(fixed) + i for i, name in enumerate(distributions)},
         sampled=sampled,
         num_tokens=member @ data.num_tokens,
         speedups=member @ ratios,
         rewards=member @ columns(data.rewards),
         fastest=member @ columns(seconds <= least * (1.0 + 1e-9)),
         near=member @ columns(seconds <= least * NEAR),
-        chosen={name: member @ law for name, law in laws.items()},
+        chosen={name: member @ distribution for name, distribution in distributions.items()},
         names=data.arms,
     )
 

@@ -192,7 +192,7 @@ class Evaluator:
         return evaluate(
             _outcomes(train, rows, lines),
             _outcomes(test, rows, lines),
-            {contender.name: contender.laws(test, rows) for contender in contenders},
+            {contender.name: contender.distributions(test, rows) for contender in contenders},
             choose_seconds={c.name: c.choose_seconds(test) for c in contenders},
             seed=self._seed,
             notes=[*self._notes, *notes],
@@ -207,7 +207,7 @@ def evaluate_chooser(
     return evaluate(
         _outcomes(train, 1),
         _outcomes(held_out, 1),
-        {POLICY: policy.laws(held_out)},
+        {POLICY: policy.distributions(held_out)},
         choose_seconds={POLICY: policy.choose_seconds(held_out)},
         seed=seed,
         notes=notes,

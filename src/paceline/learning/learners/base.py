@@ -159,11 +159,14 @@ def earned_by(
     if isinstance(chooser, PortableChooser) and chooser.pricer is None:
         chooser.pricer = data.pricer()
     loads = settings.loads if len(rewards) == len(settings.loads) else (1,)
-    laws = (chooser.law(chooser.preferences(data.features, data.situation(rows))) for rows in loads)
+    distributions = (
+        chooser.distribution(chooser.preferences(data.features, data.situation(rows)))
+        for rows in loads
+    )
     # an arm that is not taken counts for nothing, also where its reward is not known
     earned = [
-        np.where(law > 0, law * own, 0.0).sum(axis=1)
-        for law, own in zip(laws, rewards, strict=True)
+        np.where(distribution > 0, distribution * own, 0.0).sum(axis=1)
+        for distribution, own in zip(distributions, rewards, strict=True)
     ]
     return np.asarray(np.mean(earned, axis=0))
 

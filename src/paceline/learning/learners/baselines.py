@@ -83,8 +83,8 @@ class FirstLineLearner(Learner):
             if own.any() and not own.all():
                 part = data.rows(own)
                 chooser = _table(data.rows(~own), length)
-                law = chooser.preferences(part.features, part.situation())
-                earned[own] = (law * part.rewards).sum(axis=1)
+                distribution = chooser.preferences(part.features, part.situation())
+                earned[own] = (distribution * part.rewards).sum(axis=1)
         return earned
 
 

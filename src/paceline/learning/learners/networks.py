@@ -173,10 +173,10 @@ class Training:
     def probabilities(self, inputs: Tensor) -> np.ndarray:
         """[L, N, A] for inputs [N, F] from `inputs`."""
         count = torch.ones(len(inputs), dtype=torch.int64)
-        laws = [
+        distributions = [
             self.logits(inputs, load * count).softmax(dim=1) for load in range(len(self._loads))
         ]
-        return np.asarray(torch.stack(laws).numpy())
+        return np.asarray(torch.stack(distributions).numpy())
 
     @torch.no_grad()
     def network(self) -> PolicyNetwork:
@@ -220,9 +220,11 @@ class _Fold:
         The greedy reward is what serving gets, but moves in steps when prompts are few; half of the
         score is the expected reward, which is smooth.
         """
-        law = self.training.probabilities(self.inputs)  # [L, n, A]
-        expected = (law * self.rewards).sum(axis=2)
-        greedy = np.take_along_axis(self.rewards, law.argmax(axis=2)[..., None], axis=2)[..., 0]
+        distribution = self.training.probabilities(self.inputs)  # [L, n, A]
+        expected = (distribution * self.rewards).sum(axis=2)
+        greedy = np.take_along_axis(self.rewards, distribution.argmax(axis=2)[..., None], axis=2)[
+            ..., 0
+        ]
         return ((greedy + expected) / 2).mean(axis=0), greedy.mean(axis=0)
 
 

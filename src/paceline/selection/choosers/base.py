@@ -85,7 +85,7 @@ class Chooser(ABC):
     def preferences(self, features: np.ndarray, situation: Situation) -> np.ndarray:
         """[N, A], greater is better; the scale is the kind's own. features: [N, F]."""
 
-    def law(self, preferences: np.ndarray) -> np.ndarray:
+    def distribution(self, preferences: np.ndarray) -> np.ndarray:
         """[N, A] with which it takes each arm: all on the most preferred one, the first of equals."""
         return np.asarray(np.eye(len(self.arms))[preferences.argmax(axis=1)])
 

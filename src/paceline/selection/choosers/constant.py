@@ -61,7 +61,7 @@ class RandomChooser(Chooser):
     def preferences(self, features: np.ndarray, situation: Situation) -> np.ndarray:
         return np.zeros((len(situation), len(self.arms)))
 
-    def law(self, preferences: np.ndarray) -> np.ndarray:
+    def distribution(self, preferences: np.ndarray) -> np.ndarray:
         return np.full(preferences.shape, 1.0 / len(self.arms))
 
     @classmethod

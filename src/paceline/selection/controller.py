@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from paceline.contracts import NONE, Scored
+from paceline.contracts import NONE, DraftOutcome
 from paceline.selection.adaptation import Arm, Arms, Hedge
 
 if TYPE_CHECKING:
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from paceline.contracts import Context, Decision, RoundSeen
+    from paceline.contracts import Context, Decision, RoundReport
     from paceline.selection.guard import Guard, Ledger
     from paceline.selection.round_prices import RoundPrices
 
-WATCH_SHARE: Final = 0.01
+SHADOW_SHARE: Final = 0.01
 """Share of plain decoding's time that scoring one drafter beside the arm in use may take."""
 
 DOUBT: Final = 0.2
@@ -45,7 +45,7 @@ _CORRECTION: Final = 1.0  # the largest, as a logarithm
 
 
 @dataclass(slots=True)
-class _Watched:
+class _ControlledRequest:
     """One request in flight."""
 
     arm: str
@@ -64,7 +64,7 @@ class _Watched:
     num_rounds: int = 0
 
 
-class Watch:
+class AdaptiveController:
     """Watches requests with an arm of a policy's choice, for the engine or for a simulation.
 
     adapt: go on with whatever arm the text so far speaks for. guard: fall back to plain decoding
@@ -90,11 +90,11 @@ class Watch:
         self._expected = expected_tokens
         self._correction = np.zeros(len(self.arms))  # [N] logarithms
         self._surprise = 0.0  # how far off the predictions were of late, a logarithm
-        self._watched: dict[int, _Watched] = {}
+        self._requests: dict[int, _ControlledRequest] = {}
         if adapt:
             # compile now, or read what was compiled before, instead of in the first request
             hedge = Hedge(self.arms, np.ones(len(self.arms)), prices, context=1, rows=1)
-            hedge.observe([Scored.of(self.arms.all[0].drafter, 0, 0, 0, 0)], emitted=1)
+            hedge.observe([DraftOutcome.of(self.arms.all[0].drafter, 0, 0, 0, 0)], emitted=1)
             hedge.losses(context=1, rows=1)
 
     # --- a request's begin and end ----------------------------------------------------------------
@@ -114,14 +114,14 @@ class Watch:
         barred.discard(decision.arm)
         num_prompt, rows = len(context.prompt_tokens), context.rows_in_flight
         rest = self._rest(0, room)
-        state = _Watched(decision.arm, num_prompt, rows, rest, prior, barred=barred)
+        state = _ControlledRequest(decision.arm, num_prompt, rows, rest, prior, barred=barred)
         if self.adapt:
             state.hedge = Hedge(self.arms, prior, self.prices, num_prompt, rows)
             state.losses = state.hedge.losses(num_prompt, rows)
             state.score_every = self._schedule(num_prompt, rows)
         if self.guard is not None:
             state.ledger = self.guard.begin(decision.arm, rest)
-        self._watched[ticket] = state
+        self._requests[ticket] = state
         return decision
 
     def _prior(self, decision: Decision, predicted: Mapping[str, float]) -> NDArray[np.float64]:
@@ -151,7 +151,7 @@ class Watch:
         if chosen == decision.arm:
             return decision
         # given what was seen before, this is certain
-        return replace(decision, arm=chosen, propensity=1.0, policy=f"{decision.policy}, watched")
+        return replace(decision, arm=chosen, propensity=1.0, policy=f"{decision.policy}, adjusted")
 
     def _explored(self, context: Context, decision: Decision, refused: set[str]) -> Decision:
         """The decision, drawn anew with probability `explore`; its propensity is that of the arm, given
@@ -176,9 +176,9 @@ class Watch:
         """Tokens the request is expected to go on for."""
         return min(float(room), max(self._expected - emitted, _FEWEST_TOKENS))
 
-    def has_eyes_on(self, ticket: int) -> bool:
+    def observes_round(self, ticket: int) -> bool:
         """Whether the coming round can teach or change anything; plain decoding to the end cannot."""
-        state = self._watched.get(ticket)
+        state = self._requests.get(ticket)
         if state is None:
             return False
         if state.arm != NONE or state.resume is not None:
@@ -191,7 +191,7 @@ class Watch:
         """The request is over, after so many tokens of its rounds, by default those that were seen;
         unknown tickets are none of ours.
         """
-        state = self._watched.pop(ticket, None)
+        state = self._requests.pop(ticket, None)
         if state is None:
             return
         emitted = state.emitted if emitted is None else emitted
@@ -227,15 +227,15 @@ class Watch:
         plain = self.prices.rounds(NONE, context, rows)[0]
         return {
             drafter: max(
-                1, ceil(self.prices.drafting(drafter, length, context) / (WATCH_SHARE * plain))
+                1, ceil(self.prices.drafting(drafter, length, context) / (SHADOW_SHARE * plain))
             )
             for drafter, length in self.arms.lengths.items()
             if length
         }
 
-    def to_score(self, ticket: int) -> Sequence[str]:
+    def shadow_drafters(self, ticket: int) -> Sequence[str]:
         """Drafters that should make a draft beside the arm in use in the coming round."""
-        state = self._watched.get(ticket)
+        state = self._requests.get(ticket)
         if state is None or state.hedge is None:
             return ()
         in_use = self.arms[state.arm].drafter
@@ -247,9 +247,11 @@ class Watch:
             and self._is_worth_scoring(drafter, state, state.hedge, every)
         ]
 
-    def _is_worth_scoring(self, drafter: str, state: _Watched, hedge: Hedge, every: int) -> bool:
+    def _is_worth_scoring(
+        self, drafter: str, state: _ControlledRequest, hedge: Hedge, every: int
+    ) -> bool:
         """Whether the drafter, if it were as good as may be hoped, would gain the request more than
-        being scored to its end would take.
+        shadow drafts to its end would take.
         """
         assert state.losses is not None
         places = [i for i in self.arms.of(drafter) if self.arms.all[i].name not in state.barred]
@@ -262,14 +264,14 @@ class Watch:
         return bool(gain > (catching_up + draft * state.rest / every) / plain)
 
     @staticmethod
-    def _behind(state: _Watched, drafter: str) -> int:
+    def _behind(state: _ControlledRequest, drafter: str) -> int:
         return state.context - state.read.get(drafter, 0)
 
     # --- its rounds -------------------------------------------------------------------------------
 
-    def after_round(self, ticket: int, seen: RoundSeen) -> str | None:
+    def after_round(self, ticket: int, seen: RoundReport) -> str | None:
         """The arm to go on with, or None for the one in use."""
-        state = self._watched.get(ticket)
+        state = self._requests.get(ticket)
         if state is None:
             return None
         if seen.arm != state.arm:  # the engine could not give the row what was wanted
@@ -279,17 +281,19 @@ class Watch:
         state.emitted += seen.emitted
         state.context, state.rows = seen.context + seen.emitted, seen.rows
         state.rest = self._rest(state.emitted, seen.room)
-        for one in seen.scored:
+        for one in seen.outcomes:
             if one.known == 0:
                 state.read[one.drafter] = seen.context
         if state.hedge is not None:
-            state.hedge.observe(seen.scored, seen.emitted)
+            state.hedge.observe(seen.outcomes, seen.emitted)
         if self.guard is not None and state.ledger is not None:
             self._charge(self.guard, state.ledger, state, seen)
         state.arm = self._wanted(state, seen)
         return None if state.arm == seen.arm else state.arm
 
-    def _charge(self, guard: Guard, ledger: Ledger, state: _Watched, seen: RoundSeen) -> None:
+    def _charge(
+        self, guard: Guard, ledger: Ledger, state: _ControlledRequest, seen: RoundReport
+    ) -> None:
         """Tell the guard what a round took, and bar what it has had enough of.
 
         A forward that rows share says nothing of one of them by the clock: there its price does.
@@ -299,11 +303,11 @@ class Watch:
         if seen.arm == NONE:
             if alone:
                 guard.clock.plain(seen.draft_seconds + seen.other_seconds, plain)
-            lost = seen.start_seconds + seen.beside_seconds
+            lost = seen.start_seconds + seen.shadow_seconds
             guard.after_plain(ledger, lost / (guard.clock.factor * plain))
             return
         # the request loses it, but no arm is benched for what looking at others took
-        ledger.loss += seen.beside_seconds / (guard.clock.factor * plain)
+        ledger.loss += seen.shadow_seconds / (guard.clock.factor * plain)
         arm = self.arms[seen.arm]
         spent = (seen.draft_seconds + seen.other_seconds) / guard.clock.factor
         if not alone:
@@ -317,7 +321,7 @@ class Watch:
         if guard.after_round(ledger, arm.name, spent / plain, started / plain, seen.emitted):
             state.barred.add(arm.name)
 
-    def _wanted(self, state: _Watched, seen: RoundSeen) -> str:
+    def _wanted(self, state: _ControlledRequest, seen: RoundReport) -> str:
         current = state.arm
         if state.resume is not None:  # a plain round for the clock is over
             current, state.resume = state.resume, None
@@ -331,7 +335,7 @@ class Watch:
                 state.resume, current = current, NONE
         return current
 
-    def _adapted(self, state: _Watched, hedge: Hedge, current: str) -> str:
+    def _adapted(self, state: _ControlledRequest, hedge: Hedge, current: str) -> str:
         """Hedge's arm, if what it saves over the rest of the request pays for its catching up."""
         losses = state.losses = hedge.losses(state.context, state.rows)
         best = hedge.best(current, losses, state.barred)

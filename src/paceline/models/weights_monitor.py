@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _INTEGERS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class WeightsWatch:
+class WeightsMonitor:
     """A record of a model's weights at the time this was made.
 
     Notices parameters, persistent buffers and modules that were replaced or moved, writes that torch

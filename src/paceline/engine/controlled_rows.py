@@ -1,6 +1,6 @@
 """Rows whose arm may change between rounds: drafts made beside the arm in use, and what they were worth.
 
-The engine's side of a watch: it starts and asks the drafters that the watch wants scored, compares
+The engine's side of a controller: it starts and asks the drafters that the controller names, compares
 their drafts with the text once that is written, and charges all of it to the row. Who decides, and
 how, is not known here. A drafter that was left stays started, so that coming back costs only what
 was written meanwhile. *Beside* means: not the arm in use.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Final, Protocol
 
-from paceline.contracts import RoundSeen, Scored
+from paceline.contracts import DraftOutcome, RoundReport
 from paceline.drafting.contract import prepare_piece, read_drafts, read_length
 from paceline.drafting.foresight import num_on_text
 from paceline.engine.containment import asking, contained
@@ -22,28 +22,28 @@ if TYPE_CHECKING:
 
     from paceline.contracts import Context, Decision
     from paceline.drafting.base import Drafter
-    from paceline.engine.containment import SetAside
+    from paceline.engine.containment import DisabledDrafters
     from paceline.engine.memory import DrafterMemory
     from paceline.engine.rows import Row
 
 
-WATCH: Final = "watch"
+CONTROLLER: Final = "controller"
 """Whose fault a row's failure is, in its error."""
 
 
-class Watch(Protocol):
+class ArmController(Protocol):
     """Who is asked, by ticket. Nothing it is told depends on tokens that are still to be verified."""
 
     def begin(self, ticket: int, context: Context, decision: Decision, room: int) -> Decision:
         """The policy's decision as it is to be carried out. room: tokens yet to be emitted."""
 
-    def to_score(self, ticket: int) -> Sequence[str]:
+    def shadow_drafters(self, ticket: int) -> Sequence[str]:
         """Drafters that should make a draft beside the arm in use in the coming round."""
 
-    def after_round(self, ticket: int, seen: RoundSeen) -> str | None:
+    def after_round(self, ticket: int, seen: RoundReport) -> str | None:
         """The arm to go on with, None for the one in use."""
 
-    def has_eyes_on(self, ticket: int) -> bool:
+    def observes_round(self, ticket: int) -> bool:
         """Whether it wants to see the coming round."""
 
     def end(self, ticket: int, emitted: int) -> None:
@@ -51,7 +51,7 @@ class Watch(Protocol):
 
 
 @dataclass(slots=True)
-class _Beside:
+class _ShadowDraft:
     """A draft whose worth the text has yet to tell."""
 
     drafter: str
@@ -61,14 +61,14 @@ class _Beside:
     allowed: int
     known: int = 0
 
-    def tell(self, row: Row) -> Scored:
+    def tell(self, row: Row) -> DraftOutcome:
         written = row.tokens[self.start :]
         right = num_on_text(self.tokens, self.parents, written)
-        scored = Scored.of(
+        outcomes = DraftOutcome.of(
             self.drafter, len(self.tokens), self.allowed, right, len(written), self.known
         )
         self.known = right
-        return scored
+        return outcomes
 
 
 @dataclass(slots=True)
@@ -82,66 +82,66 @@ class _Mark:
     beside: float  # seconds of drafts beside, and of starting who makes them
 
 
-class Watcher:
-    """The watched rows of one engine."""
+class ControlledRows:
+    """The controlled rows of one engine."""
 
     def __init__(
         self,
-        watch: Watch,
+        controller: ArmController,
         drafters: Mapping[str, Drafter],
         chunk: int,
         memory: DrafterMemory,
         has_memory: Callable[[Row, str], bool],
-        set_aside: SetAside,
+        disabled: DisabledDrafters,
     ) -> None:
         """chunk: tokens of a drafter's prefill between two rounds. has_memory: whether a row may start
-        another drafter in addition to its arm's. set_aside: drafters that are not used.
+        another drafter in addition to its arm's. disabled: drafters that are not used.
         """
-        self.watch = watch
+        self.controller = controller
         self._drafters = drafters
         self._chunk = chunk
         self._memory = memory
         self._has_memory = has_memory
-        self._set_aside = set_aside
-        self._beside: dict[int, list[_Beside]] = {}
+        self._disabled = disabled
+        self._shadows: dict[int, list[_ShadowDraft]] = {}
         self._charged: dict[int, float] = {}  # draft seconds of each row that were told of
 
     def begin(self, row: Row, context: Context, decision: Decision) -> Decision:
-        self._beside[row.id] = []
+        self._shadows[row.id] = []
         self._charged[row.id] = row.seconds.draft
-        return self.watch.begin(row.id, context, decision, row.max_total - len(row.tokens))
+        return self.controller.begin(row.id, context, decision, row.max_total - len(row.tokens))
 
     def end(self, row: Row) -> None:
-        if self._beside.pop(row.id, None) is None:
+        if self._shadows.pop(row.id, None) is None:
             return
         del self._charged[row.id]
-        # a watch may be anybody's code
-        with contained(lambda error: row.fail(WATCH, error)):
-            self.watch.end(row.id, max(len(row.tokens) - row.num_prompt - 1, 0))
+        # a controller may be anybody's code
+        with contained(lambda error: row.fail(CONTROLLER, error)):
+            self.controller.end(row.id, max(len(row.tokens) - row.num_prompt - 1, 0))
 
-    def watches(self, row: Row) -> bool:
-        return row.id in self._beside
+    def controls(self, row: Row) -> bool:
+        return row.id in self._shadows
 
     # --- a round ----------------------------------------------------------------------------------
 
     def before_round(self, rows: Sequence[Row]) -> dict[int, _Mark]:
-        """Make the drafts that are wanted; return by ticket where each watched row stands.
+        """Make the drafts that are wanted; return by ticket where each controlled row stands.
 
-        A row whose watch fails here fails alone.
+        A row whose controller fails here fails alone.
         """
         marks: dict[int, _Mark] = {}
         for row in rows:
-            if not self.watches(row):
+            if not self.controls(row):
                 continue
-            with contained(lambda error, row=row: row.fail(WATCH, error)):  # type: ignore[misc]
-                if self.watch.has_eyes_on(row.id):
+            with contained(lambda error, row=row: row.fail(CONTROLLER, error)):  # type: ignore[misc]
+                if self.controller.observes_round(row.id):
                     marks[row.id] = self._mark(row)
         return marks
 
     def _mark(self, row: Row) -> _Mark:
         began = perf_counter()
         started = row.seconds.draft - self._charged[row.id]
-        for name in self.watch.to_score(row.id):
+        for name in self.controller.shadow_drafters(row.id):
             self._draft_beside(row, name)
         spent = perf_counter() - began
         row.seconds.draft += spent
@@ -154,43 +154,43 @@ class Watcher:
         )
 
     def after_round(self, row: Row, mark: _Mark, num_rows: int) -> str | None:
-        """Tell the watch of a row's round; the arm it should go on with, None for the same."""
+        """Tell the controller of a row's round; the arm it should go on with, None for the same."""
         began = perf_counter()
-        beside = self._beside[row.id]
-        scored = [draft.tell(row) for draft in beside]
-        self._beside[row.id] = [
-            draft for draft, one in zip(beside, scored, strict=True) if not one.is_final
+        beside = self._shadows[row.id]
+        outcomes = [draft.tell(row) for draft in beside]
+        self._shadows[row.id] = [
+            draft for draft, one in zip(beside, outcomes, strict=True) if not one.is_final
         ]
         stats = row.rounds[-1]
         allowed = min(row.limit_at(mark.num_tokens), row.num_draft_tokens)
         emitted = len(row.tokens) - mark.num_tokens
         if allowed > 0:
             # the target's own token stands behind what was accepted
-            scored.append(
-                Scored.of(row.drafter_name, stats.drafted, allowed, stats.accepted, emitted)
+            outcomes.append(
+                DraftOutcome.of(row.drafter_name, stats.drafted, allowed, stats.accepted, emitted)
             )
-        seen = RoundSeen(
+        seen = RoundReport(
             arm=row.arm,
             stats=stats,
             emitted=emitted,
             context=mark.num_tokens - 1,
             rows=num_rows,
             room=row.max_total - len(row.tokens),
-            scored=scored,
+            outcomes=outcomes,
             start_seconds=mark.start,
-            beside_seconds=mark.beside,
+            shadow_seconds=mark.beside,
             draft_seconds=row.seconds.draft - mark.draft,
             other_seconds=row.seconds.verify + row.seconds.commit - mark.other,
         )
         self._charged[row.id] = row.seconds.draft
-        arm = self.watch.after_round(row.id, seen)
+        arm = self.controller.after_round(row.id, seen)
         row.seconds.choose += perf_counter() - began
         return arm
 
     def _draft_beside(self, row: Row, name: str) -> None:
         """A draft that nobody verifies; a drafter that fails at it is not asked again for the row."""
         limit = row.limit_at(len(row.tokens), any_length=True)
-        if name in row.barred or name in self._set_aside or limit < 1:
+        if name in row.barred or name in self._disabled or limit < 1:
             return
         with asking(row, name, lambda name, error: self._drop(row, name, error)):
             self._try_beside(row, name, limit)
@@ -202,8 +202,8 @@ class Watcher:
         length = read_length(drafter)
         [draft] = read_drafts(drafter.propose([row], [limit]), [row], [limit], length)
         allowed = min(limit, length)
-        self._beside[row.id].append(
-            _Beside(name, len(row.tokens), draft.tokens, draft.parents, allowed)
+        self._shadows[row.id].append(
+            _ShadowDraft(name, len(row.tokens), draft.tokens, draft.parents, allowed)
         )
 
     def _drop(self, row: Row, name: str, error: BaseException) -> None:

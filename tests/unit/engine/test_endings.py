@@ -8,8 +8,8 @@ import pytest
 
 from paceline.contracts import Request
 from paceline.drafting.none import NoneDrafter
+from paceline.engine.endings import append_until_stop, final_text
 from paceline.engine.rows import Row
-from paceline.engine.stops import append_until_stop, final_text
 from paceline.models.detokenizer import Detokenizer
 from paceline.testing.tokenizers import byte_tokenizer
 

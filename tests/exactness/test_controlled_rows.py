@@ -1,8 +1,8 @@
-"""No text depends on a watch: arms that change between rounds, drafts made beside the arm in use.
+"""No text depends on a controller: arms that change between rounds, drafts made beside the arm in use.
 
-Greedy text is transformers' own, sampled text is what the same seed gives plainly, and what a watch is
-told of a draft is what the text says of it. That the distribution of `residual` sampling stays the
-target's is tested beside the other laws of sampling.
+Greedy text is transformers' own, sampled text is what the same seed gives plainly, and what a controller
+is told of a draft is what the text says of it. That the distribution of `residual` sampling stays the
+target's is tested beside the other distributions of sampling.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from paceline.assembly import Pace, build_from_objects, watch_for
+from paceline.assembly import Pace, build_controller, build_from_objects
 from paceline.bench.profile import profile
 from paceline.config import (
     Config,
@@ -25,10 +25,10 @@ from paceline.contracts import Decision, Drafts, Request
 from paceline.drafting.base import Drafter
 from paceline.engine import Driver
 from paceline.errors import ArtefactError
-from paceline.selection import Arm, Guard, Watch
+from paceline.selection import AdaptiveController, Arm, Guard
 from paceline.testing.examples import OTHER_KINDS, add_examples
+from paceline.testing.random_controller import RandomController
 from paceline.testing.reference import greedy_reference
-from paceline.testing.restless import RestlessWatch
 from paceline.testing.scripted import ScriptedDrafter
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from paceline.assembly import Parts
-    from paceline.engine.watching import Watch as WatchProtocol
+    from paceline.engine.controlled_rows import AdaptiveController as WatchProtocol
 
 LENGTH = 20
 PROMPTS = [
@@ -69,8 +69,8 @@ def parts() -> Parts:
     return parts_of("llama")
 
 
-def pace_of(parts: Parts, watch: WatchProtocol, first: str = "near") -> Pace:
-    return Pace(parts, lambda context: Decision(first), watch)
+def pace_of(parts: Parts, controller: WatchProtocol, first: str = "near") -> Pace:
+    return Pace(parts, lambda context: Decision(first), controller)
 
 
 class Books:
@@ -101,8 +101,8 @@ class Books:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_greedy_text_is_the_targets_under_any_switches(each: Parts, seed: int) -> None:
-    watch = RestlessWatch(ARMS, DRAFTERS, seed)
-    pace = pace_of(each, watch)
+    controller = RandomController(ARMS, DRAFTERS, seed)
+    pace = pace_of(each, controller)
 
     done = pace.generate([list(p) for p in PROMPTS], max_new_tokens=LENGTH, ignore_eos=True)
 
@@ -113,15 +113,17 @@ def test_greedy_text_is_the_targets_under_any_switches(each: Parts, seed: int) -
         assert completion.decision.arm == "near"
         assert all(0 < position <= LENGTH and arm in ARMS for position, arm in completion.switches)
     assert sum(len(c.switches) for c in done) > 8
-    assert sorted(watch.ended) == [0, 1, 2]
-    assert len({one.drafter for seen in watch.seen for one in seen.scored}) >= len(DRAFTERS) - 1
+    assert sorted(controller.ended) == [0, 1, 2]
+    assert (
+        len({one.drafter for seen in controller.seen for one in seen.outcomes}) >= len(DRAFTERS) - 1
+    )
 
 
 def test_no_drafter_holds_a_row_afterwards() -> None:
     """And none is started for a row that it holds already, a union's parts among them."""
     parts = parts_of("llama")
     books = Books([parts.drafters[name] for name in DRAFTERS])
-    pace = pace_of(parts, RestlessWatch(ARMS, DRAFTERS, 1))
+    pace = pace_of(parts, RandomController(ARMS, DRAFTERS, 1))
 
     for _ in range(2):
         pace.generate([list(p) for p in PROMPTS], max_new_tokens=LENGTH, ignore_eos=True)
@@ -139,28 +141,28 @@ def test_a_seed_gives_its_text_under_any_switches(each: Parts, seed: int) -> Non
     }  # fmt: skip
     for prompt in PROMPTS:
         plain = Pace(each).complete(list(prompt), drafter="none", **settings)
-        watched = pace_of(each, RestlessWatch(ARMS, DRAFTERS, seed)).complete(
+        controlled = pace_of(each, RandomController(ARMS, DRAFTERS, seed)).complete(
             list(prompt), **settings
         )
-        assert watched.token_ids == plain.token_ids
+        assert controlled.token_ids == plain.token_ids
 
 
 def test_what_is_told_of_a_draft_is_what_the_text_says(parts: Parts) -> None:
     """Adds up, in pieces, to what replay says of the same drafter at the same place."""
     for prompt in PROMPTS:
-        watch = RestlessWatch(ARMS, ["near"], 3)
+        controller = RandomController(ARMS, ["near"], 3)
         first = "prompt_lookup"
-        watch._arms = ["none", "prompt_lookup"]
-        done = pace_of(parts, watch, first).complete(
+        controller._arms = ["none", "prompt_lookup"]
+        done = pace_of(parts, controller, first).complete(
             list(prompt), max_new_tokens=LENGTH, ignore_eos=True
         )
         foresight = parts.drafters["near"].would_accept(prompt, done.token_ids)
         open_drafts: list[tuple[int, int]] = []  # (position, told so far)
         checked = 0
-        for seen in watch.seen:
+        for seen in controller.seen:
             position = seen.context + 1 - len(prompt)
             after = position + seen.emitted
-            told = [one for one in seen.scored if one.drafter == "near"]
+            told = [one for one in seen.outcomes if one.drafter == "near"]
             if len(told) > len(open_drafts):
                 open_drafts.append((position, 0))
             still = []
@@ -192,9 +194,9 @@ class _Failing(Drafter):
 def test_a_drafter_that_fails_beside_the_arm_in_use_harms_nobody() -> None:
     parts = parts_of("llama")
     parts.drafters["failing"] = _Failing("failing", 4)
-    watch = RestlessWatch(["none", "near"], ["failing", "near"], 2)
+    controller = RandomController(["none", "near"], ["failing", "near"], 2)
 
-    done = pace_of(parts, watch).generate(
+    done = pace_of(parts, controller).generate(
         [list(p) for p in PROMPTS], max_new_tokens=LENGTH, ignore_eos=True
     )
 
@@ -203,7 +205,7 @@ def test_a_drafter_that_fails_beside_the_arm_in_use_harms_nobody() -> None:
         assert completion.token_ids == greedy_reference(parts.target.model, prompt, LENGTH).tokens
 
 
-class _Broken(RestlessWatch):
+class _Broken(RandomController):
     """Asks for an arm that does not exist, or fails, after its third round."""
 
     def __init__(self, answer: str | Exception) -> None:
@@ -235,18 +237,18 @@ def test_a_broken_watch_ends_its_own_row(parts: Parts, answer: str | Exception, 
     assert done["1"].token_ids == expected[: len(done["1"].token_ids)]
 
 
-@pytest.mark.parametrize("call", ["begin", "has_eyes_on", "to_score", "end"])
+@pytest.mark.parametrize("call", ["begin", "observes_round", "shadow_drafters", "end"])
 def test_a_watch_that_fails_at_any_call_ends_its_own_row(parts: Parts, call: str) -> None:
-    watch = RestlessWatch(["near"], [])
-    good = getattr(watch, call)
+    controller = RandomController(["near"], [])
+    good = getattr(controller, call)
 
     def failing(ticket: int, *rest: Any) -> Any:
         if ticket == 1:
             raise ZeroDivisionError("by zero")
         return good(ticket, *rest)
 
-    setattr(watch, call, failing)
-    engine = pace_of(parts, watch).engine
+    setattr(controller, call, failing)
+    engine = pace_of(parts, controller).engine
     requests = [Request(str(i), PROMPTS[1], LENGTH) for i in range(3)]
 
     done = {c.request_id: c for c in Driver(engine).generate(requests, return_errors=True)}
@@ -260,28 +262,28 @@ def test_a_watch_that_fails_at_any_call_ends_its_own_row(parts: Parts, call: str
 
 
 def test_rows_that_name_their_drafter_are_not_watched(parts: Parts) -> None:
-    watch = RestlessWatch(ARMS, DRAFTERS, 4)
-    pace = pace_of(parts, watch)
+    controller = RandomController(ARMS, DRAFTERS, 4)
+    pace = pace_of(parts, controller)
 
     completion = pace.complete(list(PROMPTS[1]), drafter="near", max_new_tokens=LENGTH)
 
-    assert not watch.seen
+    assert not controller.seen
     assert not completion.switches
 
 
 def test_a_switch_by_hand_ends_the_watching(parts: Parts) -> None:
-    watch = RestlessWatch(["near"], [], 4)
-    engine = pace_of(parts, watch).engine
+    controller = RandomController(["near"], [], 4)
+    engine = pace_of(parts, controller).engine
     ticket = engine.submit(Request("0", PROMPTS[1], LENGTH))
-    while not watch.seen:
+    while not controller.seen:
         engine.step()
 
     engine.switch(ticket, "none")
-    seen = len(watch.seen)
+    seen = len(controller.seen)
     done = [p.completion for _ in range(2 * LENGTH) for p in engine.step() if p.completion]
 
-    assert len(watch.seen) == seen
-    assert watch.ended == [ticket]
+    assert len(controller.seen) == seen
+    assert controller.ended == [ticket]
     assert done[0].switches[-1][1] == "none"
     assert done[0].token_ids == greedy_reference(parts.target.model, PROMPTS[1], LENGTH).tokens
 
@@ -292,9 +294,11 @@ def test_memory_bounds_hold_for_what_is_kept_beside() -> None:
     one_row = parts.drafters["near"].state_bytes([len(PROMPTS[1]) + LENGTH])
     parts = parts_of("llama", max_rows=1, max_drafter_mb=1.5 * one_row / 1e6)
     books = Books([parts.drafters["near"], parts.drafters["random"]])
-    watch = RestlessWatch(["near", "random", "none"], ["near", "random"], 5)
+    controller = RandomController(["near", "random", "none"], ["near", "random"], 5)
 
-    done = pace_of(parts, watch).complete(list(PROMPTS[1]), max_new_tokens=LENGTH, ignore_eos=True)
+    done = pace_of(parts, controller).complete(
+        list(PROMPTS[1]), max_new_tokens=LENGTH, ignore_eos=True
+    )
 
     assert done.token_ids == greedy_reference(parts.target.model, PROMPTS[1], LENGTH).tokens
     assert books.started == {"near", "random"}
@@ -306,10 +310,10 @@ def test_a_drafter_beside_one_row_makes_room_for_the_arm_of_another() -> None:
     one = parts_of("llama").drafters["near"].state_bytes([len(PROMPTS[1]) + LENGTH])
     parts = parts_of("llama", max_rows=2, max_drafter_mb=1.5 * one / 1e6)
     books = Books([parts.drafters["near"]])
-    watch = _LeavesAtOnce(["none"], [])
-    engine = pace_of(parts, watch).engine
+    controller = _LeavesAtOnce(["none"], [])
+    engine = pace_of(parts, controller).engine
     first = engine.submit(Request("first", PROMPTS[1], LENGTH))
-    while not watch.seen:
+    while not controller.seen:
         engine.step()
     assert books.held == {("near", first)}  # beside plain decoding
 
@@ -324,7 +328,7 @@ def test_a_drafter_beside_one_row_makes_room_for_the_arm_of_another() -> None:
     assert done[first].token_ids == done[second].token_ids == expected
 
 
-class _LeavesAtOnce(RestlessWatch):
+class _LeavesAtOnce(RandomController):
     """Goes to plain decoding after the first round, and stays."""
 
     def after_round(self, ticket: int, seen: Any) -> str | None:
@@ -368,7 +372,7 @@ def test_the_real_watch_finds_the_drafter_that_knows_the_text(parts: Parts) -> N
     pace = Pace(
         own,
         lambda context: Decision("bad", seconds_per_token=prior),
-        Watch(arms, _Even(), adapt=True, guard=Guard()),
+        AdaptiveController(arms, _Even(), adapt=True, guard=Guard()),
     )
 
     completion = pace.complete(list(prompt), max_new_tokens=LENGTH, ignore_eos=True)
@@ -380,7 +384,7 @@ def test_the_real_watch_finds_the_drafter_that_knows_the_text(parts: Parts) -> N
 
 def test_the_configuration_asks_for_a_watch_and_its_costs(tmp_path: Path) -> None:
     parts = parts_of("llama")
-    assert watch_for(parts, ["near", "near@2"]) is None
+    assert build_controller(parts, ["near", "near@2"]) is None
     selection = SelectionSection(guard=True, adapt="within_request", explore=0.1)
     paths = PathsSection(costs=tmp_path / "costs.json")
     parts.config = parts.config.model_copy(update={"selection": selection, "paths": paths})
@@ -388,15 +392,15 @@ def test_the_configuration_asks_for_a_watch_and_its_costs(tmp_path: Path) -> Non
     with pytest.raises(
         ArtefactError, match=r"needs this machine's costs: .* run `paceline profile`"
     ):
-        watch_for(parts, ["near"])
+        build_controller(parts, ["near"])
 
     profile(parts, budget=0.0).save(paths.costs)
-    watch = watch_for(parts, ["near@2", "none"])
+    controller = build_controller(parts, ["near@2", "none"])
 
-    assert watch is not None
-    assert [arm.name for arm in watch.arms.all] == [*parts.drafters, "near@2"]
-    assert watch.arms["near@2"].num_draft_tokens == 2
-    assert watch.adapt and watch.guard is not None and watch.explore == 0.1
-    pace = Pace(parts, lambda context: Decision("near@2"), watch)
+    assert controller is not None
+    assert [arm.name for arm in controller.arms.all] == [*parts.drafters, "near@2"]
+    assert controller.arms["near@2"].num_draft_tokens == 2
+    assert controller.adapt and controller.guard is not None and controller.explore == 0.1
+    pace = Pace(parts, lambda context: Decision("near@2"), controller)
     completion = pace.complete(list(PROMPTS[1]), max_new_tokens=LENGTH, ignore_eos=True)
     assert completion.token_ids == greedy_reference(parts.target.model, PROMPTS[1], LENGTH).tokens

@@ -43,7 +43,7 @@ class Task(Protocol[R_co]):
         """tick(n): n more prompts are done."""
 
 
-class Crew:
+class WorkerPool:
     """Does tasks, in order. Made by `gather`."""
 
     def __init__(self, pace: Pace, pool: ProcessPoolExecutor | None, workers: int) -> None:
@@ -91,20 +91,20 @@ class Crew:
 
 
 @contextmanager
-def gather(pace: Pace, workers: int) -> Iterator[Crew]:
-    """A crew of this process alone, or of `workers` that share its threads.
+def gather(pace: Pace, workers: int) -> Iterator[WorkerPool]:
+    """A pool of this process alone, or of `workers` that share its threads.
 
     Workers build their models from the configuration, so models in memory cannot have any.
     """
     if workers < 1:
         raise ConfigError(f"workers must be at least 1, got {workers}")
     if workers == 1:
-        yield Crew(pace, None, 1)
+        yield WorkerPool(pace, None, 1)
         return
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_with_parent)
     try:
-        yield Crew(pace, pool, workers)
+        yield WorkerPool(pace, pool, workers)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -1,4 +1,4 @@
-"""The watch: what it begins with, scores, goes on with and learns; played through on paper."""
+"""The controller: what it begins with, scores, goes on with and learns; played through on paper."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from paceline.contracts import (
     NONE,
     Context,
     Decision,
-    RoundSeen,
+    DraftOutcome,
+    RoundReport,
     RoundStats,
     SamplingParams,
-    Scored,
 )
-from paceline.selection import Arm, Guard, Watch
+from paceline.selection import AdaptiveController, Arm, Guard
 
 LENGTHS = {"a": 4, "b": 4, "free": 8}
 ARMS = [
@@ -59,41 +59,41 @@ class Request:
 
     def __init__(
         self,
-        watch: Watch,
+        controller: AdaptiveController,
         accepts: dict[str, int],
         decision: Decision,
         tokens: int = 100,
         ticket: int = 0,
     ) -> None:
-        self.watch, self.accepts, self.ticket = watch, accepts, ticket
+        self.controller, self.accepts, self.ticket = controller, accepts, ticket
         self.left = tokens
         self.context = 20
-        self.decision = watch.begin(ticket, context_of(), decision, tokens)
+        self.decision = controller.begin(ticket, context_of(), decision, tokens)
         self.arm = self.decision.arm
         self.arms = [self.arm]
-        self.scored: list[str] = []
+        self.outcomes: list[str] = []
         self.factor = 1.0
 
     def round(self, rows: int = 1) -> str:
         arms = {arm.name: arm for arm in ARMS}
-        beside = self.watch.to_score(self.ticket)
-        self.scored += beside
+        beside = self.controller.shadow_drafters(self.ticket)
+        self.outcomes += beside
         told = []
         for name in beside:
             right = self.accepts.get(name, 0)
-            told.append(Scored.of(name, LENGTHS[name], LENGTHS[name], right, right + 1))
+            told.append(DraftOutcome.of(name, LENGTHS[name], LENGTHS[name], right, right + 1))
         arm = arms[self.arm]
         right = min(self.accepts.get(arm.drafter, 0), arm.num_draft_tokens)
         k = arm.num_draft_tokens
         if k:
-            told.append(Scored.of(arm.drafter, k, k, right, right + 1))
+            told.append(DraftOutcome.of(arm.drafter, k, k, right, right + 1))
         self.left -= right + 1
-        seen = RoundSeen(
+        seen = RoundReport(
             self.arm, RoundStats(k, right), right + 1, self.context, rows, self.left, told,
             0.0, DRAFT[arm.drafter] * k * self.factor, 1.0 * self.factor,
         )  # fmt: skip
         self.context += right + 1
-        wanted = self.watch.after_round(self.ticket, seen)
+        wanted = self.controller.after_round(self.ticket, seen)
         if wanted is not None:
             assert wanted != self.arm
             self.arm = wanted
@@ -103,12 +103,12 @@ class Request:
     def run(self) -> Request:
         while self.left > 0:
             self.round()
-        self.watch.end(self.ticket)
+        self.controller.end(self.ticket)
         return self
 
 
-def watch_of(**settings: Any) -> Watch:
-    return Watch(ARMS, Prices(), **settings)
+def watch_of(**settings: Any) -> AdaptiveController:
+    return AdaptiveController(ARMS, Prices(), **settings)
 
 
 # --- adaptation -----------------------------------------------------------------------------------
@@ -138,26 +138,29 @@ def test_a_shorter_draft_is_taken_where_the_rest_is_wrong() -> None:
 
 def test_a_free_drafter_is_scored_every_round_and_found() -> None:
     request = Request(watch_of(adapt=True), {"free": 8}, decided(NONE)).run()
-    assert request.scored[0] == "free"
+    assert request.outcomes[0] == "free"
     assert request.arms == [NONE, "free"]
 
 
 def test_a_dear_drafter_is_scored_seldom() -> None:
     request = Request(watch_of(adapt=True), {}, decided(NONE, b=1.0), tokens=300).run()
     every = 0.4 / 0.01
-    assert 1 <= request.scored.count("b") <= 300 / every
+    assert 1 <= request.outcomes.count("b") <= 300 / every
 
 
 def test_a_drafter_that_cannot_be_worth_its_price_is_not_scored() -> None:
     request = Request(watch_of(adapt=True), {"a": 4}, decided("a", a=0.3, b=1.3), tokens=300).run()
-    assert "b" not in request.scored
+    assert "b" not in request.outcomes
 
 
 def test_no_switch_that_the_rest_of_the_request_does_not_pay_for() -> None:
     class Dear(Prices):
         start = 60.0
 
-    cheap, dear = Watch(ARMS, Prices(), adapt=True), Watch(ARMS, Dear(), adapt=True)
+    cheap, dear = (
+        AdaptiveController(ARMS, Prices(), adapt=True),
+        AdaptiveController(ARMS, Dear(), adapt=True),
+    )
     given = ({}, decided("a", a=0.6, b=0.7))
     assert "b" in Request(cheap, *given).run().arms
     assert "b" not in Request(dear, *given).run().arms
@@ -174,8 +177,8 @@ def test_rows_in_flight_change_what_is_best() -> None:
 
 
 def test_an_arm_the_engine_could_not_give_is_not_asked_for_again() -> None:
-    watch = watch_of(adapt=True)
-    request = Request(watch, {"a": 4, "b": 4}, decided("a", a=0.4, b=0.5))
+    controller = watch_of(adapt=True)
+    request = Request(controller, {"a": 4, "b": 4}, decided("a", a=0.4, b=0.5))
     request.arm = NONE  # no memory for it
     wanted = [request.round() for _ in range(10)]
     assert "a" not in wanted
@@ -184,29 +187,31 @@ def test_an_arm_the_engine_could_not_give_is_not_asked_for_again() -> None:
 
 def test_predictions_that_keep_failing_are_corrected_for_the_requests_after() -> None:
     """And an arm that the corrected prediction puts first is begun with."""
-    watch = watch_of(adapt=True)
+    controller = watch_of(adapt=True)
     first = [
-        Request(watch, {"b": 4}, decided("a", a=0.4, b=0.6), ticket=i).run().arms[0]
+        Request(controller, {"b": 4}, decided("a", a=0.4, b=0.6), ticket=i).run().arms[0]
         for i in range(30)
     ]
     assert first[0] == "a"
     assert first[-1] == "b"
-    assert Request(watch, {"b": 4}, decided("a", a=0.4, b=0.6)).decision.policy.endswith("watched")
+    assert Request(controller, {"b": 4}, decided("a", a=0.4, b=0.6)).decision.policy.endswith(
+        "adjusted"
+    )
 
 
 def test_predictions_that_hold_are_left_alone() -> None:
-    watch = watch_of(adapt=True)
+    controller = watch_of(adapt=True)
     for i in range(30):
-        Request(watch, {"a": 3}, decided("a", **{"a": 0.35, "a@2": 0.4}), ticket=i).run()
-    assert np.abs(watch._correction).max() == 0.0
+        Request(controller, {"a": 3}, decided("a", **{"a": 0.35, "a@2": 0.4}), ticket=i).run()
+    assert np.abs(controller._correction).max() == 0.0
 
 
 def test_an_unknown_arm_is_left_to_whoever_chose_it() -> None:
-    watch = watch_of(adapt=True, guard=Guard())
+    controller = watch_of(adapt=True, guard=Guard())
     decision = Decision("elsewhere")
-    assert watch.begin(0, context_of(), decision, 50) is decision
-    assert watch.to_score(0) == ()
-    watch.end(0)
+    assert controller.begin(0, context_of(), decision, 50) is decision
+    assert controller.shadow_drafters(0) == ()
+    controller.end(0)
 
 
 # --- the guard ------------------------------------------------------------------------------------
@@ -222,22 +227,23 @@ def test_a_request_goes_on_plainly_where_its_arm_does_not_pay() -> None:
 
 
 def test_a_benched_arm_makes_room_for_the_next_best_and_in_the_end_for_none() -> None:
-    watch = watch_of(guard=Guard())
+    controller = watch_of(guard=Guard())
     prior = {"a": 0.4, "a@2": 1.1, "b": 0.5, "free": 1.2}
     begun = [
-        Request(watch, {}, decided("a", **prior), ticket=i).run().decision.arm for i in range(14)
+        Request(controller, {}, decided("a", **prior), ticket=i).run().decision.arm
+        for i in range(14)
     ]
     assert begun[0] == "a"
     assert "b" in begun
     assert begun[-1] == NONE
-    assert len([line for line in watch.report() if "benched" in line]) == 2
+    assert len([line for line in controller.report() if "benched" in line]) == 2
 
 
 def test_a_machine_that_became_slower_benches_nobody() -> None:
     """Everything takes 1.5 times its price, plain rounds too."""
-    watch = watch_of(guard=Guard())
+    controller = watch_of(guard=Guard())
     for i in range(12):
-        request = Request(watch, {"a": 1}, decided("a", a=0.7), ticket=i)
+        request = Request(controller, {"a": 1}, decided("a", a=0.7), ticket=i)
         request.factor = 1.5
         request.run()
         assert request.decision.arm == "a"
@@ -246,23 +252,23 @@ def test_a_machine_that_became_slower_benches_nobody() -> None:
 
 def test_a_machine_that_became_faster_makes_no_wrong_drafter_seem_to_gain() -> None:
     """Plain rounds were clocked in slower times, so every round since reads as less than a plain one."""
-    watch = watch_of(guard=Guard())
-    Request(watch, {}, decided(NONE), tokens=50).run()
+    controller = watch_of(guard=Guard())
+    Request(controller, {}, decided(NONE), tokens=50).run()
     arms = []
     for ticket in range(1, 12):
-        request = Request(watch, {}, decided("free"), tokens=60, ticket=ticket)
+        request = Request(controller, {}, decided("free"), tokens=60, ticket=ticket)
         request.factor = 0.6
         arms.append(request.run().arms[0])
     assert arms[0] == "free" and arms[-1] == NONE
 
 
 def test_the_clock_gets_plain_rounds_and_the_arm_comes_back() -> None:
-    watch = watch_of(guard=Guard())
-    request = Request(watch, {"a": 3}, decided("a", a=0.4), tokens=400).run()
+    controller = watch_of(guard=Guard())
+    request = Request(controller, {"a": 3}, decided("a", a=0.4), tokens=400).run()
     assert request.arms[:3] == ["a", NONE, "a"]
-    assert watch.guard is not None
-    assert not watch.guard.clock.is_due
-    later = Request(watch, {"a": 3}, decided("a", a=0.4), tokens=200, ticket=1).run()
+    assert controller.guard is not None
+    assert not controller.guard.clock.is_due
+    later = Request(controller, {"a": 3}, decided("a", a=0.4), tokens=200, ticket=1).run()
     assert later.arms == ["a"]
 
 
@@ -270,12 +276,12 @@ def test_the_clock_gets_plain_rounds_and_the_arm_comes_back() -> None:
 
 
 def test_exploration_draws_evenly_and_says_how_likely_it_was() -> None:
-    watch = watch_of(explore=0.4)
+    controller = watch_of(explore=0.4)
     counts: dict[str, int] = {}
     total = 4000
     for i in range(total):
-        decision = watch.begin(i, context_of(id=str(i)), decided("b"), 50)
-        watch.end(i)
+        decision = controller.begin(i, context_of(id=str(i)), decided("b"), 50)
+        controller.end(i)
         counts[decision.arm] = counts.get(decision.arm, 0) + 1
         assert decision.propensity == pytest.approx(0.68 if decision.arm == "b" else 0.08)
     for arm, count in counts.items():
@@ -295,9 +301,9 @@ def test_exploration_repeats_itself_for_the_same_request() -> None:
 
 
 def test_without_anything_the_decision_is_the_policys() -> None:
-    watch = watch_of()
+    controller = watch_of()
     decision = decided("a", a=0.9, b=0.1)
-    assert watch.begin(0, context_of(), decision, 50) is decision
-    request = Request(watch, {}, replace(decision)).run()
+    assert controller.begin(0, context_of(), decision, 50) is decision
+    request = Request(controller, {}, replace(decision)).run()
     assert request.arms == ["a"]
-    assert not request.scored
+    assert not request.outcomes
