@@ -124,11 +124,11 @@ class RowView(Protocol):
     def sampling(self) -> SamplingParams: ...
     @property
     def slot(self) -> int:
-        """Its place in the target's cache, where all tokens but the last are between rounds."""
+        """Its slot in the target's cache."""
 
     @property
-    def hidden(self) -> Tensor | None:
-        """[D] the target's final hidden state before the last token, for drafters that need it."""
+    def num_cached(self) -> int:
+        """Leading positions of the slot that hold the row: between rounds, all tokens but the last."""
 
 
 @dataclass(slots=True)

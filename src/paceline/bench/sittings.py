@@ -147,7 +147,7 @@ def _forwards(
         with _cut(rows[: len(shape)], context) as cut:
             chains = [Draft(_text(parts, length, order)) for length in shape]
             began = perf_counter()
-            judge(cut, chains, verify(cut, chains, parts.target)[1])
+            judge(cut, chains, verify(cut, chains, parts.target))
             cell = (TARGET, FORWARD, 1 + sum(shape), context, len(shape))
             found.append((cell, perf_counter() - began))
     return found
@@ -156,12 +156,12 @@ def _forwards(
 @contextmanager
 def _cut(rows: Sequence[Row], context: int) -> Iterator[Sequence[Row]]:
     """Cached rows as if their texts ended one token behind `context`."""
-    texts = [row.tokens for row in rows]
-    for row, text in zip(rows, texts, strict=True):
-        row.tokens = text[: context + 1]
+    whole = [(row.tokens, row.num_cached) for row in rows]
+    for row in rows:
+        row.tokens, row.num_cached = row.tokens[: context + 1], context
     yield rows
-    for row, text in zip(rows, texts, strict=True):
-        row.tokens = text
+    for row, (text, num_cached) in zip(rows, whole, strict=True):
+        row.tokens, row.num_cached = text, num_cached
 
 
 def _prefill(
@@ -267,7 +267,7 @@ def _go_on(parts: Parts, rows: Sequence[Row], tokens: Sequence[int]) -> None:
     for row, token in zip(rows, tokens, strict=True):
         row.tokens.append(token)
         if row.drafter.needs.target_weights:
-            _cache(parts, row, len(row.tokens) - 1)
+            _cache(parts, row, row.num_cached + 1)
 
 
 def _rounds(
@@ -307,8 +307,8 @@ def cached_rows(parts: Parts, grid: Grid) -> Iterator[list[Row]]:
 def _cache(parts: Parts, row: Row, length: int) -> None:
     """Put the row's first `length` tokens into the target's cache, those there already but once."""
     chunk = parts.config.engine.prefill_chunk
-    cache_text(parts.target, row.slot, row.tokens[:length], 0, chunk, row.num_prefilled)
-    row.num_prefilled = length
+    cache_text(parts.target, row.slot, row.tokens[:length], 0, chunk, row.num_cached)
+    row.num_cached = length
 
 
 def _row(drafter: Drafter, tokens: list[int], id: int = -1) -> Row:

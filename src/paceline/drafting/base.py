@@ -34,7 +34,6 @@ class Needs:
     """What a drafter must be given, as data."""
 
     same_vocabulary: bool = False
-    hidden_states: bool = False
     target_weights: bool = False
 
 

@@ -241,7 +241,7 @@ class _OwnRow:
     tokens: list[int] = field(default_factory=list)
     sampling: SamplingParams = GREEDY
     slot: int = -1
-    hidden: Tensor | None = None
+    num_cached: int = 0  # the target's cache does not hold this text
 
     def catch_up(self, tokens: Sequence[int]) -> int:
         """Read the target's tokens; how many of the own ids are as they were."""

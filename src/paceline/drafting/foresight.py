@@ -23,8 +23,6 @@ from paceline.models.packing import Span
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
-
     from paceline.contracts import SamplingParams
     from paceline.drafting.base import Drafter
     from paceline.drafting.stops import StopRule
@@ -38,14 +36,14 @@ _PIECE: Final = 512  # tokens per piece of a drafter's own prefill
 
 @dataclass(slots=True)
 class ReplayedRow:
-    """A row in whose place a known text is read; `slot` is set where the target's cache is needed."""
+    """A row that reads a known text; `slot` and `num_cached` are set if the target's cache is needed."""
 
     tokens: list[int]
     num_prompt: int
     slot: int = -1
     id: int = _REPLAYED
     sampling: SamplingParams = GREEDY
-    hidden: Tensor | None = None
+    num_cached: int = 0
 
 
 class SimulatedForesight(Foresight):
@@ -111,8 +109,6 @@ class CachedForesight(SimulatedForesight):
         super().__init__(drafter, prompt, trajectory, sampling=sampling)
         self._target = target
         self._row.slot = target.acquire()
-        # the last token is never fed
-        self._num_cached = len(self._text) - 1
         try:
             cache_text(target, self._row.slot, self._text[:-1], len(prompt), chunk)
         except BaseException:
@@ -122,7 +118,10 @@ class CachedForesight(SimulatedForesight):
     def accepted(self, position: int, limit: int) -> tuple[int, int]:
         row, cache = self._row, self._target.cache
         start = row.num_prompt + position - 1  # of the last token, which the drafter feeds first
-        stop = min(start + max(0, min(limit, self._drafter.num_draft_tokens)), self._num_cached)
+        # the text's last token is never fed
+        stop = start + max(0, min(limit, self._drafter.num_draft_tokens))
+        stop = min(stop, len(self._text) - 1)
+        row.num_cached = start
         true = cache.read(row.slot, start, stop)
         rounds = super().accepted(position, limit)
         cache.write(row.slot, start, true)

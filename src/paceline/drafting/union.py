@@ -138,14 +138,14 @@ class _GreedyView:
     tokens: Sequence[int]
     num_prompt: int
     slot: int
-    hidden: Tensor | None
+    num_cached: int
     sampling: SamplingParams = GREEDY
 
 
 def _seen_by_parts(row: RowView) -> RowView:
     if row.sampling.method in ("greedy", "invariant"):
         return row
-    return _GreedyView(row.id, row.tokens, row.num_prompt, row.slot, row.hidden)
+    return _GreedyView(row.id, row.tokens, row.num_prompt, row.slot, row.num_cached)
 
 
 class Union(Drafter):
@@ -172,7 +172,6 @@ class Union(Drafter):
         needs = [part.needs for part in self.parts.values()]
         self.needs = Needs(  # type: ignore[misc] # of its parts, which the class does not know
             same_vocabulary=any(n.same_vocabulary for n in needs),
-            hidden_states=any(n.hidden_states for n in needs),
             target_weights=any(n.target_weights for n in needs),
         )
         self._states: dict[int, _State] = {}

@@ -76,6 +76,7 @@ class _Mark:
     """Where a row stood before the round."""
 
     num_tokens: int
+    num_cached: int
     draft: float
     other: float
     start: float  # seconds of starting its own drafter, since the round before
@@ -147,6 +148,7 @@ class ControlledRows:
         row.seconds.draft += spent
         return _Mark(
             len(row.tokens),
+            row.num_cached,
             row.seconds.draft,
             row.seconds.verify + row.seconds.commit,
             started,
@@ -173,7 +175,7 @@ class ControlledRows:
             arm=row.arm,
             stats=stats,
             emitted=emitted,
-            context=mark.num_tokens - 1,
+            context=mark.num_cached,
             rows=num_rows,
             room=row.max_total - len(row.tokens),
             outcomes=outcomes,

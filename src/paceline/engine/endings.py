@@ -13,28 +13,31 @@ from paceline.engine.reading import Reader
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from paceline.contracts import FinishReason
-    from paceline.engine.rows import Row
+    from paceline.contracts import Request
     from paceline.models.detokenizer import Detokenizer
 
 
 class StopFinder:
     """The search for stop strings in one answer, token by token."""
 
-    def __init__(self, words: Detokenizer, stop_strings: Sequence[str]) -> None:
-        self._words = words
-        self._text = _Search(Reader(self._words.decode, self._words.byte_of), stop_strings)
-        named = naming_special(self._words, stop_strings)
+    def __init__(self, detokenizer: Detokenizer, stop_strings: Sequence[str]) -> None:
+        self._detokenizer = detokenizer
+        self._text = _Search(
+            Reader(self._detokenizer.decode, self._detokenizer.byte_of), stop_strings
+        )
+        named = naming_special(self._detokenizer, stop_strings)
         # special tokens leave no text in the first search, and their names in the second
         self._spelled = (
-            _Search(Reader(self._words.spell, self._words.byte_of), named) if named else None
+            _Search(Reader(self._detokenizer.spell, self._detokenizer.byte_of), named)
+            if named
+            else None
         )
 
     def push(self, token: int) -> bool:
         """Take a token; return whether it completes a stop string."""
-        silent = self._words.is_silent(token)
+        silent = self._detokenizer.is_silent(token)
         found = not silent and self._text.push(token)
-        if self._spelled is not None and (not silent or token in self._words.special):
+        if self._spelled is not None and (not silent or token in self._detokenizer.special):
             found = self._spelled.push(token) or found
         return found
 
@@ -55,49 +58,26 @@ class _Search:
         return any(stop in text for stop in self._stops)
 
 
-def naming_special(words: Detokenizer, stop_strings: Sequence[str]) -> list[str]:
+def naming_special(detokenizer: Detokenizer, stop_strings: Sequence[str]) -> list[str]:
     """Return the stop strings that contain the name of a special token."""
-    return [stop for stop in stop_strings if any(s in stop for s in words.special.values())]
+    return [stop for stop in stop_strings if any(s in stop for s in detokenizer.special.values())]
 
 
-def append_until_stop(row: Row, emitted: Sequence[int], words: Detokenizer) -> int:
-    """Append emitted tokens up to and including the one that ends the answer; return how many."""
-    for count, token in enumerate(emitted, start=1):
-        row.tokens.append(token)
-        row.finish_reason = _finish_reason(row, token, words)
-        if row.finish_reason is not None:
-            return count
-    return len(emitted)
-
-
-def _finish_reason(row: Row, token: int, words: Detokenizer) -> FinishReason | None:
-    request = row.request
-    if token in request.stop_token_ids:
-        return "stop"
-    if request.stop_strings:
-        if row.stop_finder is None:
-            row.stop_finder = StopFinder(words, request.stop_strings)
-        if row.stop_finder.push(token):
-            return "stop"
-    return "length" if len(row.tokens) >= row.max_total else None
-
-
-def final_text(row: Row, words: Detokenizer) -> str:
-    """Return the answer's text, without its stop token and special tokens, cut before a stop string."""
-    output = row.output
-    if output and output[-1] in row.request.stop_token_ids:
+def final_text(output: Sequence[int], request: Request, detokenizer: Detokenizer) -> str:
+    """Return the text of an answer, without stop token and special tokens, cut before a stop string."""
+    if output and output[-1] in request.stop_token_ids:
         output = output[:-1]
-    text, stops = words.decode(output), row.request.stop_strings
+    text, stops = detokenizer.decode(output), request.stop_strings
     ends = [i for stop in stops if (i := text.find(stop)) >= 0]
     texts = [text[: min(ends)] if ends else text]
-    named = naming_special(words, stops) if stops else []
+    named = naming_special(detokenizer, stops) if stops else []
     if named:
-        spelled = words.spell(output)
+        spelled = detokenizer.spell(output)
         places = [i for stop in named if (i := spelled.find(stop)) >= 0]
         if places:
             # with special tokens spelled out, a decoder may add blanks that the text has not
             texts.append(
-                _beginning_of_both(text, _text_before(words, output, spelled, min(places)))
+                _beginning_of_both(text, _text_before(detokenizer, output, spelled, min(places)))
             )
     return min(texts, key=len)
 
@@ -107,15 +87,15 @@ def _beginning_of_both(one: str, other: str) -> str:
     return one[: next(unequal, min(len(one), len(other)))]
 
 
-def _text_before(words: Detokenizer, output: Sequence[int], spelled: str, end: int) -> str:
+def _text_before(detokenizer: Detokenizer, output: Sequence[int], spelled: str, end: int) -> str:
     """Return the text that precedes a place of the spelled-out text."""
     for count in range(len(output), -1, -1):
-        before = words.spell(output[:count])
+        before = detokenizer.spell(output[:count])
         if len(before) <= end and spelled.startswith(before):
             break
     # a stop string may begin inside a token; of a special token, only a blank that the decoder puts
     # before its name is text
-    name = words.special.get(output[count]) if count < len(output) else None
+    name = detokenizer.special.get(output[count]) if count < len(output) else None
     named_at = spelled.find(name, len(before)) if name is not None else -1
     cut = end if named_at < 0 else min(end, named_at)
-    return words.decode(output[:count]) + spelled[len(before) : cut]
+    return detokenizer.decode(output[:count]) + spelled[len(before) : cut]

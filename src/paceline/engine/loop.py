@@ -31,7 +31,7 @@ from paceline.engine.checks import check_arm, check_request, max_total, num_posi
 from paceline.engine.containment import DisabledDrafters, asking, contained, warn
 from paceline.engine.controlled_rows import CONTROLLER, ControlledRows
 from paceline.engine.decisions import check_decision
-from paceline.engine.endings import append_until_stop, final_text
+from paceline.engine.endings import final_text
 from paceline.engine.memory import DrafterMemory
 from paceline.engine.prefixes import BLOCK, PrefixStore
 from paceline.engine.rows import Row
@@ -325,7 +325,7 @@ class Engine:
             admitted = True
             row.block_sums = self.prefixes.load(request.prompt_tokens, self.target.cache, row.slot)
             if row.block_sums:
-                row.num_prefilled = len(row.block_sums) * BLOCK
+                row.num_cached = len(row.block_sums) * BLOCK
                 row.hidden_sum = row.block_sums[-1]
         if admitted:
             # neighbours in the cache stand side by side, so that they share attention calls
@@ -363,12 +363,12 @@ class Engine:
         room = self._chunk
         for row in sorted(self._rows, key=lambda row: row.id):
             if room and not row.is_prefilled and row.finish_reason is None:
-                stop = min(row.num_prompt, row.num_prefilled + room)
+                stop = min(row.num_prompt, row.num_cached + room)
                 if self.target.exact and stop < row.num_prompt:
-                    stop = max(row.num_prefilled, stop // BLOCK * BLOCK)
-                if stop > row.num_prefilled:
-                    pieces.append((row, row.num_prefilled, stop))
-                room -= stop - row.num_prefilled
+                    stop = max(row.num_cached, stop // BLOCK * BLOCK)
+                if stop > row.num_cached:
+                    pieces.append((row, row.num_cached, stop))
+                room -= stop - row.num_cached
         if not pieces:
             return
         began = perf_counter()
@@ -376,19 +376,19 @@ class Engine:
         tokens = [t for row, start, stop in pieces for t in row.tokens[start:stop]]
         spans = [Span(row.slot, start, stop - start, prefill=True) for row, start, stop in pieces]
         hidden = self.target.forward(torch.tensor(tokens), spans)
-        ending = []
+        ending: list[Row] = []
+        last: list[torch.Tensor] = []
         for (row, _, stop), part in zip(
             pieces, torch.split(hidden, [span.width for span in spans]), strict=True
         ):
             _add_hidden(row, part)
-            row.num_prefilled = stop
+            row.num_cached = stop
             if row.is_prefilled:
-                row.hidden = part[-1].clone()  # a view would keep the whole piece alive
                 row.hidden_last = part[-1].float().cpu().numpy()
                 ending.append(row)
+                last.append(part[-1])
         if ending:
-            last = torch.stack([row.hidden for row in ending if row.hidden is not None])
-            logits = self.target.unembed(last)
+            logits = self.target.unembed(torch.stack(last))
             verdicts = judge(ending, [Draft([]) for _ in ending], logits)
             for i, (row, verdict) in enumerate(zip(ending, verdicts, strict=True)):
                 self._first_token(row, verdict.next_token, logits[i])
@@ -405,7 +405,7 @@ class Engine:
         self.prefixes.keep(row.request.prompt_tokens, self.target.cache, row.slot, row.block_sums)
         if row.request.logprobs:
             row.logprobs.append(float(logits.float().log_softmax(dim=-1)[token]))
-        append_until_stop(row, [token], self._words)
+        row.append_until_stop([token], self._words)
 
     # --- drafters ---------------------------------------------------------------------------------
 
@@ -565,7 +565,7 @@ class Engine:
     def _report(self, row: Row) -> None:
         text = ""
         with contained(lambda error: row.fail("tokenizer", error)):
-            text = final_text(row, self._words)
+            text = final_text(row.output, row.request, self._words)
         completion = self._complete(row, text)
         new = row.output[row.num_reported :]
         self._done.append(Progress(row.id, new, completion, row.cause))
@@ -605,7 +605,7 @@ class Engine:
 
 def _add_hidden(row: Row, hidden: torch.Tensor) -> None:
     """Sum a prefilled piece's hidden states [w, D], block by block, so that sharing changes no bit."""
-    at = row.num_prefilled
+    at = row.num_cached
     while len(hidden):
         width = min(len(hidden), BLOCK - at % BLOCK)
         total = hidden[:width].float().sum(dim=0).cpu().numpy()

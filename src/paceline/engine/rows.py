@@ -1,4 +1,8 @@
-"""A row: one request in flight, with its tokens, its place in the target's cache and its counts."""
+"""A row: one request in flight, with its tokens, its slot in the target's cache and its counts.
+
+A row has three lengths, which only this module derives from one another: `source`, the tokens that an
+encoder reads; `tokens`, its text; `num_cached`, the positions of the target's cache that hold it.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +10,25 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from paceline.contracts import NONE, Decision, RoundStats, Seconds, split_arm
+from paceline.engine.endings import StopFinder
 from paceline.errors import describe
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
-    from torch import Tensor
 
     from paceline.contracts import Context, FinishReason, Request, SamplingParams
     from paceline.drafting.base import Drafter
-    from paceline.engine.endings import StopFinder
+    from paceline.models.detokenizer import Detokenizer
 
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """Its tokens are prompt and output; all but the last are in the target's cache between rounds.
+    """One request in flight.
 
-    `max_total` bounds the tokens by max_new_tokens and by the context, whichever is nearer.
+    Its tokens are prompt and output. Between rounds the target's cache holds all but the last.
+    `max_total` is the maximum number of tokens, by max_new_tokens and by the context.
     """
 
     id: int
@@ -32,7 +39,7 @@ class Row:
     tokens: list[int]
     drafter: Drafter
     arm: str = NONE  # in use; the decision says what was chosen
-    num_prefilled: int = 0  # leading prompt tokens in the target's cache
+    num_cached: int = 0  # leading positions of the slot that hold this row
     prepared: bool = False  # whether the drafter has its own prefill behind it
     num_draft_tokens: int = 0  # of its drafter, read in the last round
     # drafters that are started and not in use, and whether they are prepared
@@ -50,7 +57,6 @@ class Row:
     cause: BaseException | None = None  # the exception behind the error
     finished_at: float = 0.0
     num_reported: int = 0  # output tokens that left as progress
-    hidden: Tensor | None = None  # [D] before the last token, where the drafter needs it
     hidden_sum: np.ndarray | None = None  # [D] float32, over the prefilled prompt
     hidden_last: np.ndarray | None = None  # [D] float32
     block_sums: list[np.ndarray] = field(default_factory=list)  # hidden_sum at each block's end
@@ -70,8 +76,13 @@ class Row:
         return self.tokens[self.num_prompt :]
 
     @property
+    def source(self) -> Sequence[int]:
+        """Tokens that an encoder reads; none, since the target is a causal model."""
+        return ()
+
+    @property
     def is_prefilled(self) -> bool:
-        return self.num_prefilled == self.num_prompt
+        return self.num_cached >= self.num_prompt
 
     @property
     def draft_limit(self) -> int:
@@ -105,6 +116,29 @@ class Row:
         """Record a drafter's failure and use it no more. The row goes on."""
         self.barred.add(drafter)
         self.failures.setdefault(drafter, describe(error))
+
+    def append_until_stop(self, emitted: Sequence[int], detokenizer: Detokenizer) -> int:
+        """Append emitted tokens up to and including the one that ends the answer; return how many."""
+        before = len(self.tokens)
+        for token in emitted:
+            self.tokens.append(token)
+            self.finish_reason = self._finish_reason(token, detokenizer)
+            if self.finish_reason is not None:
+                break
+        self.num_cached = len(self.tokens) - 1
+        return len(self.tokens) - before
+
+    def _finish_reason(self, token: int, detokenizer: Detokenizer) -> FinishReason | None:
+        """Return why the answer ends at its last token, None if it goes on."""
+        request = self.request
+        if token in request.stop_token_ids:
+            return "stop"
+        if request.stop_strings:
+            if self.stop_finder is None:
+                self.stop_finder = StopFinder(detokenizer, request.stop_strings)
+            if self.stop_finder.push(token):
+                return "stop"
+        return "length" if len(self.tokens) >= self.max_total else None
 
     def keeps_text(self, num_tokens: int, last: int) -> bool:
         """Return whether a drafter left the tokens unchanged; restore the length and the last token."""

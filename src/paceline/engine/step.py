@@ -17,7 +17,6 @@ import paceline.noise as noise
 from paceline.contracts import NONE, RoundStats
 from paceline.drafting.contract import Draft, read_drafts, read_length
 from paceline.engine.containment import text_changed
-from paceline.engine.endings import append_until_stop
 from paceline.errors import ENDS_ALL
 from paceline.logit_rules import apply_rules
 from paceline.models.packing import Span
@@ -62,10 +61,10 @@ def run_round(rows: Sequence[Row], target: LanguageModel, words: Detokenizer) ->
         if not rows:
             return
     began = perf_counter()
-    hidden, logits = verify(rows, drafts, target)
+    logits = verify(rows, drafts, target)
     verdicts = judge(rows, drafts, logits)
     judged = perf_counter()
-    commit(rows, drafts, verdicts, target, hidden, logits, words)
+    commit(rows, drafts, verdicts, target, logits, words)
     done = perf_counter()
     for row in rows:
         row.seconds.verify += (judged - began) / len(rows)
@@ -130,23 +129,20 @@ def _ask_alone(row: Row, num_logits: int) -> Draft:
 # --- verification ---------------------------------------------------------------------------------
 
 
-def verify(
-    rows: Sequence[Row], drafts: Sequence[Draft], target: LanguageModel
-) -> tuple[Tensor, Tensor]:
-    """The target's hidden states [N, D] and logits [N, V] at each row's last token and its draft."""
+def verify(rows: Sequence[Row], drafts: Sequence[Draft], target: LanguageModel) -> Tensor:
+    """Return the target's logits [N, V] at each row's last token and its draft."""
     flat: list[int] = []
     spans: list[Span] = []
     ancestors: list[Tensor | None] = []
     for row, draft in zip(rows, drafts, strict=True):
         flat.append(row.tokens[-1])
         flat.extend(draft.tokens)
-        spans.append(Span(row.slot, len(row.tokens) - 1, 1 + len(draft.tokens)))
+        spans.append(Span(row.slot, row.num_cached, 1 + len(draft.tokens)))
         ancestors.append(None if draft.parents is None else _ancestors(draft.parents))
     # a drafter may draft ids that the target lacks: another id is fed, and the judge rejects the draft's
     tokens = torch.tensor(flat).clamp_(0, target.num_logits - 1)
     trees = ancestors if any(a is not None for a in ancestors) else None
-    hidden = target.forward(tokens, spans, trees)
-    return hidden, target.unembed(hidden)
+    return target.unembed(target.forward(tokens, spans, trees))
 
 
 def _ancestors(parents: Sequence[int]) -> Tensor:
@@ -364,7 +360,6 @@ def commit(
     drafts: Sequence[Draft],
     verdicts: Sequence[Verdict],
     target: LanguageModel,
-    hidden: Tensor,
     logits: Tensor,
     words: Detokenizer,
 ) -> None:
@@ -377,12 +372,11 @@ def commit(
         path = verdict.path
         if path != list(range(len(path))):
             # the kept path moves to where a chain would stand
-            start = len(row.tokens)
+            start = row.num_cached + 1
             source = torch.tensor([start + k for k in path], device=target.device)
             target.cache.copy_positions(row.slot, source, start)
         tokens = [*(draft.tokens[k] for k in path), verdict.next_token]
-        row.hidden = hidden[place + (path[-1] + 1 if path else 0)]
-        emitted = append_until_stop(row, tokens, words)
+        emitted = row.append_until_stop(tokens, words)
         if row.request.logprobs:
             places = [place, *(place + 1 + k for k in path)][:emitted]
             row.logprobs += _logprobs(logits[places], tokens[:emitted])

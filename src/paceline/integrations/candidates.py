@@ -47,7 +47,7 @@ class DrafterCandidates(CandidateGenerator):
     ) -> None:
         """max_length: prompt and output. num_padding: tokens left of the prompt to pass over."""
         needs = drafter.needs
-        if needs.hidden_states or needs.target_weights:
+        if needs.target_weights:
             raise ConfigError(
                 f"drafter '{drafter.name}' reads the target's own states, which transformers' "
                 "assisted decoding does not hand out; use custom_generate=paceline.integrations."

@@ -160,7 +160,7 @@ def pace_of(target: LanguageModel, *drafters: DraftModel) -> Pace:
 
 
 class View:
-    num_prompt, slot, hidden = 3, -1, None
+    num_prompt, slot, num_cached = 3, -1, 0
 
     def __init__(self, id: int, tokens: list[int], sampling: SamplingParams) -> None:
         self.id, self.tokens, self.sampling = id, tokens, sampling
