@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
     from paceline.costs import Objective
     from paceline.drafting.base import Drafter
-    from paceline.engine import Progress
+    from paceline.engine import RequestUpdate
     from paceline.engine.loop import Choose, OnComplete
     from paceline.selection import Policy
 
@@ -266,7 +266,7 @@ class Pace:
             merged = with_defaults(self.parts.target, given, len(tokens), read.stop_token_ids | eos)
             if merged != given:
                 read = _read_defaults(merged)
-        return self.engine.accept(read.request(tokens, id, eos))
+        return self.engine.check(read.request(tokens, id, eos), is_read=True)
 
     def complete(self, prompt: Prompt, **settings: Any) -> Completion:
         """Complete one prompt, a string or a list of messages; `settings` as in `request`."""
@@ -331,13 +331,13 @@ def _read_defaults(settings: dict[str, Any]) -> RequestSettings:
         raise unusable(error) from error
 
 
-def _pieces(stream: TextStream, progresses: Iterator[Progress]) -> Iterator[str]:
+def _pieces(stream: TextStream, progresses: Iterator[RequestUpdate]) -> Iterator[str]:
     for progress in progresses:
         if piece := _piece(stream, progress):
             yield piece
 
 
-def _piece(stream: TextStream, progress: Progress) -> str:
+def _piece(stream: TextStream, progress: RequestUpdate) -> str:
     """Return the text that is final after some progress. Raises DecodingError for a failed request."""
     raise_failure(progress)
     if progress.completion is None:

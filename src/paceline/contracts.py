@@ -148,14 +148,6 @@ class Drafts:
     parents: Tensor | None = None  # [R, K] int64
 
 
-@dataclass(slots=True)
-class Verdicts:
-    """What the target says of R drafts that were drawn at random."""
-
-    num_accepted: Tensor  # [R] int64, draft tokens kept
-    next_weights: Tensor  # [R, V] weights, not normalised, of the recovered or the bonus token
-
-
 @dataclass(frozen=True, slots=True)
 class RoundStats:
     """One round of one row. `accepted` counts draft tokens that were emitted."""

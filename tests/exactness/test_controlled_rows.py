@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from paceline.assembly import Parts
-    from paceline.engine.controlled_rows import AdaptiveController as WatchProtocol
+    from paceline.engine.control import ArmController
 
 LENGTH = 20
 PROMPTS = [
@@ -69,7 +69,7 @@ def parts() -> Parts:
     return parts_of("llama")
 
 
-def pace_of(parts: Parts, controller: WatchProtocol, first: str = "near") -> Pace:
+def pace_of(parts: Parts, controller: ArmController, first: str = "near") -> Pace:
     return Pace(parts, lambda context: Decision(first), controller)
 
 

@@ -22,7 +22,7 @@ from paceline.errors import PacelineError
 if TYPE_CHECKING:
     from paceline.config import Config
     from paceline.drafting.base import Drafter
-    from paceline.engine import Driver, Progress
+    from paceline.engine import Driver, RequestUpdate
 
 _PROMPT_TOKENS: Final = 512
 _NEW_TOKENS: Final = 8
@@ -134,9 +134,9 @@ def _measure(config: Config) -> tuple[dict[str, tuple[int, int]], int]:
 def _most_bytes(driver: Driver, request: Request, drafter: Drafter) -> int:
     """Return the most bytes that a drafter holds after any round of a request."""
     sizes: list[int] = []
-    ended: SimpleQueue[Progress] = SimpleQueue()
+    ended: SimpleQueue[RequestUpdate] = SimpleQueue()
 
-    def look(progress: Progress) -> None:  # between two steps
+    def look(progress: RequestUpdate) -> None:  # between two steps
         sizes.append(drafter.num_bytes())
         if progress.completion is not None:
             ended.put(progress)

@@ -23,8 +23,9 @@ from paceline.drafting.contract import Draft, blaming, prepare_all
 from paceline.drafting.foresight import cache_text
 from paceline.engine import Driver, Engine
 from paceline.engine.rows import Row
-from paceline.engine.step import judge, propose, verify
+from paceline.engine.step import propose, verify
 from paceline.errors import DrafterError
+from paceline.verification import judge
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

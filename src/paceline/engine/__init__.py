@@ -4,7 +4,8 @@ Knows no tokenizer, policy or file: `choose` and `decode` are functions it is gi
 """
 
 from paceline.engine.driver import Driver, raise_failure
-from paceline.engine.loop import Engine, Progress
+from paceline.engine.loop import Engine
+from paceline.engine.rows import RequestUpdate
 from paceline.engine.streaming import TextStream
 
-__all__ = ["Driver", "Engine", "Progress", "TextStream", "raise_failure"]
+__all__ = ["Driver", "Engine", "RequestUpdate", "TextStream", "raise_failure"]

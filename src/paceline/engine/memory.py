@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 
 
 class DrafterMemory:
-    """The drafters of one engine, and the bound on what their rows hold together."""
+    """The bound on the memory that the drafters of an engine's rows hold together."""
 
-    def __init__(self, drafters: Mapping[str, Drafter], max_mb: float | None) -> None:
-        """max_mb: None is no bound."""
+    def __init__(
+        self, drafters: Mapping[str, Drafter], rows: Sequence[Row], max_mb: float | None
+    ) -> None:
+        """rows: the engine's rows in flight. max_mb: None is no bound."""
         self._drafters = drafters
+        self._rows = rows
         self._max_mb = max_mb
         self._holders: dict[str, tuple[Drafter, list[Drafter]]] = {}
 
@@ -41,7 +44,7 @@ class DrafterMemory:
             return False
         return any(a is b for a in self.holders(one) for b in self.holders(other))
 
-    def has_room(self, row: Row, wanted: str, rows: Sequence[Row]) -> bool:
+    def has_room(self, row: Row, wanted: str) -> bool:
         """Return whether all drafters' rows stay within the bound if the row gets the wanted drafter.
 
         Raises what the wanted drafter raises; any other drafter that fails here fails its own rows.
@@ -49,26 +52,27 @@ class DrafterMemory:
         if self._max_mb is None or wanted == NONE:
             return True
         users: dict[int, list[tuple[Row, str]]] = {}
-        found: dict[int, Drafter] = {}
-        for other in rows:
-            names = {other.drafter_name, *other.kept} | ({wanted} if other is row else set())
+        holders: dict[int, Drafter] = {}
+        for other in self._rows:
+            names = {*other.started, *((wanted,) if other is row else ())}
             for name in names - {NONE}:
                 for holder in self.holders(name):
-                    found[id(holder)] = holder
+                    holders[id(holder)] = holder
                     users.setdefault(id(holder), []).append((other, name))
         own = {id(holder) for holder in self.holders(wanted)}
         needed = 0.0
-        for key, holder in found.items():
+        for key, holder in holders.items():
             lengths = [other.max_total for other, _ in users[key]]
             if key in own:
                 needed += read_state_bytes(holder, lengths)
                 continue
-            with contained(lambda error, key=key: _blame(users[key], error)):  # type: ignore[misc]
+            with contained(lambda error, key=key: _fail_users(users[key], error)):  # type: ignore[misc]
                 needed += read_state_bytes(holder, lengths)
         return needed <= self._max_mb * 1e6
 
 
-def _blame(users: Sequence[tuple[Row, str]], error: BaseException) -> None:
+def _fail_users(users: Sequence[tuple[Row, str]], error: BaseException) -> None:
+    """Fail the rows that draft with a failed drafter; note it for those that only started it."""
     for row, name in users:
         if name == row.drafter_name:
             row.fail_by(name, error)

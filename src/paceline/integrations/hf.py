@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from paceline.assembly import Pace
     from paceline.contracts import Request
     from paceline.drafting.base import Drafter
-    from paceline.engine import Progress
+    from paceline.engine import RequestUpdate
     from paceline.integrations.kept_pace import Drafting
 
 __all__ = ["DrafterCandidates", "GenerateOutput", "assisted", "candidate_generator", "generate"]
@@ -223,7 +223,7 @@ def _until_stopped(row: _Row, new_tokens: Sequence[int], asked: Asked) -> Iterat
         yield token
 
 
-def _complete(pace: Pace, row: _Row, progress: Progress) -> None:
+def _complete(pace: Pace, row: _Row, progress: RequestUpdate) -> None:
     raise_failure(progress)
     completion = progress.completion
     assert completion is not None

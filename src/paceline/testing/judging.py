@@ -12,7 +12,7 @@ from paceline.verification import accept_block, accept_residual
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from paceline.contracts import Verdicts
+    from paceline.verification import AcceptedPrefixes
 
 
 class Judged(NamedTuple):
@@ -34,7 +34,7 @@ def judge_block(
     return _drawn(accept_block(p, q, tokens, lengths, accept_u), noise)
 
 
-def _drawn(verdicts: Verdicts, noise: Tensor) -> Judged:
+def _drawn(accepted: AcceptedPrefixes, noise: Tensor) -> Judged:
     rows = torch.arange(len(noise), device=noise.device)
-    drawn = race(verdicts.next_weights, noise[rows, verdicts.num_accepted])
-    return Judged(verdicts.num_accepted, drawn)
+    drawn = race(accepted.next_weights, noise[rows, accepted.num_accepted])
+    return Judged(accepted.num_accepted, drawn)

@@ -364,7 +364,7 @@ def test_what_breaks_the_end_of_a_row_is_told_to_who_waits_for_it(
 
     with monkeypatch.context() as patch:
         if what == "decode":
-            patch.setattr(broken, "_words", Detokenizer.wrap(fail))
+            patch.setattr(broken, "_detokenizer", Detokenizer.wrap(fail))
         else:
             patch.setattr(broken, what, fail)
         requests = [pace.request("abc", id=str(i), **SHORT) for i in range(3)]
