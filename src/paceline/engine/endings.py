@@ -1,4 +1,4 @@
-"""Where an answer ends, and what its text is. Every rule looks at one emitted token after the other.
+"""The end of an answer at a stop string, and the answer's text.
 
 A stop string ends the answer at the token that completes it: in the text, or if it names a special
 token, in the text with special tokens spelled out. The text ends before it, without special tokens.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from paceline.engine.reading import Reader
+from paceline.engine.reading import IncrementalText
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,39 +22,36 @@ class StopFinder:
 
     def __init__(self, detokenizer: Detokenizer, stop_strings: Sequence[str]) -> None:
         self._detokenizer = detokenizer
-        self._text = _Search(
-            Reader(self._detokenizer.decode, self._detokenizer.byte_of), stop_strings
-        )
-        named = naming_special(self._detokenizer, stop_strings)
-        # special tokens leave no text in the first search, and their names in the second
-        self._spelled = (
-            _Search(Reader(self._detokenizer.spell, self._detokenizer.byte_of), named)
-            if named
-            else None
-        )
+        byte_of = detokenizer.byte_of
+        self._text = _TextSearch(IncrementalText(detokenizer.decode, byte_of), stop_strings)
+        # special tokens are absent from the first search's text, and spelled out in the second's
+        named = naming_special(detokenizer, stop_strings)
+        spelled = IncrementalText(detokenizer.spell, byte_of)
+        self._spelled = _TextSearch(spelled, named) if named else None
 
     def push(self, token: int) -> bool:
         """Take a token; return whether it completes a stop string."""
         silent = self._detokenizer.is_silent(token)
-        found = not silent and self._text.push(token)
+        is_complete = not silent and self._text.push(token)
         if self._spelled is not None and (not silent or token in self._detokenizer.special):
-            found = self._spelled.push(token) or found
-        return found
+            is_complete = self._spelled.push(token) or is_complete
+        return is_complete
 
 
-class _Search:
-    """Stop strings in the text of one reader."""
+class _TextSearch:
+    """The search for stop strings in one incremental text."""
 
-    def __init__(self, reader: Reader, stop_strings: Sequence[str]) -> None:
+    def __init__(self, reader: IncrementalText, stop_strings: Sequence[str]) -> None:
         self._reader = reader
         self._stops = stop_strings
-        self._most = max(map(len, stop_strings)) - 1
+        self._tail_length = max(map(len, stop_strings)) - 1
         self._tail = ""  # end of the settled text in which a stop string may begin
 
     def push(self, token: int) -> bool:
+        """Take a token; return whether the text contains a stop string now."""
         settled = self._tail + self._reader.push((token,))
         text = settled + self._reader.open_text()
-        self._tail = settled[-self._most :] if self._most else ""
+        self._tail = settled[-self._tail_length :] if self._tail_length else ""
         return any(stop in text for stop in self._stops)
 
 
@@ -75,14 +72,15 @@ def final_text(output: Sequence[int], request: Request, detokenizer: Detokenizer
         spelled = detokenizer.spell(output)
         places = [i for stop in named if (i := spelled.find(stop)) >= 0]
         if places:
-            # with special tokens spelled out, a decoder may add blanks that the text has not
+            # with special tokens spelled out, a decoder may add blanks that are not in the text
             texts.append(
-                _beginning_of_both(text, _text_before(detokenizer, output, spelled, min(places)))
+                _common_beginning(text, _text_before(detokenizer, output, spelled, min(places)))
             )
     return min(texts, key=len)
 
 
-def _beginning_of_both(one: str, other: str) -> str:
+def _common_beginning(one: str, other: str) -> str:
+    """Return the longest common beginning of two texts."""
     unequal = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return one[: next(unequal, min(len(one), len(other)))]
 
@@ -93,7 +91,7 @@ def _text_before(detokenizer: Detokenizer, output: Sequence[int], spelled: str, 
         before = detokenizer.spell(output[:count])
         if len(before) <= end and spelled.startswith(before):
             break
-    # a stop string may begin inside a token; of a special token, only a blank that the decoder puts
+    # a stop string may begin inside a token; of a special token, only the blank that the decoder writes
     # before its name is text
     name = detokenizer.special.get(output[count]) if count < len(output) else None
     named_at = spelled.find(name, len(before)) if name is not None else -1

@@ -1,7 +1,8 @@
 """The drafters of an engine's rows: which one is in use, which others are started, and their memory.
 
 A drafter that a row no longer uses may stay started, so that a return to it costs only the text that
-was written since. A drafter may be anybody's code: its exceptions end its own row only.
+was written since. A drafter may be anybody's code: its exceptions end its own row only. It is
+identified by its name in the engine, never by its own hash or equality.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from paceline.contracts import NONE, Decision, split_arm
-from paceline.drafting.contract import prepare_piece, read_drafts, read_length
+from paceline.drafting.contract import prepare_piece, read_drafts, read_length, read_state_bytes
 from paceline.engine.containment import DisabledDrafters, asking, contained
 from paceline.engine.decisions import check_decision
-from paceline.engine.memory import DrafterMemory
 from paceline.engine.rows import StartedDrafter
 
 if TYPE_CHECKING:
@@ -35,12 +35,15 @@ class Seats:
         chunk: int,
         max_drafter_mb: float | None,
     ) -> None:
-        """rows: the engine's rows in flight. chunk: tokens of a drafter's own prefill per step."""
+        """rows: the engine's rows in flight. chunk: tokens of a drafter's own prefill per step.
+        max_drafter_mb: bound on the memory of all drafters' rows; None is no bound.
+        """
         self.drafters = drafters
         self.disabled = DisabledDrafters()
         self._rows = rows
         self._chunk = chunk
-        self._memory = DrafterMemory(drafters, rows, max_drafter_mb)
+        self._max_mb = max_drafter_mb
+        self._holders: dict[str, tuple[Drafter, list[Drafter]]] = {}
 
     def is_usable(self, row: Row, name: str) -> bool:
         """Return whether a row's controller may use the drafter."""
@@ -80,7 +83,7 @@ class Seats:
         row.arm, row.drafter = NONE, self.drafters[NONE]
         with asking(row, wanted):
             for name in list(row.started):
-                if name != wanted and (not keeps_others or self._memory.overlap(name, wanted)):
+                if name != wanted and (not keeps_others or self._overlap(name, wanted)):
                     self._finish_charged(row, name)
             if wanted not in row.started and not self._make_room(row, wanted):
                 row.switches[-1] = (row.switches[-1][0], NONE)
@@ -98,7 +101,7 @@ class Seats:
             self._work(row, lambda: self._start(row, name))
 
     def _start(self, row: Row, name: str) -> None:
-        self._memory.holders(name)
+        self._holders_of(name)
         self.drafters[name].start([row])
 
     def prepare(self) -> None:
@@ -126,12 +129,52 @@ class Seats:
     def _make_room(self, row: Row, wanted: str) -> bool:
         """Return whether the row may start the drafter, after finishing unused drafters if need be."""
         for other in (row, *self._rows):
-            if self._memory.has_room(row, wanted):
+            if self._has_room(row, wanted):
                 return True
             for name in list(other.started):
                 if name != other.drafter_name:
                     self._finish_charged(other, name)
-        return self._memory.has_room(row, wanted)
+        return self._has_room(row, wanted)
+
+    def _holders_of(self, name: str) -> list[Drafter]:
+        """Return the holders of the state of a drafter's rows, asked once, before its first row."""
+        drafter = self.drafters[name]
+        known = self._holders.get(name)
+        if known is None or known[0] is not drafter:
+            known = self._holders[name] = (drafter, list(drafter.holders()))
+        return known[1]
+
+    def _overlap(self, one: str, other: str) -> bool:
+        """Return whether two drafters share the holder of their rows' state; a row may have only one."""
+        if NONE in (one, other):
+            return False
+        return any(a is b for a in self._holders_of(one) for b in self._holders_of(other))
+
+    def _has_room(self, row: Row, wanted: str) -> bool:
+        """Return whether all drafters' rows stay within the bound if the row gets the wanted drafter.
+
+        Raises what the wanted drafter raises; any other drafter that fails here fails its own rows.
+        """
+        if self._max_mb is None or wanted == NONE:
+            return True
+        users: dict[int, list[tuple[Row, str]]] = {}
+        holders: dict[int, Drafter] = {}
+        for other in self._rows:
+            names = {*other.started, *((wanted,) if other is row else ())}
+            for name in names - {NONE}:
+                for holder in self._holders_of(name):
+                    holders[id(holder)] = holder
+                    users.setdefault(id(holder), []).append((other, name))
+        own = {id(holder) for holder in self._holders_of(wanted)}
+        needed = 0.0
+        for key, holder in holders.items():
+            lengths = [other.max_total for other, _ in users[key]]
+            if key in own:
+                needed += read_state_bytes(holder, lengths)
+                continue
+            with contained(lambda error, key=key: _fail_users(users[key], error)):  # type: ignore[misc]
+                needed += read_state_bytes(holder, lengths)
+        return needed <= self._max_mb * 1e6
 
     def _finish_charged(self, row: Row, name: str) -> None:
         """Finish a drafter that is not in use, and charge its seconds to the row."""
@@ -176,9 +219,9 @@ class Seats:
     def _prepare_shadow(self, row: Row, name: str) -> bool:
         """Start the drafter, or go on with its own prefill; return whether it can draft now."""
         if name not in row.started:
-            if any(self._memory.overlap(name, other) for other in row.started):
+            if any(self._overlap(name, other) for other in row.started):
                 return False
-            if not self._memory.has_room(row, name):
+            if not self._has_room(row, name):
                 row.excluded.add(name)
                 return False
             row.started[name] = StartedDrafter()
@@ -192,3 +235,12 @@ class Seats:
         row.note_failure(name, error)
         if name in row.started:
             self._finish(row, name)
+
+
+def _fail_users(users: Sequence[tuple[Row, str]], error: BaseException) -> None:
+    """Fail the rows that draft with a failed drafter; note it for those that only started it."""
+    for row, name in users:
+        if name == row.drafter_name:
+            row.fail_by(name, error)
+        else:
+            row.note_failure(name, error)

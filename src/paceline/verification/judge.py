@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from paceline.contracts import LogitRules, Request, SamplingParams
+    from paceline.contracts import Request, SamplingParams
     from paceline.verification.trees import Choices
 
 _NOT_FINITE: Final = "the target's logits are not finite; are its weights fit for its dtype?"
@@ -41,11 +41,7 @@ class JudgedRow(Protocol):
     @property
     def tokens(self) -> list[int]: ...
     @property
-    def num_prompt(self) -> int: ...
-    @property
     def request(self) -> Request: ...
-    @property
-    def sampling(self) -> SamplingParams: ...
 
 
 class JudgedDraft(Protocol):
@@ -88,7 +84,7 @@ def judge(
     for i, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
         stop = first + 1 + len(draft.tokens)
         own = choices[first:stop]
-        if row.sampling.method == "greedy" and row.request.rules is None:
+        if row.request.sampling.method == "greedy" and row.request.rules is None:
             verdict = _follow_choices(own, draft)
             if verdict.next_token < 0:
                 verdict.error = _NOT_FINITE
@@ -170,8 +166,8 @@ def _judge_one(
     """
     rules = row.request.rules
     if rules is not None:
-        logits = _apply_rules(row, rules, draft, logits, own, rule_errors)
-    params, start = row.sampling, len(row.tokens)
+        logits = _apply_rules(row, draft, logits, own, rule_errors)
+    params, start = row.request.sampling, len(row.tokens)
     if params.method == "greedy":
         best, ids = logits.max(dim=-1)
         return torch.where(best.isfinite(), ids, -1)
@@ -220,7 +216,6 @@ def _judge_chain(
 
 def _apply_rules(
     row: JudgedRow,
-    rules: LogitRules,
     draft: JudgedDraft,
     logits: Tensor,
     own: Sequence[int],
@@ -230,17 +225,16 @@ def _apply_rules(
 
     Each place is computed alone, so a processor that fails on a drafted text fails that place only.
     """
+    request, num_prompt = row.request, len(row.request.prompt_tokens)
+    assert request.rules is not None
     ruled = torch.full(logits.shape, float("nan"), device=logits.device)
     for place, text in enumerate(_texts_before(row.tokens, draft, logits.shape[-1])):
         if own[place] < 0:
             continue
         try:
+            one = logits[place : place + 1]
             ruled[place] = apply_rules(
-                rules,
-                logits[place : place + 1],
-                [text],
-                row.num_prompt,
-                row.request.stop_token_ids,
+                request.rules, one, [text], num_prompt, request.stop_token_ids
             )[0]
         except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's own processor
             rule_errors[place] = error

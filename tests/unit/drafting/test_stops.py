@@ -283,7 +283,7 @@ def collected(pace: Pace, arm: str, text: str) -> CollectedPrompt:
     assert result.scores is not None
     scores = {arm: (result.scores.match, result.scores.confidence)}
     features = np.zeros(1, dtype=np.float32)
-    replays = {arm: result.kept}
+    replays = {arm: result.record}
     return CollectedPrompt(text, "", prompt, tuple(output), NEW, features, replays, {}, scores)
 
 

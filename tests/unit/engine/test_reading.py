@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from paceline.contracts import Request
 from paceline.drafting.none import NoneDrafter
 from paceline.engine.endings import final_text
-from paceline.engine.reading import Reader
+from paceline.engine.reading import IncrementalText
 from paceline.engine.rows import Row
 from paceline.engine.streaming import TextStream
 from paceline.errors import DecodingError
@@ -118,7 +118,7 @@ def test_settled_text_stays_and_the_rest_is_open(kind: str, data: st.DataObject)
     decode = KINDS[kind]
     tokens = data.draw(ids_of(kind))
     heard = [t for t in tokens if not decode.is_silent(t)]
-    reader, settled = Reader(decode.decode, decode.byte_of), ""
+    reader, settled = IncrementalText(decode.decode, decode.byte_of), ""
     at = 0
     for chunk in in_chunks(heard, data.draw(sizes)):
         settled += reader.push(chunk)

@@ -13,7 +13,7 @@ from paceline.requests import RequestSettings
 from paceline.verification.judge import _draw_at_every_place, _read_answer, judge
 
 if TYPE_CHECKING:
-    from paceline.contracts import Request, SamplingParams
+    from paceline.contracts import Request
 
 NAN, INF = float("nan"), float("inf")
 
@@ -22,11 +22,6 @@ NAN, INF = float("nan"), float("inf")
 class Row:
     request: Request
     tokens: list[int]
-    num_prompt: int = 2
-
-    @property
-    def sampling(self) -> SamplingParams:
-        return self.request.sampling
 
 
 def row_of(**settings: Any) -> Row:
@@ -99,7 +94,9 @@ def test_the_judge_of_a_device_says_the_same() -> None:
     for tokens in ([4, 4], [3, 4]):
         here, there = row_of(temperature=1.0, seed=3), row_of(temperature=1.0, seed=3)
         [verdict] = judge([here], [Draft(tokens)], logits)
-        answer = _draw_at_every_place(logits, Draft(tokens), there.sampling, len(there.tokens))
+        answer = _draw_at_every_place(
+            logits, Draft(tokens), there.request.sampling, len(there.tokens)
+        )
         other = _read_answer(answer.tolist(), Draft(tokens))
         assert verdict.path == other.path
         assert (verdict.next_token < 0) == (other.next_token < 0) == (verdict.error is not None)
