@@ -32,7 +32,7 @@ WAYS = ("complete", "stream", "stream cut short", "batch")
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request, how it is made, and what it gives when it is alone."""
+    """One request, the way to submit it, and its completion when it is decoded alone."""
 
     way: str
     prompt: str

@@ -57,22 +57,18 @@ class JudgedDraft(Protocol):
 
 @dataclass(slots=True)
 class Verdict:
-    """The judgement of one draft. An error means that the row has no next token."""
+    """The judgement of one draft."""
 
     path: list[int]  # indices of the accepted draft tokens
     next_token: int
-    error: str | None = None
+    error: str | None = None  # set if the row has no next token
     cause: BaseException | None = None  # the exception that led to the error
 
 
 def judge(
     rows: Sequence[JudgedRow], drafts: Sequence[JudgedDraft], logits: Tensor
 ) -> list[Verdict]:
-    """Return each row's verdict. logits: [N, V].
-
-    A verdict has an error if the row's own text leads to a place without a possible token, not if only
-    a draft does.
-    """
+    """Return each row's verdict; an error if its accepted path has no next token. logits: [N, V]."""
     best, ids = logits.max(dim=-1)
     # one copy from the device, and a second one for all sampled rows
     choices: list[int] = torch.where(best.isfinite(), ids, -1).tolist()

@@ -66,7 +66,7 @@ def test_a_long_stop_string_is_found_far_into_a_text() -> None:
     assert decode(row.output).endswith(stop)
 
 
-def test_how_many_were_emitted_is_told() -> None:
+def test_append_returns_the_number_of_emitted_tokens() -> None:
     row = row_for(stop_token_ids=frozenset({END}))
 
     assert row.append_until_stop([10, 11], decode) == 2

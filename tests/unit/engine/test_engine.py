@@ -1,4 +1,4 @@
-"""The loop around the rounds: who is in flight, what is counted, what errors leave behind."""
+"""The loop around the rounds: rows in flight, counts, and the state after errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A row without a possible token, or whose logits are no numbers, fails by name; the others go on."""
+"""A row without a possible token, or with logits that are not finite, fails alone with its reason."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def pace() -> Pace:
 
 
 def run(pace: Pace, *requests: Request) -> list[Completion]:
-    """In the requests' order, errors and all."""
+    """Return the completions in the requests' order, errors included."""
     done = {c.request_id: c for c in pace.driver.generate(requests, return_errors=True)}
     return [done[request.id] for request in requests]
 
@@ -103,10 +103,10 @@ def test_a_row_without_a_possible_token_fails_alone(
 @pytest.mark.parametrize("sampling", SAMPLINGS[:3], ids=str)
 @pytest.mark.parametrize("act", ["raise", "nan", "exit"])
 @pytest.mark.parametrize("drafter", ["wrong", "tree", "near"])
-def test_what_rules_make_of_a_text_that_only_a_draft_leads_to_does_not_count(
+def test_rules_that_fail_on_a_drafted_text_only_do_not_fail_the_row(
     act: str, drafter: str, sampling: dict[str, Any]
 ) -> None:
-    """As of a trie that knows what may follow, and nothing of any other text."""
+    """The processor behaves like a trie: it knows the allowed text and no other."""
     model = tiny_model("llama")
     plain = paceline.load(target=model, tokenizer=byte_tokenizer(), drafters={})
     settings = {"max_new_tokens": 12, "ignore_eos": True, **sampling}

@@ -36,7 +36,7 @@ STRIP = [decoders.Strip(" ", 1, 0)]
 
 
 def fallback(ending: list[Any]) -> Tokenizer:
-    """As Llama 2's (with Strip) and Gemma's: pieces, and bytes for what they do not cover."""
+    """Return a tokenizer like Llama 2's (with Strip) or Gemma's, with byte tokens as its fallback."""
     names = [*BYTES, *dict.fromkeys(PIECES)]
     tokenizer = Tokenizer(BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True))
     parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *ending]
@@ -84,7 +84,7 @@ KINDS = {name: detokenizer_of(tokenizer) for name, tokenizer in PLAIN.items()}
 
 
 def ids_of(kind: str) -> st.SearchStrategy[list[int]]:
-    """Answers: anything, with what is special and what no token has, and runs of likely bytes."""
+    """Generate answers: any text, special tokens, ids without a token, and runs of likely bytes."""
     detokenizer = KINDS[kind]
     assert detokenizer.num_ids is not None
     anything = st.integers(0, detokenizer.num_ids + 1)
@@ -310,7 +310,7 @@ def test_a_stray_byte_does_not_hold_back_what_follows() -> None:
     assert stream.push(b"!") == "\ufffd!"
 
 
-def test_text_that_changes_after_it_left_is_told() -> None:
+def test_a_change_of_streamed_text_raises() -> None:
     """As of a decoder that reads the text from its end."""
     stream = TextStream(Detokenizer.wrap(lambda tokens: "".join(map(str, reversed(tokens)))))
     assert stream.push([1]) == "1"

@@ -1,4 +1,4 @@
-"""The engine step by step: who is admitted, cancelled, switched, what is shared and streamed."""
+"""The engine step by step: admission, cancellation, switches, shared prefixes, streaming."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def test_a_prompt_of_whole_blocks_still_runs_its_last_token() -> None:
     assert second.drafter == "near" and second.rounds == first.rounds
 
 
-def test_equal_blocks_behind_different_beginnings_are_not_shared() -> None:
+def test_equal_blocks_after_different_beginnings_are_not_shared() -> None:
     pace = pace_with(prefix_positions=512)
     other = tuple(reversed(LONG[:BLOCK])) + LONG[BLOCK:]
     for prompt in (LONG, other, LONG[BLOCK:] + LONG[:BLOCK]):
@@ -253,7 +253,7 @@ def test_the_policy_sees_the_same_features_of_a_shared_prompt() -> None:
     np.testing.assert_allclose(seen[0][1], seen[1][1], atol=1e-5)
 
 
-def test_kept_prompts_are_bounded_and_the_oldest_goes_first() -> None:
+def test_stored_prefixes_are_bounded_and_the_oldest_goes_first() -> None:
     pace = pace_with(prefix_positions=4 * BLOCK)
     store = pace.engine.prefixes
     prompts = [tuple([i]) + LONG for i in range(5)]
@@ -411,7 +411,7 @@ class CachedPositions(Drafter):
         raise NotImplementedError
 
 
-def test_a_drafter_is_told_which_positions_of_the_targets_cache_hold_its_row() -> None:
+def test_a_drafter_can_read_the_number_of_cached_positions() -> None:
     drafter = CachedPositions()
     pace = pace_with({"positions": drafter})
 
@@ -423,8 +423,8 @@ def test_a_drafter_is_told_which_positions_of_the_targets_cache_hold_its_row() -
     assert all(num_cached == num_tokens - 1 for num_tokens, num_cached in drafter.seen)
 
 
-def test_numbers_that_a_failed_row_left_behind_reach_no_other_row() -> None:
-    """They stay in its slot of the cache, where a longer neighbour makes them masked positions."""
+def test_nan_entries_of_a_failed_row_reach_no_other_row() -> None:
+    """They stay in its slot of the cache, as masked positions next to a longer row."""
     model = tiny_model("llama", context=CONTEXT)
     assert not model.config.tie_word_embeddings
     pace = Pace(build_from_objects(model, TOKENIZER, {}, Config(target=ModelSection(model="x"))))

@@ -98,7 +98,7 @@ def reference_block(
 
 @QUICK
 @given(st.data())
-def test_the_kept_path_is_where_the_targets_choices_lead(data: st.DataObject) -> None:
+def test_the_accepted_path_follows_the_targets_choices(data: st.DataObject) -> None:
     size = data.draw(st.integers(0, 8))
     tokens = data.draw(st.lists(st.integers(0, 2), min_size=size, max_size=size))
     choices = data.draw(st.lists(st.integers(0, 2), min_size=size + 1, max_size=size + 1))

@@ -34,7 +34,7 @@ JUDGED = [{}, {"temperature": 1.0, "seed": 3}, {"min_new_tokens": 1}]
 
 @pytest.mark.parametrize("settings", JUDGED, ids=str)
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_numbers_that_are_none_count_where_the_text_leads(
+def test_logits_that_are_not_finite_count_only_on_the_accepted_path(
     settings: dict[str, Any], bad: float
 ) -> None:
     logits = torch.zeros(3, 6)
@@ -49,7 +49,9 @@ def test_numbers_that_are_none_count_where_the_text_leads(
 
 
 @pytest.mark.parametrize("settings", JUDGED, ids=str)
-def test_a_draft_of_no_id_does_not_match_a_place_without_a_token(settings: dict[str, Any]) -> None:
+def test_an_invalid_draft_id_does_not_match_a_place_without_a_token(
+    settings: dict[str, Any],
+) -> None:
     logits = torch.full((3, 6), NAN)
     row = row_of(**settings)
 
@@ -73,8 +75,8 @@ def test_no_stochastic_draft_goes_beyond_a_place_without_a_token(method: str, pl
     assert verdict.error is not None and len(verdict.path) == place
 
 
-def test_a_place_without_a_token_does_not_weigh_on_the_tokens_before_it() -> None:
-    """Block verification looks one place ahead; there the draft ends."""
+def test_a_place_without_a_token_does_not_change_the_tokens_before_it() -> None:
+    """Block verification reads one place ahead; the draft ends there."""
     logits = torch.zeros(3, 2)
     logits[1] = NAN
     probs = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
@@ -86,8 +88,8 @@ def test_a_place_without_a_token_does_not_weigh_on_the_tokens_before_it() -> Non
     assert 70 < kept < 130  # p/q is a half
 
 
-def test_the_judge_of_a_device_says_the_same() -> None:
-    """The paths of other devices, run here: `_draw_at_every_place` and the race over all places."""
+def test_the_judge_gives_the_same_verdict_on_other_devices() -> None:
+    """Run the code of other devices on the CPU: draw at every place, then follow the draft."""
     logits = torch.zeros(3, 6)
     logits[:, 4] = 50.0
     logits[1] = NAN
