@@ -12,7 +12,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -136,24 +136,26 @@ class Driver:
                 if update is not None and update.completion is not None:
                     left.discard(update.ticket)
 
-    async def aprogress(self, request: Request) -> AsyncGenerator[RequestUpdate, None]:
+    async def aprogress(
+        self, request: Request, tokens: bool = True
+    ) -> AsyncGenerator[RequestUpdate, None]:
         """Yield one request's updates to an asyncio task. Raises QueueFullError if too many wait.
 
-        Closing the iterator, or cancelling the task, cancels the request.
+        tokens: as in `progress`. Closing the iterator, or cancelling the task, cancels the request.
         """
         loop = asyncio.get_running_loop()
         mail: asyncio.Queue[RequestUpdate] = asyncio.Queue()
         ticket = self.submit(
-            request, lambda update: loop.call_soon_threadsafe(mail.put_nowait, update)
+            request, lambda update: loop.call_soon_threadsafe(mail.put_nowait, update), tokens
         )
-        ended = False
+        has_ended = False
         try:
-            while not ended:
+            while not has_ended:
                 update = await mail.get()
-                ended = update.completion is not None
+                has_ended = update.completion is not None
                 yield update
         finally:
-            if not ended:
+            if not has_ended:
                 self.cancel(ticket)
 
     async def acomplete(self, request: Request) -> Completion:
@@ -161,21 +163,8 @@ class Driver:
 
         Cancelling the task cancels the request.
         """
-        loop = asyncio.get_running_loop()
-        end: asyncio.Future[RequestUpdate] = loop.create_future()
-
-        def set_end(update: RequestUpdate) -> None:
-            if not end.done():  # cancelled meanwhile
-                end.set_result(update)
-
-        ticket = self.submit(
-            request, lambda update: loop.call_soon_threadsafe(set_end, update), tokens=False
-        )
-        try:
-            update = await end
-        except BaseException:  # cancelled, or dropped with its event loop
-            self.cancel(ticket)
-            raise
+        async with aclosing(self.aprogress(request, tokens=False)) as updates:
+            update = await anext(updates)
         raise_failure(update)
         assert update.completion is not None
         return update.completion
