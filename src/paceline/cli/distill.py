@@ -37,7 +37,7 @@ def distill(
     from paceline.config import parse
     from paceline.distillation import DistillSettings
     from paceline.distillation import distill as run_distill
-    from paceline.distillation.train import Progress
+    from paceline.distillation.train import TrainingProgress
     from paceline.errors import ConfigError
     from paceline.terminal import BandedTable
 
@@ -53,7 +53,7 @@ def distill(
     console = Console()
     with progress(console) as report:
 
-        def on_progress(step: Progress) -> None:
+        def on_progress(step: TrainingProgress) -> None:
             report(step.phase, step.step, step.total)
 
         result = run_distill(

@@ -2,6 +2,6 @@
 
 from paceline.distillation.run import DistillReport, distill
 from paceline.distillation.settings import DistillSettings
-from paceline.distillation.train import Progress
+from paceline.distillation.train import TrainingProgress
 
-__all__ = ["DistillReport", "DistillSettings", "Progress", "distill"]
+__all__ = ["DistillReport", "DistillSettings", "TrainingProgress", "distill"]

@@ -32,7 +32,7 @@ from paceline.distillation.outputs import (
     read_examples,
 )
 from paceline.distillation.student import SHAPES, build_student, num_parameters
-from paceline.distillation.train import Progress, Quality, Training, evaluate, train
+from paceline.distillation.train import Quality, Training, TrainingProgress, evaluate, train
 from paceline.errors import ConfigError
 from paceline.store import is_validation, read_prompts, take_by_hash, write_atomically
 
@@ -74,7 +74,7 @@ def distill(
     data: Sequence[Path],
     out: Path,
     settings: DistillSettings,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: Callable[[TrainingProgress], None] = lambda progress: None,
     also_measure: Sequence[Path] = (),
 ) -> DistillReport:
     """Train a drafter for the target on the prompts of `data` and write it to `out`.
@@ -138,7 +138,7 @@ def _read(
     pace: Pace,
     path: Path,
     settings: DistillSettings,
-    on_progress: Callable[[Progress], None],
+    on_progress: Callable[[TrainingProgress], None],
     only_validation: bool = False,
 ) -> DataFile:
     """Answers to a file's prompts, decoded now where they are missing."""
@@ -152,7 +152,7 @@ def _read(
     def count(n: int) -> None:
         nonlocal done
         done += n
-        on_progress(Progress("decode", done, len(prompts)))
+        on_progress(TrainingProgress("decode", done, len(prompts)))
 
     decode_outputs(pace, prompts, store, settings.max_new_tokens, on_done=count)
     return DataFile(path.stem, read_examples(store, prompts), sources_of(path))

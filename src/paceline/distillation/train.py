@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class TrainingProgress:
     """What a controlled may draw. `match_rate` is the last validation's mean over domains."""
 
     phase: str  # decode | train
@@ -72,7 +72,7 @@ def train(
     validation: Sequence[Example],
     settings: DistillSettings,
     checkpoint: Path,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: Callable[[TrainingProgress], None] = lambda progress: None,
 ) -> Training:
     """Train in place; on return the student has the weights of its best validation.
 
@@ -101,7 +101,9 @@ def train(
             clock, cpu_clock = now, cpu_now
             _save(checkpoint, made_for, student, optimizer, training)
         on_progress(
-            Progress("train", training.step, len(plan), training.loss, _last_match(training))
+            TrainingProgress(
+                "train", training.step, len(plan), training.loss, _last_match(training)
+            )
         )
     student.load_state_dict(training.best_weights)
     student.eval()

@@ -22,7 +22,7 @@ from transformers import (
 from paceline.assembly import Pace, build_from_objects
 from paceline.config import Config, ModelSection
 from paceline.contracts import PromptRecord
-from paceline.distillation import DistillSettings, Progress, distill
+from paceline.distillation import DistillSettings, TrainingProgress, distill
 from paceline.distillation.batches import Example, collate, in_order, pack_epoch
 from paceline.distillation.head import losses_and_matches, weighted_cross_entropy
 from paceline.distillation.student import Shape, build_student, num_parameters, project
@@ -279,8 +279,8 @@ class KilledError(Exception):
     """Stands for a kill between two steps."""
 
 
-def killer(step: int) -> Callable[[Progress], None]:
-    def kill(progress: Progress) -> None:
+def killer(step: int) -> Callable[[TrainingProgress], None]:
+    def kill(progress: TrainingProgress) -> None:
         if progress.step == step:
             raise KilledError
 
@@ -391,7 +391,7 @@ def test_distill_writes_a_drafter_that_loads_and_says_what_it_is(
 ) -> None:
     apples = write_prompts(tmp_path / "apples.jsonl", "apples", 40)
     pears = write_prompts(tmp_path / "pears.jsonl", "pears", 40)
-    seen: list[Progress] = []
+    seen: list[TrainingProgress] = []
     out = tmp_path / "zoo" / "draft"
     settings = distill_settings(tmp_path, max_prompts={"apples": 30})
     report = distill(pace, [apples], out, settings, seen.append, also_measure=[pears])
@@ -426,7 +426,7 @@ def test_only_validation_prompts_of_other_tasks_are_answered(pace: Pace, tmp_pat
     apples = write_prompts(tmp_path / "apples.jsonl", "apples", 30)
     pears = write_prompts(tmp_path / "pears.jsonl", "pears", 30)
     settings = distill_settings(tmp_path)
-    seen: list[Progress] = []
+    seen: list[TrainingProgress] = []
     distill(pace, [apples], tmp_path / "a", settings, seen.append, also_measure=[pears])
     expected = sum(is_validation(f"pears/{i}", 0.2) for i in range(30))
     assert 0 < expected < 30
