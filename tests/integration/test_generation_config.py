@@ -332,9 +332,9 @@ def test_none_leaves_all_but_the_end_aside() -> None:
 
 def test_a_word_that_is_neither_auto_nor_none_is_refused(tmp_path: Path) -> None:
     pace = pace_with()
-    with pytest.raises(RequestError, match="must be auto or none, got 'vllm'"):
+    with pytest.raises(RequestError, match="must be auto or none; got 'vllm'"):
         pace.request(PROMPT, generation_config="vllm")
-    with pytest.raises(ConfigError, match="must be auto or none, got 'vllm'"):
+    with pytest.raises(ConfigError, match="must be auto or none; got 'vllm'"):
         paceline.load(
             target=model_with(),
             tokenizer=byte_tokenizer(),

@@ -30,6 +30,8 @@ from paceline.selection.scaling import CLIP, standardisation, standardise
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from paceline.contracts import Completion
+
 RARE: Final = 0.1
 OFTEN: Final = 0.6
 REQUESTS_PER_FALSE_ALARM: Final = 100_000
@@ -198,6 +200,17 @@ class DriftAlarm:
             is_inside = self.range.distance(features) <= self.range.farthest
             alarm = self._count(None, not is_inside) or alarm
         return alarm
+
+    def observe_completion(self, completion: Completion) -> Alarm | None:
+        """Count one completed request, as `observe` does, if the policy chose its arm."""
+        decision = completion.decision
+        if decision.features is None:
+            return None
+        # a mixture or a switch of arms does not say which arm accepted which tokens
+        as_chosen = not (completion.switches or "," in decision.policy)
+        rounds = completion.rounds if as_chosen else []
+        accepted, drafted = sum(r.accepted for r in rounds), sum(r.drafted for r in rounds)
+        return self.observe(decision.features, decision.arm, accepted, drafted)
 
     @property
     def alarms(self) -> list[str | None]:
