@@ -231,7 +231,9 @@ def test_rows_and_a_missing_drafter_are_refused() -> None:
     with pytest.raises(RequestError, match="needs drafter="):
         model.generate(PROMPT, max_new_tokens=4, custom_generate=hf.assisted)
     for other in ({"assistant_model": perturbed(model, 0.1)}, {"prompt_lookup_num_tokens": 3}):
-        with pytest.raises(RequestError, match=f"drafter and {next(iter(other))} say different"):
+        with pytest.raises(
+            RequestError, match=f"drafter and {next(iter(other))} contradict each other"
+        ):
             model.generate(
                 PROMPT, max_new_tokens=4, custom_generate=hf.assisted, drafter=drafter, **other
             )

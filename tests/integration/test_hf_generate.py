@@ -499,13 +499,13 @@ def test_an_assistant_model_is_used_and_its_pace_is_kept() -> None:
         )
 
     output = run(assistant_model=assistant)
-    kept = model._paceline_kept.pace
+    kept = model._paceline_cached.pace
     run(assistant_model=assistant)
 
     assert torch.equal(output.sequences, expected)
     assert output.completions[0].drafter == "assistant_model"
     assert max(r.drafted for r in output.completions[0].rounds) == 6
-    assert model._paceline_kept.pace is kept
+    assert model._paceline_cached.pace is kept
     lookup = run(prompt_lookup_num_tokens=5)
     assert torch.equal(lookup.sequences, expected)
     assert lookup.completions[0].drafter == "prompt_lookup"
@@ -531,7 +531,7 @@ def test_a_model_that_keeps_a_pace_can_be_copied_and_pickled() -> None:
     expected = model.generate(**inputs, **settings, custom_generate=hf.generate)
 
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other._paceline_kept.pace is None
+        assert other._paceline_cached.pace is None
         found = other.generate(**inputs, **settings, custom_generate=hf.generate)
         assert torch.equal(found, expected)
     torch.save(model, io.BytesIO())

@@ -1,6 +1,7 @@
-"""A pace for a model that came to `generate` without one, made of what came instead and kept with it.
+"""The pace of a `generate` call that names none: made from the call's drafters, cached on the model.
 
-Knows no decoding. It is kept as long as the same drafters are given and the weights stay as they are.
+The cached pace serves later calls with the same drafters until a model's weights change. Knows no
+decoding.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from paceline.assembly import Pace, load
 from paceline.config import MAX_DRAFT_TOKENS
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
-from paceline.errors import ConfigError, RequestError
+from paceline.errors import ConfigError, RequestError, shorten
 from paceline.models.weights_monitor import WeightsMonitor
 
 if TYPE_CHECKING:
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
 
     from paceline.drafting.base import Drafter
 
-    Drafting = PreTrainedModel | Drafter
+    DraftSource = PreTrainedModel | Drafter
 
-_KEPT: Final = "_paceline_kept"  # the attribute of a model under which its pace is kept
+_ATTRIBUTE: Final = "_paceline_cached"  # of a model, for its cached pace
 
 
-class _Ids:
-    """In a tokenizer's place where only ids are known: every id is a token, nothing has a text."""
+class _IdTokenizer:
+    """A tokenizer for a model without one: every id is a token, and no token has a text."""
 
     eos_token_id = None
     added_tokens_decoder: ClassVar[dict[int, Any]] = {}
@@ -44,39 +45,43 @@ class _Ids:
         return ""
 
 
-class _Kept:
-    """A pace kept on its model, with what it was made from; copies of the model start without."""
+class _CachedPace:
+    """A pace stored on its model, with the sources it was made from; copies of the model have none."""
 
     def __init__(
         self,
         made_from: tuple[Any, ...] = (),
         pace: Pace | None = None,
-        watches: Sequence[WeightsMonitor] = (),
+        monitors: Sequence[WeightsMonitor] = (),
     ) -> None:
-        """watches: one per model it was made from."""
-        self.made_from, self.pace, self._watches = made_from, pace, watches
+        """monitors: one per source."""
+        self.made_from, self.pace, self._monitors = made_from, pace, monitors
 
-    def serves(self, made_from: tuple[Any, ...]) -> bool:
-        """Return whether there is a pace, made from the same models, whose weights have not changed."""
+    def is_current(self, made_from: tuple[Any, ...]) -> bool:
+        """Return whether there is a pace, made from these sources, whose weights have not changed."""
         if self.pace is None or self.made_from != made_from:
             return False
-        return not any(watch.has_changed() for watch in self._watches)
+        return not any(monitor.has_changed() for monitor in self._monitors)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Kept:
-        return _Kept()
+    def __deepcopy__(self, memo: dict[int, Any]) -> _CachedPace:
+        return _CachedPace()
 
-    def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
-        return _Kept, ()
+    def __reduce__(self) -> tuple[type[_CachedPace], tuple[()]]:
+        return _CachedPace, ()
 
 
-def pace_of(
+def find_pace(
     model: PreTrainedModel,
     config: GenerationConfig,
     pace: Pace | None,
-    drafters: Mapping[str, Drafting] | None,
+    drafters: Mapping[str, DraftSource] | None,
     assistant: PreTrainedModel | None,
 ) -> Pace:
-    """The pace to decode with: the given one, or one made from what was given instead."""
+    """Return the given pace, or the cached or a new one of the given drafters.
+
+    Raises RequestError if more than one source is given, ConfigError for one that does not fit the
+    model.
+    """
     given = {
         "pace": pace,
         "drafters": drafters,
@@ -85,7 +90,7 @@ def pace_of(
     }
     names = [name for name, value in given.items() if value is not None]
     if len(names) > 1:
-        raise RequestError(f"{' and '.join(names)} say different things; give one of them")
+        raise RequestError(f"{' and '.join(names)} contradict each other; give one of them")
     if pace is not None:
         if pace.parts.target.model is not model:
             raise ConfigError(
@@ -98,31 +103,32 @@ def pace_of(
     if assistant is not None:
         sources["assistant_model"] = assistant
     made_from = (sources, lookup)
-    kept: Any = getattr(model, _KEPT, None)
-    if kept is None or not kept.serves(made_from):
+    cached: Any = getattr(model, _ATTRIBUTE, None)
+    if cached is None or not cached.is_current(made_from):
         made = _make_pace(model, sources, *lookup)
-        kept = _Kept(made_from, made, [WeightsMonitor(m) for m in (model, *sources.values())])
-        setattr(model, _KEPT, kept)
-    found: Pace = kept.pace
+        cached = _CachedPace(
+            made_from, made, [WeightsMonitor(m) for m in (model, *sources.values())]
+        )
+        setattr(model, _ATTRIBUTE, cached)
+    found: Pace = cached.pace
     return found
 
 
 def _make_pace(
     model: PreTrainedModel,
-    sources: Mapping[str, Drafting],
+    sources: Mapping[str, DraftSource],
     lookup_tokens: int | None,
     lookup_ngram: int | None,
 ) -> Pace:
-    """As transformers takes an assistant: models of one logits width share their tokenizer."""
-    ready: dict[str, Any] = {}
+    """Return a pace whose models, as in transformers, share a tokenizer if they share a width."""
+    drafters: dict[str, Any] = dict(sources)
     width = model.get_output_embeddings().weight.shape[0]
     for name, source in sources.items():
-        ready[name] = source
         if isinstance(source, torch.nn.Module):
-            theirs = source.get_output_embeddings().weight.shape[0]
-            if theirs != width:
+            own_width = source.get_output_embeddings().weight.shape[0]
+            if own_width != width:
                 raise ConfigError(
-                    f"'{name}' has {theirs} logits, the target {width}; if they share a tokenizer, "
+                    f"'{name}' has {own_width} logits, the target {width}; if they share a tokenizer, "
                     "give pace=paceline.load(target=model, tokenizer=tokenizer, drafters={name: "
                     "(drafter, its_tokenizer)}), which compares the tokenizers themselves"
                 )
@@ -132,19 +138,19 @@ def _make_pace(
         settings = PromptLookupSettings(
             num_draft_tokens=lookup_tokens, min_ngram=1, max_ngram=ngram
         )
-        ready["prompt_lookup"] = PromptLookup("prompt_lookup", settings)
-    pace = load(target=model, tokenizer=_Ids(width), drafters=ready)  # type: ignore[arg-type]
+        drafters["prompt_lookup"] = PromptLookup("prompt_lookup", settings)
+    pace = load(target=model, tokenizer=_IdTokenizer(width), drafters=drafters)  # type: ignore[arg-type]
     for name, source in sources.items():
         config: Any = getattr(source, "generation_config", None)
-        asked = getattr(config, "num_assistant_tokens", None)
-        if asked is not None:
-            _check_length("num_assistant_tokens", asked)
-            pace.parts.drafters[name].num_draft_tokens = asked
+        num_tokens = getattr(config, "num_assistant_tokens", None)
+        if num_tokens is not None:
+            _check_length("num_assistant_tokens", num_tokens)
+            pace.parts.drafters[name].num_draft_tokens = num_tokens
     return pace
 
 
 def _check_length(setting: str, num_tokens: int) -> None:
     if not 1 <= num_tokens <= MAX_DRAFT_TOKENS:
         raise RequestError(
-            f"{setting} must be between 1 and {MAX_DRAFT_TOKENS} here, got {num_tokens}"
+            f"{setting} must be between 1 and {MAX_DRAFT_TOKENS}; got {shorten(num_tokens)}"
         )
