@@ -1,4 +1,4 @@
-"""DISTIL: train drafters against the target, on text that the target itself wrote."""
+"""DISTIL: train drafters on text that the target itself wrote."""
 
 from paceline.distillation.run import DistillReport, distill
 from paceline.distillation.settings import DistillSettings

@@ -25,9 +25,9 @@ from paceline.contracts import PromptRecord
 from paceline.distillation import DistillSettings, TrainingProgress, distill
 from paceline.distillation.batches import Example, collate, in_order, pack_epoch
 from paceline.distillation.head import losses_and_matches, weighted_cross_entropy
-from paceline.distillation.student import Shape, build_student, num_parameters, project
+from paceline.distillation.student import StudentShape, build_student, num_parameters, project
 from paceline.distillation.train import (
-    Quality,
+    DomainQuality,
     evaluate,
     hidden_states,
     learning_rate,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 VOCAB = 40
-TINY = Shape(num_layers=2, hidden_size=16, mlp_size=24, num_heads=2, num_kv_heads=1)
+TINY = StudentShape(num_layers=2, hidden_size=16, mlp_size=24, num_heads=2, num_kv_heads=1)
 
 
 @pytest.fixture(autouse=True)
@@ -261,9 +261,9 @@ def test_the_weights_of_the_best_validation_stay(
     """Neither the last weights, nor a reference that goes on being trained."""
     rates, seen = iter([0.5, 0.9, 0.1]), []
 
-    def scripted(model: LlamaForCausalLM, _: object) -> dict[str, Quality]:
+    def scripted(model: LlamaForCausalLM, _: object) -> dict[str, DomainQuality]:
         seen.append({name: weight.clone() for name, weight in model.state_dict().items()})
-        return {"d": Quality(1.0, next(rates), 1)}
+        return {"d": DomainQuality(1.0, next(rates), 1)}
 
     monkeypatch.setattr("paceline.distillation.train.evaluate", scripted)
     model = student()
