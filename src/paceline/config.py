@@ -6,14 +6,13 @@ relative to the YAML file.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from paceline.errors import ConfigError, shorten
+from paceline.errors import ConfigError, shorten, suggest_name
 
 S = TypeVar("S", bound=BaseModel)
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -260,18 +259,12 @@ def explain(schema: type[BaseModel], error: ValidationError) -> str:
     location = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
         valid = _keys_at(schema, location[:-1])
-        return f"unknown key '{'.'.join(location)}'{nearest(location[-1], valid)}"
+        return f"unknown key '{'.'.join(location)}'{suggest_name(location[-1], valid)}"
     if first["type"] == "missing":
         return f"key '{'.'.join(location)}' is missing"
     if first["type"] == "value_error":  # raised by a validator of the schema
         return str(first["ctx"]["error"])
     return f"'{'.'.join(location)}': {first['msg'].lower()}, got {shorten(first['input'])}"
-
-
-def nearest(name: str, valid: list[str]) -> str:
-    """Return the end of a message that names the closest valid name, or all of them."""
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else f"; valid: {', '.join(valid)}"
 
 
 def _keys_at(schema: type[BaseModel], location: list[str]) -> list[str]:

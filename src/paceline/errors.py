@@ -14,7 +14,11 @@ PacelineError                 any mistake that the caller can correct; the CLI e
 
 from __future__ import annotations
 
-from typing import Final
+import difflib
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 ENDS_ALL: Final = (KeyboardInterrupt, GeneratorExit)
 """Exceptions that end the program; plug-in code may raise any other without ending it."""
@@ -93,3 +97,10 @@ def shorten(value: object, most: int = 80) -> str:
 def shown(value: object) -> str:
     """Return a value and its type for a message, in one line."""
     return f"{shorten(value, 60)} ({type(value).__name__})"
+
+
+def suggest_name(name: str, valid: Iterable[str]) -> str:
+    """Return the end of a message about an unknown name: the closest valid name, or all of them."""
+    names = list(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else f"; valid: {', '.join(names)}"

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, get_args
 
-from paceline.config import GenerationDefaults, nearest
+from paceline.config import GenerationDefaults
 from paceline.engine import Driver, Engine, TextStream, raise_failure
 from paceline.errors import RequestError, shorten
 from paceline.models.generation_config import end_tokens, unusable, with_defaults
-from paceline.requests import SETTINGS, RequestSettings, read_prompt
+from paceline.requests import RequestSettings, read_prompt
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from paceline.engine.loop import Choose, OnComplete
     from paceline.selection import AdaptiveController
 
-    Prompt = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
+    Messages = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+    Prompt = str | Messages | Sequence[int] | np.ndarray | torch.Tensor
 
 
 class Pace:
@@ -87,7 +88,7 @@ class Pace:
 
     def request(
         self,
-        prompt: Prompt | Sequence[int] | np.ndarray | torch.Tensor,
+        prompt: Prompt,
         id: str = "0",
         generation_config: GenerationDefaults | None = None,
         **settings: Any,
@@ -100,12 +101,6 @@ class Pace:
 
         Raises RequestError that names the setting that cannot be served.
         """
-        unsupported = next((name for name in settings if name not in SETTINGS), None)
-        if unsupported is not None:
-            raise RequestError(
-                f"generation setting '{unsupported}' is not supported"
-                f"{nearest(unsupported, list(SETTINGS))}"
-            )
         read = RequestSettings.read(settings)
         tokens = tuple(_encode(self.parts.tokenizer, read_prompt(prompt)))
         eos = frozenset() if read.ignore_eos else self.stop_token_ids()

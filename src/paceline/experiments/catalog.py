@@ -8,8 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from paceline.bench.circumstances import circumstances
-from paceline.config import nearest
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, suggest_name
 from paceline.experiments.assistant_selection import (
     alignment_or_size,
     many_tasks,
@@ -140,7 +139,7 @@ class Finished:
 
 def find_experiment(name: str) -> Experiment:
     if name not in EXPERIMENTS:
-        raise ConfigError(f"there is no experiment '{name}'{nearest(name, list(EXPERIMENTS))}")
+        raise ConfigError(f"there is no experiment '{name}'{suggest_name(name, EXPERIMENTS)}")
     return EXPERIMENTS[name]
 
 

@@ -26,7 +26,7 @@ from paceline.contracts import (
     Request,
     SamplingParams,
 )
-from paceline.errors import RequestError, shorten
+from paceline.errors import RequestError, shorten, suggest_name
 from paceline.requests import values
 
 _Whole = Annotated[int, BeforeValidator(values.plain)]
@@ -190,14 +190,14 @@ SETTINGS: Final = tuple(RequestSettings.model_fields)
 
 def _explain(error: ValidationError) -> str:
     """Return pydantic's first mistake in one line."""
-    first = error.errors(include_url=False)[0]
-    location = [str(part) for part in first["loc"]]
+    errors = error.errors(include_url=False)
+    first = min(errors, key=lambda e: e["type"] != "extra_forbidden")
+    name = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
-        names = ", ".join(SETTINGS)
-        return f"generation setting '{location[0]}' is not supported; there are: {names}"
+        return f"generation setting '{name}' is not supported{suggest_name(name, SETTINGS)}"
     own = str(first["ctx"]["error"]) if first["type"] == "value_error" else None
-    allowed = RequestSettings.model_fields[location[0]].description
-    return f"{location[0]} must be {allowed}; {own or 'got ' + shorten(first['input'])}"
+    allowed = RequestSettings.model_fields[name].description
+    return f"{name} must be {allowed}; {own or 'got ' + shorten(first['input'])}"
 
 
 def _check_id(id: object) -> str:

@@ -1,4 +1,4 @@
-"""Judges that also draw the token behind what they keep, from noise they are given."""
+"""Judges that also draw the token after the accepted ones, from given noise."""
 
 from __future__ import annotations
 
@@ -15,26 +15,28 @@ if TYPE_CHECKING:
     from paceline.contracts import Verdicts
 
 
-class Judged(NamedTuple):
+class JudgedDrafts(NamedTuple):
+    """The verdicts on R drafts, with each row's next token."""
+
     num_accepted: Tensor  # [R]
     next_tokens: Tensor  # [R]
 
 
 def judge_residual(
     p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, accept_u: Tensor, noise: Tensor
-) -> Judged:
-    """As the engine does with `accept_residual`. noise: [R, K+1, V] exponentials."""
-    return _drawn(accept_residual(p, q, tokens, lengths, accept_u), noise)
+) -> JudgedDrafts:
+    """Judge and draw as the engine does with `accept_residual`. noise: [R, K+1, V] exponentials."""
+    return _draw(accept_residual(p, q, tokens, lengths, accept_u), noise)
 
 
 def judge_block(
     p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, accept_u: Tensor, noise: Tensor
-) -> Judged:
-    """As the engine does with `accept_block`. noise: [R, K+1, V] exponentials."""
-    return _drawn(accept_block(p, q, tokens, lengths, accept_u), noise)
+) -> JudgedDrafts:
+    """Judge and draw as the engine does with `accept_block`. noise: [R, K+1, V] exponentials."""
+    return _draw(accept_block(p, q, tokens, lengths, accept_u), noise)
 
 
-def _drawn(verdicts: Verdicts, noise: Tensor) -> Judged:
+def _draw(verdicts: Verdicts, noise: Tensor) -> JudgedDrafts:
     rows = torch.arange(len(noise), device=noise.device)
     drawn = race(verdicts.next_weights, noise[rows, verdicts.num_accepted])
-    return Judged(verdicts.num_accepted, drawn)
+    return JudgedDrafts(verdicts.num_accepted, drawn)
