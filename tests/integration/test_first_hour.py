@@ -30,7 +30,7 @@ from paceline.contracts import NONE, PromptRecord, identity_of_arms
 from paceline.errors import ArtefactError, RequestError
 from paceline.models.loading import load_tokenizer
 from paceline.testing.examples import EXAMPLES
-from paceline.testing.tiny_models import perturbed, tiny_model
+from paceline.testing.tiny_models import tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
 
 if TYPE_CHECKING:
@@ -114,14 +114,9 @@ def test_commands_stand_in_backticks_where_they_are_completed() -> None:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders `target` and `near`."""
-    folder = tmp_path_factory.mktemp("models")
-    target = tiny_model(std=0.1, context=1024)
-    for name, model in (("target", target), ("near", perturbed(target, 0.1))):
-        model.save_pretrained(folder / name)
-        byte_tokenizer().save_pretrained(folder / name)
-    return folder
+def models(save_tiny_models: Callable[[int], Path]) -> Path:
+    """Folders `target` and `near`, with a context of 1024 tokens."""
+    return save_tiny_models(1024)
 
 
 @pytest.fixture

@@ -66,19 +66,16 @@ def load(
         parts.config = parts.config.model_copy(update=update)
     _give_prices(parts)
     folder = Path(policy) if policy is not None else parts.config.paths.policy
-    if not with_policy or (policy is None and (target is not None or not is_policy(folder))):
-        pace = Pace(parts, on_complete=open_log(parts))
-        if with_policy and target is None:
-            pace.engine.why_no_policy = steps_to_policy(parts.config)
-        return pace
+    if not with_policy or (policy is None and target is not None):
+        return Pace(parts, on_complete=open_log(parts))
+    if policy is None and not is_policy(folder):
+        return _without_policy(parts, steps_to_policy(parts.config))
     try:
         return _with_policy(parts, folder)
     except ArtefactError as error:
         if policy is not None:
             raise
-        pace = Pace(parts, on_complete=open_log(parts), notes=[f"no policy is used: {error}"])
-        pace.engine.why_no_policy = str(error)
-        return pace
+        return _without_policy(parts, str(error), [f"no policy is used: {error}"])
 
 
 def _build(
@@ -96,6 +93,13 @@ def _build(
         return build_from_objects(target, tokenizer, drafters, placeholder)
     assert config is not None
     return build(config if isinstance(config, Config) else load_config(config))
+
+
+def _without_policy(parts: Parts, reason: str, notes: Sequence[str] = ()) -> Pace:
+    """Assemble parts whose requests for `auto` are refused with a reason."""
+    pace = Pace(parts, on_complete=open_log(parts), notes=notes)
+    pace.engine.why_no_policy = reason
+    return pace
 
 
 def steps_to_policy(config: Config) -> str:

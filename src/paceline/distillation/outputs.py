@@ -70,17 +70,7 @@ def decode_outputs(
     on_done: Callable[[], None] = lambda: None,
 ) -> None:
     """Decode the prompts that are not in the store, except those too long for the target's context."""
-    stored = store.ids()
-    context = pace.parts.target.context_length
-    remaining = []
-    for record in prompts:
-        if record.id in stored:
-            continue
-        tokens = pace.encode([{"role": "user", "content": record.prompt}])
-        if len(tokens) < context:
-            remaining.append((record, tokens))
-    # rows of similar length end together
-    remaining.sort(key=lambda item: len(item[1]))
+    remaining = _encode_remaining(pace, prompts, store)
     for first in range(0, len(remaining), shard_size):
         part = remaining[first : first + shard_size]
         requests = [
@@ -104,3 +94,18 @@ def decode_outputs(
             )
             on_done()
         store.append(rows)
+
+
+def _encode_remaining(
+    pace: Pace, prompts: Sequence[PromptRecord], store: ShardStore
+) -> list[tuple[PromptRecord, list[int]]]:
+    """Return the prompts to decode with their tokens, in order of length."""
+    stored = store.ids()
+    remaining = []
+    for record in prompts:
+        if record.id in stored:
+            continue
+        tokens = pace.encode([{"role": "user", "content": record.prompt}])
+        if len(tokens) < pace.parts.target.context_length:
+            remaining.append((record, tokens))
+    return sorted(remaining, key=lambda item: len(item[1]))  # rows of similar length end together

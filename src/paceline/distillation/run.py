@@ -86,14 +86,7 @@ def distill(
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     trained = [_read(pace, path, settings, on_progress) for path in data]
-    texts = [e for file in trained for e in file.examples]
-    validation = [e for e in texts if is_validation(e.id, settings.validation_share)]
-    examples = [e for e in texts if not is_validation(e.id, settings.validation_share)]
-    if not examples:
-        raise ConfigError(
-            f"no text to train on: {len(texts)} prompts have an answer, {len(validation)} of them for "
-            "validation; give more prompts or a smaller validation_share"
-        )
+    examples, validation = _split(trained, settings.validation_share)
     target: PreTrainedModel = pace.parts.target.model
     student = build_student(target, SHAPES[settings.size], settings.embedding_init, settings.seed)
     part = out.with_name(out.name + ".part")
@@ -158,6 +151,19 @@ def _read(
     return DataFile(path.stem, read_examples(store, prompts), read_sources(path))
 
 
+def _split(files: Sequence[DataFile], share: float) -> tuple[list[Example], list[Example]]:
+    """Return the texts for training and for validation. Raises ConfigError without any to train on."""
+    texts = [e for file in files for e in file.examples]
+    validation = [e for e in texts if is_validation(e.id, share)]
+    examples = [e for e in texts if not is_validation(e.id, share)]
+    if not examples:
+        raise ConfigError(
+            f"no text to train on: {len(texts)} prompts have an answer, {len(validation)} of them for "
+            "validation; give more prompts or a smaller validation_share"
+        )
+    return examples, validation
+
+
 def _save(student: PreTrainedModel, pace: Pace, folder: Path, settings: DistillSettings) -> None:
     """Write weights, configuration and the target's tokenizer for AutoModelForCausalLM."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -191,6 +197,28 @@ def _facts(
     result: Training,
 ) -> dict[str, Any]:
     """Return the content of training.json and the card. examples: the texts trained on."""
+    out = report.out
+    return {
+        **_drafter_facts(pace, settings, report),
+        **_text_facts(trained, examples),
+        "quality": {domain: asdict(q) for domain, q in report.quality.items()},
+        "steps": report.steps,
+        "best_step": report.best_step,
+        "seconds": round(result.seconds, 1),
+        "cpu_seconds": round(result.cpu_seconds, 1),
+        "circumstances": circumstances(torch.get_num_threads()),
+        "command": command_line(
+            [file.name for file in trained],
+            out.name if out.is_absolute() else out.as_posix(),
+            settings,
+            [file.name for file in others],
+        ),
+        "settings": settings.model_dump(mode="json", exclude={"outputs"}),
+        "history": result.history,
+    }
+
+
+def _drafter_facts(pace: Pace, settings: DistillSettings, report: DistillReport) -> dict[str, Any]:
     shape = SHAPES[settings.size]
     target = pace.parts.target
     return {
@@ -209,6 +237,11 @@ def _facts(
             "context": target.context_length,
             "parameters": report.num_parameters,
         },
+    }
+
+
+def _text_facts(trained: Sequence[DataFile], examples: Sequence[Example]) -> dict[str, Any]:
+    return {
         "data": {
             file.name: {
                 "texts": len(file.examples),
@@ -222,20 +255,6 @@ def _facts(
             "output": sum(e.num_output for e in examples),
             "prompt": sum(e.num_prompt for e in examples),
         },
-        "quality": {domain: asdict(q) for domain, q in report.quality.items()},
-        "steps": report.steps,
-        "best_step": report.best_step,
-        "seconds": round(result.seconds, 1),
-        "cpu_seconds": round(result.cpu_seconds, 1),
-        "circumstances": circumstances(torch.get_num_threads()),
-        "command": command_line(
-            [file.name for file in trained],
-            report.out.name if report.out.is_absolute() else report.out.as_posix(),
-            settings,
-            [file.name for file in others],
-        ),
-        "settings": settings.model_dump(mode="json", exclude={"outputs"}),
-        "history": result.history,
     }
 
 

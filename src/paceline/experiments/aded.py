@@ -307,7 +307,7 @@ class _Recorder:
 
     def method(self, name: str) -> Callable[[Sequence[int]], Sequence[int]]:
         def run_one(tokens: Sequence[int]) -> Sequence[int]:
-            done = self._pace.complete(list(tokens), drafter=name, **self._settings)  # type: ignore[arg-type]
+            done = self._pace.complete(list(tokens), drafter=name, **self._settings)
             self.completions.setdefault(name, []).append(done)
             return done.token_ids
 

@@ -279,10 +279,7 @@ def assisted(
     lost = _lost_arguments(model)
     if drafter is None:
         raise RequestError("hf.assisted needs drafter=, such as pace.parts.drafters['small']")
-    others = {name: getattr(generation_config, name, None) for name in _OTHER_ASSISTANTS}
-    others["assistant_model"] = lost["assistant_model"]
-    if given := [name for name, value in others.items() if value]:
-        raise RequestError(f"drafter and {given[0]} contradict each other; give one of them")
+    _refuse_other_drafters(generation_config, lost["assistant_model"])
     refuse_other_decoding(generation_config, logits_processor)
     if len(input_ids) > 1:
         raise RequestError("transformers' assisted decoding takes one row; give one prompt")
@@ -307,3 +304,11 @@ def assisted(
             )
         finally:
             del instance._get_candidate_generator
+
+
+def _refuse_other_drafters(config: GenerationConfig, assistant: PreTrainedModel | None) -> None:
+    """Raise RequestError if a call of `assisted` names a drafter of transformers' too."""
+    others = {name: getattr(config, name, None) for name in _OTHER_ASSISTANTS}
+    for name, value in {**others, "assistant_model": assistant}.items():
+        if value:
+            raise RequestError(f"drafter and {name} contradict each other; give one of them")

@@ -3,7 +3,7 @@
 Configurations are made small by the names of their fields, with windows shorter than the texts, so new
 architectures of transformers are included automatically. Weights are random and large. `judge` loads a
 model as a user would and compares greedy text with `generate`'s: several lengths in one batch, chains
-and trees that are partly wrong. Used by `scripts/models_table.py` and the tests.
+and trees that are partly wrong. Used by `models_table.py` and the tests.
 """
 
 from __future__ import annotations
