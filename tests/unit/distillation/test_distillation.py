@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -39,6 +39,7 @@ from paceline.models.language_model import LanguageModel
 from paceline.models.self_checks import check_packed_forward
 from paceline.models.vocabulary import Vocabulary
 from paceline.store import is_validation, take_by_hash
+from paceline.testing.tiny_models import tiny_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,24 +53,11 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def tiny_target() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        eos_token_id=0,
-        pad_token_id=1,
-        bos_token_id=None,
-        tie_word_embeddings=True,
-        initializer_range=0.5,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        return LlamaForCausalLM(config).eval()
+def tiny_target() -> PreTrainedModel:
+    return tiny_model(
+        seed=3, vocab_size=VOCAB, context=64, std=0.5, eos_token_id=0, pad_token_id=1,
+        tie_word_embeddings=True, hidden_size=24, num_hidden_layers=1,
+    )  # fmt: skip
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
