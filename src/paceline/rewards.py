@@ -42,42 +42,21 @@ def request_seconds(
     rows: int = 1,
     objective: Objective = "latency",
 ) -> float:
-    """Predicted seconds of one request from its prefill to its last token; see `costs.pricing`.
+    """Return the predicted seconds of one request, from its prefill to its last token.
 
-    rounds: [rounds, 2], drafted and accepted. The choice of the arm is not priced. Without a round
-    the prefill's token was the last, and the engine never starts the drafter.
+    rounds: [rounds, 2], drafted and accepted tokens. The choice of the arm is not priced. A request
+    without rounds ended with the token of its prefill, and the engine starts no drafter for it.
+    `rows` and `objective` are those of `costs.pricing`.
     """
-    lengths = np.array([num_prompt])
-    return float(requests_seconds(seconds, arm, lengths, [rounds], rows, objective)[0])
+    drafter = split_arm(arm)[0] if len(rounds) else NONE
+    drafted, accepted = rounds.reshape(-1, 2).T
+    # a round emits its accepted tokens and one of the target; the last token is never cached
+    context = num_prompt + np.cumsum(accepted + 1) - (accepted + 1)
+    before = float(prompt_seconds(seconds, drafter, np.array([num_prompt]))[0])
 
-
-def requests_seconds(
-    seconds: SecondsFn,
-    arm: str,
-    num_prompt: NDArray[np.integer[Any]],
-    rounds: Sequence[NDArray[np.integer[Any]]],
-    rows: int = 1,
-    objective: Objective = "latency",
-) -> NDArray[np.float64]:
-    """[N] `request_seconds` of many prompts [N] with one arm: the table is read once for all."""
-    drafter = split_arm(arm)[0]
-    counts = np.array([len(own) for own in rounds])
-    of = np.repeat(np.arange(len(rounds)), counts)  # whose each round is
-    drafted, accepted = np.concatenate(rounds).reshape(-1, 2).T
-    # a round leaves its accepted tokens and the target's own one; the last token is never cached
-    emitted = np.concatenate([[0], np.cumsum(accepted + 1)])  # before each round, of all prompts
-    before_own = emitted[np.cumsum(counts) - counts]
-    context = num_prompt[of] + emitted[:-1] - before_own[of]
-    before = np.where(
-        counts > 0,
-        prompt_seconds(seconds, drafter, num_prompt),
-        prompt_seconds(seconds, NONE, num_prompt),
-    )
-
-    def price(num_drafting: int) -> NDArray[np.float64]:
+    def price(num_drafting: int) -> float:
         spent = round_seconds(seconds, drafter, drafted, context, rows, num_drafting)
-        total: NDArray[np.float64] = before + np.bincount(of, spent, len(rounds))
-        return total
+        return before + float(spent.sum())
 
     return by_objective(price, rows, objective)
 

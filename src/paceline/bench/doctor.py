@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
 from paceline.assembly import steps_to_policy
 from paceline.config import ModelSection
 from paceline.contracts import NONE
+from paceline.costs.pricing import round_seconds
 from paceline.costs.table import CostTable
 from paceline.drafting.catalog import CATALOG, check_settings, find_kind
 from paceline.drafting.cross_vocabulary import CrossVocabularySettings, check_bridge
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
     from paceline.config import Config
     from paceline.drafting.base import Drafter
     from paceline.models.vocabulary import Tokenizer
+
+
+_CONTEXT: Final = 128  # cached tokens at which drafters break even
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,17 +245,16 @@ def _predictions(config: Config) -> tuple[dict[str, str], list[str]]:
 
 
 def _break_even(config: Config, costs: CostTable) -> tuple[dict[str, str], list[str]]:
-    """Tokens a round must emit for a drafter to be no slower than plain decoding; what is not known."""
-    result, unknown = {}, []
+    """Return the tokens per round at which drafters break even, and a note per unpriced drafter."""
+    found, notes = {}, []
+    context = np.array(_CONTEXT)
     for name, section in config.drafters.items():
         length = getattr(check_settings(name, section), "num_draft_tokens", 0)
         try:
-            overhead = costs.seconds("engine", "round", 1)
-            plain = costs.seconds("target", "forward", 1, context=128) + overhead
-            verify = costs.seconds("target", "forward", 1 + length, context=128) + overhead
-            drafting = costs.seconds(name, "propose", length, context=128)
+            plain = round_seconds(costs.seconds, NONE, np.array(0), context)
+            drafting = round_seconds(costs.seconds, name, np.array(length), context)
         except ArtefactError as error:
-            unknown.append(f"drafter '{name}': {error}")
+            notes.append(f"drafter '{name}': {error}")
             continue
-        result[name] = f"pays above {(verify + drafting) / plain:.2f} tokens a round"
-    return result, unknown
+        found[name] = f"pays above {float(drafting / plain):.2f} tokens per round"
+    return found, notes

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from paceline.contracts import split_arm
 from paceline.costs import ArmPricer, CostTable, Measurement, Objective
-from paceline.costs.pricing import reference_seconds_per_token, round_seconds
+from paceline.costs.pricing import by_objective, prompt_seconds, round_seconds
 from paceline.errors import ArtefactError, ConfigError
 from paceline.rewards import request_seconds
 
@@ -44,6 +44,35 @@ TABLE = a_table()
 PRICER = ArmPricer(TABLE, ARMS)
 
 
+def table_seconds_per_token(
+    arm: str,
+    rounds_per_token: float,
+    drafted_per_token: float,
+    empty_per_token: float,
+    context: float,
+    rows: int,
+    objective: Objective,
+    num_tokens: float,
+    num_prompt: float,
+) -> float:
+    """Return the seconds per token of one arm, read from the table itself: the readable reference."""
+    drafter = split_arm(arm)[0]
+    drafting = rounds_per_token - empty_per_token
+    drafted = drafted_per_token / drafting if drafting else 0.0
+    whole = int(drafted)
+
+    def price(num_drafting: int) -> float:
+        lengths, contexts = np.array([0, whole, whole + 1]), np.array([context])
+        nothing, fewer, more = round_seconds(
+            TABLE.seconds, drafter, lengths, contexts, rows, num_drafting
+        )
+        typical = fewer + (drafted - whole) * (more - fewer)
+        before = prompt_seconds(TABLE.seconds, drafter, np.array([num_prompt]))[0]
+        return float(empty_per_token * nothing + drafting * typical + before / num_tokens)
+
+    return by_objective(price, rows, objective)
+
+
 @given(
     st.lists(
         st.tuples(st.floats(0.1, 1.0), st.floats(0, 1), st.floats(0, 0.99)), min_size=6, max_size=6
@@ -71,7 +100,7 @@ def test_live_prices_are_those_of_the_table(
     situation = (context, rows, objective, num_tokens, num_prompt)
     live = PRICER.seconds_per_token(rounds, drafted, empty, *situation)
     direct = [
-        reference_seconds_per_token(TABLE, arm, rounds[i], drafted[i], empty[i], *situation)
+        table_seconds_per_token(arm, rounds[i], drafted[i], empty[i], *situation)
         for i, arm in enumerate(ARMS)
     ]
     # outside what was measured the table turns flat at its least, maybe between two grid points

@@ -18,7 +18,6 @@ from paceline.rewards import (
     edit_similarity,
     prefix_similarity,
     request_seconds,
-    requests_seconds,
     rouge_1_f1,
     rouge_l_f1,
     token_seconds,
@@ -70,18 +69,6 @@ def test_seconds_are_those_of_walking_the_rounds(
 ) -> None:
     got = request_seconds(prices, arm, num_prompt, as_array(rounds))
     assert got == pytest.approx(seconds_one_by_one(arm, num_prompt, rounds), rel=1e-12)
-
-
-@given(
-    st.sampled_from(["none", "math"]), st.lists(st.tuples(st.integers(1, 900), ROUNDS), min_size=1)
-)
-def test_many_requests_are_priced_as_each_on_its_own(
-    arm: str, requests: list[tuple[int, list[tuple[int, int]]]]
-) -> None:
-    lengths = np.array([num_prompt for num_prompt, _ in requests])
-    found = requests_seconds(prices, arm, lengths, [as_array(own) for _, own in requests])
-    direct = [seconds_one_by_one(arm, num_prompt, own) for num_prompt, own in requests]
-    assert found == pytest.approx(direct, rel=1e-12)
 
 
 def test_an_answer_of_one_token_starts_no_drafter() -> None:
