@@ -188,7 +188,9 @@ class ArmPricer:
         less = drafting - more
         nothing = self._drafter_of * (self._longest + 1)
         place = nothing + fewer
-        before = _interpolate(self._prompts, self._before, num_prompt)[self._drafter_of] / num_tokens
+        before = (
+            _interpolate(self._prompts, self._before, num_prompt)[self._drafter_of] / num_tokens
+        )
 
         def price(num_drafting: int) -> NDArray[np.float64]:
             plane = _interpolate(self._contexts, self._surface(rows, num_drafting), context)

@@ -12,7 +12,7 @@ from paceline.assembly import Pace, build_from_objects
 from paceline.config import Config, ModelSection
 from paceline.costs import CostTable
 from paceline.costs.table import ENGINE, FORWARD, ROUND, TARGET, Measurement
-from paceline.layer_search.pricing import DRAFT
+from paceline.layer_search.costs import DRAFT
 from paceline.testing.tokenizers import NUM_TOKENS, byte_tokenizer
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from paceline.drafting.layer_skip import LayerSkip
 from paceline.drafting.skip_set import SkipSet
 from paceline.errors import ArtefactError, ConfigError
 from paceline.layer_search import SearchSettings, plot, search_layers
-from paceline.layer_search.development import Development, decode, rounds_of
-from paceline.layer_search.pricing import Prices
+from paceline.layer_search.costs import SubsetPricer
 from paceline.layer_search.proposals import bits_of, next_subset, subset_of
+from paceline.layer_search.subset_replay import SubsetReplay, decode, rounds_of
 from paceline.models.language_model import LanguageModel
 from paceline.models.packing import Span
 from paceline.models.sublayers import LayerSubset
@@ -55,14 +55,14 @@ def test_the_search_comes_near_the_best_of_all_subsets(
     report = search_layers(pace, prompts, tmp_path / "set.json", settings, 40, costs=costs)
 
     assert len({trial.subset for trial in report.trials}) == 40
-    prices = Prices(costs, LAYERS, settings.num_draft_tokens)
-    development = Development(pace.parts.target, decode(pace, prompts, 13), 6)
+    pricer = SubsetPricer(costs, LAYERS)
+    replay = SubsetReplay(pace.parts.target, decode(pace, prompts, 13), 6)
     seconds = {}
     for bits in itertools.product((False, True), repeat=NUM_BITS):
         subset = subset_of(bits)
-        rounds = rounds_of(development.judge(subset), development.trajectories, settings)
-        seconds[subset] = prices.per_token(rounds, subset)
-    development.close()
+        rounds = rounds_of(replay.scores(subset), settings)
+        seconds[subset] = pricer.seconds_per_token(rounds, subset)
+    replay.close()
     assert all(seconds[trial.subset] == trial.seconds_per_token for trial in report.trials)
     assert len(seconds) == 1024
     assert report.best.seconds_per_token <= 1.02 * min(seconds.values())
@@ -144,9 +144,9 @@ def test_predicted_rounds_are_nearly_those_of_the_drafter(
     """Exactly, as long as a round begins where a window does; elsewhere the cache differs a little."""
     settings = settings.model_copy(update={"max_new_tokens": 60, "threshold": 0.2})
     trajectories = decode(pace, PROMPTS, settings.max_new_tokens)
-    development = Development(pace.parts.target, trajectories, settings.num_draft_tokens)
-    predicted = rounds_of(development.judge(SOME), trajectories, settings)
-    development.close()
+    replay = SubsetReplay(pace.parts.target, trajectories, settings.num_draft_tokens)
+    predicted = rounds_of(replay.scores(SOME), settings)
+    replay.close()
     own = build_from_objects(
         pace.parts.target.model, byte_tokenizer(), {}, Config(target=ModelSection(model="m"))
     )
@@ -165,13 +165,13 @@ def test_predicted_rounds_are_nearly_those_of_the_drafter(
 def test_trying_a_subset_leaves_the_development_text_as_it_was(pace: Pace) -> None:
     target = pace.parts.target
     trajectories = decode(pace, PROMPTS, 18)
-    development = Development(target, trajectories, 5)
+    replay = SubsetReplay(target, trajectories, 5)
     before = [target.cache.read(slot, 0, 40) for slot in range(len(PROMPTS))]
-    first = development.judge(LayerSubset())
-    everything = development.judge(LayerSubset.everything(LAYERS))
-    development.judge(SOME)
+    first = replay.scores(LayerSubset())
+    everything = replay.scores(LayerSubset.everything(LAYERS))
+    replay.scores(SOME)
     after = [target.cache.read(slot, 0, 40) for slot in range(len(PROMPTS))]
-    development.close()
+    replay.close()
 
     assert all(j.match.all() for j in first)
     assert not all(j.match.all() for j in everything)
@@ -183,9 +183,9 @@ def test_a_window_reads_full_entries_and_not_another_windows(pace: Pace) -> None
     """With windows of one token, every place is judged as the first token of a draft there."""
     target = pace.parts.target
     trajectories = decode(pace, PROMPTS[:1], 12)
-    development = Development(target, trajectories, 1)
-    (judged,) = development.judge(SOME)
-    development.close()
+    replay = SubsetReplay(target, trajectories, 1)
+    (judged,) = replay.scores(SOME)
+    replay.close()
     t = trajectories[0]
     text = [*t.prompt, *t.output]
     slot = target.acquire()
@@ -197,7 +197,7 @@ def test_a_window_reads_full_entries_and_not_another_windows(pace: Pace) -> None
             hidden = target.forward(fed, [Span(slot, place, 1)], skip=SOME)
             sure.append(float(target.unembed(hidden).softmax(dim=-1).amax()))
     target.release(slot)
-    assert judged.confidence.tolist() == pytest.approx(sure, rel=1e-4)
+    assert judged.confidence[1:].tolist() == pytest.approx(sure, rel=1e-4)
 
 
 def test_windows_of_a_row_take_turns_over_a_paged_cache(pace: Pace) -> None:
@@ -207,9 +207,9 @@ def test_windows_of_a_row_take_turns_over_a_paged_cache(pace: Pace) -> None:
     trajectories = decode(pace, PROMPTS[:2], 12)
     found = []
     for target in (plain, paged):
-        development = Development(target, trajectories, 3)
-        found.append(development.judge(SOME))
-        development.close()
+        replay = SubsetReplay(target, trajectories, 3)
+        found.append(replay.scores(SOME))
+        replay.close()
 
     for here, there in zip(*found, strict=True):
         assert here.match.tolist() == there.match.tolist()
@@ -217,13 +217,13 @@ def test_windows_of_a_row_take_turns_over_a_paged_cache(pace: Pace) -> None:
 
 
 def test_a_token_is_priced_by_what_is_kept(costs: CostTable) -> None:
-    prices = Prices(costs, LAYERS, 6)
+    prices = SubsetPricer(costs, LAYERS)
     assert prices.draft_token(LayerSubset()) == pytest.approx(1.0)
     assert prices.draft_token(SOME) == pytest.approx(1.0 - 2 * 0.08 - 0.1)
-    assert prices.plain() == pytest.approx(1.03)
+    assert prices.plain == pytest.approx(1.03)
     rounds = torch.tensor([[3, 3], [1, 0]]).numpy()
     expected = (4 * prices.draft_token(SOME) + 1.08 + 1.04 + 2 * 0.01) / 5
-    assert prices.per_token([rounds], SOME) == pytest.approx(expected)
+    assert prices.seconds_per_token([rounds], SOME) == pytest.approx(expected)
 
 
 # --- with the clock, and from the command line ----------------------------------------------------

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from paceline.contracts import NONE, DraftOutcome
 from paceline.selection import Arm, Hedge
-from paceline.selection.adaptation import MARGIN, MEMORY, PRIOR_ROUNDS, Arms
+from paceline.selection.adaptation import MARGIN, MEMORY, PRIOR_ROUNDS, ArmTable
 
 LENGTHS = {"a": 4, "b": 12, "c": 3}
 STEPS = {"a": 0.1, "b": 0.01, "c": 0.3, NONE: 0.0}  # seconds of a drafted token
-ARMS = Arms(
+ARMS = ArmTable(
     [
         Arm(NONE, NONE, 0),
         *(Arm(f"{d}@{k}", d, k) for d, full in LENGTHS.items() for k in sorted({1, 2, full})),
@@ -102,12 +102,12 @@ class Reference:
 
 
 def hedge_of(prior: dict[str, float], context: int = 100, rows: int = 1) -> Hedge:
-    values = np.array([prior[arm.name] for arm in ARMS.all])
+    values = np.array([prior[arm.name] for arm in ARMS.arms])
     return Hedge(ARMS, values, Prices(), context, rows)
 
 
 def flat(value: float = 1.0) -> dict[str, float]:
-    return {arm.name: 1.0 if arm.name == NONE else value for arm in ARMS.all}
+    return {arm.name: 1.0 if arm.name == NONE else value for arm in ARMS.arms}
 
 
 @st.composite
@@ -151,7 +151,7 @@ def test_losses_are_those_of_the_readable_twin(
 
     losses = hedge.losses(context, rows)
 
-    expected = [twin.loss(arm, (100, 1), context, rows) for arm in ARMS.all]
+    expected = [twin.loss(arm, (100, 1), context, rows) for arm in ARMS.arms]
     np.testing.assert_allclose(losses, expected, rtol=1e-9)
 
 
@@ -159,7 +159,7 @@ def test_before_any_text_the_belief_is_the_prior() -> None:
     prior = flat() | {"a@4": 0.5, "b@12": 0.7, "c@3": 1.4}
     losses = hedge_of(prior).losses(100, 1)
 
-    np.testing.assert_allclose(losses, [prior[arm.name] for arm in ARMS.all])
+    np.testing.assert_allclose(losses, [prior[arm.name] for arm in ARMS.arms])
 
 
 def test_one_draft_speaks_for_every_length_of_its_drafter() -> None:
@@ -167,7 +167,7 @@ def test_one_draft_speaks_for_every_length_of_its_drafter() -> None:
     hedge = hedge_of(flat())
     for _ in range(200):
         hedge.observe([DraftOutcome.of("a", 4, 4, 1, 2)], 2)
-    losses = dict(zip([arm.name for arm in ARMS.all], hedge.losses(100, 1), strict=True))
+    losses = dict(zip([arm.name for arm in ARMS.arms], hedge.losses(100, 1), strict=True))
 
     curve = Prices().rounds("a", 100, 1) / 2.0
     for k in (1, 2, 4):
@@ -181,7 +181,7 @@ def test_a_draft_cut_short_says_nothing_of_what_would_have_come_behind() -> None
     for _ in range(50):
         cut.observe([DraftOutcome.of("a", 1, 1, 1, 2)], 2)
         wrong.observe([DraftOutcome.of("a", 2, 4, 1, 2)], 2)
-    a4 = ARMS.place["a@4"]
+    a4 = ARMS.index["a@4"]
 
     assert cut.losses(100, 1)[a4] < 0.5
     assert wrong.losses(100, 1)[a4] > 0.6
@@ -190,11 +190,11 @@ def test_a_draft_cut_short_says_nothing_of_what_would_have_come_behind() -> None
 def test_what_is_known_of_a_draft_counts_before_all_of_it_is() -> None:
     """12 tokens drafted, and so far the text has confirmed three."""
     hedge = hedge_of(flat())
-    before = hedge.losses(100, 1)[ARMS.place["b@12"]]
+    before = hedge.losses(100, 1)[ARMS.index["b@12"]]
     hedge.observe([DraftOutcome.of("b", 12, 12, 3, 3)], 3)
-    sooner = hedge.losses(100, 1)[ARMS.place["b@12"]]
+    sooner = hedge.losses(100, 1)[ARMS.index["b@12"]]
     hedge.observe([DraftOutcome.of("b", 12, 12, 4, 6, known=3)], 3)
-    later = hedge.losses(100, 1)[ARMS.place["b@12"]]
+    later = hedge.losses(100, 1)[ARMS.index["b@12"]]
 
     assert sooner < before
     assert sooner < later  # the fifth was wrong
@@ -206,27 +206,27 @@ def test_more_rows_make_drafts_dear_and_the_belief_follows() -> None:
         hedge.observe([DraftOutcome.of("a", 4, 4, 2, 3)], 3)
     alone, crowded = hedge.losses(100, 1), hedge.losses(100, 16)
 
-    assert alone[ARMS.place["a@4"]] < 1.0 < crowded[ARMS.place["a@4"]]
+    assert alone[ARMS.index["a@4"]] < 1.0 < crowded[ARMS.index["a@4"]]
 
 
 def test_an_arm_is_left_only_for_one_that_clearly_outweighs_it() -> None:
     hedge = hedge_of(flat())
     losses = np.ones(len(ARMS))
-    losses[ARMS.place["a@4"]] = 0.5
+    losses[ARMS.index["a@4"]] = 0.5
     step = MARGIN / np.sqrt(8 * np.log(len(ARMS)) * PRIOR_ROUNDS)
 
-    losses[ARMS.place["b@2"]] = 0.5 - 0.9 * step
+    losses[ARMS.index["b@2"]] = 0.5 - 0.9 * step
     assert hedge.best("a@4", losses) == "a@4"
-    losses[ARMS.place["b@2"]] = 0.5 - 1.1 * step
+    losses[ARMS.index["b@2"]] = 0.5 - 1.1 * step
     assert hedge.best("a@4", losses) == "b@2"
-    assert hedge.best("a@4", losses, barred={"b@2"}) == "a@4"
-    assert losses[ARMS.place["b@2"]] == 0.5 - 1.1 * step
+    assert hedge.best("a@4", losses, excluded={"b@2"}) == "a@4"
+    assert losses[ARMS.index["b@2"]] == 0.5 - 1.1 * step
 
 
 def test_more_text_makes_smaller_differences_count() -> None:
     hedge = hedge_of(flat())
     losses = np.ones(len(ARMS))
-    losses[ARMS.place["b@2"]] = 0.97
+    losses[ARMS.index["b@2"]] = 0.97
     assert hedge.best(NONE, losses) == NONE
     for _ in range(100):
         hedge.observe([], 2)

@@ -236,7 +236,7 @@ def test_a_benched_arm_makes_room_for_the_next_best_and_in_the_end_for_none() ->
     assert begun[0] == "a"
     assert "b" in begun
     assert begun[-1] == NONE
-    assert len([line for line in controller.report() if "benched" in line]) == 2
+    assert len([line for line in controller.report() if "suspended" in line]) == 2
 
 
 def test_a_machine_that_became_slower_benches_nobody() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from paceline.contracts import Completion, Decision, RoundStats, Seconds
 from paceline.errors import ArtefactError, StoreError
 from paceline.selection.drift import (
     MIN_PROMPTS,
@@ -154,6 +155,25 @@ def test_what_says_nothing_is_not_counted() -> None:
         assert alarm.observe(None, "unheard of", 0, 60) is None
 
 
+def test_a_completion_counts_its_acceptance_only_where_one_arm_decoded_it_as_chosen() -> None:
+    everything = TrainingRange(*[np.zeros((1, F))] * 3, np.inf, {"math": (0.5, 1.0)})
+
+    def num_alarms(policy: str, features: np.ndarray | None, *switches: tuple[int, str]) -> int:
+        alarm = DriftAlarm(everything)
+        decision = Decision("math", policy=policy, features=features)
+        completion = Completion(
+            "0", [], "", "length", "math", decision, [RoundStats(4, 0)], Seconds(), 1.0, 3, 0,
+            switches=list(switches),
+        )  # fmt: skip
+        return sum(alarm.observe_completion(completion) is not None for _ in range(50))
+
+    features = np.zeros(F, dtype=np.float32)
+    assert num_alarms("linear:1", features) == 1
+    assert num_alarms("linear:1", features, (3, "none")) == 0
+    assert num_alarms("linear:1, adjusted", features) == 0
+    assert num_alarms("linear:1", None) == 0
+
+
 def test_features_that_are_no_numbers_are_outside() -> None:
     alarm = DriftAlarm(trained(Tasks(0), 0))
 
@@ -178,7 +198,7 @@ def test_a_range_comes_back_from_disk_and_damage_is_refused(tmp_path: Path) -> N
     path = tmp_path / RANGE_FILE
     path.write_bytes(path.read_bytes()[:-5])
     for folder in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(ArtefactError, match="no range to watch"):
+        with pytest.raises(ArtefactError, match="no training range to monitor"):
             TrainingRange.load(folder)
 
 

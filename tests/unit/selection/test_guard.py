@@ -8,75 +8,77 @@ import pytest
 
 from paceline.selection.guard import (
     ALLOWED_LOSS,
-    FEWEST_LOST,
     FIRST_PAUSE,
     LONGEST_PAUSE,
     LOSES,
+    MIN_ALLOWED_LOSS,
     PROBE_SHARE,
     TRUST,
     Guard,
-    PlainClock,
+    PlainRoundClock,
 )
 
 
 def request(guard: Guard, arm: str, loss: float, rounds: int = 4, tokens: float = 64.0) -> bool:
     """A request whose rounds lose so much in all; whether it went to its end with the arm."""
-    ledger = guard.begin(arm, tokens)
+    losses = guard.begin(arm, tokens)
     fell = False
     for _ in range(rounds):
         if not fell:
-            fell = guard.after_round(ledger, arm, 2.0 + loss / rounds, 0.0, 2)
+            fell = guard.after_round(losses, arm, 2.0 + loss / rounds, 0.0, 2)
     for _ in range(50):
-        guard.after_plain(ledger, 0.0)
-    guard.end(ledger)
+        guard.after_plain(losses, 0.0)
+    guard.end(losses)
     return not fell
 
 
 def plain(guard: Guard, requests: int, rounds: int = 60) -> None:
     for _ in range(requests):
-        ledger = guard.begin("none", 64.0)
+        losses = guard.begin("none", 64.0)
         for _ in range(rounds):
-            guard.after_plain(ledger, 0.0)
-        guard.end(ledger)
+            guard.after_plain(losses, 0.0)
+        guard.end(losses)
 
 
 # --- in a request ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("tokens", "allowed"), [(64.0, FEWEST_LOST), (400.0, 400 * ALLOWED_LOSS)])
+@pytest.mark.parametrize(
+    ("tokens", "allowed"), [(64.0, MIN_ALLOWED_LOSS), (400.0, 400 * ALLOWED_LOSS)]
+)
 def test_a_request_goes_on_without_an_arm_that_lost_its_share(
     tokens: float, allowed: float
 ) -> None:
     guard = Guard()
-    ledger = guard.begin("a", tokens)
+    losses = guard.begin("a", tokens)
     lost = 0.0
-    while not guard.after_round(ledger, "a", 1.4, 0.0, 1):
+    while not guard.after_round(losses, "a", 1.4, 0.0, 1):
         lost += 0.4
     assert lost <= allowed < lost + 0.4 + 1e-9
 
 
 def test_what_was_gained_before_may_be_lost_again() -> None:
     guard = Guard()
-    ledger = guard.begin("a", 64.0)
-    assert not any(guard.after_round(ledger, "a", 1.2, 0.0, 5) for _ in range(3))
-    assert not any(guard.after_round(ledger, "a", 1.5, 0.0, 1) for _ in range(20))
+    losses = guard.begin("a", 64.0)
+    assert not any(guard.after_round(losses, "a", 1.2, 0.0, 5) for _ in range(3))
+    assert not any(guard.after_round(losses, "a", 1.5, 0.0, 1) for _ in range(20))
 
 
 def test_an_arm_that_gains_is_not_blamed_for_the_one_before() -> None:
     guard = Guard()
-    ledger = guard.begin("a", 64.0)
-    while not guard.after_round(ledger, "a", 1.5, 0.0, 1):
+    losses = guard.begin("a", 64.0)
+    while not guard.after_round(losses, "a", 1.5, 0.0, 1):
         pass
-    assert not guard.after_round(ledger, "b", 1.5, 0.0, 2)
-    assert guard.after_round(ledger, "b", 1.5, 0.0, 1)
+    assert not guard.after_round(losses, "b", 1.5, 0.0, 2)
+    assert guard.after_round(losses, "b", 1.5, 0.0, 1)
 
 
 def test_starting_a_drafter_is_no_reason_to_stop_but_counts_over_requests() -> None:
     guard = Guard()
     for _ in range(12):
-        ledger = guard.begin("a", 64.0)
-        assert not guard.after_round(ledger, "a", 1.0, 3.0, 1)
-        guard.end(ledger)
+        losses = guard.begin("a", 64.0)
+        assert not guard.after_round(losses, "a", 1.0, 3.0, 1)
+        guard.end(losses)
     assert not guard.admits("a")
 
 
@@ -84,8 +86,8 @@ def test_a_trusted_arm_may_lose_more_in_a_request() -> None:
     guard = Guard()
     for _ in range(10):
         assert request(guard, "a", -20.0)
-    assert request(guard, "a", FEWEST_LOST * TRUST * 0.95)
-    assert not request(guard, "b", FEWEST_LOST * TRUST * 0.95)
+    assert request(guard, "a", MIN_ALLOWED_LOSS * TRUST * 0.95)
+    assert not request(guard, "b", MIN_ALLOWED_LOSS * TRUST * 0.95)
 
 
 # --- over requests --------------------------------------------------------------------------------
@@ -101,7 +103,7 @@ def test_an_arm_is_benched_when_its_requests_lose_with_confidence() -> None:
     assert LOSES**2 < needed <= LOSES**2 + 2
     assert guard.admits("b")
     [line] = guard.report()
-    assert line.startswith("a: ") and "benched" in line
+    assert line.startswith("a: ") and "suspended" in line
 
 
 def test_an_arm_that_gains_on_the_whole_stays() -> None:
@@ -150,10 +152,10 @@ def test_one_probe_at_a_time() -> None:
     bench(guard, "a")
     plain(guard, 2 * FIRST_PAUSE)
     assert guard.admits("a")
-    ledger = guard.begin("a", 64.0)
+    losses = guard.begin("a", 64.0)
     assert not guard.admits("a")
-    guard.after_round(ledger, "a", 1.5, 0.0, 1)
-    guard.end(ledger)
+    guard.after_round(losses, "a", 1.5, 0.0, 1)
+    guard.end(losses)
     assert not guard.admits("a")
 
 
@@ -163,7 +165,7 @@ def test_a_probe_that_gains_brings_the_arm_back() -> None:
     plain(guard, 2 * FIRST_PAUSE)
     request(guard, "a", -20.0)
     assert guard.admits("a")
-    assert "benched" not in guard.report()[0]
+    assert "suspended" not in guard.report()[0]
 
 
 def test_a_probe_that_never_came_to_a_round_leaves_the_arm_to_be_probed() -> None:
@@ -204,35 +206,35 @@ def test_memory_is_constant() -> None:
 
 
 def test_the_clock_is_what_plain_rounds_took_over_their_price() -> None:
-    clock = PlainClock()
+    clock = PlainRoundClock()
     assert clock.factor == 1.0 and clock.is_due
     for i in range(40):
-        clock.plain(0.013 if i % 2 else 0.011, 0.010)
+        clock.add_plain_round(0.013 if i % 2 else 0.011, 0.010)
     assert clock.factor == pytest.approx(1.2, rel=0.02)
     assert not clock.is_due
 
 
 def test_the_clock_follows_a_machine_that_grows_slower() -> None:
-    clock = PlainClock()
+    clock = PlainRoundClock()
     for seconds in [0.010] * 100 + [0.015] * 200:
-        clock.plain(seconds, 0.010)
+        clock.add_plain_round(seconds, 0.010)
     assert clock.factor == pytest.approx(1.5, rel=0.05)
 
 
 def test_one_interrupted_round_does_not_move_the_clock_far() -> None:
-    clock = PlainClock()
+    clock = PlainRoundClock()
     for _ in range(100):
-        clock.plain(0.010, 0.010)
-    clock.plain(1.0, 0.010)
+        clock.add_plain_round(0.010, 0.010)
+    clock.add_plain_round(1.0, 0.010)
     assert clock.factor < 1.06
 
 
 def test_a_plain_round_is_due_again_after_many_others() -> None:
-    clock = PlainClock()
+    clock = PlainRoundClock()
     for _ in range(20):
-        clock.plain(0.01, 0.01)
+        clock.add_plain_round(0.01, 0.01)
     passed = 0
     while not clock.is_due:
-        clock.passed()
+        clock.add_drafted_round()
         passed += 1
     assert 100 <= passed <= 1000
