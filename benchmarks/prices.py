@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from agreement import Ranking, bias, median_error, ranking
 from rich.console import Console
 
 from paceline.assembly import Pace, build
-from paceline.bench.agreement import Ranking, bias, median_error, ranking
 from paceline.bench.circumstances import circumstances, headline
 from paceline.bench.profile import profile
 from paceline.bench.timed import TimedPrompt, time_interleaved

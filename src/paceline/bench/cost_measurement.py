@@ -130,44 +130,25 @@ def time_rounds(
 
 def time_drafts(
     parts: Parts,
-    lengths: Sequence[int],
-    cached: Row,
     arm: str,
-    num_prompt: int,
-    repeat: int,
-    order: random.Random,
-) -> Times:
-    """Time a drafter's start on a prompt, then drafts of every length, with a token between them."""
-    drafter = parts.drafters[arm]
-    text = _text(parts, num_prompt + len(lengths) + 3, order, _period(repeat))
-    times: Times = []
-    with _started(parts, drafter, [text[: num_prompt + 1]], cached) as (rows, seconds):
-        times.append(((arm, START, num_prompt, 0, 1), seconds))
-        for length in order.sample(lengths, len(lengths)):
-            drafted, spent = _propose(parts, rows, length, cached)
-            times.append(((arm, PROPOSE, drafted, num_prompt, 1), spent))
-            _append_tokens(parts, rows, [text])
-    return times
-
-
-def time_drafts_of_rows(
-    parts: Parts,
+    lengths: Sequence[int],
     row_counts: Sequence[int],
     cached: Row,
-    arm: str,
     context: int,
     repeat: int,
     order: random.Random,
 ) -> Times:
-    """Time drafts of several rows at once. row_counts: the numbers of rows, ascending."""
-    if not row_counts:
-        return []
-    drafter = parts.drafters[arm]
-    lengths = sorted({1, drafter.num_draft_tokens})
+    """Time a drafter's start, then drafts of every length for each number of rows.
+
+    row_counts: ascending; the start is a cell only of one row alone. Texts grow by a token between
+    two drafts. cached: a row of the target, see `_evict_weights`.
+    """
     longest = context + 3 + len(lengths) * len(row_counts)
     texts = [_text(parts, longest, order, _period(repeat)) for _ in range(row_counts[-1])]
     times: Times = []
-    with _started(parts, drafter, [t[: context + 1] for t in texts], cached) as (rows, _):
+    with _started(parts, parts.drafters[arm], texts, context, cached) as (rows, seconds):
+        if len(rows) == 1:
+            times.append(((arm, START, context, 0, 1), seconds))
         for num in row_counts:
             for length in order.sample(lengths, len(lengths)):
                 drafted, spent = _propose(parts, rows[:num], length, cached)
@@ -178,10 +159,10 @@ def time_drafts_of_rows(
 
 @contextmanager
 def _started(
-    parts: Parts, drafter: Drafter, texts: Sequence[list[int]], cached: Row
+    parts: Parts, drafter: Drafter, texts: Sequence[list[int]], context: int, cached: Row
 ) -> Iterator[tuple[list[Row], float]]:
-    """Start a drafter on texts; give its rows and the seconds that its own prefill took."""
-    rows = [_row(drafter, text, -1 - i) for i, text in enumerate(texts)]
+    """Start a drafter on the beginnings of texts; give its rows and the seconds of its prefill."""
+    rows = [_row(drafter, text[: context + 1], -1 - i) for i, text in enumerate(texts)]
     try:
         for row in rows:
             if drafter.needs.target_weights:

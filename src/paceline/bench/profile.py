@@ -22,7 +22,6 @@ from paceline.bench.cost_measurement import (
     cached_rows,
     plain_driver,
     time_drafts,
-    time_drafts_of_rows,
     time_forwards,
     time_prefill,
     time_rounds,
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from paceline.bench.cost_measurement import Cell, Workload
-    from paceline.drafting.base import Drafter
     from paceline.engine.rows import Row
 
     Progress = Callable[[str, int, int], None]
@@ -227,7 +225,7 @@ class Grid:
 def _all_workloads(parts: Parts, grid: Grid, rows: Sequence[Row]) -> list[Workload]:
     """Return every workload of a cost table. rows: those of `cached_rows`."""
     driver = plain_driver(parts, grid.rows[-1])
-    arms = [name for name in parts.drafters if name != NONE]
+    arms = {name: drafter for name, drafter in parts.drafters.items() if name != NONE}
     alone = [[width - 1] for width in grid.widths]
     workloads: list[Workload] = []
     workloads += [partial(time_forwards, parts, rows, c, alone) for c in grid.contexts]
@@ -235,18 +233,16 @@ def _all_workloads(parts: Parts, grid: Grid, rows: Sequence[Row]) -> list[Worklo
         partial(time_forwards, parts, rows, c, grid.shapes) for c in grid.contexts_of_rows
     ]
     workloads += [partial(time_prefill, parts, driver, n) for n in grid.prompts]
-    for arm in arms:
-        lengths = _draft_lengths(parts.drafters[arm])
-        for context in grid.contexts_of_drafts:
-            workloads.append(partial(time_drafts, parts, lengths, rows[0], arm, context))
-        more_rows = partial(time_drafts_of_rows, parts, grid.rows[1:], rows[0], arm)
-        workloads.append(partial(more_rows, grid.contexts[0]))
-    workloads += [partial(time_rounds, parts, driver, name, 1) for name in [NONE, *arms[:1]]]
+    for arm, drafter in arms.items():
+        longest = drafter.num_draft_tokens
+        lengths = sorted({k for k in _DRAFTS if k <= longest} | {longest})
+        one_row = partial(time_drafts, parts, arm, lengths, [1], rows[0])
+        workloads += [partial(one_row, context) for context in grid.contexts_of_drafts]
+        if more := grid.rows[1:]:
+            ends = sorted({1, longest})
+            workloads.append(
+                partial(time_drafts, parts, arm, ends, more, rows[0], grid.contexts[0])
+            )
+    workloads += [partial(time_rounds, parts, driver, name, 1) for name in [NONE, *arms][:2]]
     workloads += [partial(time_rounds, parts, driver, NONE, num) for num in grid.rows[1:]]
     return workloads
-
-
-def _draft_lengths(drafter: Drafter) -> list[int]:
-    """Return the draft lengths to ask a drafter for."""
-    longest = drafter.num_draft_tokens
-    return sorted({k for k in _DRAFTS if k <= longest} | {longest})

@@ -67,22 +67,30 @@ class SubsetReplay:
         self._target = target
         self._slots = [target.acquire() for _ in trajectories]
         self._entries: list[list[Tensor]] = []  # of each output, as full forwards wrote them
-        self._fed: list[int] = []  # N
-        self._spans: list[Span] = []
-        self._places: list[int] = []  # N, of the predicted tokens in all outputs, laid end to end
+        # a paged forward writes all its tokens before any of them attends, so there the windows of
+        # one row go into forwards of their own
+        is_paged = isinstance(target.cache, PagedCache)
+        forwards: dict[int, list[tuple[Span, list[int], int]]] = {}
         first = 0
         with torch.inference_mode():
             for slot, t in zip(self._slots, trajectories, strict=True):
                 text = [*t.prompt, *t.output[:-1]]
                 cache_text(target, slot, text, len(t.prompt))
                 self._entries.append(target.cache.read(slot, len(t.prompt), len(text)))
-                for start in reversed(range(len(t.prompt), len(text), window)):
-                    width = min(window, len(text) - start)
-                    self._spans.append(Span(slot, start, width))
-                    self._fed += text[start : start + width]
+                starts = range(len(t.prompt), len(text), window)
+                for turn, start in enumerate(reversed(starts)):
+                    fed = text[start : start + window]
                     predicted = first + start - len(t.prompt) + 1
-                    self._places += range(predicted, predicted + width)
+                    forward = forwards.setdefault(turn if is_paged else 0, [])
+                    forward.append((Span(slot, start, len(fed)), fed, predicted))
                 first += len(t.output)
+        windows = [one for own in forwards.values() for one in own]
+        self._forwards = [
+            (torch.tensor([t for _, fed, _ in own for t in fed]), [span for span, _, _ in own])
+            for own in forwards.values()
+        ]
+        # [N] of the predicted tokens, in all outputs laid end to end
+        self._places = np.concatenate([i + np.arange(len(fed)) for _, fed, i in windows])
 
     def scores(self, subset: LayerSubset) -> list[PositionScores]:
         """Return for each output, at each position [T], whether the smaller model's likeliest token
@@ -90,7 +98,8 @@ class SubsetReplay:
         """
         target = self._target
         with torch.inference_mode():
-            best, probability = _likeliest(target, self._forward(subset))
+            hidden = [target.forward(fed, spans, skip=subset) for fed, spans in self._forwards]
+            best, probability = _likeliest(target, torch.cat(hidden))
             for slot, t, entries in zip(self._slots, self.trajectories, self._entries, strict=True):
                 target.cache.write(slot, len(t.prompt), entries)
         output = np.concatenate([t.output for t in self.trajectories])
@@ -101,29 +110,6 @@ class SubsetReplay:
         unknown = np.split(np.full(len(output), np.nan, np.float32), ends)
         columns = np.split(match, ends), unknown, unknown, np.split(confidence, ends)
         return [PositionScores(*column) for column in zip(*columns, strict=True)]
-
-    def _forward(self, subset: LayerSubset) -> Tensor:
-        """Return the final hidden states [N, D] of all windows without the subset."""
-        tokens = torch.tensor(self._fed)
-        if not isinstance(self._target.cache, PagedCache):
-            return self._target.forward(tokens, self._spans, skip=subset)
-        # a paged forward writes all its tokens before any of them attends, so the windows of one row
-        # go into forwards of their own here
-        pieces = torch.split(tokens, [span.width for span in self._spans])
-        forwards: dict[int, list[int]] = {}
-        num_windows: dict[int, int] = {}
-        for i, span in enumerate(self._spans):
-            turn = num_windows[span.slot] = num_windows.get(span.slot, -1) + 1
-            forwards.setdefault(turn, []).append(i)
-        hidden: dict[int, Tensor] = {}
-        for members in forwards.values():
-            spans = [self._spans[i] for i in members]
-            states = self._target.forward(
-                torch.cat([pieces[i] for i in members]), spans, skip=subset
-            )
-            parts = torch.split(states, [span.width for span in spans])
-            hidden |= zip(members, parts, strict=True)
-        return torch.cat([hidden[i] for i in range(len(pieces))])
 
     def close(self) -> None:
         for slot in self._slots:

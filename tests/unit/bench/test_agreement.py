@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import pytest
 
-from paceline.bench.agreement import Ranking, bias, median_error, ranking
-
+AGREEMENT = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "agreement.py"))
+Ranking, ranking = AGREEMENT["Ranking"], AGREEMENT["ranking"]
+bias, median_error = AGREEMENT["bias"], AGREEMENT["median_error"]
 PREDICTED = {"a": 1.0, "b": 1.04, "c": 1.2, "d": 2.0}
 
 
