@@ -10,6 +10,7 @@ import random
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Final
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 BUDGET: Final = 10.0  # seconds
 _FEWEST: Final = 3  # repeats of every workload, so that one interruption is not in the median
 _FEWEST_OF_CHEAP, _MOST = 4, 20
+_PLACE: Final = attrgetter("subject", "operation", "rows", "context", "tokens")
 
 _PROMPTS: Final = (16, 64, 128, 256, 512)  # and the limit of the context
 _LONGEST_PROMPT: Final = 1024  # longer ones follow from the table's last segment
@@ -73,7 +75,7 @@ def profile(
             BUDGET if budget is None else budget,
         )
     measured = [Measurement(*cell, seconds=seconds) for cell, seconds in cells.items()]
-    return CostTable(fingerprint(parts), sorted(_without_refusals(measured), key=_place))
+    return CostTable(fingerprint(parts), sorted(_without_refusals(measured), key=_PLACE))
 
 
 def measure_cells(
@@ -140,10 +142,6 @@ def _without_refusals(measured: Sequence[Measurement]) -> list[Measurement]:
         for m in measured
         if m.operation != PROPOSE or at_context[m.subject, m.context] or not longest[m.subject]
     ]
-
-
-def _place(m: Measurement) -> tuple[str, str, int, int, int]:
-    return (m.subject, m.operation, m.rows, m.context, m.tokens)
 
 
 def fingerprint(parts: Parts) -> dict[str, str]:

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from paceline.assembly import Parts
     from paceline.layer_search.proposals import Bits
     from paceline.layer_search.settings import SearchSettings
-    from paceline.layer_search.trials import Trials
 
     Progress = Callable[[str, int, int], None]
 
@@ -110,7 +109,7 @@ def _prepare_trials(
     settings: SearchSettings,
     costs: CostTable | None,
     on_progress: Progress,
-) -> Trials:
+) -> PredictedTrials | TimedTrials:
     """Decode the target's outputs for trials. costs: None to try subsets against the clock."""
     on_progress("decode", 0, 1)
     trajectories = decode(pace, prompts, settings.max_new_tokens)

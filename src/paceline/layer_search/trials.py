@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -50,16 +50,6 @@ class Trial:
             float((accepted + 1).mean()),
             float(accepted.sum() / max(1, drafted.sum())),
         )
-
-
-class Trials(Protocol):
-    """Runs of trials on the same outputs; `close` frees what they hold."""
-
-    def plain_seconds_per_token(self) -> float: ...
-
-    def run(self, subset: LayerSubset) -> Trial: ...
-
-    def close(self) -> None: ...
 
 
 class PredictedTrials:

@@ -221,11 +221,6 @@ class DriftAlarm:
             alarm = self._count(None, not is_inside) or alarm
         return alarm
 
-    @property
-    def alarms(self) -> list[str | None]:
-        """The arms, or None for the features, that are outside their range now."""
-        return [arm for arm, total in self._sums.items() if total.alarmed]
-
     def _count(self, arm: str | None, is_outside: bool) -> Alarm | None:
         monitored = self._sums.setdefault(arm, _CumulativeSum())
         if monitored.add(is_outside):

@@ -15,8 +15,6 @@ from paceline.rewards import (
     alignment_reward,
     alignments,
     cost_score,
-    edit_similarity,
-    prefix_similarity,
     request_seconds,
     rouge_1_f1,
     rouge_l_f1,
@@ -161,8 +159,8 @@ def test_similarities_are_those_counted_by_hand(a: list[int], b: list[int]) -> N
     prefix = next((i for i in range(min(len(a), len(b))) if a[i] != b[i]), min(len(a), len(b)))
     if longer:
         assert rouge_1_f1(a, b) == pytest.approx(2 * common / (len(a) + len(b)))
-        assert edit_similarity(a, b) == pytest.approx(1 - edit_distance(a, b) / longer)
-        assert prefix_similarity(a, b) == pytest.approx(prefix / longer)
+        assert METRICS["edit"](a, b) == pytest.approx(1 - edit_distance(a, b) / longer)
+        assert METRICS["prefix"](a, b) == pytest.approx(prefix / longer)
     for similarity in METRICS.values():
         assert similarity(a, a) == 1.0
         assert similarity(a, b) == similarity(b, a)

@@ -94,7 +94,7 @@ def test_the_sum_keeps_its_word_at_either_share(share: float, fewest: int, most:
 
     assert fewest <= len(raised) <= most
     if share == OFTEN:
-        assert raised[0] < 100 and alarm.alarms == ["math"]
+        assert raised[0] < 100
 
 
 def test_one_task_of_the_training_alone_is_in_range() -> None:
@@ -116,7 +116,6 @@ def test_a_new_task_is_noticed_within_a_few_requests() -> None:
         found = first_alarm(alarm, tasks.features(rng, 3, 50), acceptance(rng, 0.6, 50))
         assert found is not None and found[1].arm is None and found[0] <= 15
         assert found[1].outside <= found[1].requests
-        assert alarm.alarms == [None]
 
 
 @pytest.mark.parametrize("rate", [0.25, 0.9])
@@ -141,9 +140,7 @@ def test_an_alarm_is_raised_once_and_again_after_a_recovery() -> None:
         return sum(alarm.observe(row, "none", 0, 0) is not None for row in rows)
 
     assert raised(3, 200) == 1
-    assert alarm.alarms == [None]
     assert raised(0, 200) == 0
-    assert alarm.alarms == []
     assert raised(3, 200) == 1
 
 
