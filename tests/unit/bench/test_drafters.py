@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from paceline.bench.doctor import model_facts
-from paceline.bench.drafters import Arm, DrafterList, drafters
+from paceline.bench.drafters import ConfiguredDrafter, DrafterList, drafters
 from paceline.cli import main
 from paceline.config import Config, ModelSection, parse
 from paceline.drafting.catalog import CATALOG
@@ -31,7 +31,7 @@ def draft_model(name: str, **settings: Any) -> dict[str, Any]:
     }
 
 
-def arms(found: DrafterList) -> dict[str, Arm]:
+def arms(found: DrafterList) -> dict[str, ConfiguredDrafter]:
     return {arm.name: arm for kind in found.kinds for arm in kind.arms}
 
 
@@ -44,7 +44,7 @@ def test_without_a_configuration_every_kind_of_the_catalogue_is_described() -> N
     assert by_name["draft_model"].needs == ["same vocabulary"]
     assert by_name["draft_model"].required == ["model"]
     assert by_name["prompt_lookup"].settings["num_draft_tokens"] == "8"
-    assert by_name["none"].arms == [Arm("none")]
+    assert by_name["none"].arms == [ConfiguredDrafter("none")]
     assert found.target is None
 
 
