@@ -13,8 +13,8 @@ bias, median_error = AGREEMENT["bias"], AGREEMENT["median_error"]
 PREDICTED = {"a": 1.0, "b": 1.04, "c": 1.2, "d": 2.0}
 
 
-def test_only_pairs_told_apart_count() -> None:
-    """a and b are too near; of the other five, c and d are the wrong way round by the clock."""
+def test_only_separated_pairs_count() -> None:
+    """a and b are too close; of the other five pairs, the clock reverses c and d."""
     clocked = {"a": 1.1, "b": 0.9, "c": 2.1, "d": 2.0}
     found = ranking(PREDICTED, clocked)
     assert found == Ranking(pairs=5, right=4)

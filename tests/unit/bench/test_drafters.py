@@ -1,4 +1,4 @@
-"""The list of drafters says what is there, what is wrong, and what each arm really holds."""
+"""The list of drafters: kinds, problems and the memory of each arm."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_without_a_configuration_every_kind_of_the_catalogue_is_described() -> N
     assert found.target is None
 
 
-def test_arms_stand_with_their_kind_and_their_problem() -> None:
+def test_arms_are_listed_with_their_kind_and_problem() -> None:
     lookup = {"kind": "prompt_lookup", "settings": {"min_ngram": 9, "max_ngram": 2}}
     strange = {"kind": "promt_lookup"}
     found = drafters(config(math=draft_model("draft-math"), bad=lookup, odd=strange), memory=True)
@@ -63,7 +63,7 @@ def test_arms_stand_with_their_kind_and_their_problem() -> None:
     assert arms(found)["math"].weight_bytes is None  # nothing is loaded where something is wrong
 
 
-def test_memory_is_the_weights_and_what_a_row_adds() -> None:
+def test_memory_is_weights_plus_one_row() -> None:
     found = drafters(
         config(
             math=draft_model("draft-math"),

@@ -1,4 +1,4 @@
-"""Prices of arms: the live pricer is the table read directly, and the objectives are what they say."""
+"""Prices of arms: the live pricer equals the table, and the objectives keep their definitions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OBJECTIVES: list[Objective] = ["latency", "throughput", 0.3, 0.5]
 
 
 def a_table() -> CostTable:
-    """Seconds that rise in everything, unevenly, measured at unlike places."""
+    """Return a table whose seconds rise unevenly in everything, on grids that differ."""
     generator = np.random.default_rng(5)
     cells = [Measurement("target", "prefill", n, 0, 1, 2e-3 * n**0.9) for n in (16, 64, 300)]
     for rows in (1, 2, 4, 8):
@@ -91,7 +91,7 @@ def test_live_prices_are_those_of_the_table(
     num_tokens: int,
     num_prompt: int,
 ) -> None:
-    """At any length, load, mean draft and share of rounds that draft nothing."""
+    """At any length, load, mean draft and share of empty rounds."""
     rounds = np.array([r for r, _, _ in needs])
     empty = rounds * [share for _, _, share in needs]
     lengths = [split_arm(a)[1] or LONGEST[split_arm(a)[0]] for a in ARMS]
@@ -103,7 +103,7 @@ def test_live_prices_are_those_of_the_table(
         table_seconds_per_token(arm, rounds[i], drafted[i], empty[i], *situation)
         for i, arm in enumerate(ARMS)
     ]
-    # outside what was measured the table turns flat at its least, maybe between two grid points
+    # beyond the measured range the table is flat at its minimum, perhaps from between two grid points
     inside = 32 <= context <= 500 and rows <= 8
     assert live == pytest.approx(direct, rel=1e-9 if inside else 0.02)
 
@@ -112,7 +112,7 @@ def test_live_prices_are_those_of_the_table(
 def test_exact_and_live_prices_agree_on_a_request_of_full_and_empty_rounds(
     arm: str, rows: int, objective: Objective
 ) -> None:
-    """At a context where the table is flat, so that the middle of the answer is typical of it."""
+    """On a table that is flat in the context, so the middle of the answer is typical."""
     flat = CostTable({}, [m for m in TABLE.measurements if m.context in (0, 32)])
     length = split_arm(arm)[1] or LONGEST[split_arm(arm)[0]]
     rounds = np.array([(length, min(length, 2))] * 10 + [(0, 0)] * 7)
@@ -128,7 +128,7 @@ def test_exact_and_live_prices_agree_on_a_request_of_full_and_empty_rounds(
 
 
 @given(st.sampled_from(ARMS), st.integers(16, 300), st.integers(1, 16))
-def test_what_objectives_promise(arm: str, num_prompt: int, rows: int) -> None:
+def test_objectives_are_ordered_and_mixed(arm: str, num_prompt: int, rows: int) -> None:
     length = split_arm(arm)[1] or LONGEST[split_arm(arm)[0]]
     rounds = np.array([(length, min(length, 1))] * 7)
     own = {o: request_seconds(TABLE.seconds, arm, num_prompt, rounds, rows, o) for o in OBJECTIVES}
@@ -144,7 +144,7 @@ def test_what_objectives_promise(arm: str, num_prompt: int, rows: int) -> None:
 
 
 def test_a_round_is_charged_by_hand() -> None:
-    """Four rows: one drafts beside three that do not, or all draft and share."""
+    """Four rows: one drafts and three do not, or all draft and share."""
 
     def seconds(subject: str, operation: str, tokens: object, context: object, rows: int) -> float:
         known = {
@@ -159,8 +159,8 @@ def test_a_round_is_charged_by_hand() -> None:
     assert round_seconds(seconds, "math", drafted, context, 4, 4) == [36.0 / 4]
 
 
-def test_under_load_a_dear_width_turns_the_choice() -> None:
-    """Alone, width is free and drafting wins; eight rows that all draft pay for every token."""
+def test_under_load_an_expensive_width_reverses_the_choice() -> None:
+    """One row gets width for free and drafting wins; eight drafting rows pay for every token."""
     cells = [
         Measurement("target", "prefill", 1, 0, 1, 0.0),
         Measurement("math", "start", 1, 0, 1, 0.0),
@@ -188,7 +188,7 @@ def test_under_load_a_dear_width_turns_the_choice() -> None:
     assert speed[8, "throughput"] == pytest.approx(2 / 5.1)
 
 
-def test_mistakes_are_named() -> None:
+def test_missing_drafters_and_invalid_objectives_raise() -> None:
     with pytest.raises(ArtefactError, match="chat not measured"):
         ArmPricer(TABLE, ["none", "chat@2"])
     for wrong in ("fast", 1.5, -0.1):

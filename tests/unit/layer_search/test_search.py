@@ -1,4 +1,4 @@
-"""The search finds what trying everything finds, resumes where it stopped, and says what is wrong."""
+"""The search: near the exhaustive optimum, resumable, with errors for invalid inputs."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def test_the_search_comes_near_the_best_of_all_subsets(
     assert min(seconds.values()) < 0.7 * sorted(seconds.values())[512]
 
 
-def test_the_process_finds_what_the_design_cannot() -> None:
-    """Sub-layers that stand in for each other: either may go, not both."""
+def test_the_process_improves_on_the_design() -> None:
+    """Of two sub-layers that replace each other, either may be skipped, but not both."""
 
     def value(bits: tuple[bool, ...]) -> float:
         clashes = sum(bits[i] and bits[i + 1] for i in range(0, NUM_BITS, 2))
@@ -93,7 +93,7 @@ def test_the_process_finds_what_the_design_cannot() -> None:
     assert min(drawn) > best
 
 
-def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(
+def test_an_interrupted_search_continues_as_an_uninterrupted_one(
     pace: Pace, costs: CostTable, tmp_path: Path
 ) -> None:
     whole = search(pace, costs, tmp_path / "whole.json", trials=19)
@@ -106,7 +106,9 @@ def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(
     assert found.facts["speedup"] == whole.speedup(whole.best)
 
 
-def test_another_searchs_file_is_refused(pace: Pace, costs: CostTable, tmp_path: Path) -> None:
+def test_the_file_of_another_search_is_refused(
+    pace: Pace, costs: CostTable, tmp_path: Path
+) -> None:
     out = tmp_path / "set.json"
     search(pace, costs, out, trials=1)
     with pytest.raises(ConfigError, match="another 'settings'"):
@@ -121,7 +123,7 @@ def test_another_searchs_file_is_refused(pace: Pace, costs: CostTable, tmp_path:
         costs.fingerprint["target"] = pace.parts.target.fingerprint()
 
 
-def test_all_subsets_of_a_small_model_are_all_there_is() -> None:
+def test_proposals_end_when_all_subsets_were_tried() -> None:
     tried: dict[tuple[bool, ...], float] = {}
     while (bits := next_subset(tried, 2, seed=1)) is not None:
         assert bits not in tried
@@ -134,14 +136,14 @@ def test_bits_name_attention_before_mlp() -> None:
     assert subset_of(bits_of(SOME, LAYERS)) == SOME
 
 
-# --- what is predicted ----------------------------------------------------------------------------
+# --- prediction -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, FIXED], ids=["threshold", "fixed"])
 def test_predicted_rounds_are_nearly_those_of_the_drafter(
     pace: Pace, settings: SearchSettings
 ) -> None:
-    """Exactly, as long as a round begins where a window does; elsewhere the cache differs a little."""
+    """Exactly where a round begins with a window; elsewhere the cache differs a little."""
     settings = settings.model_copy(update={"max_new_tokens": 60, "threshold": 0.2})
     trajectories = decode(pace, PROMPTS, settings.max_new_tokens)
     replay = SubsetReplay(pace.parts.target, trajectories, settings.num_draft_tokens)
@@ -179,12 +181,12 @@ def test_trying_a_subset_leaves_the_development_text_as_it_was(pace: Pace) -> No
         assert all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
 
 
-def test_a_window_reads_full_entries_and_not_another_windows(pace: Pace) -> None:
-    """With windows of one token, every place is judged as the first token of a draft there."""
+def test_a_window_reads_full_entries_and_no_other_window(pace: Pace) -> None:
+    """Windows of one token judge every position as the first token of a draft."""
     target = pace.parts.target
     trajectories = decode(pace, PROMPTS[:1], 12)
     replay = SubsetReplay(target, trajectories, 1)
-    (judged,) = replay.scores(SOME)
+    (scores,) = replay.scores(SOME)
     replay.close()
     t = trajectories[0]
     text = [*t.prompt, *t.output]
@@ -197,11 +199,11 @@ def test_a_window_reads_full_entries_and_not_another_windows(pace: Pace) -> None
             hidden = target.forward(fed, [Span(slot, place, 1)], skip=SOME)
             sure.append(float(target.unembed(hidden).softmax(dim=-1).amax()))
     target.release(slot)
-    assert judged.confidence[1:].tolist() == pytest.approx(sure, rel=1e-4)
+    assert scores.confidence[1:].tolist() == pytest.approx(sure, rel=1e-4)
 
 
 def test_windows_of_a_row_take_turns_over_a_paged_cache(pace: Pace) -> None:
-    """There a forward caches all its tokens before any of them attends."""
+    """A paged forward writes all its tokens before any of them attends."""
     plain = pace.parts.target
     paged = LanguageModel(plain.model, "paged", paged=True)
     trajectories = decode(pace, PROMPTS[:2], 12)
@@ -216,7 +218,7 @@ def test_windows_of_a_row_take_turns_over_a_paged_cache(pace: Pace) -> None:
         assert here.confidence.tolist() == pytest.approx(there.confidence.tolist(), rel=1e-4)
 
 
-def test_a_token_is_priced_by_what_is_kept(costs: CostTable) -> None:
+def test_a_token_is_priced_by_the_remaining_sub_layers(costs: CostTable) -> None:
     prices = SubsetPricer(costs, LAYERS)
     assert prices.draft_token(LayerSubset()) == pytest.approx(1.0)
     assert prices.draft_token(SOME) == pytest.approx(1.0 - 2 * 0.08 - 0.1)
@@ -229,7 +231,7 @@ def test_a_token_is_priced_by_what_is_kept(costs: CostTable) -> None:
 # --- with the clock, and from the command line ----------------------------------------------------
 
 
-def test_costs_are_measured_once_and_kept_beside_the_result(pace: Pace, tmp_path: Path) -> None:
+def test_costs_are_measured_once_and_saved_next_to_the_result(pace: Pace, tmp_path: Path) -> None:
     out = tmp_path / "set.json"
     for trials in (1, 2):
         report = search_layers(pace, PROMPTS[:1], out, SETTINGS, trials=trials)
@@ -266,7 +268,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return 0
 
 
-def test_the_command_writes_what_layer_skip_reads(
+def test_the_command_writes_a_file_for_layer_skip(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     redundant_model().save_pretrained(tmp_path / "target")

@@ -1,4 +1,4 @@
-"""Rewards: seconds summed as the engine spends them, ROUGE-L, the alignment reward."""
+"""Rewards: seconds of requests, similarities, the alignment reward."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def prices(subject: str, operation: str, tokens: Any, context: Any = 0, rows: int = 1) -> Any:
-    """Made-up seconds that differ in everything they depend on."""
+    """Return made-up seconds that depend on every argument but the rows."""
     base = {
         "prefill": 100.0, "forward": 10.0, "round": 1.0, "start": 50.0, "propose": 5.0
     }[operation]  # fmt: skip
@@ -37,7 +37,7 @@ def prices(subject: str, operation: str, tokens: Any, context: Any = 0, rows: in
 
 
 def seconds_one_by_one(arm: str, num_prompt: int, rounds: Sequence[tuple[int, int]]) -> float:
-    """The readable reference: walk the rounds, count what is cached."""
+    """Walk the rounds and count the cached tokens: the readable reference."""
     total = prices("target", "prefill", num_prompt)
     if not rounds:
         return float(total)
@@ -93,7 +93,7 @@ def test_a_cost_table_prices_a_request() -> None:
 
 
 def common_subsequence(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest one, by the textbook's table."""
+    """Return the length of the longest common subsequence, by the textbook's table."""
     table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
     for i, x in enumerate(a):
         for j, y in enumerate(b):
@@ -130,7 +130,7 @@ def test_the_alignment_reward_lies_between_its_parts(alpha: float, s: float, c: 
     assert min(s, c) - 1e-12 <= reward <= max(s, c) + 1e-12
 
 
-def test_none_is_all_similarity_and_no_saving() -> None:
+def test_none_has_full_similarity_and_no_saving() -> None:
     rewards = alignments(prices, 0.3, 20, [1, 2, 3, 4], {"math": [1, 2, 9, 4], "code": []})
     assert rewards["none"] == 0.3
     t_target = token_seconds(prices, "none", 22)
@@ -143,7 +143,7 @@ def test_none_is_all_similarity_and_no_saving() -> None:
 
 
 def edit_distance(a: list[int], b: list[int]) -> int:
-    """The textbook table of Levenshtein's distance."""
+    """Return Levenshtein's distance, by the textbook's table."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, start=1):
         before, row[0] = row[0], i
@@ -167,7 +167,7 @@ def test_similarities_are_those_counted_by_hand(a: list[int], b: list[int]) -> N
         assert 0.0 <= similarity(a, b) <= 1.0
 
 
-def test_the_metric_is_the_one_that_was_asked_for() -> None:
+def test_the_metric_is_the_requested_one() -> None:
     output, own = [1, 2, 3, 4], [4, 3, 2, 1]
     for name, similarity in METRICS.items():
         found = alignments(prices, 1.0, 10, output, {"code": own}, name)
