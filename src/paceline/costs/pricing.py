@@ -51,20 +51,17 @@ class SecondsFn(Protocol):
 # --- from table to price --------------------------------------------------------------------------
 
 
-def weight_of(objective: Objective) -> float:
-    """Return the weight of throughput, 0 to 1. Raises ConfigError for an invalid objective."""
+def by_objective(price: Callable[[int], Seconds], rows: int, objective: Objective) -> Seconds:
+    """Return the price under an objective. Raises ConfigError for an invalid objective.
+
+    price(n): the seconds per token where n of the rows draft.
+    """
     named = {"latency": 0.0, "throughput": 1.0}
     weight = named.get(objective) if isinstance(objective, str) else float(objective)
     if weight is None or not 0.0 <= weight <= 1.0:
         raise ConfigError(
             f"objective '{objective}': must be latency, throughput or a weight between 0 and 1"
         )
-    return weight
-
-
-def by_objective(price: Callable[[int], Seconds], rows: int, objective: Objective) -> Seconds:
-    """Return the price under an objective. price(n): seconds per token where n of the rows draft."""
-    weight = weight_of(objective)
     if weight == 0.0 or rows == 1:
         return price(1)
     if weight == 1.0:

@@ -22,7 +22,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, overload
+from typing import TYPE_CHECKING, Annotated, Any, Final, overload
 
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
@@ -130,18 +130,18 @@ class CostTable:
         the same was interrupted by another process.
         """
         inversions = [
-            (worst, f"{subject} {operation}")
+            (*worst, f"{subject} {operation}")
             for (subject, operation), by_rows in self._surfaces.items()
             for surface in by_rows.values()
-            if (worst := surface.worst_inversion()) is not None and worst.factor > _INTERRUPTED
+            if (worst := surface.worst_inversion()) is not None and worst[0] > _INTERRUPTED
         ]
         if not inversions:
             return None
-        worst, what = max(inversions)
-        more = f", and {len(inversions) - 1} more like it" if len(inversions) > 1 else ""
+        factor, fewer, more, work = max(inversions)
+        others = f", and {len(inversions) - 1} more like it" if len(inversions) > 1 else ""
         return (
-            f"the machine was busy with something else meanwhile: {what} of {worst.fewer} tokens took "
-            f"{worst.factor:.1f} times as long as of {worst.more}{more}; {_AGAIN} again when it is not"
+            f"the machine was busy with something else meanwhile: {work} of {fewer} tokens took "
+            f"{factor:.1f} times as long as of {more}{others}; {_AGAIN} again when it is not"
         )
 
     def check(
@@ -243,14 +243,6 @@ def _at_rows(
     return np.maximum((1.0 - weight) * low + weight * high, np.minimum(low, high))
 
 
-class _Inversion(NamedTuple):
-    """Fewer tokens that took longer than more of them."""
-
-    factor: float
-    fewer: int
-    more: int
-
-
 class _Surface:
     """Seconds over tokens and context: a curve over tokens for each measured context."""
 
@@ -262,10 +254,13 @@ class _Surface:
         self._curves = [_columns(points) for points in curves.values()]
         self._least = min(cells.values())
 
-    def worst_inversion(self) -> _Inversion | None:
-        """Return the pair, at one context, in which fewer tokens took longest against more of them."""
+    def worst_inversion(self) -> tuple[float, int, int] | None:
+        """Return (factor, fewer, more) where `fewer` tokens took longest against `more` tokens.
+
+        Both are at the same context. None without such a pair.
+        """
         pairs = [
-            _Inversion(float(ys[i] / ys[j]), int(xs[i]), int(xs[j]))
+            (float(ys[i] / ys[j]), int(xs[i]), int(xs[j]))
             for xs, ys in self._curves
             for i, j in combinations(range(len(xs)), 2)
             if ys[j] > 0

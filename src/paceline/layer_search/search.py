@@ -71,16 +71,12 @@ def search_layers(
     costs.
     """
     import_optuna()
-    if costs is not None and settings.objective == "measured":
-        raise ConfigError("the measured objective takes its prices from the clock, not from a file")
     pace = source if isinstance(source, Pace) else Pace(source)
     target = pace.parts.target
     check_sublayers(target)
     facts = _facts(pace, prompts, settings)
-    if settings.objective == "predicted":
-        costs = costs or _load_or_measure_costs(out, pace.parts, settings, on_progress)
-        if costs.fingerprint.get("target") != target.fingerprint():
-            raise ArtefactError("the cost file was measured for another target; name another file")
+    costs = _find_costs(costs, out, pace.parts, settings, on_progress)
+    if costs is not None:
         facts["costs"] = costs.hash()
     report = _resume(out, facts)
     runs = _prepare_trials(pace, prompts, settings, costs, on_progress)
@@ -132,15 +128,31 @@ def _log_seconds(report: SearchReport) -> dict[Bits, float]:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def _load_or_measure_costs(
-    out: Path, parts: Parts, settings: SearchSettings, on_progress: Progress
-) -> CostTable:
-    """Load the cost table next to `out`; measure and save it if there is none."""
+def _find_costs(
+    given: CostTable | None,
+    out: Path,
+    parts: Parts,
+    settings: SearchSettings,
+    on_progress: Progress,
+) -> CostTable | None:
+    """Return the given table or the one next to `out`, which is measured and saved if it is missing.
+
+    Returns None for the measured objective. Raises ConfigError and ArtefactError as `search_layers`.
+    """
+    if settings.objective == "measured":
+        if given is None:
+            return None
+        raise ConfigError("the measured objective takes its prices from the clock, not from a file")
     path = out.with_suffix(".costs.json")
-    if path.is_file():
-        return CostTable.load(path)
-    table = measure_costs(parts, settings.num_draft_tokens, partial(on_progress, "costs"))
-    table.save(path)
+    if given is not None:
+        table = given
+    elif path.is_file():
+        table = CostTable.load(path)
+    else:
+        table = measure_costs(parts, settings.num_draft_tokens, partial(on_progress, "costs"))
+        table.save(path)
+    if table.fingerprint.get("target") != parts.target.fingerprint():
+        raise ArtefactError("the cost file was measured for another target; name another file")
     return table
 
 

@@ -63,28 +63,16 @@ class Policy:
         """Return the arm for one request, after its prefill, with its propensity.
 
         The scores of a portable chooser are predicted speed-ups over `none`, and its decision also
-        has the predicted seconds per token. The scores of other choosers are shares.
+        has the predicted seconds per token. The scores of other choosers are shares. Raises
+        ArtefactError if the target gives another number of features than the policy learned on.
         """
-        return self.decide(self._encode(context), context)
-
-    def decide(self, features: np.ndarray, context: Context) -> Decision:
-        """Return the arm for a request with given features [F], as `choose` does.
-
-        Raises ArtefactError unless there are as many features as the policy was learned on.
-        """
+        features = self._encode(context)  # [F]
         if self._num_features not in (None, len(features)):
             raise ArtefactError(
                 f"the policy was learned on {self._num_features} features, the target gives "
                 f"{len(features)}; run `paceline learn`"
             )
-        limit = context.max_new_tokens
-        situation = Situation(
-            num_prompt=np.array([len(context.prompt_tokens)]),
-            rows=context.rows_in_flight,
-            objective=self.objective,
-            limits=None if limit is None else np.array([limit]),
-            prompts=(context.prompt_tokens,),
-        )
+        situation = self._situation(context)
         seconds: dict[str, float] = {}
         seconds_in_rounds: dict[str, float] = {}
         if isinstance(self.chooser, PortableChooser):
@@ -110,6 +98,16 @@ class Policy:
             features,
             seconds,
             seconds_in_rounds,
+        )
+
+    def _situation(self, context: Context) -> Situation:
+        limit = context.max_new_tokens
+        return Situation(
+            num_prompt=np.array([len(context.prompt_tokens)]),
+            rows=context.rows_in_flight,
+            objective=self.objective,
+            limits=None if limit is None else np.array([limit]),
+            prompts=(context.prompt_tokens,),
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.contracts import split_arm
@@ -73,6 +73,7 @@ def table_seconds_per_token(
     return by_objective(price, rows, objective)
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.floats(0.1, 1.0), st.floats(0, 1), st.floats(0, 0.99)), min_size=6, max_size=6
