@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from agreement import Ranking, bias, median_error, ranking
 from rich.console import Console
 
 from paceline.assembly import Pace, build
-from paceline.bench.agreement import Ranking, bias, median_error, ranking
 from paceline.bench.circumstances import circumstances, headline
 from paceline.bench.profile import profile
 from paceline.bench.timed import TimedPrompt, time_interleaved
 from paceline.cli.options import configured
 from paceline.cli.progress import progress
 from paceline.contracts import NONE, Completion, join_arm, split_arm
-from paceline.costs.pricing import prompt_seconds
+from paceline.costs.pricing import draft_seconds, prompt_seconds, start_seconds
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.files import write_atomically
 from paceline.replay import max_output, replay, walk
@@ -119,13 +119,11 @@ def parts_of(costs: CostTable, arm: str, num_prompt: int, rounds: Any) -> dict[s
     name = split_arm(arm)[0]
     drafted, accepted = rounds.T
     context = num_prompt + np.cumsum(accepted + 1) - (accepted + 1)
-    prefill, begun = (
-        float(prompt_seconds(costs.seconds, d, np.array([num_prompt]))[0]) for d in (NONE, name)
-    )
-    draft = 0.0 if name == NONE else float(costs.seconds(name, "propose", drafted, context).sum())
+    length = np.array(num_prompt)
+    draft = draft_seconds(costs.seconds, name, drafted, context).sum()
     return {
-        "prefill": prefill,
-        "draft": begun - prefill + draft,
+        "prefill": float(prompt_seconds(costs.seconds, NONE, length)),
+        "draft": float(start_seconds(costs.seconds, name, length) + draft),
         "verify": float(costs.seconds("target", "forward", 1 + drafted, context).sum()),
         "host": costs.seconds("engine", "round", 0) * len(rounds),
     }

@@ -398,7 +398,7 @@ def test_the_configuration_asks_for_a_watch_and_its_costs(tmp_path: Path) -> Non
     controller = build_controller(parts, ["near@2", "none"])
 
     assert controller is not None
-    assert [arm.name for arm in controller.arms.all] == [*parts.drafters, "near@2"]
+    assert [arm.name for arm in controller.arms.arms] == [*parts.drafters, "near@2"]
     assert controller.arms["near@2"].num_draft_tokens == 2
     assert controller.adapt and controller.guard is not None and controller.explore == 0.1
     pace = Pace(parts, lambda context: Decision("near@2"), controller)

@@ -21,7 +21,7 @@ from paceline.cli.options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from paceline.bench.drafters import DrafterList, Kind
+    from paceline.bench.drafters import DrafterKind, DrafterList
 
 
 def drafters(
@@ -77,7 +77,7 @@ def _print(console: Console, found: DrafterList) -> None:
         say(console, f"problem: {problem}", style="bold red")
 
 
-def _arms(kind: Kind) -> str:
+def _arms(kind: DrafterKind) -> str:
     """The arms of a kind, or what it takes to have one."""
     if kind.arms:
         return ", ".join(arm.name + (" [red](!)[/]" if arm.problem else "") for arm in kind.arms)

@@ -1,4 +1,4 @@
-"""The course of a search as a picture: speed by trial, and which sub-layers the best leaves out."""
+"""A picture of a search: speed-up by trial, and the sub-layers that the best subset leaves out."""
 
 from __future__ import annotations
 
