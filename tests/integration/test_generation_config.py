@@ -20,7 +20,7 @@ from paceline.contracts import GREEDY, PromptRecord
 from paceline.distillation.outputs import decode_outputs, open_outputs, read_examples
 from paceline.errors import ConfigError, RequestError
 from paceline.integrations import hf
-from paceline.layer_search.development import decode
+from paceline.layer_search.subset_replay import decode
 from paceline.logit_rules import apply_rules
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
