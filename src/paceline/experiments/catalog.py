@@ -23,11 +23,12 @@ from paceline.experiments.assistant_selection import (
     two_specialists,
 )
 from paceline.experiments.claims import Claim
+from paceline.experiments.findings import Experiment
 from paceline.experiments.report import figure_class, write_report
 from paceline.experiments.workbench import SMOKE, Sizes, Workbench, quiet
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from paceline.config import Config
     from paceline.experiments.findings import Findings
@@ -35,16 +36,6 @@ if TYPE_CHECKING:
 
 OUT: Final = Path("docs/experiments/assistant-selection")
 FOLDER: Final = Path("runs/experiments")
-
-
-@dataclass(frozen=True, slots=True)
-class Experiment:
-    """A question, what the paper says to it (None: it does not ask), and the function that answers."""
-
-    name: str
-    title: str
-    claim: Claim | None
-    run: Callable[[Workbench], Findings]
 
 
 def _paper(text: str) -> Claim:

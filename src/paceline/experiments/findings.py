@@ -1,9 +1,15 @@
-"""What an experiment found: tables, the panels of one figure, remarks. Knows no file format."""
+"""An experiment and its findings: tables, the panels of one figure, remarks. Knows no file format."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from paceline.experiments.claims import Claim
+    from paceline.experiments.workbench import Workbench
 
 Value = str | int | float | None
 
@@ -74,3 +80,13 @@ class Findings:
     settings: dict[str, str | int]
     remarks: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """A question, the paper's answer (None: the paper does not ask), and the function that answers."""
+
+    name: str
+    title: str
+    claim: Claim | None
+    run: Callable[[Workbench], Findings]

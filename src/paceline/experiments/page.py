@@ -13,7 +13,7 @@ from paceline.experiments.catalog import EXPERIMENTS, OUT
 from paceline.files import write_atomically
 
 if TYPE_CHECKING:
-    from paceline.experiments.catalog import Experiment
+    from paceline.experiments.findings import Experiment
 
 BEGIN: Final = "<!-- found: `paceline experiment --collect-docs` writes what stands here -->"
 END: Final = "<!-- end of what was found -->"

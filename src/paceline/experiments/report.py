@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from paceline.experiments.catalog import Experiment
-    from paceline.experiments.findings import Findings, Panel, Series, Table
+    from paceline.experiments.findings import Experiment, Findings, Panel, Series, Table
 
 _COLOURS: Final = (
     "#3b6ea5", "#c44e52", "#1a7f37", "#d9b44a", "#7a5ba6", "#8c6d46", "#5f9ea0", "#888888",
