@@ -29,7 +29,7 @@ from rich.console import Console
 
 from paceline.assembly import Pace, build, policy_identity
 from paceline.bench.circumstances import circumstances, headline
-from paceline.bench.profile import profile
+from paceline.bench.profile import measure_cost_table
 from paceline.bench.timed import TimedPrompt
 from paceline.cli.options import configured
 from paceline.cli.progress import progress
@@ -388,7 +388,7 @@ def main() -> None:
     _, timed = demo_prompts(options.skip_per_task, options.per_task)
     with progress(console) as report:
         pace = loaded(options)
-        costs = profile(pace, report, options.profile_seconds)
+        costs = measure_cost_table(pace, report, options.profile_seconds)
         prompts = [
             TimedPrompt(p.id, p.domain, tuple(pace.encode([{"role": "user", "content": p.prompt}])))
             for p in timed

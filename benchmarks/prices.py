@@ -24,7 +24,7 @@ from rich.console import Console
 from paceline.assembly import Pace, build
 from paceline.bench.agreement import Ranking, bias, median_error, ranking
 from paceline.bench.circumstances import circumstances, headline
-from paceline.bench.profile import profile
+from paceline.bench.profile import measure_cost_table
 from paceline.bench.timed import TimedPrompt, time_interleaved
 from paceline.cli.options import configured
 from paceline.cli.progress import progress
@@ -312,7 +312,7 @@ def main() -> None:
             config = configured(options.config, dtype=dtype, threads=options.threads)
             engine = config.engine.model_copy(update={"prefix_positions": 0})
             pace = Pace(build(config.model_copy(update={"engine": engine})))
-            costs = profile(
+            costs = measure_cost_table(
                 pace,
                 lambda stage, done, total, dtype=dtype: report(f"{dtype}, {stage}", done, total),
                 options.profile_seconds,

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from paceline.assembly import Pace, build
 from paceline.bench.circumstances import circumstances, headline
-from paceline.bench.profile import profile
+from paceline.bench.profile import measure_cost_table
 from paceline.cli.options import configured
 from paceline.cli.progress import progress
 from paceline.contracts import NONE, CollectedPrompt
@@ -191,7 +191,7 @@ def main() -> None:
     config = configured(options.config, dtype=options.dtype, threads=options.threads)
     parts = build(with_long_drafts(config, arms, options.longest))
     with progress(console) as report:
-        costs = profile(parts, report, budget=options.profile_seconds)
+        costs = measure_cost_table(parts, report, budget=options.profile_seconds)
         prompts = collect(parts, arms, options.per_task, options.max_new_tokens, report)
     rows = compare(prompts, arms, costs, options.longest)
     facts: dict[str, Any] = circumstances()

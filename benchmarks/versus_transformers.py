@@ -37,7 +37,7 @@ from paceline.cli.options import configured
 from paceline.cli.progress import progress
 from paceline.contracts import join_arm
 from paceline.experiments.demo_prompts import demo_prompts
-from paceline.experiments.pipeline import prepare
+from paceline.verbs.pipeline import prepare
 
 GENERATE = "transformers generate"
 ASSISTED = "transformers assistant_model"

@@ -25,21 +25,21 @@ _HOMES = {
     "RowView": "paceline.contracts",
     "SimulatedForesight": "paceline.drafting.foresight",
     "Surroundings": "paceline.drafting.base",
-    "build_trigrams": "paceline.experiments.pipeline",
-    "collect": "paceline.experiments.pipeline",
-    "data": "paceline.experiments.pipeline",
+    "build_trigrams": "paceline.verbs.trigrams",
+    "collect": "paceline.verbs.pipeline",
+    "data": "paceline.verbs.data",
     "demo": "paceline.experiments.demo_job",
     "distill": "paceline.distillation",
     "doctor": "paceline.bench",
     "drafters": "paceline.bench",
-    "evaluate": "paceline.experiments.evaluation",
+    "evaluate": "paceline.verbs.evaluate",
     "experiment": "paceline.experiments.catalog",
-    "learn": "paceline.experiments.pipeline",
-    "learn_from_log": "paceline.experiments.from_log",
+    "learn": "paceline.verbs.pipeline",
+    "learn_from_log": "paceline.verbs.from_log",
     "load": "paceline.assembly",
     "load_config": "paceline.config",
     "pad_drafts": "paceline.drafting.base",
-    "profile": "paceline.experiments.pipeline",
+    "profile": "paceline.verbs.pipeline",
     "read_decisions": "paceline.store",
     "read_prompts": "paceline.store",
     "search_layers": "paceline.layer_search",
@@ -92,11 +92,13 @@ if TYPE_CHECKING:
     from paceline.errors import ConfigError, PacelineError
     from paceline.experiments.catalog import experiment
     from paceline.experiments.demo_job import demo
-    from paceline.experiments.evaluation import evaluate
-    from paceline.experiments.from_log import learn_from_log
-    from paceline.experiments.pipeline import build_trigrams, collect, data, learn, profile
     from paceline.layer_search import search_layers
     from paceline.store import read_decisions, read_prompts
+    from paceline.verbs.data import data
+    from paceline.verbs.evaluate import evaluate
+    from paceline.verbs.from_log import learn_from_log
+    from paceline.verbs.pipeline import collect, learn, profile
+    from paceline.verbs.trigrams import build_trigrams
 
 
 def __getattr__(name: str) -> Any:

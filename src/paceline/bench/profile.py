@@ -33,7 +33,7 @@ _FEWEST: Final = 3  # repeats of everything, so that one interruption is not in 
 _FEWEST_OF_CHEAP, _MOST = 4, 20
 
 
-def profile(
+def measure_cost_table(
     source: Parts | Pace,
     on_progress: Progress = lambda stage, done, total: None,
     budget: float | None = None,

@@ -71,8 +71,8 @@ def collect(
     from rich.console import Console
 
     from paceline.cli.progress import progress
-    from paceline.experiments.pipeline import collect as run_collect
     from paceline.store import PromptFields, read_prompts, take_by_hash
+    from paceline.verbs.pipeline import collect as run_collect
 
     settings = configured(config, dtype, device, threads, exact, store=store)
     fields = PromptFields(prompt_field, id_field, domain_field)

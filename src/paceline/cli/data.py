@@ -13,8 +13,8 @@ from paceline.cli.options import DEFAULT_CONFIG, ConfigOption, configured
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from paceline.experiments.data_report import DataReport
     from paceline.terminal import BandedTable
+    from paceline.verbs.data import DataReport
 
 
 def data(
@@ -27,17 +27,17 @@ def data(
     """Show a collection's rows and tasks, acceptance by drafter, and who would be fastest."""
     from rich.console import Console
 
-    from paceline.experiments.data_report import plot as write_plot
-    from paceline.experiments.pipeline import data as describe
+    from paceline.verbs.data import data as run_data
+    from paceline.verbs.data import plot_collection
 
-    report = describe(configured(config, store=store, costs=costs))
+    report = run_data(configured(config, store=store, costs=costs))
     console = Console()
     if as_json:
         console.print_json(report.to_json())
     else:
         _print(console, report)
     if plot is not None:
-        write_plot(report, plot)
+        plot_collection(report, plot)
         if not as_json:
             say(console, f"written: {plot}")
 
@@ -100,7 +100,7 @@ def _print_overlap(console: Console, report: DataReport) -> None:
 
 def _print_oracle(console: Console, report: DataReport) -> None:
     from paceline.contracts import NONE
-    from paceline.experiments.data_report import shares_by_drafter
+    from paceline.verbs.data import shares_by_drafter
 
     title = "predicted: the fastest drafter of each row, at its best length"
     table = _table(title, "drafter", *report.oracle)
@@ -124,7 +124,7 @@ def _table(title: str, first: str, *figures: str) -> BandedTable:
 
 
 def _before_all(table: BandedTable, task: str) -> None:
-    from paceline.experiments.data_report import ALL
+    from paceline.verbs.data import ALL
 
     if task == ALL:
         table.add_section()

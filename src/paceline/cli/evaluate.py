@@ -45,11 +45,11 @@ def evaluate(
     from rich.console import Console
 
     from paceline.cli.progress import progress
-    from paceline.experiments.evaluation import evaluate as run_evaluate
     from paceline.learning.evaluation import parse_encoders
     from paceline.learning.evaluation.plot import plot as draw
     from paceline.learning.evaluation.tables import show
     from paceline.learning.plot import import_figure
+    from paceline.verbs.evaluate import evaluate as run_evaluate
 
     if plot is not None:
         import_figure()  # before the work is done rather than after

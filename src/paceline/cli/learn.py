@@ -49,10 +49,10 @@ def learn(
     from paceline.cli.progress import progress
     from paceline.config import LearningSection, parse
     from paceline.errors import ConfigError
-    from paceline.experiments.from_log import learn_from_log
-    from paceline.experiments.pipeline import learn as run_learn
     from paceline.learning import LearningResult
     from paceline.learning.evaluation.tables import show_report
+    from paceline.verbs.from_log import learn_from_log
+    from paceline.verbs.pipeline import learn as run_learn
 
     settings = configured(config, store=store, costs=costs, policy=policy)
     flags: dict[str, Any] = {

@@ -35,8 +35,8 @@ def profile(
     from rich.console import Console
 
     from paceline.cli.progress import progress
-    from paceline.experiments.pipeline import profile as run_profile
     from paceline.terminal import BandedTable
+    from paceline.verbs.pipeline import profile as run_profile
 
     settings = configured(config, dtype, device, threads, exact, costs=costs)
     console = Console()

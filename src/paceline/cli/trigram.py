@@ -42,7 +42,7 @@ def build(
     from paceline.cli.progress import progress
     from paceline.config import parse
     from paceline.drafting.trigram.build import BuildSettings
-    from paceline.experiments.pipeline import build_trigrams
+    from paceline.verbs.trigrams import build_trigrams
 
     raw = {"max_successors": max_successors, "min_count": min_count, "memory_mb": memory_mb}
     settings = parse(BuildSettings, raw, "trigram build")

@@ -32,7 +32,7 @@ from paceline.distillation.outputs import (
     read_examples,
 )
 from paceline.distillation.student import SHAPES, build_student, num_parameters
-from paceline.distillation.train import Progress, Quality, Training, evaluate, train
+from paceline.distillation.train import Progress, Quality, Training, measure_quality, train
 from paceline.errors import ConfigError
 from paceline.store import is_validation, read_prompts, take_by_hash, write_atomically
 
@@ -107,7 +107,7 @@ def distill(
         if Path(path) not in map(Path, data)
     ]
     unseen = validation + [e for file in others for e in file.examples]
-    quality = evaluate(_load(made), unseen)
+    quality = measure_quality(_load(made), unseen)
     report = DistillReport(
         out, num_parameters(student), len(examples), quality,
         result.history[-1]["step"], result.best_step, result.seconds,

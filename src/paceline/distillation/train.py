@@ -169,7 +169,7 @@ def _step(
 
 
 @torch.inference_mode()
-def evaluate(student: PreTrainedModel, examples: Sequence[Example]) -> dict[str, Quality]:
+def measure_quality(student: PreTrainedModel, examples: Sequence[Example]) -> dict[str, Quality]:
     """Quality by domain, on the target's output tokens alone."""
     student.eval()
     head = student.get_output_embeddings().weight
@@ -197,7 +197,7 @@ def _validate(
     training: Training,
 ) -> None:
     """Add a line to the history; keep the weights if none were better."""
-    by_domain = evaluate(student, validation)
+    by_domain = measure_quality(student, validation)
     if not by_domain:
         raise ConfigError(
             "no prompt fell into the validation part; give more data or a larger validation_share"

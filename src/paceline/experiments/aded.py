@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from paceline.assembly import Pace, build
 from paceline.bench.circumstances import circumstances
-from paceline.bench.profile import profile
 from paceline.bench.timed import TimedPrompt, num_equal_outputs, select, time_interleaved
 from paceline.bench.timed import tokens_per_second as speed_of
 from paceline.config import DrafterSection, PathsSection
@@ -30,11 +29,11 @@ from paceline.experiments.demo_prompts import (
     harvest_functions,
     package_folder,
 )
-from paceline.experiments.pipeline import build_trigrams
-from paceline.experiments.pipeline import collect as collect_prompts
 from paceline.replay.rounds import max_output, replay
 from paceline.rewards import request_seconds
 from paceline.store.collection import open_trajectories, read_trajectories
+from paceline.verbs.pipeline import collect, profile
+from paceline.verbs.trigrams import build_trigrams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -152,7 +151,7 @@ def run(
         }
     )
     collected, timed = demo_prompts(sizes.collect_per_task, sizes.timed_per_task)
-    collect_prompts(config, collected, sizes.max_new_tokens, on_progress=on_progress)
+    collect(config, collected, sizes.max_new_tokens, on_progress=on_progress)
     text = _text_files(sizes)
     tables = _tables(config, folder, text, on_progress)
     variants = arms()

@@ -28,9 +28,9 @@ from paceline.config import PathsSection
 from paceline.contracts import AUTO, NONE, split_arm
 from paceline.errors import DecodingError
 from paceline.experiments.demo_prompts import demo_prompts
-from paceline.experiments.pipeline import Prepared, prepare
 from paceline.replay.rounds import max_output, replay, walk
 from paceline.rewards import request_seconds
+from paceline.verbs.pipeline import Prepared, prepare
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

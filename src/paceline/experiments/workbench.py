@@ -15,8 +15,7 @@ import torch
 
 from paceline.assembly import Pace, build
 from paceline.bench.circumstances import cpu_model
-from paceline.bench.profile import profile
-from paceline.collection import collect
+from paceline.collection import collect_trajectories
 from paceline.config import Config, PathsSection, load_config
 from paceline.contracts import NONE, PromptRecord, identity_of_arms, split_arm
 from paceline.costs.table import CostTable
@@ -33,6 +32,7 @@ from paceline.store.collection import (
     open_trajectories,
     read_trajectories,
 )
+from paceline.verbs.pipeline import profile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -184,7 +184,7 @@ class Workbench:
         than the workbench's own.
         """
         store = into or self.config.paths.store
-        collect(
+        collect_trajectories(
             self.pace,
             prompts,
             store,
@@ -235,8 +235,7 @@ class Workbench:
         except ArtefactError:  # none yet, or of other drafters
             fits = False
         if not fits:
-            table = profile(parts, self.on_progress, self.sizes.profile_seconds)
-            table.save(path)
+            return profile(self.pace, self.on_progress, self.sizes.profile_seconds)
         for drafter in parts.drafters.values():
             drafter.price(table)
         return table

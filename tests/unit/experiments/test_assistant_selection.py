@@ -12,10 +12,9 @@ import pytest
 import yaml
 
 import paceline
-from paceline.bench import profile
+from paceline.bench import measure_cost_table
 from paceline.contracts import NONE
 from paceline.costs import CostTable
-from paceline.experiments import workbench
 from paceline.experiments.assistant_selection import new_machine, number_of_examples
 from paceline.experiments.assistant_selection.learned import Drafting
 from paceline.experiments.assistant_selection.number_of_examples import reached
@@ -24,6 +23,7 @@ from paceline.experiments.catalog import EXPERIMENTS
 from paceline.experiments.workbench import SMOKE, Workbench
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
+from paceline.verbs import pipeline
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -115,11 +115,11 @@ def _steady_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is measured is priced by a rule: how busy the machine is decides nothing here."""
 
     def measure(*settings: Any) -> CostTable:
-        measured = profile(*settings)
+        measured = measure_cost_table(*settings)
         steady = [replace(m, seconds=_steady(m)) for m in measured.measurements]
         return CostTable(measured.fingerprint, steady)
 
-    monkeypatch.setattr(workbench, "profile", measure)
+    monkeypatch.setattr(pipeline, "measure_cost_table", measure)
 
 
 def _steady(m: Measurement) -> float:

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 
 from paceline.assembly import Pace, build
-from paceline.bench.profile import profile
 from paceline.bench.timed import TimedPrompt, select, time_interleaved
-from paceline.contracts import NONE, Request, split_arm
+from paceline.contracts import NONE, Request, no_progress, split_arm
 from paceline.costs.table import CostTable
 from paceline.errors import ArtefactError
 from paceline.experiments.assistant_selection.learned import (
@@ -31,6 +30,7 @@ from paceline.experiments.assistant_selection.learned import (
 )
 from paceline.experiments.findings import Column, Findings, Panel, Series, Table
 from paceline.learning.evaluation import Contender
+from paceline.verbs.pipeline import profile
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -123,8 +123,9 @@ def _costs(bench: Workbench, machine: Machine) -> CostTable:
         table.check(bench.config.drafters)
         return table
     except ArtefactError:
-        config = machine.configuration(bench.config)
-        _elsewhere(_profile, config, path, bench.sizes.profile_seconds)
+        paths = bench.config.paths.model_copy(update={"costs": path})
+        config = machine.configuration(bench.config.model_copy(update={"paths": paths}))
+        _elsewhere(profile, config, no_progress, bench.sizes.profile_seconds)
         return CostTable.load(path)
 
 
@@ -132,11 +133,6 @@ def _elsewhere(work: Any, *arguments: Any) -> Any:
     """Call a function in a new process, which has its own threads and dtype."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
-
-
-def _profile(config: Config, path: Path, seconds: float) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    profile(build(config), budget=seconds).save(path)
 
 
 def _priced(machine: Machine, study: Study, policy: Contender) -> _Priced:

@@ -11,12 +11,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from paceline.config import Config, DrafterSection, EngineSection, ModelSection, PathsSection
 from paceline.drafting.catalog import check_settings
 from paceline.errors import ConfigError, ModelError
-from paceline.experiments import pipeline
-from paceline.experiments.evaluation import evaluate
 from paceline.experiments.prompt_files import read_spec_bench
 from paceline.experiments.workbench import SPEC_BENCH, Workbench, quiet
 from paceline.models.loading import load_config
 from paceline.store import read_prompts, take_by_hash
+from paceline.verbs.evaluate import evaluate
+from paceline.verbs.pipeline import prepare
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,9 +38,7 @@ def run_recipe(
     config = configuration(recipe, folder)
     _check_models(recipe)
     prompts = _prompts(recipe, Workbench(config, folder, data))
-    pipeline.collect(config, prompts, recipe.workload.new_tokens, on_progress=on_progress)
-    pipeline.profile(config, on_progress)
-    pipeline.learn(config, on_progress)
+    prepare(config, prompts, recipe.workload.new_tokens, on_progress)
     return evaluate(config)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from paceline.bench.circumstances import circumstances
+from paceline.contracts import no_progress
 from paceline.costs.table import CostTable
 from paceline.drafting.catalog import arms_of
 from paceline.errors import ConfigError, StoreError
@@ -18,23 +19,19 @@ from paceline.learning.evaluation import (
 )
 from paceline.models.loading import load_tokenizer
 from paceline.replay import price_stops
-from paceline.selection import PolicyIdentity, load_policy
+from paceline.selection import load_policy
 from paceline.selection.artefact import read_card
 from paceline.store.collection import load_collection
+from paceline.verbs.pipeline import identity_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from paceline.config import Config
+    from paceline.contracts import Progress
     from paceline.learning.dataset import Dataset
     from paceline.store.collection import LoadedCollection
-
-    OnProgress = Callable[[str, int, int], None]
-
-
-def _quiet(stage: str, done: int, total: int) -> None:
-    """No progress."""
 
 
 def evaluate(
@@ -46,7 +43,7 @@ def evaluate(
     loads: Sequence[int] = (1,),
     on: Mapping[str, Path] | None = None,
     leave_one_task_out: bool = False,
-    on_progress: OnProgress = _quiet,
+    on_progress: Progress = no_progress,
 ) -> Evaluation:
     """Price the collection anew and compare policies with every other way to choose.
 
@@ -98,18 +95,6 @@ def evaluate(
     if leave_one_task_out:
         sections += evaluator.left_out(data, trained)
     return Evaluation(tuple(sections), _facts(config, costs, settings.objective, seeds))
-
-
-def identity_of(collection: LoadedCollection) -> PolicyIdentity:
-    """What a policy learned from a collection is tied to."""
-    made_with = collection.identity
-    return PolicyIdentity(
-        target=made_with.target,
-        tokenizer=made_with.tokenizer,
-        hidden_size=made_with.hidden_size,
-        drafters=made_with.arms,
-        encoders=made_with.encoders,
-    )
 
 
 def _check(

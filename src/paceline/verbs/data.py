@@ -1,6 +1,6 @@
-"""What a collection holds, as a table, a figure and JSON: rows, tasks, acceptance, who would win.
+"""`paceline data` as a function: the rows, tasks and acceptance of a collection, and the fastest arms.
 
-Acceptance is counted along the target's texts and knows no costs; who would be fastest is priced with
+Acceptance is counted along the target's texts and knows no costs. The fastest arms are predicted with
 this machine's cost table where there is one. Symbols: N rows, A arms.
 """
 
@@ -16,17 +16,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from paceline.contracts import NONE, sampling_label, split_arm
-from paceline.layer_search.plot import import_figure
+from paceline.costs.table import CostTable
+from paceline.drafting.catalog import arms_of
+from paceline.errors import ArtefactError
+from paceline.learning.plot import import_figure
 from paceline.learning.rounds import round_table
-from paceline.replay import rounds_of
+from paceline.replay import price_stops, rounds_of
+from paceline.store.collection import load_collection, read_overlaps
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
     from typing import Any
 
+    from paceline.config import Config
     from paceline.contracts import CollectedPrompt
-    from paceline.costs.table import CostTable
 
 ALL = "all"
 
@@ -75,14 +79,44 @@ class DataReport:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False)
 
 
-def describe(
+def data(config: Config) -> DataReport:
+    """Describe the configuration's collection, priced with its cost table where there is one.
+
+    Raises StoreError if there is no collection.
+    """
+    collection = load_collection(config.paths.store, encoders=())
+    collected = {name: line for name, line in collection.identity.arms.items() if name != NONE}
+    notes = [
+        f"'{name}' is configured and not in the collection; `paceline collect PROMPTS` adds it"
+        for name in config.drafters
+        if name not in collected
+    ]
+    arms = [arm for arm in arms_of(config) if split_arm(arm)[0] in {NONE, *collected}]
+    costs, prompts = None, collection.prompts
+    try:
+        costs = CostTable.load(config.paths.costs)
+        # a drafter that is no longer configured has no price
+        priced = {name: line for name, line in collected.items() if name in config.drafters}
+        costs.check(priced, priced)
+        prompts = price_stops(prompts, config, costs)
+    except ArtefactError as error:
+        costs = None
+        notes.append(f"the fastest drafters are not known: {error}")
+    report = summarise(prompts, arms, costs, read_overlaps(config.paths.store))
+    report.notes.extend(notes)
+    return report
+
+
+def summarise(
     prompts: Sequence[CollectedPrompt],
     arms: Sequence[str],
     costs: CostTable | None,
     overlaps: Mapping[str, Mapping[str, np.ndarray]] = MappingProxyType({}),
 ) -> DataReport:
-    """arms: those an oracle chooses among, drafters at draft lengths; costs: None leaves that out.
-    overlaps: drafter -> row's id -> sums of min(p, q), where the collection has them.
+    """Return a report of collected prompts.
+
+    arms: the arms that the oracle chooses among. costs: None leaves the oracle out. overlaps: drafter
+    -> id of a row -> sums of min(p, q), where the collection has them.
     """
     by_task: dict[str, list[CollectedPrompt]] = {}
     for prompt in sorted(prompts, key=lambda p: p.domain):
@@ -158,7 +192,7 @@ def shares_by_drafter(oracle: Oracle) -> dict[str, float]:
     return dict(shares)
 
 
-def plot(report: DataReport, path: Path) -> None:
+def plot_collection(report: DataReport, path: Path) -> None:
     """Write a PNG: tokens a round by drafter and task, and who would be fastest in each task."""
     priced = bool(report.oracle)
     figure = import_figure()(figsize=(11 if priced else 6.5, 4.5), layout="constrained")

@@ -13,31 +13,26 @@ import numpy as np
 
 from paceline.assembly import Pace, build, policy_identity
 from paceline.collection import collect_log
+from paceline.contracts import no_progress
 from paceline.costs.table import CostTable
 from paceline.drafting.catalog import arms_of
 from paceline.errors import ArtefactError, ConfigError
-from paceline.experiments.evaluation import identity_of
-from paceline.learning import learn as learn_policy
 from paceline.learning import learn_from_choices
 from paceline.learning.dataset import build_dataset, split
 from paceline.learning.rollout import Replayed, adopt, not_compared
-from paceline.replay import price_stops
 from paceline.selection import is_policy, load_policy
 from paceline.selection.artefact import read_card
 from paceline.selection.encoders import build_encoder
 from paceline.store import read_decisions
-from paceline.store.collection import load_collection
+from paceline.verbs.pipeline import load_priced, train
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from paceline.config import Config
+    from paceline.contracts import Progress
     from paceline.learning import ChoicesResult, LearningResult
     from paceline.learning.dataset import Dataset
     from paceline.learning.rollout import Verdict
     from paceline.selection import Policy, PolicyIdentity
-
-    OnProgress = Callable[[str, int, int], None]
 
 
 class LearnedFromLog(NamedTuple):
@@ -51,9 +46,7 @@ class LearnedFromLog(NamedTuple):
     notes: list[str]
 
 
-def learn_from_log(
-    config: Config, on_progress: OnProgress = lambda stage, done, total: None
-) -> LearnedFromLog:
+def learn_from_log(config: Config, on_progress: Progress = no_progress) -> LearnedFromLog:
     """Train a policy from the configuration's decision log; write it if it is better than the current.
 
     With token ids, what was served joins the collection, every drafter is replayed on it, and the
@@ -81,22 +74,15 @@ def learn_from_log(
 
 
 def _learn_if_better(
-    config: Config, on_progress: OnProgress
+    config: Config, on_progress: Progress
 ) -> tuple[LearningResult, Verdict | None]:
     """`learn`, but the policy there stays unless the new one beats it on the held-out prompts."""
-    encoders = config.selection.encoders
-    collection = load_collection(config.paths.store, list(config.drafters), encoders)
-    identity = identity_of(collection)
-    costs = CostTable.load(config.paths.costs)
-    prompts = price_stops(collection.prompts, config, costs)
-    encode = build_encoder(identity.hidden_size, config.selection)
-    learned = learn_policy(
-        prompts, costs, identity, arms_of(config), config.learning, on_progress, encode=encode
-    )
-    current, why_not = _current_policy(config, identity)
-    verdict = None if why_not is None else not_compared(len(prompts), why_not)
+    priced = load_priced(config)
+    learned = train(priced, config, on_progress)
+    current, why_not = _current_policy(config, priced.identity)
+    verdict = None if why_not is None else not_compared(len(priced.prompts), why_not)
     if current is not None:
-        dataset, _ = build_dataset(prompts, arms_of(config), costs, config.learning)
+        dataset, _ = build_dataset(priced.prompts, arms_of(config), priced.costs, config.learning)
         _, held_out = split(dataset, config.learning.held_out)
         verdict = adopt(Replayed(_seconds(current, held_out), _seconds(learned.policy, held_out)))
     if verdict is None or verdict.adopt:
