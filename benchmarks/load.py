@@ -35,6 +35,7 @@ from paceline.cli.options import configured
 from paceline.cli.progress import progress
 from paceline.contracts import AUTO, NONE, join_arm, split_arm
 from paceline.costs import CostTable
+from paceline.experiments.by_clock import encode_prompts
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.files import write_atomically
 from paceline.replay import max_output, replay, walk
@@ -389,10 +390,7 @@ def main() -> None:
     with progress(console) as report:
         pace = loaded(options)
         costs = measure_cost_table(pace, report, options.profile_seconds)
-        prompts = [
-            TimedPrompt(p.id, p.domain, tuple(pace.encode([{"role": "user", "content": p.prompt}])))
-            for p in timed
-        ]
+        prompts = encode_prompts(pace, timed)
         points, best = measure(pace, costs, prompts, options, report)
     facts: dict[str, Any] = circumstances()
     facts["setting"] = (

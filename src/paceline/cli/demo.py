@@ -43,7 +43,6 @@ def demo(
     from paceline.cli.progress import progress
     from paceline.errors import ConfigError
     from paceline.experiments.demo_job import demo as run_demo
-    from paceline.experiments.demo_job import in_folder
     from paceline.experiments.demo_report import (
         accepted_table,
         chosen_table,
@@ -54,6 +53,7 @@ def demo(
         write_figure,
         write_json,
     )
+    from paceline.verbs.pipeline import in_folder
 
     began = perf_counter()
     console = Console()
@@ -70,7 +70,7 @@ def demo(
         shutil.rmtree(work)  # every run measures anew
     with progress(console) as report:
         result = run_demo(settings, work, collected, timed, max_new_tokens, report)
-    write_config(in_folder(settings, work), own_config)
+    write_config(in_folder(settings, work.resolve()), own_config)
     write_json(result, out / "demo.json")
     write_figure(result, out / "demo.png")
     console.print()

@@ -13,7 +13,7 @@ from paceline.store import write_atomically
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from paceline.experiments.aded import AdedResult, Measured
+    from paceline.experiments.aded import AdedResult, ArmFigures
 
 
 def write_report(result: AdedResult, folder: Path) -> str:
@@ -54,7 +54,7 @@ def markdown(result: AdedResult) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _arms_table(measured: dict[str, Measured], num_prompts: int) -> list[str]:
+def _arms_table(measured: dict[str, ArmFigures], num_prompts: int) -> list[str]:
     lines = [
         "| arm | tau | nodes a round | predicted | by the clock | draft, ms | same |",
         "|---|---|---|---|---|---|---|",
@@ -73,7 +73,7 @@ def _arms_table(measured: dict[str, Measured], num_prompts: int) -> list[str]:
     return lines
 
 
-def _tasks_table(measured: dict[str, Measured]) -> list[str]:
+def _tasks_table(measured: dict[str, ArmFigures]) -> list[str]:
     tasks = [task for task in measured[NONE].tau if task != ALL_TASKS]
     lines = [
         "| arm | " + " | ".join(f"{task}: tau, predicted, by the clock" for task in tasks) + " |",

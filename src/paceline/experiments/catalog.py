@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from paceline.bench.circumstances import circumstances
 from paceline.config import nearest
+from paceline.contracts import no_progress
 from paceline.errors import ConfigError
 from paceline.experiments.assistant_selection import (
     alignment_or_size,
@@ -25,14 +26,14 @@ from paceline.experiments.assistant_selection import (
 from paceline.experiments.claims import Claim
 from paceline.experiments.findings import Experiment
 from paceline.experiments.report import figure_class, write_report
-from paceline.experiments.workbench import SMOKE, Sizes, Workbench, quiet
+from paceline.experiments.workbench import SMOKE, Sizes, Workbench
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from paceline.config import Config
+    from paceline.contracts import Progress
     from paceline.experiments.findings import Findings
-    from paceline.experiments.workbench import OnProgress
 
 OUT: Final = Path("docs/experiments/assistant-selection")
 FOLDER: Final = Path("runs/experiments")
@@ -143,7 +144,7 @@ def experiment(
     prompts: int | None = None,
     smoke: bool = False,
     folder: Path | str | None = None,
-    on_progress: OnProgress = quiet,
+    on_progress: Progress = no_progress,
     store: Path | str | None = None,
 ) -> Finished:
     """Run an experiment; what it decodes and measures stays in `folder`, shared by all of them.

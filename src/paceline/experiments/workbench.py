@@ -16,11 +16,12 @@ import torch
 from paceline.assembly import Pace, build
 from paceline.bench.circumstances import cpu_model
 from paceline.collection import collect_trajectories
-from paceline.config import Config, PathsSection, load_config
-from paceline.contracts import NONE, PromptRecord, identity_of_arms, split_arm
+from paceline.config import Config, load_config
+from paceline.contracts import NONE, PromptRecord, identity_of_arms, no_progress, split_arm
 from paceline.costs.table import CostTable
 from paceline.drafting.catalog import arms_of
 from paceline.errors import ArtefactError, ConfigError
+from paceline.experiments.by_clock import without_prefixes
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.experiments.prompt_files import read_spec_bench, read_tasks
 from paceline.models.loading import load_tokenizer
@@ -32,22 +33,16 @@ from paceline.store.collection import (
     open_trajectories,
     read_trajectories,
 )
-from paceline.verbs.pipeline import profile
+from paceline.verbs.pipeline import in_folder, profile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from paceline.config import DrafterSection
-    from paceline.contracts import CollectedPrompt
-
-    OnProgress = Callable[[str, int, int], None]
+    from paceline.contracts import CollectedPrompt, Progress
 
 SPEC_BENCH: Final = "spec_bench.jsonl"
 _SMOKE_QUESTIONS: Final = 6  # of Spec-Bench, a category
-
-
-def quiet(stage: str, done: int, total: int) -> None:
-    """No progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +84,7 @@ class Workbench:
         folder: Path,
         data: Path | None = None,
         sizes: Sizes = Sizes(),
-        on_progress: OnProgress = quiet,
+        on_progress: Progress = no_progress,
         store: Path | None = None,
     ) -> None:
         """config: read when it is needed, which not every experiment does. data: folder of the
@@ -118,13 +113,11 @@ class Workbench:
     def config(self) -> Config:
         """With everything written into the folder, and no prefill spared by an earlier request."""
         read = self._source if isinstance(self._source, Config) else load_config(self._source)
-        paths = PathsSection(
-            store=self.store or self.folder / "collection",
-            costs=self.folder / "costs.json",
-            policy=self.folder / "policy",
-        )
-        engine = read.engine.model_copy(update={"prefix_positions": 0})
-        return read.model_copy(update={"paths": paths, "engine": engine})
+        config = without_prefixes(in_folder(read, self.folder))
+        if self.store is None:
+            return config
+        paths = config.paths.model_copy(update={"store": self.store})
+        return config.model_copy(update={"paths": paths})
 
     def with_drafters(self, name: str, drafters: Mapping[str, DrafterSection]) -> Workbench:
         """The same with other drafters, a collection and a cost table of their own in a folder."""

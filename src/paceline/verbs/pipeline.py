@@ -172,5 +172,12 @@ def prepare(
     return Prepared(Pace(parts, policy.choose, controller), costs, learned, seconds)
 
 
+def in_folder(config: Config, folder: Path) -> Config:
+    """Return the configuration with the paths of all results in one folder."""
+    names = {"store": "collection", "costs": "costs.json", "policy": "policy"}
+    paths = config.paths.model_copy(update={key: folder / name for key, name in names.items()})
+    return config.model_copy(update={"paths": paths})
+
+
 def _pace_of(config: Config | Pace) -> Pace:
     return config if isinstance(config, Pace) else Pace(build(config))

@@ -17,7 +17,7 @@ import torch
 
 from paceline.assembly import Pace, build
 from paceline.bench.timed import TimedPrompt, select, time_interleaved
-from paceline.contracts import NONE, Request, no_progress, split_arm
+from paceline.contracts import NONE, no_progress, split_arm
 from paceline.costs.table import CostTable
 from paceline.errors import ArtefactError
 from paceline.experiments.assistant_selection.learned import (
@@ -205,24 +205,21 @@ def _time(config: Config, jobs: Sequence[Job], repeats: int) -> np.ndarray:
     assert torch.get_num_threads() == config.threads
     by_tokens = {job.prompt.tokens: job for job in jobs}
 
-    def decode(tokens: Sequence[int], which: str) -> Sequence[int]:
+    def decode(tokens: Sequence[int], is_home: bool) -> Sequence[int]:
         job = by_tokens[tuple(tokens)]
-        arm = job.home if which == "home" else job.here
-        request: Request = pace.request(
-            list(tokens),
+        return pace.complete(
+            list(tokens),  # type: ignore[arg-type]
             max_new_tokens=job.max_new_tokens,
-            drafter=arm,
+            drafter=job.home if is_home else job.here,
             generation_config="none",
-        )
-        return next(iter(pace.stream([request]))).token_ids
+        ).token_ids
 
-    methods = {which: _bound(decode, which) for which in ("home", "here")}
+    methods = {
+        "home": lambda tokens: decode(tokens, True),
+        "here": lambda tokens: decode(tokens, False),
+    }
     timings = time_interleaved(methods, [job.prompt for job in jobs], repeats)
     return np.array([[t.seconds for t in select(timings, which)] for which in methods]).T
-
-
-def _bound(decode: Any, which: str) -> Any:
-    return lambda tokens: decode(tokens, which)
 
 
 # --- what is said of it ---------------------------------------------------------------------------

@@ -8,27 +8,27 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from paceline.config import Config, DrafterSection, EngineSection, ModelSection, PathsSection
+from paceline.config import Config, DrafterSection, EngineSection, ModelSection
+from paceline.contracts import no_progress
 from paceline.drafting.catalog import check_settings
 from paceline.errors import ConfigError, ModelError
 from paceline.experiments.prompt_files import read_spec_bench
-from paceline.experiments.workbench import SPEC_BENCH, Workbench, quiet
+from paceline.experiments.workbench import SPEC_BENCH, Workbench
 from paceline.models.loading import load_config
 from paceline.store import read_prompts, take_by_hash
 from paceline.verbs.evaluate import evaluate
-from paceline.verbs.pipeline import prepare
+from paceline.verbs.pipeline import in_folder, prepare
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from paceline.contracts import PromptRecord
+    from paceline.contracts import Progress, PromptRecord
     from paceline.experiments.recipes.schema import Recipe
-    from paceline.experiments.workbench import OnProgress
     from paceline.learning import Evaluation
 
 
 def run_recipe(
-    recipe: Recipe, folder: Path, data: Path | None = None, on_progress: OnProgress = quiet
+    recipe: Recipe, folder: Path, data: Path | None = None, on_progress: Progress = no_progress
 ) -> Evaluation:
     """Run a recipe in a folder; what was finished of it before is kept. Downloads nothing.
 
@@ -45,17 +45,15 @@ def run_recipe(
 def configuration(recipe: Recipe, folder: Path) -> Config:
     """The paceline.yaml of a recipe."""
     only = set(ModelSection.model_fields)
-    return Config(
+    config = Config(
         target=ModelSection(**recipe.target.model_dump(include=only)),
         drafters={
             name: DrafterSection(kind=drafter.kind, settings=drafter.settings)
             for name, drafter in recipe.drafters.items()
         },
         engine=EngineSection(max_rows=recipe.rows),
-        paths=PathsSection(
-            store=folder / "collection", costs=folder / "costs.json", policy=folder / "policy"
-        ),
     )
+    return in_folder(config, folder)
 
 
 def _prompts(recipe: Recipe, bench: Workbench) -> list[PromptRecord]:
