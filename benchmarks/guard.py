@@ -55,8 +55,7 @@ from paceline.verbs.pipeline import prepare
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from paceline.cli.progress import Report
-    from paceline.contracts import Completion, PromptRecord, RowView
+    from paceline.contracts import Completion, Progress, PromptRecord, RowView
     from paceline.costs import CostTable
     from paceline.engine.loop import Choose
     from paceline.selection import PolicyIdentity
@@ -288,7 +287,7 @@ class Made:
 
 
 def mixed(
-    options: argparse.Namespace, records: Sequence[PromptRecord], made: Made, report: Report
+    options: argparse.Namespace, records: Sequence[PromptRecord], made: Made, report: Progress
 ) -> list[dict[str, Any]]:
     """The stream of all tasks through all cases; a row of the table for each."""
     parts, costs = made.pace.parts, made.costs
@@ -320,7 +319,7 @@ def mixed(
 
 
 def shifting(
-    options: argparse.Namespace, records: Sequence[PromptRecord], made: Made, report: Report
+    options: argparse.Namespace, records: Sequence[PromptRecord], made: Made, report: Progress
 ) -> dict[str, Any]:
     """First one domain, then another, under a policy that was learned on the first alone."""
     parts = made.pace.parts
@@ -348,7 +347,7 @@ def shifting(
     }
 
 
-def counter(report: Report, stage: str, total: int) -> Callable[[], None]:
+def counter(report: Progress, stage: str, total: int) -> Callable[[], None]:
     done = 0
 
     def on_run() -> None:
@@ -387,7 +386,7 @@ def main() -> None:
     console.print(text, markup=False, highlight=False)
 
 
-def measure(options: argparse.Namespace, work: Path, report: Report) -> dict[str, Any]:
+def measure(options: argparse.Namespace, work: Path, report: Progress) -> dict[str, Any]:
     config = configured(options.config, options.dtype)
     paths = PathsSection(store=work / "store", costs=work / "costs.json", policy=work / "policy")
     config = config.model_copy(update={"paths": paths})

@@ -43,8 +43,8 @@ from paceline.rewards import request_seconds
 from paceline.selection import is_policy, load_policy
 
 if TYPE_CHECKING:
-    from paceline.cli.progress import Report
     from paceline.contracts import Completion
+    from paceline.contracts import Progress as Report
     from paceline.costs import Objective
     from paceline.engine import Progress
 

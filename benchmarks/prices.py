@@ -42,7 +42,7 @@ from paceline.files import write_atomically
 from paceline.rewards import request_seconds
 
 if TYPE_CHECKING:
-    from paceline.cli.progress import Report
+    from paceline.contracts import Progress
     from paceline.costs import CostTable
 
 PARTS = ("prefill", "draft", "verify", "host")
@@ -81,7 +81,7 @@ def clock(
     new_tokens: int,
     repeats: int,
     label: str,
-    report: Report,
+    report: Progress,
 ) -> dict[tuple[str, str], tuple[float, Completion]]:
     """(arm, prompt) -> seconds of the median run, and the last run's completion."""
     recorder = RecordingMethods(pace, max_new_tokens=new_tokens)
@@ -118,7 +118,7 @@ def compare(
     prompts: Sequence[TimedPrompt],
     options: argparse.Namespace,
     dtype: str,
-    report: Report,
+    report: Progress,
 ) -> list[Run]:
     """Every arm on every prompt, predicted and by the clock."""
     new_tokens, label = options.max_new_tokens, f"{dtype}, by the clock"

@@ -36,8 +36,8 @@ from paceline.rewards import request_seconds
 
 if TYPE_CHECKING:
     from paceline.assembly import Parts
-    from paceline.cli.progress import Report
     from paceline.config import Config
+    from paceline.contracts import Progress
     from paceline.costs import CostTable
     from paceline.drafting.stops import StopRule
 
@@ -46,7 +46,7 @@ THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def collect(
-    parts: Parts, arms: list[str], per_task: int, max_new_tokens: int, report: Report
+    parts: Parts, arms: list[str], per_task: int, max_new_tokens: int, report: Progress
 ) -> list[CollectedPrompt]:
     """Each prompt's output and, by arm, what its drafter thought of it."""
     pace = Pace(parts)

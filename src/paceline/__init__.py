@@ -1,6 +1,6 @@
 """paceline: a language model answers faster, without changing what it answers.
 
-The names below are loaded when first used, so that importing the package costs nothing.
+A public name is loaded at its first use, so that importing the package costs nothing.
 """
 
 from __future__ import annotations
@@ -10,40 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "Completion": "paceline.contracts",
-    "Config": "paceline.config",
-    "ConfigError": "paceline.errors",
-    "Drafter": "paceline.drafting.base",
-    "Drafts": "paceline.contracts",
-    "Foresight": "paceline.drafting.base",
-    "GREEDY": "paceline.contracts",
-    "Needs": "paceline.drafting.base",
-    "Pace": "paceline.assembly",
-    "PacelineError": "paceline.errors",
-    "PromptRecord": "paceline.contracts",
-    "RowView": "paceline.contracts",
-    "SimulatedForesight": "paceline.drafting.foresight",
-    "Surroundings": "paceline.drafting.base",
-    "build_trigrams": "paceline.verbs.trigrams",
-    "collect": "paceline.verbs.pipeline",
-    "data": "paceline.verbs.data",
-    "demo": "paceline.experiments.demo_job",
-    "distill": "paceline.distillation",
-    "doctor": "paceline.bench",
-    "drafters": "paceline.bench",
-    "evaluate": "paceline.verbs.evaluate",
-    "experiment": "paceline.experiments.catalog",
-    "learn": "paceline.verbs.pipeline",
-    "learn_from_log": "paceline.verbs.from_log",
-    "load": "paceline.assembly",
-    "load_config": "paceline.config",
-    "pad_drafts": "paceline.drafting.base",
-    "profile": "paceline.verbs.pipeline",
-    "read_decisions": "paceline.store",
-    "read_prompts": "paceline.store",
-    "search_layers": "paceline.layer_search",
+_NAMES = {
+    "paceline.assembly": ("Pace", "load"),
+    "paceline.bench": ("doctor", "drafters"),
+    "paceline.config": ("Config", "load_config"),
+    "paceline.contracts": ("GREEDY", "Completion", "Drafts", "PromptRecord", "RowView"),
+    "paceline.distillation": ("distill",),
+    "paceline.drafting.base": ("Drafter", "Foresight", "Needs", "Surroundings", "pad_drafts"),
+    "paceline.drafting.foresight": ("SimulatedForesight",),
+    "paceline.errors": ("ConfigError", "PacelineError"),
+    "paceline.experiments.catalog": ("experiment",),
+    "paceline.experiments.demo_job": ("demo",),
+    "paceline.layer_search": ("search_layers",),
+    "paceline.store": ("read_decisions", "read_prompts"),
+    "paceline.verbs.data": ("data",),
+    "paceline.verbs.evaluate": ("evaluate",),
+    "paceline.verbs.from_log": ("learn_from_log",),
+    "paceline.verbs.pipeline": ("collect", "learn", "profile"),
+    "paceline.verbs.trigrams": ("build_trigrams",),
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "GREEDY",

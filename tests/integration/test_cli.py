@@ -143,7 +143,7 @@ def test_the_main_job_runs_verb_by_verb(
         (("--top-p", "0.9"), "need a --temperature above 0"),
         (("--temperature", "0.5", "--temperature", "0.5"), "a temperature is given twice"),
         (("--temperature", "-1"), "temperature must be"),
-        (("--outputs", "name"), "as NAME=FILE"),
+        (("--outputs", "name"), "give NAME=FILE"),
         (("--outputs", "a=x", "--outputs", "a=y"), "'a' is given twice"),
         (("--workers", "0"), "workers must be at least 1"),
     ],

@@ -335,7 +335,7 @@ def test_an_interrupted_verb_says_that_something_is_kept_where_it_is(
     words = {"generate": ("ab",), "collect": ("p",), "trigram": ("build", "p", "--out", "t")}
     code, text = run(verb, *words.get(verb, ()))
     assert code == 130 and "interrupted" in text and "Traceback" not in text
-    assert ("what was finished is kept" in text) == resumes
+    assert ("finished work is kept" in text) == resumes
 
 
 def test_of_a_prompt_that_is_too_long_only_the_request_speaks(

@@ -36,10 +36,13 @@ from paceline.store.collection import (
 from paceline.verbs.pipeline import in_folder, profile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from typing import TypeVar
 
     from paceline.config import DrafterSection
     from paceline.contracts import CollectedPrompt, Progress
+
+    T = TypeVar("T")
 
 SPEC_BENCH: Final = "spec_bench.jsonl"
 _SMOKE_QUESTIONS: Final = 6  # of Spec-Bench, a category
@@ -232,6 +235,13 @@ class Workbench:
         for drafter in parts.drafters.values():
             drafter.price(table)
         return table
+
+    def track(self, stage: str, items: Sequence[T]) -> Iterator[T]:
+        """Yield the items and report how many of them are done."""
+        for done, item in enumerate(items):
+            self.on_progress(stage, done, len(items))
+            yield item
+        self.on_progress(stage, len(items), len(items))
 
     def doubt(self) -> str | None:
         """What speaks against the cost table, where one was used."""

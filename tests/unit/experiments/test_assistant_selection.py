@@ -218,7 +218,7 @@ def test_every_category_is_left_out_once(place: Place) -> None:
 def test_skip_sets_become_arms(place: Place) -> None:
     found = run(place, "self-drafting")
     assert {row["set"] for row in cells(found, 1)} == set(skip_sets(2))
-    assert all(row["tokens a round"] >= 1.0 for row in cells(found, 1))
+    assert all(row["tokens per round"] >= 1.0 for row in cells(found, 1))
 
 
 @pytest.mark.parametrize("num_layers", [2, 3, 10, 32])

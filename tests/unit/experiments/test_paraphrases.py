@@ -86,8 +86,11 @@ def test_variants_are_a_prompt_file(records: list[PromptRecord], tmp_path: Path)
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
-        (PromptRecord("a", "poetry", "Write a poem."), "'poetry', for which no other wording"),
-        (PromptRecord("a", "math", "What is 1 + 1?"), "'a' has no 'Solve the problem step"),
+        (
+            PromptRecord("a", "poetry", "Write a poem."),
+            "no other instructions for the task 'poetry'",
+        ),
+        (PromptRecord("a", "math", "What is 1 + 1?"), "first line must be 'Solve the problem step"),
         (PromptRecord("a", "math", PREFIXES["math"] + " "), "no instruction to change"),
     ],
 )

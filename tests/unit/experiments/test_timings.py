@@ -14,8 +14,8 @@ import paceline
 from paceline.errors import ConfigError
 from paceline.experiments.assistant_selection.timings import (
     COLUMNS,
-    Cell,
-    Timed,
+    TaskRun,
+    TaskTimings,
     gains,
     read_timings,
     repeated,
@@ -83,7 +83,7 @@ def test_a_choice_by_one_outlier_is_only_fair_on_other_prompts() -> None:
     """a is better but for one prompt in four, which is so slow that the mean says b."""
     group = whole_groups(
         {
-            Cell(RUN, TARGET, "0", "code"): _timed(
+            TaskRun(RUN, TARGET, "0", "code"): _timed(
                 [[10, 5, 8], [10, 5, 8], [10, 5, 8], [10, 18, 8]],
             )
         }
@@ -95,8 +95,10 @@ def test_a_choice_by_one_outlier_is_only_fair_on_other_prompts() -> None:
     assert found.per_task_fair == pytest.approx(found.best_single_fair)
 
 
-def _timed(ms: list[list[float]]) -> Timed:
-    return Timed(["none", "a", "b"], [str(i) for i in range(len(ms))], np.array(ms, dtype=float))
+def _timed(ms: list[list[float]]) -> TaskTimings:
+    return TaskTimings(
+        ["none", "a", "b"], [str(i) for i in range(len(ms))], np.array(ms, dtype=float)
+    )
 
 
 def test_a_second_measurement_takes_the_noise_off_the_oracle() -> None:
