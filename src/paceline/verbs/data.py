@@ -212,7 +212,7 @@ def _draw_acceptance(axes: Any, report: DataReport) -> None:
         axes.bar(np.arange(len(tasks)) + i * width, heights, width, label=name)
     axes.axhline(1.0, color="0.3", linewidth=0.8, linestyle=":")
     axes.set_xticks(np.arange(len(tasks)) + 0.4 - width / 2, tasks)
-    axes.set(ylabel="tokens a round", title="what drafts bring, at configured lengths")
+    axes.set(ylabel="tokens per round", title="acceptance at configured lengths")
     if drafters:
         axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
@@ -228,5 +228,5 @@ def _draw_oracle(axes: Any, report: DataReport) -> None:
         below += heights
     labels = [f"{task}\n{report.oracle[task].speedup:.2f}x" for task in tasks]
     axes.set_xticks(np.arange(len(tasks)), labels)
-    axes.set(ylabel="share of rows", title="the fastest drafter of each row, at its best length")
+    axes.set(ylabel="share of rows", title="fastest drafter of each row, at its best length")
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
