@@ -23,8 +23,9 @@ from paceline.experiments.assistant_selection import (
     two_specialists,
 )
 from paceline.experiments.claims import Claim
-from paceline.experiments.report import figure_class, write_report
+from paceline.experiments.report import write_report
 from paceline.experiments.workbench import SMOKE, Sizes, Workbench, quiet
+from paceline.plotting import import_figure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -163,7 +164,7 @@ def experiment(
     works; its files and its working folder are others, so that it spoils nothing.
     """
     found = find_experiment(name)
-    figure_class()  # before the work is done rather than after
+    import_figure()  # before the work is done rather than after
     where = Path(folder) if folder is not None else FOLDER
     if smoke and folder is None:
         where = where.with_name(f"{where.name}-smoke")

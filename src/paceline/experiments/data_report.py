@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from paceline.contracts import NONE, sampling_label, split_arm
-from paceline.layer_search.plot import import_figure
 from paceline.learning.rounds import round_table
+from paceline.plotting import import_figure
 from paceline.replay import rounds_of
 
 if TYPE_CHECKING:

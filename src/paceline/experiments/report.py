@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from paceline.bench.circumstances import headline
 from paceline.files import write_atomically
-from paceline.layer_search import import_figure
+from paceline.plotting import import_figure
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,11 +24,6 @@ _COLOURS: Final = (
 _BARS_OF_ALL: Final = 0.82  # share of a place on the axis that its bars fill
 _LEGEND_ENTRY: Final = 2.2  # inches
 _LONG_NAME: Final = 20  # characters; longer ones below an axis are turned
-
-
-def figure_class() -> Any:
-    """matplotlib's figure. Raises ConfigError with what to install."""
-    return import_figure("bench")
 
 
 def write_report(
@@ -77,7 +72,7 @@ def write_figure(findings: Findings, title: str, path: Path) -> None:
     """The panels beside each other."""
     panels = findings.panels
     widths = [_width(panel) for panel in panels]
-    figure = figure_class()(figsize=(sum(widths), 5.0), layout="constrained")
+    figure = import_figure()(figsize=(sum(widths), 5.0), layout="constrained")
     places = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0]
     for axes, panel, width in zip(places, panels, widths, strict=True):
         (_draw_bars if panel.kind == "bars" else _draw_lines)(axes, panel)
