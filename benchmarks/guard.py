@@ -44,8 +44,8 @@ from paceline.drafting.catalog import arms_of
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.experiments.prompt_files import TASKS
 from paceline.files import write_atomically
-from paceline.layer_search.plot import import_figure
 from paceline.learning import train_policy
+from paceline.plotting import import_figure
 from paceline.selection import Policy, load_policy
 from paceline.selection.choosers import RandomChooser
 from paceline.store import read_prompts

@@ -48,7 +48,7 @@ def evaluate(
     from paceline.learning.evaluation import parse_encoders
     from paceline.learning.evaluation.plot import plot as draw
     from paceline.learning.evaluation.tables import show
-    from paceline.learning.plot import import_figure
+    from paceline.plotting import import_figure
     from paceline.verbs.evaluate import evaluate as run_evaluate
 
     if plot is not None:

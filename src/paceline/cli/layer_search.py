@@ -46,13 +46,8 @@ def layer_search(
     from paceline.cli.progress import progress
     from paceline.config import parse
     from paceline.costs import CostTable
-    from paceline.layer_search import (
-        SearchReport,
-        SearchSettings,
-        import_figure,
-        plot,
-        search_layers,
-    )
+    from paceline.layer_search import SearchReport, SearchSettings, plot, search_layers
+    from paceline.plotting import import_figure
     from paceline.store import read_prompts, take_by_hash
 
     import_figure()  # fails before the work is done

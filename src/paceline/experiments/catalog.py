@@ -27,7 +27,7 @@ from paceline.experiments.claims import Claim
 from paceline.experiments.findings import Experiment
 from paceline.experiments.report import write_report
 from paceline.experiments.workbench import SMOKE, Sizes, Workbench
-from paceline.learning.plot import import_figure
+from paceline.plotting import import_figure
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

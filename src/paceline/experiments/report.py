@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from paceline.bench.circumstances import headline
 from paceline.files import write_atomically
-from paceline.learning.plot import import_figure
+from paceline.plotting import import_figure
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -19,8 +19,8 @@ from paceline.contracts import NONE, sampling_label, split_arm
 from paceline.costs.table import CostTable
 from paceline.drafting.catalog import arms_of
 from paceline.errors import ArtefactError
-from paceline.learning.plot import import_figure
 from paceline.learning.rounds import round_table
+from paceline.plotting import import_figure
 from paceline.replay import price_stops, rounds_of
 from paceline.store.collection import load_collection, read_overlaps
 
