@@ -1,4 +1,4 @@
-"""What a paper says, and how well that is known."""
+"""A paper's claims and their sources."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SOURCES: Final[dict[Source, str]] = {
 
 
 class Claim(Section):
-    """One thing a paper says; `source` is where it was read."""
+    """One claim of a paper; `source` is where it was read."""
 
     text: str
     source: Source

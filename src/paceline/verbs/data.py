@@ -41,7 +41,7 @@ class TaskData:
 
     num_rows: int
     num_prompts: int
-    samplings: dict[str, int]  # rows by sampling, `greedy` or `t0.8,p0.95`
+    samplings: dict[str, int]  # number of rows by sampling, `greedy` or `t0.8,p0.95`
     prompt_tokens: int  # median
     output_tokens: int  # median
     total_output_tokens: int
@@ -51,31 +51,32 @@ class TaskData:
 class Acceptance:
     """One drafter, at its configured length, on the rows of one task."""
 
-    match: float | None  # the share of drafts whose first token was right; None without a draft
-    drafting: float  # the share of rounds that had a draft
+    match: float | None  # share of drafts whose first token is accepted; None without a draft
+    drafting: float  # share of rounds with a draft
     tokens_per_round: float  # emitted, the target's own token included
-    overlap: float | None = None  # mean sum of min(p, q) over the outputs' tokens, where scored
+    overlap: float | None = None  # mean sum of min(p, q) over the scored tokens of the outputs
 
 
 @dataclass(frozen=True, slots=True)
 class Oracle:
-    """Which arm would have been fastest on each row of one task, by predicted seconds."""
+    """The arm with the fewest predicted seconds on each row of one task."""
 
-    shares: dict[str, float]  # arm -> share of rows; arms without any are left out
-    speedup: float  # all rows' seconds under `none` over those under each row's fastest arm
+    shares: dict[str, float]  # arm -> share of rows, of arms with any row
+    speedup: float  # seconds of all rows under `none` over those under each row's fastest arm
 
 
 @dataclass(slots=True)
 class DataReport:
-    """A collection, by task; the last one is `all`."""
+    """The figures of a collection, by task; the last task is `all`."""
 
     tasks: dict[str, TaskData]
-    acceptance: dict[str, dict[str, Acceptance]]  # drafter -> task ->
+    acceptance: dict[str, dict[str, Acceptance]]  # drafter -> task -> figures
     oracle: dict[str, Oracle]  # by task; empty without a cost table
-    writers: dict[str, int]  # who wrote outputs of their own -> rows that have one
+    writers: dict[str, int]  # model with outputs of its own -> number of rows with one
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
+        """Return the report as JSON."""
         return json.dumps(asdict(self), indent=1, ensure_ascii=False)
 
 
@@ -153,7 +154,7 @@ def _task(rows: Sequence[CollectedPrompt]) -> TaskData:
 def _acceptance(
     rows: Sequence[CollectedPrompt], drafter: str, overlaps: Mapping[str, np.ndarray]
 ) -> Acceptance:
-    # every place where a round might start, where that is known
+    # every position at which a round may start, if replay knows all of them
     places = np.concatenate([p.replays[drafter].table for p in rows]).astype(np.int64)
     rounds = np.concatenate([rounds_of(p, drafter) for p in rows]).astype(np.int64)
     drafts = places[places[:, 0] > 0]
@@ -185,7 +186,7 @@ def _oracles(
 
 
 def shares_by_drafter(oracle: Oracle) -> dict[str, float]:
-    """The same over drafters, draft lengths taken together."""
+    """Return the shares by drafter, over all its draft lengths."""
     shares: Counter[str] = Counter()
     for arm, share in oracle.shares.items():
         shares[split_arm(arm)[0]] += share  # type: ignore[assignment]
@@ -193,7 +194,7 @@ def shares_by_drafter(oracle: Oracle) -> dict[str, float]:
 
 
 def plot_collection(report: DataReport, path: Path) -> None:
-    """Write a PNG: tokens a round by drafter and task, and who would be fastest in each task."""
+    """Write a PNG: tokens per round by drafter and task, and the fastest drafters by task."""
     priced = bool(report.oracle)
     figure = import_figure()(figsize=(11 if priced else 6.5, 4.5), layout="constrained")
     panels = figure.subplots(1, 2 if priced else 1, squeeze=False)[0]

@@ -1,7 +1,7 @@
-"""Learning from what was served: a decision log in, a policy out, where it is better than the one there.
+"""Learning from served requests: a decision log makes a policy, which replaces a worse one.
 
-With token ids in the log every drafter is replayed on what was served; without, the choices alone are
-learned from, see `learning.from_choices`.
+With token ids in the log every drafter is replayed on the served answers; without, the policy is
+learned from the choices alone, see `learning.from_choices`.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 
 class LearnedFromLog(NamedTuple):
-    """A policy learned from served requests; notes say what was left out of the log, and why.
+    """A policy learned from served requests; notes give the number of ignored decisions by reason.
 
-    verdict: why it took the place of the one that was there, or did not; None where there was none.
+    verdict: the reason for which it replaced the current policy or did not; None without a current one.
     """
 
     learned: LearningResult | ChoicesResult
@@ -47,11 +47,11 @@ class LearnedFromLog(NamedTuple):
 
 
 def learn_from_log(config: Config, on_progress: Progress = no_progress) -> LearnedFromLog:
-    """Train a policy from the configuration's decision log; write it if it is better than the current.
+    """Train a policy on the configuration's decision log; write it if it is better than the current one.
 
-    With token ids, what was served joins the collection, every drafter is replayed on it, and the
-    policy is learned from the whole. Without, it is learned from the choices alone, which takes a log
-    of a policy that explored.
+    With token ids, the served answers are added to the collection, every drafter is replayed on them,
+    and the policy is learned from the whole collection. Without, it is learned from the choices alone,
+    which needs the log of a policy that explores. Raises ConfigError without a log folder.
     """
     if config.log.folder is None:
         raise ConfigError("there is no log to learn from; set log.folder in the configuration")
@@ -76,7 +76,7 @@ def learn_from_log(config: Config, on_progress: Progress = no_progress) -> Learn
 def _learn_if_better(
     config: Config, on_progress: Progress
 ) -> tuple[LearningResult, Verdict | None]:
-    """`learn`, but the policy there stays unless the new one beats it on the held-out prompts."""
+    """Learn, and write the policy if it beats the current one on the held-out prompts."""
     priced = load_priced(config)
     learned = train(priced, config, on_progress)
     current, why_not = _current_policy(config, priced.identity)
@@ -91,7 +91,7 @@ def _learn_if_better(
 
 
 def _current_policy(config: Config, identity: PolicyIdentity) -> tuple[Policy | None, str | None]:
-    """(the policy there, None) or (None, why it cannot be compared); both None where there is none."""
+    """Return (policy, None), (None, reason not to compare it) or, without a policy, (None, None)."""
     folder, path = config.paths.policy, config.paths.costs
     if not is_policy(folder):
         return None, None
@@ -99,19 +99,19 @@ def _current_policy(config: Config, identity: PolicyIdentity) -> tuple[Policy | 
     try:
         policy = load_policy(folder, identity, costs, selection=config.selection)
     except ArtefactError as error:
-        return None, f"it cannot be compared; delete it to have another: {error}"
+        return None, f"it cannot be compared; delete it to replace it: {error}"
     if read_card(folder).encoders != dict(identity.encoders):
-        return None, "it sees other features, so it was not compared; delete it to have another"
+        return None, "it has other features, so it was not compared; delete it to replace it"
     if not set(policy.arms) <= set(arms_of(config)):
         return (
             None,
-            "it chooses among other arms, so it was not compared; delete it to have another",
+            "it chooses among other arms, so it was not compared; delete it to replace it",
         )
     return policy, None
 
 
 def _seconds(policy: Policy, prompts: Dataset) -> np.ndarray:
-    """[N] predicted, of what a policy chooses on prompts."""
+    """Return the [N] predicted seconds of a policy's choices."""
     places = np.array([prompts.arms.index(arm) for arm in policy.arms])
     preferred = policy.chooser.preferences(prompts.features, prompts.situation())
     return np.asarray(

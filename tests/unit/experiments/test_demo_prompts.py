@@ -216,7 +216,7 @@ def test_another_seed_harvests_other_functions(harvested: list[demo.HarvestedFun
 
 
 def test_too_large_a_harvest_names_what_exists() -> None:
-    with pytest.raises(ValueError, match=r"100000 code prompts asked for, but only \d+ exist"):
+    with pytest.raises(ValueError, match=r"100000 code prompts are needed, but only \d+ exist"):
         harvest_functions(100_000)
 
 

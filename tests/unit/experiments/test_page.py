@@ -60,7 +60,7 @@ def test_what_was_found_stands_between_the_marks(folder: Path) -> None:
 def test_a_page_without_marks_is_left_alone(folder: Path) -> None:
     page = folder.with_name("choice.md")
     page.write_text("# mine\n")
-    with pytest.raises(ConfigError, match="must stand in it"):
+    with pytest.raises(ConfigError, match="it must have the lines"):
         collect_docs(folder)
     assert page.read_text() == "# mine\n"
     with pytest.raises(ConfigError, match="cannot be read"):

@@ -31,12 +31,14 @@ def test_a_larger_number_of_prompts_has_the_smaller_one_in_it(data: Path, tmp_pa
 
 
 def test_too_many_prompts_or_a_missing_task_is_one_line(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"translation.jsonl: 13 prompts asked for, 12 are there"):
+    with pytest.raises(
+        ConfigError, match=r"translation.jsonl: 13 prompts are needed, but it has 12"
+    ):
         _ = Workbench("unused.yaml", tmp_path, data, Sizes(prompts=10, timed=3)).prompts
     (data / "math.jsonl").unlink()
     with pytest.raises(ConfigError, match=r"no math\.jsonl in this data folder"):
         _ = Workbench("unused.yaml", tmp_path, data, Sizes(prompts=2, timed=1)).prompts
-    with pytest.raises(ConfigError, match=r"only .* exist; name a folder with more of them"):
+    with pytest.raises(ConfigError, match=r"only .* exist; name a folder with more prompts"):
         _ = Workbench("unused.yaml", tmp_path, None, Sizes(prompts=500)).prompts
 
 

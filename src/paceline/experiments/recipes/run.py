@@ -1,4 +1,4 @@
-"""A recipe with its weights at hand: collect, profile, learn, evaluate, as for any configuration."""
+"""The run of a recipe with its weights: collect, profile, learn, evaluate."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 def run_recipe(
     recipe: Recipe, folder: Path, data: Path | None = None, on_progress: Progress = no_progress
 ) -> Evaluation:
-    """Run a recipe in a folder; what was finished of it before is kept. Downloads nothing.
+    """Run a recipe in a folder; continues an earlier run. Downloads nothing.
 
-    Raises ModelError that names what weights are missing, ConfigError if a model is not of the
-    recipe's shape or a prompt file is missing.
+    Raises ModelError that names the missing weights, ConfigError if a model does not have the recipe's
+    shape or a prompt file is missing.
     """
     config = configuration(recipe, folder)
     _check_models(recipe)
@@ -43,7 +43,7 @@ def run_recipe(
 
 
 def configuration(recipe: Recipe, folder: Path) -> Config:
-    """The paceline.yaml of a recipe."""
+    """Return the configuration of a recipe."""
     only = set(ModelSection.model_fields)
     config = Config(
         target=ModelSection(**recipe.target.model_dump(include=only)),
@@ -65,7 +65,7 @@ def _prompts(recipe: Recipe, bench: Workbench) -> list[PromptRecord]:
 
 
 def _check_models(recipe: Recipe) -> None:
-    """All weights that are missing in one line, then the first shape that is another one."""
+    """Raise ModelError with all missing weights, else ConfigError with the first different shape."""
     sections: list[tuple[ModelSection, Mapping[str, Any]]] = [(recipe.target, recipe.target.shape)]
     for name, drafter in recipe.drafters.items():
         plain = DrafterSection(kind=drafter.kind, settings=drafter.settings)
@@ -75,8 +75,8 @@ def _check_models(recipe: Recipe) -> None:
     missing = [section.model for section, _ in sections if not _is_here(section)]
     if missing:
         raise ModelError(
-            f"no weights here of {', '.join(missing)}; name a local folder in the recipe's 'model', or "
-            "fetch them into the Hugging Face cache first (`--dry-run` needs no weights)"
+            f"the weights of {', '.join(missing)} are missing; name a local folder in the recipe's "
+            "'model', or fetch them into the Hugging Face cache first (`--dry-run` needs no weights)"
         )
     for section, shape in sections:
         found = load_config(section)

@@ -117,7 +117,7 @@ def test_sizes_and_seconds_are_those_computed_by_hand(tmp_path: Path) -> None:
     assert own.weight_bytes == own.cache_bytes == 0
     assert table.host_bytes == 8 * 300 + 20 * 1_000_000
     assert found.notes == [
-        "what table takes to draft on the host is not predicted, nor in what pays"
+        "the drafting time of table on the host is not predicted, nor included in 'pays above'"
     ]
     # two tokens a step are bound by bandwidth: weights but for the embedding, cache of two rows at 25
     multiplied = target.parameters - 300 * 64
@@ -183,7 +183,7 @@ BAD = {
     "context": ("workload.new_tokens", 400, "do not fit the target's context of 256"),
     "no shape": ("drafters.tiny.shape", None, "drafter 'tiny': needs the 'shape' of its model"),
     "shape of nothing": ("drafters.own.shape", LLAMA, "has no model; remove 'shape'"),
-    "table of nothing": ("drafters.table.corpus_megabytes", None, "go together"),
+    "table of nothing": ("drafters.table.corpus_megabytes", None, "give both 'table' and"),
     "kind": ("drafters.own.kind", "layer_skp", "unknown kind 'layer_skp'"),
     "setting": ("drafters.own.settings.skip_atention", [2], "did you mean 'skip_attention'"),
     "dtype": ("target.dtype", "auto", "'target.dtype' must be float32, bfloat16 or float16"),
@@ -231,7 +231,7 @@ def tiny_recipe(models: Path) -> dict[str, Any]:
 def test_missing_weights_are_named_before_anything_is_done(data: Path, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(SMALL, sort_keys=False))
-    with pytest.raises(ModelError, match="no weights here of absent/target, absent/tiny; name"):
+    with pytest.raises(ModelError, match="weights of absent/target, absent/tiny are missing; name"):
         run_recipe(load_recipe(path), tmp_path / "work", data)
     assert not (tmp_path / "work").exists()
 
