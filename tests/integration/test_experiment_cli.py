@@ -17,7 +17,7 @@ RECIPE = RECIPES / "direct-alignment-llama-2-7b.yaml"
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
-    """The exit code of `paceline experiment ARGUMENTS` in this process."""
+    """Return the exit code of `paceline experiment ARGUMENTS` in this process."""
     monkeypatch.setattr(sys, "argv", ["paceline", "experiment", *map(str, arguments)])
     try:
         main()

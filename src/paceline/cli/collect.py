@@ -40,7 +40,8 @@ def collect(
     min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the best.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of sampled answers.")] = 0,
     alignment: Annotated[
-        bool, typer.Option("--alignment", help="Also decode each drafter alone, for that reward.")
+        bool,
+        typer.Option("--alignment", help="Also decode each drafter alone, for reward alignment."),
     ] = False,
     prompt_field: Annotated[str, typer.Option(help="Field of the prompt.")] = "prompt",
     id_field: Annotated[str, typer.Option(help="Field of the id; without one, a hash.")] = "id",

@@ -24,7 +24,7 @@ def drafters(
         typer.Option(
             "--config",
             "-c",
-            help="YAML file whose arms to list. [default: paceline.yaml, if it exists]",
+            help="YAML file whose arms to list. Default: paceline.yaml, if it exists.",
         ),
     ] = None,
     memory: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,7 +24,7 @@ def experiment(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for NAME.md, .json and .png. [default: docs/experiments/assistant-selection]"
+            help="Folder of NAME.md, .json and .png. Default: docs/experiments/assistant-selection."
         ),
     ] = None,
     config: options.ConfigFile = options.DEFAULT_CONFIG,
@@ -39,7 +40,7 @@ def experiment(
     ] = False,
     folder: Annotated[
         Path | None,
-        typer.Option(help="Working folder of all experiments. [default: runs/experiments]"),
+        typer.Option(help="Working folder of all experiments. Default: runs/experiments."),
     ] = None,
     store: Annotated[
         Path | None,
@@ -149,11 +150,12 @@ def _print_plan(console: Console, planned: DryRun) -> None:
     from paceline.terminal import BandedTable
 
     recipe, device = planned.recipe, planned.recipe.device
-    console.print(f"{recipe.title} ({recipe.paper})", markup=False, highlight=False)
+    write = partial(console.print, markup=False, highlight=False)
+    write(f"{recipe.title} ({recipe.paper})")
     for claim in recipe.claims:
-        console.print(f"the paper: {claim}", markup=False, highlight=False)
+        write(f"the paper: {claim}")
     for line in recipe.ours:
-        console.print(f"our choice: {line}", markup=False, highlight=False)
+        write(f"our choice: {line}")
     shown = BandedTable()
     heads = ("", "kind", "parameters", "weights, GB", "cache, GB", "table, GB", "K", "ms per step")
     for head in (*heads, "pays above, tokens per round"):
@@ -171,22 +173,20 @@ def _print_plan(console: Console, planned: DryRun) -> None:
         )
     console.print(shown)
     used = planned.needed_bytes / planned.device_bytes
-    console.print(
+    write(
         f"memory: {planned.needed_bytes / 1e9:.1f} GB of {planned.device_bytes / 1e9:.0f} on "
-        f"{device.count} x {device.name} ({used:.0%}), rows: {recipe.rows}",
-        highlight=False,
+        f"{device.count} x {device.name} ({used:.0%}), rows: {recipe.rows}"
     )
-    console.print(
+    write(
         f"predicted, not measured, by a roofline at {device.efficiency:.0%} of {device.count} x "
         f"({device.gigabytes_per_second:,.0f} GB/s, {device.teraflops:,.0f} TFLOPS); "
         f"{recipe.workload.prompts} prompts of {recipe.workload.prompt_tokens} and answers of "
-        f"{recipe.workload.new_tokens} tokens:",
-        highlight=False,
+        f"{recipe.workload.new_tokens} tokens:"
     )
     for stage, seconds in planned.seconds.items():
-        console.print(f"  {stage}: {_duration(seconds)}", markup=False, highlight=False)
+        write(f"  {stage}: {_duration(seconds)}")
     for note in planned.notes:
-        console.print(f"note: {note}", markup=False, highlight=False)
+        write(f"note: {note}")
 
 
 def _duration(seconds: float) -> str:

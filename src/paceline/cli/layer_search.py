@@ -27,7 +27,7 @@ def layer_search(
         str, typer.Option(help="predicted (priced with a cost file) or measured (by the clock).")
     ] = "predicted",
     costs: Annotated[
-        Path | None, typer.Option(help="Cost file of an earlier search. [default: next to --out]")
+        Path | None, typer.Option(help="Cost file of an earlier search. Default: next to --out.")
     ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Number of development prompts.")] = 8,
     max_new_tokens: Annotated[

@@ -23,8 +23,7 @@ from paceline.experiments.assistant_selection import (
     self_drafting,
     two_specialists,
 )
-from paceline.experiments.claims import Claim
-from paceline.experiments.findings import Experiment
+from paceline.experiments.findings import Claim, Experiment
 from paceline.experiments.report import write_report
 from paceline.experiments.workbench import SMOKE, Sizes, Workbench
 from paceline.plotting import import_figure

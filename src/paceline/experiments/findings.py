@@ -1,19 +1,40 @@
-"""An experiment and its findings: tables, the panels of one figure, remarks. Knows no file format."""
+"""An experiment, a paper's claim and the findings: tables, panels of one figure, remarks.
+
+Knows no file format.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from paceline.config import Section
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from paceline.experiments.claims import Claim
     from paceline.experiments.workbench import Workbench
 
 Value = str | int | float | None
 SPEED: Final = "{:.2f}x"
 SHARE: Final = "{:.0%}"
+Source = Literal["abstract", "code", "notes", "summary"]
+SOURCES: Final[dict[Source, str]] = {
+    "abstract": "the paper's abstract",
+    "code": "the authors' released code",
+    "notes": "third parties' notes that cite the paper's sections; not confirmed by us",
+    "summary": "a third party's published summary; not confirmed by us",
+}
+
+
+class Claim(Section):
+    """One claim of a paper; `source` is where it was read."""
+
+    text: str
+    source: Source
+
+    def __str__(self) -> str:
+        return f"{self.text} (from {SOURCES[self.source]})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -207,10 +207,6 @@ class Workbench:
             return among
         return [arm for arm in arms_of(self.config) if split_arm(arm)[0] in among]
 
-    def specialists(self, tasks: Sequence[str]) -> list[str]:
-        """Return the drafters that are named after one of these tasks."""
-        return [name for name in self.config.drafters if name in tasks]
-
     def priced(
         self, prompts: Sequence[CollectedPrompt], costs: CostTable | None = None
     ) -> list[CollectedPrompt]:

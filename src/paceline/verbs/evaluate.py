@@ -136,7 +136,7 @@ def _facts(config: Config, costs: CostTable, objective: object, seeds: int) -> d
     """Return the circumstances of the figures."""
     made = circumstances()
     machine = next((v for k, v in costs.fingerprint.items() if k in ("device", "cpu")), "")
-    facts = {
+    return {
         "collection": str(config.paths.store),
         "cost table": f"{costs.hash()[:12]} {machine}".strip(),
         "objective": objective,
@@ -146,4 +146,3 @@ def _facts(config: Config, costs: CostTable, objective: object, seeds: int) -> d
         "date": made["date"],
         "command": made["command"],
     }
-    return facts

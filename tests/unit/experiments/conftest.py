@@ -19,7 +19,7 @@ PROMPTS = 12  # of each task
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders `target` and `near`."""
+    """Return the parent of the folders `target` and `near`."""
     folder = tmp_path_factory.mktemp("models")
     target = tiny_model(std=0.1, context=128)
     for name, model in (("target", target), ("near", perturbed(target, 0.1))):
@@ -44,7 +44,7 @@ def config(models: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A data folder: the four tasks, and Spec-Bench in small."""
+    """Return a data folder: the four tasks, and a small Spec-Bench."""
     folder = tmp_path / "data"
     folder.mkdir()
     for task in ("translation", "math", "code", "summary"):

@@ -1,4 +1,4 @@
-"""The page holds what the reports say, and nothing else between its marks."""
+"""The page has the reports between its marks, and nothing else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAME = "two-specialists"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with one experiment's report, and the page beside it."""
+    """Return a folder with one experiment's report, and the page next to it."""
     found = Findings(
         [
             Table(

@@ -1,4 +1,4 @@
-"""The workbench makes things once, finds them again, and keeps timed prompts out of what is learned."""
+"""The workbench makes files once, reuses them, and never learns from timed prompts."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_what_one_experiment_made_the_next_one_finds(
 def test_everything_lies_in_its_folder_and_no_prefill_is_spared(
     config: Path, tmp_path: Path
 ) -> None:
-    """Arms that are compared by the clock decode the same prompts, and each must pay for them."""
+    """Clocked arms decode the same prompts, and each must pay for its own prefill."""
     found = Workbench(config, tmp_path / "work").config
     assert found.engine.prefix_positions == 0
     assert {path.parent for path in (found.paths.store, found.paths.costs, found.paths.policy)} == {

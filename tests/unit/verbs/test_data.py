@@ -1,4 +1,4 @@
-"""What `paceline data` counts, on made-up rows whose figures are known."""
+"""The counts of `paceline data` on made-up rows with known figures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ARMS = ("none", "a", "a@1", "b")
 
 
 def costs() -> CostTable:
-    """A round costs the target 1 s whatever it judges; a drafter half a second a token."""
+    """Return costs: 1 s per round for the target, half a second per token for a drafter."""
     figures = [("target", "prefill", 1.0), ("target", "forward", 1.0), ("engine", "round", 0.0)]
     rows = [Measurement(s, o, n, 0, 1, t) for s, o, t in figures for n in (1, 2)]
     for name in ("a", "b"):
@@ -32,7 +32,7 @@ def costs() -> CostTable:
 def row(
     id: str, domain: str, a: list[tuple[int, int]], b: list[tuple[int, int]], **more: object
 ) -> CollectedPrompt:
-    """Five output tokens: a looked ahead from each of four places, b's own rounds."""
+    """Return a row of five output tokens: a drafts from each of four positions, b in its own rounds."""
     given = {"sampling": GREEDY, "draft_outputs": {}, **more}
     return CollectedPrompt(
         id=id, domain=domain, prompt_tokens=(1, 2), output_tokens=(3,) * 5, max_new_tokens=5,

@@ -106,13 +106,12 @@ def _gains_panel(groups: Sequence[Group], found: Sequence[Gains]) -> Panel:
         "per task, fair": [gain.per_task_fair for gain in found],
         "per prompt (oracle)": [gain.per_prompt for gain in found],
     }
-    return Panel(
-        "by way of choosing",
-        "speed-up over plain decoding",
-        [Series(label, names, speeds) for label, speeds in values.items()],
-        kind="bars",
-        baseline=1.0,
-    )
+    return _bars("by way of choosing", "speed-up over plain decoding", names, values)
+
+
+def _bars(title: str, y_label: str, names: list[str], values: dict[str, list[float]]) -> Panel:
+    series = [Series(label, names, speeds) for label, speeds in values.items()]
+    return Panel(title, y_label, series, kind="bars", baseline=1.0)
 
 
 def _label(group: Group, groups: Sequence[Group]) -> str:
@@ -182,12 +181,8 @@ def _twice_panel(twice: dict[str, Repeated]) -> Panel:
         "per prompt, seen": [one.per_prompt_seen for one in twice.values()],
         "per prompt, chosen there": [one.per_prompt for one in twice.values()],
     }
-    return Panel(
-        "chosen in a second measurement",
-        "speed-up, same weight for each task",
-        [Series(label, names, speeds) for label, speeds in values.items()],
-        kind="bars",
-        baseline=1.0,
+    return _bars(
+        "chosen in a second measurement", "speed-up, same weight for each task", names, values
     )
 
 

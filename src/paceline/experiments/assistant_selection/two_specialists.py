@@ -42,7 +42,8 @@ BASELINES: Final = (RANDOM, BEST_SINGLE, FIRST_LINE, PER_TASK)
 
 def run(bench: Workbench) -> Findings:
     prompts = bench.collection.prompts
-    specialists = bench.specialists(tasks_of(prompts))
+    tasks = tasks_of(prompts)
+    specialists = [name for name in bench.config.drafters if name in tasks]
     if len(specialists) < 2:
         raise ConfigError(
             "this experiment needs two drafters that are named after tasks of the prompts, such as "

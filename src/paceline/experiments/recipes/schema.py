@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from paceline.config import DrafterSection, ModelSection, Section, parse
 from paceline.errors import ConfigError
-from paceline.experiments.claims import Claim
+from paceline.experiments.findings import Claim
 
 
 class DeviceShape(Section):

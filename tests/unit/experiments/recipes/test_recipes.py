@@ -1,4 +1,4 @@
-"""Every recipe of the repository fits, planted mistakes do not, and a small one really runs."""
+"""Every recipe of the repository fits, planted mistakes do not, and a small recipe runs."""
 
 from __future__ import annotations
 
@@ -139,8 +139,8 @@ def test_more_devices_are_faster_and_hold_more(tmp_path: Path) -> None:
     assert other.device_bytes == 2 * one.device_bytes
 
 
-def test_training_takes_six_operations_a_parameter_and_token(tmp_path: Path) -> None:
-    """By the devices it names, however many decode."""
+def test_training_takes_six_operations_per_parameter_and_token(tmp_path: Path) -> None:
+    """The training's own number of devices counts, not that of decoding."""
     trained = SMALL | {"training": {"drafter": "tiny", "tokens": 1e6, "devices": 4}}
     trained["device"] = SMALL["device"] | {"count": 2}
     found = planned(trained, tmp_path)
@@ -156,7 +156,7 @@ def test_an_embedding_that_is_tied_is_multiplied_with() -> None:
 
 
 def change(path: str, value: Any) -> dict[str, Any]:
-    """The small recipe with one entry replaced, or removed where the value is None."""
+    """Return the small recipe with one entry replaced, or removed if the value is None."""
     raw = deepcopy(SMALL)
     *above, last = path.split(".")
     place = raw
@@ -214,7 +214,7 @@ def test_a_file_that_is_no_recipe_is_refused(text: str, tmp_path: Path) -> None:
 
 
 def tiny_recipe(models: Path) -> dict[str, Any]:
-    """Of the tiny models on the disk, described as they are."""
+    """Return a recipe with the shapes of the tiny models on the disk."""
     raw = deepcopy(SMALL)
     shape = {key: json.loads((models / "target" / "config.json").read_text())[key] for key in LLAMA}
     raw["target"] = {"model": str(models / "target"), "dtype": "float32", "device": "cpu"}
