@@ -60,7 +60,7 @@ def _print(console: Console, found: DrafterList) -> None:
 
     table = BandedTable()
     table.add_column("kind")
-    for column in ("what it does", "needs", "arms"):
+    for column in ("description", "needs", "arms"):
         table.add_column(column, overflow=PROSE)
     for kind in found.kinds:
         table.add_row(kind.kind, kind.summary, ", ".join(kind.needs) or "-", _arms(kind))

@@ -90,7 +90,7 @@ def learn(
 
 @dataclass(frozen=True, slots=True)
 class PricedCollection:
-    """The prompts of a collection, priced with a cost table, and what a policy must fit."""
+    """The prompts of a collection, priced with a cost table, and the identity of a policy for them."""
 
     prompts: list[CollectedPrompt]
     costs: CostTable
@@ -128,7 +128,7 @@ def train(
 
 
 def identity_of(collection: LoadedCollection) -> PolicyIdentity:
-    """Return what a policy that is learned from a collection is tied to."""
+    """Return the target, tokenizer and drafters that a policy of a collection is for."""
     made_with = collection.identity
     return PolicyIdentity(
         target=made_with.target,

@@ -94,9 +94,7 @@ def test_variants_are_a_prompt_file(records: list[PromptRecord], tmp_path: Path)
         (PromptRecord("a", "math", PREFIXES["math"] + " "), "no instruction to change"),
     ],
 )
-def test_a_prompt_without_an_instruction_is_named_in_the_error(
-    record: PromptRecord, expected: str
-) -> None:
+def test_a_prompt_without_an_instruction_is_named(record: PromptRecord, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         paraphrased([record])
     with pytest.raises(ConfigError, match=expected):

@@ -1,7 +1,7 @@
 """One collection on several machines: other prices lead to other arms, and the clock must agree.
 
 A machine is a dtype of the target and a number of threads; the first one is home. Each is profiled in
-a process of its own. The prompts that get another arm than at home are decoded there with both arms,
+a new process. The prompts that get another arm than at home are decoded there with both arms,
 interleaved.
 """
 
@@ -122,7 +122,7 @@ def run(bench: Workbench) -> Findings:
 
 
 def _costs(bench: Workbench, machine: Machine) -> CostTable:
-    """Return a machine's table from the folder; without one, measure it in a process of its own."""
+    """Return a machine's table from the folder; without one, measure it in a new process."""
     path = machine.table(bench.folder)
     try:
         table = CostTable.load(path)

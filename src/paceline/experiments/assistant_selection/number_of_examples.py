@@ -108,9 +108,9 @@ def _table(found: dict[str, list[_Learned]], num_held_out: int, single: float) -
             rows.append([*row, float(gains.mean()), float(gains.std()), beyond])
     explanation = (
         "Mean, lowest and highest of several policies, each learned with another seed from another "
-        f"random part, on the same {num_held_out} held-out prompts. The full gain is what the mean of "
-        "the policies that learned from all training prompts has over plain decoding, spread the "
-        "standard deviation over draws; the last column measures from the best single arm instead. "
+        f"random part, on the same {num_held_out} held-out prompts. The full gain is the mean gain over "
+        "plain decoding of the policies learned from all training prompts; the spread is the standard "
+        "deviation over draws. The last column measures gains over the best single arm instead. "
         f"{PREDICTED.partition(',')[0]}."
     )
     return Table("Speed by number of examples", explanation, heads, rows)
