@@ -23,6 +23,7 @@ _COLOURS: Final = (
 )  # fmt: skip
 _BARS_OF_ALL: Final = 0.82  # share of a tick's width that its bars fill
 _LEGEND_ENTRY: Final = 2.2  # inches
+_CHARACTERS_PER_INCH: Final = 15  # names with more characters in all are turned
 _LONG_NAME: Final = 20  # characters; longer ones below an axis are turned
 
 
@@ -137,8 +138,10 @@ def _draw_bars(axes: Any, panel: Panel, colours: Mapping[str, str]) -> None:
             yerr=_errors(series),
             error_kw={"linewidth": 0.8},
         )
-    longest = max((len(line) for name in names for line in name.split("\n")), default=0)
-    turned = {"rotation": 30, "ha": "right"} if longest > _LONG_NAME else {}
+    lengths = [max(map(len, name.split("\n"))) for name in names]
+    crowded = sum(lengths) > _CHARACTERS_PER_INCH * _width(panel)
+    is_turned = crowded or max(lengths, default=0) > _LONG_NAME
+    turned = {"rotation": 30, "ha": "right"} if is_turned else {}
     axes.set_xticks(range(len(names)), names, fontsize=8, **turned)
 
 
