@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from paceline.assembly import Pace, build_controller, build_from_objects
-from paceline.bench.profile import profile
+from paceline.bench.profile import measure_cost_table
 from paceline.config import (
     Config,
     EngineSection,
@@ -394,7 +394,7 @@ def test_the_configuration_asks_for_a_watch_and_its_costs(tmp_path: Path) -> Non
     ):
         build_controller(parts, ["near"])
 
-    profile(parts, budget=0.0).save(paths.costs)
+    measure_cost_table(parts, budget=0.0).save(paths.costs)
     controller = build_controller(parts, ["near@2", "none"])
 
     assert controller is not None

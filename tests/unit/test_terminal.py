@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
-from paceline.experiments.demo_job import ALL_TASKS, ORACLE, Cell, DemoResult
+from paceline.experiments.demo_job import ALL_TASKS, ORACLE, DemoResult, MethodFigures
 from paceline.experiments.demo_report import accepted_table, chosen_table, table
 from paceline.terminal import PROSE, BandedTable
 
@@ -72,7 +72,7 @@ def test_a_table_without_room_for_two_columns_is_wrapped() -> None:
 def test_the_demo_has_a_row_for_each_arm(width: int) -> None:
     arms = ["none", *(f"general-{i}m@{i}" for i in range(1, 13)), "random", "auto", ORACLE]
     tasks = ("translation", "math", "code", "summary", ALL_TASKS)
-    cell = Cell(812.3, 2.104, 3.412, 7, 8)
+    cell = MethodFigures(812.3, 2.104, 3.412, 7, 8)
     result = DemoResult(
         circumstances={},
         settings={},

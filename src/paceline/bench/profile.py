@@ -55,7 +55,7 @@ _CONTEXT_OF_ROWS: Final = 384  # the longest at which a batch verifies
 _DRAFTS_OF_ROWS: Final = (1, 4, 16)
 
 
-def profile(
+def measure_cost_table(
     source: Parts | Pace,
     on_progress: Progress = lambda stage, done, total: None,
     budget: float | None = None,

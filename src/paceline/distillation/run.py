@@ -27,7 +27,13 @@ from paceline.distillation.card import (
 )
 from paceline.distillation.outputs import decode_outputs, open_outputs, read_examples
 from paceline.distillation.student import SHAPES, build_student, num_parameters
-from paceline.distillation.train import DomainQuality, Training, TrainingProgress, evaluate, train
+from paceline.distillation.train import (
+    DomainQuality,
+    Training,
+    TrainingProgress,
+    measure_quality,
+    train,
+)
 from paceline.errors import ConfigError
 from paceline.models.loading import quiet_transformers
 from paceline.store import is_validation, read_prompts, take_by_hash, write_atomically
@@ -99,7 +105,7 @@ def distill(
         if Path(path) not in map(Path, data)
     ]
     unseen = validation + [e for file in others for e in file.examples]
-    quality = evaluate(_load(made), unseen)
+    quality = measure_quality(_load(made), unseen)
     report = DistillReport(
         out, num_parameters(student), len(examples), quality,
         result.history[-1]["step"], result.best_step, result.seconds,

@@ -176,7 +176,9 @@ def _update(
 
 
 @torch.inference_mode()
-def evaluate(student: PreTrainedModel, examples: Sequence[Example]) -> dict[str, DomainQuality]:
+def measure_quality(
+    student: PreTrainedModel, examples: Sequence[Example]
+) -> dict[str, DomainQuality]:
     """Return the quality per domain, on the target's output tokens only."""
     student.eval()
     head = student.get_output_embeddings().weight
@@ -200,7 +202,7 @@ def evaluate(student: PreTrainedModel, examples: Sequence[Example]) -> dict[str,
 
 def _validate(student: PreTrainedModel, validation: Sequence[Example], training: Training) -> None:
     """Add a validation to the history, and store the weights if they are the best so far."""
-    by_domain = evaluate(student, validation)
+    by_domain = measure_quality(student, validation)
     if not by_domain:
         raise ConfigError(
             "no prompt is in the validation part; give more data or a larger validation_share"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from paceline.assembly import Pace, build_from_objects
-from paceline.bench.profile import profile
+from paceline.bench.profile import measure_cost_table
 from paceline.config import Config, ModelSection
 from paceline.contracts import identity_of_arms
 from paceline.costs import CostTable
@@ -67,7 +67,9 @@ def pace() -> Pace:
 @pytest.fixture(scope="module")
 def table(pace: Pace) -> CostTable:
     seen = []
-    table = profile(pace, lambda stage, done, total: seen.append((stage, done, total)), budget=0.0)
+    table = measure_cost_table(
+        pace, lambda stage, done, total: seen.append((stage, done, total)), budget=0.0
+    )
     assert {stage for stage, _, _ in seen} == {"profile"}
     assert [done for _, done, _ in seen] == list(range(1, len(seen) + 1))
     assert seen[-1][2] == len(seen)

@@ -28,9 +28,9 @@ from paceline.distillation.head import losses_and_matches, weighted_cross_entrop
 from paceline.distillation.student import StudentShape, build_student, num_parameters, project
 from paceline.distillation.train import (
     DomainQuality,
-    evaluate,
     hidden_states,
     learning_rate,
+    measure_quality,
     plan_batches,
     train,
 )
@@ -234,9 +234,9 @@ def test_part_of_an_epoch_is_part_of_its_batches() -> None:
 
 def test_loss_falls_and_matches_rise_on_a_tiny_set(tmp_path: Path) -> None:
     model, examples = student(), texts(60)
-    before = evaluate(model, examples)["d"]
+    before = measure_quality(model, examples)["d"]
     train(model, examples, examples, tiny_settings(epochs=12.0), tmp_path / "c.pt")
-    after = evaluate(model, examples)["d"]
+    after = measure_quality(model, examples)["d"]
 
     assert after.loss < 0.3 * before.loss
     assert after.match_rate > 0.9
@@ -253,7 +253,7 @@ def test_a_trained_student_has_the_weights_of_its_best_validation(
         seen.append({name: weight.clone() for name, weight in model.state_dict().items()})
         return {"d": DomainQuality(1.0, next(rates), 1)}
 
-    monkeypatch.setattr("paceline.distillation.train.evaluate", scripted)
+    monkeypatch.setattr("paceline.distillation.train.measure_quality", scripted)
     model = student()
     result = train(model, texts(100), texts(9), tiny_settings(validate_every=1.0), tmp_path / "c")
 

@@ -37,7 +37,7 @@ def config(models: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A data folder: the four tasks, and Spec-Bench in small."""
+    """Return a data folder: the four tasks, and a small Spec-Bench."""
     folder = tmp_path / "data"
     folder.mkdir()
     for task in ("translation", "math", "code", "summary"):

@@ -295,7 +295,7 @@ def test_the_command_writes_a_file_for_layer_skip(
     for wrong, said in (
         (["--trials", 4], "another 'settings'"),
         (["--set", "num_draft_token=4"], "did you mean 'num_draft_tokens'"),
-        (["--set", "seed"], "--set takes key=value"),
+        (["--set", "seed"], "--set 'seed': give KEY=VALUE"),
         (["--objective", "guessed"], "'objective'"),
         (["--costs", tmp_path / "none.json"], "no cost table here"),
     ):
