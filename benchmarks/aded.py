@@ -15,7 +15,7 @@ from rich.console import Console
 
 from paceline.cli.options import configured
 from paceline.cli.progress import progress
-from paceline.experiments.aded import Sizes, run
+from paceline.experiments.aded import AdedSizes, run
 from paceline.experiments.aded_report import write_report
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     options = parser.parse_args()
     console = Console()
-    sizes = Sizes(
+    sizes = AdedSizes(
         timed_per_task=options.per_task,
         collect_per_task=options.collect_per_task,
         max_new_tokens=options.max_new_tokens,

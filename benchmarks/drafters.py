@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +23,28 @@ from transformers.utils import logging as transformers_logging
 from paceline.assembly import Pace, build
 from paceline.bench.circumstances import circumstances, headline
 from paceline.bench.timed import (
-    Method,
     TimedPrompt,
     Timing,
     num_equal_outputs,
     select,
-    time_interleaved,
     tokens_per_second,
 )
 from paceline.cli.options import configured
 from paceline.cli.progress import progress
 from paceline.config import Config
-from paceline.contracts import NONE, Completion, PromptRecord
-from paceline.drafting.trigram.build import build_table
-from paceline.drafting.trigram.corpora import TokenSequences
+from paceline.contracts import NONE, Progress, PromptRecord
+from paceline.experiments.by_clock import (
+    RecordingMethods,
+    encode_prompts,
+    time_methods,
+    without_prefixes,
+)
 from paceline.experiments.demo_prompts import demo_prompts
+from paceline.verbs.pipeline import collect, in_folder
+from paceline.verbs.trigrams import build_trigrams
 
 SPEC_BENCH = "spec-bench"
 ANSWERS_ARM = "answers"
-Report = Callable[[str, int, int], None]
 
 
 def spec_bench(path: Path, pace: Pace, new_tokens: int, most: int) -> tuple[list[TimedPrompt], str]:
@@ -65,26 +68,13 @@ def spec_bench(path: Path, pace: Pace, new_tokens: int, most: int) -> tuple[list
 
 
 def with_answers(
-    config: Config, records: Sequence[PromptRecord], new_tokens: int, folder: Path, report: Report
+    config: Config, records: Sequence[PromptRecord], new_tokens: int, folder: Path, report: Progress
 ) -> Config:
     """The configuration with its tri-gram table built from the target's answers to `records`."""
-    pace = Pace(build(config.model_copy(update={"drafters": {}})))
-    requests = [
-        pace.request(
-            [{"role": "user", "content": r.prompt}],
-            id=r.id,
-            max_new_tokens=new_tokens,
-            drafter=NONE,
-            generation_config="none",
-        )
-        for r in records
-    ]
-    answers = []
-    for completion in pace.stream(requests):
-        answers.append(completion.token_ids)
-        report("the target's answers", len(answers), len(requests))
+    alone = in_folder(config.model_copy(update={"drafters": {}}), folder)
+    collect(alone, records, new_tokens, on_progress=report)
     table = folder / "answers.trigrams"
-    build_table([TokenSequences("answers", answers)], table, pace.parts.vocabulary.hash())
+    build_trigrams(alone, table, from_collection=True)
     drafters = dict(config.drafters)
     arm = drafters[ANSWERS_ARM]
     settings = {**arm.settings, "table": str(table)}
@@ -92,43 +82,20 @@ def with_answers(
     return config.model_copy(update={"drafters": drafters})
 
 
-class Runner:
-    """Methods for every arm at one temperature, and the rounds that their last runs had."""
-
-    def __init__(self, pace: Pace, new_tokens: int, temperature: float) -> None:
-        self.pace, self._new_tokens, self._temperature = pace, new_tokens, temperature
-        self.completions: dict[tuple[str, tuple[int, ...]], Completion] = {}
-
-    def methods(self) -> dict[str, Method]:
-        return {arm: self._method(arm) for arm in self.pace.drafters}
-
-    def _method(self, arm: str) -> Method:
-        def decode(tokens: Sequence[int]) -> list[int]:
-            # with a seed the text is the same for every arm, so that all decode the same
-            request = self.pace.request(
-                list(tokens),
-                max_new_tokens=self._new_tokens,
-                drafter=arm,
-                temperature=self._temperature,
-                seed=7 if self._temperature else None,
-                generation_config="none",
-            )
-            (completion,) = self.pace.stream([request])
-            self.completions[arm, tuple(tokens)] = completion
-            return completion.token_ids
-
-        return decode
-
-
 def summarise(
-    timings: list[Timing], prompts: Sequence[TimedPrompt], runner: Runner, dtype: str, heat: float
+    timings: list[Timing],
+    prompts: Sequence[TimedPrompt],
+    pace: Pace,
+    recorder: RecordingMethods,
+    dtype: str,
+    heat: float,
 ) -> Iterator[dict[str, Any]]:
     """A row for every arm: speed, speed-up over `none` by task, tau, texts equal to those of `none`."""
     domains = list(dict.fromkeys(t.domain for t in timings))
     plain = {d: tokens_per_second(select(timings, NONE, d)) for d in (None, *domains)}
-    for arm in runner.pace.drafters:
+    for arm in pace.drafters:
         own = select(timings, arm)
-        done = [runner.completions[arm, p.tokens] for p in prompts]
+        done = recorder.of(arm, prompts)
         drafted = sum(r.drafted for c in done for r in c.rounds)
         accepted = sum(r.accepted for c in done for r in c.rounds)
         rounds = sum(len(c.rounds) for c in done)
@@ -136,7 +103,7 @@ def summarise(
             "dtype": dtype,
             "temperature": heat,
             "arm": arm,
-            "kind": runner.pace.parts.drafters[arm].kind,
+            "kind": pace.parts.drafters[arm].kind,
             "tokens_per_second": tokens_per_second(own),
             "over_none": tokens_per_second(own) / plain[None],
             "over_none_by_task": {
@@ -197,16 +164,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, progress(console) as report:
         for dtype in options.dtypes:
             config = configured(options.config, dtype=dtype, threads=options.threads)
-            engine = config.engine.model_copy(update={"prefix_positions": 0})
-            config = config.model_copy(update={"engine": engine})
-            config = with_answers(config, collected, options.max_new_tokens, Path(folder), report)
+            config = without_prefixes(config)
+            work = Path(folder, dtype)
+            config = with_answers(config, collected, options.max_new_tokens, work, report)
             pace = Pace(build(config))
-            prompts = [
-                TimedPrompt(
-                    p.id, p.domain, tuple(pace.encode([{"role": "user", "content": p.prompt}]))
-                )
-                for p in timed
-            ]
+            prompts = encode_prompts(pace, timed)
             if options.spec_bench is not None:
                 more, note = spec_bench(
                     options.spec_bench, pace, options.max_new_tokens, options.most_of_spec_bench
@@ -214,18 +176,17 @@ def main() -> None:
                 prompts += more
                 notes = [note]
             for heat in options.temperatures:
-                runner = Runner(pace, options.max_new_tokens, heat)
-                methods = runner.methods()
+                # with a seed the text is the same for every arm, so that all decode the same
+                recorder = RecordingMethods(
+                    pace,
+                    max_new_tokens=options.max_new_tokens,
+                    temperature=heat,
+                    seed=7 if heat else None,
+                )
+                methods = {arm: recorder.method(arm) for arm in pace.drafters}
                 label = f"{dtype}, temperature {heat:g}"
-                total, done = len(prompts) * options.repeats * len(methods), 0
-
-                def on_run(label: str = label, total: int = total) -> None:
-                    nonlocal done
-                    done += 1
-                    report(label, done, total)
-
-                timings = time_interleaved(methods, prompts, options.repeats, on_run=on_run)
-                rows += summarise(timings, prompts, runner, dtype, heat)
+                timings = time_methods(methods, prompts, options.repeats, label, report)
+                rows += summarise(timings, prompts, pace, recorder, dtype, heat)
     facts: dict[str, Any] = circumstances()
     facts["setting"] = (
         f"Batch 1, {options.per_task} prompts of each task, at most {options.max_new_tokens} new "

@@ -5,8 +5,8 @@
 Every request of a mixed stream runs through `none` and through every case, interleaved in one process,
 in an order that changes from request to request; each case keeps its own controller from the first
 request on, so what it takes to learn counts. Seconds are end to end: prefill, choice, drafters'
-starts, shadow drafts, rounds. A ratio is the seconds a token of `none` over the case's; its interval a bootstrap
-over requests, 95%. The cases:
+starts, shadow drafts, rounds. A ratio is the seconds per token of `none` over the case's; its interval
+is a bootstrap over requests, 95%. The cases:
 
     auto          the learned policy's choice
     random        an arm by lot for every request
@@ -34,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from paceline.assembly import Pace, Parts, build_controller, policy_identity
 from paceline.bench.circumstances import circumstances, headline
-from paceline.bench.profile import profile
+from paceline.bench.profile import measure_cost_table
 from paceline.cli.options import configured
 from paceline.cli.progress import progress
 from paceline.config import PathsSection, SelectionSection
@@ -42,21 +42,20 @@ from paceline.contracts import NONE, Drafts
 from paceline.drafting.base import Drafter, Foresight
 from paceline.drafting.catalog import arms_of
 from paceline.experiments.demo_prompts import demo_prompts
-from paceline.experiments.pipeline import prepare
 from paceline.experiments.prompt_files import TASKS
 from paceline.files import write_atomically
-from paceline.layer_search.plot import import_figure
-from paceline.learning import learn
+from paceline.learning import train_policy
+from paceline.plotting import import_figure
 from paceline.selection import Policy, load_policy
 from paceline.selection.choosers import RandomChooser
 from paceline.store import read_prompts
 from paceline.store.collection import load_collection
+from paceline.verbs.pipeline import prepare
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from paceline.cli.progress import Report
-    from paceline.contracts import Completion, PromptRecord, RowView
+    from paceline.contracts import Completion, Progress, PromptRecord, RowView
     from paceline.costs import CostTable
     from paceline.engine.loop import Choose
     from paceline.selection import PolicyIdentity
@@ -288,7 +287,7 @@ class Made:
 
 
 def mixed(
-    options: argparse.Namespace, records: Sequence[PromptRecord], made: Made, report: Report
+    options: argparse.Namespace, records: Sequence[PromptRecord], made: Made, report: Progress
 ) -> list[dict[str, Any]]:
     """The stream of all tasks through all cases; a row of the table for each."""
     parts, costs = made.pace.parts, made.costs
@@ -302,7 +301,7 @@ def mixed(
         cases += cases_of("random", parts, by_lot(arms), arms, costs, both)
     if "bad" in options.cases:
         bad = bad_parts(parts)
-        bad_costs = profile(bad, on_progress=report)
+        bad_costs = measure_cost_table(bad, on_progress=report)
         wrong = [name for name in bad.drafters if name != NONE]
         cases += cases_of("bad drafters", bad, by_lot(wrong), wrong, bad_costs)
     counted = counter(report, "mixed stream", len(records) * (len(cases) + 1))
@@ -320,14 +319,14 @@ def mixed(
 
 
 def shifting(
-    options: argparse.Namespace, records: Sequence[PromptRecord], made: Made, report: Report
+    options: argparse.Namespace, records: Sequence[PromptRecord], made: Made, report: Progress
 ) -> dict[str, Any]:
     """First one domain, then another, under a policy that was learned on the first alone."""
     parts = made.pace.parts
     config = parts.config
     collection = load_collection(config.paths.store, list(config.drafters))
     known = [p for p in collection.prompts if p.domain == BEFORE]
-    policy = learn(
+    policy = train_policy(
         known, made.costs, made.identity, arms_of(config), config.learning, report
     ).policy
     ordered = [r for d in (BEFORE, AFTER) for r in records if r.domain == d]
@@ -348,7 +347,7 @@ def shifting(
     }
 
 
-def counter(report: Report, stage: str, total: int) -> Callable[[], None]:
+def counter(report: Progress, stage: str, total: int) -> Callable[[], None]:
     done = 0
 
     def on_run() -> None:
@@ -387,7 +386,7 @@ def main() -> None:
     console.print(text, markup=False, highlight=False)
 
 
-def measure(options: argparse.Namespace, work: Path, report: Report) -> dict[str, Any]:
+def measure(options: argparse.Namespace, work: Path, report: Progress) -> dict[str, Any]:
     config = configured(options.config, options.dtype)
     paths = PathsSection(store=work / "store", costs=work / "costs.json", policy=work / "policy")
     config = config.model_copy(update={"paths": paths})

@@ -49,7 +49,7 @@ from paceline.testing.tokenizers import byte_tokenizer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from paceline.cli.progress import Report
+    from paceline.contracts import Progress
     from paceline.layer_search import SearchReport
 
 SHAPES = {
@@ -179,7 +179,12 @@ def drafter(subject: Subject, name: str, subset: LayerSubset, fixed: int | None 
 
 
 def search(
-    subject: Subject, label: str, prompts: Sequence[Sequence[int]], trials: int, n: int, on: Report
+    subject: Subject,
+    label: str,
+    prompts: Sequence[Sequence[int]],
+    trials: int,
+    n: int,
+    on: Progress,
 ) -> SearchReport:
     settings = SETTINGS.model_copy(update={"max_new_tokens": n})
     with TemporaryDirectory() as folder:
@@ -199,7 +204,7 @@ def timed_rows(
     prompts: Sequence[TimedPrompt],
     n: int,
     label: str,
-    on: Report,
+    on: Progress,
 ) -> list[dict[str, Any]]:
     """One row an arm: tokens/s, over `none`, and how its drafts fared."""
     engine = Pace(subject.pace.parts)
@@ -241,7 +246,7 @@ def timed_rows(
 
 
 def measure(
-    subject: Subject, trials: int, n: int, n_search: int, out: Path, on: Report
+    subject: Subject, trials: int, n: int, n_search: int, out: Path, on: Progress
 ) -> dict[str, Any]:
     name = subject.name
     everything = [prompt for prompts in subject.development.values() for prompt in prompts]
@@ -271,7 +276,7 @@ def measure(
 
 
 def per_task(
-    subject: Subject, trials: int, n: int, n_search: int, on: Report
+    subject: Subject, trials: int, n: int, n_search: int, on: Progress
 ) -> list[dict[str, Any]]:
     """A set of each task's own beside the one that was searched on all of them."""
     rows = []

@@ -29,12 +29,13 @@ from rich.console import Console
 
 from paceline.assembly import Pace, build, policy_identity
 from paceline.bench.circumstances import circumstances, headline
-from paceline.bench.profile import profile
+from paceline.bench.profile import measure_cost_table
 from paceline.bench.timed import TimedPrompt
 from paceline.cli.options import configured
 from paceline.cli.progress import progress
 from paceline.contracts import AUTO, NONE, join_arm, split_arm
 from paceline.costs import CostTable
+from paceline.experiments.by_clock import encode_prompts
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.files import write_atomically
 from paceline.replay import max_output, replay, walk
@@ -42,8 +43,8 @@ from paceline.rewards import request_seconds
 from paceline.selection import is_policy, load_policy
 
 if TYPE_CHECKING:
-    from paceline.cli.progress import Report
     from paceline.contracts import Completion
+    from paceline.contracts import Progress as Report
     from paceline.costs import Objective
     from paceline.engine import RequestUpdate
 
@@ -388,11 +389,8 @@ def main() -> None:
     _, timed = demo_prompts(options.skip_per_task, options.per_task)
     with progress(console) as report:
         pace = loaded(options)
-        costs = profile(pace, report, options.profile_seconds)
-        prompts = [
-            TimedPrompt(p.id, p.domain, tuple(pace.encode([{"role": "user", "content": p.prompt}])))
-            for p in timed
-        ]
+        costs = measure_cost_table(pace, report, options.profile_seconds)
+        prompts = encode_prompts(pace, timed)
         points, best = measure(pace, costs, prompts, options, report)
     facts: dict[str, Any] = circumstances()
     facts["setting"] = (

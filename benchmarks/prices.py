@@ -19,24 +19,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from agreement import Ranking, bias, median_error, ranking
 from rich.console import Console
 
 from paceline.assembly import Pace, build
-from paceline.bench.agreement import Ranking, bias, median_error, ranking
 from paceline.bench.circumstances import circumstances, headline
-from paceline.bench.profile import profile
-from paceline.bench.timed import TimedPrompt, time_interleaved
+from paceline.bench.profile import measure_cost_table
+from paceline.bench.timed import TimedPrompt
 from paceline.cli.options import configured
 from paceline.cli.progress import progress
 from paceline.contracts import NONE, Completion, join_arm, split_arm
-from paceline.costs.pricing import prompt_seconds
+from paceline.costs.pricing import draft_seconds, prompt_seconds, start_seconds
+from paceline.experiments.by_clock import (
+    RecordingMethods,
+    encode_prompts,
+    replay_arm,
+    time_methods,
+    without_prefixes,
+)
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.files import write_atomically
-from paceline.replay import max_output, replay, walk
 from paceline.rewards import request_seconds
 
 if TYPE_CHECKING:
-    from paceline.cli.progress import Report
+    from paceline.contracts import Progress
     from paceline.costs import CostTable
 
 PARTS = ("prefill", "draft", "verify", "host")
@@ -75,43 +81,17 @@ def clock(
     new_tokens: int,
     repeats: int,
     label: str,
-    report: Report,
+    report: Progress,
 ) -> dict[tuple[str, str], tuple[float, Completion]]:
     """(arm, prompt) -> seconds of the median run, and the last run's completion."""
-    completions: dict[tuple[str, tuple[int, ...]], Completion] = {}
-    done = 0
-
-    def on_run() -> None:
-        nonlocal done
-        done += 1
-        report(label, done, len(prompts) * len(arms) * repeats)
-
-    def method(arm: str) -> Any:
-        def run(tokens: Sequence[int]) -> Sequence[int]:
-            found = pace.complete(
-                list(tokens), drafter=arm, max_new_tokens=new_tokens, generation_config="none"
-            )
-            completions[arm, tuple(tokens)] = found
-            return found.token_ids
-
-        return run
-
-    timings = time_interleaved({a: method(a) for a in arms}, prompts, repeats, on_run=on_run)
+    recorder = RecordingMethods(pace, max_new_tokens=new_tokens)
+    methods = {arm: recorder.method(arm) for arm in arms}
+    timings = time_methods(methods, prompts, repeats, label, report)
     of = {p.id: p.tokens for p in prompts}
-    return {(t.method, t.prompt): (t.seconds, completions[t.method, of[t.prompt]]) for t in timings}
-
-
-def replayed(
-    pace: Pace, arm: str, prompt: TimedPrompt, written: Sequence[int], new_tokens: int
-) -> Any:
-    """[rounds, 2] that the arm has along a text."""
-    name, length = split_arm(arm)
-    limit = max_output(new_tokens, len(prompt.tokens), pace.parts.target.context_length)
-    found = replay(pace.parts.drafters[name], prompt.tokens, written, limit)
-    if length is None:
-        return found.rounds
-    assert found.ahead is not None  # nests
-    return walk(found.ahead, length)
+    return {
+        (t.method, t.prompt): (t.seconds, recorder.completions[t.method, of[t.prompt]])
+        for t in timings
+    }
 
 
 def parts_of(costs: CostTable, arm: str, num_prompt: int, rounds: Any) -> dict[str, float]:
@@ -119,13 +99,11 @@ def parts_of(costs: CostTable, arm: str, num_prompt: int, rounds: Any) -> dict[s
     name = split_arm(arm)[0]
     drafted, accepted = rounds.T
     context = num_prompt + np.cumsum(accepted + 1) - (accepted + 1)
-    prefill, begun = (
-        float(prompt_seconds(costs.seconds, d, np.array([num_prompt]))[0]) for d in (NONE, name)
-    )
-    draft = 0.0 if name == NONE else float(costs.seconds(name, "propose", drafted, context).sum())
+    length = np.array(num_prompt)
+    draft = draft_seconds(costs.seconds, name, drafted, context).sum()
     return {
-        "prefill": prefill,
-        "draft": begun - prefill + draft,
+        "prefill": float(prompt_seconds(costs.seconds, NONE, length)),
+        "draft": float(start_seconds(costs.seconds, name, length) + draft),
         "verify": float(costs.seconds("target", "forward", 1 + drafted, context).sum()),
         "host": costs.seconds("engine", "round", 0) * len(rounds),
     }
@@ -138,7 +116,7 @@ def compare(
     prompts: Sequence[TimedPrompt],
     options: argparse.Namespace,
     dtype: str,
-    report: Report,
+    report: Progress,
 ) -> list[Run]:
     """Every arm on every prompt, predicted and by the clock."""
     new_tokens, label = options.max_new_tokens, f"{dtype}, by the clock"
@@ -147,7 +125,7 @@ def compare(
     for number, prompt in enumerate(prompts, start=1):
         for arm in arms:
             seconds, done = clocked[arm, prompt.id]
-            rounds = replayed(pace, arm, prompt, done.token_ids, new_tokens)
+            rounds = replay_arm(pace, arm, prompt.tokens, done.token_ids, new_tokens)
             own = done.seconds
             measured = {"prefill": own.prefill, "draft": own.draft, "verify": own.verify}
             measured["host"] = done.seconds_total - sum(measured.values())
@@ -310,19 +288,13 @@ def main() -> None:
     with progress(console) as report:
         for dtype in options.dtypes:
             config = configured(options.config, dtype=dtype, threads=options.threads)
-            engine = config.engine.model_copy(update={"prefix_positions": 0})
-            pace = Pace(build(config.model_copy(update={"engine": engine})))
-            costs = profile(
+            pace = Pace(build(without_prefixes(config)))
+            costs = measure_cost_table(
                 pace,
                 lambda stage, done, total, dtype=dtype: report(f"{dtype}, {stage}", done, total),
                 options.profile_seconds,
             )
-            prompts = [
-                TimedPrompt(
-                    p.id, p.domain, tuple(pace.encode([{"role": "user", "content": p.prompt}]))
-                )
-                for p in timed
-            ]
+            prompts = encode_prompts(pace, timed)
             arms = arms_of(pace, options.draft_lengths)
             runs += compare(pace, costs, arms, prompts, options, dtype, report)
     facts: dict[str, Any] = circumstances()

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from paceline.assembly import Pace, build
 from paceline.bench.circumstances import circumstances, headline
-from paceline.bench.profile import profile
+from paceline.bench.profile import measure_cost_table
 from paceline.cli.options import configured
 from paceline.cli.progress import progress
 from paceline.contracts import NONE, CollectedPrompt
@@ -36,8 +36,8 @@ from paceline.rewards import request_seconds
 
 if TYPE_CHECKING:
     from paceline.assembly import Parts
-    from paceline.cli.progress import Report
     from paceline.config import Config
+    from paceline.contracts import Progress
     from paceline.costs import CostTable
     from paceline.drafting.stops import StopRule
 
@@ -46,7 +46,7 @@ THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def collect(
-    parts: Parts, arms: list[str], per_task: int, max_new_tokens: int, report: Report
+    parts: Parts, arms: list[str], per_task: int, max_new_tokens: int, report: Progress
 ) -> list[CollectedPrompt]:
     """Each prompt's output and, by arm, what its drafter thought of it."""
     pace = Pace(parts)
@@ -191,7 +191,7 @@ def main() -> None:
     config = configured(options.config, dtype=options.dtype, threads=options.threads)
     parts = build(with_long_drafts(config, arms, options.longest))
     with progress(console) as report:
-        costs = profile(parts, report, budget=options.profile_seconds)
+        costs = measure_cost_table(parts, report, budget=options.profile_seconds)
         prompts = collect(parts, arms, options.per_task, options.max_new_tokens, report)
     rows = compare(prompts, arms, costs, options.longest)
     facts: dict[str, Any] = circumstances()

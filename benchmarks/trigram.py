@@ -30,8 +30,8 @@ from paceline.drafting.trigram.reference import ReferenceStatistics, reference_t
 from paceline.drafting.trigram.search import Learned, TreeSearch
 from paceline.drafting.trigram.table import load_table
 from paceline.experiments.aded import installed_source
-from paceline.experiments.pipeline import build_trigrams
 from paceline.models.loading import load_tokenizer
+from paceline.verbs.trigrams import build_trigrams
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -24,20 +24,18 @@ from transformers.utils import logging as transformers_logging
 
 from paceline.assembly import Pace
 from paceline.bench.circumstances import circumstances, headline
-from paceline.bench.timed import (
-    Method,
-    TimedPrompt,
-    Timing,
-    num_equal_outputs,
-    select,
-    time_interleaved,
-    tokens_per_second,
-)
+from paceline.bench.timed import Method, Timing, num_equal_outputs, select, tokens_per_second
 from paceline.cli.options import configured
 from paceline.cli.progress import progress
 from paceline.contracts import join_arm
+from paceline.experiments.by_clock import (
+    RecordingMethods,
+    encode_prompts,
+    time_methods,
+    without_prefixes,
+)
 from paceline.experiments.demo_prompts import demo_prompts
-from paceline.experiments.pipeline import prepare
+from paceline.verbs.pipeline import in_folder, prepare
 
 GENERATE = "transformers generate"
 ASSISTED = "transformers assistant_model"
@@ -88,57 +86,25 @@ def transformers_methods(pace: Pace, dtype: torch.dtype, max_new_tokens: int) ->
     }
 
 
-def our_methods(pace: Pace, max_new_tokens: int) -> dict[str, Method]:
-    def method(drafter: str) -> Method:
-        def run(tokens: Any) -> list[int]:
-            request = pace.request(
-                list(tokens),
-                max_new_tokens=max_new_tokens,
-                drafter=drafter,
-                generation_config="none",
-            )
-            return next(iter(pace.stream([request]))).token_ids
-
-        return run
-
-    return {name: method(name) for name in ("none", DRAFT_ARM, LOOKUP_ARM, SUFFIX_ARM, "auto")}
-
-
 def measure(dtype_name: str, options: argparse.Namespace, console: Console) -> list[Timing]:
     collected, timed = demo_prompts(options.collect_per_task, options.per_task)
     with tempfile.TemporaryDirectory() as folder, progress(console) as report:
-        config = configured(
-            options.config,
-            dtype=dtype_name,
-            threads=options.threads,
-            store=Path(folder, "collection"),
-            costs=Path(folder, "costs.json"),
-            policy=Path(folder, "policy"),
-        )
-        # every method decodes the same prompts, and each must pay for its own prefill
-        engine = config.engine.model_copy(update={"prefix_positions": 0})
+        config = configured(options.config, dtype=dtype_name, threads=options.threads)
         prepared = prepare(
-            config.model_copy(update={"engine": engine}),
+            without_prefixes(in_folder(config, Path(folder))),
             collected,
             options.max_new_tokens,
             lambda stage, done, total: report(f"{dtype_name}: {stage}", done, total),
         )
         pace = prepared.pace
-        methods = our_methods(pace, options.max_new_tokens)
+        ours = RecordingMethods(pace, max_new_tokens=options.max_new_tokens)
+        methods = {
+            name: ours.method(name) for name in ("none", DRAFT_ARM, LOOKUP_ARM, SUFFIX_ARM, "auto")
+        }
         methods |= transformers_methods(pace, getattr(torch, dtype_name), options.max_new_tokens)
-        prompts = [
-            TimedPrompt(p.id, p.domain, tuple(pace.encode([{"role": "user", "content": p.prompt}])))
-            for p in timed
-        ]
-        total = len(prompts) * options.repeats * len(methods)
-        done = 0
-
-        def on_run() -> None:
-            nonlocal done
-            done += 1
-            report(f"{dtype_name}: timed runs", done, total)
-
-        return time_interleaved(methods, prompts, options.repeats, on_run=on_run)
+        prompts = encode_prompts(pace, timed)
+        stage = f"{dtype_name}: timed runs"
+        return time_methods(methods, prompts, options.repeats, stage, report)
 
 
 def summarise(timings: list[Timing], dtype: str) -> list[dict[str, Any]]:

@@ -11,8 +11,7 @@ import warnings
 from pathlib import Path
 
 import torch
-
-from paceline.testing.model_grid import Judgement, architectures, judge, table
+from model_grid import Judgement, architectures, judge, table
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN = "<!-- table of architectures: begin (make models) -->"

@@ -1,4 +1,4 @@
-"""What every room's tests may use: the zoo's target, prompts in its four styles, one thread."""
+"""Fixtures for every room: the zoo's target, prompts in its four styles, one thread."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,13 +16,17 @@ import torch
 from paceline.assembly import Parts, build
 from paceline.config import Config, DrafterSection, ModelSection
 from paceline.contracts import PromptRecord
+from paceline.testing.tiny_models import perturbed, tiny_model
+from paceline.testing.tokenizers import byte_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 ROOT = Path(__file__).resolve().parents[1]
 ZOO = ROOT / "zoo"
 WRITTEN = ROOT / "src" / "paceline" / "experiments" / "prompts"
+
+sys.path.append(str(ROOT / "scripts"))  # the grid of models
 
 _CODE = """\
 Complete the Python function:
@@ -39,15 +44,15 @@ def merge_settings(defaults, overrides):
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """Models this small gain little from a second thread, and on a busy machine threads that wait
-    for each other cost minutes; the suite runs in two processes instead.
+    """Use one thread: small models gain little from a second one, and on a busy machine threads that
+    wait for each other take minutes. The suite runs in two processes instead.
     """
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _quick_cost_tables() -> Iterator[None]:
-    """A cost table is measured with the fewest repeats: no test depends on how exact it is."""
+    """Measure cost tables with the fewest repeats; no test depends on their precision."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(importlib.import_module("paceline.bench.profile"), "BUDGET", 0.0)
         yield
@@ -55,15 +60,30 @@ def _quick_cost_tables() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def short_trainings() -> Iterator[None]:
-    """For tests that learn a policy and do not ask how well it chooses."""
+    """Shorten the training of policies, for tests that do not depend on their quality."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("paceline.learning.learners.acceptance._STEPS", 24)
         yield
 
 
 @pytest.fixture(scope="session")
+def save_tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Return a function that saves tiny models of a context length as folders `target` and `near`."""
+
+    def save(context: int) -> Path:
+        folder = tmp_path_factory.mktemp("models")
+        target = tiny_model(std=0.1, context=context)
+        for name, model in (("target", target), ("near", perturbed(target, 0.1))):
+            model.save_pretrained(folder / name)
+            byte_tokenizer().save_pretrained(folder / name)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
 def zoo_target() -> Parts:
-    """The zoo's target in float32, with whatever trained drafters lie beside it, loaded once."""
+    """Return the zoo's target and trained drafters in float32, loaded once."""
     trained = {
         folder.name: DrafterSection(
             kind="draft_model", settings={"model": str(folder), "dtype": "float32"}
@@ -77,7 +97,7 @@ def zoo_target() -> Parts:
 
 @pytest.fixture(scope="session")
 def prompts() -> list[PromptRecord]:
-    """A handful in the four styles, and some of the training records' where PACELINE_DATA has them."""
+    """Return six prompts in the four styles, and eight of PACELINE_DATA's records if it is set."""
     records = [*_first_two(WRITTEN / "translation.jsonl"), *_first_two(WRITTEN / "math.jsonl")]
     records.append(PromptRecord("own/code", "code", _CODE))
     records.append(PromptRecord("own/summary", "summary", _SUMMARY))

@@ -1,6 +1,6 @@
 """paceline: a language model answers faster, without changing what it answers.
 
-The names below are loaded when first used, so that importing the package costs nothing.
+A public name is loaded at its first use, so that importing the package costs nothing.
 """
 
 from __future__ import annotations
@@ -10,40 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "Completion": "paceline.contracts",
-    "Config": "paceline.config",
-    "ConfigError": "paceline.errors",
-    "Drafter": "paceline.drafting.base",
-    "Drafts": "paceline.contracts",
-    "Foresight": "paceline.drafting.base",
-    "GREEDY": "paceline.contracts",
-    "Needs": "paceline.drafting.base",
-    "Pace": "paceline.assembly",
-    "PacelineError": "paceline.errors",
-    "PromptRecord": "paceline.contracts",
-    "RowView": "paceline.contracts",
-    "SimulatedForesight": "paceline.drafting.foresight",
-    "Surroundings": "paceline.drafting.base",
-    "build_trigrams": "paceline.experiments.pipeline",
-    "collect": "paceline.experiments.pipeline",
-    "data": "paceline.experiments.pipeline",
-    "demo": "paceline.experiments.demo_job",
-    "distill": "paceline.distillation",
-    "doctor": "paceline.bench",
-    "drafters": "paceline.bench",
-    "evaluate": "paceline.experiments.evaluation",
-    "experiment": "paceline.experiments.catalog",
-    "learn": "paceline.experiments.pipeline",
-    "learn_from_log": "paceline.experiments.from_log",
-    "load": "paceline.assembly",
-    "load_config": "paceline.config",
-    "pad_drafts": "paceline.drafting.base",
-    "profile": "paceline.experiments.pipeline",
-    "read_decisions": "paceline.store",
-    "read_prompts": "paceline.store",
-    "search_layers": "paceline.layer_search",
+_NAMES = {
+    "paceline.assembly": ("Pace", "load"),
+    "paceline.bench": ("doctor", "drafters"),
+    "paceline.config": ("Config", "load_config"),
+    "paceline.contracts": ("GREEDY", "Completion", "Drafts", "PromptRecord", "RowView"),
+    "paceline.distillation": ("distill",),
+    "paceline.drafting.base": ("Drafter", "Foresight", "Needs", "Surroundings", "pad_drafts"),
+    "paceline.drafting.foresight": ("SimulatedForesight",),
+    "paceline.errors": ("ConfigError", "PacelineError"),
+    "paceline.experiments.catalog": ("experiment",),
+    "paceline.experiments.demo_job": ("demo",),
+    "paceline.layer_search": ("search_layers",),
+    "paceline.store": ("read_decisions", "read_prompts"),
+    "paceline.verbs.data": ("data",),
+    "paceline.verbs.evaluate": ("evaluate",),
+    "paceline.verbs.from_log": ("learn_from_log",),
+    "paceline.verbs.pipeline": ("collect", "learn", "profile"),
+    "paceline.verbs.trigrams": ("build_trigrams",),
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "GREEDY",
@@ -92,11 +78,13 @@ if TYPE_CHECKING:
     from paceline.errors import ConfigError, PacelineError
     from paceline.experiments.catalog import experiment
     from paceline.experiments.demo_job import demo
-    from paceline.experiments.evaluation import evaluate
-    from paceline.experiments.from_log import learn_from_log
-    from paceline.experiments.pipeline import build_trigrams, collect, data, learn, profile
     from paceline.layer_search import search_layers
     from paceline.store import read_decisions, read_prompts
+    from paceline.verbs.data import data
+    from paceline.verbs.evaluate import evaluate
+    from paceline.verbs.from_log import learn_from_log
+    from paceline.verbs.pipeline import collect, learn, profile
+    from paceline.verbs.trigrams import build_trigrams
 
 
 def __getattr__(name: str) -> Any:

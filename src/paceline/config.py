@@ -1,19 +1,18 @@
-"""One strict schema for paceline.yaml, a section per room. Flags override it, defaults fill it.
+"""The strict schema of paceline.yaml, one section per room.
 
-A drafter's `settings` belong to the drafter's own schema and are checked where drafters are built.
-Relative paths mean relative to the YAML file.
+A drafter's `settings` are checked by the drafter's own schema when it is built. Relative paths are
+relative to the YAML file.
 """
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, shorten, suggest_name
 
 S = TypeVar("S", bound=BaseModel)
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -34,9 +33,9 @@ Learner = Literal[
 
 
 MAX_DRAFT_TOKENS: Final = 64
-"""No draft is longer; the cost table and CUDA's captured steps are made for as many."""
+"""Maximum draft length of the schema, the cost table and CUDA's captured steps."""
 
-# settings of drafters that name a file of ours, beside the YAML
+# settings of drafters that name a file of paceline's, relative to the YAML
 _FILE_SETTINGS: Final = ("table", "skip_set")
 
 
@@ -47,11 +46,11 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """A transformers causal LM: local folder or hub name.
+    """A transformers causal LM.
 
-    forward: whose code runs the weights; `auto` takes the lean forward where it fits. adapter: a PEFT
-    adapter, folder or hub name, merged into the weights. device_map: places the weights by
-    accelerate's rules instead of on one `device`.
+    model: a local folder or hub name. forward: `auto` takes the lean forward if the architecture has
+    one. adapter: folder or hub name of a PEFT adapter, which is merged into the weights. device_map:
+    places the weights by accelerate's rules instead of on one `device`.
     """
 
     model: str
@@ -64,28 +63,28 @@ class ModelSection(Section):
     device_map: str | dict[str, str | int] | None = None
 
     @model_validator(mode="after")
-    def _one_place(self) -> ModelSection:
+    def _check_placement(self) -> ModelSection:
         if self.device_map is not None and self.device != "auto":
-            raise ValueError("'device' and 'device_map' both say where the weights go; keep one")
+            raise ValueError("'device' and 'device_map' both place the weights; remove one")
         return self
 
 
 class DrafterSection(Section):
-    """One arm: which kind of drafter, with that drafter's own settings."""
+    """A drafter: its kind, and the settings of that kind's own schema."""
 
     kind: str
     settings: dict[str, Any] = Field(default_factory=dict)
 
 
 class EngineSection(Section):
-    """How requests share the engine.
+    """Limits of the engine.
 
-    max_rows: requests decoded at once. prefill_chunk: prompt tokens between two rounds. max_waiting:
-    requests that may queue. max_positions: bound on rows times the longest row, which is what the
-    caches of the target and of each drafter hold, those of a draft included. prefix_positions: bound
-    on kept beginnings of past prompts; 0 keeps none.
-    max_drafter_mb: bound on what the drafters' rows need beside their weights, in MB of 10^6 bytes; a
-    request whose drafter would not fit is decoded by `none`, and its decision says so.
+    max_rows: requests decoded at the same time. prefill_chunk: prompt tokens between two rounds.
+    max_waiting: requests in the queue. max_positions: positions of the target's and each drafter's
+    cache, which need the number of rows times the longest row, drafts included. prefix_positions:
+    cached positions of past prompts; 0 caches none. max_drafter_mb: memory of the drafters' rows, in
+    MB of 10^6 bytes, in addition to weights; a request whose drafter does not fit is decoded by
+    `none`, and its decision says so.
     """
 
     max_rows: int = Field(default=8, ge=1)
@@ -146,13 +145,13 @@ DEFAULT_ENCODERS: Final[tuple[EncoderName, ...]] = ("target_hidden", "text_stats
 
 
 class SelectionSection(Section):
-    """What a policy sees of a request, and what may change its choice where that is left to it.
+    """The features of a policy, and the changes to its choice for a request with drafter `auto`.
 
-    encoders: whose features it is given, in this order. sentence_model: the folder or hub name of the
-    model behind the encoder `sentence`, one saved by sentence-transformers or any transformers encoder.
-    adapt: `within_request` goes on with whatever arm the text so far speaks for. guard: what does not
-    pay by the clock falls back to plain decoding. explore: probability of an arm drawn evenly, which is
-    what a policy can be judged by from logs.
+    encoders: the encoders of the features, in order. sentence_model: folder or hub name of the
+    `sentence` encoder's model, saved by sentence-transformers or any transformers encoder. adapt:
+    `within_request` switches to the arm that fits the text so far. guard: an arm that is slower than
+    plain decoding by the clock is replaced by `none`. explore: probability of a uniformly random arm,
+    which lets logs evaluate other policies.
     """
 
     encoders: tuple[EncoderName, ...] = DEFAULT_ENCODERS
@@ -163,29 +162,29 @@ class SelectionSection(Section):
 
     @field_validator("adapt", mode="before")
     @classmethod
-    def _off_is_a_word(cls, value: object) -> object:
-        """YAML reads a bare off as false."""
+    def _read_off(cls, value: object) -> object:
+        """Return `off` for false, as YAML reads a bare off."""
         return "off" if value is False else value
 
     @model_validator(mode="after")
-    def _whole(self) -> SelectionSection:
+    def _check_encoders(self) -> SelectionSection:
         if not self.encoders or len(set(self.encoders)) < len(self.encoders):
-            raise ValueError("'selection.encoders' must name at least one encoder, and none twice")
+            raise ValueError("'selection.encoders' must name at least one encoder, each once")
         if "sentence" in self.encoders and self.sentence_model is None:
             raise ValueError(
-                "the encoder 'sentence' needs a model: set 'selection.sentence_model' to a folder or "
+                "the encoder 'sentence' needs a model; set 'selection.sentence_model' to a folder or "
                 "hub name"
             )
         return self
 
     @property
     def is_adaptive(self) -> bool:
-        """Whether anything here is more than the policy's choice."""
+        """Whether an arm other than the policy's choice may be used."""
         return self.adapt != "off" or self.guard or self.explore > 0
 
 
 class PathsSection(Section):
-    """Where the offline rooms write and the online ones read."""
+    """Files that offline verbs write and the engine reads."""
 
     store: Path = Path("runs/collection")
     costs: Path = Path("runs/costs.json")
@@ -193,10 +192,10 @@ class PathsSection(Section):
 
 
 class LogSection(Section):
-    """The decision log: where it is written, if anywhere, and whether with the requests' token ids.
+    """The decision log.
 
-    tokens: `off` leaves no token of a prompt or an answer on the disk; `ids` lets `paceline learn
-    --from-log` replay every drafter on what was served.
+    folder: of the log files; None logs nothing. tokens: `off` writes no token of a prompt or an answer;
+    `ids` writes token ids, so that `paceline learn --from-log` can replay every drafter.
     """
 
     folder: Path | None = None
@@ -204,12 +203,13 @@ class LogSection(Section):
 
 
 class Config(Section):
-    """The whole of paceline.yaml.
+    """The content of paceline.yaml.
 
-    exact: the target runs in exact mode, where a text's bits hang on its own tokens alone, so that
-    greedy text is the same for every drafter and batch in bfloat16 too; refused where it cannot be.
-    generation_config: `auto` takes the defaults of requests from the target's own generation
-    configuration (penalties, lengths, sampling and so on), `none` only the tokens that end an answer.
+    exact: run the target in exact mode, where each token depends only on its own request, so that
+    greedy text in bfloat16 is equal for every drafter and batch; a target that cannot is refused.
+    generation_config: `auto` takes defaults of requests from the target's own generation configuration
+    (penalties, lengths, sampling and so on), `none` only the tokens that end an answer. threads: of
+    torch.
     """
 
     target: ModelSection
@@ -225,7 +225,7 @@ class Config(Section):
 
 
 def load_config(path: Path | str) -> Config:
-    """Read, validate and anchor a YAML file. Raises ConfigError with what to change."""
+    """Return the configuration of a YAML file, with absolute paths. Raises ConfigError for a mistake."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -238,12 +238,14 @@ def load_config(path: Path | str) -> Config:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected a mapping with 'target' and 'drafters'")
+        raise ConfigError(
+            f"{path}: expected a mapping with 'target' and 'drafters'; got {shorten(raw)}"
+        )
     return anchor(parse(Config, raw, str(path)), path.resolve().parent)
 
 
 def parse(schema: type[S], raw: dict[str, Any], where: str) -> S:
-    """Validate a mapping; the first mistake becomes one line that names the nearest valid key."""
+    """Return a validated mapping. Raises ConfigError that names the first mistake and where it is."""
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
@@ -251,24 +253,18 @@ def parse(schema: type[S], raw: dict[str, Any], where: str) -> S:
 
 
 def explain(schema: type[BaseModel], error: ValidationError) -> str:
-    """The first mistake pydantic found, in one line."""
-    # an unknown key explains a missing one beside it
+    """Return pydantic's first mistake in one line."""
+    # a misspelt key is an unknown and a missing one; the unknown one is named
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     location = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
         valid = _keys_at(schema, location[:-1])
-        return f"unknown key '{'.'.join(location)}'{nearest(location[-1], valid)}"
+        return f"unknown key '{'.'.join(location)}'{suggest_name(location[-1], valid)}"
     if first["type"] == "missing":
         return f"key '{'.'.join(location)}' is missing"
-    if first["type"] == "value_error":  # a rule of ours over several keys
+    if first["type"] == "value_error":  # raised by a validator of the schema
         return str(first["ctx"]["error"])
-    return f"'{'.'.join(location)}': {first['msg'].lower()}, got {first['input']!r}"
-
-
-def nearest(name: str, valid: list[str]) -> str:
-    """A clause that names the closest valid name, or all of them."""
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else f"; valid: {', '.join(valid)}"
+    return f"'{'.'.join(location)}': {first['msg'].lower()}, got {shorten(first['input'])}"
 
 
 def _keys_at(schema: type[BaseModel], location: list[str]) -> list[str]:
@@ -277,7 +273,7 @@ def _keys_at(schema: type[BaseModel], location: list[str]) -> list[str]:
         field = getattr(current, "model_fields", {}).get(part)
         if field is not None:
             current = field.annotation
-        # an entry of a mapping of sections: step into its value type
+        # the key of a mapping of sections: go on with its value type
         arguments = getattr(current, "__args__", ())
         if arguments and field is None:
             current = arguments[-1]
@@ -285,7 +281,7 @@ def _keys_at(schema: type[BaseModel], location: list[str]) -> list[str]:
 
 
 def anchor(config: Config, folder: Path) -> Config:
-    """Make relative paths absolute: models that are folders beside the YAML, and our own files."""
+    """Return a configuration with absolute paths to its files and local models."""
 
     def model_path(name: str) -> str:
         local = folder / name

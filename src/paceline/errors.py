@@ -1,23 +1,27 @@
-"""The exceptions a user of paceline can meet.
+"""The exceptions that paceline raises for its callers, and values in their messages.
 
-PacelineError                 anything the caller can mend; the CLI prints it, exit code 2
-├── ConfigError               a setting: unknown key, bad value, contradiction, missing file
+PacelineError                 any mistake that the caller can correct; the CLI exits with code 2
+├── ConfigError               a setting: unknown key, wrong value, contradiction, missing file
 ├── RequestError              a request that cannot be served: empty, too long, unsupported setting
 ├── ModelError                a model that cannot be used: unreadable weights, failed self-check
-├── VocabularyError           a drafter whose tokens are not the target's
-├── ArtefactError             a policy or cost table that was made for something else
+├── VocabularyError           a drafter whose tokens differ from the target's
+├── ArtefactError             a policy or cost table made for other models, arms or features
 ├── StoreError                a collection that is unreadable or of another version
-├── DrafterError              a drafter that broke its contract while a request was running
-├── DecodingError             a request that ended early: its drafter, its rules or its logits failed
-└── QueueFullError            a request that came while too many were waiting
+├── DrafterError              a drafter that broke its contract during a request
+├── DecodingError             a request that ended early: its drafter, rules or logits failed
+└── QueueFullError            a request that arrived while the queue was full
 """
 
 from __future__ import annotations
 
-from typing import Final
+import difflib
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 ENDS_ALL: Final = (KeyboardInterrupt, GeneratorExit)
-"""Exceptions that end the program wherever they are raised; any other is a failure of its plug-in."""
+"""Exceptions that end the program; plug-in code may raise any other without ending it."""
 
 
 class PacelineError(Exception):
@@ -49,34 +53,34 @@ class StoreError(PacelineError):
 
 
 class DrafterError(PacelineError):
-    """A drafter proposed something outside its contract."""
+    """A drafter broke its contract."""
 
 
 class DecodingError(PacelineError):
-    """A request ended early because its drafter, its rules or the target's logits went wrong."""
+    """A request ended early because its drafter, its rules or the target's logits failed."""
 
 
 class QueueFullError(PacelineError):
-    """Too many requests wait already."""
+    """A request arrived while the queue was full."""
 
 
-_LONGEST: Final = 1000  # characters of an error in a message
+_MAX_ERROR_CHARACTERS: Final = 1000  # in a message
 
 
 def describe(error: BaseException) -> str:
     """Return an error's text for a message, or its type if it has no text or cannot be printed."""
     kind = type(error).__name__
     try:
-        text = str(error)[:_LONGEST]
-    except BaseException as second:
-        if isinstance(second, ENDS_ALL):
+        text = str(error)[:_MAX_ERROR_CHARACTERS]
+    except BaseException as unprintable:
+        if isinstance(unprintable, ENDS_ALL):
             raise
         text = ""
     if not text:
         return kind
-    # the text of these alone says little: `1`, `'name'`
-    bare = isinstance(error, KeyError) or not isinstance(error, Exception)
-    return f"{kind}: {text}" if bare else text
+    # their texts, such as `1` or `'name'`, are unclear without the type
+    needs_type = isinstance(error, KeyError) or not isinstance(error, Exception)
+    return f"{kind}: {text}" if needs_type else text
 
 
 def shorten(value: object, most: int = 80) -> str:
@@ -93,3 +97,10 @@ def shorten(value: object, most: int = 80) -> str:
 def shown(value: object) -> str:
     """Return a value and its type for a message, in one line."""
     return f"{shorten(value, 60)} ({type(value).__name__})"
+
+
+def suggest_name(name: str, valid: Iterable[str]) -> str:
+    """Return the end of a message about an unknown name: the closest valid name, or all of them."""
+    names = list(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else f"; valid: {', '.join(names)}"

@@ -1,7 +1,7 @@
-"""Files that are replaced whole: a reader sees the old content or the new, never a part.
+"""Atomic file writes: a reader sees the old content or the new, never a part.
 
-Knows nothing of what is written. A process killed at any moment leaves at most a `.part` file,
-which the next write to the same name replaces.
+A process that is killed while it writes leaves a `.part` file, which the next write to the same name
+replaces.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file, or create it and the folders above it."""
+    """Replace a file, or create it and its parent folders. Raises OSError as `open` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
     with temporary.open("wb") as file:

@@ -1,7 +1,7 @@
-"""Penalties, biases and bans on the target's logits, as functions of the text that leads to them.
+"""Penalties, biases and bans on the target's logits, as functions of the text before them.
 
-The only place for settings that depend on the text. The definitions are transformers' for the
-repetition penalty, n-grams, minimum length and suppression, and OpenAI's for presence and frequency.
+The only module for settings that depend on the text. Definitions: transformers' for the repetition
+penalty, n-grams, minimum length and suppression; OpenAI's for presence and frequency penalties.
 Symbols: n places, V logits.
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from paceline.contracts import LogitRules
 
-_OFF = float("-inf")
+_BANNED = float("-inf")
 
 
 def apply_rules(
@@ -29,10 +29,11 @@ def apply_rules(
     num_prompt: int,
     stop_token_ids: Iterable[int] = (),
 ) -> Tensor:
-    """The logits as the rules want them, a new float32 tensor.
+    """Return the logits after all rules, a new float32 tensor [n, V].
 
-    logits: [n, V]. texts: prompt and output before each place, n of them; the first `num_prompt`
-    tokens of each are the prompt. stop_token_ids: what `min_new_tokens` holds back.
+    logits: [n, V]. texts: n texts, prompt and output before each place; the first `num_prompt` tokens
+    of each are the prompt. stop_token_ids: banned until `min_new_tokens` are written. Raises ValueError
+    if a processor returns scores of another shape.
     """
     changed = logits.float().clone()
     for scores, text in zip(changed, texts, strict=True):
@@ -44,21 +45,24 @@ def apply_rules(
         if num_new < rules.min_new_tokens:
             banned |= set(stop_token_ids)
         if banned:
-            scores[sorted(banned)] = _OFF
+            scores[sorted(banned)] = _BANNED
         for processor in rules.processors:
             ids = torch.tensor([list(text)], device=logits.device)
-            made = processor(ids, scores[None].clone())
-            if made.shape != (1, len(scores)):  # `copy_` would broadcast it
-                raise ValueError(f"a processor returned scores of shape {list(made.shape)}")
-            scores.copy_(made[0])
+            processed = processor(ids, scores[None].clone())
+            if processed.shape != (1, len(scores)):  # `copy_` would broadcast it
+                raise ValueError(
+                    f"a processor returned scores of shape {list(processed.shape)}; "
+                    f"return [1, {len(scores)}]"
+                )
+            scores.copy_(processed[0])
         if num_new < len(rules.forced_tokens):
-            scores.fill_(_OFF)
+            scores.fill_(_BANNED)
             scores[rules.forced_tokens[num_new]] = 0.0
     return changed
 
 
 def _penalise(rules: LogitRules, scores: Tensor, text: Sequence[int], num_prompt: int) -> None:
-    """Bias and the three penalties, in place. scores: [V]."""
+    """Apply the bias and the three penalties in place. scores: [V]."""
     if rules.logit_bias:
         ids = torch.tensor(list(rules.logit_bias), device=scores.device)
         scores[ids] += torch.tensor(list(rules.logit_bias.values())).to(scores)
@@ -66,9 +70,9 @@ def _penalise(rules: LogitRules, scores: Tensor, text: Sequence[int], num_prompt
     if rules.repetition_penalty != 1.0:
         seen = text if rules.repetition_scope == "all" else output
         ids = torch.tensor(sorted(set(seen)), dtype=torch.int64, device=scores.device)
-        old = scores[ids]
+        before = scores[ids]
         penalty = rules.repetition_penalty
-        scores[ids] = torch.where(old < 0, old * penalty, old / penalty)
+        scores[ids] = torch.where(before < 0, before * penalty, before / penalty)
     if rules.presence_penalty or rules.frequency_penalty:
         counts = Counter(text if rules.presence_scope == "all" else output)
         ids = torch.tensor(list(counts), dtype=torch.int64, device=scores.device)
@@ -77,7 +81,7 @@ def _penalise(rules: LogitRules, scores: Tensor, text: Sequence[int], num_prompt
 
 
 def _ngram_ends(text: Sequence[int], size: int) -> set[int]:
-    """Tokens that would complete an n-gram of `size` tokens that the text holds already."""
+    """Return the tokens that would repeat an n-gram of `size` tokens of the text."""
     if len(text) < size:
         return set()
     last = tuple(text[len(text) - size + 1 :])

@@ -1,14 +1,12 @@
-"""What a policy is rewarded for, computed from acceptance and costs. Pure; knows no model or file.
+"""Rewards of a policy, computed from acceptance and costs. Pure; knows no model and no file.
 
-`speed` is the time that an arm saves of plain decoding (`none`), the rounds from replay and the
-seconds from the cost table, in units of the mean prompt's time: the largest mean reward is the least
-time for all prompts together, as a mean of the prompts' own speed ratios is not. `alignment` =
-alpha * similarity + (1 - alpha) * cost score is the reward of arXiv 2408.08470; what it compares (the
-drafter's own greedy output with the target's, by ROUGE-L unless told otherwise) and that the cost
-score is the share of the target's time which the drafter saves, is our reading of it (not
-confirmed). `clocked`, of requests as they were
-served, is `learning.from_choices`'s.
-Symbols: T output tokens, t seconds per token. A change in any figure raises REWARD_VERSION.
+`speed` is the time that an arm saves of plain decoding (`none`), in units of the mean prompt's time,
+with rounds from replay and seconds from the cost table. Its largest mean is the least time for all
+prompts together, which a mean of speed ratios is not. `alignment` = alpha * similarity + (1 - alpha) *
+cost score is the reward of arXiv 2408.08470. In our reading (not confirmed) it compares the drafter's
+own greedy output with the target's, and the cost score is the share of the target's time that the
+drafter saves. The reward `clocked`, of served requests, is in `learning.from_choices`.
+Symbol: t, seconds per token. A change in any figure raises REWARD_VERSION.
 """
 
 from __future__ import annotations
@@ -42,51 +40,30 @@ def request_seconds(
     rows: int = 1,
     objective: Objective = "latency",
 ) -> float:
-    """Predicted seconds of one request from its prefill to its last token; see `costs.pricing`.
+    """Return the predicted seconds of one request, from its prefill to its last token.
 
-    rounds: [rounds, 2], drafted and accepted. The choice of the arm is not priced. Without a round
-    the prefill's token was the last, and the engine never starts the drafter.
+    rounds: [rounds, 2], drafted and accepted tokens. The choice of the arm is not priced. A request
+    without rounds ended with the token of its prefill, and the engine starts no drafter for it.
+    `rows` and `objective` are those of `costs.pricing`.
     """
-    lengths = np.array([num_prompt])
-    return float(requests_seconds(seconds, arm, lengths, [rounds], rows, objective)[0])
+    drafter = split_arm(arm)[0] if len(rounds) else NONE
+    drafted, accepted = rounds.reshape(-1, 2).T
+    # a round emits its accepted tokens and one of the target; the last token is never cached
+    context = num_prompt + np.cumsum(accepted + 1) - (accepted + 1)
+    before = float(prompt_seconds(seconds, drafter, np.array([num_prompt]))[0])
 
-
-def requests_seconds(
-    seconds: SecondsFn,
-    arm: str,
-    num_prompt: NDArray[np.integer[Any]],
-    rounds: Sequence[NDArray[np.integer[Any]]],
-    rows: int = 1,
-    objective: Objective = "latency",
-) -> NDArray[np.float64]:
-    """[N] `request_seconds` of many prompts [N] with one arm: the table is read once for all."""
-    drafter = split_arm(arm)[0]
-    counts = np.array([len(own) for own in rounds])
-    of = np.repeat(np.arange(len(rounds)), counts)  # whose each round is
-    drafted, accepted = np.concatenate(rounds).reshape(-1, 2).T
-    # a round leaves its accepted tokens and the target's own one; the last token is never cached
-    emitted = np.concatenate([[0], np.cumsum(accepted + 1)])  # before each round, of all prompts
-    before_own = emitted[np.cumsum(counts) - counts]
-    context = num_prompt[of] + emitted[:-1] - before_own[of]
-    before = np.where(
-        counts > 0,
-        prompt_seconds(seconds, drafter, num_prompt),
-        prompt_seconds(seconds, NONE, num_prompt),
-    )
-
-    def price(num_drafting: int) -> NDArray[np.float64]:
+    def price(num_drafting: int) -> float:
         spent = round_seconds(seconds, drafter, drafted, context, rows, num_drafting)
-        total: NDArray[np.float64] = before + np.bincount(of, spent, len(rounds))
-        return total
+        return before + float(spent.sum())
 
     return by_objective(price, rows, objective)
 
 
 def savings(seconds: NDArray[np.float64], none: int) -> NDArray[np.float64]:
-    """[N, A] the speed reward: seconds saved over the mean prompt's with `none`, which has 0 itself.
+    """Return the speed reward [N, A]: the seconds saved over those of the mean prompt with `none`.
 
-    seconds: [N, A] of whole requests; none: the place of `none`. The mean over prompts is the share of
-    all seconds that is saved.
+    seconds: [N, A] of whole requests. none: the column of `none`, whose reward is 0. The mean over
+    prompts is the saved share of all seconds.
     """
     plain = seconds[:, [none]]
     saved: NDArray[np.float64] = (plain - seconds) / plain.mean()
@@ -94,8 +71,9 @@ def savings(seconds: NDArray[np.float64], none: int) -> NDArray[np.float64]:
 
 
 def rouge_1_f1(a: Sequence[int], b: Sequence[int]) -> float:
-    """ROUGE-1 F1 of two token sequences: twice the tokens in common, as often as both have them,
-    over len a + len b; 1 if both are empty. After Lin (2004).
+    """Return the ROUGE-1 F1 of two token sequences, 1 if both are empty (Lin, 2004).
+
+    It is twice the size of the multisets' intersection over len a + len b.
     """
     if not a and not b:
         return 1.0
@@ -104,10 +82,9 @@ def rouge_1_f1(a: Sequence[int], b: Sequence[int]) -> float:
 
 
 def rouge_l_f1(a: Sequence[int], b: Sequence[int]) -> float:
-    """ROUGE-L F1 of two token sequences: 2 LCS / (len a + len b); 1 if both are empty.
+    """Return the ROUGE-L F1 of two token sequences, 1 if both are empty (Lin, 2004).
 
-    The longest common subsequence (LCS) is exact. After Lin (2004), with precision and recall
-    weighed alike.
+    It is twice the length of the longest common subsequence over len a + len b.
     """
     if not a and not b:
         return 1.0
@@ -115,42 +92,31 @@ def rouge_l_f1(a: Sequence[int], b: Sequence[int]) -> float:
     return 2.0 * common / (len(a) + len(b))
 
 
-def edit_similarity(a: Sequence[int], b: Sequence[int]) -> float:
-    """1 - Levenshtein distance over the longer length; 1 if both are empty."""
-    similarity: float = Levenshtein.normalized_similarity(a, b)
-    return similarity
-
-
-def prefix_similarity(a: Sequence[int], b: Sequence[int]) -> float:
-    """The length of the longest common prefix over the longer length; 1 if both are empty."""
-    common: int = Prefix.similarity(a, b)
-    return common / max(len(a), len(b)) if a or b else 1.0
-
-
 METRICS: Final[Mapping[str, Similarity]] = MappingProxyType(
     {
         "rouge_1": rouge_1_f1,
         "rouge_l": rouge_l_f1,
-        "edit": edit_similarity,
-        "prefix": prefix_similarity,
+        # 1 - Levenshtein distance, and the common prefix, over the longer length
+        "edit": Levenshtein.normalized_similarity,
+        "prefix": Prefix.normalized_similarity,
     }
 )
-"""How alike two token sequences are, 0 to 1, by the name in the configuration."""
+"""Similarities of two token sequences, 0 to 1, by the name in the configuration."""
 
 
 def token_seconds(seconds: SecondsFn, arm: str, context: int) -> float:
-    """t: what one token of the arm's own plain drafting costs; for `none`, one of the target's."""
+    """Return the seconds t of one token that the arm's drafter drafts; for `none`, of the target."""
     subject, operation = (TARGET, FORWARD) if arm == NONE else (split_arm(arm)[0], PROPOSE)
     return float(np.asarray(seconds(subject, operation, np.array(1), np.array(context), 1)))
 
 
 def cost_score(t_arm: float, t_target: float) -> float:
-    """The share of the target's time per token that the drafter saves, clipped to [0, 1]."""
+    """Return the share of the target's time per token that the drafter saves, clipped to [0, 1]."""
     return min(max(1.0 - t_arm / t_target, 0.0), 1.0)
 
 
 def alignment_reward(alpha: float, similarity: float, cost: float) -> float:
-    """alpha * similarity + (1 - alpha) * cost score, all in [0, 1]."""
+    """Return alpha * similarity + (1 - alpha) * cost, all in [0, 1]."""
     return alpha * similarity + (1.0 - alpha) * cost
 
 
@@ -162,12 +128,10 @@ def alignments(
     draft_outputs: Mapping[str, Sequence[int]],
     metric: str = "rouge_l",
 ) -> dict[str, float]:
-    """The alignment reward of `none` and of each drafter whose own greedy output is given.
+    """Return the alignment reward of `none` and of each drafter with its own greedy output.
 
-    metric: one of `METRICS`.
-
-    `none` writes the target's output (similarity 1) and saves nothing (cost score 0). The others
-    are priced in the middle of the output.
+    output: the target's. metric: one of `METRICS`. `none` has similarity 1 and cost score 0. The
+    others are priced in the middle of the output.
     """
     context = num_prompt + len(output) // 2
     t_target = token_seconds(seconds, NONE, context)

@@ -1,7 +1,7 @@
-"""Tables for a terminal of any width, with names and numbers whole.
+"""Tables for a terminal of any width; names and numbers are never cut.
 
-A table that is too wide is shown in bands of columns, one below the other, each with the first column.
-Knows nothing about the meaning of its cells.
+A table that is too wide is printed in bands of columns, each with the first column. Knows nothing
+about the meaning of its cells.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from rich.table import Column
 
 PROSE: Final = "fold"
-"""The `overflow` of a column of sentences, whose cells may be wrapped."""
-_LEAST_PROSE: Final = 16  # minimum width of a column of longer sentences, in characters
-_LEAST: Final = 4  # minimum width where not even two columns fit, in characters
+"""The `overflow` of a column of sentences."""
+_MIN_PROSE: Final = 16  # minimum width of a column of longer sentences, in characters
+_MIN_WIDTH: Final = 4  # minimum width if not even two columns fit, in characters
 
 
 class BandedTable(Table):
-    """A rich table that is shown in bands of columns where they do not all fit.
+    """A rich table that is printed in bands if its columns do not all fit.
 
-    Cells are not wrapped, headers may be wrapped between words. Columns added with
-    `overflow=PROSE` hold sentences.
+    Cells are not wrapped; headers may be wrapped between words. Columns with `overflow=PROSE` contain
+    sentences and may be wrapped.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -58,12 +58,12 @@ class BandedTable(Table):
             cells = [list(self.columns[place].cells) for place in band]
             for i, row in enumerate(self.rows):
                 part.add_row(
-                    *(own[i] for own in cells), style=row.style, end_section=row.end_section
+                    *(column[i] for column in cells), style=row.style, end_section=row.end_section
                 )
             yield part
 
     def _bands(self, least: list[int], room: int) -> list[list[int]]:
-        """Return the indices of each band's columns, as many as fit; the first column is in all."""
+        """Return the column indices of each band; every band has the first column."""
         bands = [[0]]
         for place in range(1, len(least)):
             band = [*bands[-1], place]
@@ -87,18 +87,18 @@ def _widths(console: Console, options: ConsoleOptions, column: Column) -> tuple[
     longest = max([header.maximum, *(cell.maximum for cell in cells)])
     if column.overflow == PROSE:
         words = max([header.minimum, *(cell.minimum for cell in cells)])
-        return min(max(words, _LEAST_PROSE), longest), longest
+        return min(max(words, _MIN_PROSE), longest), longest
     return max([header.minimum, *(cell.maximum for cell in cells)]), longest
 
 
 def _share(ranges: list[tuple[int, int]], room: int) -> list[int]:
-    """Return a width per column: its least, and a share of the rest by need."""
+    """Return a width per column: its minimum, and a share of the rest in proportion to its need."""
     least = [low for low, _ in ranges]
     wanted = [high - low for low, high in ranges]
     spare = room - sum(least)
     if spare < 0:  # the widest column is wrapped
         widest = least.index(max(least))
-        least[widest] = max(_LEAST, least[widest] + spare)
+        least[widest] = max(_MIN_WIDTH, least[widest] + spare)
         return least
     total = max(1, sum(wanted))
     return [low + min(want, spare * want // total) for low, want in zip(least, wanted, strict=True)]

@@ -1,8 +1,8 @@
-"""Logits to the distribution that is sampled: temperature, top-k, top-p, min-p, in that order.
+"""From logits to the sampled distribution: temperature, top-k, top-p, min-p, in that order.
 
-The only place for these settings. Target and drafter go through the same function with the same
-parameters; otherwise the emitted distribution would not be the target's. Residuals never come
-through here. The order and the tie rules are those of transformers' logits processors.
+The only module for these settings. Target and drafter are warped by the same function with the same
+parameters; otherwise the emitted distribution would not be the target's. Residuals are never warped.
+The order and the tie rules are those of transformers' logits processors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def warp(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Probabilities under the sampling parameters, float32.
+    """Return probabilities under the sampling parameters, float32.
 
     logits: [..., V], any float dtype; temperature must be above 0. Returns [..., V].
     """
@@ -37,7 +37,7 @@ def warp(logits: Tensor, params: SamplingParams) -> Tensor:
 
 
 def _keep_nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """Drop the least likely tokens whose total is at most 1 - top_p; the best one always stays."""
+    """Mask the least likely tokens whose total is at most 1 - top_p, but never the most likely token."""
     ascending, order = logits.sort(dim=-1)
     drop = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - top_p
     drop[..., -1] = False

@@ -1,4 +1,4 @@
-"""The house as a whole: version, text, file names, public names, start-up.
+"""The project as a whole: version, text, file names, public names, start-up.
 
 Who may import whom is import-linter's work (`make check`); here is what it cannot say.
 """
@@ -35,7 +35,7 @@ MAGNETS = {"common", "helpers", "manager", "misc", "utils"}
 
 
 def project_files() -> list[Path]:
-    """Files of the project: git's list where there is one, else what lies in its own folders."""
+    """Return the files of the project: those that git lists, else those in its folders."""
     command = ["git", "-C", str(ROOT), "ls-files", "-z", "-co", "--exclude-standard"]
     try:
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -78,7 +78,7 @@ def test_the_text_search_sees_the_project() -> None:
     assert {
         "Makefile",
         "pyproject.toml",
-        "src/paceline/contracts.py",
+        "src/paceline/contracts/__init__.py",
         MAY_NAME_OUTSIDE_FOLDER,
     } <= names
     assert not any(name.startswith((".venv/", "build/")) for name in names)
@@ -127,7 +127,7 @@ def test_public_names_resolve() -> None:
 
 @pytest.mark.parametrize("module", ["torch", "transformers", "pyarrow", "matplotlib"])
 def test_help_does_not_pay_for(module: str) -> None:
-    """`paceline --help` answers at once: a verb's imports wait until that verb runs."""
+    """`paceline --help` is quick, because a verb's imports wait until that verb runs."""
     loaded = run_python(
         "import sys\n"
         "from paceline.cli import main\n"

@@ -1,4 +1,4 @@
-"""What the pages show runs as printed, and what they list is what there is."""
+"""The code of the pages runs as printed, and their lists are complete."""
 
 from __future__ import annotations
 

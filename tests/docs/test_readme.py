@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("short_trainings")
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the bundled configuration, two drafters of it, and a few prompts."""
+    """Return a folder with the bundled configuration, two of its drafters, and a few prompts."""
     raw = yaml.safe_load((ROOT / "paceline.yaml").read_text())
     raw["target"]["model"] = str(ROOT / raw["target"]["model"])
     raw["drafters"] = {name: raw["drafters"][name] for name in ("math", "lookup")}

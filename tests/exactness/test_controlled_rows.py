@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from paceline.assembly import Pace, build_controller, build_from_objects
-from paceline.bench.profile import profile
+from paceline.bench.profile import measure_cost_table
 from paceline.config import (
     Config,
     EngineSection,
@@ -394,11 +394,11 @@ def test_the_configuration_asks_for_a_watch_and_its_costs(tmp_path: Path) -> Non
     ):
         build_controller(parts, ["near"])
 
-    profile(parts, budget=0.0).save(paths.costs)
+    measure_cost_table(parts, budget=0.0).save(paths.costs)
     controller = build_controller(parts, ["near@2", "none"])
 
     assert controller is not None
-    assert [arm.name for arm in controller.arms.all] == [*parts.drafters, "near@2"]
+    assert [arm.name for arm in controller.arms.arms] == [*parts.drafters, "near@2"]
     assert controller.arms["near@2"].num_draft_tokens == 2
     assert controller.adapt and controller.guard is not None and controller.explore == 0.1
     pace = Pace(parts, lambda context: Decision("near@2"), controller)

@@ -20,8 +20,13 @@ from paceline.drafting.catalog import CATALOG
 from paceline.testing.examples import EXAMPLES, OTHER_KINDS, add_examples
 from paceline.testing.reference import greedy_reference
 from paceline.testing.scripted import ScriptedDrafter, copying
-from paceline.testing.tiny_families import WITHOUT_SUBSETS
-from paceline.testing.tiny_models import ARCHITECTURES, FAMILIES, perturbed, tiny_model
+from paceline.testing.tiny_models import (
+    ARCHITECTURES,
+    FAMILIES,
+    WITHOUT_SUBSETS,
+    perturbed,
+    tiny_model,
+)
 from paceline.testing.tokenizers import byte_tokenizer
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
-"""One pace, many callers: threads, open generators and asyncio tasks, each with the text it gets alone.
+"""One pace, many callers: threads, generators and asyncio tasks each get the text of a single call.
 
-Whatever is submitted meanwhile, closed early or cancelled, nobody's progress goes to anybody else and
-nothing is left in the engine.
+Requests may be closed early or cancelled at any time: no caller gets another's progress, and no row
+stays in the engine.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WAYS = ("complete", "stream", "stream cut short", "batch")
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request, the way to submit it, and its completion when it is decoded alone."""
+    """One request, the method that makes it, and its text in a single call."""
 
     way: str
     prompt: str
@@ -65,7 +65,7 @@ def random_ask(order: random.Random) -> Ask:
 
 @pytest.fixture(scope="module")
 def asks() -> list[Ask]:
-    """Requests with the texts that they get one at a time, from a pace of their own."""
+    """Return requests with their texts, decoded one at a time by another pace."""
     order, alone = random.Random(5), pace_of()
     found = [random_ask(order) for _ in range(NUM_REQUESTS + NUM_STREAMS + NUM_TASKS)]
     return [
@@ -75,7 +75,7 @@ def asks() -> list[Ask]:
 
 
 def answer(pace: Pace, ask: Ask) -> str:
-    """What a thread gets; the part that was read, where it stops reading."""
+    """Return the text that a thread reads, which may stop early."""
     if ask.way == "complete":
         return pace.complete(ask.prompt, **ask.settings).text
     if ask.way == "batch":
@@ -86,12 +86,12 @@ def answer(pace: Pace, ask: Ask) -> str:
     return "".join(stream if ask.way == "stream" else islice(stream, 2))
 
 
-def is_right(ask: Ask, found: str) -> bool:
+def is_expected(ask: Ask, found: str) -> bool:
     return ask.alone.startswith(found) if "cut short" in ask.way else found == ask.alone
 
 
-def nothing_is_left(pace: Pace) -> bool:
-    """After one more request, in whose rounds whatever was cancelled has ended."""
+def is_empty(pace: Pace) -> bool:
+    """Return whether no row is left after one more request, whose rounds end the cancelled ones."""
     pace.complete("the last one", drafter="none", max_new_tokens=2)
     engine, cache = pace.engine, pace.parts.target.cache
     held = [engine.num_rows, engine.num_waiting, len(pace.driver._mail), cache.num_rows]
@@ -123,11 +123,11 @@ def test_many_callers_of_every_kind_each_get_their_own_text(asks: list[Ask]) -> 
             except Exception as error:  # noqa: BLE001 - reported below
                 wrong.append((ask, error))
                 continue
-            if not is_right(ask, found):
+            if not is_expected(ask, found):
                 wrong.append((ask, found))
 
     async def of_a_task(ask: Ask, number: int) -> None:
-        if number % 4 == 3:  # given up after its first piece
+        if number % 4 == 3:  # closed after its first piece
             async with aclosing(pace.astream_text(ask.prompt, **ask.settings)) as stream:
                 async for piece in stream:
                     found = piece
@@ -152,7 +152,7 @@ def test_many_callers_of_every_kind_each_get_their_own_text(asks: list[Ask]) -> 
     streams = [pace.stream_text(ask.prompt, **ask.settings) for ask in streamed]
     found = [""] * NUM_STREAMS
     left = set(range(NUM_STREAMS))
-    while left:  # a piece of each in turn
+    while left:  # one piece per stream in turn
         for i in sorted(left):
             piece = next(streams[i], None)
             if piece is None:
@@ -164,11 +164,11 @@ def test_many_callers_of_every_kind_each_get_their_own_text(asks: list[Ask]) -> 
 
     assert wrong == []
     assert found == [ask.alone for ask in streamed]
-    assert nothing_is_left(pace)
+    assert is_empty(pace)
 
 
-def test_requests_come_through_a_short_queue(asks: list[Ask]) -> None:
-    """More callers than may wait: batches are fed as there is room, in whichever order they came."""
+def test_more_requests_than_the_queue_holds_are_all_answered(asks: list[Ask]) -> None:
+    """Batches of several callers enter the queue one request at a time, in any order."""
     pace = pace_of(max_rows=2, max_waiting=1)
     wrong: list[object] = []
 
@@ -183,4 +183,4 @@ def test_requests_come_through_a_short_queue(asks: list[Ask]) -> None:
         thread.join()
 
     assert wrong == []
-    assert nothing_is_left(pace)
+    assert is_empty(pace)

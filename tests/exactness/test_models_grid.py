@@ -6,9 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+from model_grid import architectures, judge
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-from paceline.testing.model_grid import architectures, judge
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 RESULT = re.compile(

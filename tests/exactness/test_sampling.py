@@ -28,7 +28,7 @@ from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
 from paceline.engine import Driver, Engine
 from paceline.models.language_model import LanguageModel
 from paceline.testing.examples import OTHER_KINDS, add_examples
-from paceline.testing.judging import Judged, judge_block, judge_residual
+from paceline.testing.judging import JudgedDrafts, judge_block, judge_residual
 from paceline.testing.random_controller import RandomController
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from paceline.contracts import PromptRecord
     from paceline.drafting.base import Drafter
 
-    Judge = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Judged]
+    Judge = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], JudgedDrafts]
 
 V = 9
 K = 2
@@ -172,7 +172,7 @@ def one_round(
         choices = noise.race(p_places, e)
         kept = [len(follow(c, d)) for c, d in zip(choices.tolist(), draft.tolist(), strict=True)]
         num_kept = torch.tensor(kept)
-        verdicts = Judged(num_kept, choices.gather(1, num_kept[:, None])[:, 0])
+        verdicts = JudgedDrafts(num_kept, choices.gather(1, num_kept[:, None])[:, 0])
     emitted = torch.cat([draft, draft[:, :1]], dim=1)
     emitted.scatter_(1, verdicts.num_accepted[:, None], verdicts.next_tokens[:, None])
     return emitted, verdicts.num_accepted + 1
@@ -259,24 +259,24 @@ def test_good_drafts_are_accepted_and_disjoint_ones_are_not() -> None:
 
 def accepts_too_often(
     p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, u: Tensor, e: Tensor
-) -> Judged:
+) -> JudgedDrafts:
     """The accept test lets 2 % of the draws through that it should stop."""
     return judge_residual(p, q, tokens, lengths, (u - 0.02).clamp(min=0.0), e)
 
 
 def recovers_from_p(
     p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, u: Tensor, e: Tensor
-) -> Judged:
+) -> JudgedDrafts:
     """After a rejection p itself is drawn from instead of max(0, p - q)."""
     right = judge_residual(p, q, tokens, lengths, u, e)
     rows = torch.arange(len(p))
     drawn = noise.race(p[rows, right.num_accepted], e[rows, right.num_accepted])
-    return Judged(right.num_accepted, drawn)
+    return JudgedDrafts(right.num_accepted, drawn)
 
 
 def warps_the_residual(
     p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, u: Tensor, e: Tensor
-) -> Judged:
+) -> JudgedDrafts:
     """The residual goes through the temperature, 0.5, once more."""
     right = judge_residual(p, q, tokens, lengths, u, e)
     rows = torch.arange(len(p))
@@ -284,12 +284,12 @@ def warps_the_residual(
     residual = (p[rows, n] - q[rows, n.clamp(max=K - 1)]).clamp(min=0.0)
     again = warp(residual.log(), SamplingParams(0.5, method="residual"))
     drawn = noise.race(again, e[rows, n])
-    return Judged(n, torch.where(n < lengths, drawn, right.next_tokens))
+    return JudgedDrafts(n, torch.where(n < lengths, drawn, right.next_tokens))
 
 
 def trims_unknown_tokens(
     p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, u: Tensor, e: Tensor
-) -> Judged:
+) -> JudgedDrafts:
     """A drafted token outside the vocabulary is cut off instead of counting as rejected."""
     known = ((tokens >= 0) & (tokens < p.shape[-1])).to(torch.int64)
     lengths = torch.minimum(lengths, known.cumprod(dim=-1).sum(dim=-1))
@@ -298,7 +298,7 @@ def trims_unknown_tokens(
 
 def stops_by_what_was_drawn(
     p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, u: Tensor, e: Tensor
-) -> Judged:
+) -> JudgedDrafts:
     """A draft is cut before a token that its drafter found improbable, after drawing it."""
     sure = q.gather(-1, tokens.clamp(max=V - 1)[..., None])[..., 0] > 0.15
     kept = sure.to(torch.int64).cumprod(dim=-1).sum(dim=-1)
@@ -307,7 +307,7 @@ def stops_by_what_was_drawn(
 
 def chooses_the_arm_by_what_was_drawn(
     p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, u: Tensor, e: Tensor
-) -> Judged:
+) -> JudgedDrafts:
     """The row goes without a draft where the target would reject its first token."""
     first = tokens[:, 0].clamp(max=V - 1)[:, None]
     doubtful = (p[:, 0].gather(1, first) < q[:, 0].gather(1, first))[:, 0]
@@ -316,7 +316,7 @@ def chooses_the_arm_by_what_was_drawn(
 
 def reuses_the_drafts_noise(
     p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, u: Tensor, e: Tensor
-) -> Judged:
+) -> JudgedDrafts:
     """The recovered token is drawn with the noise that the rejected one was drawn with."""
     seeds, places = torch.arange(len(p))[:, None], noise.of_round(5 + torch.arange(K + 1), 5)
     drafts_own = noise.exponential(seeds, places, noise.DRAFT, p.shape[-1])
@@ -343,7 +343,7 @@ def test_a_drafter_that_misreports_its_distribution_is_seen() -> None:
     """q as it was before the temperature, while the drafts were drawn after it."""
     cell = Cell("good", "residual", temperature=0.5)
 
-    def judge(*given: Tensor) -> Judged:
+    def judge(*given: Tensor) -> JudgedDrafts:
         p, q, *rest = given
         return judge_residual(p, warp(q.log(), replace(cell.params, temperature=2.0)), *rest)
 

@@ -1,4 +1,4 @@
-"""Every mistake a caller can make ends in one line of the right kind that says what to change."""
+"""Every mistake of a caller ends in one line of the right kind that says what to change."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def good_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(good_folder: Path, tmp_path: Path) -> Path:
-    """A copy of a good model, to be spoilt."""
+    """Return a copy of a good model, to be damaged."""
     copied = tmp_path / "model"
     shutil.copytree(good_folder, copied)
     return copied
@@ -240,7 +240,7 @@ def test_a_spoilt_model_is_named_with_what_is_wrong(
 
 
 def test_the_good_model_is_good(good_folder: Path) -> None:
-    """Else the spoilt ones might fail for another reason."""
+    """Otherwise the damaged models might fail for another reason."""
     config = {
         "target": {"model": str(good_folder)},
         "drafters": {"small": {"kind": "draft_model", "settings": {"model": str(good_folder)}}},

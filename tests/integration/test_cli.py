@@ -1,4 +1,4 @@
-"""The command line as a user meets it: the main job verb by verb, and every mistake in one line."""
+"""The command line: the main job verb by verb, and every mistake as one line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ZOO = Path(__file__).parents[2] / "zoo"
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """A configuration of the bundled models that writes into the test's own folder."""
+    """Return a configuration of the bundled models that writes into the test's own folder."""
     path = tmp_path / "paceline.yaml"
     raw = {
         "target": {"model": str(ZOO / "target"), "dtype": "float32"},
@@ -50,7 +50,7 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
-    """The exit code of `paceline ARGUMENTS` in this process."""
+    """Return the exit code of `paceline ARGUMENTS` in this process."""
     monkeypatch.setattr(sys, "argv", ["paceline", *map(str, arguments)])
     try:
         main()
@@ -143,7 +143,7 @@ def test_the_main_job_runs_verb_by_verb(
         (("--top-p", "0.9"), "need a --temperature above 0"),
         (("--temperature", "0.5", "--temperature", "0.5"), "a temperature is given twice"),
         (("--temperature", "-1"), "temperature must be"),
-        (("--outputs", "name"), "as NAME=FILE"),
+        (("--outputs", "name"), "give NAME=FILE"),
         (("--outputs", "a=x", "--outputs", "a=y"), "'a' is given twice"),
         (("--workers", "0"), "workers must be at least 1"),
     ],

@@ -14,11 +14,11 @@ import yaml
 
 from paceline.collection.card import CARD_JSON, CARD_MD
 from paceline.config import load_config
-from paceline.experiments.pipeline import collect
 from paceline.store import load_collection, read_prompts
 from paceline.testing import HANGS
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
+from paceline.verbs.pipeline import collect
 
 NUM_KILLS = 6
 NUM_PROMPTS = 40
@@ -29,7 +29,7 @@ NUM_PROMPTS = 40
 DRIVER = """
 import os, random, signal, sys, time
 import torch, transformers.models.llama.modeling_llama
-import paceline.experiments.pipeline, paceline.cli.progress
+import paceline.verbs.pipeline, paceline.cli.progress
 from paceline.cli import main
 
 def start(folder):

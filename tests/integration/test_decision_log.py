@@ -1,4 +1,4 @@
-"""Requests that are served leave a line each, with what the policy saw and nothing of the text."""
+"""Each served request writes one line to the log, with the policy's features and without text."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_the_configuration_turns_it_on(tmp_path: Path) -> None:
 
 @pytest.fixture
 def configured(tmp_path: Path) -> Callable[[str], Path]:
-    """A configuration of the zoo with a log, and sixteen prompts served with it."""
+    """Return a function that serves sixteen prompts with a log and returns the configuration's path."""
 
     def serve(tokens: str) -> Path:
         raw = {

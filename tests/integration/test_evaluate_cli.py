@@ -18,7 +18,7 @@ ZOO = Path(__file__).parents[2] / "zoo"
 
 
 def run(*arguments: str | Path) -> int:
-    """The exit code of `paceline ARGUMENTS` in this process."""
+    """Return the exit code of `paceline ARGUMENTS` in this process."""
     patch = pytest.MonkeyPatch()
     patch.setattr(sys, "argv", ["paceline", *map(str, arguments)])
     patch.setenv("COLUMNS", "300")

@@ -17,7 +17,7 @@ RECIPE = RECIPES / "direct-alignment-llama-2-7b.yaml"
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
-    """The exit code of `paceline experiment ARGUMENTS` in this process."""
+    """Return the exit code of `paceline experiment ARGUMENTS` in this process."""
     monkeypatch.setattr(sys, "argv", ["paceline", "experiment", *map(str, arguments)])
     try:
         main()
@@ -90,7 +90,7 @@ def test_a_recipe_is_tried_without_weights(
         ((), "name is missing"),
         (("published-timings", "--dry-run"), "--recipe is missing"),
         (("--recipe", "absent.yaml", "--dry-run"), "no such recipe"),
-        (("--recipe", RECIPE), "no weights here of meta-llama/Llama-2-7b-chat-hf"),
+        (("--recipe", RECIPE), "the weights of meta-llama/Llama-2-7b-chat-hf"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(

@@ -30,7 +30,7 @@ from paceline.contracts import NONE, PromptRecord, identity_of_arms
 from paceline.errors import ArtefactError, RequestError
 from paceline.models.loading import load_tokenizer
 from paceline.testing.examples import EXAMPLES
-from paceline.testing.tiny_models import perturbed, tiny_model
+from paceline.testing.tiny_models import tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ PROGRAM: Any = typer.main.get_command(app)
 
 
 def literals(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, text) of the strings of a module but its docstrings; X stands for what is formatted in."""
+    """Return (line, text) of a module's strings but its docstrings; X replaces formatted values."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     inside: set[int] = set()
     for node in ast.walk(tree):
@@ -62,7 +62,7 @@ def literals(path: Path) -> Iterator[tuple[int, str]]:
 
 @cache
 def messages() -> list[tuple[str, str]]:
-    """(place, text) of every string of the source that a user may come to read."""
+    """Return (place, text) of every string of the source that a user may read."""
     completes = SOURCE / "cli" / "next_steps.py"  # holds the pattern of a command, and no command
     return [
         (f"{path.relative_to(SOURCE)}:{line}", text)
@@ -114,19 +114,14 @@ def test_commands_stand_in_backticks_where_they_are_completed() -> None:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders `target` and `near`."""
-    folder = tmp_path_factory.mktemp("models")
-    target = tiny_model(std=0.1, context=1024)
-    for name, model in (("target", target), ("near", perturbed(target, 0.1))):
-        model.save_pretrained(folder / name)
-        byte_tokenizer().save_pretrained(folder / name)
-    return folder
+def models(save_tiny_models: Callable[[int], Path]) -> Path:
+    """Folders `target` and `near`, with a context of 1024 tokens."""
+    return save_tiny_models(1024)
 
 
 @pytest.fixture
 def config(models: Path, tmp_path: Path) -> Path:
-    """A configuration in a folder of its own, whose name a shell would split, with long names in it."""
+    """Return a configuration with long names, in a folder whose name a shell would split."""
     folder = tmp_path / "my models"
     folder.mkdir()
     return write_config(folder / "some.yaml", models)
@@ -163,7 +158,7 @@ def prompts(tmp_path: Path) -> Path:
 def run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Callable[..., tuple[int, str]]:
-    """`paceline WORDS` from a folder without a configuration, in a terminal of 80 columns."""
+    """Run `paceline WORDS` in a folder without a configuration, in a terminal of 80 columns."""
     monkeypatch.setenv("COLUMNS", str(WIDTH))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -183,7 +178,7 @@ def run(
 
 
 def check_tables(text: str) -> None:
-    """Nothing is cut, and no line of a table is wider than the terminal."""
+    """Raise unless nothing is cut and no line of a table is wider than the terminal."""
     assert "…" not in text
     tables = [line for line in text.splitlines() if line and line[0] in "┃│┏┡├└"]
     assert all(len(line) <= WIDTH for line in tables), text
@@ -196,7 +191,7 @@ def advised(text: str) -> list[list[str]]:
 def test_what_the_program_advises_leads_from_nothing_to_an_answer(
     config: Path, prompts: Path, run: Callable[..., tuple[int, str]]
 ) -> None:
-    """Each command is run as it was printed, with the user's own prompts for PROMPTS."""
+    """Run each command as it was printed, with the user's own prompts for PROMPTS."""
     wanted = ("generate", "ab ab ab", "--max-new-tokens", "4", "-c", str(config))
     code, text = run(*wanted)
     assert code == 2
@@ -335,7 +330,7 @@ def test_an_interrupted_verb_says_that_something_is_kept_where_it_is(
     words = {"generate": ("ab",), "collect": ("p",), "trigram": ("build", "p", "--out", "t")}
     code, text = run(verb, *words.get(verb, ()))
     assert code == 130 and "interrupted" in text and "Traceback" not in text
-    assert ("what was finished is kept" in text) == resumes
+    assert ("finished work is kept" in text) == resumes
 
 
 def test_of_a_prompt_that_is_too_long_only_the_request_speaks(
@@ -358,7 +353,7 @@ def test_of_a_prompt_that_is_too_long_only_the_request_speaks(
 
 @pytest.fixture(scope="module")
 def everything(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of a configuration with a collection, costs and a policy."""
+    """Return the folder of a configuration with a collection, costs and a policy."""
     folder = tmp_path_factory.mktemp("learned")
     path = write_config(folder / "some.yaml", models)
     settings = load_config(path)
@@ -372,7 +367,7 @@ def everything(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def learned(everything: Path, tmp_path: Path) -> Path:
-    """Its configuration in a copy of it."""
+    """Return the configuration in a copy of that folder."""
     return shutil.copytree(everything, tmp_path / "my models") / "some.yaml"
 
 

@@ -20,7 +20,7 @@ from paceline.contracts import GREEDY, PromptRecord
 from paceline.distillation.outputs import decode_outputs, open_outputs, read_examples
 from paceline.errors import ConfigError, RequestError
 from paceline.integrations import hf
-from paceline.layer_search.development import decode
+from paceline.layer_search.subset_replay import decode
 from paceline.logit_rules import apply_rules
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
@@ -166,7 +166,7 @@ def test_without_settings_of_its_own_a_model_answers_greedily_up_to_the_usual_le
 def test_what_the_model_samples_from_is_what_generate_samples_from(
     settings: dict[str, Any],
 ) -> None:
-    """transformers' own top_k of 50 stands in no model's configuration, and is switched off here."""
+    """transformers' own default top_k of 50 is not in a model's configuration, so it is not used."""
     pace = pace_with(do_sample=True, **settings)
     request = pace.request(PROMPT, drafter="none")
     model = pace.parts.target.model
@@ -292,7 +292,7 @@ def test_rules_that_only_paceline_has_join_the_models() -> None:
 
 
 def test_a_scope_of_the_call_holds_for_its_own_penalty() -> None:
-    """A penalty of the prompt's tokens and one of the answer's alone give different answers."""
+    """A penalty on the prompt's tokens and one on the answer's only give different answers."""
     call = {"repetition_penalty": 1.6, "repetition_scope": "output", "max_new_tokens": 16}
     expected = pace_with().complete(PROMPT, drafter="none", ignore_eos=True, **call).token_ids
     for own in ({"repetition_penalty": 1.3}, {"repetition_penalty": 1.3, "bad_words_ids": [[0]]}):
@@ -332,9 +332,9 @@ def test_none_leaves_all_but_the_end_aside() -> None:
 
 def test_a_word_that_is_neither_auto_nor_none_is_refused(tmp_path: Path) -> None:
     pace = pace_with()
-    with pytest.raises(RequestError, match="must be auto or none, got 'vllm'"):
+    with pytest.raises(RequestError, match="must be auto or none; got 'vllm'"):
         pace.request(PROMPT, generation_config="vllm")
-    with pytest.raises(ConfigError, match="must be auto or none, got 'vllm'"):
+    with pytest.raises(ConfigError, match="must be auto or none; got 'vllm'"):
         paceline.load(
             target=model_with(),
             tokenizer=byte_tokenizer(),
@@ -445,7 +445,7 @@ def test_a_setting_of_the_model_that_is_wrong_is_named(settings: dict[str, Any],
 def test_collection_distillation_and_layer_search_stay_greedy_and_without_rules(
     tmp_path: Path,
 ) -> None:
-    """Trajectories are the target's greedy text, which every sampling and rule is replayed from."""
+    """Trajectories are the target's greedy text, without the model's own sampling and rules."""
     settings = {"do_sample": True, "temperature": 2.0, "repetition_penalty": 1.9, "num_beams": 3}
     pace = pace_with(max_new_tokens=2, **settings)
     pace.parts.tokenizer.chat_template = "{{ messages[0]['content'] }}"

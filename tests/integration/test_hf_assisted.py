@@ -1,4 +1,4 @@
-"""transformers' own assisted decoding with paceline's drafters: its text, and our drafts inside it."""
+"""transformers' assisted decoding with paceline's drafters: its text is unchanged, drafts are used."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from paceline.assembly import Pace, build_from_objects
 from paceline.config import Config, ModelSection
 from paceline.contracts import SamplingParams
 from paceline.drafting.base import Needs
+from paceline.drafting.foresight import ReplayedRow
 from paceline.errors import ConfigError, RequestError
 from paceline.integrations import hf
 from paceline.integrations.candidates import first_path
@@ -40,7 +41,7 @@ def parts_of(model: PreTrainedModel, **drafters: Any) -> Parts:
 
 
 class Guided(UnbatchedClassifierFreeGuidanceLogitsProcessor):
-    """Keeps a cache of its own between calls."""
+    """A processor with its own cache between calls."""
 
     def __init__(self) -> None:
         pass
@@ -51,7 +52,7 @@ def from_text(drafter: Drafter) -> bool:
 
 
 class Counted:
-    """A drafter's proposals, counted on the way out; the drafter does the work."""
+    """A counter of a drafter's proposals."""
 
     def __init__(self, drafter: Drafter, monkeypatch: pytest.MonkeyPatch) -> None:
         self.num_drafted = self.num_calls = 0
@@ -67,7 +68,7 @@ class Counted:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral"])
-def test_every_drafter_leaves_the_greedy_text_as_it_is(
+def test_no_drafter_changes_the_greedy_text(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model(architecture)
@@ -88,10 +89,10 @@ def test_every_drafter_leaves_the_greedy_text_as_it_is(
     assert "_get_candidate_generator" not in vars(model)
 
 
-def test_the_zoo_writes_its_text_behind_padding_and_into_a_streamer(
+def test_the_zoo_writes_its_text_after_padding_and_into_a_streamer(
     zoo_target: Parts, prompts: list[PromptRecord]
 ) -> None:
-    class Heard:
+    class RecordingStreamer:
         def __init__(self) -> None:
             self.tokens: list[int] = []
             self.ended = False
@@ -109,23 +110,23 @@ def test_the_zoo_writes_its_text_behind_padding_and_into_a_streamer(
     settings = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 32}
     expected = model.generate(ids, **settings)
     drafter = zoo_target.drafters["draft-math"]
-    heard = Heard()
+    recorded = RecordingStreamer()
 
     found = model.generate(
-        ids, **settings, custom_generate=hf.assisted, drafter=drafter, streamer=heard
+        ids, **settings, custom_generate=hf.assisted, drafter=drafter, streamer=recorded
     )
 
     assert torch.equal(found, expected)
-    assert heard.tokens == expected[0].tolist()
-    assert heard.ended
+    assert recorded.tokens == expected[0].tolist()
+    assert recorded.ended
 
 
-def test_of_a_tree_the_path_of_first_children_goes_out() -> None:
+def test_of_a_tree_the_path_of_first_children_is_proposed() -> None:
     model = tiny_model("llama")
     text = model.generate(PROMPT, do_sample=False, max_new_tokens=24)[0].tolist()
 
     def grow(tokens: Sequence[int], limit: int) -> tuple[list[int], list[int]]:
-        """Right tokens on the first children, and a wrong sibling beside each."""
+        """Return a tree whose first children are right and have a wrong sibling each."""
         right = text[len(tokens) : len(tokens) + min(limit, 3)]
         nodes, parents, last = [], [], -1
         for token in right:
@@ -140,18 +141,12 @@ def test_of_a_tree_the_path_of_first_children_goes_out() -> None:
     )
     assert found[0].tolist() == text
 
-    drafts = tree.propose([_row(text[:8])], [9])
+    drafts = tree.propose([ReplayedRow(text[:8], 8)], [9])
     assert first_path(drafts) == [0, 2, 4]
     assert [int(drafts.tokens[0, k]) for k in first_path(drafts)] == text[8:11]
 
 
-def _row(tokens: list[int]) -> Any:
-    from paceline.drafting.foresight import ReplayedRow
-
-    return ReplayedRow(tokens, len(tokens))
-
-
-def test_a_candidate_generator_is_used_by_hand_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_candidate_generator_can_be_used_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     drafter = parts_of(model, same=model).drafters["same"]
     expected = model.generate(PROMPT, do_sample=False, max_new_tokens=12)
@@ -174,7 +169,7 @@ def test_a_candidate_generator_is_used_by_hand_too(monkeypatch: pytest.MonkeyPat
     assert torch.allclose(logits.softmax(-1), counted.last.probs)
 
 
-def test_a_drafter_of_the_targets_own_states_is_refused() -> None:
+def test_a_drafter_that_reads_the_targets_states_is_refused() -> None:
     model = tiny_model("llama")
     drafter = parts_of(model, same=model).drafters["same"]
     drafter.needs = Needs(target_weights=True)  # type: ignore[misc]
@@ -200,24 +195,24 @@ def test_a_drafter_of_the_targets_own_states_is_refused() -> None:
     ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_what_generate_refuses_assisted_refuses_in_the_same_words(settings: dict[str, Any]) -> None:
+def test_generate_and_assisted_refuse_with_the_same_message(settings: dict[str, Any]) -> None:
     model = tiny_model("gpt2")
     parts = parts_of(model, noisy=perturbed(model, 0.1))
     pace, drafter = Pace(parts), parts.drafters["noisy"]
     config = GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0)
     inputs: dict[str, Any] = {"input_ids": PROMPT, "generation_config": config}
     for name, value in settings.items():
-        if hasattr(config, name):  # as they are: transformers checks some, and calls others old
+        if hasattr(config, name):  # set directly: transformers checks some, and warns of others
             setattr(config, name, value)
         else:
             inputs[name] = value
-    said = []
+    messages = []
     for custom, given in ((hf.generate, {"pace": pace}), (hf.assisted, {"drafter": drafter})):
         with pytest.raises(RequestError) as caught:
             model.generate(**inputs, **given, custom_generate=custom)
-        said.append(str(caught.value))
-    assert said[0] == said[1]
-    assert next(iter(settings)) in said[0] or "Guid" in said[0]
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    assert next(iter(settings)) in messages[0] or "Guid" in messages[0]
 
 
 def test_rows_and_a_missing_drafter_are_refused() -> None:
@@ -230,7 +225,9 @@ def test_rows_and_a_missing_drafter_are_refused() -> None:
     with pytest.raises(RequestError, match="needs drafter="):
         model.generate(PROMPT, max_new_tokens=4, custom_generate=hf.assisted)
     for other in ({"assistant_model": perturbed(model, 0.1)}, {"prompt_lookup_num_tokens": 3}):
-        with pytest.raises(RequestError, match=f"drafter and {next(iter(other))} say different"):
+        with pytest.raises(
+            RequestError, match=f"drafter and {next(iter(other))} contradict each other"
+        ):
             model.generate(
                 PROMPT, max_new_tokens=4, custom_generate=hf.assisted, drafter=drafter, **other
             )

@@ -1,4 +1,4 @@
-"""transformers' `generate` with paceline inside writes what it writes alone, or says why not."""
+"""transformers' `generate` with paceline writes the same text as without, or refuses a setting."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def pace_for(model: PreTrainedModel, **drafters: Any) -> Pace:
 
 
 def batch(*lengths: int, pad: int = 0, vocab_size: int = 259) -> dict[str, Tensor]:
-    """Random prompts of these lengths, padded on the left."""
+    """Return random prompts of these lengths, padded on the left."""
     generator = torch.Generator().manual_seed(3)
     width = max(lengths)
     ids = torch.full((len(lengths), width), pad)
@@ -70,8 +70,8 @@ def pace(llama: PreTrainedModel) -> Pace:
     return pace_for(llama)
 
 
-class AddTo:
-    """A processor of a user's own: every token that equals the text's length mod 7 gets likelier."""
+class LengthBias:
+    """A user's processor: tokens equal to the text's length modulo 7 get larger scores."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores[:, input_ids.shape[1] % 7 :: 7] += 3.0
@@ -79,7 +79,7 @@ class AddTo:
 
 
 def even_tokens(batch_id: int, ids: Tensor) -> list[int]:
-    """Tokens a row may write: even ones in even rows, odd ones in odd rows."""
+    """Return the allowed tokens of a row: even ones in even rows, odd ones in odd rows."""
     return list(range(batch_id % 2, 259, 2))
 
 
@@ -87,7 +87,7 @@ def even_tokens(batch_id: int, ids: Tensor) -> list[int]:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral", "gemma2"])
-def test_a_padded_batch_is_written_as_without_paceline(architecture: str) -> None:
+def test_a_padded_batch_has_the_same_text_as_without_paceline(architecture: str) -> None:
     model = tiny_model(architecture)
     inputs = batch(9, 4, 13, 1)
     settings = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": 0}
@@ -117,12 +117,12 @@ def test_a_padded_batch_is_written_as_without_paceline(architecture: str) -> Non
         {"exponential_decay_length_penalty": (4, 1.6), "eos_token_id": 33},
         {"remove_invalid_values": True, "renormalize_logits": True},
         {"prefix_allowed_tokens_fn": even_tokens},
-        {"logits_processor": LogitsProcessorList([AddTo()])},
+        {"logits_processor": LogitsProcessorList([LengthBias()])},
         {"use_cache": False},
     ],
     ids=lambda settings: "+".join(settings),
 )
-def test_a_setting_acts_as_in_transformers(
+def test_a_setting_has_the_effect_that_it_has_in_transformers(
     settings: dict[str, Any], llama: PreTrainedModel, pace: Pace
 ) -> None:
     inputs = batch(9, 4, 13)
@@ -134,7 +134,7 @@ def test_a_setting_acts_as_in_transformers(
     assert torch.equal(found, expected)
 
 
-def test_padding_is_no_text_that_a_penalty_counts(llama: PreTrainedModel, pace: Pace) -> None:
+def test_a_penalty_does_not_count_padding(llama: PreTrainedModel, pace: Pace) -> None:
     settings = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": 0}
     often = int(llama.generate(**batch(9, 4), **settings)[1, 9:].mode().values)
     inputs = batch(9, 4, pad=often)
@@ -147,7 +147,7 @@ def test_padding_is_no_text_that_a_penalty_counts(llama: PreTrainedModel, pace: 
     assert torch.equal(found, expected)
 
 
-def test_a_generation_config_and_the_models_own_are_read(
+def test_the_calls_and_the_models_generation_configs_are_read(
     llama: PreTrainedModel, pace: Pace
 ) -> None:
     inputs = batch(9)
@@ -166,7 +166,7 @@ def test_a_generation_config_and_the_models_own_are_read(
     assert torch.equal(found, other)
 
 
-def test_the_zoo_writes_the_same_text_with_every_arm_and_says_what_it_cost(
+def test_the_zoo_writes_the_same_text_with_every_arm_and_reports_completions(
     zoo_target: Parts, prompts: list[PromptRecord]
 ) -> None:
     model, tokenizer = zoo_target.target.model, copy.deepcopy(zoo_target.tokenizer)
@@ -197,13 +197,13 @@ def test_the_zoo_writes_the_same_text_with_every_arm_and_says_what_it_cost(
     "settings",
     [
         {"temperature": 0.6, "top_k": 5, "top_p": 0.9, "min_p": 0.05},
-        # typical_p is transformers' own code, behind a temperature that must stay in front of it
+        # typical_p is transformers' own code, and the temperature must be applied before it
         {"temperature": 1.6, "top_k": 0, "typical_p": 0.8, "repetition_penalty": 1.4},
     ],
     ids=lambda settings: "+".join(settings),
 )
 def test_sampled_text_has_transformers_distribution(settings: dict[str, Any]) -> None:
-    """The distribution of the first three tokens, from transformers' own scores."""
+    """Compare the first three tokens with the distribution of transformers' own scores."""
     model = tiny_model("llama", vocab_size=7, std=0.5)
     prompt = torch.tensor([[3, 1, 4, 1, 5]])
 
@@ -220,7 +220,7 @@ def test_sampled_text_has_transformers_distribution(settings: dict[str, Any]) ->
             distribution(torch.cat((prompt, torch.tensor([text]).long()), 1)) for text in texts
         ]
         expected = [
-            p * float(q) for p, law_ in zip(expected, distributions, strict=True) for q in law_
+            p * float(q) for p, row in zip(expected, distributions, strict=True) for q in row
         ]
         texts = [(*text, token) for text in texts for token in range(7)]
     torch.manual_seed(11)
@@ -235,7 +235,7 @@ def test_sampled_text_has_transformers_distribution(settings: dict[str, Any]) ->
     assert 0 < sum(r.accepted for r in rounds) < sum(r.drafted for r in rounds)
     written = Counter(map(tuple, output.sequences[:, 5:8].tolist()))
     cells, seen = np.array(expected), np.array([written[text] for text in texts])
-    assert not seen[cells == 0].any()  # nothing that was filtered out
+    assert not seen[cells == 0].any()  # no filtered token
     order = np.argsort(cells)
     wanted, seen = cells[order] / cells.sum() * num_draws, seen[order]
     rare = int(np.searchsorted(np.cumsum(wanted), 10.0)) + 1
@@ -244,7 +244,7 @@ def test_sampled_text_has_transformers_distribution(settings: dict[str, Any]) ->
     assert stats.chisquare(seen, wanted).pvalue > 1e-4
 
 
-def test_a_seed_gives_one_text_whatever_drafts(llama: PreTrainedModel, pace: Pace) -> None:
+def test_a_seed_gives_the_same_text_with_every_drafter(llama: PreTrainedModel, pace: Pace) -> None:
     inputs = batch(9, 4)
     call = {"do_sample": True, "max_new_tokens": 16, "pad_token_id": 0, "top_k": 0}
     call |= {"custom_generate": hf.generate, "pace": pace, "num_return_sequences": 2}
@@ -257,7 +257,7 @@ def test_a_seed_gives_one_text_whatever_drafts(llama: PreTrainedModel, pace: Pac
     assert len({tuple(row) for row in texts[0].tolist()}) == 4
 
 
-def test_torchs_seed_is_the_seed_where_none_is_given(llama: PreTrainedModel, pace: Pace) -> None:
+def test_torchs_seed_is_used_if_none_is_given(llama: PreTrainedModel, pace: Pace) -> None:
     inputs = batch(9)
     texts = []
     for seed in (1, 1, 2):
@@ -274,7 +274,7 @@ def test_torchs_seed_is_the_seed_where_none_is_given(llama: PreTrainedModel, pac
 # --- streamers and stops --------------------------------------------------------------------------
 
 
-def test_a_text_streamer_prints_what_it_prints_without_paceline(
+def test_a_text_streamer_prints_the_same_as_without_paceline(
     zoo_target: Parts, prompts: list[PromptRecord], capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, tokenizer = zoo_target.target.model, zoo_target.tokenizer
@@ -291,7 +291,7 @@ def test_a_text_streamer_prints_what_it_prints_without_paceline(
     assert printed[0] == printed[1]
 
 
-def test_an_iterator_streamer_hears_the_end_even_of_a_call_that_is_refused(
+def test_an_iterator_streamer_ends_even_if_the_call_is_refused(
     llama: PreTrainedModel, pace: Pace
 ) -> None:
     inputs = batch(9)
@@ -323,7 +323,7 @@ def test_an_iterator_streamer_hears_the_end_even_of_a_call_that_is_refused(
 
 
 class StopsAt:
-    """Ends a row at the first token of a kind, however many are decoded at once."""
+    """A stopping criterion that ends a row at the first of the given tokens."""
 
     def __init__(self, tokens: set[int]) -> None:
         self.tokens = tokens
@@ -334,14 +334,14 @@ class StopsAt:
         return torch.tensor([int(row[-1]) in self.tokens for row in input_ids])
 
 
-def test_stopping_criteria_are_asked_at_every_token(llama: PreTrainedModel) -> None:
+def test_stopping_criteria_are_called_at_every_token(llama: PreTrainedModel) -> None:
     inputs = batch(9, 4)
     settings = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": 0, "eos_token_id": 258}
     free = llama.generate(**inputs, **settings)
     stop = StopsAt({int(free[0, 9 + 7]), int(free[1, 9 + 3])})
     expected = llama.generate(**inputs, **settings, stopping_criteria=StoppingCriteriaList([stop]))
     stop.widths.clear()
-    exact = pace_for(llama, same=llama)  # every draft is accepted whole
+    exact = pace_for(llama, same=llama)  # every draft is accepted completely
 
     output = llama.generate(
         **inputs, **settings, stopping_criteria=StoppingCriteriaList([stop]),
@@ -351,7 +351,7 @@ def test_stopping_criteria_are_asked_at_every_token(llama: PreTrainedModel) -> N
     assert torch.equal(output.sequences, expected)
     assert expected.shape[1] < free.shape[1]
     assert {completion.finish_reason for completion in output.completions} == {"stop"}
-    assert min(stop.widths) == 10  # the first new token, with the padding in front of it
+    assert min(stop.widths) == 10  # the first new token, after the padding
     assert exact.engine.num_rows == 0
 
 
@@ -398,7 +398,7 @@ def test_a_stop_string_criterion_stops_at_the_same_token(llama: PreTrainedModel)
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
-def test_what_cannot_be_honoured_is_refused_by_name(
+def test_an_unsupported_setting_is_refused_by_name(
     settings: dict[str, Any], says: str, pace: Pace
 ) -> None:
     model = pace.parts.target.model
@@ -426,7 +426,7 @@ def test_a_cache_that_already_holds_text_is_refused(llama: PreTrainedModel, pace
         llama.generate(**inputs, **{name: past}, **settings, pace=pace)
 
 
-def test_embeddings_in_the_place_of_text_are_refused(llama: PreTrainedModel, pace: Pace) -> None:
+def test_embeddings_instead_of_text_are_refused(llama: PreTrainedModel, pace: Pace) -> None:
     embedded = llama.get_input_embeddings()(batch(9)["input_ids"])
     with pytest.raises(RequestError, match="model input 'inputs_embeds'"):
         llama.generate(
@@ -441,7 +441,7 @@ def test_a_pace_of_another_model_is_refused(pace: Pace) -> None:
         )
 
 
-def test_a_streamer_and_a_batch_do_not_go_together(llama: PreTrainedModel, pace: Pace) -> None:
+def test_a_streamer_for_a_batch_is_refused(llama: PreTrainedModel, pace: Pace) -> None:
     class Silent:
         def put(self, value: Tensor) -> None: ...
         def end(self) -> None: ...
@@ -467,7 +467,7 @@ def test_rows_that_need_padding_need_a_padding_token(llama: PreTrainedModel, pac
         )  # fmt: skip
 
 
-def test_a_processor_that_fails_names_the_row_and_frees_all(
+def test_a_failing_processor_is_named_and_all_rows_are_freed(
     llama: PreTrainedModel, pace: Pace
 ) -> None:
     def fail_on_the_long_text(ids: Tensor, scores: Tensor) -> Tensor:
@@ -486,7 +486,7 @@ def test_a_processor_that_fails_names_the_row_and_frees_all(
 # --- without a pace -------------------------------------------------------------------------------
 
 
-def test_an_assistant_model_is_used_and_its_pace_is_kept() -> None:
+def test_an_assistant_model_is_used_and_its_pace_is_cached() -> None:
     model = tiny_model("llama")
     assistant = perturbed(model, 0.02)
     assistant.generation_config.num_assistant_tokens = 6
@@ -499,21 +499,21 @@ def test_an_assistant_model_is_used_and_its_pace_is_kept() -> None:
         )
 
     output = run(assistant_model=assistant)
-    kept = model._paceline_kept.pace
+    cached = model._paceline_cached.pace
     run(assistant_model=assistant)
 
     assert torch.equal(output.sequences, expected)
     assert output.completions[0].drafter == "assistant_model"
     assert max(r.drafted for r in output.completions[0].rounds) == 6
-    assert model._paceline_kept.pace is kept
+    assert model._paceline_cached.pace is cached
     lookup = run(prompt_lookup_num_tokens=5)
     assert torch.equal(lookup.sequences, expected)
     assert lookup.completions[0].drafter == "prompt_lookup"
     assert run().completions[0].drafter == "none"
 
 
-def test_a_kept_pace_does_not_outlive_the_weights_it_was_made_of() -> None:
-    """The lean forward packs the weights, so one that was made before would write the old text."""
+def test_a_cached_pace_is_replaced_when_the_weights_change() -> None:
+    """The lean forward packs the weights, so an old pace would write the old text."""
     model = tiny_model("llama")
     inputs, settings = batch(9), {"do_sample": False, "max_new_tokens": 16}
     before = model.generate(**inputs, **settings, custom_generate=hf.generate)
@@ -525,19 +525,19 @@ def test_a_kept_pace_does_not_outlive_the_weights_it_was_made_of() -> None:
     assert torch.equal(model.generate(**inputs, **settings, custom_generate=hf.generate), after)
 
 
-def test_a_model_that_keeps_a_pace_can_be_copied_and_pickled() -> None:
+def test_a_model_with_a_cached_pace_can_be_copied_and_pickled() -> None:
     model = tiny_model("llama")
     inputs, settings = batch(9), {"do_sample": False, "max_new_tokens": 8}
     expected = model.generate(**inputs, **settings, custom_generate=hf.generate)
 
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other._paceline_kept.pace is None
+        assert other._paceline_cached.pace is None
         found = other.generate(**inputs, **settings, custom_generate=hf.generate)
         assert torch.equal(found, expected)
     torch.save(model, io.BytesIO())
 
 
-def test_an_assistant_of_another_width_says_how_to_compare_tokenizers() -> None:
+def test_for_an_assistant_of_another_width_the_message_shows_how_to_compare_tokenizers() -> None:
     model, narrow = tiny_model("llama"), tiny_model("llama", vocab_size=200)
     with pytest.raises(ConfigError, match="compares the tokenizers themselves"):
         model.generate(
@@ -545,7 +545,7 @@ def test_an_assistant_of_another_width_says_how_to_compare_tokenizers() -> None:
         )
 
 
-def test_two_drafters_without_a_policy_must_be_chosen_between(llama: PreTrainedModel) -> None:
+def test_two_drafters_without_a_policy_need_a_choice(llama: PreTrainedModel) -> None:
     lookup = PromptLookup("lookup", PromptLookupSettings())
     drafters = {"lookup": lookup, "noisy": perturbed(llama, 0.05)}
     inputs = batch(9) | {"do_sample": False, "max_new_tokens": 8}

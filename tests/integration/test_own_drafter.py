@@ -1,4 +1,4 @@
-"""A drafter written outside the project: from the YAML to the text, and what its user gets wrong."""
+"""A drafter outside the project: from the YAML to the text, and the mistakes of its user."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
     return 0
 
 
-def test_it_writes_the_same_text_as_none_in_the_rounds_that_replay_foresees(folder: Path) -> None:
+def test_its_text_is_that_of_none_and_its_rounds_are_those_of_the_replay(folder: Path) -> None:
     pace = paceline.load(configuration(folder, num_draft_tokens=6))
     drafter = pace.parts.drafters["bigram"]
 

@@ -1,4 +1,4 @@
-"""`paceline trigram build` as a user meets it, and what it built in the drafter it is for."""
+"""`paceline trigram build`, and its table in a drafter."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
-    """The exit code of `paceline trigram build ARGUMENTS` in this process."""
+    """Return the exit code of `paceline trigram build ARGUMENTS` in this process."""
     monkeypatch.setattr(sys, "argv", ["paceline", "trigram", "build", *map(str, arguments)])
     try:
         main()
@@ -42,7 +42,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
 
 
 def collected(folder: Path, tokenizer: str) -> None:
-    """A collection of two answers by hand."""
+    """Write a collection of two made-up answers."""
     store = Collection(folder, "a target", tokenizer, "kind=none", hidden_size=4).trajectories
     answers = {"a": ([1, 2, 3, 4], [5, 6, 7]), "b": ([9, 3, 4], [5, 8])}
     store.append(

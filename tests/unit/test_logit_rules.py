@@ -1,7 +1,8 @@
-"""Rules on logits: transformers' definitions, exact under every drafter, refused by name."""
+"""Logit rules: transformers' definitions, exact with every drafter; wrong ones are refused by name."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ N = 30
 
 
 class Odd(LogitsProcessor):
-    """Favours tokens by how many tokens stand before them."""
+    """A processor that favours tokens depending on the length of the text."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         bias = torch.zeros_like(scores)
@@ -33,7 +34,7 @@ class Odd(LogitsProcessor):
 
 
 def siblings(tokens: Any, limit: int) -> tuple[list[int], list[int]]:
-    """Every byte that stands in the text, as siblings, and the last one again below each."""
+    """Return the tree of the text's bytes as siblings, each with one of them as its child."""
     if limit < 1:
         return [], []
     wide = sorted(set(tokens))[:20]
@@ -82,7 +83,7 @@ def test_greedy_text_is_that_of_transformers(
         )
     expected = output[0, len(PROMPT) :].tolist()
     plain = pace.complete(PROMPT, drafter="none", max_new_tokens=N).token_ids
-    assert expected != plain, "the rule did nothing here"
+    assert expected != plain, "the rule had no effect"
 
     for arm in pace.drafters:
         completion = pace.complete(PROMPT, drafter=arm, max_new_tokens=N, **ours)
@@ -119,8 +120,6 @@ def test_forced_tokens_come_first_and_stops_wait_for_the_minimum(pace: Pace) -> 
 
     stop = pace.complete(PROMPT, drafter="none", max_new_tokens=N).token_ids[3]
     request = pace.request(PROMPT, drafter="lookup", max_new_tokens=N, min_new_tokens=9)
-    from dataclasses import replace
-
     [held] = pace.stream([replace(request, stop_token_ids=frozenset({stop}))])
     assert stop not in held.token_ids[:9]
 
@@ -131,7 +130,7 @@ def apply(logits: list[float], text: list[int], num_prompt: int, **rules: Any) -
     return found
 
 
-def test_penalties_count_what_their_scope_says() -> None:
+def test_a_penalty_counts_the_text_of_its_scope() -> None:
     logits, text = [1.0, -1.0, 2.0, 3.0], [0, 1, 2, 2]
     penalised = apply(logits, text, 2, presence_penalty=0.5, frequency_penalty=0.25)
     assert penalised == [1.0, -1.0, 1.0, 3.0]
@@ -154,7 +153,7 @@ def test_penalties_count_what_their_scope_says() -> None:
         ({"repetition_penalti": 1.2}, "did you mean 'repetition_penalty'"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_by_name(
+def test_an_unsupported_rule_is_refused_by_name(
     pace: Pace, rules: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(RequestError, match=words):

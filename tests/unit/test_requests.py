@@ -1,4 +1,4 @@
-"""One schema for every request: what is exact is taken as it is meant, the rest refused by name."""
+"""The schema of a request: exact values are accepted, others are refused by name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pace() -> Pace:
 
 
 class Hostile:
-    """Raises at whatever is asked of it."""
+    """An object whose every method raises."""
 
     def __repr__(self) -> str:
         raise ValueError("no")
@@ -89,7 +89,7 @@ def test_a_wrong_value_is_refused_with_the_name_of_its_setting(
     assert len(message) < 300
 
 
-def test_every_setting_has_wrong_values_and_says_what_it_must_be() -> None:
+def test_every_setting_has_wrong_values_and_a_description() -> None:
     assert set(WRONG) == set(SETTINGS)
     assert all(field.description for field in RequestSettings.model_fields.values())
 
@@ -124,7 +124,7 @@ def test_numbers_of_numpy_and_torch_are_numbers(as_type: Any) -> None:
 
 
 @pytest.mark.parametrize("as_type", [list, tuple, set, frozenset, np.array, torch.tensor, deque])
-def test_ids_may_come_in_any_collection(as_type: Any) -> None:
+def test_ids_may_be_in_any_collection(as_type: Any) -> None:
     ids = as_type([3, 9])
     request = of(suppress_tokens=ids, stop_token_ids=ids)
 
@@ -132,7 +132,7 @@ def test_ids_may_come_in_any_collection(as_type: Any) -> None:
     assert request.stop_token_ids == {3, 9}
 
 
-def test_a_ban_by_bias_and_a_penalty_of_nothing() -> None:
+def test_a_bias_may_ban_and_rules_without_effect_are_none() -> None:
     assert of(logit_bias={5: -INF}).rules == LogitRules(logit_bias={5: -INF})
     assert of(repetition_penalty=1.0, suppress_tokens=[], logit_bias={}).rules is None
 
@@ -140,7 +140,7 @@ def test_a_ban_by_bias_and_a_penalty_of_nothing() -> None:
 # --- seeds ----------------------------------------------------------------------------------------
 
 
-def test_any_seed_gives_a_text_and_equal_seeds_the_same(pace: Pace) -> None:
+def test_any_integer_is_a_seed_and_equal_seeds_give_equal_text(pace: Pace) -> None:
     def text(seed: object) -> list[int]:
         settings = {"temperature": 1.0, "max_new_tokens": 8, "ignore_eos": True}
         return pace.complete([1, 2], drafter="none", seed=seed, **settings).token_ids
@@ -182,7 +182,7 @@ NO_PROMPTS: list[Any] = [
     PROMPTS,
     ids=str,
 )
-def test_a_prompt_may_be_text_or_ids_of_any_kind(pace: Pace, prompt: Any) -> None:
+def test_a_prompt_may_be_text_or_ids_of_any_type(pace: Pace, prompt: Any) -> None:
     tokens = pace.request(prompt, drafter="none").prompt_tokens
 
     assert tokens == tuple(IDS)
@@ -190,7 +190,7 @@ def test_a_prompt_may_be_text_or_ids_of_any_kind(pace: Pace, prompt: Any) -> Non
     assert pace.encode(prompt) == IDS
 
 
-def test_one_message_is_a_conversation_of_one(pace: Pace) -> None:
+def test_one_message_is_a_conversation(pace: Pace) -> None:
     for prompt in (MESSAGE, [MESSAGE], (MESSAGE,)):
         tokens = pace.request(prompt, drafter="none").prompt_tokens
         assert tokens == tuple(pace.encode([MESSAGE]))
@@ -201,7 +201,7 @@ def test_one_message_is_a_conversation_of_one(pace: Pace) -> None:
     NO_PROMPTS,
     ids=lambda value: type(value).__name__,
 )
-def test_a_prompt_that_is_none_is_refused(pace: Pace, prompt: Any) -> None:
+def test_other_prompts_are_refused(pace: Pace, prompt: Any) -> None:
     with pytest.raises(RequestError, match=r"prompt|message") as caught:
         pace.request(prompt, drafter="none")
     assert len(str(caught.value)) < 300
@@ -216,7 +216,7 @@ def test_a_prompt_that_is_none_is_refused(pace: Pace, prompt: Any) -> None:
         "{% if %}",
     ],
 )
-def test_a_template_that_fails_is_told(template: str) -> None:
+def test_a_failing_template_is_a_request_error(template: str) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
     bare = paceline.load(target=tiny_model("llama"), tokenizer=tokenizer, drafters={})
@@ -226,7 +226,7 @@ def test_a_template_that_fails_is_told(template: str) -> None:
     assert isinstance(caught.value.__cause__, (jinja2.TemplateError, ZeroDivisionError))
 
 
-# --- the door -------------------------------------------------------------------------------------
+# --- records made by hand -------------------------------------------------------------------------
 
 GOOD = Request("0", (1, 2), 5, drafter="none")
 
@@ -257,14 +257,14 @@ GOOD = Request("0", (1, 2), 5, drafter="none")
     ],
     ids=str,
 )
-def test_a_record_made_by_hand_passes_the_same_door(pace: Pace, request_: Any) -> None:
-    for door in (pace.engine.check, pace.engine.submit, lambda r: next(pace.stream([r]))):
+def test_a_record_made_by_hand_is_checked_everywhere(pace: Pace, request_: Any) -> None:
+    for accept in (pace.engine.check, pace.engine.submit, lambda r: next(pace.stream([r]))):
         with pytest.raises(RequestError):
-            door(request_)
+            accept(request_)
     assert pace.engine.num_waiting == 0
 
 
-def test_a_record_made_by_hand_is_taken_as_it_is_meant() -> None:
+def test_a_record_made_by_hand_is_read_by_the_schema() -> None:
     sampling = SamplingParams(np.float64(1.0), np.int64(5), seed=2**64 + 3, method="invariant")
     made = replace(GOOD, prompt_tokens=np.array([1, 2]), sampling=sampling, rules=LogitRules())
 
@@ -294,7 +294,7 @@ def test_a_request_is_checked_once(pace: Pace, monkeypatch: pytest.MonkeyPatch) 
     next(pace.stream([replace(request, max_new_tokens=3)]))  # another request
     assert len(reads) == 2
     other = paceline.load(target=pace.parts.target.model, tokenizer=byte_tokenizer(), drafters={})
-    other.engine.check(request)  # another door
+    other.engine.check(request)  # another engine
     assert len(reads) == 3
 
 
@@ -316,7 +316,7 @@ def test_a_request_is_checked_once(pace: Pace, monkeypatch: pytest.MonkeyPatch) 
     ],
     ids=str,
 )
-def test_a_row_in_flight_does_not_notice_a_bad_request(
+def test_a_wrong_request_does_not_affect_a_row_in_flight(
     pace: Pace, settings: dict[str, Any]
 ) -> None:
     good = pace.engine.submit(pace.request([1, 2, 3], drafter="none", max_new_tokens=20))
@@ -331,7 +331,7 @@ def test_a_row_in_flight_does_not_notice_a_bad_request(
     assert (done.finish_reason, len(done.token_ids)) == ("length", 20)
 
 
-def test_a_value_is_shown_in_one_short_line() -> None:
+def test_messages_show_a_value_in_one_short_line() -> None:
     assert shorten(5) == "5"
     assert len(shorten("x" * 1000)) == 80
     assert "\n" not in shorten(np.zeros((50, 50)))
@@ -341,13 +341,15 @@ def test_a_value_is_shown_in_one_short_line() -> None:
 
 
 class Unreadable(list[Any]):
-    """A list that cannot be looked through."""
+    """A list that cannot be iterated."""
 
     def __iter__(self) -> Any:
         raise KeyError("iter")
 
 
 class UnreadableMapping(dict[Any, Any]):
+    """A mapping that cannot be iterated."""
+
     def __iter__(self) -> Any:
         raise KeyError("iter")
 
@@ -374,9 +376,7 @@ MASKED = np.ma.array([1, 2], mask=[False, True])
         ("prompt", UnreadableMapping({"role": "user"})),
     ],
 )
-def test_what_cannot_be_looked_through_is_refused_by_name(
-    pace: Pace, setting: str, value: Any
-) -> None:
+def test_unreadable_values_are_refused_by_name(pace: Pace, setting: str, value: Any) -> None:
     settings = {"prompt": "a", "drafter": "none", setting: value}
     with pytest.raises(
         RequestError,

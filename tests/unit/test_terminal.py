@@ -1,11 +1,11 @@
-"""Tables that are too wide are shown in bands: nothing is cut, nothing is lost, nothing is too wide."""
+"""Tables that are too wide are printed in bands: no cell is cut or lost, no line is too wide."""
 
 from __future__ import annotations
 
 import pytest
 from rich.console import Console
 
-from paceline.experiments.demo_job import ALL_TASKS, ORACLE, Cell, DemoResult
+from paceline.experiments.demo_job import ALL_TASKS, ORACLE, DemoResult, MethodFigures
 from paceline.experiments.demo_report import accepted_table, chosen_table, table
 from paceline.terminal import PROSE, BandedTable
 
@@ -21,7 +21,7 @@ def shown(what: BandedTable, width: int) -> list[str]:
 
 
 def cells(lines: list[str]) -> list[list[str]]:
-    """The rows of all bands, lines of sentences that were broken included."""
+    """Return the rows of all bands, with each line of a wrapped sentence as a row."""
     return [[c.strip() for c in line.strip("│").split("│")] for line in lines if line[:1] == "│"]
 
 
@@ -47,7 +47,7 @@ def test_cells_are_whole_at_any_width(width: int) -> None:
     assert (num_bands == 1) == (width >= 120)
 
 
-def test_sentences_are_broken_before_names_are() -> None:
+def test_sentences_are_wrapped_before_names() -> None:
     what = BandedTable()
     what.add_column("kind")
     what.add_column("what it does", overflow=PROSE)
@@ -58,7 +58,7 @@ def test_sentences_are_broken_before_names_are() -> None:
     assert " ".join(row[1] for row in found) == sentence.strip()
 
 
-def test_a_table_without_room_for_two_columns_is_broken_not_cut() -> None:
+def test_a_table_without_room_for_two_columns_is_wrapped() -> None:
     what = BandedTable()
     what.add_column("drafter")
     what.add_column("speed")
@@ -72,7 +72,7 @@ def test_a_table_without_room_for_two_columns_is_broken_not_cut() -> None:
 def test_the_demo_has_a_row_for_each_arm(width: int) -> None:
     arms = ["none", *(f"general-{i}m@{i}" for i in range(1, 13)), "random", "auto", ORACLE]
     tasks = ("translation", "math", "code", "summary", ALL_TASKS)
-    cell = Cell(812.3, 2.104, 3.412, 7, 8)
+    cell = MethodFigures(812.3, 2.104, 3.412, 7, 8)
     result = DemoResult(
         circumstances={},
         settings={},

@@ -2,6 +2,6 @@
 
 from paceline.bench.doctor import doctor
 from paceline.bench.drafters import drafters
-from paceline.bench.profile import profile
+from paceline.bench.profile import measure_cost_table
 
-__all__ = ["doctor", "drafters", "profile"]
+__all__ = ["doctor", "drafters", "measure_cost_table"]

@@ -1,4 +1,4 @@
-"""What a measured number was measured on: machine, versions, threads, commit, command."""
+"""The circumstances of a measurement: machine, versions, threads, commit, command."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def cpu_model() -> str:
-    """The processor's name as the system gives it."""
+    """Return the processor's name from the system."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(encoding="utf-8").splitlines():
@@ -28,7 +28,7 @@ def cpu_model() -> str:
 
 
 def cpu_capability() -> str:
-    """The instruction sets that matter for low-precision products."""
+    """Return the instruction sets that matter for low-precision products."""
     info = Path("/proc/cpuinfo")
     flags = info.read_text(encoding="utf-8").split() if info.is_file() else []
     found = [flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in flags]
@@ -36,7 +36,7 @@ def cpu_capability() -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout this package runs from; "none" for an installed package."""
+    """Return the commit of the checkout that this package runs from; "none" for an installed one."""
     folder = Path(__file__).resolve().parent
     try:
         shown = subprocess.run(
@@ -49,7 +49,7 @@ def commit() -> str:
 
 
 def circumstances() -> dict[str, str | int]:
-    """Everything a reader needs to judge a figure, ready for JSON."""
+    """Return all circumstances, ready for JSON."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -68,7 +68,7 @@ def circumstances() -> dict[str, str | int]:
 
 
 def headline(facts: Mapping[str, Any], *packages: str) -> str:
-    """The circumstances above a table: machine, torch and other packages, commit, date."""
+    """Return a line for the top of a table: machine, torch and other packages, commit, date."""
     versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", *packages))
     return (
         f"{facts['cpu']} ({facts['cpu_capability']}), {facts['threads']} threads, {versions}, commit "

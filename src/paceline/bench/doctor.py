@@ -1,22 +1,24 @@
-"""Checks a configuration before weights are read: vocabularies, memory, dtype, predicted pay.
+"""Checks of a configuration before weights are read: vocabularies, memory, dtype, speed-up.
 
-Shapes come from the models' configurations on torch's meta device. What a drafter should pay
-comes from the collection and the cost table if both are there; from the cost table alone follows
-how many tokens a round must emit to break even.
+Shapes come from the models' configurations on torch's meta device. A drafter's speed-up is predicted
+from the collection and the cost table. The cost table alone gives the tokens per round at which the
+drafter breaks even.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
 from paceline.assembly import steps_to_policy
 from paceline.config import ModelSection
 from paceline.contracts import NONE
+from paceline.costs.pricing import round_seconds
 from paceline.costs.table import CostTable
 from paceline.drafting.catalog import CATALOG, check_settings, find_kind
 from paceline.drafting.cross_vocabulary import CrossVocabularySettings, check_bridge
@@ -38,9 +40,12 @@ if TYPE_CHECKING:
     from paceline.models.vocabulary import Tokenizer
 
 
+_CONTEXT: Final = 128  # cached tokens at which drafters break even
+
+
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """Size of a model as it would be loaded."""
+    """Sizes of a model as it would be loaded."""
 
     parameters: int
     dtype: str
@@ -53,7 +58,7 @@ class ModelFacts:
 
 @dataclass(slots=True)
 class DrafterCheck:
-    """One drafter: its facts, its vocabulary against the target's, and what it should pay."""
+    """One drafter: its sizes, its vocabulary compared with the target's, its predicted speed-up."""
 
     name: str
     kind: str
@@ -65,7 +70,7 @@ class DrafterCheck:
 
 @dataclass(slots=True)
 class DoctorReport:
-    """Everything `paceline doctor` prints. `problems` is empty if the configuration can run."""
+    """The output of `paceline doctor`. `problems` is empty if the configuration can run."""
 
     target: str
     device: str
@@ -82,7 +87,7 @@ class DoctorReport:
 
 
 def doctor(config: Config) -> DoctorReport:
-    """Check a configuration. Raises PacelineError if the target itself cannot be used."""
+    """Check a configuration. Raises PacelineError if the target cannot be used."""
     device = resolve_device(config.target.device)
     facts = model_facts(config.target)
     tokenizer = load_tokenizer(config.target)
@@ -99,17 +104,19 @@ def doctor(config: Config) -> DoctorReport:
         report.notes.append(
             f"the tokenizer has {vocabulary.num_tokens} tokens, the head {facts.num_logits}"
         )
-    pay, notes = _predictions(config)
+    predicted, notes = _predict_speedups(config)
     report.notes += notes
     for name in config.drafters:
-        report.drafters.append(_check_drafter(config, name, tokenizer, facts, pay))
+        check = _check_drafter(config, name, tokenizer, facts)
+        check.predicted = predicted.get(name, "unknown")
+        report.drafters.append(check)
     if not report.problems:
         report.why_not_auto = _why_not_auto(config, vocabulary, facts)
     return report
 
 
 def _why_not_auto(config: Config, vocabulary: Vocabulary, facts: ModelFacts) -> str | None:
-    """Return why no policy can choose, as far as that shows before weights are read; None if one can."""
+    """Return the obstacle to `auto` that is visible before weights are read, or None."""
     folder, path = config.paths.policy, config.paths.costs
     if not is_policy(folder):
         return steps_to_policy(config)
@@ -135,9 +142,9 @@ def _why_not_auto(config: Config, vocabulary: Vocabulary, facts: ModelFacts) -> 
 
 
 def line_before_weights(kind: str, settings: BaseModel, recorded: str) -> str:
-    """Return a drafter's identity line from its settings, with the recorded line for the rest.
+    """Return the recorded identity line of a drafter with its kind and length as now configured.
 
-    The line of a kind from outside the catalogue is unknown here, so the recorded one is returned.
+    A kind outside the catalogue keeps its recorded line.
     """
     if kind not in CATALOG:
         return recorded
@@ -149,7 +156,7 @@ def line_before_weights(kind: str, settings: BaseModel, recorded: str) -> str:
 
 
 def model_facts(section: ModelSection) -> ModelFacts:
-    """Sizes from the configuration file alone."""
+    """Return the sizes of a model from its configuration file."""
     raw = load_config(section)
     from_config: Any = AutoModelForCausalLM.from_config
     with torch.device("meta"):
@@ -170,10 +177,10 @@ def model_facts(section: ModelSection) -> ModelFacts:
 
 
 def _check_drafter(
-    config: Config, name: str, tokenizer: Tokenizer, target: ModelFacts, pay: dict[str, str]
+    config: Config, name: str, tokenizer: Tokenizer, target: ModelFacts
 ) -> DrafterCheck:
     section = config.drafters[name]
-    check = DrafterCheck(name, section.kind, predicted=pay.get(name, "unknown"))
+    check = DrafterCheck(name, section.kind)
     try:
         kind = find_kind(name, section.kind)
         settings = check_settings(name, section)
@@ -210,8 +217,8 @@ def _check_vocabulary(
         check.vocabulary = "same ids"
 
 
-def _predictions(config: Config) -> tuple[dict[str, str], list[str]]:
-    """(what each drafter should pay, what is missing for a better answer)."""
+def _predict_speedups(config: Config) -> tuple[dict[str, str], list[str]]:
+    """Return each drafter's predicted speed-up as text, and notes on missing files."""
     try:
         costs = CostTable.load(config.paths.costs)
     except ArtefactError as error:
@@ -220,8 +227,8 @@ def _predictions(config: Config) -> tuple[dict[str, str], list[str]]:
         names = [NONE, *config.drafters]
         collection = load_collection(config.paths.store, names, encoders=())
     except StoreError as error:
-        pay, unknown = _break_even(config, costs)
-        return pay, [f"break-even only: {error}", *unknown]
+        break_even, notes = _break_even(config, costs)
+        return break_even, [f"break-even only: {error}", *notes]
     try:
         prompts = price_stops(collection.prompts, config, costs)
         total = {
@@ -240,17 +247,16 @@ def _predictions(config: Config) -> tuple[dict[str, str], list[str]]:
 
 
 def _break_even(config: Config, costs: CostTable) -> tuple[dict[str, str], list[str]]:
-    """Tokens a round must emit for a drafter to be no slower than plain decoding; what is not known."""
-    result, unknown = {}, []
+    """Return the tokens per round at which drafters break even, and a note per unpriced drafter."""
+    found, notes = {}, []
+    context = np.array(_CONTEXT)
     for name, section in config.drafters.items():
         length = getattr(check_settings(name, section), "num_draft_tokens", 0)
         try:
-            overhead = costs.seconds("engine", "round", 1)
-            plain = costs.seconds("target", "forward", 1, context=128) + overhead
-            verify = costs.seconds("target", "forward", 1 + length, context=128) + overhead
-            drafting = costs.seconds(name, "propose", length, context=128)
+            plain = round_seconds(costs.seconds, NONE, np.array(0), context)
+            drafting = round_seconds(costs.seconds, name, np.array(length), context)
         except ArtefactError as error:
-            unknown.append(f"drafter '{name}': {error}")
+            notes.append(f"drafter '{name}': {error}")
             continue
-        result[name] = f"pays above {(verify + drafting) / plain:.2f} tokens a round"
-    return result, unknown
+        found[name] = f"pays above {float(drafting / plain):.2f} tokens per round"
+    return found, notes

@@ -1,13 +1,16 @@
-"""Measures the cost table: every piece of work several times, in turn, the median of each kept.
+"""Measurement of the cost table: every workload several times, the median of each cell kept.
 
-All sittings are repeated one after the other in changing order, so that drift of the machine hits
-every cell alike. What is measured is in `sittings.py`; here is how often, and what is kept.
+All workloads are repeated one after the other in changing order, so that drift of the machine affects
+every cell alike. The workloads themselves are in `cost_measurement`.
 """
 
 from __future__ import annotations
 
 import random
 from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Final
@@ -16,76 +19,116 @@ import torch
 
 from paceline.assembly import Pace, Parts
 from paceline.bench.circumstances import cpu_capability, cpu_model
-from paceline.bench.sittings import Grid, all_sittings, cached_rows
-from paceline.contracts import identity_of_arms
+from paceline.bench.cost_measurement import (
+    cached_rows,
+    plain_driver,
+    time_drafts,
+    time_forwards,
+    time_prefill,
+    time_rounds,
+)
+from paceline.contracts import NONE, identity_of_arms
 from paceline.costs.table import PROPOSE, CostTable, Measurement
 from paceline.models.language_model import LanguageModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from paceline.bench.sittings import Cell, Sitting
+    from paceline.bench.cost_measurement import Cell, Workload
+    from paceline.engine.rows import Row
 
     Progress = Callable[[str, int, int], None]
 
 BUDGET: Final = 10.0  # seconds
-_FEWEST: Final = 3  # repeats of everything, so that one interruption is not in the median
+_FEWEST: Final = 3  # repeats of every workload, so that one interruption is not in the median
 _FEWEST_OF_CHEAP, _MOST = 4, 20
+_PLACE: Final = attrgetter("subject", "operation", "rows", "context", "tokens")
+
+_PROMPTS: Final = (16, 64, 128, 256, 512)  # and the limit of the context
+_LONGEST_PROMPT: Final = 1024  # longer ones follow from the table's last segment
+_CONTEXTS: Final = (32, 128, 384, 768)
+_WIDTHS: Final = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 24, 32, 48, 65)
+_DRAFTS: Final = (0, 1, 2, 4, 8, 16, 32, 64)
+# batches are measured more coarsely: a packed forward costs by its tokens, whichever rows they are of
+_ROWS: Final = (1, 2, 4, 8, 16)
+_CONTEXT_OF_ROWS: Final = 384  # the longest at which a batch verifies
+_DRAFTS_OF_ROWS: Final = (1, 4, 16)
 
 
-def profile(
+def measure_cost_table(
     source: Parts | Pace,
     on_progress: Progress = lambda stage, done, total: None,
     budget: float | None = None,
 ) -> CostTable:
-    """Measure target and drafters on this machine.
+    """Measure target and drafters on this machine and return their cost table.
 
-    budget: seconds to spend, BUDGET by default; three repeats are made however slow the models are,
-    and more of the cheap work, which is the noisier. on_progress(stage, done, total) counts sittings.
+    budget: seconds to spend, BUDGET by default. Every workload gets three repeats even where that
+    takes longer; cheap workloads, which are noisier, get more. on_progress(stage, done, total)
+    counts runs of workloads. Raises DrafterError if a drafter fails.
     """
     parts = source.parts if isinstance(source, Pace) else source
     grid = Grid.of(parts)
+    with torch.inference_mode(), cached_rows(parts, grid.cached_lengths) as rows:
+        cells = measure_cells(
+            _all_workloads(parts, grid, rows),
+            partial(on_progress, "profile"),
+            BUDGET if budget is None else budget,
+        )
+    measured = [Measurement(*cell, seconds=seconds) for cell, seconds in cells.items()]
+    return CostTable(fingerprint(parts), sorted(_without_refusals(measured), key=_PLACE))
+
+
+def measure_cells(
+    workloads: Sequence[Workload],
+    on_run: Callable[[int, int], None],
+    budget: float = 0.0,
+    fewest: int = _FEWEST,
+) -> dict[Cell, float]:
+    """Run workloads in turn and return the median seconds of each cell.
+
+    fewest: repeats of each workload, after one that warms up; cheap workloads are repeated until the
+    budget of seconds is spent. on_run(done, total) is called after each run.
+    """
     order = random.Random(0)
-    found: dict[Cell, list[float]] = defaultdict(list)
-    with torch.inference_mode(), cached_rows(parts, grid) as rows:
-        sittings = all_sittings(parts, grid, rows)
-        total = (1 + _FEWEST) * len(sittings)
-        took: list[float] = []
-        for number, sitting in enumerate(sittings, start=1):
-            began = perf_counter()
-            sitting(0, order)  # warms up, and tells what a repeat takes
-            took.append(perf_counter() - began)
-            on_progress("profile", number, total)
-        turns = _turns(sittings, took, BUDGET if budget is None else budget, order)
-        for number, (repeat, sitting) in enumerate(turns, start=len(sittings) + 1):
-            for cell, seconds in sitting(repeat, order):
-                found[cell].append(seconds)
-            on_progress("profile", number, len(sittings) + len(turns))
-    measured = [Measurement(*cell, seconds=median(times)) for cell, times in found.items()]
-    return CostTable(_fingerprint(parts), sorted(_plausible(measured), key=_by_place))
+    durations: list[float] = []
+    for workload in workloads:
+        began = perf_counter()
+        workload(0, order)
+        durations.append(perf_counter() - began)
+        on_run(len(durations), (1 + fewest) * len(workloads))
+    runs = _plan(workloads, durations, budget, fewest, order)
+    times: dict[Cell, list[float]] = defaultdict(list)
+    for number, (repeat, workload) in enumerate(runs, start=len(workloads) + 1):
+        for cell, seconds in workload(repeat, order):
+            times[cell].append(seconds)
+        on_run(number, len(workloads) + len(runs))
+    return {cell: median(seconds) for cell, seconds in times.items()}
 
 
-def _turns(
-    sittings: Sequence[Sitting], took: Sequence[float], budget: float, order: random.Random
-) -> list[tuple[int, Sitting]]:
-    """(repeat, sitting) in the order of running: all of them at first, then those below average."""
-    mean = sum(took) / len(took)
-    cheap = [sitting for sitting, seconds in zip(sittings, took, strict=True) if seconds <= mean]
-    left = budget - (1 + _FEWEST) * sum(took)
-    of_cheap = sum(seconds for seconds in took if seconds <= mean)
-    num_cheap = min(max(_FEWEST + int(left / of_cheap), _FEWEST_OF_CHEAP), _MOST)
-    turns: list[tuple[int, Sitting]] = []
-    for repeat in range(num_cheap):
-        chosen = list(sittings if repeat < _FEWEST else cheap)
+def _plan(
+    workloads: Sequence[Workload],
+    durations: Sequence[float],
+    budget: float,
+    fewest: int,
+    order: random.Random,
+) -> list[tuple[int, Workload]]:
+    """Return (repeat, workload) in the order of running: all at first, then those below average."""
+    mean = sum(durations) / len(durations)
+    cheap = [workload for workload, s in zip(workloads, durations, strict=True) if s <= mean]
+    left = budget - (1 + fewest) * sum(durations)
+    repeats = fewest + int(left / sum(s for s in durations if s <= mean))
+    runs: list[tuple[int, Workload]] = []
+    for repeat in range(min(max(repeats, fewest, _FEWEST_OF_CHEAP), _MOST)):
+        chosen = list(workloads if repeat < fewest else cheap)
         order.shuffle(chosen)
-        turns += [(repeat, sitting) for sitting in chosen]
-    return turns
+        runs += [(repeat, workload) for workload in chosen]
+    return runs
 
 
-def _plausible(measured: Sequence[Measurement]) -> list[Measurement]:
-    """Without contexts at which an arm never drafted though it does elsewhere.
+def _without_refusals(measured: Sequence[Measurement]) -> list[Measurement]:
+    """Return the measurements without contexts at which only this context stops an arm from drafting.
 
-    They lie beyond a short drafter's own context; the table must not take a refusal for a price.
+    Such contexts exceed a short drafter's own; the table must not take a refusal for a price.
     """
     longest: dict[str, int] = defaultdict(int)
     at_context: dict[tuple[str, int], int] = defaultdict(int)
@@ -101,12 +144,8 @@ def _plausible(measured: Sequence[Measurement]) -> list[Measurement]:
     ]
 
 
-def _by_place(m: Measurement) -> tuple[str, str, int, int, int]:
-    return (m.subject, m.operation, m.rows, m.context, m.tokens)
-
-
-def _fingerprint(parts: Parts) -> dict[str, str]:
-    """On what and of what a table is measured, one comparable line an entry."""
+def fingerprint(parts: Parts) -> dict[str, str]:
+    """Return the machine, the models and the drafters of a table, one comparable line per entry."""
     device = parts.target.device
     lines = identity_of_arms({name: d.identity() for name, d in parts.drafters.items()})
     models = {"target": parts.target}
@@ -124,3 +163,84 @@ def _fingerprint(parts: Parts) -> dict[str, str]:
         **{f"arm {name}": line for name, line in lines.items()},
         **{f"dtype of {n}": str(m.dtype).removeprefix("torch.") for n, m in models.items()},
     }
+
+
+# --- what is measured -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Prompts, contexts, widths and rows to measure, within the target's context and draft lengths."""
+
+    prompts: list[int]
+    contexts: list[int]
+    widths: list[int]
+    rows: list[int]
+    contexts_of_rows: list[int]
+
+    @classmethod
+    def of(cls, parts: Parts) -> Grid:
+        lengths = [drafter.num_draft_tokens for drafter in parts.drafters.values()]
+        longest = max(lengths)
+        widths = {w for w in _WIDTHS if w <= longest + 1} | {1 + k for k in lengths}
+        context = parts.target.context_length
+        # between two drafts of a workload its text grows by a token
+        room = context - longest - len(_DRAFTS) - 2
+        contexts = [c for c in _CONTEXTS if c <= room] or [max(1, room)]
+        limit = min(context, _LONGEST_PROMPT)
+        prompts = [n for n in _PROMPTS if n < limit] + [limit]
+        of_rows = [c for c in contexts if c <= _CONTEXT_OF_ROWS]
+        of_rows = sorted({of_rows[0], of_rows[-1]}) if of_rows else contexts[:1]
+        engine = parts.config.engine
+        most = engine.max_rows
+        if engine.max_positions is not None:
+            most = max(1, min(most, engine.max_positions // (max(contexts) + longest + 1)))
+        rows = sorted({r for r in _ROWS if r <= most} | {min(most, _ROWS[-1])})
+        return cls(prompts, contexts, sorted(widths), rows, of_rows)
+
+    @property
+    def contexts_of_drafts(self) -> list[int]:
+        """Contexts at which drafters start and propose: fewer than for the target, which costs more."""
+        return sorted({*self.contexts[::2], self.contexts[-1]})
+
+    @property
+    def cached_lengths(self) -> list[int]:
+        """Cached tokens of each row: the first row reaches the longest context."""
+        return [max(self.contexts), *[max(self.contexts_of_rows)] * (self.rows[-1] - 1)]
+
+    @property
+    def shapes(self) -> list[list[int]]:
+        """Drafted tokens by row, of batches in which no row drafts, one row does, or all alike."""
+        longest = self.widths[-1] - 1
+        lengths = sorted({min(length, longest) for length in _DRAFTS_OF_ROWS} - {0})
+        shapes = []
+        for num in self.rows[1:]:
+            alone = [[lengths[-1], *[0] * (num - 1)]] if lengths else []
+            shapes += [[0] * num, *alone, *([length] * num for length in lengths)]
+        return shapes
+
+
+def _all_workloads(parts: Parts, grid: Grid, rows: Sequence[Row]) -> list[Workload]:
+    """Return every workload of a cost table. rows: those of `cached_rows`."""
+    driver = plain_driver(parts, grid.rows[-1])
+    arms = {name: drafter for name, drafter in parts.drafters.items() if name != NONE}
+    alone = [[width - 1] for width in grid.widths]
+    workloads: list[Workload] = []
+    workloads += [partial(time_forwards, parts, rows, c, alone) for c in grid.contexts]
+    workloads += [
+        partial(time_forwards, parts, rows, c, grid.shapes) for c in grid.contexts_of_rows
+    ]
+    workloads += [partial(time_prefill, parts, driver, n) for n in grid.prompts]
+    for arm, drafter in arms.items():
+        longest = drafter.num_draft_tokens
+        lengths = sorted({k for k in _DRAFTS if k <= longest} | {longest})
+        one_row = partial(time_drafts, parts, arm, lengths, [1], rows[0])
+        workloads += [partial(one_row, context) for context in grid.contexts_of_drafts]
+        if more := grid.rows[1:]:
+            ends = sorted({1, longest})
+            workloads.append(
+                partial(time_drafts, parts, arm, ends, more, rows[0], grid.contexts[0])
+            )
+    workloads += [partial(time_rounds, parts, driver, name, 1) for name in [NONE, *arms][:2]]
+    workloads += [partial(time_rounds, parts, driver, NONE, num) for num in grid.rows[1:]]
+    return workloads

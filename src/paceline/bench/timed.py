@@ -1,7 +1,7 @@
-"""Methods timed against each other in one process, interleaved, so that drift hits all alike.
+"""Interleaved timing of methods in one process, so that drift of the machine affects all alike.
 
-A method turns prompt tokens into output tokens; what it is made of is not known here. Every prompt
-runs through every method before the next prompt, in an order that changes from prompt to prompt.
+A method is a function from prompt tokens to output tokens. Every prompt runs through every method
+before the next prompt, in an order that changes from prompt to prompt.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Method = Callable[[Sequence[int]], Sequence[int]]
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One method on one prompt: seconds by the clock, median of the repeats, and what came out."""
+    """One method on one prompt: the median of the repeats' seconds, and the output."""
 
     method: str
     prompt: str
@@ -28,7 +28,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class TimedPrompt:
-    """A prompt as every method receives it."""
+    """A prompt with its tokens, the same for every method."""
 
     id: str
     domain: str
@@ -42,7 +42,7 @@ def time_interleaved(
     seed: int = 0,
     on_run: Callable[[], None] = lambda: None,
 ) -> list[Timing]:
-    """Time every method on every prompt; one untimed run of each method comes first."""
+    """Time every method on every prompt, after one untimed run of each method."""
     for run in methods.values():
         run(prompts[0].tokens)
     order = random.Random(seed)
@@ -67,7 +67,7 @@ def time_interleaved(
 
 
 def tokens_per_second(timings: Sequence[Timing]) -> float:
-    """All emitted tokens over all seconds."""
+    """Return all emitted tokens over all seconds; 0 without any time."""
     total = sum(t.seconds for t in timings)
     return sum(len(t.output_tokens) for t in timings) / total if total > 0 else 0.0
 
@@ -75,7 +75,7 @@ def tokens_per_second(timings: Sequence[Timing]) -> float:
 def select(
     timings: Sequence[Timing], method: str | None = None, domain: str | None = None
 ) -> list[Timing]:
-    """The timings of one method, one domain, or both."""
+    """Return the timings of one method, one domain, or both."""
     return [
         t
         for t in timings
@@ -84,6 +84,6 @@ def select(
 
 
 def num_equal_outputs(timings: Sequence[Timing], method: str, reference: str) -> int:
-    """On how many prompts a method's tokens equal the reference's."""
+    """Return the number of prompts on which a method's tokens equal the reference's."""
     truth = {t.prompt: t.output_tokens for t in timings if t.method == reference}
     return sum(t.output_tokens == truth[t.prompt] for t in timings if t.method == method)

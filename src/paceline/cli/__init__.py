@@ -1,7 +1,7 @@
 """COMMAND: one thin file per verb, imported only when that verb runs.
 
-Here only the errors are handled: what the user can mend is one line and exit code 2, a file or
-folder that cannot be read or written included. Ctrl-C is 130; the verb itself says what it means.
+`main` handles errors: an error that the user can correct, such as a file that cannot be read or
+written, is one line and exit code 2. Ctrl-C is exit code 130; the verb prints what it means.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 
 
 def main() -> None:
-    """The `paceline` command."""
+    """Run the `paceline` command."""
     from rich.console import Console
     from rich.markup import escape
 

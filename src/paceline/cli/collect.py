@@ -1,4 +1,4 @@
-"""`paceline collect`: what every drafter would have had accepted on the target's answers."""
+"""`paceline collect`: the target's answers, and every drafter replayed on them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from paceline.cli import options
 from paceline.cli.next_steps import say
-from paceline.cli.options import (
-    DEFAULT_CONFIG,
-    ConfigOption,
-    DeviceOption,
-    DtypeOption,
-    ExactOption,
-    ThreadsOption,
-    configured,
-)
 
-SHOWN = 5  # broken rows named
+SHOWN = 5  # number of broken rows that are shown
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -31,59 +23,62 @@ def collect(
         list[str],
         typer.Argument(help="JSONL or Parquet files, or saved datasets as FOLDER or FOLDER:SPLIT."),
     ],
-    config: ConfigOption = DEFAULT_CONFIG,
-    store: Annotated[Path | None, typer.Option(help="Folder of the collection.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens an answer.")] = 256,
+    config: options.ConfigFile = options.DEFAULT_CONFIG,
+    store: options.Store = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens.")] = 256,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Take this many prompts, by hash of id.")
+        int | None, typer.Option(min=1, help="Number of prompts to take, by hash of id.")
     ] = None,
     temperature: Annotated[
         list[float] | None,
-        typer.Option(
-            help="Answer each prompt at this temperature; repeat for several. 0 is greedy."
-        ),
+        typer.Option(help="Temperature of the answers, 0 is greedy; may be repeated."),
     ] = None,
-    top_p: Annotated[float, typer.Option(help="Nucleus, for temperatures above 0.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="The k likeliest tokens, likewise; 0 is off.")] = 0,
-    min_p: Annotated[float, typer.Option(help="Floor against the likeliest, likewise.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of answers drawn at random.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Keep the nucleus of this mass, at temperatures above 0.")
+    ] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 is off.")] = 0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the best.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampled answers.")] = 0,
     alignment: Annotated[
-        bool, typer.Option("--alignment", help="Also decode each drafter alone, for that reward.")
+        bool,
+        typer.Option("--alignment", help="Also decode each drafter alone, for reward alignment."),
     ] = False,
     prompt_field: Annotated[str, typer.Option(help="Field of the prompt.")] = "prompt",
-    id_field: Annotated[str, typer.Option(help="Field of its id; a hash without one.")] = "id",
-    domain_field: Annotated[str, typer.Option(help="Field of its task, for tables.")] = "domain",
+    id_field: Annotated[str, typer.Option(help="Field of the id; without one, a hash.")] = "id",
+    domain_field: Annotated[str, typer.Option(help="Field of the task, for tables.")] = "domain",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out broken rows.")] = False,
     outputs: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=FILE", help="JSONL of outputs made elsewhere, for that reward."),
+        typer.Option(
+            metavar="NAME=FILE", help="JSONL of outputs of other models, for the alignment reward."
+        ),
     ] = None,
     scores: Annotated[
-        bool, typer.Option("--scores", help="Also compare distributions: one more pass a prompt.")
+        bool, typer.Option("--scores", help="Also compare distributions: one more pass per prompt.")
     ] = False,
-    workers: Annotated[int, typer.Option(help="Processes that share the threads.")] = 1,
-    dtype: DtypeOption = None,
-    exact: ExactOption = None,
-    device: DeviceOption = None,
-    threads: ThreadsOption = None,
+    workers: Annotated[int, typer.Option(help="Number of processes; they share the threads.")] = 1,
+    dtype: options.Dtype = None,
+    exact: options.Exact = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
 ) -> None:
     """Decode prompts once with the target and replay every drafter on the answers. Resumes."""
     from rich.console import Console
 
     from paceline.cli.progress import progress
-    from paceline.experiments.pipeline import collect as run_collect
     from paceline.store import PromptFields, read_prompts, take_by_hash
+    from paceline.verbs.pipeline import collect as run_collect
 
-    settings = configured(config, dtype, device, threads, exact, store=store)
+    settings = options.configured(config, dtype, device, threads, exact, store=store)
     fields = PromptFields(prompt_field, id_field, domain_field)
     bad: list[str] = []
     filters = {"top_p": top_p, "top_k": top_k, "min_p": min_p}
     samplings = _samplings(temperature or [0.0], filters, seed)
-    written = _named_files(outputs or [])
+    written = options.named("--outputs", outputs, "NAME=FILE")
     records = take_by_hash(read_prompts(prompts, fields, bad.append if skip_bad else None), limit)
     console = Console()
     if bad:
-        say(console, f"{len(bad)} broken rows were left out, the first of them:")
+        say(console, f"{len(bad)} broken rows were left out; the first of them:")
         say(console, "\n".join(bad[:SHOWN]))
     with progress(console) as report:
         result = run_collect(
@@ -94,13 +89,13 @@ def collect(
             report,
             samplings=samplings,
             scores=scores,
-            outputs=written,
+            outputs={name: Path(file) for name, file in written.items()},
             sources=prompts,
             workers=workers,
         )
     say(console, f"{result.num_prompts} prompts in {settings.paths.store}")
     if result.num_too_long:
-        say(console, f"{result.num_too_long} prompts did not fit the context and were left out")
+        say(console, f"{result.num_too_long} prompts do not fit the context and were left out")
     _print_seconds(console, result)
     say(console, "next: `paceline profile`, then `paceline learn`")
 
@@ -108,15 +103,11 @@ def collect(
 def _samplings(
     temperatures: list[float], filters: dict[str, float], seed: int
 ) -> list[SamplingParams]:
-    """The filters are of sampled answers; greedy ones have none."""
+    """Return a sampling per temperature; the filters hold for sampled answers."""
     from paceline.contracts import GREEDY, SamplingParams
     from paceline.errors import ConfigError
 
-    if not any(temperatures) and (filters["top_p"], filters["top_k"], filters["min_p"]) != (
-        1,
-        0,
-        0,
-    ):
+    if not any(temperatures) and filters != {"top_p": 1, "top_k": 0, "min_p": 0}:
         raise ConfigError("--top-p, --top-k and --min-p need a --temperature above 0")
     return [
         SamplingParams(t, seed=seed, method="invariant", **filters)  # type: ignore[arg-type]
@@ -126,22 +117,8 @@ def _samplings(
     ]
 
 
-def _named_files(given: list[str]) -> dict[str, Path]:
-    from paceline.errors import ConfigError
-
-    files: dict[str, Path] = {}
-    for item in given:
-        name, equals, path = item.partition("=")
-        if not (name and equals and path):
-            raise ConfigError(f"--outputs {item}: give a name and a file, as NAME=FILE")
-        if name in files:
-            raise ConfigError(f"--outputs {item}: '{name}' is given twice")
-        files[name] = Path(path)
-    return files
-
-
 def _print_seconds(console: Console, result: CollectionReport) -> None:
-    """What each stage took, over decoding where this run decoded everything it replayed."""
+    """Print the seconds by stage, relative to decoding if this run decoded all that it replayed."""
     decode = result.seconds.get("decode", 0.0)
     fresh = result.num_decoded == result.num_prompts and decode > 0
     for stage, spent in result.seconds.items():

@@ -1,43 +1,40 @@
-"""`paceline data`: what a collection holds, and what its drafters would bring."""
+"""`paceline data`: the rows of a collection and the gains of its drafters."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
+from paceline.cli import options
 from paceline.cli.next_steps import say
-from paceline.cli.options import DEFAULT_CONFIG, ConfigOption, configured
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from paceline.experiments.data_report import DataReport
     from paceline.terminal import BandedTable
+    from paceline.verbs.data import DataReport
 
 
 def data(
-    config: ConfigOption = DEFAULT_CONFIG,
-    store: Annotated[Path | None, typer.Option(help="Folder of the collection.")] = None,
-    costs: Annotated[Path | None, typer.Option(help="File of the cost table.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Write a figure to this PNG.")] = None,
+    config: options.ConfigFile = options.DEFAULT_CONFIG,
+    store: options.Store = None,
+    costs: options.Costs = None,
+    as_json: options.AsJson = False,
+    plot: options.Plot = None,
 ) -> None:
-    """Show a collection's rows and tasks, acceptance by drafter, and who would be fastest."""
+    """Show a collection's rows and tasks, acceptance by drafter, and the fastest drafters."""
     from rich.console import Console
 
-    from paceline.experiments.data_report import plot as write_plot
-    from paceline.experiments.pipeline import data as describe
+    from paceline.verbs.data import data as run_data
+    from paceline.verbs.data import plot_collection
 
-    report = describe(configured(config, store=store, costs=costs))
+    report = run_data(options.configured(config, store=store, costs=costs))
     console = Console()
     if as_json:
         console.print_json(report.to_json())
     else:
         _print(console, report)
     if plot is not None:
-        write_plot(report, plot)
+        plot_collection(report, plot)
         if not as_json:
             say(console, f"written: {plot}")
 
@@ -50,20 +47,22 @@ def _print(console: Console, report: DataReport) -> None:
     if report.oracle:
         _print_oracle(console, report)
     for name, count in report.writers.items():
-        say(console, f"outputs written by {name}: to {count} rows")
+        say(console, f"outputs of {name}: {count} rows")
     for note in report.notes:
         say(console, f"note: {note}")
 
 
 def _print_tasks(console: Console, report: DataReport) -> None:
     from paceline.terminal import PROSE
+    from paceline.verbs.data import ALL
 
-    table = _table("collected rows, a row is a prompt under a sampling", "task")
+    table = _table("collected rows (a row is a prompt under a sampling)", "task")
     table.add_column("samplings", overflow=PROSE)
     for column in ("prompts", "rows", "prompt tokens", "output tokens", "output total"):
         table.add_column(column, justify="right")
     for task, own in report.tasks.items():
-        _before_all(table, task)
+        if task == ALL:
+            table.add_section()
         samplings = ", ".join(f"{name} {count}" for name, count in own.samplings.items())
         counts = (own.num_prompts, own.num_rows, own.prompt_tokens, own.output_tokens)
         table.add_row(task, samplings, *map(str, counts), f"{own.total_output_tokens:,}")
@@ -82,7 +81,7 @@ def _print_acceptance(console: Console, report: DataReport) -> None:
 
 
 def _print_overlap(console: Console, report: DataReport) -> None:
-    """Of the drafters whose distributions were compared with the target's."""
+    """Print the overlaps of the drafters whose distributions were compared with the target's."""
     scored = {
         name: by_task
         for name, by_task in report.acceptance.items()
@@ -90,7 +89,7 @@ def _print_overlap(console: Console, report: DataReport) -> None:
     }
     if not scored:
         return
-    title = "how much of the target's distribution a drafter covers: sum min(p, q)"
+    title = "overlap with the target's distribution: sum min(p, q)"
     table = _table(title, "drafter", *report.tasks)
     for name, by_task in scored.items():
         overlaps = [by_task[task].overlap for task in report.tasks]
@@ -100,7 +99,7 @@ def _print_overlap(console: Console, report: DataReport) -> None:
 
 def _print_oracle(console: Console, report: DataReport) -> None:
     from paceline.contracts import NONE
-    from paceline.experiments.data_report import shares_by_drafter
+    from paceline.verbs.data import shares_by_drafter
 
     title = "predicted: the fastest drafter of each row, at its best length"
     table = _table(title, "drafter", *report.oracle)
@@ -113,7 +112,7 @@ def _print_oracle(console: Console, report: DataReport) -> None:
 
 
 def _table(title: str, first: str, *figures: str) -> BandedTable:
-    """Make a table with one column of names and the rest of figures."""
+    """Return a table with a column of names and columns of figures."""
     from paceline.terminal import BandedTable
 
     table = BandedTable(title=title, title_justify="left")
@@ -121,10 +120,3 @@ def _table(title: str, first: str, *figures: str) -> BandedTable:
     for column in figures:
         table.add_column(column, justify="right")
     return table
-
-
-def _before_all(table: BandedTable, task: str) -> None:
-    from paceline.experiments.data_report import ALL
-
-    if task == ALL:
-        table.add_section()

@@ -7,34 +7,24 @@ from typing import Annotated
 
 import typer
 
+from paceline.cli import options
 from paceline.cli.next_steps import command, say
-from paceline.cli.options import (
-    DEFAULT_CONFIG,
-    ConfigOption,
-    DeviceOption,
-    DtypeOption,
-    ExactOption,
-    ThreadsOption,
-    configured,
-)
 
 _PROMPT = "Translate English to French: The function returns a new list."
 
 
 def demo(
-    config: ConfigOption = DEFAULT_CONFIG,
-    out: Annotated[Path, typer.Option(help="Folder for what the demo writes.")] = Path(
-        "demo-output"
-    ),
-    timed: Annotated[int, typer.Option(min=1, help="Timed prompts of each task.")] = 8,
-    collected: Annotated[int, typer.Option(min=1, help="Prompts of each task to learn from.")] = 48,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens an answer.")] = 96,
-    dtype: DtypeOption = None,
-    exact: ExactOption = None,
-    device: DeviceOption = None,
-    threads: ThreadsOption = None,
+    config: options.ConfigFile = options.DEFAULT_CONFIG,
+    out: Annotated[Path, typer.Option(help="Folder of the demo's files.")] = Path("demo-output"),
+    timed: Annotated[int, typer.Option(min=1, help="Timed prompts per task.")] = 8,
+    collected: Annotated[int, typer.Option(min=1, help="Prompts per task to learn from.")] = 48,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 96,
+    dtype: options.Dtype = None,
+    exact: options.Exact = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
 ) -> None:
-    """Collect, measure, learn, then decode new prompts by the clock: the main job in minutes."""
+    """Collect, measure and learn, then decode new prompts by the clock: the main job in minutes."""
     import shutil
     from time import perf_counter
 
@@ -43,7 +33,6 @@ def demo(
     from paceline.cli.progress import progress
     from paceline.errors import ConfigError
     from paceline.experiments.demo_job import demo as run_demo
-    from paceline.experiments.demo_job import in_folder
     from paceline.experiments.demo_report import (
         accepted_table,
         chosen_table,
@@ -54,13 +43,16 @@ def demo(
         write_figure,
         write_json,
     )
+    from paceline.verbs.pipeline import in_folder
 
     began = perf_counter()
     console = Console()
-    settings = configured(config, dtype, device, threads, exact)
+    settings = options.configured(config, dtype, device, threads, exact)
     own_config = out / "paceline.yaml"
     if own_config.exists() and not is_of_demo(own_config):
-        raise ConfigError(f"{own_config}: not written by a demo; name another folder with --out")
+        raise ConfigError(
+            f"{own_config}: was not written by a demo; name another folder with --out"
+        )
     console.print(
         f"target [bold]{Path(settings.target.model).name}[/], drafters "
         f"[bold]{', '.join(settings.drafters)}[/]"
@@ -70,7 +62,7 @@ def demo(
         shutil.rmtree(work)  # every run measures anew
     with progress(console) as report:
         result = run_demo(settings, work, collected, timed, max_new_tokens, report)
-    write_config(in_folder(settings, work), own_config)
+    write_config(in_folder(settings, work.resolve()), own_config)
     write_json(result, out / "demo.json")
     write_figure(result, out / "demo.png")
     console.print()

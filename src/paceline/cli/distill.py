@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from paceline.cli import options
 from paceline.cli.next_steps import say
-from paceline.cli.options import DEFAULT_CONFIG, ConfigOption, configured
 
 
 def distill(
@@ -16,49 +16,39 @@ def distill(
         list[Path], typer.Argument(help="JSONL files with id, domain and prompt on each line.")
     ],
     out: Annotated[Path, typer.Option(help="Folder of the drafter to write.")],
-    config: ConfigOption = DEFAULT_CONFIG,
+    config: options.ConfigFile = options.DEFAULT_CONFIG,
     size: Annotated[str, typer.Option(help="small (1.4 M parameters) or medium (4 M).")] = "small",
     epochs: Annotated[float | None, typer.Option(help="Passes over the answers.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights and order.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    threads: options.Threads = None,
     measure: Annotated[
-        list[Path] | None, typer.Option(help="Measure on this file's validation prompts too.")
+        list[Path] | None,
+        typer.Option(help="Also measure on the validation prompts of this file; may be repeated."),
     ] = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any other setting: --set learning_rate=0.002, repeatable."),
-    ] = None,
+    setting: options.Assignments = None,
 ) -> None:
     """Decode prompts with the target, then train a drafter to predict the answers. Resumes."""
-    import yaml
     from rich.console import Console
 
     from paceline.cli.progress import progress
     from paceline.config import parse
     from paceline.distillation import DistillSettings
     from paceline.distillation import distill as run_distill
-    from paceline.distillation.train import Progress
-    from paceline.errors import ConfigError
+    from paceline.distillation.train import TrainingProgress
     from paceline.terminal import BandedTable
 
-    raw: dict[str, Any] = {"size": size}
-    flags = {"epochs": epochs, "seed": seed, "threads": threads}
-    raw |= {key: value for key, value in flags.items() if value is not None}
-    for assignment in setting or []:
-        key, equals, value = assignment.partition("=")
-        if not equals:
-            raise ConfigError(f"--set takes key=value, got '{assignment}'")
-        raw[key] = yaml.safe_load(value)
+    flags = {"size": size, "epochs": epochs, "seed": seed, "threads": threads}
+    raw = options.given(flags) | options.assigned(setting)
     settings = parse(DistillSettings, raw, "distill")
     console = Console()
     with progress(console) as report:
 
-        def on_progress(step: Progress) -> None:
+        def on_progress(step: TrainingProgress) -> None:
             report(step.phase, step.step, step.total)
 
         result = run_distill(
-            # only the target takes part, so the drafters of the configuration need not exist yet
-            configured(config).model_copy(update={"drafters": {}}),
+            # only the target is used, so the drafters of the configuration need not exist yet
+            options.configured(config).model_copy(update={"drafters": {}}),
             data,
             out,
             settings,

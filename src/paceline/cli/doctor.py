@@ -1,25 +1,18 @@
-"""`paceline doctor`: is this configuration sound, and what should each drafter pay?"""
+"""`paceline doctor`: check a configuration and predict the gain of each drafter."""
 
 from __future__ import annotations
 
 import typer
 
+from paceline.cli import options
 from paceline.cli.next_steps import say
-from paceline.cli.options import (
-    DEFAULT_CONFIG,
-    ConfigOption,
-    DeviceOption,
-    DtypeOption,
-    ThreadsOption,
-    configured,
-)
 
 
 def doctor(
-    config: ConfigOption = DEFAULT_CONFIG,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    threads: ThreadsOption = None,
+    config: options.ConfigFile = options.DEFAULT_CONFIG,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
 ) -> None:
     """Check a configuration before weights are read. Exit code 2 if a drafter cannot be used."""
     from rich.console import Console
@@ -39,7 +32,7 @@ def doctor(
             f"{facts.weight_bytes / 2**20:.1f} MiB + {cache}",
         )
 
-    report = run_doctor(configured(config, dtype, device, threads))
+    report = run_doctor(options.configured(config, dtype, device, threads))
     console = Console()
     table = BandedTable()
     for column in ("model", "kind", "parameters", "dtype"):

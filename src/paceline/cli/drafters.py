@@ -1,4 +1,4 @@
-"""`paceline drafters`: what kinds there are, which of them are configured, what they hold."""
+"""`paceline drafters`: the kinds of drafters, the configured arms and their memory."""
 
 from __future__ import annotations
 
@@ -9,35 +9,31 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from paceline.cli import options
 from paceline.cli.next_steps import say
-from paceline.cli.options import (
-    DEFAULT_CONFIG,
-    DeviceOption,
-    DtypeOption,
-    ThreadsOption,
-    configured,
-)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from paceline.bench.drafters import DrafterList, Kind
+    from paceline.bench.drafters import DrafterKind, DrafterList
 
 
 def drafters(
     config: Annotated[
         Path | None,
         typer.Option(
-            "--config", "-c", help="Whose arms to list; paceline.yaml where there is one."
+            "--config",
+            "-c",
+            help="YAML file whose arms to list. Default: paceline.yaml, if it exists.",
         ),
     ] = None,
     memory: Annotated[
-        bool, typer.Option("--memory", help="Load the models and show what each arm holds.")
+        bool, typer.Option("--memory", help="Load the models and show the memory of each arm.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    threads: ThreadsOption = None,
+    as_json: options.AsJson = False,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
 ) -> None:
     """List every kind of drafter and the configured arms. Exit code 2 if one cannot be used."""
     from rich.console import Console
@@ -45,10 +41,10 @@ def drafters(
     from paceline.bench.drafters import drafters as list_drafters
     from paceline.errors import ConfigError
 
-    path = config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
+    path = config or (options.DEFAULT_CONFIG if options.DEFAULT_CONFIG.exists() else None)
     if path is None and memory:
         raise ConfigError("--memory needs a configuration; name one with --config")
-    settings = configured(path, dtype, device, threads) if path is not None else None
+    settings = options.configured(path, dtype, device, threads) if path is not None else None
     found = list_drafters(settings, memory)
     console = Console()
     if as_json:
@@ -64,7 +60,7 @@ def _print(console: Console, found: DrafterList) -> None:
 
     table = BandedTable()
     table.add_column("kind")
-    for column in ("what it does", "needs", "arms"):
+    for column in ("description", "needs", "arms"):
         table.add_column(column, overflow=PROSE)
     for kind in found.kinds:
         table.add_row(kind.kind, kind.summary, ", ".join(kind.needs) or "-", _arms(kind))
@@ -77,7 +73,7 @@ def _print(console: Console, found: DrafterList) -> None:
         say(console, f"problem: {problem}", style="bold red")
 
 
-def _arms(kind: Kind) -> str:
+def _arms(kind: DrafterKind) -> str:
     """The arms of a kind, or what it takes to have one."""
     if kind.arms:
         return ", ".join(arm.name + (" [red](!)[/]" if arm.problem else "") for arm in kind.arms)

@@ -1,61 +1,63 @@
-"""`paceline evaluate`: policies against every other way to choose, by replay."""
+"""`paceline evaluate`: policies and other ways to choose, compared by replay."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from paceline.cli import options
 from paceline.cli.next_steps import say
-from paceline.cli.options import DEFAULT_CONFIG, ConfigOption, configured
-
-if TYPE_CHECKING:
-    from paceline.config import Config
 
 
 def evaluate(
-    config: ConfigOption = DEFAULT_CONFIG,
-    store: Annotated[Path | None, typer.Option(help="Folder of the collection.")] = None,
-    costs: Annotated[Path | None, typer.Option(help="File of the cost table.")] = None,
-    policy: Annotated[Path | None, typer.Option(help="Folder of the policy.")] = None,
+    config: options.ConfigFile = options.DEFAULT_CONFIG,
+    store: options.Store = None,
+    costs: options.Costs = None,
+    policy: options.Policy = None,
     compare: Annotated[
-        str, typer.Option(help="Learners, with commas: trained here and compared.")
+        str, typer.Option(help="Learners to train here and to compare, separated by commas.")
     ] = "",
     encoders: Annotated[
         str,
-        typer.Option(help="What those see: a,b;a;none is both, the first alone, and no features."),
+        typer.Option(
+            help="Features of those learners: a,b;a;none is both, the first alone, and none."
+        ),
     ] = "",
-    seeds: Annotated[int, typer.Option(help="How often each of those is trained.")] = 1,
-    rows: Annotated[str, typer.Option(help="Requests in flight, with commas.")] = "1",
-    objective: Annotated[
-        str | None, typer.Option(help="latency, throughput, or a weight from 0 to 1 between.")
-    ] = None,
+    seeds: Annotated[int, typer.Option(help="Number of trainings of each of those learners.")] = 1,
+    rows: Annotated[
+        str, typer.Option(help="Numbers of requests in flight, separated by commas.")
+    ] = "1",
+    objective: options.Objective = None,
     on: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=FOLDER of another collection to test on; may be repeated."),
+        typer.Option(metavar="NAME=FOLDER", help="Another collection to test on; may be repeated."),
     ] = None,
     leave_one_task_out: Annotated[
-        bool, typer.Option("--leave-one-task-out", help="Also test each task without its prompts.")
+        bool,
+        typer.Option("--leave-one-task-out", help="Also train without each task and test on it."),
     ] = False,
-    plot: Annotated[Path | None, typer.Option(help="PNG to write.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    plot: options.Plot = None,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Predict, on prompts never trained on, what each drafter, the policy and the oracle would gain."""
+    """Predict the gains of drafters, policies and the oracle on prompts that were not trained on."""
     from rich.console import Console
 
     from paceline.cli.progress import progress
-    from paceline.experiments.evaluation import evaluate as run_evaluate
     from paceline.learning.evaluation import parse_encoders
     from paceline.learning.evaluation.plot import plot as draw
     from paceline.learning.evaluation.tables import show
-    from paceline.learning.plot import import_figure
+    from paceline.plotting import import_figure
+    from paceline.verbs.evaluate import evaluate as run_evaluate
 
     if plot is not None:
-        import_figure()  # before the work is done rather than after
+        import_figure()  # fails before the work is done
 
-    settings = _towards(configured(config, store=store, costs=costs, policy=policy), objective)
+    settings = options.configured(config, store=store, costs=costs, policy=policy)
+    settings = options.learning_with(settings, objective=objective)
     loads = _numbers(rows)
+    folders = options.named("--on", on, "NAME=FOLDER")
     console = Console()
     with progress(Console(stderr=True)) as report:
         found = run_evaluate(
@@ -64,7 +66,7 @@ def evaluate(
             encoders=parse_encoders(encoders) if encoders else [None],
             seeds=seeds,
             loads=loads,
-            on=_folders(on or []),
+            on={name: Path(folder) for name, folder in folders.items()},
             leave_one_task_out=leave_one_task_out,
             on_progress=report,
         )
@@ -78,21 +80,6 @@ def evaluate(
         say(console, f"written: {plot}")
 
 
-def _towards(settings: Config, objective: str | None) -> Config:
-    """The configuration with another objective."""
-    from paceline.config import LearningSection, parse
-
-    if objective is None:
-        return settings
-    try:
-        wanted: str | float = float(objective)
-    except ValueError:
-        wanted = objective
-    raw = settings.learning.model_dump() | {"objective": wanted}
-    section = parse(LearningSection, raw, "learning")
-    return settings.model_copy(update={"learning": section})
-
-
 def _numbers(text: str) -> list[int]:
     from paceline.errors import ConfigError
 
@@ -101,17 +88,7 @@ def _numbers(text: str) -> list[int]:
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 1:
-        raise ConfigError(f"--rows '{text}': give whole numbers from 1, with commas: 1,4,16")
+        raise ConfigError(
+            f"--rows '{text}': give whole numbers from 1, separated by commas: 1,4,16"
+        )
     return numbers
-
-
-def _folders(named: list[str]) -> dict[str, Path]:
-    from paceline.errors import ConfigError
-
-    folders = {}
-    for text in named:
-        name, equals, folder = text.partition("=")
-        if not equals or not name or not folder:
-            raise ConfigError(f"--on '{text}': give NAME=FOLDER")
-        folders[name] = Path(folder)
-    return folders

@@ -1,21 +1,15 @@
-"""`paceline experiment`: a published claim or a question of ours, answered by one command."""
+"""`paceline experiment`: a published claim or a question of our own, answered by one command."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from paceline.cli import options
 from paceline.cli.next_steps import say
-from paceline.cli.options import (
-    DEFAULT_CONFIG,
-    ConfigOption,
-    DeviceOption,
-    DtypeOption,
-    ThreadsOption,
-    configured,
-)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,50 +19,49 @@ if TYPE_CHECKING:
 
 
 def experiment(
-    name: Annotated[str | None, typer.Argument(help="Which one; see --list.")] = None,
-    list_all: Annotated[bool, typer.Option("--list", help="Print what there is.")] = False,
+    name: Annotated[str | None, typer.Argument(help="Name of the experiment; see --list.")] = None,
+    list_all: Annotated[bool, typer.Option("--list", help="List the experiments.")] = False,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for NAME.md, .json and .png. [default: docs/experiments/assistant-selection]"
+            help="Folder of NAME.md, .json and .png. Default: docs/experiments/assistant-selection."
         ),
     ] = None,
-    config: ConfigOption = DEFAULT_CONFIG,
+    config: options.ConfigFile = options.DEFAULT_CONFIG,
     data: Annotated[
         Path | None,
-        typer.Option(
-            envvar="PACELINE_DATA", help="Folder of prompt files; else the demo's prompts."
-        ),
+        typer.Option(envvar="PACELINE_DATA", help="Folder of prompt files, if not the demo's."),
     ] = None,
     prompts: Annotated[
-        int | None, typer.Option(min=1, help="Prompts of each task to collect and learn from.")
+        int | None, typer.Option(min=1, help="Prompts per task to collect and learn from.")
     ] = None,
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="Tiny sizes, to see that it works; other folders.")
+        bool, typer.Option("--smoke", help="Tiny sizes in other folders: shows that it works.")
     ] = False,
     folder: Annotated[
         Path | None,
-        typer.Option(help="Working folder, shared by all. [default: runs/experiments]"),
+        typer.Option(help="Working folder of all experiments. Default: runs/experiments."),
     ] = None,
     store: Annotated[
         Path | None,
-        typer.Option(help="A collection made before, used instead of one of the working folder."),
+        typer.Option(help="An existing collection to use instead of the working folder's."),
     ] = None,
     collect_docs: Annotated[
         bool,
-        typer.Option("--collect-docs", help="Write what was found into the experiments' page."),
+        typer.Option("--collect-docs", help="Write the results into the experiments' page."),
     ] = False,
     recipe: Annotated[
-        Path | None, typer.Option(help="Run a recipe at the papers' own scale instead.")
+        Path | None, typer.Option(help="A recipe at the papers' own scale to run instead.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Of a recipe: shapes, memory and time, no weights.")
+        bool,
+        typer.Option("--dry-run", help="Check a recipe's shapes, memory and time without weights."),
     ] = False,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    threads: ThreadsOption = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
 ) -> None:
-    """Run an experiment: a table, a figure and JSON. Resumes what it collects."""
+    """Run an experiment and write a table, a figure and JSON. Resumes what it collects."""
     from rich.console import Console
 
     from paceline.cli.progress import progress
@@ -89,8 +82,8 @@ def experiment(
     if recipe is not None:
         if name is not None or any((out, prompts, smoke, store, dtype, device, threads)):
             raise ConfigError(
-                "a recipe says itself what is run; of the flags only --dry-run, --data and --folder "
-                "go with it"
+                "a recipe defines its own run; with --recipe, give no other flag than --dry-run, --data "
+                "and --folder"
             )
         _run_recipe(console, recipe, dry_run, data, folder)
         return
@@ -102,7 +95,7 @@ def experiment(
         )
     find_experiment(name)
     overridden = any(value is not None for value in (dtype, device, threads))
-    chosen = configured(config, dtype, device, threads) if overridden else config
+    chosen = options.configured(config, dtype, device, threads) if overridden else config
     with progress(console) as report:
         done = run_experiment(name, out, chosen, data, prompts, smoke, folder, report, store)
     _print_table(console, done.findings.tables[0])
@@ -117,10 +110,10 @@ def _print_list(console: Console) -> None:
 
     shown = BandedTable()
     shown.add_column("name")
-    for head in ("question", "what the paper says"):
+    for head in ("question", "the paper's claim"):
         shown.add_column(head, overflow=PROSE)
     for found in EXPERIMENTS.values():
-        shown.add_row(found.name, found.title, str(found.claim or "nothing; the question is ours"))
+        shown.add_row(found.name, found.title, str(found.claim or "none; the question is our own"))
     console.print(shown)
 
 
@@ -157,14 +150,15 @@ def _print_plan(console: Console, planned: DryRun) -> None:
     from paceline.terminal import BandedTable
 
     recipe, device = planned.recipe, planned.recipe.device
-    console.print(f"{recipe.title} ({recipe.paper})", markup=False, highlight=False)
+    write = partial(console.print, markup=False, highlight=False)
+    write(f"{recipe.title} ({recipe.paper})")
     for claim in recipe.claims:
-        console.print(f"the paper: {claim}", markup=False, highlight=False)
+        write(f"the paper: {claim}")
     for line in recipe.ours:
-        console.print(f"ours: {line}", markup=False, highlight=False)
+        write(f"our choice: {line}")
     shown = BandedTable()
-    heads = ("", "kind", "parameters", "weights, GB", "cache, GB", "table, GB", "K", "ms a step")
-    for head in (*heads, "pays above, tokens a round"):
+    heads = ("", "kind", "parameters", "weights, GB", "cache, GB", "table, GB", "K", "ms per step")
+    for head in (*heads, "pays above, tokens per round"):
         shown.add_column(head, justify="left" if head in ("", "kind") else "right")
     for plan in planned.models:
         sizes = (plan.weight_bytes, plan.cache_bytes, plan.host_bytes)
@@ -179,22 +173,20 @@ def _print_plan(console: Console, planned: DryRun) -> None:
         )
     console.print(shown)
     used = planned.needed_bytes / planned.device_bytes
-    console.print(
+    write(
         f"memory: {planned.needed_bytes / 1e9:.1f} GB of {planned.device_bytes / 1e9:.0f} on "
-        f"{device.count} x {device.name} ({used:.0%}), rows: {recipe.rows}",
-        highlight=False,
+        f"{device.count} x {device.name} ({used:.0%}), rows: {recipe.rows}"
     )
-    console.print(
+    write(
         f"predicted, not measured, by a roofline at {device.efficiency:.0%} of {device.count} x "
         f"({device.gigabytes_per_second:,.0f} GB/s, {device.teraflops:,.0f} TFLOPS); "
         f"{recipe.workload.prompts} prompts of {recipe.workload.prompt_tokens} and answers of "
-        f"{recipe.workload.new_tokens} tokens:",
-        highlight=False,
+        f"{recipe.workload.new_tokens} tokens:"
     )
     for stage, seconds in planned.seconds.items():
-        console.print(f"  {stage}: {_duration(seconds)}", markup=False, highlight=False)
+        write(f"  {stage}: {_duration(seconds)}")
     for note in planned.notes:
-        console.print(f"note: {note}", markup=False, highlight=False)
+        write(f"note: {note}")
 
 
 def _duration(seconds: float) -> str:

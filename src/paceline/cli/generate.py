@@ -1,24 +1,15 @@
-"""`paceline generate`: complete a prompt and, on request, say what it cost."""
+"""`paceline generate`: complete a prompt and, on request, print its cost."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from paceline.cli import options
 from paceline.cli.next_steps import say
-from paceline.cli.options import (
-    DEFAULT_CONFIG,
-    ConfigOption,
-    DeviceOption,
-    DtypeOption,
-    ExactOption,
-    ThreadsOption,
-    configured,
-)
 from paceline.contracts import DEFAULT_NEW_TOKENS
 
 if TYPE_CHECKING:
@@ -32,7 +23,7 @@ _DEFAULT: Final = "Default: the model's own, else"
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt, or '-' to read it from stdin.")],
-    config: ConfigOption = DEFAULT_CONFIG,
+    config: options.ConfigFile = options.DEFAULT_CONFIG,
     drafter: Annotated[
         str, typer.Option("--drafter", "-d", help="auto, none, or a drafter's name.")
     ] = "auto",
@@ -52,21 +43,21 @@ def generate(
         typer.Option(help=f"Drop tokens below this share of the best. {_DEFAULT} 0."),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Same seed, same text, whatever drafter.")
+        int | None, typer.Option(help="The same seed gives the same text with every drafter.")
     ] = None,
     sampling: Annotated[str, typer.Option(help="auto, residual, block or invariant.")] = "auto",
     stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be repeated.")] = None,
     raw: Annotated[
-        bool, typer.Option("--raw", help="No chat template: the text as it is.")
+        bool, typer.Option("--raw", help="Use the text as it is, without a chat template.")
     ] = False,
-    stats: Annotated[bool, typer.Option("--stats", help="Show what it cost.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-    costs: Annotated[Path | None, typer.Option(help="File of the cost table.")] = None,
-    policy: Annotated[Path | None, typer.Option(help="Folder of the policy.")] = None,
-    dtype: DtypeOption = None,
-    exact: ExactOption = None,
-    device: DeviceOption = None,
-    threads: ThreadsOption = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Print the cost.")] = False,
+    as_json: options.AsJson = False,
+    costs: options.Costs = None,
+    policy: options.Policy = None,
+    dtype: options.Dtype = None,
+    exact: options.Exact = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
 ) -> None:
     """Complete a prompt with the drafter that the policy picks, or with a named one."""
     import sys
@@ -75,7 +66,7 @@ def generate(
 
     from paceline.assembly import load
 
-    settings = configured(config, dtype, device, threads, exact, costs=costs)
+    settings = options.configured(config, dtype, device, threads, exact, costs=costs)
     pace = load(settings, policy=policy)
     text = sys.stdin.read() if prompt == "-" else prompt
     has_template = getattr(pace.parts.tokenizer, "chat_template", None) is not None
@@ -96,7 +87,7 @@ def generate(
     console = Console()
     if as_json:
         record = asdict(completion)
-        del record["decision"]["features"]  # some hundred numbers that tell a reader nothing
+        del record["decision"]["features"]  # hundreds of numbers that do not help a reader
         console.print_json(json.dumps(record))
         return
     console.print(completion.text, markup=False, highlight=False)
@@ -105,7 +96,7 @@ def generate(
 
 
 def print_stats(console: Console, completion: Completion) -> None:
-    """A small table of what the completion cost."""
+    """Print a small table of the completion's cost."""
     from rich.table import Table
 
     table = Table(show_header=False, box=None, padding=(0, 2))

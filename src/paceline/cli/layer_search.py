@@ -7,15 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from paceline.cli import options
 from paceline.cli.next_steps import say
-from paceline.cli.options import (
-    DEFAULT_CONFIG,
-    ConfigOption,
-    DeviceOption,
-    DtypeOption,
-    ThreadsOption,
-    configured,
-)
 
 
 def layer_search(
@@ -25,60 +18,46 @@ def layer_search(
     out: Annotated[Path, typer.Option(help="File of the skip set to write.")] = Path(
         "runs/skip-set.json"
     ),
-    config: ConfigOption = DEFAULT_CONFIG,
+    config: options.ConfigFile = options.DEFAULT_CONFIG,
     trials: Annotated[
-        int, typer.Option(min=1, help="Subsets to try, earlier runs' included.")
+        int, typer.Option(min=1, help="Number of subsets to try, earlier runs included.")
     ] = 200,
-    minutes: Annotated[float | None, typer.Option(min=0.0, help="Stop after this long.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.0, help="Stop after this time.")] = None,
     objective: Annotated[
-        str, typer.Option(help="predicted (prices from a cost file) or measured (by the clock).")
+        str, typer.Option(help="predicted (priced with a cost file) or measured (by the clock).")
     ] = "predicted",
     costs: Annotated[
-        Path | None, typer.Option(help="Cost file of an earlier search; else one beside --out.")
+        Path | None, typer.Option(help="Cost file of an earlier search. Default: next to --out.")
     ] = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Development prompts to use.")] = 8,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of each answer.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Number of development prompts.")] = 8,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Maximum number of new tokens.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the search.")] = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any other setting: --set num_draft_tokens=8, repeatable."),
-    ] = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    threads: ThreadsOption = None,
+    setting: options.Assignments = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
 ) -> None:
     """Search by Bayesian optimisation which layers to skip; write them for `layer_skip`. Resumes."""
-    import yaml
     from rich.console import Console
 
     from paceline.assembly import Pace, build
     from paceline.cli.progress import progress
     from paceline.config import parse
     from paceline.costs import CostTable
-    from paceline.errors import ConfigError
-    from paceline.layer_search import (
-        SearchReport,
-        SearchSettings,
-        import_figure,
-        plot,
-        search_layers,
-    )
+    from paceline.layer_search import SearchReport, SearchSettings, plot, search_layers
+    from paceline.plotting import import_figure
     from paceline.store import read_prompts, take_by_hash
 
-    import_figure()  # before the work is done rather than after
-    raw: dict[str, Any] = {"objective": objective}
-    flags = {"max_new_tokens": max_new_tokens, "seed": seed}
-    raw |= {key: value for key, value in flags.items() if value is not None}
-    for assignment in setting or []:
-        key, equals, value = assignment.partition("=")
-        if not equals:
-            raise ConfigError(f"--set takes key=value, got '{assignment}'")
-        raw[key] = yaml.safe_load(value)
+    import_figure()  # fails before the work is done
+    flags = {"objective": objective, "max_new_tokens": max_new_tokens, "seed": seed}
+    raw = options.given(flags) | options.assigned(setting)
     settings = parse(SearchSettings, raw, "layer-search")
     records = take_by_hash(read_prompts(data), prompts)
     table = CostTable.load(costs) if costs is not None else None
-    # only the target takes part, so the drafters of the configuration need not exist yet
-    chosen = configured(config, dtype, device, threads).model_copy(update={"drafters": {}})
+    # only the target is used, so the drafters of the configuration need not exist yet
+    chosen = options.configured(config, dtype, device, threads).model_copy(update={"drafters": {}})
     pace = Pace(build(chosen))
     console = Console()
 
@@ -107,14 +86,17 @@ def layer_search(
     plot(found, picture)
     best = found.best
     if found.speedup(best) <= 1:
-        say(console, "no set was faster than the target alone; `layer_skip` is not for this target")
+        say(
+            console,
+            "no set is faster than the target alone; `layer_skip` does not pay for this target",
+        )
     say(console, f"skip_attention: {list(best.skip_attention)}")
     say(console, f"skip_mlp: {list(best.skip_mlp)}")
     say(console, f"written: {out}, {picture}")
 
 
 def _prompt(pace: Any, text: str) -> Any:
-    """As a message where the target has a chat template, as in every other verb."""
+    """Return a message if the target has a chat template, else the text, as every other verb does."""
     if getattr(pace.parts.tokenizer, "chat_template", None) is None:
         return text
     return [{"role": "user", "content": text}]

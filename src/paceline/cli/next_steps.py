@@ -1,9 +1,9 @@
-"""Commands that the program tells its user to run, made so that they run as they are printed.
+"""Commands in messages, completed so that they run as they are printed.
 
-A message names a command in backticks: `paceline learn`. Before it is shown, the command is given what
-the running one was given and it takes, too: the configuration, the paths, the dtype. Where the shell
-does not find this program by its name, as after `make demo`, its path stands for the name. Words in
-capitals, as in `paceline collect PROMPTS`, stand for what the user has to put there.
+A message names a command in backticks: `paceline learn`. Before it is shown, the command gets those
+options of the running command that it also takes: the configuration, the paths, the dtype. Where the
+shell does not find this program by its name, as after `make demo`, its path replaces the name. Words in
+capitals, as in `paceline collect PROMPTS`, are for the user to fill in.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _RUNNING: ContextVar[Any] = ContextVar("running", default=None)
 
 
 class Verb(TyperCommand):
-    """A verb whose errors name commands that can be run as they are printed."""
+    """A verb; the commands in its errors can be run as they are printed."""
 
     interrupted: ClassVar = "interrupted"
-    """What is said after Ctrl-C."""
+    """The message after Ctrl-C."""
 
     def invoke(self, ctx: Any) -> Any:
         token = _RUNNING.set(ctx)
@@ -59,17 +59,17 @@ class ResumingVerb(Verb):
     """A verb that continues where it stopped when it is run again."""
 
     interrupted: ClassVar = (
-        "interrupted; what was finished is kept, and the same command goes on from there"
+        "interrupted; finished work is kept, and the same command continues from there"
     )
 
 
 def command(*words: str | Path) -> str:
-    """Return `paceline WORDS` quoted for a shell, with the options that the running verb was given."""
+    """Return `paceline WORDS` quoted for a shell, with the options of the running verb."""
     return runnable(f"`{NAME} {shlex.join(map(str, words))}`").strip("`")
 
 
 def runnable(text: str) -> str:
-    """Return a message with its commands completed by the options that the running verb was given."""
+    """Return a message with its commands completed by the options of the running verb."""
     running = _RUNNING.get()
     if running is None:
         return text
@@ -78,12 +78,12 @@ def runnable(text: str) -> str:
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:
-    """Print a sentence in one line at any terminal width, so that a command in it can be copied."""
+    """Print a sentence as one line at any terminal width, so that a command in it can be copied."""
     console.print(runnable(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _program() -> str:
-    """What a shell calls this program by: its name, or its path where the name finds none or another."""
+    """Return this program's name, or its path where the shell finds none or another by the name."""
     called = sys.argv[0]
     if Path(called).name != NAME or os.sep not in called:
         return NAME

@@ -8,26 +8,40 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from paceline.config import Config
+    from collections.abc import Sequence
 
-ConfigOption = Annotated[
-    Path, typer.Option("--config", "-c", help="The YAML that names target, drafters, settings.")
+    from paceline.config import Config, LearningSection
+
+ConfigFile = Annotated[
+    Path, typer.Option("--config", "-c", help="YAML file that names target, drafters and settings.")
 ]
-DtypeOption = Annotated[
+Dtype = Annotated[
     str | None,
     typer.Option(
         "--dtype",
         help="auto, float32, bfloat16 or float16, for the target and drafters that name none.",
     ),
 ]
-DeviceOption = Annotated[
+Device = Annotated[
     str | None, typer.Option("--device", help="auto, cpu, cuda or mps, where drafters name none.")
 ]
-ExactOption = Annotated[
+Exact = Annotated[
     bool | None,
     typer.Option("--exact/--no-exact", help="Same text for every drafter in bfloat16, too."),
 ]
-ThreadsOption = Annotated[int | None, typer.Option("--threads", help="CPU threads.")]
+Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads.")]
+Store = Annotated[Path | None, typer.Option(help="Folder of the collection.")]
+Costs = Annotated[Path | None, typer.Option(help="File of the cost table.")]
+Policy = Annotated[Path | None, typer.Option(help="Folder of the policy.")]
+Objective = Annotated[
+    str | None, typer.Option(help="latency, throughput, or a weight from 0 to 1 between them.")
+]
+Plot = Annotated[Path | None, typer.Option(help="PNG file of a figure to write.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; may be repeated."),
+]
 DEFAULT_CONFIG = Path("paceline.yaml")
 
 
@@ -39,7 +53,7 @@ def configured(
     exact: bool | None = None,
     **paths: Path | None,
 ) -> Config:
-    """The configuration file with flags laid over it, validated again."""
+    """Read the configuration file, override it with flags and validate it again."""
     from paceline.config import Config, load_config, parse
 
     raw: dict[str, Any] = load_config(path).model_dump()
@@ -56,3 +70,48 @@ def configured(
         raw["exact"] = exact
     raw["paths"].update({k: v.resolve() for k, v in paths.items() if v is not None})
     return parse(Config, raw, "command line")
+
+
+def learning_with(config: Config, **flags: Any) -> Config:
+    """Override the section `learning` with the flags that are not None, and validate it again."""
+    from paceline.config import LearningSection, parse
+
+    flags["objective"] = _number_or_name(flags["objective"])
+    raw = config.learning.model_dump() | given(flags)
+    section: LearningSection = parse(LearningSection, raw, "learning")
+    return config.model_copy(update={"learning": section})
+
+
+def _number_or_name(text: str | None) -> float | str | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
+
+
+def given(flags: dict[str, Any]) -> dict[str, Any]:
+    """Return the flags that have a value."""
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def assigned(assignments: Sequence[str] | None) -> dict[str, Any]:
+    """Return the settings of `--set KEY=VALUE`, each value read as YAML."""
+    import yaml
+
+    pairs = named("--set", assignments, "KEY=VALUE")
+    return {key: yaml.safe_load(value) for key, value in pairs.items()}
+
+
+def named(option: str, values: Sequence[str] | None, form: str) -> dict[str, str]:
+    """Return name -> value of an option such as NAME=FILE. Raises ConfigError where one is missing."""
+    from paceline.errors import ConfigError
+
+    found: dict[str, str] = {}
+    for text in values or ():
+        name, _, value = text.partition("=")
+        if not name or not value:
+            raise ConfigError(f"{option} '{text}': give {form}")
+        if name in found:
+            raise ConfigError(f"{option} '{text}': '{name}' is given twice")
+        found[name] = value
+    return found

@@ -17,10 +17,10 @@ def paraphrase(
         str, typer.Option(help="paraphrased: another instruction; bare: none.")
     ] = "paraphrased",
     use: Annotated[
-        str, typer.Option(help="Which instructions: train or test; they share nothing.")
+        str, typer.Option(help="Set of instructions: train or test; they are disjoint.")
     ] = "test",
 ) -> None:
-    """Word prompts otherwise, to see whether a policy learned their first line by heart."""
+    """Reword prompts, to test whether a policy depends on their first line."""
     from typing import cast, get_args
 
     from rich.console import Console

@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
+from paceline.cli import options
 from paceline.cli.next_steps import say
-from paceline.cli.options import (
-    DEFAULT_CONFIG,
-    ConfigOption,
-    DeviceOption,
-    DtypeOption,
-    ExactOption,
-    ThreadsOption,
-    configured,
-)
 
 if TYPE_CHECKING:
     from paceline.costs import CostTable
@@ -24,28 +13,28 @@ if TYPE_CHECKING:
 
 
 def profile(
-    config: ConfigOption = DEFAULT_CONFIG,
-    costs: Annotated[Path | None, typer.Option(help="File of the cost table.")] = None,
-    dtype: DtypeOption = None,
-    exact: ExactOption = None,
-    device: DeviceOption = None,
-    threads: ThreadsOption = None,
+    config: options.ConfigFile = options.DEFAULT_CONFIG,
+    costs: options.Costs = None,
+    dtype: options.Dtype = None,
+    exact: options.Exact = None,
+    device: options.Device = None,
+    threads: options.Threads = None,
 ) -> None:
     """Time the target's and every drafter's real forwards on this machine."""
     from rich.console import Console
 
     from paceline.cli.progress import progress
-    from paceline.experiments.pipeline import profile as run_profile
     from paceline.terminal import BandedTable
+    from paceline.verbs.pipeline import profile as run_profile
 
-    settings = configured(config, dtype, device, threads, exact, costs=costs)
+    settings = options.configured(config, dtype, device, threads, exact, costs=costs)
     console = Console()
     with progress(console) as report:
         table = run_profile(settings, report)
     step = table.seconds("target", "forward", 1, context=128)
     shown = BandedTable(title="milliseconds at context 128")
-    for column in ("what", "1 token", "5 tokens", "5 tokens over 1 target token"):
-        shown.add_column(column, justify="right" if column != "what" else "left")
+    for column in ("work", "1 token", "5 tokens", "5 tokens over 1 target token"):
+        shown.add_column(column, justify="right" if column != "work" else "left")
     lines = [("target forward", "target", "forward")]
     lines += [(f"{name} propose", name, "propose") for name in settings.drafters]
     for label, subject, operation in lines:
@@ -60,7 +49,7 @@ def profile(
 
 
 def _by_rows(table: CostTable, most: int) -> BandedTable:
-    """What a target forward costs as more rows share it: why drafts are shorter under load."""
+    """Return the cost of a target forward by rows, which shows why drafts are shorter under load."""
     from paceline.terminal import BandedTable
 
     rows = sorted({min(n, most) for n in (1, 2, 4, 8, 16)})

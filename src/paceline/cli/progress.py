@@ -1,30 +1,30 @@
-"""One look for all long work: a bar with a count, the time spent and the time left."""
+"""Progress of long work: a bar with a count, the time spent and the time left."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
 
+import rich.progress
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
-Report = Callable[[str, int, int], None]
+from paceline.contracts import Progress
 
 
 @contextmanager
-def progress(console: Console) -> Iterator[Report]:
-    """A function `report(stage, done, total)` that draws one bar a stage.
+def progress(console: Console) -> Iterator[Progress]:
+    """Yield a function `report(stage, done, total)` that draws one bar per stage.
 
-    Where output is not a terminal, a line at the beginning and the end of each stage instead.
+    Where the output is not a terminal, it prints a line at the beginning and the end of each stage.
     """
     if console.is_terminal:
         with _bars(console) as report:
@@ -34,8 +34,8 @@ def progress(console: Console) -> Iterator[Report]:
 
 
 @contextmanager
-def _bars(console: Console) -> Iterator[Report]:
-    bars = Progress(
+def _bars(console: Console) -> Iterator[Progress]:
+    bars = rich.progress.Progress(
         TextColumn("{task.description:<28}"),
         BarColumn(bar_width=32),
         MofNCompleteColumn(),
@@ -54,7 +54,7 @@ def _bars(console: Console) -> Iterator[Report]:
         yield report
 
 
-def _lines(console: Console) -> Report:
+def _lines(console: Console) -> Progress:
     began: dict[str, float] = {}
     ended: set[str] = set()
 

@@ -59,7 +59,7 @@ class CollectionReport:
         return len(self.too_long)
 
 
-def collect(
+def collect_trajectories(
     pace: Pace,
     prompts: Sequence[PromptRecord],
     folder: Path | str,

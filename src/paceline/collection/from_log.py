@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from paceline.collection.collect import SHARD_SIZE, CollectionReport, collect
+from paceline.collection.collect import SHARD_SIZE, CollectionReport, collect_trajectories
 from paceline.contracts import GREEDY, NONE, identity_of_arms
 from paceline.errors import StoreError
 from paceline.store import Collection
@@ -51,8 +51,8 @@ def collect_log(
 ) -> LogReport:
     """Add what was served by this target to a collection, and replay every arm of `pace` on it.
 
-    Of a prompt served several times the longest answer is taken, once. Resumes like `collect`. Raises
-    StoreError if there is nothing to take.
+    Of a prompt served several times the longest answer is taken, once. Resumes as
+    `collect_trajectories` does. Raises StoreError if there is nothing to take.
     """
     parts = pace.parts
     made_with = (parts.target.fingerprint(), parts.vocabulary.hash())
@@ -69,7 +69,7 @@ def collect_log(
     for start in range(0, len(missing), shard_size):
         part = missing[start : start + shard_size]
         collection.trajectories.append([_trajectory(id, served[id]).row() for id in part])
-    report = collect(pace, [], folder, max_new_tokens=1, on_progress=on_progress)
+    report = collect_trajectories(pace, [], folder, max_new_tokens=1, on_progress=on_progress)
     return LogReport(len(missing), len(served) - len(missing), left_out, report)
 
 

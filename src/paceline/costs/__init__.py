@@ -1,4 +1,4 @@
-"""PRICE: read and interpolate the cost table, and price arms by it; measuring is `bench`'s work."""
+"""PRICE: read and interpolate the cost table, and price arms by it; `bench` measures it."""
 
 from paceline.costs.pricing import ArmPricer, Objective, SecondsFn
 from paceline.costs.table import CostTable, Measurement

@@ -1,10 +1,12 @@
-"""From a cost table to what an arm costs: exactly along given rounds, or live for all arms at once.
+"""Prices: from a cost table to the seconds of rounds, of prompts and of arms per token.
 
-Two objectives. `latency` is the seconds a token of one request that drafts while the other rows in
-flight decode plainly; `throughput` the machine's seconds a token if all of them used the same arm. A
-weight between them, 0 for latency and 1 for throughput, mixes the logarithms. Alone in flight a
-request has one price. Prompts are priced as prefilled one by one. Knows no model and no policy.
-Symbols: A arms, D drafters, C contexts, K the longest draft, P prompt lengths, R rows in flight.
+There are two objectives. `latency` is the seconds per token of one request that drafts while the
+other rows in flight decode plainly. `throughput` is the machine's seconds per token if all rows use
+the same arm. A weight between them (0 is latency, 1 is throughput) mixes the logarithms. With one
+row in flight both are the same. Prompts are priced as if prefilled one by one.
+
+This module knows no model and no policy. An arm is a drafter, perhaps at a draft length (`math@3`).
+Symbols: A arms, D drafters, C contexts, K the longest draft, P prompt lengths.
 """
 
 from __future__ import annotations
@@ -28,11 +30,12 @@ if TYPE_CHECKING:
 Objective = Literal["latency", "throughput"] | float
 Seconds = TypeVar("Seconds", float, "NDArray[np.float64]")
 
-_BEYOND: Final = (2, 4, 8, 16)  # times the longest measured context, where prices are read as well
+_BEYOND: Final = (2, 4, 8, 16)  # a grid reaches this many times the longest measured context
+_ZERO: Final = np.zeros((), dtype=np.int64)
 
 
 class SecondsFn(Protocol):
-    """Prices work as `CostTable.seconds` does, for arrays of tokens and contexts at once."""
+    """A function that prices work as `CostTable.seconds` does, with arrays of tokens and contexts."""
 
     def __call__(
         self,
@@ -45,23 +48,20 @@ class SecondsFn(Protocol):
     ) -> ArrayLike: ...
 
 
-# --- the one path from table to price -------------------------------------------------------------
+# --- from table to price --------------------------------------------------------------------------
 
 
-def weight_of(objective: Objective) -> float:
-    """How much throughput weighs. Raises ConfigError for what is no objective."""
+def by_objective(price: Callable[[int], Seconds], rows: int, objective: Objective) -> Seconds:
+    """Return the price under an objective. Raises ConfigError for an invalid objective.
+
+    price(n): the seconds per token where n of the rows draft.
+    """
     named = {"latency": 0.0, "throughput": 1.0}
     weight = named.get(objective) if isinstance(objective, str) else float(objective)
     if weight is None or not 0.0 <= weight <= 1.0:
         raise ConfigError(
             f"objective '{objective}': must be latency, throughput or a weight between 0 and 1"
         )
-    return weight
-
-
-def by_objective(price: Callable[[int], Seconds], rows: int, objective: Objective) -> Seconds:
-    """price: seconds a token where so many of the rows draft."""
-    weight = weight_of(objective)
     if weight == 0.0 or rows == 1:
         return price(1)
     if weight == 1.0:
@@ -78,46 +78,69 @@ def round_seconds(
     rows: int = 1,
     num_drafting: int = 1,
 ) -> NDArray[np.float64]:
-    """Seconds of rounds by what a row drafts in each and the tokens cached before it, which are
-    broadcast. `num_drafting` of the rows draft alike and share the seconds, the others draft nothing.
+    """Return the seconds of rounds, each with its draft, the target's forward and the engine's part.
+
+    drafted: tokens that a row drafts in each round. context: tokens cached before each round; both
+    are broadcast. `num_drafting` of the rows draft alike and share the seconds, the others draft
+    nothing.
     """
-    nothing = np.zeros((), dtype=np.int64)
     total = np.asarray(seconds(TARGET, FORWARD, 1 + num_drafting * drafted, context, rows))
-    total = total + np.asarray(seconds(ENGINE, ROUND, nothing, nothing, rows))
+    total = total + np.asarray(seconds(ENGINE, ROUND, _ZERO, _ZERO, rows))
     if drafter != NONE:
-        total = total + np.asarray(seconds(drafter, PROPOSE, drafted, context, num_drafting))
+        total = total + draft_seconds(seconds, drafter, drafted, context, num_drafting)
     shape = np.broadcast_shapes(drafted.shape, context.shape)
     priced: NDArray[np.float64] = np.broadcast_to(total / num_drafting, shape)
     return priced
 
 
+def draft_seconds(
+    seconds: SecondsFn,
+    drafter: str,
+    drafted: NDArray[np.integer[Any]],
+    context: NDArray[Any],
+    rows: int = 1,
+) -> NDArray[np.float64]:
+    """Return the seconds of a proposal for `rows` rows, without its verification; 0 for `none`."""
+    if drafter == NONE:
+        return np.zeros(np.broadcast_shapes(drafted.shape, context.shape))
+    return np.asarray(seconds(drafter, PROPOSE, drafted, context, rows))
+
+
+def start_seconds(
+    seconds: SecondsFn, drafter: str, num_tokens: NDArray[np.integer[Any]]
+) -> NDArray[np.float64]:
+    """Return the seconds that a drafter takes to read new tokens; 0 for `none`."""
+    if drafter == NONE:
+        return np.zeros(num_tokens.shape)
+    return np.asarray(seconds(drafter, START, num_tokens, _ZERO, 1))
+
+
 def prompt_seconds(
     seconds: SecondsFn, drafter: str, num_prompt: NDArray[np.integer[Any]]
 ) -> NDArray[np.float64]:
-    """Seconds before the first round: the target's prefill and the drafter's own start."""
-    nothing = np.zeros((), dtype=np.int64)
-    total = np.asarray(seconds(TARGET, PREFILL, num_prompt, nothing, 1), dtype=np.float64)
-    if drafter != NONE:
-        total = total + np.asarray(seconds(drafter, START, num_prompt, nothing, 1))
+    """Return the seconds before the first round: the target's prefill and the drafter's start."""
+    total = np.asarray(seconds(TARGET, PREFILL, num_prompt, _ZERO, 1), dtype=np.float64)
+    total = total + start_seconds(seconds, drafter, num_prompt)
     priced: NDArray[np.float64] = np.broadcast_to(total, num_prompt.shape)
     return priced
 
 
-# --- live -----------------------------------------------------------------------------------------
+# --- live prices ----------------------------------------------------------------------------------
 
 
 class ArmPricer:
-    """Seconds a token of every arm, from how many rounds and drafted tokens each needs for a token.
+    """Seconds per token of every arm, from the rounds and drafted tokens that it needs per token.
 
-    The table is read once on a grid of its own points, so that a price is a few lookups. Rounds that
-    draft nothing are priced apart, as a lookup drafts much or nothing and a forward's seconds bend
-    between; a mean of 2.5 tokens in the others is priced as rounds of 2 and of 3 by halves.
+    The table is read once, on a grid of its own points, so a price takes a few lookups. Rounds that
+    draft nothing are priced separately: a lookup drafter drafts much or nothing, and the seconds of
+    a forward are not linear between the two. A mean draft of 2.5 tokens is priced as half rounds of
+    2 tokens and half rounds of 3.
     """
 
     def __init__(self, costs: CostTable, arms: Sequence[str]) -> None:
-        """arms: drafters (`math`, `none`), or drafters at draft lengths (`math@3`).
+        """Read the prices of arms: drafters (`math`, `none`), or drafters at lengths (`math@3`).
 
-        Raises ArtefactError if the table lacks one.
+        Raises ArtefactError if the table lacks a drafter.
         """
         self.arms = tuple(arms)
         named = [split_arm(arm)[0] for arm in arms]
@@ -128,15 +151,13 @@ class ArmPricer:
         grids = [costs.grid(name, PROPOSE) for name in self._drafters if name != NONE]
         self._longest = max([1, *(tokens[-1] for tokens, _ in grids)])  # K
         of_target = costs.grid(TARGET, FORWARD)[1]
-        self._contexts = _knots(0, [*of_target, *(c for _, cs in grids for c in cs)])  # C
+        self._contexts = _grid_points(0, [*of_target, *(c for _, cs in grids for c in cs)])  # C
         prompts = costs.grid(TARGET, PREFILL)[0]
         prompts += [n for name in self._drafters for n in costs.grid(name, START)[0]]
-        self._prompts = _knots(1, prompts)  # P
-        at = np.array(self._prompts)
-        before = [prompt_seconds(costs.seconds, name, at) for name in self._drafters]
+        self._prompts = _grid_points(1, prompts)  # P
+        lengths = np.array(self._prompts)
+        before = [prompt_seconds(costs.seconds, name, lengths) for name in self._drafters]
         self._before = np.stack(before, axis=1)  # [P, D]
-        starts = self._before - prompt_seconds(costs.seconds, NONE, at)[:, None]
-        self._starts = dict(zip(self._drafters, starts.T.tolist(), strict=True))
         self._rounds: dict[tuple[int, int], NDArray[np.float64]] = {}
         self._surface(1, 1)
 
@@ -151,10 +172,10 @@ class ArmPricer:
         num_tokens: float,
         num_prompt: float,
     ) -> NDArray[np.float64]:
-        """[A] expected seconds a token, prefill and start spread over `num_tokens`.
+        """Return the expected seconds per token [A]; prefill and start are spread over `num_tokens`.
 
-        rounds_per_token, drafted_per_token, empty_per_token: [A], of emitted tokens; empty are the
-        rounds, among all, that draft nothing. context: tokens cached before a typical round.
+        rounds_per_token, drafted_per_token, empty_per_token: [A], per emitted token. Empty rounds
+        draft nothing and are part of all rounds. context: tokens cached before a typical round.
         """
         empty = np.minimum(empty_per_token, rounds_per_token)
         drafting = rounds_per_token - empty
@@ -164,10 +185,12 @@ class ArmPricer:
         less = drafting - more
         nothing = self._drafter_of * (self._longest + 1)
         place = nothing + fewer
-        before = _at(self._prompts, self._before, num_prompt)[self._drafter_of] / num_tokens
+        before = (
+            _interpolate(self._prompts, self._before, num_prompt)[self._drafter_of] / num_tokens
+        )
 
         def price(num_drafting: int) -> NDArray[np.float64]:
-            plane = _at(self._contexts, self._surface(rows, num_drafting), context)
+            plane = _interpolate(self._contexts, self._surface(rows, num_drafting), context)
             total: NDArray[np.float64] = before + empty * plane[nothing]
             total += less * plane[place] + more * plane[place + 1]
             return total
@@ -175,7 +198,7 @@ class ArmPricer:
         return by_objective(price, rows, objective)
 
     def _surface(self, rows: int, num_drafting: int) -> NDArray[np.float64]:
-        """[C, D * (K + 1)] seconds of a round, read from the table when first asked for."""
+        """Return the seconds of rounds [C, D * (K + 1)], read from the table at the first call."""
         surface = self._rounds.get((rows, num_drafting))
         if surface is None:
             contexts = np.array(self._contexts)[:, None]
@@ -189,45 +212,15 @@ class ArmPricer:
         return surface
 
 
-def reference_seconds_per_token(
-    costs: CostTable,
-    arm: str,
-    rounds_per_token: float,
-    drafted_per_token: float,
-    empty_per_token: float,
-    context: float,
-    rows: int,
-    objective: Objective,
-    num_tokens: float,
-    num_prompt: float,
-) -> float:
-    """What `ArmPricer.seconds_per_token` gives one arm, read from the table itself."""
-    drafter = split_arm(arm)[0]
-    drafting = rounds_per_token - empty_per_token
-    drafted = drafted_per_token / drafting if drafting else 0.0
-    whole = int(drafted)
-
-    def price(num_drafting: int) -> float:
-        lengths, at = np.array([0, whole, whole + 1]), np.array([context])
-        nothing, fewer, more = round_seconds(
-            costs.seconds, drafter, lengths, at, rows, num_drafting
-        )
-        typical = fewer + (drafted - whole) * (more - fewer)
-        before = prompt_seconds(costs.seconds, drafter, np.array([num_prompt]))[0]
-        return float(empty_per_token * nothing + drafting * typical + before / num_tokens)
-
-    return by_objective(price, rows, objective)
-
-
-def _knots(first: int, measured: Iterable[int]) -> list[int]:
-    """Where a grid is read: at all that was measured, and beyond, where the last segment goes on."""
+def _grid_points(first: int, measured: Iterable[int]) -> list[int]:
+    """Return where a grid reads the table: at every measured point, and beyond the last one."""
     longest = max(*measured, first, 1)
     return sorted({first, *measured, *(longest * times for times in _BEYOND)})
 
 
-def _at(knots: list[int], values: NDArray[np.float64], x: float) -> NDArray[np.float64]:
-    """Linear between the knots [n] of values [n, ...], and on beyond the last."""
-    left = min(max(bisect(knots, x) - 1, 0), len(knots) - 2)
-    weight = (x - knots[left]) / (knots[left + 1] - knots[left])
+def _interpolate(points: list[int], values: NDArray[np.float64], x: float) -> NDArray[np.float64]:
+    """Interpolate values [n, ...] at points [n] linearly, beyond the ends along the last segment."""
+    left = min(max(bisect(points, x) - 1, 0), len(points) - 2)
+    weight = (x - points[left]) / (points[left + 1] - points[left])
     value: NDArray[np.float64] = values[left] + weight * (values[left + 1] - values[left])
     return value

@@ -1,16 +1,16 @@
 """The cost table: measured seconds of every piece of work, read, saved and interpolated.
 
-Knows no model and no clock. What is priced, by (subject, operation):
+Knows no model and no clock. The work, by (subject, operation):
 
     target, prefill   tokens = prompt length, from an empty cache to the first token
     target, forward   tokens = 1 + drafted by all rows together; unembedding and judging included
     <arm>, start      tokens = prompt length: the drafter's own prefill
     <arm>, propose    tokens = drafted by each row
-    engine, round     host seconds a round outside the two lines above, tokens = 0
+    engine, round     host seconds per round that are not in the lines above, tokens = 0
 
-`context` counts the tokens cached before the work, `rows` the requests that share it; `seconds` is
-for all rows together. So a forward of R rows packs R - 1 + tokens. Arms are named as their drafters
-in the configuration; `none` costs nothing of its own.
+`context` is the number of tokens cached before the work, `rows` the number of requests that share it;
+`seconds` are those of all rows together. A forward of R rows packs R - 1 + tokens. Arms have the names
+of their drafters in the configuration; `none` has no cost of its own.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, overload
+from typing import TYPE_CHECKING, Annotated, Any, Final, overload
 
 import numpy as np
+from pydantic import BaseModel, Field, ValidationError
 
+from paceline.config import explain
 from paceline.contracts import NONE
 from paceline.errors import ArtefactError
 from paceline.files import write_atomically
@@ -44,28 +46,28 @@ START: Final = "start"
 PROPOSE: Final = "propose"
 ROUND: Final = "round"
 _AGAIN: Final = "run `paceline profile`"
-_INTERRUPTED: Final = 2.0  # times as long as more of the same work
+_INTERRUPTED: Final = 2.0  # work that takes this many times as long as more of it was interrupted
 _OF_EVERY_ARM: Final = (START, PROPOSE)
 _OF_THE_ENGINE: Final = ((TARGET, PREFILL), (TARGET, FORWARD), (ENGINE, ROUND))
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One measured cell; the module's docstring says what the fields count."""
+    """One measured cell; the module's docstring defines the fields."""
 
     subject: str
     operation: str
     tokens: int
     context: int
     rows: int
-    seconds: float
+    seconds: Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
 class CostTable:
-    """Measured seconds and the circumstances they were measured in.
+    """Measured seconds and their circumstances.
 
-    `fingerprint` says on what and of what the table was measured, one comparable line an entry; the
-    line of arm X stands under "arm X".
+    `fingerprint` has the machine, the target and the drafters, one comparable line per entry; arm X is
+    under "arm X". Raises ArtefactError for a cell that is there twice.
     """
 
     def __init__(self, fingerprint: Mapping[str, str], measurements: Iterable[Measurement]) -> None:
@@ -106,12 +108,11 @@ class CostTable:
         context: int | NDArray[Any] = 0,
         rows: int = 1,
     ) -> float | NDArray[np.float64]:
-        """Seconds of a piece of work; arrays of tokens and contexts are broadcast.
+        """Return the seconds of work; arrays of tokens and contexts are broadcast.
 
-        Linear between measured tokens, contexts and rows, and on beyond the grid along its last
-        segment, there never below the least that was measured. What was measured at one number of
-        rows alone is taken to be done row by row. Raises ArtefactError if nothing of the kind was
-        measured.
+        Linear between measured tokens, contexts and rows. Beyond the grid its last segment is
+        extended, but never below the smallest measured value. Work that was measured for a single
+        number of rows is priced per row. Raises ArtefactError for work that was not measured.
         """
         by_rows = self._surfaces.get((subject, operation))
         if by_rows is None:
@@ -120,27 +121,27 @@ class CostTable:
         return priced if priced.ndim else float(priced)
 
     def grid(self, subject: str, operation: str) -> tuple[list[int], list[int]]:
-        """(tokens, contexts) that were measured at any number of rows, ascending."""
+        """Return (tokens, contexts) that were measured at any number of rows, ascending."""
         own = [m for m in self.measurements if (m.subject, m.operation) == (subject, operation)]
         return sorted({m.tokens for m in own}), sorted({m.context for m in own})
 
     def doubt(self) -> str | None:
-        """Why these figures may not be the machine's own: work that took clearly longer than more of
-        the same was interrupted by something else. None where nothing speaks against them.
+        """Return why the figures may be wrong, or None: work that took clearly longer than more of
+        the same was interrupted by another process.
         """
-        odd = [
-            (worst, f"{subject} {operation}")
+        inversions = [
+            (*worst, f"{subject} {operation}")
             for (subject, operation), by_rows in self._surfaces.items()
             for surface in by_rows.values()
-            if (worst := surface.least_alike()) is not None and worst.factor > _INTERRUPTED
+            if (worst := surface.worst_inversion()) is not None and worst[0] > _INTERRUPTED
         ]
-        if not odd:
+        if not inversions:
             return None
-        worst, what = max(odd)
-        more = f", and {len(odd) - 1} more like it" if len(odd) > 1 else ""
+        factor, fewer, more, work = max(inversions)
+        others = f", and {len(inversions) - 1} more like it" if len(inversions) > 1 else ""
         return (
-            f"the machine was busy with something else meanwhile: {what} of {worst.fewer} tokens took "
-            f"{worst.factor:.1f} times as long as of {worst.more}{more}; {_AGAIN} again when it is not"
+            f"the machine was busy with something else meanwhile: {work} of {fewer} tokens took "
+            f"{factor:.1f} times as long as of {more}{others}; {_AGAIN} again when it is not"
         )
 
     def check(
@@ -151,8 +152,8 @@ class CostTable:
     ) -> None:
         """Raise ArtefactError unless target, engine and these arms are priced.
 
-        identities: arm -> identity line as now configured; an arm that was measured as another one
-        under the same name is refused. target: its fingerprint; another one's table is refused.
+        identities: arm -> its configured identity line, which must be the measured one. target: the
+        fingerprint that must be the measured one.
         """
         measured_with = self.fingerprint.get("target", target)
         if target is not None and measured_with != target:
@@ -174,11 +175,11 @@ class CostTable:
                 )
 
     def hash(self) -> str:
-        """A short name of this table: circumstances and figures."""
+        """Return a short hash of circumstances and figures."""
         return hashlib.sha256(self._to_json().encode()).hexdigest()[:16]
 
     def save(self, path: Path | str) -> None:
-        """Write as JSON, replacing the file whole."""
+        """Write JSON, atomically. Raises ArtefactError if the file cannot be written."""
         try:
             write_atomically(Path(path), self._to_json().encode())
         except OSError as error:
@@ -196,7 +197,7 @@ class CostTable:
 
     @classmethod
     def load(cls, path: Path | str) -> CostTable:
-        """Read a saved table. Raises ArtefactError if there is none, or a damaged or other one."""
+        """Read a saved table. Raises ArtefactError if it is missing, damaged or of another format."""
         try:
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
@@ -211,31 +212,24 @@ class CostTable:
                 f"paceline reads {FORMAT_VERSION}; {_AGAIN} again"
             )
         try:
-            measurements = [_parse(entry) for entry in raw["measurements"]]
-            fingerprint = {str(k): str(v) for k, v in raw["fingerprint"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArtefactError(f"{path}: damaged cost table ({error}); {_AGAIN} again") from error
-        return cls(fingerprint, measurements)
+            file = _CostFile.model_validate(raw)
+        except ValidationError as error:
+            reason = explain(_CostFile, error)
+            raise ArtefactError(f"{path}: damaged cost table ({reason}); {_AGAIN} again") from error
+        return cls(file.fingerprint, file.measurements)
 
 
-def _parse(entry: dict[str, Any]) -> Measurement:
-    measurement = Measurement(
-        subject=str(entry["subject"]),
-        operation=str(entry["operation"]),
-        tokens=int(entry["tokens"]),
-        context=int(entry["context"]),
-        rows=int(entry["rows"]),
-        seconds=float(entry["seconds"]),
-    )
-    if not (0 <= measurement.seconds < float("inf")):
-        raise ValueError(f"seconds {measurement.seconds}")
-    return measurement
+class _CostFile(BaseModel):
+    """The JSON file of a cost table, but for its format version."""
+
+    fingerprint: dict[str, str]
+    measurements: list[Measurement]
 
 
 def _at_rows(
     by_rows: Mapping[int, _Surface], tokens: ArrayLike, context: ArrayLike, rows: int
 ) -> NDArray[np.float64]:
-    """Seconds at any number of rows, from the surfaces at those measured (ascending)."""
+    """Return the seconds for any number of rows, from the surfaces of the measured ones, ascending."""
     if rows in by_rows:
         return by_rows[rows].seconds(tokens, context)
     measured = list(by_rows)
@@ -249,14 +243,6 @@ def _at_rows(
     return np.maximum((1.0 - weight) * low + weight * high, np.minimum(low, high))
 
 
-class _Odd(NamedTuple):
-    """Fewer tokens that took longer than more of them."""
-
-    factor: float
-    fewer: int
-    more: int
-
-
 class _Surface:
     """Seconds over tokens and context: a curve over tokens for each measured context."""
 
@@ -268,10 +254,13 @@ class _Surface:
         self._curves = [_columns(points) for points in curves.values()]
         self._least = min(cells.values())
 
-    def least_alike(self) -> _Odd | None:
-        """Where more tokens cost least in comparison, at one context; None without two."""
+    def worst_inversion(self) -> tuple[float, int, int] | None:
+        """Return (factor, fewer, more) where `fewer` tokens took longest against `more` tokens.
+
+        Both are at the same context. None without such a pair.
+        """
         pairs = [
-            _Odd(float(ys[i] / ys[j]), int(xs[i]), int(xs[j]))
+            (float(ys[i] / ys[j]), int(xs[i]), int(xs[j]))
             for xs, ys in self._curves
             for i, j in combinations(range(len(xs)), 2)
             if ys[j] > 0
@@ -282,7 +271,7 @@ class _Surface:
         tokens, context = np.broadcast_arrays(
             np.asarray(tokens, dtype=np.float64), np.asarray(context, dtype=np.float64)
         )
-        # [C, ...]: at every measured context; curves may have been measured at unlike tokens
+        # [C, ...]: each measured context has a curve with tokens of its own
         at_contexts = np.stack([_along(xs, ys, tokens) for xs, ys in self._curves])
         return np.maximum(_along(self._contexts, at_contexts, context), self._least)
 
@@ -293,7 +282,7 @@ def _columns(points: Sequence[tuple[int, float]]) -> tuple[NDArray[Any], NDArray
 
 
 def _along(xs: NDArray[Any], ys: NDArray[Any], x: NDArray[Any]) -> NDArray[np.float64]:
-    """Piecewise linear through xs [n], ys [n] or [n, ...] at x [...], going on beyond the ends."""
+    """Interpolate xs [n], ys [n] or [n, ...] at x [...] linearly, also beyond the ends."""
     if len(xs) == 1:
         return np.broadcast_to(ys[0], x.shape).astype(np.float64)
     left = np.clip(np.searchsorted(xs, x, side="right") - 1, 0, len(xs) - 2)
@@ -303,6 +292,6 @@ def _along(xs: NDArray[Any], ys: NDArray[Any], x: NDArray[Any]) -> NDArray[np.fl
     else:
         low = np.take_along_axis(ys, left[None], axis=0)[0]
         high = np.take_along_axis(ys, left[None] + 1, axis=0)[0]
-    # in this form the grid's own values come back to the last bit
+    # this form returns the grid's own values exactly
     result: NDArray[np.float64] = (1.0 - weight) * low + weight * high
     return result

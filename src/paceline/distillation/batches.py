@@ -1,9 +1,8 @@
-"""Texts to learn from, and how they become batches.
+"""Training texts and their batches.
 
-Texts of like length share a batch and are padded on the right: causal attention never looks there,
-so a batch needs no mask, costs only each text's own attention, and gives every text what it would
-get alone. All orders are functions of (seed, epoch). Knows no model.
-Symbols: B texts a batch, T their padded length.
+Texts of similar length share a batch and are padded on the right. Causal attention never reads the
+padding, so a batch needs no mask and each text's loss is the same as alone. All orders are functions
+of (seed, epoch). Knows no model. Symbols: B texts per batch, T their padded length.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_POOL: Final = 24  # batches among which texts are sorted by length
+_POOL: Final = 24  # batches whose texts are sorted by length together
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A prompt and the target's answer, end to end."""
+    """A training text: a prompt followed by the target's answer."""
 
     id: str
     domain: str
@@ -38,19 +37,19 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """`places` index the flattened [B * T] positions whose next token is learned."""
+    """One padded batch; `places` are the flattened positions whose next token is learned."""
 
     tokens: Tensor  # [B, T] int64
-    places: Tensor  # [n] int64
+    places: Tensor  # [n] int64, of the B * T
     targets: Tensor  # [n] int64
     weights: Tensor  # [n] float32
-    examples: Tensor  # [n] int64, which of the B texts
+    examples: Tensor  # [n] int64, index of the text, 0 to B - 1
 
 
 def pack_epoch(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:
-    """Batches of text indices: every text once, at most batch_tokens padded tokens each.
+    """Return an epoch's batches as text indices: each text once, at most `batch_tokens` padded tokens.
 
-    A text longer than that has a batch of its own.
+    A longer text has its own batch.
     """
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(lengths))
@@ -65,7 +64,7 @@ def pack_epoch(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int)
 
 
 def _fill(members: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Cut texts in ascending length into batches."""
+    """Split texts in ascending length into batches."""
     batches: list[list[int]] = []
     for i in members:
         if not batches or (len(batches[-1]) + 1) * lengths[i] > batch_tokens:
@@ -75,26 +74,26 @@ def _fill(members: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> 
 
 
 def in_order(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Batches without chance, for validation."""
+    """Return batches in order of length, for validation."""
     members = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     return _fill(members, lengths, batch_tokens)
 
 
 def collate(examples: Sequence[Example], prompt_weight: float) -> Batch:
-    """Texts to one padded batch. The last token of a text is learned but never fed."""
+    """Return one padded batch of texts. A text's last token is learned but not an input."""
     width = max(len(e.tokens) for e in examples) - 1
     tokens = np.zeros((len(examples), max(1, width)), dtype=np.int64)
     places, targets, weights, owners = [], [], [], []
     for i, example in enumerate(examples):
-        fed = len(example.tokens) - 1
-        tokens[i, :fed] = example.tokens[:-1]
+        num_inputs = len(example.tokens) - 1
+        tokens[i, :num_inputs] = example.tokens[:-1]
         first = 0 if prompt_weight > 0 else max(0, example.num_prompt - 1)
-        weight = np.full(fed - first, prompt_weight, dtype=np.float32)
+        weight = np.full(num_inputs - first, prompt_weight, dtype=np.float32)
         weight[max(0, example.num_prompt - 1 - first) :] = 1.0
-        places.append(i * width + np.arange(first, fed))
+        places.append(i * width + np.arange(first, num_inputs))
         targets.append(example.tokens[1 + first :])
         weights.append(weight)
-        owners.append(np.full(fed - first, i))
+        owners.append(np.full(num_inputs - first, i))
     return Batch(
         torch.from_numpy(tokens),
         torch.from_numpy(np.concatenate(places)),

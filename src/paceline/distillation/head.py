@@ -1,7 +1,7 @@
-"""Cross-entropy through the output head, without ever holding all logits.
+"""Cross-entropy through the output head, computed in slices of positions.
 
-For a small student over a large vocabulary the head is most of the work and its logits most of the
-memory. A slice of positions at a time, logits become loss and gradients while they are in cache.
+For a small student with a large vocabulary, the head is most of the work and its logits are most of
+the memory. Each slice's logits become loss and gradients while they are in the CPU's cache.
 Knows no model. Symbols: n positions, D hidden size, V vocabulary.
 """
 
@@ -14,11 +14,11 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SLICE: Final = 256  # positions whose logits exist at once
+_SLICE: Final = 256  # positions per slice
 
 
 class _SlicedCrossEntropy(torch.autograd.Function):
-    """Gradients are computed with the loss, since the logits are at hand only then."""
+    """A loss that computes its gradients in the forward pass, while a slice has its logits."""
 
     @staticmethod
     def forward(
@@ -65,15 +65,15 @@ def weighted_cross_entropy(
     weights: Tensor,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """sum_i weights[i] * -log softmax(hidden @ head.T)[i, targets[i]], products taken in `dtype`.
+    """Return sum_i weights[i] * -log softmax(hidden @ head.T)[i, targets[i]], a scalar.
 
-    hidden: [n, D]; head: [V, D]; targets: [n] int64; weights: [n]. Returns a scalar.
+    hidden: [n, D]; head: [V, D]; targets: [n] int64; weights: [n]. Products are computed in `dtype`.
     """
     return _SlicedCrossEntropy.apply(hidden, head, targets, weights, dtype)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def losses_and_matches(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss [n] and whether the argmax is the target [n] bool, without gradients."""
+    """Return the losses [n] and whether each argmax is the target [n] bool, without gradients."""
     losses, matches = [], []
     for first in range(0, hidden.shape[0], _SLICE):
         logits = (hidden[first : first + _SLICE] @ head.T).float()

@@ -1,8 +1,8 @@
-"""The target's own answers to training prompts: what a drafter learns to predict.
+"""The target's answers to training prompts, which a drafter learns to predict.
 
-Greedy answers decoded in batches with paceline's engine, kept in a shard store a data file, so a
-killed run resumes where it stopped and several drafters share one decoding. A cap keeps the prompts
-whose hashes are lowest: a larger cap adds prompts and drops none.
+paceline's engine decodes them greedily in batches into one shard store per data file, so a killed run
+resumes and several drafters share the answers. A cap selects the prompts with the lowest hashes: a
+larger cap adds prompts and removes none.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ OUTPUT_SCHEMA = pa.schema(
 
 
 def open_outputs(pace: Pace, folder: Path, max_new_tokens: int) -> ShardStore:
-    """The store of this target's answers; another target's or another limit's is refused."""
+    """Return the store of this target's answers. Raises StoreError for another target's or limit's."""
     identity = {
         "target": pace.parts.target.fingerprint(),
         "tokenizer": pace.parts.vocabulary.hash(),
@@ -46,17 +46,18 @@ def open_outputs(pace: Pace, folder: Path, max_new_tokens: int) -> ShardStore:
 
 
 def read_examples(store: ShardStore, prompts: Sequence[PromptRecord]) -> list[Example]:
-    """The decoded ones of these prompts, in the order of `prompts`."""
+    """Return the texts of the prompts that have an answer, in the order of `prompts`."""
     table = store.read()
-    place = {id: i for i, id in enumerate(table.column("id").to_pylist())}
-    columns = [table.column(name).to_pylist() for name in ("prompt_tokens", "output_tokens")]
+    row_of = {id: i for i, id in enumerate(table.column("id").to_pylist())}
+    prompt_tokens = table.column("prompt_tokens").to_pylist()
+    output_tokens = table.column("output_tokens").to_pylist()
     examples = []
     for record in prompts:
-        i = place.get(record.id)
-        if i is None or not columns[1][i]:
+        i = row_of.get(record.id)
+        if i is None or not output_tokens[i]:
             continue
-        tokens = np.array(columns[0][i] + columns[1][i], dtype=np.int64)
-        examples.append(Example(record.id, record.domain, tokens, len(columns[0][i])))
+        tokens = np.array(prompt_tokens[i] + output_tokens[i], dtype=np.int64)
+        examples.append(Example(record.id, record.domain, tokens, len(prompt_tokens[i])))
     return examples
 
 
@@ -66,22 +67,12 @@ def decode_outputs(
     store: ShardStore,
     max_new_tokens: int,
     shard_size: int = 512,
-    on_done: Callable[[int], None] = lambda n: None,
+    on_done: Callable[[], None] = lambda: None,
 ) -> None:
-    """Decode the prompts that the store lacks. Prompts too long for the context are left out."""
-    done = store.ids()
-    context = pace.parts.target.context_length
-    todo = []
-    for record in prompts:
-        if record.id in done:
-            continue
-        tokens = pace.encode([{"role": "user", "content": record.prompt}])
-        if len(tokens) < context:
-            todo.append((record, tokens))
-    # neighbours of like length waste little of a batch
-    todo.sort(key=lambda item: len(item[1]))
-    for first in range(0, len(todo), shard_size):
-        part = todo[first : first + shard_size]
+    """Decode the prompts that are not in the store, except those too long for the target's context."""
+    remaining = _encode_remaining(pace, prompts, store)
+    for first in range(0, len(remaining), shard_size):
+        part = remaining[first : first + shard_size]
         requests = [
             pace.request(
                 t, id=r.id, max_new_tokens=max_new_tokens, drafter=NONE, generation_config="none"
@@ -101,5 +92,20 @@ def decode_outputs(
                     "finish_reason": completion.finish_reason,
                 }
             )
-            on_done(1)
+            on_done()
         store.append(rows)
+
+
+def _encode_remaining(
+    pace: Pace, prompts: Sequence[PromptRecord], store: ShardStore
+) -> list[tuple[PromptRecord, list[int]]]:
+    """Return the prompts to decode with their tokens, in order of length."""
+    stored = store.ids()
+    remaining = []
+    for record in prompts:
+        if record.id in stored:
+            continue
+        tokens = pace.encode([{"role": "user", "content": record.prompt}])
+        if len(tokens) < pace.parts.target.context_length:
+            remaining.append((record, tokens))
+    return sorted(remaining, key=lambda item: len(item[1]))  # rows of similar length end together

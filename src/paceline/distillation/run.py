@@ -1,43 +1,45 @@
-"""The verb itself: prompts in, a drafter's folder out.
+"""`distill`: from prompt files to a drafter's folder.
 
-Decodes what the target has not answered yet, trains a student on it, measures the student as it was
-saved, and writes transformers' format with a card. Everything unfinished lies in `<out>.part`.
+Decodes the target's missing answers, trains a student on the answers, evaluates the saved student and
+writes transformers' format with a card. Unfinished work is in `<out>.part`.
 """
 
 from __future__ import annotations
 
+import itertools
 import shutil
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
-from transformers.utils import logging as transformers_logging
 
 from paceline.assembly import Pace, build
 from paceline.config import Config
 from paceline.distillation.card import (
-    Source,
+    PromptSource,
     card,
     circumstances,
     command_line,
-    sources_of,
+    read_sources,
     training_json,
 )
-from paceline.distillation.outputs import (
-    decode_outputs,
-    open_outputs,
-    read_examples,
-)
+from paceline.distillation.outputs import decode_outputs, open_outputs, read_examples
 from paceline.distillation.student import SHAPES, build_student, num_parameters
-from paceline.distillation.train import Progress, Quality, Training, evaluate, train
+from paceline.distillation.train import (
+    DomainQuality,
+    Training,
+    TrainingProgress,
+    measure_quality,
+    train,
+)
 from paceline.errors import ConfigError
+from paceline.models.loading import quiet_transformers
 from paceline.store import is_validation, read_prompts, take_by_hash, write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel
 
@@ -49,12 +51,12 @@ _TRAINING = "training.json"
 
 @dataclass(frozen=True, slots=True)
 class DistillReport:
-    """What a distillation made, and how good it is on validation prompts."""
+    """The drafter of a distillation and its quality on validation prompts."""
 
     out: Path
     num_parameters: int
     num_examples: int
-    quality: dict[str, Quality]  # by domain, of the weights as saved
+    quality: dict[str, DomainQuality]  # by domain, of the weights as saved
     steps: int
     best_step: int
     seconds: float  # of training
@@ -62,11 +64,11 @@ class DistillReport:
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A prompt file and the target's answers to those of its prompts that are used."""
+    """A prompt file and the target's answers to its prompts."""
 
     name: str
     examples: list[Example]
-    sources: list[Source]
+    sources: list[PromptSource]
 
 
 def distill(
@@ -74,14 +76,14 @@ def distill(
     data: Sequence[Path],
     out: Path,
     settings: DistillSettings,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: Callable[[TrainingProgress], None] = lambda progress: None,
     also_measure: Sequence[Path] = (),
 ) -> DistillReport:
     """Train a drafter for the target on the prompts of `data` and write it to `out`.
 
-    also_measure: prompt files of other tasks, of which only validation prompts are answered and
-    measured. A killed run is continued by the same call. Raises ConfigError for data or an `out`
-    that cannot be used.
+    also_measure: prompt files of other tasks, whose validation prompts are evaluated only. The same
+    call continues a killed run. Raises ConfigError for data or an `out` that cannot be used,
+    StoreError for answers of another target.
     """
     _check(data, also_measure, out)
     pace = pace_or_config
@@ -90,11 +92,7 @@ def distill(
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     trained = [_read(pace, path, settings, on_progress) for path in data]
-    examples = [e for file in trained for e in file.examples]
-    validation = [e for e in examples if is_validation(e.id, settings.validation_share)]
-    examples = [e for e in examples if not is_validation(e.id, settings.validation_share)]
-    if not examples:
-        raise ConfigError("nothing to learn from: the target answered none of the prompts")
+    examples, validation = _split(trained, settings.validation_share)
     target: PreTrainedModel = pace.parts.target.model
     student = build_student(target, SHAPES[settings.size], settings.embedding_init, settings.seed)
     part = out.with_name(out.name + ".part")
@@ -107,12 +105,12 @@ def distill(
         if Path(path) not in map(Path, data)
     ]
     unseen = validation + [e for file in others for e in file.examples]
-    quality = evaluate(_load(made), unseen)
+    quality = measure_quality(_load(made), unseen)
     report = DistillReport(
         out, num_parameters(student), len(examples), quality,
         result.history[-1]["step"], result.best_step, result.seconds,
     )  # fmt: skip
-    facts = _facts(pace, trained, others, settings, report, result)
+    facts = _facts(pace, trained, others, examples, settings, report, result)
     write_atomically(made / _TRAINING, training_json(facts))
     write_atomically(made / "README.md", card(facts).encode())
     _publish(made, out)
@@ -121,15 +119,18 @@ def distill(
 
 
 def _check(data: Sequence[Path], also_measure: Sequence[Path], out: Path) -> None:
-    """Find cheap mistakes before the target is loaded or asked."""
+    """Raise ConfigError for files that cannot be used, before the target is loaded."""
     if not data:
         raise ConfigError("name at least one file of prompts")
     names = [Path(path).stem for path in data]
     if len(set(names)) < len(names):
-        raise ConfigError("two data files have the same name; answers are kept by file name")
+        raise ConfigError(
+            f"two data files have the same name, which is their answers' name too: {', '.join(names)}; "
+            "rename one"
+        )
     for path in [*data, *also_measure]:
         if not Path(path).is_file():
-            raise ConfigError(f"{path}: no such file of prompts")
+            raise ConfigError(f"{path}: no such file of prompts; correct the path")
     if out.exists() and not (out / _TRAINING).is_file():
         raise ConfigError(f"{out}: exists and is not a distilled drafter; name another folder")
 
@@ -138,28 +139,39 @@ def _read(
     pace: Pace,
     path: Path,
     settings: DistillSettings,
-    on_progress: Callable[[Progress], None],
+    on_progress: Callable[[TrainingProgress], None],
     only_validation: bool = False,
 ) -> DataFile:
-    """Answers to a file's prompts, decoded now where they are missing."""
+    """Return the answers to a file's prompts, after decoding the missing ones."""
     path = Path(path)
     prompts = take_by_hash(read_prompts([path]), settings.cap_of(path.stem))
     if only_validation:
         prompts = [r for r in prompts if is_validation(r.id, settings.validation_share)]
     store = open_outputs(pace, settings.outputs / path.stem, settings.max_new_tokens)
-    done = 0
+    count = itertools.count(1)
 
-    def count(n: int) -> None:
-        nonlocal done
-        done += n
-        on_progress(Progress("decode", done, len(prompts)))
+    def on_done() -> None:
+        on_progress(TrainingProgress("decode", next(count), len(prompts)))
 
-    decode_outputs(pace, prompts, store, settings.max_new_tokens, on_done=count)
-    return DataFile(path.stem, read_examples(store, prompts), sources_of(path))
+    decode_outputs(pace, prompts, store, settings.max_new_tokens, on_done=on_done)
+    return DataFile(path.stem, read_examples(store, prompts), read_sources(path))
+
+
+def _split(files: Sequence[DataFile], share: float) -> tuple[list[Example], list[Example]]:
+    """Return the texts for training and for validation. Raises ConfigError without any to train on."""
+    texts = [e for file in files for e in file.examples]
+    validation = [e for e in texts if is_validation(e.id, share)]
+    examples = [e for e in texts if not is_validation(e.id, share)]
+    if not examples:
+        raise ConfigError(
+            f"no text to train on: {len(texts)} prompts have an answer, {len(validation)} of them for "
+            "validation; give more prompts or a smaller validation_share"
+        )
+    return examples, validation
 
 
 def _save(student: PreTrainedModel, pace: Pace, folder: Path, settings: DistillSettings) -> None:
-    """Weights, configuration and the target's tokenizer, as AutoModelForCausalLM expects them."""
+    """Write weights, configuration and the target's tokenizer for AutoModelForCausalLM."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
@@ -169,43 +181,52 @@ def _save(student: PreTrainedModel, pace: Pace, folder: Path, settings: DistillS
         eos_token_id=end[0] if len(end) == 1 else end or None,
         pad_token_id=student.config.pad_token_id,
     )
-    with _no_bars():
+    with quiet_transformers():
         student.save_pretrained(folder)
     pace.parts.tokenizer.save_pretrained(folder)
 
 
 def _load(folder: Path) -> PreTrainedModel:
-    """The drafter as a user will load it, in float32 arithmetic."""
-    with _no_bars():
+    """Return the saved drafter, in float32 arithmetic."""
+    with quiet_transformers():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """transformers draws bars of its own over ours."""
-    enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers_logging.enable_progress_bar()
 
 
 def _facts(
     pace: Pace,
     trained: Sequence[DataFile],
     others: Sequence[DataFile],
+    examples: Sequence[Example],
     settings: DistillSettings,
     report: DistillReport,
     result: Training,
 ) -> dict[str, Any]:
-    """All that the card and training.json say."""
+    """Return the content of training.json and the card. examples: the texts trained on."""
+    out = report.out
+    return {
+        **_drafter_facts(pace, settings, report),
+        **_text_facts(trained, examples),
+        "quality": {domain: asdict(q) for domain, q in report.quality.items()},
+        "steps": report.steps,
+        "best_step": report.best_step,
+        "seconds": round(result.seconds, 1),
+        "cpu_seconds": round(result.cpu_seconds, 1),
+        "circumstances": circumstances(torch.get_num_threads()),
+        "command": command_line(
+            [file.name for file in trained],
+            out.name if out.is_absolute() else out.as_posix(),
+            settings,
+            [file.name for file in others],
+        ),
+        "settings": settings.model_dump(mode="json", exclude={"outputs"}),
+        "history": result.history,
+    }
+
+
+def _drafter_facts(pace: Pace, settings: DistillSettings, report: DistillReport) -> dict[str, Any]:
     shape = SHAPES[settings.size]
     target = pace.parts.target
-    texts = [e for file in trained for e in file.examples]
-    learned = [e for e in texts if not is_validation(e.id, settings.validation_share)]
     return {
         "name": report.out.name,
         "license": settings.license,
@@ -222,6 +243,11 @@ def _facts(
             "context": target.context_length,
             "parameters": report.num_parameters,
         },
+    }
+
+
+def _text_facts(trained: Sequence[DataFile], examples: Sequence[Example]) -> dict[str, Any]:
+    return {
         "data": {
             file.name: {
                 "texts": len(file.examples),
@@ -229,31 +255,17 @@ def _facts(
             }
             for file in trained
         },
-        "trained_domains": sorted({e.domain for e in texts}),
-        "examples": len(learned),
+        "trained_domains": sorted({e.domain for file in trained for e in file.examples}),
+        "examples": len(examples),
         "tokens": {
-            "output": sum(e.num_output for e in learned),
-            "prompt": sum(e.num_prompt for e in learned),
+            "output": sum(e.num_output for e in examples),
+            "prompt": sum(e.num_prompt for e in examples),
         },
-        "quality": {domain: asdict(q) for domain, q in report.quality.items()},
-        "steps": report.steps,
-        "best_step": report.best_step,
-        "seconds": round(result.seconds, 1),
-        "cpu_seconds": round(result.cpu_seconds, 1),
-        "circumstances": circumstances(torch.get_num_threads()),
-        "command": command_line(
-            [file.name for file in trained],
-            report.out.name if report.out.is_absolute() else report.out.as_posix(),
-            settings,
-            [file.name for file in others],
-        ),
-        "settings": settings.model_dump(mode="json", exclude={"outputs"}),
-        "history": result.history,
     }
 
 
 def _publish(made: Path, out: Path) -> None:
-    """Put the finished folder in its place; a drafter that was there gives way."""
+    """Move the finished folder to its place; an earlier drafter there is deleted."""
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.exists():
         shutil.rmtree(out)

@@ -1,8 +1,4 @@
-"""How a drafter is distilled: one strict schema, from which flags, card and checkpoint derive.
-
-`fit_weight` of a token is 1 where the target wrote it and `prompt_weight` where the user did.
-Knows no model and no file format.
-"""
+"""The settings of a distillation: the strict schema of its flags, card and checkpoint."""
 
 from __future__ import annotations
 
@@ -17,8 +13,9 @@ from paceline.config import Section
 class DistillSettings(Section):
     """Settings of one distillation.
 
-    max_prompts caps the prompts of every data file, or of single ones by file name without suffix;
-    which prompts stay is decided by a hash of their ids. batch_tokens counts padded tokens.
+    max_prompts: cap on the prompts of every data file, or per file by its name without suffix; prompts
+    with the lowest hashes of their ids are used. prompt_weight: of a prompt's token in the loss, where
+    an answer's token has weight 1. batch_tokens: padded tokens per batch.
     """
 
     size: Literal["small", "medium"] = "small"
@@ -44,7 +41,7 @@ class DistillSettings(Section):
     license: str = "apache-2.0"  # of the weights, for the card
 
     def cap_of(self, name: str) -> int | None:
-        """The cap on prompts of the data file called `name`."""
+        """Return the cap on the prompts of a data file, by its name without suffix."""
         if isinstance(self.max_prompts, dict):
             return self.max_prompts.get(name)
         return self.max_prompts

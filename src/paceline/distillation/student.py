@@ -1,8 +1,8 @@
-"""The student: a small Llama with the target's tokenizer, made to be run as a drafter.
+"""The student: a small Llama with the target's tokenizer, to be used as a drafter.
 
-Width and depth are ours; vocabulary, context, rope and end token are the target's. The tied
-embedding can start as the target's own along its D strongest singular directions, whitened: tokens
-that the target treats alike then begin alike. Knows no data and no training.
+Vocabulary, context, rope and end token are the target's. The tied embedding can start as the target's
+own, projected to its D strongest singular directions and whitened, so that tokens with similar
+embeddings in the target start similar. Knows no data and no training.
 Symbols: V vocabulary, D student's hidden size, T target's hidden size.
 """
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-_STD: Final = 0.02  # of all initial weights
+_STD: Final = 0.02  # of initial weights
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """What decides a student's speed."""
+class StudentShape:
+    """The sizes of a student, which decide its speed."""
 
     num_layers: int
     hidden_size: int
@@ -35,17 +35,19 @@ class Shape:
 
 
 SHAPES: Final = {
-    "small": Shape(num_layers=2, hidden_size=128, mlp_size=384, num_heads=4, num_kv_heads=2),
-    "medium": Shape(num_layers=3, hidden_size=256, mlp_size=640, num_heads=4, num_kv_heads=2),
+    "small": StudentShape(num_layers=2, hidden_size=128, mlp_size=384, num_heads=4, num_kv_heads=2),
+    "medium": StudentShape(
+        num_layers=3, hidden_size=256, mlp_size=640, num_heads=4, num_kv_heads=2
+    ),
 }
 
 
-def student_config(target: Any, shape: Shape) -> LlamaConfig:
-    """A configuration that speaks the target's language. target: its transformers configuration."""
+def student_config(target: Any, shape: StudentShape) -> LlamaConfig:
+    """Return a student's configuration. target: the target's transformers configuration."""
     text = target.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     if not isinstance(rope.get("rope_theta", 0.0), int | float):
-        rope = {}  # one rope per layer type (Gemma 3): a plain student has only one
+        rope = {}  # one rope per layer type (Gemma 3); a student has a single one
     return LlamaConfig(
         vocab_size=text.vocab_size,
         hidden_size=shape.hidden_size,
@@ -69,9 +71,12 @@ def student_config(target: Any, shape: Shape) -> LlamaConfig:
 
 
 def build_student(
-    target: PreTrainedModel, shape: Shape, embedding_init: Literal["svd", "random"], seed: int
+    target: PreTrainedModel,
+    shape: StudentShape,
+    embedding_init: Literal["svd", "random"],
+    seed: int,
 ) -> LlamaForCausalLM:
-    """A float32 student on the CPU, the same for the same seed. The caller's RNG is left alone."""
+    """Return a float32 student on the CPU, a function of the seed; the caller's RNG does not change."""
     config = student_config(target.config, shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -85,21 +90,24 @@ def build_student(
 
 
 def project(embedding: Tensor, width: int) -> Tensor:
-    """[V, T] -> [V, D]: coordinates along the D strongest singular directions, at our scale."""
+    """Return an embedding [V, T] projected to its D = width strongest singular directions [V, D].
+
+    The result has the scale of initial weights. Raises ConfigError if width is above T.
+    """
     if width > embedding.shape[1]:
         raise ConfigError(
             f"the student's hidden size {width} exceeds the target's {embedding.shape[1]}; choose "
             "a smaller student or embedding_init 'random'"
         )
     centred = embedding - embedding.mean(dim=0)
-    # eigenvectors of the T x T Gram matrix are the right singular vectors, for less work
+    # the eigenvectors of the T x T Gram matrix are the right singular vectors
     squares, directions = torch.linalg.eigh(centred.T @ centred)  # ascending
     projected = centred @ directions[:, -width:].flip(-1)  # [V, D]
-    # equal scale in every direction: a few strong ones would otherwise drown the rest
+    # equal scale in every direction, or a few strong ones would dominate
     projected = projected / squares[-width:].flip(-1).clamp(min=1e-12).sqrt()
     return projected * (_STD / projected.std())
 
 
 def num_parameters(model: PreTrainedModel) -> int:
-    """Weights, tied ones once."""
+    """Return the number of weights; tied ones count once."""
     return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())

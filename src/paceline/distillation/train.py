@@ -1,7 +1,7 @@
-"""Sequence-level distillation: next-token cross-entropy on the text the target itself wrote.
+"""Sequence-level distillation: next-token cross-entropy on text that the target wrote.
 
 Kim & Rush 2016 (arXiv 1606.07947), with target-generated data for drafters as in arXiv 2403.00858.
-Greedy answers make the loss a proxy of what counts: the share of positions where the student's
+The loss on greedy answers is a proxy for the match rate: the share of positions where the student's
 argmax is the target's token, which is its acceptance under greedy verification. A killed run
 continues from its checkpoint to the same weights. Knows no target, tokenizer or store.
 """
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """What a controlled may draw. `match_rate` is the last validation's mean over domains."""
+class TrainingProgress:
+    """One step of a distillation. `match_rate` is the last validation's mean over domains."""
 
     phase: str  # decode | train
     step: int
@@ -44,26 +44,31 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Quality:
-    """Validation on one domain: nats a token and greedy acceptance per position, outputs only."""
+class DomainQuality:
+    """The validation of a student on one domain's answers."""
 
-    loss: float
-    match_rate: float
+    loss: float  # nats per token
+    match_rate: float  # greedy acceptance per position
     num_tokens: int
 
 
 @dataclass(slots=True)
 class Training:
-    """Where a run stands; all of it is in the checkpoint."""
+    """The state of a run; all of it is in the checkpoint."""
 
     step: int = 0
-    loss: float = math.nan  # smoothed over some twenty steps
-    seconds: float = 0.0  # by the clock
-    cpu_seconds: float = 0.0  # of all threads; what other work on the machine does not add to
+    loss: float = math.nan  # smoothed over about twenty steps
+    seconds: float = 0.0  # wall-clock
+    cpu_seconds: float = 0.0  # of all threads, independent of other work on the machine
     best_step: int = -1
     best_match: float = -1.0
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def last_match(self) -> float:
+        """The last validation's mean match rate, NaN before the first."""
+        return self.history[-1]["match_rate"] if self.history else math.nan
 
 
 def train(
@@ -72,11 +77,12 @@ def train(
     validation: Sequence[Example],
     settings: DistillSettings,
     checkpoint: Path,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: Callable[[TrainingProgress], None] = lambda progress: None,
 ) -> Training:
-    """Train in place; on return the student has the weights of its best validation.
+    """Train a student in place up to the weights of its best validation; return the run's state.
 
-    Nothing is drawn at random once the student is built: batches are a function of (seed, epoch).
+    Deterministic: batches are a function of (seed, epoch). Raises ConfigError if `checkpoint` belongs
+    to another run or cannot be read, or if there is no validation text.
     """
     plan = plan_batches(examples, settings)
     optimizer = _optimizer(student, settings)
@@ -85,13 +91,12 @@ def train(
     every = max(1, round(settings.validate_every * len(plan) / settings.epochs))
     clock, cpu_clock = time.perf_counter(), time.process_time()
     while training.step < len(plan):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(training.step, len(plan), settings)
         batch = collate([examples[i] for i in plan[training.step]], settings.prompt_weight)
-        loss = _step(student, optimizer, batch, settings)
+        rate = learning_rate(training.step, len(plan), settings)
+        loss = _update(student, optimizer, batch, rate, settings)
+        previous = training.loss if training.step else loss
+        training.loss = 0.95 * previous + 0.05 * loss
         training.step += 1
-        known = training.loss if training.step > 1 else loss
-        training.loss = 0.95 * known + 0.05 * loss
         if training.step % every == 0 or training.step == len(plan):
             _validate(student, validation, training)
         if training.step % settings.checkpoint_every == 0 or training.step == len(plan):
@@ -100,17 +105,16 @@ def train(
             training.cpu_seconds += cpu_now - cpu_clock
             clock, cpu_clock = now, cpu_now
             _save(checkpoint, made_for, student, optimizer, training)
-        on_progress(
-            Progress("train", training.step, len(plan), training.loss, _last_match(training))
-        )
+        figures = training.loss, training.last_match
+        on_progress(TrainingProgress("train", training.step, len(plan), *figures))
     student.load_state_dict(training.best_weights)
     student.eval()
     return training
 
 
 def plan_batches(examples: Sequence[Example], settings: DistillSettings) -> list[list[int]]:
-    """The batches of all epochs, a last part of one included."""
-    # the last token is never fed
+    """Return the batches of all epochs as text indices; the last epoch may be a part of one."""
+    # the last token is not an input
     lengths = [len(example.tokens) - 1 for example in examples]
     plan: list[list[int]] = []
     for epoch in range(math.ceil(settings.epochs)):
@@ -121,7 +125,7 @@ def plan_batches(examples: Sequence[Example], settings: DistillSettings) -> list
 
 
 def learning_rate(step: int, total: int, settings: DistillSettings) -> float:
-    """Linear warm-up, then half a cosine down to final_learning_rate times the peak."""
+    """Return a step's rate: a linear warm-up, then a half cosine down to its final share."""
     warmup = round(settings.warmup_share * total)
     if step < warmup:
         return settings.learning_rate * (step + 1) / warmup
@@ -142,18 +146,21 @@ def _optimizer(student: PreTrainedModel, settings: DistillSettings) -> torch.opt
 
 
 def hidden_states(student: PreTrainedModel, batch: Batch) -> Tensor:
-    """Final hidden states [n, D] at the batch's places."""
+    """Return the final hidden states [n, D] at the batch's places."""
     states = student.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
     return states.flatten(0, 1)[batch.places]
 
 
-def _step(
+def _update(
     student: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
+    rate: float,
     settings: DistillSettings,
 ) -> float:
-    """One update; the batch's weighted mean loss."""
+    """Update the weights once at a learning rate; return the batch's weighted mean loss."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
     student.train()
     dtype = torch.bfloat16 if settings.autocast else torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.autocast):
@@ -169,8 +176,10 @@ def _step(
 
 
 @torch.inference_mode()
-def evaluate(student: PreTrainedModel, examples: Sequence[Example]) -> dict[str, Quality]:
-    """Quality by domain, on the target's output tokens alone."""
+def measure_quality(
+    student: PreTrainedModel, examples: Sequence[Example]
+) -> dict[str, DomainQuality]:
+    """Return the quality per domain, on the target's output tokens only."""
     student.eval()
     head = student.get_output_embeddings().weight
     sums: dict[str, list[float]] = {}
@@ -185,24 +194,20 @@ def evaluate(student: PreTrainedModel, examples: Sequence[Example]) -> dict[str,
             total[1] += int(matches[own].sum())
             total[2] += int(own.sum())
     return {
-        domain: Quality(loss / n, match / n, int(n))
+        domain: DomainQuality(loss / n, match / n, int(n))
         for domain, (loss, match, n) in sorted(sums.items())
         if n
     }
 
 
-def _validate(
-    student: PreTrainedModel,
-    validation: Sequence[Example],
-    training: Training,
-) -> None:
-    """Add a line to the history; keep the weights if none were better."""
-    by_domain = evaluate(student, validation)
+def _validate(student: PreTrainedModel, validation: Sequence[Example], training: Training) -> None:
+    """Add a validation to the history, and store the weights if they are the best so far."""
+    by_domain = measure_quality(student, validation)
     if not by_domain:
         raise ConfigError(
-            "no prompt fell into the validation part; give more data or a larger validation_share"
+            "no prompt is in the validation part; give more data or a larger validation_share"
         )
-    # every domain counts the same, however many tokens its answers have
+    # every domain has the same weight, whatever its number of tokens
     match = sum(q.match_rate for q in by_domain.values()) / len(by_domain)
     training.history.append(
         {
@@ -220,18 +225,14 @@ def _validate(
         training.best_weights = {k: v.clone() for k, v in student.state_dict().items()}
 
 
-def _last_match(training: Training) -> float:
-    return training.history[-1]["match_rate"] if training.history else math.nan
-
-
 def _signature(
     student: PreTrainedModel, examples: Sequence[Example], settings: DistillSettings
 ) -> str:
-    """What a checkpoint was made for: settings that matter, texts, shape of the student."""
-    chosen = settings.model_dump_json(
+    """Return a hash of the settings, texts and student's shapes that a checkpoint depends on."""
+    relevant = settings.model_dump_json(
         exclude={"outputs", "threads", "checkpoint_every", "license", "dtype", "max_prompts"}
     )
-    digest = hashlib.sha256(chosen.encode())
+    digest = hashlib.sha256(relevant.encode())
     for example in examples:
         digest.update(example.id.encode() + example.tokens.tobytes())
     for name, weight in student.named_parameters():
@@ -246,7 +247,7 @@ def _save(
     optimizer: torch.optim.Optimizer,
     training: Training,
 ) -> None:
-    """Write all that the next step depends on, so that it cannot tell that it was killed."""
+    """Write the checkpoint: everything that the next step depends on."""
     buffer = io.BytesIO()
     torch.save(
         {
@@ -263,17 +264,20 @@ def _save(
 def _resume(
     path: Path, made_for: str, student: PreTrainedModel, optimizer: torch.optim.Optimizer
 ) -> Training:
-    """The state of a run that was killed, or of one that begins."""
+    """Return the state of a killed run after loading its weights, or a new state.
+
+    Raises ConfigError if the checkpoint cannot be read or belongs to another run.
+    """
     if not path.exists():
         return Training()
     try:
         saved = torch.load(path, weights_only=True)
     except Exception as error:
-        raise ConfigError(f"{path}: cannot be read; delete it to train anew") from error
+        raise ConfigError(f"{path}: cannot be read; delete it to train from the start") from error
     if saved["made_for"] != made_for:
         raise ConfigError(
-            f"{path}: this unfinished run has other settings or other texts; repeat it with those "
-            "or delete the file to train anew"
+            f"{path}: this unfinished run has other settings or other texts; use those, or delete the "
+            "file to train from the start"
         )
     student.load_state_dict(saved["student"])
     optimizer.load_state_dict(saved["optimizer"])

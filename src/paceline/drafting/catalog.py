@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from pydantic import BaseModel
 
-from paceline.config import nearest, parse
+from paceline.config import parse
 from paceline.contracts import NONE, join_arm
 from paceline.drafting.base import Drafter
 from paceline.drafting.cross_vocabulary import CrossVocabulary
@@ -23,7 +23,7 @@ from paceline.drafting.prompt_lookup import PromptLookup
 from paceline.drafting.suffix_lookup import SuffixLookup
 from paceline.drafting.trigram.drafter import TrigramTree
 from paceline.drafting.union import Union
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, suggest_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,7 +52,7 @@ def find_kind(name: str, kind: str) -> type[Drafter]:
     if kind not in CATALOG:
         raise ConfigError(
             f"drafter '{name}': unknown kind '{kind}' (one of your own is named "
-            f"package.module:Class){nearest(kind, list(CATALOG))}"
+            f"package.module:Class){suggest_name(kind, CATALOG)}"
         )
     return CATALOG[kind]
 

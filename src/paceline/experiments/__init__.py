@@ -1,1 +1,1 @@
-"""REPEAT: the offline verbs on one configuration, the demo, and experiments of all rooms."""
+"""REPEAT: the demo, the papers' experiments, and their recipes."""

@@ -1,9 +1,9 @@
-"""What tri-gram trees gain, and by which of their parts: an ablation after ADED (arXiv 2407.12021).
+"""Gains of tri-gram trees and of their parts: an ablation after ADED (arXiv 2407.12021).
 
-Arms differ in search, node budget, update rule and what the statistics start from; prompt lookup
-stands beside them, and retrieval from the same texts in the manner of REST (arXiv 2311.08252). Every arm
-is replayed on the target's own answers and priced with a cost table measured here; some are decoded by
-the clock too. Sampled texts are drawn with a seed's own noise, so that in float32 they are the same for
+Arms differ in search, node budget, update rule and initial statistics. They are compared with prompt
+lookup and with retrieval from the same texts in the manner of REST (arXiv 2311.08252). Every arm is
+replayed on the target's own answers and priced with a cost table measured here; some are also decoded
+by the clock. Sampled texts are drawn with the noise of a seed, so in float32 they are the same for
 every arm.
 """
 
@@ -16,57 +16,56 @@ from typing import TYPE_CHECKING, Any, Final
 
 from paceline.assembly import Pace, build
 from paceline.bench.circumstances import circumstances
-from paceline.bench.profile import profile
-from paceline.bench.timed import TimedPrompt, num_equal_outputs, select, time_interleaved
-from paceline.bench.timed import tokens_per_second as speed_of
-from paceline.config import DrafterSection, PathsSection
-from paceline.contracts import NONE
+from paceline.bench.timed import num_equal_outputs, select, tokens_per_second
+from paceline.config import DrafterSection
+from paceline.contracts import NONE, no_progress
 from paceline.drafting.shared_text import SharedText
 from paceline.drafting.suffix_lookup import SuffixLookup, SuffixLookupSettings
 from paceline.drafting.trigram.corpora import TextFiles
+from paceline.experiments.by_clock import (
+    RecordingMethods,
+    encode_prompts,
+    replay_arm,
+    time_methods,
+    without_prefixes,
+)
 from paceline.experiments.demo_prompts import (
     PACKAGES,
     demo_prompts,
     harvest_functions,
     package_folder,
 )
-from paceline.experiments.pipeline import build_trigrams
-from paceline.experiments.pipeline import collect as collect_prompts
-from paceline.replay.rounds import max_output, replay
 from paceline.rewards import request_seconds
 from paceline.store.collection import open_trajectories, read_trajectories
+from paceline.verbs.pipeline import collect, in_folder, profile
+from paceline.verbs.trigrams import build_trigrams
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
 
-    from paceline.bench.timed import Timing
+    from paceline.bench.timed import TimedPrompt, Timing
     from paceline.config import Config
-    from paceline.contracts import Completion
+    from paceline.contracts import Progress
     from paceline.costs.table import CostTable
     from paceline.models.vocabulary import Tokenizer
 
-    OnProgress = Callable[[str, int, int], None]
-
 TEMPERATURES: Final = (0.0, 0.8)
-STARTS: Final = ("text", "own", "both")  # what tables are built from, beside none at all
+STARTS: Final = ("text", "own", "both")  # sources of the tables; "empty" is no table
 SEARCHES: Final = ("mcts", "greedy", "full")
 BUDGETS: Final = (4, 8, 16, 32, 64)
-DEPTHS: Final = (2, 4, 8)  # beside the default
-RETRIEVED: Final = (
-    "text",
-    "own",
-)  # what the retrieving arms look in, beside the request's own text
+DEPTHS: Final = (2, 4, 8)  # in addition to the default
+RETRIEVED: Final = ("text", "own")  # corpora of the retrieving arms
 LOOKUP: Final = "lookup"
 ALL_TASKS: Final = "all"
-_BUDGET: Final = 8  # what replay finds best on a CPU
-_RETRIEVED: Final = 16  # most tokens of a retrieving arm; its matches decide how many it drafts
+_BUDGET: Final = 8  # the best budget on a CPU, by replay
+_RETRIEVED: Final = 16  # maximum draft length of a retrieving arm; its matches decide the length
 
 
 @dataclass(frozen=True, slots=True)
-class Arm:
-    """One variant. `start` names the table, "empty" for none; `clocked` ones are decoded too."""
+class TrigramArm:
+    """One variant. `start` names its table, "empty" for none; `clocked` variants are also decoded."""
 
     name: str
     start: str
@@ -75,8 +74,8 @@ class Arm:
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
-    """How much of everything."""
+class AdedSizes:
+    """Numbers of prompts, tokens, megabytes of text and repeats."""
 
     timed_per_task: int = 4
     collect_per_task: int = 40
@@ -86,94 +85,88 @@ class Sizes:
 
 
 @dataclass(slots=True)
-class Measured:
-    """One arm at one temperature; by task, and over all of them under "all"."""
+class ArmFigures:
+    """The figures of one arm at one temperature; by task, and over all tasks under "all"."""
 
-    tau: dict[str, float]  # tokens a target forward, by replay
-    drafted: float  # nodes a round, by replay
+    tau: dict[str, float]  # tokens per target forward, by replay
+    drafted: float  # nodes per round, by replay
     predicted: dict[str, float]  # speed over none, by replay and cost table
     clocked: dict[str, float] = field(default_factory=dict)  # speed over none, by the clock
     tokens_per_second: float = 0.0
-    draft_ms: float = 0.0  # of a round, by the clock, learning included
+    draft_ms: float = 0.0  # per round, by the clock, learning included
     equal_texts: int = 0
 
 
 @dataclass(slots=True)
 class AdedResult:
+    """The figures of all arms, and the circumstances in which they were measured."""
+
     circumstances: dict[str, str | int]
     settings: dict[str, Any]
     tables: dict[str, dict[str, float]]  # start -> tokens, pairs, megabytes, seconds to build
-    arms: list[Arm]
-    measured: dict[str, dict[str, Measured]]  # temperature -> arm
+    arms: list[TrigramArm]
+    measured: dict[str, dict[str, ArmFigures]]  # temperature -> arm -> figures
 
 
-def arms() -> list[Arm]:
-    """All variants. Where nothing else is varied: the default search and depth, 8 nodes, `counts`,
-    and a table of both kinds of text.
+def all_arms() -> list[TrigramArm]:
+    """Return all variants.
+
+    The default search and depth, 8 nodes, `counts` and a table of both kinds of text hold for each
+    setting that a variant does not change.
     """
-    found = [
-        Arm(
+    arms = [
+        TrigramArm(
             f"{search} {budget}",
             "both",
             {"search": search, "num_draft_tokens": budget},
-            budget == _BUDGET or budget == 64,
+            budget in (_BUDGET, 64),
         )
         for search in SEARCHES
         for budget in BUDGETS
     ]
-    found += [
-        Arm(f"depth {depth}", "both", {"depth": depth, "num_draft_tokens": _BUDGET})
+    arms += [
+        TrigramArm(f"depth {depth}", "both", {"depth": depth, "num_draft_tokens": _BUDGET})
         for depth in DEPTHS
     ]
-    for start in ("empty", "text", "own", "both"):
+    for start in ("empty", *STARTS):
         for update in ("none", "released", "counts"):
             if (start, update) in (("empty", "none"), ("both", "counts")):
                 continue  # no statistics at all; or among the budgets
-            name = f"{start}, {update}"
             clocked = update == "counts" or start == "both"
             settings = {"update": update, "num_draft_tokens": _BUDGET}
-            found.append(Arm(name, start, settings, clocked))
-    return [*found, Arm("released preset", "both", {"preset": "released"}, True)]
+            arms.append(TrigramArm(f"{start}, {update}", start, settings, clocked))
+    return [*arms, TrigramArm("released preset", "both", {"preset": "released"}, True)]
 
 
 def run(
-    config: Config,
-    folder: Path,
-    sizes: Sizes,
-    on_progress: OnProgress = lambda stage, done, total: None,
+    config: Config, folder: Path, sizes: AdedSizes, on_progress: Progress = no_progress
 ) -> AdedResult:
-    """The whole experiment with the configuration's target; tables and answers go into `folder`."""
-    config = config.model_copy(
-        update={
-            "drafters": {},
-            "paths": PathsSection(store=folder / "collection"),
-            # every arm decodes the same prompts, and each must pay for its own prefill
-            "engine": config.engine.model_copy(update={"prefix_positions": 0}),
-        }
-    )
+    """Run the experiment with the configuration's target; tables and answers go into `folder`."""
+    config = in_folder(without_prefixes(config.model_copy(update={"drafters": {}})), folder)
     collected, timed = demo_prompts(sizes.collect_per_task, sizes.timed_per_task)
-    collect_prompts(config, collected, sizes.max_new_tokens, on_progress=on_progress)
+    collect(config, collected, sizes.max_new_tokens, on_progress=on_progress)
     text = _text_files(sizes)
     tables = _tables(config, folder, text, on_progress)
-    variants = arms()
+    variants = all_arms()
     parts = build(config.model_copy(update={"drafters": _sections(variants, folder)}))
     parts.drafters.update(_retrieving(config, text, parts.tokenizer))
     pace = Pace(parts)
     costs = profile(pace, on_progress)
-    prompts = [
-        TimedPrompt(p.id, p.domain, tuple(pace.encode([{"role": "user", "content": p.prompt}])))
-        for p in timed
-    ]
+    prompts = encode_prompts(pace, timed)
     retrieving = [retrieval(start) for start in RETRIEVED]
     clocked = [NONE, *(arm.name for arm in variants if arm.clocked), LOOKUP, *retrieving]
     measured = {}
     for temperature in TEMPERATURES:
-        recorder = _Recorder(pace, temperature, sizes.max_new_tokens)
-        timings = _by_the_clock(recorder, clocked, prompts, sizes, on_progress)
-        found = _by_replay(pace, costs, prompts, select(timings, NONE), sizes.max_new_tokens)
+        recorder = RecordingMethods(
+            pace, temperature=temperature, max_new_tokens=sizes.max_new_tokens, seed=1
+        )
+        methods = {name: recorder.method(name) for name in clocked}
+        stage = f"decode at temperature {temperature}"
+        timings = time_methods(methods, prompts, sizes.repeats, stage, on_progress)
+        figures = _by_replay(pace, costs, prompts, select(timings, NONE), sizes.max_new_tokens)
         for name in clocked:
-            _add_clock(found[name], name, timings, recorder)
-        measured[str(temperature)] = found
+            _add_clock(figures[name], name, timings, recorder, prompts)
+        measured[str(temperature)] = figures
     return AdedResult(
         circumstances(),
         {
@@ -189,7 +182,7 @@ def run(
     )
 
 
-def _sections(variants: Sequence[Arm], folder: Path) -> dict[str, DrafterSection]:
+def _sections(variants: Sequence[TrigramArm], folder: Path) -> dict[str, DrafterSection]:
     sections = {}
     for arm in variants:
         table = {} if arm.start == "empty" else {"table": str(folder / f"{arm.start}.table")}
@@ -198,19 +191,19 @@ def _sections(variants: Sequence[Arm], folder: Path) -> dict[str, DrafterSection
     return sections
 
 
-# --- what the statistics start from ---------------------------------------------------------------
+# --- initial statistics ---------------------------------------------------------------------------
 
 
-def _text_files(sizes: Sizes) -> list[Path]:
+def _text_files(sizes: AdedSizes) -> list[Path]:
     num_harvested = sizes.collect_per_task + sizes.timed_per_task
     prompted = {function.path for function in harvest_functions(num_harvested)}
     return installed_source(int(sizes.text_mb * 1e6), prompted)
 
 
 def _tables(
-    config: Config, folder: Path, text: Sequence[Path], on_progress: OnProgress
+    config: Config, folder: Path, text: Sequence[Path], on_progress: Progress
 ) -> dict[str, dict[str, float]]:
-    found = {}
+    tables = {}
     for start in STARTS:
         out = folder / f"{start}.table"
         began = perf_counter()
@@ -223,37 +216,37 @@ def _tables(
                 f"table of {start}: {stage}", done, total
             ),
         )
-        found[start] = {
+        tables[start] = {
             "tokens": facts.num_tokens,
             "pairs": facts.num_pairs,
             "megabytes": out.stat().st_size / 1e6,
             "seconds": perf_counter() - began,
         }
-    return found
+    return tables
 
 
 def retrieval(start: str) -> str:
-    """The name of the arm that looks in the text a table starts from."""
+    """Return the name of the arm that looks in the text of a table."""
     return f"retrieval, {start}"
 
 
 class _Corpus(SharedText):
-    """Texts that were there before; the answers of requests do not join them."""
+    """Texts that are given at the start; the answers of requests are not added."""
 
     def __init__(self, texts: Sequence[Sequence[int]], max_match: int) -> None:
-        # an index is half of the room, and every text has an end
+        # an index takes half of the memory, and every text has an end
         super().__init__(max_match, 2 * (sum(map(len, texts)) + len(texts)))
         for text in texts:
             super().add(text)
 
     def add(self, tokens: Sequence[int]) -> None:
-        pass
+        """Ignore the answer of a request."""
 
 
 def _retrieving(
     config: Config, text: Sequence[Path], tokenizer: Tokenizer
 ) -> dict[str, SuffixLookup]:
-    """Suffix lookup in the request's own text and, where that promises more, in a corpus."""
+    """Return drafters that look in the request's own text and, where that promises more, in a corpus."""
     settings = SuffixLookupSettings(num_draft_tokens=_RETRIEVED, share=True)
     files = TextFiles(text, tokenizer)
     texts = {
@@ -269,7 +262,7 @@ def _retrieving(
 
 
 def installed_source(most_bytes: int, without: set[Path]) -> list[Path]:
-    """Python files of installed packages, each package in turn, those of the prompts left out."""
+    """Return Python files of installed packages, each package in turn, but for those in `without`."""
     streams = []
     for name in PACKAGES:
         root = package_folder(name)
@@ -291,106 +284,64 @@ def installed_source(most_bytes: int, without: set[Path]) -> list[Path]:
 # --- measuring ------------------------------------------------------------------------------------
 
 
-class _Recorder:
-    """Runs an arm at one temperature and keeps its completions."""
-
-    def __init__(self, pace: Pace, temperature: float, max_new_tokens: int) -> None:
-        self._pace = pace
-        self.temperature = temperature
-        self._settings: dict[str, Any] = {
-            "temperature": temperature,
-            "max_new_tokens": max_new_tokens,
-            "seed": 1,
-            "generation_config": "none",
-        }
-        self.completions: dict[str, list[Completion]] = {}
-
-    def method(self, name: str) -> Callable[[Sequence[int]], Sequence[int]]:
-        def run_one(tokens: Sequence[int]) -> Sequence[int]:
-            done = self._pace.complete(list(tokens), drafter=name, **self._settings)  # type: ignore[arg-type]
-            self.completions.setdefault(name, []).append(done)
-            return done.token_ids
-
-        return run_one
-
-
-def _by_the_clock(
-    recorder: _Recorder,
-    names: Sequence[str],
-    prompts: Sequence[TimedPrompt],
-    sizes: Sizes,
-    on_progress: OnProgress,
-) -> list[Timing]:
-    done, total = 0, len(names) * len(prompts) * sizes.repeats
-    stage = f"decode at temperature {recorder.temperature}"
-
-    def on_run() -> None:
-        nonlocal done
-        done += 1
-        on_progress(stage, done, total)
-
-    methods = {name: recorder.method(name) for name in names}
-    return time_interleaved(methods, prompts, sizes.repeats, on_run=on_run)
-
-
 def _by_replay(
     pace: Pace,
     costs: CostTable,
     prompts: Sequence[TimedPrompt],
     plain: Sequence[Timing],
     max_new_tokens: int,
-) -> dict[str, Measured]:
-    """Every arm along plain decoding's texts."""
-    context = pace.parts.target.context_length
+) -> dict[str, ArmFigures]:
+    """Return the figures of every arm along the texts of plain decoding."""
     texts = {timing.prompt: timing.output_tokens for timing in plain}
-    found = {}
-    seconds_of_none: dict[str, float] = {}
-    for name, drafter in pace.parts.drafters.items():
-        rounds = {
-            p.id: replay(
-                drafter,
-                p.tokens,
-                texts[p.id],
-                max_output(max_new_tokens, len(p.tokens), context),
-            ).rounds
-            for p in prompts
+    rounds = {
+        name: {p.id: replay_arm(pace, name, p.tokens, texts[p.id], max_new_tokens) for p in prompts}
+        for name in pace.parts.drafters
+    }
+    seconds = {
+        name: {
+            p.id: request_seconds(costs.seconds, name, len(p.tokens), of_arm[p.id]) for p in prompts
         }
-        priced = {
-            p.id: request_seconds(costs.seconds, name, len(p.tokens), rounds[p.id]) for p in prompts
-        }
-        seconds_of_none = seconds_of_none or priced  # `none` is the first
-        found[name] = _measured(prompts, rounds, priced, seconds_of_none)
-    return found
+        for name, of_arm in rounds.items()
+    }
+    return {
+        name: _figures(prompts, of_arm, seconds[name], seconds[NONE])
+        for name, of_arm in rounds.items()
+    }
 
 
-def _measured(
+def _figures(
     prompts: Sequence[TimedPrompt],
     rounds: Mapping[str, np.ndarray],
-    priced: Mapping[str, float],
+    seconds: Mapping[str, float],
     seconds_of_none: Mapping[str, float],
-) -> Measured:
+) -> ArmFigures:
     tau, predicted = {}, {}
     for task in (*dict.fromkeys(p.domain for p in prompts), ALL_TASKS):
         own = [p.id for p in prompts if task in (p.domain, ALL_TASKS)]
         num_rounds = sum(len(rounds[id]) for id in own)
         tau[task] = 1.0 + sum(int(rounds[id][:, 1].sum()) for id in own) / max(1, num_rounds)
-        predicted[task] = sum(seconds_of_none[id] for id in own) / sum(priced[id] for id in own)
+        predicted[task] = sum(seconds_of_none[id] for id in own) / sum(seconds[id] for id in own)
     num_all = sum(len(r) for r in rounds.values())
     drafted = sum(int(r[:, 0].sum()) for r in rounds.values()) / max(1, num_all)
-    return Measured(tau, drafted, predicted)
+    return ArmFigures(tau, drafted, predicted)
 
 
 def _add_clock(
-    measured: Measured, name: str, timings: Sequence[Timing], recorder: _Recorder
+    figures: ArmFigures,
+    name: str,
+    timings: Sequence[Timing],
+    recorder: RecordingMethods,
+    prompts: Sequence[TimedPrompt],
 ) -> None:
+    """Add the clocked figures of an arm."""
     own = select(timings, name)
-    for task in measured.tau:
+    for task in figures.tau:
         domain = None if task == ALL_TASKS else task
-        plain = speed_of(select(timings, NONE, domain))
-        measured.clocked[task] = speed_of(select(own, domain=domain)) / plain
-    measured.tokens_per_second = speed_of(own)
-    done = recorder.completions[name]
-    num_rounds = sum(len(completion.rounds) for completion in done)
-    drafting = sum(completion.seconds.draft for completion in done)
-    measured.draft_ms = 1e3 * drafting / max(1, num_rounds)
-    measured.equal_texts = num_equal_outputs(timings, name, NONE)
+        plain = tokens_per_second(select(timings, NONE, domain))
+        figures.clocked[task] = tokens_per_second(select(own, domain=domain)) / plain
+    figures.tokens_per_second = tokens_per_second(own)
+    completions = recorder.of(name, prompts)
+    num_rounds = sum(len(completion.rounds) for completion in completions)
+    drafting = sum(completion.seconds.draft for completion in completions)
+    figures.draft_ms = 1e3 * drafting / max(1, num_rounds)
+    figures.equal_texts = num_equal_outputs(timings, name, NONE)

@@ -1,4 +1,4 @@
-"""The tri-gram experiment's result as JSON, as markdown and as a figure."""
+"""The result of the tri-gram experiment as JSON, as markdown and as a figure."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING
 
 from paceline.contracts import NONE
 from paceline.experiments.aded import ALL_TASKS, BUDGETS, LOOKUP, SEARCHES
+from paceline.experiments.findings import Panel, Series
+from paceline.experiments.report import write_figure as write_figure_of
 from paceline.store import write_atomically
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from paceline.experiments.aded import AdedResult, Measured
+    from paceline.experiments.aded import AdedResult, ArmFigures
 
 
 def write_report(result: AdedResult, folder: Path) -> str:
-    """aded.json, aded.md and aded.png in a folder; returns the markdown."""
+    """Write aded.json, aded.md and aded.png to a folder and return the markdown."""
     text = markdown(result)
     data = json.dumps(asdict(result), indent=1).encode() + b"\n"
     write_atomically(folder / "aded.json", data)
@@ -27,6 +29,7 @@ def write_report(result: AdedResult, folder: Path) -> str:
 
 
 def markdown(result: AdedResult) -> str:
+    """Return the report with all tables."""
     facts, settings = result.circumstances, result.settings
     lines = [
         f"{facts['cpu']} ({facts['cpu_capability']}), {facts['threads']} threads, torch "
@@ -34,9 +37,9 @@ def markdown(result: AdedResult) -> str:
         f"{settings['max_new_tokens']} new tokens, commit {facts['commit']}, {facts['date']}. "
         f"`{facts['command']}`",
         "",
-        "tau: tokens a target forward. Predicted: speed over `none` by replay and cost table. By the "
-        "clock: the same, timed end to end, each arm in turn on every prompt. Draft: milliseconds a "
-        "round, learning included. Same: texts equal to plain decoding's.",
+        "tau: tokens per target forward. Predicted: speed over `none` by replay and cost table. By the "
+        "clock: the same, timed end to end, each arm in turn on every prompt. Draft: milliseconds per "
+        "round, learning included. Same: texts equal to those of plain decoding.",
         "",
         "| table | tokens read | pairs | MB | seconds to build |",
         "|---|---|---|---|---|",
@@ -54,9 +57,9 @@ def markdown(result: AdedResult) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _arms_table(measured: dict[str, Measured], num_prompts: int) -> list[str]:
+def _arms_table(measured: dict[str, ArmFigures], num_prompts: int) -> list[str]:
     lines = [
-        "| arm | tau | nodes a round | predicted | by the clock | draft, ms | same |",
+        "| arm | tau | nodes per round | predicted | by the clock | draft, ms | same |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, m in measured.items():
@@ -73,7 +76,7 @@ def _arms_table(measured: dict[str, Measured], num_prompts: int) -> list[str]:
     return lines
 
 
-def _tasks_table(measured: dict[str, Measured]) -> list[str]:
+def _tasks_table(measured: dict[str, ArmFigures]) -> list[str]:
     tasks = [task for task in measured[NONE].tau if task != ALL_TASKS]
     lines = [
         "| arm | " + " | ".join(f"{task}: tau, predicted, by the clock" for task in tasks) + " |",
@@ -90,54 +93,26 @@ def _tasks_table(measured: dict[str, Measured]) -> list[str]:
 
 
 def write_figure(result: AdedResult, path: Path) -> None:
-    """Left: tau and predicted speed by node budget, a line a search. Right: the other arms."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
+    """Write a PNG: tau and predicted speed by node budget and search, and the speeds of the arms."""
     greedy, sampled = result.measured.values()
-    for search in SEARCHES:
-        names = [f"{search} {budget}" for budget in BUDGETS]
-        left.plot(BUDGETS, [greedy[n].tau[ALL_TASKS] for n in names], marker="o", label=search)
-        speeds = [greedy[n].predicted[ALL_TASKS] for n in names]
-        middle.plot(BUDGETS, speeds, marker="o", label=search)
-    for axes, label in ((left, "tokens a target forward"), (middle, "predicted speed over none")):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(BUDGETS, [str(budget) for budget in BUDGETS])
-        axes.set_xlabel("nodes")
-        axes.set_ylabel(label)
-        axes.legend(frameon=False)
-    names = [name for name, m in greedy.items() if name != NONE and m.clocked]
-    places = range(len(names))
-    right.barh(
-        [p + 0.2 for p in places],
-        [greedy[n].clocked[ALL_TASKS] for n in names],
-        0.4,
-        label="temperature 0",
-        color="#3b6ea5",
-    )
-    right.barh(
-        [p - 0.2 for p in places],
-        [sampled[n].clocked[ALL_TASKS] for n in names],
-        0.4,
-        label="temperature 0.8",
-        color="#eba3a5",
-    )
+    budgets = [float(budget) for budget in BUDGETS]
+    panels = []
+    for label, kind in (
+        ("tokens per target forward", "tau"),
+        ("predicted speed over none", "predicted"),
+    ):
+        series = [
+            Series(s, budgets, [getattr(greedy[f"{s} {b}"], kind)[ALL_TASKS] for b in BUDGETS])
+            for s in SEARCHES
+        ]
+        panels.append(Panel("", label, series, x_label="nodes", log_x=True))
+    names = [name for name, figures in greedy.items() if name != NONE and figures.clocked]
     labels = [f"prompt {name}" if name == LOOKUP else name for name in names]
-    right.set_yticks(places, labels, fontsize=8)
-    right.invert_yaxis()
-    right.axvline(1.0, color="black", linewidth=1, linestyle="--")
-    right.set_xlabel("speed over none, by the clock")
-    right.legend(frameon=False, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    series = [
+        Series(f"temperature {heat}", labels, [figures[name].clocked[ALL_TASKS] for name in names])
+        for heat, figures in (("0", greedy), ("0.8", sampled))
+    ]
+    panels.append(Panel("", "speed over none, by the clock", series, kind="bars", baseline=1.0))
     facts = result.circumstances
-    figure.suptitle(
-        f"{facts['cpu']}, {facts['threads']} threads, {result.settings['dtype']}, batch 1",
-        fontsize=10,
-    )
-    for axes in (left, middle, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    title = f"{facts['cpu']}, {facts['threads']} threads, {result.settings['dtype']}, batch 1"
+    write_figure_of(panels, title, path)

@@ -1,4 +1,4 @@
-"""The experiments by name, and the way to run one: a workbench in, findings and three files out."""
+"""The experiments by name, and the function that runs one and writes its report."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from paceline.bench.circumstances import circumstances
-from paceline.config import nearest
-from paceline.errors import ConfigError
+from paceline.contracts import no_progress
+from paceline.errors import ConfigError, suggest_name
 from paceline.experiments.assistant_selection import (
     alignment_or_size,
     many_tasks,
@@ -22,33 +22,24 @@ from paceline.experiments.assistant_selection import (
     self_drafting,
     two_specialists,
 )
-from paceline.experiments.claims import Claim
-from paceline.experiments.report import figure_class, write_report
-from paceline.experiments.workbench import SMOKE, Sizes, Workbench, quiet
+from paceline.experiments.findings import Claim, Experiment
+from paceline.experiments.report import write_report
+from paceline.experiments.workbench import SMOKE, Sizes, Workbench
+from paceline.plotting import import_figure
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from paceline.config import Config
+    from paceline.contracts import Progress
     from paceline.experiments.findings import Findings
-    from paceline.experiments.workbench import OnProgress
 
 OUT: Final = Path("docs/experiments/assistant-selection")
 FOLDER: Final = Path("runs/experiments")
 
 
-@dataclass(frozen=True, slots=True)
-class Experiment:
-    """A question, what the paper says to it (None: it does not ask), and the function that answers."""
-
-    name: str
-    title: str
-    claim: Claim | None
-    run: Callable[[Workbench], Findings]
-
-
 def _paper(text: str) -> Claim:
-    """Of the experiments of arXiv 2408.08470, whose own tables were not seen."""
+    """Return a claim of arXiv 2408.08470, of which only a summary was read."""
     return Claim(text=text, source="summary")
 
 
@@ -131,7 +122,7 @@ EXPERIMENTS: Final[Mapping[str, Experiment]] = MappingProxyType({e.name: e for e
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """An experiment that was run, and the files it left."""
+    """A finished experiment: its findings and the files of its report."""
 
     experiment: Experiment
     findings: Findings
@@ -139,8 +130,9 @@ class Finished:
 
 
 def find_experiment(name: str) -> Experiment:
+    """Return an experiment by name. Raises ConfigError with the nearest name if there is none."""
     if name not in EXPERIMENTS:
-        raise ConfigError(f"there is no experiment '{name}'{nearest(name, list(EXPERIMENTS))}")
+        raise ConfigError(f"there is no experiment '{name}'{suggest_name(name, EXPERIMENTS)}")
     return EXPERIMENTS[name]
 
 
@@ -152,18 +144,18 @@ def experiment(
     prompts: int | None = None,
     smoke: bool = False,
     folder: Path | str | None = None,
-    on_progress: OnProgress = quiet,
+    on_progress: Progress = no_progress,
     store: Path | str | None = None,
 ) -> Finished:
-    """Run an experiment; what it decodes and measures stays in `folder`, shared by all of them.
+    """Run an experiment and write its report; all experiments share the collection in `folder`.
 
-    out: where NAME.md, NAME.json and NAME.png go. data: folder of prompt files and published figures.
-    prompts: so many of each task, with a given `store` by default all that it holds. store: a
-    collection made before, used in place of the folder's own. smoke: sizes that only show that it
-    works; its files and its working folder are others, so that it spoils nothing.
+    out: folder of NAME.md, NAME.json and NAME.png. data: folder of prompt files and published figures.
+    prompts: number of prompts per task, by default all of a given `store`. store: an existing
+    collection to use instead of the folder's own. smoke: tiny sizes that only show that it works, with
+    other folders for its files. Raises ConfigError if there is no such experiment or a file is missing.
     """
     found = find_experiment(name)
-    figure_class()  # before the work is done rather than after
+    import_figure()  # fails before the work is done
     where = Path(folder) if folder is not None else FOLDER
     if smoke and folder is None:
         where = where.with_name(f"{where.name}-smoke")

@@ -1,8 +1,8 @@
 """The demo: the whole main job on the bundled models, in a few minutes on two cores.
 
-Collects, prices and learns on some prompts; then decodes others by the clock with every arm, with a
-random one and with the policy's choice. Every figure is measured here and now. The per-request
-oracle's arm is picked by replay, and its clocked time is that of the arm's own timed run.
+It collects, profiles and learns on some prompts, and decodes others by the clock: with every arm, with
+a random one and with the policy's choice. Every figure is measured in this run. Replay picks the arm
+of the per-request oracle; its time is that of the arm's own timed run.
 """
 
 from __future__ import annotations
@@ -12,36 +12,31 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from paceline.bench.circumstances import circumstances
-from paceline.bench.timed import (
-    TimedPrompt,
-    Timing,
-    num_equal_outputs,
-    select,
-    time_interleaved,
-    tokens_per_second,
-)
-from paceline.config import PathsSection
-from paceline.contracts import AUTO, NONE, split_arm
+from paceline.bench.timed import Timing, num_equal_outputs, select, tokens_per_second
+from paceline.contracts import AUTO, NONE, no_progress
 from paceline.errors import DecodingError
+from paceline.experiments.by_clock import (
+    RecordingMethods,
+    encode_prompts,
+    replay_arm,
+    time_methods,
+    without_prefixes,
+)
 from paceline.experiments.demo_prompts import demo_prompts
-from paceline.experiments.pipeline import Prepared, prepare
-from paceline.replay.rounds import max_output, replay, walk
 from paceline.rewards import request_seconds
+from paceline.verbs.pipeline import in_folder, prepare
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from paceline.assembly import Pace
+    from paceline.bench.timed import TimedPrompt
     from paceline.config import Config
-    from paceline.contracts import Completion
-    from paceline.costs.table import CostTable
-
-    OnProgress = Callable[[str, int, int], None]
+    from paceline.contracts import Completion, Progress
+    from paceline.verbs.pipeline import Prepared
 
 RANDOM = "random"
 ORACLE = "oracle"
@@ -49,11 +44,11 @@ ALL_TASKS = "all"
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
-    """One arm on one task."""
+class MethodFigures:
+    """The figures of one method (an arm, random, auto or the oracle) on one task."""
 
     tokens_per_second: float
-    speedup: float  # over none, total seconds a token
+    speedup: float  # over none, in total seconds per token
     block_efficiency: float
     equal_texts: int
     prompts: int
@@ -61,12 +56,12 @@ class Cell:
 
 @dataclass(slots=True)
 class DemoResult:
-    """The table of the demo and everything said beside it."""
+    """The figures of the demo, and the circumstances in which they were measured."""
 
     circumstances: dict[str, str | int]
     settings: dict[str, str | int]
-    cells: dict[str, dict[str, Cell]]  # task -> method -> cell
-    chosen: dict[str, dict[str, int]]  # task -> arm -> requests that auto gave it
+    cells: dict[str, dict[str, MethodFigures]]  # task -> method -> figures
+    chosen: dict[str, dict[str, int]]  # task -> arm -> number of requests for which auto chose it
     best_single: str
     auto_over_best_single: float
     auto_over_oracle: float
@@ -81,49 +76,45 @@ def demo(
     collect_per_task: int = 48,
     timed_per_task: int = 8,
     max_new_tokens: int = 96,
-    on_progress: OnProgress = lambda stage, done, total: None,
+    on_progress: Progress = no_progress,
 ) -> DemoResult:
-    """Run the main job end to end; artefacts go into `folder`."""
+    """Run the main job end to end; artefacts go into `folder`.
+
+    Raises DecodingError if a text differs from that of `none` in float32 or in exact mode.
+    """
     collected, timed = demo_prompts(collect_per_task, timed_per_task)
-    config = in_folder(config, folder)
-    # every method decodes the same prompts, and each must pay for its own prefill
-    engine = config.engine.model_copy(update={"prefix_positions": 0})
-    config = config.model_copy(update={"engine": engine})
+    config = without_prefixes(in_folder(config, folder.resolve()))
     prepared = prepare(config, collected, max_new_tokens, on_progress)
     pace = prepared.pace
-    prompts = [
-        TimedPrompt(p.id, p.domain, tuple(pace.encode([{"role": "user", "content": p.prompt}])))
-        for p in timed
-    ]
-    # every drafter at the length that was best for it on the collected prompts
+    prompts = encode_prompts(pace, timed)
+    # each drafter at the length that was best on the collected prompts
     arms = list(prepared.learned.report.overall.arms)
-    recorder = _Recorder(pace, arms, max_new_tokens)
-    methods = {name: recorder.method(name) for name in (*arms, RANDOM, AUTO)}
-    total, done = len(prompts) * len(methods), 0
-
-    def on_run() -> None:
-        nonlocal done
-        done += 1
-        on_progress("decode by the clock", done, total)
-
-    timings = time_interleaved(methods, prompts, on_run=on_run)
-    timings += _oracle(pace, arms, prepared.costs, prompts, timings, max_new_tokens)
+    recorder = RecordingMethods(pace, max_new_tokens=max_new_tokens)
+    methods = {name: recorder.method(name) for name in arms}
+    drafting = [arm for arm in arms if arm != NONE]
+    methods[RANDOM] = recorder.method(RANDOM, lambda tokens: _random_arm(tokens, drafting))
+    methods[AUTO] = recorder.method(AUTO)
+    timings = time_methods(methods, prompts, on_progress=on_progress)
+    timings += _oracle(prepared, arms, prompts, timings, max_new_tokens)
     if pace.parts.target.dtype == torch.float32 or pace.parts.target.exact:
         _check_texts(timings, list(methods))
-    return _result(prepared, recorder, timings, prompts, max_new_tokens, len(collected))
+    result = _result(prepared, recorder, timings, prompts, drafting)
+    result.settings |= {
+        "max_new_tokens": max_new_tokens,
+        "collected_prompts": len(collected),
+        "timed_prompts": len(prompts),
+    }
+    return result
 
 
-def in_folder(config: Config, folder: Path) -> Config:
-    """Return the configuration with the paths of the demo's files in a folder."""
-    folder = folder.resolve()
-    paths = PathsSection(
-        store=folder / "collection", costs=folder / "costs.json", policy=folder / "policy"
-    )
-    return config.model_copy(update={"paths": paths})
+def _random_arm(tokens: Sequence[int], drafting: Sequence[str]) -> str:
+    """Return a drafting arm that depends on the prompt alone, so that it is the same in every run."""
+    digest = hashlib.sha256(repr(list(tokens)).encode()).digest()
+    return drafting[digest[0] % len(drafting)]
 
 
 def _check_texts(timings: list[Timing], methods: Sequence[str]) -> None:
-    """In float32 and in exact mode every method must have written what `none` wrote."""
+    """Raise DecodingError unless every method wrote the texts of `none`."""
     for method in methods:
         written = select(timings, method)
         differing = len(written) - num_equal_outputs(timings, method, NONE)
@@ -134,60 +125,23 @@ def _check_texts(timings: list[Timing], methods: Sequence[str]) -> None:
             )
 
 
-class _Recorder:
-    """Runs a method and keeps its completions."""
-
-    def __init__(self, pace: Pace, arms: Sequence[str], max_new_tokens: int) -> None:
-        self.pace = pace
-        self.drafting = [arm for arm in arms if arm != NONE]
-        self.max_new_tokens = max_new_tokens
-        self.completions: dict[tuple[str, tuple[int, ...]], Completion] = {}
-
-    def method(self, name: str) -> Callable[[Sequence[int]], Sequence[int]]:
-        def run(tokens: Sequence[int]) -> Sequence[int]:
-            drafter = self._random_arm(tokens) if name == RANDOM else name
-            request = self.pace.request(
-                list(tokens),
-                drafter=drafter,
-                max_new_tokens=self.max_new_tokens,
-                generation_config="none",
-            )
-            completion = next(iter(self.pace.stream([request])))
-            self.completions[name, tuple(tokens)] = completion
-            return completion.token_ids
-
-        return run
-
-    def _random_arm(self, tokens: Sequence[int]) -> str:
-        """Any arm but none, drawn anew for each prompt, the same in every run."""
-        digest = hashlib.sha256(repr(list(tokens)).encode()).digest()
-        return self.drafting[digest[0] % len(self.drafting)]
-
-
 def _oracle(
-    pace: Pace,
+    prepared: Prepared,
     arms: Sequence[str],
-    costs: CostTable,
     prompts: Sequence[TimedPrompt],
     timings: Sequence[Timing],
     max_new_tokens: int,
 ) -> list[Timing]:
-    """For each prompt the timed run of the arm that replay predicts to be fastest."""
+    """Return, for each prompt, the timed run of the arm that replay predicts to be fastest."""
     by_key = {(t.method, t.prompt): t for t in timings}
-    context = pace.parts.target.context_length
+    pace, price = prepared.pace, prepared.costs.seconds
     oracle = []
     for prompt in prompts:
-        trajectory = by_key[NONE, prompt.id].output_tokens
-        limit = max_output(max_new_tokens, len(prompt.tokens), context)
-        seconds = {
-            arm: request_seconds(
-                costs.seconds,
-                arm,
-                len(prompt.tokens),
-                _rounds(pace, arm, prompt.tokens, trajectory, limit),
-            )
-            for arm in arms
-        }
+        output = by_key[NONE, prompt.id].output_tokens
+        seconds = {}
+        for arm in arms:
+            rounds = replay_arm(pace, arm, prompt.tokens, output, max_new_tokens)
+            seconds[arm] = request_seconds(price, arm, len(prompt.tokens), rounds)
         chosen = by_key[min(seconds, key=seconds.__getitem__), prompt.id]
         oracle.append(
             Timing(ORACLE, prompt.id, prompt.domain, chosen.seconds, chosen.output_tokens)
@@ -195,48 +149,29 @@ def _oracle(
     return oracle
 
 
-def _rounds(
-    pace: Pace, arm: str, tokens: Sequence[int], trajectory: Sequence[int], limit: int
-) -> np.ndarray:
-    name, length = split_arm(arm)
-    replayed = replay(pace.parts.drafters[name], tokens, trajectory, limit)
-    return replayed.rounds if replayed.ahead is None else walk(replayed.ahead, length)
-
-
 def _result(
     prepared: Prepared,
-    recorder: _Recorder,
+    recorder: RecordingMethods,
     timings: list[Timing],
     prompts: Sequence[TimedPrompt],
-    max_new_tokens: int,
-    num_collected: int,
+    drafting: Sequence[str],
 ) -> DemoResult:
-    pace = prepared.pace
-    domains = list(dict.fromkeys(p.domain for p in prompts))
     methods = list(dict.fromkeys(t.method for t in timings))
-    cells: dict[str, dict[str, Cell]] = {}
+    cells: dict[str, dict[str, MethodFigures]] = {}
     chosen: dict[str, dict[str, int]] = {}
-    for task in (*domains, ALL_TASKS):
+    for task in (*dict.fromkeys(p.domain for p in prompts), ALL_TASKS):
         part = [p for p in prompts if task in (p.domain, ALL_TASKS)]
         ids = {p.id for p in part}
         own = [t for t in timings if t.prompt in ids]
-        completions = {
-            m: [recorder.completions[m, p.tokens] for p in part] for m in methods if m != ORACLE
-        }
-        cells[task] = {m: _cell(own, m, completions.get(m, [])) for m in methods}
+        completions = {m: recorder.of(m, part) for m in methods if m != ORACLE}
+        cells[task] = {m: _figures(own, m, completions.get(m, [])) for m in methods}
         chosen[task] = dict(Counter(c.decision.arm for c in completions[AUTO]).most_common())
     overall = cells[ALL_TASKS]
-    best = max(recorder.drafting, key=lambda name: overall[name].tokens_per_second)
-    target = pace.parts.target
+    best = max(drafting, key=lambda name: overall[name].tokens_per_second)
+    target = prepared.pace.parts.target
     return DemoResult(
         circumstances=circumstances(),
-        settings={
-            "dtype": str(target.dtype).removeprefix("torch."),
-            "exact": target.exact,
-            "max_new_tokens": max_new_tokens,
-            "collected_prompts": num_collected,
-            "timed_prompts": len(prompts),
-        },
+        settings={"dtype": str(target.dtype).removeprefix("torch."), "exact": target.exact},
         cells=cells,
         chosen=chosen,
         best_single=best,
@@ -247,12 +182,14 @@ def _result(
     )
 
 
-def _cell(timings: list[Timing], method: str, completions: Sequence[Completion]) -> Cell:
+def _figures(
+    timings: list[Timing], method: str, completions: Sequence[Completion]
+) -> MethodFigures:
     own = select(timings, method)
     speed = tokens_per_second(own)
     rounds = sum(len(c.rounds) for c in completions)
     emitted = sum(len(c.token_ids) - 1 for c in completions)
-    return Cell(
+    return MethodFigures(
         tokens_per_second=speed,
         speedup=speed / tokens_per_second(select(timings, NONE)),
         block_efficiency=emitted / rounds if rounds else 1.0,

@@ -1,9 +1,9 @@
-"""The demo's prompts for the four tasks: written ones for math and translation, harvested ones
-for code and summary, split into a collection set and a timed set that share nothing.
+"""The demo's prompts for the four tasks: written ones for math and translation, and for code and
+summary functions of installed packages, split into disjoint sets to collect and to time.
 
-It does not know the text the models were trained on: that the written prompts are new, and that
-third-party source is not the standard library, is what the tests check. It knows no models and no
-tokens, and it never imports the packages whose source it reads.
+The tests check that the written prompts are not in the models' training text and that no function is
+of the standard library, which is. Knows no models and no tokens, and never imports the packages whose
+source it reads.
 """
 
 import ast
@@ -31,44 +31,28 @@ PREFIXES = {
     "summary": "Summarize the Python function:\n",
 }
 
-# The project's dependencies and theirs. One that is missing is passed over: the harvest depends on
-# the installed packages and their versions, and on nothing else.
+# The project's dependencies and theirs. A missing one is skipped: the harvest depends on the installed
+# packages and their versions alone.
 PACKAGES = (
-    "click",
-    "filelock",
-    "fsspec",
-    "huggingface_hub",
-    "jinja2",
-    "networkx",
-    "numpy",
-    "packaging",
-    "pyarrow",
-    "pydantic",
-    "rapidfuzz",
-    "rich",
-    "safetensors",
-    "tokenizers",
-    "torch",
-    "tqdm",
-    "transformers",
-    "typer",
-    "yaml",
-)
+    "click", "filelock", "fsspec", "huggingface_hub", "jinja2", "networkx", "numpy", "packaging",
+    "pyarrow", "pydantic", "rapidfuzz", "rich", "safetensors", "tokenizers", "torch", "tqdm",
+    "transformers", "typer", "yaml",
+)  # fmt: skip
 
-# Limits that keep a harvest near one second on a slow core: parsing is what takes the time, so
-# few files of moderate size are parsed, and more of a package than this is never needed.
+# Limits that keep a harvest near one second on a slow core. Parsing takes the time, so only a few files
+# of moderate size are parsed per package.
 _FILES_PER_PACKAGE = 12
 _FUNCTIONS_PER_FILE = 4
 _FILE_BYTES = (1_000, 30_000)
 
-# The middle nine tenths of the lengths, in characters, of the models' training records; but a
-# signature of fewer than 30 says too little, and some are word for word in the training text.
+# The middle nine tenths of the lengths, in characters, of the models' training records; but shorter
+# signatures than 30 say too little, and some of them are in the training text.
 _HEAD_CHARS = (30, 470)
 _BODY_CHARS = (75, 920)
 _BARE_CHARS = (52, 890)
 _DOC_CHARS = (24, 300)
 
-# Tests, generated files and copies: of the standard library, of other packages, of old versions.
+# Tests, generated files, and copies of the standard library, of other packages or of old versions.
 _SKIPPED = re.compile(
     r"test|generated|_pb2|vendor|extern|third_party|compat|distutils|weak|_click|v1/"
 )
@@ -77,23 +61,25 @@ _GENERATED = re.compile(r"(auto-?|automatically )generated|generated (by|from)|d
 
 @dataclass(frozen=True, slots=True)
 class HarvestedFunction:
-    """A function of an installed package and the text its prompt shows of it."""
+    """A function of an installed package, and the part of it that its prompt shows."""
 
     package: str
-    qualname: str  # dotted, from the package's folder on: "utils.generic.Cache.get"
+    qualname: str  # dotted, from the package's folder: "utils.generic.Cache.get"
     path: Path
     domain: str
     text: str
 
     def record(self) -> PromptRecord:
+        """Return the function's prompt."""
         identity = f"demo/{self.domain}/{self.package}.{self.qualname}"
         return PromptRecord(identity, self.domain, PREFIXES[self.domain] + self.text)
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A function cut the way the training records are: `head` is signature, docstring and the
-    comments before the first statement; `bare` is the whole function without its docstring."""
+    """A function in parts, as in the training records: `head` is the signature, the docstring and the
+    comments before the first statement; `bare` is the function without its docstring.
+    """
 
     head: str
     body: str
@@ -102,20 +88,20 @@ class Cut:
 
 
 def load_written(domain: str) -> list[PromptRecord]:
-    """The prompts written for this demo, in the file's order."""
+    """Return a domain's written prompts, in the file's order. Raises ValueError if it has none."""
     if domain not in WRITTEN_DOMAINS:
-        raise ValueError(f"no written prompts for {domain!r}; there are for {WRITTEN_DOMAINS}")
+        raise ValueError(f"no written prompts for {domain!r}; domains with them: {WRITTEN_DOMAINS}")
     path = files("paceline.experiments") / "prompts" / f"{domain}.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [PromptRecord(row["id"], row["domain"], row["prompt"]) for row in rows]
 
 
 def harvest_functions(num: int, seed: int = 0) -> list[HarvestedFunction]:
-    """`num` functions for code and `num` others for summary, read from installed packages.
+    """Return `num` functions for code and `num` others for summary, read from installed packages.
 
-    Lengths follow the training records: for code 30-470 characters of signature and docstring
-    with a body of 75-920, for summary 52-890 characters of function whose docstring opens with a
-    paragraph of 24-300. A function serves one domain only.
+    Lengths follow the training records: for code 30-470 characters of signature and docstring and
+    75-920 of body, for summary 52-890 characters of function and 24-300 of the docstring's first
+    paragraph. Raises ValueError if there are not enough functions.
     """
     found: dict[str, list[HarvestedFunction]] = {domain: [] for domain in HARVESTED_DOMAINS}
     texts: set[str] = set()
@@ -134,9 +120,10 @@ def harvest_functions(num: int, seed: int = 0) -> list[HarvestedFunction]:
 def demo_prompts(
     per_task_collect: int, per_task_timed: int, seed: int = 0
 ) -> tuple[list[PromptRecord], list[PromptRecord]]:
-    """Prompts to collect on and prompts to time, so many of each task, grouped by task.
+    """Return prompts to collect and prompts to time, both grouped by task.
 
-    Which set a prompt falls in depends on a hash of its id, never on the order of a file.
+    The set of a prompt depends on a hash of its id, never on the order of a file. Raises ValueError if
+    there are not enough prompts.
     """
     if per_task_collect < 0 or per_task_timed < 0:
         raise ValueError(f"negative number of prompts: {per_task_collect}, {per_task_timed}")
@@ -157,14 +144,14 @@ def demo_prompts(
 
 
 def cut_function(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> Cut | None:
-    """The parts of a function, dedented, or None where it cannot be cut between two lines."""
+    """Return the parts of a function, dedented, or None if they do not begin on lines of their own."""
     doc = ast.get_docstring(node)
     rest = node.body[1:] if doc is not None else node.body
     if not rest:
         return None
-    # A nested function's own line follows its decorators, which belong to the body too.
+    # The decorators of a nested function are before its line and belong to the body.
     first = min(child.lineno for child in (rest[0], *getattr(rest[0], "decorator_list", ())))
-    # Decorators stay outside, as in the training records.
+    # The function's own decorators are left out, as in the training records.
     whole = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])).split("\n")
     start = first - node.lineno
     head, body, bare = whole[:start], whole[start:], whole
@@ -176,20 +163,20 @@ def cut_function(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str])
 
 
 def _is_well_formed(cut: Cut) -> bool:
-    """Printable ASCII indented by four, as the training text is, that parses after the cut."""
+    """Return True for printable ASCII indented by four, as in training, whose parts can be parsed."""
     whole = f"{cut.head}\n{cut.body}"
     plain = whole.isascii() and whole.replace("\n", "").isprintable()
     if not plain or not whole.startswith(("def ", "async def ")) or not cut.body.startswith("    "):
         return False
-    # Dedenting can spoil a string of several lines, and the first statement can stand on the last
-    # line of the signature or of the docstring.
+    # Dedenting can break a string of several lines, and the first statement can be on the last line of
+    # the signature or of the docstring.
     texts = (whole, cut.head + "\n    pass", cut.bare)
     return all(_parsed(text) is not None for text in texts)
 
 
 def _parsed(source: str) -> ast.Module | None:
     with warnings.catch_warnings():
-        # Warnings about other people's escape sequences are not for our user.
+        # The user cannot correct escape sequences in other packages.
         warnings.simplefilter("ignore")
         try:
             return ast.parse(source)
@@ -198,20 +185,20 @@ def _parsed(source: str) -> ast.Module | None:
 
 
 def _in_turns(seed: int) -> Iterator[HarvestedFunction]:
-    """One function of each package in turn, so that no large package crowds out the others."""
+    """Yield a function of each package in turn, so that a large package does not displace others."""
     roots = {name: root for name in PACKAGES if (root := package_folder(name)) is not None}
     names = sorted(roots, key=lambda name: _hash(f"{name}:{seed}"))
     streams = [_package_functions(name, roots[name], seed) for name in names]
     while streams:
-        # Packages that have run dry leave the round.
+        # Packages without further functions are dropped.
         drawn = [(stream, next(stream, None)) for stream in streams]
         streams = [stream for stream, function in drawn if function is not None]
         yield from (function for _, function in drawn if function is not None)
 
 
 def package_folder(name: str) -> Path | None:
-    """Where an installed package lies; None if it is not installed."""
-    # The standard library is what the models were trained on.
+    """Return the folder of an installed package; None if it is not installed."""
+    # The models were trained on the standard library.
     if name in sys.stdlib_module_names:
         return None
     spec = find_spec(name)
@@ -220,7 +207,7 @@ def package_folder(name: str) -> Path | None:
 
 
 def _package_functions(package: str, root: Path, seed: int) -> Iterator[HarvestedFunction]:
-    # Two levels are enough to choose from; walking all of torch would cost more than parsing.
+    # Two levels are enough; a walk through all of torch would take longer than parsing.
     paths = [*root.glob("*.py"), *root.glob("*/*.py")]
     named = {path.relative_to(root).as_posix(): path for path in paths}
     usable = [name for name in named if not _SKIPPED.search(name)]
@@ -237,7 +224,7 @@ def _package_functions(package: str, root: Path, seed: int) -> Iterator[Harveste
 
 
 def _readable_source(path: Path) -> str | None:
-    """A file's text, or None for a generated, undecodable, tiny or very long file."""
+    """Return a file's text, or None for a generated, undecodable, tiny or very long file."""
     if not _FILE_BYTES[0] <= path.stat().st_size <= _FILE_BYTES[1]:
         return None
     try:
@@ -253,13 +240,13 @@ def _file_functions(
     tree = _parsed(source)
     if tree is None:
         return
-    # Not splitlines(): it also breaks at form feeds, which ast does not count as line ends.
+    # Not splitlines(): it also splits at form feeds, which ast does not count as line ends.
     lines = source.split("\n")
     module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     nodes = [(f"{module}.{inner}", node) for inner, node in _definitions(tree, "")]
     counts = Counter(qualname for qualname, _ in nodes)
-    # Overloads, properties with setters and alternatives by platform share one name; an id
-    # must name one function.
+    # Overloads, properties with setters and variants by platform share a name; an id must name one
+    # function.
     nodes = [(qualname, node) for qualname, node in nodes if counts[qualname] == 1]
     nodes.sort(key=lambda item: _hash(f"{package}:{item[0]}:{seed}"))
     taken = 0
@@ -276,20 +263,20 @@ def _file_functions(
 def _definitions(
     parent: ast.Module | ast.ClassDef, scope: str
 ) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
-    """Functions and methods with their names; those inside functions need their surroundings."""
+    """Yield functions and methods with their names, but not those inside functions."""
     for node in parent.body:
         if isinstance(node, ast.ClassDef):
             yield from _definitions(node, f"{scope}{node.name}.")
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name[-2:] != "__":
-            # Special methods are left out: their signatures say nothing of the class, and many are
-            # word for word those of the training text.
+            # Special methods are left out: their signatures do not describe the class, and many are
+            # in the training text.
             yield f"{scope}{node.name}", node
 
 
 def _domain_and_text(cut: Cut, key: str) -> tuple[str, str] | None:
-    """What a function of this form can be used for; only a documented one can be summarized."""
-    # Half of the documented functions go to code: there too, part of the prompts must say in
-    # words what to write, as in the training records.
+    """Return the domain and text of a function, or None; a summary needs a docstring."""
+    # Half of the documented functions are for code, where a part of the prompts must describe the
+    # function in words, as in the training records.
     for_summary = bool(cut.doc) and int(_hash(f"domain:{key}"), 16) % 2 == 0
     if for_summary:
         opening = cut.doc.split("\n\n")[0]
@@ -305,7 +292,7 @@ def _within(text: str, limits: tuple[int, int]) -> bool:
 
 def _require(domain: str, asked: int, existing: int) -> None:
     if asked > existing:
-        raise ValueError(f"{asked} {domain} prompts asked for, but only {existing} exist")
+        raise ValueError(f"{asked} {domain} prompts are needed, but only {existing} exist")
 
 
 def _hash(text: str) -> str:

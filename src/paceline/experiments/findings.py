@@ -1,29 +1,64 @@
-"""What an experiment found: tables, the panels of one figure, remarks. Knows no file format."""
+"""An experiment, a paper's claim and the findings: tables, panels of one figure, remarks.
+
+Knows no file format.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from paceline.config import Section
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from paceline.experiments.workbench import Workbench
 
 Value = str | int | float | None
+SPEED: Final = "{:.2f}x"
+SHARE: Final = "{:.0%}"
+Source = Literal["abstract", "code", "notes", "summary"]
+SOURCES: Final[dict[Source, str]] = {
+    "abstract": "the paper's abstract",
+    "code": "the authors' released code",
+    "notes": "third parties' notes that cite the paper's sections; not confirmed by us",
+    "summary": "a third party's published summary; not confirmed by us",
+}
+
+
+class Claim(Section):
+    """One claim of a paper; `source` is where it was read."""
+
+    text: str
+    source: Source
+
+    def __str__(self) -> str:
+        return f"{self.text} (from {SOURCES[self.source]})"
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column's head, and how its numbers are written; texts stay as they are, None is a dash."""
+    """The head of a column and the format of its numbers; texts stay as they are, None is a dash."""
 
     name: str
     form: str = "{}"
 
     def text(self, value: Value) -> str:
+        """Return a value as it is shown."""
         if value is None:
             return "–"
         return value if isinstance(value, str) else self.form.format(value)
 
 
+def columns(*heads: str | tuple[str, str]) -> list[Column]:
+    """Return columns: each a head, or a head and the format of its numbers."""
+    return [Column(head) if isinstance(head, str) else Column(*head) for head in heads]
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows under columns; what their words mean stands above."""
+    """Rows under columns; the explanation defines their words."""
 
     title: str
     explanation: str
@@ -31,7 +66,7 @@ class Table:
     rows: list[list[Value]]
 
     def texts(self) -> list[list[str]]:
-        """The rows as they are written."""
+        """Return the rows as they are shown."""
         return [
             [column.text(value) for column, value in zip(self.columns, row, strict=True)]
             for row in self.rows
@@ -40,7 +75,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One line or one colour of bars; low and high are the ends of intervals, where there are any."""
+    """One line or one colour of bars; low and high are the ends of the intervals, if there are any."""
 
     label: str
     x: list[float] | list[str]
@@ -51,7 +86,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One of the pictures beside each other. baseline: a dashed level, such as 1 for plain decoding."""
+    """One part of the figure. baseline: a dashed level, such as 1 for plain decoding."""
 
     title: str
     y_label: str
@@ -64,9 +99,9 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """The first table is the one that answers the question.
+    """The results of an experiment; the first table answers the question.
 
-    settings: what a reader must know of how it was found; facts: what else belongs into the JSON.
+    settings: the conditions that a reader must know; facts: further contents of the JSON file.
     """
 
     tables: list[Table]
@@ -74,3 +109,13 @@ class Findings:
     settings: dict[str, str | int]
     remarks: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """A question, the paper's answer (None: the paper does not ask), and the function that answers."""
+
+    name: str
+    title: str
+    claim: Claim | None
+    run: Callable[[Workbench], Findings]

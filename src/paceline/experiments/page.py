@@ -1,6 +1,6 @@
-"""The experiments' page, put together from what the runs wrote, so that no figure is typed by hand.
+"""The experiments' page, assembled from the reports of the runs, so that no figure is typed by hand.
 
-What stands between the two marks of the page is replaced; the rest of it is prose and stays.
+The text between the two marks of the page is replaced; the rest stays.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from paceline.experiments.catalog import EXPERIMENTS, OUT
 from paceline.files import write_atomically
 
 if TYPE_CHECKING:
-    from paceline.experiments.catalog import Experiment
+    from paceline.experiments.findings import Experiment
 
 BEGIN: Final = "<!-- found: `paceline experiment --collect-docs` writes what stands here -->"
 END: Final = "<!-- end of what was found -->"
-_OURS: Final = "nothing; the question is ours"
+_OURS: Final = "none; the question is our own"
 
 
 def collect_docs(out: Path | str = OUT) -> Path:
-    """Write what the runs in a folder found into the page beside it, FOLDER.md; returns the page.
+    """Write the reports of a folder into the page next to it, FOLDER.md, and return the page.
 
-    Raises ConfigError if the page is not there or lacks the marks.
+    Raises ConfigError if the page is missing or lacks the marks.
     """
     folder = Path(out)
     page = folder.with_name(f"{folder.name}.md")
@@ -34,7 +34,7 @@ def collect_docs(out: Path | str = OUT) -> Path:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ConfigError(f"{page}: the lines '{BEGIN}' and '{END}' must stand in it")
+        raise ConfigError(f"{page}: it must have the lines '{BEGIN}' and '{END}'")
     found = {e.name: _read(folder / f"{e.name}.md") for e in EXPERIMENTS.values()}
     parts = [_overview(found)]
     parts += [
@@ -46,12 +46,12 @@ def collect_docs(out: Path | str = OUT) -> Path:
 
 
 def _read(path: Path) -> str:
-    """A run's report; empty where there is none."""
+    """Return a run's report, or an empty text if there is none."""
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def _overview(found: dict[str, str]) -> str:
-    lines = ["| experiment | what the paper says | what was found |", "|---|---|---|"]
+    lines = ["| experiment | the paper's claim | result |", "|---|---|---|"]
     for name, text in found.items():
         experiment = EXPERIMENTS[name]
         shown = f"[{name}](#{_anchor(experiment.title)})" if text else name
@@ -62,7 +62,7 @@ def _overview(found: dict[str, str]) -> str:
 
 
 def _section(experiment: Experiment, text: str, folder: str) -> str:
-    """An experiment's question, circumstances, first table, remarks and figure, with links."""
+    """Return an experiment's question, circumstances, first table, remarks and figure, with links."""
     head, *tables = text.split("\n## ")
     _, _, preamble = head.partition("\n")  # claim and circumstances
     table = "\n".join(line for line in tables[0].split("\n") if line and not line.startswith("- "))
@@ -90,6 +90,6 @@ def _remarks(text: str) -> list[str]:
 
 
 def _anchor(title: str) -> str:
-    """As GitHub makes it from a heading."""
+    """Return GitHub's anchor of a heading."""
     kept = "".join(c for c in title.lower() if c.isalnum() or c in " -_")
     return kept.replace(" ", "-")

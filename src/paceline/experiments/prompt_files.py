@@ -1,4 +1,4 @@
-"""Prompts of a data folder: a JSONL file a task, and Spec-Bench's questions. Knows no models."""
+"""Prompts of a data folder: a JSONL file per task, and Spec-Bench's questions. Knows no models."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ TASKS: Final = ("translation", "math", "code", "summary")
 def read_tasks(
     folder: Path, num_collected: int, num_timed: int, without: Collection[str] = ()
 ) -> tuple[list[PromptRecord], list[PromptRecord]]:
-    """So many prompts of each task to collect and others to time, from opposite ends by hash of id.
+    """Return prompts per task to collect and others to time, from opposite ends by hash of id.
 
-    without: ids that are neither.
+    without: ids to leave out. Raises ConfigError if a file is missing or has too few prompts.
     """
     collected: list[PromptRecord] = []
     timed: list[PromptRecord] = []
@@ -36,7 +36,7 @@ def read_tasks(
         ranked = take_by_hash(records, None)
         if len(ranked) < num_collected + num_timed:
             raise ConfigError(
-                f"{path}: {num_collected + num_timed} prompts asked for, {len(ranked)} are there"
+                f"{path}: {num_collected + num_timed} prompts are needed, but it has {len(ranked)}"
             )
         collected += ranked[:num_collected]
         timed += ranked[len(ranked) - num_timed :]
@@ -44,7 +44,7 @@ def read_tasks(
 
 
 def read_spec_bench(path: Path) -> list[PromptRecord]:
-    """The first turn of every question; later ones need the answer to it."""
+    """Return the first turn of every question; later turns need its answer."""
     records = []
     lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     for number, line in enumerate(lines, start=1):

@@ -1,34 +1,30 @@
-"""Findings as markdown, as JSON and as a figure, each with the circumstances they were found in."""
+"""Findings as markdown, as JSON and as a figure, with the circumstances of the run."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from paceline.bench.circumstances import headline
 from paceline.files import write_atomically
-from paceline.layer_search import import_figure
+from paceline.plotting import import_figure
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from paceline.experiments.catalog import Experiment
-    from paceline.experiments.findings import Findings, Panel, Series, Table
+    from paceline.experiments.findings import Experiment, Findings, Panel, Series, Table
 
 _COLOURS: Final = (
     "#3b6ea5", "#c44e52", "#1a7f37", "#d9b44a", "#7a5ba6", "#8c6d46", "#5f9ea0", "#888888",
     "#f28e2b", "#e377a2", "#2f2f2f", "#a6c36f",
 )  # fmt: skip
-_BARS_OF_ALL: Final = 0.82  # share of a place on the axis that its bars fill
+_BARS_OF_ALL: Final = 0.82  # share of a tick's width that its bars fill
 _LEGEND_ENTRY: Final = 2.2  # inches
+_CHARACTERS_PER_INCH: Final = 15  # names with more characters in all are turned
 _LONG_NAME: Final = 20  # characters; longer ones below an axis are turned
-
-
-def figure_class() -> Any:
-    """matplotlib's figure. Raises ConfigError with what to install."""
-    return import_figure("bench")
 
 
 def write_report(
@@ -37,7 +33,7 @@ def write_report(
     facts: Mapping[str, str | int],
     folder: Path,
 ) -> list[Path]:
-    """NAME.md, NAME.json and NAME.png in a folder; returns their paths. facts: circumstances."""
+    """Write NAME.md, NAME.json and NAME.png to a folder and return their paths. facts: circumstances."""
     paths = [folder / f"{experiment.name}.{suffix}" for suffix in ("md", "json", "png")]
     text = markdown(experiment, findings, facts)
     everything = {
@@ -46,7 +42,7 @@ def write_report(
         "circumstances": dict(facts),
         **asdict(findings),
     }
-    write_figure(findings, experiment.title, paths[2])
+    write_figure(findings.panels, experiment.title, paths[2])
     data = json.dumps(everything, indent=1, ensure_ascii=False, allow_nan=False)
     write_atomically(paths[1], data.encode() + b"\n")
     write_atomically(paths[0], text.encode())
@@ -54,11 +50,12 @@ def write_report(
 
 
 def markdown(experiment: Experiment, findings: Findings, facts: Mapping[str, str | int]) -> str:
-    said = ", ".join(f"{name}: {value}" for name, value in findings.settings.items())
+    """Return the report of an experiment."""
+    shown = ", ".join(f"{name}: {value}" for name, value in findings.settings.items())
     lines = [f"# {experiment.title}", ""]
     if experiment.claim is not None:
         lines += [f"The paper: {experiment.claim}.", ""]
-    lines += [f"{headline(facts)} {said[:1].upper()}{said[1:]}. `{facts['command']}`", ""]
+    lines += [f"{headline(facts)} {shown[:1].upper()}{shown[1:]}. `{facts['command']}`", ""]
     lines += [line for found in findings.tables for line in _table(found)]
     lines += [*(f"- {remark}" for remark in findings.remarks), ""]
     lines += [f"![{experiment.title}]({experiment.name}.png)"]
@@ -73,14 +70,23 @@ def _table(table: Table) -> list[str]:
     return [*lines, ""]
 
 
-def write_figure(findings: Findings, title: str, path: Path) -> None:
-    """The panels beside each other."""
-    panels = findings.panels
+def write_figure(
+    panels: Sequence[Panel],
+    title: str,
+    path: Path,
+    colours: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Write a PNG with the panels side by side. colours: by label of a series.
+
+    Raises ConfigError with the command that installs matplotlib if it is missing.
+    """
     widths = [_width(panel) for panel in panels]
-    figure = figure_class()(figsize=(sum(widths), 5.0), layout="constrained")
+    figure = import_figure()(figsize=(sum(widths), 5.0), layout="constrained")
     places = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0]
     for axes, panel, width in zip(places, panels, widths, strict=True):
-        (_draw_bars if panel.kind == "bars" else _draw_lines)(axes, panel)
+        colour_of = {s.label: _COLOURS[i % len(_COLOURS)] for i, s in enumerate(panel.series)}
+        draw = _draw_bars if panel.kind == "bars" else _draw_lines
+        draw(axes, panel, {**colour_of, **colours})
         if panel.baseline is not None:
             axes.axhline(panel.baseline, color="black", linewidth=1, linestyle="--")
         axes.set_title(panel.title, fontsize=10)
@@ -99,15 +105,15 @@ def write_figure(findings: Findings, title: str, path: Path) -> None:
 
 
 def _width(panel: Panel) -> float:
-    """Inches: what a panel's bars need, or as much as a line plot likes."""
+    """Return inches: as many as a panel's bars need, or those of a line plot."""
     if panel.kind == "lines":
         return 5.5
     return max(4.5, 0.15 * sum(len(series.x) for series in panel.series) + 1.0)
 
 
-def _draw_lines(axes: Any, panel: Panel) -> None:
-    for i, series in enumerate(panel.series):
-        colour = _COLOURS[i % len(_COLOURS)]
+def _draw_lines(axes: Any, panel: Panel, colours: Mapping[str, str]) -> None:
+    for series in panel.series:
+        colour = colours[series.label]
         axes.plot(series.x, series.y, marker="o", markersize=4, label=series.label, color=colour)
         if series.low is not None and series.high is not None:
             axes.fill_between(series.x, series.low, series.high, alpha=0.2, color=colour)
@@ -118,7 +124,7 @@ def _draw_lines(axes: Any, panel: Panel) -> None:
         axes.minorticks_off()
 
 
-def _draw_bars(axes: Any, panel: Panel) -> None:
+def _draw_bars(axes: Any, panel: Panel, colours: Mapping[str, str]) -> None:
     names = list(dict.fromkeys(str(x) for series in panel.series for x in series.x))
     width = _BARS_OF_ALL / len(panel.series)
     for i, series in enumerate(panel.series):
@@ -128,17 +134,19 @@ def _draw_bars(axes: Any, panel: Panel) -> None:
             series.y,
             width,
             label=series.label,
-            color=_COLOURS[i % len(_COLOURS)],
+            color=colours[series.label],
             yerr=_errors(series),
             error_kw={"linewidth": 0.8},
         )
-    longest = max((len(line) for name in names for line in name.split("\n")), default=0)
-    turned = {"rotation": 30, "ha": "right"} if longest > _LONG_NAME else {}
+    lengths = [max(map(len, name.split("\n"))) for name in names]
+    crowded = sum(lengths) > _CHARACTERS_PER_INCH * _width(panel)
+    is_turned = crowded or max(lengths, default=0) > _LONG_NAME
+    turned = {"rotation": 30, "ha": "right"} if is_turned else {}
     axes.set_xticks(range(len(names)), names, fontsize=8, **turned)
 
 
 def _errors(series: Series) -> list[list[float]] | None:
-    """[below, above] each value, as matplotlib wants them."""
+    """Return lengths [below, above] each value, the form that matplotlib takes."""
     if series.low is None or series.high is None:
         return None
     below = [y - low for y, low in zip(series.y, series.low, strict=True)]

@@ -1,7 +1,7 @@
-"""What experiments share: prompts, one collection and one cost table, made when first asked for.
+"""Prompts, a collection and a cost table that experiments share, made at the first use.
 
-All of it lies in one folder: a second experiment finds what the first one made, and a killed one goes
-on where it was. Knows no question and no policy.
+All files are in one folder: a second experiment uses those of the first, and a stopped experiment
+continues. Knows no question and no policy.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 
 from paceline.assembly import Pace, build
 from paceline.bench.circumstances import cpu_model
-from paceline.bench.profile import profile
-from paceline.collection import collect
-from paceline.config import Config, PathsSection, load_config
-from paceline.contracts import NONE, PromptRecord, identity_of_arms, split_arm
+from paceline.collection import collect_trajectories
+from paceline.config import Config, load_config
+from paceline.contracts import NONE, PromptRecord, identity_of_arms, no_progress, split_arm
 from paceline.costs.table import CostTable
 from paceline.drafting.catalog import arms_of
 from paceline.errors import ArtefactError, ConfigError
+from paceline.experiments.by_clock import without_prefixes
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.experiments.prompt_files import read_spec_bench, read_tasks
 from paceline.models.loading import load_tokenizer
@@ -33,27 +33,25 @@ from paceline.store.collection import (
     open_trajectories,
     read_trajectories,
 )
+from paceline.verbs.pipeline import in_folder, profile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from typing import TypeVar
 
     from paceline.config import DrafterSection
-    from paceline.contracts import CollectedPrompt
+    from paceline.contracts import CollectedPrompt, Progress
 
-    OnProgress = Callable[[str, int, int], None]
+    T = TypeVar("T")
 
 SPEC_BENCH: Final = "spec_bench.jsonl"
-_SMOKE_QUESTIONS: Final = 6  # of Spec-Bench, a category
-
-
-def quiet(stage: str, done: int, total: int) -> None:
-    """No progress."""
+_SMOKE_QUESTIONS: Final = 6  # of Spec-Bench, per category
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much of everything: prompts of each task to collect (None: all of a given store), others
-    of each task to time, and seconds for measuring costs.
+    """Numbers of prompts per task to collect (None: all of a given store) and others to time, and the
+    seconds for measuring costs.
     """
 
     prompts: int | None = 40
@@ -63,10 +61,11 @@ class Sizes:
 
     @property
     def smoke(self) -> bool:
-        """Whether they only show that an experiment works."""
+        """True if these sizes only show that an experiment works."""
         return self.profile_seconds == 0.0
 
     def with_prompts(self, prompts: int | None) -> Sizes:
+        """Return the sizes with another number of prompts to collect."""
         return replace(self, prompts=prompts)
 
 
@@ -74,14 +73,14 @@ SMOKE: Final = Sizes(prompts=8, timed=1, max_new_tokens=12, profile_seconds=0.0)
 
 
 class PromptSets(NamedTuple):
-    """Prompts to collect and learn from, and others, which no policy has seen, to time."""
+    """Prompts to collect and learn from, and others to time, which no policy has seen."""
 
     collected: list[PromptRecord]
     timed: list[PromptRecord]
 
 
 class Workbench:
-    """A configuration's models at work in one folder. Models are loaded when first needed."""
+    """A configuration's models and their files in one folder. Models are loaded at the first use."""
 
     def __init__(
         self,
@@ -89,12 +88,12 @@ class Workbench:
         folder: Path,
         data: Path | None = None,
         sizes: Sizes = Sizes(),
-        on_progress: OnProgress = quiet,
+        on_progress: Progress = no_progress,
         store: Path | None = None,
     ) -> None:
-        """config: read when it is needed, which not every experiment does. data: folder of the
-        prompt files; without one the demo's prompts are used. store: a collection made before, used
-        in place of the folder's own; drafters that it lacks are replayed into it.
+        """config: read at the first use. data: folder of the prompt files; without one the demo's
+        prompts are used. store: an existing collection to use instead of the folder's own; missing
+        drafters are replayed into it.
         """
         self._source = config
         self.folder = folder
@@ -104,11 +103,9 @@ class Workbench:
         self.store = store
 
     def data_file(self, name: str) -> Path:
-        """A file of the data folder. Raises ConfigError that names the folder it should be in."""
+        """Return a file of the data folder. Raises ConfigError if the folder or the file is missing."""
         if self.data is None:
-            raise ConfigError(
-                f"{name} is needed; name the folder it lies in with --data or PACELINE_DATA"
-            )
+            raise ConfigError(f"{name} is needed; name its folder with --data or PACELINE_DATA")
         path = self.data / name
         if not path.is_file():
             raise ConfigError(f"{self.data}: no {name} in this data folder")
@@ -116,37 +113,35 @@ class Workbench:
 
     @cached_property
     def config(self) -> Config:
-        """With everything written into the folder, and no prefill spared by an earlier request."""
+        """The configuration with all paths in the folder and without shared prompt beginnings."""
         read = self._source if isinstance(self._source, Config) else load_config(self._source)
-        paths = PathsSection(
-            store=self.store or self.folder / "collection",
-            costs=self.folder / "costs.json",
-            policy=self.folder / "policy",
-        )
-        engine = read.engine.model_copy(update={"prefix_positions": 0})
-        return read.model_copy(update={"paths": paths, "engine": engine})
+        config = without_prefixes(in_folder(read, self.folder))
+        if self.store is None:
+            return config
+        paths = config.paths.model_copy(update={"store": self.store})
+        return config.model_copy(update={"paths": paths})
 
     def with_drafters(self, name: str, drafters: Mapping[str, DrafterSection]) -> Workbench:
-        """The same with other drafters, a collection and a cost table of their own in a folder."""
+        """Return a workbench with other drafters, and files of its own in a sub-folder."""
         config = self.config.model_copy(update={"drafters": dict(drafters)})
         sizes = self.sizes.with_prompts(self.sizes.prompts or Sizes().prompts)
         return Workbench(config, self.folder / name, self.data, sizes, self.on_progress)
 
     @cached_property
     def prompts(self) -> PromptSets:
-        """So many of each task, by hash of id, so that a larger number has the smaller one's in it.
+        """A number of prompts per task, by hash of id, so that more prompts include the fewer.
 
-        With a given store none is to be collected, and those to time are not among its own.
+        With a given store there is none to collect, and those to time are not among its own.
         """
-        there = set() if self.store is None else _ids(self.store)
+        in_store = set() if self.store is None else _ids(self.store)
         num_collected = 0 if self.store is not None else self.sizes.prompts or 0
         if self.data is not None:
-            return PromptSets(*read_tasks(self.data, num_collected, self.sizes.timed, there))
+            return PromptSets(*read_tasks(self.data, num_collected, self.sizes.timed, in_store))
         try:
             collected, timed = demo_prompts(num_collected, self.sizes.timed)
         except ValueError as error:
-            raise ConfigError(f"{error}; name a folder with more of them with --data") from error
-        return PromptSets(collected, [prompt for prompt in timed if prompt.id not in there])
+            raise ConfigError(f"{error}; name a folder with more prompts with --data") from error
+        return PromptSets(collected, [prompt for prompt in timed if prompt.id not in in_store])
 
     @cached_property
     def spec_bench(self) -> list[PromptRecord]:
@@ -161,7 +156,7 @@ class Workbench:
 
     @cached_property
     def decode(self) -> Callable[[list[int]], str]:
-        """Tokens to text, without loading a model."""
+        """The function from tokens to text, without a model."""
         tokenizer = load_tokenizer(self.config.target)
         return lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True))
 
@@ -172,19 +167,19 @@ class Workbench:
 
     @cached_property
     def aligned(self) -> LoadedCollection:
-        """The same with what each draft model writes on its own; a given store must hold it."""
+        """The same with each draft model's own outputs; a given store must have them."""
         return self.collect(self.prompts.collected, alignment=self.store is None)
 
     def collect(
         self, prompts: Sequence[PromptRecord], into: Path | None = None, alignment: bool = False
     ) -> LoadedCollection:
-        """Of these prompts only, whatever else the folder holds; those it lacks are decoded.
+        """Return these prompts of the collection; missing ones are decoded.
 
-        Without prompts, of a given store, as many of each task as `sizes` says. into: another folder
-        than the workbench's own.
+        Without prompts, return those of a given store, at most `sizes.prompts` per task. into: another
+        folder than the workbench's own.
         """
         store = into or self.config.paths.store
-        collect(
+        collect_trajectories(
             self.pace,
             prompts,
             store,
@@ -192,15 +187,15 @@ class Workbench:
             alignment=alignment,
             on_progress=self.on_progress,
         )
-        found = load_collection(store, list(self.config.drafters))
+        loaded = load_collection(store, list(self.config.drafters))
         if prompts:
             wanted = {prompt.id for prompt in prompts}
         else:
-            wanted = {p.prompt_id for p in _of_each_task(found.prompts, self.sizes.prompts)}
-        return found._replace(prompts=[p for p in found.prompts if p.prompt_id in wanted])
+            wanted = {p.prompt_id for p in _of_each_task(loaded.prompts, self.sizes.prompts)}
+        return loaded._replace(prompts=[p for p in loaded.prompts if p.prompt_id in wanted])
 
     def arms(self, drafters: Sequence[str], own_lengths: bool = False) -> list[str]:
-        """`none` and these drafters at every draft length that can be chosen, or at their own alone."""
+        """Return `none` and these drafters at every draft length, or at their own lengths alone."""
         lacking = [name for name in drafters if name not in self.config.drafters]
         if lacking:
             raise ConfigError(
@@ -212,19 +207,15 @@ class Workbench:
             return among
         return [arm for arm in arms_of(self.config) if split_arm(arm)[0] in among]
 
-    def specialists(self, tasks: Sequence[str]) -> list[str]:
-        """Drafters of the configuration that are named after one of these tasks."""
-        return [name for name in self.config.drafters if name in tasks]
-
     def priced(
         self, prompts: Sequence[CollectedPrompt], costs: CostTable | None = None
     ) -> list[CollectedPrompt]:
-        """With the rounds of drafters whose stop rule looks at prices."""
+        """Return prompts with the rounds of drafters whose stop rule depends on prices."""
         return price_stops(prompts, self.config, costs or self.costs)
 
     @cached_property
     def costs(self) -> CostTable:
-        """This machine's cost table, the folder's where it was measured on the same."""
+        """This machine's cost table; the folder's, if it was measured on the same machine."""
         path = self.config.paths.costs
         parts = self.pace.parts
         try:
@@ -232,17 +223,23 @@ class Workbench:
             identities = {name: drafter.identity() for name, drafter in parts.drafters.items()}
             table.check(parts.drafters, identity_of_arms(identities))
             fits = self._same_machine(table)
-        except ArtefactError:  # none yet, or of other drafters
+        except ArtefactError:  # there is none yet, or one of other drafters
             fits = False
         if not fits:
-            table = profile(parts, self.on_progress, self.sizes.profile_seconds)
-            table.save(path)
+            return profile(self.pace, self.on_progress, self.sizes.profile_seconds)
         for drafter in parts.drafters.values():
             drafter.price(table)
         return table
 
+    def track(self, stage: str, items: Sequence[T]) -> Iterator[T]:
+        """Yield the items and report how many of them are done."""
+        for done, item in enumerate(items):
+            self.on_progress(stage, done, len(items))
+            yield item
+        self.on_progress(stage, len(items), len(items))
+
     def doubt(self) -> str | None:
-        """What speaks against the cost table, where one was used."""
+        """Return the doubt about the cost table, if one was used."""
         return self.costs.doubt() if "costs" in self.__dict__ else None
 
     def _same_machine(self, table: CostTable) -> bool:
@@ -255,9 +252,9 @@ class Workbench:
         return all(table.fingerprint.get(key) == value for key, value in now.items())
 
     def settings(self, prompts: Sequence[CollectedPrompt] | None = None) -> dict[str, str | int]:
-        """What was asked of this run, for the findings of an experiment that decodes.
+        """Return the conditions of this run, for the findings.
 
-        prompts: those that were used, where they are not so many of each task.
+        prompts: the used prompts, if they are not a number per task.
         """
         used: dict[str, str | int]
         if prompts is None:
@@ -279,7 +276,7 @@ def _ids(store: Path) -> set[str]:
 
 
 def _of_each(prompts: Sequence[PromptRecord], num: int) -> list[PromptRecord]:
-    """So many prompts of each domain, by hash of id."""
+    """Return a number of prompts per domain, by hash of id."""
     return [
         prompt
         for domain in dict.fromkeys(p.domain for p in prompts)

@@ -1,1 +1,1 @@
-"""PLUG: paceline inside other libraries' calls. `hf` is transformers' `generate`."""
+"""PLUG: paceline in other libraries' calls. `hf` serves transformers' `generate`."""

@@ -1,13 +1,13 @@
 """A paceline drafter as the candidate generator of transformers' own assisted decoding.
 
-transformers decodes and judges, one row at a time; the drafter proposes from the text alone. Of a
-tree one path goes out, the first child of every node. Symbols: L text, k drafted, V logits.
+transformers decodes and verifies, one row at a time; the drafter proposes from the text alone. Of a
+tree, only the path of first children is proposed. Symbols: L tokens of text, k drafted, V logits.
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 from transformers.generation.candidate_generator import CandidateGenerator
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     from paceline.contracts import Drafts
     from paceline.drafting.base import Drafter
 
-# engines count their rows from 0 and a replay is -2, so that all may use one drafter
-_IDS = itertools.count(-3, -1)
-_PREPARE = 512  # tokens of a drafter's own prefill at once
+# engines count rows from 0 and a replay's row is -2: no two may have the same id in a drafter
+_ROW_IDS = itertools.count(-3, -1)
+_PREFILL_CHUNK: Final = 512  # tokens of the drafter's own prefill per call
 
 
 class DrafterCandidates(CandidateGenerator):
-    """Candidates for one text of transformers' assisted decoding; `close` it at the text's end.
+    """A `transformers.CandidateGenerator` for one text; `close` it when the text is complete.
 
-    Greedy drafts and lookups come without logits: transformers then takes them as far as they equal
-    what it selects itself. Drafts sampled from a distribution q come with log q, which transformers
-    judges with min(1, p/q). Either way its own output distribution is unchanged.
+    Greedy drafts and lookups have no logits: transformers accepts them while they equal the tokens
+    that it selects itself. Drafts sampled from a distribution q have log q as logits, and transformers
+    accepts with min(1, p/q). Neither changes transformers' output distribution.
     """
 
     def __init__(
@@ -45,24 +45,30 @@ class DrafterCandidates(CandidateGenerator):
         sampling: SamplingParams | None = None,
         num_padding: int = 0,
     ) -> None:
-        """max_length: prompt and output. num_padding: tokens left of the prompt to pass over."""
+        """max_length: of prompt and output. sampling: of the target's tokens, for drafters that sample.
+        num_padding: tokens to skip to the left of the prompt.
+
+        Raises ConfigError for a drafter that reads the target's states.
+        """
         needs = drafter.needs
         if needs.target_weights:
             raise ConfigError(
                 f"drafter '{drafter.name}' reads the target's own states, which transformers' "
-                "assisted decoding does not hand out; use custom_generate=paceline.integrations."
-                "hf.generate, or another drafter"
+                "assisted decoding does not provide; use another drafter, or custom_generate="
+                "paceline.integrations.hf.generate"
             )
         self.drafter = drafter
         self._max_length = max_length
         self._num_padding = num_padding
-        self._row = ReplayedRow([], 0, id=next(_IDS), sampling=sampling or SamplingParams())
+        self._row = ReplayedRow([], 0, id=next(_ROW_IDS), sampling=sampling or SamplingParams())
         self._started = False
 
     def get_candidates(self, input_ids: Tensor, **kwargs: object) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
-        """The text with the drafted tokens behind it [1, L + k], and log q [1, k, V] or None."""
+        """Return the text followed by the draft [1, L + k], and log q [1, k, V] or None."""
         if input_ids.shape[0] != 1:
-            raise RequestError("transformers' assisted decoding takes one row at a time")
+            raise RequestError(
+                f"transformers' assisted decoding takes one row; got {input_ids.shape[0]}, give one"
+            )
         room = self._max_length - input_ids.shape[1] - 1
         if room < 1:
             return input_ids, None
@@ -85,10 +91,10 @@ class DrafterCandidates(CandidateGenerator):
         self._row.num_prompt = len(self._row.tokens)
         self._started = True
         self.drafter.start([self._row])
-        prepare_all(self.drafter, self._row, _PREPARE)
+        prepare_all(self.drafter, self._row, _PREFILL_CHUNK)
 
     def close(self) -> None:
-        """Give back what the drafter holds for this text."""
+        """Release the drafter's memory of this text."""
         if self._started:
             self.drafter.finish([self._row])
             self._started = False
@@ -106,13 +112,13 @@ class DrafterCandidates(CandidateGenerator):
 
 
 def first_path(drafts: Drafts) -> list[int]:
-    """Places of the first row's nodes on the path of first children; of a chain all of them."""
-    places = range(drafts.lengths[0])
+    """Return the indices of the first row's nodes on the path of first children; of a chain, all."""
+    nodes = range(drafts.lengths[0])
     if drafts.parents is None:
-        return list(places)
+        return list(nodes)
     path: list[int] = []
-    for k in places:
-        # parents stand before their children and better siblings before worse ones
+    for k in nodes:
+        # parents precede their children, and better siblings precede worse ones
         if int(drafts.parents[0, k]) == (path[-1] if path else -1):
             path.append(k)
     return path

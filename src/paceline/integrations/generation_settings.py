@@ -1,9 +1,9 @@
-"""What a call of transformers' `generate` asks for, as paceline requests, or a refusal by name.
+"""Reads a call of transformers' `generate` into request settings, or refuses a setting by name.
 
-Read from what transformers prepared: its generation configuration with all defaults filled in, its
-logits processors and its stopping criteria. Processors stay transformers' own objects in their own
-order; only the warpers at the end of the list become sampling parameters, so that drafters that
-sample know them. Knows no engine. Symbols: B rows, L padded prompt length, V logits.
+The input is prepared by transformers: its generation configuration with all defaults, its logits
+processors and its stopping criteria. Processors stay transformers' own objects in their own order;
+only the warpers at the end of the list become sampling parameters, for drafters that sample. Knows no
+engine. Symbols: B rows, L padded prompt length, V logits.
 """
 
 from __future__ import annotations
@@ -34,14 +34,16 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import GenerationConfig
 
-    Processor = Callable[[Tensor, Tensor], Tensor]
+    from paceline.contracts import LogitsProcessor
 
-_ELSEWHERE: Final = "drop it, or leave out custom_generate"
-_OWN_CACHE: Final = "paceline keeps its own cache; drop it"
-_NOT_KEPT: Final = "paceline does not keep it; drop it (`Pace.request` gives log-probabilities)"
+_ELSEWHERE: Final = "remove it, or remove custom_generate"
+_OWN_CACHE: Final = "paceline has its own cache; remove it"
+_NOT_STORED: Final = (
+    "paceline does not store it; remove it (`Pace.request` gives log-probabilities)"
+)
 _DRAFTER: Final = "give a drafter to paceline instead: pace=, drafters= or assistant_model="
 
-# setting -> what to do about it; nothing, zero and transformers' own defaults ask for nothing
+# setting -> what to do instead; None, zero and transformers' own defaults are not refused
 _REFUSED: Final[Mapping[str, str]] = {
     **dict.fromkeys(OTHER_DECODING, _ELSEWHERE),
     "encoder_repetition_penalty": "use repetition_penalty",
@@ -49,23 +51,23 @@ _REFUSED: Final[Mapping[str, str]] = {
     "num_assistant_tokens": "set num_draft_tokens of the drafter",
     "num_assistant_tokens_schedule": "set num_draft_tokens of the drafter",
     "assistant_confidence_threshold": "set num_draft_tokens of the drafter",
-    "assistant_ensemble_weight": "it changes what is written; drop it",
+    "assistant_ensemble_weight": "it changes the text; remove it",
     "assistant_early_exit": _DRAFTER,
     "use_mtp": _DRAFTER,
     "speculation_type": _DRAFTER,
 }
-# settings that transformers honours when it decodes itself, as in `assisted`
+# settings that `assisted` supports, where transformers decodes
 _REFUSED_HERE: Final[Mapping[str, str]] = {
-    "output_scores": _NOT_KEPT,
-    "output_logits": _NOT_KEPT,
-    "output_attentions": _NOT_KEPT,
-    "output_hidden_states": _NOT_KEPT,
+    "output_scores": _NOT_STORED,
+    "output_logits": _NOT_STORED,
+    "output_attentions": _NOT_STORED,
+    "output_hidden_states": _NOT_STORED,
     "cache_implementation": _OWN_CACHE,
     "cache_config": _OWN_CACHE,
     "max_cache_len": _OWN_CACHE,
     "prefill_chunk_size": "set engine.prefill_chunk in paceline's configuration",
-    "compile_config": "paceline's forward is not compiled; drop it",
-    "continuous_batching_config": "rows of a batch are decoded together already; drop it",
+    "compile_config": "paceline's forward is not compiled by transformers; remove it",
+    "continuous_batching_config": "rows of a batch are decoded together already; remove it",
 }
 
 # inputs of the model's forward that a caller may give, in addition to an empty cache of any name
@@ -75,53 +77,55 @@ _INPUTS: Final = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A call of `generate` in paceline's words. `criteria` is what the engine has no rule for."""
+class CallSettings:
+    """Settings of one call of `generate`. `criteria`: those for which the engine has no rule."""
 
     max_new_tokens: int
     stop_token_ids: frozenset[int]
     pad_token_id: int | None
     sampling: dict[str, Any]  # temperature 0 is greedy
-    processors: tuple[Processor, ...]
+    processors: tuple[LogitsProcessor, ...]
     criteria: tuple[Callable[[Tensor, Any], Tensor], ...]
 
 
 def read_settings(
     config: GenerationConfig,
-    processors: Sequence[Processor],
+    processors: Sequence[LogitsProcessor],
     criteria: Sequence[Callable[[Tensor, Any], Tensor]],
     num_prompt: int,
-) -> Asked:
-    """Raises RequestError with the name of a setting that cannot be honoured. num_prompt: L."""
+) -> CallSettings:
+    """Return the settings of a call. num_prompt: L. Raises RequestError that names a refused setting."""
     refuse_other_decoding(config, processors)
     _refuse_settings(config, _REFUSED_HERE)
-    left = list(processors)
-    sampling = take_warpers(left) if config.do_sample else {"temperature": 0.0}
-    ends = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
+    remaining = list(processors)
+    sampling = take_warpers(remaining) if config.do_sample else {"temperature": 0.0}
+    limits = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
     stops = [c.eos_token_id for c in criteria if isinstance(c, EosTokenCriteria)]
     pad = getattr(config, "_pad_token_tensor", None)
-    return Asked(
-        max_new_tokens=min(ends) - num_prompt,
+    return CallSettings(
+        max_new_tokens=min(limits) - num_prompt,
         stop_token_ids=frozenset(t for ids in stops for t in ids.flatten().tolist()),
         pad_token_id=None if pad is None else int(pad),
         sampling=sampling,
-        processors=tuple(left),
+        processors=tuple(remaining),
         criteria=tuple(
             c for c in criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))
         ),
     )
 
 
-def read_sampling(config: GenerationConfig, processors: Sequence[Processor]) -> SamplingParams:
-    """How the target's tokens are drawn, as far as paceline has words for it."""
+def read_sampling(
+    config: GenerationConfig, processors: Sequence[LogitsProcessor]
+) -> SamplingParams:
+    """Return the sampling parameters of a call, without processors that have no parameter."""
     if not config.do_sample:
         return SamplingParams()
     seed = int(torch.randint(2**62, ()))
     return SamplingParams(**take_warpers(list(processors)), seed=seed, method="residual")
 
 
-def refuse_other_decoding(config: GenerationConfig, processors: Sequence[Processor]) -> None:
-    """Raise RequestError for settings that change the choice of tokens, in `generate` and `assisted`."""
+def refuse_other_decoding(config: GenerationConfig, processors: Sequence[LogitsProcessor]) -> None:
+    """Raise RequestError for settings that `generate` and `assisted` both refuse."""
     _refuse_settings(config, _REFUSED)
     refuse_stateful(processors)
 
@@ -136,23 +140,23 @@ def _refuse_settings(config: GenerationConfig, refused: Mapping[str, str]) -> No
 def read_padding(
     input_ids: Tensor, model_kwargs: Mapping[str, Any], given: Mapping[str, Any]
 ) -> list[int]:
-    """Return the number of padding tokens left of each row. Refuses inputs other than plain text.
+    """Return the number of padding tokens to the left of each row.
 
-    input_ids: [B, L]. model_kwargs: prepared by transformers. given: those of the caller; all others
-    follow from the text and its mask.
+    input_ids: [B, L]. model_kwargs: prepared by transformers. given: the caller's own. Raises
+    RequestError for inputs other than text, left padding and an empty cache.
     """
     for name, value in given.items():
         if isinstance(value, Cache) and not value.get_seq_length():
             continue
         if isinstance(value, Cache):
             raise RequestError(
-                f"'{name}' already holds text; paceline keeps its own cache (and shares prompts that "
-                "begin alike), so give the whole prompt as input_ids"
+                f"'{name}' already holds text; paceline has its own cache, which shares equal "
+                "beginnings of prompts, so give the whole prompt as input_ids"
             )
         if name not in _INPUTS and value is not None:
             raise RequestError(
-                f"paceline does not support the model input '{name}'; it decodes from input_ids and "
-                "attention_mask alone"
+                f"paceline does not support the model input '{name}'; give input_ids and "
+                "attention_mask only"
             )
     num_rows, length = input_ids.shape
     mask = model_kwargs.get("attention_mask")
@@ -168,24 +172,30 @@ def read_padding(
     usual = (mask.cumsum(dim=-1) - 1).clamp(min=0)
     if positions is not None and ((positions - usual) * mask).any():
         raise RequestError(
-            "paceline counts positions from each row's first token; drop position_ids"
+            "paceline counts positions from each row's first token; remove position_ids"
         )
     padding: list[int] = (length - mask.sum(dim=-1)).tolist()
     assert len(padding) == num_rows
     return padding
 
 
-def of_row(processors: Sequence[Processor], row: int, padding: Tensor) -> tuple[Processor, ...]:
-    """The processors as they would act on one row of the batch; padding: [num_pad] its tokens."""
-    return tuple(_InBatch(_of_row(p, row, len(padding)), padding[None]) for p in processors)
+def processors_of_row(
+    processors: Sequence[LogitsProcessor], row: int, padding: Tensor
+) -> tuple[LogitsProcessor, ...]:
+    """Return processors that act as on one row of the batch. padding: [num_pad] its tokens."""
+    return tuple(
+        _PaddedProcessor(_unbatched(p, row, len(padding)), padding[None]) for p in processors
+    )
 
 
-def _of_row(processor: Processor, row: int, num_padding: int) -> Processor:
-    """Two of transformers' processors hold something for each row of the batch."""
+def _unbatched(processor: LogitsProcessor, row: int, num_padding: int) -> LogitsProcessor:
+    """Return a processor for one row; two of transformers' processors hold data of every row."""
     if isinstance(processor, RepetitionPenaltyLogitsProcessor) and isinstance(
         processor.prompt_ignore_length, torch.Tensor
     ):
-        alone: Processor = RepetitionPenaltyLogitsProcessor(processor.penalty, num_padding or None)
+        alone: LogitsProcessor = RepetitionPenaltyLogitsProcessor(
+            processor.penalty, num_padding or None
+        )
         return alone
     if isinstance(processor, PrefixConstrainedLogitsProcessor):
         allowed = processor._prefix_allowed_tokens_fn
@@ -195,10 +205,10 @@ def _of_row(processor: Processor, row: int, num_padding: int) -> Processor:
 
 
 @dataclass(frozen=True, slots=True)
-class _InBatch:
-    """A processor that is shown a row's text as in the batch, behind the row's padding."""
+class _PaddedProcessor:
+    """A processor that receives a row's text after the row's padding, as in the batch."""
 
-    processor: Processor
+    processor: LogitsProcessor
     padding: Tensor  # [1, num_pad]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

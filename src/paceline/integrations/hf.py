@@ -1,10 +1,10 @@
-"""paceline inside transformers' own calls.
+"""paceline in transformers' own calls.
 
     model.generate(**inputs, custom_generate=hf.generate, pace=pace)       paceline decodes
     model.generate(**inputs, custom_generate=hf.assisted, drafter=drafter)  transformers decodes
 
-`generate` hands the batch to a `Pace`; `assisted` and `candidate_generator` lend one of paceline's
-drafters to transformers' assisted decoding. What a call asks for is honoured or refused by name.
+`generate` gives the batch to a `Pace`; `assisted` and `candidate_generator` give one of paceline's
+drafters to transformers' assisted decoding. A setting that is not supported is refused by name.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import torch
 from transformers import GenerationMixin
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from paceline.contracts import AUTO, NONE, Completion, SamplingParams
+from paceline.contracts import AUTO, NONE, Completion
 from paceline.engine import raise_failure
 from paceline.errors import RequestError
+from paceline.integrations.cached_pace import find_pace
 from paceline.integrations.candidates import DrafterCandidates
 from paceline.integrations.generation_settings import (
-    Asked,
-    of_row,
+    CallSettings,
+    processors_of_row,
     read_padding,
     read_sampling,
     read_settings,
     refuse_other_decoding,
 )
-from paceline.integrations.kept_pace import pace_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -41,13 +41,12 @@ if TYPE_CHECKING:
     from paceline.assembly import Pace
     from paceline.contracts import Request
     from paceline.drafting.base import Drafter
-    from paceline.engine import RequestUpdate
-    from paceline.integrations.kept_pace import Drafting
+    from paceline.integrations.cached_pace import DraftSource
 
 __all__ = ["DrafterCandidates", "GenerateOutput", "assisted", "candidate_generator", "generate"]
 
 
-# settings by which transformers picks a candidate generator of its own
+# settings for which transformers makes its own candidate generator
 _OTHER_ASSISTANTS: Final = (
     "prompt_lookup_num_tokens",
     "assistant_early_exit",
@@ -58,7 +57,7 @@ _OTHER_ASSISTANTS: Final = (
 
 @dataclass
 class GenerateOutput(GenerateDecoderOnlyOutput):
-    """transformers' output, and beside it what paceline knows of each row: rounds, seconds, arm."""
+    """transformers' output, with a completion per row: its rounds, seconds and arm."""
 
     completions: list[Completion] | None = None
 
@@ -75,43 +74,45 @@ def generate(
     *,
     pace: Pace | None = None,
     drafter: str | None = None,
-    drafters: Mapping[str, Drafting] | None = None,
+    drafters: Mapping[str, DraftSource] | None = None,
     seed: int | None = None,
     streamer: BaseStreamer | None = None,
     **model_kwargs: Any,
 ) -> Tensor | GenerateOutput:
-    """For `custom_generate=`: paceline decodes the batch, with the text `generate` would write.
+    """Decode a batch with paceline, for `custom_generate=`; the text is the one `generate` writes.
 
-    pace: made by `paceline.load(target=model, ...)`. Without one it is made from `drafters`, or from
-    `assistant_model=` or `prompt_lookup_num_tokens=`, and kept with the model. drafter: the arm's name
-    for all rows; by default the policy's choice, else the only one there is. seed: of sampling;
-    without one it is drawn from torch's generator, so `set_seed` holds here too. Returns [B, L + n]
-    as `generate` does, or a `GenerateOutput` with `return_dict_in_generate`. Raises RequestError for
-    what cannot be honoured.
+    pace: made by `paceline.load(target=model, ...)`. Without one, a pace is made from `drafters`,
+    `assistant_model=` or `prompt_lookup_num_tokens=` and cached on the model. drafter: the arm of all
+    rows; by default the policy's choice, or the only drafter. seed: of sampling, by default drawn
+    from torch's generator, so `set_seed` works. Returns [B, L + n] as `generate` does, or a
+    `GenerateOutput` with `return_dict_in_generate`.
+
+    Raises RequestError for a setting that is not supported, ConfigError for a pace or drafter that
+    does not fit the model, DecodingError if a row fails.
     """
     lost = _lost_arguments(model)
     streamer = lost["streamer"] if streamer is None else streamer
     try:
         if lost["synced_gpus"]:
-            raise RequestError("paceline runs in one process; it does not support synced_gpus")
-        asked = read_settings(
+            raise RequestError("paceline runs in one process; set synced_gpus=False")
+        settings = read_settings(
             generation_config, logits_processor, stopping_criteria, input_ids.shape[1]
         )
         given = _given_inputs(lost, generation_config, model_kwargs)
         padding = read_padding(input_ids, model_kwargs, given)
         if streamer is not None and len(input_ids) > 1:
             raise RequestError("a streamer takes one row; generate the rows of a batch one by one")
-        pace = pace_of(model, generation_config, pace, drafters, lost["assistant_model"])
+        pace = find_pace(model, generation_config, pace, drafters, lost["assistant_model"])
         arm = _arm(pace, drafter)
         rows = [
-            _Row(_request(pace, asked, input_ids[i], i, n, arm, seed), input_ids[i : i + 1], [])
+            _Row(_request(pace, settings, input_ids[i], i, n, arm, seed), input_ids[i : i + 1], [])
             for i, n in enumerate(padding)
         ]
-        _decode(pace, rows, asked, streamer)
-        sequences = _sequences(input_ids, rows, asked.pad_token_id)
+        _decode(pace, rows, settings, streamer)
+        sequences = _sequences(input_ids, rows, settings.pad_token_id)
     finally:
         if streamer is not None:
-            streamer.end()  # also when this raises: someone may wait for the stream's end
+            streamer.end()  # after an error too: a reader may wait for the end
     if not generation_config.return_dict_in_generate:
         return sequences
     return GenerateOutput(
@@ -122,19 +123,21 @@ def generate(
 
 @dataclass(slots=True)
 class _Row:
+    """One row of the batch while it is decoded."""
+
     request: Request
-    prompt: Tensor  # [1, L] with its padding
+    prompt: Tensor  # [1, L] with padding
     tokens: list[int]
     stopped: bool = False  # by a criterion
     completion: Completion | None = None
 
 
 def _lost_arguments(model: PreTrainedModel) -> dict[str, Any]:
-    """Arguments of the `model.generate` above us that transformers does not hand on.
+    """Return the arguments of the calling `model.generate` that transformers does not pass on.
 
-    transformers (seen in 5.23) passes a custom function only what it finds in `generate`'s keyword
-    arguments, and takes these out before. A streamer was already given the prompt and may have a
-    reader waiting, so to leave it alone would be to hang; its frame is the only place they are at.
+    transformers (seen in 5.23) removes these from the keyword arguments of a custom function, so the
+    caller's frame is the only place to read them. A streamer already has the prompt and perhaps a
+    waiting reader, which would never end if the streamer were ignored.
     """
     names = ("streamer", "assistant_model", "synced_gpus", "kwargs")
     code = inspect.unwrap(GenerationMixin.generate).__code__
@@ -149,9 +152,9 @@ def _lost_arguments(model: PreTrainedModel) -> dict[str, Any]:
 def _given_inputs(
     lost: Mapping[str, Any], config: GenerationConfig, model_kwargs: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """Return the inputs of the model's forward that the caller gave, or all if that is not known.
+    """Return the inputs of the model's forward that the caller gave, or all if they are unknown.
 
-    `generate` itself takes the keyword arguments that its configuration has an attribute for.
+    Keyword arguments that name an attribute of the configuration are `generate`'s own.
     """
     if lost["kwargs"] is None:
         return model_kwargs
@@ -173,68 +176,75 @@ def _arm(pace: Pace, drafter: str | None) -> str:
 
 
 def _request(
-    pace: Pace, asked: Asked, ids: Tensor, row: int, num_padding: int, arm: str, seed: int | None
+    pace: Pace,
+    call: CallSettings,
+    ids: Tensor,
+    row: int,
+    num_padding: int,
+    arm: str,
+    seed: int | None,
 ) -> Request:
-    """One row's request. ids: [L] with its padding."""
-    sampling = dict(asked.sampling)
+    """Return one row's request. ids: [L] with padding."""
+    sampling = dict(call.sampling)
     if sampling["temperature"] > 0:
         drawn = int(torch.randint(2**62, ()))
         sampling["seed"] = drawn if seed is None else seed + row
         sampling["sampling"] = "residual" if seed is None else "invariant"
     rules: dict[str, Any] = {}
-    if asked.processors:
-        rules["processors"] = of_row(asked.processors, row, ids[:num_padding])
+    if call.processors:
+        rules["processors"] = processors_of_row(call.processors, row, ids[:num_padding])
     return pace.request(
         ids[num_padding:].tolist(),
         id=str(row),
-        max_new_tokens=asked.max_new_tokens,
+        max_new_tokens=call.max_new_tokens,
         drafter=arm,
-        ignore_eos=True,  # the call has its own; as in transformers, unknown ids are ignored
-        stop_token_ids={t for t in asked.stop_token_ids if 0 <= t < pace.parts.target.num_logits},
-        generation_config="none",  # transformers has merged the model's and the call's
+        ignore_eos=True,  # the call names its own; unknown ids are ignored, as in transformers
+        stop_token_ids={t for t in call.stop_token_ids if 0 <= t < pace.parts.target.num_logits},
+        generation_config="none",  # transformers has merged both configurations
         **sampling,
         **rules,
     )
 
 
-def _decode(pace: Pace, rows: list[_Row], asked: Asked, streamer: BaseStreamer | None) -> None:
-    """Decode until every row has its completion."""
+def _decode(
+    pace: Pace, rows: list[_Row], call: CallSettings, streamer: BaseStreamer | None
+) -> None:
+    """Decode until every row has its completion. Raises DecodingError if one fails."""
     for place, progress in pace.driver.progress([row.request for row in rows]):
         row = rows[place]
-        new = list(_until_stopped(row, progress.new_tokens, asked))
+        new = list(_until_stopped(row, progress.new_tokens, call))
         if streamer is not None and new:
             streamer.put(torch.tensor(new))
         if row.stopped:
             pace.driver.cancel(progress.ticket)
         if progress.completion is not None:
-            _complete(pace, row, progress)
+            raise_failure(progress)
+            row.completion = _complete(pace, row, progress.completion)
 
 
-def _until_stopped(row: _Row, new_tokens: Sequence[int], asked: Asked) -> Iterator[int]:
-    """New tokens up to the one at which a stopping criterion ends the row, asked token by token."""
+def _until_stopped(row: _Row, new_tokens: Sequence[int], call: CallSettings) -> Iterator[int]:
+    """Yield new tokens up to the first at which a stopping criterion ends the row."""
     for token in new_tokens:
         if row.stopped:
             return
         row.tokens.append(token)
-        if asked.criteria:
+        if call.criteria:
             output = torch.tensor([row.tokens]).to(row.prompt)
             text = torch.cat((row.prompt, output), dim=1)
-            row.stopped = any(bool(torch.as_tensor(c(text, None)).any()) for c in asked.criteria)
+            row.stopped = any(bool(torch.as_tensor(c(text, None)).any()) for c in call.criteria)
         yield token
 
 
-def _complete(pace: Pace, row: _Row, progress: RequestUpdate) -> None:
-    raise_failure(progress)
-    completion = progress.completion
-    assert completion is not None
-    if row.stopped:  # the engine may have gone on by some rounds
-        text = pace.parts.tokenizer.decode(row.tokens, skip_special_tokens=True)
-        completion = replace(completion, token_ids=row.tokens, text=str(text), finish_reason="stop")
-    row.completion = completion
+def _complete(pace: Pace, row: _Row, completion: Completion) -> Completion:
+    """Return a row's completion, without the tokens decoded after a stopping criterion ended it."""
+    if not row.stopped:
+        return completion
+    text = pace.parts.tokenizer.decode(row.tokens, skip_special_tokens=True)
+    return replace(completion, token_ids=row.tokens, text=str(text), finish_reason="stop")
 
 
 def _sequences(input_ids: Tensor, rows: Sequence[_Row], pad: int | None) -> Tensor:
-    """Prompts and outputs [B, L + n], shorter outputs padded on the right."""
+    """Return prompts and outputs [B, L + n]; shorter outputs are padded on the right."""
     longest = max(len(row.tokens) for row in rows)
     if pad is None and any(len(row.tokens) < longest for row in rows):
         raise RequestError("rows ended at different lengths and pad_token_id is not set; set it")
@@ -245,18 +255,8 @@ def _sequences(input_ids: Tensor, rows: Sequence[_Row], pad: int | None) -> Tens
 # --- transformers decodes -------------------------------------------------------------------------
 
 
-def candidate_generator(
-    drafter: Drafter,
-    max_length: int,
-    sampling: SamplingParams | None = None,
-    num_padding: int = 0,
-) -> DrafterCandidates:
-    """A drafter as a `transformers.CandidateGenerator`, for one text; `close` it at the end.
-
-    max_length: of prompt and output. sampling: how the target's tokens are drawn, which drafters that
-    sample go by. transformers has no argument for a generator of one's own; `assisted` is the way in.
-    """
-    return DrafterCandidates(drafter, max_length, sampling, num_padding)
+candidate_generator = DrafterCandidates
+"""A drafter as a candidate generator for one text, to be used by hand."""
 
 
 def assisted(
@@ -270,18 +270,16 @@ def assisted(
     streamer: BaseStreamer | None = None,
     **model_kwargs: Any,
 ) -> Any:
-    """For `custom_generate=`: transformers' own assisted decoding, with a paceline drafter.
+    """Decode one row in transformers' assisted decoding with a paceline drafter.
 
-    One row at a time, as always there. transformers offers no argument for a candidate generator, so
-    for the length of this call the model's `_get_candidate_generator` is one that returns ours.
+    For `custom_generate=`. transformers has no argument for a candidate generator, so this call
+    replaces the model's `_get_candidate_generator` while it runs. Raises RequestError for a setting
+    that is not supported, ConfigError for a drafter that reads the target's states.
     """
     lost = _lost_arguments(model)
     if drafter is None:
         raise RequestError("hf.assisted needs drafter=, such as pace.parts.drafters['small']")
-    others = {name: getattr(generation_config, name, None) for name in _OTHER_ASSISTANTS}
-    others["assistant_model"] = lost["assistant_model"]
-    if given := [name for name, value in others.items() if value]:
-        raise RequestError(f"drafter and {given[0]} say different things; give one of them")
+    _refuse_other_drafters(generation_config, lost["assistant_model"])
     refuse_other_decoding(generation_config, logits_processor)
     if len(input_ids) > 1:
         raise RequestError("transformers' assisted decoding takes one row; give one prompt")
@@ -306,3 +304,11 @@ def assisted(
             )
         finally:
             del instance._get_candidate_generator
+
+
+def _refuse_other_drafters(config: GenerationConfig, assistant: PreTrainedModel | None) -> None:
+    """Raise RequestError if a call of `assisted` names a drafter of transformers' too."""
+    others = {name: getattr(config, name, None) for name in _OTHER_ASSISTANTS}
+    for name, value in {**others, "assistant_model": assistant}.items():
+        if value:
+            raise RequestError(f"drafter and {name} contradict each other; give one of them")

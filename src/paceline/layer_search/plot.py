@@ -1,27 +1,16 @@
-"""The course of a search as a picture: speed by trial, and which sub-layers the best leaves out."""
+"""A picture of a search: speed-up by trial, and the sub-layers that the best subset leaves out."""
 
 from __future__ import annotations
 
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from paceline.errors import ConfigError
+from paceline.plotting import import_figure
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from paceline.layer_search.search import SearchReport
-
-
-def import_figure(extra: str = "search") -> Any:
-    """matplotlib's figure. Raises ConfigError with what to install: an extra that brings it."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(
-            f"the plot needs matplotlib; install it with: pip install 'paceline[{extra}]'"
-        ) from error
-    return Figure
 
 
 def plot(report: SearchReport, path: Path) -> None:

@@ -1,11 +1,11 @@
-"""Which subset to try next: a fixed design first, then Bayesian optimisation with a Gaussian process.
+"""Proposals of the next subset: a fixed design, then Bayesian optimisation with a Gaussian process.
 
-The design tries every sub-layer alone, and then the harmless ones together, more and more of them.
-After it the process proposes what promises most (log expected improvement); where it proposes a
-subset that was tried already, an untried neighbour of the best one is taken. Every proposal depends
-on the seed and on what was tried before, so a search that was interrupted goes on as it would have.
-Published with 1,000 rounds of such a search (arXiv 2309.08168, section 3.1). A subset is a tuple of
-bits: attention of layer 0, 1, ..., then MLP of layer 0, 1, ...; a set bit is skipped.
+The design tries every sub-layer alone, then growing sets of the harmless ones. After it the process
+proposes the subset with the largest log expected improvement. If that was tried before, an untried
+neighbour of the best subset takes its place. A proposal depends only on the seed and the earlier
+trials, so an interrupted search continues as it would have. Source: arXiv 2309.08168, section 3.1,
+with 1,000 rounds of such a search. A subset is a tuple of bits: attention of layer 0, 1, ..., then
+MLP of layer 0, 1, ...; a set bit is skipped.
 """
 
 from __future__ import annotations
@@ -42,11 +42,14 @@ def subset_of(bits: Bits) -> LayerSubset:
 
 
 def next_subset(tried: Mapping[Bits, float], num_bits: int, seed: int) -> Bits | None:
-    """What to try after `tried` (subset -> log seconds per token, in order); None: all was tried."""
+    """Return the subset to try next, or None if all were tried.
+
+    tried: subset -> log seconds per token, in order. seed: of the search.
+    """
     if len(tried) >= 2**num_bits:
         return None
-    found = _from_design(tried, num_bits) or _from_process(tried, num_bits, seed)
-    return found if found not in tried else _untried_neighbour(tried, seed)
+    proposed = _from_design(tried, num_bits) or _from_process(tried, num_bits, seed)
+    return proposed if proposed not in tried else _untried_neighbour(tried, seed)
 
 
 def _from_design(tried: Mapping[Bits, float], num_bits: int) -> Bits | None:
@@ -67,7 +70,7 @@ def _from_process(tried: Mapping[Bits, float], num_bits: int, seed: int) -> Bits
     optuna = import_optuna()
     choices = optuna.distributions.CategoricalDistribution([False, True])
     space = {f"bit {i}": choices for i in range(num_bits)}
-    # a sampler of its own for every proposal: nothing hangs on how long this process has run
+    # a new sampler for every proposal, so that nothing depends on how long this process has run
     sampler = optuna.samplers.GPSampler(seed=hash((seed, len(tried))) % 2**32, n_startup_trials=0)
     study = optuna.create_study(sampler=sampler)
     for bits, value in tried.items():
@@ -79,7 +82,7 @@ def _from_process(tried: Mapping[Bits, float], num_bits: int, seed: int) -> Bits
 
 
 def _untried_neighbour(tried: Mapping[Bits, float], seed: int) -> Bits:
-    """The best subset with as few bits flipped as it takes, at random among equals."""
+    """Return the best subset with the fewest flipped bits that is untried; ties are drawn."""
     best = min(tried, key=lambda bits: tried[bits])
     for flips in range(1, len(best) + 1):
         near = [
@@ -93,13 +96,13 @@ def _untried_neighbour(tried: Mapping[Bits, float], seed: int) -> Bits:
 
 
 def import_optuna() -> Any:
-    """optuna, silent. Raises ConfigError with what to install."""
+    """Return optuna, silenced. Raises ConfigError with the command that installs what is missing."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import optuna
 
-            importlib.import_module("scipy")  # the sampler needs it, and says so late
+            importlib.import_module("scipy")  # the sampler needs it, but fails late
     except ImportError as error:
         raise ConfigError(
             f"the search needs {error.name}; install it with: pip install 'paceline[search]'"

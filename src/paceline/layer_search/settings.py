@@ -1,4 +1,4 @@
-"""What a search is asked; its budget (trials, minutes) is not part of it, so it may be prolonged."""
+"""Settings of a search, without its budget (trials, minutes), which a later run may extend."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from paceline.drafting.layer_skip import LayerSkipSettings
 
 
 class SearchSettings(ThresholdSettings):
-    """How the drafter will stop, what is minimised, and on how much text.
+    """The drafter's stop rule, the objective and the length of the development answers.
 
-    objective: `predicted` prices acceptance with a cost table, so it is repeatable; `measured` times
+    objective: `predicted` prices acceptance with a cost table and is reproducible; `measured` times
     real decoding. max_new_tokens: the length of each development answer.
     """
 
@@ -24,6 +24,6 @@ class SearchSettings(ThresholdSettings):
     seed: int = 0
 
     def of_drafter(self) -> LayerSkipSettings:
-        """The same exit and length as the drafter's own settings; what it skips is said elsewhere."""
+        """Return a drafter's settings with this exit and length; its skip set is a placeholder."""
         shared = set(LayerSkipSettings.model_fields) & set(SearchSettings.model_fields)
         return LayerSkipSettings(skip_mlp=(0,), **self.model_dump(include=shared))

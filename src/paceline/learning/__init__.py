@@ -2,7 +2,7 @@
 
 from paceline.learning.evaluation import Evaluation, EvaluationReport, evaluate_chooser
 from paceline.learning.from_choices import ChoicesResult, learn_from_choices
-from paceline.learning.learn import LearningResult, learn
+from paceline.learning.learn import LearningResult, train_policy
 
 __all__ = [
     "ChoicesResult",
@@ -10,6 +10,6 @@ __all__ = [
     "EvaluationReport",
     "LearningResult",
     "evaluate_chooser",
-    "learn",
     "learn_from_choices",
+    "train_policy",
 ]

@@ -71,7 +71,7 @@ class LearningResult:
         save_policy(Path(folder), self.policy.chooser, self.card)
 
 
-def learn(
+def train_policy(
     prompts: Sequence[CollectedPrompt],
     costs: CostTable,
     identity: PolicyIdentity,

@@ -1,6 +1,6 @@
-"""CHOOSE: features, policies and their artefacts, and what controls a choice while decoding.
+"""CHOOSE: features, policies and their artefacts, and the controller of a choice while decoding.
 
-Arms are names here; no engine, no drafters.
+Arms are names here; this room knows no engine and no drafters.
 """
 
 from paceline.selection.adaptation import Arm, Hedge

@@ -1,10 +1,10 @@
 """The policy on disk: a folder of `policy.safetensors` and `policy.json`.
 
-The JSON file names everything the policy was learned with; whatever would make its choices
-meaningless (another target, tokenizer, set of drafters or encoder) is refused on loading,
-with what was expected and found. A changed cost table is not refused: a portable policy is priced
-with the new one, others say that they were made for another. The JSON file is written last and
-holds the checksum of the weights, so a torn pair is recognised.
+The JSON file names everything that the policy was learned with. Loading refuses whatever would make
+its choices meaningless (another target, tokenizer, set of drafters or encoder) and says what was
+expected and found. A changed cost table is no error: a portable policy is priced with the new one,
+other policies get a note. The JSON file is written last and holds the checksum of the weights, so
+files that do not belong together are recognised.
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ _AGAIN: Final = "run `paceline learn`"
 
 @dataclass(frozen=True, slots=True)
 class PolicyIdentity:
-    """What a policy is tied to. `drafters` maps each one, `none` included, to its identity line,
-    `encoders` each one whose features it sees, in their order; empty stands for the default ones.
+    """The models and drafters that a policy was learned for.
+
+    `drafters` maps each drafter, with `none`, to its identity line. `encoders` does so for the
+    encoders of its features, in their order; empty means the default encoders.
     """
 
     target: str  # fingerprint of the target
@@ -58,7 +60,7 @@ class PolicyIdentity:
 
 
 class RewardCard(BaseModel):
-    """What the policy was rewarded for; `alpha` and `metric` are None where the kind has none."""
+    """The policy's reward; `alpha` and `metric` are None for a kind without them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -69,10 +71,10 @@ class RewardCard(BaseModel):
 
 
 class PolicyArtefact(BaseModel):
-    """policy.json. `arms`: what the policy chooses among, in the order of its chooser's columns.
+    """policy.json. `arms` are in the order of the chooser's columns.
 
-    `chooser` and `facts` are the kind of chooser and what it learned beside its arrays. `costs` is
-    the hash of the cost table the rewards were priced with.
+    `chooser` is the kind of chooser, `facts` is what it learned in addition to its arrays. `costs` is
+    the hash of the cost table that priced the rewards.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -95,9 +97,9 @@ class PolicyArtefact(BaseModel):
 
 
 def save_policy(folder: Path, chooser: Chooser, artefact: PolicyArtefact) -> PolicyArtefact:
-    """Write both files, each under a temporary name first; returns the card as written.
+    """Write both files atomically; return the card as written, with the chooser's kind, arms, facts.
 
-    The chooser's kind, arms and facts are put on the card here.
+    Raises ArtefactError if a weight is not finite or the folder cannot be written.
     """
     arrays = chooser.arrays()
     if not all(np.isfinite(array).all() for array in arrays.values()):
@@ -119,16 +121,16 @@ def load_policy(
     costs: CostTable | None = None,
     selection: SelectionSection | None = None,
 ) -> Policy:
-    """The policy in a folder. Raises ArtefactError unless it was made for `expect`.
+    """Load the policy in a folder. Raises ArtefactError unless it was made for `expect`.
 
-    costs: this machine's prices, which a portable policy needs. selection:
-    where the encoders that the policy names find their models.
+    costs: this machine's prices, which a portable policy needs. selection: the section with the
+    models of the policy's encoders.
     """
     card = read_card(folder)
     _check_identity(card, expect, str(folder))
     encode = build_encoder(card.hidden_size, selection, list(card.encoders))
     for name, line in encode.identities().items():
-        _check(f"encoder '{name}'", line, card.encoders[name], str(folder))
+        _check_equal(f"encoder '{name}'", line, card.encoders[name], str(folder))
     chooser = _chooser(card, Path(folder) / WEIGHTS_FILE)
     notes = []
     if isinstance(chooser, PortableChooser):
@@ -160,7 +162,7 @@ def policy_of(
     notes: Sequence[str] = (),
     encode: FeatureEncoder | None = None,
 ) -> Policy:
-    """A policy whose id, the name in decision logs, changes with what was learned."""
+    """Return a policy whose id, its name in decision logs, is a hash of everything it learned."""
     learned = json.dumps([chooser.kind, chooser.arms, chooser.facts()]).encode()
     return Policy(
         chooser,
@@ -173,12 +175,12 @@ def policy_of(
 
 
 def is_policy(folder: Path) -> bool:
-    """Whether a policy was written there, whatever it was made for."""
+    """Return whether the folder holds a policy, for any models."""
     return (Path(folder) / CARD_FILE).is_file()
 
 
 def read_card(folder: Path) -> PolicyArtefact:
-    """policy.json alone, whatever it was made for."""
+    """Read policy.json alone, for any models. Raises ArtefactError if it is missing or damaged."""
     path = Path(folder) / CARD_FILE
     try:
         raw = json.loads(_read(path))
@@ -187,7 +189,7 @@ def read_card(folder: Path) -> PolicyArtefact:
     if not isinstance(raw, dict):
         raise ArtefactError(f"{path}: damaged, not a policy's card; {_AGAIN}")
     # before anything else: another format may have other keys
-    _check("format version", FORMAT_VERSION, raw.get("format_version"), str(folder))
+    _check_equal("format version", FORMAT_VERSION, raw.get("format_version"), str(folder))
     try:
         return PolicyArtefact.model_validate(raw)
     except ValidationError as error:
@@ -195,7 +197,7 @@ def read_card(folder: Path) -> PolicyArtefact:
 
 
 def _chooser(card: PolicyArtefact, path: Path) -> Chooser:
-    """The chooser of a card, with the arrays from its file."""
+    """Return the chooser of a card, with the arrays from its file."""
     data = _read(path)
     if _checksum(data) != card.weights_sha256:
         raise ArtefactError(
@@ -231,9 +233,9 @@ def _read(path: Path) -> bytes:
 
 
 def _check_identity(card: PolicyArtefact, expect: PolicyIdentity, where: str) -> None:
-    _check("target", expect.target, card.target, where)
-    _check("tokenizer", expect.tokenizer, card.tokenizer, where)
-    _check("hidden size", expect.hidden_size, card.hidden_size, where)
+    _check_equal("target", expect.target, card.target, where)
+    _check_equal("tokenizer", expect.tokenizer, card.tokenizer, where)
+    _check_equal("hidden size", expect.hidden_size, card.hidden_size, where)
     expected, found = expect.drafters, card.drafters
     if set(found) != set(expected):
         missing = sorted(set(expected) - set(found))
@@ -245,7 +247,7 @@ def _check_identity(card: PolicyArtefact, expect: PolicyIdentity, where: str) ->
             f"{', '.join(sorted(expected))}, found {', '.join(sorted(found))}; {_AGAIN}"
         )
     for name, line in expected.items():
-        _check(f"drafter '{name}'", line, found[name], where)
+        _check_equal(f"drafter '{name}'", line, found[name], where)
     unknown = sorted({arm for arm in card.arms if split_arm(arm)[0] not in found})
     if unknown or NONE not in card.arms:
         raise ArtefactError(
@@ -253,7 +255,7 @@ def _check_identity(card: PolicyArtefact, expect: PolicyIdentity, where: str) ->
         )
 
 
-def _check(what: str, expected: object, found: object, where: str) -> None:
+def _check_equal(what: str, expected: object, found: object, where: str) -> None:
     if expected != found:
         raise ArtefactError(
             f"{where}: the policy was learned with another {what}: expected {expected}, found "

@@ -1,14 +1,14 @@
-"""Noticing that requests have left what a policy was learned on: an alarm, not a decision.
+"""Drift detection: an alarm when requests have left the range that a policy was learned on.
 
-Controlled are one number of each request's features, its distance from the nearest of some centres of
-the training prompts, and the acceptance of each arm in use. A request is outside where such a number
-lies beyond a quantile of training. One outside says nothing; a cumulative sum over requests raises
-the alarm. Knows no models and no prices.
+Two kinds of number are monitored: the distance of each request's features from the nearest of some
+centres of the training prompts, and the acceptance of each arm in use. A request is *outside* where
+such a number exceeds a quantile of training. One outside request means nothing; a cumulative sum over
+requests raises the alarm. Knows no models and no prices.
 
-The sum is that of log-likelihood ratios between `RARE` and `OFTEN` outside, restarted at 0. While a
-share of at most `RARE` is outside, an alarm comes once in `REQUESTS_PER_FALSE_ALARM` requests or more
-seldom, on average, for each number watched: e^h requests at least, for a threshold of h.
-Symbols: n prompts, F features, C centres.
+The sum adds log-likelihood ratios between the shares `RARE` and `OFTEN` of outside requests, and
+restarts at 0. While at most `RARE` are outside, each monitored number raises an alarm once per
+`REQUESTS_PER_FALSE_ALARM` requests on average, or less often: with a threshold of h, once per e^h
+requests (Page's test; Lorden, 1971). Symbols: n prompts, F features, C centres.
 """
 
 from __future__ import annotations
@@ -30,15 +30,19 @@ from paceline.selection.scaling import CLIP, standardisation, standardise
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from paceline.contracts import Completion
+
 RARE: Final = 0.1
 OFTEN: Final = 0.6
 REQUESTS_PER_FALSE_ALARM: Final = 100_000
 RANGE_FILE: Final = "range.safetensors"
 MIN_PROMPTS: Final = 20
 
-_TAIL: Final = 0.02  # of training beyond a quantile; well below RARE, for one task may have it all
+_TAIL: Final = (
+    0.02  # of training beyond a quantile; far below RARE, because one task may have it all
+)
 _NUM_CENTRES: Final = 8
-_ROUNDS: Final = 10
+_KMEANS_ROUNDS: Final = 10
 _THRESHOLD: Final = log(REQUESTS_PER_FALSE_ALARM)
 _UP: Final = log(OFTEN / RARE)
 _DOWN: Final = log((1 - OFTEN) / (1 - RARE))
@@ -46,23 +50,24 @@ _DOWN: Final = log((1 - OFTEN) / (1 - RARE))
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainingRange:
-    """Where features and acceptance lay in training. Saved beside a policy."""
+    """The range of features and acceptance in training, saved next to a policy."""
 
     mean: np.ndarray  # [F] float32
-    scale: np.ndarray  # [F] float32, 1/std, 0 where nothing varied
+    scale: np.ndarray  # [F] float32, 1/std, 0 for a feature that does not vary
     centres: np.ndarray  # [C, F] float32, standardised
     farthest: float  # distance from the nearest centre that few prompts exceed
-    acceptance: dict[str, tuple[float, float]]  # arm -> lowest and highest share, but for a few
+    acceptance: dict[str, tuple[float, float]]  # arm -> (low, high) quantiles of acceptance
 
     @classmethod
     def fit(
         cls, features: np.ndarray, acceptance: Mapping[str, np.ndarray], seed: int = 0
     ) -> TrainingRange:
-        """From features [n, F] and, by arm, each prompt's accepted share of drafted tokens.
+        """Fit features [n, F] and, by arm, each prompt's accepted share of drafted tokens.
 
-        Give an arm's acceptance on the prompts for which the policy would choose it: on others it
-        may be quite different. Distances are of prompts that the centres were not made from. An arm
-        with fewer than `MIN_PROMPTS` is not watched.
+        Give an arm's acceptance on the prompts for which the policy would choose it; on others it
+        may differ. Distances are those of prompts that did not make the centres. An arm with fewer
+        than `MIN_PROMPTS` prompts is not monitored. Raises StoreError for too few prompts and for
+        features that are not finite.
         """
         n = len(features)
         if n < 2 * MIN_PROMPTS or not np.isfinite(features).all():
@@ -73,29 +78,31 @@ class TrainingRange:
         halves = rng.permutation(n) % 2
         distances = np.empty(n)
         for half in range(2):
-            centres = _centres(inputs[halves != half], rng)
-            distances[halves == half] = [_nearest(row, centres) for row in inputs[halves == half]]
-        shares = {arm: np.asarray(values) for arm, values in acceptance.items()}
+            centres = _fit_centres(inputs[halves != half], rng)
+            distances[halves == half] = [_distance(row, centres) for row in inputs[halves == half]]
         return cls(
             mean,
             scale,
-            _centres(inputs, rng),
+            _fit_centres(inputs, rng),
             float(np.quantile(distances, 1 - _TAIL)),
             {
-                arm: (float(np.quantile(v, _TAIL / 2)), float(np.quantile(v, 1 - _TAIL / 2)))
-                for arm, v in shares.items()
-                if len(v) >= MIN_PROMPTS
+                arm: (
+                    float(np.quantile(shares, _TAIL / 2)),
+                    float(np.quantile(shares, 1 - _TAIL / 2)),
+                )
+                for arm, shares in acceptance.items()
+                if len(shares) >= MIN_PROMPTS
             },
         )
 
     def distance(self, features: np.ndarray) -> float:
-        """From the nearest centre, for features [F]; not a number where one of them is not."""
+        """Return the distance of features [F] from the nearest centre; NaN if a feature is NaN."""
         with np.errstate(invalid="ignore"):  # infinity times a scale of 0
             inputs = (features - self.mean) * self.scale
-        return _nearest(np.minimum(np.maximum(inputs, -CLIP), CLIP), self.centres)
+        return _distance(np.minimum(np.maximum(inputs, -CLIP), CLIP), self.centres)
 
     def save(self, folder: Path) -> None:
-        """Write it beside a policy."""
+        """Write the range next to a policy."""
         tensors = {"mean": self.mean, "scale": self.scale, "centres": self.centres}
         facts = {"farthest": self.farthest, "acceptance": self.acceptance}
         data = save_tensors(tensors, metadata={"range": json.dumps(facts)})
@@ -103,7 +110,7 @@ class TrainingRange:
 
     @classmethod
     def load(cls, folder: Path) -> TrainingRange:
-        """What `save` wrote. Raises ArtefactError if it is missing or damaged."""
+        """Read a saved range. Raises ArtefactError if it is missing or damaged."""
         path = Path(folder) / RANGE_FILE
         try:
             with safe_open(path, "np") as file:
@@ -113,20 +120,20 @@ class TrainingRange:
             return cls(farthest=facts["farthest"], acceptance=acceptance, **tensors)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ArtefactError(
-                f"{path}: no range to watch ({error}); run `paceline learn`"
+                f"{path}: no training range to monitor ({error}); run `paceline learn`"
             ) from error
 
 
-def _nearest(inputs: np.ndarray, centres: np.ndarray) -> float:
-    """Root mean square difference of standardised features [F] from the nearest centre."""
-    apart = centres - inputs
-    return sqrt(np.einsum("cf,cf->c", apart, apart).min() / len(inputs))
+def _distance(inputs: np.ndarray, centres: np.ndarray) -> float:
+    """Return the root mean square difference of features [F] from the nearest centre."""
+    differences = centres - inputs
+    return sqrt(np.einsum("cf,cf->c", differences, differences).min() / len(inputs))
 
 
-def _centres(inputs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """[C, F] by a few rounds of k-means from [n, F]: prompts of several tasks have no one middle."""
+def _fit_centres(inputs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return centres [C, F] of features [n, F] by k-means: several tasks have no common middle."""
     centres = inputs[rng.permutation(len(inputs))[:_NUM_CENTRES]].copy()
-    for _ in range(_ROUNDS):
+    for _ in range(_KMEANS_ROUNDS):
         squares = (centres**2).sum(axis=1) - 2 * inputs @ centres.T  # [n, C], up to a constant
         nearest = squares.argmin(axis=1)
         for c in range(len(centres)):
@@ -137,8 +144,9 @@ def _centres(inputs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """Which arm's acceptance left its training range; None: the features did. `outside` of the last
-    `requests` were outside, counted from where the sum last was 0.
+    """The arm whose acceptance left its training range; None if the features left theirs.
+
+    `outside` of the last `requests` requests were outside, counted since the sum was 0.
     """
 
     arm: str | None
@@ -154,8 +162,8 @@ class Alarm:
 
 
 @dataclass(slots=True)
-class _Sum:
-    """The cumulative sum of one watched number."""
+class _CumulativeSum:
+    """The cumulative sum of one monitored number."""
 
     total: float = 0.0
     outside: int = 0
@@ -163,7 +171,7 @@ class _Sum:
     alarmed: bool = False
 
     def add(self, is_outside: bool) -> bool:
-        """Whether this request raises the alarm; it is raised once until the sum is 0 again."""
+        """Add a request; return True if it raises the alarm, once until the sum is 0 again."""
         self.requests += 1
         self.outside += is_outside
         self.total += _UP if is_outside else _DOWN
@@ -171,24 +179,38 @@ class _Sum:
             self.total, self.outside, self.requests, self.alarmed = 0.0, 0, 0, False
         raised = self.total >= _THRESHOLD and not self.alarmed
         if self.total >= _THRESHOLD:
-            self.total, self.alarmed = _THRESHOLD, True  # capped, so that it can come down again
+            self.total, self.alarmed = _THRESHOLD, True  # capped, so that it can fall again
         return raised
 
 
 @dataclass(slots=True)
 class DriftAlarm:
-    """Watches requests as they end; memory for one sum, and one an arm."""
+    """A monitor of completed requests; its memory is one sum, and one per arm."""
 
     range: TrainingRange
-    _sums: dict[str | None, _Sum] = field(default_factory=dict)
+    _sums: dict[str | None, _CumulativeSum] = field(default_factory=dict)
+
+    def observe_completion(self, completion: Completion) -> Alarm | None:
+        """Count a completed request of a policy; return the alarm that it raises, or None.
+
+        Acceptance counts only if the policy's arm decoded the whole request: of several arms it is
+        unknown which one accepted what. A request without features did not ask the policy and is
+        not counted.
+        """
+        decision = completion.decision
+        if decision.features is None:
+            return None
+        is_as_chosen = not (completion.switches or "," in decision.policy)
+        rounds = completion.rounds if is_as_chosen else []
+        accepted, drafted = sum(r.accepted for r in rounds), sum(r.drafted for r in rounds)
+        return self.observe(decision.features, decision.arm, accepted, drafted)
 
     def observe(
         self, features: np.ndarray | None, arm: str, accepted: int, drafted: int
     ) -> Alarm | None:
-        """Count one request; the alarm it raises, features before acceptance, or None.
+        """Count one request; return the alarm that it raises, features before acceptance, or None.
 
-        `features` [F] are None where the policy was not asked. Features that are not numbers are
-        outside.
+        features: [F], or None to monitor the acceptance alone. Features with a NaN are outside.
         """
         alarm = None
         if drafted and arm in self.range.acceptance:
@@ -199,13 +221,8 @@ class DriftAlarm:
             alarm = self._count(None, not is_inside) or alarm
         return alarm
 
-    @property
-    def alarms(self) -> list[str | None]:
-        """What is outside its range now, as in `Alarm.arm`."""
-        return [arm for arm, total in self._sums.items() if total.alarmed]
-
     def _count(self, arm: str | None, is_outside: bool) -> Alarm | None:
-        watched = self._sums.setdefault(arm, _Sum())
-        if watched.add(is_outside):
-            return Alarm(arm, watched.outside, watched.requests)
+        monitored = self._sums.setdefault(arm, _CumulativeSum())
+        if monitored.add(is_outside):
+            return Alarm(arm, monitored.outside, monitored.requests)
         return None

@@ -1,8 +1,8 @@
-"""Policies: which arm a request gets. Arms are names here.
+"""Policies: the choice of a request's arm. Arms are names here.
 
 A policy gives its chooser the features of a request and takes the arm that the chooser prefers, or
-now and then another one where it is told to explore. A decision depends on the request and the load
-alone, never on requests before it or tokens to come.
+draws one where the chooser gives several arms a probability. A decision depends only on the request
+and the load, never on earlier requests or later tokens.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 
 class Policy:
-    """Chooses among its chooser's `arms`; `id` goes into the decision log and names what decided.
+    """A chooser with its features and its objective.
 
-    explore: the share of requests that get any arm, each as often as another; which requests hangs
-    on `seed`, the request's id and its prompt, so a decision can be repeated. objective: what it is
-    to be fast at, see `costs.pricing`. num_features: what the chooser was learned on; None takes any
-    number. notes: what is worth knowing of a loaded policy.
+    id: the policy's name in the decision log. seed: of drawn choices, which also depend on the
+    request's id and prompt, so a decision can be repeated. objective: as in `costs.pricing`.
+    num_features: the number that the chooser was learned on, None for any. notes: remarks about a
+    loaded policy, for the user. Raises ConfigError unless the chooser's arms are distinct.
     """
 
     def __init__(
@@ -60,52 +60,59 @@ class Policy:
         self._num_features = num_features
 
     def choose(self, context: Context) -> Decision:
-        """The arm for one request, decided after its prefill, with its propensity.
+        """Return the arm for one request, after its prefill, with its propensity.
 
-        The scores are predicted speeds over `none` where the chooser is portable, else shares; such
-        a one's decision has the predicted seconds per token beside them.
+        The scores of a portable chooser are predicted speed-ups over `none`, and its decision also
+        has the predicted seconds per token. The scores of other choosers are shares. Raises
+        ArtefactError if the target gives another number of features than the policy learned on.
         """
-        return self.decide(self._encode(context), context)
-
-    def decide(self, features: np.ndarray, context: Context) -> Decision:
-        """The same with the features [F] already at hand."""
+        features = self._encode(context)  # [F]
         if self._num_features not in (None, len(features)):
             raise ArtefactError(
                 f"the policy was learned on {self._num_features} features, the target gives "
                 f"{len(features)}; run `paceline learn`"
             )
+        situation = self._situation(context)
+        seconds: dict[str, float] = {}
+        seconds_in_rounds: dict[str, float] = {}
+        if isinstance(self.chooser, PortableChooser):
+            work = self.chooser.work(features[None], situation)
+            predicted = price_work(self.chooser.pricer, work, situation)  # [1, A]
+            preferences = self.chooser.speeds(predicted)
+            seconds = dict(zip(self.arms, predicted[0].tolist(), strict=True))
+            in_rounds = price_work(self.chooser.pricer, work, situation, whole=False)
+            seconds_in_rounds = dict(zip(self.arms, in_rounds[0].tolist(), strict=True))
+        else:
+            preferences = self.chooser.preferences(features[None], situation)
+        distribution = self.chooser.distribution(preferences)[0]  # [A]
+        if distribution.max() >= 1.0:
+            chosen = int(distribution.argmax())
+        else:
+            u = uniform_draw(context, f"{self._seed}\0")
+            chosen = int(np.searchsorted(distribution.cumsum()[:-1], u, side="right"))
+        return Decision(
+            self.arms[chosen],
+            float(min(distribution[chosen], 1.0)),
+            dict(zip(self.arms, self.chooser.scores(preferences)[0].tolist(), strict=True)),
+            self.id,
+            features,
+            seconds,
+            seconds_in_rounds,
+        )
+
+    def _situation(self, context: Context) -> Situation:
         limit = context.max_new_tokens
-        situation = Situation(
+        return Situation(
             num_prompt=np.array([len(context.prompt_tokens)]),
             rows=context.rows_in_flight,
             objective=self.objective,
             limits=None if limit is None else np.array([limit]),
             prompts=(context.prompt_tokens,),
         )
-        seconds: dict[str, float] = {}
-        in_rounds: dict[str, float] = {}
-        if isinstance(self.chooser, PortableChooser):
-            work = self.chooser.work(features[None], situation)
-            predicted = price_work(self.chooser.pricer, work, situation)  # [1, A]
-            preferences = self.chooser.speeds(predicted)
-            seconds = dict(zip(self.arms, predicted[0].tolist(), strict=True))
-            rounds = price_work(self.chooser.pricer, work, situation, whole=False)
-            in_rounds = dict(zip(self.arms, rounds[0].tolist(), strict=True))
-        else:
-            preferences = self.chooser.preferences(features[None], situation)
-        distribution = self.chooser.distribution(preferences)[0]  # [A]
-        place = (
-            int(distribution.argmax())
-            if distribution.max() >= 1.0
-            else self._draw(distribution, context)
-        )
-        scores = dict(zip(self.arms, self.chooser.scores(preferences)[0].tolist(), strict=True))
-        propensity = float(min(distribution[place], 1.0))
-        return Decision(self.arms[place], propensity, scores, self.id, features, seconds, in_rounds)
 
-    def _draw(self, distribution: np.ndarray, context: Context) -> int:
-        """A place by its probability, distribution [A]; the same for the same request, in any order."""
-        digest = hashlib.sha256(f"{self._seed}\0{context.request_id}\0".encode())
-        digest.update(np.asarray(context.prompt_tokens, dtype="<i8").tobytes())
-        point = int.from_bytes(digest.digest()[:8], "big") / 2.0**64
-        return int(np.searchsorted(distribution.cumsum()[:-1], point, side="right"))
+
+def uniform_draw(context: Context, prefix: str = "") -> float:
+    """Return a number in [0, 1) that depends only on the request's id and prompt, and the prefix."""
+    digest = hashlib.sha256(f"{prefix}{context.request_id}\0".encode())
+    digest.update(np.asarray(context.prompt_tokens, dtype="<i8").tobytes())
+    return int.from_bytes(digest.digest()[:8], "big") / 2.0**64

@@ -1,7 +1,7 @@
-"""What a round costs, arm by arm, while a request is decoded: the cost table, read fast.
+"""Prices of rounds while a request is decoded: the cost table, read fast.
 
-Knows no request and no policy. Objectives are those of `costs.pricing`: a row's own wait, the
-machine's seconds for each row, or a mixture. Symbols: K a drafter's full length.
+Objectives are those of `costs.pricing`. Knows no request and no policy.
+Symbol: K, a drafter's full draft length.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 import numpy as np
 
 from paceline.contracts import NONE
-from paceline.costs.pricing import by_objective, round_seconds
-from paceline.costs.table import PROPOSE, START
+from paceline.costs.pricing import by_objective, draft_seconds, round_seconds, start_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,30 +21,33 @@ if TYPE_CHECKING:
     from paceline.costs.pricing import Objective
     from paceline.costs.table import CostTable
 
+_READ_STEP: Final = 8  # tokens to read that share one price
+
 
 class RoundPrices(Protocol):
-    """Seconds of what a request may do next, at a context and with so many rows in flight.
+    """Seconds of what a request may do next.
 
-    bucket: so many contexts in a row are priced alike.
+    bucket: number of consecutive contexts that share one price.
     """
 
     @property
     def bucket(self) -> int: ...
 
     def rounds(self, drafter: str, context: int, rows: int) -> NDArray[np.float64]:
-        """[K+1] a whole round of each number of drafted tokens; the arrays are shared, not copies."""
+        """Return the seconds [K+1] of a whole round by drafted tokens; do not write to the array."""
 
     def drafting(self, drafter: str, drafted: int, context: int) -> float:
-        """A proposal alone, which is what a draft made beside the arm in use costs."""
+        """Return the seconds of a proposal alone, which is the price of a shadow draft."""
 
     def catching_up(self, drafter: str, num_tokens: int) -> float:
-        """Reading so many tokens that the drafter has not seen."""
+        """Return the seconds in which the drafter reads tokens that it has not seen."""
 
 
 class TablePrices:
     """`RoundPrices` from a cost table; each (drafter, context, rows) is interpolated once.
 
-    A context is priced as the middle of its bucket: within 64 tokens a forward's price hardly moves.
+    A context is priced as the middle of its bucket: the price of a forward hardly changes within 64
+    tokens.
     """
 
     bucket: Final = 64
@@ -63,43 +65,40 @@ class TablePrices:
 
     def rounds(self, drafter: str, context: int, rows: int) -> NDArray[np.float64]:
         key = (drafter, context // self.bucket, rows)
-        found = self._rounds.get(key)
-        if found is None:
-            middle = context // self.bucket * self.bucket + self.bucket // 2
-            found = self._rounds[key] = self._price(drafter, middle, rows)
-        return found
+        prices = self._rounds.get(key)
+        if prices is None:
+            prices = self._rounds[key] = self._price_rounds(drafter, context, rows)
+        return prices
 
-    def _price(self, drafter: str, middle: int, rows: int) -> NDArray[np.float64]:
-        drafted, context = np.arange(self._lengths[drafter] + 1), np.array(middle)
+    def _price_rounds(self, drafter: str, context: int, rows: int) -> NDArray[np.float64]:
+        lengths, middle = np.arange(self._lengths[drafter] + 1), self._middle(context)
         return by_objective(
             lambda num_drafting: round_seconds(
-                self._costs.seconds, drafter, drafted, context, rows, num_drafting
+                self._costs.seconds, drafter, lengths, middle, rows, num_drafting
             ),
             rows,
             self._objective,
         )
 
-    def _proposals(self, drafter: str, context: int) -> NDArray[np.float64]:
-        """[K+1] of a proposal of each length."""
-        key = (drafter, context // self.bucket)
-        found = self._drafting.get(key)
-        if found is None:
-            drafted = np.arange(self._lengths[drafter] + 1)
-            middle = context // self.bucket * self.bucket + self.bucket // 2
-            found = np.zeros(len(drafted))
-            if drafter != NONE:
-                found = self._costs.seconds(drafter, PROPOSE, drafted, middle)
-            self._drafting[key] = found
-        return found
+    def _middle(self, context: int) -> NDArray[np.int64]:
+        return np.array(context // self.bucket * self.bucket + self.bucket // 2)
 
     def drafting(self, drafter: str, drafted: int, context: int) -> float:
-        return float(self._proposals(drafter, context)[drafted])
+        key = (drafter, context // self.bucket)
+        prices = self._drafting.get(key)
+        if prices is None:
+            lengths = np.arange(self._lengths[drafter] + 1)
+            prices = draft_seconds(self._costs.seconds, drafter, lengths, self._middle(context))
+            self._drafting[key] = prices
+        return float(prices[drafted])
 
     def catching_up(self, drafter: str, num_tokens: int) -> float:
-        if drafter == NONE or num_tokens <= 0:
+        if num_tokens <= 0:
             return 0.0
-        key = (drafter, num_tokens // 8)
-        found = self._catching_up.get(key)
-        if found is None:
-            found = self._catching_up[key] = self._costs.seconds(drafter, START, key[1] * 8 + 4)
-        return found
+        key = (drafter, num_tokens // _READ_STEP)
+        price = self._catching_up.get(key)
+        if price is None:
+            middle = np.array(key[1] * _READ_STEP + _READ_STEP // 2)
+            price = float(start_seconds(self._costs.seconds, drafter, middle))
+            self._catching_up[key] = price
+        return price

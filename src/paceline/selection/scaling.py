@@ -1,4 +1,4 @@
-"""Features on one scale: how training measures it, and how training and serving apply it."""
+"""Standardised features: training measures the scale, training and serving apply it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Final
 import numpy as np
 
 CLIP: Final = 3.0
-"""Standardised features end here: one unheard-of value must not drive a policy."""
+"""Largest absolute standardised feature: one extreme value must not decide for a policy."""
 
 
 def standardisation(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(mean, scale = 1/std) [F] float32 of [N, F]; a feature that does not vary gets the scale 0:
-    nothing is known of it.
+    """Return mean and scale = 1/std, [F] float32, of features [N, F].
+
+    A feature that does not vary gets the scale 0.
     """
     mean = features.mean(axis=0, dtype=np.float64)
     std = features.std(axis=0, dtype=np.float64)
@@ -22,7 +23,7 @@ def standardisation(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def standardise(features: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """[..., F] float32: centred, scaled and clipped. What is not a number counts as the mean."""
+    """Return features [..., F] float32, centred, scaled and clipped; NaN counts as the mean."""
     with np.errstate(invalid="ignore"):  # infinity times a scale of 0
         inputs = np.clip((features - mean) * scale, -CLIP, CLIP)
     return np.asarray(np.nan_to_num(inputs, copy=False, nan=0.0))

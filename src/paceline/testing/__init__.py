@@ -1,6 +1,6 @@
-"""Fakes a user may also need: tiny random targets, a byte tokenizer, a scripted drafter."""
+"""TEST: tiny random targets, a byte tokenizer and scripted drafters, for users' tests too."""
 
 from typing import Final
 
 HANGS: Final = 900.0
-"""Seconds after which a waiting test fails; far more than any test needs."""
+"""Timeout of a waiting test in seconds; no working test needs as long."""

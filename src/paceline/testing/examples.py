@@ -1,4 +1,4 @@
-"""A small drafter of every kind in the catalogue, for tests of exactness: registering is testing."""
+"""A small drafter of every kind in the catalogue, for exactness tests: registering is testing."""
 
 from __future__ import annotations
 
@@ -27,40 +27,39 @@ if TYPE_CHECKING:
     Make = Callable[[str, Surroundings], Drafter]
 
 
-# Built amid a float32 target, all of them propose enough to be accepted and to be rejected.
+# With a float32 target, each proposes accepted and rejected tokens.
 
 
 def _draft_model(name: str, around: Surroundings) -> Drafter:
-    """The target with some noise on its weights."""
+    """Return the target with noise on its weights."""
     model = LanguageModel(perturbed(around.target.model, 0.05), name)
     return DraftModel.beside(name, model, 4, around)
 
 
 def _prompt_lookup(name: str, around: Surroundings) -> Drafter:
-    # one token is enough to match, so that there are drafts in random text too
+    # a match of one token, so that random text has drafts too
     return PromptLookup(name, PromptLookupSettings(min_ngram=1))
 
 
 def _suffix_lookup(name: str, around: Surroundings) -> Drafter:
-    # enough tokens behind a short match for trees that branch
-    settings = SuffixLookupSettings(num_draft_tokens=6, length_offset=3)
-    return SuffixLookup(name, settings)
+    # enough draft tokens after a short match for trees with branches
+    return SuffixLookup(name, SuffixLookupSettings(num_draft_tokens=6, length_offset=3))
 
 
 def _trigram_tree(name: str, around: Surroundings) -> Drafter:
-    """Without a table: it learns each row's text."""
+    """Return a drafter without a table, which learns each row's text."""
     return TrigramTree(name, TrigramTreeSettings(search="mcts", num_draft_tokens=8, depth=3))
 
 
 def _layer_skip(name: str, around: Surroundings) -> Drafter:
-    """The target without one MLP, below which there is attention and above which there is, too."""
+    """Return the target without one MLP in the middle, between two attention layers."""
     middle = around.target.num_layers // 2 - 1
     settings = LayerSkipSettings(skip_mlp=(middle,), num_draft_tokens=5)
     return LayerSkip.build(name, settings, around)
 
 
 def _cross_vocabulary(name: str, around: Surroundings) -> Drafter:
-    """The target with some noise on its weights, and its tokens under other ids."""
+    """Return the target with noise on its weights and its tokens under other ids."""
     model, tokenizer = relabelled(perturbed(around.target.model, 0.05), around.tokenizer)
     bridge = Bridge.between(around.tokenizer, tokenizer, "shared")
     own = LanguageModel(model, name)
@@ -86,12 +85,12 @@ EXAMPLES: Final[Mapping[str, Make]] = MappingProxyType(
 )
 
 
-# kinds beside `none` and the draft models, which tests have of several sorts
+# kinds other than `none` and the draft models, which tests build themselves
 OTHER_KINDS: Final = tuple(k for k in EXAMPLES if k not in (NoneDrafter.kind, DraftModel.kind))
 
 
 def add_examples(parts: Parts) -> Parts:
-    """The same parts with a drafter of each of the other kinds, named as its kind."""
+    """Add a drafter of each other kind, named as its kind; return the parts."""
     for kind in OTHER_KINDS:
         parts.drafters[kind] = EXAMPLES[kind](kind, parts.surroundings())
     return parts

@@ -1,4 +1,4 @@
-"""Judges that also draw the token behind what they keep, from noise they are given."""
+"""Judges that also draw the token after the accepted ones, from given noise."""
 
 from __future__ import annotations
 
@@ -15,26 +15,28 @@ if TYPE_CHECKING:
     from paceline.verification import AcceptedPrefixes
 
 
-class Judged(NamedTuple):
+class JudgedDrafts(NamedTuple):
+    """The verdicts on R drafts, with each row's next token."""
+
     num_accepted: Tensor  # [R]
     next_tokens: Tensor  # [R]
 
 
 def judge_residual(
     p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, accept_u: Tensor, noise: Tensor
-) -> Judged:
-    """As the engine does with `accept_residual`. noise: [R, K+1, V] exponentials."""
-    return _drawn(accept_residual(p, q, tokens, lengths, accept_u), noise)
+) -> JudgedDrafts:
+    """Judge and draw as the engine does with `accept_residual`. noise: [R, K+1, V] exponentials."""
+    return _draw(accept_residual(p, q, tokens, lengths, accept_u), noise)
 
 
 def judge_block(
     p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor, accept_u: Tensor, noise: Tensor
-) -> Judged:
-    """As the engine does with `accept_block`. noise: [R, K+1, V] exponentials."""
-    return _drawn(accept_block(p, q, tokens, lengths, accept_u), noise)
+) -> JudgedDrafts:
+    """Judge and draw as the engine does with `accept_block`. noise: [R, K+1, V] exponentials."""
+    return _draw(accept_block(p, q, tokens, lengths, accept_u), noise)
 
 
-def _drawn(accepted: AcceptedPrefixes, noise: Tensor) -> Judged:
+def _draw(accepted: AcceptedPrefixes, noise: Tensor) -> JudgedDrafts:
     rows = torch.arange(len(noise), device=noise.device)
     drawn = race(accepted.next_weights, noise[rows, accepted.num_accepted])
-    return Judged(accepted.num_accepted, drawn)
+    return JudgedDrafts(accepted.num_accepted, drawn)

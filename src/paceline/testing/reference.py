@@ -1,7 +1,7 @@
-"""What transformers itself writes: the text that every drafter must reproduce.
+"""The greedy text of transformers' own `generate`, which every drafter must reproduce.
 
-Greedy decoding by the model's own `generate`, with how close the call was: where the two largest
-logits are nearer than float32 sums in another order can tell apart, either token is right.
+It has a margin: where the two largest logits differ by less than float32 sums in another order, either
+token is correct.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Greedy tokens, and the smallest gap between the two largest logits on the way."""
+    """Greedy tokens, and the smallest gap between the two largest logits at any of them."""
 
     tokens: list[int]
     margin: float
@@ -33,9 +33,9 @@ def greedy_reference(
     max_new_tokens: int,
     stop_token_ids: Sequence[int] = (),
 ) -> Reference:
-    """`model.generate(do_sample=False)` of one prompt. Ends only at the stop tokens given here.
+    """Return the greedy text of one prompt, which only the given stop tokens and the limits end.
 
-    At most as many tokens as the context allows: the last one is never fed.
+    It has at most the tokens that the context allows; the last one is not an input.
     """
     context, _ = context_length_of(model.config.get_text_config())
     generate: Any = model.generate

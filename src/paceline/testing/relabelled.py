@@ -1,4 +1,4 @@
-"""The same model under other token ids: another vocabulary that can say the same."""
+"""A model and tokenizer with other ids for the same tokens, for drafters of other vocabularies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def relabelled(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A copy of a model and of its BPE tokenizer whose ordinary tokens have changed places."""
+    """Return copies of a model and its BPE tokenizer with the ids of ordinary tokens permuted."""
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     fixed = {token["id"] for token in description["added_tokens"]}
     vocabulary: dict[str, int] = description["model"]["vocab"]
@@ -34,6 +34,6 @@ def relabelled(
     ends = [any_model.get_input_embeddings(), any_model.get_output_embeddings()]
     tables = [table for end in ends for table in (end.weight, getattr(end, "bias", None))]
     with torch.no_grad():
-        for table in {id(t): t for t in tables if t is not None}.values():  # a tied one once
+        for table in {id(t): t for t in tables if t is not None}.values():  # tied ones once
             table[shuffled] = table[ids].clone()
     return model, fast

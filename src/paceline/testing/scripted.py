@@ -1,4 +1,4 @@
-"""Drafters that propose what a function says, to see what the rest makes of it."""
+"""Drafters whose proposals are a function of the text, for tests of everything else."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 class ScriptedDrafter(Drafter):
-    """Proposes `function(tokens so far, limit)` for every row, cut to what the engine allows.
+    """A drafter that proposes `function(tokens so far, limit)`, cut to the limit.
 
-    The function must depend on the text alone; then the proposals are deterministic, which every
-    sampling method knows how to judge. `proposed` keeps (row id, draft) of every proposal.
+    The function must depend on its arguments only, so that proposals are deterministic. `proposed` has
+    (row id, draft) of every proposal.
     """
 
     kind: ClassVar[str] = "scripted"
@@ -36,7 +36,7 @@ class ScriptedDrafter(Drafter):
         self.proposed: list[tuple[int, list[int]]] = []
 
     def draft(self, tokens: Sequence[int], limit: int) -> list[int]:
-        """At most min(limit, num_draft_tokens) of the function's tokens."""
+        """Return at most min(limit, num_draft_tokens) of the function's tokens."""
         limit = min(limit, self.num_draft_tokens)
         return list(self.function(tokens, limit))[:limit] if limit > 0 else []
 
@@ -56,9 +56,9 @@ class ScriptedDrafter(Drafter):
 
 
 class ScriptedTree(Drafter):
-    """Proposes the tree `function(tokens so far, limit)` gives: tokens and their parents' indices.
+    """A drafter that proposes the tree `function(tokens so far, limit)`: tokens and parents' indices.
 
-    Nothing is cut or checked, so that a script can break the contract.
+    The tree is neither cut nor checked, so that a test can break the contract.
     """
 
     kind: ClassVar[str] = "scripted_tree"
@@ -84,10 +84,10 @@ class ScriptedTree(Drafter):
 
 
 def copying(text: Sequence[int], num_right: int | None = None, wrong: int = 0) -> Propose:
-    """A script that knows the whole text: it proposes what follows.
+    """Return a function that proposes the continuation of the text so far.
 
-    With `num_right` every draft is right for so many tokens and proposes `wrong` from there on, or
-    the id after it where `wrong` would have been right.
+    With `num_right`, only the first `num_right` tokens of a draft are right. The rest are `wrong`, or
+    `wrong + 1` where `wrong` would be right.
     """
 
     def function(tokens: Sequence[int], limit: int) -> list[int]:

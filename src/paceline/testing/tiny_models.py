@@ -1,176 +1,191 @@
 """Tiny transformers models with random weights: real architectures in a few thousand parameters.
 
 Built from a configuration and a seed, without a file or a download. Weights are drawn wider than for
-training, so that the greedy output wanders over the vocabulary instead of repeating one token.
+training, so that the greedy text has many different tokens instead of one repeated token.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from paceline.testing import tiny_families
-from paceline.testing.tiny_shapes import HEADS, HIDDEN, LAYERS, PLAIN, gpt_shape, llama_shape
 from paceline.testing.tokenizers import NUM_TOKENS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Mapping
 
-_STD: Final = 0.25  # of the weights, an order of magnitude more than is usual
+    from transformers import PreTrainedModel
 
+_STD: Final = 0.25  # of the weights, about ten times the usual
 
-def _llama(vocab_size: int, context: int) -> PreTrainedModel:
-    """Grouped-query attention: 4 heads share 2 key-value heads."""
-    return LlamaForCausalLM(LlamaConfig(**llama_shape(vocab_size, context)))
-
-
-def _llama3(vocab_size: int, context: int) -> PreTrainedModel:
-    """Llama 3's scaled angles and a tied head."""
-    shape = llama_shape(vocab_size, context) | {"tie_word_embeddings": True}
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 500000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-    }
-    return LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=rope))
-
-
-def _qwen2(vocab_size: int, context: int) -> PreTrainedModel:
-    """Biases on queries, keys and values; the second layer has a sliding window of 6 tokens."""
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            **llama_shape(vocab_size, context),
-            use_sliding_window=True,
-            sliding_window=6,
-            max_window_layers=1,
-        )
-    )
-
-
-def _qwen3(vocab_size: int, context: int) -> PreTrainedModel:
-    """Norms on queries and keys, and heads wider than hidden size / number of heads."""
-    return Qwen3ForCausalLM(Qwen3Config(**llama_shape(vocab_size, context), head_dim=16))
-
-
-def _mistral(vocab_size: int, context: int) -> PreTrainedModel:
-    """A sliding window of 6 tokens on every layer."""
-    return MistralForCausalLM(
-        MistralConfig(**llama_shape(vocab_size, context), head_dim=8, sliding_window=6)
-    )
-
-
-def _gemma2(vocab_size: int, context: int) -> PreTrainedModel:
-    """Sliding and full layers in turn, capped attention scores and capped logits."""
-    return Gemma2ForCausalLM(
-        Gemma2Config(
-            **llama_shape(vocab_size, context),
-            head_dim=8,
-            query_pre_attn_scalar=8,
-            sliding_window=6,
-            attn_logit_softcapping=5.0,
-            final_logit_softcapping=20.0,
-        )
-    )
-
-
-def _gemma3(vocab_size: int, context: int) -> PreTrainedModel:
-    """Norms on queries and keys, and other angles on the sliding layer than on the full one."""
-    return Gemma3ForCausalLM(
-        Gemma3TextConfig(
-            **llama_shape(vocab_size, context),
-            head_dim=8,
-            query_pre_attn_scalar=8,
-            sliding_window=6,
-            layer_types=["sliding_attention", "full_attention"],
-        )
-    )
-
-
-def _phi(vocab_size: int, context: int) -> PreTrainedModel:
-    """Rotary positions on a part of each head, biases everywhere, parallel attention and MLP."""
-    return PhiForCausalLM(PhiConfig(**llama_shape(vocab_size, context)))
-
-
-def _opt(vocab_size: int, context: int) -> PreTrainedModel:
-    """Learned positions, counted from 2."""
-    return OPTForCausalLM(
-        OPTConfig(
-            vocab_size=vocab_size,
-            hidden_size=HIDDEN,
-            ffn_dim=2 * HIDDEN,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            max_position_embeddings=context,
-            word_embed_proj_dim=HIDDEN,
-            **PLAIN,
-        )
-    )
-
-
-def _gpt2(vocab_size: int, context: int) -> PreTrainedModel:
-    """Learned positions and fused query-key-value weights."""
-    return GPT2LMHeadModel(GPT2Config(**gpt_shape(vocab_size, context)))
-
-
-def _gpt_neox(vocab_size: int, context: int) -> PreTrainedModel:
-    """Rotary positions on a part of each head, and parallel attention and MLP."""
-    return GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            vocab_size=vocab_size,
-            hidden_size=HIDDEN,
-            intermediate_size=2 * HIDDEN,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            max_position_embeddings=context,
-            **PLAIN,
-        )
-    )
-
-
-_BUILDERS: Final[dict[str, Callable[[int, int], PreTrainedModel]]] = {
-    "llama": _llama,
-    "gpt2": _gpt2,
-    "gpt_neox": _gpt_neox,
-    "mistral": _mistral,
-    "gemma2": _gemma2,
-    "llama3": _llama3,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
-    "gemma3": _gemma3,
-    "phi": _phi,
-    "opt": _opt,
+# Special ids are None: several architectures' own defaults are outside a small vocabulary.
+_PLAIN: Final[dict[str, Any]] = {
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
 }
-ARCHITECTURES: Final = tuple(_BUILDERS)
-FAMILIES: Final = tuple(tiny_families.BUILDERS)  # tested less widely
+# The sizes in the field names of several architectures.
+_SMALL: Final = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_NEOX: Final = {**_SMALL, "intermediate_size": 64}
+_LLAMA: Final = {**_NEOX, "num_key_value_heads": 2}
+_GPT: Final = {"n_embd": 32, "n_layer": 2, "n_head": 4}
+_GRANITE: Final = {
+    **_LLAMA,
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.4,
+    "logits_scaling": 3.0,
+}
+_EXPERTS: Final = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class _Architecture:
+    """A model type of transformers and the settings of its tiny configuration."""
+
+    model_type: str
+    settings: Mapping[str, Any]
+    context: str = "max_position_embeddings"  # the field of the context length
+
+
+def _of_llama(model_type: str, **settings: Any) -> _Architecture:
+    return _Architecture(model_type, {**_LLAMA, **settings})
+
+
+_ARCHITECTURES: Final = {
+    # grouped-query attention: 4 heads share 2 key-value heads
+    "llama": _of_llama("llama"),
+    # learned positions, fused query-key-value weights
+    "gpt2": _Architecture("gpt2", _GPT, "n_positions"),
+    # rotary positions on a part of each head, parallel attention and MLP
+    "gpt_neox": _Architecture("gpt_neox", _NEOX),
+    # a sliding window of 6 tokens on every layer
+    "mistral": _of_llama("mistral", head_dim=8, sliding_window=6),
+    # alternating sliding and full layers, capped attention scores and capped logits
+    "gemma2": _of_llama(
+        "gemma2",
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=6,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=20.0,
+    ),
+    # Llama 3's scaled angles and a tied head
+    "llama3": _of_llama(
+        "llama",
+        tie_word_embeddings=True,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    # biases on queries, keys and values; a sliding window of 6 tokens on the second layer
+    "qwen2": _of_llama("qwen2", use_sliding_window=True, sliding_window=6, max_window_layers=1),
+    # norms on queries and keys, heads wider than hidden size / number of heads
+    "qwen3": _of_llama("qwen3", head_dim=16),
+    # norms on queries and keys, different angles on the sliding and the full layer
+    "gemma3": _of_llama(
+        "gemma3_text",
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    # rotary positions on a part of each head, biases everywhere, parallel attention and MLP
+    "phi": _of_llama("phi"),
+    # learned positions, counted from 2
+    "opt": _Architecture("opt", {**_SMALL, "ffn_dim": 64, "word_embed_proj_dim": 32}),
+}
+# Families with their own code at the logits, in the attention or in its bias. With 6 heads, which is
+# no power of two, ALiBi has two series of slopes.
+_FAMILIES: Final = {
+    # scaled logits of a tied head, norms on queries and keys, parallel attention and MLP
+    "cohere": _of_llama("cohere", tie_word_embeddings=True, logit_scale=0.25, use_qk_norm=True),
+    # scaled logits; a window of 6 tokens with angles on one layer, neither on the other
+    "cohere2": _of_llama(
+        "cohere2",
+        logit_scale=0.25,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    # multipliers of the embedding, the scores, the residuals and the logits
+    "granite": _Architecture("granite", _GRANITE),
+    # Granite with two of four experts per token
+    "granite_moe": _Architecture("granitemoe", {**_GRANITE, **_EXPERTS}),
+    # Granite with two of four experts per token, and one expert for every token
+    "granite_moe_shared": _Architecture(
+        "granitemoeshared", {**_GRANITE, **_EXPERTS, "shared_intermediate_size": 32}
+    ),
+    # the newer architecture: groups of heads, rotary positions, two parallel norms
+    "falcon": _Architecture(
+        "falcon", {**_SMALL, "new_decoder_architecture": True, "num_kv_heads": 2}
+    ),
+    # the 7B's architecture: one key and one value head for all, rotary positions
+    "falcon_multi_query": _Architecture("falcon", {**_SMALL, "multi_query": True}),
+    # the RW models' architecture: ALiBi, biases, a key-value head per head, MLP in series
+    "falcon_alibi": _Architecture(
+        "falcon",
+        {
+            **_SMALL,
+            "hidden_size": 48,
+            "num_attention_heads": 6,
+            "alibi": True,
+            "multi_query": False,
+            "parallel_attn": False,
+            "bias": True,
+        },
+    ),
+    # norms per head on queries and keys, partly rotary heads, parallel attention and MLP
+    "stablelm": _of_llama("stablelm", qk_layernorm=True, use_parallel_residual=True),
+    # norms with weights around 1, partly rotary heads, a squared ReLU
+    "nemotron": _of_llama("nemotron", head_dim=8),
+    # rotary positions in interleaved pairs on a part of each head, from a table
+    "gptj": _Architecture("gptj", {**_GPT, "rotary_dim": 4}, "n_positions"),
+    # GPT-J with fused query-key-value weights in four parts
+    "codegen": _Architecture("codegen", {**_GPT, "rotary_dim": 4}, "n_positions"),
+    # scores without scaling, a window of 6 tokens on the second layer
+    "gpt_neo": _Architecture(
+        "gpt_neo",
+        {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "window_size": 6,
+            "attention_types": [[["global", "local"], 1]],
+        },
+    ),
+    # norms after the residuals, learned positions, keys stored in columns
+    "gpt1": _Architecture("openai-gpt", _GPT, "n_positions"),
+    # rotary positions; one bias, on the output of the last attention
+    "gpt_neox_japanese": _Architecture("gpt_neox_japanese", _SMALL),
+    # sinusoidal positions counted from 2, a scaled embedding; padding is a row of it
+    "xglm": _Architecture(
+        "xglm",
+        {"d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4, "pad_token_id": 0},
+    ),
+    # ALiBi from the first position, a norm after the embedding, residuals added inside modules
+    "bloom": _Architecture("bloom", {"hidden_size": 48, "n_head": 6, "n_layer": 2}, "seq_length"),
+    # ALiBi from the last position, clipped queries, keys and values, no biases
+    "mpt": _Architecture(
+        "mpt",
+        {"d_model": 48, "n_heads": 6, "n_layers": 2, "attn_config": {"clip_qkv": 2.0}},
+        "max_seq_len",
+    ),
+}
+ARCHITECTURES: Final = tuple(_ARCHITECTURES)
+FAMILIES: Final = tuple(_FAMILIES)  # tested less widely
 LEAN_ARCHITECTURES: Final = ("llama", "llama3", "mistral", "qwen2", "qwen3")
+# the code after their attention does not accept a zero output
+WITHOUT_SUBSETS: Final = ("gpt1", "gpt_neox_japanese")
 
 
 def tiny_model(
@@ -179,16 +194,20 @@ def tiny_model(
     vocab_size: int = NUM_TOKENS,
     context: int = 128,
     std: float = _STD,
+    **settings: Any,
 ) -> PreTrainedModel:
-    """Build a random model of `ARCHITECTURES` or `FAMILIES` in float32, without a stop token.
+    """Return a random model of `ARCHITECTURES` or `FAMILIES` in float32, without a stop token.
 
-    context: positions it can hold. std: of the weights; the wider, the less flat its distributions.
-    The default vocabulary is that of `byte_tokenizer`. The global random state is left as it was.
+    context: number of positions. std: of the weights; a larger one makes distributions less flat.
+    settings: other fields of the configuration. The default vocabulary is that of `byte_tokenizer`.
+    The global random state does not change.
     """
+    tiny = (_ARCHITECTURES | _FAMILIES)[architecture]
+    sizes = {"vocab_size": vocab_size, tiny.context: context}
+    config = CONFIG_MAPPING[tiny.model_type](**{**_PLAIN, **sizes, **tiny.settings, **settings})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        build = (_BUILDERS | tiny_families.BUILDERS)[architecture]
-        model = build(vocab_size, context)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:  # vectors are biases and norms
@@ -200,12 +219,12 @@ def tiny_model(
 
 
 def perturbed(model: PreTrainedModel, amount: float, seed: int = 0) -> PreTrainedModel:
-    """A copy whose weights are off by `amount` of their own spread: a drafter that is often right."""
+    """Return a copy whose weights have noise of `amount` standard deviations: an often right drafter."""
     other = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in other.parameters():
             if parameter.dim() > 1:
-                off = torch.randn(parameter.shape, generator=generator) * parameter.std()
-                parameter.add_(off, alpha=amount)
+                noise = torch.randn(parameter.shape, generator=generator) * parameter.std()
+                parameter.add_(noise, alpha=amount)
     return other

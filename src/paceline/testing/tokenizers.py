@@ -1,7 +1,7 @@
-"""A tokenizer in memory whose tokens are bytes: any text goes in and comes back as it was.
+"""A tokenizer in memory whose tokens are bytes; decoding returns the encoded text unchanged.
 
-256 byte tokens, then the special tokens; built without a file or a download. A token may be less
-than a character, as with every byte-level vocabulary, so it shows what such tokens do to stop strings.
+256 byte tokens, then the special tokens; built without a file or a download. A token may be less than
+a character, as in every byte-level vocabulary, which tests stop strings.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CHAT_TEMPLATE: Final = (
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Token ids 0 to 255 are the bytes, 256 is `<|end|>` (eos), 257 and 258 are the chat roles."""
+    """Return the tokenizer: ids 0 to 255 are bytes, 256 is `<|end|>` (eos), 257 and 258 chat roles."""
     vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

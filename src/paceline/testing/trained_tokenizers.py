@@ -1,4 +1,4 @@
-"""Tokenizers trained in memory on a few texts, of the two families that differ the most."""
+"""Tokenizers trained in memory on a few texts, of the two most different families."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BEGIN: Final = "<s>"
 
 
 def byte_level_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """As GPT-2's, Llama 3's and Qwen's: every byte has a token, blanks go with the word behind them."""
+    """Return a tokenizer as GPT-2's, Llama 3's and Qwen's: byte tokens, blanks before words."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -35,7 +35,7 @@ def byte_level_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
 
 
 def unigram(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """As SentencePiece's: "▁" for a blank, <s> and one before every text, <unk> where none fits."""
+    """Return a tokenizer as SentencePiece's: "▁" for blanks, <s> before every text, <unk>."""
     tokenizer = Tokenizer(Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()

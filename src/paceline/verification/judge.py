@@ -35,7 +35,7 @@ _NO_TOKEN_LEFT: Final = (
 _NO_TOKEN: Final = -(2**70)
 
 
-class JudgedRow(Protocol):
+class RowText(Protocol):
     """A row with the text that a draft follows."""
 
     @property
@@ -44,7 +44,7 @@ class JudgedRow(Protocol):
     def request(self) -> Request: ...
 
 
-class JudgedDraft(Protocol):
+class DraftView(Protocol):
     """A chain, or a tree if `parents` are given; fields as in `paceline.drafting.contract.Draft`."""
 
     @property
@@ -65,9 +65,7 @@ class Verdict:
     cause: BaseException | None = None  # the exception that led to the error
 
 
-def judge(
-    rows: Sequence[JudgedRow], drafts: Sequence[JudgedDraft], logits: Tensor
-) -> list[Verdict]:
+def judge(rows: Sequence[RowText], drafts: Sequence[DraftView], logits: Tensor) -> list[Verdict]:
     """Return each row's verdict; an error if its accepted path has no next token. logits: [N, V]."""
     best, ids = logits.max(dim=-1)
     # one copy from the device, and a second one for all sampled rows
@@ -134,12 +132,12 @@ def _check_next_token(
         verdict.error = _NO_TOKEN_LEFT
 
 
-def _follow_choices(choices: Choices, draft: JudgedDraft) -> Verdict:
+def _follow_choices(choices: Choices, draft: DraftView) -> Verdict:
     path = follow(choices, draft.tokens, draft.parents)
     return Verdict(path, choices[path[-1] + 1 if path else 0])
 
 
-def _read_answer(answer: Sequence[int], draft: JudgedDraft) -> Verdict:
+def _read_answer(answer: Sequence[int], draft: DraftView) -> Verdict:
     """Return the verdict of an answer of `_judge_one` that was copied from the device."""
     if draft.probs is None:
         return _follow_choices(_matching_nothing(answer), draft)
@@ -148,8 +146,8 @@ def _read_answer(answer: Sequence[int], draft: JudgedDraft) -> Verdict:
 
 
 def _judge_one(
-    row: JudgedRow,
-    draft: JudgedDraft,
+    row: RowText,
+    draft: DraftView,
     logits: Tensor,
     own: Sequence[int],
     rule_errors: dict[int, BaseException],
@@ -211,8 +209,8 @@ def _judge_chain(
 
 
 def _apply_rules(
-    row: JudgedRow,
-    draft: JudgedDraft,
+    row: RowText,
+    draft: DraftView,
     logits: Tensor,
     own: Sequence[int],
     rule_errors: dict[int, BaseException],
@@ -237,7 +235,7 @@ def _apply_rules(
     return ruled
 
 
-def _texts_before(tokens: list[int], draft: JudgedDraft, num_logits: int) -> list[list[int]]:
+def _texts_before(tokens: list[int], draft: DraftView, num_logits: int) -> list[list[int]]:
     """Return the text before each place: a row's, then with the path to each draft token, as fed."""
     texts = [tokens]
     for k, token in enumerate(draft.tokens):
@@ -265,7 +263,7 @@ class _DrawsOnDemand:
 
 
 def _draw_at_every_place(
-    logits: Tensor, draft: JudgedDraft, params: SamplingParams, start: int
+    logits: Tensor, draft: DraftView, params: SamplingParams, start: int
 ) -> Tensor:
     """Return the target's token at every place of a draft [k+1], since each read would be a copy."""
     levels = range(len(draft.tokens)) if draft.parents is None else depths(draft.parents)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import pytest
 
-from paceline.bench.agreement import Ranking, bias, median_error, ranking
-
+AGREEMENT = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "agreement.py"))
+Ranking, ranking = AGREEMENT["Ranking"], AGREEMENT["ranking"]
+bias, median_error = AGREEMENT["bias"], AGREEMENT["median_error"]
 PREDICTED = {"a": 1.0, "b": 1.04, "c": 1.2, "d": 2.0}
 
 
-def test_only_pairs_told_apart_count() -> None:
-    """a and b are too near; of the other five, c and d are the wrong way round by the clock."""
+def test_only_separated_pairs_count() -> None:
+    """a and b are too close; of the other five pairs, the clock reverses c and d."""
     clocked = {"a": 1.1, "b": 0.9, "c": 2.1, "d": 2.0}
     found = ranking(PREDICTED, clocked)
     assert found == Ranking(pairs=5, right=4)

@@ -1,4 +1,4 @@
-"""The list of drafters says what is there, what is wrong, and what each arm really holds."""
+"""The list of drafters: kinds, problems and the memory of each arm."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from paceline.bench.doctor import model_facts
-from paceline.bench.drafters import Arm, DrafterList, drafters
+from paceline.bench.drafters import ConfiguredDrafter, DrafterList, drafters
 from paceline.cli import main
 from paceline.config import Config, ModelSection, parse
 from paceline.drafting.catalog import CATALOG
@@ -31,7 +31,7 @@ def draft_model(name: str, **settings: Any) -> dict[str, Any]:
     }
 
 
-def arms(found: DrafterList) -> dict[str, Arm]:
+def arms(found: DrafterList) -> dict[str, ConfiguredDrafter]:
     return {arm.name: arm for kind in found.kinds for arm in kind.arms}
 
 
@@ -44,11 +44,11 @@ def test_without_a_configuration_every_kind_of_the_catalogue_is_described() -> N
     assert by_name["draft_model"].needs == ["same vocabulary"]
     assert by_name["draft_model"].required == ["model"]
     assert by_name["prompt_lookup"].settings["num_draft_tokens"] == "8"
-    assert by_name["none"].arms == [Arm("none")]
+    assert by_name["none"].arms == [ConfiguredDrafter("none")]
     assert found.target is None
 
 
-def test_arms_stand_with_their_kind_and_their_problem() -> None:
+def test_arms_are_listed_with_their_kind_and_problem() -> None:
     lookup = {"kind": "prompt_lookup", "settings": {"min_ngram": 9, "max_ngram": 2}}
     strange = {"kind": "promt_lookup"}
     found = drafters(config(math=draft_model("draft-math"), bad=lookup, odd=strange), memory=True)
@@ -63,7 +63,7 @@ def test_arms_stand_with_their_kind_and_their_problem() -> None:
     assert arms(found)["math"].weight_bytes is None  # nothing is loaded where something is wrong
 
 
-def test_memory_is_the_weights_and_what_a_row_adds() -> None:
+def test_memory_is_weights_plus_one_row() -> None:
     found = drafters(
         config(
             math=draft_model("draft-math"),

@@ -1,4 +1,4 @@
-"""The measured table prices all that is asked of it, and measuring leaves no trace."""
+"""The measured table prices every arm, and measuring leaves no trace."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from paceline.assembly import Pace, build_from_objects
-from paceline.bench.profile import profile
+from paceline.bench.profile import measure_cost_table
 from paceline.config import Config, ModelSection
 from paceline.contracts import identity_of_arms
 from paceline.costs import CostTable
@@ -29,7 +29,7 @@ SHORT_CONTEXT = 64
 
 
 class CountingLookup(PromptLookup):
-    """Remembers how many rows it was asked to propose for at once."""
+    """A lookup that records the numbers of rows per proposal."""
 
     def __init__(self, name: str, settings: PromptLookupSettings) -> None:
         super().__init__(name, settings)
@@ -42,7 +42,7 @@ class CountingLookup(PromptLookup):
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Models this small only lose by a second thread."""
+    """Use one thread: a second one slows models this small down."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -67,7 +67,9 @@ def pace() -> Pace:
 @pytest.fixture(scope="module")
 def table(pace: Pace) -> CostTable:
     seen = []
-    table = profile(pace, lambda stage, done, total: seen.append((stage, done, total)), budget=0.0)
+    table = measure_cost_table(
+        pace, lambda stage, done, total: seen.append((stage, done, total)), budget=0.0
+    )
     assert {stage for stage, _, _ in seen} == {"profile"}
     assert [done for _, done, _ in seen] == list(range(1, len(seen) + 1))
     assert seen[-1][2] == len(seen)
@@ -75,7 +77,7 @@ def table(pace: Pace) -> CostTable:
 
 
 def cells(table: CostTable, subject: str, operation: str) -> set[tuple[int, int, int]]:
-    """(tokens, context, rows) that were measured."""
+    """Return the measured (tokens, context, rows)."""
     return {
         (m.tokens, m.context, m.rows)
         for m in table.measurements
@@ -118,18 +120,18 @@ def test_widths_contexts_and_rows_cover_the_arms(table: CostTable) -> None:
     assert cells(table, "engine", "round") == {(0, 0, r) for r in (1, 2, 4, 8)}
 
 
-def test_lookup_is_measured_where_it_finds_something(table: CostTable) -> None:
-    """Random text alone would show it proposing nothing."""
+def test_lookup_is_measured_on_texts_with_repetitions(table: CostTable) -> None:
+    """On random text alone it would propose nothing."""
     drafted = {tokens for tokens, _, _ in cells(table, "lookup", "propose")}
     assert drafted == {0, 1, 2, 4, 6}
 
 
-def test_proposals_for_rows_are_made_for_so_many(pace: Pace, table: CostTable) -> None:
+def test_proposals_are_made_for_every_number_of_rows(pace: Pace, table: CostTable) -> None:
     asked = {rows for _, _, rows in cells(table, "lookup", "propose")}
     assert pace.parts.drafters["lookup"].asked == asked == {1, 2, 4, 8}
 
 
-def test_a_context_the_drafter_cannot_hold_is_not_taken_for_a_cheap_one(table: CostTable) -> None:
+def test_a_context_beyond_the_drafters_own_is_not_priced(table: CostTable) -> None:
     assert {context for _, context, _ in cells(table, "short", "propose")} == {32}
     silent = {(0, 32, 1), (0, 128, 1), *((0, 32, rows) for rows in (2, 4, 8))}
     assert cells(table, "silent", "propose") == silent

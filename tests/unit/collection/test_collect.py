@@ -17,7 +17,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 import paceline.store.shards as shards
-from paceline.collection import collect
+from paceline.collection import collect_trajectories
 from paceline.collection.card import CARD_JSON, CARD_MD
 from paceline.collection.draft_outputs import read_outputs
 from paceline.config import SelectionSection
@@ -58,7 +58,7 @@ def run(
     pace: Pace, records: list[PromptRecord], folder: Path, **settings: object
 ) -> CollectionReport:
     given: dict = {"max_new_tokens": MAX_NEW, "alignment": True, "shard_size": SHARD_SIZE}
-    return collect(pace, records, folder, **{**given, **settings})
+    return collect_trajectories(pace, records, folder, **{**given, **settings})
 
 
 def completed(pace: Pace, record: PromptRecord, arm: str) -> Completion:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from paceline.assembly import open_log
-from paceline.collection import collect
+from paceline.collection import collect_trajectories
 from paceline.collection.from_log import SERVED, collect_log
 from paceline.config import LogSection
 from paceline.errors import StoreError
@@ -47,7 +47,7 @@ def test_the_log_gives_what_collecting_gives(
 ) -> None:
     report = collect_log(pace, served, tmp_path / "from_log")
     fitting = [r for r in records if r.id != "long"][:-1]
-    collect(pace, fitting, tmp_path / "direct", max_new_tokens=12)
+    collect_trajectories(pace, fitting, tmp_path / "direct", max_new_tokens=12)
 
     assert report.num_added == len(fitting) and report.num_present == 0
     assert report.left_out == {"were sampled, or had rules for the logits": 1}
@@ -81,7 +81,7 @@ def test_taken_again_nothing_is_added_and_what_is_new_is(
 def test_served_prompts_join_collected_ones(
     pace: Pace, records: list[PromptRecord], served: list[LoggedDecision], tmp_path: Path
 ) -> None:
-    collect(pace, records[:2], tmp_path / "store", max_new_tokens=8)
+    collect_trajectories(pace, records[:2], tmp_path / "store", max_new_tokens=8)
     collect_log(pace, served, tmp_path / "store")
 
     domains = [p.domain for p in load_collection(tmp_path / "store", ARMS).prompts]

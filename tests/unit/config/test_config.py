@@ -1,4 +1,4 @@
-"""One strict schema: what it fills in, what paths mean, and that each mistake names its remedy."""
+"""The strict schema: its defaults, its paths, and the remedy in the message of each mistake."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def message_of(folder: Path, text: str) -> str:
     return message
 
 
-def test_a_target_is_all_that_must_be_named(tmp_path: Path) -> None:
+def test_only_a_target_is_required(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, MINIMAL))
 
     assert config.target.model == "org/name"
@@ -36,7 +36,7 @@ def test_a_target_is_all_that_must_be_named(tmp_path: Path) -> None:
     assert config.target.trust_remote_code is False
 
 
-def test_relative_paths_mean_relative_to_the_file(
+def test_relative_paths_are_relative_to_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "project"
@@ -57,7 +57,7 @@ def test_relative_paths_mean_relative_to_the_file(
     assert load_config(path) == config
     assert config.target.model == str(folder / "models" / "big")
     assert config.drafters["near"].settings["model"] == str(folder / "models" / "small")
-    assert config.drafters["far"].settings["model"] == "org/small"  # a hub name stays one
+    assert config.drafters["far"].settings["model"] == "org/small"  # a hub name is not a path
     assert config.paths.store == folder / "collected"
     assert config.paths.policy == folder / "runs" / "policy"
 
@@ -95,12 +95,12 @@ def test_a_mistake_names_the_file_the_key_and_the_remedy(
     assert all(word in message for word in words), message
 
 
-def test_a_missing_file_says_how_to_name_another(tmp_path: Path) -> None:
+def test_the_message_of_a_missing_file_names_the_flag(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file; .*--config"):
         load_config(tmp_path / "nowhere.yaml")
 
 
-def test_a_file_that_is_no_text_is_a_config_error(tmp_path: Path) -> None:
+def test_a_file_that_is_not_text_is_a_config_error(tmp_path: Path) -> None:
     path = tmp_path / "paceline.yaml"
     path.write_bytes(b"\xff\xfe\x00target")
 
@@ -134,7 +134,7 @@ def test_drafter_settings_are_checked_by_their_own_schema(
     assert all(word in message for word in words), message
 
 
-def test_settings_cannot_be_changed_after_they_were_checked() -> None:
+def test_checked_settings_cannot_change() -> None:
     config = Config.model_validate({"target": {"model": "a/b"}})
 
     with pytest.raises(ValueError, match="frozen"):
@@ -142,7 +142,7 @@ def test_settings_cannot_be_changed_after_they_were_checked() -> None:
 
 
 @pytest.mark.parametrize("written", ["off", '"off"', "within_request"])
-def test_adapt_may_be_written_bare(tmp_path: Path, written: str) -> None:
+def test_adapt_may_be_a_bare_off(tmp_path: Path, written: str) -> None:
     """YAML reads a bare off as false."""
     path = tmp_path / "paceline.yaml"
     path.write_text(f"target: {{model: x}}\nselection: {{adapt: {written}, guard: true}}\n")
@@ -153,5 +153,5 @@ def test_adapt_may_be_written_bare(tmp_path: Path, written: str) -> None:
     assert section.is_adaptive
 
 
-def test_nothing_watches_unless_asked() -> None:
+def test_selection_is_not_adaptive_by_default() -> None:
     assert not Config(target=ModelSection(model="x")).selection.is_adaptive

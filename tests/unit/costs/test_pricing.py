@@ -1,15 +1,15 @@
-"""Prices of arms: the live pricer is the table read directly, and the objectives are what they say."""
+"""Prices of arms: the live pricer equals the table, and the objectives keep their definitions."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.contracts import split_arm
 from paceline.costs import ArmPricer, CostTable, Measurement, Objective
-from paceline.costs.pricing import reference_seconds_per_token, round_seconds
+from paceline.costs.pricing import by_objective, prompt_seconds, round_seconds
 from paceline.errors import ArtefactError, ConfigError
 from paceline.rewards import request_seconds
 
@@ -19,7 +19,7 @@ OBJECTIVES: list[Objective] = ["latency", "throughput", 0.3, 0.5]
 
 
 def a_table() -> CostTable:
-    """Seconds that rise in everything, unevenly, measured at unlike places."""
+    """Return a table whose seconds rise unevenly in everything, on grids that differ."""
     generator = np.random.default_rng(5)
     cells = [Measurement("target", "prefill", n, 0, 1, 2e-3 * n**0.9) for n in (16, 64, 300)]
     for rows in (1, 2, 4, 8):
@@ -44,6 +44,36 @@ TABLE = a_table()
 PRICER = ArmPricer(TABLE, ARMS)
 
 
+def table_seconds_per_token(
+    arm: str,
+    rounds_per_token: float,
+    drafted_per_token: float,
+    empty_per_token: float,
+    context: float,
+    rows: int,
+    objective: Objective,
+    num_tokens: float,
+    num_prompt: float,
+) -> float:
+    """Return the seconds per token of one arm, read from the table itself: the readable reference."""
+    drafter = split_arm(arm)[0]
+    drafting = rounds_per_token - empty_per_token
+    drafted = drafted_per_token / drafting if drafting else 0.0
+    whole = int(drafted)
+
+    def price(num_drafting: int) -> float:
+        lengths, contexts = np.array([0, whole, whole + 1]), np.array([context])
+        nothing, fewer, more = round_seconds(
+            TABLE.seconds, drafter, lengths, contexts, rows, num_drafting
+        )
+        typical = fewer + (drafted - whole) * (more - fewer)
+        before = prompt_seconds(TABLE.seconds, drafter, np.array([num_prompt]))[0]
+        return float(empty_per_token * nothing + drafting * typical + before / num_tokens)
+
+    return by_objective(price, rows, objective)
+
+
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.floats(0.1, 1.0), st.floats(0, 1), st.floats(0, 0.99)), min_size=6, max_size=6
@@ -62,7 +92,7 @@ def test_live_prices_are_those_of_the_table(
     num_tokens: int,
     num_prompt: int,
 ) -> None:
-    """At any length, load, mean draft and share of rounds that draft nothing."""
+    """At any length, load, mean draft and share of empty rounds."""
     rounds = np.array([r for r, _, _ in needs])
     empty = rounds * [share for _, _, share in needs]
     lengths = [split_arm(a)[1] or LONGEST[split_arm(a)[0]] for a in ARMS]
@@ -71,10 +101,10 @@ def test_live_prices_are_those_of_the_table(
     situation = (context, rows, objective, num_tokens, num_prompt)
     live = PRICER.seconds_per_token(rounds, drafted, empty, *situation)
     direct = [
-        reference_seconds_per_token(TABLE, arm, rounds[i], drafted[i], empty[i], *situation)
+        table_seconds_per_token(arm, rounds[i], drafted[i], empty[i], *situation)
         for i, arm in enumerate(ARMS)
     ]
-    # outside what was measured the table turns flat at its least, maybe between two grid points
+    # beyond the measured range the table is flat at its minimum, perhaps from between two grid points
     inside = 32 <= context <= 500 and rows <= 8
     assert live == pytest.approx(direct, rel=1e-9 if inside else 0.02)
 
@@ -83,7 +113,7 @@ def test_live_prices_are_those_of_the_table(
 def test_exact_and_live_prices_agree_on_a_request_of_full_and_empty_rounds(
     arm: str, rows: int, objective: Objective
 ) -> None:
-    """At a context where the table is flat, so that the middle of the answer is typical of it."""
+    """On a table that is flat in the context, so the middle of the answer is typical."""
     flat = CostTable({}, [m for m in TABLE.measurements if m.context in (0, 32)])
     length = split_arm(arm)[1] or LONGEST[split_arm(arm)[0]]
     rounds = np.array([(length, min(length, 2))] * 10 + [(0, 0)] * 7)
@@ -99,7 +129,7 @@ def test_exact_and_live_prices_agree_on_a_request_of_full_and_empty_rounds(
 
 
 @given(st.sampled_from(ARMS), st.integers(16, 300), st.integers(1, 16))
-def test_what_objectives_promise(arm: str, num_prompt: int, rows: int) -> None:
+def test_objectives_are_ordered_and_mixed(arm: str, num_prompt: int, rows: int) -> None:
     length = split_arm(arm)[1] or LONGEST[split_arm(arm)[0]]
     rounds = np.array([(length, min(length, 1))] * 7)
     own = {o: request_seconds(TABLE.seconds, arm, num_prompt, rounds, rows, o) for o in OBJECTIVES}
@@ -115,7 +145,7 @@ def test_what_objectives_promise(arm: str, num_prompt: int, rows: int) -> None:
 
 
 def test_a_round_is_charged_by_hand() -> None:
-    """Four rows: one drafts beside three that do not, or all draft and share."""
+    """Four rows: one drafts and three do not, or all draft and share."""
 
     def seconds(subject: str, operation: str, tokens: object, context: object, rows: int) -> float:
         known = {
@@ -130,8 +160,8 @@ def test_a_round_is_charged_by_hand() -> None:
     assert round_seconds(seconds, "math", drafted, context, 4, 4) == [36.0 / 4]
 
 
-def test_under_load_a_dear_width_turns_the_choice() -> None:
-    """Alone, width is free and drafting wins; eight rows that all draft pay for every token."""
+def test_under_load_an_expensive_width_reverses_the_choice() -> None:
+    """One row gets width for free and drafting wins; eight drafting rows pay for every token."""
     cells = [
         Measurement("target", "prefill", 1, 0, 1, 0.0),
         Measurement("math", "start", 1, 0, 1, 0.0),
@@ -159,7 +189,7 @@ def test_under_load_a_dear_width_turns_the_choice() -> None:
     assert speed[8, "throughput"] == pytest.approx(2 / 5.1)
 
 
-def test_mistakes_are_named() -> None:
+def test_missing_drafters_and_invalid_objectives_raise() -> None:
     with pytest.raises(ArtefactError, match="chat not measured"):
         ArmPricer(TABLE, ["none", "chat@2"])
     for wrong in ("fast", 1.5, -0.1):

@@ -1,4 +1,4 @@
-"""The cost table: what was measured comes back, what lies between is between, files are checked."""
+"""The cost table: measured cells, interpolation, and the checks of its file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECONDS = st.floats(1e-6, 10.0)
 
 
 def table_of(cells: dict[tuple[int, int], float], rows: int = 1) -> CostTable:
-    """A table of target forwards from (tokens, context) -> seconds."""
+    """Return a table of target forwards from (tokens, context) -> seconds."""
     return CostTable(
         {}, [Measurement(*FORWARD, t, c, rows, seconds) for (t, c), seconds in cells.items()]
     )
@@ -29,7 +29,7 @@ def table_of(cells: dict[tuple[int, int], float], rows: int = 1) -> CostTable:
 
 @st.composite
 def grids(draw: st.DrawFn) -> dict[tuple[int, int], float]:
-    """Some contexts, each measured at some tokens of its own."""
+    """Draw contexts, each measured at tokens of its own."""
     contexts = draw(st.lists(st.integers(0, 2000), min_size=1, max_size=4, unique=True))
     cells = {}
     for context in contexts:
@@ -45,22 +45,20 @@ FULL = {
 
 
 @given(grids())
-def test_measured_cells_come_back_to_the_last_bit(cells: dict[tuple[int, int], float]) -> None:
+def test_measured_cells_are_returned_exactly(cells: dict[tuple[int, int], float]) -> None:
     table = table_of(cells)
     for (tokens, context), seconds in cells.items():
         assert table.seconds(*FORWARD, tokens, context) == seconds
 
 
 @given(st.integers(0, 10), st.integers(-20, 130))
-def test_more_tokens_never_cost_less_where_the_measured_ones_do_not(
-    tokens: int, context: int
-) -> None:
+def test_seconds_rise_with_tokens_where_the_measured_ones_do(tokens: int, context: int) -> None:
     table = table_of(FULL)
     assert table.seconds(*FORWARD, tokens, context) <= table.seconds(*FORWARD, tokens + 1, context)
 
 
 @given(grids(), st.integers(0, 70), st.integers(0, 2000))
-def test_between_measured_tokens_and_contexts_nothing_leaves_their_range(
+def test_interpolated_seconds_stay_within_the_measured_range(
     cells: dict[tuple[int, int], float], tokens: int, context: int
 ) -> None:
     for c in {c for _, c in cells}:
@@ -80,7 +78,7 @@ def test_interpolates_linearly_in_both_directions() -> None:
     assert table.seconds(*FORWARD, 2, 50) == pytest.approx(2.0)
 
 
-def test_goes_on_along_the_last_segment_but_not_below_the_least() -> None:
+def test_extends_the_last_segment_but_not_below_the_minimum() -> None:
     table = table_of(FULL)
     assert table.seconds(*FORWARD, 10, 0) == pytest.approx(3.25)
     assert table.seconds(*FORWARD, 1, 300) == pytest.approx(4.0)
@@ -99,7 +97,7 @@ def test_an_array_is_priced_like_its_members() -> None:
     assert table.seconds(*FORWARD, np.zeros(0, int), np.zeros(0, int)).shape == (0,)
 
 
-def test_between_rows_and_beyond_them() -> None:
+def test_interpolates_between_rows_and_extends_beyond_them() -> None:
     seconds = {1: 1.0, 4: 2.5, 8: 3.0}
     cells = [Measurement(*FORWARD, 1, 0, r, s) for r, s in seconds.items()]
     table = CostTable({}, reversed(cells))
@@ -112,7 +110,7 @@ def test_between_rows_and_beyond_them() -> None:
     assert falling.seconds(*FORWARD, 1, 0, 50) == 1.0
 
 
-def test_what_no_batch_was_measured_for_is_done_row_by_row() -> None:
+def test_work_without_a_measured_batch_is_priced_per_row() -> None:
     table = table_of({(1, 0): 0.5})
     assert [table.seconds(*FORWARD, 1, 0, rows) for rows in (1, 2, 8)] == [0.5, 1.0, 4.0]
 
@@ -129,7 +127,7 @@ def full_table(arms: list[str]) -> CostTable:
     return CostTable(fingerprint, [Measurement(s, o, 1, 0, 1, 0.5) for s, o in operations])
 
 
-def test_what_is_missing_is_named() -> None:
+def test_missing_measurements_are_named() -> None:
     table = full_table(["math"])
     table.check(["none", "math"])
     with pytest.raises(ArtefactError, match=r"code, chat not measured; run `paceline profile`"):
@@ -158,7 +156,7 @@ def test_a_saved_table_is_the_same_table(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["costs.json"]
 
 
-def test_files_that_are_no_table_of_this_version_are_refused(tmp_path: Path) -> None:
+def test_damaged_files_and_other_versions_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "costs.json"
     with pytest.raises(ArtefactError, match=r"no cost table here; run `paceline profile`"):
         CostTable.load(path)

@@ -1,4 +1,4 @@
-"""Distillation on tiny random models: what may silently go wrong between texts and a drafter."""
+"""Distillation on tiny random models: the silent mistakes between texts and a drafter."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 from paceline.assembly import Pace, build_from_objects
 from paceline.config import Config, ModelSection
 from paceline.contracts import PromptRecord
-from paceline.distillation import DistillSettings, Progress, distill
+from paceline.distillation import DistillSettings, TrainingProgress, distill
 from paceline.distillation.batches import Example, collate, in_order, pack_epoch
 from paceline.distillation.head import losses_and_matches, weighted_cross_entropy
-from paceline.distillation.student import Shape, build_student, num_parameters, project
+from paceline.distillation.student import StudentShape, build_student, num_parameters, project
 from paceline.distillation.train import (
-    Quality,
-    evaluate,
+    DomainQuality,
     hidden_states,
     learning_rate,
+    measure_quality,
     plan_batches,
     train,
 )
@@ -39,12 +39,13 @@ from paceline.models.language_model import LanguageModel
 from paceline.models.self_checks import check_packed_forward
 from paceline.models.vocabulary import Vocabulary
 from paceline.store import is_validation, take_by_hash
+from paceline.testing.tiny_models import tiny_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 VOCAB = 40
-TINY = Shape(num_layers=2, hidden_size=16, mlp_size=24, num_heads=2, num_kv_heads=1)
+TINY = StudentShape(num_layers=2, hidden_size=16, mlp_size=24, num_heads=2, num_kv_heads=1)
 
 
 @pytest.fixture(autouse=True)
@@ -52,24 +53,11 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def tiny_target() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        eos_token_id=0,
-        pad_token_id=1,
-        bos_token_id=None,
-        tie_word_embeddings=True,
-        initializer_range=0.5,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        return LlamaForCausalLM(config).eval()
+def tiny_target() -> PreTrainedModel:
+    return tiny_model(
+        seed=3, vocab_size=VOCAB, context=64, std=0.5, eos_token_id=0, pad_token_id=1,
+        tie_word_embeddings=True, hidden_size=24, num_hidden_layers=1,
+    )  # fmt: skip
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -89,7 +77,7 @@ def student(seed: int = 0) -> LlamaForCausalLM:
 
 
 def texts(count: int, seed: int = 0, domain: str = "d") -> list[Example]:
-    """Texts of a rule that can be learned: every token follows from the one before."""
+    """Return texts of a learnable rule: each token is a function of the previous one."""
     random = np.random.default_rng(seed)
     examples = []
     for i in range(count):
@@ -114,7 +102,7 @@ def tiny_settings(**changes: object) -> DistillSettings:
 
 
 @pytest.mark.parametrize("init", ["svd", "random"])
-def test_student_speaks_the_targets_language_and_runs_packed(init: str, tmp_path: Path) -> None:
+def test_a_student_has_the_targets_vocabulary_and_runs_packed(init: str, tmp_path: Path) -> None:
     target = tiny_target()
     made = build_student(target, TINY, init, seed=0)  # type: ignore[arg-type]
     made.save_pretrained(tmp_path)
@@ -127,7 +115,7 @@ def test_student_speaks_the_targets_language_and_runs_packed(init: str, tmp_path
     check_packed_forward(LanguageModel(loaded, "student"))
 
 
-def test_student_is_a_function_of_the_seed_and_leaves_the_callers_randomness() -> None:
+def test_a_student_is_a_function_of_the_seed_and_does_not_change_the_callers_randomness() -> None:
     torch.manual_seed(11)
     before = torch.random.get_rng_state()
     first, again, other = student(1), student(1), student(2)
@@ -140,7 +128,7 @@ def test_student_is_a_function_of_the_seed_and_leaves_the_callers_randomness() -
 
 
 def test_projection_is_the_whitened_strongest_directions() -> None:
-    """Keeping the weakest instead (eigh sorts upwards) would throw the target's geometry away."""
+    """The weakest directions (eigh sorts upwards) would lose the target's geometry."""
     torch.manual_seed(0)
     embedding = torch.randn(30, 8) * torch.tensor([9.0, 7, 5, 3, 1, 1, 0.5, 0.1]) + 4
     projected = project(embedding, 3)
@@ -174,7 +162,7 @@ def test_sliced_head_equals_plain_cross_entropy_in_value_and_gradients() -> None
     assert torch.equal(matches, (hidden @ head.T).argmax(-1) == targets)
 
 
-def test_half_precision_head_points_the_same_way() -> None:
+def test_a_half_precision_head_has_nearly_the_same_gradients() -> None:
     torch.manual_seed(0)
     hidden = torch.randn(300, 16, requires_grad=True)
     head = (torch.randn(VOCAB, 16) * 0.3).requires_grad_()
@@ -192,8 +180,8 @@ def test_half_precision_head_points_the_same_way() -> None:
 # --- batches --------------------------------------------------------------------------------------
 
 
-def test_a_batch_gives_every_text_what_it_gets_alone() -> None:
-    """Padding that leaks into a text, or a neighbour's tokens, would change its loss."""
+def test_a_text_has_the_same_loss_in_a_batch_and_alone() -> None:
+    """Padding or a neighbour's tokens in a text would change its loss."""
     model, examples = student(), texts(5)
     head = model.get_output_embeddings().weight
     with torch.inference_mode():
@@ -205,11 +193,11 @@ def test_a_batch_gives_every_text_what_it_gets_alone() -> None:
             expected = F.cross_entropy(alone, wanted, reduction="none")
             own = together.examples == i
             torch.testing.assert_close(losses[own], expected, atol=1e-5, rtol=1e-5)
-            # planted: a batch that begins its texts elsewhere must be told apart
+            # planted bug: texts that begin one token later must have another loss
             assert not torch.allclose(losses[own].roll(1), expected) or len(expected) == 1
 
 
-def test_first_answer_token_has_full_weight_and_prompts_their_own() -> None:
+def test_answer_tokens_have_weight_1_and_prompt_tokens_the_prompt_weight() -> None:
     example = Example("a", "d", np.arange(10, 17), num_prompt=3)
     both = collate([example], prompt_weight=0.25)
     assert both.targets.tolist() == [11, 12, 13, 14, 15, 16]
@@ -221,7 +209,7 @@ def test_first_answer_token_has_full_weight_and_prompts_their_own() -> None:
     assert answers.places.tolist() == [2, 3, 4, 5]
 
 
-def test_an_epoch_holds_every_text_once_within_the_budget() -> None:
+def test_an_epoch_has_every_text_once_within_the_budget() -> None:
     lengths = [int(n) for n in np.random.default_rng(0).integers(1, 70, 500)]
     first, again = pack_epoch(lengths, 64, 5, 0), pack_epoch(lengths, 64, 5, 0)
 
@@ -246,26 +234,26 @@ def test_part_of_an_epoch_is_part_of_its_batches() -> None:
 
 def test_loss_falls_and_matches_rise_on_a_tiny_set(tmp_path: Path) -> None:
     model, examples = student(), texts(60)
-    before = evaluate(model, examples)["d"]
+    before = measure_quality(model, examples)["d"]
     train(model, examples, examples, tiny_settings(epochs=12.0), tmp_path / "c.pt")
-    after = evaluate(model, examples)["d"]
+    after = measure_quality(model, examples)["d"]
 
     assert after.loss < 0.3 * before.loss
     assert after.match_rate > 0.9
     assert after.num_tokens == sum(e.num_output for e in examples)
 
 
-def test_the_weights_of_the_best_validation_stay(
+def test_a_trained_student_has_the_weights_of_its_best_validation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither the last weights, nor a reference that goes on being trained."""
+    """Not the last weights, and not a reference to weights that are still trained."""
     rates, seen = iter([0.5, 0.9, 0.1]), []
 
-    def scripted(model: LlamaForCausalLM, _: object) -> dict[str, Quality]:
+    def scripted(model: LlamaForCausalLM, _: object) -> dict[str, DomainQuality]:
         seen.append({name: weight.clone() for name, weight in model.state_dict().items()})
-        return {"d": Quality(1.0, next(rates), 1)}
+        return {"d": DomainQuality(1.0, next(rates), 1)}
 
-    monkeypatch.setattr("paceline.distillation.train.evaluate", scripted)
+    monkeypatch.setattr("paceline.distillation.train.measure_quality", scripted)
     model = student()
     result = train(model, texts(100), texts(9), tiny_settings(validate_every=1.0), tmp_path / "c")
 
@@ -276,11 +264,11 @@ def test_the_weights_of_the_best_validation_stay(
 
 
 class KilledError(Exception):
-    """Stands for a kill between two steps."""
+    """A kill between two steps."""
 
 
-def killer(step: int) -> Callable[[Progress], None]:
-    def kill(progress: Progress) -> None:
+def killer(step: int) -> Callable[[TrainingProgress], None]:
+    def kill(progress: TrainingProgress) -> None:
         if progress.step == step:
             raise KilledError
 
@@ -291,7 +279,7 @@ def killer(step: int) -> Callable[[Progress], None]:
 def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(
     step: int, tmp_path: Path
 ) -> None:
-    """Forgetting the optimizer's moments, the step or the best weights would show here."""
+    """A checkpoint without the optimizer's moments, the step or the best weights would fail here."""
     examples, settings = texts(60), tiny_settings()
     whole = student()
     plain = train(whole, examples, texts(9, seed=1), settings, tmp_path / "whole.pt")
@@ -299,7 +287,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_uninterrupted_one(
 
     with pytest.raises(KilledError):
         train(student(), examples, texts(9, seed=1), settings, tmp_path / "part.pt", killer(step))
-    resumed = student(seed=99)  # whatever is built, the checkpoint decides
+    resumed = student(seed=99)  # replaced by the checkpoint's weights
     if not (tmp_path / "part.pt").exists():
         resumed = student()
     result = train(resumed, examples, texts(9, seed=1), settings, tmp_path / "part.pt")
@@ -324,7 +312,7 @@ def test_a_checkpoint_of_other_settings_or_texts_is_refused(tmp_path: Path) -> N
         train(student(), texts(60), texts(9), tiny_settings(), path)
 
 
-def test_learning_rate_rises_then_falls_to_its_floor() -> None:
+def test_the_learning_rate_rises_then_falls_to_its_final_share() -> None:
     settings = tiny_settings(learning_rate=1.0, warmup_share=0.1, final_learning_rate=0.1)
     rates = [learning_rate(step, 100, settings) for step in range(101)]
     assert rates.index(max(rates)) in (9, 10)
@@ -344,7 +332,7 @@ def test_split_and_cap_do_not_depend_on_the_order_of_lines() -> None:
 
     share = sum(is_validation(r.id, 0.1) for r in records) / len(records)
     assert 0.08 < share < 0.12
-    # a cap keeps the lowest hashes, which are the validation prompts of every cap
+    # a cap selects the lowest hashes, so its validation prompts are those of every cap
     assert {r.id for r in records if is_validation(r.id, 0.1)} <= {r.id for r in forward}
 
 
@@ -386,12 +374,12 @@ def distill_settings(tmp_path: Path, **changes: object) -> DistillSettings:
     )
 
 
-def test_distill_writes_a_drafter_that_loads_and_says_what_it_is(
+def test_distill_writes_a_drafter_that_loads_and_describes_itself(
     pace: Pace, tmp_path: Path
 ) -> None:
     apples = write_prompts(tmp_path / "apples.jsonl", "apples", 40)
     pears = write_prompts(tmp_path / "pears.jsonl", "pears", 40)
-    seen: list[Progress] = []
+    seen: list[TrainingProgress] = []
     out = tmp_path / "zoo" / "draft"
     settings = distill_settings(tmp_path, max_prompts={"apples": 30})
     report = distill(pace, [apples], out, settings, seen.append, also_measure=[pears])
@@ -422,17 +410,17 @@ def test_distill_writes_a_drafter_that_loads_and_says_what_it_is(
     assert str(tmp_path) not in readme + json.dumps(facts)
 
 
-def test_only_validation_prompts_of_other_tasks_are_answered(pace: Pace, tmp_path: Path) -> None:
+def test_of_other_tasks_only_validation_prompts_are_answered(pace: Pace, tmp_path: Path) -> None:
     apples = write_prompts(tmp_path / "apples.jsonl", "apples", 30)
     pears = write_prompts(tmp_path / "pears.jsonl", "pears", 30)
     settings = distill_settings(tmp_path)
-    seen: list[Progress] = []
+    seen: list[TrainingProgress] = []
     distill(pace, [apples], tmp_path / "a", settings, seen.append, also_measure=[pears])
     expected = sum(is_validation(f"pears/{i}", 0.2) for i in range(30))
     assert 0 < expected < 30
     assert sum(p.phase == "decode" for p in seen) == 30 + expected
 
-    # answers are kept: the second drafter decodes only what is missing
+    # answers are stored: the second drafter decodes only the missing ones
     seen.clear()
     distill(pace, [pears], tmp_path / "b", settings, seen.append, also_measure=[apples])
     assert sum(p.phase == "decode" for p in seen) == 30 - expected
@@ -446,7 +434,7 @@ def test_answers_of_another_target_or_limit_are_refused(pace: Pace, tmp_path: Pa
         distill(pace, [apples], tmp_path / "b", other)
 
 
-def test_mistakes_are_found_before_anything_is_decoded(pace: Pace, tmp_path: Path) -> None:
+def test_mistakes_are_found_before_decoding(pace: Pace, tmp_path: Path) -> None:
     apples = write_prompts(tmp_path / "apples.jsonl", "apples", 3)
     settings = distill_settings(tmp_path)
     with pytest.raises(ConfigError, match="at least one file"):

@@ -31,14 +31,14 @@ from paceline.drafting.stops import (
     confidences,
 )
 from paceline.errors import ArtefactError, ConfigError
-from paceline.experiments.evaluation import evaluate
-from paceline.experiments.pipeline import prepare
 from paceline.models.language_model import LanguageModel
 from paceline.replay import max_output, price_stops, replay, rounds_of, simulate, walk
 from paceline.replay.priced import stopped_ahead
 from paceline.store.collection import load_collection
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
+from paceline.verbs.evaluate import evaluate
+from paceline.verbs.pipeline import prepare
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,24 +8,17 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 
-from paceline.testing.tiny_models import perturbed, tiny_model
-from paceline.testing.tokenizers import byte_tokenizer
-
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 PROMPTS = 12  # of each task
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders `target` and `near`."""
-    folder = tmp_path_factory.mktemp("models")
-    target = tiny_model(std=0.1, context=128)
-    for name, model in (("target", target), ("near", perturbed(target, 0.1))):
-        model.save_pretrained(folder / name)
-        byte_tokenizer().save_pretrained(folder / name)
-    return folder
+def models(save_tiny_models: Callable[[int], Path]) -> Path:
+    """Folders `target` and `near`, with a context of 128 tokens."""
+    return save_tiny_models(128)
 
 
 @pytest.fixture
@@ -44,7 +37,7 @@ def config(models: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A data folder: the four tasks, and Spec-Bench in small."""
+    """Return a data folder: the four tasks, and a small Spec-Bench."""
     folder = tmp_path / "data"
     folder.mkdir()
     for task in ("translation", "math", "code", "summary"):

@@ -1,4 +1,4 @@
-"""Every experiment with learned policies runs in small, and what its tables say is what was measured."""
+"""Small runs of every experiment with learned policies, whose tables show the measured figures."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import pytest
 import yaml
 
 import paceline
-from paceline.bench import profile
+from paceline.bench import measure_cost_table
 from paceline.contracts import NONE
 from paceline.costs import CostTable
-from paceline.experiments import workbench
 from paceline.experiments.assistant_selection import new_machine, number_of_examples
 from paceline.experiments.assistant_selection.learned import Drafting
 from paceline.experiments.assistant_selection.number_of_examples import reached
@@ -24,6 +23,7 @@ from paceline.experiments.catalog import EXPERIMENTS
 from paceline.experiments.workbench import SMOKE, Workbench
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
+from paceline.verbs import pipeline
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,7 +37,7 @@ LEARNED = [name for name in EXPERIMENTS if name != "published-timings"]
 
 
 class Place(NamedTuple):
-    """Where all experiments of this file work."""
+    """The files and folders of all experiments in this module."""
 
     config: Path
     data: Path
@@ -47,7 +47,7 @@ class Place(NamedTuple):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """A target, drafters named as the bundled ones, and a data folder."""
+    """Write a target, drafters named as the bundled ones, and a data folder."""
     root = tmp_path_factory.mktemp("experiments")
     target = tiny_model(std=0.1, context=128)
     models = {"target": target}
@@ -93,7 +93,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 def write_prices(place: Place) -> None:
-    """Made-up prices in which drafting a token takes a quarter of the target's forward or less."""
+    """Write made-up prices: drafting a token takes a quarter of the target's forward or less."""
     bench = Workbench(place.config, place.work, place.data, SMOKE)
     prices = [replace(m, seconds=price(m)) for m in bench.costs.measurements]
     CostTable(bench.costs.fingerprint, prices).save(bench.config.paths.costs)
@@ -107,23 +107,23 @@ def price(m: Measurement) -> float:
 
 @pytest.fixture(autouse=True)
 def _short_trainings(short_trainings: None) -> None:
-    """Nothing here asks how well a policy chooses."""
+    """Shorten trainings: no test here depends on how well a policy chooses."""
 
 
 @pytest.fixture(autouse=True)
 def _steady_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is measured is priced by a rule: how busy the machine is decides nothing here."""
+    """Price measured costs by a rule, so that the load of the machine has no effect."""
 
     def measure(*settings: Any) -> CostTable:
-        measured = profile(*settings)
+        measured = measure_cost_table(*settings)
         steady = [replace(m, seconds=_steady(m)) for m in measured.measurements]
         return CostTable(measured.fingerprint, steady)
 
-    monkeypatch.setattr(workbench, "profile", measure)
+    monkeypatch.setattr(pipeline, "measure_cost_table", measure)
 
 
 def _steady(m: Measurement) -> float:
-    """A forward of the target takes a millisecond and little more for each token; drafting less."""
+    """Return a millisecond and a little per token for a target forward, and less for drafting."""
     if m.subject == "engine":
         return 1e-4
     per_token = {"forward": 5e-5, "prefill": 1e-5, "start": 2e-6, "propose": 2e-4}[m.operation]
@@ -131,7 +131,7 @@ def _steady(m: Measurement) -> float:
 
 
 def run(place: Place, name: str) -> dict[str, Any]:
-    """The JSON of a small run."""
+    """Return the JSON of a small run."""
     done = paceline.experiment(
         name, place.out, place.config, place.data, smoke=True, folder=place.work
     )
@@ -143,7 +143,7 @@ def run(place: Place, name: str) -> dict[str, Any]:
 
 
 def cells(found: dict[str, Any], table: int = 0) -> list[dict[str, Any]]:
-    """A table's rows by column."""
+    """Return a table's rows by column."""
     heads = [column["name"] for column in found["tables"][table]["columns"]]
     return [dict(zip(heads, row, strict=True)) for row in found["tables"][table]["rows"]]
 
@@ -162,8 +162,8 @@ def test_specialists_are_compared_on_the_prompts_of_their_tasks(place: Place) ->
     assert {row["prompts"] for row in pairs} != {0}
 
 
-def test_of_alpha_every_choice_is_a_drafter(place: Place) -> None:
-    """And cost alone never takes the dearest one, whatever the similarity."""
+def test_every_choice_of_an_alpha_is_a_drafter(place: Place) -> None:
+    """Cost alone never chooses the most expensive drafter, whatever the similarity."""
     found = run(place, "alignment-or-size")
     rows = cells(found)
     assert len(rows) == 4 * 5
@@ -218,7 +218,7 @@ def test_every_category_is_left_out_once(place: Place) -> None:
 def test_skip_sets_become_arms(place: Place) -> None:
     found = run(place, "self-drafting")
     assert {row["set"] for row in cells(found, 1)} == set(skip_sets(2))
-    assert all(row["tokens a round"] >= 1.0 for row in cells(found, 1))
+    assert all(row["tokens per round"] >= 1.0 for row in cells(found, 1))
 
 
 @pytest.mark.parametrize("num_layers", [2, 3, 10, 32])
@@ -305,8 +305,8 @@ def test_enough_is_where_it_stays_enough() -> None:
     assert reached(of(1.5, 1.99, 2.0, 2.0), 2.5) is None
 
 
-class Liking(Drafting):
-    """Would take `none`, then `b`."""
+class PrefersNone(Drafting):
+    """A chooser that prefers `none`, then `b`."""
 
     def __init__(self) -> None:
         self.arms = (NONE, "a", "b")
@@ -315,11 +315,11 @@ class Liking(Drafting):
         return np.array([[3.0, 1.0, 2.0]])
 
 
-def test_the_second_choice_is_taken_where_none_is_barred() -> None:
-    inner = Liking()
-    barred = Drafting(inner, data=None)  # type: ignore[arg-type]
-    found = barred.preferences(np.zeros((1, 1)), None)  # type: ignore[arg-type]
-    assert barred.distribution(found).tolist() == [[0.0, 0.0, 1.0]]
+def test_the_second_choice_is_taken_where_none_is_excluded() -> None:
+    inner = PrefersNone()
+    excluding = Drafting(inner, data=None)  # type: ignore[arg-type]
+    found = excluding.preferences(np.zeros((1, 1)), None)  # type: ignore[arg-type]
+    assert excluding.distribution(found).tolist() == [[0.0, 0.0, 1.0]]
 
 
 def test_a_given_store_is_used_and_its_prompts_are_not_timed(place: Place, tmp_path: Path) -> None:

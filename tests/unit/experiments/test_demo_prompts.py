@@ -1,4 +1,4 @@
-"""The demo's prompts: right in form, apart from each other, and apart from the training text.
+"""The demo's prompts: their form, and that they share nothing with each other or the training text.
 
 Where PACELINE_DATA names the folder of the training records, the written prompts are compared with
 them as well.
@@ -48,7 +48,7 @@ def runs(text: str) -> set[tuple[str, ...]]:
 
 
 def bare(prompt: str) -> str:
-    """The prompt without its fixed first line."""
+    """Return the prompt without its fixed first line."""
     return prompt.split("\n", 1)[1] if prompt.startswith(tuple(PREFIXES.values())) else prompt
 
 
@@ -216,13 +216,13 @@ def test_another_seed_harvests_other_functions(harvested: list[demo.HarvestedFun
 
 
 def test_too_large_a_harvest_names_what_exists() -> None:
-    with pytest.raises(ValueError, match=r"100000 code prompts asked for, but only \d+ exist"):
+    with pytest.raises(ValueError, match=r"100000 code prompts are needed, but only \d+ exist"):
         harvest_functions(100_000)
 
 
 @pytest.fixture
 def made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the only package there is to harvest, beside one of the standard library."""
+    """Return the folder of the only package to harvest, next to one of the standard library."""
     folder = tmp_path / "madeup"
     folder.mkdir()
     (folder / "__init__.py").write_text("")

@@ -1,4 +1,4 @@
-"""The page holds what the reports say, and nothing else between its marks."""
+"""The page has the reports between its marks, and nothing else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAME = "two-specialists"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with one experiment's report, and the page beside it."""
+    """Return a folder with one experiment's report, and the page next to it."""
     found = Findings(
         [
             Table(
@@ -60,7 +60,7 @@ def test_what_was_found_stands_between_the_marks(folder: Path) -> None:
 def test_a_page_without_marks_is_left_alone(folder: Path) -> None:
     page = folder.with_name("choice.md")
     page.write_text("# mine\n")
-    with pytest.raises(ConfigError, match="must stand in it"):
+    with pytest.raises(ConfigError, match="it must have the lines"):
         collect_docs(folder)
     assert page.read_text() == "# mine\n"
     with pytest.raises(ConfigError, match="cannot be read"):

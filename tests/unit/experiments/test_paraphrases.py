@@ -1,4 +1,4 @@
-"""Other wordings: the text stays, the instruction goes, and training and testing share nothing."""
+"""Rewording: the text stays, the instruction changes, and training and testing are disjoint."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_paraphrase_keeps_id_task_and_text_and_drops_the_first_line(
 
 @pytest.mark.parametrize("use", ["train", "test"])
 def test_every_instruction_comes_up_about_as_often(use: str) -> None:
-    """One that is used for all would be one more first line to learn by heart."""
+    """A single instruction for all prompts would be another first line that a policy can learn."""
     records = [PromptRecord(f"p{i}", "math", PREFIXES["math"] + "Text.") for i in range(400)]
     counts = Counter(r.prompt for r in paraphrased(records, use))  # type: ignore[arg-type]
     templates = TEMPLATES[use]["math"]  # type: ignore[index]
@@ -86,12 +86,15 @@ def test_variants_are_a_prompt_file(records: list[PromptRecord], tmp_path: Path)
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
-        (PromptRecord("a", "poetry", "Write a poem."), "'poetry', for which no other wording"),
-        (PromptRecord("a", "math", "What is 1 + 1?"), "'a' has no 'Solve the problem step"),
+        (
+            PromptRecord("a", "poetry", "Write a poem."),
+            "no other instructions for the task 'poetry'",
+        ),
+        (PromptRecord("a", "math", "What is 1 + 1?"), "first line must be 'Solve the problem step"),
         (PromptRecord("a", "math", PREFIXES["math"] + " "), "no instruction to change"),
     ],
 )
-def test_what_cannot_be_worded_otherwise_is_named(record: PromptRecord, expected: str) -> None:
+def test_a_prompt_without_an_instruction_is_named(record: PromptRecord, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         paraphrased([record])
     with pytest.raises(ConfigError, match=expected):

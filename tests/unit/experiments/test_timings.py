@@ -1,4 +1,4 @@
-"""Gains on timings whose answers are known by hand, and on the published ones where they are."""
+"""Gains on timings with known answers, and on the published ones if they are at hand."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import paceline
 from paceline.errors import ConfigError
 from paceline.experiments.assistant_selection.timings import (
     COLUMNS,
-    Cell,
-    Timed,
+    TaskRun,
+    TaskTimings,
     gains,
     read_timings,
     repeated,
@@ -80,10 +80,10 @@ def test_gains_are_those_computed_by_hand(data: Path) -> None:
 
 
 def test_a_choice_by_one_outlier_is_only_fair_on_other_prompts() -> None:
-    """a is better but for one prompt in four, which is so slow that the mean says b."""
+    """Drafter a is better on three prompts of four; the fourth is so slow that the mean favours b."""
     group = whole_groups(
         {
-            Cell(RUN, TARGET, "0", "code"): _timed(
+            TaskRun(RUN, TARGET, "0", "code"): _timed(
                 [[10, 5, 8], [10, 5, 8], [10, 5, 8], [10, 18, 8]],
             )
         }
@@ -95,12 +95,14 @@ def test_a_choice_by_one_outlier_is_only_fair_on_other_prompts() -> None:
     assert found.per_task_fair == pytest.approx(found.best_single_fair)
 
 
-def _timed(ms: list[list[float]]) -> Timed:
-    return Timed(["none", "a", "b"], [str(i) for i in range(len(ms))], np.array(ms, dtype=float))
+def _timed(ms: list[list[float]]) -> TaskTimings:
+    return TaskTimings(
+        ["none", "a", "b"], [str(i) for i in range(len(ms))], np.array(ms, dtype=float)
+    )
 
 
 def test_a_second_measurement_takes_the_noise_off_the_oracle() -> None:
-    """Prompt 0 is truly better with a, prompt 1 only looked so once."""
+    """Prompt 0 is better with a in both measurements, prompt 1 only in one."""
     one = np.array([[10.0, 5.0, 8.0], [10.0, 5.0, 8.0]])
     other = np.array([[10.0, 5.0, 8.0], [10.0, 12.0, 8.0]])
     found = repeated([(one, other)])
@@ -117,7 +119,7 @@ def test_a_second_measurement_takes_the_noise_off_the_oracle() -> None:
 
 
 def test_arms_are_compared_within_one_run_only(data: Path) -> None:
-    """A drafter that only another run measured is no arm here, and halves of a target are no group."""
+    """A drafter of another run is not an arm, and a target measured in parts is not a group."""
     path = data / "published_timings.csv"
     elsewhere = [r for r in rows("later") if r["dataset_path"] != "hub/chat"]
     lonely = [r | {"drafter": "org/c"} for r in rows("no-plain") if r["drafter"] == "org/a"]
@@ -183,7 +185,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not PUBLISHED.is_file(), reason="needs published_timings.csv in PACELINE_DATA")
 def test_the_published_timings_say_what_they_said_before() -> None:
-    """Random drafter, best single, per task, per prompt, worked out by other code from the same data."""
+    """Compare random drafter, best single, per task and per prompt with figures of independent code."""
     found = {
         (group.target.rpartition("/")[2], group.temperature): gains(group)
         for group in whole_groups(read_timings(PUBLISHED))

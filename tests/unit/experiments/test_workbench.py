@@ -1,4 +1,4 @@
-"""The workbench makes things once, finds them again, and keeps timed prompts out of what is learned."""
+"""The workbench makes files once, reuses them, and never learns from timed prompts."""
 
 from __future__ import annotations
 
@@ -31,12 +31,14 @@ def test_a_larger_number_of_prompts_has_the_smaller_one_in_it(data: Path, tmp_pa
 
 
 def test_too_many_prompts_or_a_missing_task_is_one_line(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"translation.jsonl: 13 prompts asked for, 12 are there"):
+    with pytest.raises(
+        ConfigError, match=r"translation.jsonl: 13 prompts are needed, but it has 12"
+    ):
         _ = Workbench("unused.yaml", tmp_path, data, Sizes(prompts=10, timed=3)).prompts
     (data / "math.jsonl").unlink()
     with pytest.raises(ConfigError, match=r"no math\.jsonl in this data folder"):
         _ = Workbench("unused.yaml", tmp_path, data, Sizes(prompts=2, timed=1)).prompts
-    with pytest.raises(ConfigError, match=r"only .* exist; name a folder with more of them"):
+    with pytest.raises(ConfigError, match=r"only .* exist; name a folder with more prompts"):
         _ = Workbench("unused.yaml", tmp_path, None, Sizes(prompts=500)).prompts
 
 
@@ -95,7 +97,7 @@ def test_what_one_experiment_made_the_next_one_finds(
 def test_everything_lies_in_its_folder_and_no_prefill_is_spared(
     config: Path, tmp_path: Path
 ) -> None:
-    """Arms that are compared by the clock decode the same prompts, and each must pay for them."""
+    """Clocked arms decode the same prompts, and each must pay for its own prefill."""
     found = Workbench(config, tmp_path / "work").config
     assert found.engine.prefix_positions == 0
     assert {path.parent for path in (found.paths.store, found.paths.costs, found.paths.policy)} == {

@@ -1,4 +1,4 @@
-"""The search finds what trying everything finds, resumes where it stopped, and says what is wrong."""
+"""The search: near the exhaustive optimum, resumable, with errors for invalid inputs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from paceline.drafting.layer_skip import LayerSkip
 from paceline.drafting.skip_set import SkipSet
 from paceline.errors import ArtefactError, ConfigError
 from paceline.layer_search import SearchSettings, plot, search_layers
-from paceline.layer_search.development import Development, decode, rounds_of
-from paceline.layer_search.pricing import Prices
+from paceline.layer_search.costs import SubsetPricer
 from paceline.layer_search.proposals import bits_of, next_subset, subset_of
+from paceline.layer_search.subset_replay import SubsetReplay, decode, rounds_of
 from paceline.models.language_model import LanguageModel
 from paceline.models.packing import Span
 from paceline.models.sublayers import LayerSubset
@@ -55,14 +55,14 @@ def test_the_search_comes_near_the_best_of_all_subsets(
     report = search_layers(pace, prompts, tmp_path / "set.json", settings, 40, costs=costs)
 
     assert len({trial.subset for trial in report.trials}) == 40
-    prices = Prices(costs, LAYERS, settings.num_draft_tokens)
-    development = Development(pace.parts.target, decode(pace, prompts, 13), 6)
+    pricer = SubsetPricer(costs, LAYERS)
+    replay = SubsetReplay(pace.parts.target, decode(pace, prompts, 13), 6)
     seconds = {}
     for bits in itertools.product((False, True), repeat=NUM_BITS):
         subset = subset_of(bits)
-        rounds = rounds_of(development.judge(subset), development.trajectories, settings)
-        seconds[subset] = prices.per_token(rounds, subset)
-    development.close()
+        rounds = rounds_of(replay.scores(subset), settings)
+        seconds[subset] = pricer.seconds_per_token(rounds, subset)
+    replay.close()
     assert all(seconds[trial.subset] == trial.seconds_per_token for trial in report.trials)
     assert len(seconds) == 1024
     assert report.best.seconds_per_token <= 1.02 * min(seconds.values())
@@ -71,8 +71,8 @@ def test_the_search_comes_near_the_best_of_all_subsets(
     assert min(seconds.values()) < 0.7 * sorted(seconds.values())[512]
 
 
-def test_the_process_finds_what_the_design_cannot() -> None:
-    """Sub-layers that stand in for each other: either may go, not both."""
+def test_the_process_improves_on_the_design() -> None:
+    """Of two sub-layers that replace each other, either may be skipped, but not both."""
 
     def value(bits: tuple[bool, ...]) -> float:
         clashes = sum(bits[i] and bits[i + 1] for i in range(0, NUM_BITS, 2))
@@ -93,7 +93,7 @@ def test_the_process_finds_what_the_design_cannot() -> None:
     assert min(drawn) > best
 
 
-def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(
+def test_an_interrupted_search_continues_as_an_uninterrupted_one(
     pace: Pace, costs: CostTable, tmp_path: Path
 ) -> None:
     whole = search(pace, costs, tmp_path / "whole.json", trials=19)
@@ -106,7 +106,9 @@ def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(
     assert found.facts["speedup"] == whole.speedup(whole.best)
 
 
-def test_another_searchs_file_is_refused(pace: Pace, costs: CostTable, tmp_path: Path) -> None:
+def test_the_file_of_another_search_is_refused(
+    pace: Pace, costs: CostTable, tmp_path: Path
+) -> None:
     out = tmp_path / "set.json"
     search(pace, costs, out, trials=1)
     with pytest.raises(ConfigError, match="another 'settings'"):
@@ -121,7 +123,7 @@ def test_another_searchs_file_is_refused(pace: Pace, costs: CostTable, tmp_path:
         costs.fingerprint["target"] = pace.parts.target.fingerprint()
 
 
-def test_all_subsets_of_a_small_model_are_all_there_is() -> None:
+def test_proposals_end_when_all_subsets_were_tried() -> None:
     tried: dict[tuple[bool, ...], float] = {}
     while (bits := next_subset(tried, 2, seed=1)) is not None:
         assert bits not in tried
@@ -134,19 +136,19 @@ def test_bits_name_attention_before_mlp() -> None:
     assert subset_of(bits_of(SOME, LAYERS)) == SOME
 
 
-# --- what is predicted ----------------------------------------------------------------------------
+# --- prediction -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, FIXED], ids=["threshold", "fixed"])
 def test_predicted_rounds_are_nearly_those_of_the_drafter(
     pace: Pace, settings: SearchSettings
 ) -> None:
-    """Exactly, as long as a round begins where a window does; elsewhere the cache differs a little."""
+    """Exactly where a round begins with a window; elsewhere the cache differs a little."""
     settings = settings.model_copy(update={"max_new_tokens": 60, "threshold": 0.2})
     trajectories = decode(pace, PROMPTS, settings.max_new_tokens)
-    development = Development(pace.parts.target, trajectories, settings.num_draft_tokens)
-    predicted = rounds_of(development.judge(SOME), trajectories, settings)
-    development.close()
+    replay = SubsetReplay(pace.parts.target, trajectories, settings.num_draft_tokens)
+    predicted = rounds_of(replay.scores(SOME), settings)
+    replay.close()
     own = build_from_objects(
         pace.parts.target.model, byte_tokenizer(), {}, Config(target=ModelSection(model="m"))
     )
@@ -165,13 +167,13 @@ def test_predicted_rounds_are_nearly_those_of_the_drafter(
 def test_trying_a_subset_leaves_the_development_text_as_it_was(pace: Pace) -> None:
     target = pace.parts.target
     trajectories = decode(pace, PROMPTS, 18)
-    development = Development(target, trajectories, 5)
+    replay = SubsetReplay(target, trajectories, 5)
     before = [target.cache.read(slot, 0, 40) for slot in range(len(PROMPTS))]
-    first = development.judge(LayerSubset())
-    everything = development.judge(LayerSubset.everything(LAYERS))
-    development.judge(SOME)
+    first = replay.scores(LayerSubset())
+    everything = replay.scores(LayerSubset.everything(LAYERS))
+    replay.scores(SOME)
     after = [target.cache.read(slot, 0, 40) for slot in range(len(PROMPTS))]
-    development.close()
+    replay.close()
 
     assert all(j.match.all() for j in first)
     assert not all(j.match.all() for j in everything)
@@ -179,13 +181,13 @@ def test_trying_a_subset_leaves_the_development_text_as_it_was(pace: Pace) -> No
         assert all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
 
 
-def test_a_window_reads_full_entries_and_not_another_windows(pace: Pace) -> None:
-    """With windows of one token, every place is judged as the first token of a draft there."""
+def test_a_window_reads_full_entries_and_no_other_window(pace: Pace) -> None:
+    """Windows of one token judge every position as the first token of a draft."""
     target = pace.parts.target
     trajectories = decode(pace, PROMPTS[:1], 12)
-    development = Development(target, trajectories, 1)
-    (judged,) = development.judge(SOME)
-    development.close()
+    replay = SubsetReplay(target, trajectories, 1)
+    (scores,) = replay.scores(SOME)
+    replay.close()
     t = trajectories[0]
     text = [*t.prompt, *t.output]
     slot = target.acquire()
@@ -197,39 +199,39 @@ def test_a_window_reads_full_entries_and_not_another_windows(pace: Pace) -> None
             hidden = target.forward(fed, [Span(slot, place, 1)], skip=SOME)
             sure.append(float(target.unembed(hidden).softmax(dim=-1).amax()))
     target.release(slot)
-    assert judged.confidence.tolist() == pytest.approx(sure, rel=1e-4)
+    assert scores.confidence[1:].tolist() == pytest.approx(sure, rel=1e-4)
 
 
 def test_windows_of_a_row_take_turns_over_a_paged_cache(pace: Pace) -> None:
-    """There a forward caches all its tokens before any of them attends."""
+    """A paged forward writes all its tokens before any of them attends."""
     plain = pace.parts.target
     paged = LanguageModel(plain.model, "paged", paged=True)
     trajectories = decode(pace, PROMPTS[:2], 12)
     found = []
     for target in (plain, paged):
-        development = Development(target, trajectories, 3)
-        found.append(development.judge(SOME))
-        development.close()
+        replay = SubsetReplay(target, trajectories, 3)
+        found.append(replay.scores(SOME))
+        replay.close()
 
     for here, there in zip(*found, strict=True):
         assert here.match.tolist() == there.match.tolist()
         assert here.confidence.tolist() == pytest.approx(there.confidence.tolist(), rel=1e-4)
 
 
-def test_a_token_is_priced_by_what_is_kept(costs: CostTable) -> None:
-    prices = Prices(costs, LAYERS, 6)
+def test_a_token_is_priced_by_the_remaining_sub_layers(costs: CostTable) -> None:
+    prices = SubsetPricer(costs, LAYERS)
     assert prices.draft_token(LayerSubset()) == pytest.approx(1.0)
     assert prices.draft_token(SOME) == pytest.approx(1.0 - 2 * 0.08 - 0.1)
-    assert prices.plain() == pytest.approx(1.03)
+    assert prices.plain == pytest.approx(1.03)
     rounds = torch.tensor([[3, 3], [1, 0]]).numpy()
     expected = (4 * prices.draft_token(SOME) + 1.08 + 1.04 + 2 * 0.01) / 5
-    assert prices.per_token([rounds], SOME) == pytest.approx(expected)
+    assert prices.seconds_per_token([rounds], SOME) == pytest.approx(expected)
 
 
 # --- with the clock, and from the command line ----------------------------------------------------
 
 
-def test_costs_are_measured_once_and_kept_beside_the_result(pace: Pace, tmp_path: Path) -> None:
+def test_costs_are_measured_once_and_saved_next_to_the_result(pace: Pace, tmp_path: Path) -> None:
     out = tmp_path / "set.json"
     for trials in (1, 2):
         report = search_layers(pace, PROMPTS[:1], out, SETTINGS, trials=trials)
@@ -266,7 +268,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return 0
 
 
-def test_the_command_writes_what_layer_skip_reads(
+def test_the_command_writes_a_file_for_layer_skip(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     redundant_model().save_pretrained(tmp_path / "target")
@@ -293,7 +295,7 @@ def test_the_command_writes_what_layer_skip_reads(
     for wrong, said in (
         (["--trials", 4], "another 'settings'"),
         (["--set", "num_draft_token=4"], "did you mean 'num_draft_tokens'"),
-        (["--set", "seed"], "--set takes key=value"),
+        (["--set", "seed"], "--set 'seed': give KEY=VALUE"),
         (["--objective", "guessed"], "'objective'"),
         (["--costs", tmp_path / "none.json"], "no cost table here"),
     ):

@@ -12,7 +12,7 @@ import pytest
 from paceline.config import LearningSection
 from paceline.contracts import Context, ReplayedDrafter, SamplingParams
 from paceline.errors import ArtefactError, StoreError
-from paceline.learning import learn
+from paceline.learning import train_policy
 from paceline.replay import rounds_of
 from paceline.selection import PolicyIdentity, feature_vector, load_policy
 from paceline.selection.artefact import read_card
@@ -60,7 +60,7 @@ def costs(cost_table: Callable[..., CostTable]) -> CostTable:
 def test_a_learned_policy_is_as_fast_as_the_oracle_here(
     prompts: list[CollectedPrompt], costs: CostTable
 ) -> None:
-    result = learn(prompts, costs, IDENTITY, list(ARMS), SETTINGS)
+    result = train_policy(prompts, costs, IDENTITY, list(ARMS), SETTINGS)
     report = result.report
 
     assert report.fraction_of_oracle > 0.99
@@ -77,7 +77,7 @@ def test_a_learned_policy_is_as_fast_as_the_oracle_here(
 def test_what_is_saved_chooses_the_same(
     prompts: list[CollectedPrompt], costs: CostTable, tmp_path: Path
 ) -> None:
-    result = learn(prompts, costs, IDENTITY, list(ARMS), SETTINGS)
+    result = train_policy(prompts, costs, IDENTITY, list(ARMS), SETTINGS)
     result.save(tmp_path)
     loaded = load_policy(tmp_path, IDENTITY, costs)
     card = read_card(tmp_path)
@@ -96,7 +96,7 @@ def test_what_is_saved_chooses_the_same(
 def test_the_training_range_lies_beside_the_policy(
     prompts: list[CollectedPrompt], costs: CostTable, tmp_path: Path
 ) -> None:
-    learn(prompts, costs, IDENTITY, list(ARMS), SETTINGS).save(tmp_path)
+    train_policy(prompts, costs, IDENTITY, list(ARMS), SETTINGS).save(tmp_path)
     seen = TrainingRange.load(tmp_path)
 
     outside = [seen.distance(feature_vector(context(i))) > seen.farthest for i in range(500, 600)]
@@ -109,19 +109,19 @@ def test_the_training_range_lies_beside_the_policy(
         low, high = seen.acceptance[arm]
         assert low == pytest.approx(accepted / drafted) == high
 
-    learn(prompts[:48], costs, IDENTITY, list(ARMS), SETTINGS).save(tmp_path)  # too few for a range
+    train_policy(prompts[:48], costs, IDENTITY, list(ARMS), SETTINGS).save(tmp_path)  # no range
     assert not (tmp_path / RANGE_FILE).exists()
 
 
 def test_held_out_prompts_teach_nothing(prompts: list[CollectedPrompt], costs: CostTable) -> None:
     """Other outcomes on the held-out prompts change the report and not one weight."""
-    before = learn(prompts, costs, IDENTITY, list(ARMS), SETTINGS)
+    before = train_policy(prompts, costs, IDENTITY, list(ARMS), SETTINGS)
     ids = set(_held_out(prompts, costs))
     idle = ReplayedDrafter(np.zeros((40, 2), dtype=np.int64), everywhere=True)
     changed = [
         replace(p, replays=p.replays | {"code": idle}) if p.id in ids else p for p in prompts
     ]
-    after = learn(changed, costs, IDENTITY, list(ARMS), SETTINGS)
+    after = train_policy(changed, costs, IDENTITY, list(ARMS), SETTINGS)
 
     assert len(ids) == before.report.overall.num_prompts
     for name, array in before.policy.chooser.arrays().items():
@@ -141,7 +141,9 @@ def test_names_and_domains_do_not_reach_the_policy(
 ) -> None:
     renamed = [replace(p, domain="everything") for p in prompts]
 
-    before, after = (learn(p, costs, IDENTITY, list(ARMS), SETTINGS) for p in (prompts, renamed))
+    before, after = (
+        train_policy(p, costs, IDENTITY, list(ARMS), SETTINGS) for p in (prompts, renamed)
+    )
 
     assert before.policy.id == after.policy.id
 
@@ -153,7 +155,7 @@ def test_features_that_say_nothing_end_in_one_arm_and_a_note(
     np.random.default_rng(0).shuffle(features)
     shuffled = [replace(p, features=f) for p, f in zip(prompts, features, strict=True)]
 
-    result = learn(shuffled, costs, IDENTITY, list(ARMS), SETTINGS)
+    result = train_policy(shuffled, costs, IDENTITY, list(ARMS), SETTINGS)
 
     assert result.training.constant
     (note,) = result.report.notes
@@ -171,7 +173,7 @@ def test_the_alignment_reward_is_on_the_card(
     ]
     settings = LearningSection(reward="alignment", alpha=0.7, max_epochs=5, learner="reinforce")
 
-    result = learn(writing, costs, IDENTITY, list(ARMS), settings)
+    result = train_policy(writing, costs, IDENTITY, list(ARMS), settings)
 
     assert (result.card.reward.kind, result.card.reward.alpha) == ("alignment", 0.7)
     assert result.policy.choose(context(3)).arm == "code"
@@ -181,11 +183,11 @@ def test_a_cost_table_without_an_arm_is_refused(
     prompts: list[CollectedPrompt], cost_table: Callable[..., CostTable]
 ) -> None:
     with pytest.raises(ArtefactError, match=r"math not measured; run `paceline profile`"):
-        learn(prompts, cost_table(["code"]), IDENTITY, list(ARMS), SETTINGS)
+        train_policy(prompts, cost_table(["code"]), IDENTITY, list(ARMS), SETTINGS)
 
 
 def test_features_of_another_target_are_refused(
     prompts: list[CollectedPrompt], costs: CostTable
 ) -> None:
     with pytest.raises(StoreError, match=r"54 features a prompt.*give 134.*paceline collect"):
-        learn(prompts, costs, replace(IDENTITY, hidden_size=64), list(ARMS), SETTINGS)
+        train_policy(prompts, costs, replace(IDENTITY, hidden_size=64), list(ARMS), SETTINGS)

@@ -13,11 +13,11 @@ from paceline.models.language_model import Forward, LanguageModel
 from paceline.models.packing import Span
 from paceline.models.self_checks import check_sublayers
 from paceline.models.sublayers import LayerSubset
-from paceline.testing.tiny_families import WITHOUT_SUBSETS
 from paceline.testing.tiny_models import (
     ARCHITECTURES,
     FAMILIES,
     LEAN_ARCHITECTURES,
+    WITHOUT_SUBSETS,
     tiny_model,
 )
 

@@ -1,4 +1,4 @@
-"""Rewards: seconds summed as the engine spends them, ROUGE-L, the alignment reward."""
+"""Rewards: seconds of requests, similarities, the alignment reward."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ from paceline.rewards import (
     alignment_reward,
     alignments,
     cost_score,
-    edit_similarity,
-    prefix_similarity,
     request_seconds,
-    requests_seconds,
     rouge_1_f1,
     rouge_l_f1,
     token_seconds,
@@ -31,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def prices(subject: str, operation: str, tokens: Any, context: Any = 0, rows: int = 1) -> Any:
-    """Made-up seconds that differ in everything they depend on."""
+    """Return made-up seconds that depend on every argument but the rows."""
     base = {
         "prefill": 100.0, "forward": 10.0, "round": 1.0, "start": 50.0, "propose": 5.0
     }[operation]  # fmt: skip
@@ -40,7 +37,7 @@ def prices(subject: str, operation: str, tokens: Any, context: Any = 0, rows: in
 
 
 def seconds_one_by_one(arm: str, num_prompt: int, rounds: Sequence[tuple[int, int]]) -> float:
-    """The readable reference: walk the rounds, count what is cached."""
+    """Walk the rounds and count the cached tokens: the readable reference."""
     total = prices("target", "prefill", num_prompt)
     if not rounds:
         return float(total)
@@ -72,18 +69,6 @@ def test_seconds_are_those_of_walking_the_rounds(
     assert got == pytest.approx(seconds_one_by_one(arm, num_prompt, rounds), rel=1e-12)
 
 
-@given(
-    st.sampled_from(["none", "math"]), st.lists(st.tuples(st.integers(1, 900), ROUNDS), min_size=1)
-)
-def test_many_requests_are_priced_as_each_on_its_own(
-    arm: str, requests: list[tuple[int, list[tuple[int, int]]]]
-) -> None:
-    lengths = np.array([num_prompt for num_prompt, _ in requests])
-    found = requests_seconds(prices, arm, lengths, [as_array(own) for _, own in requests])
-    direct = [seconds_one_by_one(arm, num_prompt, own) for num_prompt, own in requests]
-    assert found == pytest.approx(direct, rel=1e-12)
-
-
 def test_an_answer_of_one_token_starts_no_drafter() -> None:
     of_none, of_math = (request_seconds(prices, arm, 7, as_array([])) for arm in ("none", "math"))
     assert of_math == of_none > 0.0
@@ -108,7 +93,7 @@ def test_a_cost_table_prices_a_request() -> None:
 
 
 def common_subsequence(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest one, by the textbook's table."""
+    """Return the length of the longest common subsequence, by the textbook's table."""
     table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
     for i, x in enumerate(a):
         for j, y in enumerate(b):
@@ -145,7 +130,7 @@ def test_the_alignment_reward_lies_between_its_parts(alpha: float, s: float, c: 
     assert min(s, c) - 1e-12 <= reward <= max(s, c) + 1e-12
 
 
-def test_none_is_all_similarity_and_no_saving() -> None:
+def test_none_has_full_similarity_and_no_saving() -> None:
     rewards = alignments(prices, 0.3, 20, [1, 2, 3, 4], {"math": [1, 2, 9, 4], "code": []})
     assert rewards["none"] == 0.3
     t_target = token_seconds(prices, "none", 22)
@@ -158,7 +143,7 @@ def test_none_is_all_similarity_and_no_saving() -> None:
 
 
 def edit_distance(a: list[int], b: list[int]) -> int:
-    """The textbook table of Levenshtein's distance."""
+    """Return Levenshtein's distance, by the textbook's table."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, start=1):
         before, row[0] = row[0], i
@@ -174,15 +159,15 @@ def test_similarities_are_those_counted_by_hand(a: list[int], b: list[int]) -> N
     prefix = next((i for i in range(min(len(a), len(b))) if a[i] != b[i]), min(len(a), len(b)))
     if longer:
         assert rouge_1_f1(a, b) == pytest.approx(2 * common / (len(a) + len(b)))
-        assert edit_similarity(a, b) == pytest.approx(1 - edit_distance(a, b) / longer)
-        assert prefix_similarity(a, b) == pytest.approx(prefix / longer)
+        assert METRICS["edit"](a, b) == pytest.approx(1 - edit_distance(a, b) / longer)
+        assert METRICS["prefix"](a, b) == pytest.approx(prefix / longer)
     for similarity in METRICS.values():
         assert similarity(a, a) == 1.0
         assert similarity(a, b) == similarity(b, a)
         assert 0.0 <= similarity(a, b) <= 1.0
 
 
-def test_the_metric_is_the_one_that_was_asked_for() -> None:
+def test_the_metric_is_the_requested_one() -> None:
     output, own = [1, 2, 3, 4], [4, 3, 2, 1]
     for name, similarity in METRICS.items():
         found = alignments(prices, 1.0, 10, output, {"code": own}, name)

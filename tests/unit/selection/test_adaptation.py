@@ -1,4 +1,4 @@
-"""Hedge in a request: counting by depth, pricing by counts, leaving an arm; and a readable twin."""
+"""Hedge in a request: counts by depth, prices from counts, changes of arm; a readable reference."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from paceline.contracts import NONE, DraftOutcome
 from paceline.selection import Arm, Hedge
-from paceline.selection.adaptation import MARGIN, MEMORY, PRIOR_ROUNDS, Arms
+from paceline.selection.adaptation import MARGIN, MEMORY, PRIOR_ROUNDS, ArmTable
 
 LENGTHS = {"a": 4, "b": 12, "c": 3}
 STEPS = {"a": 0.1, "b": 0.01, "c": 0.3, NONE: 0.0}  # seconds of a drafted token
-ARMS = Arms(
+ARMS = ArmTable(
     [
         Arm(NONE, NONE, 0),
         *(Arm(f"{d}@{k}", d, k) for d, full in LENGTHS.items() for k in sorted({1, 2, full})),
@@ -24,7 +24,7 @@ ARMS = Arms(
 
 
 class Prices:
-    """A round takes 1 and 0.1 a drafted token of `a`, 0.01 of `b`, 0.3 of `c`; rows make drafts dear."""
+    """Seconds per drafted token are 0.1 for `a`, 0.01 for `b` and 0.3 for `c`; rows multiply them."""
 
     bucket = 64
 
@@ -41,7 +41,7 @@ class Prices:
 
 @dataclass
 class Reference:
-    """The same belief in plain words: every judged depth of every draft, with its weight."""
+    """The same losses in readable form: every judged depth of every draft, with its weight."""
 
     prior: dict[str, float]
     depths: dict[tuple[str, int], list[list[float]]] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class Reference:
             self.depths.setdefault((one.drafter, depth), []).append([1.0, right])
 
     def survival(self, drafter: str, k: int) -> list[float]:
-        """Chance that a draft is right up to each depth: a product of the shares that went on."""
+        """Return the chance that a draft is right up to each depth: a product of conditional shares."""
         chances, product = [], 1.0
         for depth in range(k):
             trials = self.depths.get((drafter, depth), [])
@@ -72,7 +72,7 @@ class Reference:
         return chances
 
     def lengths(self, drafter: str, k: int) -> list[float]:
-        """Share of drafts that are so long, of those that might have been."""
+        """Return for each depth the share of drafts that reach it, of those that were allowed to."""
         shares = []
         for depth in range(k):
             depths = [depth]
@@ -102,19 +102,19 @@ class Reference:
 
 
 def hedge_of(prior: dict[str, float], context: int = 100, rows: int = 1) -> Hedge:
-    values = np.array([prior[arm.name] for arm in ARMS.all])
+    values = np.array([prior[arm.name] for arm in ARMS.arms])
     return Hedge(ARMS, values, Prices(), context, rows)
 
 
 def flat(value: float = 1.0) -> dict[str, float]:
-    return {arm.name: 1.0 if arm.name == NONE else value for arm in ARMS.all}
+    return {arm.name: 1.0 if arm.name == NONE else value for arm in ARMS.arms}
 
 
 @st.composite
 def rounds(draw: st.DrawFn) -> list[list[DraftOutcome]]:
-    """Some rounds' judgements; drafts of `b` are told of in pieces, as longer texts make them known."""
+    """Draw the outcomes of some rounds; those of `b` become known in pieces, as the text grows."""
     found: list[list[DraftOutcome]] = []
-    open_draft: tuple[int, int, int] | None = None  # drafted, right in truth, told
+    open_draft: tuple[int, int, int] | None = None  # drafted, right in the end, known so far
     for _ in range(draw(st.integers(1, 12))):
         outcomes = []
         for drafter in draw(st.lists(st.sampled_from(["a", "c"]), unique=True)):
@@ -125,14 +125,14 @@ def rounds(draw: st.DrawFn) -> list[list[DraftOutcome]]:
         if open_draft is None:
             drafted = draw(st.integers(0, 12))
             open_draft = (drafted, draw(st.integers(0, drafted)), 0)
-            told, visible = 0, draw(st.integers(1, 5))
+            known, visible = 0, draw(st.integers(1, 5))
         else:
-            told = open_draft[2]
-            visible = told + draw(st.integers(1, 5))
+            known = open_draft[2]
+            visible = known + draw(st.integers(1, 5))
         drafted, truth, _ = open_draft
-        one = DraftOutcome.of("b", drafted, 12, min(truth, visible), visible, told)
+        one = DraftOutcome.of("b", drafted, 12, min(truth, visible), visible, known)
         outcomes.append(one)
-        # a piece in which nothing was right yet would be taken for the first again
+        # a piece without a right token would count as the first piece again
         open_draft = None if one.is_final or one.accepted == 0 else (drafted, truth, one.accepted)
         found.append(outcomes)
     return found
@@ -140,34 +140,34 @@ def rounds(draw: st.DrawFn) -> list[list[DraftOutcome]]:
 
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(rounds(), st.integers(0, 200), st.integers(1, 4), st.floats(0.3, 1.5))
-def test_losses_are_those_of_the_readable_twin(
+def test_losses_equal_the_readable_reference(
     seen: list[list[DraftOutcome]], context: int, rows: int, value: float
 ) -> None:
-    hedge, twin = hedge_of(flat(value)), Reference(flat(value))
+    hedge, reference = hedge_of(flat(value)), Reference(flat(value))
     for outcomes in seen:
         hedge.observe(outcomes, 2)
         for one in outcomes:
-            twin.add(one)
+            reference.add(one)
 
     losses = hedge.losses(context, rows)
 
-    expected = [twin.loss(arm, (100, 1), context, rows) for arm in ARMS.all]
+    expected = [reference.loss(arm, (100, 1), context, rows) for arm in ARMS.arms]
     np.testing.assert_allclose(losses, expected, rtol=1e-9)
 
 
-def test_before_any_text_the_belief_is_the_prior() -> None:
+def test_before_any_text_the_losses_are_the_prior() -> None:
     prior = flat() | {"a@4": 0.5, "b@12": 0.7, "c@3": 1.4}
     losses = hedge_of(prior).losses(100, 1)
 
-    np.testing.assert_allclose(losses, [prior[arm.name] for arm in ARMS.all])
+    np.testing.assert_allclose(losses, [prior[arm.name] for arm in ARMS.arms])
 
 
-def test_one_draft_speaks_for_every_length_of_its_drafter() -> None:
-    """Accepted 1 of 4: at length 1 all was right, longer drafts only cost more."""
+def test_one_draft_prices_every_length_of_its_drafter() -> None:
+    """1 of 4 tokens accepted: length 1 was all right, longer drafts only cost more."""
     hedge = hedge_of(flat())
     for _ in range(200):
         hedge.observe([DraftOutcome.of("a", 4, 4, 1, 2)], 2)
-    losses = dict(zip([arm.name for arm in ARMS.all], hedge.losses(100, 1), strict=True))
+    losses = dict(zip([arm.name for arm in ARMS.arms], hedge.losses(100, 1), strict=True))
 
     curve = Prices().rounds("a", 100, 1) / 2.0
     for k in (1, 2, 4):
@@ -175,58 +175,58 @@ def test_one_draft_speaks_for_every_length_of_its_drafter() -> None:
     assert losses["a@1"] < losses["a@2"] < losses["a@4"]
 
 
-def test_a_draft_cut_short_says_nothing_of_what_would_have_come_behind() -> None:
-    """Always 1 of 1 right: a longer draft is believed to go on as well, not to end there."""
+def test_a_shortened_draft_does_not_count_against_longer_ones() -> None:
+    """1 of 1 is always right, so a longer draft is expected to continue as well."""
     cut, wrong = hedge_of(flat()), hedge_of(flat())
     for _ in range(50):
         cut.observe([DraftOutcome.of("a", 1, 1, 1, 2)], 2)
         wrong.observe([DraftOutcome.of("a", 2, 4, 1, 2)], 2)
-    a4 = ARMS.place["a@4"]
+    a4 = ARMS.index["a@4"]
 
     assert cut.losses(100, 1)[a4] < 0.5
     assert wrong.losses(100, 1)[a4] > 0.6
 
 
-def test_what_is_known_of_a_draft_counts_before_all_of_it_is() -> None:
-    """12 tokens drafted, and so far the text has confirmed three."""
+def test_a_partly_known_draft_counts_at_once() -> None:
+    """The text has confirmed 3 of 12 drafted tokens so far."""
     hedge = hedge_of(flat())
-    before = hedge.losses(100, 1)[ARMS.place["b@12"]]
+    before = hedge.losses(100, 1)[ARMS.index["b@12"]]
     hedge.observe([DraftOutcome.of("b", 12, 12, 3, 3)], 3)
-    sooner = hedge.losses(100, 1)[ARMS.place["b@12"]]
+    sooner = hedge.losses(100, 1)[ARMS.index["b@12"]]
     hedge.observe([DraftOutcome.of("b", 12, 12, 4, 6, known=3)], 3)
-    later = hedge.losses(100, 1)[ARMS.place["b@12"]]
+    later = hedge.losses(100, 1)[ARMS.index["b@12"]]
 
     assert sooner < before
     assert sooner < later  # the fifth was wrong
 
 
-def test_more_rows_make_drafts_dear_and_the_belief_follows() -> None:
+def test_losses_follow_the_prices_of_more_rows() -> None:
     hedge = hedge_of(flat(0.6))
     for _ in range(20):
         hedge.observe([DraftOutcome.of("a", 4, 4, 2, 3)], 3)
     alone, crowded = hedge.losses(100, 1), hedge.losses(100, 16)
 
-    assert alone[ARMS.place["a@4"]] < 1.0 < crowded[ARMS.place["a@4"]]
+    assert alone[ARMS.index["a@4"]] < 1.0 < crowded[ARMS.index["a@4"]]
 
 
 def test_an_arm_is_left_only_for_one_that_clearly_outweighs_it() -> None:
     hedge = hedge_of(flat())
     losses = np.ones(len(ARMS))
-    losses[ARMS.place["a@4"]] = 0.5
+    losses[ARMS.index["a@4"]] = 0.5
     step = MARGIN / np.sqrt(8 * np.log(len(ARMS)) * PRIOR_ROUNDS)
 
-    losses[ARMS.place["b@2"]] = 0.5 - 0.9 * step
+    losses[ARMS.index["b@2"]] = 0.5 - 0.9 * step
     assert hedge.best("a@4", losses) == "a@4"
-    losses[ARMS.place["b@2"]] = 0.5 - 1.1 * step
+    losses[ARMS.index["b@2"]] = 0.5 - 1.1 * step
     assert hedge.best("a@4", losses) == "b@2"
-    assert hedge.best("a@4", losses, barred={"b@2"}) == "a@4"
-    assert losses[ARMS.place["b@2"]] == 0.5 - 1.1 * step
+    assert hedge.best("a@4", losses, excluded={"b@2"}) == "a@4"
+    assert losses[ARMS.index["b@2"]] == 0.5 - 1.1 * step
 
 
 def test_more_text_makes_smaller_differences_count() -> None:
     hedge = hedge_of(flat())
     losses = np.ones(len(ARMS))
-    losses[ARMS.place["b@2"]] = 0.97
+    losses[ARMS.index["b@2"]] = 0.97
     assert hedge.best(NONE, losses) == NONE
     for _ in range(100):
         hedge.observe([], 2)

@@ -1,4 +1,4 @@
-"""The policy on disk: the same choices after a round trip, and every mismatch refused by name."""
+"""The policy on disk: a round trip keeps its choices, and every mismatch is refused by name."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_a_round_trip_gives_the_same_decisions(folder: Path) -> None:
     assert after.id != policy_of(network(seed=1), num_features(D)).id
 
 
-def test_the_card_says_what_the_policy_was_learned_with(folder: Path) -> None:
+def test_the_card_names_everything_that_the_policy_was_learned_with(folder: Path) -> None:
     found = read_card(folder)
 
     assert found == card(weights_sha256=found.weights_sha256)
@@ -169,7 +169,7 @@ def without(name: str) -> dict[str, str]:
     ],
     ids=["target", "tokenizer", "hidden size", "missing arm", "extra arm", "renamed", "settings"],
 )
-def test_a_policy_made_for_something_else_is_refused(
+def test_a_policy_for_other_models_is_refused(
     folder: Path, expect: dict[str, Any], words: list[str]
 ) -> None:
     with pytest.raises(ArtefactError) as caught:
@@ -187,7 +187,7 @@ def assert_one_line(error: ArtefactError, words: list[str]) -> None:
 
 
 def edited(**changes: Any) -> Callable[[Path], None]:
-    """Change entries of policy.json; None takes one out."""
+    """Return a function that changes entries of policy.json; None removes an entry."""
 
     def edit(folder: Path) -> None:
         path = folder / CARD_FILE
@@ -216,7 +216,7 @@ def one_bit_flipped(folder: Path) -> None:
 
 
 def torn(folder: Path) -> None:
-    """The weights of a second save arrived, its card did not."""
+    """A second save wrote its weights but not its card."""
     old = (folder / CARD_FILE).read_bytes()
     save_policy(folder, network(seed=1), card())
     (folder / CARD_FILE).write_bytes(old)
@@ -259,13 +259,13 @@ def test_a_damaged_policy_is_refused_in_one_line(
     assert_one_line(caught.value, words)
 
 
-def test_no_policy_yet(tmp_path: Path) -> None:
+def test_a_missing_policy_is_refused(tmp_path: Path) -> None:
     assert not is_policy(tmp_path)
     with pytest.raises(ArtefactError, match="no policy here; run `paceline learn`"):
         load_policy(tmp_path / "nowhere", IDENTITY)
 
 
-def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     broken = network()
     broken.networks[0].w2[0, 0] = np.nan
     with pytest.raises(ArtefactError, match="not a finite number"):
@@ -274,7 +274,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
 
 
 def test_a_portable_policy_is_priced_when_it_is_loaded(tmp_path: Path) -> None:
-    """The same folder under two cost tables: dear drafters are left alone, and no note is made."""
+    """The same folder with two cost tables: expensive drafters are not chosen, and there is no note."""
     save_policy(tmp_path, portable(), card())
     chosen = {}
     for propose in (0.1, 50.0):
@@ -303,7 +303,7 @@ def test_a_portable_policy_needs_prices(tmp_path: Path) -> None:
         load_policy(tmp_path, IDENTITY, without)
 
 
-def test_another_cost_table_is_noted_where_prices_are_built_in(folder: Path) -> None:
+def test_another_cost_table_is_noted_for_a_policy_with_built_in_prices(folder: Path) -> None:
     (note,) = load_policy(folder, IDENTITY, prices()).notes
     assert "another cost table" in note
     assert load_policy(folder, IDENTITY).notes == ()
@@ -312,7 +312,7 @@ def test_another_cost_table_is_noted_where_prices_are_built_in(folder: Path) -> 
     assert load_policy(folder, IDENTITY, prices()).notes == ()
 
 
-def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_named_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ArtefactError, match="cannot be written"):
         save_policy(tmp_path / "file", network(), card())

@@ -1,4 +1,4 @@
-"""The controller: what it begins with, scores, goes on with and learns; played through on paper."""
+"""The controller on simulated requests: first arm, shadow drafts, changes of arm, corrections."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DRAFT = {"a": 0.1, "b": 0.1, "free": 0.0005, NONE: 0.0}
 
 
 class Prices:
-    """A plain round takes a second; a drafted token of `a` and `b` a tenth, `free` next to nothing."""
+    """A plain round takes 1 s, a drafted token of `a` and `b` 0.1 s, one of `free` almost nothing."""
 
     bucket = 64
     start = 1.0
@@ -55,7 +55,7 @@ def decided(arm: str, **prior: float) -> Decision:
 
 
 class Request:
-    """Rounds of one request: what each drafter would have accepted at every place is fixed."""
+    """The rounds of one request, with a fixed acceptance of each drafter."""
 
     def __init__(
         self,
@@ -71,25 +71,25 @@ class Request:
         self.decision = controller.begin(ticket, context_of(), decision, tokens)
         self.arm = self.decision.arm
         self.arms = [self.arm]
-        self.outcomes: list[str] = []
+        self.shadowed: list[str] = []
         self.factor = 1.0
 
     def round(self, rows: int = 1) -> str:
         arms = {arm.name: arm for arm in ARMS}
-        beside = self.controller.shadow_drafters(self.ticket)
-        self.outcomes += beside
-        told = []
-        for name in beside:
+        shadow_drafters = self.controller.shadow_drafters(self.ticket)
+        self.shadowed += shadow_drafters
+        outcomes = []
+        for name in shadow_drafters:
             right = self.accepts.get(name, 0)
-            told.append(DraftOutcome.of(name, LENGTHS[name], LENGTHS[name], right, right + 1))
+            outcomes.append(DraftOutcome.of(name, LENGTHS[name], LENGTHS[name], right, right + 1))
         arm = arms[self.arm]
         right = min(self.accepts.get(arm.drafter, 0), arm.num_draft_tokens)
         k = arm.num_draft_tokens
         if k:
-            told.append(DraftOutcome.of(arm.drafter, k, k, right, right + 1))
+            outcomes.append(DraftOutcome.of(arm.drafter, k, k, right, right + 1))
         self.left -= right + 1
         seen = RoundReport(
-            self.arm, RoundStats(k, right), right + 1, self.context, rows, self.left, told,
+            self.arm, RoundStats(k, right), right + 1, self.context, rows, self.left, outcomes,
             0.0, DRAFT[arm.drafter] * k * self.factor, 1.0 * self.factor,
         )  # fmt: skip
         self.context += right + 1
@@ -107,7 +107,7 @@ class Request:
         return self
 
 
-def watch_of(**settings: Any) -> AdaptiveController:
+def controller_of(**settings: Any) -> AdaptiveController:
     return AdaptiveController(ARMS, Prices(), **settings)
 
 
@@ -115,59 +115,61 @@ def watch_of(**settings: Any) -> AdaptiveController:
 
 
 def test_a_prior_that_is_right_is_kept() -> None:
-    request = Request(watch_of(adapt=True), {"a": 3}, decided("a", a=0.35, b=0.9)).run()
+    request = Request(controller_of(adapt=True), {"a": 3}, decided("a", a=0.35, b=0.9)).run()
     assert request.arms == ["a"]
 
 
-def test_a_wrong_prior_gives_way_to_the_next_best() -> None:
-    request = Request(watch_of(adapt=True), {"b": 4}, decided("a", a=0.4, b=0.6)).run()
+def test_a_wrong_prior_is_left_for_the_next_best_arm() -> None:
+    request = Request(controller_of(adapt=True), {"b": 4}, decided("a", a=0.4, b=0.6)).run()
     assert request.arms[0] == "a" and request.arms[-1] == "b"
 
 
-def test_where_nothing_pays_the_rest_is_plain() -> None:
-    request = Request(watch_of(adapt=True), {}, decided("a", a=0.4, b=0.8, free=1.1)).run()
+def test_a_request_ends_plainly_where_no_arm_pays() -> None:
+    request = Request(controller_of(adapt=True), {}, decided("a", a=0.4, b=0.8, free=1.1)).run()
     assert request.arms[-1] == NONE
 
 
 def test_a_shorter_draft_is_taken_where_the_rest_is_wrong() -> None:
-    """Two of four right: the other two only cost. Nobody ever tried the shorter arm."""
+    """2 of 4 tokens are right, the other two only cost; the shorter arm was never in use."""
     prior = {"a": 0.40, "a@2": 0.45, "b": 1.0, "free": 1.0}
-    request = Request(watch_of(adapt=True), {"a": 2}, decided("a", **prior)).run()
+    request = Request(controller_of(adapt=True), {"a": 2}, decided("a", **prior)).run()
     assert request.arms == ["a", "a@2"]
 
 
-def test_a_free_drafter_is_scored_every_round_and_found() -> None:
-    request = Request(watch_of(adapt=True), {"free": 8}, decided(NONE)).run()
-    assert request.outcomes[0] == "free"
+def test_a_free_drafter_shadows_every_round_and_is_found() -> None:
+    request = Request(controller_of(adapt=True), {"free": 8}, decided(NONE)).run()
+    assert request.shadowed[0] == "free"
     assert request.arms == [NONE, "free"]
 
 
-def test_a_dear_drafter_is_scored_seldom() -> None:
-    request = Request(watch_of(adapt=True), {}, decided(NONE, b=1.0), tokens=300).run()
+def test_an_expensive_drafter_rarely_shadows() -> None:
+    request = Request(controller_of(adapt=True), {}, decided(NONE, b=1.0), tokens=300).run()
     every = 0.4 / 0.01
-    assert 1 <= request.outcomes.count("b") <= 300 / every
+    assert 1 <= request.shadowed.count("b") <= 300 / every
 
 
-def test_a_drafter_that_cannot_be_worth_its_price_is_not_scored() -> None:
-    request = Request(watch_of(adapt=True), {"a": 4}, decided("a", a=0.3, b=1.3), tokens=300).run()
-    assert "b" not in request.outcomes
+def test_a_drafter_that_cannot_repay_its_shadow_drafts_makes_none() -> None:
+    request = Request(
+        controller_of(adapt=True), {"a": 4}, decided("a", a=0.3, b=1.3), tokens=300
+    ).run()
+    assert "b" not in request.shadowed
 
 
-def test_no_switch_that_the_rest_of_the_request_does_not_pay_for() -> None:
-    class Dear(Prices):
+def test_no_switch_costs_more_than_it_gains_to_the_end() -> None:
+    class Expensive(Prices):
         start = 60.0
 
-    cheap, dear = (
+    cheap, expensive = (
         AdaptiveController(ARMS, Prices(), adapt=True),
-        AdaptiveController(ARMS, Dear(), adapt=True),
+        AdaptiveController(ARMS, Expensive(), adapt=True),
     )
     given = ({}, decided("a", a=0.6, b=0.7))
     assert "b" in Request(cheap, *given).run().arms
-    assert "b" not in Request(dear, *given).run().arms
+    assert "b" not in Request(expensive, *given).run().arms
 
 
-def test_rows_in_flight_change_what_is_best() -> None:
-    request = Request(watch_of(adapt=True), {"a": 1}, decided("a", a=0.7), tokens=400)
+def test_rows_in_flight_change_the_best_arm() -> None:
+    request = Request(controller_of(adapt=True), {"a": 1}, decided("a", a=0.7), tokens=400)
     for _ in range(20):
         request.round(rows=1)
     assert request.arm in ("a", "a@2")
@@ -176,8 +178,8 @@ def test_rows_in_flight_change_what_is_best() -> None:
     assert request.arm == NONE
 
 
-def test_an_arm_the_engine_could_not_give_is_not_asked_for_again() -> None:
-    controller = watch_of(adapt=True)
+def test_an_arm_that_the_engine_refused_is_excluded() -> None:
+    controller = controller_of(adapt=True)
     request = Request(controller, {"a": 4, "b": 4}, decided("a", a=0.4, b=0.5))
     request.arm = NONE  # no memory for it
     wanted = [request.round() for _ in range(10)]
@@ -185,9 +187,9 @@ def test_an_arm_the_engine_could_not_give_is_not_asked_for_again() -> None:
     assert wanted[-1] == "b"
 
 
-def test_predictions_that_keep_failing_are_corrected_for_the_requests_after() -> None:
-    """And an arm that the corrected prediction puts first is begun with."""
-    controller = watch_of(adapt=True)
+def test_repeated_errors_correct_the_predictions_of_later_requests() -> None:
+    """A request then begins with the arm that is best by the corrected prediction."""
+    controller = controller_of(adapt=True)
     first = [
         Request(controller, {"b": 4}, decided("a", a=0.4, b=0.6), ticket=i).run().arms[0]
         for i in range(30)
@@ -199,15 +201,15 @@ def test_predictions_that_keep_failing_are_corrected_for_the_requests_after() ->
     )
 
 
-def test_predictions_that_hold_are_left_alone() -> None:
-    controller = watch_of(adapt=True)
+def test_accurate_predictions_are_not_corrected() -> None:
+    controller = controller_of(adapt=True)
     for i in range(30):
         Request(controller, {"a": 3}, decided("a", **{"a": 0.35, "a@2": 0.4}), ticket=i).run()
     assert np.abs(controller._correction).max() == 0.0
 
 
-def test_an_unknown_arm_is_left_to_whoever_chose_it() -> None:
-    controller = watch_of(adapt=True, guard=Guard())
+def test_a_decision_for_an_unknown_arm_is_unchanged() -> None:
+    controller = controller_of(adapt=True, guard=Guard())
     decision = Decision("elsewhere")
     assert controller.begin(0, context_of(), decision, 50) is decision
     assert controller.shadow_drafters(0) == ()
@@ -217,8 +219,8 @@ def test_an_unknown_arm_is_left_to_whoever_chose_it() -> None:
 # --- the guard ------------------------------------------------------------------------------------
 
 
-def test_a_request_goes_on_plainly_where_its_arm_does_not_pay() -> None:
-    request = Request(watch_of(guard=Guard()), {}, decided("a", a=0.4)).run()
+def test_a_request_continues_plainly_where_its_arm_does_not_pay() -> None:
+    request = Request(controller_of(guard=Guard()), {}, decided("a", a=0.4)).run()
     arms = [arm for arm in request.arms if arm != NONE]
     assert arms[0] == "a"
     assert request.arms[-1] == NONE
@@ -226,8 +228,8 @@ def test_a_request_goes_on_plainly_where_its_arm_does_not_pay() -> None:
     assert request.context == 120
 
 
-def test_a_benched_arm_makes_room_for_the_next_best_and_in_the_end_for_none() -> None:
-    controller = watch_of(guard=Guard())
+def test_suspended_arms_are_replaced_by_the_next_best_and_at_last_by_none() -> None:
+    controller = controller_of(guard=Guard())
     prior = {"a": 0.4, "a@2": 1.1, "b": 0.5, "free": 1.2}
     begun = [
         Request(controller, {}, decided("a", **prior), ticket=i).run().decision.arm
@@ -236,12 +238,12 @@ def test_a_benched_arm_makes_room_for_the_next_best_and_in_the_end_for_none() ->
     assert begun[0] == "a"
     assert "b" in begun
     assert begun[-1] == NONE
-    assert len([line for line in controller.report() if "benched" in line]) == 2
+    assert len([line for line in controller.report() if "suspended" in line]) == 2
 
 
-def test_a_machine_that_became_slower_benches_nobody() -> None:
-    """Everything takes 1.5 times its price, plain rounds too."""
-    controller = watch_of(guard=Guard())
+def test_a_slower_machine_suspends_no_arm() -> None:
+    """Every round takes 1.5 times its price, also plain rounds."""
+    controller = controller_of(guard=Guard())
     for i in range(12):
         request = Request(controller, {"a": 1}, decided("a", a=0.7), ticket=i)
         request.factor = 1.5
@@ -250,9 +252,9 @@ def test_a_machine_that_became_slower_benches_nobody() -> None:
         assert request.arms[-1] == "a"
 
 
-def test_a_machine_that_became_faster_makes_no_wrong_drafter_seem_to_gain() -> None:
-    """Plain rounds were clocked in slower times, so every round since reads as less than a plain one."""
-    controller = watch_of(guard=Guard())
+def test_on_a_faster_machine_an_always_wrong_drafter_does_not_seem_to_gain() -> None:
+    """Plain rounds were clocked on the slower machine, so every later round reads as less than one."""
+    controller = controller_of(guard=Guard())
     Request(controller, {}, decided(NONE), tokens=50).run()
     arms = []
     for ticket in range(1, 12):
@@ -262,8 +264,8 @@ def test_a_machine_that_became_faster_makes_no_wrong_drafter_seem_to_gain() -> N
     assert arms[0] == "free" and arms[-1] == NONE
 
 
-def test_the_clock_gets_plain_rounds_and_the_arm_comes_back() -> None:
-    controller = watch_of(guard=Guard())
+def test_the_clock_gets_plain_rounds_and_then_the_arm_returns() -> None:
+    controller = controller_of(guard=Guard())
     request = Request(controller, {"a": 3}, decided("a", a=0.4), tokens=400).run()
     assert request.arms[:3] == ["a", NONE, "a"]
     assert controller.guard is not None
@@ -275,8 +277,8 @@ def test_the_clock_gets_plain_rounds_and_the_arm_comes_back() -> None:
 # --- exploration ----------------------------------------------------------------------------------
 
 
-def test_exploration_draws_evenly_and_says_how_likely_it_was() -> None:
-    controller = watch_of(explore=0.4)
+def test_exploration_is_uniform_and_records_its_propensity() -> None:
+    controller = controller_of(explore=0.4)
     counts: dict[str, int] = {}
     total = 4000
     for i in range(total):
@@ -290,8 +292,8 @@ def test_exploration_draws_evenly_and_says_how_likely_it_was() -> None:
     assert len(counts) == 5
 
 
-def test_exploration_repeats_itself_for_the_same_request() -> None:
-    one, other = watch_of(explore=1.0), watch_of(explore=1.0)
+def test_exploration_depends_only_on_the_request() -> None:
+    one, other = controller_of(explore=1.0), controller_of(explore=1.0)
     for i in range(20):
         context = context_of(id=str(i))
         assert (
@@ -300,10 +302,10 @@ def test_exploration_repeats_itself_for_the_same_request() -> None:
         )
 
 
-def test_without_anything_the_decision_is_the_policys() -> None:
-    controller = watch_of()
+def test_without_options_the_decision_is_the_policys() -> None:
+    controller = controller_of()
     decision = decided("a", a=0.9, b=0.1)
     assert controller.begin(0, context_of(), decision, 50) is decision
     request = Request(controller, {}, replace(decision)).run()
     assert request.arms == ["a"]
-    assert not request.outcomes
+    assert not request.shadowed

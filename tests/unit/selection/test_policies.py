@@ -1,4 +1,4 @@
-"""Policies: propensities, reproducibility, and what a decision says."""
+"""Policies: propensities, reproducibility, and the fields of a decision."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ def learned(**settings: object) -> Policy:
     return Policy(chooser, "x", num_features=num_features(D), **settings)
 
 
-def by_lot(seed: int = 0) -> Policy:
+def random_policy(seed: int = 0) -> Policy:
     return Policy(RandomChooser(ARMS), "random", seed=seed)
 
 
-def test_a_fixed_policy_says_its_arm() -> None:
+def test_a_fixed_policy_returns_its_arm() -> None:
     decision = Policy(FixedChooser(ARMS, "math"), "fixed:math").choose(context(0))
 
     assert (decision.arm, decision.propensity) == ("math", 1.0)
     assert decision.policy == "fixed:math"
 
 
-def test_a_random_policy_is_even_and_says_so() -> None:
+def test_a_random_policy_is_uniform_and_records_its_propensity() -> None:
     policy = Policy(RandomChooser(ARMS), "random", seed=3)
     decisions = [policy.choose(context(i)) for i in range(1500)]
 
@@ -70,14 +70,14 @@ def test_a_random_policy_is_even_and_says_so() -> None:
     assert all(sum(d.scores.values()) == pytest.approx(1.0) for d in decisions)
 
 
-def test_a_drawn_choice_belongs_to_the_request_not_to_the_order() -> None:
+def test_a_drawn_choice_depends_on_the_request_and_not_on_the_order() -> None:
     contexts = [context(i) for i in range(50)]
-    forward = [by_lot(seed=1).choose(c).arm for c in contexts]
-    policy = by_lot(seed=1)
+    forward = [random_policy(seed=1).choose(c).arm for c in contexts]
+    policy = random_policy(seed=1)
     backward = [policy.choose(c).arm for c in reversed(contexts)]
 
     assert forward == backward[::-1]
-    assert forward != [by_lot(seed=2).choose(c).arm for c in contexts]
+    assert forward != [random_policy(seed=2).choose(c).arm for c in contexts]
     # the same prompt sent again is another request
     again = [policy.choose(replace(c, request_id=f"again {c.request_id}")).arm for c in contexts]
     assert forward != again
@@ -95,7 +95,7 @@ def test_a_learned_policy_takes_the_largest_logit() -> None:
     assert len(chosen) > 1
 
 
-def test_what_the_chooser_is_told() -> None:
+def test_the_chooser_gets_features_and_situation() -> None:
     class Asking(Chooser):
         kind = "asking"
         arms = ARMS
@@ -135,6 +135,6 @@ def test_another_hidden_size_is_refused() -> None:
         learned().choose(Context([1], wide, wide, SamplingParams(), 1))
 
 
-def test_what_is_no_policy_is_refused() -> None:
+def test_a_policy_needs_distinct_arms() -> None:
     with pytest.raises(ConfigError, match="distinct arms"):
         Policy(RandomChooser(["none", "none"]), "x")

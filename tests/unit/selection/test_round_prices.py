@@ -1,4 +1,4 @@
-"""Prices while decoding: those of `costs.pricing`, by bucket of contexts, rows and objective."""
+"""Prices while decoding equal those of `costs.pricing`, by context bucket, rows and objective."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_round_is_forward_draft_and_host() -> None:
     assert prices.rounds("a", 128, 1) is not rounds
 
 
-def test_what_a_draft_and_reading_cost_alone() -> None:
+def test_drafts_and_reading_are_priced_alone() -> None:
     prices = TablePrices(table(), {"a": 4})
 
     assert prices.drafting("a", 4, 10) == pytest.approx(0.81)
@@ -57,7 +57,7 @@ def test_what_a_draft_and_reading_cost_alone() -> None:
 
 
 def test_objectives_agree_alone_and_order_the_price_of_drafts_among_rows() -> None:
-    """What all rows draft costs the machine more, beside plain decoding, than what one drafts."""
+    """Over plain decoding, drafts of all rows cost the machine more than the draft of one."""
     by_weight = [TablePrices(table(), {"a": 4}, weight) for weight in (0.0, 0.5, 1.0)]
     alone = [prices.rounds("a", 0, 1) for prices in by_weight]
     np.testing.assert_allclose(alone[0], alone[1])

@@ -1,4 +1,4 @@
-"""Noise is a function of seed, position and stream alone; it is uniform and its parts independent."""
+"""Noise depends on seed, position and stream only; it is uniform and its streams are independent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ALPHA = 1e-7
 N = 200_000
 
 
-def test_noise_does_not_depend_on_the_batch_it_is_asked_in() -> None:
+def test_noise_does_not_depend_on_its_batch() -> None:
     seeds = torch.tensor([0, 1, -5, 2**62])[:, None]
     positions = torch.arange(7)
     together = noise.exponential(seeds, positions, noise.TARGET, 11)
@@ -29,7 +29,7 @@ def test_noise_does_not_depend_on_the_batch_it_is_asked_in() -> None:
         assert torch.equal(noise.uniform(seeds[i, 0], positions[j], noise.ACCEPT), uniforms[i, j])
 
 
-def test_a_wider_vocabulary_keeps_the_noise_of_the_tokens_that_were_there() -> None:
+def test_a_larger_vocabulary_does_not_change_the_noise_of_the_first_tokens() -> None:
     seed, position = torch.tensor(4), torch.tensor(9)
     wide = noise.exponential(seed, position, noise.DRAFT, 50)
 
@@ -37,7 +37,7 @@ def test_a_wider_vocabulary_keeps_the_noise_of_the_tokens_that_were_there() -> N
 
 
 def reference_bits(seed: int, position: int, stream: int) -> int:
-    """The generator in Python's own integers."""
+    """Return the generator's bits, computed with Python integers."""
     mask = 2**64 - 1
     golden = 0x9E3779B97F4A7C15
 
@@ -50,15 +50,15 @@ def reference_bits(seed: int, position: int, stream: int) -> int:
 
 
 @pytest.mark.parametrize("stream", STREAMS)
-def test_noise_is_that_of_the_readable_generator(stream: int) -> None:
+def test_noise_equals_the_reference_generator(stream: int) -> None:
     for seed, position in itertools.product((0, 1, -1, 2**62, -(2**63)), (0, 1, 12345)):
         expected = (reference_bits(seed, position, stream) >> 11) * 2.0**-53
 
         assert noise.uniform(torch.tensor(seed), torch.tensor(position), stream) == expected
 
 
-def test_a_seed_means_the_same_next_year() -> None:
-    """Values written down once: another constant or stream number would change every text."""
+def test_the_values_of_a_seed_are_fixed() -> None:
+    """Another constant or stream number would change every seeded text."""
     u = noise.uniform(torch.tensor([0, 123456789]), torch.tensor(3), noise.ACCEPT)
     e = noise.exponential(torch.tensor(42), torch.tensor(0), noise.TARGET, 3)
 
@@ -93,7 +93,7 @@ def test_exponentials_are_exponential_for_every_token(stream: int) -> None:
 
 
 def shifted_pairs() -> list[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Numbers that are used side by side, and so must know nothing of one another."""
+    """Return pairs of numbers that are used together, so must be independent."""
     counter, place = torch.arange(N), torch.tensor(5)
     pairs = [
         (f"stream {a} and {b}", noise.uniform(counter, place, a), noise.uniform(counter, place, b))
@@ -114,7 +114,7 @@ def shifted_pairs() -> list[tuple[str, torch.Tensor, torch.Tensor]]:
     return pairs
 
 
-def test_noise_for_different_ends_is_independent() -> None:
+def test_noise_for_different_purposes_is_independent() -> None:
     for name, a, b in shifted_pairs():
         assert stats.spearmanr(a.numpy(), b.numpy()).pvalue > ALPHA, name
         ranks = [stats.rankdata(x.numpy()) * 16 // (N + 1) for x in (a, b)]
@@ -122,7 +122,7 @@ def test_noise_for_different_ends_is_independent() -> None:
         assert stats.chi2_contingency(table).pvalue > ALPHA, name
 
 
-def test_the_race_draws_from_the_distribution_it_is_given() -> None:
+def test_the_race_draws_from_the_given_distribution() -> None:
     p = torch.tensor([0.5, 0.3, 0.15, 0.0499, 0.0001, 0.0])
     drawn = noise.race(p, noise.exponential(torch.arange(N), torch.tensor(1), noise.TARGET, 6))
 
@@ -132,7 +132,7 @@ def test_the_race_draws_from_the_distribution_it_is_given() -> None:
     assert stats.chisquare(counts[:5], expected).pvalue > ALPHA
 
 
-def test_unnormalised_weights_race_alike() -> None:
+def test_the_race_does_not_depend_on_the_scale_of_weights() -> None:
     p = torch.tensor([0.5, 0.3, 0.2])
     e = noise.exponential(torch.arange(1000), torch.tensor(1), noise.TARGET, 3)
 
@@ -140,7 +140,7 @@ def test_unnormalised_weights_race_alike() -> None:
 
 
 @pytest.mark.parametrize("width", [1, 7, 300, 5000])
-def test_the_compiled_race_has_the_winner_of_the_readable_one(width: int) -> None:
+def test_the_compiled_race_has_the_winner_of_the_reference(width: int) -> None:
     generator = torch.Generator().manual_seed(width)
     for seed in (0, 11, -3, 2**62):
         for position in (0, 5, 900, noise.of_round(17, 12)):

@@ -1,4 +1,4 @@
-"""The sampled distribution is the one that transformers' own logits processors describe."""
+"""The sampled distribution equals that of transformers' own logits processors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def random_logits(kind: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["plain", "ties", "flat", "banned"])
-def test_probabilities_are_those_of_transformers_processors(kind: str) -> None:
+def test_probabilities_equal_those_of_transformers_processors(kind: str) -> None:
     logits = random_logits(kind)
     for temperature, top_k, top_p, min_p in SETTINGS:
         params = SamplingParams(temperature, top_k, top_p, min_p, method="residual")
@@ -67,7 +67,7 @@ def test_half_precision_logits_are_warped_in_float32(dtype: torch.dtype) -> None
     assert torch.equal(probs, warp(logits.float(), params))
 
 
-def test_any_leading_shape_is_warped_alike() -> None:
+def test_warping_does_not_depend_on_the_leading_shape() -> None:
     logits = random_logits("plain")
     params = SamplingParams(0.7, 5, 0.9, 0.05, method="residual")
 
@@ -75,7 +75,7 @@ def test_any_leading_shape_is_warped_alike() -> None:
     assert torch.equal(warp(logits[3], params), warp(logits, params)[3])
 
 
-def test_logits_are_left_as_they_were() -> None:
+def test_logits_are_not_changed_in_place() -> None:
     logits = random_logits("plain")
     before = logits.clone()
 

@@ -1,7 +1,7 @@
-"""What alpha does in the published reward: the better aligned drafter, or the cheaper one?
+"""Effect of alpha in the published reward: the better aligned drafter, or the cheaper one?
 
-Three drafters of one and four million parameters; the reward `alignment` at five weights under four
-similarities. A policy without `none`: with it, similarity alone would always take the target itself.
+Three drafters of one and four million parameters; the reward `alignment` at five weights with four
+similarities. `none` is excluded: similarity alone would always choose the target itself.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ from paceline.contracts import NONE
 from paceline.experiments.assistant_selection.learned import (
     ORACLE,
     PREDICTED,
-    SHARE,
-    SPEED,
     Study,
     always_drafting,
     interval,
     share,
     unrewarding_none,
 )
-from paceline.experiments.findings import Column, Findings, Panel, Series, Table
+from paceline.experiments.findings import SHARE, SPEED, Findings, Panel, Series, Table, columns
 from paceline.rewards import METRICS, cost_score, token_seconds
 
 if TYPE_CHECKING:
@@ -41,15 +39,11 @@ LEARNER: Final = "policy_gradient"
 def run(bench: Workbench) -> Findings:
     arms = bench.arms(DRAFTERS, own_lengths=True)
     prompts = bench.aligned.prompts
-    total, done = len(METRICS) * len(ALPHAS), 0
-    cells: dict[str, dict[float, _Cell]] = {}
-    for metric in METRICS:
-        for alpha in ALPHAS:
-            bench.on_progress("learn at every alpha", done, total)
-            done += 1
-            cell = _Cell(bench, prompts, arms, metric, alpha)
-            cells.setdefault(metric, {})[alpha] = cell
-    bench.on_progress("learn at every alpha", total, total)
+    cells: dict[str, dict[float, _AlphaPolicy]] = {}
+    pairs = [(metric, alpha) for metric in METRICS for alpha in ALPHAS]
+    for metric, alpha in bench.track("learn at every alpha", pairs):
+        cell = _AlphaPolicy(bench, prompts, arms, metric, alpha)
+        cells.setdefault(metric, {})[alpha] = cell
     return Findings(
         tables=[_alpha_table(cells), _drafters_table(bench.costs, prompts, cells["rouge_l"][0.0])],
         panels=[_shares_panel(cells["rouge_l"]), _speed_panel(cells)],
@@ -59,8 +53,8 @@ def run(bench: Workbench) -> Findings:
     )
 
 
-class _Cell:
-    """A policy learned from the reward of one similarity at one alpha, on the held-out prompts."""
+class _AlphaPolicy:
+    """A policy learned from the reward of one similarity at one alpha, judged on held-out prompts."""
 
     def __init__(
         self,
@@ -103,7 +97,7 @@ class _Cell:
 def _similarities(
     prompts: Sequence[CollectedPrompt], arms: Sequence[str], metric: str
 ) -> np.ndarray:
-    """[N, A] of each drafter's own text to the target's; of `none`, 1."""
+    """Return the [N, A] similarity of each drafter's own text to the target's; 1 for `none`."""
     of = METRICS[metric]
     return np.array(
         [
@@ -113,28 +107,29 @@ def _similarities(
     )
 
 
-def _alpha_table(cells: Mapping[str, Mapping[float, _Cell]]) -> Table:
-    columns = [Column("similarity"), Column("alpha", "{:.2f}")]
-    columns += [Column(f"to `{name}`", SHARE) for name in DRAFTERS]
-    columns += [Column("mean similarity", "{:.3f}"), Column("speed-up over none")]
+def _alpha_table(cells: Mapping[str, Mapping[float, _AlphaPolicy]]) -> Table:
+    heads = columns("similarity", ("alpha", "{:.2f}"))
+    heads += columns(*((f"to `{name}`", SHARE) for name in DRAFTERS))
+    heads += columns(("mean similarity", "{:.3f}"), "speed-up over none")
     rows: list[list[Value]] = []
     for metric, of in cells.items():
         for alpha, cell in of.items():
             row: list[Value] = [metric, alpha, *cell.shares.values(), cell.similarity]
             rows.append([*row, interval(cell.report.overall.strategies[cell.name].speedup)])
     explanation = (
-        "alpha weighs the similarity of a drafter's own text to the target's; 1 - alpha the share of "
-        f"the target's time a token that it saves. `{LEARNER}` on that reward, each drafter at its own "
-        "draft length, `none` left out; shares of held-out prompts, and the mean similarity of what "
-        f"was chosen. {PREDICTED}"
+        "alpha is the weight of the similarity of a drafter's own text to the target's; 1 - alpha is "
+        "the weight of the share of the target's time per token that it saves. "
+        f"`{LEARNER}` on that reward, each drafter at its own draft length, `none` excluded; shares of "
+        f"held-out prompts, and the mean similarity of the chosen drafters' texts. {PREDICTED}"
     )
-    return Table("What alpha chooses", explanation, columns, rows)
+    return Table("Choices by alpha", explanation, heads, rows)
 
 
-def _drafters_table(costs: CostTable, prompts: Sequence[CollectedPrompt], cell: _Cell) -> Table:
-    columns = [Column("drafter"), Column("cost score", "{:.3f}")]
-    columns += [Column(metric, "{:.3f}") for metric in METRICS]
-    columns += [Column("speed-up over none", SPEED)]
+def _drafters_table(
+    costs: CostTable, prompts: Sequence[CollectedPrompt], cell: _AlphaPolicy
+) -> Table:
+    heads = columns("drafter", ("cost score", "{:.3f}"), *((m, "{:.3f}") for m in METRICS))
+    heads += columns(("speed-up over none", SPEED))
     context = int(np.mean([len(p.prompt_tokens) + len(p.output_tokens) / 2 for p in prompts]))
     t_target = token_seconds(costs.seconds, NONE, context)
     similar = {metric: _similarities(prompts, DRAFTERS, metric).mean(axis=0) for metric in METRICS}
@@ -145,31 +140,30 @@ def _drafters_table(costs: CostTable, prompts: Sequence[CollectedPrompt], cell: 
         row += [float(similar[metric][place]) for metric in METRICS]
         rows.append([*row, cell.report.overall.arms[name].speedup.value])
     explanation = (
-        "The two terms of the reward, means over all prompts, and what each drafter brings when all "
-        "requests get it."
+        "The two terms of the reward, as means over all prompts, and the speed-up of each drafter when "
+        "all requests get it."
     )
-    return Table("The drafters", explanation, columns, rows)
+    return Table("The drafters", explanation, heads, rows)
 
 
-def _shares_panel(of: Mapping[float, _Cell]) -> Panel:
+def _shares_panel(of: Mapping[float, _AlphaPolicy]) -> Panel:
     alphas = list(of)
     series = [
         Series(name, list(alphas), [cell.shares[name] for cell in of.values()]) for name in DRAFTERS
     ]
-    return Panel("who is chosen, ROUGE-L", "share of held-out prompts", series, x_label="alpha")
+    return Panel("chosen drafters, ROUGE-L", "share of held-out prompts", series, x_label="alpha")
 
 
-def _speed_panel(cells: Mapping[str, Mapping[float, _Cell]]) -> Panel:
+def _speed_panel(cells: Mapping[str, Mapping[float, _AlphaPolicy]]) -> Panel:
     series = [
         Series(metric, list(of), [cell.speedup for cell in of.values()])
         for metric, of in cells.items()
     ]
-    return Panel(
-        "what that brings", "predicted speed-up over none", series, x_label="alpha", baseline=1.0
-    )
+    label = "predicted speed-up over none"
+    return Panel("speed by alpha", label, series, x_label="alpha", baseline=1.0)
 
 
-def _remarks(cells: Mapping[str, Mapping[float, _Cell]]) -> list[str]:
+def _remarks(cells: Mapping[str, Mapping[float, _AlphaPolicy]]) -> list[str]:
     rouge = cells["rouge_l"]
     first, last = rouge[ALPHAS[0]], rouge[ALPHAS[-1]]
     best_alpha = max(rouge, key=lambda alpha: rouge[alpha].speedup)
@@ -177,11 +171,11 @@ def _remarks(cells: Mapping[str, Mapping[float, _Cell]]) -> list[str]:
     every = [(c.speedup, m, a) for m, of in cells.items() for a, c in of.items()]
     speed, metric, alpha = max(every)
     return [
-        f"With ROUGE-L, cost alone (alpha 0) mostly takes `{first.most}` and similarity alone (alpha "
+        f"With ROUGE-L, cost alone (alpha 0) mostly chooses `{first.most}` and similarity alone (alpha "
         f"1) mostly `{last.most}`; the chosen text's similarity goes from {first.similarity:.3f} to "
         f"{last.similarity:.3f}.",
-        f"The fastest of its alphas is {best_alpha:.2f}, at {rouge[best_alpha].speedup:.2f}x over "
-        f"`none`; the slowest choice of alpha brings {min(c.speedup for c in rouge.values()):.2f}x, "
-        f"the oracle {oracle:.2f}x.",
+        f"Its fastest alpha is {best_alpha:.2f}, at {rouge[best_alpha].speedup:.2f}x over `none`; its "
+        f"slowest alpha reaches {min(c.speedup for c in rouge.values()):.2f}x, the oracle "
+        f"{oracle:.2f}x.",
         f"Over all similarities the fastest is {metric} at alpha {alpha:.2f}: {speed:.2f}x.",
     ]

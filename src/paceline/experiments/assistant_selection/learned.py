@@ -1,7 +1,7 @@
-"""What the experiments with learned policies share: priced prompts, trained policies, their figures.
+"""Shared parts of the experiments with learned policies: priced prompts, trained policies, figures.
 
-Everything is predicted from replay and the cost table unless an experiment says that it was clocked.
-Task labels choose prompts and head tables; no policy sees one. Symbols: N prompts, A arms.
+Figures are predicted from replay and the cost table unless an experiment says that they were clocked.
+Task labels select prompts and name the rows of tables; no policy sees them. Symbols: N prompts, A arms.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from paceline.contracts import NONE
-from paceline.experiments.findings import Column
+from paceline.experiments.findings import SHARE, Panel, Series, columns
 from paceline.learning.dataset import build_dataset, split
 from paceline.learning.evaluation import Contender, Evaluator, train_contenders
 from paceline.selection.choosers import Chooser, PortableChooser
@@ -24,15 +24,13 @@ if TYPE_CHECKING:
     from paceline.config import LearningSection
     from paceline.contracts import CollectedPrompt
     from paceline.costs.table import CostTable
-    from paceline.experiments.findings import Value
+    from paceline.experiments.findings import Column, Value
     from paceline.experiments.workbench import Workbench
     from paceline.learning.dataset import Dataset
     from paceline.learning.evaluation import EvaluationReport
     from paceline.learning.evaluation.bootstrap import Interval
     from paceline.selection.choosers import Situation
 
-SPEED: Final = "{:.2f}x"
-SHARE: Final = "{:.0%}"
 BEST_SINGLE: Final = "best single"
 PER_TASK: Final = "per task"
 ORACLE: Final = "oracle"
@@ -40,14 +38,14 @@ RANDOM: Final = "random"
 FIRST_LINE: Final = "first line"
 _SMOKE_EPOCHS: Final = 2
 PREDICTED: Final = (
-    "Speed-ups over `none` are predicted by replay and the cost table, on held-out prompts: all "
-    "seconds of `none` over all seconds of the choice, with 95% bootstrap intervals over prompts."
+    "Speed-ups over `none` are predicted by replay and the cost table, on held-out prompts: the total "
+    "seconds of `none` over those of the choice, with 95% bootstrap intervals over prompts."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """Some prompts under some arms, priced, in two parts."""
+    """Priced prompts under a set of arms, in a training part and a held-out part."""
 
     bench: Workbench
     settings: LearningSection
@@ -63,36 +61,36 @@ class Study:
         costs: CostTable | None = None,
         **learning: object,
     ) -> Self:
-        """learning: settings of the configuration's section `learning` that are others here."""
+        """Price and split prompts. learning: changes to the configuration's section `learning`."""
         if bench.sizes.smoke:
             learning["max_epochs"] = _SMOKE_EPOCHS
         settings = bench.config.learning.model_copy(update=learning)
         costs = costs or bench.costs
         data, _ = build_dataset(bench.priced(prompts, costs), arms, costs, settings)
-        if bench.sizes.smoke:  # of so few prompts a share by hash may be none
+        if bench.sizes.smoke:  # of few prompts, a share by hash may be empty
             third = np.arange(len(data)) % 3 == 0
             return cls(bench, settings, data.rows(~third), data.rows(third))
         return cls(bench, settings, *split(data, settings.held_out))
 
     def contenders(self, learners: Sequence[str], seeds: int = 1) -> list[Contender]:
-        """Policies trained on the training part."""
+        """Train policies on the training part."""
         return train_contenders(
             self.train, learners, [None], self.settings, seeds, self.bench.on_progress
         )
 
     def report(self, contenders: Sequence[Contender]) -> EvaluationReport:
-        """What they and the ways they must beat gain on the held-out part."""
+        """Return the gains of policies and of the baselines on the held-out part."""
         evaluator = Evaluator(self.train, self.bench.decode, self.settings.seed)
         return evaluator.held_out(self.held_out, contenders, [1])[0].report
 
 
 class Drafting(Chooser):
-    """Another chooser that must not take `none`: a policy without that arm."""
+    """Another chooser with `none` excluded."""
 
     kind = "drafting"
 
     def __init__(self, inner: Chooser, data: Dataset) -> None:
-        """data: its prices are used, where the chooser takes any."""
+        """data: prices for a chooser that takes them."""
         self.arms = inner.arms
         self._inner = inner
         if isinstance(inner, PortableChooser):
@@ -107,17 +105,17 @@ class Drafting(Chooser):
     def restore(
         cls, arms: Sequence[str], arrays: Mapping[str, np.ndarray], facts: Mapping[str, object]
     ) -> Drafting:
-        raise ValueError("a barred arm is for comparison and is never saved")
+        raise ValueError("a chooser with an excluded arm is for comparison and cannot be saved")
 
 
 def always_drafting(contender: Contender, data: Dataset) -> Contender:
-    """The same policy without the arm `none`."""
+    """Return the same policy with the arm `none` excluded."""
     choosers = tuple(Drafting(chooser, data) for chooser in contender.choosers)
     return Contender(f"{contender.name}, no {NONE}", choosers)
 
 
 def unrewarding_none(study: Study) -> Study:
-    """With `none` never the best rewarded arm, so that a policy learns to tell drafters apart."""
+    """Return a study in which `none` never has the best reward, so that a policy compares drafters."""
     return replace(study, train=_unrewarding(study.train), held_out=_unrewarding(study.held_out))
 
 
@@ -128,42 +126,56 @@ def _unrewarding(data: Dataset) -> Dataset:
 
 
 def of_tasks(prompts: Sequence[CollectedPrompt], tasks: Sequence[str]) -> list[CollectedPrompt]:
+    """Return the prompts of some tasks."""
     return [prompt for prompt in prompts if prompt.domain in tasks]
 
 
 def tasks_of(prompts: Sequence[CollectedPrompt]) -> list[str]:
+    """Return the tasks of prompts, sorted."""
     return sorted({prompt.domain for prompt in prompts})
 
 
-# --- figures as cells -----------------------------------------------------------------------------
+# --- cells, tables and panels ---------------------------------------------------------------------
 
 
 def interval(found: Interval) -> str:
-    """A speed-up with its interval."""
+    """Return a speed-up with its interval as text."""
     return f"{found.value:.2f}x ({found.low:.2f} to {found.high:.2f})"
 
 
 def ways_table(
     report: EvaluationReport, ways: Sequence[str]
 ) -> tuple[list[Column], list[list[Value]]]:
-    """(columns, rows) of ways to choose: what they gain, and where they are slowest."""
-    columns = [Column("chosen by"), Column("speed-up over none"), Column("of the oracle", "{:.1%}")]
-    columns += [Column("fastest arm", SHARE), Column("within 2% of it", SHARE)]
-    columns += [Column("slowest task"), Column("its speed-up")]
+    """Return the (columns, rows) of ways to choose: their gains and their slowest tasks."""
+    heads = columns("chosen by", "speed-up over none", ("of the oracle", "{:.1%}"))
+    heads += columns(("fastest arm", SHARE), ("within 2% of it", SHARE), "slowest task")
+    heads += columns("its speed-up")
     rows: list[list[Value]] = []
     for way in ways:
         figures, slowest = report.overall.strategies[way], report.slowest[way]
         row: list[Value] = [way, interval(figures.speedup), figures.of_oracle]
         row += [figures.accuracy, figures.near, slowest.task, interval(slowest.speedup)]
         rows.append(row)
-    return columns, rows
+    return heads, rows
+
+
+def interval_series(label: str, names: Sequence[str], found: Sequence[Interval]) -> Series:
+    """Return bars of speed-ups with their intervals, one per name."""
+    low, high = [f.low for f in found], [f.high for f in found]
+    return Series(label, list(names), [f.value for f in found], low, high)
+
+
+def speed_panel(title: str, series: list[Series]) -> Panel:
+    """Return bars of predicted speed-ups."""
+    return Panel(title, "predicted speed-up over none", series, kind="bars", baseline=1.0)
 
 
 def speedup(report: EvaluationReport, way: str) -> float:
+    """Return the speed-up over `none` of a way to choose."""
     return report.overall.strategies[way].speedup.value
 
 
 def share(report: EvaluationReport, way: str, drafter: str, task: str | None = None) -> float:
-    """Of the prompts, or of a task's, that get a drafter at any length."""
+    """Return the share of prompts, or of those of a task, that get a drafter at any length."""
     part = report.overall if task is None else report.by_domain[task]
     return part.chosen[way].drafters.get(drafter, 0.0)

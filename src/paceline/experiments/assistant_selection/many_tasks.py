@@ -1,6 +1,6 @@
-"""Many tasks and drafters that are made for none of them: the first turns of Spec-Bench's questions.
+"""Many tasks, and drafters that were made for none of them: the first turns of Spec-Bench's questions.
 
-Every category is left out once: the policy that chooses for it was learned from the other ones.
+Every category is left out once: the policy that chooses for it is learned from the others.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from paceline.experiments.assistant_selection.learned import (
     ORACLE,
     PREDICTED,
     RANDOM,
-    SHARE,
-    SPEED,
     Study,
     interval,
+    interval_series,
     share,
+    speed_panel,
     speedup,
     ways_table,
 )
-from paceline.experiments.findings import Column, Findings, Panel, Series, Table
+from paceline.experiments.findings import SHARE, SPEED, Findings, Panel, Table, columns
 from paceline.experiments.prompt_files import TASKS
 from paceline.learning.dataset import build_dataset
 from paceline.learning.evaluation import Evaluator, train_contenders
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from paceline.learning.evaluation import EvaluationReport
 
 LEARNER: Final = "acceptance"
-BESIDE: Final = ("policy_gradient", "knn")  # on the mixed held-out prompts
+OTHERS: Final = ("policy_gradient", "knn")  # on the mixed held-out prompts
 STORE: Final = "spec-bench"
 SLOWEST: Final = 0.98
 
@@ -47,12 +47,12 @@ def run(bench: Workbench) -> Findings:
     generalists = [name for name in bench.config.drafters if name not in TASKS]
     if not generalists:
         raise ConfigError(
-            f"this experiment needs drafters beside those named {', '.join(TASKS)}; configure "
-            "`general` and a lookup"
+            f"this experiment needs drafters that are not named {', '.join(TASKS)}; configure `general` "
+            "and a lookup"
         )
     arms = bench.arms(generalists)
     study = Study.of(bench, prompts, arms)
-    mixed = study.report(study.contenders([LEARNER, *BESIDE]))
+    mixed = study.report(study.contenders([LEARNER, *OTHERS]))
     unseen = _left_out(bench, study.settings, prompts, arms)
     return Findings(
         tables=[_categories_table(unseen), _mixed_table(mixed)],
@@ -78,13 +78,9 @@ def _left_out(
 
 
 def _categories_table(unseen: dict[str, EvaluationReport]) -> Table:
-    columns = [Column("category, left out"), Column("prompts"), Column(f"to `{NONE}`", SHARE)]
-    columns += [
-        Column("mostly to"),
-        Column("random", SPEED),
-        Column("best single elsewhere", SPEED),
-    ]
-    columns += [Column("policy"), Column("oracle", SPEED)]
+    heads = columns("category, left out", "prompts", (f"to `{NONE}`", SHARE), "mostly to")
+    heads += columns(("random", SPEED), ("best single elsewhere", SPEED), "policy")
+    heads += columns(("oracle", SPEED))
     rows: list[list[Value]] = []
     for task, report in unseen.items():
         figures = report.overall.strategies
@@ -94,43 +90,31 @@ def _categories_table(unseen: dict[str, EvaluationReport]) -> Table:
         row += [figures[RANDOM].speedup.value, figures[BEST_SINGLE].speedup.value]
         rows.append([*row, interval(figures[LEARNER].speedup), figures[ORACLE].speedup.value])
     explanation = (
-        f"Each category's prompts, chosen for by `{LEARNER}` learned from all other categories; best "
-        f"single is the best arm of those. {PREDICTED}"
+        f"For each category's prompts, `{LEARNER}` learned from all other categories chooses; best "
+        f"single is the best arm of those categories. {PREDICTED}"
     )
-    return Table("Categories never seen in training", explanation, columns, rows)
+    return Table("Categories never seen in training", explanation, heads, rows)
 
 
 def _mixed_table(mixed: EvaluationReport) -> Table:
     ways = [RANDOM, BEST_SINGLE, "per task", *mixed.policies, ORACLE]
-    columns, rows = ways_table(mixed, ways)
+    heads, rows = ways_table(mixed, ways)
     explanation = (
-        f"{mixed.overall.num_prompts} held-out prompts of all categories, the policies learned from "
-        f"{mixed.num_train} others; few for {len(mixed.by_domain)} categories, so intervals are wide."
+        f"{mixed.overall.num_prompts} held-out prompts of all categories; the policies are learned from "
+        f"{mixed.num_train} others. These are few for {len(mixed.by_domain)} categories, so intervals "
+        "are wide."
     )
-    return Table("All categories mixed", explanation, columns, rows)
+    return Table("All categories mixed", explanation, heads, rows)
 
 
 def _panel(unseen: dict[str, EvaluationReport]) -> Panel:
     names = [task.replace("_", "\n") for task in unseen]
+    ways = {"best single elsewhere": BEST_SINGLE, "policy": LEARNER, "oracle": ORACLE}
     series = []
-    for label, way in (
-        ("best single elsewhere", BEST_SINGLE),
-        ("policy", LEARNER),
-        ("oracle", ORACLE),
-    ):
+    for label, way in ways.items():
         speeds = [report.overall.strategies[way].speedup for report in unseen.values()]
-        series.append(
-            Series(
-                label,
-                names,
-                [s.value for s in speeds],
-                [s.low for s in speeds],
-                [s.high for s in speeds],
-            )
-        )
-    return Panel(
-        "categories never seen", "predicted speed-up over none", series, kind="bars", baseline=1.0
-    )
+        series.append(interval_series(label, names, speeds))
+    return speed_panel("categories never seen", series)
 
 
 def _remarks(
@@ -151,7 +135,7 @@ def _remarks(
         f"the slowest is {worst} at {speeds[worst]:.2f}x.",
         f"`{LEARNER}` is faster than the other categories' best arm in {better} of {len(speeds)}; "
         f"mixed, it is {interval(over)} as fast as the best single arm.",
-        "What an unseen category mostly gets: "
+        "Most frequent drafter of an unseen category: "
         + ", ".join(f"`{name}` {count}" for name, count in most.most_common())
         + ".",
         f"{num_too_long} questions do not fit the target's context and are left out.",

@@ -1,7 +1,8 @@
-"""One collection, several machines: other prices pick other arms, and the clock must agree.
+"""One collection on several machines: other prices lead to other arms, and the clock must agree.
 
-A machine is a dtype of the target and a number of threads; each is profiled in a process of its own,
-where the prompts that would get another arm than at home are then decoded with both, interleaved.
+A machine is a dtype of the target and a number of threads; the first one is home. Each is profiled in
+a new process. The prompts that get another arm than at home are decoded there with both arms,
+interleaved.
 """
 
 from __future__ import annotations
@@ -16,21 +17,19 @@ import numpy as np
 import torch
 
 from paceline.assembly import Pace, build
-from paceline.bench.profile import profile
 from paceline.bench.timed import TimedPrompt, select, time_interleaved
-from paceline.contracts import NONE, Request, split_arm
+from paceline.contracts import NONE, no_progress, split_arm
 from paceline.costs.table import CostTable
 from paceline.errors import ArtefactError
 from paceline.experiments.assistant_selection.learned import (
     BEST_SINGLE,
     ORACLE,
     PREDICTED,
-    SHARE,
-    SPEED,
     Study,
 )
-from paceline.experiments.findings import Column, Findings, Panel, Series, Table
+from paceline.experiments.findings import SHARE, SPEED, Findings, Panel, Series, Table, columns
 from paceline.learning.evaluation import Contender
+from paceline.verbs.pipeline import profile
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -41,13 +40,15 @@ if TYPE_CHECKING:
 
 LEARNER: Final = "acceptance"
 MACHINES: Final = (("bfloat16", 2), ("bfloat16", 1), ("float32", 2), ("float32", 1))
-"""Home first."""
+"""(dtype, threads); home first."""
 CLOCKED: Final = 24  # prompts decoded with both choices on each machine
 REPEATS: Final = 3
 _RESAMPLES: Final = 2000
 
 
 class Machine(NamedTuple):
+    """A dtype of the target and a number of threads."""
+
     dtype: str
     threads: int
 
@@ -55,11 +56,12 @@ class Machine(NamedTuple):
         return f"{self.dtype}, {self.threads} thread{'s' if self.threads > 1 else ''}"
 
     def configuration(self, config: Config) -> Config:
-        """The target in this dtype; drafters keep the one they name."""
+        """Return the configuration of this machine; drafters keep the dtype that they name."""
         target = config.target.model_copy(update={"dtype": self.dtype})
         return config.model_copy(update={"target": target, "threads": self.threads})
 
     def table(self, folder: Path) -> Path:
+        """Return the file of this machine's cost table."""
         return folder / "machines" / f"costs-{self.dtype}-{self.threads}.json"
 
 
@@ -74,28 +76,32 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Priced:
-    """The held-out prompts at one machine's prices, and what is chosen there."""
+    """The held-out prompts at one machine's prices, and the choices there."""
 
     machine: Machine
     arms: tuple[str, ...]
     seconds: np.ndarray  # [N, A]
-    repriced: np.ndarray  # [N] places of arms, by the policy at this machine's prices
-    single: int
+    repriced: np.ndarray  # [N] indices of arms, chosen by the policy at this machine's prices
+    single: int  # index of the best single arm
 
-    def total(self, places: np.ndarray) -> float:
-        return float(self.seconds[np.arange(len(places)), places].sum())
+    def speed(self, chosen: np.ndarray) -> float:
+        """Return the speed-up over `none` of [N] chosen arms, given as indices."""
+        seconds = self.seconds[np.arange(len(chosen)), chosen].sum()
+        return float(self.seconds[:, self.arms.index(NONE)].sum() / seconds)
 
-    def speed(self, places: np.ndarray) -> float:
-        return float(self.seconds[:, self.arms.index(NONE)].sum() / self.total(places))
+    def share(self, drafter: str) -> float:
+        """Return the share of prompts for which a drafter is chosen at any length."""
+        names = [split_arm(self.arms[place])[0] for place in self.repriced]
+        return names.count(drafter) / len(names)
+
+    def drafters(self) -> list[str]:
+        """Return the drafters of the arms, each once."""
+        return list(dict.fromkeys(split_arm(arm)[0] for arm in self.arms))
 
 
 def run(bench: Workbench) -> Findings:
     machines = [Machine(*one) for one in MACHINES]
-    tables = {}
-    for done, machine in enumerate(machines):
-        bench.on_progress("profile every machine", done, len(machines))
-        tables[machine] = _costs(bench, machine)
-    bench.on_progress("profile every machine", len(machines), len(machines))
+    tables = {m: _costs(bench, m) for m in bench.track("profile every machine", machines)}
     home, *others = machines
     arms = bench.arms(list(bench.config.drafters))
     prompts = bench.collection.prompts
@@ -108,7 +114,7 @@ def run(bench: Workbench) -> Findings:
     clocked = {machine: _clock(bench, at_home, priced[home], priced[machine]) for machine in others}
     return Findings(
         tables=[_choices_table(priced), _regret_table(priced), _clock_table(clocked)],
-        panels=[_lengths_panel(priced), _clock_panel(clocked)],
+        panels=[_choices_panel(priced), _clock_panel(clocked)],
         settings=bench.settings() | {"home": str(home)},
         remarks=_remarks(priced, clocked),
         facts=_facts(priced, clocked),
@@ -116,27 +122,23 @@ def run(bench: Workbench) -> Findings:
 
 
 def _costs(bench: Workbench, machine: Machine) -> CostTable:
-    """The folder's table of a machine, measured in a process of its own where there is none."""
+    """Return a machine's table from the folder; without one, measure it in a new process."""
     path = machine.table(bench.folder)
     try:
         table = CostTable.load(path)
         table.check(bench.config.drafters)
         return table
     except ArtefactError:
-        config = machine.configuration(bench.config)
-        _elsewhere(_profile, config, path, bench.sizes.profile_seconds)
+        paths = bench.config.paths.model_copy(update={"costs": path})
+        config = machine.configuration(bench.config.model_copy(update={"paths": paths}))
+        _elsewhere(profile, config, no_progress, bench.sizes.profile_seconds)
         return CostTable.load(path)
 
 
 def _elsewhere(work: Any, *arguments: Any) -> Any:
-    """Call a function in a new process, which has its own threads and dtype."""
+    """Call a function in a new process, which has its own number of threads."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
-
-
-def _profile(config: Config, path: Path, seconds: float) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    profile(build(config), budget=seconds).save(path)
 
 
 def _priced(machine: Machine, study: Study, policy: Contender) -> _Priced:
@@ -156,7 +158,7 @@ def _priced(machine: Machine, study: Study, policy: Contender) -> _Priced:
 
 @dataclass(frozen=True, slots=True)
 class _Clocked:
-    """Seconds of each prompt with home's arm and with this machine's own."""
+    """The seconds of each prompt with home's arm and with this machine's own."""
 
     num_differ: int
     num_all: int
@@ -165,7 +167,7 @@ class _Clocked:
     predicted: float
 
     def ratio(self) -> tuple[float, float, float]:
-        """(how many times as fast its own choice is, and a 95% interval over prompts)."""
+        """Return (speed of the own choice over home's, low, high): a 95% interval over prompts."""
         rng = np.random.default_rng(0)
         draws = rng.integers(0, len(self.home), (_RESAMPLES, len(self.home)))
         ratios = self.home[draws].sum(axis=1) / self.here[draws].sum(axis=1)
@@ -174,7 +176,7 @@ class _Clocked:
 
 
 def _clock(bench: Workbench, study: Study, home: _Priced, here: _Priced) -> _Clocked | None:
-    """Of prompts for which the two prices choose otherwise, those with most to gain; None if none."""
+    """Time the prompts whose arms differ, those with the largest predicted gain; None if none do."""
     data = study.held_out
     each = np.arange(len(data))
     gains = here.seconds[each, home.repriced] / here.seconds[each, here.repriced]
@@ -204,51 +206,46 @@ def _clock(bench: Workbench, study: Study, home: _Priced, here: _Priced) -> _Clo
 
 
 def _time(config: Config, jobs: Sequence[Job], repeats: int) -> np.ndarray:
-    """[n, 2] seconds of each job with home's arm and with this machine's."""
+    """Return the [n, 2] seconds of each job with home's arm and with this machine's."""
     pace = Pace(build(config))
     assert torch.get_num_threads() == config.threads
     by_tokens = {job.prompt.tokens: job for job in jobs}
 
-    def decode(tokens: Sequence[int], which: str) -> Sequence[int]:
+    def decode(tokens: Sequence[int], is_home: bool) -> Sequence[int]:
         job = by_tokens[tuple(tokens)]
-        arm = job.home if which == "home" else job.here
-        request: Request = pace.request(
+        return pace.complete(
             list(tokens),
             max_new_tokens=job.max_new_tokens,
-            drafter=arm,
+            drafter=job.home if is_home else job.here,
             generation_config="none",
-        )
-        return next(iter(pace.stream([request]))).token_ids
+        ).token_ids
 
-    methods = {which: _bound(decode, which) for which in ("home", "here")}
+    methods = {
+        "home": lambda tokens: decode(tokens, True),
+        "here": lambda tokens: decode(tokens, False),
+    }
     timings = time_interleaved(methods, [job.prompt for job in jobs], repeats)
     return np.array([[t.seconds for t in select(timings, which)] for which in methods]).T
 
 
-def _bound(decode: Any, which: str) -> Any:
-    return lambda tokens: decode(tokens, which)
-
-
-# --- what is said of it ---------------------------------------------------------------------------
+# --- tables, panels and remarks -------------------------------------------------------------------
 
 
 def _choices_table(priced: Mapping[Machine, _Priced]) -> Table:
     home = next(iter(priced.values()))
-    drafters = list(dict.fromkeys(split_arm(arm)[0] for arm in home.arms))
-    columns = [Column("machine"), Column("best single arm"), Column("mean draft length", "{:.2f}")]
-    columns += [Column(name, SHARE) for name in drafters]
-    columns += [Column("otherwise than at home", SHARE)]
+    heads = columns("machine", "best single arm", ("mean draft length", "{:.2f}"))
+    heads += columns(*((name, SHARE) for name in home.drafters()))
+    heads += columns(("different from home", SHARE))
     rows: list[list[Value]] = []
     for machine, one in priced.items():
-        named = [split_arm(one.arms[place])[0] for place in one.repriced]
         row: list[Value] = [str(machine), one.arms[one.single], _mean_length(one)]
-        row += [named.count(name) / len(named) for name in drafters]
+        row += [one.share(name) for name in home.drafters()]
         rows.append([*row, float((one.repriced != home.repriced).mean())])
     explanation = (
         f"One `{LEARNER}` policy, learned from one collection; only its prices differ. Shares of "
-        "held-out prompts by drafter, whatever the length; lengths as far as arms name them."
+        "held-out prompts by drafter, at any length; the mean is over arms that name their length."
     )
-    return Table("What is picked where", explanation, columns, rows)
+    return Table("Choices by machine", explanation, heads, rows)
 
 
 def _mean_length(one: _Priced) -> float | None:
@@ -258,9 +255,9 @@ def _mean_length(one: _Priced) -> float | None:
 
 
 def _regret_table(priced: Mapping[Machine, _Priced]) -> Table:
-    columns = [Column("machine"), Column("own prices", SPEED)]
-    columns += [Column(f"prices of {machine}", SPEED) for machine in priced]
-    columns += [Column(BEST_SINGLE, SPEED), Column(ORACLE, SPEED)]
+    heads = columns("machine", ("own prices", SPEED))
+    heads += columns(*((f"prices of {machine}", SPEED) for machine in priced))
+    heads += columns((BEST_SINGLE, SPEED), (ORACLE, SPEED))
     rows: list[list[Value]] = []
     for machine, one in priced.items():
         row: list[Value] = [str(machine), one.speed(one.repriced)]
@@ -269,15 +266,14 @@ def _regret_table(priced: Mapping[Machine, _Priced]) -> Table:
         rows.append([*row, one.speed(one.seconds.argmin(axis=1))])
     explanation = (
         "Each machine's predicted speed-up over its own `none`, when the arms are chosen with its own "
-        f"prices and with another's. {PREDICTED.partition(',')[0]}."
+        f"prices and with another machine's. {PREDICTED.partition(',')[0]}."
     )
-    return Table("Choosing with another machine's prices", explanation, columns, rows)
+    return Table("Choosing with another machine's prices", explanation, heads, rows)
 
 
 def _clock_table(clocked: Mapping[Machine, _Clocked | None]) -> Table:
-    columns = [Column("machine"), Column("other arm for"), Column("clocked prompts")]
-    columns += [Column("predicted", "{:.3f}x"), Column("clocked, own choice over home's")]
-    columns += [Column("faster prompts", SHARE)]
+    heads = columns("machine", "other arm for", "clocked prompts", ("predicted", "{:.3f}x"))
+    heads += columns("clocked, own choice over home's", ("faster prompts", SHARE))
     rows: list[list[Value]] = []
     for machine, one in clocked.items():
         if one is None:
@@ -288,42 +284,30 @@ def _clock_table(clocked: Mapping[Machine, _Clocked | None]) -> Table:
         row += [one.predicted, f"{ratio:.3f}x ({low:.3f} to {high:.3f})"]
         rows.append([*row, float((one.here < one.home).mean())])
     explanation = (
-        "Prompts that get another arm than at home, those with most to gain by prediction, decoded "
+        "Prompts that get another arm than at home, those with the largest predicted gain, decoded "
         f"on the machine with both arms, interleaved; medians of {REPEATS} runs, seconds from request "
         "to last token, 95% bootstrap intervals over prompts."
     )
-    return Table("By the clock", explanation, columns, rows)
+    return Table("By the clock", explanation, heads, rows)
 
 
-def _lengths_panel(priced: Mapping[Machine, _Priced]) -> Panel:
-    shares: dict[str, list[float]] = {}
-    for one in priced.values():
-        for arm in one.arms:
-            drafter = split_arm(arm)[0]
-            shares.setdefault(drafter, [])
-    for one in priced.values():
-        named = [split_arm(one.arms[place])[0] for place in one.repriced]
-        for drafter, of in shares.items():
-            of.append(named.count(drafter) / len(named))
+def _choices_panel(priced: Mapping[Machine, _Priced]) -> Panel:
     machines = [str(machine).replace(", ", ",\n") for machine in priced]
-    series = [Series(drafter, machines, of) for drafter, of in shares.items()]
-    return Panel("what is picked where", "share of held-out prompts", series, kind="bars")
+    series = [
+        Series(drafter, machines, [one.share(drafter) for one in priced.values()])
+        for drafter in next(iter(priced.values())).drafters()
+    ]
+    return Panel("choices by machine", "share of held-out prompts", series, kind="bars")
 
 
 def _clock_panel(clocked: Mapping[Machine, _Clocked | None]) -> Panel:
     known = {str(m).replace(", ", ",\n"): one for m, one in clocked.items() if one is not None}
-    ratios = [one.ratio() for one in known.values()]
     names = list(known)
-    series = [Series("predicted", names, [one.predicted for one in known.values()])]
-    series.append(
-        Series(
-            "clocked",
-            names,
-            [ratio for ratio, _, _ in ratios],
-            [low for _, low, _ in ratios],
-            [high for _, _, high in ratios],
-        )
-    )
+    ratios = np.array([one.ratio() for one in known.values()]).reshape(-1, 3).T.tolist()
+    series = [
+        Series("predicted", names, [one.predicted for one in known.values()]),
+        Series("clocked", names, *ratios),
+    ]
     label = "own choice over home's choice"
     return Panel("prompts that get another arm", label, series, kind="bars", baseline=1.0)
 
@@ -343,7 +327,7 @@ def _remarks(
         verdict = "agrees" if low > 1.0 else "disagrees" if high < 1.0 else "cannot tell"
         remarks.append(
             f"{machine}: {one.num_differ} of {one.num_all} prompts get another arm than at home, "
-            f"worth {gained:.3f}x over all prompts by prediction; on those clocked, predicted "
+            f"a predicted gain of {gained:.3f}x over all prompts; on the clocked prompts, predicted "
             f"{one.predicted:.3f}x, clocked {ratio:.3f}x ({low:.3f} to {high:.3f}): the clock {verdict}."
         )
     return remarks

@@ -1,25 +1,25 @@
-"""How many prompts must be collected before a policy has nearly all that it will ever gain?
+"""Number of prompts after which a policy has nearly its full gain.
 
 Policies are learned from random parts of the training prompts, several parts of each size, and
-compared on the same held-out prompts with the policy that learned from all of them.
+compared on the same held-out prompts with the policy that is learned from all of them.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from paceline.contracts import NONE
+from paceline.contracts import NONE, no_progress
 from paceline.experiments.assistant_selection.learned import (
     BEST_SINGLE,
     ORACLE,
     PREDICTED,
-    SPEED,
     Study,
 )
-from paceline.experiments.findings import Column, Findings, Panel, Series, Table
+from paceline.experiments.findings import SPEED, Findings, Panel, Series, Table, columns
 from paceline.learning.dataset import MIN_PROMPTS
 from paceline.learning.evaluation import Contender
 from paceline.learning.learners import LEARNERS as BY_NAME
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
 SIZES: Final = (30, 100, 300, 1000, 3000, 10000)
 LEARNERS: Final = ("acceptance", "policy_gradient", "knn")
 DRAWS: Final = 5  # parts of each size, each with another seed
-FEWER_DRAWS: Final = 3  # of parts of more than `MANY` prompts, which differ less and take longer
+FEWER_DRAWS: Final = 3  # parts of more than `MANY` prompts, which differ less and take longer
 MANY: Final = 1000
 ENOUGH: Final = 0.95  # of the full policy's gain
 
 
 @dataclass(frozen=True, slots=True)
 class _Learned:
-    """One learner at one size: speed-ups over `none` of the policies of all draws."""
+    """The policies of one learner at one size: speed-ups over `none` of all draws."""
 
     num_prompts: int
     speedups: np.ndarray  # [draws]
 
     def gains(self, full: float, level: float = 1.0) -> np.ndarray:
-        """[draws] shares of the full policy's gain over a speed-up, by default plain decoding's."""
+        """Return the [draws] shares of the full policy's gain over a level, 1 for plain decoding."""
         return np.asarray((self.speedups - level) / (full - level))
 
 
@@ -53,18 +53,14 @@ def run(bench: Workbench) -> Findings:
     num_train = len(study.train)
     sizes = [size for size in SIZES if size < num_train] or [max(MIN_PROMPTS, num_train // 2)]
     draws = {size: _num_draws(bench, size) for size in (*sizes, num_train)}
-    found: dict[str, list[_Learned]] = {}
-    done, total = 0, len(LEARNERS) * sum(draws.values())
-    for learner in LEARNERS:
-        of = found[learner] = []
-        for size, num_draws in draws.items():
-            speedups = []
-            for draw in range(num_draws):
-                bench.on_progress("learn from parts", done, total)
-                done += 1
-                speedups.append(_speedup(study, learner, size, draw))
-            of.append(_Learned(size, np.array(speedups)))
-    bench.on_progress("learn from parts", total, total)
+    runs = [(name, size, i) for name in LEARNERS for size, num in draws.items() for i in range(num)]
+    speedups: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for learner, size, draw in bench.track("learn from parts", runs):
+        speedups[learner, size].append(_speedup(study, learner, size, draw))
+    found = {
+        name: [_Learned(size, np.array(speedups[name, size])) for size in draws]
+        for name in LEARNERS
+    }
     report = study.report([])
     levels = {way: report.overall.strategies[way].speedup.value for way in (BEST_SINGLE, ORACLE)}
     return Findings(
@@ -86,11 +82,11 @@ def _num_draws(bench: Workbench, size: int) -> int:
 
 
 def _speedup(study: Study, learner: str, size: int, draw: int) -> float:
-    """Over `none` on the held-out prompts, of a policy learned from a random part."""
+    """Return the speed-up on the held-out prompts of a policy learned from a random part."""
     rng = np.random.default_rng([draw, size])
     part = study.train.rows(np.sort(rng.permutation(len(study.train))[:size]))
     settings = study.settings.model_copy(update={"learner": learner, "seed": draw})
-    chooser = BY_NAME[learner].fit(part, settings, lambda stage, done, total: None).chooser
+    chooser = BY_NAME[learner].fit(part, settings, no_progress).chooser
     held_out = study.held_out
     (distribution,) = Contender(learner, (chooser,)).distributions(held_out)
     none = held_out.seconds[:, held_out.arms.index(NONE)].sum()
@@ -98,10 +94,9 @@ def _speedup(study: Study, learner: str, size: int, draw: int) -> float:
 
 
 def _table(found: dict[str, list[_Learned]], num_held_out: int, single: float) -> Table:
-    columns = [Column("learner"), Column("prompts", "{:,}"), Column("policies")]
-    columns += [Column("speed-up over none", SPEED), Column("lowest", SPEED)]
-    columns += [Column("highest", SPEED), Column("of the full gain", "{:.1%}")]
-    columns += [Column("spread", "{:.1%}"), Column("of that over the best single arm", "{:.1%}")]
+    heads = columns("learner", ("prompts", "{:,}"), "policies", ("speed-up over none", SPEED))
+    heads += columns(("lowest", SPEED), ("highest", SPEED), ("of the full gain", "{:.1%}"))
+    heads += columns(("spread", "{:.1%}"), ("of that over the best single arm", "{:.1%}"))
     rows: list[list[Value]] = []
     for learner, of in found.items():
         full = float(of[-1].speedups.mean())
@@ -113,16 +108,16 @@ def _table(found: dict[str, list[_Learned]], num_held_out: int, single: float) -
             rows.append([*row, float(gains.mean()), float(gains.std()), beyond])
     explanation = (
         "Mean, lowest and highest of several policies, each learned with another seed from another "
-        f"random part, on the same {num_held_out} held-out prompts. The full gain is what the mean of "
-        "the policies that learned from all training prompts has over plain decoding, spread the "
-        "standard deviation over draws; the last column measures from the best single arm instead. "
+        f"random part, on the same {num_held_out} held-out prompts. The full gain is the mean gain over "
+        "plain decoding of the policies learned from all training prompts; the spread is the standard "
+        "deviation over draws. The last column measures gains over the best single arm instead. "
         f"{PREDICTED.partition(',')[0]}."
     )
-    return Table("Speed by number of examples", explanation, columns, rows)
+    return Table("Speed by number of examples", explanation, heads, rows)
 
 
 def reached(of: list[_Learned], level: float = 1.0) -> int | None:
-    """The fewest prompts from which on every size has at least `ENOUGH` of the gain over a level."""
+    """Return the fewest prompts from which on every size has `ENOUGH` of the gain over a level."""
     full = float(of[-1].speedups.mean())
     if full <= level:
         return None
@@ -134,10 +129,9 @@ def reached(of: list[_Learned], level: float = 1.0) -> int | None:
 
 
 def _reached_table(found: dict[str, list[_Learned]], levels: dict[str, float]) -> Table:
-    columns = [Column("learner"), Column("prompts for 95%", "{:,}")]
-    columns += [Column("of that over the best single arm", "{:,}")]
-    columns += [Column("best single arm", SPEED), Column("full policy", SPEED)]
-    columns += [Column("oracle", SPEED)]
+    heads = columns("learner", ("prompts for 95%", "{:,}"))
+    heads += columns(("of that over the best single arm", "{:,}"), ("best single arm", SPEED))
+    heads += columns(("full policy", SPEED), ("oracle", SPEED))
     rows: list[list[Value]] = []
     for learner, of in found.items():
         row: list[Value] = [learner, reached(of), reached(of, levels[BEST_SINGLE])]
@@ -148,7 +142,7 @@ def _reached_table(found: dict[str, list[_Learned]], levels: dict[str, float]) -
         "decoding, or of its gain over the best single arm, there and at every larger size; a dash "
         "where only all prompts do."
     )
-    return Table("Where it is enough", explanation, columns, rows)
+    return Table("Sufficient numbers of prompts", explanation, heads, rows)
 
 
 def _panel(found: dict[str, list[_Learned]]) -> Panel:
@@ -178,14 +172,14 @@ def _remarks(found: dict[str, list[_Learned]], levels: dict[str, float]) -> list
     remarks = []
     for learner, of in found.items():
         num, full = reached(of), float(of[-1].speedups.mean())
-        few = of[0]
+        fewest = of[0]
         when = (
             f"has {ENOUGH:.0%} of its gain over plain decoding from {num:,} prompts on"
             if num is not None
             else f"needs more than {of[-2].num_prompts:,} prompts for {ENOUGH:.0%} of its gain"
         )
         remarks.append(
-            f"`{learner}` {when}; with {few.num_prompts} it is at {few.speedups.mean():.2f}x of "
+            f"`{learner}` {when}; with {fewest.num_prompts} it is at {fewest.speedups.mean():.2f}x of "
             f"{full:.2f}x (best single arm {levels[BEST_SINGLE]:.2f}x, oracle {levels[ORACLE]:.2f}x)."
         )
     return remarks

@@ -1,7 +1,7 @@
 """Choose before a request, learn while decoding, or both: on a steady stream and on one that shifts.
 
-Held-out prompts are decoded on paper, round by round. On the shifting stream the policy has learned
-from the first half's tasks alone, and the second half is of the others. All ways have the same arms.
+Held-out prompts are simulated round by round. On the shifting stream the policy is learned from the
+tasks of the first half alone, and the second half has the other tasks. All ways have the same arms.
 """
 
 from __future__ import annotations
@@ -13,14 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from paceline.contracts import NONE, Decision
-from paceline.experiments.assistant_selection.learned import (
-    SPEED,
-    Study,
-    interval,
-    of_tasks,
-    tasks_of,
-)
-from paceline.experiments.findings import Column, Findings, Panel, Series, Table
+from paceline.experiments.assistant_selection.learned import Study, interval, of_tasks, tasks_of
+from paceline.experiments.findings import SPEED, Findings, Panel, Series, Table, columns
 from paceline.learning.evaluation.bootstrap import divide, resample
 from paceline.learning.evaluation.bootstrap import interval as interval_of
 from paceline.learning.streams import EXP3, UCB, Controlled, Fixed, Offline, Stream, StreamPrompt
@@ -40,8 +34,8 @@ if TYPE_CHECKING:
 LEARNER: Final = "acceptance"
 STEADY: Final = "steady"
 SHIFTING: Final = "shifting"
-WINDOWS: Final = 8  # of a stream, in the figure
-ANEW: Final = ", anew each request"  # of bandits that the figure leaves out
+WINDOWS: Final = 8  # per stream, in the figure
+ANEW: Final = ", anew each request"  # bandits that the figure leaves out
 ORACLE: Final = "best arm of each request"
 SINGLE: Final = "best single arm"
 POLICY: Final = "policy"
@@ -50,7 +44,7 @@ BOTH: Final = "policy + Hedge"
 
 @dataclass(frozen=True, slots=True)
 class _Played:
-    """A stream under one way: seconds of each request, in its order, and of plain decoding."""
+    """A stream under one way: seconds of each request, in order, and those of plain decoding."""
 
     seconds: np.ndarray  # [N]
     plain: np.ndarray  # [N]
@@ -65,7 +59,7 @@ class _Played:
         )
 
     def speed(self, part: slice = slice(None)) -> Interval:
-        """Over plain decoding, of a part of the stream."""
+        """Return the speed-up over plain decoding on a part of the stream."""
         columns = np.column_stack([self.plain[part], self.seconds[part]])
         sampled = resample(columns, ["all"] * len(columns), seed=0)
         draws = divide(sampled.drawn[:, 0, 0], sampled.drawn[:, 0, 1])
@@ -99,7 +93,7 @@ def run(bench: Workbench) -> Findings:
 
 
 def _order(study: Study, parts: Sequence[Sequence[str]]) -> np.ndarray:
-    """[N] places of the held-out prompts: those of each group of tasks shuffled, one after the other."""
+    """Return the [N] indices of the held-out prompts: each group of tasks shuffled, in turn."""
     rng = np.random.default_rng(0)
     domains = np.array(study.held_out.domains)
     return np.concatenate([rng.permutation(np.flatnonzero(np.isin(domains, p))) for p in parts])
@@ -108,7 +102,7 @@ def _order(study: Study, parts: Sequence[Sequence[str]]) -> np.ndarray:
 def _play_all(
     bench: Workbench, study: Study, taught: Study, order: np.ndarray
 ) -> dict[str, _Played]:
-    """Every way on the held-out prompts in this order; `taught` is what the policy learned from."""
+    """Play every way on the held-out prompts in this order; the policy is learned from `taught`."""
     lengths = {name: d.num_draft_tokens for name, d in bench.pace.parts.drafters.items()}
     arms = [Arm(name, name, lengths[name]) for name in study.held_out.arms]
     prices = TablePrices(bench.costs, lengths)
@@ -136,10 +130,8 @@ def _play_all(
             "", AdaptiveController(arms, prices, adapt=True, guard=Guard())
         ),
     }
-    for done, (name, make) in enumerate(ways.items()):
-        bench.on_progress("play streams", done, len(ways))
-        found[name] = _Played.of(stream.play(make()))
-    bench.on_progress("play streams", len(ways), len(ways))
+    for name in bench.track("play streams", list(ways)):
+        found[name] = _Played.of(stream.play(ways[name]()))
     return found | {ORACLE: replace(fixed[NONE], seconds=least)}
 
 
@@ -151,7 +143,7 @@ def _stream_prompt(prompt: CollectedPrompt, decision: Decision) -> StreamPrompt:
 
 
 def _decisions(study: Study, taught: Study) -> list[Decision]:
-    """The policy's choice and predicted prices for each held-out prompt."""
+    """Return the policy's choice and predicted prices for each held-out prompt."""
     (contender,) = taught.contenders([LEARNER])
     (chooser,) = contender.choosers
     assert isinstance(chooser, PortableChooser)
@@ -172,8 +164,8 @@ def _decisions(study: Study, taught: Study) -> list[Decision]:
 
 
 def _table(played: Mapping[str, Mapping[str, _Played]], half: int) -> Table:
-    columns = [Column("way"), Column("steady stream"), Column("switches a request", "{:.2f}")]
-    columns += [Column("shifting stream"), Column("before the shift"), Column("after it")]
+    heads = columns("way", "steady stream", ("switches per request", "{:.2f}"), "shifting stream")
+    heads += columns("before the shift", "after it")
     rows: list[list[Value]] = []
     for way, steady in played[STEADY].items():
         shifting = played[SHIFTING][way]
@@ -183,12 +175,12 @@ def _table(played: Mapping[str, Mapping[str, _Played]], half: int) -> Table:
         rows.append(row)
     explanation = (
         "Seconds of plain decoding over seconds of each way, from the first token to the last, "
-        "predicted by replay and the cost table: rounds, reading of text by drafters that have not "
-        "seen it, and drafts made beside the arm in use. Best single arm by the prompts that the "
-        "policy learned from. Bandits see the rounds they are given, Hedge drafts beside them too. "
-        f"`{ORACLE}` knows afterwards. 95% bootstrap intervals over requests."
+        "predicted by replay and the cost table: rounds, text that drafters must still read, and shadow "
+        "drafts. The best single arm is that of the prompts that the policy is learned from. Bandits "
+        "observe the rounds of the arm in use, Hedge also makes shadow drafts. "
+        f"`{ORACLE}` is chosen in hindsight. 95% bootstrap intervals over requests."
     )
-    return Table("Streams", explanation, columns, rows)
+    return Table("Streams", explanation, heads, rows)
 
 
 def _panel(stream: str, played: Mapping[str, _Played]) -> Panel:
@@ -219,18 +211,18 @@ def _remarks(
     after = {way: one.speed(slice(half, None)).value for way, one in shifting.items()}
     online = [way for way in steady if way not in (SINGLE, POLICY, ORACLE) and BOTH not in way]
     best = max(online, key=lambda way: steady[way].speed().value)
-    said = SPEED.format
+    shown = SPEED.format
     return [
-        f"Steady: the policy brings {said(steady[POLICY].speed().value)}, the best of those that learn "
-        f"while decoding ({best}) {said(steady[best].speed().value)}, both together "
-        f"{said(steady[BOTH].speed().value)}; the best single arm "
-        f"{said(steady[SINGLE].speed().value)}, the best arm of each request "
-        f"{said(steady[ORACLE].speed().value)}.",
-        f"Shifting from {' and '.join(known)} to {' and '.join(unseen)}, of which the policy has seen "
-        f"nothing: after the shift the policy alone is at {said(after[POLICY])}, with Hedge at "
-        f"{said(after[BOTH])}, with the guard too at {said(after[f'{BOTH} + guard'])}; Hedge alone "
-        f"{said(after['Hedge'])}, the best single arm from before {said(after[SINGLE])}, the best arm "
-        f"of each request {said(after[ORACLE])}.",
+        f"Steady: the policy reaches {shown(steady[POLICY].speed().value)}, the best that learns "
+        f"while decoding ({best}) {shown(steady[best].speed().value)}, both together "
+        f"{shown(steady[BOTH].speed().value)}; the best single arm "
+        f"{shown(steady[SINGLE].speed().value)}, the best arm of each request "
+        f"{shown(steady[ORACLE].speed().value)}.",
+        f"Shifting from {' and '.join(known)} to {' and '.join(unseen)}, which the policy has not "
+        f"seen: after the shift the policy alone is at {shown(after[POLICY])}, with Hedge at "
+        f"{shown(after[BOTH])}, with the guard too at {shown(after[f'{BOTH} + guard'])}; Hedge alone "
+        f"{shown(after['Hedge'])}, the best single arm from before {shown(after[SINGLE])}, the best arm "
+        f"of each request {shown(after[ORACLE])}.",
     ]
 
 

@@ -1,7 +1,7 @@
-"""What the arm `none` is worth: with useful drafters, with those of other domains, with a useless one.
+"""Value of the arm `none`: with useful drafters, with those of other domains, with a useless one.
 
-The same policy with and without that arm. The useless drafter is `general` with its token embeddings
-shuffled: it costs what it did and knows nothing.
+The same policy decides with and without that arm. The useless drafter is `general` with its token
+embeddings shuffled: its cost is unchanged and its drafts are wrong.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from paceline.experiments.assistant_selection.learned import (
     BEST_SINGLE,
     ORACLE,
     PREDICTED,
-    SHARE,
     Study,
     always_drafting,
     interval,
+    interval_series,
     of_tasks,
     share,
+    speed_panel,
     speedup,
     tasks_of,
 )
-from paceline.experiments.findings import Column, Findings, Panel, Series, Table
+from paceline.experiments.findings import SHARE, Findings, Panel, Table, columns
 
 if TYPE_CHECKING:
     from paceline.experiments.findings import Value
@@ -37,22 +38,22 @@ if TYPE_CHECKING:
 LEARNER: Final = "acceptance"
 USELESS: Final = "shuffled"
 _SHUFFLED: Final = "general"  # whose weights are shuffled
-_WRONG: Final = (("translation", "math"), ("code", "summary"))  # tasks, and who drafts for them
-_FEW: Final = 50  # prompts a task for the useless drafter, which needs no more
+_MISMATCHED: Final = (("translation", "math"), ("code", "summary"))  # tasks, and their drafters
+_FEW: Final = 50  # prompts per task for the useless drafter, which needs no more
 SLOWEST: Final = 0.98
 
 
 def run(bench: Workbench) -> Findings:
     prompts = bench.collection.prompts
     studies = {"all drafters": Study.of(bench, prompts, bench.arms(list(bench.config.drafters)))}
-    there = tasks_of(prompts)
-    for tasks, drafters in (_WRONG, _WRONG[::-1]):
-        if set(tasks) | set(drafters) <= set(there):
+    collected_tasks = set(tasks_of(prompts))
+    for tasks, drafters in (_MISMATCHED, _MISMATCHED[::-1]):
+        if set(tasks) | set(drafters) <= collected_tasks:
             name = f"{' and '.join(drafters)} drafting for {' and '.join(tasks)}"
             studies[name] = Study.of(bench, of_tasks(prompts, tasks), bench.arms(drafters))
     useless = _with_useless(bench)
-    found = useless.collection.prompts
-    studies["a useless drafter"] = Study.of(useless, found, useless.arms([USELESS]))
+    few = useless.collection.prompts
+    studies["a useless drafter"] = Study.of(useless, few, useless.arms([USELESS]))
     reports = {}
     for name, study in studies.items():
         contenders = study.contenders([LEARNER])
@@ -68,8 +69,8 @@ def run(bench: Workbench) -> Findings:
 
 
 def _with_useless(bench: Workbench) -> Workbench:
-    """A workbench whose only drafter has shuffled embeddings."""
-    bench.arms([_SHUFFLED])  # must be there
+    """Return a workbench whose only drafter has shuffled embeddings."""
+    bench.arms([_SHUFFLED])  # raises if it is not configured
     section = bench.config.drafters[_SHUFFLED]
     folder = bench.folder / USELESS / "model"
     if not (folder / "config.json").is_file():
@@ -82,7 +83,7 @@ def _with_useless(bench: Workbench) -> Workbench:
 
 
 def shuffle_embeddings(model: Path, folder: Path, seed: int = 0) -> None:
-    """Write a model whose tokens mean each other's: as large and as fast as before."""
+    """Write a model with its token embeddings permuted: as large and as fast as before."""
     loaded = AutoModelForCausalLM.from_pretrained(model)
     embedding = loaded.get_input_embeddings()
     assert isinstance(embedding, torch.nn.Embedding)
@@ -95,15 +96,14 @@ def shuffle_embeddings(model: Path, folder: Path, seed: int = 0) -> None:
 
 
 def _both(report: EvaluationReport) -> tuple[str, str]:
-    """The policy with `none` among its arms, and the same without it."""
+    """Return the names of the policy with `none` among its arms, and of the same without it."""
     with_none, without = report.policies
     return with_none, without
 
 
 def _table(reports: dict[str, EvaluationReport]) -> Table:
-    columns = [Column("drafters"), Column("prompts"), Column(f"to `{NONE}`", SHARE)]
-    columns += [Column("policy"), Column("its slowest task"), Column(f"policy, no `{NONE}`")]
-    columns += [Column("its slowest task, then"), Column("best single"), Column("oracle")]
+    heads = columns("drafters", "prompts", (f"to `{NONE}`", SHARE), "policy", "its slowest task")
+    heads += columns(f"policy, no `{NONE}`", "its slowest task, then", "best single", "oracle")
     rows: list[list[Value]] = []
     for name, report in reports.items():
         row: list[Value] = [name, report.overall.num_prompts, share(report, _both(report)[0], NONE)]
@@ -115,21 +115,20 @@ def _table(reports: dict[str, EvaluationReport]) -> Table:
         rows.append(row)
     explanation = (
         f"`{LEARNER}` with `{NONE}` among the arms, and the same policy when it must draft. Best "
-        f"single and oracle may take `{NONE}`. {PREDICTED}"
+        f"single and oracle may choose `{NONE}`. {PREDICTED}"
     )
-    return Table("Plain decoding as an arm", explanation, columns, rows)
+    return Table("Plain decoding as an arm", explanation, heads, rows)
 
 
 def _tasks_table(reports: dict[str, EvaluationReport]) -> Table:
-    columns = [Column("drafters"), Column("task"), Column(f"to `{NONE}`", SHARE)]
-    columns += [Column("policy"), Column(f"policy, no `{NONE}`")]
+    heads = columns("drafters", "task", (f"to `{NONE}`", SHARE), "policy", f"policy, no `{NONE}`")
     rows: list[list[Value]] = []
     for name, report in reports.items():
         for task, part in report.by_domain.items():
             row: list[Value] = [name, task, share(report, _both(report)[0], NONE, task)]
             row += [interval(part.strategies[policy].speedup) for policy in _both(report)]
             rows.append(row)
-    return Table("By task", "The same, task by task.", columns, rows)
+    return Table("By task", "The same, task by task.", heads, rows)
 
 
 def _panel(reports: dict[str, EvaluationReport]) -> Panel:
@@ -137,18 +136,8 @@ def _panel(reports: dict[str, EvaluationReport]) -> Panel:
     series = []
     for label, which in ((f"with {NONE}", 0), (f"without {NONE}", 1)):
         slowest = [r.slowest[_both(r)[which]].speedup for r in reports.values()]
-        series.append(
-            Series(
-                f"slowest task, {label}",
-                names,
-                [s.value for s in slowest],
-                [s.low for s in slowest],
-                [s.high for s in slowest],
-            )
-        )
-    return Panel(
-        "the slowest task", "predicted speed-up over none", series, kind="bars", baseline=1.0
-    )
+        series.append(interval_series(f"slowest task, {label}", names, slowest))
+    return speed_panel("the slowest task", series)
 
 
 def _remarks(reports: dict[str, EvaluationReport]) -> list[str]:
@@ -164,7 +153,7 @@ def _remarks(reports: dict[str, EvaluationReport]) -> list[str]:
     for name, report in reports.items():
         with_none, without = _both(report)
         remarks.append(
-            f"{name[:1].upper()}{name[1:]}: {speedup(report, with_none):.2f}x with `{NONE}`, taken "
-            f"by {share(report, with_none, NONE):.0%}; {speedup(report, without):.2f}x without it."
+            f"{name[:1].upper()}{name[1:]}: {speedup(report, with_none):.2f}x with `{NONE}`, chosen "
+            f"for {share(report, with_none, NONE):.0%}; {speedup(report, without):.2f}x without it."
         )
     return remarks

@@ -1,7 +1,7 @@
-"""What choosing would have gained where others have timed real targets with several drafters.
+"""Gains of choosing on published timings of real targets with several drafters.
 
-The timings are of transformers' assisted generation, a row a prompt (published_timings.csv of the data
-folder). Nothing is run here. How numbers are made of them is in `timings.py`.
+The timings are those of transformers' assisted generation, one row per prompt (published_timings.csv of
+the data folder). No model runs here. `timings.py` computes the numbers.
 """
 
 from __future__ import annotations
@@ -19,30 +19,28 @@ from paceline.experiments.assistant_selection.timings import (
     repeated,
     whole_groups,
 )
-from paceline.experiments.findings import Column, Findings, Panel, Series, Table
+from paceline.experiments.findings import SHARE, SPEED, Findings, Panel, Series, Table, columns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from paceline.experiments.assistant_selection.timings import (
-        Cell,
         Gains,
         Group,
         Milliseconds,
         Repeated,
-        Timed,
+        TaskRun,
+        TaskTimings,
     )
     from paceline.experiments.findings import Value
     from paceline.experiments.workbench import Workbench
 
 FILE: Final = "published_timings.csv"
-_SPEED: Final = "{:.2f}x"
-_SHARE: Final = "{:.0%}"
-_MOVED: Final = 1.1  # seen over fair from which on an outlier is looked for
+_MOVED: Final = 1.1  # seen gain over fair gain above which an outlier is reported
 
 
 def run(bench: Workbench) -> Findings:
-    """Raises ConfigError if the data folder has no such file."""
+    """Return the findings. Raises ConfigError if the data folder has no such file."""
     path = bench.data_file(FILE)
     cells = read_timings(path)
     groups = whole_groups(cells)
@@ -57,7 +55,7 @@ def run(bench: Workbench) -> Findings:
         ],
         panels=[_gains_panel(groups, found), _twice_panel(twice)],
         settings={
-            "timings": "others' runs on GPUs, nothing was run here",
+            "timings": "published runs on GPUs, no model ran here",
             "cells": len(cells),
             "prompts a task": max((len(timed.prompts) for timed in cells.values()), default=0),
         },
@@ -74,31 +72,30 @@ def run(bench: Workbench) -> Findings:
 
 
 def short(name: str) -> str:
-    """A model's name without its owner."""
+    """Return a model's name without its owner."""
     return name.rpartition("/")[2]
 
 
-# --- what choosing gains --------------------------------------------------------------------------
+# --- gains of choosing ----------------------------------------------------------------------------
 
 
 def _gains_table(groups: Sequence[Group], found: Sequence[Gains]) -> Table:
-    columns = [Column("target"), Column("T"), Column("run"), Column("arms")]
-    columns += [Column("random drafter", _SPEED), Column("best single", _SPEED), Column("which")]
-    columns += [Column("best single, fair", _SPEED), Column("per task", _SPEED)]
-    columns += [Column("per task, fair", _SPEED), Column("per prompt (oracle)", _SPEED)]
+    heads = columns("target", "T", "run", "arms", ("random drafter", SPEED), ("best single", SPEED))
+    heads += columns("which", ("best single, fair", SPEED), ("per task", SPEED))
+    heads += columns(("per task, fair", SPEED), ("per prompt (oracle)", SPEED))
     rows: list[list[Value]] = []
     for group, gain in zip(groups, found, strict=True):
         row: list[Value] = [short(group.target), group.temperature, group.run[:10], len(group.arms)]
         row += [gain.random, gain.best_single, short(gain.best_arm), gain.best_single_fair]
         rows.append([*row, gain.per_task, gain.per_task_fair, gain.per_prompt])
     explanation = (
-        "Speed-up over plain decoding: its mean time a token over that of what was chosen, tasks "
-        "weighing the same; arms, `none` among them, that one run measured on all tasks. A random "
+        "Speed-up over plain decoding: its mean time per token over that of the chosen arms, with the "
+        "same weight for each task; arms, with `none`, that one run measured on all tasks. A random "
         "drafter is never `none`. Fair: chosen on half of the prompts, scored on the other half. The "
-        "oracle takes for each prompt the arm that was fastest in its only measurement, and so is "
-        "part noise."
+        "oracle chooses for each prompt the arm that was fastest in its only measurement, so part of "
+        "its gain is noise."
     )
-    return Table("What each way of choosing gains", explanation, columns, rows)
+    return Table("Gains of each way of choosing", explanation, heads, rows)
 
 
 def _gains_panel(groups: Sequence[Group], found: Sequence[Gains]) -> Panel:
@@ -109,28 +106,27 @@ def _gains_panel(groups: Sequence[Group], found: Sequence[Gains]) -> Panel:
         "per task, fair": [gain.per_task_fair for gain in found],
         "per prompt (oracle)": [gain.per_prompt for gain in found],
     }
-    return Panel(
-        "by way of choosing",
-        "speed-up over plain decoding",
-        [Series(label, names, speeds) for label, speeds in values.items()],
-        kind="bars",
-        baseline=1.0,
-    )
+    return _bars("by way of choosing", "speed-up over plain decoding", names, values)
+
+
+def _bars(title: str, y_label: str, names: list[str], values: dict[str, list[float]]) -> Panel:
+    series = [Series(label, names, speeds) for label, speeds in values.items()]
+    return Panel(title, y_label, series, kind="bars", baseline=1.0)
 
 
 def _label(group: Group, groups: Sequence[Group]) -> str:
-    """Target and temperature, and the run's hour where there are several."""
+    """Return target and temperature, and the run's hour where there are several runs."""
     alike = [g for g in groups if (g.target, g.temperature) == (group.target, group.temperature)]
     run = f", {group.run[8:16].replace('_', ' ')}" if len(alike) > 1 else ""
     name = short(group.target).replace("DeepSeek-R1-Distill", "R1").removesuffix("-v0.1")
     return f"{name}, T = {group.temperature}{run}"
 
 
-# --- what a second measurement leaves of it -------------------------------------------------------
+# --- gains in a second measurement ----------------------------------------------------------------
 
 
-def _measured_twice(cells: dict[Cell, Timed]) -> dict[str, Repeated]:
-    """By kind of repetition, all tasks of all targets together, each weighing the same."""
+def _measured_twice(cells: dict[TaskRun, TaskTimings]) -> dict[str, Repeated]:
+    """Return the gains by kind of repetition, over all tasks of all targets with the same weight."""
     kinds: dict[str, list[tuple[Milliseconds, Milliseconds]]] = defaultdict(list)
     everything = sorted(cells)
     for i, one in enumerate(everything):
@@ -149,8 +145,8 @@ def _measured_twice(cells: dict[Cell, Timed]) -> dict[str, Repeated]:
     return {kind: repeated(kinds[kind]) for kind in sorted(kinds)}
 
 
-def _shared(one: Timed, other: Timed) -> tuple[Milliseconds, Milliseconds] | None:
-    """Both on the arms and prompts they share, in units of plain decoding's mean."""
+def _shared(one: TaskTimings, other: TaskTimings) -> tuple[Milliseconds, Milliseconds] | None:
+    """Return both on their shared arms and prompts, in units of plain decoding's mean."""
     arms = [arm for arm in one.arms if arm in other.arms]
     prompts = [prompt for prompt in one.prompts if prompt in other.prompts]
     if len(arms) < 2 or not prompts:
@@ -160,22 +156,21 @@ def _shared(one: Timed, other: Timed) -> tuple[Milliseconds, Milliseconds] | Non
 
 
 def _twice_table(twice: dict[str, Repeated]) -> Table:
-    columns = [Column("chosen in"), Column("prompts"), Column("per task, seen", _SPEED)]
-    columns += [Column("per prompt, seen", _SPEED), Column("per task, chosen there", _SPEED)]
-    columns += [Column("per prompt, chosen there", _SPEED), Column("same best arm", _SHARE)]
-    columns += [Column("by chance", _SHARE)]
+    heads = columns("chosen in", "prompts", ("per task, seen", SPEED), ("per prompt, seen", SPEED))
+    heads += columns(("per task, chosen there", SPEED), ("per prompt, chosen there", SPEED))
+    heads += columns(("same best arm", SHARE), ("by chance", SHARE))
     rows: list[list[Value]] = []
     for kind, one in twice.items():
         seen: list[Value] = [kind, one.num_prompts, one.per_task_seen, one.per_prompt_seen]
         rows.append([*seen, one.per_task, one.per_prompt, one.same_choice, one.by_chance])
     explanation = (
-        "Where the same prompts were measured twice: chosen in one measurement and scored in the "
-        "other, both ways, beside what choosing and scoring in the same one seems to gain (seen). "
-        "Every task of every target weighs the same, in units of its plain decoding, so the level is "
-        "not that of the first table. By chance: how often the best arms of a prompt would agree if "
-        "prompts did not matter."
+        "Prompts that were measured twice: chosen in one measurement and scored in the other, in both "
+        "directions, next to the gain of choosing and scoring in the same one (seen). Every task of "
+        "every target has the same weight, in units of its plain decoding, so the level differs from "
+        "the first table. By chance: how often the best arms of a prompt would agree if prompts did not "
+        "matter."
     )
-    return Table("What is left of the oracle in a second measurement", explanation, columns, rows)
+    return Table("The oracle in a second measurement", explanation, heads, rows)
 
 
 def _twice_panel(twice: dict[str, Repeated]) -> Panel:
@@ -186,20 +181,16 @@ def _twice_panel(twice: dict[str, Repeated]) -> Panel:
         "per prompt, seen": [one.per_prompt_seen for one in twice.values()],
         "per prompt, chosen there": [one.per_prompt for one in twice.values()],
     }
-    return Panel(
-        "chosen in a second measurement",
-        "speed-up, each cell weighing the same",
-        [Series(label, names, speeds) for label, speeds in values.items()],
-        kind="bars",
-        baseline=1.0,
+    return _bars(
+        "chosen in a second measurement", "speed-up, same weight for each task", names, values
     )
 
 
-# --- where nothing pays ---------------------------------------------------------------------------
+# --- plain decoding as the best arm ---------------------------------------------------------------
 
 
-def _where_none_wins(cell: Cell, timed: Timed) -> list[Value] | None:
-    """A row where plain decoding has the best mean, or is the best for half of the prompts."""
+def _where_none_wins(cell: TaskRun, timed: TaskTimings) -> list[Value] | None:
+    """Return a row if plain decoding has the best mean or is the best for half of the prompts."""
     share = float((timed.ms.argmin(axis=1) == 0).mean())
     means = timed.ms.mean(axis=0)
     best = 1 + int(means[1:].argmin())
@@ -210,14 +201,13 @@ def _where_none_wins(cell: Cell, timed: Timed) -> list[Value] | None:
 
 
 def _none_table(rows: list[list[Value]], num_cells: int) -> Table:
-    columns = [Column("target"), Column("T"), Column("task"), Column("run"), Column("arms")]
-    columns += [Column("`none` fastest", _SHARE), Column("best drafter")]
-    columns += [Column("its speed-up", _SPEED)]
+    heads = columns("target", "T", "task", "run", "arms", ("`none` fastest", SHARE), "best drafter")
+    heads += columns(("its speed-up", SPEED))
     explanation = (
         f"Of {num_cells} cells (a run, a target, a temperature, a task), those where plain decoding "
         "has the best mean or is the fastest arm for at least half of the prompts."
     )
-    return Table("Where `none` is best", explanation, columns, rows)
+    return Table("Where `none` is best", explanation, heads, rows)
 
 
 def _remarks(
@@ -235,17 +225,17 @@ def _remarks(
     remarks = [
         f"Choosing per task over the best single arm, fair: {min(by_task):.2f}x to "
         f"{max(by_task):.2f}x, above 1.05x in {sum(g > 1.05 for g in by_task)} of {len(found)} groups.",
-        f"The per-prompt oracle over that: {min(by_prompt):.2f}x to {max(by_prompt):.2f}x, before its "
-        "noise is taken off.",
+        f"The per-prompt oracle over that: {min(by_prompt):.2f}x to {max(by_prompt):.2f}x, noise "
+        "included.",
         f"A random drafter is slower than plain decoding in {sum(g.random < 1 for g in found)} of "
         f"{len(found)} groups, at {found[worst].random:.2f}x for {short(groups[worst].target)} at T = "
         f"{groups[worst].temperature}.",
-        f"`none` is best in {num_lost} of {num_cells} cells, so it has to be an arm.",
+        f"`none` is best in {num_lost} of {num_cells} cells, so it must be an arm.",
     ]
     for kind, one in twice.items():
         remarks.append(
-            f"Chosen in {kind}: per prompt {one.per_prompt:.2f}x, per task {one.per_task:.2f}x; the "
-            f"oracle had seemed to gain {one.per_prompt_seen:.2f}x."
+            f"Chosen in {kind}: per prompt {one.per_prompt:.2f}x, per task {one.per_task:.2f}x; in the "
+            f"same measurement the oracle gains {one.per_prompt_seen:.2f}x."
         )
     remarks += [
         line for group, gain in zip(groups, found, strict=True) if (line := _outlier(group, gain))
@@ -255,7 +245,7 @@ def _remarks(
 
 
 def _outlier(group: Group, gain: Gains) -> str | None:
-    """What moved the choice where choosing fairly loses much: the cell farthest from its median."""
+    """Describe the time farthest from its median where choosing fairly loses much, else return None."""
     if gain.best_single < _MOVED * gain.best_single_fair:
         return None
     times = [
@@ -268,8 +258,8 @@ def _outlier(group: Group, gain: Gains) -> str | None:
     return (
         f"For {short(group.target)} at T = {group.temperature} the fair best single arm is at "
         f"{gain.best_single_fair:.2f}x, not {gain.best_single:.2f}x: one prompt of {short(task)} took "
-        f"{short(arm)} {most:,.0f} ms a token (median {median:.0f}), and means of few prompts choose "
-        "by it."
+        f"{short(arm)} {most:,.0f} ms per token (median {median:.0f}), which decides means of few "
+        "prompts."
     )
 
 

@@ -1,7 +1,7 @@
 """The published reward against predicted speed, with the same learner on the same prompts.
 
-`alignment` compares what a drafter writes alone with what the target writes; `speed` is what
-verification would have accepted, priced. Both are known for every arm of every prompt.
+`alignment` compares a drafter's own text with the target's; `speed` prices the tokens that verification
+would have accepted. Both are known for every arm of every prompt.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from paceline.experiments.assistant_selection.learned import (
     BEST_SINGLE,
     ORACLE,
     PREDICTED,
-    SHARE,
-    SPEED,
     Study,
     always_drafting,
     interval,
+    interval_series,
     share,
+    speed_panel,
     speedup,
     unrewarding_none,
 )
-from paceline.experiments.findings import Column, Findings, Panel, Series, Table
+from paceline.experiments.findings import SHARE, SPEED, Findings, Panel, Series, Table, columns
 
 if TYPE_CHECKING:
     from paceline.experiments.findings import Value
@@ -42,14 +42,12 @@ def run(bench: Workbench) -> Findings:
     writing = [n for n in bench.config.drafters if all(n in p.draft_outputs for p in prompts)]
     arms = bench.arms(writing, own_lengths=True)
     found: dict[str, _Rewarded] = {}
-    for done, alpha in enumerate((None, *ALPHAS)):
-        bench.on_progress("learn from every reward", done, 1 + len(ALPHAS))
+    for alpha in bench.track("learn from every reward", (None, *ALPHAS)):
         if alpha is None:
             found[SPEED_REWARD] = _Rewarded(Study.of(bench, prompts, arms))
             continue
         study = Study.of(bench, prompts, arms, reward="alignment", alpha=alpha)
         found[f"alignment, alpha {alpha:.2f}"] = _Rewarded(study)
-    bench.on_progress("learn from every reward", 1 + len(ALPHAS), 1 + len(ALPHAS))
     return Findings(
         tables=[_table(found)],
         panels=[_panel(found)],
@@ -60,12 +58,12 @@ def run(bench: Workbench) -> Findings:
 
 
 class _Rewarded:
-    """What the same learner makes of one reward, with `none` among its arms and without."""
+    """The policies that one learner makes from one reward, with `none` among its arms and without."""
 
     def __init__(self, study: Study) -> None:
         (free,) = study.contenders([LEARNER])
         if study.settings.reward == "alignment":
-            # similarity would take the target itself; among drafters the reward is meant to tell
+            # similarity would choose the target itself; the reward is meant to compare drafters
             (drafting,) = unrewarding_none(study).contenders([LEARNER])
         else:
             drafting = free
@@ -76,9 +74,10 @@ class _Rewarded:
 
 
 def _agreement(data: Dataset) -> tuple[float, float]:
-    """(how often the best rewarded drafter is the fastest one, how alike the rewards order two of
-    them as the seconds do: the share of pairs in the same order, of those that differ in seconds,
-    ties of rewards by halves).
+    """Return (share of prompts whose best rewarded drafter is the fastest, share of pairs in order).
+
+    Pairs are pairs of drafters that differ in seconds; one is in order if its rewards order it as its
+    seconds do. A tie of rewards counts one half.
     """
     drafters = [i for i, arm in enumerate(data.arms) if arm != NONE]
     rewards, speeds = data.rewards[:, drafters], -data.seconds[:, drafters]
@@ -91,10 +90,9 @@ def _agreement(data: Dataset) -> tuple[float, float]:
 
 
 def _table(found: dict[str, _Rewarded]) -> Table:
-    columns = [Column("reward"), Column("best rewarded is fastest", SHARE)]
-    columns += [Column("pairs in order", SHARE), Column(f"speed-up, no `{NONE}`")]
-    columns += [Column("slowest task"), Column("of the oracle", "{:.1%}")]
-    columns += [Column(f"speed-up with `{NONE}`", SPEED), Column(f"to `{NONE}`", SHARE)]
+    heads = columns("reward", ("best rewarded is fastest", SHARE), ("pairs in order", SHARE))
+    heads += columns(f"speed-up, no `{NONE}`", "slowest task", ("of the oracle", "{:.1%}"))
+    heads += columns((f"speed-up with `{NONE}`", SPEED), (f"to `{NONE}`", SHARE))
     rows: list[list[Value]] = []
     for name, one in found.items():
         figures, slowest = one.report.overall.strategies[one.forced], one.report.slowest[one.forced]
@@ -103,30 +101,22 @@ def _table(found: dict[str, _Rewarded]) -> Table:
         rows.append([*row, speedup(one.report, one.free), share(one.report, one.free, NONE)])
     explanation = (
         f"`{LEARNER}` on every reward; drafters that write a text of their own, each at its own draft "
-        "length. The first two figures are of the rewards themselves, on held-out prompts: how often "
-        "the drafter with the largest reward is the fastest, and how many pairs of drafters a reward "
-        f"puts in the order of their speeds. {PREDICTED}"
+        "length. The first two figures describe the rewards themselves, on held-out prompts: how often "
+        "the drafter with the largest reward is the fastest, and the share of pairs of drafters that a "
+        f"reward puts in the order of their speeds. {PREDICTED}"
     )
-    return Table("One learner, two rewards", explanation, columns, rows)
+    return Table("One learner, two rewards", explanation, heads, rows)
 
 
 def _panel(found: dict[str, _Rewarded]) -> Panel:
     names = [name.replace(", ", ",\n") for name in found]
     speeds = [one.report.overall.strategies[one.forced].speedup for one in found.values()]
-    policy = Series(
-        f"policy, no {NONE}",
-        names,
-        [s.value for s in speeds],
-        [s.low for s in speeds],
-        [s.high for s in speeds],
-    )
+    policy = interval_series(f"policy, no {NONE}", names, speeds)
     levels = [
         Series(way, names, [speedup(one.report, way) for one in found.values()])
         for way in (BEST_SINGLE, ORACLE)
     ]
-    return Panel(
-        "by reward", "predicted speed-up over none", [policy, *levels], kind="bars", baseline=1.0
-    )
+    return speed_panel("by reward", [policy, *levels])
 
 
 def _remarks(found: dict[str, _Rewarded]) -> list[str]:
@@ -138,10 +128,10 @@ def _remarks(found: dict[str, _Rewarded]) -> list[str]:
     single = speedup(by_speed.report, BEST_SINGLE)
     pure = aligned[f"alignment, alpha {ALPHAS[-1]:.2f}"]
     return [
-        f"The speed reward brings {own:.2f}x, the alignment reward {speeds[worst]:.2f}x ({worst}) to "
+        f"The speed reward reaches {own:.2f}x, the alignment reward {speeds[worst]:.2f}x ({worst}) to "
         f"{speeds[best]:.2f}x ({best}), the best single arm {single:.2f}x.",
         f"Similarity alone names the fastest drafter in {pure.right:.0%} of prompts and orders "
         f"{pure.order:.0%} of pairs as their speeds do.",
-        f"With `{NONE}` among the arms, similarity alone takes it for "
+        f"With `{NONE}` among the arms, similarity alone chooses it for "
         f"{share(pure.report, pure.free, NONE):.0%}: the target's own text is always the most similar.",
     ]

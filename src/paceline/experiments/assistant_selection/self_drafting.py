@@ -1,7 +1,7 @@
-"""The drafter inside the target: several sets of sub-layers to skip as arms, beside `none`.
+"""The target as its own drafter: several sets of sub-layers to skip, and `none`, as arms.
 
-The sets are chosen by hand, from sparing to greedy, for a target of any depth; none was searched for.
-What is asked is whether a policy limits the loss where a set does not pay.
+The sets are chosen by hand, from few to most sub-layers, for a target of any depth; no set was searched
+for. The question is whether a policy limits the loss where a set does not pay.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from paceline.experiments.assistant_selection.learned import (
     PER_TASK,
     PREDICTED,
     RANDOM,
-    SHARE,
-    SPEED,
     Study,
     always_drafting,
     interval,
+    interval_series,
     share,
+    speed_panel,
     speedup,
     ways_table,
 )
-from paceline.experiments.findings import Column, Findings, Panel, Series, Table
+from paceline.experiments.findings import SHARE, SPEED, Findings, Panel, Table, columns
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 
 LEARNERS: Final = ("acceptance", "policy_gradient")
 FOLDER: Final = "self-drafting"
-MOST_PROMPTS: Final = 40  # a task: every position of every text is drafted from by every set
+MOST_PROMPTS: Final = 40  # per task: every set drafts from every position of every text
 DRAFT_TOKENS: Final = 4
 
 
 def skip_sets(num_layers: int) -> dict[str, tuple[list[int], list[int]]]:
-    """name -> (attention, MLP) sub-layers to skip; the first and last layers are always kept."""
+    """Return name -> (attention, MLP) sub-layers to skip; the first and last layers are always kept."""
     inner = range(1, max(num_layers - 1, 2))
     quarter, half = max(len(inner) // 4, 1), max(len(inner) // 2, 1)
     middle = list(inner)[(len(inner) - half) // 2 :][:half]
@@ -87,26 +87,25 @@ def run(bench: Workbench) -> Findings:
 
 def _ways_table(report: EvaluationReport) -> Table:
     ways = [RANDOM, BEST_SINGLE, PER_TASK, *report.policies, ORACLE]
-    columns, rows = ways_table(report, ways)
-    columns.insert(1, Column(f"to `{NONE}`", SHARE))
+    heads, rows = ways_table(report, ways)
+    heads[1:1] = columns((f"to `{NONE}`", SHARE))
     rows = [
         [row[0], share(report, way, NONE), *row[1:]] for way, row in zip(ways, rows, strict=True)
     ]
     explanation = (
-        "The target drafts for itself with sub-layers left out, up to "
-        f"{DRAFT_TOKENS} tokens with the published adaptive exit; the last policy must draft. "
+        f"The target drafts for itself without some of its sub-layers, up to {DRAFT_TOKENS} tokens with "
+        "the published adaptive exit; the last policy must draft. "
         f"{PREDICTED}"
     )
-    return Table("Self-drafting: ways of choosing", explanation, columns, rows)
+    return Table("Self-drafting: ways of choosing", explanation, heads, rows)
 
 
 def _sets_table(
     report: EvaluationReport, sets: Mapping[str, tuple[list[int], list[int]]], study: Study
 ) -> Table:
-    columns = [Column("set"), Column("attention skipped"), Column("MLP skipped")]
-    columns += [Column("tokens a round", "{:.2f}"), Column("chosen by the policy", SHARE)]
-    columns += [Column("speed-up when always used")]
-    columns += [Column(task, SPEED) for task in report.by_domain]
+    heads = columns("set", "attention skipped", "MLP skipped", ("tokens per round", "{:.2f}"))
+    heads += columns(("chosen by the policy", SHARE), "speed-up when always used")
+    heads += columns(*((task, SPEED) for task in report.by_domain))
     rows: list[list[Value]] = []
     held_out = study.held_out
     for name, (attention, mlp) in sets.items():
@@ -116,8 +115,8 @@ def _sets_table(
         row += [interval(report.overall.arms[name].speedup)]
         row += [part.arms[name].speedup.value for part in report.by_domain.values()]
         rows.append(row)
-    explanation = "Each set for all requests, overall and by task."
-    return Table("The sets", explanation, columns, rows)
+    explanation = "Each set used for all requests, overall and by task."
+    return Table("The sets", explanation, heads, rows)
 
 
 def _panel(report: EvaluationReport) -> Panel:
@@ -125,16 +124,8 @@ def _panel(report: EvaluationReport) -> Panel:
     names = [*arms, BEST_SINGLE, *report.policies, ORACLE]
     found = [report.overall.arms[arm].speedup for arm in arms]
     found += [report.overall.strategies[way].speedup for way in names[len(arms) :]]
-    series = Series(
-        "all tasks",
-        [name.replace(", ", ",\n") for name in names],
-        [f.value for f in found],
-        [f.low for f in found],
-        [f.high for f in found],
-    )
-    return Panel(
-        "sets and ways of choosing", "predicted speed-up over none", [series], "bars", baseline=1.0
-    )
+    labels = [name.replace(", ", ",\n") for name in names]
+    return speed_panel("sets and ways of choosing", [interval_series("all tasks", labels, found)])
 
 
 def _remarks(report: EvaluationReport) -> list[str]:
@@ -143,9 +134,10 @@ def _remarks(report: EvaluationReport) -> list[str]:
     best, worst = max(sets, key=lambda a: sets[a]), min(sets, key=lambda a: sets[a])
     slowest = report.slowest[policy]
     return [
-        f"Always used, the sets bring {sets[worst]:.2f}x (`{worst}`) to {sets[best]:.2f}x (`{best}`).",
-        f"The policy brings {speedup(report, policy):.2f}x and takes `{NONE}` for "
+        f"Used for all requests, the sets reach {sets[worst]:.2f}x (`{worst}`) to {sets[best]:.2f}x "
+        f"(`{best}`).",
+        f"The policy reaches {speedup(report, policy):.2f}x and chooses `{NONE}` for "
         f"{share(report, policy, NONE):.0%}; its slowest task is {slowest.task}, "
-        f"{interval(slowest.speedup)}. Without `{NONE}` it would bring {speedup(report, forced):.2f}x.",
-        f"The oracle over these sets and `{NONE}` has {speedup(report, ORACLE):.2f}x.",
+        f"{interval(slowest.speedup)}. Without `{NONE}` it would reach {speedup(report, forced):.2f}x.",
+        f"The oracle over these sets and `{NONE}` reaches {speedup(report, ORACLE):.2f}x.",
     ]

@@ -1,8 +1,8 @@
-"""Published per-prompt timings as arrays, and what ways of choosing gain on them.
+"""Published per-prompt timings as arrays, and the gains of ways of choosing on them.
 
-Every number compares arms that one run measured on one machine. Speed-up: mean milliseconds a token of
-plain decoding over those of what was chosen, tasks weighing the same. Symbols: P prompts of a task, A
-arms, the first of them `none`.
+Every number compares arms that one run measured on one machine. Speed-up: mean milliseconds per token
+of plain decoding over those of the chosen arms; each task has the same weight. Symbols: P prompts of a
+task, A arms, the first of them `none`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ COLUMNS: Final = (
 _SPLITS: Final = 200
 
 
-class Cell(NamedTuple):
-    """What one run measured of one target at one temperature on one task."""
+class TaskRun(NamedTuple):
+    """One target at one temperature on one task, as measured by one run."""
 
     run: str
     target: str
@@ -41,19 +41,19 @@ class Cell(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Timed:
-    """The arms of a cell on the prompts that all of them answered."""
+class TaskTimings:
+    """The arms of a task run on the prompts that all of them answered."""
 
     arms: list[str]
     prompts: list[str]
     ms: Milliseconds
 
-    def only(self, arms: Sequence[str], prompts: Sequence[str] | None = None) -> Timed:
-        """These arms, in this order, on these prompts."""
+    def only(self, arms: Sequence[str], prompts: Sequence[str] | None = None) -> TaskTimings:
+        """Return these arms, in this order, on these prompts."""
         kept = self.prompts if prompts is None else list(prompts)
         rows = [self.prompts.index(prompt) for prompt in kept]
         columns = [self.arms.index(arm) for arm in arms]
-        return Timed(list(arms), kept, self.ms[np.ix_(rows, columns)])
+        return TaskTimings(list(arms), kept, self.ms[np.ix_(rows, columns)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +67,19 @@ class Group:
     tasks: dict[str, Milliseconds]
 
 
-def read_timings(path: Path) -> dict[Cell, Timed]:
-    """The cells of a CSV that have plain decoding (an empty drafter) and a drafter at least.
+def read_timings(path: Path) -> dict[TaskRun, TaskTimings]:
+    """Return the task runs of a CSV that have plain decoding (an empty drafter) and a drafter.
 
-    Raises ConfigError that names the line of what is wrong.
+    Raises ConfigError that names the wrong line.
     """
-    found: dict[Cell, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    found: dict[TaskRun, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     with path.open(encoding="utf-8", newline="") as file:
         lines = csv.DictReader(file)
         missing = [name for name in COLUMNS if name not in (lines.fieldnames or ())]
         if missing:
             raise ConfigError(f"{path}: no column '{missing[0]}'")
         for line in lines:
-            cell = Cell(line["run"], line["target"], line["temperature"], line["dataset_path"])
+            cell = TaskRun(line["run"], line["target"], line["temperature"], line["dataset_path"])
             by_prompt = found[cell][line["drafter"] or NONE]
             ms = _milliseconds(line["tpot_ms"], f"{path}:{lines.line_num}")
             if line["example_id"] in by_prompt:
@@ -99,17 +99,19 @@ def _milliseconds(text: str | None, where: str) -> float:
     return ms
 
 
-def _timed(by_arm: dict[str, dict[str, float]]) -> Timed:
+def _timed(by_arm: dict[str, dict[str, float]]) -> TaskTimings:
     arms = [NONE, *(arm for arm in by_arm if arm != NONE)]
     prompts = sorted(set.intersection(*(set(by_arm[arm]) for arm in arms)))
     ms = [[by_arm[arm][prompt] for arm in arms] for prompt in prompts]
-    return Timed(arms, prompts, np.array(ms, dtype=np.float64).reshape(len(prompts), len(arms)))
+    return TaskTimings(
+        arms, prompts, np.array(ms, dtype=np.float64).reshape(len(prompts), len(arms))
+    )
 
 
-def whole_groups(cells: dict[Cell, Timed]) -> list[Group]:
-    """Where one run measured a target with a drafter on every task that the file knows."""
+def whole_groups(cells: dict[TaskRun, TaskTimings]) -> list[Group]:
+    """Return the groups whose run measured a drafter on every task of the file."""
     tasks = sorted({cell.task for cell in cells})
-    by_group: dict[tuple[str, str, str], dict[str, Timed]] = defaultdict(dict)
+    by_group: dict[tuple[str, str, str], dict[str, TaskTimings]] = defaultdict(dict)
     for cell, timed in cells.items():
         by_group[cell.target, cell.temperature, cell.run][cell.task] = timed
     groups = []
@@ -129,12 +131,12 @@ def whole_groups(cells: dict[Cell, Timed]) -> list[Group]:
 
 @dataclass(frozen=True, slots=True)
 class Gains:
-    """Speed-up over plain decoding of every way to choose; `none` may be chosen by all but random.
+    """Speed-up over plain decoding of every way to choose; all but random may choose `none`.
 
     fair: chosen on half of the prompts and scored on the other half, averaged over many halvings.
     """
 
-    random: float  # any drafter with equal odds, never `none`
+    random: float  # a random drafter, never `none`
     best_single: float
     best_arm: str
     best_single_fair: float
@@ -145,7 +147,7 @@ class Gains:
 
 
 def gains(group: Group, seed: int = 0) -> Gains:
-    """What each way of choosing gains on one group."""
+    """Return the gains of each way of choosing on one group."""
     tasks = list(group.tasks.values())
     means = np.array([ms.mean(axis=0) for ms in tasks])  # [tasks, A]
     plain = means[:, 0].mean()
@@ -165,7 +167,7 @@ def gains(group: Group, seed: int = 0) -> Gains:
 
 
 def _halved(tasks: Sequence[Milliseconds], seed: int) -> tuple[float, float]:
-    """(best single, per task), each chosen on one half of every task's prompts, scored on the other."""
+    """Return (best single, per task), chosen on one half of each task's prompts, scored on the other."""
     rng = np.random.default_rng(seed)
     plain, single, per_task = 0.0, 0.0, 0.0
     for _ in range(_SPLITS):
@@ -187,25 +189,30 @@ def _halve(ms: Milliseconds, rng: np.random.Generator) -> tuple[Milliseconds, Mi
 
 @dataclass(frozen=True, slots=True)
 class Repeated:
-    """Speed-ups where two measurements of the same prompts exist: chosen in one, scored in the other."""
+    """Speed-ups on prompts with two measurements: chosen in one of them and scored in the other."""
 
     num_prompts: int
-    per_task_seen: float  # chosen and scored in the same measurement, as the oracle of all is
+    per_task_seen: float  # chosen and scored in the same measurement, as by the oracle
     per_prompt_seen: float
     per_task: float  # chosen in the other measurement
     per_prompt: float
     same_choice: float  # share of prompts whose best arm is the same in both
-    by_chance: float  # that share if choices were independent, arms as often as they are
+    by_chance: (
+        float  # that share if the choices were independent, with the same frequencies of arms
+    )
 
 
 def repeated(pairs: Sequence[tuple[Milliseconds, Milliseconds]]) -> Repeated:
-    """pairs: of each task both measurements [P, A] of the same prompts and arms. Both directions."""
+    """Compare two measurements in both directions.
+
+    pairs: per task, both measurements [P, A] of the same prompts and arms.
+    """
     plain = seen_task = seen_prompt = task = prompt = 0.0
     num_same, by_chance, num = 0, 0.0, 0
     for one, other in pairs:
         for chosen, scored in ((one, other), (other, one)):
             rows = np.arange(len(scored))
-            # a task weighs the same however many prompts it has
+            # each task has the same weight, for any number of prompts
             plain += scored[:, 0].mean()
             seen_task += scored.mean(axis=0).min()
             seen_prompt += scored.min(axis=1).mean()

@@ -1,7 +1,7 @@
-"""Does a policy that is told no task find each task's specialist? Two drafters, two tasks, by pairs.
+"""Choice between two specialists by a policy that is told no task: two drafters, two tasks, by pairs.
 
-A specialist is a drafter of the configuration that is named after a task. Knows no labels beyond
-that name, which chooses the prompts and heads the table.
+A specialist is a drafter of the configuration that is named after a task. The name selects the prompts
+and labels the table; nothing else here knows tasks.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from paceline.experiments.assistant_selection.learned import (
     PER_TASK,
     PREDICTED,
     RANDOM,
-    SHARE,
-    SPEED,
     Study,
     interval,
     of_tasks,
     share,
+    speed_panel,
     speedup,
     tasks_of,
 )
-from paceline.experiments.findings import Column, Findings, Panel, Series, Table
+from paceline.experiments.findings import SHARE, SPEED, Findings, Panel, Series, Table, columns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,7 +42,8 @@ BASELINES: Final = (RANDOM, BEST_SINGLE, FIRST_LINE, PER_TASK)
 
 def run(bench: Workbench) -> Findings:
     prompts = bench.collection.prompts
-    specialists = bench.specialists(tasks_of(prompts))
+    tasks = tasks_of(prompts)
+    specialists = [name for name in bench.config.drafters if name in tasks]
     if len(specialists) < 2:
         raise ConfigError(
             "this experiment needs two drafters that are named after tasks of the prompts, such as "
@@ -75,10 +75,8 @@ def _ways(report: EvaluationReport) -> list[str]:
 
 
 def _ways_table(report: EvaluationReport, pair: Sequence[str]) -> Table:
-    columns = [Column("chosen by")]
-    columns += [Column(f"{task} prompts to `{task}`", SHARE) for task in pair]
-    columns += [Column(f"to `{NONE}`", SHARE), Column("speed-up over none")]
-    columns += [Column("of the oracle", "{:.1%}")]
+    heads = columns("chosen by", *((f"{task} prompts to `{task}`", SHARE) for task in pair))
+    heads += columns((f"to `{NONE}`", SHARE), "speed-up over none", ("of the oracle", "{:.1%}"))
     rows: list[list[Value]] = []
     for drafter in pair:
         alone = next(
@@ -94,17 +92,16 @@ def _ways_table(report: EvaluationReport, pair: Sequence[str]) -> Table:
         own += [share(report, way, NONE), interval(figures.speedup), figures.of_oracle]
         rows.append([way, *own])
     explanation = (
-        f"{report.overall.num_prompts} held-out prompts of {pair[0]} and {pair[1]}, a drafter "
-        "trained on each, at every draft length. `always` is one drafter at the length that was "
-        f"best in training; random is the mean over all arms. {PREDICTED}"
+        f"{report.overall.num_prompts} held-out prompts of {pair[0]} and {pair[1]}, and a drafter "
+        "trained on each, at every draft length. `always` is one drafter at its best length in "
+        f"training; random is the mean over all arms. {PREDICTED}"
     )
-    return Table(f"Two specialists: {pair[0]} and {pair[1]}", explanation, columns, rows)
+    return Table(f"Two specialists: {pair[0]} and {pair[1]}", explanation, heads, rows)
 
 
 def _pairs_table(every: dict[tuple[str, str], EvaluationReport]) -> Table:
-    columns = [Column("tasks"), Column("prompts"), Column("first to its own", SHARE)]
-    columns += [Column("second to its own", SHARE), Column("best single", SPEED)]
-    columns += [Column("per task", SPEED), Column("policy", SPEED), Column("oracle", SPEED)]
+    heads = columns("tasks", "prompts", ("first to its own", SHARE), ("second to its own", SHARE))
+    heads += columns(*((way, SPEED) for way in ("best single", "per task", "policy", "oracle")))
     rows: list[list[Value]] = []
     for pair, report in every.items():
         policy = report.policies[0]
@@ -114,10 +111,10 @@ def _pairs_table(every: dict[tuple[str, str], EvaluationReport]) -> Table:
         rows.append(row)
     explanation = (
         f"Every pair of specialists on the held-out prompts of their tasks; the policy is "
-        f"`{LEARNERS[0]}`. Where a share is not whole, the other drafter or `{NONE}` may be the "
-        "faster one for the rest: the oracle's column is what could be had."
+        f"`{LEARNERS[0]}`. Where a share is below 100%, the other drafter or `{NONE}` may be faster for "
+        "the other prompts; the oracle's column is the possible gain."
     )
-    return Table("All pairs", explanation, columns, rows)
+    return Table("All pairs", explanation, heads, rows)
 
 
 def _shares_panel(report: EvaluationReport, pair: Sequence[str]) -> Panel:
@@ -127,7 +124,9 @@ def _shares_panel(report: EvaluationReport, pair: Sequence[str]) -> Panel:
         Series(f"{task} prompts to {task}", names, [share(report, w, task, task) for w in ways])
         for task in pair
     ]
-    return Panel("who gets the specialist", "share of held-out prompts", series, kind="bars")
+    return Panel(
+        "prompts that get their specialist", "share of held-out prompts", series, kind="bars"
+    )
 
 
 def _pairs_panel(every: dict[tuple[str, str], EvaluationReport]) -> Panel:
@@ -137,7 +136,7 @@ def _pairs_panel(every: dict[tuple[str, str], EvaluationReport]) -> Panel:
         Series(label, names, [speedup(r, way or r.policies[0]) for r in every.values()])
         for label, way in ways.items()
     ]
-    return Panel("all pairs", "predicted speed-up over none", series, kind="bars", baseline=1.0)
+    return speed_panel("all pairs", series)
 
 
 def _remarks(
@@ -158,7 +157,7 @@ def _remarks(
     if FIRST_LINE in report.over[policy]:
         line = report.over[policy][FIRST_LINE]
         remarks.append(
-            f"A table of first lines is a rival here, as every task has a fixed instruction: `{policy}` "
-            f"is {interval(line)} as fast as that."
+            "A table of first lines also chooses well here, because every task has a fixed instruction: "
+            f"`{policy}` is {interval(line)} as fast as that."
         )
     return remarks

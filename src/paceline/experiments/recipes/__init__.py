@@ -1,4 +1,4 @@
-"""Experiments at the papers' own scale: recipes, their dry run without weights, and running them."""
+"""Experiments at the papers' own scale: recipes, their dry run without weights, and their run."""
 
 from paceline.experiments.recipes.dry_run import DryRun, ModelPlan, dry_run
 from paceline.experiments.recipes.run import run_recipe

@@ -1,8 +1,8 @@
-"""A recipe without weights: do the shapes fit each other and the device, and how long would it take?
+"""The check of a recipe without weights: shapes, memory and predicted seconds.
 
-Seconds are a roofline: the bytes a forward reads over bandwidth, or its multiplications over arithmetic,
-whichever is longer, over the recipe's efficiency. They are predictions and say so; what is accepted is
-not predicted, only what must be for a drafter to pay. Symbols: K draft length, tau tokens a round.
+Seconds are a roofline: the longer of the bytes that a forward reads over bandwidth and its
+multiplications over arithmetic, at the recipe's efficiency. Acceptance is not predicted, only the
+acceptance from which on a drafter pays. Symbols: K draft length, tau tokens per round.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ if TYPE_CHECKING:
     from paceline.experiments.recipes.schema import Recipe, RecipeDrafter
     from paceline.models.language_model import LanguageModel
 
-_FREE: Final = 0.1  # share of the device's memory left for work and fragments
-_BYTES_A_TOKEN: Final = 4  # of text, about, for the size of a table
-_BYTES_A_TRIGRAM: Final = 20  # a pair and a successor of their own, the most a token can add
+_FREE: Final = 0.1  # share of the device's memory for work and fragments
+_BYTES_PER_TOKEN: Final = 4  # approximate bytes of text, for the size of a table
+_BYTES_PER_TRIGRAM: Final = 20  # a new pair and a new successor, the maximum per token
 TARGET: Final = "target"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelPlan:
-    """The target or an arm: what it holds, and what a step of it is predicted to take."""
+    """The target or an arm: its memory and the predicted seconds of its steps."""
 
     name: str
     kind: str
-    parameters: int = 0  # of its own
+    parameters: int = 0
     weight_bytes: int = 0
-    cache_bytes: int = 0  # of all rows at their full length
-    host_bytes: int = 0  # of a table, at most
+    cache_bytes: int = 0  # all rows at their full length
+    host_bytes: int = 0  # maximum size of a table
     draft_length: int = 0
     step_seconds: float = 0.0  # one token of every row; a draft step, for a drafter
     break_even: float = 1.0  # tau at which the arm is as fast as plain decoding
@@ -53,7 +53,7 @@ class ModelPlan:
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """A recipe that fits, with what it is predicted to take. seconds: by stage."""
+    """A recipe that fits, with its predicted memory and seconds by stage."""
 
     recipe: Recipe
     models: list[ModelPlan]
@@ -76,24 +76,24 @@ class Roofline:
     def seconds(
         self, model: LanguageModel, tokens: int, context: int, rows: int = 1, kept: float = 1.0
     ) -> float:
-        """One forward of `tokens` in all, behind `context` cached ones in each row.
+        """Return the seconds of a forward of `tokens` in all, after `context` cached ones per row.
 
-        kept: share of the model's weights and cache that takes part.
+        kept: share of the model's weights and cache that is used.
         """
         weights = num_multiplied(model)
         read = weights * model.dtype.itemsize + rows * context * model.position_bytes
-        # scores and mixing: four multiplications or additions a dimension and cached token
+        # scores and mixing: four multiplications or additions per dimension and cached token
         attention = 4 * model.num_layers * model.hidden_size * context * tokens
         work = 2 * weights * tokens + attention
         return kept * max(read / self._bandwidth, work / self._arithmetic)
 
     def training_seconds(self, parameters: int, tokens: float, devices: int) -> float:
-        """Forward and backward: six multiplications or additions a parameter and token."""
+        """Return the seconds of training: six multiplications or additions per parameter and token."""
         return 6 * parameters * tokens / (self._arithmetic_of_one * devices)
 
 
 def dry_run(recipe: Recipe) -> DryRun:
-    """Check a recipe. Raises ConfigError with the first thing that does not fit."""
+    """Check a recipe and predict its seconds. Raises ConfigError for the first misfit."""
     work = recipe.workload
     length = work.prompt_tokens + work.new_tokens
     section = recipe.target
@@ -110,7 +110,8 @@ def dry_run(recipe: Recipe) -> DryRun:
     free = [plan.name for plan in plans if plan.draft_length and not plan.step_seconds]
     if free:
         planner.notes.append(
-            f"what {', '.join(free)} takes to draft on the host is not predicted, nor in what pays"
+            f"the drafting time of {', '.join(free)} on the host is not predicted, nor included in "
+            "'pays above'"
         )
     needed = sum(plan.weight_bytes + plan.cache_bytes for plan in plans)
     device_bytes = int(recipe.device.count * recipe.device.gigabytes * 1e9)
@@ -137,7 +138,7 @@ def _check_memory(
 
 
 class _Planner:
-    """What each arm of one recipe holds and takes."""
+    """The plans of the target and the drafters of one recipe."""
 
     def __init__(self, recipe: Recipe, target: LanguageModel) -> None:
         self._recipe = recipe
@@ -205,20 +206,20 @@ class _Planner:
         return self._stepping(plan, self._step(model))
 
     def _stepping(self, plan: ModelPlan, step: float) -> ModelPlan:
-        """With its seconds; where nothing is drafted, a round is one step of the target."""
+        """Return the plan with its seconds; without a draft, a round is one step of the target."""
         verify = self._step(self._target, plan.draft_length + 1)
         tau = (verify + plan.draft_length * step) / self._step(self._target)
         return replace(plan, step_seconds=step, break_even=tau)
 
     def _step(self, model: LanguageModel, tokens: int = 1, kept: float = 1.0) -> float:
-        """A forward of so many tokens of every row, in the middle of an answer."""
+        """Return the seconds of a forward of n tokens per row, in the middle of an answer."""
         rows = self._recipe.rows
         return self._roofline.seconds(model, tokens * rows, self._context, rows, kept)
 
     def _skipping_step(self, name: str, settings: LayerSkipSettings) -> float:
         if settings.skip_set is not None:
             raise ConfigError(
-                f"drafter '{name}': a recipe has no file of a search; give skip_attention and skip_mlp"
+                f"drafter '{name}': a recipe cannot use a skip_set; give skip_attention and skip_mlp"
             )
         subset = subset_of(name, settings, self._target)
         check_forward(self._target, 1, subset)
@@ -227,18 +228,18 @@ class _Planner:
         return self._step(self._target, kept=kept)
 
     def _table_bytes(self, name: str, drafter: RecipeDrafter, settings: TrigramTreeSettings) -> int:
-        """Of the mapped file; every token of the text is a tri-gram of its own at most."""
+        """Return the maximum size of the mapped file, with a new tri-gram per token of the text."""
         if (drafter.corpus_megabytes is None) == (settings.table is not None):
             raise ConfigError(
-                f"drafter '{name}': a table and the corpus_megabytes it is made of go together"
+                f"drafter '{name}': give both 'table' and the 'corpus_megabytes' of its text, or neither"
             )
         if drafter.corpus_megabytes is None:
             return 0
-        tokens = drafter.corpus_megabytes * 1e6 / _BYTES_A_TOKEN
-        return int(8 * self._target.num_logits + _BYTES_A_TRIGRAM * tokens)
+        tokens = drafter.corpus_megabytes * 1e6 / _BYTES_PER_TOKEN
+        return int(8 * self._target.num_logits + _BYTES_PER_TRIGRAM * tokens)
 
     def stages(self, plans: Sequence[ModelPlan]) -> dict[str, float]:
-        """Predicted seconds of what running the recipe would do."""
+        """Return the predicted seconds of a run by stage."""
         recipe, work = self._recipe, self._recipe.workload
         prefill = self._roofline.seconds(self._target, work.prompt_tokens, work.prompt_tokens // 2)
         answers = work.prompts * work.new_tokens / recipe.rows * self._step(self._target)
@@ -249,7 +250,7 @@ class _Planner:
                 one = self._roofline.seconds(model, self._length, self._length // 2)
                 seconds[f"replay {plan.name}"] = work.prompts * one
             elif plan.step_seconds:
-                # a draft of full length behind every token, one row at a time
+                # a draft of full length after every token, one row at a time
                 drafts = work.prompts * work.new_tokens * plan.draft_length
                 seconds[f"replay {plan.name}, at most"] = drafts * plan.step_seconds
         if recipe.training is not None:

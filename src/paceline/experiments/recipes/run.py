@@ -1,4 +1,4 @@
-"""A recipe with its weights at hand: collect, profile, learn, evaluate, as for any configuration."""
+"""The run of a recipe with its weights: collect, profile, learn, evaluate."""
 
 from __future__ import annotations
 
@@ -8,56 +8,52 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from paceline.config import Config, DrafterSection, EngineSection, ModelSection, PathsSection
+from paceline.config import Config, DrafterSection, EngineSection, ModelSection
+from paceline.contracts import no_progress
 from paceline.drafting.catalog import check_settings
 from paceline.errors import ConfigError, ModelError
-from paceline.experiments import pipeline
-from paceline.experiments.evaluation import evaluate
 from paceline.experiments.prompt_files import read_spec_bench
-from paceline.experiments.workbench import SPEC_BENCH, Workbench, quiet
+from paceline.experiments.workbench import SPEC_BENCH, Workbench
 from paceline.models.loading import load_config
 from paceline.store import read_prompts, take_by_hash
+from paceline.verbs.evaluate import evaluate
+from paceline.verbs.pipeline import in_folder, prepare
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from paceline.contracts import PromptRecord
+    from paceline.contracts import Progress, PromptRecord
     from paceline.experiments.recipes.schema import Recipe
-    from paceline.experiments.workbench import OnProgress
     from paceline.learning import Evaluation
 
 
 def run_recipe(
-    recipe: Recipe, folder: Path, data: Path | None = None, on_progress: OnProgress = quiet
+    recipe: Recipe, folder: Path, data: Path | None = None, on_progress: Progress = no_progress
 ) -> Evaluation:
-    """Run a recipe in a folder; what was finished of it before is kept. Downloads nothing.
+    """Run a recipe in a folder; continues an earlier run. Downloads nothing.
 
-    Raises ModelError that names what weights are missing, ConfigError if a model is not of the
-    recipe's shape or a prompt file is missing.
+    Raises ModelError that names the missing weights, ConfigError if a model does not have the recipe's
+    shape or a prompt file is missing.
     """
     config = configuration(recipe, folder)
     _check_models(recipe)
     prompts = _prompts(recipe, Workbench(config, folder, data))
-    pipeline.collect(config, prompts, recipe.workload.new_tokens, on_progress=on_progress)
-    pipeline.profile(config, on_progress)
-    pipeline.learn(config, on_progress)
+    prepare(config, prompts, recipe.workload.new_tokens, on_progress)
     return evaluate(config)
 
 
 def configuration(recipe: Recipe, folder: Path) -> Config:
-    """The paceline.yaml of a recipe."""
+    """Return the configuration of a recipe."""
     only = set(ModelSection.model_fields)
-    return Config(
+    config = Config(
         target=ModelSection(**recipe.target.model_dump(include=only)),
         drafters={
             name: DrafterSection(kind=drafter.kind, settings=drafter.settings)
             for name, drafter in recipe.drafters.items()
         },
         engine=EngineSection(max_rows=recipe.rows),
-        paths=PathsSection(
-            store=folder / "collection", costs=folder / "costs.json", policy=folder / "policy"
-        ),
     )
+    return in_folder(config, folder)
 
 
 def _prompts(recipe: Recipe, bench: Workbench) -> list[PromptRecord]:
@@ -69,7 +65,7 @@ def _prompts(recipe: Recipe, bench: Workbench) -> list[PromptRecord]:
 
 
 def _check_models(recipe: Recipe) -> None:
-    """All weights that are missing in one line, then the first shape that is another one."""
+    """Raise ModelError with all missing weights, else ConfigError with the first different shape."""
     sections: list[tuple[ModelSection, Mapping[str, Any]]] = [(recipe.target, recipe.target.shape)]
     for name, drafter in recipe.drafters.items():
         plain = DrafterSection(kind=drafter.kind, settings=drafter.settings)
@@ -79,8 +75,8 @@ def _check_models(recipe: Recipe) -> None:
     missing = [section.model for section, _ in sections if not _is_here(section)]
     if missing:
         raise ModelError(
-            f"no weights here of {', '.join(missing)}; name a local folder in the recipe's 'model', or "
-            "fetch them into the Hugging Face cache first (`--dry-run` needs no weights)"
+            f"the weights of {', '.join(missing)} are missing; name a local folder in the recipe's "
+            "'model', or fetch them into the Hugging Face cache first (`--dry-run` needs no weights)"
         )
     for section, shape in sections:
         found = load_config(section)

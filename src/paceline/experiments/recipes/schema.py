@@ -1,7 +1,7 @@
 """A recipe: an experiment at a paper's scale as one YAML file, models described by their shapes.
 
-What a paper says stands under `claims` with where that was read; all the rest of a recipe is ours, and
-`ours` says so in words. A `shape` is what the model's config.json holds: `model_type` and sizes.
+`claims` are the paper's, each with its source; all the rest of a recipe is our choice, and `ours` says
+so in words. A `shape` has the fields of the model's config.json: `model_type` and sizes.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pydantic import Field, model_validator
 
 from paceline.config import DrafterSection, ModelSection, Section, parse
 from paceline.errors import ConfigError
-from paceline.experiments.claims import Claim
+from paceline.experiments.findings import Claim
 
 
 class DeviceShape(Section):
-    """What runs the models: `count` of them, weights and work divided evenly.
+    """The devices: `count` of them, with weights and work divided evenly.
 
-    gigabytes, gigabytes_per_second, teraflops: of one, at the recipe's dtype. efficiency: the share of
-    bandwidth and arithmetic that predictions reckon with.
+    gigabytes, gigabytes_per_second, teraflops: of one device, at the recipe's dtype. efficiency: the
+    share of bandwidth and arithmetic that predictions assume.
     """
 
     name: str
@@ -33,7 +33,7 @@ class DeviceShape(Section):
 
 
 class RecipeTarget(ModelSection):
-    """The target; `millions` is the size its name or paper gives, which the shape must meet."""
+    """The target; the shape must have `millions` of parameters, the size in its name or paper."""
 
     shape: dict[str, Any]
     millions: float | None = Field(default=None, gt=0)
@@ -46,7 +46,7 @@ class RecipeTarget(ModelSection):
 
 
 class RecipeDrafter(DrafterSection):
-    """A drafter as in paceline.yaml, with the shape of its model or the text its table is made of."""
+    """A drafter as in paceline.yaml, with the shape of its model or the size of its table's text."""
 
     shape: dict[str, Any] | None = None
     millions: float | None = Field(default=None, gt=0)
@@ -54,7 +54,7 @@ class RecipeDrafter(DrafterSection):
 
 
 class Workload(Section):
-    """Which prompts of which files of the data folder, and what lengths to reckon with."""
+    """The prompts, their files in the data folder, and the assumed lengths."""
 
     files: list[str] = Field(min_length=1)
     prompts: int = Field(ge=1)
@@ -62,8 +62,8 @@ class Workload(Section):
     new_tokens: int = Field(ge=2)
 
 
-class Training(Section):
-    """A drafter that is trained first: on how many tokens, by how many of the recipe's devices."""
+class DrafterTraining(Section):
+    """A drafter to train first: the number of tokens and of the recipe's devices."""
 
     drafter: str
     tokens: float = Field(gt=0)
@@ -71,7 +71,7 @@ class Training(Section):
 
 
 class Recipe(Section):
-    """The whole file. rows: requests decoded together."""
+    """The whole file. rows: number of requests decoded together."""
 
     title: str
     paper: str
@@ -82,7 +82,7 @@ class Recipe(Section):
     drafters: dict[str, RecipeDrafter] = Field(min_length=1)
     rows: int = Field(default=1, ge=1)
     workload: Workload
-    training: Training | None = None
+    training: DrafterTraining | None = None
 
     @model_validator(mode="after")
     def _training_names_a_drafter(self) -> Recipe:
@@ -92,7 +92,7 @@ class Recipe(Section):
 
 
 def load_recipe(path: Path | str) -> Recipe:
-    """Read and validate. Raises ConfigError with what to change."""
+    """Read and validate a recipe. Raises ConfigError with the key to change."""
     path = Path(path)
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Models as shapes: built on the meta device and run through our own forward, without any weights."""
+"""Models of a shape: built on the meta device and run through the project's forward, without weights."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
     from paceline.models.sublayers import LayerSubset
 
-_TOLERANCE: Final = 0.05  # of the size a model's name gives: names are rounded
+_TOLERANCE: Final = 0.05  # of the size in a model's name, which is rounded
 
 
 def model_of_shape(
     name: str, shape: Mapping[str, Any], dtype: torch.dtype, millions: float | None = None
 ) -> LanguageModel:
-    """A model without weights. Raises ConfigError if the shape is not that of a causal model.
+    """Return a model without weights. Raises ConfigError if the shape is not that of a causal model.
 
-    millions: the size it must have, within what a rounded name leaves open.
+    millions: its size, within the rounding of a name.
     """
     kind = shape.get("model_type")
     if not isinstance(kind, str):
@@ -52,12 +52,12 @@ def model_of_shape(
 
 
 def num_parameters(model: LanguageModel) -> int:
-    """Tied ones once."""
+    """Return the number of parameters; tied ones count once."""
     return sum(p.numel() for p in {id(p): p for p in model.model.parameters()}.values())
 
 
 def num_multiplied(model: LanguageModel) -> int:
-    """Parameters that a token is multiplied with: all but an embedding that is only looked up."""
+    """Return the number of parameters in products: all but an embedding that is only looked up."""
     embedding: Any = model.model.get_input_embeddings()
     head: Any = model.model.get_output_embeddings()
     looked_up = 0 if head.weight is embedding.weight else embedding.weight.numel()

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from paceline.config import nearest
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, suggest_name
 from paceline.learning.learners import LEARNERS
 from paceline.selection.choosers import PortableChooser
 
@@ -80,7 +79,7 @@ def train_contenders(
     """Every learner on every choice of encoders, trained once a seed; named by both where needed."""
     for learner in learners:
         if learner not in LEARNERS:
-            raise ConfigError(f"unknown learner '{learner}'{nearest(learner, list(LEARNERS))}")
+            raise ConfigError(f"unknown learner '{learner}'{suggest_name(learner, LEARNERS)}")
     pairs = [(learner, seen) for learner in learners for seen in encoders]
     parts = {seen: with_encoders(train, seen) for seen in encoders}
     contenders = []
@@ -131,7 +130,7 @@ def with_encoders(data: Dataset, encoders: Encoders) -> Dataset:
         if name not in data.spans:
             raise ConfigError(
                 f"the collection has no features of the encoder '{name}'"
-                f"{nearest(name, [*data.spans, NO_FEATURES])}"
+                f"{suggest_name(name, [*data.spans, NO_FEATURES])}"
             )
     if not encoders:  # a feature that says nothing, so that every learner has one
         nothing = np.zeros((len(data), 1), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Every recipe of the repository fits, planted mistakes do not, and a small one really runs."""
+"""Every recipe of the repository fits, planted mistakes do not, and a small recipe runs."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_sizes_and_seconds_are_those_computed_by_hand(tmp_path: Path) -> None:
     assert own.weight_bytes == own.cache_bytes == 0
     assert table.host_bytes == 8 * 300 + 20 * 1_000_000
     assert found.notes == [
-        "what table takes to draft on the host is not predicted, nor in what pays"
+        "the drafting time of table on the host is not predicted, nor included in 'pays above'"
     ]
     # two tokens a step are bound by bandwidth: weights but for the embedding, cache of two rows at 25
     multiplied = target.parameters - 300 * 64
@@ -139,8 +139,8 @@ def test_more_devices_are_faster_and_hold_more(tmp_path: Path) -> None:
     assert other.device_bytes == 2 * one.device_bytes
 
 
-def test_training_takes_six_operations_a_parameter_and_token(tmp_path: Path) -> None:
-    """By the devices it names, however many decode."""
+def test_training_takes_six_operations_per_parameter_and_token(tmp_path: Path) -> None:
+    """The training's own number of devices counts, not that of decoding."""
     trained = SMALL | {"training": {"drafter": "tiny", "tokens": 1e6, "devices": 4}}
     trained["device"] = SMALL["device"] | {"count": 2}
     found = planned(trained, tmp_path)
@@ -156,7 +156,7 @@ def test_an_embedding_that_is_tied_is_multiplied_with() -> None:
 
 
 def change(path: str, value: Any) -> dict[str, Any]:
-    """The small recipe with one entry replaced, or removed where the value is None."""
+    """Return the small recipe with one entry replaced, or removed if the value is None."""
     raw = deepcopy(SMALL)
     *above, last = path.split(".")
     place = raw
@@ -183,7 +183,7 @@ BAD = {
     "context": ("workload.new_tokens", 400, "do not fit the target's context of 256"),
     "no shape": ("drafters.tiny.shape", None, "drafter 'tiny': needs the 'shape' of its model"),
     "shape of nothing": ("drafters.own.shape", LLAMA, "has no model; remove 'shape'"),
-    "table of nothing": ("drafters.table.corpus_megabytes", None, "go together"),
+    "table of nothing": ("drafters.table.corpus_megabytes", None, "give both 'table' and"),
     "kind": ("drafters.own.kind", "layer_skp", "unknown kind 'layer_skp'"),
     "setting": ("drafters.own.settings.skip_atention", [2], "did you mean 'skip_attention'"),
     "dtype": ("target.dtype", "auto", "'target.dtype' must be float32, bfloat16 or float16"),
@@ -214,7 +214,7 @@ def test_a_file_that_is_no_recipe_is_refused(text: str, tmp_path: Path) -> None:
 
 
 def tiny_recipe(models: Path) -> dict[str, Any]:
-    """Of the tiny models on the disk, described as they are."""
+    """Return a recipe with the shapes of the tiny models on the disk."""
     raw = deepcopy(SMALL)
     shape = {key: json.loads((models / "target" / "config.json").read_text())[key] for key in LLAMA}
     raw["target"] = {"model": str(models / "target"), "dtype": "float32", "device": "cpu"}
@@ -231,7 +231,7 @@ def tiny_recipe(models: Path) -> dict[str, Any]:
 def test_missing_weights_are_named_before_anything_is_done(data: Path, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(SMALL, sort_keys=False))
-    with pytest.raises(ModelError, match="no weights here of absent/target, absent/tiny; name"):
+    with pytest.raises(ModelError, match="weights of absent/target, absent/tiny are missing; name"):
         run_recipe(load_recipe(path), tmp_path / "work", data)
     assert not (tmp_path / "work").exists()
 

@@ -1,4 +1,4 @@
-"""What `paceline data` counts, on made-up rows whose figures are known."""
+"""The counts of `paceline data` on made-up rows with known figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from paceline.contracts import GREEDY, CollectedPrompt, ReplayedDrafter, SamplingParams
 from paceline.costs import CostTable, Measurement
-from paceline.experiments.data_report import ALL, describe, plot, shares_by_drafter
+from paceline.verbs.data import ALL, plot_collection, shares_by_drafter, summarise
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,7 +20,7 @@ ARMS = ("none", "a", "a@1", "b")
 
 
 def costs() -> CostTable:
-    """A round costs the target 1 s whatever it judges; a drafter half a second a token."""
+    """Return costs: 1 s per round for the target, half a second per token for a drafter."""
     figures = [("target", "prefill", 1.0), ("target", "forward", 1.0), ("engine", "round", 0.0)]
     rows = [Measurement(s, o, n, 0, 1, t) for s, o, t in figures for n in (1, 2)]
     for name in ("a", "b"):
@@ -32,7 +32,7 @@ def costs() -> CostTable:
 def row(
     id: str, domain: str, a: list[tuple[int, int]], b: list[tuple[int, int]], **more: object
 ) -> CollectedPrompt:
-    """Five output tokens: a looked ahead from each of four places, b's own rounds."""
+    """Return a row of five output tokens: a drafts from each of four positions, b in its own rounds."""
     given = {"sampling": GREEDY, "draft_outputs": {}, **more}
     return CollectedPrompt(
         id=id, domain=domain, prompt_tokens=(1, 2), output_tokens=(3,) * 5, max_new_tokens=5,
@@ -55,7 +55,7 @@ ROWS = [
 
 
 def test_rows_and_prompts_are_counted_by_task() -> None:
-    report = describe(ROWS, ARMS, None)
+    report = summarise(ROWS, ARMS, None)
     assert list(report.tasks) == ["easy", "odd", ALL]
     easy, everything = report.tasks["easy"], report.tasks[ALL]
     assert (easy.num_rows, easy.num_prompts, easy.total_output_tokens) == (2, 1, 10)
@@ -67,7 +67,7 @@ def test_rows_and_prompts_are_counted_by_task() -> None:
 
 
 def test_acceptance_is_that_of_the_rounds() -> None:
-    found = describe(ROWS, ARMS, None).acceptance
+    found = summarise(ROWS, ARMS, None).acceptance
     assert list(found) == ["a", "b"]
     assert (found["a"]["easy"].match, found["a"]["easy"].tokens_per_round) == (1.0, 2.0)
     assert (found["a"]["odd"].match, found["a"]["odd"].tokens_per_round) == (0.0, 1.0)
@@ -78,14 +78,14 @@ def test_acceptance_is_that_of_the_rounds() -> None:
 
 def test_overlap_is_the_mean_over_the_tokens_that_were_scored() -> None:
     overlaps = {"a": {"x": np.array([1.0, 0.5]), "y": np.array([0.0]), "x@t0.5": np.array([])}}
-    found = describe(ROWS, ARMS, None, overlaps).acceptance
+    found = summarise(ROWS, ARMS, None, overlaps).acceptance
     assert (found["a"]["easy"].overlap, found["a"]["odd"].overlap) == (0.75, 0.0)
     assert found["a"][ALL].overlap == 0.5
     assert found["b"][ALL].overlap is None
 
 
 def test_the_oracle_takes_each_rows_cheapest_arm() -> None:
-    report = describe(ROWS, ARMS, costs())
+    report = summarise(ROWS, ARMS, costs())
     # none: 1 + 4; a@1 on easy: 1 + 2 * 1.5; a there: 1 + 2 * 2; b on odd: 1 + 2 + 1.5,
     # since asking for a draft costs as much as one token
     assert report.oracle["easy"].shares == {"a@1": 1.0}
@@ -96,10 +96,10 @@ def test_the_oracle_takes_each_rows_cheapest_arm() -> None:
 
 
 def test_the_figure_and_the_json_hold_every_task(tmp_path: Path) -> None:
-    report = describe(ROWS, ARMS, costs())
+    report = summarise(ROWS, ARMS, costs())
     assert set(json.loads(report.to_json())["tasks"]) == {"easy", "odd", ALL}
     for name, table in (("priced", costs()), ("bare", None)):
-        plot(describe(ROWS, ARMS, table), tmp_path / f"{name}.png")
+        plot_collection(summarise(ROWS, ARMS, table), tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -107,5 +107,5 @@ def test_rows_of_one_token_have_no_rounds() -> None:
     empty = np.zeros((0, 2), dtype=np.int64)
     bare = row("z", "short", [], [])
     bare.replays["a"], bare.replays["b"] = (ReplayedDrafter(empty, e) for e in (True, False))
-    found = describe([bare], ARMS, None).acceptance["a"]["short"]
+    found = summarise([bare], ARMS, None).acceptance["a"]["short"]
     assert (found.match, found.drafting, found.tokens_per_round) == (None, 0.0, 1.0)

@@ -1,7 +1,7 @@
-"""Learning from what was served: a decision log in, a policy out, where it is better than the one there.
+"""Learning from served requests: a decision log makes a policy, which replaces a worse one.
 
-With token ids in the log every drafter is replayed on what was served; without, the choices alone are
-learned from, see `learning.from_choices`.
+With token ids in the log every drafter is replayed on the served answers; without, the policy is
+learned from the choices alone, see `learning.from_choices`.
 """
 
 from __future__ import annotations
@@ -13,37 +13,32 @@ import numpy as np
 
 from paceline.assembly import Pace, build, policy_identity
 from paceline.collection import collect_log
+from paceline.contracts import no_progress
 from paceline.costs.table import CostTable
 from paceline.drafting.catalog import arms_of
 from paceline.errors import ArtefactError, ConfigError
-from paceline.experiments.evaluation import identity_of
-from paceline.learning import learn as learn_policy
 from paceline.learning import learn_from_choices
 from paceline.learning.dataset import build_dataset, split
 from paceline.learning.rollout import Replayed, adopt, not_compared
-from paceline.replay import price_stops
 from paceline.selection import is_policy, load_policy
 from paceline.selection.artefact import read_card
 from paceline.selection.encoders import build_encoder
 from paceline.store import read_decisions
-from paceline.store.collection import load_collection
+from paceline.verbs.pipeline import load_priced, train
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from paceline.config import Config
+    from paceline.contracts import Progress
     from paceline.learning import ChoicesResult, LearningResult
     from paceline.learning.dataset import Dataset
     from paceline.learning.rollout import Verdict
     from paceline.selection import Policy, PolicyIdentity
 
-    OnProgress = Callable[[str, int, int], None]
-
 
 class LearnedFromLog(NamedTuple):
-    """A policy learned from served requests; notes say what was left out of the log, and why.
+    """A policy learned from served requests; notes give the number of ignored decisions by reason.
 
-    verdict: why it took the place of the one that was there, or did not; None where there was none.
+    verdict: the reason for which it replaced the current policy or did not; None without a current one.
     """
 
     learned: LearningResult | ChoicesResult
@@ -51,14 +46,12 @@ class LearnedFromLog(NamedTuple):
     notes: list[str]
 
 
-def learn_from_log(
-    config: Config, on_progress: OnProgress = lambda stage, done, total: None
-) -> LearnedFromLog:
-    """Train a policy from the configuration's decision log; write it if it is better than the current.
+def learn_from_log(config: Config, on_progress: Progress = no_progress) -> LearnedFromLog:
+    """Train a policy on the configuration's decision log; write it if it is better than the current one.
 
-    With token ids, what was served joins the collection, every drafter is replayed on it, and the
-    policy is learned from the whole. Without, it is learned from the choices alone, which takes a log
-    of a policy that explored.
+    With token ids, the served answers are added to the collection, every drafter is replayed on them,
+    and the policy is learned from the whole collection. Without, it is learned from the choices alone,
+    which needs the log of a policy that explores. Raises ConfigError without a log folder.
     """
     if config.log.folder is None:
         raise ConfigError("there is no log to learn from; set log.folder in the configuration")
@@ -81,22 +74,15 @@ def learn_from_log(
 
 
 def _learn_if_better(
-    config: Config, on_progress: OnProgress
+    config: Config, on_progress: Progress
 ) -> tuple[LearningResult, Verdict | None]:
-    """`learn`, but the policy there stays unless the new one beats it on the held-out prompts."""
-    encoders = config.selection.encoders
-    collection = load_collection(config.paths.store, list(config.drafters), encoders)
-    identity = identity_of(collection)
-    costs = CostTable.load(config.paths.costs)
-    prompts = price_stops(collection.prompts, config, costs)
-    encode = build_encoder(identity.hidden_size, config.selection)
-    learned = learn_policy(
-        prompts, costs, identity, arms_of(config), config.learning, on_progress, encode=encode
-    )
-    current, why_not = _current_policy(config, identity)
-    verdict = None if why_not is None else not_compared(len(prompts), why_not)
+    """Learn, and write the policy if it beats the current one on the held-out prompts."""
+    priced = load_priced(config)
+    learned = train(priced, config, on_progress)
+    current, why_not = _current_policy(config, priced.identity)
+    verdict = None if why_not is None else not_compared(len(priced.prompts), why_not)
     if current is not None:
-        dataset, _ = build_dataset(prompts, arms_of(config), costs, config.learning)
+        dataset, _ = build_dataset(priced.prompts, arms_of(config), priced.costs, config.learning)
         _, held_out = split(dataset, config.learning.held_out)
         verdict = adopt(Replayed(_seconds(current, held_out), _seconds(learned.policy, held_out)))
     if verdict is None or verdict.adopt:
@@ -105,7 +91,7 @@ def _learn_if_better(
 
 
 def _current_policy(config: Config, identity: PolicyIdentity) -> tuple[Policy | None, str | None]:
-    """(the policy there, None) or (None, why it cannot be compared); both None where there is none."""
+    """Return (policy, None), (None, reason not to compare it) or, without a policy, (None, None)."""
     folder, path = config.paths.policy, config.paths.costs
     if not is_policy(folder):
         return None, None
@@ -113,19 +99,19 @@ def _current_policy(config: Config, identity: PolicyIdentity) -> tuple[Policy | 
     try:
         policy = load_policy(folder, identity, costs, selection=config.selection)
     except ArtefactError as error:
-        return None, f"it cannot be compared; delete it to have another: {error}"
+        return None, f"it cannot be compared; delete it to replace it: {error}"
     if read_card(folder).encoders != dict(identity.encoders):
-        return None, "it sees other features, so it was not compared; delete it to have another"
+        return None, "it has other features, so it was not compared; delete it to replace it"
     if not set(policy.arms) <= set(arms_of(config)):
         return (
             None,
-            "it chooses among other arms, so it was not compared; delete it to have another",
+            "it chooses among other arms, so it was not compared; delete it to replace it",
         )
     return policy, None
 
 
 def _seconds(policy: Policy, prompts: Dataset) -> np.ndarray:
-    """[N] predicted, of what a policy chooses on prompts."""
+    """Return the [N] predicted seconds of a policy's choices."""
     places = np.array([prompts.arms.index(arm) for arm in policy.arms])
     preferred = policy.chooser.preferences(prompts.features, prompts.situation())
     return np.asarray(

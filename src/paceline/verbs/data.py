@@ -1,6 +1,6 @@
-"""What a collection holds, as a table, a figure and JSON: rows, tasks, acceptance, who would win.
+"""`paceline data` as a function: the rows, tasks and acceptance of a collection, and the fastest arms.
 
-Acceptance is counted along the target's texts and knows no costs; who would be fastest is priced with
+Acceptance is counted along the target's texts and knows no costs. The fastest arms are predicted with
 this machine's cost table where there is one. Symbols: N rows, A arms.
 """
 
@@ -16,17 +16,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from paceline.contracts import NONE, sampling_label, split_arm
-from paceline.layer_search.plot import import_figure
+from paceline.costs.table import CostTable
+from paceline.drafting.catalog import arms_of
+from paceline.errors import ArtefactError
 from paceline.learning.rounds import round_table
-from paceline.replay import rounds_of
+from paceline.plotting import import_figure
+from paceline.replay import price_stops, rounds_of
+from paceline.store.collection import load_collection, read_overlaps
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
     from typing import Any
 
+    from paceline.config import Config
     from paceline.contracts import CollectedPrompt
-    from paceline.costs.table import CostTable
 
 ALL = "all"
 
@@ -37,7 +41,7 @@ class TaskData:
 
     num_rows: int
     num_prompts: int
-    samplings: dict[str, int]  # rows by sampling, `greedy` or `t0.8,p0.95`
+    samplings: dict[str, int]  # number of rows by sampling, `greedy` or `t0.8,p0.95`
     prompt_tokens: int  # median
     output_tokens: int  # median
     total_output_tokens: int
@@ -47,42 +51,73 @@ class TaskData:
 class Acceptance:
     """One drafter, at its configured length, on the rows of one task."""
 
-    match: float | None  # the share of drafts whose first token was right; None without a draft
-    drafting: float  # the share of rounds that had a draft
+    match: float | None  # share of drafts whose first token is accepted; None without a draft
+    drafting: float  # share of rounds with a draft
     tokens_per_round: float  # emitted, the target's own token included
-    overlap: float | None = None  # mean sum of min(p, q) over the outputs' tokens, where scored
+    overlap: float | None = None  # mean sum of min(p, q) over the scored tokens of the outputs
 
 
 @dataclass(frozen=True, slots=True)
 class Oracle:
-    """Which arm would have been fastest on each row of one task, by predicted seconds."""
+    """The arm with the fewest predicted seconds on each row of one task."""
 
-    shares: dict[str, float]  # arm -> share of rows; arms without any are left out
-    speedup: float  # all rows' seconds under `none` over those under each row's fastest arm
+    shares: dict[str, float]  # arm -> share of rows, of arms with any row
+    speedup: float  # seconds of all rows under `none` over those under each row's fastest arm
 
 
 @dataclass(slots=True)
 class DataReport:
-    """A collection, by task; the last one is `all`."""
+    """The figures of a collection, by task; the last task is `all`."""
 
     tasks: dict[str, TaskData]
-    acceptance: dict[str, dict[str, Acceptance]]  # drafter -> task ->
+    acceptance: dict[str, dict[str, Acceptance]]  # drafter -> task -> figures
     oracle: dict[str, Oracle]  # by task; empty without a cost table
-    writers: dict[str, int]  # who wrote outputs of their own -> rows that have one
+    writers: dict[str, int]  # model with outputs of its own -> number of rows with one
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
+        """Return the report as JSON."""
         return json.dumps(asdict(self), indent=1, ensure_ascii=False)
 
 
-def describe(
+def data(config: Config) -> DataReport:
+    """Describe the configuration's collection, priced with its cost table where there is one.
+
+    Raises StoreError if there is no collection.
+    """
+    collection = load_collection(config.paths.store, encoders=())
+    collected = {name: line for name, line in collection.identity.arms.items() if name != NONE}
+    notes = [
+        f"'{name}' is configured and not in the collection; `paceline collect PROMPTS` adds it"
+        for name in config.drafters
+        if name not in collected
+    ]
+    arms = [arm for arm in arms_of(config) if split_arm(arm)[0] in {NONE, *collected}]
+    costs, prompts = None, collection.prompts
+    try:
+        costs = CostTable.load(config.paths.costs)
+        # a drafter that is no longer configured has no price
+        priced = {name: line for name, line in collected.items() if name in config.drafters}
+        costs.check(priced, priced)
+        prompts = price_stops(prompts, config, costs)
+    except ArtefactError as error:
+        costs = None
+        notes.append(f"the fastest drafters are not known: {error}")
+    report = summarise(prompts, arms, costs, read_overlaps(config.paths.store))
+    report.notes.extend(notes)
+    return report
+
+
+def summarise(
     prompts: Sequence[CollectedPrompt],
     arms: Sequence[str],
     costs: CostTable | None,
     overlaps: Mapping[str, Mapping[str, np.ndarray]] = MappingProxyType({}),
 ) -> DataReport:
-    """arms: those an oracle chooses among, drafters at draft lengths; costs: None leaves that out.
-    overlaps: drafter -> row's id -> sums of min(p, q), where the collection has them.
+    """Return a report of collected prompts.
+
+    arms: the arms that the oracle chooses among. costs: None leaves the oracle out. overlaps: drafter
+    -> id of a row -> sums of min(p, q), where the collection has them.
     """
     by_task: dict[str, list[CollectedPrompt]] = {}
     for prompt in sorted(prompts, key=lambda p: p.domain):
@@ -119,7 +154,7 @@ def _task(rows: Sequence[CollectedPrompt]) -> TaskData:
 def _acceptance(
     rows: Sequence[CollectedPrompt], drafter: str, overlaps: Mapping[str, np.ndarray]
 ) -> Acceptance:
-    # every place where a round might start, where that is known
+    # every position at which a round may start, if replay knows all of them
     places = np.concatenate([p.replays[drafter].table for p in rows]).astype(np.int64)
     rounds = np.concatenate([rounds_of(p, drafter) for p in rows]).astype(np.int64)
     drafts = places[places[:, 0] > 0]
@@ -151,15 +186,15 @@ def _oracles(
 
 
 def shares_by_drafter(oracle: Oracle) -> dict[str, float]:
-    """The same over drafters, draft lengths taken together."""
+    """Return the shares by drafter, over all its draft lengths."""
     shares: Counter[str] = Counter()
     for arm, share in oracle.shares.items():
         shares[split_arm(arm)[0]] += share  # type: ignore[assignment]
     return dict(shares)
 
 
-def plot(report: DataReport, path: Path) -> None:
-    """Write a PNG: tokens a round by drafter and task, and who would be fastest in each task."""
+def plot_collection(report: DataReport, path: Path) -> None:
+    """Write a PNG: tokens per round by drafter and task, and the fastest drafters by task."""
     priced = bool(report.oracle)
     figure = import_figure()(figsize=(11 if priced else 6.5, 4.5), layout="constrained")
     panels = figure.subplots(1, 2 if priced else 1, squeeze=False)[0]
@@ -178,7 +213,7 @@ def _draw_acceptance(axes: Any, report: DataReport) -> None:
         axes.bar(np.arange(len(tasks)) + i * width, heights, width, label=name)
     axes.axhline(1.0, color="0.3", linewidth=0.8, linestyle=":")
     axes.set_xticks(np.arange(len(tasks)) + 0.4 - width / 2, tasks)
-    axes.set(ylabel="tokens a round", title="what drafts bring, at configured lengths")
+    axes.set(ylabel="tokens per round", title="acceptance at configured lengths")
     if drafters:
         axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
@@ -194,5 +229,5 @@ def _draw_oracle(axes: Any, report: DataReport) -> None:
         below += heights
     labels = [f"{task}\n{report.oracle[task].speedup:.2f}x" for task in tasks]
     axes.set_xticks(np.arange(len(tasks)), labels)
-    axes.set(ylabel="share of rows", title="the fastest drafter of each row, at its best length")
+    axes.set(ylabel="share of rows", title="fastest drafter of each row, at its best length")
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -1,9 +1,9 @@
-"""A check of every causal language model of transformers, tiny: exact, or refused.
+"""A check of a tiny version of every causal language model of transformers: exact, or refused.
 
 Configurations are made small by the names of their fields, with windows shorter than the texts, so new
 architectures of transformers are included automatically. Weights are random and large. `judge` loads a
 model as a user would and compares greedy text with `generate`'s: several lengths in one batch, chains
-and trees that are partly wrong. Used by `scripts/models_table.py` and the tests.
+and trees that are partly wrong. Used by `models_table.py` and the tests.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Result = Literal["lean", "transformers", "refused", "not built", "wrong"]
 CONTEXT: Final = 256
 WINDOW: Final = 8
 NUM_LAYERS: Final = 4
-# one is past every window, one is past a block of the cache, one meets a window while it is decoded
+# lengths above every window, below every window, and above a block of the cache
 PROMPTS: Final = (37, 5, 126)
 NEW_TOKENS: Final = 14
 _MOST_PARAMETERS: Final = 16_000_000
@@ -93,7 +93,7 @@ _FIELDS: Final[dict[str, Any]] = {
     "num_kv_shared_layers": 0,
     "first_k_dense_replace": 1,
     "is_decoder": True,
-    # not 1, so that a forgotten factor shows
+    # not 1, so that a missing factor changes the text
     "logits_scaling": 3.0,
     "residual_multiplier": 0.5,
     "embedding_multiplier": 2.0,
@@ -101,10 +101,10 @@ _FIELDS: Final[dict[str, Any]] = {
 }  # fmt: skip
 _SPECIAL: Final = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
-# Set even if their default is None.
+# Set even if the default is None.
 _ALWAYS: Final = frozenset({*_SPECIAL, "sliding_window", "max_position_embeddings", "head_dim"})
 
-# Exceptions by model type.
+# Other settings per model type.
 _OVERRIDES: Final[dict[str, dict[str, Any]]] = {
     "bamba": {"attn_layer_indices": [1], "mamba_d_head": 16},
     "cohere_compass_text": {"layer_types": None},
@@ -130,7 +130,7 @@ _OVERRIDES: Final[dict[str, dict[str, Any]]] = {
 def architectures() -> list[tuple[str, str]]:
     """Return (class name, model type) of every causal LM of the installed transformers.
 
-    By names alone: their code is imported when one is judged.
+    From names only; a model's code is imported when it is judged.
     """
     found: dict[str, str] = {}
     for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
@@ -145,7 +145,7 @@ def tiny_config(config_class: Any) -> PreTrainedConfig:
     model_type = default.model_type
     small = {name: value for name, value in {**_FIELDS, **_SPECIAL}.items() if name in known}
     for name in list(small):
-        # None is a feature that is off, and a list has a length that other fields decide
+        # None turns a feature off, and the length of a list depends on other fields
         if name not in _ALWAYS and not isinstance(getattr(default, name, None), int | float):
             del small[name]
     if "layer_types" in known and isinstance(default.layer_types, list | tuple):
@@ -156,7 +156,7 @@ def tiny_config(config_class: Any) -> PreTrainedConfig:
     for name in getattr(default, "sub_configs", {}):
         if hasattr(getattr(default, name, None), "model_type"):
             small[name] = tiny_config(type(getattr(default, name)))
-    if "kv_lora_rank" in known:  # multi-head latent attention: the head size is made of parts
+    if "kv_lora_rank" in known:  # multi-head latent attention: head sizes have parts
         small.pop("head_dim", None)
         small["num_key_value_heads"] = 4
     small.update(_OVERRIDES.get(model_type, {}))
@@ -167,7 +167,7 @@ def tiny_config(config_class: Any) -> PreTrainedConfig:
 def tiny_of(config_class: Any, seed: int = 0) -> PreTrainedModel:
     """Build a random model of a configuration class in float32, without special tokens.
 
-    Raises what the model's code raises if it rejects the small configuration.
+    Raises any error of the model's code, and ValueError for a model that is not small.
     """
     auto: Any = AutoModelForCausalLM
     with quiet_transformers():
@@ -192,7 +192,7 @@ def tiny_of(config_class: Any, seed: int = 0) -> PreTrainedModel:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """One architecture's line of the table."""
+    """The result of one architecture, a line of the table."""
 
     architecture: str
     result: Result
@@ -207,8 +207,8 @@ def judge(name: str, model_type: str) -> Judgement:
         expected = [_generate(model, prompt) for prompt in prompts]
     except Exception as error:  # noqa: BLE001 - any failure of the model's code
         return Judgement(name, "not built", _first_line(error))
-    everything = [[*p, *e] for p, e in zip(prompts, expected, strict=True)]
-    drafters = {"chain": _chain(everything), "tree": _tree(everything)}
+    texts = [[*p, *e] for p, e in zip(prompts, expected, strict=True)]
+    drafters = {"chain": _chain(texts), "tree": _tree(texts)}
     try:
         pace = load(target=model, tokenizer=byte_tokenizer(), drafters=drafters)
     except ModelError as error:
@@ -218,23 +218,18 @@ def judge(name: str, model_type: str) -> Judgement:
     for drafter in ("none", "chain", "tree"):
         for batch in (prompts, prompts[:1]):
             try:
-                requests = [
-                    pace.request(
-                        p, id=str(i), drafter=drafter, max_new_tokens=NEW_TOKENS, ignore_eos=True
-                    )
-                    for i, p in enumerate(batch)
-                ]
-                texts = {c.request_id: list(c.token_ids) for c in pace.stream(requests)}
+                settings = {"max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+                done = pace.generate(batch, drafter=drafter, **settings)
             except Exception as error:  # noqa: BLE001 - a model that loaded must not fail
                 return Judgement(name, "wrong", f"{drafter}: {_first_line(error)}")
-            for i in range(len(batch)):
-                if texts[str(i)] != expected[i]:
-                    where = f"{len(batch)} rows, a prompt of {len(batch[i])} tokens"
-                    return Judgement(name, "wrong", f"{drafter}, {where}: another text")
+            for prompt, completion, tokens in zip(batch, done, expected, strict=False):
+                if completion.token_ids != tokens:
+                    where = f"{len(batch)} rows, a prompt of {len(prompt)} tokens"
+                    return Judgement(name, "wrong", f"{drafter}, {where}: different text")
     return Judgement(name, pace.parts.target.forward_kind)  # type: ignore[arg-type]
 
 
-_SAYS: Final[dict[Result, str]] = {
+_RESULTS: Final[dict[Result, str]] = {
     "lean": "exact, lean forward",
     "transformers": "exact, transformers' forward",
     "refused": "refused",
@@ -246,7 +241,7 @@ _SAYS: Final[dict[Result, str]] = {
 def table(judged: Sequence[Judgement]) -> str:
     """Return a Markdown table of all architectures, after a line of circumstances."""
     exact = [j for j in judged if j.result in ("lean", "transformers")]
-    counts = {result: sum(j.result == result for j in judged) for result in _SAYS}
+    counts = {result: sum(j.result == result for j in judged) for result in _RESULTS}
     lines = [
         f"transformers {transformers.__version__}, torch {torch.__version__}, float32 on a CPU: "
         f"{len(exact)} exact, {counts['refused']} refused, {counts['not built']} not tried, of "
@@ -257,7 +252,7 @@ def table(judged: Sequence[Judgement]) -> str:
     ]
     for j in judged:
         reason = j.reason.replace("|", "/").replace("<", "&lt;")
-        lines.append(f"| {j.architecture} | {_SAYS[j.result]} | {reason} |")
+        lines.append(f"| {j.architecture} | {_RESULTS[j.result]} | {reason} |")
     return "\n".join(lines)
 
 
@@ -280,27 +275,27 @@ def _generate(model: Any, prompt: Sequence[int]) -> list[int]:
     return tokens
 
 
-def _following(everything: Sequence[Sequence[int]], tokens: Sequence[int], n: int) -> list[int]:
-    """Return the right next tokens of the row that begins with these tokens."""
-    text = next((t for t in everything if list(t[: len(tokens)]) == list(tokens)), None)
+def _continuation(texts: Sequence[Sequence[int]], tokens: Sequence[int], n: int) -> list[int]:
+    """Return the next n tokens of the text that begins with these tokens."""
+    text = next((t for t in texts if list(t[: len(tokens)]) == list(tokens)), None)
     return [] if text is None else list(text[len(tokens) : len(tokens) + n])
 
 
-def _chain(everything: Sequence[Sequence[int]]) -> ScriptedDrafter:
-    """Make a drafter of chains of two right tokens and then wrong ones."""
+def _chain(texts: Sequence[Sequence[int]]) -> ScriptedDrafter:
+    """Return a drafter of chains with two right tokens and then wrong ones."""
 
     def function(tokens: Sequence[int], limit: int) -> list[int]:
-        right = _following(everything, tokens, limit)
+        right = _continuation(texts, tokens, limit)
         return right[:2] + [token ^ 1 for token in right[2:]]
 
     return ScriptedDrafter("chain", function, num_draft_tokens=4)
 
 
-def _tree(everything: Sequence[Sequence[int]]) -> ScriptedTree:
-    """Make a drafter of trees with a wrong first branch and a right one with a wrong third token."""
+def _tree(texts: Sequence[Sequence[int]]) -> ScriptedTree:
+    """Return a drafter of trees: a wrong branch, and a right one whose third token is wrong."""
 
     def function(tokens: Sequence[int], limit: int) -> tuple[list[int], list[int]]:
-        right = _following(everything, tokens, min(limit, 3))
+        right = _continuation(texts, tokens, min(limit, 3))
         if len(right) < 3:
             return [], []
         a, b, c = right
@@ -310,15 +305,15 @@ def _tree(everything: Sequence[Sequence[int]]) -> ScriptedTree:
 
 
 def _reason(name: str, error: str) -> str:
-    """Return why a model was refused, without what its line of the table says already."""
+    """Return the reason of a refusal, without the words that the table's line repeats."""
     reason = error.removeprefix("target: ")
     differs = re.fullmatch(
         r"the packed forward of \w+ differs .*?; this .*? supported(?:: (.*))?", reason
     )
     if differs is not None:
         return differs[1] or "its logits on packed rows differ from its own forward's"
-    for start in (f"{name} is not supported: ", f"{name} cannot run the packed forward: "):
-        reason = reason.removeprefix(start)
+    for prefix in (f"{name} is not supported: ", f"{name} cannot run the packed forward: "):
+        reason = reason.removeprefix(prefix)
     return reason
 
 

@@ -1,7 +1,7 @@
-"""How well predicted seconds agree with clocked ones: how large the errors are, who is faster.
+"""Agreement of predicted seconds with clocked ones: the size of the errors, and the order of arms.
 
-Knows no arm and no model. A ranking looks at pairs that the prediction tells apart; pairs nearer to
-each other than that may come out either way by the clock, and nothing hangs on them.
+Knows no arm and no model. A ranking counts only pairs that the prediction separates. The clock may
+order closer pairs either way, and their order does not matter.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-APART: Final = 0.05  # how much slower the slower of a pair is predicted to be, at least
+APART: Final = 0.05  # least relative difference of the predicted seconds of a pair that counts
 
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """Pairs predicted to differ, and how many of them the clock puts in the same order."""
+    """The number of pairs that the prediction separates, and of those in the clock's order."""
 
     pairs: int
     right: int
 
     @property
     def share_right(self) -> float:
-        """1 where there was nothing to tell apart."""
+        """The share of pairs in the clock's order, 1 without pairs."""
         return self.right / self.pairs if self.pairs else 1.0
 
     @property
     def tau(self) -> float:
-        """Kendall's tau over these pairs: 1 all in order, 0 as good as tossing, -1 all reversed."""
+        """Kendall's tau over these pairs: 1 all in order, 0 as good as chance, -1 all reversed."""
         return 2.0 * self.share_right - 1.0
 
     def __add__(self, other: Ranking) -> Ranking:
@@ -41,7 +41,7 @@ class Ranking:
 def ranking(
     predicted: Mapping[str, float], clocked: Mapping[str, float], apart: float = APART
 ) -> Ranking:
-    """Compare seconds by name. Where the clock shows no difference, the order counts as wrong."""
+    """Compare seconds by name. A pair for which the clock shows no difference counts as wrong."""
     pairs = right = 0
     for a, b in combinations(predicted, 2):
         fast, slow = sorted((a, b), key=predicted.__getitem__)
@@ -52,10 +52,10 @@ def ranking(
 
 
 def median_error(pairs: Iterable[tuple[float, float]]) -> float:
-    """Median of |predicted - clocked| / clocked over (predicted, clocked)."""
+    """Return the median of |predicted - clocked| / clocked over (predicted, clocked)."""
     return median(abs(predicted / clocked - 1.0) for predicted, clocked in pairs)
 
 
 def bias(pairs: Sequence[tuple[float, float]]) -> float:
-    """Sum of the predicted over that of the clocked, less one: which way the errors lie."""
+    """Return the sum of the predicted over the sum of the clocked seconds, less one."""
     return sum(p for p, _ in pairs) / sum(c for _, c in pairs) - 1.0

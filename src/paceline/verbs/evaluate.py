@@ -1,10 +1,11 @@
-"""`paceline evaluate` as a function: a configuration's own files in, an evaluation out."""
+"""`paceline evaluate` as a function of a configuration's own files."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
 from paceline.bench.circumstances import circumstances
+from paceline.contracts import no_progress
 from paceline.costs.table import CostTable
 from paceline.drafting.catalog import arms_of
 from paceline.errors import ConfigError, StoreError
@@ -18,23 +19,19 @@ from paceline.learning.evaluation import (
 )
 from paceline.models.loading import load_tokenizer
 from paceline.replay import price_stops
-from paceline.selection import PolicyIdentity, load_policy
+from paceline.selection import load_policy
 from paceline.selection.artefact import read_card
 from paceline.store.collection import load_collection
+from paceline.verbs.pipeline import identity_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from paceline.config import Config
+    from paceline.contracts import Progress
     from paceline.learning.dataset import Dataset
     from paceline.store.collection import LoadedCollection
-
-    OnProgress = Callable[[str, int, int], None]
-
-
-def _quiet(stage: str, done: int, total: int) -> None:
-    """No progress."""
 
 
 def evaluate(
@@ -46,14 +43,15 @@ def evaluate(
     loads: Sequence[int] = (1,),
     on: Mapping[str, Path] | None = None,
     leave_one_task_out: bool = False,
-    on_progress: OnProgress = _quiet,
+    on_progress: Progress = no_progress,
 ) -> Evaluation:
-    """Price the collection anew and compare policies with every other way to choose.
+    """Price the collection and compare policies with other ways to choose, on held-out prompts.
 
     compare: learners to train on the training part, with each of `encoders` (None: all that were
-    collected, (): none) and so many `seeds`; without any, the saved policy is evaluated. loads: rows
-    in flight. on: folders of other collections by name. leave_one_task_out: also train on all tasks
-    but one and test on that one, with the compared learners or the configuration's.
+    collected, (): none) and this number of `seeds`; without learners, the saved policy is evaluated.
+    loads: numbers of rows in flight. on: folders of other collections by name. leave_one_task_out:
+    also train on all tasks but one and test on that one, with the compared learners or the
+    configuration's. Raises ConfigError, StoreError or ArtefactError with the remedy.
     """
     _check(compare, encoders, seeds, loads, leave_one_task_out)
     seen = config.selection.encoders if compare else list(read_card(config.paths.policy).encoders)
@@ -66,7 +64,7 @@ def evaluate(
     if not compare:
         policy = load_policy(config.paths.policy, identity, costs, selection=config.selection)
         arms, contenders = policy.arms, [Contender(POLICY, (policy.chooser,))]
-        # its own training part, whatever the configuration says now
+        # the policy's own training part, which the configuration may have changed
         share = read_card(config.paths.policy).learner.get("held_out", settings.held_out)
         settings = settings.model_copy(update={"held_out": share})
         notes = list(policy.notes)
@@ -78,7 +76,7 @@ def evaluate(
         learners = compare or [settings.learner]
         return train_contenders(part, learners, encoders, settings, seeds, on_progress)
 
-    others = {}  # before anything is trained: what is wrong shows at once
+    others = {}  # read first, so that an error shows before anything is trained
     for name, folder in (on or {}).items():
         other = load_collection(folder, list(config.drafters), seen)
         _check_alike(collection, other, folder)
@@ -100,18 +98,6 @@ def evaluate(
     return Evaluation(tuple(sections), _facts(config, costs, settings.objective, seeds))
 
 
-def identity_of(collection: LoadedCollection) -> PolicyIdentity:
-    """What a policy learned from a collection is tied to."""
-    made_with = collection.identity
-    return PolicyIdentity(
-        target=made_with.target,
-        tokenizer=made_with.tokenizer,
-        hidden_size=made_with.hidden_size,
-        drafters=made_with.arms,
-        encoders=made_with.encoders,
-    )
-
-
 def _check(
     compare: Sequence[str],
     encoders: Sequence[tuple[str, ...] | None],
@@ -124,7 +110,7 @@ def _check(
     trains = bool(compare) or leave_one_task_out
     if not trains and (seeds > 1 or list(encoders) != [None]):
         raise ConfigError(
-            "seeds and encoders are of policies that are trained here; name learners with --compare"
+            "seeds and encoders are for policies that are trained here; name learners with --compare"
         )
 
 
@@ -132,21 +118,25 @@ _PLURAL: Final = {"target": "weights", "arms": "drafters"}
 
 
 def _check_alike(collection: LoadedCollection, other: LoadedCollection, folder: Path) -> None:
-    """Raises StoreError unless both were made with the same target, features and drafters."""
+    """Raise StoreError unless both were made with the same target, features and drafters."""
     for name, expected in collection.identity._asdict().items():
         found = getattr(other.identity, name)
         if found != expected:
+            differing = f"{found}, expected {expected}"
+            if isinstance(expected, dict):
+                names = {**expected, **found}
+                differing = ", ".join(n for n in names if found.get(n) != expected.get(n))
             raise StoreError(
-                f"{folder}: was collected with other {_PLURAL.get(name, name)} than the collection "
-                f"that was learned from: {found}, expected {expected}; collect it again"
+                f"{folder}: was collected with other {_PLURAL.get(name, name)} than the collection of "
+                f"the configuration ({differing}); collect it again"
             )
 
 
 def _facts(config: Config, costs: CostTable, objective: object, seeds: int) -> dict[str, object]:
-    """The circumstances of the figures."""
+    """Return the circumstances of the figures."""
     made = circumstances()
     machine = next((v for k, v in costs.fingerprint.items() if k in ("device", "cpu")), "")
-    facts = {
+    return {
         "collection": str(config.paths.store),
         "cost table": f"{costs.hash()[:12]} {machine}".strip(),
         "objective": objective,
@@ -156,4 +146,3 @@ def _facts(config: Config, costs: CostTable, objective: object, seeds: int) -> d
         "date": made["date"],
         "command": made["command"],
     }
-    return facts

@@ -1,0 +1,283 @@
+"""Workloads for the cost table: the work of a round, on rows without a request, timed piece by piece.
+
+A workload prepares its rows once and then times several cells of the table. Texts are random ids. In
+every other repeat they are a few ids again and again, so that lookup drafters find something to
+propose. This module knows no prompts and no statistics. A width is 1 + drafted tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from contextlib import contextmanager
+from itertools import cycle, islice
+from time import perf_counter
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from paceline.contracts import NONE, Request
+from paceline.costs.table import ENGINE, FORWARD, PREFILL, PROPOSE, ROUND, START, TARGET
+from paceline.drafting.contract import Draft, blaming, prepare_all
+from paceline.drafting.foresight import cache_text
+from paceline.engine import Driver, Engine
+from paceline.engine.rows import Row
+from paceline.engine.step import propose, verify
+from paceline.errors import DrafterError
+from paceline.models.packing import Span
+from paceline.verification import judge
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from paceline.assembly import Parts
+    from paceline.drafting.base import Drafter
+    from paceline.models.sublayers import LayerSubset
+
+    Cell = tuple[str, str, int, int, int]  # subject, operation, tokens, context, rows
+    Times = list[tuple[Cell, float]]  # seconds of each cell
+    Workload = Callable[[int, random.Random], Times]  # of a repeat's number and a random order
+
+SKIPPING: Final = "skipping"  # the subject of forwards that leave sub-layers out
+_PERIOD: Final = 7
+_ENGINE_TOKENS: Final = 16
+
+
+# --- the target -----------------------------------------------------------------------------------
+
+
+def time_forwards(
+    parts: Parts,
+    rows: Sequence[Row],
+    context: int,
+    shapes: Sequence[Sequence[int]],
+    repeat: int,
+    order: random.Random,
+) -> Times:
+    """Time verification as in a round: forward, unembedding and judging of all rows' tokens.
+
+    shapes: for each cell the tokens that each of the first rows drafts.
+    """
+    times: Times = []
+    for shape in order.sample(shapes, len(shapes)):
+        with _shortened(rows[: len(shape)], context) as shortened:
+            chains = [Draft(_text(parts, length, order)) for length in shape]
+            began = perf_counter()
+            judge(shortened, chains, verify(shortened, chains, parts.target))
+            cell = (TARGET, FORWARD, 1 + sum(shape), context, len(shape))
+            times.append((cell, perf_counter() - began))
+    return times
+
+
+def time_skipping(
+    parts: Parts,
+    row: Row,
+    context: int,
+    subsets: Mapping[str, LayerSubset],
+    repeat: int,
+    order: random.Random,
+) -> Times:
+    """Time forwards of one token that leave sub-layers out, with unembedding and copy to the host.
+
+    subsets: operation -> the sub-layers to leave out.
+    """
+    token, span = torch.tensor(row.tokens[context : context + 1]), [Span(row.slot, context, 1)]
+    times: Times = []
+    for operation in order.sample(list(subsets), len(subsets)):
+        began = perf_counter()
+        hidden = parts.target.forward(token, span, skip=subsets[operation])
+        parts.target.unembed(hidden).argmax(dim=-1).tolist()
+        times.append(((SKIPPING, operation, 1, context, 1), perf_counter() - began))
+    return times
+
+
+@contextmanager
+def _shortened(rows: Sequence[Row], context: int) -> Iterator[Sequence[Row]]:
+    """Shorten the texts of cached rows to one token more than `context`, for a while."""
+    whole = [(row.tokens, row.num_cached) for row in rows]
+    for row in rows:
+        row.tokens, row.num_cached = row.tokens[: context + 1], context
+    yield rows
+    for row, (text, num_cached) in zip(rows, whole, strict=True):
+        row.tokens, row.num_cached = text, num_cached
+
+
+def time_prefill(
+    parts: Parts, driver: Driver, num_prompt: int, repeat: int, order: random.Random
+) -> Times:
+    """Time the target's prefill of a prompt."""
+    request = Request("", tuple(_text(parts, num_prompt, order)), 1, drafter=NONE)
+    (completion,) = driver.generate([request])
+    return [((TARGET, PREFILL, num_prompt, 0, 1), completion.seconds.prefill)]
+
+
+def time_rounds(
+    parts: Parts, driver: Driver, arm: str, num_rows: int, repeat: int, order: random.Random
+) -> Times:
+    """Time the host's part of a round: all seconds but those of prefill, choice, draft and forward."""
+    num_prompt = min(16, parts.target.context_length)
+    requests = [
+        Request("", tuple(_text(parts, num_prompt, order)), _ENGINE_TOKENS, drafter=arm)
+        for _ in range(num_rows)
+    ]
+    with parts.drafters[arm].at_full_length():
+        done = list(driver.generate(requests))
+    work = sum(c.seconds.total - c.seconds.commit for c in done)
+    host = max(0.0, max(c.seconds_total for c in done) - work)
+    return [((ENGINE, ROUND, 0, 0, num_rows), host / max(1, *(len(c.rounds) for c in done)))]
+
+
+# --- drafters -------------------------------------------------------------------------------------
+
+
+def time_drafts(
+    parts: Parts,
+    arm: str,
+    lengths: Sequence[int],
+    row_counts: Sequence[int],
+    cached: Row,
+    context: int,
+    repeat: int,
+    order: random.Random,
+) -> Times:
+    """Time a drafter's start, then drafts of every length for each number of rows.
+
+    row_counts: ascending; the start is a cell only of one row alone. Texts grow by a token between
+    two drafts. cached: a row of the target, see `_evict_weights`.
+    """
+    longest = context + 3 + len(lengths) * len(row_counts)
+    texts = [_text(parts, longest, order, _period(repeat)) for _ in range(row_counts[-1])]
+    times: Times = []
+    with _started(parts, parts.drafters[arm], texts, context, cached) as (rows, seconds):
+        if len(rows) == 1:
+            times.append(((arm, START, context, 0, 1), seconds))
+        for num in row_counts:
+            for length in order.sample(lengths, len(lengths)):
+                drafted, spent = _propose(parts, rows[:num], length, cached)
+                times.append(((arm, PROPOSE, drafted, context, num), spent))
+                _append_tokens(parts, rows, texts)
+    return times
+
+
+@contextmanager
+def _started(
+    parts: Parts, drafter: Drafter, texts: Sequence[list[int]], context: int, cached: Row
+) -> Iterator[tuple[list[Row], float]]:
+    """Start a drafter on the beginnings of texts; give its rows and the seconds of its prefill."""
+    rows = [_row(drafter, text[: context + 1], -1 - i) for i, text in enumerate(texts)]
+    try:
+        for row in rows:
+            if drafter.needs.target_weights:
+                row.slot = parts.target.acquire()
+                _cache(parts, row, len(row.tokens) - 1)
+        _evict_weights(parts, cached)
+        began = perf_counter()
+        for row in rows:
+            with blaming(row.drafter_name):
+                drafter.start([row])
+                prepare_all(drafter, row, parts.config.engine.prefill_chunk)
+        _synchronize(parts)
+        yield rows, perf_counter() - began
+    finally:
+        drafter.finish(rows)
+        for row in rows:
+            if row.slot >= 0:
+                parts.target.release(row.slot)
+
+
+def _propose(parts: Parts, rows: list[Row], length: int, cached: Row) -> tuple[int, float]:
+    """Propose once for all rows; return the drafted tokens per row and the seconds.
+
+    Raises DrafterError if the drafter fails.
+    """
+    for row in rows:
+        row.max_total = len(row.tokens) + 1 + length
+    _evict_weights(parts, cached)
+    with rows[0].drafter.at_full_length():
+        began = perf_counter()
+        drafted = [len(draft.tokens) for draft in propose(rows, parts.target.num_logits)]
+        spent = perf_counter() - began
+    error = next((row.error for row in rows if row.error is not None), None)
+    if error is not None:
+        raise DrafterError(error)
+    return round(sum(drafted) / len(rows)), spent
+
+
+def _evict_weights(parts: Parts, cached: Row) -> None:
+    """Run a forward of the target, as between two drafts.
+
+    It evicts a small drafter's weights from the processor's caches. Without it the drafter would
+    seem a third cheaper than it is.
+    """
+    verify([cached], [Draft([])], parts.target)
+    _synchronize(parts)
+
+
+def _append_tokens(parts: Parts, rows: Sequence[Row], texts: Sequence[Sequence[int]]) -> None:
+    """Append the next token of its text to each row."""
+    for row, text in zip(rows, texts, strict=True):
+        row.tokens.append(text[len(row.tokens)])
+        if row.drafter.needs.target_weights:
+            _cache(parts, row, row.num_cached + 1)
+
+
+# --- engine, rows and texts -------------------------------------------------------------------------
+
+
+def plain_driver(
+    parts: Parts, max_rows: int, drafters: Mapping[str, Drafter] | None = None
+) -> Driver:
+    """Return a driver of an engine that detokenizes nothing, by default with the parts' drafters."""
+    return Driver(
+        Engine(
+            parts.target,
+            parts.drafters if drafters is None else drafters,
+            lambda tokens: "",
+            max_rows=max_rows,
+            prefill_chunk=parts.config.engine.prefill_chunk,
+        )
+    )
+
+
+@contextmanager
+def cached_rows(parts: Parts, lengths: Sequence[int]) -> Iterator[list[Row]]:
+    """Give rows with this many tokens of random text in the target's cache, and one token more."""
+    rows: list[Row] = []
+    try:
+        for length in lengths:
+            row = _row(parts.drafters[NONE], _text(parts, length + 1, random.Random(0)))
+            row.slot = parts.target.acquire()
+            rows.append(row)
+            _cache(parts, row, length)
+        yield rows
+    finally:
+        for row in rows:
+            parts.target.release(row.slot)
+
+
+def _cache(parts: Parts, row: Row, length: int) -> None:
+    """Put the row's first `length` tokens into the target's cache, unless they are there already."""
+    chunk = parts.config.engine.prefill_chunk
+    cache_text(parts.target, row.slot, row.tokens[:length], 0, chunk, row.num_cached)
+    row.num_cached = length
+
+
+def _row(drafter: Drafter, tokens: list[int], id: int = -1) -> Row:
+    """Return a row without a slot. id: negative, because the engine counts its rows from 0."""
+    return Row(id, Request("", (), 1), -1, len(tokens), 0.0, tokens, drafter, drafter.name)
+
+
+def _period(repeat: int) -> int | None:
+    return None if repeat % 2 else _PERIOD
+
+
+def _text(parts: Parts, length: int, order: random.Random, period: int | None = None) -> list[int]:
+    """Return random ids of the vocabulary; with a period, the same few again and again."""
+    num_tokens = min(parts.vocabulary.num_tokens, parts.target.num_logits)
+    drawn = [order.randrange(num_tokens) for _ in range(period or length)]
+    return list(islice(cycle(drawn), length))
+
+
+def _synchronize(parts: Parts) -> None:
+    """Wait until the device has done its work."""
+    if parts.target.device.type != "cpu":
+        torch.accelerator.synchronize()

@@ -1,0 +1,18 @@
+"""The one import of matplotlib, which is optional."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from paceline.errors import ConfigError
+
+
+def import_figure() -> Any:
+    """Return matplotlib's class of figures. Raises ConfigError with the line that installs it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError(
+            "the plot needs matplotlib; install it with: pip install 'paceline[bench]'"
+        ) from error
+    return Figure
