@@ -12,7 +12,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -136,26 +136,24 @@ class Driver:
                 if update is not None and update.completion is not None:
                     left.discard(update.ticket)
 
-    async def aprogress(
-        self, request: Request, tokens: bool = True
-    ) -> AsyncGenerator[RequestUpdate, None]:
+    async def aprogress(self, request: Request) -> AsyncGenerator[RequestUpdate, None]:
         """Yield one request's updates to an asyncio task. Raises QueueFullError if too many wait.
 
-        tokens: as in `progress`. Closing the iterator, or cancelling the task, cancels the request.
+        Closing the iterator, or cancelling the task, cancels the request.
         """
         loop = asyncio.get_running_loop()
         mail: asyncio.Queue[RequestUpdate] = asyncio.Queue()
         ticket = self.submit(
-            request, lambda update: loop.call_soon_threadsafe(mail.put_nowait, update), tokens
+            request, lambda update: loop.call_soon_threadsafe(mail.put_nowait, update)
         )
-        has_ended = False
+        ended = False
         try:
-            while not has_ended:
+            while not ended:
                 update = await mail.get()
-                has_ended = update.completion is not None
+                ended = update.completion is not None
                 yield update
         finally:
-            if not has_ended:
+            if not ended:
                 self.cancel(ticket)
 
     async def acomplete(self, request: Request) -> Completion:
@@ -163,8 +161,21 @@ class Driver:
 
         Cancelling the task cancels the request.
         """
-        async with aclosing(self.aprogress(request, tokens=False)) as updates:
-            update = await anext(updates)
+        loop = asyncio.get_running_loop()
+        end: asyncio.Future[RequestUpdate] = loop.create_future()
+
+        def set_end(update: RequestUpdate) -> None:
+            if not end.done():  # cancelled meanwhile
+                end.set_result(update)
+
+        ticket = self.submit(
+            request, lambda update: loop.call_soon_threadsafe(set_end, update), tokens=False
+        )
+        try:
+            update = await end
+        except BaseException:  # cancelled, or dropped with its event loop
+            self.cancel(ticket)
+            raise
         raise_failure(update)
         assert update.completion is not None
         return update.completion
