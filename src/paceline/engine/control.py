@@ -40,7 +40,7 @@ class ArmController(Protocol):
     def shadow_drafters(self, ticket: int) -> Sequence[str]:
         """Return the drafters that should make a shadow draft in the coming round."""
 
-    def after_round(self, ticket: int, seen: RoundReport) -> str | None:
+    def after_round(self, ticket: int, report: RoundReport) -> str | None:
         """Return the arm of the next round, None for the arm in use."""
 
     def observes_round(self, ticket: int) -> bool:

@@ -261,20 +261,20 @@ def test_failures_of_others_do_not_count() -> None:
 
 
 class Wanting(RandomController):
-    """Wants one arm, whatever comes of it."""
+    """A controller that always chooses one arm."""
 
-    def __init__(self, arm: str, scored: Sequence[str] = ()) -> None:
-        super().__init__([arm], scored)
+    def __init__(self, arm: str, shadow_drafters: Sequence[str] = ()) -> None:
+        super().__init__([arm], shadow_drafters)
         self.arm = arm
 
     def shadow_drafters(self, ticket: int) -> Sequence[str]:
-        return self._scored
+        return self._shadow_drafters
 
     def after_round(self, ticket: int, seen: Any) -> str | None:
         return self.arm
 
 
-def test_a_watch_does_not_switch_to_what_is_set_aside() -> None:
+def test_a_controller_does_not_switch_to_a_disabled_drafter() -> None:
     drafter = Moody()
     choose = lambda context: Decision("none", policy="mine")  # noqa: E731
     engine = engine_with(drafter, choose, controller=Wanting("math"))
