@@ -25,9 +25,10 @@ from paceline.cli.options import configured
 from paceline.cli.progress import progress
 from paceline.drafting.foresight import ReplayedRow
 from paceline.drafting.trigram import kernels
-from paceline.drafting.trigram.drafter import TrigramTree, TrigramTreeSettings
+from paceline.drafting.trigram.drafter import TrigramTree
 from paceline.drafting.trigram.reference import ReferenceStatistics, reference_tree
 from paceline.drafting.trigram.search import Learned, TreeSearch
+from paceline.drafting.trigram.settings import TrigramTreeSettings
 from paceline.drafting.trigram.table import load_table
 from paceline.experiments.aded import installed_source
 from paceline.experiments.pipeline import build_trigrams
