@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BuildContext": "paceline.drafting.base",
     "Completion": "paceline.contracts",
     "Config": "paceline.config",
     "ConfigError": "paceline.errors",
+    "DraftReplay": "paceline.drafting.draft_replay",
     "Drafter": "paceline.drafting.base",
     "Drafts": "paceline.contracts",
-    "Foresight": "paceline.drafting.base",
     "GREEDY": "paceline.contracts",
     "Needs": "paceline.drafting.base",
     "Pace": "paceline.assembly",
     "PacelineError": "paceline.errors",
     "PromptRecord": "paceline.contracts",
     "RowView": "paceline.contracts",
-    "SimulatedForesight": "paceline.drafting.foresight",
-    "Surroundings": "paceline.drafting.base",
+    "SimulatedReplay": "paceline.drafting.draft_replay",
     "build_trigrams": "paceline.experiments.pipeline",
     "collect": "paceline.experiments.pipeline",
     "data": "paceline.experiments.pipeline",
@@ -47,19 +47,19 @@ _HOMES = {
 
 __all__ = [
     "GREEDY",
+    "BuildContext",
     "Completion",
     "Config",
     "ConfigError",
+    "DraftReplay",
     "Drafter",
     "Drafts",
-    "Foresight",
     "Needs",
     "Pace",
     "PacelineError",
     "PromptRecord",
     "RowView",
-    "SimulatedForesight",
-    "Surroundings",
+    "SimulatedReplay",
     "build_trigrams",
     "collect",
     "data",
@@ -87,8 +87,8 @@ if TYPE_CHECKING:
     from paceline.config import Config, load_config
     from paceline.contracts import GREEDY, Completion, Drafts, PromptRecord, RowView
     from paceline.distillation import distill
-    from paceline.drafting.base import Drafter, Foresight, Needs, Surroundings, pad_drafts
-    from paceline.drafting.foresight import SimulatedForesight
+    from paceline.drafting.base import BuildContext, Drafter, Needs, pad_drafts
+    from paceline.drafting.draft_replay import DraftReplay, SimulatedReplay
     from paceline.errors import ConfigError, PacelineError
     from paceline.experiments.catalog import experiment
     from paceline.experiments.demo_job import demo

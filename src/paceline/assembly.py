@@ -24,7 +24,7 @@ from paceline.contracts import (
     split_arm,
 )
 from paceline.costs.table import CostTable
-from paceline.drafting.base import Surroundings
+from paceline.drafting.base import BuildContext
 from paceline.drafting.catalog import check_settings, find_kind
 from paceline.drafting.draft_model import DraftModel, DraftModelSettings
 from paceline.drafting.none import NoneDrafter
@@ -84,10 +84,10 @@ class Parts:
         """The text of token ids, without special tokens."""
         return self.detokenizer(tokens)
 
-    def surroundings(self) -> Surroundings:
+    def build_context(self) -> BuildContext:
         """What one more drafter would be built amid."""
         chunk = self.config.engine.prefill_chunk
-        return Surroundings(self.target, self.tokenizer, self.vocabulary, self.drafters, chunk)
+        return BuildContext(self.target, self.tokenizer, self.vocabulary, self.drafters, chunk)
 
 
 def build(config: Config) -> Parts:
@@ -104,7 +104,7 @@ def build(config: Config) -> Parts:
     target = load_language_model(config.target, "target", config.exact)
     parts = Parts(config, target, tokenizer, vocabulary, {NONE: NoneDrafter()})
     for name, kind in kinds.items():
-        parts.drafters[name] = kind.build(name, settings[name], parts.surroundings())
+        parts.drafters[name] = kind.build(name, settings[name], parts.build_context())
     return parts
 
 
@@ -150,7 +150,7 @@ def build_from_objects(
                 )
             check_packed_forward(wrapped)
             default = DraftModelSettings.model_fields["num_draft_tokens"].default
-            model = DraftModel.beside(name, wrapped, default, parts.surroundings())
+            model = DraftModel.from_model(name, wrapped, default, parts.build_context())
         parts.drafters[name] = model
     return parts
 

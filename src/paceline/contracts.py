@@ -253,6 +253,7 @@ def split_arm(arm: str) -> tuple[str, int | None]:
     """(drafter, draft length) of an arm: `math@3` drafts up to 3 tokens, `math` as many as the drafter
     is configured to. Raises ValueError if what follows the @ is no length.
     """
+    # order of the rules for a draft's length: drafting.draft_length
     drafter, at, length = arm.partition(AT)
     if not at:
         return arm, None
@@ -357,7 +358,7 @@ class CollectedPrompt:
     features: np.ndarray  # [F] float32
     replays: dict[str, ReplayedDrafter]
     draft_outputs: dict[str, tuple[int, ...]]  # drafter -> its own greedy output, where collected
-    # drafter -> (match, confidence) by position, of chains; see drafting's PositionScores
+    # drafter -> (match, confidence) by position, of chains; see drafting.draft_replay.PositionScores
     scores: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     sampling: SamplingParams = GREEDY
     spans: Mapping[str, slice] = field(default_factory=dict)  # encoder -> its part of the features

@@ -146,9 +146,9 @@ def test_of_a_tree_the_path_of_first_children_goes_out() -> None:
 
 
 def _row(tokens: list[int]) -> Any:
-    from paceline.drafting.foresight import ReplayedRow
+    from paceline.drafting.draft_replay import SimpleRow
 
-    return ReplayedRow(tokens, len(tokens))
+    return SimpleRow(tokens, len(tokens))
 
 
 def test_a_candidate_generator_is_used_by_hand_too(monkeypatch: pytest.MonkeyPatch) -> None:

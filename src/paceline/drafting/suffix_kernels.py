@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import numpy as np
 
 from paceline.compiled import compiled
+from paceline.noise.kernels import mix
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,9 +48,7 @@ _TOKEN, _PARENT, _STATE, _LENGTH, _LEVEL, _BEHIND = range(6)
 def _place(table: np.ndarray, owner: int, token: int) -> int:
     """Where the search for an edge begins."""
     key = np.uint64(owner) << np.uint64(32) ^ np.uint64(np.uint32(token))
-    key = (key ^ (key >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-    key = (key ^ (key >> np.uint64(32))) * np.uint64(0x94D049BB133111EB)
-    return wide((key >> np.uint64(29)) & np.uint64(len(table) - 1))
+    return wide(mix(key) & np.uint64(len(table) - 1))
 
 
 @compiled

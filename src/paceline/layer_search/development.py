@@ -16,9 +16,8 @@ import numpy as np
 import torch
 
 from paceline.contracts import NONE, Request
-from paceline.drafting.base import Foresight
-from paceline.drafting.draft_exit import DraftExit
-from paceline.drafting.foresight import cache_text
+from paceline.drafting.draft_length import AdaptiveThreshold
+from paceline.drafting.draft_replay import DraftReplay, cache_text
 from paceline.models.cuda.paged_cache import PagedCache
 from paceline.models.packing import Span
 from paceline.replay import simulate
@@ -155,16 +154,16 @@ def _summary(target: LanguageModel, hidden: Tensor) -> tuple[np.ndarray, np.ndar
     return torch.cat(best).numpy(), torch.cat(sure).numpy()
 
 
-class _Read(Foresight):
+class _Read(DraftReplay):
     """Rounds read off a judgement: a draft survives as long as it matches."""
 
     def __init__(self, judgement: Judgement, settings: SearchSettings) -> None:
         self._match = judgement.match.tolist()
         self._confidence = judgement.confidence.tolist()
         self._most = settings.num_draft_tokens
-        self._exit = DraftExit.of(settings) if settings.stop == "threshold" else None
+        self._exit = AdaptiveThreshold.of(settings) if settings.stop == "threshold" else None
 
-    def accepted(self, position: int, limit: int) -> tuple[int, int]:
+    def round_at(self, position: int, limit: int) -> tuple[int, int]:
         most = max(0, min(limit, self._most))
         drafted = accepted = 0
         for place in range(position - 1, position - 1 + most):

@@ -14,9 +14,12 @@ from paceline.assembly import Pace, Parts, build, build_from_objects, load
 from paceline.bench.doctor import doctor
 from paceline.config import Config, DrafterSection, EngineSection, ModelSection
 from paceline.contracts import NONE, SamplingParams
-from paceline.drafting.cross_vocabulary import Bridge, CrossVocabulary, SharedTokens, ThroughText
+from paceline.drafting.bridge import Bridge
+from paceline.drafting.cross_vocabulary import CrossVocabulary
+from paceline.drafting.draft_length import StopSettings
 from paceline.drafting.draft_model import DraftModel
-from paceline.drafting.stops import StopSettings
+from paceline.drafting.shared_tokens import SharedTokens
+from paceline.drafting.through_text import ThroughText
 from paceline.errors import ConfigError
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.models.language_model import LanguageModel
@@ -59,8 +62,8 @@ def drafter_of(
 ) -> Drafter:
     bridge = Bridge.between(parts.tokenizer, tokenizer, level)  # type: ignore[arg-type]
     own = LanguageModel(model, name)  # type: ignore[arg-type]
-    around = parts.surroundings()
-    return CrossVocabulary.beside(name, own, stop or StopSettings(), bridge, around)
+    context = parts.build_context()
+    return CrossVocabulary.from_model(name, own, stop or StopSettings(), bridge, context)
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +282,7 @@ def test_the_draft_goes_on_inside_a_character(worlds: dict[str, Pace]) -> None:
     text.extend([target.of.index(b"a"), target.of.index(b"\xc3")])
 
     def said(draft: str) -> bytes:
-        return target.join(drafter._said_by_target(text, own.encode(draft)))
+        return target.join(drafter._target_tokens(text, own.encode(draft)))
 
     assert text.held == b"\xc3"
     assert said("éb") == "éb".encode()[1:]
@@ -310,7 +313,7 @@ def test_what_is_drawn_comes_from_the_renormalised_distribution(
     assert not q[..., [t for t in range(q.shape[-1]) if t not in known]].any()
     assert {int(t) for t in drafts.tokens.flatten()} <= known
     assert (q.gather(-1, drafts.tokens[..., None]) > 0).all()
-    own, _ = drafter._read(tokens)
+    own, _ = drafter._own_text(tokens)
     assert own[0] == drafter._bridge.own.tokenizer.bos_token_id
     with torch.inference_mode():
         logits = drafter.model.model(torch.tensor([own])).logits[0, -1]

@@ -12,7 +12,7 @@ import torch
 from paceline.assembly import Pace, build_from_objects
 from paceline.config import Config, EngineSection, ModelSection, parse
 from paceline.contracts import SamplingParams
-from paceline.drafting.foresight import cache_text
+from paceline.drafting.draft_replay import cache_text
 from paceline.drafting.layer_skip import LayerSkip, LayerSkipSettings
 from paceline.drafting.skip_set import SkipSet
 from paceline.errors import ArtefactError, ConfigError
@@ -81,7 +81,7 @@ def naive_draft(target: LanguageModel, tokens: list[int], num: int) -> list[int]
 def pace_with(settings: LayerSkipSettings = FIXED, **engine: Any) -> Pace:
     config = Config(target=ModelSection(model="in memory"), engine=EngineSection(**engine))
     parts = build_from_objects(tiny_model(), byte_tokenizer(), {}, config)
-    parts.drafters["skip"] = LayerSkip.build("skip", settings, parts.surroundings())
+    parts.drafters["skip"] = LayerSkip.build("skip", settings, parts.build_context())
     return Pace(parts)
 
 
@@ -209,7 +209,7 @@ def test_no_weight_is_copied_and_no_second_cache_is_held() -> None:
     pace.complete("to be or not to be", drafter="skip", max_new_tokens=60)  # masks are made once
     cache, before = target.cache.num_bytes(), live_bytes()
 
-    other = LayerSkip.build("other", FIXED, pace.parts.surroundings())
+    other = LayerSkip.build("other", FIXED, pace.parts.build_context())
     pace.parts.drafters["other"] = other
     skipping = Pace(pace.parts)
     drafted = skipping.complete("to be or not to be", drafter="other", max_new_tokens=60)
@@ -291,14 +291,14 @@ def test_replay_puts_back_what_a_round_wrote_over() -> None:
     real = pace.complete("to be", drafter="none", max_new_tokens=20)
     prompt = pace.encode("to be")
     with torch.inference_mode():
-        foresight = drafter.would_accept(prompt, real.token_ids, None)
+        draft_replay = drafter.would_accept(prompt, real.token_ids, None)
         n = len(prompt) + len(real.token_ids) - 1
         before = target.cache.read(0, 0, n)
         for position in (1, 4, 5, 18, 19):
-            foresight.accepted(position, 20 - position - 1)
+            draft_replay.round_at(position, 20 - position - 1)
             after = target.cache.read(0, 0, n)
             assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-        foresight.close()
+        draft_replay.close()
 
 
 # --- settings -------------------------------------------------------------------------------------

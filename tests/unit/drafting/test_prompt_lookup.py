@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paceline.drafting.foresight import ReplayedRow
+from paceline.drafting.draft_replay import SimpleRow
 from paceline.drafting.prompt_lookup import (
     PromptLookup,
     PromptLookupSettings,
@@ -81,8 +81,8 @@ def test_examples(text: list[int], draft: list[int]) -> None:
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def row_of(id: int, tokens: Sequence[int] = (), num_prompt: int = 0) -> ReplayedRow:
-    return ReplayedRow(list(tokens), num_prompt, id=id)
+def row_of(id: int, tokens: Sequence[int] = (), num_prompt: int = 0) -> SimpleRow:
+    return SimpleRow(list(tokens), num_prompt, id=id)
 
 
 def reference_draft(tokens: list[int], limit: int, config: PromptLookupSettings) -> list[int]:

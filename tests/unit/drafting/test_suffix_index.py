@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paceline.drafting.foresight import ReplayedRow
+from paceline.drafting.draft_replay import SimpleRow
 from paceline.drafting.suffix_index import Match, RowIndices, SuffixIndex
 
 if TYPE_CHECKING:
@@ -242,8 +242,8 @@ def test_num_bytes_counts_every_array_and_grows_with_the_text() -> None:
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def row_of(id: int, tokens: Sequence[int] = (), num_prompt: int = 0) -> ReplayedRow:
-    return ReplayedRow(list(tokens), num_prompt, id=id)
+def row_of(id: int, tokens: Sequence[int] = (), num_prompt: int = 0) -> SimpleRow:
+    return SimpleRow(list(tokens), num_prompt, id=id)
 
 
 def test_a_row_that_sat_out_is_caught_up_with() -> None:

@@ -12,9 +12,9 @@ from paceline.assembly import Pace, build_from_objects
 from paceline.config import Config, DrafterSection, EngineSection, ModelSection
 from paceline.contracts import NONE
 from paceline.drafting import suffix_kernels
-from paceline.drafting.base import Surroundings
+from paceline.drafting.base import BuildContext
 from paceline.drafting.catalog import check_settings
-from paceline.drafting.foresight import ReplayedRow
+from paceline.drafting.draft_replay import SimpleRow
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
 from paceline.drafting.suffix_lookup import SuffixLookup, SuffixLookupSettings
 from paceline.errors import ConfigError
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from paceline.contracts import Drafts
 
 
-def row_of(id: int, tokens: Sequence[int] = (), num_prompt: int = 0) -> ReplayedRow:
-    return ReplayedRow(list(tokens), num_prompt, id=id)
+def row_of(id: int, tokens: Sequence[int] = (), num_prompt: int = 0) -> SimpleRow:
+    return SimpleRow(list(tokens), num_prompt, id=id)
 
 
 def lookup(**settings: Any) -> SuffixLookup:
@@ -240,20 +240,20 @@ def test_drafters_share_by_tenant() -> None:
         return SuffixLookupSettings(share=True, **settings)
 
     built: dict[str, Any] = {"lookup": PromptLookup("lookup", PromptLookupSettings())}
-    around = Surroundings(None, None, None, built)  # type: ignore[arg-type] - not looked at
+    context = BuildContext(None, None, None, built)  # type: ignore[arg-type] - not looked at
     for name, settings in {
         "a": section(tenant="one"),
         "b": section(tenant="two"),
         "c": section(tenant="one", paths=1),
         "d": SuffixLookupSettings(),
     }.items():
-        built[name] = SuffixLookup.build(name, settings, around)
+        built[name] = SuffixLookup.build(name, settings, context)
 
     assert built["a"].shared is built["c"].shared
     assert built["a"].shared is not built["b"].shared
     assert built["d"].shared is None
     with pytest.raises(ConfigError, match=r"'e' shares its text with 'a', so its shared_tokens"):
-        SuffixLookup.build("e", section(tenant="one", shared_tokens=2048), around)
+        SuffixLookup.build("e", section(tenant="one", shared_tokens=2048), context)
 
 
 def test_sharing_changes_no_text() -> None:

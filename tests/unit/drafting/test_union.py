@@ -9,7 +9,7 @@ import pytest
 from paceline.assembly import Pace, Parts, build_from_objects
 from paceline.config import Config, DrafterSection, ModelSection
 from paceline.contracts import NONE, SamplingParams
-from paceline.drafting.base import Surroundings
+from paceline.drafting.base import BuildContext
 from paceline.drafting.catalog import check_settings
 from paceline.drafting.layer_skip import LayerSkip, LayerSkipSettings
 from paceline.drafting.none import NoneDrafter
@@ -170,7 +170,7 @@ def pace() -> Pace:
     drafters = {"near": perturbed(target, 0.1), "far": perturbed(target, 0.3), "lookup": lookup}
     parts = build_from_objects(target, byte_tokenizer(), drafters, config)
     settings = UnionSettings(parts=("near", "far", "lookup"), num_draft_tokens=12)
-    parts.drafters["all"] = Union.build("all", settings, parts.surroundings())
+    parts.drafters["all"] = Union.build("all", settings, parts.build_context())
     return Pace(parts)
 
 
@@ -190,10 +190,10 @@ def test_it_accepts_at_least_nearly_what_its_best_part_does(pace: Pace) -> None:
 
 def test_a_part_that_skips_layers_is_replayed_on_the_targets_cache(pace: Pace) -> None:
     parts = pace.parts
-    around = parts.surroundings()
+    context = parts.build_context()
     # a part that would write more to the cache than a round verifies
     settings = LayerSkipSettings(skip_mlp=(0,), num_draft_tokens=12, stop="fixed")
-    skip = LayerSkip.build("skip", settings, around)
+    skip = LayerSkip.build("skip", settings, context)
     union = Union(
         "both", {"skip": skip, "lookup": parts.drafters["lookup"]}, 5, target=parts.target
     )
@@ -284,8 +284,8 @@ def test_the_identity_changes_with_a_part(pace: Pace) -> None:
 
 def build(pace: Pace, parts: Sequence[str], **extra: Drafter) -> Drafter:
     z = pace.parts
-    around = Surroundings(z.target, z.tokenizer, z.vocabulary, {**z.drafters, **extra})
-    return Union.build("u", UnionSettings(parts=tuple(parts)), around)
+    context = BuildContext(z.target, z.tokenizer, z.vocabulary, {**z.drafters, **extra})
+    return Union.build("u", UnionSettings(parts=tuple(parts)), context)
 
 
 def test_parts_must_be_there_and_be_drafters(pace: Pace) -> None:

@@ -1,8 +1,9 @@
-"""Drafts a tree from tri-gram statistics: what has followed the last two tokens, here and elsewhere.
+"""Drafts a tree from tri-gram statistics: the tokens that followed the last two tokens earlier.
 
 Starts from a table built beforehand, or from nothing, and learns from each row's text as it is
-decoded. No model; proposals are a function of the row's text, so they are judged exactly. ADED
-(arXiv 2407.12021); what differs is in docs/drafters/trigram_tree.md.
+decoded. Needs no model; proposals are a function of the row's text, so they are judged exactly. ADED
+(arXiv 2407.12021); the differences are in docs/drafters/trigram_tree.md. Order of the rules for a
+draft's length: drafting.draft_length.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from paceline.contracts import GREEDY, Drafts
-from paceline.drafting.base import Drafter, Foresight, pad_drafts
-from paceline.drafting.foresight import SimulatedForesight
+from paceline.contracts import Drafts
+from paceline.drafting.base import Drafter, pad_drafts
 from paceline.drafting.trigram.settings import TrigramTreeSettings
 from paceline.drafting.trigram.table import (
     Table,
@@ -29,10 +29,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pydantic import BaseModel
-    from torch import Tensor
 
-    from paceline.contracts import RowView, SamplingParams
-    from paceline.drafting.base import Surroundings
+    from paceline.contracts import RowView
+    from paceline.drafting.base import BuildContext
     from paceline.drafting.trigram.search import Learned
     from paceline.models.vocabulary import Vocabulary
 
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 @dataclass(slots=True)
 class _RowState:
     learned: Learned
-    num_read: int = 0  # leading tokens of the row that were learned, under `counts`
+    num_read: int = 0  # leading tokens of the row that `counts` learned
 
 
 class TrigramTree(Drafter):
@@ -54,17 +53,17 @@ class TrigramTree(Drafter):
         table: Table | None = None,
         table_hash: str | None = None,
     ) -> None:
-        """table: what the settings' file holds, with the hash it gives."""
-        # numba takes a second to import, for which only those who use it should wait
+        """table, table_hash: the content and hash of the settings' file."""
+        # imported here because numba takes a second to import
         from paceline.drafting.trigram.search import Learned, TreeSearch
 
         super().__init__(name, settings.num_draft_tokens)
         self.settings = settings
         self._table_hash = table_hash
-        self.replays_everywhere = settings.update != "released"  # that one learns round by round
+        self.replays_everywhere = settings.update != "released"  # `released` learns per round
         self._search = TreeSearch(table or empty_table(), settings)
         self._new_learned = partial(Learned, settings.max_pairs)
-        # of all rows if they share it; if there is no update, it stays empty
+        # one for all rows if they share it; without updates it stays empty
         self._common = None if self._learns_alone else self._new_learned()
         self._rows: dict[int, _RowState] = {}
 
@@ -79,10 +78,10 @@ class TrigramTree(Drafter):
             check_tokenizer(name, settings.table, facts, vocabulary.hash())
 
     @classmethod
-    def build(cls, name: str, settings: TrigramTreeSettings, around: Surroundings) -> TrigramTree:
+    def build(cls, name: str, settings: TrigramTreeSettings, context: BuildContext) -> TrigramTree:
         if settings.table is None:
             return cls(name, settings)
-        cls.check(name, settings, around.vocabulary)
+        cls.check(name, settings, context.vocabulary)
         table, facts = load_table(settings.table)
         return cls(name, settings, table, facts.sha256)
 
@@ -118,7 +117,7 @@ class TrigramTree(Drafter):
         return self._rows[row.id]
 
     def _read(self, state: _RowState, tokens: Sequence[int], max_tokens: int) -> None:
-        """Under `counts`, learn each tri-gram of the row once, as far as `max_tokens` go."""
+        """Under `counts`, learn the tri-grams of up to `max_tokens` more tokens of the row."""
         if self.settings.update == "counts":
             end = min(len(tokens), state.num_read + max_tokens)
             self._search.learn(state.learned, tokens[max(0, state.num_read - 2) : end])
@@ -127,15 +126,6 @@ class TrigramTree(Drafter):
     def finish(self, rows: Sequence[RowView]) -> None:
         for row in rows:
             self._rows.pop(row.id, None)
-
-    def would_accept(
-        self,
-        prompt: Sequence[int],
-        trajectory: Sequence[int],
-        p: Tensor | None = None,
-        sampling: SamplingParams = GREEDY,
-    ) -> Foresight:
-        return SimulatedForesight(self, prompt, trajectory, sampling=sampling)
 
     def identity(self) -> dict[str, object]:
         settings = self.settings.model_dump(exclude={"table", "preset"})

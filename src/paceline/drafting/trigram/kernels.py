@@ -17,6 +17,7 @@ import numpy as np
 
 from paceline.compiled import compiled
 from paceline.drafting.trigram.table import MAX_SUCCESSORS, Table
+from paceline.noise.kernels import GOLDEN, bits_at, mix
 
 RELEASED: Final = 1  # update rules
 COUNTS: Final = 2
@@ -25,10 +26,7 @@ GREEDY: Final = 1
 FULL: Final = 2
 
 _EMPTY: Final = -1
-_GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)  # of splitmix64, as in paceline.noise
-_MIX_1: Final = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2: Final = np.uint64(0x94D049BB133111EB)
-_STREAM: Final = np.uint64(4)  # of random numbers; the others are in paceline.noise
+_STREAM: Final = np.uint64(4)  # of random numbers; the other streams are in paceline.noise
 
 
 class Rule(NamedTuple):
@@ -142,7 +140,7 @@ def _key(t1: int, t2: int) -> np.int64:
 @compiled
 def _home(key: np.int64, mask: int) -> np.int64:
     """The place of the hash where a pair is looked for first."""
-    return np.int64((np.uint64(key) * _GOLDEN) >> np.uint64(33)) & mask
+    return np.int64((np.uint64(key) * GOLDEN) >> np.uint64(33)) & mask
 
 
 @compiled
@@ -299,29 +297,13 @@ def learn(
             j -= 1
 
 
-# --- random numbers -------------------------------------------------------------------------------
-
-
-@compiled
-def _mix(x: np.uint64) -> np.uint64:
-    x = (x ^ (x >> np.uint64(30))) * _MIX_1
-    x = (x ^ (x >> np.uint64(27))) * _MIX_2
-    return x ^ (x >> np.uint64(31))
-
-
-@compiled
-def _stream(seed: int, position: int) -> np.uint64:
-    """Where the random numbers of a position begin."""
-    return _mix(_mix(np.uint64(seed) + _GOLDEN * _STREAM) + _GOLDEN * np.uint64(position + 1))
-
-
-@compiled
-def _uniform(stream: np.uint64, number: int) -> float:
-    """The `number`-th uniform draw in [0, 1)."""
-    return np.float64(_mix(stream + _GOLDEN * np.uint64(number + 1)) >> np.uint64(11)) * 2.0**-53
-
-
 # --- searching ------------------------------------------------------------------------------------
+
+
+@compiled
+def _uniform(bits: np.uint64, number: int) -> float:
+    """Return the `number`-th uniform draw in [0, 1) that starts from `bits`."""
+    return np.float64(mix(bits + GOLDEN * np.uint64(number + 1)) >> np.uint64(11)) * 2.0**-53
 
 
 @compiled
@@ -397,7 +379,7 @@ def _search(
     explore: np.ndarray,
     levels: int,
     iterations: int,
-    stream: np.uint64,
+    bits: np.uint64,
 ) -> int:
     """Monte Carlo tree search of so many levels; returns how many nodes there are."""
     nodes = scratch.nodes
@@ -422,7 +404,7 @@ def _search(
             size = _look_up(table, overlay, is_counts, t1, t2, scratch)
             if size == 0:
                 break
-            j = _draw(scratch, size, _uniform(stream, num_drawn))
+            j = _draw(scratch, size, _uniform(bits, num_drawn))
             num_drawn += 1
             value += scratch.weights[j]
             t1, t2 = t2, scratch.successors[j]
@@ -567,8 +549,8 @@ def grow_tree(
     if search == MCTS:
         # the last level is what the paths are gone on with
         levels = max(1, depth - 1)
-        stream = _stream(seed, position)
-        num_nodes = _search(table, overlay, is_counts, scratch, explore, levels, iterations, stream)
+        bits = bits_at(np.uint64(seed), np.uint64(position), _STREAM)
+        num_nodes = _search(table, overlay, is_counts, scratch, explore, levels, iterations, bits)
         drafted = _most_visited(table, overlay, is_counts, scratch, num_nodes, depth, paths, most)
     else:
         drafted = _best_first(table, overlay, is_counts, scratch, search == FULL, depth, most)

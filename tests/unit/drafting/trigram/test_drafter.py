@@ -14,7 +14,7 @@ from paceline.assembly import Pace, build, build_from_objects
 from paceline.config import Config, EngineSection, ModelSection, parse
 from paceline.contracts import identity_of_arms
 from paceline.drafting.catalog import check_settings
-from paceline.drafting.foresight import ReplayedRow
+from paceline.drafting.draft_replay import SimpleRow
 from paceline.drafting.trigram.build import build_table
 from paceline.drafting.trigram.corpora import TokenSequences
 from paceline.drafting.trigram.drafter import TrigramTree
@@ -37,18 +37,18 @@ def drafter(**given: Any) -> TrigramTree:
     return TrigramTree("tri", TrigramTreeSettings(**given))
 
 
-def row(tokens: Sequence[int], id: int = 0) -> ReplayedRow:
-    return ReplayedRow(list(tokens), len(tokens), id=id)
+def row(tokens: Sequence[int], id: int = 0) -> SimpleRow:
+    return SimpleRow(list(tokens), len(tokens), id=id)
 
 
-def ready(tri: TrigramTree, *rows: ReplayedRow) -> None:
+def ready(tri: TrigramTree, *rows: SimpleRow) -> None:
     tri.start(rows)
     for one in rows:
         while not tri.prepare(one, 5):
             pass
 
 
-def tree(tri: TrigramTree, one: ReplayedRow, limit: int = 9) -> tuple[list[int], list[int]]:
+def tree(tri: TrigramTree, one: SimpleRow, limit: int = 9) -> tuple[list[int], list[int]]:
     drafts = tri.propose([one], [limit])
     assert drafts.probs is None and drafts.parents is not None
     length = drafts.lengths[0]

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.drafting.trigram import kernels
-from paceline.drafting.trigram.reference import ReferenceStatistics, reference_tree
 from paceline.drafting.trigram.search import Learned, TreeSearch
 from paceline.drafting.trigram.settings import TrigramTreeSettings
 from paceline.drafting.trigram.table import MAX_SUCCESSORS, Table, empty_table
+from paceline.testing.trigram_reference import ReferenceStatistics, reference_tree
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from paceline.drafting.draft_exit import DraftExit, ThresholdSettings
+from paceline.drafting.draft_length import AdaptiveThreshold, ThresholdSettings
 
 PUBLISHED = ThresholdSettings(target_acceptance=0.8)
 
 
-def after(*rounds: tuple[int, int, bool], settings: ThresholdSettings = PUBLISHED) -> DraftExit:
-    exit = DraftExit.of(settings)
+def after(
+    *rounds: tuple[int, int, bool], settings: ThresholdSettings = PUBLISHED
+) -> AdaptiveThreshold:
+    exit = AdaptiveThreshold.of(settings)
     for drafted, accepted, full in rounds:
         exit.update(drafted, accepted, full)
     return exit

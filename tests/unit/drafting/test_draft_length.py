@@ -21,15 +21,15 @@ from paceline.contracts import (
 )
 from paceline.costs import CostTable, Measurement
 from paceline.drafting.catalog import check_settings
-from paceline.drafting.draft_model import DraftModel
-from paceline.drafting.foresight import SimulatedForesight
-from paceline.drafting.stops import (
+from paceline.drafting.draft_length import (
     FIXED_LENGTH,
     ConfidenceStop,
     ExpectedGainStop,
     StopSettings,
     confidences,
 )
+from paceline.drafting.draft_model import DraftModel
+from paceline.drafting.draft_replay import SimulatedReplay
 from paceline.errors import ArtefactError, ConfigError
 from paceline.experiments.evaluation import evaluate
 from paceline.experiments.pipeline import prepare
@@ -72,10 +72,10 @@ def prices(step: float, width: float = 0.0, host: float = 0.0) -> CostTable:
 def test_confidence_goes_on_while_the_product_is_high_enough() -> None:
     rule = ConfidenceStop(0.5)
 
-    assert rule.goes_on([0.9], 0)
-    assert rule.goes_on([0.8, 0.625], 0)
-    assert not rule.goes_on([0.8, 0.6], 0)
-    assert not rule.goes_on([0.4], 0)
+    assert rule.allows_next([0.9], 0)
+    assert rule.allows_next([0.8, 0.625], 0)
+    assert not rule.allows_next([0.8, 0.6], 0)
+    assert not rule.allows_next([0.4], 0)
 
 
 @pytest.mark.parametrize(
@@ -93,17 +93,17 @@ def test_confidence_goes_on_while_the_product_is_high_enough() -> None:
 def test_expected_gain_compares_the_next_token_with_the_round_so_far(
     sure: Sequence[float], step: float, goes_on: bool
 ) -> None:
-    assert ExpectedGainStop(prices(step), "small", 8).goes_on(sure, 50) is goes_on
+    assert ExpectedGainStop(prices(step), "small", 8).allows_next(sure, 50) is goes_on
 
 
 def test_verification_is_a_part_of_the_price() -> None:
-    assert ExpectedGainStop(prices(0.05), "small", 8).goes_on([0.5], 0)
-    assert not ExpectedGainStop(prices(0.05, width=0.3), "small", 8).goes_on([0.5], 0)
+    assert ExpectedGainStop(prices(0.05), "small", 8).allows_next([0.5], 0)
+    assert not ExpectedGainStop(prices(0.05, width=0.3), "small", 8).allows_next([0.5], 0)
 
 
 def test_time_that_a_round_costs_anyway_makes_longer_drafts_worth_it() -> None:
-    assert not ExpectedGainStop(prices(0.3), "small", 8).goes_on([0.5], 0)
-    assert ExpectedGainStop(prices(0.3, host=3.0), "small", 8).goes_on([0.5], 0)
+    assert not ExpectedGainStop(prices(0.3), "small", 8).allows_next([0.5], 0)
+    assert ExpectedGainStop(prices(0.3, host=3.0), "small", 8).allows_next([0.5], 0)
 
 
 def test_prices_are_those_of_the_context() -> None:
@@ -111,8 +111,8 @@ def test_prices_are_those_of_the_context() -> None:
     table = CostTable({}, [*prices(0.1).measurements, *dear])
     rule = ExpectedGainStop(table, "small", 8)
 
-    assert rule.goes_on([0.7], 10)
-    assert not rule.goes_on([0.7], 1030)
+    assert rule.allows_next([0.7], 10)
+    assert not rule.allows_next([0.7], 1030)
 
 
 def test_the_settings_say_what_does_not_fit() -> None:
@@ -252,7 +252,7 @@ def test_the_stored_confidence_is_the_one_a_greedy_draft_stops_by(target: Langua
     seen: list[float] = []
 
     class Listening:
-        def goes_on(self, sure: Sequence[float], context: int) -> bool:
+        def allows_next(self, sure: Sequence[float], context: int) -> bool:
             seen.append(sure[-1])
             return True
 
@@ -324,7 +324,7 @@ def test_rounds_priced_from_scores_accept_what_a_real_run_does(
         assert (priced[right] == rounds[right]).all()
         drafted += [priced[:, 0].sum(), rounds[:, 0].sum()]
         # run in full, replay gives the drafted lengths as well
-        simulated = SimulatedForesight(small, prompt.prompt_tokens, prompt.output_tokens)
+        simulated = SimulatedReplay(small, prompt.prompt_tokens, prompt.output_tokens)
         limit = max_output(NEW, len(prompt.prompt_tokens), 96)
         with torch.inference_mode():
             exact = simulate(simulated, len(prompt.output_tokens), limit)
