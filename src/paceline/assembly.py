@@ -26,7 +26,7 @@ from paceline.contracts import (
 from paceline.costs.table import CostTable
 from paceline.drafting.base import BuildContext
 from paceline.drafting.catalog import check_settings, find_kind
-from paceline.drafting.draft_model import DraftModel, DraftModelSettings
+from paceline.drafting.draft_model import DraftModel
 from paceline.drafting.none import NoneDrafter
 from paceline.engine import Driver, Engine, TextStream, raise_failure
 from paceline.errors import ArtefactError, ConfigError, RequestError
@@ -149,8 +149,7 @@ def build_from_objects(
                     f"tokenizer {vocabulary.num_tokens}; use a drafter with the target's tokenizer"
                 )
             check_packed_forward(wrapped)
-            default = DraftModelSettings.model_fields["num_draft_tokens"].default
-            model = DraftModel.from_model(name, wrapped, default, parts.build_context())
+            model = DraftModel.from_model(name, wrapped, parts.build_context())
         parts.drafters[name] = model
     return parts
 

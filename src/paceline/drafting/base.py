@@ -8,7 +8,7 @@ seed and the position; no drafter keeps a generator.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,7 +19,7 @@ from paceline.contracts import GREEDY
 from paceline.drafting.draft_replay import SimulatedReplay
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -66,6 +66,7 @@ class Drafter(ABC):
     replays_everywhere: bool = True
     """Whether replay asks for a round at every position, which gives the rounds of any schedule. False
     if a round depends on the rounds before it, or if a draft costs too much."""
+    stops_early: bool = True  # whether rules may end a draft before its limit
     note: str = ""  # a remark for the user on how the drafter was built
 
     def __init__(self, name: str, num_draft_tokens: int) -> None:
@@ -131,9 +132,14 @@ class Drafter(ABC):
     def price(self, costs: CostTable) -> None:  # noqa: B027 - most drafters ignore their costs
         """Take this machine's costs, if they decide the length of drafts."""
 
-    def at_full_length(self) -> AbstractContextManager[None]:
-        """Return a context in which no rule ends a draft early, to measure the cost of a length."""
-        return nullcontext()
+    @contextmanager
+    def at_full_length(self) -> Iterator[None]:
+        """Draft up to the limit within the block, to measure the cost of a length."""
+        before, self.stops_early = self.stops_early, False
+        try:
+            yield
+        finally:
+            self.stops_early = before
 
     def identity(self) -> dict[str, object]:
         """Return all that changes the drafts; a policy learned with another identity is refused."""

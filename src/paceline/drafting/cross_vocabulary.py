@@ -6,13 +6,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from paceline.drafting.base import Drafter
+from paceline.drafting.bridged_drafters import SharedTokens, ThroughText
 from paceline.drafting.bridge import KIND, Bridge
 from paceline.drafting.draft_model import DraftModel, DraftModelSettings
-from paceline.drafting.shared_tokens import SharedTokens
-from paceline.drafting.through_text import ThroughText
 from paceline.errors import ConfigError, VocabularyError
 from paceline.models.loading import load_language_model, load_tokenizer
 from paceline.models.translation import shared_tokens
@@ -33,8 +32,8 @@ class CrossVocabularySettings(DraftModelSettings):
 class CrossVocabulary(Drafter):
     """Builds a `SharedTokens`, a `ThroughText` or a plain `DraftModel`."""
 
-    kind: ClassVar[str] = KIND
-    Settings: ClassVar[type[CrossVocabularySettings]] = CrossVocabularySettings
+    kind = KIND
+    Settings = CrossVocabularySettings
 
     @classmethod
     def build(cls, name: str, settings: CrossVocabularySettings, context: BuildContext) -> Drafter:
@@ -53,8 +52,7 @@ class CrossVocabulary(Drafter):
         """Return the drafter of a loaded model."""
         drafter: Drafter
         if bridge.level == "same":
-            length = settings.num_draft_tokens
-            drafter = DraftModel.from_model(name, model, length, context, settings)
+            drafter = DraftModel.from_model(name, model, context, settings)
         elif bridge.level == "shared":
             drafter = SharedTokens(name, model, settings, bridge, context)
         else:

@@ -8,8 +8,7 @@ Symbols: R rows, K draft length, V the target's logits width, V' the drafter's w
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -34,9 +33,8 @@ from paceline.models.packing import Span
 from paceline.models.vocabulary import Vocabulary, check_same_vocabulary
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
-    from pydantic import BaseModel
     from torch import Tensor
 
     from paceline.contracts import RowView, SamplingParams
@@ -52,11 +50,11 @@ class DraftModelSettings(ModelSection, StopSettings):
 
 
 class DraftModel(Drafter):
-    kind: ClassVar[str] = "draft_model"
-    nests: ClassVar[bool] = True
-    Settings: ClassVar[type[BaseModel]] = DraftModelSettings
-    needs: ClassVar[Needs] = Needs(same_vocabulary=True)
-    shares_ids: ClassVar[bool] = True  # a drafted token has the same id in the model
+    kind = "draft_model"
+    nests = True
+    Settings = DraftModelSettings
+    needs = Needs(same_vocabulary=True)
+    shares_ids = True  # a drafted token has the same id in the model
 
     def __init__(
         self,
@@ -84,22 +82,22 @@ class DraftModel(Drafter):
     @classmethod
     def build(cls, name: str, settings: DraftModelSettings, context: BuildContext) -> DraftModel:
         model = load_language_model(settings, name)
-        return cls.from_model(name, model, settings.num_draft_tokens, context, settings)
+        return cls.from_model(name, model, context, settings)
 
     @classmethod
     def from_model(
         cls,
         name: str,
         model: LanguageModel,
-        num_draft_tokens: int,
         context: BuildContext,
         stop: StopSettings | None = None,
     ) -> DraftModel:
         """Return the drafter of a loaded model."""
+        stop = stop or StopSettings()
         return cls(
             name,
             model,
-            num_draft_tokens=num_draft_tokens,
+            num_draft_tokens=stop.num_draft_tokens,
             num_tokens=context.vocabulary.num_tokens,
             num_logits=context.target.num_logits,
             prefill_chunk=context.prefill_chunk,
@@ -148,14 +146,6 @@ class DraftModel(Drafter):
         if self.wants_prices:
             self._rule = ExpectedGainStop(costs, self.name, self.num_draft_tokens)
 
-    @contextmanager
-    def at_full_length(self) -> Iterator[None]:
-        rule, self._rule = self._rule, FIXED_LENGTH
-        try:
-            yield
-        finally:
-            self._rule = rule
-
     # --- the text in the model's own ids ----------------------------------------------------------
 
     def _text(self, row: RowView) -> Sequence[int]:
@@ -177,6 +167,7 @@ class DraftModel(Drafter):
     # --- drafting ---------------------------------------------------------------------------------
 
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
+        rule = self._rule if self.stops_early else FIXED_LENGTH
         texts = [self._text(row) for row in rows]
         longest = [self._max_length(text, n) for text, n in zip(texts, limits, strict=True)]
         width = max(longest)
@@ -190,14 +181,20 @@ class DraftModel(Drafter):
         if (
             self.model.drafts_whole_chains
             and self.shares_ids
-            and self._rule is FIXED_LENGTH
+            and rule is FIXED_LENGTH
             and self._draft_chains(rows, longest, fed, tokens)
         ):
             return Drafts(tokens, longest)
         seen: dict[int, list[float]] = {i: [] for i in active}  # confidences
         lengths = [0] * len(rows)
         for step in range(width):
-            active = [i for i in active if longest[i] > step and self._continues(rows[i], seen[i])]
+            # between rounds the last token of a row is not cached
+            active = [
+                i
+                for i in active
+                if longest[i] > step
+                and (not seen[i] or rule.allows_next(seen[i], len(rows[i].tokens) - 1))
+            ]
             if not active:
                 break
             logits = self._forward([self._states[rows[i].id] for i in active], fed, active)
@@ -211,7 +208,7 @@ class DraftModel(Drafter):
                 else:
                     state.drafted.extend(fed[i])
                 fed[i] = [self._own_id(token)]
-            if self._rule is not FIXED_LENGTH and step + 1 < width:
+            if rule is not FIXED_LENGTH and step + 1 < width:
                 for i, c in zip(active, confidences(logits).tolist(), strict=True):
                     seen[i].append(c)
         width = max(lengths)
@@ -243,10 +240,6 @@ class DraftModel(Drafter):
             state.num_cached = len(rows[i].tokens)
             state.drafted = chain[: lengths[i] - 1]
         return True
-
-    def _continues(self, row: RowView, seen: Sequence[float]) -> bool:
-        # between rounds the last token of a row is not cached
-        return not seen or self._rule.allows_next(seen, len(row.tokens) - 1)
 
     def _max_length(self, text: Sequence[int], limit: int) -> int:
         """Return the maximum draft length: each token that is fed needs a position in the cache."""

@@ -10,10 +10,9 @@ distribution.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -31,9 +30,8 @@ from paceline.models.self_checks import check_sublayers
 from paceline.models.sublayers import LayerSubset
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
-    from pydantic import BaseModel
     from torch import Tensor
 
     from paceline.contracts import RowView, SamplingParams
@@ -81,10 +79,10 @@ class _RowState:
 
 
 class LayerSkip(Drafter):
-    kind: ClassVar[str] = "layer_skip"
+    kind = "layer_skip"
     replays_everywhere = False  # a draft costs most of a forward of the target
-    Settings: ClassVar[type[BaseModel]] = LayerSkipSettings
-    needs: ClassVar[Needs] = Needs(target_weights=True)
+    Settings = LayerSkipSettings
+    needs = Needs(target_weights=True)
 
     def __init__(
         self,
@@ -101,15 +99,7 @@ class LayerSkip(Drafter):
         self._target = target
         self._chunk = prefill_chunk
         self._states: dict[int, _RowState] = {}
-        self._stops_early = settings.stop == "threshold"
-
-    @contextmanager
-    def at_full_length(self) -> Iterator[None]:
-        before, self._stops_early = self._stops_early, False
-        try:
-            yield
-        finally:
-            self._stops_early = before
+        self.stops_early = settings.stop == "threshold"
 
     @classmethod
     def check(cls, name: str, settings: LayerSkipSettings, vocabulary: Vocabulary) -> None:
@@ -184,7 +174,7 @@ class LayerSkip(Drafter):
 
     def _confidences(self, logits: Tensor) -> list[float]:
         """Return max q of each row before any warping, [R]; 1 if no rule ends drafts early."""
-        if not self._stops_early:
+        if not self.stops_early:
             return [1.0] * len(logits)
         logits = logits.float()
         largest: list[float] = (logits.amax(dim=-1) - logits.logsumexp(dim=-1)).exp().tolist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,8 +13,6 @@ from paceline.drafting.base import Drafter
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pydantic import BaseModel
-
     from paceline.contracts import RowView
 
 
@@ -23,8 +21,8 @@ class NoneSettings(Section):
 
 
 class NoneDrafter(Drafter):
-    kind: ClassVar[str] = NONE
-    Settings: ClassVar[type[BaseModel]] = NoneSettings
+    kind = NONE
+    Settings = NoneSettings
 
     def __init__(self, name: str = NONE, settings: NoneSettings | None = None) -> None:
         super().__init__(name, num_draft_tokens=0)

@@ -9,7 +9,7 @@ instead of a short list. Order of the rules for a draft's length: drafting.draft
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field, model_validator
@@ -17,15 +17,13 @@ from pydantic import Field, model_validator
 from paceline.config import MAX_DRAFT_TOKENS, Section
 from paceline.contracts import Drafts
 from paceline.drafting.base import Drafter, pad_drafts
-from paceline.drafting.suffix_index import RowIndices, SuffixIndex
+from paceline.drafting.suffix_index import RowIndices
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
-    from pydantic import BaseModel
-
     from paceline.contracts import RowView
+    from paceline.drafting.suffix_index import SuffixIndex
 
 
 class PromptLookupSettings(Section):
@@ -42,25 +40,19 @@ class PromptLookupSettings(Section):
         return self
 
 
-def longest_suffix_match(tokens: np.ndarray, min_ngram: int, max_ngram: int) -> int | None:
-    """Return the index after the longest earlier occurrence of a text's own suffix.
+def find_source(index: SuffixIndex, min_ngram: int) -> int | None:
+    """Return the index of the token after the longest earlier occurrence of the text's own suffix.
 
-    tokens: [n] integers. Returns None if no suffix of at least `min_ngram` tokens occurs earlier.
+    None if no suffix of at least `min_ngram` tokens occurs earlier.
     """
-    index = SuffixIndex(max_ngram, len(tokens))
-    index.extend(tokens)
-    return _source(index, min_ngram)
-
-
-def _source(index: SuffixIndex, min_ngram: int) -> int | None:
     match = index.match_own()
     return match.source if match.length >= min_ngram else None
 
 
 class PromptLookup(Drafter):
-    kind: ClassVar[str] = "prompt_lookup"
-    nests: ClassVar[bool] = True
-    Settings: ClassVar[type[BaseModel]] = PromptLookupSettings
+    kind = "prompt_lookup"
+    nests = True
+    Settings = PromptLookupSettings
 
     def __init__(self, name: str, settings: PromptLookupSettings) -> None:
         super().__init__(name, settings.num_draft_tokens)
@@ -82,20 +74,15 @@ class PromptLookup(Drafter):
     def num_bytes(self) -> int:
         return self._rows.num_bytes()
 
-    def draft(self, tokens: np.ndarray, limit: int) -> list[int]:
-        """Return at most `limit` tokens that may follow a whole text, `tokens` [n]."""
-        source = longest_suffix_match(tokens, self.settings.min_ngram, self.settings.max_ngram)
-        return self._copied(tokens.tolist(), source, limit)
-
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
         drafts = []
         for row, limit in zip(rows, limits, strict=True):
-            source = _source(self._rows.of(row), self.settings.min_ngram)
-            drafts.append(self._copied(row.tokens, source, limit))
+            source = find_source(self._rows.of(row), self.settings.min_ngram)
+            drafts.append(self._copy(row.tokens, source, limit))
         return Drafts(*pad_drafts(drafts, torch.device("cpu")))
 
-    def _copied(self, tokens: Sequence[int], source: int | None, limit: int) -> list[int]:
-        """Return the tokens copied one by one from `source` on, from the text and then from the copy."""
+    def _copy(self, tokens: Sequence[int], source: int | None, limit: int) -> list[int]:
+        """Return up to `limit` tokens from `source` on, continued periodically after the text's end."""
         limit = min(limit, self.num_draft_tokens)
         if source is None or limit < 1:
             return []

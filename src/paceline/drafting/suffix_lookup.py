@@ -8,7 +8,7 @@ Order of the rules for a draft's length: drafting.draft_length. Symbols: R rows,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,8 +23,6 @@ from paceline.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    from pydantic import BaseModel
 
     from paceline.contracts import RowView
     from paceline.drafting.base import BuildContext
@@ -71,8 +69,8 @@ class SuffixLookupSettings(Section):
 class SuffixLookup(Drafter):
     """With `share`, drafts depend on earlier requests and replays, so their order matters."""
 
-    kind: ClassVar[str] = "suffix_lookup"
-    Settings: ClassVar[type[BaseModel]] = SuffixLookupSettings
+    kind = "suffix_lookup"
+    Settings = SuffixLookupSettings
 
     def __init__(
         self, name: str, settings: SuffixLookupSettings, shared: SharedText | None = None

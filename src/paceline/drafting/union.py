@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field, model_validator
@@ -136,9 +136,9 @@ class Union(Drafter):
     The parts are arms themselves. A row has one arm at a time, so their states never collide.
     """
 
-    kind: ClassVar[str] = "union"
+    kind = "union"
     replays_everywhere = False  # earlier rounds weigh the parts
-    Settings: ClassVar[type[UnionSettings]] = UnionSettings
+    Settings = UnionSettings
 
     def __init__(
         self,

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def _draft_model(name: str, context: BuildContext) -> Drafter:
     """The target with some noise on its weights."""
     model = LanguageModel(perturbed(context.target.model, 0.05), name)
-    return DraftModel.from_model(name, model, 4, context)
+    return DraftModel.from_model(name, model, context)
 
 
 def _prompt_lookup(name: str, context: BuildContext) -> Drafter:

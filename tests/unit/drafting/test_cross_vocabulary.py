@@ -14,12 +14,11 @@ from paceline.assembly import Pace, Parts, build, build_from_objects, load
 from paceline.bench.doctor import doctor
 from paceline.config import Config, DrafterSection, EngineSection, ModelSection
 from paceline.contracts import NONE, SamplingParams
+from paceline.drafting.bridged_drafters import SharedTokens, ThroughText
 from paceline.drafting.bridge import Bridge
 from paceline.drafting.cross_vocabulary import CrossVocabulary
 from paceline.drafting.draft_length import StopSettings
 from paceline.drafting.draft_model import DraftModel
-from paceline.drafting.shared_tokens import SharedTokens
-from paceline.drafting.through_text import ThroughText
 from paceline.errors import ConfigError
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.models.language_model import LanguageModel

@@ -5,23 +5,31 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.drafting.draft_replay import SimpleRow
-from paceline.drafting.prompt_lookup import (
-    PromptLookup,
-    PromptLookupSettings,
-    longest_suffix_match,
-)
+from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings, find_source
+from paceline.drafting.suffix_index import SuffixIndex
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 TEXTS = st.lists(st.integers(0, 3), max_size=40)
 QUICK = settings(max_examples=300, deadline=None, derandomize=True)
+
+
+def row_of(id: int, tokens: Sequence[int] = (), num_prompt: int = 0) -> SimpleRow:
+    return SimpleRow(list(tokens), num_prompt, id=id)
+
+
+def draft_of(drafter: PromptLookup, text: Sequence[int], limit: int) -> list[int]:
+    """Return the draft of a new row."""
+    row = row_of(0, text)
+    drafter.start([row])
+    drafts = drafter.propose([row], [limit])
+    return drafts.tokens[0, : drafts.lengths[0]].tolist()
 
 
 def naive_match(tokens: list[int], min_ngram: int, max_ngram: int) -> int | None:
@@ -38,9 +46,10 @@ def naive_match(tokens: list[int], min_ngram: int, max_ngram: int) -> int | None
 @QUICK
 @given(TEXTS.filter(len), st.integers(1, 5), st.integers(0, 6))
 def test_the_match_is_that_of_a_naive_search(text: list[int], least: int, more: int) -> None:
-    found = longest_suffix_match(np.array(text), least, least + more)
+    index = SuffixIndex(least + more)
+    index.extend(text)
 
-    assert found == naive_match(text, least, least + more)
+    assert find_source(index, least) == naive_match(text, least, least + more)
 
 
 @QUICK
@@ -50,7 +59,7 @@ def test_drafts_copy_what_copying_token_by_token_would(
 ) -> None:
     drafter = PromptLookup("x", PromptLookupSettings(num_draft_tokens=9, min_ngram=min_ngram))
 
-    draft = drafter.draft(np.array(text, dtype=np.int64), limit)
+    draft = draft_of(drafter, text, limit)
 
     source = naive_match(text, min_ngram, 16) if len(text) > 1 else None
     expected = list(text)
@@ -75,14 +84,10 @@ def test_drafts_copy_what_copying_token_by_token_would(
 def test_examples(text: list[int], draft: list[int]) -> None:
     drafter = PromptLookup("x", PromptLookupSettings(num_draft_tokens=4, min_ngram=2))
 
-    assert drafter.draft(np.array(text, dtype=np.int64), 10) == draft
+    assert draft_of(drafter, text, 10) == draft
 
 
 # --- rows -----------------------------------------------------------------------------------------
-
-
-def row_of(id: int, tokens: Sequence[int] = (), num_prompt: int = 0) -> SimpleRow:
-    return SimpleRow(list(tokens), num_prompt, id=id)
 
 
 def reference_draft(tokens: list[int], limit: int, config: PromptLookupSettings) -> list[int]:

@@ -316,7 +316,9 @@ def test_nothing_is_compiled_after_a_drafter_was_built() -> None:
     while not drafter.prepare(row, 64):
         pass
     drafter.propose([row], [5])
-    PromptLookup("y", PromptLookupSettings()).draft(np.arange(9), 3)
+    other = PromptLookup("y", PromptLookupSettings())
+    other.start([row])
+    other.propose([row], [3])
 
     after = {name: len(getattr(suffix_kernels, name).nopython_signatures) for name in kernels}
     assert after == before

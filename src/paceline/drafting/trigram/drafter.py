@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,8 +28,6 @@ from paceline.drafting.trigram.table import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pydantic import BaseModel
-
     from paceline.contracts import RowView
     from paceline.drafting.base import BuildContext
     from paceline.drafting.trigram.search import Learned
@@ -43,8 +41,8 @@ class _RowState:
 
 
 class TrigramTree(Drafter):
-    kind: ClassVar[str] = "trigram_tree"
-    Settings: ClassVar[type[BaseModel]] = TrigramTreeSettings
+    kind = "trigram_tree"
+    Settings = TrigramTreeSettings
 
     def __init__(
         self,

@@ -25,16 +25,19 @@ _RELEASED: Final = {
 
 
 class TrigramTreeSettings(Section):
-    """Which table, how drafts are searched, and how text changes the statistics.
+    """The table, the search for drafts, and the update of the statistics by text.
 
-    table: a file of `paceline trigram build`; none starts from nothing. num_draft_tokens: nodes of a
-    draft; depth: its levels. search: `greedy`, the likeliest paths first; `mcts`, the paper's, with its
-    iterations, the paths read out and the PUCT constants c1 and c2; `full`, level by level. update:
-    `counts` learns each tri-gram of the text once, its pair's counts decaying by `decay` each time,
-    beside a table's probabilities that count for `prior` observations; `released` adds update_step to
-    the last update_window tri-grams in every round, up to update_cap; `none`. max_pairs bounds what is
-    learned. share: all requests learn into, and draft from, the same statistics. preset: `released`
-    takes the released code's values for all that is not given. seed: of the search's random draws.
+    table: a file of `paceline trigram build`; without it the statistics start empty. num_draft_tokens:
+    nodes per draft; depth: levels per draft.
+    search: `greedy` adds the likeliest paths first; `mcts` is the paper's search, with its number of
+    iterations, the number of paths to read out and the PUCT constants c1 and c2; `full` goes level by
+    level.
+    update: `counts` learns each tri-gram of the text once; each time, the counts of its pair decay by
+    `decay`; the table's probabilities weigh `prior` observations. `released` adds update_step to the
+    last update_window tri-grams in every round, up to update_cap. `none` learns nothing.
+    max_pairs: maximum number of learned pairs. share: all requests learn into, and draft from, the same
+    statistics. preset: `released` sets all omitted settings to those of the released code. seed: of the
+    search's random draws.
     """
 
     table: Path | None = None

@@ -97,7 +97,7 @@ def test_runs_merged_in_little_memory_are_the_same_table(
     at_once = built(sequences, tmp_path / "a")
     merged = []
     original = build_module._Runs._merged
-    monkeypatch.setattr(build_module, "_BYTES_A_TOKEN", (1 << 20) // room)
+    monkeypatch.setattr(build_module, "_BYTES_PER_TRIGRAM", (1 << 20) // room)
     monkeypatch.setattr(
         build_module._Runs, "_merged", lambda *a: (merged.append(len(a[1])), original(*a))[1]
     )
@@ -134,7 +134,7 @@ def test_a_killed_build_goes_on_behind_its_last_run(
 ) -> None:
     sequences = long_text()
     monkeypatch.setattr(build_module, "_BATCH", 5)
-    monkeypatch.setattr(build_module, "_BYTES_A_TOKEN", (1 << 20) // 2_000)
+    monkeypatch.setattr(build_module, "_BYTES_PER_TRIGRAM", (1 << 20) // 2_000)
     small = BuildSettings(memory_mb=1)
     with pytest.raises(KilledError):
         build_table([Recorded(sequences, dies_at=300)], tmp_path / "t", "hash", small)
