@@ -1,4 +1,4 @@
-"""The interface of a drafter, and what it is built from.
+"""The interface of a drafter, and the context that it is built in.
 
 The engine owns each row's tokens. `propose` first reads the tokens it has not seen, so a drafter that
 was not asked for some rounds is never stale. Randomness comes from `paceline.noise`, keyed by the row's
@@ -61,12 +61,12 @@ class Drafter(ABC):
     Settings: ClassVar[type[BaseModel]]
     needs: ClassVar[Needs] = Needs()
     nests: ClassVar[bool] = False
-    """Whether a draft under a lower limit is the beginning of the draft under a higher limit. If so,
-    every draft length is an arm, and one replay gives the rounds of all lengths."""
+    """True if a draft under a lower limit is the beginning of the draft under a higher limit. Then every
+    draft length is an arm, and one replay gives the rounds of all lengths."""
     replays_everywhere: bool = True
-    """Whether replay asks for a round at every position, which gives the rounds of any schedule. False
+    """True if replay asks for a round at every position, which gives the rounds of any schedule. False
     if a round depends on the rounds before it, or if a draft costs too much."""
-    stops_early: bool = True  # whether rules may end a draft before its limit
+    stops_early: bool = True  # rules may end a draft before its limit
     note: str = ""  # a remark for the user on how the drafter was built
 
     def __init__(self, name: str, num_draft_tokens: int) -> None:
@@ -126,7 +126,7 @@ class Drafter(ABC):
 
     @property
     def wants_prices(self) -> bool:
-        """Whether it needs this machine's costs, by `price`, before it can draft."""
+        """True if it needs this machine's costs, by `price`, before it can draft."""
         return False
 
     def price(self, costs: CostTable) -> None:  # noqa: B027 - most drafters ignore their costs

@@ -51,6 +51,6 @@ class Bridge:
         return cls(*sides, level, why)
 
     def identity(self) -> dict[str, object]:
-        """Return what the bridge adds to a drafter's identity."""
+        """Return the bridge's part of a drafter's identity."""
         own = Vocabulary.of(self.own.tokenizer).hash()
         return {"kind": KIND, "level": self.level, "vocabulary": own}

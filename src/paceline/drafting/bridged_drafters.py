@@ -51,7 +51,7 @@ class SharedTokens(DraftModel):
     """Drafts the tokens that both tokenizers have, in the target's ids.
 
     Its distribution is renormalised over them before warping, so drafts are sampled and judged by the
-    same distribution. It reads other tokens of the text as several of its own.
+    same distribution. It reads every other token of the text as several own tokens.
     """
 
     kind = KIND
@@ -198,7 +198,7 @@ class ThroughText(Drafter):
         own_rows = [self._rows[row.id] for row in rows]
         for row, own in zip(rows, own_rows, strict=True):
             self._inside.keep(own, own.catch_up(row.tokens))
-        # without a token that the drafter can read there is nothing to draft from
+        # a draft needs at least one token that the drafter can read
         limits = [n if own.tokens else 0 for n, own in zip(limits, own_rows, strict=True)]
         drafted = self._inside.propose(own_rows, limits)
         drafts = []

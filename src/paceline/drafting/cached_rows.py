@@ -1,4 +1,4 @@
-"""The rows of a draft model in its own cache: what is cached of each, and the prefill of the rest."""
+"""The rows of a draft model in its own cache, and their prefill."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class CachedRow:
+    """The cached tokens of one row."""
+
     slot: int
     num_cached: int = 0  # leading tokens of the row whose keys and values are cached
     drafted: list[int] = field(default_factory=list)  # cached beyond them, not yet known accepted
@@ -81,7 +83,7 @@ class CachedRows(dict[int, CachedRow]):
         return list(text[state.num_cached :])
 
     def keep(self, row_id: int, num_tokens: int) -> None:
-        """Forget what is cached of a row beyond its first tokens, where its text was rewritten."""
+        """Forget the cache of a row beyond its first tokens, where its text was rewritten."""
         state = self[row_id]
         if num_tokens < state.num_cached:
             state.num_cached, state.drafted = num_tokens, []

@@ -26,8 +26,6 @@ from paceline.drafting.union import Union
 from paceline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from paceline.config import Config, DrafterSection
 
 _KINDS: Final[tuple[type[Drafter], ...]] = (
@@ -40,9 +38,7 @@ _KINDS: Final[tuple[type[Drafter], ...]] = (
     LayerSkip,
     Union,
 )
-CATALOG: Final[Mapping[str, type[Drafter]]] = MappingProxyType(
-    {drafter.kind: drafter for drafter in _KINDS}
-)
+CATALOG: Final = MappingProxyType({kind.kind: kind for kind in _KINDS})
 
 
 def find_kind(name: str, kind: str) -> type[Drafter]:

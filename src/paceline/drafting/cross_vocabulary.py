@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from paceline.drafting.base import Drafter
-from paceline.drafting.bridged_drafters import SharedTokens, ThroughText
 from paceline.drafting.bridge import KIND, Bridge
+from paceline.drafting.bridged_drafters import SharedTokens, ThroughText
 from paceline.drafting.draft_model import DraftModel, DraftModelSettings
 from paceline.errors import ConfigError, VocabularyError
 from paceline.models.loading import load_language_model, load_tokenizer
@@ -75,7 +75,7 @@ def check_bridge(
         )
     if bridge.level == "text" and settings.stop == "expected":
         raise ConfigError(
-            f"drafter '{name}' drafts text ({bridge.why}), where 'stop: expected' has no "
-            "confidences by target token to go by; set 'stop: confidence' or 'fixed'"
+            f"drafter '{name}' drafts text ({bridge.why}), so 'stop: expected' has no confidence "
+            "per target token; set 'stop: confidence' or 'fixed'"
         )
     return bridge

@@ -1,4 +1,4 @@
-"""Where the length of a draft is decided. All rules, in the order in which they apply:
+"""The length of a draft: all rules, in the order in which they apply, and the stop rules.
 
 1. The arm. The policy, and between rounds the controller, choose a drafter and with it a length:
    `math@3` drafts up to 3 tokens, `math` up to its `num_draft_tokens`, `none` nothing
@@ -11,11 +11,12 @@
    - trigram_tree: `depth` levels; union: the nodes most likely to be accepted (`merge`).
 4. The stop rule, asked between two tokens (this module): `FixedLength`, `ConfidenceStop` and
    `ExpectedGainStop` for draft models, `AdaptiveThreshold` for layer_skip. Lookups and searches end
-   where nothing is found, or nothing likely enough.
-5. The contract: a draft longer than rules 2 and 3 allow is an error (`contract.read_drafts`).
+   where they find no token, or none that is likely enough.
+5. The contract: a draft longer than the limit or `num_draft_tokens` is an error
+   (`contract.read_drafts`).
 
-A stop rule reads distributions that drafted tokens came from, never which tokens these were, so it does
-not bias what is emitted. The first token is always drafted: the arm decides whether to draft at all.
+A stop rule reads the distributions of drafted tokens, never the tokens, so it does not bias the text.
+The first token is always drafted: the arm decides whether to draft at all.
 Symbols: c_i = the drafter's largest probability at place i, before any warping; P_k = c_1 ... c_k, the
 probability that all of k tokens are accepted, if c_i is the probability for token i.
 """
@@ -61,7 +62,7 @@ def confidences(logits: Tensor) -> Tensor:
 
 
 class StopSettings(Section):
-    """How a chain drafter's draft ends.
+    """The stop rule of a chain drafter.
 
     fixed: at num_draft_tokens. confidence: also where P_k falls below `threshold`. expected: also
     where one more token is expected to slow the round down on this machine, by its cost table.
@@ -78,7 +79,7 @@ class StopSettings(Section):
         return self
 
     def stop_identity(self) -> dict[str, object]:
-        """Return what the rule adds to a drafter's identity; nothing at fixed length."""
+        """Return the rule's part of a drafter's identity; empty at fixed length."""
         if self.stop == "confidence":
             return {"stop": self.stop, "threshold": self.threshold}
         return {} if self.stop == "fixed" else {"stop": self.stop}
@@ -109,7 +110,8 @@ class ExpectedGainStop:
     geometric mean of the confidences so far. All longer drafts are compared, because T rises in steps.
     """
 
-    def __init__(self, costs: CostTable, arm: str, num_draft_tokens: int) -> None:
+    def __init__(self, costs: CostTable | None, arm: str, num_draft_tokens: int) -> None:
+        """costs: None until the machine's prices are known; then the rule raises ArtefactError."""
         self._costs, self._arm = costs, arm
         self._lengths = np.arange(num_draft_tokens + 1)
         self._seconds_at: dict[int, list[float]] = {}
@@ -134,6 +136,11 @@ class ExpectedGainStop:
         """Return T_0 ... T_K."""
         seconds = self._seconds_at.get(context)
         if seconds is None:
+            if self._costs is None:
+                raise ArtefactError(
+                    f"'{self._arm}' stops by expected gain, which needs this machine's costs; run "
+                    "`paceline profile`, or set another 'stop'"
+                )
             seconds = round_seconds(
                 self._costs.seconds, self._arm, self._lengths, np.array(context)
             ).tolist()
@@ -141,27 +148,16 @@ class ExpectedGainStop:
         return seconds
 
 
-class Unpriced:
-    """The rule of an arm that stops by expected gain and has no prices yet: it raises."""
-
-    def __init__(self, arm: str) -> None:
-        self._arm = arm
-
-    def allows_next(self, confidences: Sequence[float], context: int) -> bool:
-        raise ArtefactError(
-            f"'{self._arm}' stops by expected gain, which needs this machine's costs; run "
-            "`paceline profile`, or set another 'stop'"
-        )
-
-
 FIXED_LENGTH: Final = FixedLength()
 
 
 def make_rule(arm: str, settings: StopSettings) -> StopRule:
-    """Return the rule of an arm's settings, `Unpriced` for expected gain."""
+    """Return the rule of an arm's settings, without prices."""
     if settings.stop == "confidence":
         return ConfidenceStop(settings.threshold)
-    return FIXED_LENGTH if settings.stop == "fixed" else Unpriced(arm)
+    if settings.stop == "fixed":
+        return FIXED_LENGTH
+    return ExpectedGainStop(None, arm, settings.num_draft_tokens)
 
 
 # --- layer_skip -----------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ class DraftReplay(ABC):
         """
 
     def close(self) -> None:  # noqa: B027 - most replays hold nothing
-        """Release what the replay holds."""
+        """Release the resources of the replay."""
 
 
 class SimulatedReplay(DraftReplay):
@@ -95,7 +95,7 @@ class SimulatedReplay(DraftReplay):
         self.scores = scores
         self._drafter = drafter
         self._text = [*prompt, *trajectory]
-        self._tokens = list(prompt)  # what the drafter has been shown
+        self._tokens = list(prompt)  # the text that the drafter has seen
         self._row = SimpleRow(self._tokens, len(prompt), sampling=sampling)
         self._started = False
 

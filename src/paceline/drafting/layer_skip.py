@@ -66,6 +66,8 @@ class LayerSkipSettings(ThresholdSettings):
 
 @dataclass(slots=True)
 class _RowState:
+    """A row's threshold and its last draft."""
+
     exit: AdaptiveThreshold
     num_tokens: int = 0  # of the row at its last draft
     draft: list[int] = field(default_factory=list)
@@ -108,7 +110,7 @@ class LayerSkip(Drafter):
 
     @classmethod
     def build(cls, name: str, settings: LayerSkipSettings, context: BuildContext) -> LayerSkip:
-        """Raises ModelError if the target's sub-layers cannot be skipped."""
+        """Build the drafter. Raises ModelError if the target's sub-layers cannot be skipped."""
         subset = subset_of(name, settings, context.target)
         check_sublayers(context.target)
         return cls(name, context.target, subset, settings, context.prefill_chunk)
@@ -116,7 +118,7 @@ class LayerSkip(Drafter):
     def identity(self) -> dict[str, object]:
         rule: dict[str, object] = {"stop": self.settings.stop}
         if self.settings.stop == "threshold":
-            rule |= {key: getattr(self.settings, key) for key in ThresholdSettings.model_fields}
+            rule |= self.settings.model_dump(include=set(ThresholdSettings.model_fields))
         return {
             **super().identity(),
             "skip_attention": _as_text(self.subset.attention),

@@ -37,10 +37,10 @@ class SharedText:
         """Keep an answer, or its end if it is longer than an index."""
         if not tokens:
             return
-        kept = [*tokens[-(self._room - 1) :], _END]
-        if self.parts[0].num_tokens + len(kept) > self._room:
+        answer = [*tokens[-(self._room - 1) :], _END]
+        if self.parts[0].num_tokens + len(answer) > self._room:
             self.parts = [self._empty(), self.parts[0]]
-        self.parts[0].extend(kept)
+        self.parts[0].extend(answer)
 
     def match(self, tokens: Sequence[int]) -> list[tuple[SuffixIndex, Match]]:
         """Return each part with the longest suffix of a row's tokens that occurs in it."""

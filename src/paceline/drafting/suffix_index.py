@@ -1,4 +1,4 @@
-"""Earlier occurrences of a text's own suffix and what followed them, updated token by token.
+"""Earlier occurrences of a text's own suffix and the tokens after them, updated token by token.
 
 `SuffixIndex` owns the arrays that the kernels grow; `RowIndices` keeps an index per row and reads the
 row's new tokens when it is asked. Knows no models.

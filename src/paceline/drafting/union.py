@@ -88,9 +88,9 @@ def merge(proposals: Sequence[Proposal], num_nodes: int) -> tuple[list[int], lis
                 wrong[node] *= 1.0 - right[-1]
             merged.append(node)
     # a stable sort keeps a parent before its child where they are equally likely
-    kept = sorted(sorted(range(len(tokens)), key=lambda node: wrong[node])[:num_nodes])
-    number = {node: k for k, node in enumerate(kept)} | {-1: -1}
-    return [tokens[node] for node in kept], [number[parents[node]] for node in kept]
+    nodes = sorted(sorted(range(len(tokens)), key=lambda node: wrong[node])[:num_nodes])
+    number = {node: k for k, node in enumerate(nodes)} | {-1: -1}
+    return [tokens[node] for node in nodes], [number[parents[node]] for node in nodes]
 
 
 @dataclass(slots=True)
@@ -118,6 +118,8 @@ class _Record:
 
 @dataclass(slots=True)
 class _State:
+    """The parts' records in one row, and the progress of their prefill."""
+
     records: list[_Record]  # of the parts
     num_tokens: int = 0  # of the row at the last proposal
     num_prepared: int = 0  # parts whose prefill is complete

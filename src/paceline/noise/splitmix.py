@@ -1,4 +1,4 @@
-"""splitmix64's mixing function, on which random numbers and hash places rest.
+"""splitmix64's mixing function, the base of random numbers and hash places.
 
 Plain numpy on uint64 scalars and arrays; `noise.kernels.mix` is the same function compiled. Tensors have
 their own form in `paceline.noise`, because torch's uint64 lacks the arithmetic.

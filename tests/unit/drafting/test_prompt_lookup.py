@@ -1,4 +1,4 @@
-"""Lookup finds the longest earlier match, the latest of equals, and copies as token by token would."""
+"""Lookup finds the longest earlier match, the latest of equals, and copies token by token."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def draft_of(drafter: PromptLookup, text: Sequence[int], limit: int) -> list[int
 
 
 def naive_match(tokens: list[int], min_ngram: int, max_ngram: int) -> int | None:
-    """Where the latest of the longest earlier occurrences of a suffix ends, by trying all."""
+    """Return the end of the latest of the longest earlier occurrences of a suffix, by trying all."""
     n = len(tokens)
     for length in range(min(max_ngram, n - 1), min_ngram - 1, -1):
         suffix = tokens[n - length :]
@@ -54,9 +54,7 @@ def test_the_match_is_that_of_a_naive_search(text: list[int], least: int, more: 
 
 @QUICK
 @given(TEXTS, st.integers(0, 12), st.integers(1, 4))
-def test_drafts_copy_what_copying_token_by_token_would(
-    text: list[int], limit: int, min_ngram: int
-) -> None:
+def test_drafts_equal_copies_token_by_token(text: list[int], limit: int, min_ngram: int) -> None:
     drafter = PromptLookup("x", PromptLookupSettings(num_draft_tokens=9, min_ngram=min_ngram))
 
     draft = draft_of(drafter, text, limit)
@@ -91,7 +89,7 @@ def test_examples(text: list[int], draft: list[int]) -> None:
 
 
 def reference_draft(tokens: list[int], limit: int, config: PromptLookupSettings) -> list[int]:
-    """What the settings allow of copying token by token from a naive search's match."""
+    """Return the copy, token by token, from a naive search's match, as long as the settings allow."""
     source = naive_match(tokens, config.min_ngram, config.max_ngram)
     expected = list(tokens)
     if source is not None:
@@ -119,7 +117,7 @@ while len(FIBONACCI[-1]) < 300:
     ids=["same", "alternating", "periods", "fibonacci", "two", "five", "hundred"],
 )
 @pytest.mark.parametrize("bounds", [(1, 1), (1, 16), (3, 4)])
-def test_a_rows_drafts_are_those_of_a_naive_search_whatever_its_history(
+def test_drafts_are_those_of_a_naive_search_after_any_history(
     text: list[int], bounds: tuple[int, int]
 ) -> None:
     config = PromptLookupSettings(num_draft_tokens=6, min_ngram=bounds[0], max_ngram=bounds[1])
@@ -133,7 +131,7 @@ def test_a_rows_drafts_are_those_of_a_naive_search_whatever_its_history(
     while any(len(row.tokens) < len(text) for row in rows):
         for row in rows:
             row.tokens += text[len(row.tokens) : len(row.tokens) + choose.randrange(1, 9)]
-        if choose.random() < 0.1:  # switched away and back
+        if choose.random() < 0.1:  # another drafter in between
             drafter.finish(rows)
             drafter.start(rows)
         asked = choose.sample(rows, choose.randint(1, 2))

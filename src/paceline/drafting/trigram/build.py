@@ -298,8 +298,7 @@ def _hash(files: dict[str, Any]) -> str:
     digest = hashlib.sha256()
     for file in files.values():
         file.seek(0)
-        while block := file.read(1 << 20):
-            digest.update(block)
+        hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()[:32]
 
 
