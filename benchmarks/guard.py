@@ -39,8 +39,9 @@ from paceline.cli.options import configured
 from paceline.cli.progress import progress
 from paceline.config import PathsSection, SelectionSection
 from paceline.contracts import NONE, Drafts
-from paceline.drafting.base import Drafter, Foresight
+from paceline.drafting.base import Drafter
 from paceline.drafting.catalog import arms_of
+from paceline.drafting.draft_replay import DraftReplay
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.experiments.prompt_files import TASKS
 from paceline.files import write_atomically
@@ -97,7 +98,7 @@ class Wrong(Drafter):
     def finish(self, rows: Sequence[RowView]) -> None:
         self._right.finish(rows)
 
-    def would_accept(self, *given: Any, **settings: Any) -> Foresight:
+    def would_accept(self, *given: Any, **settings: Any) -> DraftReplay:
         raise NotImplementedError("is never replayed")
 
     def identity(self) -> dict[str, object]:

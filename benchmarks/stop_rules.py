@@ -5,7 +5,7 @@
 The target decodes each prompt once (greedy), each drafter scores each output in one pass and is timed
 for the cost table; from these every rule's rounds and its predicted speed follow, without decoding
 again. What is accepted is exact. How much a rule drafts behind a first wrong token is estimated from
-the confidences along the text (paceline.drafting.foresight). The best fixed length and the best
+the confidences along the text (paceline.drafting.draft_replay). The best fixed length and the best
 threshold are chosen on the same prompts that they are shown on, which flatters both; the expected-gain
 rule has nothing to choose.
 """
@@ -26,8 +26,8 @@ from paceline.bench.profile import measure_cost_table
 from paceline.cli.options import configured
 from paceline.cli.progress import progress
 from paceline.contracts import NONE, CollectedPrompt
+from paceline.drafting.draft_length import FIXED_LENGTH, ConfidenceStop, ExpectedGainStop
 from paceline.drafting.draft_model import DraftModel
-from paceline.drafting.stops import FIXED_LENGTH, ConfidenceStop, ExpectedGainStop
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.files import write_atomically
 from paceline.replay import max_output, replay, walk
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from paceline.config import Config
     from paceline.contracts import Progress
     from paceline.costs import CostTable
-    from paceline.drafting.stops import StopRule
+    from paceline.drafting.draft_length import StopRule
 
 FIXED_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

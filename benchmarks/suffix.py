@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 from paceline.bench.circumstances import circumstances
 from paceline.cli.progress import progress
 from paceline.config import ModelSection
-from paceline.drafting.foresight import ReplayedRow
+from paceline.drafting.draft_replay import SimpleRow
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
 from paceline.drafting.suffix_index import SuffixIndex
 from paceline.drafting.suffix_lookup import SuffixLookup, SuffixLookupSettings
@@ -120,7 +120,7 @@ def bulk(text: list[int]) -> tuple[float, float]:
 def a_round(drafter: Drafter, text: list[int]) -> float:
     """CPU microseconds of a proposal at the end of the text, with catching up."""
     first = len(text) - ROUNDS * TOKENS_A_ROUND
-    row = ReplayedRow(text[:first], first)
+    row = SimpleRow(text[:first], first)
     drafter.start([row])
     while not drafter.prepare(row, 512):
         pass

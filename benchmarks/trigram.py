@@ -23,14 +23,15 @@ from rich.console import Console
 from paceline.bench.circumstances import circumstances
 from paceline.cli.options import configured
 from paceline.cli.progress import progress
-from paceline.drafting.foresight import ReplayedRow
+from paceline.drafting.draft_replay import SimpleRow
 from paceline.drafting.trigram import kernels
-from paceline.drafting.trigram.drafter import TrigramTree, TrigramTreeSettings
-from paceline.drafting.trigram.reference import ReferenceStatistics, reference_tree
+from paceline.drafting.trigram.drafter import TrigramTree
 from paceline.drafting.trigram.search import Learned, TreeSearch
+from paceline.drafting.trigram.settings import TrigramTreeSettings
 from paceline.drafting.trigram.table import load_table
 from paceline.experiments.aded import installed_source
 from paceline.models.loading import load_tokenizer
+from paceline.testing.trigram_reference import ReferenceStatistics, reference_tree
 from paceline.verbs.trigrams import build_trigrams
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def time_drafts(table: Table, text: list[int], places: list[int], **given: Any) 
     twin = ReferenceStatistics(as_dictionary(table), rule, s.max_pairs)
     explore = kernels.exploration(s.c1, s.c2, s.iterations).tolist()
     search = {"mcts": kernels.MCTS, "greedy": kernels.GREEDY, "full": kernels.FULL}[s.search]
-    row = ReplayedRow(text[: places[0]], places[0])
+    row = SimpleRow(text[: places[0]], places[0])
     tri.start([row])
     whole, alone, twins, nodes = [], [], [], []
     before = 2
@@ -106,7 +107,7 @@ def time_drafts(table: Table, text: list[int], places: list[int], **given: Any) 
 def time_learning(table: Table, text: list[int]) -> float:
     """Tokens a second of CPU time, from an empty overlay."""
     tri = TrigramTree("tri", TrigramTreeSettings(max_pairs=1 << 20), table)
-    row = ReplayedRow(text, len(text))
+    row = SimpleRow(text, len(text))
 
     def work() -> None:
         tri.start([row])

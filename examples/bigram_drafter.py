@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from paceline import GREEDY, Drafter, Drafts, SimulatedForesight, pad_drafts
+from paceline import Drafter, Drafts, pad_drafts
 
 
 class BigramSettings(BaseModel):
@@ -55,6 +55,3 @@ class Bigram(Drafter):
         for row in rows:
             self._followers.pop(row.id, None)
             self._num_read.pop(row.id, None)
-
-    def would_accept(self, prompt, trajectory, p=None, sampling=GREEDY):
-        return SimulatedForesight(self, prompt, trajectory, sampling=sampling)

@@ -167,7 +167,7 @@ def test_what_is_told_of_a_draft_is_what_the_text_says(parts: Parts) -> None:
                 open_drafts.append((position, 0))
             still = []
             for (start, known), one in zip(open_drafts, told, strict=True):
-                drafted, accepted = foresight.accepted(start, LENGTH - start - 1)
+                drafted, accepted = foresight.round_at(start, LENGTH - start - 1)
                 assert one.known == known
                 assert one.drafted == drafted
                 assert one.accepted == min(accepted, after - start)

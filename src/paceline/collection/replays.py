@@ -94,9 +94,9 @@ class ScoreTask:
             p = target_distributions(parts.target, *text, chunk, row.sampling)  # [T, V]
             for name in drafters:
                 with blaming(name), torch.inference_mode():
-                    foresight = parts.drafters[name].would_accept(*text, p, row.sampling)
-                    foresight.close()
-                scores = foresight.scores
+                    replay = parts.drafters[name].would_accept(*text, p, row.sampling)
+                    replay.close()
+                scores = replay.scores
                 found = {"ratio": scores.ratio, "overlap": scores.overlap} if scores else {}
                 rows[name].append({"id": row.id, "ratio": [], "overlap": [], **found})
             tick(1)

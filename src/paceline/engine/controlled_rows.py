@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from paceline.contracts import DraftOutcome, RoundReport
 from paceline.drafting.contract import prepare_piece, read_drafts, read_length
-from paceline.drafting.foresight import num_on_text
+from paceline.drafting.draft_replay import count_accepted
 from paceline.engine.containment import asking, contained
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class _ShadowDraft:
 
     def tell(self, row: Row) -> DraftOutcome:
         written = row.tokens[self.start :]
-        right = num_on_text(self.tokens, self.parents, written)
+        right = count_accepted(self.tokens, self.parents, written)
         outcomes = DraftOutcome.of(
             self.drafter, len(self.tokens), self.allowed, right, len(written), self.known
         )

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from paceline.contracts import CollectedPrompt
-    from paceline.drafting.base import Drafter, Foresight, PositionScores
+    from paceline.drafting.base import Drafter
+    from paceline.drafting.draft_replay import DraftReplay, PositionScores
     from paceline.models.language_model import LanguageModel
 
 _UNWARPED = SamplingParams(temperature=1.0, method="residual")
@@ -55,7 +56,7 @@ def max_output(max_new_tokens: int, num_prompt: int, context_length: int) -> int
     return min(max_new_tokens, context_length + 1 - num_prompt)
 
 
-def simulate(foresight: Foresight, num_output: int, max_total_output: int) -> np.ndarray:
+def simulate(foresight: DraftReplay, num_output: int, max_total_output: int) -> np.ndarray:
     """[rounds, 2] int64, drafted and accepted: the engine's rounds over `num_output` tokens.
 
     The prefill emits the first token. A round drafts at most what could still be emitted beside the
@@ -72,7 +73,7 @@ def simulate(foresight: Foresight, num_output: int, max_total_output: int) -> np
     return _table(rounds)
 
 
-def look_ahead(foresight: Foresight, num_output: int, max_total_output: int) -> np.ndarray:
+def look_ahead(foresight: DraftReplay, num_output: int, max_total_output: int) -> np.ndarray:
     """[T - 1, 2] int64, drafted and accepted of the round that would start at each position, 1 to
     T - 1; `walk` makes rounds of it.
     """
@@ -83,12 +84,12 @@ def look_ahead(foresight: Foresight, num_output: int, max_total_output: int) -> 
     return _table(rounds)
 
 
-def _round(foresight: Foresight, position: int, limit: int) -> tuple[int, int]:
+def _round(foresight: DraftReplay, position: int, limit: int) -> tuple[int, int]:
     """Return (drafted, accepted) tokens of a round at a position, checked.
 
     A negative count from a drafter's own replay would never end.
     """
-    drafted, accepted = foresight.accepted(position, limit)
+    drafted, accepted = foresight.round_at(position, limit)
     drafted, accepted = read_whole("drafted", drafted), read_whole("accepted", accepted)
     if not 0 <= accepted <= drafted:
         raise DrafterError(f"foresees {accepted} accepted of {drafted} drafted tokens")

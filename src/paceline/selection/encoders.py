@@ -16,6 +16,7 @@ import numpy as np
 from paceline.config import SelectionSection
 from paceline.errors import ConfigError, RequestError
 from paceline.models.sentence import SentenceModel
+from paceline.noise.splitmix import mix
 from paceline.selection.features import STATISTICS, hidden_states, statistics
 
 if TYPE_CHECKING:
@@ -87,19 +88,11 @@ class HashedNgrams(Encoder):
         # an id is below 2**32, so a pair is told from a single token by its upper half
         pairs = (tokens[:-1] + np.uint64(1)) << np.uint64(32) | tokens[1:]
         grams, counts = np.unique(np.concatenate((tokens, pairs)), return_counts=True)
-        mixed = _mix(grams)
+        mixed: np.ndarray = mix(grams)
         signs = np.where(mixed & np.uint64(1), 1.0, -1.0)
         places = (mixed >> np.uint64(64 - self._BITS)).astype(np.int64)
         vector = np.bincount(places, signs * np.sqrt(counts), minlength=self.num_features)
         return (vector / max(float(np.linalg.norm(vector)), 1e-12)).astype(np.float32)
-
-
-def _mix(keys: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser: every bit of a key moves every bit of the result."""
-    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: np.ndarray = keys ^ (keys >> np.uint64(31))
-    return mixed
 
 
 class Sentence(Encoder):
