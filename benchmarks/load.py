@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from paceline.contracts import Completion
     from paceline.contracts import Progress as Report
     from paceline.costs import Objective
-    from paceline.engine import Progress
+    from paceline.engine import RequestUpdate
 
 SPECIALIST = "specialist"
 BACKGROUND_TOKENS = 512  # of each plain row beside a request: seldom a prefill among them
@@ -112,7 +112,7 @@ class Load:
 
     def __init__(self, pace: Pace, new_tokens: int) -> None:
         self._pace, self._new_tokens = pace, new_tokens
-        self._mail: SimpleQueue[Progress] = SimpleQueue()  # of all requests
+        self._mail: SimpleQueue[RequestUpdate] = SimpleQueue()  # of all requests
 
     def throughput(self, arm: Arm, prompts: Sequence[TimedPrompt], rows: int) -> float:
         """Tokens a second from the first prefill until fewer rows than `rows` are left."""

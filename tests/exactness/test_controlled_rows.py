@@ -1,8 +1,8 @@
-"""No text depends on a controller: arms that change between rounds, drafts made beside the arm in use.
+"""No text depends on a controller, which changes arms between rounds and asks for shadow drafts.
 
-Greedy text is transformers' own, sampled text is what the same seed gives plainly, and what a controller
-is told of a draft is what the text says of it. That the distribution of `residual` sampling stays the
-target's is tested beside the other distributions of sampling.
+Greedy text equals transformers' own, sampled text equals that of the same seed without a controller,
+and the reported outcome of a draft agrees with the text. `test_sampling` tests the distribution of
+`residual` sampling.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from paceline.assembly import Parts
-    from paceline.engine.controlled_rows import AdaptiveController as WatchProtocol
+    from paceline.engine.control import ArmController
 
 LENGTH = 20
 PROMPTS = [
@@ -69,12 +69,12 @@ def parts() -> Parts:
     return parts_of("llama")
 
 
-def pace_of(parts: Parts, controller: WatchProtocol, first: str = "near") -> Pace:
+def pace_of(parts: Parts, controller: ArmController, first: str = "near") -> Pace:
     return Pace(parts, lambda context: Decision(first), controller)
 
 
 class Books:
-    """Who holds what of which row, by the starts and finishes of some drafters."""
+    """A record of the rows that some drafters hold, by their starts and finishes."""
 
     def __init__(self, drafters: Sequence[Drafter]) -> None:
         self.held: set[tuple[str, int]] = set()
@@ -147,8 +147,8 @@ def test_a_seed_gives_its_text_under_any_switches(each: Parts, seed: int) -> Non
         assert controlled.token_ids == plain.token_ids
 
 
-def test_what_is_told_of_a_draft_is_what_the_text_says(parts: Parts) -> None:
-    """Adds up, in pieces, to what replay says of the same drafter at the same place."""
+def test_reported_outcomes_of_a_draft_agree_with_the_text(parts: Parts) -> None:
+    """The outcomes of a draft add up to the replay of the same drafter at the same position."""
     for prompt in PROMPTS:
         controller = RandomController(ARMS, ["near"], 3)
         first = "prompt_lookup"
@@ -156,7 +156,7 @@ def test_what_is_told_of_a_draft_is_what_the_text_says(parts: Parts) -> None:
         done = pace_of(parts, controller, first).complete(
             list(prompt), max_new_tokens=LENGTH, ignore_eos=True
         )
-        foresight = parts.drafters["near"].would_accept(prompt, done.token_ids)
+        draft_replay = parts.drafters["near"].would_accept(prompt, done.token_ids)
         open_drafts: list[tuple[int, int]] = []  # (position, told so far)
         checked = 0
         for seen in controller.seen:
@@ -167,7 +167,7 @@ def test_what_is_told_of_a_draft_is_what_the_text_says(parts: Parts) -> None:
                 open_drafts.append((position, 0))
             still = []
             for (start, known), one in zip(open_drafts, told, strict=True):
-                drafted, accepted = foresight.round_at(start, LENGTH - start - 1)
+                drafted, accepted = draft_replay.round_at(start, LENGTH - start - 1)
                 assert one.known == known
                 assert one.drafted == drafted
                 assert one.accepted == min(accepted, after - start)
@@ -191,7 +191,7 @@ class _Failing(Drafter):
         raise NotImplementedError
 
 
-def test_a_drafter_that_fails_beside_the_arm_in_use_harms_nobody() -> None:
+def test_a_failing_shadow_drafter_fails_no_request() -> None:
     parts = parts_of("llama")
     parts.drafters["failing"] = _Failing("failing", 4)
     controller = RandomController(["none", "near"], ["failing", "near"], 2)
@@ -288,7 +288,7 @@ def test_a_switch_by_hand_ends_the_watching(parts: Parts) -> None:
     assert done[0].token_ids == greedy_reference(parts.target.model, PROMPTS[1], LENGTH).tokens
 
 
-def test_memory_bounds_hold_for_what_is_kept_beside() -> None:
+def test_memory_bounds_include_started_drafters_that_are_not_in_use() -> None:
     """Room for one draft model's row: another is never started while it is there."""
     parts = parts_of("llama", max_rows=1)
     one_row = parts.drafters["near"].state_bytes([len(PROMPTS[1]) + LENGTH])
@@ -305,8 +305,8 @@ def test_memory_bounds_hold_for_what_is_kept_beside() -> None:
     assert books.most == 1
 
 
-def test_a_drafter_beside_one_row_makes_room_for_the_arm_of_another() -> None:
-    """What is kept to come back to may not leave a new request without its drafter."""
+def test_an_unused_started_drafter_makes_room_for_the_arm_of_another_row() -> None:
+    """A started drafter that is not in use may not leave a new request without its drafter."""
     one = parts_of("llama").drafters["near"].state_bytes([len(PROMPTS[1]) + LENGTH])
     parts = parts_of("llama", max_rows=2, max_drafter_mb=1.5 * one / 1e6)
     books = Books([parts.drafters["near"]])

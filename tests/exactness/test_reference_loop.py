@@ -1,4 +1,4 @@
-"""The fast loop does what a plain one does, round by round: no caches, no batches, no packing."""
+"""The engine equals a plain loop round by round, which has no caches, batches or packing."""
 
 from __future__ import annotations
 

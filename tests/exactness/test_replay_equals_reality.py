@@ -1,4 +1,4 @@
-"""What replay predicts along plain decoding's text is what a real run does, round for round."""
+"""Replay along the text of plain decoding predicts every round of a real run."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def emitted_pairs(
 def one_round(
     cell: Cell, p: Tensor, q: Tensor, seeds: Tensor, last: Tensor, position: int, judge: Judge
 ) -> tuple[Tensor, Tensor]:
-    """Draft K tokens behind `last` [R], judge them: (emitted [R, K+1], how many [R])."""
+    """Draft K tokens after `last` [R], judge them; return (emitted [R, K+1], their number [R])."""
     drafts, q_of_drafts = [], []
     token = torch.where(last == START, q.shape[0] - 1, last)
     for k in range(K):
@@ -447,7 +447,7 @@ def test_the_engine_emits_the_targets_distribution(
 
 
 def test_a_watch_that_switches_by_what_was_right_moves_no_mass(small_target: LanguageModel) -> None:
-    """Drafts made beside the arm in use are drawn with noise of their own round."""
+    """Shadow drafts are drawn with noise of their own round."""
     params = SamplingParams(1.2, top_k=7, min_p=0.02, method="residual")
     prompt = (3, 7, 1, 3)
     controller = RandomController(

@@ -113,8 +113,8 @@ def test_trees_change_nothing_and_replay_as_they_ran(world: World, arm: str) -> 
         completion = pace.complete(list(prompt), drafter=arm, max_new_tokens=LENGTH)
 
         assert completion.token_ids == expected
-        foresight = pace.parts.drafters[arm].would_accept(prompt, expected, None)
-        predicted = simulate(foresight, len(expected), LENGTH)
+        draft_replay = pace.parts.drafters[arm].would_accept(prompt, expected, None)
+        predicted = simulate(draft_replay, len(expected), LENGTH)
         assert [[r.drafted, r.accepted] for r in completion.rounds] == predicted.tolist()
 
 
@@ -133,7 +133,7 @@ def test_trees_do_accept_beyond_their_first_branch(world: World) -> None:
 
 @pytest.mark.parametrize("method", ["residual", "invariant", "block"])
 def test_a_tree_changes_no_sampled_text_either(world: World, method: str) -> None:
-    """Trees are judged by the target's own draws, so a seed gives what it gives without a draft."""
+    """Trees are judged by the target's own draws, so a seed gives the same text as without a draft."""
     pace = world.pace()
     accepted = 0
     for seed, prompt in enumerate(PROMPTS):
@@ -282,7 +282,7 @@ def test_a_rude_drafter_ends_its_own_rows_only(world: World, mode: str, words: s
     assert engine.num_rows == 0
 
 
-def test_a_failure_at_the_end_is_told_with_the_text(world: World) -> None:
+def test_a_failure_at_the_end_is_reported_with_the_text(world: World) -> None:
     engine = world.pace({"rude": Rude("raises at the end")}).engine
 
     [completion] = Driver(engine).generate(

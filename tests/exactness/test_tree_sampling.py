@@ -75,7 +75,7 @@ def distribution(target: LanguageModel) -> np.ndarray:
 
 
 def p_value(counts: np.ndarray, expected: np.ndarray) -> float:
-    """Of the counts under the distribution; 0 if what cannot be was seen. Rare cells are pooled."""
+    """Return the p-value of the counts; 0 if an impossible cell was counted. Rare cells are pooled."""
     counts, expected = counts.ravel(), expected.ravel() / expected.sum() * counts.sum()
     if counts[expected == 0].any():
         return 0.0
@@ -119,7 +119,7 @@ def test_the_engine_emits_the_targets_distribution_from_trees(
 def test_the_released_flow_does_not_emit_the_targets_distribution(
     target: LanguageModel, tri: TrigramTree, distribution: np.ndarray
 ) -> None:
-    """One round behind a first token drawn from p: what it emits next, by the released rules."""
+    """Run one round per request by the released rules, after a first token drawn from p."""
     generator = np.random.default_rng(0)
     first = distribution.sum((1, 2))
     counts = np.zeros((V, V))

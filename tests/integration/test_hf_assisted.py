@@ -48,7 +48,7 @@ class Guided(UnbatchedClassifierFreeGuidanceLogitsProcessor):
 
 
 def from_text(drafter: Drafter) -> bool:
-    return not (drafter.needs.hidden_states or drafter.needs.target_weights)
+    return not drafter.needs.target_weights
 
 
 class Counted:
@@ -172,10 +172,9 @@ def test_a_candidate_generator_can_be_used_by_hand(monkeypatch: pytest.MonkeyPat
 def test_a_drafter_that_reads_the_targets_states_is_refused() -> None:
     model = tiny_model("llama")
     drafter = parts_of(model, same=model).drafters["same"]
-    for needs in (Needs(hidden_states=True), Needs(target_weights=True)):
-        drafter.needs = needs  # type: ignore[misc]
-        with pytest.raises(ConfigError, match="reads the target's own states"):
-            hf.candidate_generator(drafter, max_length=20)
+    drafter.needs = Needs(target_weights=True)  # type: ignore[misc]
+    with pytest.raises(ConfigError, match="reads the target's own states"):
+        hf.candidate_generator(drafter, max_length=20)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from paceline.assembly.parts import Parts
     from paceline.contracts import Completion, Request
-    from paceline.engine import Progress
+    from paceline.engine import RequestUpdate
     from paceline.engine.loop import Choose, OnComplete
     from paceline.selection import AdaptiveController
 
@@ -117,7 +117,7 @@ class Pace:
                     read = RequestSettings.read(merged)
                 except RequestError as error:
                     raise unusable(error) from error
-        return self.engine.accept(read.request(tokens, id, eos))
+        return self.engine.check(read.request(tokens, id, eos), is_read=True)
 
     def complete(self, prompt: Prompt, **settings: Any) -> Completion:
         """Return the completion of one prompt; `settings` are those of `request`.
@@ -203,7 +203,7 @@ def _encode(
     return list(rendered)
 
 
-def _piece(stream: TextStream, progress: Progress) -> str:
+def _piece(stream: TextStream, progress: RequestUpdate) -> str:
     """Return the new final text of a request. Raises DecodingError if the request failed."""
     raise_failure(progress)
     if progress.completion is None:

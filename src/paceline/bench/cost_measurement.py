@@ -21,9 +21,10 @@ from paceline.drafting.contract import Draft, blaming, prepare_all
 from paceline.drafting.draft_replay import cache_text
 from paceline.engine import Driver, Engine
 from paceline.engine.rows import Row
-from paceline.engine.step import judge, propose, verify
+from paceline.engine.step import propose, verify
 from paceline.errors import DrafterError
 from paceline.models.packing import Span
+from paceline.verification import judge
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,7 +62,7 @@ def time_forwards(
         with _shortened(rows[: len(shape)], context) as shortened:
             chains = [Draft(_text(parts, length, order)) for length in shape]
             began = perf_counter()
-            judge(shortened, chains, verify(shortened, chains, parts.target)[1])
+            judge(shortened, chains, verify(shortened, chains, parts.target))
             cell = (TARGET, FORWARD, 1 + sum(shape), context, len(shape))
             times.append((cell, perf_counter() - began))
     return times
@@ -92,12 +93,12 @@ def time_skipping(
 @contextmanager
 def _shortened(rows: Sequence[Row], context: int) -> Iterator[Sequence[Row]]:
     """Shorten the texts of cached rows to one token more than `context`, for a while."""
-    texts = [row.tokens for row in rows]
-    for row, text in zip(rows, texts, strict=True):
-        row.tokens = text[: context + 1]
+    whole = [(row.tokens, row.num_cached) for row in rows]
+    for row in rows:
+        row.tokens, row.num_cached = row.tokens[: context + 1], context
     yield rows
-    for row, text in zip(rows, texts, strict=True):
-        row.tokens = text
+    for row, (text, num_cached) in zip(rows, whole, strict=True):
+        row.tokens, row.num_cached = text, num_cached
 
 
 def time_prefill(
@@ -216,7 +217,7 @@ def _append_tokens(parts: Parts, rows: Sequence[Row], texts: Sequence[Sequence[i
     for row, text in zip(rows, texts, strict=True):
         row.tokens.append(text[len(row.tokens)])
         if row.drafter.needs.target_weights:
-            _cache(parts, row, len(row.tokens) - 1)
+            _cache(parts, row, row.num_cached + 1)
 
 
 # --- engine, rows and texts -------------------------------------------------------------------------
@@ -256,8 +257,8 @@ def cached_rows(parts: Parts, lengths: Sequence[int]) -> Iterator[list[Row]]:
 def _cache(parts: Parts, row: Row, length: int) -> None:
     """Put the row's first `length` tokens into the target's cache, unless they are there already."""
     chunk = parts.config.engine.prefill_chunk
-    cache_text(parts.target, row.slot, row.tokens[:length], 0, chunk, row.num_prefilled)
-    row.num_prefilled = length
+    cache_text(parts.target, row.slot, row.tokens[:length], 0, chunk, row.num_cached)
+    row.num_cached = length
 
 
 def _row(drafter: Drafter, tokens: list[int], id: int = -1) -> Row:

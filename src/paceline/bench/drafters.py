@@ -22,7 +22,7 @@ from paceline.errors import PacelineError
 if TYPE_CHECKING:
     from paceline.config import Config
     from paceline.drafting.base import Drafter
-    from paceline.engine import Driver, Progress
+    from paceline.engine import Driver, RequestUpdate
 
 _PROMPT_TOKENS: Final = 512
 _NEW_TOKENS: Final = 8
@@ -138,12 +138,12 @@ def _measure_memory(config: Config) -> tuple[dict[str, tuple[int, int]], int]:
 def _peak_bytes(driver: Driver, request: Request, drafter: Drafter) -> int:
     """Return the largest memory of a drafter after any round of a request."""
     sizes: list[int] = []
-    ended: SimpleQueue[Progress] = SimpleQueue()
+    ended: SimpleQueue[RequestUpdate] = SimpleQueue()
 
-    def record(progress: Progress) -> None:  # between two steps
+    def record(update: RequestUpdate) -> None:  # between two steps
         sizes.append(drafter.num_bytes())
-        if progress.completion is not None:
-            ended.put(progress)
+        if update.completion is not None:
+            ended.put(update)
 
     driver.submit(request, record)
     raise_failure(ended.get())

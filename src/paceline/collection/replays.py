@@ -63,7 +63,7 @@ def _replay(parts: Parts, row: Trajectory, name: str) -> Replay:
 
 
 def _replay_row(id: str, result: Replay) -> dict[str, Any]:
-    kept, scores = result.kept, result.scores
+    kept, scores = result.record, result.scores
     return {
         "id": id,
         "everywhere": kept.everywhere,

@@ -40,7 +40,6 @@ from paceline.contracts.rounds import (
     RoundReport,
     RoundStats,
     RowView,
-    Verdicts,
 )
 
 __all__ = [
@@ -69,7 +68,6 @@ __all__ = [
     "SamplingMethod",
     "SamplingParams",
     "Seconds",
-    "Verdicts",
     "identity_of_arms",
     "join_arm",
     "no_progress",

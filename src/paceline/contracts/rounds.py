@@ -1,4 +1,4 @@
-"""Records of a round: a drafter's view of a row, drafts, verdicts and their outcomes."""
+"""Records of a round: a drafter's view of a row, drafts and their outcomes."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class RowView(Protocol):
     def sampling(self) -> SamplingParams: ...
     @property
     def slot(self) -> int:
-        """Its place in the target's cache, where all tokens but the last are between rounds."""
+        """Its slot in the target's cache."""
 
     @property
-    def hidden(self) -> Tensor | None:
-        """[D] the target's final hidden state before the last token, for drafters that need it."""
+    def num_cached(self) -> int:
+        """Leading positions of the slot that hold the row: between rounds, all tokens but the last."""
 
 
 @dataclass(slots=True)
@@ -49,14 +49,6 @@ class Drafts:
     lengths: Sequence[int]  # R
     probs: Tensor | None = None  # [R, K, V]
     parents: Tensor | None = None  # [R, K] int64
-
-
-@dataclass(slots=True)
-class Verdicts:
-    """The verdicts on R drafts that were drawn at random."""
-
-    num_accepted: Tensor  # [R] int64, draft tokens
-    next_weights: Tensor  # [R, V] weights, not normalised, of the recovered or the bonus token
 
 
 @dataclass(frozen=True, slots=True)

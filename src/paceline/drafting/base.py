@@ -35,7 +35,6 @@ class Needs:
     """The properties of the target that a drafter needs."""
 
     same_vocabulary: bool = False
-    hidden_states: bool = False
     target_weights: bool = False
 
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy as np
-    from torch import Tensor
 
     from paceline.contracts import SamplingParams
     from paceline.drafting.contract import Proposer
@@ -35,14 +34,14 @@ _PIECE: Final = 512  # tokens per piece of a drafter's own prefill
 
 @dataclass(slots=True)
 class SimpleRow:
-    """A row as a plain record; `slot` is set where the target's cache is needed."""
+    """A row as a plain record; `slot` and `num_cached` are set if the target's cache is needed."""
 
     tokens: Sequence[int]
     num_prompt: int
     slot: int = -1
     id: int = _REPLAYED
     sampling: SamplingParams = GREEDY
-    hidden: Tensor | None = None
+    num_cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +140,6 @@ class CachedReplay(SimulatedReplay):
         super().__init__(drafter, prompt, trajectory, sampling=sampling)
         self._target = target
         self._row.slot = target.acquire()
-        # the last token is never fed
-        self._num_cached = len(self._text) - 1
         try:
             cache_text(target, self._row.slot, self._text[:-1], len(prompt), chunk)
         except BaseException:
@@ -152,7 +149,9 @@ class CachedReplay(SimulatedReplay):
     def round_at(self, position: int, limit: int) -> tuple[int, int]:
         row, cache = self._row, self._target.cache
         start = row.num_prompt + position - 1  # of the last token, which the drafter feeds first
-        stop = min(start + max(0, min(limit, self._drafter.num_draft_tokens)), self._num_cached)
+        stop = start + max(0, min(limit, self._drafter.num_draft_tokens))
+        stop = min(stop, len(self._text) - 1)  # the text's last token is never fed
+        row.num_cached = start
         true = cache.read(row.slot, start, stop)
         rounds = super().round_at(position, limit)
         cache.write(row.slot, start, true)

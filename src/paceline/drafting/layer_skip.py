@@ -168,7 +168,7 @@ class LayerSkip(Drafter):
             draft[-1] if draft else row.tokens[-1] for row, draft in zip(rows, drafts, strict=True)
         ]
         spans = [
-            Span(row.slot, len(row.tokens) - 1 + len(draft), 1)
+            Span(row.slot, row.num_cached + len(draft), 1)
             for row, draft in zip(rows, drafts, strict=True)
         ]
         hidden = self._target.forward(torch.tensor(fed), spans, skip=self.subset)

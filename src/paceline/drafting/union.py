@@ -129,7 +129,7 @@ def _for_parts(row: RowView) -> RowView:
     """Return the row as its parts see it: greedy, unless sampled by `invariant`."""
     if row.sampling.method in ("greedy", "invariant"):
         return row
-    return SimpleRow(row.tokens, row.num_prompt, row.slot, row.id, hidden=row.hidden)
+    return SimpleRow(row.tokens, row.num_prompt, row.slot, row.id, num_cached=row.num_cached)
 
 
 class Union(Drafter):
@@ -156,7 +156,6 @@ class Union(Drafter):
         needs = [part.needs for part in self.parts.values()]
         self.needs = Needs(  # type: ignore[misc] # the parts of an instance decide
             same_vocabulary=any(n.same_vocabulary for n in needs),
-            hidden_states=any(n.hidden_states for n in needs),
             target_weights=any(n.target_weights for n in needs),
         )
         self._states: dict[int, _State] = {}

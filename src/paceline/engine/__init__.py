@@ -1,10 +1,11 @@
-"""DECODE: rows of requests through rounds of draft, verify, commit.
+"""DECODE: rows of requests, in rounds of draft, verify, commit.
 
-Knows no tokenizer, policy or file: `choose` and `decode` are functions it is given.
+Knows no tokenizer, policy or file: the caller passes the functions `choose` and `decode`.
 """
 
 from paceline.engine.driver import Driver, raise_failure
-from paceline.engine.loop import Engine, Progress
+from paceline.engine.loop import Engine
+from paceline.engine.rows import RequestUpdate
 from paceline.engine.streaming import TextStream
 
-__all__ = ["Driver", "Engine", "Progress", "TextStream", "raise_failure"]
+__all__ = ["Driver", "Engine", "RequestUpdate", "TextStream", "raise_failure"]

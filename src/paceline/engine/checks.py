@@ -1,6 +1,6 @@
 """Checks of a request against one target and its drafters, and of an arm, before any work on it.
 
-Rules that hold for every target are the schema's, in `paceline.requests`.
+`paceline.requests` checks the rules that hold for every target.
 """
 
 from __future__ import annotations
@@ -63,15 +63,15 @@ def check_request(
 
 
 def _cut(target: LanguageModel) -> str:
-    """Return in parentheses why the context is shorter than the model's own; empty if it is not."""
+    """Return the reason, in parentheses, if the context is shorter than the model's own."""
     return f" ({target.context_note})" if target.context_note else ""
 
 
-def _check_ids(who: str, ids: Collection[int], num_logits: int) -> None:
+def _check_ids(what: str, ids: Collection[int], num_logits: int) -> None:
     if ids and (min(ids) < 0 or max(ids) >= num_logits):
         unknown = next(t for t in ids if not 0 <= t < num_logits)
         raise RequestError(
-            f"{who} the token id {shorten(unknown)}; the target's ids are 0 to {num_logits - 1}"
+            f"{what} the token id {shorten(unknown)}; the target's ids are 0 to {num_logits - 1}"
         )
 
 
@@ -98,33 +98,33 @@ def check_arm(arm: str, drafters: Mapping[str, Drafter], error: type[PacelineErr
         )
 
 
-_MAX_SPARE: Final = 1024
+_MAX_DRAFT_POSITIONS: Final = 1024
 """Maximum number of positions for a draft in addition to the row's own."""
 
 
 def num_positions(
     request: Request, context_length: int, drafters: Mapping[str, Drafter], may_change: bool = False
 ) -> int:
-    """Return the most cache positions that a request may need, those of a draft included.
+    """Return the maximum number of cache positions of a request, those of a draft included.
 
     may_change: whether any drafter may draft for it, not only the one it names.
     """
     named = request.drafter != AUTO and not may_change
     name = request.drafter.partition(AT)[0]
     others = [drafters[name]] if named and name in drafters else drafters.values()
-    return max_total(request, context_length) + max(map(_spare, others), default=0)
+    return max_total(request, context_length) + max(map(_draft_positions, others), default=0)
 
 
-def _spare(drafter: Drafter) -> int:
-    """Return the positions that a draft needs after the row's last, one per node."""
+def _draft_positions(drafter: Drafter) -> int:
+    """Return the positions that a draft needs after the row's last token, one per node."""
     try:
-        return min(max(drafter.num_draft_tokens, 0), _MAX_SPARE)
+        return min(max(drafter.num_draft_tokens, 0), _MAX_DRAFT_POSITIONS)
     except Exception:  # noqa: BLE001 - a broken drafter fails where it is used
-        return _MAX_SPARE
+        return _MAX_DRAFT_POSITIONS
 
 
 def max_total(request: Request, context_length: int) -> int:
-    """Return the most tokens that a request may have, prompt and output together."""
+    """Return the maximum number of tokens of a request, prompt and output together."""
     # the last emitted token is never fed, so it needs no position
     room = context_length + 1 - len(request.prompt_tokens)
     return len(request.prompt_tokens) + min(request.max_new_tokens, room)

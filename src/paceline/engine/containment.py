@@ -1,7 +1,7 @@
 """Containment of plug-ins: an exception ends the request it belongs to, and no other.
 
-Drafters, policies, controls and `on_complete` may be anybody's code. A drafter that fails in several
-requests in succession is set aside: the policy's requests no longer use it.
+Drafters, policies, controllers and `on_complete` may be anybody's code. A drafter that fails in
+several successive requests is disabled: the policy's requests no longer use it.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
     from paceline.engine.rows import Row
 
 MOST_FAILURES: Final = 3
-"""Successive requests that a drafter fails in before it is set aside."""
+"""Successive requests in which a drafter fails before it is disabled."""
 
 
 @contextmanager
-def contained(tell: Callable[[BaseException], object]) -> Iterator[None]:
-    """Hand whatever the block raises, except `ENDS_ALL`, to `tell`, and go on after the block."""
+def contained(on_error: Callable[[BaseException], object]) -> Iterator[None]:
+    """Pass any exception of the block except `ENDS_ALL` to `on_error`, and go on after the block."""
     try:
         yield
     except ENDS_ALL:
         raise
     except BaseException as error:  # noqa: BLE001 - a plug-in may raise anything
-        tell(error)
+        on_error(error)
 
 
 @contextmanager
 def asking(
-    row: Row, name: str, tell: Callable[[str, BaseException], object] | None = None
+    row: Row, name: str, on_error: Callable[[str, BaseException], object] | None = None
 ) -> Iterator[None]:
     """Contain what a drafter raises while it works for one row, whose text it must not change.
 
-    By default the row fails; with `tell` only a changed text fails it.
+    By default the row fails; with `on_error` only a changed text fails it.
     """
     text = len(row.tokens), row.tokens[-1]
     failure: BaseException | None = None
@@ -47,12 +47,12 @@ def asking(
         yield
     except BaseException as error:  # noqa: BLE001 - a plug-in may raise anything
         failure = error
-    kept = row.keeps_text(*text)
+    is_unchanged = row.restore_text(*text)
     if isinstance(failure, ENDS_ALL):
         raise failure
     if failure is not None:
-        (tell or row.fail_by)(name, failure)
-    if not kept:
+        (on_error or row.fail_by)(name, failure)
+    if not is_unchanged:
         row.fail_by(name, text_changed())
 
 
@@ -78,11 +78,12 @@ class DisabledDrafters:
     def __contains__(self, drafter: str) -> bool:
         return self._failures.get(drafter, 0) >= MOST_FAILURES
 
-    def learn(self, row: Row) -> None:
+    def count(self, row: Row) -> None:
         """Count a request that has ended, for every drafter that worked on it."""
-        used = [row.drafter_name] if row.prepared and row.rounds and row.error is None else []
-        for name in (*used, *(name for name, prepared in row.kept.items() if prepared)):
-            if name not in row.failures:
+        in_use = row.drafter_name
+        for name, started in row.started.items():
+            worked = name != in_use or (row.rounds and row.error is None)
+            if started.is_prepared and worked and name not in row.failures:
                 self._failures.pop(name, None)
         for name, error in row.failures.items():
             count = self._failures[name] = self._failures.get(name, 0) + 1

@@ -1,8 +1,8 @@
-"""The one owner of an engine's steps, and the ways to wait for progress.
+"""The one owner of an engine's steps, and the ways to wait for a request's updates.
 
 Any number of threads, generators and asyncio tasks may submit. One thread of the driver steps the
 engine while a caller waits, and blocks otherwise. Every request has a mailbox, so that no caller can
-take another's progress. Knows no text and no policy.
+take another's updates. Knows no text and no policy.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import os
 import threading
 import weakref
 from collections import deque
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import aclosing, suppress
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
@@ -26,11 +25,12 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 
     from paceline.contracts import Completion, Request
-    from paceline.engine.loop import Engine, Progress
+    from paceline.engine.loop import Engine
+    from paceline.engine.rows import RequestUpdate
 
-    Deliver = Callable[[Progress], None]
-    Mail = SimpleQueue[Progress | None]  # None: the queue may have room again
-    # a ticket to cancel, mail that a caller waits for, or one of the two below
+    Deliver = Callable[[RequestUpdate], object]
+    Mail = SimpleQueue[RequestUpdate | None]  # None: the queue may have room again
+    # a ticket to cancel, mail that a caller waits for, _WAKE or _STOP
     Orders = SimpleQueue[int | Mail | None]
 
 _WAKE: Final = None  # an order: look whether there is work
@@ -40,30 +40,28 @@ _LONGEST_ROUND: Final = 30.0  # seconds
 _LINGER: Final = 0.02  # seconds that the thread keeps its OpenMP workers while a stream is not read
 
 
-@dataclass(frozen=True, slots=True)
-class _Mailbox:
-    to: Deliver | Mail  # mail is read when its caller likes, a function is called at once
+class _Mailbox(NamedTuple):
+    to: Deliver | Mail  # a function is called at once, mail is read by its caller later
     tokens: bool  # whether new tokens are delivered, or the completion alone
 
 
 class Driver:
-    """Steps one engine for any number of callers. Thread-safe.
+    """The steps of one engine, for any number of callers. Thread-safe.
 
-    A request of an iterator advances while any caller waits for any request; between two reads, when
-    no caller waits, the models are free for the caller's own use. A request of `submit` or of an
-    asyncio task is decoded to its end without a wait.
+    A request of an iterator advances while any caller waits. When no caller waits, callers may use the
+    models themselves. A request of `submit` or of an asyncio task needs no waiting caller.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._mail: dict[int, _Mailbox] = {}
         self._always: set[int] = set()  # tickets that need no waiting caller
-        self._waiting: set[Mail] = set()  # that a caller waits for; used by the thread alone
+        self._waiting: set[Mail] = set()  # a caller waits for it; used by the thread alone
         self._room: deque[Mail] = deque()  # to notify when the queue has room
         self._num_threads = torch.get_num_threads()
         self._forked_in_flight = False
         self._reset()
-        release_pool()  # of the thread that has loaded the models
+        release_pool()  # of this thread, which has loaded the models
         _drivers.add(self)
 
     def _reset(self) -> None:
@@ -81,17 +79,17 @@ class Driver:
         Raises DecodingError at the first request that fails, unless `return_errors`: then its
         completion holds the error. Closing the iterator cancels the unfinished requests.
         """
-        for _, progress in self.progress(requests, tokens=False):
-            completion = progress.completion
+        for _, update in self.progress(requests, tokens=False):
+            completion = update.completion
             assert completion is not None
             if not return_errors:
-                raise_failure(progress)
+                raise_failure(update)
             yield completion
 
     def progress(
         self, requests: Iterable[Request], tokens: bool = True
-    ) -> Iterator[tuple[int, Progress]]:
-        """Yield (index of a request, its progress) until all requests have ended.
+    ) -> Iterator[tuple[int, RequestUpdate]]:
+        """Yield (index of a request, its update) until all requests have ended.
 
         tokens: whether to report new tokens as they come, or each request once, at its end. Requests
         for which the queue has no room are submitted later. Closing the iterator cancels the
@@ -113,53 +111,51 @@ class Driver:
                     asked_for_room = True
                 if mail.empty():
                     self._wake(mail)  # after all are queued, so that they share their prefill
-                progress = mail.get()
-                if progress is None:
+                update = mail.get()
+                if update is None:
                     asked_for_room = False
                     continue
-                place = places[progress.ticket]
-                if progress.completion is not None:
-                    del places[progress.ticket]
-                yield place, progress
+                place = places[update.ticket]
+                if update.completion is not None:
+                    del places[update.ticket]
+                yield place, update
         finally:
-            self._give_up(places, mail)
+            self._cancel_all(places, mail)
 
-    def _give_up(self, tickets: Iterable[int], mail: Mail) -> None:
+    def _cancel_all(self, tickets: Iterable[int], mail: Mail) -> None:
         """Cancel requests and wait until their rows are free."""
         left = set(tickets)
         for ticket in left:
             self.cancel(ticket)
         thread = self._thread
-        if thread is None or not thread.is_alive():
-            return  # at the end of the process, or in a forked child
-        if threading.current_thread() is thread:
-            return  # a generator that was garbage-collected during a step
+        if thread is None or not thread.is_alive() or threading.current_thread() is thread:
+            return  # ended process, forked child, or a generator that was collected during a step
         with suppress(Exception):  # Empty: see _LONGEST_ROUND
             while left:
-                progress = mail.get(timeout=_LONGEST_ROUND)
-                if progress is not None and progress.completion is not None:
-                    left.discard(progress.ticket)
+                update = mail.get(timeout=_LONGEST_ROUND)
+                if update is not None and update.completion is not None:
+                    left.discard(update.ticket)
 
-    async def aprogress(self, request: Request) -> AsyncGenerator[Progress, None]:
-        """Yield one request's progress to an asyncio task. Raises QueueFullError if too many wait.
+    async def aprogress(
+        self, request: Request, tokens: bool = True
+    ) -> AsyncGenerator[RequestUpdate, None]:
+        """Yield one request's updates to an asyncio task. Raises QueueFullError if too many wait.
 
-        Closing the iterator, or cancelling the task, cancels the request.
+        tokens: as in `progress`. Closing the iterator, or cancelling the task, cancels the request.
         """
         loop = asyncio.get_running_loop()
-        mail: asyncio.Queue[Progress] = asyncio.Queue()
-
-        def deliver(progress: Progress) -> None:
-            loop.call_soon_threadsafe(mail.put_nowait, progress)
-
-        ticket = self.submit(request, deliver)
-        ended = False
+        mail: asyncio.Queue[RequestUpdate] = asyncio.Queue()
+        ticket = self.submit(
+            request, lambda update: loop.call_soon_threadsafe(mail.put_nowait, update), tokens
+        )
+        has_ended = False
         try:
-            while not ended:
-                progress = await mail.get()
-                ended = progress.completion is not None
-                yield progress
+            while not has_ended:
+                update = await mail.get()
+                has_ended = update.completion is not None
+                yield update
         finally:
-            if not ended:
+            if not has_ended:
                 self.cancel(ticket)
 
     async def acomplete(self, request: Request) -> Completion:
@@ -167,30 +163,14 @@ class Driver:
 
         Cancelling the task cancels the request.
         """
-        loop = asyncio.get_running_loop()
-        found: asyncio.Future[Progress] = loop.create_future()
-
-        def answer(progress: Progress) -> None:
-            if not found.done():  # cancelled meanwhile
-                found.set_result(progress)
-
-        def deliver(progress: Progress) -> None:
-            loop.call_soon_threadsafe(answer, progress)
-
-        ticket = self.submit(request, deliver, tokens=False)
-        try:
-            progress = await found
-        except BaseException:  # cancelled, or thrown away with its event loop
-            self.cancel(ticket)
-            raise
-        raise_failure(progress)
-        assert progress.completion is not None
-        return progress.completion
-
-    # --- submitting ------------------------------------------------------------------------
+        async with aclosing(self.aprogress(request, tokens=False)) as updates:
+            update = await anext(updates)
+        raise_failure(update)
+        assert update.completion is not None
+        return update.completion
 
     def submit(self, request: Request, deliver: Deliver, tokens: bool = True) -> int:
-        """Queue a request and return its ticket; `deliver` is called with its progress.
+        """Queue a request and return its ticket; `deliver` is called with its updates.
 
         deliver: called in the driver's thread between two steps, so it must be quick; if it raises,
         the request is cancelled. tokens: as in `progress`. Raises RequestError if the request cannot be
@@ -217,7 +197,7 @@ class Driver:
         return ticket
 
     def _check_caller(self) -> None:
-        """Raise DecodingError to who would wait for ever."""
+        """Raise DecodingError if the caller would wait for ever."""
         if threading.current_thread() is self._thread:
             raise DecodingError(
                 "a policy, drafter, logits processor or log asked the engine that it works for; "
@@ -229,7 +209,7 @@ class Driver:
             )
 
     def _wake(self, mail: Mail | None = None) -> None:
-        """Make the thread look for work. mail: what the caller waits for, if it waits."""
+        """Make the thread look for work. mail: set if the caller waits for it."""
         self._check_caller()
         release_pool()
         with self._lock:
@@ -252,10 +232,10 @@ class Driver:
         work = (weakref.ref(self), self._orders)
         thread = threading.Thread(target=_work, args=work, name="paceline driver", daemon=True)
         thread.start()
-        self._thread = thread  # not before: the system may have no thread left to give
+        self._thread = thread  # after start, which may fail
         weakref.finalize(self, _stop, self._orders, thread)
 
-    def _work_off(self, order: int | Mail | None) -> bool:
+    def _execute(self, order: int | Mail | None) -> bool:
         """Step while a caller waits; return whether the thread should continue."""
         if torch.get_num_threads() != self._num_threads:  # torch keeps it per thread
             torch.set_num_threads(self._num_threads)
@@ -265,10 +245,10 @@ class Driver:
                 orders.append(self._orders.get())
             if _STOP in orders:
                 return False
-            cancelled = [one for one in orders if isinstance(one, int)]
+            cancelled = [ticket for ticket in orders if isinstance(ticket, int)]
             # a caller whose mail has arrived waits no longer
             self._waiting |= {m for m in orders if isinstance(m, SimpleQueue) and m.empty()}
-            # before the thread may go idle: the queue may have emptied since somebody found it full
+            # before the thread may go idle: the queue may have room since a caller found it full
             while self._room and not self.engine.is_full:
                 self._put(None, self._room.popleft())
             if not cancelled and not (self.engine.has_work and (self._waiting or self._always)):
@@ -280,33 +260,35 @@ class Driver:
         try:
             for ticket in cancelled:
                 self.engine.cancel(ticket)
-            found = self.engine.step()
+            updates = self.engine.step()
         except BaseException:  # noqa: BLE001 - their completions hold the error
-            found = self.engine.take_progress()
+            updates = self.engine.take_updates()
         if not self.engine.has_work:
-            release_pool()  # first: a caller may compute as soon as it is told
-        for progress in found:
-            mailbox = self._mail.get(progress.ticket)
+            release_pool()  # first: a caller may compute as soon as it has its update
+        for update in updates:
+            mailbox = self._mail.get(update.ticket)
             if mailbox is None:
                 continue
-            if progress.completion is not None:
-                del self._mail[progress.ticket]
-                self._always.discard(progress.ticket)
+            if update.completion is not None:
+                self._close(update.ticket)
             elif not mailbox.tokens:
                 continue
             if isinstance(mailbox.to, SimpleQueue):
-                self._put(progress, mailbox.to)
+                self._put(update, mailbox.to)
                 continue
             try:
-                mailbox.to(progress)
-            except BaseException:  # noqa: BLE001 - nobody can read it, such as after an event loop's end
-                self._mail.pop(progress.ticket, None)
-                self._always.discard(progress.ticket)
-                self.cancel(progress.ticket)
+                mailbox.to(update)
+            except BaseException:  # noqa: BLE001 - its reader is gone, such as after an event loop's end
+                self._close(update.ticket)
+                self.cancel(update.ticket)
 
-    def _put(self, progress: Progress | None, mail: Mail) -> None:
+    def _close(self, ticket: int) -> None:
+        self._mail.pop(ticket, None)
+        self._always.discard(ticket)
+
+    def _put(self, update: RequestUpdate | None, mail: Mail) -> None:
         self._waiting.discard(mail)  # first: its reader may use the models at once
-        mail.put(progress)
+        mail.put(update)
 
     def after_fork(self) -> None:
         """Reset in a forked child, which has no driver thread: the requests are the parent's."""
@@ -316,26 +298,26 @@ class Driver:
         self._reset()
 
 
-def raise_failure(progress: Progress) -> None:
+def raise_failure(update: RequestUpdate) -> None:
     """Raise DecodingError if the request has ended with an error."""
-    completion = progress.completion
+    completion = update.completion
     if completion is not None and completion.error is not None:
         raise DecodingError(
             f"request {completion.request_id}: {completion.error}"
-        ) from progress.cause
+        ) from update.cause
 
 
 def _work(driver_of: weakref.ref[Driver], orders: Orders) -> None:
     """Run the driver's thread; block while there is no order."""
-    going_on = True
-    while going_on:
+    is_running = True
+    while is_running:
         try:
             order = orders.get(timeout=_LINGER)
         except Empty:
             release_pool()
             order = orders.get()
         driver = driver_of()
-        going_on = driver is not None and driver._work_off(order)
+        is_running = driver is not None and driver._execute(order)
         del driver
 
 

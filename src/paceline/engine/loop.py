@@ -1,71 +1,41 @@
 """The life of requests: submit, admit, prefill, choose, rounds, completion.
 
-Rows join and leave between rounds, long prompts are prefilled in pieces between them, and a row that
-fails or is cancelled leaves the others as they are.
+Rows join and leave between rounds, and a row that fails or is cancelled does not affect the others.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from dataclasses import dataclass, replace
-from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 
-from paceline.contracts import (
-    AUTO,
-    NONE,
-    Completion,
-    Context,
-    Decision,
-    Request,
-    Seconds,
-    split_arm,
-)
-from paceline.drafting.contract import Draft, prepare_piece
+from paceline.contracts import AUTO, NONE, Decision, Request, Seconds
 from paceline.engine.checks import check_arm, check_request, max_total, num_positions
-from paceline.engine.containment import DisabledDrafters, asking, contained, warn
-from paceline.engine.controlled_rows import CONTROLLER, ControlledRows
-from paceline.engine.decisions import check_decision
-from paceline.engine.endings import append_until_stop, final_text
-from paceline.engine.memory import DrafterMemory
-from paceline.engine.prefixes import BLOCK, PrefixStore
-from paceline.engine.rows import Row
-from paceline.engine.step import judge, run_round
-from paceline.errors import (
-    ArtefactError,
-    ConfigError,
-    QueueFullError,
-    RequestError,
-    describe,
-)
+from paceline.engine.containment import contained, warn
+from paceline.engine.control import ControlledRows
+from paceline.engine.endings import final_text
+from paceline.engine.prefill import Prefill
+from paceline.engine.prefixes import PrefixStore
+from paceline.engine.rows import RequestUpdate, Row
+from paceline.engine.seats import Seats
+from paceline.engine.step import run_round
+from paceline.errors import ArtefactError, QueueFullError, RequestError, describe
 from paceline.models.detokenizer import Detokenizer
-from paceline.models.packing import Span
 from paceline.requests import read_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from paceline.contracts import Completion, Context
     from paceline.drafting.base import Drafter
-    from paceline.engine.controlled_rows import ArmController
+    from paceline.engine.control import ArmController
     from paceline.models.language_model import LanguageModel
 
     Choose = Callable[[Context], Decision]
     OnComplete = Callable[[Request, Completion, Context | None], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """The result of a step for one request: tokens that are now final, and at its end the completion."""
-
-    ticket: int
-    new_tokens: list[int]
-    completion: Completion | None = None
-    cause: BaseException | None = None  # the exception behind the completion's error
 
 
 class _Waiting(NamedTuple):
@@ -75,12 +45,9 @@ class _Waiting(NamedTuple):
 
 
 class Engine:
-    """Decodes requests with one target; every row may have its own drafter.
+    """A decoder of requests with one target; every row may have its own drafter.
 
-    `choose` is called once per request with drafter "auto", after the target's prefill; `controller`, if
-    given, may change its decision, and the arm after every round. `decode` turns token ids
-    into text, for stop strings and completions. Not thread-safe: one thread submits, steps and
-    cancels.
+    Not thread-safe: one thread submits, steps and cancels.
     """
 
     def __init__(
@@ -98,55 +65,45 @@ class Engine:
         on_complete: OnComplete | None = None,
         controller: ArmController | None = None,
     ) -> None:
-        """max_rows: requests in flight. prefill_chunk: prompt tokens per step. max_waiting: requests
-        that may wait. max_positions: bound on rows x longest row, what the target's cache holds.
-        prefix_positions: bound on shared prompt beginnings. max_drafter_mb: bound on what the
-        drafters' rows need, beyond which a row gets no drafter. on_complete: called with every
-        request that has ended, its completion, and the policy's context if a policy chose; the
-        first exception it raises becomes a warning, the rest are ignored.
+        """Bound the models' caches.
+
+        decode: turns token ids into text, for stop strings and completions. choose: called once per
+        request with drafter "auto", after the target's prefill. max_rows: requests in flight.
+        prefill_chunk: prompt tokens per step. max_waiting: requests that may wait. max_positions: bound
+        on rows x longest row, what the target's cache holds. prefix_positions: bound on shared prompt
+        beginnings. max_drafter_mb: bound on the memory of the drafters' rows, beyond which a row gets
+        no drafter. on_complete: called with every request that has ended, its completion, and the
+        policy's context if a policy chose; its first exception becomes a warning, later ones are
+        ignored. controller: may change the decision of `choose`, and the arm after every round.
         """
-        if target.exact and prefill_chunk < BLOCK:
-            raise ConfigError(f"exact mode needs prefill_chunk at {BLOCK} or more: {prefill_chunk}")
         self.target = target
         self.drafters = dict(drafters)
-        target.cache.bound(max_positions)
-        for drafter in self.drafters.values():
-            drafter.bound_cache(max_positions, exact_fit=max_drafter_mb is not None)
         self.choose = choose
         self.why_no_policy = "none is loaded; give `load` one"
         self.on_complete = on_complete
         self.prefixes = PrefixStore(prefix_positions)
-        self._words = Detokenizer.wrap(decode)
+        self._detokenizer = Detokenizer.wrap(decode)
+        self._prefill = Prefill(target, self._detokenizer, self.prefixes, prefill_chunk)
+        target.cache.bound(max_positions)
+        for drafter in self.drafters.values():
+            drafter.bound_cache(max_positions, exact_fit=max_drafter_mb is not None)
         self._max_rows = max_rows
-        self._chunk = prefill_chunk
         self._max_waiting = max_waiting
         self._max_positions = max_positions
-        self._memory = DrafterMemory(self.drafters, max_drafter_mb)
-        self._disabled = DisabledDrafters()
-        self._controlled = (
-            None
-            if controller is None
-            else ControlledRows(
-                controller,
-                self.drafters,
-                prefill_chunk,
-                self._memory,
-                self._has_memory,
-                self._disabled,
-            )
-        )
-        self._failed_to_report = False
-        self._door = object()  # marks the requests that were checked here
         self._tickets = itertools.count()
         self._waiting: deque[_Waiting] = deque()
         self._rows: list[Row] = []
-        self._done: list[Progress] = []  # ended since the last step reported
+        self._ended: list[RequestUpdate] = []  # since the last step reported
+        self._seats = Seats(self.drafters, self._rows, prefill_chunk, max_drafter_mb)
+        self._controlled = None if controller is None else ControlledRows(controller, self._seats)
+        self._has_warned = False  # that `on_complete` fails
+        self._check_mark = object()  # marks the requests that were checked here
 
     # --- step by step -----------------------------------------------------------------------------
 
     @property
     def is_full(self) -> bool:
-        """Whether another request would be refused for now."""
+        """Whether the queue has no room for another request."""
         return self._max_waiting is not None and len(self._waiting) >= self._max_waiting
 
     @property
@@ -160,7 +117,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether there is anything to step or to report."""
-        return bool(self._rows or self._waiting or self._done)
+        return bool(self._rows or self._waiting or self._ended)
 
     def new_ticket(self) -> int:
         """Return a ticket for a request that is about to be submitted."""
@@ -183,7 +140,7 @@ class Engine:
         for row in self._rows:
             if row.id == ticket and row.finish_reason is None:
                 row.finish_reason = "cancelled"
-        waiting = next((one for one in list(self._waiting) if one.ticket == ticket), None)
+        waiting = next((w for w in list(self._waiting) if w.ticket == ticket), None)
         if waiting is not None:
             row = self._row(waiting, slot=-1)
             row.finish_reason = "cancelled"
@@ -203,37 +160,38 @@ class Engine:
                 if self._controlled is not None:
                     self._controlled.end(row)
                 row.decision = Decision(arm, policy="switched")
-                self._switch(row, arm)
+                self._seats.switch(row, arm, keeps_others=False)
 
-    def step(self) -> list[Progress]:
-        """Admit what fits, prefill a piece, run one round; return the progress of each request."""
+    def step(self) -> list[RequestUpdate]:
+        """Admit requests, prefill a piece, run one round; return the update of each request."""
         with torch.inference_mode():
             try:
                 self._end_rows()  # cancelled since the last step
                 self._admit()
-                self._prefill_step()
-                self._prepare_drafters()
-                running = [r for r in self._rows if r.prepared and r.finish_reason is None]
+                for row in self._prefill.step(self._rows):
+                    self._choose_drafter(row)
+                self._seats.prepare()
+                running = [r for r in self._rows if r.in_use.is_prepared and not r.finish_reason]
                 if running:
                     self._round(running)
                 self._end_rows()
             except BaseException as error:
                 self._fail(error)
                 raise
-        return self.take_progress()
+        return self.take_updates()
 
-    def take_progress(self) -> list[Progress]:
-        """Return the progress that no step has returned yet."""
-        progress, self._done = self._done, []
+    def take_updates(self) -> list[RequestUpdate]:
+        """Return the updates that no step has returned yet."""
+        updates, self._ended = self._ended, []
         for row in self._rows:
             new = row.tokens[row.num_prompt + row.num_reported :]
             if new:
                 row.num_reported += len(new)
-                progress.append(Progress(row.id, new))
-        return progress
+                updates.append(RequestUpdate(row.id, new))
+        return updates
 
     def _fail(self, error: BaseException) -> None:
-        """End what a failed step may have broken: all rows, or the request that it could not admit."""
+        """Fail all rows after a failed step, or the waiting request that it could not admit."""
         for row in self._rows:
             if row.finish_reason is None:
                 row.fail("the engine stopped", error)
@@ -244,57 +202,34 @@ class Engine:
         self._end_rows()
 
     def _round(self, rows: list[Row]) -> None:
-        """Run one round, and report each controlled row's round to the controller."""
-        controlled = self._controlled
-        marks = {} if controlled is None else controlled.before_round(rows)
+        """Run one round, and let the controller observe it."""
+        starts = {} if self._controlled is None else self._controlled.before_round(rows)
         rows = [row for row in rows if row.finish_reason is None]
         if rows:
-            run_round(rows, self.target, self._words)
-        for row in rows if marks else ():
-            if row.id not in marks or row.error is not None:
-                continue
-            assert controlled is not None
-            arm = None
-            # a controller may be anybody's code
-            with contained(lambda error, row=row: self._controller_failed(row, error)):  # type: ignore[misc]
-                # also after the last round: its costs count for later requests
-                arm = controlled.after_round(row, marks[row.id], len(rows))
-                if arm is not None:
-                    check_arm(arm, self.drafters, ArtefactError)
-            if row.finish_reason is not None or arm is None or arm == row.arm:
-                continue
-            name = split_arm(arm)[0]
-            if name not in row.barred and name not in self._disabled:
-                self._switch(row, arm)
+            run_round(rows, self.target, self._detokenizer)
+        if starts and self._controlled is not None:
+            self._controlled.after_round(rows, starts)
 
-    @staticmethod
-    def _controller_failed(row: Row, error: BaseException) -> None:
-        if row.finish_reason is None:
-            row.fail(CONTROLLER, error)
+    def check(self, request: Request, is_read: bool = False) -> Request:
+        """Return the checked request. Raises RequestError if it cannot be served.
 
-    def check(self, request: Request) -> Request:
-        """Return the request as the schema reads it. Raises RequestError if it cannot be served.
-
-        A request that this engine has checked before is returned unchanged.
+        A request that this engine has checked before is returned unchanged. is_read: whether the
+        request is known to fit the schema.
         """
-        if getattr(request, "checked_by", None) is self._door:
+        if getattr(request, "checked_by", None) is self._check_mark:
             return request
-        return self.accept(read_request(request))
-
-    def accept(self, request: Request) -> Request:
-        """Check a request that is known to fit the schema, and mark it as checked."""
-        check_request(
-            request, self.target, self.drafters, self._max_positions, self._controlled is not None
-        )
+        request = request if is_read else read_request(request)
+        may_change = self._controlled is not None
+        check_request(request, self.target, self.drafters, self._max_positions, may_change)
         if request.drafter == AUTO and self.choose is None:
             raise RequestError(
                 f"drafter 'auto' needs a policy: {self.why_no_policy}, or name a drafter: "
                 f"{', '.join(self.drafters)}"
             )
-        object.__setattr__(request, "checked_by", self._door)
+        object.__setattr__(request, "checked_by", self._check_mark)
         return request
 
-    # --- admission and prefill --------------------------------------------------------------------
+    # --- admission --------------------------------------------------------------------------------
 
     def _row(self, waiting: _Waiting, slot: int) -> Row:
         request, now = waiting.request, perf_counter()
@@ -314,8 +249,7 @@ class Engine:
         admitted = False
         while self._waiting and len(self._rows) < self._max_rows:
             waiting = self._waiting[0]
-            request = waiting.request
-            if not self._fits(request):
+            if not self._fits(waiting.request):
                 break
             if not admitted and self.target.has_changed():
                 self._take_new_weights()
@@ -323,25 +257,18 @@ class Engine:
             self._rows.append(row)
             self._waiting.popleft()
             admitted = True
-            row.block_sums = self.prefixes.load(request.prompt_tokens, self.target.cache, row.slot)
-            if row.block_sums:
-                row.num_prefilled = len(row.block_sums) * BLOCK
-                row.hidden_sum = row.block_sums[-1]
+            self._prefill.load_prefix(row)
         if admitted:
-            # neighbours in the cache stand side by side, so that they share attention calls
+            # rows next to each other in the cache share attention calls
             self._rows.sort(key=lambda row: row.slot)
 
     def _fits(self, request: Request) -> bool:
         """Return whether the target's cache has room for another row, with all rows at their longest."""
         if self._max_positions is None or not self._rows:
             return True  # `check_request` has compared one row alone with the bound
-        requests = [request, *(row.request for row in self._rows)]
-        longest = max(
-            num_positions(
-                one, self.target.context_length, self.drafters, self._controlled is not None
-            )
-            for one in requests
-        )
+        context, may_change = self.target.context_length, self._controlled is not None
+        requests = (request, *(row.request for row in self._rows))
+        longest = max(num_positions(r, context, self.drafters, may_change) for r in requests)
         cache = self.target.cache
         return cache.num_slots_with_one_more * cache.rounded(longest) <= self._max_positions
 
@@ -357,59 +284,10 @@ class Engine:
         self.prefixes.clear()
         self.target.reload()
 
-    def _prefill_step(self) -> None:
-        """Run one forward over pieces of prompts; rows whose prompt ends here get their first token."""
-        pieces: list[tuple[Row, int, int]] = []
-        room = self._chunk
-        for row in sorted(self._rows, key=lambda row: row.id):
-            if room and not row.is_prefilled and row.finish_reason is None:
-                stop = min(row.num_prompt, row.num_prefilled + room)
-                if self.target.exact and stop < row.num_prompt:
-                    stop = max(row.num_prefilled, stop // BLOCK * BLOCK)
-                if stop > row.num_prefilled:
-                    pieces.append((row, row.num_prefilled, stop))
-                room -= stop - row.num_prefilled
-        if not pieces:
-            return
-        began = perf_counter()
-        pieces.sort(key=lambda piece: piece[0].slot)
-        tokens = [t for row, start, stop in pieces for t in row.tokens[start:stop]]
-        spans = [Span(row.slot, start, stop - start, prefill=True) for row, start, stop in pieces]
-        hidden = self.target.forward(torch.tensor(tokens), spans)
-        ending = []
-        for (row, _, stop), part in zip(
-            pieces, torch.split(hidden, [span.width for span in spans]), strict=True
-        ):
-            _add_hidden(row, part)
-            row.num_prefilled = stop
-            if row.is_prefilled:
-                row.hidden = part[-1].clone()  # a view would keep the whole piece alive
-                row.hidden_last = part[-1].float().cpu().numpy()
-                ending.append(row)
-        if ending:
-            last = torch.stack([row.hidden for row in ending if row.hidden is not None])
-            logits = self.target.unembed(last)
-            verdicts = judge(ending, [Draft([]) for _ in ending], logits)
-            for i, (row, verdict) in enumerate(zip(ending, verdicts, strict=True)):
-                self._first_token(row, verdict.next_token, logits[i])
-        spent = perf_counter() - began
-        for row, start, stop in pieces:
-            row.seconds.prefill += spent * (stop - start) / len(tokens)
-        for row in ending:
-            if row.finish_reason is None:
-                self._assign_drafter(row)
+    # --- the choice of a drafter ------------------------------------------------------------------
 
-    def _first_token(self, row: Row, token: int, logits: torch.Tensor) -> None:
-        if row.finish_reason is not None:
-            return
-        self.prefixes.keep(row.request.prompt_tokens, self.target.cache, row.slot, row.block_sums)
-        if row.request.logprobs:
-            row.logprobs.append(float(logits.float().log_softmax(dim=-1)[token]))
-        append_until_stop(row, [token], self._words)
-
-    # --- drafters ---------------------------------------------------------------------------------
-
-    def _assign_drafter(self, row: Row) -> None:
+    def _choose_drafter(self, row: Row) -> None:
+        """Choose and start the drafter of a row that has its first token."""
         began = perf_counter()
         # a policy may be anybody's code
         with contained(lambda error: row.fail("policy", error)):
@@ -417,131 +295,33 @@ class Engine:
             check_arm(decision.arm, self.drafters, ArtefactError)
         row.seconds.choose += perf_counter() - began
         if row.finish_reason is None:  # so there is a decision
-            self._start_drafter(row, decision)
-
-    def _start_drafter(self, row: Row, decision: Decision) -> None:
-        row.decision = decision
-        with asking(row, decision.drafter):
-            if not self._make_room(row, decision.drafter):
-                row.decision = Decision(NONE, policy=f"no memory for {decision.arm}")
-        if row.finish_reason is None:
-            self._use(row, row.decision.arm)
-
-    def _use(self, row: Row, arm: str) -> None:
-        """Set the arm for the next round; a drafter that was kept continues where it stopped."""
-        name = split_arm(arm)[0]
-        row.arm, row.drafter, row.num_draft_tokens = arm, self.drafters[name], 0
-        if name in row.kept:
-            row.prepared = row.kept.pop(name)
-            return
-        row.prepared = False
-        row.pieces[name] = 0
-        self._guarded(row, lambda: self._start(row))
-
-    def _start(self, row: Row) -> None:
-        self._memory.holders(row.drafter_name)
-        row.drafter.start([row])
-
-    def _switch(self, row: Row, arm: str) -> None:
-        """Change the arm of a row in flight; the drafter it leaves stays started if it can."""
-        wanted, left = split_arm(arm)[0], row.drafter_name
-        row.switches.append((len(row.tokens) - row.num_prompt, arm))
-        if wanted == left:
-            row.arm = arm
-            return
-        if left != NONE:
-            row.kept[left] = row.prepared
-        row.arm, row.drafter = NONE, self.drafters[NONE]
-        controlled = self._controlled is not None and self._controlled.controls(row)
-        with asking(row, wanted):
-            for name in list(row.kept):
-                if name != wanted and (not controlled or self._memory.overlap(name, wanted)):
-                    self._let_go(row, name)
-            if wanted not in row.kept and not self._make_room(row, wanted):
-                row.switches[-1] = (row.switches[-1][0], NONE)
-                arm = NONE
-        if row.finish_reason is None:
-            self._use(row, arm)
-
-    def _let_go(self, row: Row, name: str) -> None:
-        """Finish a kept drafter for the row; if it fails, the row goes on, since it is not in use."""
-        row.kept.pop(name, None)
-        began = perf_counter()
-        with asking(row, name, row.note_failure):
-            self.drafters[name].finish([row])
-        row.seconds.draft += perf_counter() - began
-
-    def _make_room(self, row: Row, wanted: str) -> bool:
-        """Return whether the row may start the drafter, after finishing kept drafters if need be."""
-        for other in (row, *self._rows):
-            if self._has_memory(row, wanted):
-                return True
-            for name in list(other.kept):
-                self._let_go(other, name)
-        return self._has_memory(row, wanted)
-
-    def _has_memory(self, row: Row, wanted: str) -> bool:
-        return self._memory.has_room(row, wanted, self._rows)
-
-    def _prepare_drafters(self) -> None:
-        """Prepare one piece of each unprepared drafter's own prefill."""
-        for row in self._rows:
-            if row.is_prefilled and not row.prepared and row.finish_reason is None:
-                self._guarded(row, lambda row=row: self._prepare(row))  # type: ignore[misc]
-
-    def _prepare(self, row: Row) -> None:
-        name = row.drafter_name
-        row.prepared = prepare_piece(row.drafter, row, self._chunk, row.pieces[name])
-        row.pieces[name] += 1
-
-    def _guarded(self, row: Row, act: Callable[[], None]) -> None:
-        """Run work of the drafter in use; charge its seconds and its failure to the row."""
-        began = perf_counter()
-        with asking(row, row.drafter_name):
-            act()
-        row.seconds.draft += perf_counter() - began
+            self._seats.assign(row, decision)
 
     def _decide(self, row: Row) -> Decision:
         if row.request.drafter != AUTO or self.choose is None:
             return Decision(arm=row.request.drafter)
-        assert row.hidden_sum is not None and row.hidden_last is not None
-        row.context = context = Context(
-            prompt_tokens=row.request.prompt_tokens,
-            mean_hidden=row.hidden_sum / np.float32(row.num_prompt),
-            last_hidden=row.hidden_last,
-            sampling=row.sampling,
-            rows_in_flight=len(self._rows),
-            request_id=row.request.id,
-            text=lambda: self._words.decode(row.request.prompt_tokens),
-            max_new_tokens=row.request.max_new_tokens,
-        )
-        decision = self._usable(self.choose(context))
+        row.context = row.make_context(len(self._rows), self._detokenizer)
+        decision = self._seats.check(self.choose(row.context))
         if self._controlled is not None:
-            decision = self._usable(self._controlled.begin(row, context, decision))
+            decision = self._seats.check(self._controlled.begin(row, row.context, decision))
         return decision
-
-    def _usable(self, decision: Decision) -> Decision:
-        """Return the checked decision, with the arm `none` if its drafter is set aside."""
-        decision = check_decision(decision)
-        name = decision.drafter
-        if name not in self._disabled:
-            return decision
-        policy = f"{decision.policy}, set aside: {name}"
-        return replace(decision, arm=NONE, propensity=1.0, policy=policy)
 
     # --- the end ----------------------------------------------------------------------------------
 
     def _end_rows(self) -> None:
-        """Give back the rows that have ended, and keep what is to be reported of them.
+        """Release the rows that have ended, and report each one.
 
-        Raises what giving one back has raised, when all of them are reported.
+        Raises the first exception of a release, after all of them are reported.
         """
         failure: BaseException | None = None
         for row in [row for row in self._rows if row.finish_reason is not None]:
             self._rows.remove(row)
             row.finished_at = perf_counter()
             try:
-                self._give_back(row)
+                self.target.release(row.slot, damaged=row.error is not None)
+                if self._controlled is not None:
+                    self._controlled.end(row)
+                self._seats.finish_all(row)
             except BaseException as error:  # noqa: BLE001 - raised below
                 row.fail("the engine stopped", error)
                 failure = failure or error
@@ -549,68 +329,22 @@ class Engine:
         if failure is not None:
             raise failure
 
-    def _give_back(self, row: Row) -> None:
-        self.target.release(row.slot, damaged=row.error is not None)
-        if self._controlled is not None:
-            self._controlled.end(row)
-        tokens = list(row.tokens)  # whatever becomes of the row's own
-        for name in dict.fromkeys((row.drafter_name, *row.kept)):
-            in_use = name == row.drafter_name
-            tell = partial(row.fail_by if in_use else row.note_failure, name)
-            with contained(tell):
-                self.drafters[name].finish([row])
-        row.tokens = tokens
-        self._disabled.learn(row)
-
     def _report(self, row: Row) -> None:
         text = ""
         with contained(lambda error: row.fail("tokenizer", error)):
-            text = final_text(row, self._words)
-        completion = self._complete(row, text)
+            text = final_text(row.output, row.request, self._detokenizer)
+        completion = row.completion(text)
         new = row.output[row.num_reported :]
-        self._done.append(Progress(row.id, new, completion, row.cause))
+        self._ended.append(RequestUpdate(row.id, new, completion, row.cause))
         if self.on_complete is not None:
-            with contained(lambda error: self._not_told(row.request, error)):
+            with contained(lambda error: self._warn_once(row.request, error)):
                 self.on_complete(row.request, completion, row.context)
 
-    def _not_told(self, request: Request, error: BaseException) -> None:
-        """Warn once that `on_complete` fails. Requests go on."""
-        if not self._failed_to_report:
-            self._failed_to_report = True
+    def _warn_once(self, request: Request, error: BaseException) -> None:
+        """Warn that `on_complete` fails, the first time only. Requests go on."""
+        if not self._has_warned:
+            self._has_warned = True
             warn(
                 f"on_complete failed for request '{request.id}' ({describe(error)}), so its record of "
                 "completed requests is incomplete; requests go on, and later failures are not reported"
             )
-
-    @staticmethod
-    def _complete(row: Row, text: str) -> Completion:
-        assert row.finish_reason is not None
-        return Completion(
-            request_id=row.request.id,
-            token_ids=row.output,
-            text=text,
-            finish_reason=row.finish_reason,
-            drafter=row.decision.drafter,
-            decision=row.decision,
-            rounds=row.rounds,
-            seconds=row.seconds,
-            seconds_total=row.finished_at - row.admitted_at,
-            num_prompt_tokens=row.num_prompt,
-            seed=row.sampling.seed,
-            error=row.error,
-            logprobs=row.logprobs if row.request.logprobs else None,
-            switches=row.switches,
-        )
-
-
-def _add_hidden(row: Row, hidden: torch.Tensor) -> None:
-    """Sum a prefilled piece's hidden states [w, D], block by block, so that sharing changes no bit."""
-    at = row.num_prefilled
-    while len(hidden):
-        width = min(len(hidden), BLOCK - at % BLOCK)
-        total = hidden[:width].float().sum(dim=0).cpu().numpy()
-        row.hidden_sum = total if row.hidden_sum is None else row.hidden_sum + total
-        at += width
-        if at % BLOCK == 0:
-            row.block_sums.append(row.hidden_sum)
-        hidden = hidden[width:]

@@ -1,8 +1,9 @@
-"""Prompts that begin alike share their prefill: blocks of cached entries, found by what leads to them.
+"""Prompts that begin alike share their prefill, in blocks of cached entries.
 
-A block is found by a hash of all tokens up to its end, so a conversation that goes on, or requests
-with one system prompt, start behind what was prefilled before. Bounded; the least recently used
-blocks go first. Each keeps the sum of the target's hidden states so far, for the policy's features.
+The key of a block is a hash of all tokens up to its end, so a continued conversation, or requests with
+one system prompt, start after the part that was prefilled before. The store is bounded and drops the
+least recently used blocks. Each block stores the sum of the target's hidden states so far, for the
+policy's features. Symbols: D hidden size.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -26,13 +27,34 @@ BLOCK: Final = 64  # positions
 
 
 @dataclass(slots=True)
+class PromptHidden:
+    """The target's final hidden states over the prefilled part of one prompt."""
+
+    num_positions: int = 0
+    total: np.ndarray | None = None  # [D] float32, their sum
+    block_totals: list[np.ndarray] = field(default_factory=list)  # the sum at each block's end
+    last: np.ndarray | None = None  # [D] float32, at the prompt's last token
+
+    def add(self, hidden: Tensor) -> None:
+        """Add a piece's states [w, D], block by block, so that sharing changes no bit of the sum."""
+        while len(hidden):
+            width = min(len(hidden), BLOCK - self.num_positions % BLOCK)
+            total = hidden[:width].float().sum(dim=0).cpu().numpy()
+            self.total = total if self.total is None else self.total + total
+            self.num_positions += width
+            if self.num_positions % BLOCK == 0:
+                self.block_totals.append(self.total)
+            hidden = hidden[width:]
+
+
+@dataclass(slots=True)
 class _Block:
     entries: list[Tensor]  # [2 * Hkv, BLOCK, D] of every layer
     hidden_sum: np.ndarray  # [D] over all positions up to the block's end
 
 
 class PrefixStore:
-    """At most `max_positions` positions of past prompts, in whole blocks; 0 keeps nothing."""
+    """The blocks of past prompts, at most `max_positions` positions; 0 stores nothing."""
 
     def __init__(self, max_positions: int) -> None:
         self._max_blocks = max_positions // BLOCK
@@ -44,9 +66,9 @@ class PrefixStore:
     def load(
         self, prompt: Sequence[int], cache: RowCache | PagedCache, slot: int
     ) -> list[np.ndarray]:
-        """Write the known blocks of a prompt into a row; the hidden sums at their ends.
+        """Write the known blocks of a prompt into a slot; return the hidden sums at their ends.
 
-        The prompt's last token is always left to be run, since its logits are wanted.
+        The prompt's last token is never loaded, since its logits are needed.
         """
         sums: list[np.ndarray] = []
         for key in _keys(prompt[:-1]) if self._blocks else ():
@@ -65,12 +87,12 @@ class PrefixStore:
         slot: int,
         sums: Sequence[np.ndarray],
     ) -> None:
-        """Copy a prefilled prompt's whole blocks that are not known yet."""
+        """Copy a prefilled prompt's whole blocks that are not stored yet."""
         if not self._max_blocks:
             return
         for k, (key, hidden_sum) in enumerate(zip(_keys(prompt), sums, strict=False)):
             if k == self._max_blocks:
-                break  # more of one prompt than fits would only push out its own beginning
+                break  # a longer prompt than fits would drop its own beginning
             if key not in self._blocks:
                 entries = cache.read(slot, k * BLOCK, (k + 1) * BLOCK)
                 self._blocks[key] = _Block(entries, hidden_sum)
@@ -79,16 +101,16 @@ class PrefixStore:
             self._blocks.popitem(last=False)
 
     def clear(self) -> None:
-        """Forget all blocks."""
+        """Drop all blocks."""
         self._blocks.clear()
 
     def num_bytes(self) -> int:
-        """Bytes held now."""
+        """Return the bytes of all stored entries."""
         return sum(t.nbytes for block in self._blocks.values() for t in block.entries)
 
 
 def _keys(prompt: Sequence[int]) -> Iterator[bytes]:
-    """A key for every whole block, hashed with all that stands before it."""
+    """Yield a key for every whole block: the hash of all tokens up to its end."""
     digest = hashlib.blake2b(digest_size=16)
     for start in range(0, len(prompt) - BLOCK + 1, BLOCK):
         digest.update(array("q", prompt[start : start + BLOCK]).tobytes())

@@ -1,8 +1,8 @@
-"""The text of a row as its tokens arrive, in linear time: the settled text and the open text.
+"""The text of an answer as its tokens arrive, in linear time: the settled text and the open text.
 
-Settled text is a prefix of the answer's text, whatever tokens follow. Open are the bytes of an
-unfinished character, which a decoder shows as one U+FFFD, and a run of byte tokens that has not ended.
-Decoding starts a few tokens back, at a token from which the text is the same as from the start.
+Settled text is a prefix of the answer's text, whatever tokens follow. Open text is made of the bytes of
+an unfinished character, which a decoder shows as one U+FFFD, and of a run of byte tokens that has not
+ended. Decoding starts a few tokens back, at a token from which the text is the same as from the start.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-_BROKEN: Final = "\ufffd"  # how a decoder shows bytes that are no character, or none yet
+_BROKEN: Final = "\ufffd"  # a decoder's text for bytes that are not a character, or not yet
 _WINDOW: Final = 16  # tokens decoded at once before the start moves
 # tokens before the end where it may move: an unfinished character has at most 3 tokens, so one of four
 # neighbouring places is not inside a character
 _BACK: Final = range(8, 12)
 
 
-class Reader:
-    """The settled and the open text of one answer. Silent tokens must be left out."""
+class IncrementalText:
+    """The settled and the open text of one answer. Its tokens must not be silent."""
 
     def __init__(
         self, decode: Callable[[Sequence[int]], str], byte_of: Mapping[int, int] | None = None
@@ -31,60 +31,60 @@ class Reader:
         self._window: list[int] = []  # the tokens that are decoded, without the open run
         self._run = bytearray()
         self._run_tokens: list[int] = []
-        self._seen = ""  # the window's text
+        self._text = ""  # the window's text
         self._num_settled = 0  # characters of it
 
     def push(self, tokens: Iterable[int]) -> str:
         """Take tokens; return the text that they settle."""
-        read = False
+        has_text = False
         for token in tokens:
             byte = self._byte_of.get(token)
             if byte is None:
                 self._window += [*self._run_tokens, token]
                 self._run.clear()
                 self._run_tokens.clear()
-                read = True
+                has_text = True
             else:
                 self._run.append(byte)
                 self._run_tokens.append(token)
-        return self._settle() if read else ""
+        return self._settle() if has_text else ""
 
     def open_text(self) -> str:
         """Return the text after the settled text, which may still change."""
-        rest = self._seen[self._num_settled :]
+        rest = self._text[self._num_settled :]
         if not self._run:
             return rest
         try:
             text = self._run.decode()
         except UnicodeDecodeError:
             return rest + _BROKEN * len(self._run)
-        if text.startswith(" ") and not self._seen:
+        if text.startswith(" ") and not self._text:
             first = self._decode([*self._window, self._run_tokens[0]])
             text = first + text[1:]  # a decoder may strip the space at the start
         return rest + text
 
     def _settle(self) -> str:
-        before = self._seen[: self._num_settled]
+        before = self._text[: self._num_settled]
         text = self._decode(self._window)
         if not text.startswith(before):
             return ""  # the decoder has rewritten settled text: wait for more tokens
-        self._seen = text
+        self._text = text
         end = len(text) - text.endswith(_BROKEN)
         settled = text[self._num_settled : end]
         self._num_settled = max(end, self._num_settled)
         if len(self._window) > _WINDOW:
-            self._move_on()
+            self._shorten_window()
         return settled
 
-    def _move_on(self) -> None:
-        """Start a few tokens before the end, at a place from which the text is the same."""
+    def _shorten_window(self) -> None:
+        """Move the window's start to a few tokens before its end, where the text stays the same."""
         size = len(self._window)
         # part of a run of bytes may decode differently; after a run, the last token alone is safe
         places = [size - back for back in _BACK] + ([size - 1] if self._byte_of else [])
-        num_open = len(self._seen) - self._num_settled
+        num_open = len(self._text) - self._num_settled
         for place in places:
             text = self._decode(self._window[place:])
-            if len(text) > num_open and self._seen.endswith(text):
+            if len(text) > num_open and self._text.endswith(text):
                 self._window = self._window[place:]
-                self._seen, self._num_settled = text, len(text) - num_open
+                self._text, self._num_settled = text, len(text) - num_open
                 return

@@ -1,27 +1,53 @@
-"""A row: one request in flight, with its tokens, its place in the target's cache and its counts."""
+"""A row: one request in flight, with its tokens, its slot in the target's cache and its counts.
+
+A row has three lengths, which only this module derives from one another: `source`, the tokens that an
+encoder reads; `tokens`, its text; `num_cached`, the positions of the target's cache that hold it.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from paceline.contracts import NONE, Decision, RoundStats, Seconds, split_arm
+import numpy as np
+
+from paceline.contracts import NONE, Completion, Context, Decision, RoundStats, Seconds, split_arm
+from paceline.engine.endings import StopFinder
+from paceline.engine.prefixes import PromptHidden
 from paceline.errors import describe
 
 if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
+    from collections.abc import Sequence
 
-    from paceline.contracts import Context, FinishReason, Request, SamplingParams
+    from paceline.contracts import FinishReason, Request, SamplingParams
     from paceline.drafting.base import Drafter
-    from paceline.engine.endings import StopFinder
+    from paceline.models.detokenizer import Detokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class RequestUpdate:
+    """The result of a step for one request: its new final tokens, and at its end the completion."""
+
+    ticket: int
+    new_tokens: list[int]
+    completion: Completion | None = None
+    cause: BaseException | None = None  # the exception that led to the completion's error
+
+
+@dataclass(slots=True)
+class StartedDrafter:
+    """The progress of a drafter's own prefill for one row."""
+
+    is_prepared: bool = False
+    num_pieces: int = 0  # calls of `prepare`
 
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """Its tokens are prompt and output; all but the last are in the target's cache between rounds.
+    """One request in flight.
 
-    `max_total` bounds the tokens by max_new_tokens and by the context, whichever is nearer.
+    Its tokens are prompt and output. Between rounds the target's cache holds all but the last.
+    `max_total` is the maximum number of tokens, by max_new_tokens and by the context.
     """
 
     id: int
@@ -31,31 +57,26 @@ class Row:
     admitted_at: float
     tokens: list[int]
     drafter: Drafter
-    arm: str = NONE  # in use; the decision says what was chosen
-    num_prefilled: int = 0  # leading prompt tokens in the target's cache
-    prepared: bool = False  # whether the drafter has its own prefill behind it
+    arm: str = NONE  # in use; the decision has the chosen one
+    num_cached: int = 0  # leading positions of the slot that hold this row
     num_draft_tokens: int = 0  # of its drafter, read in the last round
-    # drafters that are started and not in use, and whether they are prepared
-    kept: dict[str, bool] = field(default_factory=dict)
-    barred: set[str] = field(default_factory=set)  # drafters that failed or found no memory
-    pieces: dict[str, int] = field(default_factory=dict)  # calls of `prepare` by drafter
+    in_use: StartedDrafter = field(default_factory=StartedDrafter)  # the arm's drafter
+    started: dict[str, StartedDrafter] = field(default_factory=dict)  # the one in use and others
+    excluded: set[str] = field(default_factory=set)  # drafters that failed or found no memory
     failures: dict[str, str] = field(default_factory=dict)  # drafter -> its first error here
     switches: list[tuple[int, str]] = field(default_factory=list)  # (tokens emitted, arm)
     decision: Decision = field(default_factory=lambda: Decision(arm=NONE))
-    context: Context | None = None  # what the policy saw, where it was asked
+    context: Context | None = None  # the policy's input, if a policy chose
     rounds: list[RoundStats] = field(default_factory=list)
     seconds: Seconds = field(default_factory=Seconds)
     finish_reason: FinishReason | None = None
     error: str | None = None
-    cause: BaseException | None = None  # the exception behind the error
+    cause: BaseException | None = None  # the exception that led to the error
     finished_at: float = 0.0
-    num_reported: int = 0  # output tokens that left as progress
-    hidden: Tensor | None = None  # [D] before the last token, where the drafter needs it
-    hidden_sum: np.ndarray | None = None  # [D] float32, over the prefilled prompt
-    hidden_last: np.ndarray | None = None  # [D] float32
-    block_sums: list[np.ndarray] = field(default_factory=list)  # hidden_sum at each block's end
+    num_reported: int = 0  # output tokens that were reported
+    prompt_hidden: PromptHidden = field(default_factory=PromptHidden)
     logprobs: list[float] = field(default_factory=list)
-    stop_finder: StopFinder | None = None  # where it has stop strings
+    stop_finder: StopFinder | None = None  # if it has stop strings
 
     @property
     def sampling(self) -> SamplingParams:
@@ -70,16 +91,21 @@ class Row:
         return self.tokens[self.num_prompt :]
 
     @property
+    def source(self) -> Sequence[int]:
+        """Tokens that an encoder reads; none, since the target is a causal model."""
+        return ()
+
+    @property
     def is_prefilled(self) -> bool:
-        return self.num_prefilled == self.num_prompt
+        return self.num_cached >= self.num_prompt
 
     @property
     def draft_limit(self) -> int:
-        """How deep a draft is worth being: a round emits one token more than it accepts."""
+        """Maximum depth of a draft, since a round emits one token more than it accepts."""
         return self.limit_at(len(self.tokens))
 
     def limit_at(self, num_tokens: int, any_length: bool = False) -> int:
-        """The same when the row had so many tokens; with `any_length` whatever the arm's own limit."""
+        """Return `draft_limit` at a number of tokens. any_length: ignore the arm's own limit."""
         # order of the rules for a draft's length: drafting.draft_length
         room = self.max_total - num_tokens - 1
         most = None if any_length else split_arm(self.arm)[1]
@@ -87,28 +113,51 @@ class Row:
 
     @property
     def drafter_name(self) -> str:
-        """The engine's name of the drafter in use, which may differ from the drafter's own `name`."""
+        """Name of the drafter in use in the engine, which may differ from the drafter's own `name`."""
         return split_arm(self.arm)[0]
 
     def fail(self, reason: str, error: BaseException | None = None) -> None:
-        """End this row with an error; other rows go on. The first error is kept."""
+        """End this row with an error. The first error counts; other rows go on."""
         if self.error is None:
             self.error = reason if error is None else f"{reason}: {describe(error)}"
             self.cause = error
         self.finish_reason = "error"
 
     def fail_by(self, drafter: str, error: BaseException) -> None:
-        """Fail because of a drafter."""
+        """End this row with a drafter's error."""
         self.note_failure(drafter, error)
         self.fail(f"drafter '{drafter}'", error)
 
     def note_failure(self, drafter: str, error: BaseException) -> None:
-        """Record a drafter's failure and use it no more. The row goes on."""
-        self.barred.add(drafter)
+        """Record a drafter's failure and exclude it. The row goes on."""
+        self.excluded.add(drafter)
         self.failures.setdefault(drafter, describe(error))
 
-    def keeps_text(self, num_tokens: int, last: int) -> bool:
-        """Return whether a drafter left the tokens unchanged; restore the length and the last token."""
+    def append_until_stop(self, emitted: Sequence[int], detokenizer: Detokenizer) -> int:
+        """Append emitted tokens up to and including the one that ends the answer; return how many."""
+        before = len(self.tokens)
+        for token in emitted:
+            self.tokens.append(token)
+            self.finish_reason = self._finish_reason(token, detokenizer)
+            if self.finish_reason is not None:
+                break
+        self.num_cached = len(self.tokens) - 1
+        return len(self.tokens) - before
+
+    def _finish_reason(self, token: int, detokenizer: Detokenizer) -> FinishReason | None:
+        """Return why the answer ends at its last token, None if it goes on."""
+        request = self.request
+        if token in request.stop_token_ids:
+            return "stop"
+        if request.stop_strings:
+            if self.stop_finder is None:
+                self.stop_finder = StopFinder(detokenizer, request.stop_strings)
+            if self.stop_finder.push(token):
+                return "stop"
+        return "length" if len(self.tokens) >= self.max_total else None
+
+    def restore_text(self, num_tokens: int, last: int) -> bool:
+        """Restore the length and the last token; return whether a drafter left both unchanged."""
         tokens = self.tokens
         if len(tokens) == num_tokens and tokens[-1] == last:
             return True
@@ -116,3 +165,38 @@ class Row:
         if len(tokens) == num_tokens:
             tokens[-1] = last
         return False
+
+    def make_context(self, rows_in_flight: int, detokenizer: Detokenizer) -> Context:
+        """Return the policy's input for a prefilled row."""
+        hidden = self.prompt_hidden
+        assert hidden.total is not None and hidden.last is not None
+        return Context(
+            prompt_tokens=self.request.prompt_tokens,
+            mean_hidden=hidden.total / np.float32(self.num_prompt),
+            last_hidden=hidden.last,
+            sampling=self.sampling,
+            rows_in_flight=rows_in_flight,
+            request_id=self.request.id,
+            text=lambda: detokenizer.decode(self.request.prompt_tokens),
+            max_new_tokens=self.request.max_new_tokens,
+        )
+
+    def completion(self, text: str) -> Completion:
+        """Return the completion of a row that has ended. text: its answer."""
+        assert self.finish_reason is not None
+        return Completion(
+            request_id=self.request.id,
+            token_ids=self.output,
+            text=text,
+            finish_reason=self.finish_reason,
+            drafter=self.decision.drafter,
+            decision=self.decision,
+            rounds=self.rounds,
+            seconds=self.seconds,
+            seconds_total=self.finished_at - self.admitted_at,
+            num_prompt_tokens=self.num_prompt,
+            seed=self.sampling.seed,
+            error=self.error,
+            logprobs=self.logprobs if self.request.logprobs else None,
+            switches=self.switches,
+        )

@@ -51,7 +51,7 @@ class DrafterCandidates(CandidateGenerator):
         Raises ConfigError for a drafter that reads the target's states.
         """
         needs = drafter.needs
-        if needs.hidden_states or needs.target_weights:
+        if needs.target_weights:
             raise ConfigError(
                 f"drafter '{drafter.name}' reads the target's own states, which transformers' "
                 "assisted decoding does not provide; use another drafter, or custom_generate="

@@ -1,8 +1,8 @@
 """Random numbers as a function of (seed, position, stream), equal on every device.
 
-A counter-based generator (splitmix64) instead of a stateful one: what is drawn at a position does
-not depend on which drafter ran, on the batch, or on how often a round was repeated. The stream says
-what the number is for, so that a draft, its acceptance and its replacement are independent.
+A counter-based generator (splitmix64) instead of a stateful one: the number at a position does not
+depend on the drafter, on the batch, or on how often a round was repeated. Each use of a number has its
+own stream, so that a draft, its acceptance and its replacement are independent.
 Knows nothing of models or distributions.
 """
 
@@ -28,7 +28,7 @@ _MIX_2: Final = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift: int64's own shift would drag the sign bit in."""
+    """Shift right and fill with zeros; int64's own shift fills with the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -45,21 +45,21 @@ def _bits(seeds: Tensor, positions: Tensor, stream: int) -> Tensor:
 
 
 def of_round(positions: T, start: int) -> T:
-    """Positions that give other numbers in every round. start: tokens the row has at its beginning.
+    """Return positions that give other numbers in every round. start: tokens of the row before it.
 
-    For drafts that must not be drawn again behind a rejection, and for judges to whom a whole round's
-    uniforms matter, also those behind what was kept.
+    For drafts that must not be drawn again after a rejection, and for judges whose verdict depends on
+    all uniforms of a round, also on those after the accepted tokens.
     """
     return positions + (start << 32)
 
 
 def uniform(seeds: Tensor, positions: Tensor, stream: int) -> Tensor:
-    """Uniform draws in [0, 1), float64, in the shape of `seeds` and `positions` broadcast."""
+    """Return uniform draws in [0, 1), float64, in the shape of `seeds` and `positions` broadcast."""
     return _shift(_bits(seeds, positions, stream), 11).to(torch.float64) * 2.0**-53
 
 
 def exponential(seeds: Tensor, positions: Tensor, stream: int, num_tokens: int) -> Tensor:
-    """Standard exponential noise, float32, [..., num_tokens], for the race argmax(p / e).
+    """Return standard exponential noise [..., num_tokens] float32, for the race argmax(p / e).
 
     The winner of the race is distributed as p (the Gumbel-argmax trick in the linear domain). Only
     small values can win, so they keep their full relative precision: -log1p(-u) with u near 0.
@@ -81,10 +81,10 @@ def race(probs: Tensor, noise: Tensor) -> Tensor:
 
 
 def draw(probs: Tensor, seed: int, position: int, stream: int) -> int:
-    """Draw from a distribution [V] of float32 by the race at a seed and position; -1 if no token can be.
+    """Draw a token from a distribution [V] float32 at a seed and position; -1 if none is possible.
 
-    On the CPU by the compiled race: there the noise of a whole vocabulary takes longer to make than many
-    a model's forward. Elsewhere by `race`. They differ at most where two tokens tie to the last bit.
+    The CPU uses the compiled race, since the noise of a whole vocabulary takes longer than the forward
+    of a small model. Other devices use `race`. The two differ only if two tokens tie to the last bit.
     """
     if probs.device.type != "cpu":
         at = torch.tensor([seed, position], device=probs.device)

@@ -1,7 +1,7 @@
 """The race of `paceline.noise` as machine code: one draw from one distribution.
 
-A token can win only with p / e above the best so far, and its noise e is never below its uniform u. So
-all but a few tokens are settled without a logarithm, and nothing of the vocabulary's size is stored.
+A token can win only if p / e is above the best so far, and its noise e is never below its uniform u. So
+few tokens need a logarithm, and no array of the vocabulary's size is stored.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""REPLAY: drafters along trajectories, beside the engine and without it."""
+"""REPLAY: the rounds of drafters along trajectories, without the engine."""
 
 from paceline.replay.priced import price_stops
 from paceline.replay.rounds import (

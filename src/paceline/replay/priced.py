@@ -1,6 +1,6 @@
-"""Rounds of arms whose stop rule depends on prices, made from what was stored without them.
+"""Rounds of arms whose stop rule depends on prices, from scores that were stored without prices.
 
-A collection keeps such an arm's rounds at full length and its scores by position; here its rule ends
+A collection stores such an arm's rounds at full length and its scores by position; here its rule ends
 each draft by a cost table. Knows no model.
 """
 
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 def price_stops(
     prompts: Sequence[CollectedPrompt], config: Config, costs: CostTable
 ) -> list[CollectedPrompt]:
-    """The same prompts, with the rounds that a cost table gives the configuration's priced arms.
+    """Return the prompts with the rounds of the configuration's priced arms under a cost table.
 
-    What is accepted is exact; how much is drafted behind a first wrong token is estimated from the
+    The accepted tokens are exact; the number drafted after a first wrong token is estimated from the
     confidences along the text, see `ChainReplay`.
     """
     rules = _priced_rules(config, costs)
@@ -53,7 +53,7 @@ def price_stops(
 
 
 def _priced_rules(config: Config, costs: CostTable) -> dict[str, tuple[StopRule, int]]:
-    """arm -> (its rule, its most tokens), of arms that stop by expected gain."""
+    """Return arm -> (its rule, its maximum draft length), of arms that stop by expected gain."""
     rules: dict[str, tuple[StopRule, int]] = {}
     for arm, section in config.drafters.items():
         settings = check_settings(arm, section)
@@ -66,7 +66,7 @@ def _priced_rules(config: Config, costs: CostTable) -> dict[str, tuple[StopRule,
 def stopped_ahead(
     prompt: CollectedPrompt, arm: str, rule: StopRule, num_draft_tokens: int
 ) -> np.ndarray:
-    """[T - 1, 2] drafted and accepted of a chain drafter under a stop rule, from its scores."""
+    """Return [T - 1, 2] drafted and accepted of a chain drafter under a stop rule, from its scores."""
     match, confidence = prompt.scores[arm]
     num_output, num_prompt = len(prompt.output_tokens), len(prompt.prompt_tokens)
     rooms = np.full(num_output, num_draft_tokens)
@@ -74,5 +74,5 @@ def stopped_ahead(
         rooms = np.maximum(len(match) - np.arange(num_output), 0)
     unknown = np.full(len(match), np.nan, dtype=np.float32)
     scores = PositionScores(match, unknown, unknown, confidence)
-    foresight = ChainReplay(scores, rooms, num_draft_tokens, rule, num_prompt)
-    return look_ahead(foresight, num_output, prompt.max_new_tokens)
+    draft_replay = ChainReplay(scores, rooms, num_draft_tokens, rule, num_prompt)
+    return look_ahead(draft_replay, num_output, prompt.max_new_tokens)

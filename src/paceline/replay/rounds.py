@@ -1,9 +1,8 @@
-"""The rounds a drafter would have had along a trajectory, without speculative decoding.
+"""The rounds that a drafter would have had along a trajectory, without speculative decoding.
 
-A round needs to know only how much was drafted and how much of it the target's own output repeats,
-so the engine's bookkeeping is redone here on a recorded output, with its limits and its cuts. Holds
-where the text does not depend on the arm: greedy or `invariant` sampling in float32. Knows no engine,
-no file.
+A round is the number of drafted tokens and how many of them equal the target's own output, so a recorded
+output is enough to count rounds with the engine's limits and cuts. Valid if the text does not depend on
+the arm: greedy or `invariant` sampling in float32. Knows no engine, no file.
 Symbols: T trajectory tokens, V the target's logits width.
 """
 
@@ -40,56 +39,57 @@ class Replay:
     """One drafter on one trajectory."""
 
     rounds: np.ndarray  # [rounds, 2] int64: drafted, accepted, at the drafter's full length
-    ahead: np.ndarray | None  # [T - 1, 2], see `look_ahead`; None where rounds hang on rounds
+    ahead: np.ndarray | None  # [T - 1, 2], see `look_ahead`; None if rounds depend on earlier ones
     scores: PositionScores | None  # of chain drafters
 
     @property
-    def kept(self) -> ReplayedDrafter:
-        """As a collection keeps it."""
+    def record(self) -> ReplayedDrafter:
+        """The record that a collection stores."""
         if self.ahead is not None:
             return ReplayedDrafter(self.ahead, everywhere=True)
         return ReplayedDrafter(self.rounds, everywhere=False)
 
 
 def max_output(max_new_tokens: int, num_prompt: int, context_length: int) -> int:
-    """Tokens a request may emit: the last one is never fed, so it needs no position."""
+    """Return the maximum number of output tokens; the last one is never fed and needs no position."""
     return min(max_new_tokens, context_length + 1 - num_prompt)
 
 
-def simulate(foresight: DraftReplay, num_output: int, max_total_output: int) -> np.ndarray:
-    """[rounds, 2] int64, drafted and accepted: the engine's rounds over `num_output` tokens.
+def simulate(draft_replay: DraftReplay, num_output: int, max_total_output: int) -> np.ndarray:
+    """Return [rounds, 2] int64, drafted and accepted: the engine's rounds over `num_output` tokens.
 
-    The prefill emits the first token. A round drafts at most what could still be emitted beside the
-    target's own token. A draft that reaches past the trajectory's end (a stop) counts what was
-    emitted of it, as in the engine.
+    The prefill emits the first token. A round drafts at most the tokens that could still be emitted in
+    addition to the target's own. Of a draft that reaches past the trajectory's end (a stop), only the
+    emitted tokens count as accepted, as in the engine.
     """
     rounds: list[tuple[int, int]] = []
     position = 1
     while position < num_output:
-        drafted, accepted = _round(foresight, position, max_total_output - position - 1)
+        drafted, accepted = _round(draft_replay, position, max_total_output - position - 1)
         accepted = min(accepted, num_output - position)
         rounds.append((drafted, accepted))
         position += accepted + 1
     return _table(rounds)
 
 
-def look_ahead(foresight: DraftReplay, num_output: int, max_total_output: int) -> np.ndarray:
-    """[T - 1, 2] int64, drafted and accepted of the round that would start at each position, 1 to
-    T - 1; `walk` makes rounds of it.
+def look_ahead(draft_replay: DraftReplay, num_output: int, max_total_output: int) -> np.ndarray:
+    """Return [T - 1, 2] int64, drafted and accepted of a round at each position 1 to T - 1.
+
+    `walk` makes rounds of it.
     """
     rounds: list[tuple[int, int]] = []
     for position in range(1, num_output):
-        drafted, accepted = _round(foresight, position, max_total_output - position - 1)
+        drafted, accepted = _round(draft_replay, position, max_total_output - position - 1)
         rounds.append((drafted, min(accepted, num_output - position)))
     return _table(rounds)
 
 
-def _round(foresight: DraftReplay, position: int, limit: int) -> tuple[int, int]:
+def _round(draft_replay: DraftReplay, position: int, limit: int) -> tuple[int, int]:
     """Return (drafted, accepted) tokens of a round at a position, checked.
 
     A negative count from a drafter's own replay would never end.
     """
-    drafted, accepted = foresight.round_at(position, limit)
+    drafted, accepted = draft_replay.round_at(position, limit)
     drafted, accepted = read_whole("drafted", drafted), read_whole("accepted", accepted)
     if not 0 <= accepted <= drafted:
         raise DrafterError(f"foresees {accepted} accepted of {drafted} drafted tokens")
@@ -97,8 +97,10 @@ def _round(foresight: DraftReplay, position: int, limit: int) -> tuple[int, int]
 
 
 def walk(ahead: np.ndarray, num_draft_tokens: int | None = None) -> np.ndarray:
-    """[rounds, 2] of `simulate`, from what was looked ahead; at a shorter draft length where one is
-    given, which holds for drafters whose shorter draft is the beginning of the longer one.
+    """Return [rounds, 2] of `simulate` from the table of `look_ahead`.
+
+    num_draft_tokens: a shorter draft length, valid for drafters whose shorter draft is the beginning of
+    the longer one.
     """
     table = ahead if num_draft_tokens is None else np.minimum(ahead, num_draft_tokens)
     places = _places(table[:, 1].astype(np.int64))
@@ -108,7 +110,7 @@ def walk(ahead: np.ndarray, num_draft_tokens: int | None = None) -> np.ndarray:
 
 @compiled
 def _places(accepted: np.ndarray) -> np.ndarray:
-    """Where rounds start, as indices into what was looked ahead. accepted: [T - 1]."""
+    """Return the starts of rounds, as indices into `accepted` [T - 1]."""
     places = np.empty(len(accepted), dtype=np.int64)
     count = place = 0
     while place < len(accepted):
@@ -119,9 +121,9 @@ def _places(accepted: np.ndarray) -> np.ndarray:
 
 
 def rounds_of(prompt: CollectedPrompt, arm: str) -> np.ndarray:
-    """[rounds, 2] drafted and accepted of an arm on a collected prompt.
+    """Return [rounds, 2] drafted and accepted of an arm on a collected prompt.
 
-    Raises StoreError where the drafter was not replayed, or not so that a shorter length follows.
+    Raises StoreError if the drafter was not replayed, or the rounds at a shorter length are unknown.
     """
     drafter, length = split_arm(arm)
     if drafter == NONE:
@@ -150,19 +152,20 @@ def replay(
     p: Tensor | None = None,
     sampling: SamplingParams = GREEDY,
 ) -> Replay:
-    """Rounds and scores of one drafter. p: [T, V], see `target_distributions`; sampling: how the
-    trajectory was drawn.
+    """Return the rounds and scores of one drafter.
+
+    p: [T, V], see `target_distributions`. sampling: of the trajectory.
     """
     with torch.inference_mode():
-        foresight = drafter.would_accept(prompt, trajectory, p, sampling)
+        draft_replay = drafter.would_accept(prompt, trajectory, p, sampling)
         try:
             if not drafter.replays_everywhere:
-                rounds = simulate(foresight, len(trajectory), max_total_output)
-                return Replay(rounds, None, foresight.scores)
-            ahead = look_ahead(foresight, len(trajectory), max_total_output)
+                rounds = simulate(draft_replay, len(trajectory), max_total_output)
+                return Replay(rounds, None, draft_replay.scores)
+            ahead = look_ahead(draft_replay, len(trajectory), max_total_output)
         finally:
-            foresight.close()
-    return Replay(walk(ahead), ahead, foresight.scores)
+            draft_replay.close()
+    return Replay(walk(ahead), ahead, draft_replay.scores)
 
 
 def _table(rounds: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -176,10 +179,10 @@ def target_distributions(
     chunk: int = 512,
     sampling: SamplingParams = GREEDY,
 ) -> Tensor:
-    """p [T, V] float32: the target's distribution before each trajectory token, as it was sampled; of
-    greedy text at temperature 1.
+    """Return p [T, V] float32, the target's warped distribution of each trajectory token.
 
-    One teacher-forced pass over the text, `chunk` tokens a forward.
+    Greedy text is read at temperature 1. One teacher-forced pass over the text, `chunk` tokens per
+    forward.
     """
     warping = _UNWARPED if sampling.method == "greedy" else sampling
     text = torch.tensor([*prompt, *trajectory[:-1]])

@@ -12,7 +12,7 @@ from paceline.verification import accept_block, accept_residual
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from paceline.contracts import Verdicts
+    from paceline.verification import AcceptedPrefixes
 
 
 class JudgedDrafts(NamedTuple):
@@ -36,7 +36,7 @@ def judge_block(
     return _draw(accept_block(p, q, tokens, lengths, accept_u), noise)
 
 
-def _draw(verdicts: Verdicts, noise: Tensor) -> JudgedDrafts:
+def _draw(accepted: AcceptedPrefixes, noise: Tensor) -> JudgedDrafts:
     rows = torch.arange(len(noise), device=noise.device)
-    drawn = race(verdicts.next_weights, noise[rows, verdicts.num_accepted])
-    return JudgedDrafts(verdicts.num_accepted, drawn)
+    drawn = race(accepted.next_weights, noise[rows, accepted.num_accepted])
+    return JudgedDrafts(accepted.num_accepted, drawn)

@@ -1,6 +1,15 @@
-"""VERIFY: which part of a draft is kept, and what stands behind it. Knows no model and no engine."""
+"""JUDGE: the accepted part of each draft and the token after it. Knows no model and no engine."""
 
-from paceline.verification.judge import accept_block, accept_residual
+from paceline.verification.acceptance import AcceptedPrefixes, accept_block, accept_residual
+from paceline.verification.judge import Verdict, judge
 from paceline.verification.trees import depths, follow
 
-__all__ = ["accept_block", "accept_residual", "depths", "follow"]
+__all__ = [
+    "AcceptedPrefixes",
+    "Verdict",
+    "accept_block",
+    "accept_residual",
+    "depths",
+    "follow",
+    "judge",
+]

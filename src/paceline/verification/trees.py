@@ -1,7 +1,7 @@
-"""Which part of a draft the target's own choices follow.
+"""The path of a draft that equals the target's own choices.
 
 Serves every draft that is judged by equality: greedy decoding, deterministic drafts, drafts drawn
-with the judge's own noise, and all trees. A chain is a tree whose every token follows the one before.
+with the judge's own noise, and all trees. In a chain, each token follows the previous one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Choices(Protocol):
-    """The target's token at each place; asked for along one path only."""
+    """The target's token at each place; read along one path only."""
 
     def __getitem__(self, place: int, /) -> int: ...
 
@@ -21,11 +21,11 @@ class Choices(Protocol):
 def follow(
     choices: Choices, tokens: Sequence[int], parents: Sequence[int] | None = None
 ) -> list[int]:
-    """Indices of the draft tokens that are kept, from the root down.
+    """Return the indices of the accepted draft tokens, from the root down.
 
-    choices: the target's token at each place, behind the row's last token first and then behind each
-    draft token. tokens: the draft. parents: the index each token follows, -1 for the row's last
-    token; None for a chain. Of equal siblings the first is followed.
+    choices: the target's token after the row's last token, then after each draft token. tokens: the
+    draft. parents: the index of the token that each one follows, -1 for the row's last token; None for
+    a chain. Of equal siblings, the first is followed.
     """
     path: list[int] = []
     if parents is None:
@@ -45,8 +45,8 @@ def follow(
 
 
 def depths(parents: Sequence[int]) -> list[int]:
-    """How many draft tokens stand above each one."""
-    found: list[int] = []
+    """Return the number of draft tokens above each one."""
+    levels: list[int] = []
     for parent in parents:
-        found.append(0 if parent < 0 else found[parent] + 1)
-    return found
+        levels.append(0 if parent < 0 else levels[parent] + 1)
+    return levels

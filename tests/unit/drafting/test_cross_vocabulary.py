@@ -232,7 +232,7 @@ def test_a_prompt_longer_than_the_drafters_context_gets_no_drafts(
 
 
 class View:
-    num_prompt, slot, hidden = 2, -1, None
+    num_prompt, slot, num_cached = 2, -1, 0
 
     def __init__(self, id: int, tokens: list[int], sampling: SamplingParams) -> None:
         self.id, self.tokens, self.sampling = id, tokens, sampling

@@ -160,7 +160,7 @@ def pace_of(target: LanguageModel, *drafters: DraftModel) -> Pace:
 
 
 class View:
-    num_prompt, slot, hidden = 3, -1, None
+    num_prompt, slot, num_cached = 3, -1, 0
 
     def __init__(self, id: int, tokens: list[int], sampling: SamplingParams) -> None:
         self.id, self.tokens, self.sampling = id, tokens, sampling
@@ -283,7 +283,7 @@ def collected(pace: Pace, arm: str, text: str) -> CollectedPrompt:
     assert result.scores is not None
     scores = {arm: (result.scores.match, result.scores.confidence)}
     features = np.zeros(1, dtype=np.float32)
-    replays = {arm: result.kept}
+    replays = {arm: result.record}
     return CollectedPrompt(text, "", prompt, tuple(output), NEW, features, replays, {}, scores)
 
 

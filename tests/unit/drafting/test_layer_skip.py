@@ -45,7 +45,7 @@ class Row:
     tokens: list[int]
     sampling: SamplingParams = GREEDY
     num_prompt: int = 1
-    hidden: None = None
+    num_cached: int = 0
 
 
 def new_target(architecture: str = "llama") -> LanguageModel:
@@ -56,6 +56,7 @@ def cached_row(target: LanguageModel, id: int, tokens: list[int], **settings: An
     row = Row(id, target.acquire(), tokens, **settings)
     with torch.inference_mode():
         cache_text(target, row.slot, tokens[:-1], len(tokens))
+    row.num_cached = len(tokens) - 1
     return row
 
 

@@ -44,7 +44,7 @@ def caches(engine: Engine) -> dict[str, RowCache]:
 
 
 def held(cache: RowCache) -> int:
-    """Slots x positions of its largest layer."""
+    """Return slots x positions of the largest layer."""
     return max((s.shape[0] * s.shape[2] for s in cache.layers if s is not None), default=0)
 
 
@@ -83,7 +83,7 @@ def test_a_bound_holds_after_a_long_request_has_passed() -> None:
 
 
 def drafters_of_every_cache() -> dict[str, Any]:
-    """A model beside the target, one that reads the text in more ids, and a union of two."""
+    """Return a draft model, one with another tokenizer that makes more ids, and a union of two."""
     near, far = (tiny_model("llama", seed=s, context=CONTEXT) for s in (1, 3))
     config = Config(target=ModelSection(model="m"))
     parts = build_from_objects(MODEL, TOKENIZER, {"near": near, "far": far}, config)
@@ -226,8 +226,8 @@ def test_a_drafter_without_room_in_its_cache_does_not_draft() -> None:
     assert all(c.error is None for c in done.values())
 
 
-def test_slots_that_stand_empty_count_too() -> None:
-    """A row in the last slot keeps those before it in the storage."""
+def test_empty_slots_of_the_target_count() -> None:
+    """The storage of a row in the last slot includes all slots before it."""
     pace = pace_with(max_rows=3, max_positions=600)
     settings: dict[str, Any] = {"drafter": "none", "ignore_eos": True}
     lengths = [2, 2, 60]
@@ -246,7 +246,7 @@ def test_slots_that_stand_empty_count_too() -> None:
 
 
 def megabytes(units: int) -> tuple[Pace, Any, int]:
-    """A pace whose drafters may hold so many stretches of 128 positions, and its check."""
+    """Return a pace whose drafters may hold a number of stretches of 128 positions, and its check."""
     near, far = (tiny_model("llama", seed=s, context=CONTEXT) for s in (1, 2))
     one = pace_with({"near": near}).parts.drafters["near"].state_bytes([128])
     pace = pace_with({"near": near, "far": far}, max_rows=4, max_drafter_mb=units * one / 1e6)
@@ -272,7 +272,7 @@ def test_what_a_long_row_held_is_there_for_another_drafter() -> None:
     assert run(pace.engine, [other], check)["other"].drafter == "far"
 
 
-def test_a_drafters_empty_slots_count_too() -> None:
+def test_empty_slots_of_a_drafter_count() -> None:
     pace, check, _ = megabytes(9)
     settings: dict[str, Any] = {"drafter": "near", "ignore_eos": True}
     for i, n in enumerate((2, 2, 100)):

@@ -1,4 +1,4 @@
-"""The driver: whoever waits gets what is theirs, whoever goes away leaves nothing, and nobody hangs."""
+"""The driver: each caller gets its own updates, a caller that leaves frees its rows, no caller hangs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
-def test_a_request_beside_an_open_stream_ends_and_the_stream_goes_on() -> None:
+def test_a_request_ends_while_another_stream_is_open() -> None:
     pace = pace_of()
     expected = pace.complete("abc", **LONG).text
 
@@ -156,7 +156,7 @@ def test_an_event_loop_that_ends_with_requests_open_leaves_nothing() -> None:
     loop = asyncio.new_event_loop()
     stream = pace.astream_text("abc", **LONG)
     loop.run_until_complete(anext(stream))
-    loop.close()  # nobody reads on, and nobody said so
+    loop.close()  # no reader is left, and nothing cancelled the request
 
     wait_until(lambda: not pace.driver._mail and pace.engine.num_rows == 0)
     assert ended == ["cancelled"]
@@ -180,7 +180,7 @@ def test_an_idle_driver_burns_no_cpu() -> None:
     assert burnt() - before <= 0.02
 
 
-def test_a_driver_that_nobody_has_any_more_ends_its_thread() -> None:
+def test_an_unreferenced_driver_ends_its_thread() -> None:
     pace = pace_of()
     pace.complete("abc", **SHORT)
     thread, driver = pace.driver._thread, weakref.ref(pace.driver)
@@ -193,7 +193,7 @@ def test_a_driver_that_nobody_has_any_more_ends_its_thread() -> None:
     wait_until(lambda: not thread.is_alive())
 
 
-def test_time_in_the_queue_is_told_and_is_no_part_of_the_total() -> None:
+def test_time_in_the_queue_is_reported_outside_the_total() -> None:
     pace = pace_of(max_rows=1)
     requests = [pace.request("abc", id=str(i), **LONG) for i in range(3)]
 
@@ -229,7 +229,7 @@ def test_what_breaks_a_step_is_the_cause_of_every_failure_and_the_next_request_i
     assert pace.complete("abc", **SHORT).text == expected
 
 
-def test_a_request_that_cannot_become_a_row_fails_and_those_behind_it_do_not_wait_for_ever(
+def test_a_request_that_cannot_be_admitted_fails_and_later_ones_go_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pace = pace_of()
@@ -293,7 +293,7 @@ def test_the_engine_runs_with_the_number_of_threads_that_the_caller_set() -> Non
 
 
 def test_a_forked_child_decodes_by_itself() -> None:
-    """A child has no threads of its parent's; what was in flight in the parent stays there."""
+    """A child has none of its parent's threads; requests in flight stay the parent's."""
     pace, before = pace_of(), torch.get_num_threads()
     torch.set_num_threads(1)  # OpenMP's own threads do not survive a fork either
     try:
@@ -347,7 +347,7 @@ def test_threads_that_step_for_one_another_would_be_seen() -> None:
 
 
 @pytest.mark.parametrize("what", ["release", "decode", "finish"])
-def test_what_breaks_the_end_of_a_row_is_told_to_who_waits_for_it(
+def test_an_exception_at_the_end_of_a_row_reaches_its_waiting_caller(
     what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pace = pace_of()
@@ -364,7 +364,7 @@ def test_what_breaks_the_end_of_a_row_is_told_to_who_waits_for_it(
 
     with monkeypatch.context() as patch:
         if what == "decode":
-            patch.setattr(broken, "_words", Detokenizer.wrap(fail))
+            patch.setattr(broken, "_detokenizer", Detokenizer.wrap(fail))
         else:
             patch.setattr(broken, what, fail)
         requests = [pace.request("abc", id=str(i), **SHORT) for i in range(3)]
@@ -375,7 +375,7 @@ def test_what_breaks_the_end_of_a_row_is_told_to_who_waits_for_it(
     assert not pace.driver._mail and pace.engine.num_rows == 0
 
 
-def test_room_that_came_before_it_was_waited_for_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_that_was_free_before_the_wait_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The queue may empty, and the thread go idle, between its being found full and that being said."""
     pace = pace_of(max_rows=1, max_waiting=1)
     submit, refused = pace.engine.submit, [True]
@@ -462,7 +462,7 @@ def test_a_thread_that_cannot_be_started_is_tried_again(monkeypatch: pytest.Monk
     assert pace.engine.num_rows == 0
 
 
-def test_a_stream_that_is_open_when_the_thread_has_ended_holds_up_nobody(
+def test_a_stream_that_is_open_after_the_threads_end_blocks_no_caller(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As at the end of a process, where streams are collected after the thread."""

@@ -8,7 +8,7 @@ import pytest
 
 from paceline.contracts import Request
 from paceline.drafting.none import NoneDrafter
-from paceline.engine.endings import append_until_stop, final_text
+from paceline.engine.endings import final_text
 from paceline.engine.rows import Row
 from paceline.models.detokenizer import Detokenizer
 from paceline.testing.tokenizers import byte_tokenizer
@@ -46,14 +46,14 @@ def test_text_ends_before_the_stop_string(text: str, stops: list[str], kept: str
     tokens = list(text.encode())
     row = row_for(stop_strings=tuple(stops))
     while row.finish_reason is None:
-        append_until_stop(row, tokens[len(row.output) : len(row.output) + run], decode)
+        row.append_until_stop(tokens[len(row.output) : len(row.output) + run], decode)
 
     completed = min(
         n for n in range(1, len(tokens) + 1) if any(s in decode(tokens[:n]) for s in stops)
     )
     assert row.finish_reason == "stop"
     assert row.output == tokens[:completed]
-    assert final_text(row, decode) == kept
+    assert final_text(row.output, row.request, decode) == kept
 
 
 def test_a_long_stop_string_is_found_far_into_a_text() -> None:
@@ -61,31 +61,31 @@ def test_a_long_stop_string_is_found_far_into_a_text() -> None:
     tokens = list(("🎉 the party " * 30 + stop + " go home").encode())
     row = row_for(1000, stop_strings=(stop,))
 
-    append_until_stop(row, tokens, decode)
+    row.append_until_stop(tokens, decode)
 
     assert decode(row.output).endswith(stop)
 
 
-def test_how_many_were_emitted_is_told() -> None:
+def test_append_returns_the_number_of_emitted_tokens() -> None:
     row = row_for(stop_token_ids=frozenset({END}))
 
-    assert append_until_stop(row, [10, 11], decode) == 2
+    assert row.append_until_stop([10, 11], decode) == 2
     assert row.finish_reason is None
-    assert append_until_stop(row, [12, END, 13], decode) == 2
+    assert row.append_until_stop([12, END, 13], decode) == 2
     assert row.output == [10, 11, 12, END]
     assert row.finish_reason == "stop"
 
 
 def test_a_stop_token_is_not_text_but_what_came_before_is() -> None:
     row = row_for(stop_token_ids=frozenset({ord("!")}))
-    append_until_stop(row, list(b"hi!"), decode)
+    row.append_until_stop(list(b"hi!"), decode)
 
-    assert final_text(row, decode) == "hi"
+    assert final_text(row.output, row.request, decode) == "hi"
 
 
 def test_a_stop_at_the_limit_is_a_stop() -> None:
     row = row_for(3, stop_token_ids=frozenset({END}))
-    append_until_stop(row, [10, 11, END], decode)
+    row.append_until_stop([10, 11, END], decode)
 
     assert row.finish_reason == "stop"
 
@@ -93,5 +93,5 @@ def test_a_stop_at_the_limit_is_a_stop() -> None:
 def test_the_limit_ends_an_answer_inside_an_accepted_run() -> None:
     row = row_for(3)
 
-    assert append_until_stop(row, [10, 11, 12, 13], decode) == 3
+    assert row.append_until_stop([10, 11, 12, 13], decode) == 3
     assert row.finish_reason == "length"

@@ -1,4 +1,4 @@
-"""The loop around the rounds: who is in flight, what is counted, what errors leave behind."""
+"""The loop around the rounds: rows in flight, counts, and the state after errors."""
 
 from __future__ import annotations
 
@@ -335,7 +335,7 @@ def test_an_arm_with_a_length_drafts_no_more_than_that() -> None:
     ("arm", "words"),
     [
         ("right@5", "'right@5': drafter 'right' drafts up to 4 tokens; ask for fewer"),
-        ("right@0", "'right@0': a draft length is a whole number of tokens, at least 1"),
+        ("right@0", "'right@0': a draft length must be a whole number of tokens, at least 1"),
         ("right@", "'right@': a draft length"),
         ("none@1", "'none@1': drafter 'none' drafts up to 0 tokens"),
         ("gone@2", "unknown drafter 'gone'; there are: auto, none, right"),

@@ -126,7 +126,7 @@ def assert_ends_alone(
 
 
 class Proposing(Honest):
-    """Proposes what a function gives, from the second round on; with `stops` nothing in the last."""
+    """A drafter of a function's results, from its second round on; with `stops`, not in the last."""
 
     def __init__(
         self, answer: Callable[[int], Any], num_draft_tokens: int = 4, stops: bool = False
@@ -456,7 +456,7 @@ def test_the_users_own_interrupt_stops_everything(method: str) -> None:
     assert_clean(engine)
 
 
-def test_the_first_error_of_a_row_is_the_one_that_is_told() -> None:
+def test_the_first_error_of_a_row_is_reported() -> None:
     drafter = failing("propose", ValueError("the cause"))
     drafter.finish = failing("finish", ValueError("what followed")).finish
 

@@ -1,4 +1,4 @@
-"""A caller's own choice, what is done with completed requests, drafters that fail again and again."""
+"""Faulty `choose` and `on_complete` functions, and drafters that fail repeatedly."""
 
 from __future__ import annotations
 
@@ -289,7 +289,7 @@ def test_a_watch_does_not_switch_to_what_is_set_aside() -> None:
     assert completion.switches == [] and completion.token_ids == OUTPUT[:N]
 
 
-def test_failures_beside_the_arm_in_use_count_and_harm_nobody() -> None:
+def test_failures_of_shadow_drafters_count_and_fail_no_request() -> None:
     drafter = Moody()
     choose = lambda context: Decision("none", policy="mine")  # noqa: E731
     engine = engine_with(drafter, choose, controller=Wanting("none", ["math"]))
@@ -410,7 +410,7 @@ def test_a_collection_names_the_drafter_that_cannot_be_replayed(
         ReplayTask([(trajectory, ["math"])]).run(pace, lambda count: None)
 
 
-def test_a_length_that_cannot_be_asked_for_is_refused_at_the_door() -> None:
+def test_an_impossible_draft_length_is_refused_before_decoding() -> None:
     drafter = Moody()
     drafter.num_draft_tokens = None
     engine = engine_with(drafter)

@@ -1,4 +1,4 @@
-"""A row without a possible token, or whose logits are no numbers, fails by name; the others go on."""
+"""A row without a possible token, or with logits that are not finite, fails alone with its reason."""
 
 from __future__ import annotations
 
@@ -8,11 +8,6 @@ import pytest
 import torch
 
 import paceline
-import paceline.engine.step as step
-from paceline.drafting.none import NoneDrafter
-from paceline.engine.rows import Row
-from paceline.engine.step import Draft, judge
-from paceline.requests import RequestSettings
 from paceline.testing.scripted import ScriptedDrafter, ScriptedTree, copying
 from paceline.testing.tiny_models import tiny_model
 from paceline.testing.tokenizers import NUM_TOKENS, byte_tokenizer
@@ -44,7 +39,7 @@ def pace() -> Pace:
 
 
 def run(pace: Pace, *requests: Request) -> list[Completion]:
-    """In the requests' order, errors and all."""
+    """Return the completions in the requests' order, errors included."""
     done = {c.request_id: c for c in pace.driver.generate(requests, return_errors=True)}
     return [done[request.id] for request in requests]
 
@@ -108,10 +103,10 @@ def test_a_row_without_a_possible_token_fails_alone(
 @pytest.mark.parametrize("sampling", SAMPLINGS[:3], ids=str)
 @pytest.mark.parametrize("act", ["raise", "nan", "exit"])
 @pytest.mark.parametrize("drafter", ["wrong", "tree", "near"])
-def test_what_rules_make_of_a_text_that_only_a_draft_leads_to_does_not_count(
+def test_rules_that_fail_on_a_drafted_text_only_do_not_fail_the_row(
     act: str, drafter: str, sampling: dict[str, Any]
 ) -> None:
-    """As of a trie that knows what may follow, and nothing of any other text."""
+    """The processor behaves like a trie: it knows the allowed text and no other."""
     model = tiny_model("llama")
     plain = paceline.load(target=model, tokenizer=byte_tokenizer(), drafters={})
     settings = {"max_new_tokens": 12, "ignore_eos": True, **sampling}
@@ -149,83 +144,3 @@ def test_a_processor_of_another_shape_fails_by_name(pace: Pace) -> None:
     [bad] = run(pace, pace.request(PROMPT, processors=[lambda i, s: s[:, :1]], **settings))
 
     assert bad.error == "logit rules: a processor returned scores of shape [1, 1]"
-
-
-# --- one judgement --------------------------------------------------------------------------------
-
-
-def row_of(**settings: Any) -> Row:
-    pace_settings = RequestSettings.read({"max_new_tokens": 50, **settings})
-    request = pace_settings.request((1, 2), "0")
-    return Row(0, request, 0, 50, 0.0, [1, 2], NoneDrafter())
-
-
-JUDGED = [{}, {"temperature": 1.0, "seed": 3}, {"min_new_tokens": 1}]
-
-
-@pytest.mark.parametrize("settings", JUDGED, ids=str)
-@pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_numbers_that_are_none_count_where_the_text_leads(
-    settings: dict[str, Any], bad: float
-) -> None:
-    logits = torch.zeros(3, 6)
-    logits[:, 4] = 50.0
-    logits[2] = bad
-    for tokens, fails in (([4, 4], True), ([4, 3], False), ([3, 4], False), ([-1, -1], False)):
-        row = row_of(**settings)
-        [verdict] = judge([row], [Draft(tokens)], logits)
-        assert (row.error is not None) == fails
-        assert fails or verdict.next_token == 4
-        assert not fails or "the target's logits are not finite" in str(row.error)
-
-
-@pytest.mark.parametrize("settings", JUDGED, ids=str)
-def test_a_draft_of_no_id_does_not_match_a_place_without_a_token(settings: dict[str, Any]) -> None:
-    logits = torch.full((3, 6), NAN)
-    row = row_of(**settings)
-
-    [verdict] = judge([row], [Draft([-1, -1])], logits)
-
-    assert row.error is not None and verdict.path == []
-
-
-@pytest.mark.parametrize("method", ["residual", "block"])
-@pytest.mark.parametrize("place", [0, 1, 2])
-def test_no_stochastic_draft_goes_beyond_a_place_without_a_token(method: str, place: int) -> None:
-    logits = torch.zeros(4, 6)
-    logits[:, 4] = 50.0
-    logits[place] = NAN
-    probs = torch.zeros(3, 6)
-    probs[:, 4] = 1.0
-    row = row_of(temperature=1.0, sampling=method)
-
-    [verdict] = judge([row], [Draft([4, 4, 4], probs=probs)], logits)
-
-    assert row.error is not None and len(verdict.path) == place
-
-
-def test_a_place_without_a_token_does_not_weigh_on_the_tokens_before_it() -> None:
-    """Block verification looks one place ahead; there the draft ends."""
-    logits = torch.zeros(3, 2)
-    logits[1] = NAN
-    probs = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-    kept = 0
-    for seed in range(200):
-        row = row_of(temperature=1.0, sampling="block", seed=seed)
-        [verdict] = judge([row], [Draft([0, 0], probs=probs)], logits)
-        kept += len(verdict.path)
-    assert 70 < kept < 130  # p/q is a half
-
-
-def test_the_judge_of_a_device_says_the_same() -> None:
-    """The paths of other devices, run here: `_draw_everywhere` and the race over all places."""
-    logits = torch.zeros(3, 6)
-    logits[:, 4] = 50.0
-    logits[1] = NAN
-    for tokens in ([4, 4], [3, 4]):
-        here, there = row_of(temperature=1.0, seed=3), row_of(temperature=1.0, seed=3)
-        [verdict] = judge([here], [Draft(tokens)], logits)
-        answer = step._draw_everywhere(logits, Draft(tokens), there.sampling, len(there.tokens))
-        other = step._verdict(answer.tolist(), Draft(tokens))
-        assert verdict.path == other.path
-        assert (verdict.next_token < 0) == (other.next_token < 0) == (here.error is not None)

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from paceline.contracts import Request
 from paceline.drafting.none import NoneDrafter
-from paceline.engine.endings import append_until_stop, final_text
-from paceline.engine.reading import Reader
+from paceline.engine.endings import final_text
+from paceline.engine.reading import IncrementalText
 from paceline.engine.rows import Row
 from paceline.engine.streaming import TextStream
 from paceline.errors import DecodingError
@@ -36,7 +36,7 @@ STRIP = [decoders.Strip(" ", 1, 0)]
 
 
 def fallback(ending: list[Any]) -> Tokenizer:
-    """As Llama 2's (with Strip) and Gemma's: pieces, and bytes for what they do not cover."""
+    """Return a tokenizer like Llama 2's (with Strip) or Gemma's, with byte tokens as its fallback."""
     names = [*BYTES, *dict.fromkeys(PIECES)]
     tokenizer = Tokenizer(BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True))
     parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *ending]
@@ -84,7 +84,7 @@ KINDS = {name: detokenizer_of(tokenizer) for name, tokenizer in PLAIN.items()}
 
 
 def ids_of(kind: str) -> st.SearchStrategy[list[int]]:
-    """Answers: anything, with what is special and what no token has, and runs of likely bytes."""
+    """Generate answers: any text, special tokens, ids without a token, and runs of likely bytes."""
     detokenizer = KINDS[kind]
     assert detokenizer.num_ids is not None
     anything = st.integers(0, detokenizer.num_ids + 1)
@@ -118,7 +118,7 @@ def test_settled_text_stays_and_the_rest_is_open(kind: str, data: st.DataObject)
     decode = KINDS[kind]
     tokens = data.draw(ids_of(kind))
     heard = [t for t in tokens if not decode.is_silent(t)]
-    reader, settled = Reader(decode.decode, decode.byte_of), ""
+    reader, settled = IncrementalText(decode.decode, decode.byte_of), ""
     at = 0
     for chunk in in_chunks(heard, data.draw(sizes)):
         settled += reader.push(chunk)
@@ -183,11 +183,11 @@ def test_stops_end_an_answer_where_the_text_first_holds_them(
     row = Row(0, request, 0, 1001, 0.0, [1], NoneDrafter())
     stream, pieces = TextStream(decode, stops), []
     for chunk in in_chunks(tokens, data.draw(sizes)):
-        num_appended = append_until_stop(row, chunk, decode)
+        num_appended = row.append_until_stop(chunk, decode)
         if row.finish_reason is not None:
             break
         pieces.append(stream.push(chunk[:num_appended]))
-    text = final_text(row, decode)
+    text = final_text(row.output, row.request, decode)
 
     assert len(row.output) == (len(tokens) if expected is None else expected)
     assert (row.finish_reason == "stop") == (expected is not None)
@@ -203,10 +203,10 @@ def test_what_a_decoder_puts_before_a_special_token_is_text_or_not_sent(num_ends
     stream, end = TextStream(decode, (stop,)), next(iter(decode.special))
     pieces = []
     for token in (0, *[end] * num_ends, 0, 0):
-        append_until_stop(row, [token], decode)
+        row.append_until_stop([token], decode)
         pieces += [stream.push([token])] if row.finish_reason is None else []
 
-    text = final_text(row, decode)
+    text = final_text(row.output, row.request, decode)
     assert (row.finish_reason, text.rstrip()) == ("stop", "a")
     assert "".join(pieces) + stream.finish(text) == text
 
@@ -246,12 +246,12 @@ def test_stop_strings_of_special_tokens_stop(
     row = Row(0, request, 0, 1001, 0.0, [1], NoneDrafter())
     stream, pieces = TextStream(decode, (stop,)), []
     for token in tokens:
-        append_until_stop(row, [token], decode)
+        row.append_until_stop([token], decode)
         if row.finish_reason is not None:
             break
         pieces.append(stream.push([token]))
 
-    text = final_text(row, decode)
+    text = final_text(row.output, row.request, decode)
     assert text == kept
     assert "".join(pieces) + stream.finish(text) == kept
     assert len(row.output) <= len(encode(kind, *parts[:num_parts]))
@@ -298,7 +298,7 @@ def test_the_work_is_linear_in_the_answer(what: str, size: int, ending: str | No
     counted[0] = 0
     request = Request("0", (1,), 10**6, stop_strings=("no such text",))
     row = Row(0, request, 0, 10**6, 0.0, [1], NoneDrafter())
-    append_until_stop(row, tokens, decode)
+    row.append_until_stop(tokens, decode)
     assert counted[0] <= 60 * len(tokens)
 
 
@@ -310,7 +310,7 @@ def test_a_stray_byte_does_not_hold_back_what_follows() -> None:
     assert stream.push(b"!") == "\ufffd!"
 
 
-def test_text_that_changes_after_it_left_is_told() -> None:
+def test_a_change_of_streamed_text_raises() -> None:
     """As of a decoder that reads the text from its end."""
     stream = TextStream(Detokenizer.wrap(lambda tokens: "".join(map(str, reversed(tokens)))))
     assert stream.push([1]) == "1"

@@ -1,4 +1,4 @@
-"""The engine step by step: who is admitted, cancelled, switched, what is shared and streamed."""
+"""The engine step by step: admission, cancellation, switches, shared prefixes, streaming."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from paceline.assembly import Pace, build_from_objects
 from paceline.config import Config, EngineSection, ModelSection
 from paceline.contracts import Drafts, Request
-from paceline.drafting.base import Drafter, Needs
+from paceline.drafting.base import Drafter
 from paceline.engine import TextStream
 from paceline.engine.prefixes import BLOCK, PrefixStore
 from paceline.errors import DecodingError, QueueFullError, RequestError
@@ -227,7 +227,7 @@ def test_a_prompt_of_whole_blocks_still_runs_its_last_token() -> None:
     assert second.drafter == "near" and second.rounds == first.rounds
 
 
-def test_equal_blocks_behind_different_beginnings_are_not_shared() -> None:
+def test_equal_blocks_after_different_beginnings_are_not_shared() -> None:
     pace = pace_with(prefix_positions=512)
     other = tuple(reversed(LONG[:BLOCK])) + LONG[BLOCK:]
     for prompt in (LONG, other, LONG[BLOCK:] + LONG[:BLOCK]):
@@ -253,7 +253,7 @@ def test_the_policy_sees_the_same_features_of_a_shared_prompt() -> None:
     np.testing.assert_allclose(seen[0][1], seen[1][1], atol=1e-5)
 
 
-def test_kept_prompts_are_bounded_and_the_oldest_goes_first() -> None:
+def test_stored_prefixes_are_bounded_and_the_oldest_goes_first() -> None:
     pace = pace_with(prefix_positions=4 * BLOCK)
     store = pace.engine.prefixes
     prompts = [tuple([i]) + LONG for i in range(5)]
@@ -391,45 +391,40 @@ def test_log_probabilities_are_those_of_the_emitted_tokens() -> None:
     assert pace.complete(list(PROMPT), drafter="none", max_new_tokens=2).logprobs is None
 
 
-class ToyHead(Drafter):
-    """Guesses the token after next from the target's hidden state: the target's head, shifted.
+class CachedPositions(Drafter):
+    """Drafts two tokens per round, and records how many positions of the target's cache hold the row."""
 
-    The state before the last token said what that token should be; it is stored to be looked at.
-    """
-
-    kind: ClassVar[str] = "toy_head"
-    needs: ClassVar[Needs] = Needs(hidden_states=True)
+    kind: ClassVar[str] = "cached_positions"
 
     def __init__(self) -> None:
-        super().__init__("head", 1)
-        self.agreed: list[bool] = []
+        super().__init__("positions", 2)
+        self.seen: list[tuple[int, int]] = []  # (tokens, cached positions)
 
     def propose(self, rows: Any, limits: Any) -> Drafts:
-        drafts = []
-        for row in rows:
-            assert row.hidden is not None
-            said = int(MODEL.lm_head(row.hidden).argmax())
-            self.agreed.append(said == row.tokens[-1])
-            drafts.append([said])
-        lengths = [min(1, max(0, limit)) for limit in limits]
-        return Drafts(torch.tensor(drafts), lengths)
+        self.seen += [(len(row.tokens), row.num_cached) for row in rows]
+        lengths = [min(2, max(0, limit)) for limit in limits]
+        return Drafts(
+            torch.full((len(rows), 2), greedy_reference(MODEL, PROMPT, 2).tokens[1]), lengths
+        )
 
     def would_accept(self, prompt: Any, trajectory: Any, p: Any) -> Any:
         raise NotImplementedError
 
 
-def test_a_drafter_is_given_the_targets_hidden_state() -> None:
-    head = ToyHead()
-    pace = pace_with({"head": head})
+def test_a_drafter_can_read_the_number_of_cached_positions() -> None:
+    drafter = CachedPositions()
+    pace = pace_with({"positions": drafter})
 
-    completion = pace.complete(list(PROMPT), drafter="head", max_new_tokens=20)
+    completion = pace.complete(list(PROMPT), drafter="positions", max_new_tokens=20)
 
     assert completion.token_ids == greedy_reference(MODEL, PROMPT, 20).tokens
-    assert len(head.agreed) >= 10 and all(head.agreed)
+    assert drafter.seen[0] == (len(PROMPT) + 1, len(PROMPT))
+    assert len(drafter.seen) == len(completion.rounds)
+    assert all(num_cached == num_tokens - 1 for num_tokens, num_cached in drafter.seen)
 
 
-def test_numbers_that_a_failed_row_left_behind_reach_no_other_row() -> None:
-    """They stay in its slot of the cache, where a longer neighbour makes them masked positions."""
+def test_nan_entries_of_a_failed_row_reach_no_other_row() -> None:
+    """They stay in its slot of the cache, as masked positions next to a longer row."""
     model = tiny_model("llama", context=CONTEXT)
     assert not model.config.tie_word_embeddings
     pace = Pace(build_from_objects(model, TOKENIZER, {}, Config(target=ModelSection(model="x"))))
