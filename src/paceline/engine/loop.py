@@ -33,7 +33,7 @@ from paceline.engine.controlled_rows import CONTROLLER, ControlledRows
 from paceline.engine.decisions import check_decision
 from paceline.engine.endings import append_until_stop, final_text
 from paceline.engine.memory import DrafterMemory
-from paceline.engine.prefixes import BLOCK, PrefixStore
+from paceline.engine.prefixes import PrefixStore
 from paceline.engine.rows import Row
 from paceline.engine.step import judge, run_round
 from paceline.errors import (
@@ -44,6 +44,7 @@ from paceline.errors import (
     describe,
 )
 from paceline.models.detokenizer import Detokenizer
+from paceline.models.packing import PREFILL_BLOCK as BLOCK
 from paceline.models.packing import Span
 from paceline.requests import read_request
 

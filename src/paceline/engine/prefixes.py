@@ -11,7 +11,9 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
+
+from paceline.models.packing import PREFILL_BLOCK as BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -19,10 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from paceline.models.cache import RowCache
-    from paceline.models.cuda.paged_cache import PagedCache
-
-BLOCK: Final = 64  # positions
+    from paceline.models.interfaces import KVCache
 
 
 @dataclass(slots=True)
@@ -41,9 +40,7 @@ class PrefixStore:
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def load(
-        self, prompt: Sequence[int], cache: RowCache | PagedCache, slot: int
-    ) -> list[np.ndarray]:
+    def load(self, prompt: Sequence[int], cache: KVCache, slot: int) -> list[np.ndarray]:
         """Write the known blocks of a prompt into a row; the hidden sums at their ends.
 
         The prompt's last token is always left to be run, since its logits are wanted.
@@ -61,7 +58,7 @@ class PrefixStore:
     def keep(
         self,
         prompt: Sequence[int],
-        cache: RowCache | PagedCache,
+        cache: KVCache,
         slot: int,
         sums: Sequence[np.ndarray],
     ) -> None:

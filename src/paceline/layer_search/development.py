@@ -19,7 +19,6 @@ from paceline.contracts import NONE, Request
 from paceline.drafting.base import Foresight
 from paceline.drafting.draft_exit import DraftExit
 from paceline.drafting.foresight import cache_text
-from paceline.models.cuda.paged_cache import PagedCache
 from paceline.models.packing import Span
 from paceline.replay import simulate
 
@@ -118,7 +117,7 @@ class Development:
     def _hidden(self, subset: LayerSubset) -> Tensor:
         """[N, D] of all windows without the subset."""
         tokens = torch.tensor(self._fed)
-        if not isinstance(self._target.cache, PagedCache):
+        if not self._target.cache.stores_all_first:
             return self._target.forward(tokens, self._spans, skip=subset)
         # a paged forward caches all its tokens before any of them attends, so here the windows of one
         # row take turns

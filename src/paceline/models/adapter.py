@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from paceline.errors import ModelError
-from paceline.models.attention import CURRENT, attend
+from paceline.models.attention import CURRENT
 from paceline.models.output_head import OutputHead
 from paceline.models.own_attention import OwnAttention
 from paceline.models.sublayers import SubLayers
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from paceline.models.cuda.batch import PagedBatch
-    from paceline.models.packing import PackedBatch
+    from paceline.models.interfaces import Batch
     from paceline.models.sublayers import LayerSubset
 
 NAME: Final = "paceline"
@@ -71,11 +70,9 @@ class TransformersForward:
         self._num_layers: int = text_config.num_hidden_layers
         self._configs = configs_of(model)
 
-    def hidden(
-        self, tokens: Tensor, packed: PackedBatch | PagedBatch, skip: LayerSubset | None = None
-    ) -> Tensor:
+    def hidden(self, tokens: Tensor, batch: Batch, skip: LayerSubset | None = None) -> Tensor:
         """Final hidden states [N, D] of tokens [N], without the sub-layers of `skip`."""
-        tokens_of = CURRENT.set(packed)
+        tokens_of = CURRENT.set(batch)
         windows_of = _WINDOWS.set(self._windows)
         try:
             with (
@@ -86,7 +83,7 @@ class TransformersForward:
             ):
                 output = self._body(
                     input_ids=tokens[None],
-                    position_ids=packed.positions()[None],
+                    position_ids=batch.positions()[None],
                     use_cache=False,
                     **self._own_attention.inputs,
                 )
@@ -156,7 +153,7 @@ def packed_attention(
     # narrower values (multi-head latent attention) are padded to share a tensor with the keys
     value = F.pad(value, (0, key.shape[3] - value_dim))
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    out = attend(CURRENT.get(), layer, q, torch.cat((k, v), dim=1), scale, window, softcap)
+    out = CURRENT.get().attend(layer, q, torch.cat((k, v), dim=1), scale, window, softcap)
     # contiguous, since some architectures `view` it
     return out[None, ..., :value_dim].contiguous(), None
 

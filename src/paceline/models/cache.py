@@ -5,7 +5,7 @@ values, grown in blocks and shaped by the first entries it sees, so any architec
 before heads would be written in one piece, but is read up to half as fast.) What a row has cached is
 a length that its owner keeps: rolling back is forgetting positions, nothing is copied or cleared.
 Neighbouring slots form one slice, so a full batch is one attention call. Storage is kept while it is
-large enough; under a bound it never holds more than its rows need. Knows no attention.
+large enough; under a bound it never holds more than its rows need.
 """
 
 from __future__ import annotations
@@ -15,24 +15,37 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from paceline.models.attention import RowBatch
+from paceline.models.packing import PREFILL_BLOCK, ChainMasks
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
+    from paceline.models.packing import Span
+
 BLOCK: Final = 128  # positions; capacity grows by at least this much
+_CHECK_BLOCK: Final = 8  # positions; short texts of self-checks cross it
+_CPU: Final = torch.device("cpu")
 
 
 class RowCache:
     """Slots and their tensors; `acquire` a slot for a row, `release` it at its end."""
 
-    def __init__(self, unit: int = 1, block: int = BLOCK) -> None:
-        """unit: positions are held in multiples of it, even if a bound leaves no room for a block.
-        block: positions by which capacity grows; self-checks use a small one.
+    stores_all_first: Final = False
+
+    def __init__(
+        self, device: torch.device = _CPU, exact: bool = False, block: int = BLOCK
+    ) -> None:
+        """device: of the packed tokens. exact: for exact mode, which reads whole PREFILL_BLOCKs, so
+        positions are held in multiples of it. block: positions by which capacity grows.
         """
-        self._block = block
+        self.block = block
         self.layers: list[Tensor | None] = []
-        self._unit = unit
+        self._device, self._exact = device, exact
+        self._unit = PREFILL_BLOCK if exact else 1
+        self._chain_masks = ChainMasks()
         self._free: list[int] = []
         self._lengths: list[int] = []  # positions that the row of each slot has needed so far
         self._num_positions = 0  # the longest of them
@@ -89,7 +102,7 @@ class RowCache:
 
     def _blocks(self) -> int:
         """Return the positions that the longest row needs, in whole blocks."""
-        return -(-self._num_positions // self._block) * self._block
+        return -(-self._num_positions // self.block) * self.block
 
     def _give_back(self) -> None:
         """Free storage that no row needs. One slot's is kept for the next row, unless exact_fit."""
@@ -119,6 +132,22 @@ class RowCache:
         if num_positions > self._lengths[slot]:
             self._lengths[slot] = num_positions
             self._num_positions = max(self._num_positions, num_positions)
+
+    def pack(
+        self,
+        tokens: Tensor,
+        spans: Sequence[Span],
+        ancestors: Sequence[Tensor | None] | None = None,
+    ) -> tuple[Tensor, RowBatch]:
+        """Make room for the spans and return their token ids [N] on the device, and their batch."""
+        for span in spans:
+            self.extend(span.slot, span.start + span.width)
+        batch = RowBatch(spans, self.layer, self._device, self._chain_masks, ancestors, self._exact)
+        return tokens.to(self._device), batch
+
+    def for_checks(self) -> RowCache:
+        """Return an empty cache of small blocks, so that short texts cross them."""
+        return RowCache(self._device, self._exact, PREFILL_BLOCK if self._exact else _CHECK_BLOCK)
 
     def layer(self, index: int, like: Tensor) -> Tensor:
         """Return the layer's storage, with room for all slots and the positions they need.
@@ -155,7 +184,7 @@ class RowCache:
         if slots > old_slots:  # an ended row may have been longer than all current ones
             many = max(slots, 2 * old_slots)
         else:
-            long = max(positions, (old_positions + old_positions // 2) // self._block * self._block)
+            long = max(positions, (old_positions + old_positions // 2) // self.block * self.block)
         smallest = (slots, self.rounded(self._num_positions))
         if self._limit is None:
             return many, long

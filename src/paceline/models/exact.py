@@ -21,16 +21,14 @@ from typing import TYPE_CHECKING, Final
 import torch
 import torch.nn.functional as F
 
-from paceline.models.packing import store
+from paceline.models.packing import PREFILL_BLOCK, store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-    from paceline.models.packing import PackedBatch, Run
-
-BLOCK: Final = 64  # positions; prompts are cut at multiples of it
+    from paceline.models.packing import Run
 
 # numbers of rows at which a product is tried
 _PROBED: Final = (*range(1, 34), 48, 64, 100, 257)
@@ -39,19 +37,19 @@ _TILES: Final = (8, 4, 2, 1)  # one row alone has no neighbours
 
 
 def attend_exactly(
-    packed: PackedBatch,
+    runs: Sequence[Run],
     storage: Tensor,
     query: Tensor,
     key_value: Tensor,
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """`attention.attend` with bits that depend on each token's own row alone; [N, H, D].
+    """Return `RowBatch.attend` with bits that depend on each token's own row alone, [N, H, D].
 
     storage: [slots, 2 * Hkv, positions, D] of the layer; the other arguments are those of `attend`.
     """
     outputs = []
-    for run in packed.runs:
+    for run in runs:
         stop = run.first + run.width
         store(run, storage, key_value[run.first : stop])
         row, q = storage[run.slots.start], query[run.first : stop]
@@ -61,11 +59,11 @@ def attend_exactly(
 
 
 def _prefill(run: Run, row: Tensor, query: Tensor, scale: float, window: int | None) -> Tensor:
-    """Pieces of a prompt between multiples of BLOCK, each one call. query: [W, H, D]."""
+    """Pieces of a prompt between multiples of PREFILL_BLOCK, each one call. query: [W, H, D]."""
     outputs = []
     at, end = run.starts[0], run.starts[0] + run.width
     while at < end:
-        stop = min(end, at // BLOCK * BLOCK + BLOCK)
+        stop = min(end, at // PREFILL_BLOCK * PREFILL_BLOCK + PREFILL_BLOCK)
         q = query[at - run.starts[0] : stop - run.starts[0]]
         mask = _causal(run, at, stop, stop, window, q)
         keys, values = row[:, :stop].chunk(2)
@@ -84,11 +82,11 @@ def _chain(run: Run, row: Tensor, query: Tensor, scale: float, window: int | Non
     start = run.starts[0]
     outputs = []
     for _, group in groupby(
-        range(start, start + run.width), key=lambda position: position // BLOCK
+        range(start, start + run.width), key=lambda position: position // PREFILL_BLOCK
     ):
         positions = list(group)
         first, stop = positions[0], positions[-1] + 1
-        length = -(-stop // BLOCK) * BLOCK
+        length = -(-stop // PREFILL_BLOCK) * PREFILL_BLOCK
         mask = _causal(run, first, stop, length, window, query)
         cached = row[None, :, :length].expand(len(positions), -1, -1, -1)
         q = query[first - start : stop - start]
@@ -104,7 +102,7 @@ def _tree(run: Run, row: Tensor, query: Tensor, scale: float, window: int | None
     for node in range(run.width):
         line = start + run.ancestors[node].nonzero()[:, 0].to(row.device)
         position = start + len(line) - 1
-        length = (position // BLOCK + 1) * BLOCK
+        length = (position // PREFILL_BLOCK + 1) * PREFILL_BLOCK
         cached = row[:, :length].clone()
         cached[:, start : position + 1] = row.index_select(1, line)
         mask = _causal(run, position, position + 1, length, window, query)

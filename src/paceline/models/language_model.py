@@ -14,13 +14,11 @@ import torch
 from paceline.errors import ModelError
 from paceline.models.adapter import TransformersForward
 from paceline.models.cache import RowCache
-from paceline.models.cuda.batch import attention_kernel, batch_of
+from paceline.models.cuda.batch import attention_kernel
 from paceline.models.cuda.graphs import StaticForward
 from paceline.models.cuda.paged_cache import PagedCache
-from paceline.models.exact import BLOCK as EXACT_BLOCK
 from paceline.models.kinds import why_not_packed
 from paceline.models.lean import LeanForward, why_not_lean
-from paceline.models.packing import ChainMasks, PackedBatch, Span
 from paceline.models.peft_adapters import base_of
 from paceline.models.visibility import look_at
 from paceline.models.weights_monitor import WeightsMonitor
@@ -31,9 +29,11 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from paceline.models.interfaces import Forward, KVCache
+    from paceline.models.packing import Span
     from paceline.models.sublayers import LayerSubset
 
-Forward = Literal["auto", "lean", "transformers"]
+ForwardChoice = Literal["auto", "lean", "transformers"]
 
 # for ALiBi, which has no last position: more positions than any cache holds
 _ENDLESS: Final = 1 << 20
@@ -49,7 +49,7 @@ class LanguageModel:
         self,
         model: PreTrainedModel,
         name: str,
-        forward: Forward = "auto",
+        forward: ForwardChoice = "auto",
         exact: bool = False,
         paged: bool | None = None,
     ) -> None:
@@ -69,24 +69,27 @@ class LanguageModel:
         self.num_layers: int = config.num_hidden_layers
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = _input_device(model)
-        self._paged = self.device.type == "cuda" if paged is None else paged
-        if self._paged:
-            attention_kernel()  # what it lacks is said now
-        self.cache: RowCache | PagedCache = (
-            PagedCache(self.device) if self._paged else RowCache(EXACT_BLOCK if exact else 1)
-        )
-        self._chain_masks = ChainMasks()
+        self._paged_cache: PagedCache | None = None
+        self.cache: KVCache
+        if self.device.type == "cuda" if paged is None else paged:
+            attention_kernel()  # so that a missing triton is reported now
+            self.cache = self._paged_cache = PagedCache(self.device)
+        else:
+            self.cache = RowCache(self.device, exact)
         self.visibility = look_at(model, self.context_length, self.device)
         self.exact = exact
         self._take_weights(forward)
 
-    def _take_weights(self, forward: Forward) -> None:
+    def _take_weights(self, forward: ForwardChoice) -> None:
         model, name = self.model, self.name
         reason = "the configuration says so" if forward == "transformers" else why_not_lean(model)
         reason = reason or next(iter(self.visibility.reasons), None)
-        self._forward: LeanForward | TransformersForward
+        self._forward: Forward
+        self._static: StaticForward | None = None
         if reason is None:
-            self._forward = LeanForward(model, self.visibility.windows, self.exact)
+            self._forward = lean = LeanForward(model, self.visibility.windows, self.exact)
+            if self._paged_cache is not None:
+                self._static = StaticForward(lean, self._paged_cache, self.context_length)
         elif forward == "lean" or self.exact:
             mode = "exact mode" if self.exact else "the lean forward"
             raise ModelError(f"{name}: cannot run {mode}, because {reason}")
@@ -96,9 +99,6 @@ class LanguageModel:
         self.hidden_size: int
         self.num_logits: int
         self.num_logits, self.hidden_size = model.get_output_embeddings().weight.shape
-        self._static: StaticForward | None = None
-        if isinstance(self.cache, PagedCache) and isinstance(self._forward, LeanForward):
-            self._static = StaticForward(self._forward, self.cache, self.context_length)
         self._watch = WeightsMonitor(model)  # last, since packing moves weights on CUDA
 
     @property
@@ -145,7 +145,7 @@ class LanguageModel:
         tokens: Tensor,
         spans: Sequence[Span],
         ancestors: Sequence[Tensor | None] | None = None,
-        cache: RowCache | PagedCache | None = None,
+        cache: KVCache | None = None,
         skip: LayerSubset | None = None,
     ) -> Tensor:
         """Final hidden states [N, D] of N packed tokens, row after row as `spans` lists them.
@@ -156,31 +156,11 @@ class LanguageModel:
         whose cache is neither read nor written.
         """
         cache = self.cache if cache is None else cache
-        if isinstance(cache, PagedCache):
-            return self._forward_paged(tokens.cpu(), spans, ancestors, cache, skip)
-        packed = PackedBatch(
-            spans,
-            cache,
-            self.device,
-            ancestors,
-            self._chain_masks,
-            self.exact,
-        )
-        return self._forward.hidden(tokens.to(self.device), packed, skip)
-
-    def _forward_paged(
-        self,
-        tokens: Tensor,
-        spans: Sequence[Span],
-        ancestors: Sequence[Tensor | None] | None,
-        cache: PagedCache,
-        skip: LayerSubset | None,
-    ) -> Tensor:
         if self._static is not None and cache is self.cache and skip is None:
-            hidden = self._static.hidden(tokens, spans, ancestors)
+            hidden = self._static.hidden(tokens.cpu(), spans, ancestors)
             if hidden is not None:
                 return hidden
-        ids, batch = batch_of(tokens, spans, ancestors, cache, self.device)
+        ids, batch = cache.pack(tokens, spans, ancestors)
         return self._forward.hidden(ids, batch, skip)
 
     @property

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from paceline.models.attention import attend
 from paceline.models.products import Product
 from paceline.models.sublayers import LayerSubset
 
@@ -24,8 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from paceline.models.cuda.batch import PagedBatch
-    from paceline.models.packing import PackedBatch
+    from paceline.models.interfaces import Batch
 
 _FAMILY: Final = frozenset(
     {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
@@ -142,19 +140,17 @@ class LeanForward:
         """Table the angles of positions below `num_positions` now, so that the tables stay in place."""
         self._angles.reserve(num_positions)
 
-    def hidden(
-        self, tokens: Tensor, packed: PackedBatch | PagedBatch, skip: LayerSubset | None = None
-    ) -> Tensor:
+    def hidden(self, tokens: Tensor, batch: Batch, skip: LayerSubset | None = None) -> Tensor:
         """Final hidden states [N, D] of tokens [N], without the sub-layers of `skip`."""
         without = skip or _NOTHING
-        cos, sin = self._angles.at(packed)
+        cos, sin = self._angles.at(batch)
         num_tokens = len(tokens)
         if self._on_cpu and num_tokens > _ANY_NUMBER:
             tokens = F.pad(tokens, (0, _rounded(num_tokens) - num_tokens))
         stream = F.embedding(tokens, self._embedding)
         for index, layer in enumerate(self._layers):
             if index not in without.attention:
-                mixed = self._attend(layer.norm_1(stream), index, cos, sin, packed)
+                mixed = self._attend(layer.norm_1(stream), index, cos, sin, batch)
                 stream = layer.out.add_to(stream, mixed)
             if index not in without.mlp:
                 gate, up = layer.gate_up(layer.norm_2(stream)).chunk(2, dim=-1)
@@ -167,12 +163,12 @@ class LeanForward:
         index: int,
         cos: Tensor,
         sin: Tensor,
-        packed: PackedBatch | PagedBatch,
+        batch: Batch,
     ) -> Tensor:
         """[rounded N, H * head size], before the output product. x: [rounded N, D]."""
         layer, heads, kv_heads = self._layers[index], self._num_heads, self._num_kv_heads
-        num_spare = len(x) - packed.num_tokens
-        qkv = layer.qkv(x)[: packed.num_tokens].view(-1, heads + 2 * kv_heads, self._head_dim)
+        num_spare = len(x) - batch.num_tokens
+        qkv = layer.qkv(x)[: batch.num_tokens].view(-1, heads + 2 * kv_heads, self._head_dim)
         query_key = qkv[:, : heads + kv_heads]
         if layer.qk_norms is not None:
             norm_query, norm_key = layer.qk_norms
@@ -185,7 +181,7 @@ class LeanForward:
         turned_x.addcmul_(y, sin, value=-1)
         turned_y.addcmul_(x, sin)
         query_key.copy_(turned)
-        out = attend(packed, index, turned[:, :heads], qkv[:, heads:], layer.scale, layer.window)
+        out = batch.attend(index, turned[:, :heads], qkv[:, heads:], layer.scale, layer.window)
         return F.pad(out.flatten(1), (0, 0, 0, num_spare)) if num_spare else out.flatten(1)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -217,14 +213,14 @@ class _Angles:
         if num_positions > self._cos.shape[0]:
             self._grow(num_positions)
 
-    def at(self, packed: PackedBatch | PagedBatch) -> tuple[Tensor, Tensor]:
+    def at(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Cosines [N, 1, D] and sines [N, 1, D/2] at the packed tokens' positions, D the head size."""
-        if packed.num_positions > self._cos.shape[0]:
-            self._grow(packed.num_positions)
-        chain = packed.only_chain()
+        if batch.num_positions > self._cos.shape[0]:
+            self._grow(batch.num_positions)
+        chain = batch.only_chain()
         if chain is not None:
             return self._cos[chain.start : chain.stop], self._sin[chain.start : chain.stop]
-        positions = packed.positions()
+        positions = batch.positions()
         return self._cos[positions], self._sin[positions]
 
     def _grow(self, needed: int) -> None:

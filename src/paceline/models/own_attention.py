@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from paceline.models.attention import CURRENT, attend
+from paceline.models.attention import CURRENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -40,7 +40,8 @@ class _Site:
     ) -> Tensor:
         """Attend over the rows of the batch. query and output: [N, H, D]; key, value: [N, Hkv, D]."""
         key_value = torch.cat((key, value), dim=1)
-        return attend(CURRENT.get(), self.layer, query, key_value, scale, window, bias=self.bias)
+        batch = CURRENT.get()
+        return batch.attend(self.layer, query, key_value, scale, window, bias=self.bias)
 
 
 # --- modules whose scores, softmax and weighted sum are a method `_attn` of their own -------------

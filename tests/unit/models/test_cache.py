@@ -108,7 +108,7 @@ def test_a_bound_takes_the_room_to_grow_and_then_the_blocks() -> None:
 
 
 def test_a_bound_is_met_in_whole_units() -> None:
-    cache = RowCache(unit=64)
+    cache = RowCache(exact=True)
     cache.bound(2 * 192)
     cache.acquire(), cache.acquire()
     assert fill(cache, 0, 150).shape[:3:2] == (2, 192)

@@ -13,7 +13,8 @@ from paceline.errors import ModelError, RequestError
 from paceline.models import visibility
 from paceline.models.cache import RowCache
 from paceline.models.language_model import LanguageModel
-from paceline.models.self_checks import check_packed_forward, past_windows
+from paceline.models.self_checks import check_packed_forward
+from paceline.models.self_checks.bounds import past_windows
 from paceline.testing.tiny_models import tiny_model
 from paceline.testing.tokenizers import NUM_TOKENS, byte_tokenizer
 

@@ -9,7 +9,7 @@ from transformers import GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 from paceline.errors import ModelError
 from paceline.models import sublayers
 from paceline.models.cache import RowCache
-from paceline.models.language_model import Forward, LanguageModel
+from paceline.models.language_model import ForwardChoice, LanguageModel
 from paceline.models.packing import Span
 from paceline.models.self_checks import check_sublayers
 from paceline.models.sublayers import LayerSubset
@@ -49,7 +49,7 @@ def test_families_whose_sublayers_cannot_be_left_out_are_refused(architecture: s
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("forward", ["auto", "transformers"])
 def test_every_architecture_can_leave_out_its_sublayers(
-    architecture: str, forward: Forward
+    architecture: str, forward: ForwardChoice
 ) -> None:
     check_sublayers(LanguageModel(tiny_model(architecture), "tiny", forward))
 

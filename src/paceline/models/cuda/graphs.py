@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from paceline.models.cuda.batch import PagedBatch, Shape, lay_out
+from paceline.models.cuda.batch import PagedBatch
+from paceline.models.cuda.layout import PackedRows, Shape, lay_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -118,25 +119,27 @@ class StaticForward:
     def _draft(self, ids: Tensor, batch: PagedBatch, num_drafted: int, num_tokens: int) -> Tensor:
         """[R, K]. What a row of padding drafts is meaningless and cached in nobody's block."""
         hidden = self._forward.hidden(ids, batch)
-        hidden = hidden[(batch.first + batch.width - 1).clamp_(min=0)]
-        alive = batch.width.clamp(max=1)
-        rows = torch.arange(len(alive), device=alive.device)
-        start = batch.start + batch.width
+        rows = batch.rows
+        hidden = hidden[(rows.first + rows.width - 1).clamp_(min=0)]
+        width = rows.width.clamp(max=1)
+        first = torch.arange(len(width), device=width.device)
+        start = rows.start + rows.width
         drawn = [self._best(hidden, num_tokens)]
         for _ in range(1, num_drafted):
-            one = PagedBatch(
-                self._cache,
-                first=rows,
-                width=alive,
+            next_rows = PackedRows(
+                rows.table,
+                first=first,
+                width=width,
                 start=start,
-                slot=batch.slot,
+                slot=rows.slot,
                 position=start,
-                place=self._cache.places_on_device(batch.slot, start) * alive,
+                place=self._cache.places_on_device(rows.slot, start) * width,
                 bits=None,
-                most_wide=1,
+                max_width=1,
                 num_positions=self._num_positions,
             )
-            drawn.append(self._best(self._forward.hidden(drawn[-1], one), num_tokens))
+            next_batch = PagedBatch(next_rows, self._cache.layer)
+            drawn.append(self._best(self._forward.hidden(drawn[-1], next_batch), num_tokens))
             start = start + 1
         return torch.stack(drawn, dim=1)
 
@@ -154,7 +157,8 @@ class _Step:
         num_positions: int,
         function: Callable[[Tensor, PagedBatch], Tensor],
     ) -> None:
-        device = cache.table().device
+        table = cache.table()
+        device = table.device
         self.is_on_cuda = device.type == "cuda"
         self._shape = shape
         self._cache = cache
@@ -166,8 +170,8 @@ class _Step:
         self._copied: Any = torch.cuda.Event() if self.is_on_cuda else None
         first, width, start, slot, ids, position, place, bits = shape.split(self._device)
         self._ids = ids
-        self._batch = PagedBatch(
-            cache,
+        rows = PackedRows(
+            table,
             first,
             width,
             start,
@@ -175,9 +179,10 @@ class _Step:
             position,
             place,
             bits,
-            most_wide=shape.tokens - shape.rows // 2,  # a smaller shape holds half the rows
+            max_width=shape.tokens - shape.rows // 2,  # a smaller shape holds half the rows
             num_positions=num_positions,
         )
+        self._batch = PagedBatch(rows, cache.layer)
         self._output: Tensor | None = None
 
     def capture(self, pool: Any) -> None:
@@ -203,7 +208,7 @@ class _Step:
         """The function's output for a batch, in a buffer that the next run overwrites."""
         if self._copied is not None:
             self._copied.synchronize()  # the last run's copy has left the host's vector
-        lay_out(self._host.numpy(), self._shape, tokens, spans, ancestors, self._cache)
+        lay_out(self._host.numpy(), self._shape, tokens, spans, ancestors, self._cache.places)
         self._device.copy_(self._host, non_blocking=True)
         if self._graph is not None:
             self._copied.record()

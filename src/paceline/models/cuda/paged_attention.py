@@ -19,12 +19,12 @@ import torch
 import triton
 import triton.language as tl
 
-from paceline.models.cuda.paged_cache import BLOCK as _BLOCK
+from paceline.models.cuda.layout import BLOCK as _BLOCK
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from paceline.models.cuda.batch import PagedBatch
+    from paceline.models.cuda.layout import PackedRows
 
 _MOST_SPLITS: Final = 32
 _MOST_QUERIES: Final = 64  # of a program
@@ -37,7 +37,7 @@ _PARTS: Final = ["firsts", "widths", "starts", "slots", "positions", "bits"]
 def attend_blocks(
     query: Tensor,
     pool: Tensor,
-    batch: PagedBatch,
+    rows: PackedRows,
     scale: float,
     window: int | None = None,
     cap: float | None = None,
@@ -46,7 +46,7 @@ def attend_blocks(
 ) -> Tensor:
     """[T, H, D] outputs of queries [T, H, D] whose keys and values are in the pool already.
 
-    pool: [places, 2 * Hkv, D]. scale, window, cap: as in `attention.attend`. num_splits: S, chosen by
+    pool: [places, 2 * Hkv, D]. scale, window, cap: as in `interfaces.Batch`. num_splits: S, chosen by
     the device's size where None. biases: [H, L] float32, added to the scores by key position, L
     greater than any position. The output of padding tokens is undefined.
     """
@@ -54,34 +54,34 @@ def attend_blocks(
     num_kv_heads = pool.shape[1] // 2
     groups = num_heads // num_kv_heads
     block_d = max(16, triton.next_power_of_2(head_dim))
-    queries = groups * batch.most_wide
+    queries = groups * rows.max_width
     # wide heads leave registers for fewer queries
     most = _MOST_QUERIES if block_d * query.element_size() <= 256 else _MOST_QUERIES // 2
     block_m = min(most, max(16, triton.next_power_of_2(queries)))
-    grid = len(batch.width) * num_kv_heads, triton.cdiv(queries, block_m)
+    grid = len(rows.width) * num_kv_heads, triton.cdiv(queries, block_m)
     if num_splits is None:
         # a batch's rows are not all as wide as the widest may be
-        rows_or_tiles = max(len(batch.width), triton.cdiv(groups * num_tokens, block_m))
+        rows_or_tiles = max(len(rows.width), triton.cdiv(groups * num_tokens, block_m))
         busy = num_kv_heads * rows_or_tiles
-        num_splits = _choose_splits(busy, batch.longest, query.device)
+        num_splits = _choose_splits(busy, rows.max_length, query.device)
     out = query.new_empty((num_tokens, num_heads, head_dim))
     sums, weights = out, out  # unless there is something to weigh
     if num_splits > 1:
         sums = query.new_empty((num_splits, *out.shape), dtype=torch.float32)
         weights = query.new_empty((num_splits, num_tokens, num_heads, 2), dtype=torch.float32)
-    table = batch.cache.table()
+    table = rows.table
     # words of half the width take half the registers
-    bits = None if batch.bits is None else batch.bits.view(torch.int32)
+    bits = None if rows.bits is None else rows.bits.view(torch.int32)
     _attend[(*grid, num_splits)](
         query,
         pool,
         table,
-        batch.first,
-        batch.width,
-        batch.start,
-        batch.slot,
-        batch.position,
-        batch.position if bits is None else bits,
+        rows.first,
+        rows.width,
+        rows.start,
+        rows.slot,
+        rows.position,
+        rows.position if bits is None else bits,
         query if biases is None else biases,
         sums,
         weights,
@@ -116,7 +116,7 @@ def attend_blocks(
         _weigh[(num_tokens * num_heads,)](
             sums,
             weights,
-            batch.place,
+            rows.place,
             out,
             num_tokens * num_heads,
             num_splits,

@@ -15,12 +15,16 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import torch
 
+from paceline.models.cuda.batch import PagedBatch
+from paceline.models.cuda.layout import BLOCK, PackedRows, Shape, lay_out
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-BLOCK: Final = 64  # positions
+    from paceline.models.packing import Span
+
 _FIRST_BLOCKS: Final = 64  # the pool's first size; it doubles from there
 
 
@@ -29,6 +33,9 @@ class PagedCache:
 
     version: changes whenever a tensor moved, so that whoever keeps addresses knows to drop them.
     """
+
+    block: Final = BLOCK
+    stores_all_first: Final = True
 
     def __init__(self, device: torch.device) -> None:
         self.layers: list[Tensor | None] = []
@@ -120,6 +127,41 @@ class PagedCache:
             blocks.append(self._free_blocks.pop())
             self._host[slot, place] = blocks[-1]
         self._stale = True
+
+    def pack(
+        self,
+        tokens: Tensor,
+        spans: Sequence[Span],
+        ancestors: Sequence[Tensor | None] | None = None,
+    ) -> tuple[Tensor, PagedBatch]:
+        """Make room for the spans and return their token ids [N] on the device, and their batch."""
+        for span in spans:
+            self.extend(span.slot, span.start + span.width)
+        max_width = max(span.width for span in spans)
+        trees = ancestors is not None and any(tree is not None for tree in ancestors)
+        shape = Shape(len(spans), len(tokens), -(-max_width // 64) if trees else 0)
+        vector = torch.empty(shape.size, dtype=torch.int64)
+        lay_out(vector.numpy(), shape, tokens.cpu(), spans, ancestors, self.places)
+        first, width, start, slot, ids, position, place, bits = shape.split(vector.to(self._device))
+        max_length = max(span.start + span.width for span in spans)
+        rows = PackedRows(
+            self.table(),
+            first,
+            width,
+            start,
+            slot,
+            position,
+            place,
+            bits if trees else None,
+            max_width,
+            num_positions=max_length,
+            max_length=max_length,
+        )
+        return ids, PagedBatch(rows, self.layer)
+
+    def for_checks(self) -> PagedCache:
+        """Return this cache, since the captured steps use it."""
+        return self
 
     def _add_blocks(self, missing: int) -> None:
         grown = 2 * self._num_blocks

@@ -10,12 +10,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from paceline.models.attention import attend
 from paceline.models.cache import RowCache
-from paceline.models.cuda.batch import batch_of
+from paceline.models.cuda.layout import BLOCK
 from paceline.models.cuda.paged_attention import attend_blocks
-from paceline.models.cuda.paged_cache import BLOCK, PagedCache
-from paceline.models.packing import KeyBias, PackedBatch, Span
+from paceline.models.cuda.paged_cache import PagedCache
+from paceline.models.packing import KeyBias, Span
 
 COMPILED = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") == "0"
 DEVICE = torch.device("cuda" if COMPILED else "cpu")
@@ -37,7 +36,7 @@ class Pair:
     ) -> None:
         self.shape = heads, kv_heads, head_dim
         self.dtype = dtype
-        self.plain, self.paged = RowCache(), PagedCache(DEVICE)
+        self.plain, self.paged = RowCache(DEVICE), PagedCache(DEVICE)
         self.generator = torch.Generator().manual_seed(0)
 
     def acquire(self) -> int:
@@ -68,17 +67,17 @@ class Pair:
         # queries as the lean forward hands them over: a slice of a wider tensor
         query = self.random(num_tokens, heads + kv_heads, head_dim)[:, :heads]
         new = self.random(num_tokens, 2 * kv_heads, head_dim)
-        packed = PackedBatch(spans, self.plain, DEVICE, trees)
-        expected = attend(packed, 0, query, new, 0.3, window, cap, bias)
-
         tokens = torch.zeros(num_tokens, dtype=torch.int64)
-        _, batch = batch_of(tokens, spans, trees, self.paged, DEVICE)
-        pool = self.paged.layer(0, new)
-        pool.index_copy_(0, batch.place, new)
-        biases = None if bias is None else batch._biases(bias)
-        found = attend_blocks(query, pool, batch, 0.3, window, cap, num_splits, biases)
+        _, plain = self.plain.pack(tokens, spans, trees)
+        expected = plain.attend(0, query, new, 0.3, window, cap, bias)
 
-        assert torch.equal(batch.positions(), packed.positions())
+        _, batch = self.paged.pack(tokens, spans, trees)
+        pool = self.paged.layer(0, new)
+        pool.index_copy_(0, batch.rows.place, new)
+        biases = None if bias is None else batch._biases(bias)
+        found = attend_blocks(query, pool, batch.rows, 0.3, window, cap, num_splits, biases)
+
+        assert torch.equal(batch.positions(), plain.positions())
         tolerance = 1e-5 if self.dtype == torch.float32 else 2e-2
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
@@ -177,10 +176,10 @@ def test_numbers_that_are_none_are_not_lost_among_splits() -> None:
     paged = PagedCache(DEVICE)
     slot = paged.acquire()
     tokens = torch.zeros(1, dtype=torch.int64)
-    _, batch = batch_of(tokens, [Span(slot, 3 * BLOCK, 1)], None, paged, DEVICE)
+    _, batch = paged.pack(tokens, [Span(slot, 3 * BLOCK, 1)])
     pool = paged.layer(0, torch.zeros(1, 2, 16, device=DEVICE))
     pool[paged.places_on_device(slot, torch.tensor([BLOCK], device=DEVICE))] = torch.nan
 
-    out = attend_blocks(torch.ones(1, 1, 16, device=DEVICE), pool, batch, 1.0, num_splits=4)
+    out = attend_blocks(torch.ones(1, 1, 16, device=DEVICE), pool, batch.rows, 1.0, num_splits=4)
 
     assert out.isnan().all()

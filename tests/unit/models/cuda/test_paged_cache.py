@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from paceline.models.cuda.paged_cache import BLOCK, PagedCache
+from paceline.models.cuda.layout import BLOCK
+from paceline.models.cuda.paged_cache import PagedCache
 
 
 def filled(cache: PagedCache, slot: int, length: int, value: float) -> None:

@@ -17,9 +17,9 @@ from paceline.config import Config, EngineSection, ModelSection
 from paceline.contracts import NONE, Request, SamplingParams
 from paceline.drafting.draft_model import DraftModel
 from paceline.errors import ModelError
-from paceline.models.cuda.batch import Shape, lay_out
 from paceline.models.cuda.graphs import ROWS, TOKENS, shape_of
-from paceline.models.cuda.paged_cache import BLOCK, PagedCache
+from paceline.models.cuda.layout import BLOCK, Shape, lay_out
+from paceline.models.cuda.paged_cache import PagedCache
 from paceline.models.language_model import LanguageModel
 from paceline.models.packing import Span
 from paceline.models.self_checks import check_packed_forward
@@ -174,7 +174,9 @@ def test_a_batch_is_laid_out_as_its_parts_are_named() -> None:
     vector = torch.empty(shape.size, dtype=torch.int64)
 
     spans = [Span(b, 5, 3), Span(a, 63, 2)]
-    lay_out(vector.numpy(), shape, torch.tensor([7, 8, 9, 10, 11]), spans, [tree, None], cache)
+    lay_out(
+        vector.numpy(), shape, torch.tensor([7, 8, 9, 10, 11]), spans, [tree, None], cache.places
+    )
     first, width, start, slot, ids, position, place, bits = shape.split(vector)
 
     assert first.tolist() == [0, 3, 0, 0] and width.tolist() == [3, 2, 0, 0]
