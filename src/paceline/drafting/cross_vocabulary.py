@@ -24,9 +24,9 @@ from paceline.drafting.stops import StopSettings
 from paceline.errors import ConfigError, VocabularyError
 from paceline.models.loading import load_language_model, load_tokenizer
 from paceline.models.translation import (
-    Readings,
     RunningText,
     TokenBytes,
+    TokenTranslation,
     share_cut_alike,
     share_of_vocabulary,
     shared_tokens,
@@ -173,7 +173,7 @@ class SharedTokens(DraftModel):
         )
         self._bridge = bridge
         pairs = shared_tokens(bridge.target, bridge.own)
-        self._readings = Readings(bridge.target, bridge.own, pairs)
+        self._readings = TokenTranslation(bridge.target, bridge.own, pairs)
         # a tokenizer may know more ids than its model has logits
         self._pairs = {t: o for t, o in pairs.items() if t < width and o < model.num_logits}
         self._target_ids = torch.tensor(list(self._pairs), device=model.device)  # [S]
@@ -327,7 +327,7 @@ class ThroughText(Drafter):
         if not drafted.startswith(text.held):
             return []
         rest = drafted[len(text.held) :]
-        tokens = self._bridge.target.behind(text.text, rest) if rest else []
+        tokens = self._bridge.target.encode_after(text.text, rest) if rest else []
         if tokens is None:
             return []
         return tokens if last is None else [*tokens, last]

@@ -1,4 +1,4 @@
-"""What a forward, its rows' cache and the rest of paceline know of each other; no layout, no device.
+"""The interfaces between a forward, its rows' cache and the rest of paceline; no layout, no device.
 
 A `KVCache` keeps the keys and values of rows and packs their tokens into a `Batch`; a `Forward` runs a
 model's weights over the batch. `language_model.py` chooses the implementations.
@@ -19,21 +19,18 @@ if TYPE_CHECKING:
 
 
 class Batch(Protocol):
-    """The packed tokens of one forward: their rows, positions and ancestors. Built once per forward."""
+    """The packed tokens of one forward: their rows, positions and ancestors. Built once per forward.
+
+    num_positions: no position is higher. only_chain: the positions if all tokens are one row's chain,
+    so that slices replace indices. positions: [N] absolute, the span's start plus the token's depth.
+    """
 
     @property
-    def num_tokens(self) -> int:
-        """N."""
-
+    def num_tokens(self) -> int: ...
     @property
-    def num_positions(self) -> int:
-        """No position is higher."""
-
-    def only_chain(self) -> range | None:
-        """Return the positions if all tokens are one row's chain, so that slices replace indices."""
-
-    def positions(self) -> Tensor:
-        """Return [N] absolute positions: the span's start plus the token's depth."""
+    def num_positions(self) -> int: ...
+    def only_chain(self) -> range | None: ...
+    def positions(self) -> Tensor: ...
 
     def attend(
         self,
@@ -55,96 +52,64 @@ class Batch(Protocol):
 
 
 class KVCache(Protocol):
-    """The keys and values of all rows of one model; each row owns a slot.
+    """The keys and values of all rows of one model; each row owns a slot from `acquire` to `release`.
 
-    The number of positions that a row has cached is kept by its owner: to roll back is to forget
-    positions.
+    A row's owner keeps the number of its cached positions: to roll back is to forget positions.
+
+    num_rows: slots in use. num_slots: slots that need memory. max_length: maximum number of positions
+    per row within the bound, with the current rows. block: positions by which a row's memory grows.
+    stores_all_first: whether a forward caches all its tokens before any of them attends; if so, no
+    two spans of a forward may belong to one row.
+
+    forget frees a slot's memory; clear removes values that are not finite, so that they cannot reach
+    the slot's next row. extend makes room for positions below `num_positions`. bound limits the
+    positions of all slots together unless the rows need more (exact_fit: never hold more than the rows
+    need, in blocks), and rounded gives the positions of a row that count against it. read copies the
+    entries of positions [start, stop), [2 * Hkv, n, D] per layer, and write puts them back.
+    copy_positions copies entries at positions `source` [n] to start, start + 1, ...
+
+    pack makes room for the spans and returns their token ids [N] on the device and their batch;
+    ancestors as in `LanguageModel.forward`. for_checks returns the cache that self-checks feed: this
+    one, or an empty one of small blocks.
     """
 
     @property
-    def num_rows(self) -> int:
-        """Slots in use."""
-
+    def num_rows(self) -> int: ...
     @property
-    def num_slots(self) -> int:
-        """Slots that need memory."""
-
+    def num_slots(self) -> int: ...
     @property
-    def num_slots_with_one_more(self) -> int:
-        """`num_slots` after another `acquire`."""
-
+    def num_slots_with_one_more(self) -> int: ...
     @property
-    def max_length(self) -> int | None:
-        """Maximum number of positions per row within the bound, with the current rows."""
-
+    def max_length(self) -> int | None: ...
     @property
-    def block(self) -> int:
-        """Positions by which a row's memory grows."""
-
+    def block(self) -> int: ...
     @property
-    def stores_all_first(self) -> bool:
-        """Whether a forward caches all its tokens before any of them attends.
-
-        If so, no two spans of one forward may belong to one row.
-        """
-
-    def acquire(self) -> int:
-        """Return the lowest free slot and take it."""
-
-    def release(self, slot: int) -> None:
-        """Give a slot back."""
-
-    def forget(self, slot: int) -> None:
-        """Free a row's memory; its keys and values are lost."""
-
-    def clear(self, slot: int) -> None:
-        """Remove values that are not finite, so that they cannot reach the slot's next row."""
-
-    def extend(self, slot: int, num_positions: int) -> None:
-        """Make room for a row's positions below `num_positions`."""
-
-    def bound(self, limit: int | None, exact_fit: bool = False) -> None:
-        """Hold at most `limit` positions of all slots together, unless the rows need more.
-
-        exact_fit: never hold more than the rows need, in blocks, for owners that count bytes.
-        """
-
-    def rounded(self, num_positions: int) -> int:
-        """Return the positions that count against the bound for a row of `num_positions`."""
-
-    def num_bytes(self) -> int:
-        """Return the bytes held now."""
-
-    def read(self, slot: int, start: int, stop: int) -> list[Tensor]:
-        """Copy a row's entries at positions [start, stop): [2 * Hkv, n, D] of every layer."""
-
-    def write(self, slot: int, start: int, entries: Sequence[Tensor]) -> None:
-        """Put the entries that `read` returned at positions start, start + 1, ... of a row."""
-
-    def copy_positions(self, slot: int, source: Tensor, start: int) -> None:
-        """Copy a row's entries at positions `source` [n] to start, start + 1, ..."""
-
+    def stores_all_first(self) -> bool: ...
+    def acquire(self) -> int: ...
+    def release(self, slot: int) -> None: ...
+    def forget(self, slot: int) -> None: ...
+    def clear(self, slot: int) -> None: ...
+    def extend(self, slot: int, num_positions: int) -> None: ...
+    def bound(self, limit: int | None, exact_fit: bool = False) -> None: ...
+    def rounded(self, num_positions: int) -> int: ...
+    def num_bytes(self) -> int: ...
+    def read(self, slot: int, start: int, stop: int) -> list[Tensor]: ...
+    def write(self, slot: int, start: int, entries: Sequence[Tensor]) -> None: ...
+    def copy_positions(self, slot: int, source: Tensor, start: int) -> None: ...
     def pack(
         self,
         tokens: Tensor,
         spans: Sequence[Span],
         ancestors: Sequence[Tensor | None] | None = None,
-    ) -> tuple[Tensor, Batch]:
-        """Make room for the spans and return their token ids [N] on the device, and their batch.
-
-        ancestors: per span None for a chain, or [W, W] bool, see `LanguageModel.forward`.
-        """
-
-    def for_checks(self) -> KVCache:
-        """Return the cache that self-checks feed: this one, or an empty one of small blocks."""
+    ) -> tuple[Tensor, Batch]: ...
+    def for_checks(self) -> KVCache: ...
 
 
 class Forward(Protocol):
-    """The weights of a causal language model, run over packed rows."""
+    """The weights of a causal language model, run over packed rows. kind: `lean` or `transformers`."""
 
     @property
-    def kind(self) -> str:
-        """`lean` or `transformers`."""
+    def kind(self) -> str: ...
 
     def hidden(self, tokens: Tensor, batch: Batch, skip: LayerSubset | None = None) -> Tensor:
         """Return final hidden states [N, hidden size] of tokens [N], without the skipped sub-layers."""

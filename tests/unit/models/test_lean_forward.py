@@ -77,21 +77,21 @@ def no_residual(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def turned_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    at = lean._Angles.at
+    at = lean._RotaryTable.at
 
     def wrong(self: Any, packed: Any) -> Any:
         cos, sin = at(self, packed)
         return cos, -sin
 
-    monkeypatch.setattr(lean._Angles, "at", wrong)
+    monkeypatch.setattr(lean._RotaryTable, "at", wrong)
 
 
 def angles_of_the_place_in_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(self: Any, packed: Any) -> Any:
-        self._grow(packed.num_positions)
+        self.reserve(packed.num_positions)
         return self._cos[: packed.num_tokens], self._sin[: packed.num_tokens]
 
-    monkeypatch.setattr(lean._Angles, "at", wrong)
+    monkeypatch.setattr(lean._RotaryTable, "at", wrong)
 
 
 @pytest.mark.parametrize(

@@ -52,12 +52,23 @@ class Shape:
     def size(self) -> int:
         return 4 * self.rows + (3 + self.words) * self.tokens
 
-    def split(self, vector: Tensor) -> list[Tensor]:
-        """Return views: first, width, start, slot [R]; token ids, position, place [T]; bits [T, B]."""
+    def read(
+        self,
+        vector: Tensor,
+        table: Tensor,
+        max_width: int,
+        num_positions: int,
+        max_length: int | None = None,
+    ) -> tuple[Tensor, PackedRows]:
+        """Return the token ids [T] and the rows of a laid-out vector, as views."""
         sizes = [self.rows] * 4 + [self.tokens] * 3 + [self.tokens * self.words]
-        parts = list(vector.split(sizes))
-        parts[-1] = parts[-1].view(self.tokens, self.words)
-        return parts
+        first, width, start, slot, ids, position, place, bits = vector.split(sizes)
+        rows = PackedRows(
+            table, first, width, start, slot, position, place,
+            bits.view(self.tokens, self.words) if self.words else None,
+            max_width, num_positions, max_length,
+        )  # fmt: skip
+        return ids, rows
 
 
 def lay_out(
@@ -68,7 +79,7 @@ def lay_out(
     ancestors: Sequence[Tensor | None] | None,
     places: Callable[[np.ndarray, np.ndarray], np.ndarray],
 ) -> None:
-    """Write a batch into a vector [shape.size], in the order of `Shape.split`.
+    """Write a batch into a vector [shape.size], in the order of `Shape.read`.
 
     Rows and tokens beyond the batch are zeros: width 0, and a place in block 0. tokens: [N] on the CPU.
     places: (slots, positions) -> places in a pool; the cache must have room for the rows' positions.

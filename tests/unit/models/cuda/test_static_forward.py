@@ -177,15 +177,16 @@ def test_a_batch_is_laid_out_as_its_parts_are_named() -> None:
     lay_out(
         vector.numpy(), shape, torch.tensor([7, 8, 9, 10, 11]), spans, [tree, None], cache.places
     )
-    first, width, start, slot, ids, position, place, bits = shape.split(vector)
+    ids, rows = shape.read(vector, cache.table(), 3, 70)
 
-    assert first.tolist() == [0, 3, 0, 0] and width.tolist() == [3, 2, 0, 0]
-    assert start.tolist() == [5, 63, 0, 0] and slot.tolist() == [b, a, 0, 0]
+    assert rows.first.tolist() == [0, 3, 0, 0] and rows.width.tolist() == [3, 2, 0, 0]
+    assert rows.start.tolist() == [5, 63, 0, 0] and rows.slot.tolist() == [b, a, 0, 0]
     assert ids.tolist() == [7, 8, 9, 10, 11, 0, 0, 0]
-    assert position.tolist() == [5, 6, 6, 63, 64, 0, 0, 0]
+    assert rows.position.tolist() == [5, 6, 6, 63, 64, 0, 0, 0]
     expected = cache.places(np.array([b, b, b, a, a]), np.array([5, 6, 7, 63, 64]))
-    assert place.tolist() == [*expected.tolist(), 0, 0, 0]
-    assert bits[:, 0].tolist() == [0b001, 0b011, 0b101, 0b01, 0b11, 0, 0, 0]
+    assert rows.place.tolist() == [*expected.tolist(), 0, 0, 0]
+    assert rows.bits is not None
+    assert rows.bits[:, 0].tolist() == [0b001, 0b011, 0b101, 0b01, 0b11, 0, 0, 0]
 
 
 # --- drafting and decoding over it ----------------------------------------------------------------
