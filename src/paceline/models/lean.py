@@ -83,7 +83,7 @@ class _Norm:
         self._floor = torch.tensor((size * eps) ** 0.5)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: [..., D]. Returns the same shape and dtype; sums are in float32."""
+        """Return the norm of x [..., D], of the same shape and dtype; sums are in float32."""
         if not self._on_cpu:
             return F.rms_norm(x, (x.shape[-1],), self._weight, self._eps)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)

@@ -134,6 +134,21 @@ def load_language_model(section: ModelSection, name: str, exact: bool = False) -
     """
     load_config(section)
     device = resolve_device(section.device) if section.device_map is None else None
+    model = _load_weights(section)
+    if device is not None:
+        model = model.to(device)
+    if section.adapter is not None:
+        with quiet_transformers():
+            model = merge_adapter(model, section.adapter)
+    language_model = LanguageModel(model, name, section.forward, exact)
+    check_packed_forward(language_model)
+    if exact:
+        check_exact(language_model)
+    return language_model
+
+
+def _load_weights(section: ModelSection) -> Any:
+    """Return transformers' model. Raises ModelError if weights are unreadable, missing or misshapen."""
     dtype = "auto" if section.dtype == "auto" else DTYPES[section.dtype]
     try:
         with quiet_transformers():
@@ -171,13 +186,4 @@ def load_language_model(section: ModelSection, name: str, exact: bool = False) -
             f"{section.model}: {len(missing)} weights are missing from the file (such as "
             f"'{missing[0]}'); the model would run on noise"
         )
-    if device is not None:
-        model = model.to(device)
-    if section.adapter is not None:
-        with quiet_transformers():
-            model = merge_adapter(model, section.adapter)
-    language_model = LanguageModel(model, name, section.forward, exact)
-    check_packed_forward(language_model)
-    if exact:
-        check_exact(language_model)
-    return language_model
+    return model

@@ -1,4 +1,4 @@
-"""Slots are reused lowest first; storage grows without losing what it holds."""
+"""Slots are reused lowest first; storage grows without losing entries."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_what_is_needed_is_given_beyond_a_bound() -> None:
     assert fill(cache, 0, 50).shape[:3:2] == (1, 50)
 
 
-def test_a_row_that_has_gone_leaves_no_long_rows_behind() -> None:
+def test_no_storage_stays_as_long_as_a_released_row() -> None:
     cache = RowCache()
     cache.acquire()
     fill(cache, 0, 50 * BLOCK)

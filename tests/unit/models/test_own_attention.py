@@ -1,4 +1,4 @@
-"""Families that go their own way: in the attention, in its bias, at the logits."""
+"""Families with attention, biases or logits of their own."""
 
 from __future__ import annotations
 

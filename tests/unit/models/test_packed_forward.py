@@ -1,4 +1,4 @@
-"""The packed forward is transformers' own: rows apart, trees apart, caches grown, slots reused."""
+"""The packed forward gives transformers' logits for rows, trees, grown caches and reused slots."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def text(length: int, seed: int = 0) -> list[int]:
 
 
 def plain(model: LanguageModel, tokens: Sequence[int]) -> torch.Tensor:
-    """transformers' own logits at the last token."""
+    """Return transformers' own logits at the last token."""
     with torch.inference_mode():
         return model.model(input_ids=torch.tensor([list(tokens)])).logits[0, -1]
 
 
 class Rows:
-    """Rows that are fed step by step, each compared with a plain forward over its whole text."""
+    """Rows that are fed step by step and compared with a plain forward over their whole texts."""
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model

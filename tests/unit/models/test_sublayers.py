@@ -1,4 +1,4 @@
-"""Leaving sub-layers out means the same in both forwards, and leaves the caller's model as it was."""
+"""Skipped sub-layers mean the same in both forwards, and the model is not changed."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_both_forwards_leave_out_the_same(architecture: str) -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi", "opt", "gemma2"])
 def test_leaving_out_is_zeroing_what_the_sublayer_adds(architecture: str) -> None:
-    """Against weights of zero, with transformers' own forward."""
+    """Compare with weights of zero in transformers' own forward."""
     model, zeroed = tiny_model(architecture), tiny_model(architecture)
     ends = ("o_proj", "c_proj", "dense", "out_proj", "down_proj", "fc2")
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_the_model_is_left_as_it_was_found(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def post_norm_opt() -> OPTForCausalLM:
-    """Norms behind the addition, as in OPT-350m: they act on the stream itself."""
+    """Norms after the addition, as in OPT-350m, change the residual stream itself."""
     none = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     config = OPTConfig(
         vocab_size=64,

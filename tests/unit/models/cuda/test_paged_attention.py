@@ -1,4 +1,4 @@
-"""The kernel over a paged cache is the plain attention over stretches of memory, feature by feature."""
+"""The kernel over a paged cache equals the plain attention over a row cache, feature by feature."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Pair:
         return torch.randn(shape, generator=self.generator).to(DEVICE, self.dtype)
 
     def fill(self, slot: int, length: int) -> None:
-        """Cached text, without the attention that made it."""
+        """Cache random entries of a text."""
         entries = [self.random(2 * self.shape[1], length, self.shape[2])]
         self.plain.write(slot, 0, entries)
         self.paged.write(slot, 0, entries)
@@ -139,7 +139,7 @@ def test_a_tree_of_more_nodes_than_a_word_has_bits(window: int | None) -> None:
 
 
 def alibi(positions: torch.Tensor) -> torch.Tensor:
-    """Slopes of four heads."""
+    """Return the biases of four heads."""
     slopes = torch.tensor([0.02, 0.3, 0.005, 0.1], device=positions.device)
     return slopes[:, None] * positions
 
@@ -159,7 +159,7 @@ def test_biases_by_position(window: int | None, cap: float | None, num_splits: i
     pair.check([Span(a, lengths[a], 3), Span(b, 2, 1)], None, window, cap, num_splits, alibi)
 
 
-def test_what_a_block_held_before_does_not_matter() -> None:
+def test_earlier_entries_of_a_block_do_not_matter() -> None:
     pair = Pair(2, 2, 16)
     a, b = pair.acquire(), pair.acquire()
     pair.fill(a, 10)
@@ -172,7 +172,7 @@ def test_what_a_block_held_before_does_not_matter() -> None:
     pair.check([Span(a, 9, 1), Span(b, BLOCK - 1, 4)], num_splits=1)
 
 
-def test_numbers_that_are_none_are_not_lost_among_splits() -> None:
+def test_nan_is_not_lost_among_splits() -> None:
     paged = PagedCache(DEVICE)
     slot = paged.acquire()
     tokens = torch.zeros(1, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Rows own blocks: they are given back, found again, and never shared."""
+"""Rows own blocks, which are given back, reused and never shared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps on padded fixed buffers say what the plain forward says, over one cache and any schedule."""
+"""Steps on padded fixed buffers give the plain forward's results, over one cache and any schedule."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ V = 259
 def both(
     architecture: str, forward: str = "auto", context: int = 3 * BLOCK
 ) -> tuple[LanguageModel, LanguageModel]:
-    """One model twice: over the plain cache and over the paged one."""
+    """Return one model twice: over the plain cache and over the paged one."""
     model = tiny_model(architecture, context=context).to(DEVICE)
     plain = LanguageModel(model, "plain", forward, paged=False)  # type: ignore[arg-type]
     return plain, LanguageModel(model, "paged", forward, paged=True)  # type: ignore[arg-type]
@@ -137,7 +137,7 @@ def test_hidden_states_outlive_the_next_step() -> None:
     assert torch.equal(kept, before)
 
 
-def test_padding_writes_to_nobodys_block() -> None:
+def test_padding_writes_to_no_rows_block() -> None:
     _, paged = both("llama")
     a, b, c = (paged.acquire() for _ in range(3))
     logits(paged, [1, 2, 3, 4, 5, 6, 7], [Span(a, 0, 3), Span(b, 0, 2), Span(c, 0, 2)])
