@@ -19,8 +19,8 @@ from paceline.drafting.bridge import KIND
 from paceline.drafting.draft_model import DraftModel
 from paceline.drafting.draft_replay import SimpleRow
 from paceline.models.translation import (
-    Readings,
     RunningText,
+    TokenTranslation,
     shared_tokens,
     special_pairs,
     split_incomplete,
@@ -78,7 +78,7 @@ class SharedTokens(DraftModel):
         )
         self._bridge = bridge
         pairs = shared_tokens(bridge.target, bridge.own)
-        self._readings = Readings(bridge.target, bridge.own, pairs)
+        self._readings = TokenTranslation(bridge.target, bridge.own, pairs)
         # a tokenizer may have more ids than its model has logits
         self._pairs = {t: o for t, o in pairs.items() if t < width and o < model.num_logits}
         self._target_ids = torch.tensor(list(self._pairs), device=model.device)  # [S]
@@ -219,7 +219,7 @@ class ThroughText(Drafter):
         if not drafted.startswith(text.held):
             return []
         rest = drafted[len(text.held) :]
-        tokens = self._bridge.target.behind(text.text, rest) if rest else []
+        tokens = self._bridge.target.encode_after(text.text, rest) if rest else []
         if tokens is None:
             return []
         return tokens if last is None else [*tokens, last]

@@ -19,7 +19,6 @@ from paceline.contracts import NONE, Request
 from paceline.drafting.chain_replay import ChainReplay
 from paceline.drafting.draft_length import AdaptiveThreshold
 from paceline.drafting.draft_replay import PositionScores, cache_text
-from paceline.models.cuda.paged_cache import PagedCache
 from paceline.models.packing import Span
 from paceline.replay import simulate
 
@@ -69,7 +68,7 @@ class SubsetReplay:
         self._entries: list[list[Tensor]] = []  # of each output, as full forwards wrote them
         # a paged forward writes all its tokens before any of them attends, so there the windows of
         # one row go into forwards of their own
-        is_paged = isinstance(target.cache, PagedCache)
+        is_paged = target.cache.stores_all_first
         forwards: dict[int, list[tuple[Span, list[int], int]]] = {}
         first = 0
         with torch.inference_mode():
