@@ -270,7 +270,10 @@ def test_encoders_are_added_to_an_old_collection_without_the_target(
     small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     config = BertConfig(vocab_size=260, intermediate_size=8, **small)
     BertModel(config).save_pretrained(tmp_path / "encoder")
-    byte_tokenizer().save_pretrained(tmp_path / "encoder")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None  # sentence-transformers would apply it
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(258)
+    tokenizer.save_pretrained(tmp_path / "encoder")
     pace = make_pace()
     section = SelectionSection(sentence_model=str(tmp_path / "encoder"))
     pace.parts.config = pace.parts.config.model_copy(update={"selection": section})
