@@ -1,20 +1,20 @@
-"""Is any task slower than plain decoding? A stream of requests, by the clock, controlled and not.
+"""Is any task slower than plain decoding? A stream of requests, by the clock, with and without a controller.
 
     python benchmarks/guard.py [--per-task 100] [--shift 60] [--data FOLDER] [--policy FOLDER]
 
-Every request of a mixed stream runs through `none` and through every case, interleaved in one process,
-in an order that changes from request to request; each case keeps its own controller from the first
-request on, so what it takes to learn counts. Seconds are end to end: prefill, choice, drafters'
-starts, shadow drafts, rounds. A ratio is the seconds a token of `none` over the case's; its interval a bootstrap
-over requests, 95%. The cases:
+Every request of a mixed stream is decoded by `none` and by every case, interleaved in one process, in
+an order that changes per request. Each case keeps its own controller from the first request on, so
+the time the controller needs to learn counts. Seconds are end to end: prefill, choice, starts of
+drafters, shadow drafts, rounds. A ratio is the seconds per token of `none` divided by the case's; its
+95% interval is a bootstrap over requests. The cases:
 
     auto          the learned policy's choice
-    random        an arm by lot for every request
-    bad drafters  by lot among drafters that are never right: the bundled ones with every token replaced
-                  by another, so they cost what they cost
+    random        a random arm for every request
+    bad drafters  a random choice among always-wrong drafters: the bundled ones with every token
+                  replaced by another, so that they cost the same and are never accepted
 
-each alone and with guard and adaptation, bad drafters with the guard only, too. Then a stream whose
-domain shifts, from translation to code, under a policy that was learned on translation alone.
+Each case runs alone and with guard and adaptation; bad drafters also run with the guard only. A second
+stream shifts from translation to code under a policy that was learned on translation only.
 """
 
 from __future__ import annotations
