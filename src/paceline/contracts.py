@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name and how much of it is done: (stage, done, total)."""
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 SamplingMethod = Literal["greedy", "residual", "block", "invariant"]
 PenaltyScope = Literal["all", "output"]  # all: prompt and output

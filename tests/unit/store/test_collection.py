@@ -29,7 +29,7 @@ def open_collection(folder: Path, target: str = "t") -> Collection:
 
 def trajectory(id: str, sampling: SamplingParams = GREEDY) -> dict[str, Any]:
     output = tuple(OUTPUT)
-    return Trajectory(id, f"domain of {id}", (1, 2), output, "stop", 9, sampling).row()
+    return Trajectory(id, f"domain of {id}", (1, 2), output, "stop", 9, sampling).to_row()
 
 
 def replayed(id: str) -> dict[str, Any]:

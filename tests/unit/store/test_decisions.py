@@ -251,7 +251,7 @@ def test_a_full_disk_gains_no_file_for_every_request(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))
     try:
-        with pytest.warns(UserWarning, match="nothing is logged of request 'a' and of those that"):
+        with pytest.warns(UserWarning, match="request 'a' and those after it are not logged"):
             log.write(request(id="a"), completion(), FEATURES, 1)
         log.write(request(id="b"), completion(), FEATURES, 1)
     finally:

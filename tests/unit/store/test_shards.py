@@ -39,7 +39,7 @@ def test_rows_come_back_in_order(tmp_path: Path) -> None:
     store.append(rows("b", "a"))
     store.append([])
     store.append(rows("c"))
-    store.record(command="collect")
+    store.record_facts(command="collect")
     again = open_store(tmp_path)
     assert again.read().to_pylist() == rows("b", "a", "c")
     assert again.ids() == {"a", "b", "c"}
