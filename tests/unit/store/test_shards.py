@@ -1,4 +1,4 @@
-"""Shards survive a kill at any moment, and whatever is wrong with a store is said in one line."""
+"""Shards survive a kill at any moment, and every fault of a store is reported in one line."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_a_damaged_shard_is_refused_wherever_it_is_damaged(tmp_path: Path) -> No
 
 
 def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
-    """Parquet itself reads on over most of them."""
+    """Parquet itself ignores most flipped bits."""
     open_store(tmp_path).append(rows("a", "b"))
     path = tmp_path / "shard-00000.parquet"
     good = path.read_bytes()
