@@ -150,17 +150,18 @@ def _read_dataset(folder: Path, split: str, fields: PromptFields) -> Rows:
     state = _read_json(folder / _STATE)
     if state.get("_indices_data_files"):
         raise ConfigError(f"{folder}: saved with an index; call `flatten_indices` and save again")
-    first = 0
-    for entry in state["_data_files"]:
-        with (
-            pa.memory_map(str(folder / entry["filename"])) as source,
-            pa.ipc.open_stream(source) as stream,
-        ):
+    paths = (folder / entry["filename"] for entry in state["_data_files"])
+    yield from _number_rows(str(folder), _read_streams(folder, paths, fields))
+
+
+def _read_streams(
+    folder: Path, paths: Iterable[Path], fields: PromptFields
+) -> Iterator[pa.RecordBatch]:
+    for path in paths:
+        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
             columns = _select_columns(str(folder), stream.schema, fields)
-            batches = (batch.select(columns) for batch in stream)
-            for where, row in _number_rows(str(folder), batches, first):
-                first += 1
-                yield where, row
+            for batch in stream:
+                yield batch.select(columns)
 
 
 def _find_split(folder: Path, split: str) -> tuple[Path, str]:
@@ -200,12 +201,10 @@ def _select_columns(path: str, schema: pa.Schema, fields: PromptFields) -> list[
     ]
 
 
-def _number_rows(path: str, batches: Iterable[pa.RecordBatch], first: int = 0) -> Rows:
-    number = first
-    for batch in batches:
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{path}:{number}", row
+def _number_rows(path: str, batches: Iterable[pa.RecordBatch]) -> Rows:
+    rows = (row for batch in batches for row in batch.to_pylist())
+    for number, row in enumerate(rows, start=1):
+        yield f"{path}:{number}", row
 
 
 # --- parts of a list of prompts -------------------------------------------------------------------
