@@ -1,9 +1,9 @@
-"""Tri-gram trees on the bundled target: which search, how many nodes, which update, what to start from.
+"""Tri-gram trees on the bundled target: search, number of nodes, update rule, initial table.
 
     python benchmarks/aded.py --out DIR [--dtype float32] [--per-task 4] [--max-new-tokens 96]
 
 Replay with a measured cost table for every arm, by the clock for some, at temperature 0 and 0.8.
-Writes aded.json, aded.md and aded.png. A run that was killed goes on from what it had collected.
+Writes aded.json, aded.md and aded.png. A killed run continues from its collection.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import argparse
 from pathlib import Path
 
 from rich.console import Console
+from timed_setup import show_progress
 
 from paceline.cli.options import configured
-from paceline.cli.progress import progress
-from paceline.experiments.aded import AdedSizes, run
+from paceline.experiments.aded import Sizes, run
 from paceline.experiments.aded_report import write_report
 
 
@@ -31,8 +31,7 @@ def main() -> None:
     parser.add_argument("--text-mb", type=float, default=8.0, help="source of installed packages")
     parser.add_argument("--repeats", type=int, default=1)
     options = parser.parse_args()
-    console = Console()
-    sizes = AdedSizes(
+    sizes = Sizes(
         timed_per_task=options.per_task,
         collect_per_task=options.collect_per_task,
         max_new_tokens=options.max_new_tokens,
@@ -42,9 +41,10 @@ def main() -> None:
     config = configured(options.config, dtype=options.dtype, threads=options.threads)
     # what is collected depends on these, and a folder holds one collection
     made = f"{options.dtype}-{options.collect_per_task}-{options.max_new_tokens}"
-    with progress(console) as report:
+    with show_progress() as report:
         result = run(config, options.out / made, sizes, report)
-    console.print(write_report(result, options.out), markup=False, highlight=False, soft_wrap=True)
+    page = write_report(result, options.out)
+    Console().print(page, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,19 @@
-"""Self-speculation with skipped sub-layers: found, chosen by hand, and never, by the clock.
+"""Self-speculation with skipped sub-layers: a searched set, hand-made sets and none, by the clock.
 
     python benchmarks/layer_skip.py [--subjects 0.3b zoo] [--dtype bfloat16]
 
-The experiments of Draft & Verify (arXiv 2309.08168, sections 3.1 to 3.4) at this machine's size:
-a search for the sub-layers to skip; the found set against random, first, middle and last ones of the
-same number; the adaptive exit against fixed draft lengths; a set of each task's own against one for
-all. `0.3b` is a Llama of random weights three quarters of whose sub-layers were scaled down, so that
-there is something to find, with a head as sharp as a trained model's; `zoo` is the bundled target.
-One process, everything interleaved, batch 1, greedy; speeds count prefill and all. Development and
-timed prompts share nothing.
+The experiments of Draft & Verify (arXiv 2309.08168, sections 3.1 to 3.4) at this machine's size: a
+search for the sub-layers to skip; the searched set against random, first, middle and last sets of the
+same size; the adaptive exit against fixed draft lengths; a set per task against one for all. `0.3b` is a
+Llama with random weights whose sub-layers are scaled down, three of four, so that the search has
+something to find, and with a head as sharp as a trained model's; `zoo` is the bundled target. One
+process, everything interleaved, batch 1, greedy; speeds include the prefill. No prompt is used both for
+the search and for timing.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import random
 from dataclasses import dataclass
 from functools import partial
@@ -24,27 +22,28 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging as transformers_logging
-
-from paceline.assembly import Pace, build, build_from_objects
-from paceline.bench.circumstances import circumstances, headline
-from paceline.bench.timed import (
-    TimedPrompt,
-    num_equal_outputs,
-    select,
-    time_interleaved,
-    tokens_per_second,
+from result_pages import count_drafts, describe_run, page, save, speeds, table
+from timed_setup import (
+    SHAPE_03B,
+    count_steps,
+    encode_timed,
+    llama_shape,
+    load_zoo,
+    make_parser,
+    pace_in_memory,
+    parse,
+    random_llama,
+    show_progress,
+    time_arms,
 )
-from paceline.cli.progress import progress
-from paceline.config import Config, EngineSection, ModelSection, load_config
-from paceline.contracts import NONE, Completion, Request
+
+from paceline.assembly import Pace, build
+from paceline.bench.timed import TimedPrompt
+from paceline.contracts import NONE
 from paceline.drafting.layer_skip import LayerSkip, LayerSkipSettings
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.layer_search import SearchSettings, plot, search_layers
 from paceline.models.sublayers import LayerSubset
-from paceline.testing.tokenizers import byte_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,24 +52,10 @@ if TYPE_CHECKING:
     from paceline.layer_search import SearchReport
 
 SHAPES = {
-    "0.3b": {
-        "vocab_size": 32_000,
-        "hidden_size": 1024,
-        "intermediate_size": 2816,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-    },
-    "smoke": {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
+    "0.3b": {"vocab_size": 32_000, **SHAPE_03B},
+    "smoke": {"vocab_size": 512, **llama_shape(64, 128, 6, 4, 2)},
 }
-REDUNDANT = 0.75  # share of the sub-layers that hardly matter
+REDUNDANT = 0.75  # share of the sub-layers that contribute little
 REDUNDANT_SCALE = 0.005
 SHARPNESS = 8.0  # standard deviation of the logits
 FIXED_LENGTHS = (2, 4, 6, 8)
@@ -79,7 +64,7 @@ SETTINGS = SearchSettings()
 
 @dataclass
 class Subject:
-    """A target with prompts by task, some to search on and others to time."""
+    """A target with prompts by task to search on, and prompts to time."""
 
     name: str
     pace: Pace
@@ -88,20 +73,14 @@ class Subject:
 
     @property
     def num_layers(self) -> int:
+        """Number of the target's layers."""
         return self.pace.parts.target.num_layers
 
 
-def random_llama(name: str, dtype: str, per_task: int) -> Subject:
+def redundant_llama(name: str, dtype: str, per_task: int) -> Subject:
+    """Return a random Llama most of whose sub-layers are redundant."""
     shape = SHAPES[name]
-    config = LlamaConfig(
-        max_position_embeddings=1024,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        **shape,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
+    model = random_llama(shape, context=1024, tied=False)
     order = random.Random(0)
     num_bits = 2 * shape["num_hidden_layers"]
     redundant = set(order.sample(range(num_bits), round(REDUNDANT * num_bits)))
@@ -111,46 +90,31 @@ def random_llama(name: str, dtype: str, per_task: int) -> Subject:
                 layer.self_attn.o_proj.weight *= REDUNDANT_SCALE
             if i + len(model.model.layers) in redundant:
                 layer.mlp.down_proj.weight *= REDUNDANT_SCALE
-        # about what a whole MLP adds: the text wanders instead of settling on one token
+        # about as large as the output of a whole MLP: else the text settles on one token
         model.model.embed_tokens.weight.normal_(std=0.15)
         model.lm_head.weight.normal_(std=SHARPNESS / shape["hidden_size"] ** 0.5)
-    model = model.to(getattr(torch, dtype)).eval()  # type: ignore[arg-type]
-    model.generation_config.eos_token_id = None
-    engine = EngineSection(prefix_positions=0)
-    in_memory = Config(target=ModelSection(model="in memory"), engine=engine)
-    pace = Pace(build_from_objects(model, byte_tokenizer(), {}, in_memory))
+    pace = pace_in_memory(model.to(getattr(torch, dtype)).eval(), {})
     texts = [[order.randrange(shape["vocab_size"]) for _ in range(64)] for _ in range(2 * per_task)]
     timed = [TimedPrompt(str(i), "random", tuple(t)) for i, t in enumerate(texts[per_task:])]
     return Subject(name, pace, {"random": texts[:per_task]}, timed)
 
 
 def zoo(dtype: str, per_task: int) -> Subject:
-    config = load_config("paceline.yaml")
-    config = config.model_copy(
-        update={
-            "target": config.target.model_copy(update={"dtype": dtype}),
-            "drafters": {},
-            "engine": EngineSection(prefix_positions=0),
-        }
-    )
+    """Return the bundled target without drafters."""
+    config = load_zoo(dtype).model_copy(update={"drafters": {}})
     pace = Pace(build(config))
     development: dict[str, list[list[int]]] = {}
-    timed = []
-    for_search, to_time = demo_prompts(per_task, per_task)
-    for p in for_search:
-        tokens = pace.encode([{"role": "user", "content": p.prompt}])
-        development.setdefault(p.domain, []).append(tokens)
-    for p in to_time:
-        tokens = pace.encode([{"role": "user", "content": p.prompt}])
-        timed.append(TimedPrompt(p.id, p.domain, tuple(tokens)))
-    return Subject("zoo", pace, development, timed)
+    for_search, timed = demo_prompts(per_task, per_task)
+    for prompt in encode_timed(pace, for_search):
+        development.setdefault(prompt.domain, []).append(list(prompt.tokens))
+    return Subject("zoo", pace, development, encode_timed(pace, timed))
 
 
-# --- what is tried --------------------------------------------------------------------------------
+# --- arms -----------------------------------------------------------------------------------------
 
 
 def by_hand(num_layers: int, count: int) -> dict[str, LayerSubset]:
-    """Sets of `count` sub-layers chosen by where they stand, attention before MLP in every layer."""
+    """Return sets of `count` sub-layers by position, attention before MLP in every layer."""
     total = 2 * num_layers
 
     def subset(places: Sequence[int]) -> LayerSubset:
@@ -166,8 +130,8 @@ def by_hand(num_layers: int, count: int) -> dict[str, LayerSubset]:
     }
 
 
-def drafter(subject: Subject, name: str, subset: LayerSubset, fixed: int | None = None) -> None:
-    """Give the subject one more arm: the published exit, or a fixed length."""
+def add_arm(subject: Subject, name: str, subset: LayerSubset, fixed: int | None = None) -> None:
+    """Add an arm to the subject: with the published exit, or with a fixed draft length."""
     settings = LayerSkipSettings(
         skip_attention=tuple(subset.attention),
         skip_mlp=tuple(subset.mlp),
@@ -184,8 +148,9 @@ def search(
     prompts: Sequence[Sequence[int]],
     trials: int,
     n: int,
-    on: Progress,
+    report: Progress,
 ) -> SearchReport:
+    """Search the sub-layers to skip on these prompts."""
     settings = SETTINGS.model_copy(update={"max_new_tokens": n})
     with TemporaryDirectory() as folder:
         return search_layers(
@@ -194,7 +159,7 @@ def search(
             Path(folder) / "set.json",
             settings,
             trials,
-            on_progress=lambda stage, done, of: on(f"{label}: {stage}", done, of),
+            on_progress=lambda stage, done, total: report(f"{label}: {stage}", done, total),
         )
 
 
@@ -204,60 +169,44 @@ def timed_rows(
     prompts: Sequence[TimedPrompt],
     n: int,
     label: str,
-    on: Progress,
+    report: Progress,
 ) -> list[dict[str, Any]]:
-    """One row an arm: tokens/s, over `none`, and how its drafts fared."""
-    engine = Pace(subject.pace.parts)
-    done: dict[str, list[Completion]] = {arm: [] for arm in arms}
-
-    def decode(arm: str, prompt: Sequence[int]) -> Sequence[int]:
-        request = Request("", tuple(prompt), n, drafter=arm)
-        (completion,) = engine.stream([request])
-        done[arm].append(completion)
-        return completion.token_ids
-
-    count = 0
-
-    def on_run() -> None:
-        nonlocal count
-        count += 1
-        on(label, count, len(arms) * len(prompts))
-
-    methods = {arm: partial(decode, arm) for arm in arms}
-    timings = time_interleaved(methods, prompts, on_run=on_run)
-    plain = tokens_per_second(select(timings, NONE))
+    """Return one row per arm: tokens/s, speed over `none`, and acceptance of its drafts."""
+    pace = Pace(subject.pace.parts)  # a new one, because arms were added
+    on_run = count_steps(report, label, len(arms) * len(prompts))
+    timings, completions = time_arms(pace, arms, prompts, n, 1, on_run, ignore_eos=True)
     rows = []
     for arm in arms:
-        rounds = [r for c in done[arm][1:] for r in c.rounds]  # the first only warms up
-        drafted, accepted = sum(r.drafted for r in rounds), sum(r.accepted for r in rounds)
-        speed = tokens_per_second(select(timings, arm))
+        rounds, drafted, accepted = count_drafts(completions[arm].values())
+        speed = speeds(timings, arm)
         rows.append(
             {
                 "arm": arm,
-                "tokens_s": speed,
-                "speedup": speed / plain,
+                "tokens_s": speed["tokens_per_second"],
+                "speedup": speed["over_none"],
                 "acceptance": accepted / max(1, drafted),
-                "drafted_a_round": drafted / max(1, len(rounds)),
-                "block_efficiency": accepted / max(1, len(rounds)) + 1,
-                "same_text": num_equal_outputs(timings, arm, NONE) / len(prompts),
+                "drafted_a_round": drafted / max(1, rounds),
+                "block_efficiency": accepted / max(1, rounds) + 1,
+                "same_text": speed["equal_to_none"] / len(prompts),
             }
         )
     return rows
 
 
 def measure(
-    subject: Subject, trials: int, n: int, n_search: int, out: Path, on: Progress
+    subject: Subject, trials: int, n: int, n_search: int, out: Path, report: Progress
 ) -> dict[str, Any]:
+    """Search, time all arms, and where there are several tasks compare a set per task."""
     name = subject.name
     everything = [prompt for prompts in subject.development.values() for prompt in prompts]
-    found = search(subject, f"{name} search", everything, trials, n_search, on)
+    found = search(subject, f"{name} search", everything, trials, n_search, report)
     plot(found, out / f"layer_skip_search_{name}.png")
     best = found.best
-    drafter(subject, "searched", best.subset)
+    add_arm(subject, "searched", best.subset)
     for place, subset in by_hand(subject.num_layers, len(best.subset)).items():
-        drafter(subject, place, subset)
+        add_arm(subject, place, subset)
     for length in FIXED_LENGTHS:
-        drafter(subject, f"searched, K = {length}", best.subset, length)
+        add_arm(subject, f"searched, K = {length}", best.subset, length)
     arms = list(subject.pace.parts.drafters)
     result: dict[str, Any] = {
         "subject": name,
@@ -268,24 +217,24 @@ def measure(
         "skip_mlp": list(best.skip_mlp),
         "predicted": found.speedup(best),
         "trials": len(found.trials),
-        "arms": timed_rows(subject, arms, subject.timed, n, f"{name} timed", on),
+        "arms": timed_rows(subject, arms, subject.timed, n, f"{name} timed", report),
     }
     if len(subject.development) > 1:
-        result["tasks"] = per_task(subject, trials, n, n_search, on)
+        result["tasks"] = per_task(subject, trials, n, n_search, report)
     return result
 
 
 def per_task(
-    subject: Subject, trials: int, n: int, n_search: int, on: Progress
+    subject: Subject, trials: int, n: int, n_search: int, report: Progress
 ) -> list[dict[str, Any]]:
-    """A set of each task's own beside the one that was searched on all of them."""
+    """Compare each task's own set with the one that was searched on all tasks."""
     rows = []
     for task, prompts in subject.development.items():
-        own = search(subject, f"{subject.name} {task}", prompts, trials, n_search, on)
-        drafter(subject, "own", own.best.subset)
+        own = search(subject, f"{subject.name} {task}", prompts, trials, n_search, report)
+        add_arm(subject, "own", own.best.subset)
         timed = [p for p in subject.timed if p.domain == task]
         arms = [NONE, "searched", "own"]
-        found = timed_rows(subject, arms, timed, n, f"{subject.name} {task} timed", on)
+        found = timed_rows(subject, arms, timed, n, f"{subject.name} {task} timed", report)
         speeds = {row["arm"]: row["speedup"] for row in found}
         rows.append(
             {
@@ -299,15 +248,28 @@ def per_task(
     return rows
 
 
-# --- what is written ------------------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------------------
+
+
+COLUMNS = {
+    "arm": "{arm}",
+    "tokens/s": "{tokens_s:.1f}",
+    "over none": "{speedup:.2f}",
+    "accepted": "{acceptance:.2f}",
+    "drafted per round": "{drafted_a_round:.1f}",
+    "tokens per round": "{block_efficiency:.2f}",
+    "same text": "{same_text:.0%}",
+}
+TASK_COLUMNS = {
+    "task": "{task}",
+    "one set for all": "{one_set:.2f}",
+    "the task's own set": "{own_set:.2f}",
+}
 
 
 def markdown(results: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
-    lines = [
-        "# Drafting with the target's own layers, some left out",
-        "",
-        f"{headline(facts)} {facts['setting']}",
-    ]
+    """Return the page."""
+    lines = page("Drafting with the target's own layers, some left out", facts)[:-1]
     for r in results:
         lines += [
             "",
@@ -316,24 +278,15 @@ def markdown(results: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
             f"{r['num_skipped']} of {r['num_sublayers']} sub-layers skipped after {r['trials']} "
             f"trials, predicted {r['predicted']:.2f}x without prefill.",
             "",
-            "| arm | tokens/s | over none | accepted | drafted a round | tokens a round | same text |",
-            "|---|---|---|---|---|---|---|",
         ]
-        lines += [
-            f"| {a['arm']} | {a['tokens_s']:.1f} | {a['speedup']:.2f} | {a['acceptance']:.2f} | "
-            f"{a['drafted_a_round']:.1f} | {a['block_efficiency']:.2f} | {a['same_text']:.0%} |"
-            for a in r["arms"]
-        ]
+        lines += table(r["arms"], COLUMNS)
         if "tasks" in r:
-            lines += ["", "| task | one set for all | a set of its own |", "|---|---|---|"]
-            lines += [
-                f"| {t['task']} | {t['one_set']:.2f} | {t['own_set']:.2f} |" for t in r["tasks"]
-            ]
+            lines += ["", *table(r["tasks"], TASK_COLUMNS)]
     return "\n".join(lines) + "\n"
 
 
 def draw_bars(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Every arm's speed over none, a panel a subject."""
+    """Draw every arm's speed over `none`, one panel per subject."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(results), 4), layout="constrained")
@@ -347,42 +300,33 @@ def draw_bars(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    """Measure all subjects and write the results."""
+    parser = make_parser(__doc__)
     parser.add_argument("--subjects", nargs="+", default=["0.3b", "zoo"], choices=[*SHAPES, "zoo"])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--trials", type=int, default=80)
     parser.add_argument("--per-task", type=int, default=4, help="prompts to search on, and to time")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--search-tokens", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    options = parser.parse_args()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    torch.set_num_threads(options.threads)
-    console = Console()
+    options = parse(parser)
     options.out.mkdir(parents=True, exist_ok=True)
     results = []
-    with progress(console) as report:
+    with show_progress() as report:
         for name in options.subjects:
-            make = zoo if name == "zoo" else partial(random_llama, name)
+            make = zoo if name == "zoo" else partial(redundant_llama, name)
             subject = make(options.dtype, options.per_task)
             n, n_search = options.tokens, options.search_tokens
             results.append(measure(subject, options.trials, n, n_search, options.out, report))
             del subject
             gc.collect()
-    facts: dict[str, Any] = circumstances()
-    facts["setting"] = (
-        f"Batch 1, greedy, {options.tokens} new tokens, {options.per_task} timed prompts a task, "
+    facts = describe_run(
+        f"Batch 1, greedy, {options.tokens} new tokens, {options.per_task} timed prompts per task, "
         "every arm on every prompt in changing order; searched, random, first, middle and last "
         "stop drafting by the adaptive exit."
     )
-    text = markdown(results, facts)
-    (options.out / "layer_skip.md").write_text(text)
     content = {"circumstances": facts, "results": results}
-    (options.out / "layer_skip.json").write_text(json.dumps(content, indent=1) + "\n")
+    save(options.out, "layer_skip", markdown(results, facts), content)
     draw_bars(results, options.out / "layer_skip.png")
-    console.print(text, markup=False, highlight=False)
 
 
 if __name__ == "__main__":

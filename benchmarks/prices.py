@@ -1,44 +1,42 @@
-"""Does the price table tell the truth? Predicted against clocked seconds on the bundled models.
+"""Is the cost table right? Predicted against clocked seconds on the bundled models.
 
     python benchmarks/prices.py [--per-task 8] [--dtypes bfloat16 float32] [--repeats 3]
 
 The machine is profiled, then every arm decodes every prompt by the clock: batch 1, one process,
 interleaved, seconds end to end. Every arm's drafter is then replayed on the text that the arm itself
-wrote, and the rounds are priced by the table. So nothing is tested but the prices: not what is
-accepted, and not the texts, which in bfloat16 may differ from arm to arm. Arms are the configuration's
-drafters at their own length and at --draft-lengths.
+wrote, and the table prices the rounds. This tests only the prices: neither acceptance nor the texts,
+which in bfloat16 may differ between arms. Arms are the configuration's drafters at their own length and
+at --draft-lengths.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from agreement import Ranking, bias, median_error, ranking
-from rich.console import Console
+from paceline.bench.agreement import Ranking, bias, median_error, ranking
+from result_pages import describe_run, page, save, table
+from timed_setup import (
+    count_steps,
+    encode_timed,
+    load_timed_config,
+    make_parser,
+    parse,
+    replay_rounds,
+    show_progress,
+    time_arms,
+)
 
 from paceline.assembly import Pace, build
-from paceline.bench.circumstances import circumstances, headline
-from paceline.bench.profile import measure_cost_table
+from paceline.bench.profile import profile
 from paceline.bench.timed import TimedPrompt
-from paceline.cli.options import configured
-from paceline.cli.progress import progress
-from paceline.contracts import NONE, Completion, join_arm, split_arm
-from paceline.costs.pricing import draft_seconds, prompt_seconds, start_seconds
-from paceline.experiments.by_clock import (
-    RecordingMethods,
-    encode_prompts,
-    replay_arm,
-    time_methods,
-    without_prefixes,
-)
+from paceline.contracts import NONE, join_arm, split_arm
+from paceline.costs.pricing import prompt_seconds
 from paceline.experiments.demo_prompts import demo_prompts
-from paceline.files import write_atomically
 from paceline.rewards import request_seconds
 
 if TYPE_CHECKING:
@@ -50,7 +48,7 @@ PARTS = ("prefill", "draft", "verify", "host")
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One arm on one prompt. Parts are those of the last run; seconds are the median run's."""
+    """One arm on one prompt. Parts are of the last run, seconds of the median run."""
 
     dtype: str
     task: str
@@ -65,7 +63,7 @@ class Run:
 
 
 def arms_of(pace: Pace, lengths: Sequence[int]) -> list[str]:
-    """`none`, and every drafter at its own length and at those shorter ones that it can draft."""
+    """Return `none`, and every drafter at its own length and at the shorter lengths it can draft."""
     arms = []
     for name, drafter in pace.parts.drafters.items():
         arms.append(name)
@@ -74,90 +72,68 @@ def arms_of(pace: Pace, lengths: Sequence[int]) -> list[str]:
     return arms
 
 
-def clock(
-    pace: Pace,
-    arms: Sequence[str],
-    prompts: Sequence[TimedPrompt],
-    new_tokens: int,
-    repeats: int,
-    label: str,
-    report: Progress,
-) -> dict[tuple[str, str], tuple[float, Completion]]:
-    """(arm, prompt) -> seconds of the median run, and the last run's completion."""
-    recorder = RecordingMethods(pace, max_new_tokens=new_tokens)
-    methods = {arm: recorder.method(arm) for arm in arms}
-    timings = time_methods(methods, prompts, repeats, label, report)
-    of = {p.id: p.tokens for p in prompts}
-    return {
-        (t.method, t.prompt): (t.seconds, recorder.completions[t.method, of[t.prompt]])
-        for t in timings
-    }
-
-
 def parts_of(costs: CostTable, arm: str, num_prompt: int, rounds: Any) -> dict[str, float]:
-    """The predicted seconds by the engine's own parts."""
+    """Return the predicted seconds by the engine's own parts."""
     name = split_arm(arm)[0]
     drafted, accepted = rounds.T
     context = num_prompt + np.cumsum(accepted + 1) - (accepted + 1)
-    length = np.array(num_prompt)
-    draft = draft_seconds(costs.seconds, name, drafted, context).sum()
+    prefill, begun = (
+        float(prompt_seconds(costs.seconds, d, np.array([num_prompt]))[0]) for d in (NONE, name)
+    )
+    draft = 0.0 if name == NONE else float(costs.seconds(name, "propose", drafted, context).sum())
     return {
-        "prefill": float(prompt_seconds(costs.seconds, NONE, length)),
-        "draft": float(start_seconds(costs.seconds, name, length) + draft),
+        "prefill": prefill,
+        "draft": begun - prefill + draft,
         "verify": float(costs.seconds("target", "forward", 1 + drafted, context).sum()),
         "host": costs.seconds("engine", "round", 0) * len(rounds),
     }
 
 
 def compare(
-    pace: Pace,
-    costs: CostTable,
-    arms: Sequence[str],
-    prompts: Sequence[TimedPrompt],
-    options: argparse.Namespace,
-    dtype: str,
-    report: Progress,
-) -> list[Run]:
-    """Every arm on every prompt, predicted and by the clock."""
-    new_tokens, label = options.max_new_tokens, f"{dtype}, by the clock"
-    clocked = clock(pace, arms, prompts, new_tokens, options.repeats, label, report)
+    pace: Pace, costs: CostTable, arms: Sequence[str], prompts: Sequence[TimedPrompt],
+    options: argparse.Namespace, dtype: str, report: Progress,
+) -> list[Run]:  # fmt: skip
+    """Return a run per arm and prompt, predicted and by the clock."""
+    new_tokens, repeats = options.max_new_tokens, options.repeats
+    on_run = count_steps(report, f"{dtype}, by the clock", len(prompts) * len(arms) * repeats)
+    timings, completions = time_arms(pace, arms, prompts, new_tokens, repeats, on_run)
+    seconds = {(timing.method, timing.prompt): timing.seconds for timing in timings}
     runs = []
     for number, prompt in enumerate(prompts, start=1):
         for arm in arms:
-            seconds, done = clocked[arm, prompt.id]
-            rounds = replay_arm(pace, arm, prompt.tokens, done.token_ids, new_tokens)
-            own = done.seconds
+            completion = completions[arm][prompt.id]
+            rounds = replay_rounds(pace, arm, prompt, completion.token_ids, new_tokens)
+            own = completion.seconds
             measured = {"prefill": own.prefill, "draft": own.draft, "verify": own.verify}
-            measured["host"] = done.seconds_total - sum(measured.values())
-            predicted = request_seconds(costs.seconds, arm, len(prompt.tokens), rounds)
-            parts = parts_of(costs, arm, len(prompt.tokens), rounds)
+            measured["host"] = completion.seconds_total - sum(measured.values())
             runs.append(
                 Run(
-                    dtype,
-                    prompt.domain,
-                    prompt.id,
-                    arm,
-                    len(done.token_ids),
-                    len(rounds),
-                    predicted,
-                    seconds,
-                    parts,
-                    measured,
+                    dtype=dtype,
+                    task=prompt.domain,
+                    prompt=prompt.id,
+                    arm=arm,
+                    tokens=len(completion.token_ids),
+                    rounds=len(rounds),
+                    predicted=request_seconds(costs.seconds, arm, len(prompt.tokens), rounds),
+                    clocked=seconds[arm, prompt.id],
+                    predicted_parts=parts_of(costs, arm, len(prompt.tokens), rounds),
+                    clocked_parts=measured,
                 )
             )
         report(f"{dtype}, replay and price", number, len(prompts))
     return runs
 
 
-# --- what is said of it ---------------------------------------------------------------------------
+# --- summaries and pages --------------------------------------------------------------------------
 
 
 def pairs_of(runs: Sequence[Run]) -> list[tuple[float, float]]:
+    """Return (predicted, clocked) per run."""
     return [(run.predicted, run.clocked) for run in runs]
 
 
 def ranked(runs: Sequence[Run]) -> Ranking:
-    """Seconds per token of the arms on these runs' prompts, predicted against clocked."""
+    """Rank the arms by seconds per token on these runs' prompts, predicted against clocked."""
     predicted: dict[str, float] = {}
     clocked: dict[str, float] = {}
     for arm in dict.fromkeys(run.arm for run in runs):
@@ -169,7 +145,7 @@ def ranked(runs: Sequence[Run]) -> Ranking:
 
 
 def summarise(runs: Sequence[Run]) -> dict[str, Any]:
-    """Errors by arm and in all, ranking by task, of one dtype."""
+    """Return errors by arm and in all, and the ranking by task, of one dtype."""
     tasks = list(dict.fromkeys(run.task for run in runs))
     by_task = {task: ranked([run for run in runs if run.task == task]) for task in tasks}
     total = sum(by_task.values(), start=Ranking(0, 0))
@@ -192,57 +168,63 @@ def summarise(runs: Sequence[Run]) -> dict[str, Any]:
         "bias": bias(pairs_of(runs)),
         "runs": len(runs),
         "arms": by_arm,
-        "ranking": {task: _told(found) for task, found in by_task.items()},
-        "ranking_of_all": _told(total),
+        "ranking": {task: _ranking_facts(found) for task, found in by_task.items()},
+        "ranking_of_all": _ranking_facts(total),
     }
 
 
-def _told(found: Ranking) -> dict[str, float]:
+def _ranking_facts(found: Ranking) -> dict[str, float]:
     return {**asdict(found), "share_right": found.share_right, "tau": found.tau}
 
 
 def markdown(found: dict[str, dict[str, Any]], facts: dict[str, Any]) -> str:
-    lines = [
-        "# Predicted against clocked seconds",
-        "",
-        f"{headline(facts)} {facts['setting']}",
-        "",
-        "| dtype | runs | median absolute error | bias | pairs of arms told apart | of them in order "
-        "| Kendall's tau |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for dtype, own in found.items():
-        told = own["ranking_of_all"]
-        lines.append(
-            f"| {dtype} | {own['runs']} | {own['median_error']:.1%} | {own['bias']:+.1%} | "
-            f"{told['pairs']} | {told['right']} | {told['tau']:.2f} |"
-        )
+    """Return the page."""
+    lines = page("Predicted against clocked seconds", facts)
+    lines += table(
+        ({"dtype": dtype, **own} for dtype, own in found.items()),
+        {
+            "dtype": "{dtype}",
+            "runs": "{runs}",
+            "median absolute error": "{median_error:.1%}",
+            "bias": "{bias:+.1%}",
+            "pairs of arms told apart": "{ranking_of_all[pairs]}",
+            "of them in order": "{ranking_of_all[right]}",
+            "Kendall's tau": "{ranking_of_all[tau]:.2f}",
+        },
+    )
     lines += [
         "",
         "Pairs are counted within a task, where one arm is predicted to be at least 5% slower than the "
         "other: " + "; ".join(_by_task(dtype, own) for dtype, own in found.items()) + ".",
         "",
-        "By arm; a part is its milliseconds a prompt, predicted / clocked.",
+        "By arm; a part is its milliseconds per prompt, predicted / clocked.",
         "",
-        "| dtype | arm | median absolute error | bias | " + " | ".join(PARTS) + " |",
-        "|" + "---|" * (4 + len(PARTS)),
     ]
-    for dtype, own in found.items():
-        for arm, row in own["arms"].items():
-            parts = " | ".join("{:.1f} / {:.1f}".format(*row["milliseconds"][p]) for p in PARTS)
-            lines.append(
-                f"| {dtype} | {arm} | {row['median_error']:.1%} | {row['bias']:+.1%} | {parts} |"
-            )
+    part = "{{milliseconds[{0}][0]:.1f}} / {{milliseconds[{0}][1]:.1f}}"
+    lines += table(
+        (
+            {"dtype": d, "arm": arm, **row}
+            for d, own in found.items()
+            for arm, row in own["arms"].items()
+        ),
+        {
+            "dtype": "{dtype}",
+            "arm": "{arm}",
+            "median absolute error": "{median_error:.1%}",
+            "bias": "{bias:+.1%}",
+            **{name: part.format(name) for name in PARTS},
+        },
+    )
     return "\n".join(lines) + "\n"
 
 
 def _by_task(dtype: str, own: dict[str, Any]) -> str:
-    told = (f"{task} {r['right']} of {r['pairs']}" for task, r in own["ranking"].items())
-    return f"{dtype}: {', '.join(told)}"
+    counts = (f"{task} {r['right']} of {r['pairs']}" for task, r in own["ranking"].items())
+    return f"{dtype}: {', '.join(counts)}"
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
-    """Every run as a point, one panel a dtype, with the diagonal and 10% on either side."""
+    """Draw every run as a point, one panel per dtype, with the diagonal and 10% on either side."""
     from matplotlib.figure import Figure
 
     dtypes = list(dict.fromkeys(run.dtype for run in runs))
@@ -258,58 +240,42 @@ def draw(runs: Sequence[Run], path: Path) -> None:
             points = [run for run in own if split_arm(run.arm)[0] == name]
             x, y = [run.clocked for run in points], [run.predicted for run in points]
             axes.plot(x, y, ".", color=f"C{i}", label=name, markersize=5)
-        axes.set(xscale="log", yscale="log", title=f"{dtype}: seconds a request")
+        axes.set(xscale="log", yscale="log", title=f"{dtype}: seconds per request")
         axes.set(xlabel="by the clock", ylabel="predicted")
     axes.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--config", type=Path, default=Path("paceline.yaml"))
-    parser.add_argument("--per-task", type=int, default=8, help="timed prompts of each task")
-    parser.add_argument("--skip-per-task", type=int, default=48, help="left to learning")
+def main() -> None:
+    """Profile, time and replay every arm at every dtype."""
+    parser = make_parser(__doc__, per_task=8)
+    parser.add_argument("--skip-per-task", type=int, default=48, help="prompts left for learning")
     parser.add_argument("--draft-lengths", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--profile-seconds", type=float, default=10.0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    return parser.parse_args()
-
-
-def main() -> None:
-    options = parse()
-    console = Console()
+    options = parse(parser)
     _, timed = demo_prompts(options.skip_per_task, options.per_task)
     runs: list[Run] = []
-    with progress(console) as report:
+    with show_progress() as report:
         for dtype in options.dtypes:
-            config = configured(options.config, dtype=dtype, threads=options.threads)
-            pace = Pace(build(without_prefixes(config)))
-            costs = measure_cost_table(
+            pace = Pace(build(load_timed_config(options, dtype)))
+            costs = profile(
                 pace,
                 lambda stage, done, total, dtype=dtype: report(f"{dtype}, {stage}", done, total),
                 options.profile_seconds,
             )
-            prompts = encode_prompts(pace, timed)
             arms = arms_of(pace, options.draft_lengths)
-            runs += compare(pace, costs, arms, prompts, options, dtype, report)
-    facts: dict[str, Any] = circumstances()
-    facts["setting"] = (
+            runs += compare(pace, costs, arms, encode_timed(pace, timed), options, dtype, report)
+    facts = describe_run(
         f"Greedy, batch 1, {options.per_task} prompts of each task, at most {options.max_new_tokens} "
         f"new tokens, median of {options.repeats} interleaved runs, seconds end to end; one profile of "
         f"{options.profile_seconds:g} s before the runs of each dtype."
     )
     found = {d: summarise([run for run in runs if run.dtype == d]) for d in options.dtypes}
-    text = markdown(found, facts)
-    write_atomically(options.out / "prices.md", text.encode())
     result = {"circumstances": facts, **found, "by_run": [asdict(run) for run in runs]}
-    write_atomically(options.out / "prices.json", (json.dumps(result, indent=1) + "\n").encode())
+    save(options.out, "prices", markdown(found, facts), result)
     draw(runs, options.out / "prices.png")
-    console.print(text, markup=False, highlight=False)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,16 @@
-"""What the suffix index costs: a token of text, a round, memory and first use.
+"""The suffix index's costs: per token of text, per round, memory and first use.
 
     python benchmarks/suffix.py [--tokens 32768] [--repeats 5]
 
-CPU seconds of one thread, medians. Texts: random ids, this repository's own source, and what is hard
-for such structures: one token, two in turn, Fibonacci words, de Bruijn sequences. `bulk` reads the
-whole text at once, as a prompt is. `round` is `propose` for one row and the tokens that came since the
-last one, three each time, at the end of the text. First use is building a drafter in a new process,
-without and with compiled code on disk.
+CPU seconds of one thread, medians. Texts: random ids, this repository's own source, and texts that are
+hard for such structures: one token, two in turn, Fibonacci words, de Bruijn sequences. `bulk` reads the
+whole text at once, as the index reads a prompt. `round` is `propose` for one row and the three tokens
+since the last one, at the end of the text. First use is building a drafter in a new process, without
+and with compiled code on disk.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import random
 import subprocess
@@ -25,14 +23,11 @@ from statistics import median
 from time import process_time
 from typing import TYPE_CHECKING, Any
 
-import torch
-from rich.console import Console
-from transformers.utils import logging as transformers_logging
-
-from paceline.bench.circumstances import circumstances
-from paceline.cli.progress import progress
-from paceline.config import ModelSection
 from paceline.drafting.foresight import ReplayedRow
+from result_pages import describe_run, save, table
+from timed_setup import count_steps, make_parser, parse, show_progress
+
+from paceline.config import ModelSection
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
 from paceline.drafting.suffix_index import SuffixIndex
 from paceline.drafting.suffix_lookup import SuffixLookup, SuffixLookupSettings
@@ -46,7 +41,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 MAX_MATCH = SuffixLookupSettings().max_match
 ROUNDS = 200
-TOKENS_A_ROUND = 3
+TOKENS_PER_ROUND = 3
 SHARED_TOKENS = 2**18
 
 FIRST_USE = """
@@ -59,7 +54,7 @@ print(time.process_time() - began)
 
 
 def de_bruijn(k: int) -> Iterator[int]:
-    """An endless sequence over k ids in which all pairs, then all triples and so on occur."""
+    """Yield an endless sequence over k ids with all pairs, then all triples and so on."""
     order = 2
     while True:
         word = [0] * (k * order)
@@ -80,6 +75,7 @@ def de_bruijn(k: int) -> Iterator[int]:
 
 
 def fibonacci(n: int) -> list[int]:
+    """Return the first n letters of the infinite Fibonacci word."""
     a, b = [0], [0, 1]
     while len(b) < n:
         a, b = b, b + a
@@ -87,7 +83,7 @@ def fibonacci(n: int) -> list[int]:
 
 
 def own_source(n: int) -> list[int]:
-    """The repository's source as the bundled target's tokenizer reads it, again and again."""
+    """Return n tokens of the repository's source, repeated, in the bundled target's tokens."""
     tokenizer = load_tokenizer(ModelSection(model=str(ROOT / "zoo" / "target")))
     files = sorted((ROOT / "src").rglob("*.py"))
     text = "\n".join(path.read_text(encoding="utf-8") for path in files)
@@ -96,6 +92,7 @@ def own_source(n: int) -> list[int]:
 
 
 def texts(n: int) -> dict[str, list[int]]:
+    """Return name -> text of n tokens."""
     choose = random.Random(0)
     return {
         "own source": own_source(n),
@@ -109,23 +106,23 @@ def texts(n: int) -> dict[str, list[int]]:
     }
 
 
-def bulk(text: list[int]) -> tuple[float, float]:
-    """CPU microseconds and bytes a token, of one index that reads the text."""
+def time_bulk(text: list[int]) -> tuple[float, float]:
+    """Return CPU microseconds and bytes per token of one index that reads the text."""
     began = process_time()
     index = SuffixIndex(MAX_MATCH, len(text))
     index.extend(text)
     return (process_time() - began) / len(text) * 1e6, index.num_bytes() / len(text)
 
 
-def a_round(drafter: Drafter, text: list[int]) -> float:
-    """CPU microseconds of a proposal at the end of the text, with catching up."""
-    first = len(text) - ROUNDS * TOKENS_A_ROUND
+def time_round(drafter: Drafter, text: list[int]) -> float:
+    """Return CPU microseconds of a proposal at the end of the text, with catching up."""
+    first = len(text) - ROUNDS * TOKENS_PER_ROUND
     row = ReplayedRow(text[:first], first)
     drafter.start([row])
     while not drafter.prepare(row, 512):
         pass
     spent = []
-    for end in range(first + TOKENS_A_ROUND, len(text) + 1, TOKENS_A_ROUND):
+    for end in range(first + TOKENS_PER_ROUND, len(text) + 1, TOKENS_PER_ROUND):
         row.tokens.extend(text[len(row.tokens) : end])
         began = process_time()
         drafter.propose([row], [64])
@@ -134,8 +131,8 @@ def a_round(drafter: Drafter, text: list[int]) -> float:
     return median(spent) * 1e6
 
 
-def sharing(text: list[int]) -> SuffixLookup:
-    """A drafter with as much shared text as it holds, made of pieces of this text."""
+def share_text(text: list[int]) -> SuffixLookup:
+    """Return a drafter that is full of shared text, made of pieces of this text."""
     settings = SuffixLookupSettings(share=True, shared_tokens=SHARED_TOKENS)
     drafter = SuffixLookup("x", settings)
     assert drafter.shared is not None
@@ -147,6 +144,7 @@ def sharing(text: list[int]) -> SuffixLookup:
 
 
 def drafters() -> dict[str, Callable[[list[int]], Drafter]]:
+    """Return name -> function that makes the drafter for a text."""
     lookup = SuffixLookupSettings()
     wide = SuffixLookupSettings(
         num_draft_tokens=64, paths=64, min_match=1, length_offset=64, min_probability=0.0
@@ -155,16 +153,17 @@ def drafters() -> dict[str, Callable[[list[int]], Drafter]]:
         "prompt_lookup": lambda text: PromptLookup("x", PromptLookupSettings()),
         "suffix_lookup": lambda text: SuffixLookup("x", lookup),
         "of 64 tokens, any path": lambda text: SuffixLookup("x", wide),
-        "shared": sharing,
+        "shared": share_text,
     }
 
 
 def measure(
     name: str, text: list[int], repeats: int, on_turn: Callable[[], None]
 ) -> dict[str, Any]:
+    """Return a row of the table."""
     turns = []
     for _ in range(repeats):
-        turns.append(bulk(text))
+        turns.append(time_bulk(text))
         on_turn()
     row: dict[str, Any] = {
         "text": name,
@@ -173,13 +172,13 @@ def measure(
     }
     for label, make in drafters().items():
         drafter = make(text)
-        row[label] = median(a_round(drafter, text) for _ in range(repeats))
+        row[label] = median(time_round(drafter, text) for _ in range(repeats))
         on_turn()
     return row
 
 
 def first_use() -> dict[str, float]:
-    """CPU seconds of building a drafter in a new process: compiling, and from disk."""
+    """Return CPU seconds of building a drafter in a new process: compiling, and from disk."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "NUMBA_CACHE_DIR": folder}
 
@@ -194,6 +193,7 @@ def first_use() -> dict[str, float]:
 
 
 def markdown(rows: list[dict[str, Any]], first: dict[str, float], facts: dict[str, Any]) -> str:
+    """Return the page."""
     names = [name for name in rows[0] if name not in ("text", "bulk_us", "bytes_a_token")]
     lines = [
         "# The suffix index",
@@ -201,58 +201,44 @@ def markdown(rows: list[dict[str, Any]], first: dict[str, float], facts: dict[st
         f"{facts['cpu']}, one thread, numba {facts['numba']}, commit {facts['commit']}, "
         f"{facts['date']}. {facts['setting']}",
         "",
-        "| text | bulk, us a token | bytes a token | "
-        + " | ".join(f"{name}, us a round" for name in names)
-        + " |",
-        "|---|" + "---|" * (2 + len(names)),
-    ]
-    for row in rows:
-        cells = [f"{row['bulk_us']:.2f}", f"{row['bytes_a_token']:.0f}"]
-        cells += [f"{row[name]:.1f}" for name in names]
-        lines.append(f"| {row['text']} | " + " | ".join(cells) + " |")
-    lines += [
+        *table(
+            rows,
+            {
+                "text": "{text}",
+                "bulk, us per token": "{bulk_us:.2f}",
+                "bytes per token": "{bytes_a_token:.0f}",
+                **{f"{name}, us per round": f"{{{name}:.1f}}" for name in names},
+            },
+        ),
         "",
         f"Building the first drafter of a process: {first['compiled_s']:.1f} s where the code is "
-        f"compiled, {first['from_disk_s']:.2f} s where it lies on disk.",
+        f"compiled, {first['from_disk_s']:.2f} s where compiled code is on disk.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    """Measure every text and the first use."""
+    parser = make_parser(__doc__)
+    parser.set_defaults(threads=1)
     parser.add_argument("--tokens", type=int, default=32_768)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    options = parser.parse_args()
-    if options.tokens < 2 * ROUNDS * TOKENS_A_ROUND:
-        parser.error(f"--tokens must be at least {2 * ROUNDS * TOKENS_A_ROUND}")
-    transformers_logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    console = Console()
+    options = parse(parser)
+    if options.tokens < 2 * ROUNDS * TOKENS_PER_ROUND:
+        parser.error(f"--tokens must be at least {2 * ROUNDS * TOKENS_PER_ROUND}")
     rows = []
-    with progress(console) as report:
+    with show_progress() as report:
         for name, text in texts(options.tokens).items():
-            done = 0
-
-            def on_turn(name: str = name) -> None:
-                nonlocal done
-                done += 1
-                report(name, done, options.repeats + len(drafters()))
-
+            on_turn = count_steps(report, name, options.repeats + len(drafters()))
             rows.append(measure(name, text, options.repeats, on_turn))
-    facts: dict[str, Any] = circumstances()
-    facts["numba"] = version("numba")
-    facts["setting"] = (
-        f"Texts of {options.tokens} tokens; CPU time; medians of {options.repeats} turns, rounds of "
-        f"{ROUNDS} a turn. Shared text: {SHARED_TOKENS} tokens."
+    facts = describe_run(
+        f"Texts of {options.tokens} tokens; CPU time; medians of {options.repeats} turns, {ROUNDS} "
+        f"rounds per turn. Shared text: {SHARED_TOKENS} tokens."
     )
+    facts["numba"] = version("numba")
     first = first_use()
-    text = markdown(rows, first, facts)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "suffix.md").write_text(text)
     result = {"circumstances": facts, "rows": rows, "first_use": first}
-    (options.out / "suffix.json").write_text(json.dumps(result, indent=1) + "\n")
-    console.print(text, markup=False, highlight=False)
+    save(options.out, "suffix", markdown(rows, first, facts), result)
 
 
 if __name__ == "__main__":

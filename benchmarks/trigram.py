@@ -1,37 +1,35 @@
-"""What a tri-gram draft costs: compiled search against its readable twin, learning, building, loading.
+"""A tri-gram draft's costs: compiled search against its readable twin, learning, building, loading.
 
     python benchmarks/trigram.py [--out benchmarks/results] [--text-mb 4] [--places 100]
 
 A table of installed packages' source, read with the bundled target's tokenizer; drafts at places of
-files that are not in it, whose text up to there was learned. CPU time of one thread, the least of
-several runs at a place, the median over places. Writes trigram.json and trigram.md.
+files that are not in the table, after learning the text up to each place. CPU time of one thread, the
+minimum of several runs per place, the median over places. Writes trigram.json and trigram.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any
 
-import torch
-from rich.console import Console
+from paceline.drafting.foresight import ReplayedRow
+from paceline.drafting.trigram.reference import ReferenceStatistics, reference_tree
+from paceline.experiments.pipeline import build_trigrams
+from result_pages import save, table
+from timed_setup import make_parser, parse, show_progress
 
 from paceline.bench.circumstances import circumstances
 from paceline.cli.options import configured
-from paceline.cli.progress import progress
-from paceline.drafting.foresight import ReplayedRow
 from paceline.drafting.trigram import kernels
 from paceline.drafting.trigram.drafter import TrigramTree, TrigramTreeSettings
-from paceline.drafting.trigram.reference import ReferenceStatistics, reference_tree
 from paceline.drafting.trigram.search import Learned, TreeSearch
 from paceline.drafting.trigram.table import load_table
 from paceline.experiments.aded import installed_source
 from paceline.models.loading import load_tokenizer
-from paceline.verbs.trigrams import build_trigrams
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,8 +42,8 @@ SEARCHES = ("mcts", "greedy", "full")
 BUDGETS = (16, 64)
 
 
-def least(work: Callable[[], Any], runs: int = RUNS) -> float:
-    """CPU seconds of the quickest run."""
+def time_fastest(work: Callable[[], Any], runs: int = RUNS) -> float:
+    """Return CPU seconds of the fastest run."""
     seconds = []
     for _ in range(runs):
         began = process_time()
@@ -55,18 +53,19 @@ def least(work: Callable[[], Any], runs: int = RUNS) -> float:
 
 
 def as_dictionary(table: Table) -> dict[tuple[int, int], list[tuple[int, float]]]:
-    found = {}
+    """Return pair of tokens -> (successor, weight) pairs, the format of the readable twin."""
+    entries_of = {}
     successors, weights = table.successors.tolist(), table.weights.tolist()
     for t1 in range(len(table.starts) - 1):
         for pair in range(table.starts[t1], table.starts[t1 + 1]):
             first, last = table.offsets[pair], table.offsets[pair + 1]
             entries = zip(successors[first:last], weights[first:last], strict=True)
-            found[t1, int(table.seconds[pair])] = list(entries)
-    return found
+            entries_of[t1, int(table.seconds[pair])] = list(entries)
+    return entries_of
 
 
 def time_drafts(table: Table, text: list[int], places: list[int], **given: Any) -> dict[str, float]:
-    """Medians over places: a whole proposal, its search alone, and the twin's at some places."""
+    """Return medians over places: a whole proposal, its search alone, and the twin's at some places."""
     tri = TrigramTree("tri", TrigramTreeSettings(**given), table)
     s = tri.settings
     compiled, learned = TreeSearch(table, s), Learned(s.max_pairs)
@@ -82,8 +81,8 @@ def time_drafts(table: Table, text: list[int], places: list[int], **given: Any) 
         row.tokens = here = text[:place]
         tri.propose([row], [s.depth])  # learns what is new, so that the runs below do not
         compiled.learn(learned, here[before - 2 :])
-        whole.append(least(lambda: tri.propose([row], [s.depth])))
-        alone.append(least(lambda h=here: compiled.draft(learned, h, s.depth)))
+        whole.append(time_fastest(lambda: tri.propose([row], [s.depth])))
+        alone.append(time_fastest(lambda h=here: compiled.draft(learned, h, s.depth)))
         tokens, parents = compiled.draft(learned, here, s.depth)
         nodes.append(len(tokens))
         if len(twins) < TWIN_PLACES:
@@ -91,7 +90,7 @@ def time_drafts(table: Table, text: list[int], places: list[int], **given: Any) 
             ends, most = (text[place - 2], text[place - 1]), s.num_draft_tokens
             arguments = (search, s.depth, s.iterations, s.paths, most, ends, s.seed, place)
             assert reference_tree(twin, explore, *arguments) == (tokens, parents)
-            twins.append(least(lambda a=arguments: reference_tree(twin, explore, *a)))
+            twins.append(time_fastest(lambda a=arguments: reference_tree(twin, explore, *a)))
         before = place
     return {
         "nodes": median(nodes),
@@ -104,7 +103,7 @@ def time_drafts(table: Table, text: list[int], places: list[int], **given: Any) 
 
 
 def time_learning(table: Table, text: list[int]) -> float:
-    """Tokens a second of CPU time, from an empty overlay."""
+    """Return tokens learned per second of CPU time, from an empty overlay."""
     tri = TrigramTree("tri", TrigramTreeSettings(max_pairs=1 << 20), table)
     row = ReplayedRow(text, len(text))
 
@@ -112,10 +111,11 @@ def time_learning(table: Table, text: list[int]) -> float:
         tri.start([row])
         tri.prepare(row, len(text))
 
-    return len(text) / least(work)
+    return len(text) / time_fastest(work)
 
 
-def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Build the table and measure drafts and learning."""
     config = configured(options.config).model_copy(update={"drafters": {}})
     tokenizer = load_tokenizer(config.target)
     files = installed_source(int((options.text_mb + 1.0) * 1e6), set())
@@ -123,7 +123,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     source = "\n".join(path.read_text(encoding="utf-8") for path in held_out)
     text = tokenizer(source, verbose=False)["input_ids"]
     places = [200 + 23 * k for k in range(options.places) if 200 + 23 * k < len(text)]
-    with tempfile.TemporaryDirectory() as folder, progress(console) as report:
+    with tempfile.TemporaryDirectory() as folder, show_progress() as report:
         out = Path(folder, "table")
         began = perf_counter()
         facts = build_trigrams(config, out, corpus, on_progress=report)
@@ -153,49 +153,45 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    facts, table = result["circumstances"], result["table"]
+    """Return the page."""
+    facts, built = result["circumstances"], result["table"]
     lines = [
-        "# Tri-gram trees: what a draft costs",
+        "# Tri-gram trees: the cost of a draft",
         "",
         f"{facts['cpu']}, CPU time of one thread, 150 iterations, depth 4, median over "
         f"{result['places']} places, commit {facts['commit']}, {facts['date']}.",
         "",
-        "| search, most nodes | nodes | proposal, ms | slowest, ms | search alone, ms | twin, ms | "
-        "twin over search |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {name} | {d['nodes']:.0f} | {d['milliseconds']:.3f} | "
-        f"{d['slowest_milliseconds']:.3f} | {d['search_milliseconds']:.3f} | "
-        f"{d['twin_milliseconds']:.2f} | "
-        f"{d['twin_over_compiled']:.0f}x |"
-        for name, d in result["drafts"].items()
-    ]
-    lines += [
+        *table(
+            ({"name": name, **draft} for name, draft in result["drafts"].items()),
+            {
+                "search, maximum nodes": "{name}",
+                "nodes": "{nodes:.0f}",
+                "proposal, ms": "{milliseconds:.3f}",
+                "slowest, ms": "{slowest_milliseconds:.3f}",
+                "search alone, ms": "{search_milliseconds:.3f}",
+                "twin, ms": "{twin_milliseconds:.2f}",
+                "twin over search": "{twin_over_compiled:.0f}x",
+            },
+        ),
         "",
-        f"Learning: {result['learned_tokens_per_second'] / 1e6:.1f} M tokens a second. The table: "
-        f"{table['tokens'] / 1e6:.2f} M tokens read, {table['pairs']:,} pairs, "
-        f"{table['megabytes']:.1f} MB, built in {table['build_seconds']:.1f} s, mapped in "
-        f"{1e3 * table['load_seconds']:.1f} ms.",
+        f"Learning: {result['learned_tokens_per_second'] / 1e6:.1f} M tokens per second. The table: "
+        f"{built['tokens'] / 1e6:.2f} M tokens read, {built['pairs']:,} pairs, "
+        f"{built['megabytes']:.1f} MB, built in {built['build_seconds']:.1f} s, mapped in "
+        f"{1e3 * built['load_seconds']:.1f} ms.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    """Measure and write the results."""
+    parser = make_parser(__doc__)
+    parser.set_defaults(threads=1)
     parser.add_argument("--config", type=Path, default=Path("paceline.yaml"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--text-mb", type=float, default=4.0)
     parser.add_argument("--places", type=int, default=100)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    console = Console()
-    result = measure(options, console)
-    text = markdown(result)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "trigram.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.out / "trigram.md").write_text(text)
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    options = parse(parser)
+    result = measure(options)
+    save(options.out, "trigram", markdown(result), result)
 
 
 if __name__ == "__main__":

@@ -3,39 +3,39 @@
     python benchmarks/versus_transformers.py [--per-task 10] [--repeats 3] [--max-new-tokens 128]
 
 Batch 1, greedy, same weights, same prompts, seconds from prompt tokens to output tokens. Four pairs
-at float32 and at bfloat16: `none` against `generate`, `draft_model` against
-`generate(assistant_model=...)` with the same drafter (transformers gets the better of its default
-and of our draft length), `prompt_lookup` against `prompt_lookup_num_tokens`, `auto` against all.
-The policy of `auto` is learned here, on prompts that are not timed.
+at float32 and at bfloat16: `none` against `generate`; `draft_model` against
+`generate(assistant_model=...)` with the same drafter, where transformers gets the better of its default
+draft length and ours; `prompt_lookup` against `prompt_lookup_num_tokens`; `auto` against all. The
+policy of `auto` is learned here, on prompts that are not timed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+from paceline.experiments.pipeline import prepare
+from result_pages import by_task, describe_run, page, save, speeds, table
+from timed_setup import (
+    complete,
+    count_steps,
+    encode_timed,
+    fix_draft_length,
+    generate,
+    load_timed_config,
+    make_parser,
+    parse,
+    show_progress,
+)
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from paceline.assembly import Pace
-from paceline.bench.circumstances import circumstances, headline
-from paceline.bench.timed import Method, Timing, num_equal_outputs, select, tokens_per_second
-from paceline.cli.options import configured
-from paceline.cli.progress import progress
-from paceline.contracts import join_arm
-from paceline.experiments.by_clock import (
-    RecordingMethods,
-    encode_prompts,
-    time_methods,
-    without_prefixes,
-)
+from paceline.bench.timed import Method, Timing, time_interleaved
+from paceline.contracts import AUTO, NONE, join_arm
 from paceline.experiments.demo_prompts import demo_prompts
-from paceline.verbs.pipeline import in_folder, prepare
 
 GENERATE = "transformers generate"
 ASSISTED = "transformers assistant_model"
@@ -44,11 +44,11 @@ LOOKUP = "transformers prompt_lookup_num_tokens"
 DRAFTER, DRAFT_LENGTH = "general", 4
 DRAFT_ARM = join_arm(DRAFTER, DRAFT_LENGTH)
 LOOKUP_ARM = "lookup"
-SUFFIX_ARM = "suffix"  # without a counterpart: often the best single one
+SUFFIX_ARM = "suffix"  # has no counterpart; often the best single arm
 
 
 def transformers_methods(pace: Pace, dtype: torch.dtype, max_new_tokens: int) -> dict[str, Method]:
-    """transformers' counterparts, on instances of their own."""
+    """Return transformers' counterparts, with their own copies of the models."""
     config = pace.parts.config
 
     def load(folder: str) -> Any:
@@ -57,26 +57,11 @@ def transformers_methods(pace: Pace, dtype: torch.dtype, max_new_tokens: int) ->
     target = load(config.target.model)
     drafter_settings = config.drafters[DRAFTER].settings
     default, same = load(drafter_settings["model"]), load(drafter_settings["model"])
-    same.generation_config.num_assistant_tokens = DRAFT_LENGTH
-    same.generation_config.num_assistant_tokens_schedule = "constant"
-    same.generation_config.assistant_confidence_threshold = 0.0
+    fix_draft_length(same, DRAFT_LENGTH)
     lookup_tokens = config.drafters[LOOKUP_ARM].settings["num_draft_tokens"]
 
     def method(**extra: Any) -> Method:
-        def run(tokens: Any) -> list[int]:
-            ids = torch.tensor([list(tokens)])
-            with torch.inference_mode():
-                output = target.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    **extra,
-                )
-            answer: list[int] = output[0, ids.shape[1] :].tolist()
-            return answer
-
-        return run
+        return lambda tokens: generate(target, tokens, max_new_tokens, **extra)
 
     return {
         GENERATE: method(),
@@ -86,54 +71,44 @@ def transformers_methods(pace: Pace, dtype: torch.dtype, max_new_tokens: int) ->
     }
 
 
-def measure(dtype_name: str, options: argparse.Namespace, console: Console) -> list[Timing]:
+def our_methods(pace: Pace, max_new_tokens: int) -> dict[str, Method]:
+    """Return one method per arm that is compared."""
+
+    def method(arm: str) -> Method:
+        return lambda tokens: complete(pace, tokens, arm, max_new_tokens).token_ids
+
+    return {arm: method(arm) for arm in (NONE, DRAFT_ARM, LOOKUP_ARM, SUFFIX_ARM, AUTO)}
+
+
+def measure(dtype: str, options: argparse.Namespace) -> list[Timing]:
+    """Learn a policy, then time every method on every prompt."""
     collected, timed = demo_prompts(options.collect_per_task, options.per_task)
-    with tempfile.TemporaryDirectory() as folder, progress(console) as report:
-        config = configured(options.config, dtype=dtype_name, threads=options.threads)
+    with tempfile.TemporaryDirectory() as folder, show_progress() as report:
+        paths = {"store": "collection", "costs": "costs.json", "policy": "policy"}
         prepared = prepare(
-            without_prefixes(in_folder(config, Path(folder))),
+            load_timed_config(options, dtype, **{k: Path(folder, v) for k, v in paths.items()}),
             collected,
             options.max_new_tokens,
-            lambda stage, done, total: report(f"{dtype_name}: {stage}", done, total),
+            lambda stage, done, total: report(f"{dtype}: {stage}", done, total),
         )
-        pace = prepared.pace
-        ours = RecordingMethods(pace, max_new_tokens=options.max_new_tokens)
-        methods = {
-            name: ours.method(name) for name in ("none", DRAFT_ARM, LOOKUP_ARM, SUFFIX_ARM, "auto")
-        }
-        methods |= transformers_methods(pace, getattr(torch, dtype_name), options.max_new_tokens)
-        prompts = encode_prompts(pace, timed)
-        stage = f"{dtype_name}: timed runs"
-        return time_methods(methods, prompts, options.repeats, stage, report)
+        methods = our_methods(prepared.pace, options.max_new_tokens)
+        methods |= transformers_methods(
+            prepared.pace, getattr(torch, dtype), options.max_new_tokens
+        )
+        prompts = encode_timed(prepared.pace, timed)
+        total = len(prompts) * options.repeats * len(methods)
+        on_run = count_steps(report, f"{dtype}: timed runs", total)
+        return time_interleaved(methods, prompts, options.repeats, on_run=on_run)
 
 
 def summarise(timings: list[Timing], dtype: str) -> list[dict[str, Any]]:
-    """A row for every method: speed, speed-ups over plain decoding, texts equal to plain ones."""
-    methods = list(dict.fromkeys(t.method for t in timings))
-    domains = list(dict.fromkeys(t.domain for t in timings))
-    plain = {d: tokens_per_second(select(timings, "none", d)) for d in (None, *domains)}
-    rows = []
-    for name in methods:
-        own = select(timings, name)
-        rows.append(
-            {
-                "dtype": dtype,
-                "method": name,
-                "tokens_per_second": tokens_per_second(own),
-                "over_none": tokens_per_second(own) / plain[None],
-                "over_none_by_task": {
-                    d: tokens_per_second(select(own, domain=d)) / plain[d] for d in domains
-                },
-                "equal_to_none": num_equal_outputs(timings, name, "none"),
-                "prompts": len(own),
-                "tokens": sum(len(t.output_tokens) for t in own),
-            }
-        )
-    return rows
+    """Return a row per method."""
+    methods = dict.fromkeys(timing.method for timing in timings)
+    return [{"dtype": dtype, "method": name, **speeds(timings, name)} for name in methods]
 
 
-def pairs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each of ours over its counterpart, within a dtype and each side at its best dtype."""
+def compare_pairs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return our speeds over their counterparts', per dtype and with each side at its best dtype."""
 
     def speed(method: str, dtype: str | None) -> float:
         return max(
@@ -149,11 +124,11 @@ def pairs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         result.append(
             {
                 "dtype": dtype or "best of each side",
-                "none / generate": speed("none", dtype) / speed(GENERATE, dtype),
+                "none / generate": speed(NONE, dtype) / speed(GENERATE, dtype),
                 "draft_model / assistant_model": speed(DRAFT_ARM, dtype) / assisted,
                 "prompt_lookup / prompt_lookup": speed(LOOKUP_ARM, dtype) / speed(LOOKUP, dtype),
-                "auto / best of transformers": speed("auto", dtype) / best,
-                "auto / none": speed("auto", dtype) / speed("none", dtype),
+                "auto / best of transformers": speed(AUTO, dtype) / best,
+                "auto / none": speed(AUTO, dtype) / speed(NONE, dtype),
             }
         )
     return result
@@ -162,58 +137,41 @@ def pairs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def markdown(
     rows: list[dict[str, Any]], ratios: list[dict[str, Any]], facts: dict[str, Any]
 ) -> str:
-    domains = list(rows[0]["over_none_by_task"])
-    lines = [
-        "# paceline against transformers",
-        "",
-        f"{headline(facts, 'transformers')} {facts['setting']}",
-        "",
-        "| dtype | method | tokens/s | over `none` | " + " | ".join(domains) + " | same text |",
-        "|---|---|---|---|" + "---|" * (len(domains) + 1),
-    ]
-    for r in rows:
-        by_task = " | ".join(f"{r['over_none_by_task'][d]:.2f}" for d in domains)
-        lines.append(
-            f"| {r['dtype']} | {r['method']} | {r['tokens_per_second']:.0f} | "
-            f"{r['over_none']:.2f} | {by_task} | {r['equal_to_none']} of {r['prompts']} |"
-        )
-    names = list(ratios[0])
-    lines += ["", "| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    for ratio in ratios:
-        cells = [v if isinstance(v, str) else f"{v:.2f}x" for v in ratio.values()]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    """Return the page."""
+    lines = page("paceline against transformers", facts, "transformers")
+    lines += table(
+        rows,
+        {
+            "dtype": "{dtype}",
+            "method": "{method}",
+            "tokens/s": "{tokens_per_second:.0f}",
+            "over `none`": "{over_none:.2f}",
+            **by_task(rows[0], "over_none_by_task"),
+            "same text": "{equal_to_none} of {prompts}",
+        },
+    )
+    columns = {key: f"{{{key}:.2f}}x" for key in ratios[0]}
+    return "\n".join([*lines, "", *table(ratios, {**columns, "dtype": "{dtype}"})]) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--config", type=Path, default=Path("paceline.yaml"))
-    parser.add_argument("--per-task", type=int, default=10, help="timed prompts of each task")
+    """Run the comparison."""
+    parser = make_parser(__doc__, per_task=10, max_new_tokens=128)
     parser.add_argument("--collect-per-task", type=int, default=60, help="prompts to learn from")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    options = parser.parse_args()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    console = Console()
+    options = parse(parser)
     rows: list[dict[str, Any]] = []
     for dtype in ("float32", "bfloat16"):
-        rows += summarise(measure(dtype, options, console), dtype)
-    ratios = pairs(rows)
-    facts: dict[str, Any] = circumstances()
-    facts["setting"] = (
+        rows += summarise(measure(dtype, options), dtype)
+    ratios = compare_pairs(rows)
+    facts = describe_run(
         f"Batch 1, greedy, {options.per_task} prompts of each task, at most "
         f"{options.max_new_tokens} new tokens, median of {options.repeats} interleaved runs, "
         "seconds end to end."
     )
     text = markdown(rows, ratios, facts)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "versus_transformers.md").write_text(text)
     result = {"circumstances": facts, "methods": rows, "ratios": ratios}
-    (options.out / "versus_transformers.json").write_text(json.dumps(result, indent=1) + "\n")
-    console.print(text, markup=False, highlight=False)
+    save(options.out, "versus_transformers", text, result)
 
 
 if __name__ == "__main__":

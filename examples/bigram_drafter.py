@@ -1,4 +1,4 @@
-"""A drafter of your own: after each token, the one that last followed it in this row's text.
+"""A drafter of your own: it proposes, after each token, the one that last followed it in the row's text.
 
 In paceline.yaml, with this file's folder on PYTHONPATH:
 
@@ -11,11 +11,11 @@ from __future__ import annotations
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from paceline import GREEDY, Drafter, Drafts, SimulatedForesight, pad_drafts
+from paceline import Drafter, Drafts, pad_drafts
 
 
 class BigramSettings(BaseModel):
-    """What may stand under `settings`; anything else is refused with the nearest valid key."""
+    """The keys under `settings`; any other key is refused with the nearest valid one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -23,6 +23,8 @@ class BigramSettings(BaseModel):
 
 
 class Bigram(Drafter):
+    """A drafter of bigrams: each drafted token is the one that last followed the token before it."""
+
     kind = "bigram"
     nests = True  # a shorter draft is the beginning of a longer one
     Settings = BigramSettings
@@ -30,7 +32,7 @@ class Bigram(Drafter):
     def __init__(self, name, settings):
         super().__init__(name, settings.num_draft_tokens)
         self._followers = {}  # row id -> {token: the token that last followed it}
-        self._num_read = {}  # row id -> how many of the row's tokens are in there
+        self._num_read = {}  # row id -> number of the row's tokens that were read
 
     def start(self, rows):
         for row in rows:
@@ -55,6 +57,3 @@ class Bigram(Drafter):
         for row in rows:
             self._followers.pop(row.id, None)
             self._num_read.pop(row.id, None)
-
-    def would_accept(self, prompt, trajectory, p=None, sampling=GREEDY):
-        return SimulatedForesight(self, prompt, trajectory, sampling=sampling)

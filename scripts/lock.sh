@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Writes requirements.lock anew from pyproject.toml, through a fresh environment.
+# Rewrite requirements.lock from pyproject.toml, through a new environment.
 #
-#   scripts/lock.sh                     the newest versions that pyproject.toml admits
-#   scripts/lock.sh torch==2.13.0 ...   the same, with some of them chosen
+#   scripts/lock.sh                     the newest versions that pyproject.toml allows
+#   scripts/lock.sh torch==2.13.0 ...   the same, with some versions fixed
 #
 # Local version suffixes (+cpu) and torch's own CUDA packages are left out, so that one file serves
-# CPU and CUDA builds of torch: each build pins the CUDA packages it wants. triton must be the version
+# CPU and CUDA builds of torch: each build pins its CUDA packages. triton must be the version
 # that torch's CUDA build pins; the tests run its kernels in its interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

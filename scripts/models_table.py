@@ -1,7 +1,7 @@
 """Write the table of docs/models.md: every causal LM of the installed transformers, exact or refused.
 
 Usage: python scripts/models_table.py [NAME ...]; with names, only those are judged and printed.
-Exit code 1 if a model loads and gives another text than `generate`.
+Exit code 1 if a model loads and its text differs from that of `generate`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def main(names: list[str]) -> int:
     for name, model_type in architectures():
         if names and name not in names:
             continue
-        found = judge(name, model_type)
-        judged.append(found)
-        print(f"{found.result:13s} {found.architecture}  {found.reason}", flush=True)
+        judgement = judge(name, model_type)
+        judged.append(judgement)
+        print(f"{judgement.result:13s} {judgement.architecture}  {judgement.reason}", flush=True)
     wrong = [j.architecture for j in judged if j.result == "wrong"]
     if wrong:
         print(f"\nloaded and wrong: {', '.join(wrong)}", file=sys.stderr)

@@ -16,8 +16,8 @@ _NAMES = {
     "paceline.config": ("Config", "load_config"),
     "paceline.contracts": ("GREEDY", "Completion", "Drafts", "PromptRecord", "RowView"),
     "paceline.distillation": ("distill",),
-    "paceline.drafting.base": ("Drafter", "Foresight", "Needs", "Surroundings", "pad_drafts"),
-    "paceline.drafting.foresight": ("SimulatedForesight",),
+    "paceline.drafting.base": ("BuildContext", "DraftReplay", "Drafter", "Needs", "pad_drafts"),
+    "paceline.drafting.draft_replay": ("SimulatedReplay",),
     "paceline.errors": ("ConfigError", "PacelineError"),
     "paceline.experiments.catalog": ("experiment",),
     "paceline.experiments.demo_job": ("demo",),
@@ -33,19 +33,19 @@ _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "GREEDY",
+    "BuildContext",
     "Completion",
     "Config",
     "ConfigError",
+    "DraftReplay",
     "Drafter",
     "Drafts",
-    "Foresight",
     "Needs",
     "Pace",
     "PacelineError",
     "PromptRecord",
     "RowView",
-    "SimulatedForesight",
-    "Surroundings",
+    "SimulatedReplay",
     "build_trigrams",
     "collect",
     "data",
@@ -73,8 +73,8 @@ if TYPE_CHECKING:
     from paceline.config import Config, load_config
     from paceline.contracts import GREEDY, Completion, Drafts, PromptRecord, RowView
     from paceline.distillation import distill
-    from paceline.drafting.base import Drafter, Foresight, Needs, Surroundings, pad_drafts
-    from paceline.drafting.foresight import SimulatedForesight
+    from paceline.drafting.base import BuildContext, Drafter, Needs, pad_drafts
+    from paceline.drafting.draft_replay import DraftReplay, SimulatedReplay
     from paceline.errors import ConfigError, PacelineError
     from paceline.experiments.catalog import experiment
     from paceline.experiments.demo_job import demo

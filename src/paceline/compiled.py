@@ -1,8 +1,8 @@
-"""Python functions over flat arrays as machine code.
+"""Python functions over flat arrays, compiled to machine code.
 
-Compiled code is kept on disk beside the source, or in the user's cache folder where the package
-cannot be written to. A cache is renewed when its own file changes and not when a function that it
-calls does, so functions that call each other belong in one module.
+Compiled code is cached on disk next to the source, or in the user's cache folder if the package is
+read-only. The cache is renewed when its own file changes, not when a called function changes, so
+functions that call each other belong in one module.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ F = TypeVar("F", bound="Callable[..., Any]")
 
 
 def compiled(function: F) -> F:
-    """`function` without the interpreter; its arithmetic stays that of the IEEE standard."""
+    """Return `function` compiled, with the arithmetic of the IEEE standard."""
     machine: Any
     try:
         machine = numba.njit(cache=True, error_model="numpy")(function)
-    except RuntimeError:  # nowhere to keep it: then it is compiled once a process
+    except RuntimeError:  # no folder for the cache: it is compiled once per process
         machine = numba.njit(error_model="numpy")(function)
     return machine  # type: ignore[no-any-return]

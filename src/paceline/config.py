@@ -6,6 +6,7 @@ relative to the YAML file.
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -18,25 +19,13 @@ S = TypeVar("S", bound=BaseModel)
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 GenerationDefaults = Literal["auto", "none"]
-Learner = Literal[
-    "acceptance",
-    "reinforce",
-    "policy_gradient",
-    "cost_sensitive",
-    "knn",
-    "linucb",
-    "thompson",
-    "fixed",
-    "random",
-    "first_line_lookup",
-]
-
 
 MAX_DRAFT_TOKENS: Final = 64
 """Maximum draft length of the schema, the cost table and CUDA's captured steps."""
 
 # settings of drafters that name a file of paceline's, relative to the YAML
 _FILE_SETTINGS: Final = ("table", "skip_set")
+_MISSPELLED: Final = 0.65  # likeness of two keys, by difflib, from which one is taken for the other
 
 
 class Section(BaseModel):
@@ -96,17 +85,21 @@ class EngineSection(Section):
 
 
 class LearningSection(Section):
-    """How a policy is learned; `docs/learning.md` says what each learner does.
+    """How a policy is learned; `docs/learning.md` describes each learner.
 
-    draft_lengths: lengths at which a drafter is an arm beside its own, where drafts nest. alpha
+    Keys that are not listed here are options of learners. Each learner checks its own ones before it
+    trains, see `paceline.learning.learners`.
+
+    draft_lengths: lengths at which a drafter is an arm in addition to its own, where drafts nest. alpha
     weighs similarity, by `metric`, against cost in the alignment reward. objective: what is to be
     fast, this request, the machine, or a weight between (0 latency, 1 throughput). loads: rows in
-    flight that a chooser with built-in prices is trained for, and portable ones are judged by.
-    kinds and gate_decay are the acceptance learner's, optimism the bandits', hidden_units to
-    samples_per_prompt the networks'. seeds: learned so many times, from `seed` on.
+    flight for which a chooser with built-in prices is trained and portable ones are judged. held_out:
+    share of the prompts that the report is made on. seeds: number of trainings, from `seed` on.
     """
 
-    learner: Learner = "acceptance"
+    model_config = ConfigDict(extra="allow")
+
+    learner: str = "acceptance"
     draft_lengths: tuple[Annotated[int, Field(ge=1, le=MAX_DRAFT_TOKENS)], ...] = (
         1,
         2,
@@ -124,20 +117,18 @@ class LearningSection(Section):
         "latency"
     )
     loads: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 2, 4, 8, 16), min_length=1)
-    kinds: int = Field(default=48, ge=1)
-    gate_decay: float = Field(default=0.1, ge=0.0)
-    optimism: float = Field(default=0.5, ge=0.0)
-    hidden_units: int = Field(default=64, ge=1)
-    learning_rate: float = Field(default=3e-3, gt=0.0)
-    weight_decay: float = Field(default=1e-2, ge=0.0)
-    entropy_weight: float = Field(default=0.01, ge=0.0)
-    samples_per_prompt: int = Field(default=4, ge=1)
-    batch_size: int = Field(default=64, ge=1)
-    max_epochs: int = Field(default=200, ge=1)
-    patience: int = Field(default=25, ge=1)
     held_out: float = Field(default=0.25, gt=0.0, lt=1.0)
     seed: int = 0
     seeds: int = Field(default=1, ge=1, le=32)
+
+    @model_validator(mode="after")
+    def _no_misspelled_key(self) -> LearningSection:
+        """Refuse a key that is nearly one of the section's own; others may be a learner's."""
+        for key in self.model_extra or ():
+            if difflib.get_close_matches(key, LearningSection.model_fields, cutoff=_MISSPELLED):
+                valid = list(LearningSection.model_fields)
+                raise ValueError(f"unknown key 'learning.{key}'{suggest_name(key, valid)}")
+        return self
 
 
 EncoderName = Literal["target_hidden", "text_stats", "hashed_ngrams", "sentence"]

@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 import paceline
-from paceline.drafting.base import Needs, Surroundings
+from paceline.drafting.base import BuildContext, Needs
 from paceline.drafting.catalog import CATALOG
 from paceline.integrations.generation_settings import _REFUSED, _REFUSED_HERE
 from paceline.requests import RequestSettings
@@ -43,12 +43,12 @@ def test_the_index_of_drafters_has_every_kind() -> None:
 
 
 def test_what_a_drafter_of_ones_own_is_told_to_use_is_public() -> None:
-    words = ("Drafts", "pad_drafts", "SimulatedForesight", "Needs", "Surroundings", "ConfigError")
-    for name in (*words, "Drafter", "RowView", "Foresight"):
+    words = ("Drafts", "pad_drafts", "SimulatedReplay", "Needs", "BuildContext", "ConfigError")
+    for name in (*words, "Drafter", "RowView", "DraftReplay"):
         assert name in paceline.__all__
     for name in words:
         assert f"`{name}" in OWN, name
-    assert {f.name for f in fields(Surroundings)} >= {"target", "tokenizer", "drafters"}
+    assert {f.name for f in fields(BuildContext)} >= {"target", "tokenizer", "drafters"}
     assert fields(Needs)
     for kind in CATALOG.values():
         assert issubclass(kind.Settings, BaseModel)

@@ -156,7 +156,7 @@ def test_reported_outcomes_of_a_draft_agree_with_the_text(parts: Parts) -> None:
         done = pace_of(parts, controller, first).complete(
             list(prompt), max_new_tokens=LENGTH, ignore_eos=True
         )
-        foresight = parts.drafters["near"].would_accept(prompt, done.token_ids)
+        draft_replay = parts.drafters["near"].would_accept(prompt, done.token_ids)
         open_drafts: list[tuple[int, int]] = []  # (position, told so far)
         checked = 0
         for seen in controller.seen:
@@ -167,7 +167,7 @@ def test_reported_outcomes_of_a_draft_agree_with_the_text(parts: Parts) -> None:
                 open_drafts.append((position, 0))
             still = []
             for (start, known), one in zip(open_drafts, told, strict=True):
-                drafted, accepted = foresight.accepted(start, LENGTH - start - 1)
+                drafted, accepted = draft_replay.round_at(start, LENGTH - start - 1)
                 assert one.known == known
                 assert one.drafted == drafted
                 assert one.accepted == min(accepted, after - start)

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from paceline.assembly import Pace, Parts, build, build_from_objects
 from paceline.config import Config, DrafterSection, EngineSection, ModelSection
 from paceline.errors import ConfigError, ModelError
-from paceline.models import exact, language_model, packing, products
+from paceline.models import attention, cache, exact, products
 from paceline.models.exact import find_rows
 from paceline.models.language_model import LanguageModel
 from paceline.models.self_checks import check_exact
@@ -103,11 +103,11 @@ def test_the_check_holds_for_every_lean_architecture(architecture: str, dtype: t
 
 
 def attention_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Usual(packing.PackedBatch):
+    class Usual(attention.RowBatch):
         def __init__(self, *given: Any, **named: Any) -> None:
             super().__init__(*given[:5], **named)
 
-    monkeypatch.setattr(language_model, "PackedBatch", Usual)
+    monkeypatch.setattr(cache, "RowBatch", Usual)
 
 
 def trees_as_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:

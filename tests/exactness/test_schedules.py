@@ -113,8 +113,8 @@ def test_trees_change_nothing_and_replay_as_they_ran(world: World, arm: str) -> 
         completion = pace.complete(list(prompt), drafter=arm, max_new_tokens=LENGTH)
 
         assert completion.token_ids == expected
-        foresight = pace.parts.drafters[arm].would_accept(prompt, expected, None)
-        predicted = simulate(foresight, len(expected), LENGTH)
+        draft_replay = pace.parts.drafters[arm].would_accept(prompt, expected, None)
+        predicted = simulate(draft_replay, len(expected), LENGTH)
         assert [[r.drafted, r.accepted] for r in completion.rounds] == predicted.tolist()
 
 

@@ -15,11 +15,12 @@ import torch
 from scipy import stats
 
 from paceline.contracts import Request, SamplingParams
-from paceline.drafting.foresight import ReplayedRow
+from paceline.drafting.draft_replay import SimpleRow
 from paceline.drafting.none import NoneDrafter
 from paceline.drafting.trigram.build import build_table
 from paceline.drafting.trigram.corpora import TokenSequences
-from paceline.drafting.trigram.drafter import TrigramTree, TrigramTreeSettings
+from paceline.drafting.trigram.drafter import TrigramTree
+from paceline.drafting.trigram.settings import TrigramTreeSettings
 from paceline.drafting.trigram.table import load_table
 from paceline.engine import Driver, Engine
 from paceline.models.language_model import LanguageModel
@@ -127,7 +128,7 @@ def test_the_released_flow_does_not_emit_the_targets_distribution(
     for _ in range(NUM_REQUESTS):
         a = int(generator.choice(V, p=first / first.sum()))
         if a not in paths_of:
-            row = ReplayedRow([*PROMPT, a], len(PROMPT))
+            row = SimpleRow([*PROMPT, a], len(PROMPT))
             paths_of[a] = root_paths(tri, row)
         p = second[a] / second[a].sum()
         # every path row draws for itself, and the longest match wins
@@ -142,7 +143,7 @@ def test_the_released_flow_does_not_emit_the_targets_distribution(
     assert p_value(counts, distribution.sum(2)) < ALPHA
 
 
-def root_paths(tri: TrigramTree, row: ReplayedRow) -> list[list[int]]:
+def root_paths(tri: TrigramTree, row: SimpleRow) -> list[list[int]]:
     """Every path of the draft from the root to a leaf."""
     tri.start([row])
     drafts = tri.propose([row], [2])

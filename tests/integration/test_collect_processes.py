@@ -1,4 +1,4 @@
-"""`paceline collect` killed at any moment, and in several processes: the same files, each row once."""
+"""`paceline collect` gives the same files, each row once, when killed and with several processes."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from paceline.verbs.pipeline import collect
 NUM_KILLS = 6
 NUM_PROMPTS = 40
 
-# Imports take longer than the work, so they are shared: this process runs no model itself, forks a
+# Imports take longer than the work, so they are shared: this process runs no model itself. It forks a
 # child for every `paceline collect`, and kills the child. argv: a seed, then the command's arguments
-# with `STORE` where the folder goes, whole/ and killed/ beside it.
+# with `STORE` for the folder, which is whole/ or killed/.
 DRIVER = """
 import os, random, signal, sys, time
 import torch, transformers.models.llama.modeling_llama
@@ -55,13 +55,13 @@ left = int(os.environ["NUM_KILLS"])
 killed = 0
 while left:
     pid = start("killed")
-    # some way into the run by what it has written, then anywhere between two writes
+    # wait until the run has written some shards, then until any moment between two writes
     goal = shards("killed") + moments.randrange(1 + (total - shards("killed")) // (left + 1))
-    # an ended process is left to be waited for below, so that its id cannot be another's
+    # an ended process stays unwaited until below, so that no other process gets its id
     ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
     while shards("killed") < goal and os.waitid(os.P_PID, pid, ended) is None:
         time.sleep(0.001)
-    # no further than to the next write, however much slower the first run was
+    # at most until the next write, also if the first run was much slower
     until = time.monotonic() + moments.random() * took / total
     while shards("killed") <= goal and time.monotonic() < until:
         time.sleep(0.001)
@@ -107,7 +107,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked to share their imports")
-def test_killed_at_random_moments_a_run_ends_as_one_that_was_not(
+def test_a_run_killed_at_random_moments_ends_with_the_files_of_an_uninterrupted_run(
     config: Path, tmp_path: Path
 ) -> None:
     arguments = ["collect", "prompts.jsonl", "-c", str(config), "--store", "STORE"]
@@ -119,7 +119,7 @@ def test_killed_at_random_moments_a_run_ends_as_one_that_was_not(
         capture_output=True, text=True, check=False, timeout=HANGS,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
-    # it was killed in the midst of the work, not before or after it
+    # it was killed during the work, not before or after it
     seen = {line for line in ended.stdout.splitlines() if line.startswith("killed with")}
     assert len(seen) >= 3, ended.stdout
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
@@ -130,7 +130,7 @@ def test_killed_at_random_moments_a_run_ends_as_one_that_was_not(
             for id in pq.read_table(shard).column("id").to_pylist()
         ]
         num_prompts = sum(bool(i % 9) for i in range(1, NUM_PROMPTS + 1))
-        # drafters write to a prompt once, whatever its samplings
+        # drafters answer a prompt once for all samplings
         once = manifest.parent.parent.name == "outputs"
         assert len(ids) == len(set(ids)) == (num_prompts if once else 2 * num_prompts), manifest
     assert len(load_collection(tmp_path / "killed").prompts) == 2 * num_prompts
@@ -150,7 +150,7 @@ def test_two_processes_leave_the_same_files_as_one(config: Path, tmp_path: Path)
             scores=True, workers=workers,
         )  # fmt: skip
     assert content(tmp_path / "1") == content(tmp_path / "2")
-    # each stage is counted to its end
+    # progress counts each stage to its end
     assert {step for step in seen[1] if step[1] == step[2]} == {
         step for step in seen[2] if step[1] == step[2]
     }

@@ -470,7 +470,7 @@ def test_the_doctor_reads_of_a_drafter_what_it_says_of_itself(kind: str) -> None
     parts = build_from_objects(
         tiny_model(), byte_tokenizer(), {}, Config(target=ModelSection(model="in memory"))
     )
-    drafter = EXAMPLES[kind]("own", parts.surroundings())
+    drafter = EXAMPLES[kind]("own", parts.build_context())
     recorded = identity_of_arms({"own": drafter.identity()})["own"]
     settings = SimpleNamespace(num_draft_tokens=drafter.num_draft_tokens)
     assert line_before_weights(kind, settings, recorded) == recorded  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from paceline.assembly import Pace, build_from_objects
 from paceline.config import Config, ModelSection
 from paceline.contracts import SamplingParams
 from paceline.drafting.base import Needs
-from paceline.drafting.foresight import ReplayedRow
+from paceline.drafting.draft_replay import SimpleRow
 from paceline.errors import ConfigError, RequestError
 from paceline.integrations import hf
 from paceline.integrations.candidates import first_path
@@ -141,7 +141,7 @@ def test_of_a_tree_the_path_of_first_children_is_proposed() -> None:
     )
     assert found[0].tolist() == text
 
-    drafts = tree.propose([ReplayedRow(text[:8], 8)], [9])
+    drafts = tree.propose([SimpleRow(text[:8], 8)], [9])
     assert first_path(drafts) == [0, 2, 4]
     assert [int(drafts.tokens[0, k]) for k in first_path(drafts)] == text[8:11]
 

@@ -47,7 +47,7 @@ def collected(folder: Path, tokenizer: str) -> None:
     answers = {"a": ([1, 2, 3, 4], [5, 6, 7]), "b": ([9, 3, 4], [5, 8])}
     store.append(
         [
-            Trajectory(id, "x", tuple(prompt), tuple(output), "stop", 8, GREEDY).row()
+            Trajectory(id, "x", tuple(prompt), tuple(output), "stop", 8, GREEDY).to_row()
             for id, (prompt, output) in answers.items()
         ]
     )

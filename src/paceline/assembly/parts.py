@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from paceline.contracts import AT, AUTO, NONE, identity_of_arms
-from paceline.drafting.base import Surroundings
+from paceline.drafting.base import BuildContext
 from paceline.drafting.catalog import check_settings, find_kind
-from paceline.drafting.draft_model import DraftModel, DraftModelSettings
+from paceline.drafting.draft_model import DraftModel
 from paceline.drafting.none import NoneDrafter
 from paceline.errors import ConfigError
 from paceline.models.detokenizer import Detokenizer
@@ -52,10 +52,10 @@ class Parts:
         """Return the text of token ids, without special tokens."""
         return self.detokenizer(tokens)
 
-    def surroundings(self) -> Surroundings:
+    def build_context(self) -> BuildContext:
         """Return the parts that the next drafter may use when it is built."""
         chunk = self.config.engine.prefill_chunk
-        return Surroundings(self.target, self.tokenizer, self.vocabulary, self.drafters, chunk)
+        return BuildContext(self.target, self.tokenizer, self.vocabulary, self.drafters, chunk)
 
     def identities(self) -> dict[str, str]:
         """Return one comparable line per drafter."""
@@ -80,7 +80,7 @@ def build(config: Config) -> Parts:
     target = load_language_model(config.target, "target", config.exact)
     parts = Parts(config, target, tokenizer, vocabulary, {NONE: NoneDrafter()})
     for name, kind in kinds.items():
-        parts.drafters[name] = kind.build(name, settings[name], parts.surroundings())
+        parts.drafters[name] = kind.build(name, settings[name], parts.build_context())
     return parts
 
 
@@ -132,8 +132,7 @@ def _draft_model(name: str, model: PreTrainedModel, parts: Parts) -> DraftModel:
             f"{parts.vocabulary.num_tokens}; use a drafter with the target's tokenizer"
         )
     check_packed_forward(wrapped)
-    default = DraftModelSettings.model_fields["num_draft_tokens"].default
-    return DraftModel.beside(name, wrapped, default, parts.surroundings())
+    return DraftModel.from_model(name, wrapped, parts.build_context())
 
 
 def policy_identity(parts: Parts) -> PolicyIdentity:

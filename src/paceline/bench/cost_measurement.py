@@ -18,7 +18,7 @@ import torch
 from paceline.contracts import NONE, Request
 from paceline.costs.table import ENGINE, FORWARD, PREFILL, PROPOSE, ROUND, START, TARGET
 from paceline.drafting.contract import Draft, blaming, prepare_all
-from paceline.drafting.foresight import cache_text
+from paceline.drafting.draft_replay import cache_text
 from paceline.engine import Driver, Engine
 from paceline.engine.rows import Row
 from paceline.engine.step import propose, verify

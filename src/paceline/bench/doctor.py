@@ -23,8 +23,8 @@ from paceline.costs.table import CostTable
 from paceline.drafting.catalog import CATALOG, check_settings, find_kind
 from paceline.drafting.cross_vocabulary import CrossVocabularySettings, check_bridge
 from paceline.errors import ArtefactError, PacelineError, StoreError
-from paceline.models.language_model import cache_bytes_per_position
 from paceline.models.loading import DTYPES, load_config, load_tokenizer, resolve_device
+from paceline.models.model_facts import cache_bytes_per_position
 from paceline.models.vocabulary import Vocabulary
 from paceline.replay import price_stops, rounds_of
 from paceline.rewards import request_seconds

@@ -1,7 +1,7 @@
-"""What a collection says of itself: card.json for programs, CARD.md for people.
+"""The cards of a collection: card.json for programs, CARD.md for people.
 
-Both are written anew as a run begins and as it ends, from what was run and what is there; nothing is
-typed in by hand. The stores' manifests alone decide what exists: a lost card costs only its history.
+Both are rewritten when a run begins and when it ends, from the run's settings and the stored rows. The
+stores' manifests alone decide what exists: a lost card loses only the history of runs.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ CARD_MD: Final = "CARD.md"
 class Card:
     """The cards of a collection while one run adds to it.
 
-    The run is named when it begins, so that rows of one that was killed have a history, too.
+    The run is recorded when it begins, so that the rows of a killed run have a history.
     """
 
     def __init__(
         self, folder: Path, pace: Pace, encoder: FeatureEncoder, run: dict[str, Any]
     ) -> None:
         self._folder, self._run = folder, run
-        self._runs_before = _runs_before(folder)
+        self._earlier_runs = _read_runs(folder)
         parts = pace.parts
         self._facts = {
             "target": {
@@ -56,15 +56,15 @@ class Card:
 
     def write(self, rows: Sequence[Trajectory], finished: bool) -> None:
         """Replace both files."""
-        runs = [*self._runs_before, {**self._run, "finished": finished}]
-        facts = {**self._facts, "rows": _rows(rows), "runs": runs}
+        runs = [*self._earlier_runs, {**self._run, "finished": finished}]
+        facts = {**self._facts, "rows": _count_rows(rows), "runs": runs}
         as_json = json.dumps(facts, indent=1, ensure_ascii=False)
         write_atomically(self._folder / CARD_JSON, as_json.encode())
-        write_atomically(self._folder / CARD_MD, _page(facts).encode())
+        write_atomically(self._folder / CARD_MD, _render_page(facts).encode())
 
 
 def describe_run(pace: Pace, sources: Sequence[Path], settings: dict[str, Any]) -> dict[str, Any]:
-    """When, how and from which files."""
+    """Return the run's date, command, circumstances, prompt files and settings."""
     target = pace.parts.target
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -77,14 +77,14 @@ def describe_run(pace: Pace, sources: Sequence[Path], settings: dict[str, Any]) 
             "python": platform.python_version(),
             **{name: version(name) for name in ("paceline", "torch", "transformers")},
         },
-        "prompt_files": [_file(str(source)) for source in sources],
+        "prompt_files": [_describe_file(str(source)) for source in sources],
         **settings,
     }
 
 
-def _file(source: str) -> dict[str, str]:
-    """A saved dataset is a folder, perhaps with a split's name behind it: the hash is over its files'
-    hashes, by name.
+def _describe_file(source: str) -> dict[str, str]:
+    """Return name and hash. A saved dataset is a folder, optionally `folder:split`; its hash is over the
+    names and hashes of its files.
     """
     folder, _, split = source.rpartition(":")
     path = Path(folder) if folder and not Path(source).exists() else Path(source)
@@ -101,12 +101,14 @@ def _file(source: str) -> dict[str, str]:
     }
 
 
-def _rows(trajectories: Sequence[Trajectory]) -> list[dict[str, Any]]:
-    """Counts by task and sampling."""
-    counts = Counter((t.domain, sampling_label(t.sampling)) for t in trajectories)
+def _count_rows(trajectories: Sequence[Trajectory]) -> list[dict[str, Any]]:
+    """Return the numbers of rows and of output tokens by task and sampling."""
+    counts: Counter[tuple[str, str]] = Counter()
     tokens: Counter[tuple[str, str]] = Counter()
-    for t in trajectories:
-        tokens[t.domain, sampling_label(t.sampling)] += len(t.output_tokens)
+    for trajectory in trajectories:
+        key = trajectory.domain, sampling_label(trajectory.sampling)
+        counts[key] += 1
+        tokens[key] += len(trajectory.output_tokens)
     return [
         {"task": task, "sampling": label.removeprefix("@") or "greedy", "rows": count,
          "output_tokens": tokens[task, label]}
@@ -114,7 +116,7 @@ def _rows(trajectories: Sequence[Trajectory]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _runs_before(folder: Path) -> list[dict[str, Any]]:
+def _read_runs(folder: Path) -> list[dict[str, Any]]:
     try:
         runs = json.loads((folder / CARD_JSON).read_text(encoding="utf-8"))["runs"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -122,7 +124,7 @@ def _runs_before(folder: Path) -> list[dict[str, Any]]:
     return list(runs) if isinstance(runs, list) else []
 
 
-def _page(facts: dict[str, Any]) -> str:
+def _render_page(facts: dict[str, Any]) -> str:
     target = facts["target"]
     lines = [
         "# A collection of target outputs",

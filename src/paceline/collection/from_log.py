@@ -1,8 +1,7 @@
-"""Logged requests to a collection: what was served needs no decoding, only every arm's replay.
+"""Add logged requests to a collection: they need no decoding, only a replay of every arm.
 
-The log tells how one arm did on a request; with its token ids all of them can be replayed on it, as if
-each had been tried. Only greedy requests without rules are taken, for a collection's trajectories
-are the target's own greedy text. Knows no costs.
+The log shows one arm per request; its token ids let all arms be replayed. Only greedy requests without
+rules are added, because a collection's trajectories are the target's own greedy text. Knows no costs.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from paceline.collection.collect import SHARD_SIZE, CollectionReport, collect_trajectories
-from paceline.contracts import GREEDY, NONE, identity_of_arms
+from paceline.contracts import GREEDY, NONE, identity_of_arms, no_progress
 from paceline.errors import StoreError
 from paceline.store import Collection
 from paceline.store.layout import Trajectory
@@ -25,19 +24,19 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from paceline.assembly import Pace
-    from paceline.collection.workers import Progress
+    from paceline.contracts import Progress
     from paceline.store import LoggedDecision
 
 SERVED: Final = "served"
-"""The domain of logged prompts: what they are about was not said."""
+"""The domain of logged prompts, whose real domain is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogReport:
-    """What was taken from a log. left_out: why not, and of how many requests."""
+    """The counts of one run. left_out: reason -> number of requests."""
 
     num_added: int
-    num_present: int  # prompts that the collection had from the log before
+    num_present: int  # logged prompts that the collection had before
     left_out: dict[str, int]
     collection: CollectionReport
 
@@ -46,17 +45,17 @@ def collect_log(
     pace: Pace,
     decisions: Sequence[LoggedDecision],
     folder: Path | str,
-    on_progress: Progress = lambda stage, done, total: None,
+    on_progress: Progress = no_progress,
     shard_size: int = SHARD_SIZE,
 ) -> LogReport:
-    """Add what was served by this target to a collection, and replay every arm of `pace` on it.
+    """Add the requests that this target served to a collection, and replay every arm of `pace`.
 
-    Of a prompt served several times the longest answer is taken, once. Resumes as
-    `collect_trajectories` does. Raises StoreError if there is nothing to take.
+    A prompt that was served several times is added once, with its longest answer. Resumes like
+    `collect_trajectories`. Raises StoreError if no request can be added.
     """
     parts = pace.parts
     made_with = (parts.target.fingerprint(), parts.vocabulary.hash())
-    served, left_out = _usable(decisions, *made_with, parts.target.context_length)
+    served, left_out = _select(decisions, *made_with, parts.target.context_length)
     if not served:
         why = "; ".join(f"{count} {reason}" for reason, count in left_out.items())
         raise StoreError(
@@ -65,29 +64,28 @@ def collect_log(
     none = identity_of_arms({NONE: parts.drafters[NONE].identity()})[NONE]
     collection = Collection(Path(folder), *made_with, none, parts.target.hidden_size)
     present = collection.trajectories.ids()
-    missing = [id for id in sorted(served) if id not in present]
+    missing = [row for id, row in sorted(served.items()) if id not in present]
     for start in range(0, len(missing), shard_size):
         part = missing[start : start + shard_size]
-        collection.trajectories.append([_trajectory(id, served[id]).row() for id in part])
+        collection.trajectories.append([row.to_row() for row in part])
     report = collect_trajectories(pace, [], folder, max_new_tokens=1, on_progress=on_progress)
     return LogReport(len(missing), len(served) - len(missing), left_out, report)
 
 
-def _usable(
+def _select(
     decisions: Sequence[LoggedDecision], target: str, tokenizer: str, context: int
-) -> tuple[dict[str, LoggedDecision], dict[str, int]]:
-    """(id -> the decision with the longest answer, why others were left out)."""
-    found: dict[str, LoggedDecision] = {}
+) -> tuple[dict[str, Trajectory], dict[str, int]]:
+    """Return (id -> trajectory with the longest answer, reason -> number of requests left out)."""
+    served: dict[str, Trajectory] = {}
     left_out: Counter[str] = Counter()
     for decision in decisions:
         if reason := _why_not(decision, target, tokenizer, context):
             left_out[reason] += 1
             continue
-        tokens = np.array(decision.prompt_tokens, dtype="<i8").tobytes()
-        id = f"{SERVED}-{hashlib.sha256(tokens).hexdigest()[:16]}"
-        if id not in found or found[id].num_output < decision.num_output:
-            found[id] = decision
-    return found, dict(left_out)
+        row = _to_trajectory(decision)
+        if row.id not in served or len(served[row.id].output_tokens) < len(row.output_tokens):
+            served[row.id] = row
+    return served, dict(left_out)
 
 
 def _why_not(decision: LoggedDecision, target: str, tokenizer: str, context: int) -> str | None:
@@ -104,10 +102,11 @@ def _why_not(decision: LoggedDecision, target: str, tokenizer: str, context: int
     return None
 
 
-def _trajectory(id: str, decision: LoggedDecision) -> Trajectory:
+def _to_trajectory(decision: LoggedDecision) -> Trajectory:
     assert decision.prompt_tokens is not None and decision.output_tokens is not None
+    tokens = np.array(decision.prompt_tokens, dtype="<i8").tobytes()
     return Trajectory(
-        id=id,
+        id=f"{SERVED}-{hashlib.sha256(tokens).hexdigest()[:16]}",
         domain=SERVED,
         prompt_tokens=decision.prompt_tokens,
         output_tokens=decision.output_tokens,

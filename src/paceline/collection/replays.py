@@ -1,8 +1,8 @@
-"""Every drafter along every trajectory, and what draft models write on their own.
+"""Replay every drafter along every trajectory, and decode the draft models' own outputs.
 
-What is stored does not depend on costs. Drafters are completed one by one, so one that was added later
-is replayed without decoding. Their closeness to the target's distributions needs one more pass of the
-target over every text, so it is kept apart and made only where it is asked for.
+Stored results do not depend on costs. Each drafter has its own store, so that one added later is
+replayed without decoding. Scores against the target's distributions need one more pass of the target
+over every text, so they have their own store and are computed only on request.
 Symbols: T output tokens, V the target's logits width.
 """
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paceline.collection.trajectories import lone_driver
+from paceline.collection.trajectories import plain_driver
 from paceline.contracts import NONE, Request
 from paceline.drafting.contract import blaming
 from paceline.drafting.draft_model import DraftModel
@@ -25,66 +25,59 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from paceline.assembly import Pace, Parts
-    from paceline.collection.workers import Tick
-    from paceline.replay import Replay
+    from paceline.collection.workers import OnDone
     from paceline.store.layout import Trajectory
 
     Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class ReplayTask:
-    """Trajectories with the drafters that still are to be replayed on each."""
+class _DrafterTask:
+    """Trajectories, each with the drafters that lack it."""
 
     work: Sequence[tuple[Trajectory, Sequence[str]]]
 
     def __len__(self) -> int:
         return len(self.work)
 
-    def run(self, pace: Pace, tick: Tick) -> tuple[dict[str, Rows], dict[str, float]]:
-        """(rows of replays by drafter, seconds spent)."""
+
+class ReplayTask(_DrafterTask):
+    """Trajectories, each with the drafters that still have to be replayed on it."""
+
+    def run(self, pace: Pace, on_done: OnDone) -> tuple[dict[str, Rows], dict[str, float]]:
+        """Return (rows of replays by drafter, seconds by stage)."""
         rows: dict[str, Rows] = defaultdict(list)
         seconds: dict[str, float] = defaultdict(float)
         for trajectory, drafters in self.work:
             for name in drafters:
                 began = perf_counter()
-                rows[name].append(_replay_row(trajectory.id, _replay(pace.parts, trajectory, name)))
+                rows[name].append(_replay_row(pace.parts, trajectory, name))
                 seconds[f"replay:{name}"] += perf_counter() - began
-            tick(1)
+            on_done(1)
         return dict(rows), dict(seconds)
 
 
-def _replay(parts: Parts, row: Trajectory, name: str) -> Replay:
-    num_prompt = len(row.prompt_tokens)
-    limit = max_output(row.max_new_tokens, num_prompt, parts.target.context_length)
-    drafter = parts.drafters[name]
+def _replay_row(parts: Parts, row: Trajectory, name: str) -> dict[str, Any]:
+    limit = max_output(row.max_new_tokens, len(row.prompt_tokens), parts.target.context_length)
+    text = row.prompt_tokens, row.output_tokens
     with blaming(name):
-        return replay(drafter, row.prompt_tokens, row.output_tokens, limit, sampling=row.sampling)
-
-
-def _replay_row(id: str, result: Replay) -> dict[str, Any]:
-    kept, scores = result.record, result.scores
+        result = replay(parts.drafters[name], *text, limit, sampling=row.sampling)
+    scores = result.scores
     return {
-        "id": id,
-        "everywhere": kept.everywhere,
-        "drafted": kept.table[:, 0],
-        "accepted": kept.table[:, 1],
+        "id": row.id,
+        "everywhere": result.record.everywhere,
+        "drafted": result.record.table[:, 0],
+        "accepted": result.record.table[:, 1],
         "match": scores.match if scores else [],
         "confidence": scores.confidence if scores else [],
     }
 
 
-@dataclass(frozen=True, slots=True)
-class ScoreTask:
-    """Trajectories with the chain drafters whose closeness to the target is still to be scored."""
+class ScoreTask(_DrafterTask):
+    """Trajectories, each with the chain drafters that still have to be compared with the target."""
 
-    work: Sequence[tuple[Trajectory, Sequence[str]]]
-
-    def __len__(self) -> int:
-        return len(self.work)
-
-    def run(self, pace: Pace, tick: Tick) -> tuple[dict[str, Rows], dict[str, float]]:
-        """(rows of scores by drafter, seconds spent); all drafters share the target's pass."""
+    def run(self, pace: Pace, on_done: OnDone) -> tuple[dict[str, Rows], dict[str, float]]:
+        """Return (rows of scores by drafter, seconds by stage); drafters share the target's pass."""
         rows: dict[str, Rows] = defaultdict(list)
         parts = pace.parts
         began = perf_counter()
@@ -94,27 +87,18 @@ class ScoreTask:
             p = target_distributions(parts.target, *text, chunk, row.sampling)  # [T, V]
             for name in drafters:
                 with blaming(name), torch.inference_mode():
-                    foresight = parts.drafters[name].would_accept(*text, p, row.sampling)
-                    foresight.close()
-                scores = foresight.scores
-                found = {"ratio": scores.ratio, "overlap": scores.overlap} if scores else {}
-                rows[name].append({"id": row.id, "ratio": [], "overlap": [], **found})
-            tick(1)
+                    draft_replay = parts.drafters[name].would_accept(*text, p, row.sampling)
+                    draft_replay.close()
+                scores = draft_replay.scores
+                values = {"ratio": scores.ratio, "overlap": scores.overlap} if scores else {}
+                rows[name].append({"id": row.id, "ratio": [], "overlap": [], **values})
+            on_done(1)
         return dict(rows), {"scores": perf_counter() - began}
-
-
-def writers(parts: Parts) -> list[str]:
-    """Drafters that write a text of their own in the target's tokens."""
-    return [
-        name
-        for name, drafter in parts.drafters.items()
-        if isinstance(drafter, DraftModel) and drafter.needs.same_vocabulary
-    ]
 
 
 @dataclass(frozen=True, slots=True)
 class OutputTask:
-    """Prompts that a draft model is to answer itself."""
+    """Prompts to be answered by a draft model itself."""
 
     writer: str
     prompts: Sequence[Trajectory]
@@ -122,9 +106,9 @@ class OutputTask:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def run(self, pace: Pace, tick: Tick) -> Rows:
-        """Rows of outputs: greedy, under the target's limits and stops; nothing where the prompt exceeds
-        the model's context.
+    def run(self, pace: Pace, on_done: OnDone) -> Rows:
+        """Return rows of outputs: greedy, under the target's limits and stops; an output is empty where
+        the prompt exceeds the draft model's context.
         """
         drafter = pace.parts.drafters[self.writer]
         assert isinstance(drafter, DraftModel)
@@ -137,12 +121,18 @@ class OutputTask:
             if len(p.prompt_tokens) <= drafter.model.context_length
         ]
         outputs: dict[str, list[int]] = {p.prompt_id: [] for p in self.prompts}
-        driver = lone_driver(pace.parts, drafter.model)
+        driver = plain_driver(pace.parts, drafter.model)
         outputs.update({c.request_id: c.token_ids for c in driver.generate(requests)})
-        tick(len(self.prompts))
+        on_done(len(self.prompts))
         return [{"id": id, "output_tokens": tokens} for id, tokens in outputs.items()]
 
 
 def is_chain(parts: Parts, name: str) -> bool:
-    """Whether a drafter has a distribution at every place of a text, to compare with the target's."""
+    """Return whether a drafter has a distribution at every position, to compare with the target's."""
     return isinstance(parts.drafters[name], DraftModel)
+
+
+def is_writer(parts: Parts, name: str) -> bool:
+    """Return whether a drafter can write a text of its own in the target's tokens."""
+    drafter = parts.drafters[name]
+    return isinstance(drafter, DraftModel) and drafter.needs.same_vocabulary

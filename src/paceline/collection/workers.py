@@ -1,8 +1,8 @@
-"""Who does the parts of a collection: this process, or several beside it.
+"""A pool that runs the tasks of a collection in this process or in several.
 
-A small model leaves cores idle when one process drives them all, so parts may go to processes that
-load the models themselves. Results come back in the order of the parts whoever did them, and only this
-process writes. Knows what a part is only by its `run`.
+A small model leaves cores idle when one process drives them all, so tasks may go to processes that load
+the models themselves. Results come back in the order of the tasks, and only this process writes. Knows
+a task only by its length and its `run`.
 """
 
 from __future__ import annotations
@@ -27,74 +27,77 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from paceline.config import Config
+    from paceline.contracts import Progress
 
-    Tick = Callable[[int], None]
-    Progress = Callable[[str, int, int], None]
+    OnDone = Callable[[int], None]  # called with the number of prompts done since the last call
 
 R_co = TypeVar("R_co", covariant=True)
 R = TypeVar("R")
 
 
 class Task(Protocol[R_co]):
-    """A part of the work, of `len(task)` prompts; it and its result can be pickled."""
+    """Work on `len(task)` prompts; the task and its result can be pickled."""
 
     def __len__(self) -> int: ...
-    def run(self, pace: Pace, tick: Tick) -> R_co:
-        """tick(n): n more prompts are done."""
+    def run(self, pace: Pace, on_done: OnDone) -> R_co: ...
 
 
 class WorkerPool:
-    """Does tasks, in order. Made by `gather`."""
+    """Runs tasks and returns results in order. Opened by `open_pool`."""
 
-    def __init__(self, pace: Pace, pool: ProcessPoolExecutor | None, workers: int) -> None:
-        self._pace, self._pool, self._workers = pace, pool, workers
+    def __init__(self, pace: Pace, executor: ProcessPoolExecutor | None, workers: int) -> None:
+        self._pace, self._executor, self._workers = pace, executor, workers
 
-    def do(self, tasks: Sequence[Task[R]], stage: str, on_progress: Progress) -> Iterator[R]:
-        """The result of each task; on_progress(stage, done, total) counts prompts."""
+    def run_tasks(self, tasks: Sequence[Task[R]], stage: str, on_progress: Progress) -> Iterator[R]:
+        """Yield the result of each task; on_progress(stage, done, total) counts prompts."""
         total, done = sum(len(task) for task in tasks), 0
 
-        def tick(count: int) -> None:
+        def on_done(count: int) -> None:
             nonlocal done
             done += count
             on_progress(stage, done, total)
 
-        if self._pool is None:
+        if self._executor is None:
             for task in tasks:
-                yield task.run(self._pace, tick)
+                yield task.run(self._pace, on_done)
             return
-        for task, result in self._in_order(self._pool, tasks):
-            tick(len(task))
+        for task, result in self._run_in_order(self._executor, tasks):
+            on_done(len(task))
             yield result
 
-    def _in_order(
-        self, pool: ProcessPoolExecutor, tasks: Sequence[Task[R]]
+    def _run_in_order(
+        self, executor: ProcessPoolExecutor, tasks: Sequence[Task[R]]
     ) -> Iterator[tuple[Task[R], R]]:
-        """Only a few tasks ahead of what was taken, so that results do not pile up."""
+        """Yield (task, result); only a few tasks run ahead, so that results do not accumulate."""
         config = self._pace.parts.config
         threads = max(1, torch.get_num_threads() // self._workers)
         config = config.model_copy(update={"threads": threads})
         waiting = iter(tasks)
-        under_way: deque[tuple[Task[R], Future[R]]] = deque()
+        submitted: deque[tuple[Task[R], Future[R]]] = deque()
         try:
             while True:
-                room = 2 * self._workers - len(under_way)
-                under_way.extend((t, pool.submit(_run, config, t)) for t in islice(waiting, room))
-                if not under_way:
+                room = 2 * self._workers - len(submitted)
+                submitted.extend(
+                    (task, executor.submit(_run_in_worker, config, task))
+                    for task in islice(waiting, room)
+                )
+                if not submitted:
                     return
-                task, future = under_way.popleft()
+                task, future = submitted.popleft()
                 yield task, future.result()
         except BrokenProcessPool as error:
             raise PacelineError(
-                "a worker process ended, perhaps for lack of memory; what was finished is kept: "
-                "run it again, with fewer workers"
+                "a worker process ended, perhaps for lack of memory; finished rows are stored: run it "
+                "again, with fewer workers"
             ) from error
 
 
 @contextmanager
-def gather(pace: Pace, workers: int) -> Iterator[WorkerPool]:
-    """A pool of this process alone, or of `workers` that share its threads.
+def open_pool(pace: Pace, workers: int) -> Iterator[WorkerPool]:
+    """Yield a pool of this process alone, or of `workers` processes that share its threads.
 
-    Workers build their models from the configuration, so models in memory cannot have any.
+    Workers build their models from the configuration, so models in memory allow only one worker.
+    Raises ConfigError on fewer than one.
     """
     if workers < 1:
         raise ConfigError(f"workers must be at least 1, got {workers}")
@@ -102,29 +105,29 @@ def gather(pace: Pace, workers: int) -> Iterator[WorkerPool]:
         yield WorkerPool(pace, None, 1)
         return
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_end_with_parent)
+    executor = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_exit_with_parent)
     try:
-        yield WorkerPool(pace, pool, workers)
+        yield WorkerPool(pace, executor, workers)
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+def _exit_with_parent() -> None:
+    """End this worker when its parent ends; otherwise it would wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def watch() -> None:
+    def wait() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
 
 
-_built: list[Pace] = []  # a worker's own, built at its first task
+_built: list[Pace] = []  # of this worker, built at its first task
 
 
-def _run(config: Config, task: Task[R]) -> R:
+def _run_in_worker(config: Config, task: Task[R]) -> R:
     if not _built:
         _built.append(Pace(build(config)))
     return task.run(_built[0], lambda count: None)

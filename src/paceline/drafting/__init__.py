@@ -1,1 +1,1 @@
-"""PROPOSE: drafters behind one interface. Knows neither who chose them nor how they are judged."""
+"""PROPOSE: drafters with one interface. Knows neither how they are chosen nor how drafts are judged."""

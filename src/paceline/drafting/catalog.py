@@ -1,6 +1,6 @@
-"""Every kind of drafter, once. Exactness tests iterate over this list: registering is testing.
+"""The kinds of drafters. Exactness tests iterate over this list: registering is testing.
 
-A kind that is not listed may be a class elsewhere, named by where it is imported from:
+A kind that is not listed is a class of the user, named by its module:
 `kind: my_package.my_module:MyDrafter`.
 """
 
@@ -26,8 +26,6 @@ from paceline.drafting.union import Union
 from paceline.errors import ConfigError, suggest_name
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from paceline.config import Config, DrafterSection
 
 _KINDS: Final[tuple[type[Drafter], ...]] = (
@@ -40,13 +38,11 @@ _KINDS: Final[tuple[type[Drafter], ...]] = (
     LayerSkip,
     Union,
 )
-CATALOG: Final[Mapping[str, type[Drafter]]] = MappingProxyType(
-    {drafter.kind: drafter for drafter in _KINDS}
-)
+CATALOG: Final = MappingProxyType({kind.kind: kind for kind in _KINDS})
 
 
 def find_kind(name: str, kind: str) -> type[Drafter]:
-    """The class of a kind; ConfigError, in the name of the configured drafter, if there is none."""
+    """Return the class of a kind. Raises ConfigError, which names the drafter, if there is none."""
     if ":" in kind:
         return _import_kind(name, kind)
     if kind not in CATALOG:
@@ -60,26 +56,26 @@ def find_kind(name: str, kind: str) -> type[Drafter]:
 def _import_kind(name: str, kind: str) -> type[Drafter]:
     module, _, attribute = kind.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        drafter = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"drafter '{name}': cannot import kind '{kind}' ({error})") from error
-    if not (isinstance(found, type) and issubclass(found, Drafter)):
+    if not (isinstance(drafter, type) and issubclass(drafter, Drafter)):
         raise ConfigError(f"drafter '{name}': {kind} is not a subclass of paceline.Drafter")
-    settings = getattr(found, "Settings", None)
+    settings = getattr(drafter, "Settings", None)
     if not (isinstance(settings, type) and issubclass(settings, BaseModel)):
         raise ConfigError(f"drafter '{name}': {kind} has no `Settings`, a pydantic model")
-    return found
+    return drafter
 
 
 def check_settings(name: str, section: DrafterSection) -> BaseModel:
-    """The validated settings of a configured drafter; ConfigError names what is wrong."""
+    """Return a configured drafter's validated settings. Raises ConfigError for invalid ones."""
     schema = find_kind(name, section.kind).Settings
     return parse(schema, section.settings, f"drafter '{name}'")
 
 
 def arms_of(config: Config) -> list[str]:
-    """What a policy may choose: `none`, every drafter at its own length, and where drafts nest at each
-    shorter one of the configuration's `learning.draft_lengths`.
+    """Return the arms of a policy: `none` and every drafter at its own length; a drafter whose drafts
+    nest also at each shorter length in `learning.draft_lengths`.
     """
     arms = [NONE]
     for name, section in config.drafters.items():

@@ -1,7 +1,7 @@
-"""The contract of a drafter, checked wherever one is called: in a round, in a replay, in a union.
+"""The contract of a drafter, checked at every call: in a round, in a replay, in a union.
 
-A drafter may be anybody's code, so everything it returns is checked; a breach raises a DrafterError
-that says how. Ids outside the target's vocabulary are allowed: the target rejects them. Knows no
+A drafter may be code of the user, so everything it returns is checked; a breach raises a DrafterError
+that names it. Ids outside the target's vocabulary are allowed: the target rejects them. Knows no
 engine. Symbols: R rows, K width of a proposal's arrays, V the target's logits width.
 """
 
@@ -11,33 +11,43 @@ import operator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil, isfinite
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from paceline.contracts import Drafts
+from paceline.drafting.drawing import STOCHASTIC
 from paceline.errors import ENDS_ALL, DrafterError, describe, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from paceline.contracts import RowView
-    from paceline.drafting.base import Drafter
 
 MAX_NODES: Final = 1024
 """Maximum number of tokens per draft, whatever a drafter declares: a tree's mask grows quadratically."""
 
-# calls of `prepare` per piece of a text: a union prepares one part per call, and a part with another
-# tokenizer may need many pieces for one of the target's
+# maximum number of calls of `prepare` per piece of a text: a union prepares one part per call, and a
+# part with another tokenizer may need several pieces for one piece of the target's text
 _CALLS_PER_PIECE: Final = 64
 
-_MASS_ERROR: Final = 0.01  # of a distribution in half precision
-
-_STOCHASTIC: Final = ("residual", "block")  # methods whose judge weighs the drafter's distribution
+_MASS_ERROR: Final = 0.01  # of the sum of a distribution in half precision
 
 _INTEGERS: Final = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
+
+
+class Proposer(Protocol):
+    """The part of `Drafter` that rounds and replays call."""
+
+    num_draft_tokens: int
+
+    def start(self, rows: Sequence[RowView]) -> None: ...
+    def prepare(self, row: RowView, max_tokens: int) -> bool: ...
+    def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts: ...
+    def finish(self, rows: Sequence[RowView]) -> None: ...
+    def state_bytes(self, lengths: Sequence[int]) -> int: ...
 
 
 @dataclass(slots=True)
@@ -51,7 +61,7 @@ class Draft:
 
 @contextmanager
 def blaming(name: str, kind: str = "drafter") -> Iterator[None]:
-    """Raise whatever the block raises, except `ENDS_ALL`, as a DrafterError that names the drafter."""
+    """Raise the block's errors, except `ENDS_ALL`, as a DrafterError that names the drafter."""
     try:
         yield
     except ENDS_ALL:
@@ -63,7 +73,7 @@ def blaming(name: str, kind: str = "drafter") -> Iterator[None]:
 # --- numbers it declares -----------------------------------------------------------------------
 
 
-def read_length(drafter: Drafter) -> int:
+def read_length(drafter: Proposer) -> int:
     """Return the drafter's `num_draft_tokens`, a whole number, 0 or more."""
     length = drafter.num_draft_tokens
     if type(length) is not int:
@@ -73,38 +83,38 @@ def read_length(drafter: Drafter) -> int:
     return length
 
 
-def read_state_bytes(drafter: Drafter, lengths: Sequence[int]) -> float:
+def read_state_bytes(drafter: Proposer, lengths: Sequence[int]) -> float:
     """Return the drafter's `state_bytes`, a finite number, 0 or more."""
     given: Any = drafter.state_bytes(lengths)
     try:
-        found = float(given)
+        num_bytes = float(given)
     except (TypeError, ValueError):
-        found = -1.0
-    if isinstance(given, str) or not 0.0 <= found < float("inf"):
+        num_bytes = -1.0
+    if isinstance(given, str) or not 0.0 <= num_bytes < float("inf"):
         raise DrafterError(
             f"state_bytes gave {shown(given)}; it must be a number of bytes, 0 or more"
         )
-    return found
+    return num_bytes
 
 
 def read_whole(what: str, given: Any) -> int:
-    """Return a whole number of any library as Python's. Raises DrafterError for anything else."""
+    """Return a whole number of any library as an int. Raises DrafterError for anything else."""
     if not isinstance(given, bool | np.bool_):
         try:
             return operator.index(given)
         except TypeError:
-            pass  # told below
+            pass  # reported below
     raise DrafterError(f"{what} must be a whole number, got {shown(given)}")
 
 
 # --- its own prefill ------------------------------------------------------------------------------
 
 
-def prepare_piece(drafter: Drafter, row: RowView, max_tokens: int, num_calls: int) -> bool:
+def prepare_piece(drafter: Proposer, row: RowView, max_tokens: int, num_calls: int) -> bool:
     """Prepare one piece of a row's prefill; return whether it was the last.
 
     num_calls: calls for this row so far. Raises DrafterError for an answer that is not a bool, and
-    after so many calls that the prefill seems endless.
+    when the number of calls shows that the prefill does not end.
     """
     answer: Any = drafter.prepare(row, max_tokens)
     if answer is True or (isinstance(answer, np.bool_) and answer):
@@ -122,7 +132,7 @@ def prepare_piece(drafter: Drafter, row: RowView, max_tokens: int, num_calls: in
     return False
 
 
-def prepare_all(drafter: Drafter, row: RowView, max_tokens: int) -> None:
+def prepare_all(drafter: Proposer, row: RowView, max_tokens: int) -> None:
     """Prepare a started row completely, piece by piece."""
     num_calls = 0
     while not prepare_piece(drafter, row, max_tokens, num_calls):
@@ -164,7 +174,7 @@ def read_drafts(
         parents = _read_ids("parents", proposed.parents, len(rows), width)
         for i, length in enumerate(lengths):
             drafts[i].parents = parents[i][:length]
-            deepest = _height(parents[i][:length])
+            deepest = tree_depth(parents[i][:length])
             if deepest > max(0, limits[i]):
                 raise DrafterError(f"proposed a tree {deepest} deep where {limits[i]} was allowed")
     elif proposed.probs is not None and num_logits is not None:
@@ -201,12 +211,15 @@ def _read_ids(what: str, given: Any, num_rows: int, width: int) -> list[list[int
         raise DrafterError(f"proposed for {shape[0]} rows instead of {num_rows}")
     if shape[1] < width:
         raise DrafterError(f"{what} are {shape[1]} wide where a length says {width}")
-    found: list[list[int]] = (given if shape[1] == width else given[:, :width]).tolist()
-    return found
+    ids: list[list[int]] = (given if shape[1] == width else given[:, :width]).tolist()
+    return ids
 
 
-def _height(parents: Sequence[int]) -> int:
-    """Return the length of the longest path. Raises DrafterError unless parents precede children."""
+def tree_depth(parents: Sequence[int]) -> int:
+    """Return the length of a tree's longest path.
+
+    Raises DrafterError unless every parent precedes its children.
+    """
     levels: list[int] = []
     for k, parent in enumerate(parents):
         if parent == -1:
@@ -223,7 +236,7 @@ def _height(parents: Sequence[int]) -> int:
 def _read_probs(
     given: Any, rows: Sequence[RowView], drafts: Sequence[Draft], width: int, num_logits: int
 ) -> None:
-    """Set the distributions of the drafts whose judge uses them."""
+    """Set the distributions of the drafts whose judge reads them."""
     if not isinstance(given, Tensor) or not given.is_floating_point():
         kind = given.dtype if isinstance(given, Tensor) else shown(given)
         raise DrafterError(f"probs must be a tensor of floats, got {kind}")
@@ -233,17 +246,17 @@ def _read_probs(
             f"probs must have the shape [{len(rows)}, {width}, {num_logits}], rows, width and the "
             f"target's logits, got {shape}"
         )
-    weighed = [
-        i for i, row in enumerate(rows) if drafts[i].tokens and row.sampling.method in _STOCHASTIC
+    judged = [
+        i for i, row in enumerate(rows) if drafts[i].tokens and row.sampling.method in STOCHASTIC
     ]
-    if not weighed:
+    if not judged:
         return
     probs = given[:, :width].detach().float()
-    if len(weighed) < len(rows):
-        probs = probs[weighed]
+    if len(judged) < len(rows):
+        probs = probs[judged]
     # one copy from the device
     masses, lowest = torch.stack((probs.sum(dim=-1), probs.amin(dim=-1))).tolist()
-    for place, i in enumerate(weighed):
+    for place, i in enumerate(judged):
         draft = drafts[i]
         for k, token in enumerate(draft.tokens):
             mass, low = masses[place][k], lowest[place][k]

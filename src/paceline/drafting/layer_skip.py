@@ -1,28 +1,28 @@
 """The target drafts for itself, with some of its attention and MLP sub-layers left out.
 
-Draft & Verify, self-speculative decoding (arXiv 2309.08168). No weights of its own and no cache: a
-draft reads what full passes left in the target's cache and writes its own entries behind it, into
-the row's slot from its last token on; verification feeds the same tokens with all layers and writes
-over every one of them. So there is nothing to prefill and nothing to catch up with.
-Symbols: R rows, K draft length, V logits width, q the skipped model's distribution.
+Draft & Verify, self-speculative decoding (arXiv 2309.08168). It has no weights and no cache of its own:
+a draft reads the entries of full passes in the target's cache and writes its own after them, into the
+row's slot from its last token on. Verification feeds the same tokens with all layers and overwrites
+every such entry, so there is no prefill and nothing to catch up with. Order of the rules for a draft's
+length: drafting.draft_length. Symbols: R rows, K draft length, V logits width, q the skipped model's
+distribution.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 
 from paceline.config import MAX_DRAFT_TOKENS
 from paceline.contracts import GREEDY, Drafts
-from paceline.drafting.base import Drafter, Foresight, Needs, pad_drafts
-from paceline.drafting.draft_exit import DraftExit, ThresholdSettings
+from paceline.drafting.base import Drafter, Needs, pad_drafts
+from paceline.drafting.draft_length import AdaptiveThreshold, ThresholdSettings
+from paceline.drafting.draft_replay import CachedReplay, count_accepted
 from paceline.drafting.drawing import draw, empty_probs
-from paceline.drafting.foresight import CachedForesight
 from paceline.drafting.skip_set import SkipSet
 from paceline.errors import ConfigError
 from paceline.models.packing import Span
@@ -30,20 +30,21 @@ from paceline.models.self_checks import check_sublayers
 from paceline.models.sublayers import LayerSubset
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
     from paceline.contracts import RowView, SamplingParams
-    from paceline.drafting.base import Surroundings
+    from paceline.drafting.base import BuildContext
+    from paceline.drafting.draft_replay import DraftReplay
     from paceline.models.language_model import LanguageModel
     from paceline.models.vocabulary import Vocabulary
 
 
 class LayerSkipSettings(ThresholdSettings):
-    """Which sub-layers to leave out, as a file or as layer indices, and when to stop drafting.
+    """The sub-layers to leave out, as a file or as layer indices, and the stop rule.
 
-    stop: `threshold` is the published adaptive exit; `fixed` always drafts num_draft_tokens.
+    stop: `threshold` is the published adaptive exit; `fixed` drafts up to num_draft_tokens.
     """
 
     skip_set: Path | None = None
@@ -65,28 +66,25 @@ class LayerSkipSettings(ThresholdSettings):
 
 @dataclass(slots=True)
 class _RowState:
-    exit: DraftExit
-    num_tokens: int = 0  # the row had at its last draft
+    """A row's threshold and its last draft."""
+
+    exit: AdaptiveThreshold
+    num_tokens: int = 0  # of the row at its last draft
     draft: list[int] = field(default_factory=list)
-    full: bool = False
+    reached_limit: bool = False
 
     def learn(self, tokens: Sequence[int]) -> None:
-        """Count how much of the last draft the text went on with."""
-        accepted = 0
-        for token in self.draft:
-            place = self.num_tokens + accepted
-            if place >= len(tokens) or tokens[place] != token:
-                break
-            accepted += 1
-        self.exit.update(len(self.draft), accepted, self.full)
+        """Adapt the threshold to the accepted tokens of the last draft."""
+        accepted = count_accepted(self.draft, None, tokens[self.num_tokens :])
+        self.exit.update(len(self.draft), accepted, self.reached_limit)
         self.draft = []
 
 
 class LayerSkip(Drafter):
-    kind: ClassVar[str] = "layer_skip"
-    replays_everywhere = False  # every place would cost a draft with most of the target's layers
-    Settings: ClassVar[type[BaseModel]] = LayerSkipSettings
-    needs: ClassVar[Needs] = Needs(target_weights=True)
+    kind = "layer_skip"
+    replays_everywhere = False  # a draft costs most of a forward of the target
+    Settings = LayerSkipSettings
+    needs = Needs(target_weights=True)
 
     def __init__(
         self,
@@ -96,22 +94,14 @@ class LayerSkip(Drafter):
         settings: LayerSkipSettings,
         prefill_chunk: int = 512,
     ) -> None:
-        """subset: what is left out; the settings' own say is `subset_of`'s business."""
+        """subset: the sub-layers to leave out, instead of those in the settings."""
         super().__init__(name, settings.num_draft_tokens)
         self.subset = subset
         self.settings = settings
         self._target = target
         self._chunk = prefill_chunk
         self._states: dict[int, _RowState] = {}
-        self._stops_early = settings.stop == "threshold"
-
-    @contextmanager
-    def at_full_length(self) -> Iterator[None]:
-        before, self._stops_early = self._stops_early, False
-        try:
-            yield
-        finally:
-            self._stops_early = before
+        self.stops_early = settings.stop == "threshold"
 
     @classmethod
     def check(cls, name: str, settings: LayerSkipSettings, vocabulary: Vocabulary) -> None:
@@ -119,41 +109,41 @@ class LayerSkip(Drafter):
             SkipSet.load(settings.skip_set)
 
     @classmethod
-    def build(cls, name: str, settings: LayerSkipSettings, around: Surroundings) -> LayerSkip:
-        """Raises ModelError if the target's sub-layers cannot be skipped."""
-        subset = subset_of(name, settings, around.target)
-        check_sublayers(around.target)
-        return cls(name, around.target, subset, settings, around.prefill_chunk)
+    def build(cls, name: str, settings: LayerSkipSettings, context: BuildContext) -> LayerSkip:
+        """Build the drafter. Raises ModelError if the target's sub-layers cannot be skipped."""
+        subset = subset_of(name, settings, context.target)
+        check_sublayers(context.target)
+        return cls(name, context.target, subset, settings, context.prefill_chunk)
 
     def identity(self) -> dict[str, object]:
         rule: dict[str, object] = {"stop": self.settings.stop}
         if self.settings.stop == "threshold":
-            rule |= {key: getattr(self.settings, key) for key in ThresholdSettings.model_fields}
+            rule |= self.settings.model_dump(include=set(ThresholdSettings.model_fields))
         return {
             **super().identity(),
-            "skip_attention": _listed(self.subset.attention),
-            "skip_mlp": _listed(self.subset.mlp),
+            "skip_attention": _as_text(self.subset.attention),
+            "skip_mlp": _as_text(self.subset.mlp),
             **rule,
         }
 
     def start(self, rows: Sequence[RowView]) -> None:
         for row in rows:
-            self._states[row.id] = _RowState(DraftExit.of(self.settings))
+            self._states[row.id] = _RowState(AdaptiveThreshold.of(self.settings))
 
     def finish(self, rows: Sequence[RowView]) -> None:
         for row in rows:
             self._states.pop(row.id, None)
 
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
-        most = [max(0, min(limit, self.num_draft_tokens)) for limit in limits]
+        longest = [max(0, min(limit, self.num_draft_tokens)) for limit in limits]
         states = [self._states[row.id] for row in rows]
         for row, state in zip(rows, states, strict=True):
             state.learn(row.tokens)
         drafts: list[list[int]] = [[] for _ in rows]
-        probs = empty_probs(rows, max(most), self._target.num_logits, self._target.device)
+        probs = empty_probs(rows, max(longest), self._target.num_logits, self._target.device)
         # rows sorted by slot make one attention call
-        active = sorted((i for i, n in enumerate(most) if n), key=lambda i: rows[i].slot)
-        for step in range(max(most)):
+        active = sorted((i for i, n in enumerate(longest) if n), key=lambda i: rows[i].slot)
+        for step in range(max(longest)):
             members = [rows[i] for i in active]
             logits = self._forward(members, [drafts[i] for i in active])
             drawn = draw(members, logits, step, probs, active)
@@ -161,18 +151,19 @@ class LayerSkip(Drafter):
                 drafts[i].append(token)
             active = [
                 i
-                for i, confidence in zip(active, self._confidence(logits), strict=True)
-                if len(drafts[i]) < most[i] and not states[i].exit.ends(confidence)
+                for i, confidence in zip(active, self._confidences(logits), strict=True)
+                if len(drafts[i]) < longest[i] and not states[i].exit.ends(confidence)
             ]
             if not active:
                 break
-        for row, state, draft, n in zip(rows, states, drafts, most, strict=True):
-            state.num_tokens, state.draft, state.full = len(row.tokens), draft, len(draft) == n
+        for row, state, draft, n in zip(rows, states, drafts, longest, strict=True):
+            state.num_tokens, state.draft = len(row.tokens), draft
+            state.reached_limit = len(draft) == n
         tokens, lengths = pad_drafts(drafts, torch.device("cpu"))
         return Drafts(tokens, lengths, None if probs is None else probs[:, : tokens.shape[1]])
 
     def _forward(self, rows: Sequence[RowView], drafts: Sequence[Sequence[int]]) -> Tensor:
-        """Logits [R, V] behind each row's draft so far, the last token of which is fed."""
+        """Return logits [R, V] after each row's draft so far, by feeding its last token."""
         fed = [
             draft[-1] if draft else row.tokens[-1] for row, draft in zip(rows, drafts, strict=True)
         ]
@@ -183,13 +174,13 @@ class LayerSkip(Drafter):
         hidden = self._target.forward(torch.tensor(fed), spans, skip=self.subset)
         return self._target.unembed(hidden)
 
-    def _confidence(self, logits: Tensor) -> list[float]:
-        """max q of each row before any warping, [R]; 1 where the length alone decides."""
-        if not self._stops_early:
+    def _confidences(self, logits: Tensor) -> list[float]:
+        """Return max q of each row before any warping, [R]; 1 if no rule ends drafts early."""
+        if not self.stops_early:
             return [1.0] * len(logits)
         logits = logits.float()
-        sure: list[float] = (logits.amax(dim=-1) - logits.logsumexp(dim=-1)).exp().tolist()
-        return sure
+        largest: list[float] = (logits.amax(dim=-1) - logits.logsumexp(dim=-1)).exp().tolist()
+        return largest
 
     def would_accept(
         self,
@@ -197,16 +188,20 @@ class LayerSkip(Drafter):
         trajectory: Sequence[int],
         p: Tensor | None = None,
         sampling: SamplingParams = GREEDY,
-    ) -> Foresight:
-        return CachedForesight(self, self._target, prompt, trajectory, self._chunk, sampling)
+    ) -> DraftReplay:
+        return CachedReplay(self, self._target, prompt, trajectory, self._chunk, sampling)
 
 
 def subset_of(name: str, settings: LayerSkipSettings, target: LanguageModel) -> LayerSubset:
-    """What the settings leave out of this target. Raises ConfigError or ArtefactError."""
+    """Return the sub-layers of this target that the settings leave out.
+
+    Raises ConfigError for a layer that the target does not have, ArtefactError for a skip set that is
+    damaged or was made for another target.
+    """
     if settings.skip_set is not None:
-        found = SkipSet.load(settings.skip_set)
-        found.check(target, f"drafter '{name}'")
-        subset = found.subset
+        skip_set = SkipSet.load(settings.skip_set)
+        skip_set.check(target, f"drafter '{name}'")
+        subset = skip_set.subset
     else:
         subset = LayerSubset(frozenset(settings.skip_attention), frozenset(settings.skip_mlp))
     beyond = [i for i in subset.attention | subset.mlp if not 0 <= i < target.num_layers]
@@ -218,5 +213,5 @@ def subset_of(name: str, settings: LayerSkipSettings, target: LanguageModel) -> 
     return subset
 
 
-def _listed(indices: frozenset[int]) -> str:
+def _as_text(indices: frozenset[int]) -> str:
     return " ".join(map(str, sorted(indices)))

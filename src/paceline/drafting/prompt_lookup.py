@@ -1,38 +1,33 @@
-"""Drafts copied from the text so far: what followed the longest earlier match of its suffix.
+"""Drafts copied from the text so far: the tokens after the longest earlier match of its suffix.
 
-No model and no training; wins where the answer repeats the prompt or itself. Of equally long
-matches the latest is taken; a suffix index of each row finds it in the same time however long the
-text is. A match that reaches the end of the text is continued periodically, as copying token by
-token would. After prompt lookup decoding (Saxena, 2023), with the match length
-free up to `max_ngram` instead of tried from a short list.
+Needs no model and no training; fast where the answer repeats the prompt or itself. Of equally long
+matches the latest counts. A suffix index per row finds it in a time that does not depend on the length
+of the text. A match that reaches the end of the text is continued periodically, as copying token by
+token would. After prompt lookup decoding (Saxena, 2023), with every match length up to `max_ngram`
+instead of a short list. Order of the rules for a draft's length: drafting.draft_length.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from paceline.config import MAX_DRAFT_TOKENS
-from paceline.contracts import GREEDY, Drafts
-from paceline.drafting.base import Drafter, Foresight, pad_drafts
-from paceline.drafting.foresight import SimulatedForesight
-from paceline.drafting.suffix_index import RowIndices, SuffixIndex
+from paceline.config import MAX_DRAFT_TOKENS, Section
+from paceline.contracts import Drafts
+from paceline.drafting.base import Drafter, pad_drafts
+from paceline.drafting.suffix_index import RowIndices
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
-    from torch import Tensor
-
-    from paceline.contracts import RowView, SamplingParams
+    from paceline.contracts import RowView
+    from paceline.drafting.suffix_index import SuffixIndex
 
 
-class PromptLookupSettings(BaseModel):
-    """num_draft_tokens: most tokens a draft; min_ngram, max_ngram: bounds of the suffix matched."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class PromptLookupSettings(Section):
+    """num_draft_tokens: maximum per draft. min_ngram, max_ngram: bounds of the matched suffix."""
 
     num_draft_tokens: int = Field(default=8, ge=1, le=MAX_DRAFT_TOKENS)
     min_ngram: int = Field(default=2, ge=1)
@@ -45,26 +40,19 @@ class PromptLookupSettings(BaseModel):
         return self
 
 
-def longest_suffix_match(tokens: np.ndarray, min_ngram: int, max_ngram: int) -> int | None:
-    """Where the text continues after the longest earlier occurrence of its own suffix.
+def find_source(index: SuffixIndex, min_ngram: int) -> int | None:
+    """Return the index of the token after the longest earlier occurrence of the text's own suffix.
 
-    tokens: [n] integers. Returns an index below n, or None if no suffix of at least `min_ngram`
-    tokens occurs earlier.
+    None if no suffix of at least `min_ngram` tokens occurs earlier.
     """
-    index = SuffixIndex(max_ngram, len(tokens))
-    index.extend(tokens)
-    return _source(index, min_ngram)
-
-
-def _source(index: SuffixIndex, min_ngram: int) -> int | None:
-    found = index.match_own()
-    return found.source if found.length >= min_ngram else None
+    match = index.match_own()
+    return match.source if match.length >= min_ngram else None
 
 
 class PromptLookup(Drafter):
-    kind: ClassVar[str] = "prompt_lookup"
-    nests: ClassVar[bool] = True
-    Settings: ClassVar[type[BaseModel]] = PromptLookupSettings
+    kind = "prompt_lookup"
+    nests = True
+    Settings = PromptLookupSettings
 
     def __init__(self, name: str, settings: PromptLookupSettings) -> None:
         super().__init__(name, settings.num_draft_tokens)
@@ -86,20 +74,15 @@ class PromptLookup(Drafter):
     def num_bytes(self) -> int:
         return self._rows.num_bytes()
 
-    def draft(self, tokens: np.ndarray, limit: int) -> list[int]:
-        """At most `limit` tokens that may follow a text given whole, `tokens` [n]."""
-        source = longest_suffix_match(tokens, self.settings.min_ngram, self.settings.max_ngram)
-        return self._copied(tokens.tolist(), source, limit)
-
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
         drafts = []
         for row, limit in zip(rows, limits, strict=True):
-            source = _source(self._rows.of(row), self.settings.min_ngram)
-            drafts.append(self._copied(row.tokens, source, limit))
+            source = find_source(self._rows.of(row), self.settings.min_ngram)
+            drafts.append(self._copy(row.tokens, source, limit))
         return Drafts(*pad_drafts(drafts, torch.device("cpu")))
 
-    def _copied(self, tokens: Sequence[int], source: int | None, limit: int) -> list[int]:
-        """What copying token by token from `source` gives, from the text and then from the copy."""
+    def _copy(self, tokens: Sequence[int], source: int | None, limit: int) -> list[int]:
+        """Return up to `limit` tokens from `source` on, continued periodically after the text's end."""
         limit = min(limit, self.num_draft_tokens)
         if source is None or limit < 1:
             return []
@@ -108,12 +91,3 @@ class PromptLookup(Drafter):
         while len(copied) < limit:
             copied.append(copied[len(copied) - period])
         return copied
-
-    def would_accept(
-        self,
-        prompt: Sequence[int],
-        trajectory: Sequence[int],
-        p: Tensor | None = None,
-        sampling: SamplingParams = GREEDY,
-    ) -> Foresight:
-        return SimulatedForesight(self, prompt, trajectory, sampling=sampling)

@@ -1,8 +1,8 @@
-"""The answers to earlier requests as one bounded text, the oldest of them dropped first.
+"""The answers to earlier requests as one bounded text; the oldest are dropped first.
 
-Two suffix indices take turns: one is filled, the other is full or not there yet. When the first is
-full as well, the older one is dropped as a whole, so between half of the bound and all of it is kept
-and no request ever waits for something to be rebuilt. Knows no rows and no tenants.
+Two suffix indices alternate: one is being filled, the other is full or does not exist yet. When the
+first is full as well, the older one is dropped as a whole. So between half of the bound and all of it is
+kept, and no request waits for an index to be rebuilt. Knows no rows and no tenants.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
     from paceline.drafting.suffix_index import Match
 
-_END: Final = -1  # behind every answer; no token, so no match reaches across
+_END: Final = -1  # after every answer; it is no token, so no match crosses it
 
 
 class SharedText:
-    """parts: the indices to look in, the one that is being filled first."""
+    """parts: the indices to search; the first is the one being filled."""
 
     def __init__(self, max_match: int, max_tokens: int) -> None:
         self._max_match = max_match
@@ -30,20 +30,20 @@ class SharedText:
         self.parts = [self._empty()]
 
     def _empty(self) -> SuffixIndex:
-        # all room at once, so that growing never copies
+        # allocated at full size, so that growing never copies
         return SuffixIndex(self._max_match, self._room)
 
     def add(self, tokens: Sequence[int]) -> None:
-        """Keep an answer; only its end if it is longer than there is room for."""
+        """Keep an answer, or its end if it is longer than an index."""
         if not tokens:
             return
-        kept = [*tokens[-(self._room - 1) :], _END]
-        if self.parts[0].num_tokens + len(kept) > self._room:
+        answer = [*tokens[-(self._room - 1) :], _END]
+        if self.parts[0].num_tokens + len(answer) > self._room:
             self.parts = [self._empty(), self.parts[0]]
-        self.parts[0].extend(kept)
+        self.parts[0].extend(answer)
 
     def match(self, tokens: Sequence[int]) -> list[tuple[SuffixIndex, Match]]:
-        """The longest suffix of a row's tokens that each part has."""
+        """Return each part with the longest suffix of a row's tokens that occurs in it."""
         suffix = np.array(tokens[-self._max_match :], dtype=np.int32)
         return [(part, part.match(suffix)) for part in self.parts]
 

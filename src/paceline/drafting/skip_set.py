@@ -1,7 +1,7 @@
-"""A skip set: which sub-layers a target may leave out when it drafts for itself, as a small file.
+"""A skip set: the sub-layers that a target leaves out when it drafts for itself, as a small file.
 
-Written by `paceline layer-search`, read by the drafter `layer_skip`; good for one target only, whose
-fingerprint it names. `facts` is what the search wants to be remembered of itself.
+Written by `paceline layer-search`, read by the drafter `layer_skip`. It names the fingerprint of the
+target it was made for. `facts` describes the search.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from paceline.models.language_model import LanguageModel
 
 FORMAT_VERSION: Final = 1
-_AGAIN: Final = "run `paceline layer-search PROMPTS`"
+_HOW: Final = "run `paceline layer-search PROMPTS`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class SkipSet:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write as JSON, replacing the file whole."""
+        """Write as JSON, in one step. Raises ArtefactError if the file cannot be written."""
         content = {
             "format_version": FORMAT_VERSION,
             "target": self.target,
@@ -48,15 +48,15 @@ class SkipSet:
 
     @classmethod
     def load(cls, path: Path) -> SkipSet:
-        """Raises ArtefactError if there is none, or a damaged or other one."""
+        """Read a file. Raises ArtefactError if it is missing, damaged or of another version."""
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise ArtefactError(f"{path}: no skip set here; {_AGAIN}") from error
+            raise ArtefactError(f"{path}: no skip set here; {_HOW}") from error
         except (OSError, ValueError) as error:
-            raise ArtefactError(f"{path}: cannot be read ({error}); {_AGAIN} again") from error
+            raise ArtefactError(f"{path}: cannot be read ({error}); {_HOW} again") from error
         if not isinstance(raw, dict) or raw.get("format_version") != FORMAT_VERSION:
-            raise ArtefactError(f"{path}: not a skip set of this version; {_AGAIN} again")
+            raise ArtefactError(f"{path}: not a skip set of this version; {_HOW} again")
         try:
             return cls(
                 LayerSubset(
@@ -68,9 +68,9 @@ class SkipSet:
                 {key: value for key, value in raw.items() if key != "format_version"},
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise ArtefactError(f"{path}: damaged skip set ({error}); {_AGAIN} again") from error
+            raise ArtefactError(f"{path}: damaged skip set ({error}); {_HOW} again") from error
 
     def check(self, target: LanguageModel, where: str) -> None:
         """Raise ArtefactError unless it was made for this target."""
         if self.target != target.fingerprint():
-            raise ArtefactError(f"{where}: the skip set was made for another target; {_AGAIN}")
+            raise ArtefactError(f"{where}: the skip set was made for another target; {_HOW}")

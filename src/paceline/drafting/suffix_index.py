@@ -1,7 +1,7 @@
-"""Where a text's own suffix occurred before and what followed, kept up to date token by token.
+"""Earlier occurrences of a text's own suffix and the tokens after them, updated token by token.
 
-`SuffixIndex` owns the arrays that the kernels grow; `RowIndices` keeps one for each row and catches
-up with it, so a row may sit out as long as it likes. Knows no models and proposes nothing itself.
+`SuffixIndex` owns the arrays that the kernels grow; `RowIndices` keeps an index per row and reads the
+row's new tokens when it is asked. Knows no models.
 """
 
 from __future__ import annotations
@@ -16,49 +16,50 @@ if TYPE_CHECKING:
 
     from paceline.contracts import RowView
 
-_FEWEST: Final = 128  # tokens that there is room for at least
+_MIN_CAPACITY: Final = 128  # tokens
 
 
 class Match(NamedTuple):
-    """The longest suffix of a text that was found; `length` 0 is none."""
+    """The longest suffix of a text that occurs in an index; `length` 0 is none.
+
+    source: of the text's own suffix, the index of the token after its latest earlier occurrence.
+    """
 
     state: int
     length: int
-    source: int = (
-        -1
-    )  # where the text goes on behind its latest occurrence, if it was the text's own
+    source: int = -1
 
 
 class Tree(NamedTuple):
-    """What `SuffixIndex.grow` wrote."""
+    """The size of a draft that `SuffixIndex.grow` wrote."""
 
     num_tokens: int
     num_leaves: int
-    expected: float  # accepted tokens, as the counts have it
+    expected: float  # number of accepted tokens, estimated from the counts
 
 
 class SuffixIndex:
     """A suffix automaton of one text. Contexts of up to `max_match` tokens are counted.
 
-    num_tokens: those indexed so far. There is room for `capacity` tokens, more is made when needed.
+    num_tokens: tokens indexed so far. capacity: tokens to reserve room for; the index grows if needed.
     """
 
     def __init__(self, max_match: int, capacity: int = 0) -> None:
-        # late, because numba takes a second to import
+        # imported here because numba takes a second to import
         from paceline.drafting import suffix_kernels
 
         self._kernels = suffix_kernels
         self._header = np.zeros(7, dtype=np.int64)
         self._header[suffix_kernels.MAX_MATCH] = max_match
         self.num_tokens = 0
-        self._allocate(max(capacity, _FEWEST))
+        self._allocate(max(capacity, _MIN_CAPACITY))
         self._kernels.clear(self._automaton)
 
     def _allocate(self, capacity: int) -> None:
         self._capacity = capacity
         self._states = np.empty((2 * capacity + 2, 5), dtype=np.int32)
         self._edges = np.empty((3 * capacity + 2, 6), dtype=np.int32)
-        # a power of two that is 4/3 to 8/3 of the most edges there can be
+        # a power of two, 4/3 to 8/3 of the maximum number of edges
         self._table = np.full(1 << (4 * capacity - 1).bit_length(), -1, dtype=np.int32)
         self._automaton = (self._header, self._states, self._edges, self._table)
 
@@ -79,16 +80,16 @@ class SuffixIndex:
         self.num_tokens += len(tokens)
 
     def match_own(self) -> Match:
-        """The longest suffix of the text that occurs earlier, and its latest earlier occurrence."""
+        """Return the longest suffix of the text that occurs earlier, with its latest occurrence."""
         return Match(*self._kernels.own_match(self._automaton))
 
     def match(self, suffix: np.ndarray) -> Match:
-        """The longest suffix of another text's last tokens [n <= max_match] int32 that occurs here."""
+        """Return the longest suffix of other tokens [n <= max_match] int32 that occurs in the text."""
         return Match(*self._kernels.match(self._automaton, suffix))
 
     def grow(
         self,
-        found: Match,
+        match: Match,
         min_match: int,
         depth: int,
         paths: int,
@@ -96,23 +97,23 @@ class SuffixIndex:
         tokens: np.ndarray,
         parents: np.ndarray,
     ) -> Tree:
-        """Write the likeliest continuations behind a match into tokens and parents [K] int64.
+        """Write the likeliest continuations of a match into tokens and parents [K] int64.
 
-        A token's probability is the product, along its path, of how often it followed its context
-        over how often anything did. Best first, until K tokens are there or none is left that is at
-        least `min_probability` likely, at most `depth` deep and along one of `paths` paths. A context
-        that nothing followed, because it is where the text ends, is shortened from the left until
-        something did; below `min_match` tokens the path ends.
+        A token's probability is the product, along its path, of its count after its context over the
+        count of all tokens there. The best token is added first, until there are K tokens or none is
+        left with at least `min_probability`, at most `depth` deep, on at most `paths` paths. A context
+        that nothing followed, because the text ends there, is shortened from the left until something
+        did; below `min_match` tokens the path ends.
         """
         return Tree(
             *self._kernels.grow(
-                self._automaton, found.state, found.length,
+                self._automaton, match.state, match.length,
                 min_match, depth, paths, min_probability, tokens, parents,
             )
         )  # fmt: skip
 
     def num_bytes(self) -> int:
-        """Bytes of the arrays, with the room that is not used yet."""
+        """Return the bytes of the arrays, with their unused room."""
         return sum(array.nbytes for array in self._automaton)
 
 
@@ -125,7 +126,7 @@ class RowIndices:
         compile_kernels()
 
     def start(self, rows: Iterable[RowView]) -> None:
-        """Forget what was known of these ids; the text is read when it is asked for."""
+        """Forget earlier rows of these ids; the text is read when it is needed."""
         self.finish(rows)
 
     def finish(self, rows: Iterable[RowView]) -> None:
@@ -133,13 +134,13 @@ class RowIndices:
             self._by_row.pop(row.id, None)
 
     def prepare(self, row: RowView, max_tokens: int) -> bool:
-        """Read up to `max_tokens` more tokens of a row; True when none is left."""
+        """Read up to `max_tokens` more tokens of a row; return True when none is left."""
         index = self._index(row)
         index.extend(row.tokens[index.num_tokens : index.num_tokens + max_tokens])
         return index.num_tokens == len(row.tokens)
 
     def of(self, row: RowView) -> SuffixIndex:
-        """The row's index, after catching up with its tokens."""
+        """Return the row's index, after reading its new tokens."""
         index = self._index(row)
         if index.num_tokens < len(row.tokens):
             index.extend(row.tokens[index.num_tokens :])
@@ -158,14 +159,11 @@ class RowIndices:
 
 @cache
 def compile_kernels() -> None:
-    """Run every kernel once, so that the first request does not wait for the compiler.
-
-    Compiled code is kept on disk and only read again, unless no folder for it can be written.
-    """
+    """Run every kernel once, so that the first request does not wait for the compiler."""
     index = SuffixIndex(2)
-    index.extend(range(_FEWEST + 1))
+    index.extend(range(_MIN_CAPACITY + 1))
     index.extend([0, 1])
-    found: Any = index.match_own()
-    for match in (found, index.match(np.array([0, 1], dtype=np.int32))):
+    own: Any = index.match_own()
+    for match in (own, index.match(np.array([0, 1], dtype=np.int32))):
         out = np.empty((2, 4), dtype=np.int64)
         index.grow(match, 1, 4, 2, 0.1, out[0], out[1])

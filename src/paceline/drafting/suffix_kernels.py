@@ -1,12 +1,12 @@
 """A suffix automaton of token ids in flat arrays, grown token by token: the compiled loops.
 
-Knows no rows and no drafters, and never allocates what it grows: `SuffixIndex` owns the arrays and
-imports this module late, because numba takes a second that only those who look up should wait for.
+Knows no rows and no drafters. `SuffixIndex` owns the arrays, which this module never allocates, and
+imports it only when needed, because numba takes a second to import.
 
-A state stands for all strings that end at the same places of the text; its link is the longest of
-its suffixes that ends at more. At most 2n states and 3n edges for n tokens (Blumer et al., 1985). Only
-contexts of up to MAX_MATCH tokens are counted: an ended string is counted when a token follows, for
-itself and its suffixes, so a token costs at most MAX_MATCH steps however repetitive the text.
+A state is the set of all strings that end at the same places of the text; its link is the longest of
+its suffixes that ends at more places. n tokens have at most 2n states and 3n edges (Blumer et al.,
+1985). Only contexts of up to MAX_MATCH tokens are counted. A string is counted when a token follows it,
+with all its suffixes, so a token costs at most MAX_MATCH steps in any text.
 """
 
 from __future__ import annotations
@@ -16,28 +16,29 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import numpy as np
 
 from paceline.compiled import compiled
+from paceline.noise.kernels import mix
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     Automaton = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
-# numba compiles a function again for every width of its integers, so what is read becomes int64
+# numba compiles a function again for every width of its integers, so values read become int64
 wide = cast("Callable[[Any], int]", np.int64)
 
 # header  [7] int64
 NUM_TOKENS, NUM_STATES, NUM_EDGES, WHOLE, CONTEXT, CONTEXT_LENGTH, MAX_MATCH = range(7)
-# states  [S, 5] int32: longest string, link, first edge; how often a token followed, and where last
+# states  [S, 5] int32: longest string, link, first edge; count of tokens that followed, latest place
 LENGTH, LINK, FIRST, FOLLOWED, SOURCE = range(5)
-# edges  [E, 6] int32: a state's edges are a list, the one taken last in front; how often taken
+# edges  [E, 6] int32: a state's edges are a list, the latest in front; count of uses
 OWNER, TOKEN, TARGET, NEXT, PREVIOUS, COUNT = range(6)
 # table  [power of two] int32: edges by owner and token, -1 where free; open addressing
 
 ROOT: Final = 0
-# of a context's distinct continuations those seen last are considered, which bounds a round
+# a context's latest distinct continuations are considered, up to this number, which bounds a round
 SCANNED: Final = 32
 # candidates of a tree  [C, 6] int32
-_TOKEN, _PARENT, _STATE, _LENGTH, _LEVEL, _BEHIND = range(6)
+_TOKEN, _PARENT, _STATE, _LENGTH, _LEVEL, _NEXT = range(6)
 
 
 # --- edges ----------------------------------------------------------------------------------------
@@ -45,16 +46,14 @@ _TOKEN, _PARENT, _STATE, _LENGTH, _LEVEL, _BEHIND = range(6)
 
 @compiled
 def _place(table: np.ndarray, owner: int, token: int) -> int:
-    """Where the search for an edge begins."""
+    """Return the place at which the search for an edge starts."""
     key = np.uint64(owner) << np.uint64(32) ^ np.uint64(np.uint32(token))
-    key = (key ^ (key >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-    key = (key ^ (key >> np.uint64(32))) * np.uint64(0x94D049BB133111EB)
-    return wide((key >> np.uint64(29)) & np.uint64(len(table) - 1))
+    return wide(mix(key) & np.uint64(len(table) - 1))
 
 
 @compiled
 def _find(edges: np.ndarray, table: np.ndarray, owner: int, token: int) -> int:
-    """The edge of a state by a token, -1 if there is none."""
+    """Return the edge of a state by a token, -1 if there is none."""
     place = _place(table, owner, token)
     while True:
         edge = wide(table[place])
@@ -80,7 +79,7 @@ def rehash(edges: np.ndarray, num_edges: int, table: np.ndarray) -> None:
 
 @compiled
 def _to_front(states: np.ndarray, edges: np.ndarray, edge: int) -> None:
-    """Put an edge that is in no list before its owner's others."""
+    """Put an edge that is in no list in front of its owner's list."""
     owner = edges[edge, OWNER]
     first = states[owner, FIRST]
     edges[edge, PREVIOUS] = -1
@@ -107,12 +106,12 @@ def _add_edge(automaton: Automaton, owner: int, token: int, target: int, count: 
 def _take(states: np.ndarray, edges: np.ndarray, edge: int) -> None:
     """Count an edge once more and put it in front."""
     edges[edge, COUNT] += 1
-    before, behind = edges[edge, PREVIOUS], edges[edge, NEXT]
-    if before < 0:
+    previous, following = edges[edge, PREVIOUS], edges[edge, NEXT]
+    if previous < 0:
         return
-    edges[before, NEXT] = behind
-    if behind >= 0:
-        edges[behind, PREVIOUS] = before
+    edges[previous, NEXT] = following
+    if following >= 0:
+        edges[following, PREVIOUS] = previous
     _to_front(states, edges, edge)
 
 
@@ -133,7 +132,7 @@ def _new_state(header: np.ndarray, states: np.ndarray, length: int) -> int:
 
 @compiled
 def clear(automaton: Automaton) -> None:
-    """An empty text. The table must be all -1."""
+    """Make the text empty. The table must be all -1."""
     header, states, _, _ = automaton
     header[:MAX_MATCH] = 0
     states[_new_state(header, states, 0), LINK] = -1
@@ -141,7 +140,7 @@ def clear(automaton: Automaton) -> None:
 
 @compiled
 def extend(automaton: Automaton, tokens: np.ndarray) -> None:
-    """Append tokens [n] int32 to the text. There must be room for them."""
+    """Append tokens [n] int32 to the text. The arrays must have room for them."""
     for i in range(len(tokens)):
         _append(automaton, tokens[i])
 
@@ -163,8 +162,8 @@ def _append(automaton: Automaton, token: int) -> None:
     if known >= 0:
         states[new, LINK] = _class_of(automaton, known, token, edge, new)
     _count(automaton, token, states[known, LENGTH] if known >= 0 else -1)
-    # if the context's own state was split, it is one of repetitions of this token, which went on to
-    # `new`: the bound takes it from there to the half that now stands for it
+    # if the context's own state was split, the context repeats this token and its edge leads to `new`;
+    # `_bounded` moves it from there to the half that now holds the context
     edge = _find(edges, table, header[CONTEXT], token)
     header[CONTEXT], header[CONTEXT_LENGTH] = _bounded(
         states, edges[edge, TARGET], header[CONTEXT_LENGTH] + 1, header[MAX_MATCH]
@@ -175,7 +174,7 @@ def _append(automaton: Automaton, token: int) -> None:
 
 @compiled
 def _class_of(automaton: Automaton, known: int, token: int, edge: int, new: int) -> int:
-    """The state of `known`'s longest string with the token behind it, split off if need be."""
+    """Return the state of `known`'s longest string plus the token, splitting a state if needed."""
     header, states, edges, table = automaton
     target = wide(edges[edge, TARGET])
     length = states[known, LENGTH] + 1
@@ -208,7 +207,7 @@ def _class_of(automaton: Automaton, known: int, token: int, edge: int, new: int)
 def _count(automaton: Automaton, token: int, num_known: int) -> None:
     """Count that the token followed the context and its suffixes.
 
-    num_known: length up to which it had followed them before; longer ones have a fresh edge.
+    num_known: length up to which it followed them earlier; longer ones have a new edge.
     """
     header, states, edges, table = automaton
     state = header[CONTEXT]
@@ -222,7 +221,7 @@ def _count(automaton: Automaton, token: int, num_known: int) -> None:
 
 @compiled
 def _bounded(states: np.ndarray, state: int, length: int, max_match: int) -> tuple[int, int]:
-    """The state of the last `max_match` tokens of a string that is at most one token longer."""
+    """Return the state of the last `max_match` tokens of a string at most one token longer."""
     if length > max_match:
         length = max_match
         if states[states[state, LINK], LENGTH] >= max_match:
@@ -230,12 +229,12 @@ def _bounded(states: np.ndarray, state: int, length: int, max_match: int) -> tup
     return wide(state), wide(length)
 
 
-# --- questions ------------------------------------------------------------------------------------
+# --- matches --------------------------------------------------------------------------------------
 
 
 @compiled
 def _followed(states: np.ndarray, state: int, length: int) -> tuple[int, int]:
-    """The longest suffix of a string that some token followed; the root if there is none."""
+    """Return the longest suffix of a string that some token followed; the root if there is none."""
     while state != ROOT and states[state, FOLLOWED] == 0:
         state = wide(states[state, LINK])
         length = min(length, wide(states[state, LENGTH]))
@@ -244,7 +243,7 @@ def _followed(states: np.ndarray, state: int, length: int) -> tuple[int, int]:
 
 @compiled
 def own_match(automaton: Automaton) -> tuple[int, int, int]:
-    """The longest suffix of the text that occurs earlier: state, length, where the latest goes on."""
+    """Return the longest suffix of the text that occurs earlier: state, length, the token after it."""
     header, states, _, _ = automaton
     state, length = _followed(states, header[CONTEXT], header[CONTEXT_LENGTH])
     return state, length, wide(states[state, SOURCE])
@@ -252,7 +251,7 @@ def own_match(automaton: Automaton) -> tuple[int, int, int]:
 
 @compiled
 def match(automaton: Automaton, tokens: np.ndarray) -> tuple[int, int]:
-    """The longest suffix of other tokens [n <= MAX_MATCH] that this text has: state, length."""
+    """Return the longest suffix of other tokens [n <= MAX_MATCH] in this text: state, length."""
     _, states, edges, table = automaton
     state, length = wide(ROOT), wide(0)
     for i in range(len(tokens)):
@@ -278,18 +277,18 @@ def grow(
     tokens: np.ndarray,
     parents: np.ndarray,
 ) -> tuple[int, int, float]:
-    """The likeliest continuations of a context as a tree, into tokens and parents [K] int64.
+    """Write the likeliest continuations of a context as a tree into tokens and parents [K] int64.
 
-    Returns nodes, leaves and the expected number of tokens accepted, which is the sum of the nodes'
-    probabilities. Of equally likely ones that comes first whose parent came first, then the latest.
+    Returns the number of nodes, of leaves and of expected accepted tokens, the sum of the nodes'
+    probabilities. Equally likely nodes are in the order of their parents, then the latest first.
     """
     header, states, edges, _ = automaton
     most = len(tokens)
     fields = np.empty(((most + 1) * SCANNED, 6), dtype=np.int32)
-    odds = np.empty(len(fields))
+    probabilities = np.empty(len(fields))
     has_child = np.zeros(most + 1, dtype=np.bool_)  # of node k at k + 1
     num_candidates, num_nodes, leaves, expected = 0, 0, 0, 0.0
-    best = wide(-1)  # candidates still to be taken, a list in falling order
+    best = wide(-1)  # the first of the open candidates, a list in falling order
     node, level, probability = -1, 0, 1.0
     while True:
         state, length = _followed(states, state, length)
@@ -299,15 +298,15 @@ def grow(
             scanned = 0
             while edge >= 0 and scanned < SCANNED:
                 p = probability * (edges[edge, COUNT] / total)
-                # below 0 is no token but the end of one text among several
+                # below 0 is the end of one text among several, no token
                 if p >= min_probability and edges[edge, TOKEN] >= 0:
-                    one = fields[num_candidates]
-                    one[_TOKEN], one[_PARENT], one[_LEVEL] = edges[edge, TOKEN], node, level + 1
-                    one[_STATE], one[_LENGTH] = _bounded(
+                    new = fields[num_candidates]
+                    new[_TOKEN], new[_PARENT], new[_LEVEL] = edges[edge, TOKEN], node, level + 1
+                    new[_STATE], new[_LENGTH] = _bounded(
                         states, edges[edge, TARGET], length + 1, header[MAX_MATCH]
                     )
-                    odds[num_candidates] = p
-                    best = _insert(fields, odds, best, num_candidates)
+                    probabilities[num_candidates] = p
+                    best = _insert(fields, probabilities, best, num_candidates)
                     num_candidates += 1
                 edge = wide(edges[edge, NEXT])
                 scanned += 1
@@ -316,27 +315,27 @@ def grow(
             opens = has_child[parent + 1] or leaves == 0
             if not opens or leaves < paths:
                 break
-            best = wide(fields[best, _BEHIND])
+            best = wide(fields[best, _NEXT])
         if best < 0 or num_nodes == most:
             return num_nodes, leaves, expected
         leaves += opens
         has_child[parent + 1] = True
         tokens[num_nodes], parents[num_nodes] = fields[best, _TOKEN], parent
-        node, level, probability = num_nodes, wide(fields[best, _LEVEL]), odds[best]
+        node, level, probability = num_nodes, wide(fields[best, _LEVEL]), probabilities[best]
         state, length = wide(fields[best, _STATE]), wide(fields[best, _LENGTH])
         expected += probability
         num_nodes += 1
-        best = wide(fields[best, _BEHIND])
+        best = wide(fields[best, _NEXT])
 
 
 @compiled
-def _insert(fields: np.ndarray, odds: np.ndarray, best: int, new: int) -> int:
-    """Put a candidate into the list behind all that are as likely; returns the list's first."""
-    before, at = wide(-1), best
-    while at >= 0 and odds[at] >= odds[new]:
-        before, at = at, wide(fields[at, _BEHIND])
-    fields[new, _BEHIND] = at
-    if before < 0:
+def _insert(fields: np.ndarray, probabilities: np.ndarray, best: int, new: int) -> int:
+    """Insert a candidate after all that are at least as likely; return the list's first."""
+    previous, following = wide(-1), best
+    while following >= 0 and probabilities[following] >= probabilities[new]:
+        previous, following = following, wide(fields[following, _NEXT])
+    fields[new, _NEXT] = following
+    if previous < 0:
         return new
-    fields[before, _BEHIND] = new
+    fields[previous, _NEXT] = new
     return best

@@ -1,23 +1,22 @@
 """Drafts the most frequent continuations of the text's own suffix, as a tree.
 
-No model and no training; wins where answers repeat the prompt, themselves or, with `share`, earlier
-answers. The longest earlier match of the suffix is the context; the longer it is, the more is
-drafted. After SuffixDecoding (arXiv 2411.04975), on a suffix automaton instead of suffix trees.
-Symbols: R rows, K = num_draft_tokens.
+Needs no model and no training; fast where answers repeat the prompt, themselves or, with `share`,
+earlier answers. The longest earlier match of the suffix is the context; a longer match gives a longer
+draft. After SuffixDecoding (arXiv 2411.04975), on a suffix automaton instead of suffix trees.
+Order of the rules for a draft's length: drafting.draft_length. Symbols: R rows, K = num_draft_tokens.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from paceline.config import MAX_DRAFT_TOKENS
-from paceline.contracts import GREEDY, Drafts
-from paceline.drafting.base import Drafter, Foresight
-from paceline.drafting.foresight import SimulatedForesight
+from paceline.config import MAX_DRAFT_TOKENS, Section
+from paceline.contracts import Drafts
+from paceline.drafting.base import Drafter
 from paceline.drafting.shared_text import SharedText
 from paceline.drafting.suffix_index import RowIndices, Tree
 from paceline.errors import ConfigError
@@ -25,23 +24,21 @@ from paceline.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import Tensor
-
-    from paceline.contracts import RowView, SamplingParams
-    from paceline.drafting.base import Surroundings
+    from paceline.contracts import RowView
+    from paceline.drafting.base import BuildContext
     from paceline.drafting.suffix_index import Match
 
 
-class SuffixLookupSettings(BaseModel):
-    """num_draft_tokens: most tokens of a draft; a match of m tokens is worth length_factor * m +
-    length_offset of them. paths: most paths of the tree, 1 drafts a chain. min_match, max_match:
-    bounds of the suffix matched. min_probability: least estimated probability of a drafted token.
+class SuffixLookupSettings(Section):
+    """num_draft_tokens: maximum per draft; after a match of m tokens it is at most length_factor * m +
+    length_offset. paths: maximum number of paths of the tree, 1 drafts a chain. min_match, max_match:
+    bounds of the matched suffix. min_probability: least estimated probability of a drafted token.
 
-    share: match in answers to earlier requests too, the last `shared_tokens` tokens of them at most.
-    tenant: whose answers they are; drafters of one tenant share them.
+    share: match answers to earlier requests as well, at most their last `shared_tokens` tokens.
+    tenant: the owner of these answers; drafters of one tenant share them.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     num_draft_tokens: int = Field(default=16, ge=1, le=MAX_DRAFT_TOKENS)
     paths: int = Field(default=4, ge=1)
@@ -70,29 +67,31 @@ class SuffixLookupSettings(BaseModel):
 
 
 class SuffixLookup(Drafter):
-    kind: ClassVar[str] = "suffix_lookup"
-    Settings: ClassVar[type[BaseModel]] = SuffixLookupSettings
+    """With `share`, drafts depend on earlier requests and replays, so their order matters."""
+
+    kind = "suffix_lookup"
+    Settings = SuffixLookupSettings
 
     def __init__(
         self, name: str, settings: SuffixLookupSettings, shared: SharedText | None = None
     ) -> None:
-        """shared: the text of the tenant's earlier answers, by default a new one where it is asked."""
+        """shared: the tenant's earlier answers; by default a new text if the settings share."""
         super().__init__(name, settings.num_draft_tokens)
         self.settings = settings
         self.shared = shared
         if shared is None and settings.share:
             self.shared = SharedText(settings.max_match, settings.shared_tokens)
         self._rows = RowIndices(settings.max_match)
-        self._first_shared: dict[int, int] = {}  # by row: where the part of it begins to be shared
+        self._first_shared: dict[int, int] = {}  # row id -> index of the first token to share
 
     @classmethod
-    def build(cls, name: str, settings: Any, around: Surroundings) -> SuffixLookup:
-        return cls(name, settings, _tenants_text(name, settings, around.drafters))
+    def build(cls, name: str, settings: Any, context: BuildContext) -> SuffixLookup:
+        return cls(name, settings, _find_shared_text(name, settings, context.drafters))
 
     def start(self, rows: Sequence[RowView]) -> None:
         self._rows.start(rows)
         for row in rows:
-            # the last token is the first that this drafter did not find in the row
+            # from the last token on, the row grows while this drafter serves it
             self._first_shared[row.id] = max(row.num_prompt, len(row.tokens) - 1)
 
     def prepare(self, row: RowView, max_tokens: int) -> bool:
@@ -127,7 +126,7 @@ class SuffixLookup(Drafter):
     def _draft(self, row: RowView, limit: int, out: np.ndarray) -> Tree:
         """Write a row's draft into `out` [2, K], tokens and parents.
 
-        Of its own text and the shared ones that one drafts whose draft promises most.
+        Of the row's own text and the shared ones, the draft with the most expected tokens is kept.
         """
         best = Tree(0, 0, 0.0)
         if limit < 1:
@@ -136,15 +135,15 @@ class SuffixLookup(Drafter):
         sources = [(own, own.match_own())]
         if self.shared is not None:
             sources += self.shared.match(row.tokens)
-        for index, found in sources:
-            num_worth = self._num_worth(found)
-            if num_worth <= best.expected:
-                continue  # it cannot promise more
-            # what an earlier source wrote stays until this one does
+        for index, match in sources:
+            longest = self._max_length(match)
+            if longest <= best.expected:
+                continue  # it cannot expect more
+            # the best draft so far stays in `out` until a better one is known
             into = np.empty_like(out) if best.num_tokens else out
             tree = index.grow(
-                found, self.settings.min_match, limit, self.settings.paths,
-                self.settings.min_probability, into[0, :num_worth], into[1, :num_worth],
+                match, self.settings.min_match, limit, self.settings.paths,
+                self.settings.min_probability, into[0, :longest], into[1, :longest],
             )  # fmt: skip
             if tree.expected > best.expected:
                 best = tree
@@ -152,26 +151,16 @@ class SuffixLookup(Drafter):
                     out[:, : best.num_tokens] = into[:, : best.num_tokens]
         return best
 
-    def _num_worth(self, found: Match) -> int:
-        """How many tokens to draft behind a match."""
-        worth = self.settings.length_factor * found.length + self.settings.length_offset
-        return int(max(0, min(self.num_draft_tokens, worth)))
-
-    def would_accept(
-        self,
-        prompt: Sequence[int],
-        trajectory: Sequence[int],
-        p: Tensor | None = None,
-        sampling: SamplingParams = GREEDY,
-    ) -> Foresight:
-        """With `share`, what earlier requests and replays left decides too, so order matters."""
-        return SimulatedForesight(self, prompt, trajectory, sampling=sampling)
+    def _max_length(self, match: Match) -> int:
+        """Return the maximum number of tokens to draft after a match."""
+        longest = self.settings.length_factor * match.length + self.settings.length_offset
+        return int(max(0, min(self.num_draft_tokens, longest)))
 
 
-def _tenants_text(
+def _find_shared_text(
     name: str, settings: SuffixLookupSettings, drafters: Mapping[str, Drafter]
 ) -> SharedText | None:
-    """The text that a drafter built earlier shares with this one, if there is one."""
+    """Return the text that a drafter built earlier shares with this one, if there is one."""
     for other in drafters.values() if settings.share else ():
         if not isinstance(other, SuffixLookup) or other.shared is None:
             continue

@@ -1,26 +1,26 @@
-"""Several drafters' proposals in one tree, so that a round keeps the best of them.
+"""Several drafters' proposals in one tree, of which a round accepts the best path.
 
 After SpecInfer's merged trees (arXiv 2305.09781), with a budget of nodes filled by expected acceptance
-as in OPT-Tree (arXiv 2406.17276), here with each part's acceptance in the request so far. A tree is
-judged by the target's own draws and has no probabilities, so parts are asked for what they find most
-likely where sampling would have them draw; under `invariant` they draw with the judge's noise.
-Symbols: a = a part's acceptance, the odds that one more of its tokens is right.
+as in OPT-Tree (arXiv 2406.17276), here from each part's acceptance in the request so far. A tree is
+judged by the target's own draws and has no probabilities, so under sampling the parts draft greedily;
+under `invariant` they draw with the judge's noise. Order of the rules for a draft's length:
+drafting.draft_length. Symbols: a = a part's acceptance, the probability that its next token is right.
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from paceline.config import MAX_DRAFT_TOKENS
+from paceline.config import MAX_DRAFT_TOKENS, Section
 from paceline.contracts import GREEDY, NONE, Drafts, identity_of_arms
-from paceline.drafting.base import Drafter, Foresight, Needs, pad_drafts
-from paceline.drafting.contract import blaming, read_drafts, read_length
-from paceline.drafting.foresight import CachedForesight, SimulatedForesight, num_on_text
+from paceline.drafting.base import Drafter, Needs, pad_drafts
+from paceline.drafting.contract import blaming, read_drafts, read_length, tree_depth
+from paceline.drafting.draft_replay import CachedReplay, SimpleRow, count_accepted
 from paceline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,17 +29,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from paceline.contracts import RowView, SamplingParams
-    from paceline.drafting.base import Surroundings
+    from paceline.drafting.base import BuildContext
+    from paceline.drafting.draft_replay import DraftReplay
     from paceline.models.language_model import LanguageModel
 
-# what a part's acceptance is taken for before it has proposed, and how many tokens that counts as
+# a part's acceptance before its first proposal, and the number of tokens that this prior counts as
 _PRIOR, _PRIOR_WEIGHT = 0.6, 4.0
 
 
-class UnionSettings(BaseModel):
-    """parts: drafters configured before this one; num_draft_tokens: most nodes of the tree."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class UnionSettings(Section):
+    """parts: drafters configured before this one. num_draft_tokens: maximum nodes of the tree."""
 
     parts: tuple[str, ...] = Field(min_length=2)
     num_draft_tokens: int = Field(default=16, ge=1, le=MAX_DRAFT_TOKENS)
@@ -61,45 +60,46 @@ class Proposal:
 
 
 def merge(proposals: Sequence[Proposal], num_nodes: int) -> tuple[list[int], list[int]]:
-    """(tokens, parents) of one tree: the nodes most likely to be accepted, equal ones joined.
+    """Return (tokens, parents) of one tree: the nodes most likely to be accepted, equal ones joined.
 
-    A part gives its k-th child of a node a/k of the node's own odds; a node that several parts propose
-    is missed only if all of them miss. Odds never rise on the way down, so the best nodes are a tree.
+    A part's k-th child of a node has a/k of the node's probability; a node of several parts is wrong
+    only if all of them are wrong. Probabilities never rise towards the leaves, so the best nodes are a
+    tree.
     """
     tokens: list[int] = []
     parents: list[int] = []
     children: dict[tuple[int, int], int] = {}  # (parent, token) -> node
-    missed: list[float] = []  # the odds that a node is wrong
+    wrong: list[float] = []  # the probability that a node is wrong
     for proposal in proposals:
-        place: list[int] = []  # of the proposal's nodes in the merged tree
-        odds: list[float] = []
-        born: dict[int, int] = {}
+        merged: list[int] = []  # the proposal's nodes in the merged tree
+        right: list[float] = []  # the probability of each, by this part alone
+        num_children: dict[int, int] = {}
         for token, parent in zip(proposal.tokens, proposal.parents, strict=True):
-            rank = born[parent] = born.get(parent, 0) + 1
-            above = odds[parent] if parent >= 0 else 1.0
-            odds.append(above * proposal.acceptance / rank)
-            root = place[parent] if parent >= 0 else -1
-            node = children.setdefault((root, token), len(tokens))
+            rank = num_children[parent] = num_children.get(parent, 0) + 1
+            above = right[parent] if parent >= 0 else 1.0
+            right.append(above * proposal.acceptance / rank)
+            merged_parent = merged[parent] if parent >= 0 else -1
+            node = children.setdefault((merged_parent, token), len(tokens))
             if node == len(tokens):
                 tokens.append(token)
-                parents.append(root)
-                missed.append(1.0)
-            if node not in place:  # the same twice is no likelier
-                missed[node] *= 1.0 - odds[-1]
-            place.append(node)
+                parents.append(merged_parent)
+                wrong.append(1.0)
+            if node not in merged:  # a repeated node is not more likely
+                wrong[node] *= 1.0 - right[-1]
+            merged.append(node)
     # a stable sort keeps a parent before its child where they are equally likely
-    kept = sorted(sorted(range(len(tokens)), key=lambda node: missed[node])[:num_nodes])
-    number = {node: k for k, node in enumerate(kept)} | {-1: -1}
-    return [tokens[node] for node in kept], [number[parents[node]] for node in kept]
+    nodes = sorted(sorted(range(len(tokens)), key=lambda node: wrong[node])[:num_nodes])
+    number = {node: k for k, node in enumerate(nodes)} | {-1: -1}
+    return [tokens[node] for node in nodes], [number[parents[node]] for node in nodes]
 
 
 @dataclass(slots=True)
 class _Record:
-    """How one part has fared in one row."""
+    """One part's right and wrong tokens in one row, and its last proposal."""
 
     right: float = 0.0
     wrong: float = 0.0
-    tokens: list[int] = field(default_factory=list)  # its last proposal
+    tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
 
     @property
@@ -108,55 +108,39 @@ class _Record:
         return (self.right + _PRIOR * _PRIOR_WEIGHT) / (tried + _PRIOR_WEIGHT)
 
     def learn(self, written: Sequence[int]) -> None:
-        """Score the last proposal by what the target wrote in its place."""
-        matched = num_on_text(self.tokens, self.parents, written)
-        self.right += matched
-        # nothing is known of tokens behind the text's end or the proposal's own
-        self.wrong += matched < min(len(written), _height(self.parents))
+        """Score the last proposal by the tokens that the target wrote instead."""
+        accepted = count_accepted(self.tokens, self.parents, written)
+        self.right += accepted
+        # a draft that matches up to its end, or up to the text's, has no wrong token
+        self.wrong += accepted < min(len(written), tree_depth(self.parents))
         self.tokens, self.parents = [], []
-
-
-def _height(parents: Sequence[int]) -> int:
-    levels: list[int] = []
-    for parent in parents:
-        levels.append(1 if parent < 0 else levels[parent] + 1)
-    return max(levels, default=0)
 
 
 @dataclass(slots=True)
 class _State:
+    """The parts' records in one row, and the progress of their prefill."""
+
     records: list[_Record]  # of the parts
-    num_tokens: int = 0  # the row's at the last proposal
-    num_prepared: int = 0  # parts that have their prefill behind them
+    num_tokens: int = 0  # of the row at the last proposal
+    num_prepared: int = 0  # parts whose prefill is complete
 
 
-@dataclass(frozen=True, slots=True)
-class _GreedyView:
-    """A row as if it were greedy."""
-
-    id: int
-    tokens: Sequence[int]
-    num_prompt: int
-    slot: int
-    num_cached: int
-    sampling: SamplingParams = GREEDY
-
-
-def _seen_by_parts(row: RowView) -> RowView:
+def _for_parts(row: RowView) -> RowView:
+    """Return the row as its parts see it: greedy, unless sampled by `invariant`."""
     if row.sampling.method in ("greedy", "invariant"):
         return row
-    return _GreedyView(row.id, row.tokens, row.num_prompt, row.slot, row.num_cached)
+    return SimpleRow(row.tokens, row.num_prompt, row.slot, row.id, num_cached=row.num_cached)
 
 
 class Union(Drafter):
     """Several drafters' proposals, merged into one tree.
 
-    The parts are arms of their own too: a row has one arm at a time, so their states never meet.
+    The parts are arms themselves. A row has one arm at a time, so their states never collide.
     """
 
-    kind: ClassVar[str] = "union"
-    replays_everywhere = False  # what its parts had right in earlier rounds weighs them
-    Settings: ClassVar[type[UnionSettings]] = UnionSettings
+    kind = "union"
+    replays_everywhere = False  # earlier rounds weigh the parts
+    Settings = UnionSettings
 
     def __init__(
         self,
@@ -170,29 +154,29 @@ class Union(Drafter):
         self._target = target
         self.parts = dict(parts)
         needs = [part.needs for part in self.parts.values()]
-        self.needs = Needs(  # type: ignore[misc] # of its parts, which the class does not know
+        self.needs = Needs(  # type: ignore[misc] # the parts of an instance decide
             same_vocabulary=any(n.same_vocabulary for n in needs),
             target_weights=any(n.target_weights for n in needs),
         )
         self._states: dict[int, _State] = {}
 
     @classmethod
-    def build(cls, name: str, settings: UnionSettings, around: Surroundings) -> Union:
-        parts = {part: _part(name, part, around.drafters) for part in settings.parts}
-        return cls(name, parts, settings.num_draft_tokens, around.target)
+    def build(cls, name: str, settings: UnionSettings, context: BuildContext) -> Union:
+        parts = {part: _part(name, part, context.drafters) for part in settings.parts}
+        return cls(name, parts, settings.num_draft_tokens, context.target)
 
     def start(self, rows: Sequence[RowView]) -> None:
         for row in rows:
             self._states[row.id] = _State([_Record() for _ in self.parts], len(row.tokens))
-        seen = [_seen_by_parts(row) for row in rows]
+        seen = [_for_parts(row) for row in rows]
         for part in self.parts.values():
             part.start(seen)
 
     def prepare(self, row: RowView, max_tokens: int) -> bool:
-        """One part after the other, a piece of one at a time."""
+        """Prepare one part after the other, one piece per call."""
         state, parts = self._states[row.id], list(self.parts.values())
         while state.num_prepared < len(parts):
-            if not parts[state.num_prepared].prepare(_seen_by_parts(row), max_tokens):
+            if not parts[state.num_prepared].prepare(_for_parts(row), max_tokens):
                 return False
             state.num_prepared += 1
         return True
@@ -204,11 +188,11 @@ class Union(Drafter):
             part.finish(rows)
 
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
-        seen = [_seen_by_parts(row) for row in rows]
+        seen = [_for_parts(row) for row in rows]
         for row in rows:
             self._learn(row)
         proposals: list[list[Proposal]] = [[] for _ in rows]
-        # no longer path fits the budget; and what a part writes to the target's cache is overwritten
+        # a longer path does not fit the budget, and its entries in the target's cache would stay
         limits = [min(limit, self.num_draft_tokens) for limit in limits]
         for p, (name, part) in enumerate(self.parts.items()):
             with blaming(name, "part"):
@@ -237,12 +221,12 @@ class Union(Drafter):
         trajectory: Sequence[int],
         p: Tensor | None = None,
         sampling: SamplingParams = GREEDY,
-    ) -> Foresight:
+    ) -> DraftReplay:
         if self.needs.target_weights:
             if self._target is None:
                 raise ValueError(f"'{self.name}' was built without the target its parts draft with")
-            return CachedForesight(self, self._target, prompt, trajectory, sampling=sampling)
-        return SimulatedForesight(self, prompt, trajectory, sampling=sampling)
+            return CachedReplay(self, self._target, prompt, trajectory, sampling=sampling)
+        return super().would_accept(prompt, trajectory, p, sampling)
 
     @contextmanager
     def at_full_length(self) -> Iterator[None]:
@@ -256,7 +240,7 @@ class Union(Drafter):
         return {**super().identity(), "parts": parts}
 
     def num_bytes(self) -> int:
-        """Nothing of its own: its parts are arms and are counted there."""
+        """Return 0: the parts are arms and are counted as such."""
         return 0
 
     def bound_cache(self, max_positions: int | None, exact_fit: bool) -> None:
@@ -271,21 +255,22 @@ class Union(Drafter):
 
 
 def _part(name: str, part: str, drafters: Mapping[str, Drafter]) -> Drafter:
-    found = drafters.get(part)
-    if found is None or part == NONE:
-        there = ", ".join(other for other in drafters if other != NONE) or "none"
+    """Return a configured part. Raises ConfigError if it is missing or does not fit in a union."""
+    drafter = drafters.get(part)
+    if drafter is None or part == NONE:
+        known = ", ".join(other for other in drafters if other != NONE) or "none"
         raise ConfigError(
             f"drafter '{name}': its part '{part}' is not a drafter configured before it; there "
-            f"are: {there}"
+            f"are: {known}"
         )
-    if isinstance(found, Union):
+    if isinstance(drafter, Union):
         raise ConfigError(
             f"drafter '{name}': its part '{part}' is a union; name that one's parts instead: "
-            f"{', '.join(found.parts)}"
+            f"{', '.join(drafter.parts)}"
         )
-    if found.wants_prices:
+    if drafter.wants_prices:
         raise ConfigError(
             f"drafter '{name}': its part '{part}' drafts by prices, and a union's replay must not "
             "depend on them; set another 'stop' for the part"
         )
-    return found
+    return drafter

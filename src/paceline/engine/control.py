@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Final, Protocol
 
 from paceline.contracts import DraftOutcome, RoundReport, split_arm
-from paceline.drafting.foresight import num_on_text
+from paceline.drafting.draft_replay import count_accepted
 from paceline.engine.checks import check_arm
 from paceline.engine.containment import contained
 from paceline.errors import ArtefactError
@@ -64,7 +64,7 @@ class _ShadowDraft:
     def compare(self, row: Row) -> DraftOutcome:
         """Return the outcome as far as the text is written."""
         written = row.tokens[self.start :]
-        right = num_on_text(self.tokens, self.parents, written)
+        right = count_accepted(self.tokens, self.parents, written)
         outcome = DraftOutcome.of(
             self.drafter, len(self.tokens), self.allowed, right, len(written), self.known
         )

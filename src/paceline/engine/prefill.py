@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from paceline.drafting.contract import Draft
-from paceline.engine.prefixes import BLOCK, PromptHidden
+from paceline.engine.prefixes import PromptHidden
 from paceline.errors import ConfigError
-from paceline.models.packing import Span
+from paceline.models.packing import PREFILL_BLOCK, Span
 from paceline.verification import judge
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ class Prefill:
         chunk: int,
     ) -> None:
         """Raises ConfigError if an exact target's piece would be shorter than a block."""
-        if target.exact and chunk < BLOCK:
-            raise ConfigError(f"exact mode needs prefill_chunk at {BLOCK} or more: {chunk}")
+        if target.exact and chunk < PREFILL_BLOCK:
+            raise ConfigError(f"exact mode needs prefill_chunk at {PREFILL_BLOCK} or more: {chunk}")
         self._target = target
         self._detokenizer = detokenizer
         self._prefixes = prefixes
@@ -56,7 +56,7 @@ class Prefill:
         """Write the known beginning of a new row's prompt into its slot."""
         totals = self._prefixes.load(row.request.prompt_tokens, self._target.cache, row.slot)
         if totals:
-            row.num_cached = len(totals) * BLOCK
+            row.num_cached = len(totals) * PREFILL_BLOCK
             row.prompt_hidden = PromptHidden(row.num_cached, totals[-1], totals)
 
     def step(self, rows: Iterable[Row]) -> list[Row]:
@@ -93,7 +93,7 @@ class Prefill:
             if room and not row.is_prefilled and row.finish_reason is None:
                 stop = min(row.num_prompt, row.num_cached + room)
                 if self._target.exact and stop < row.num_prompt:
-                    stop = max(row.num_cached, stop // BLOCK * BLOCK)
+                    stop = max(row.num_cached, stop // PREFILL_BLOCK * PREFILL_BLOCK)
                 if stop > row.num_cached:
                     pieces.append(_Piece(row, row.num_cached, stop))
                 room -= stop - row.num_cached

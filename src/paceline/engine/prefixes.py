@@ -12,7 +12,9 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
+
+from paceline.models.packing import PREFILL_BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -20,10 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from paceline.models.cache import RowCache
-    from paceline.models.cuda.paged_cache import PagedCache
-
-BLOCK: Final = 64  # positions
+    from paceline.models.interfaces import KVCache
 
 
 @dataclass(slots=True)
@@ -38,18 +37,18 @@ class PromptHidden:
     def add(self, hidden: Tensor) -> None:
         """Add a piece's states [w, D], block by block, so that sharing changes no bit of the sum."""
         while len(hidden):
-            width = min(len(hidden), BLOCK - self.num_positions % BLOCK)
+            width = min(len(hidden), PREFILL_BLOCK - self.num_positions % PREFILL_BLOCK)
             total = hidden[:width].float().sum(dim=0).cpu().numpy()
             self.total = total if self.total is None else self.total + total
             self.num_positions += width
-            if self.num_positions % BLOCK == 0:
+            if self.num_positions % PREFILL_BLOCK == 0:
                 self.block_totals.append(self.total)
             hidden = hidden[width:]
 
 
 @dataclass(slots=True)
 class _Block:
-    entries: list[Tensor]  # [2 * Hkv, BLOCK, D] of every layer
+    entries: list[Tensor]  # [2 * Hkv, PREFILL_BLOCK, D] of every layer
     hidden_sum: np.ndarray  # [D] over all positions up to the block's end
 
 
@@ -57,15 +56,13 @@ class PrefixStore:
     """The blocks of past prompts, at most `max_positions` positions; 0 stores nothing."""
 
     def __init__(self, max_positions: int) -> None:
-        self._max_blocks = max_positions // BLOCK
+        self._max_blocks = max_positions // PREFILL_BLOCK
         self._blocks: OrderedDict[bytes, _Block] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def load(
-        self, prompt: Sequence[int], cache: RowCache | PagedCache, slot: int
-    ) -> list[np.ndarray]:
+    def load(self, prompt: Sequence[int], cache: KVCache, slot: int) -> list[np.ndarray]:
         """Write the known blocks of a prompt into a slot; return the hidden sums at their ends.
 
         The prompt's last token is never loaded, since its logits are needed.
@@ -76,14 +73,14 @@ class PrefixStore:
             if block is None:
                 break
             self._blocks.move_to_end(key)
-            cache.write(slot, len(sums) * BLOCK, block.entries)
+            cache.write(slot, len(sums) * PREFILL_BLOCK, block.entries)
             sums.append(block.hidden_sum)
         return sums
 
     def keep(
         self,
         prompt: Sequence[int],
-        cache: RowCache | PagedCache,
+        cache: KVCache,
         slot: int,
         sums: Sequence[np.ndarray],
     ) -> None:
@@ -94,7 +91,7 @@ class PrefixStore:
             if k == self._max_blocks:
                 break  # a longer prompt than fits would drop its own beginning
             if key not in self._blocks:
-                entries = cache.read(slot, k * BLOCK, (k + 1) * BLOCK)
+                entries = cache.read(slot, k * PREFILL_BLOCK, (k + 1) * PREFILL_BLOCK)
                 self._blocks[key] = _Block(entries, hidden_sum)
             self._blocks.move_to_end(key)
         while len(self._blocks) > self._max_blocks:
@@ -112,6 +109,6 @@ class PrefixStore:
 def _keys(prompt: Sequence[int]) -> Iterator[bytes]:
     """Yield a key for every whole block: the hash of all tokens up to its end."""
     digest = hashlib.blake2b(digest_size=16)
-    for start in range(0, len(prompt) - BLOCK + 1, BLOCK):
-        digest.update(array("q", prompt[start : start + BLOCK]).tobytes())
+    for start in range(0, len(prompt) - PREFILL_BLOCK + 1, PREFILL_BLOCK):
+        digest.update(array("q", prompt[start : start + PREFILL_BLOCK]).tobytes())
         yield digest.digest()

@@ -106,6 +106,7 @@ class Row:
 
     def limit_at(self, num_tokens: int, any_length: bool = False) -> int:
         """Return `draft_limit` at a number of tokens. any_length: ignore the arm's own limit."""
+        # order of the rules for a draft's length: drafting.draft_length
         room = self.max_total - num_tokens - 1
         most = None if any_length else split_arm(self.arm)[1]
         return room if most is None else min(room, most)

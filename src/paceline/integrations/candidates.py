@@ -14,7 +14,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 
 from paceline.contracts import SamplingParams
 from paceline.drafting.contract import prepare_all, read_drafts, read_length
-from paceline.drafting.foresight import ReplayedRow
+from paceline.drafting.draft_replay import SimpleRow
 from paceline.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class DrafterCandidates(CandidateGenerator):
         self.drafter = drafter
         self._max_length = max_length
         self._num_padding = num_padding
-        self._row = ReplayedRow([], 0, id=next(_ROW_IDS), sampling=sampling or SamplingParams())
+        self._row = SimpleRow([], 0, id=next(_ROW_IDS), sampling=sampling or SamplingParams())
         self._started = False
 
     def get_candidates(self, input_ids: Tensor, **kwargs: object) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]

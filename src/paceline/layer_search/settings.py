@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from paceline.drafting.draft_exit import ThresholdSettings
+from paceline.drafting.draft_length import ThresholdSettings
 from paceline.drafting.layer_skip import LayerSkipSettings
 
 

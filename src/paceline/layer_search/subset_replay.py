@@ -16,10 +16,9 @@ import numpy as np
 import torch
 
 from paceline.contracts import NONE, Request
-from paceline.drafting.base import PositionScores
-from paceline.drafting.draft_exit import DraftExit
-from paceline.drafting.foresight import ChainForesight, cache_text
-from paceline.models.cuda.paged_cache import PagedCache
+from paceline.drafting.chain_replay import ChainReplay
+from paceline.drafting.draft_length import AdaptiveThreshold
+from paceline.drafting.draft_replay import PositionScores, cache_text
 from paceline.models.packing import Span
 from paceline.replay import simulate
 
@@ -69,7 +68,7 @@ class SubsetReplay:
         self._entries: list[list[Tensor]] = []  # of each output, as full forwards wrote them
         # a paged forward writes all its tokens before any of them attends, so there the windows of
         # one row go into forwards of their own
-        is_paged = isinstance(target.cache, PagedCache)
+        is_paged = target.cache.stores_all_first
         forwards: dict[int, list[tuple[Span, list[int], int]]] = {}
         first = 0
         with torch.inference_mode():
@@ -128,7 +127,7 @@ def _likeliest(target: LanguageModel, hidden: Tensor) -> tuple[np.ndarray, np.nd
     return torch.cat(tokens).numpy(), torch.cat(probabilities).numpy()
 
 
-class _ThresholdForesight(ChainForesight):
+class _ThresholdReplay(ChainReplay):
     """Rounds of a drafter with Draft & Verify's adaptive exit.
 
     The confidences along the text also stand for those after the first wrong token.
@@ -136,14 +135,14 @@ class _ThresholdForesight(ChainForesight):
 
     def __init__(self, scores: PositionScores, rooms: np.ndarray, settings: SearchSettings) -> None:
         super().__init__(scores, rooms, settings.num_draft_tokens, rule=self)
-        self._exit = DraftExit.of(settings)
+        self._exit = AdaptiveThreshold.of(settings)
         self._most = settings.num_draft_tokens
 
-    def goes_on(self, confidences: Sequence[float], context: int) -> bool:
+    def allows_next(self, confidences: Sequence[float], context: int) -> bool:
         return not self._exit.ends(confidences[-1])
 
-    def accepted(self, position: int, limit: int) -> tuple[int, int]:
-        drafted, accepted = super().accepted(position, limit)
+    def round_at(self, position: int, limit: int) -> tuple[int, int]:
+        drafted, accepted = super().round_at(position, limit)
         self._exit.update(drafted, accepted, drafted == min(limit, self._most))
         return drafted, accepted
 
@@ -153,10 +152,10 @@ def rounds_of(scores: Sequence[PositionScores], settings: SearchSettings) -> lis
     rounds = []
     for own in scores:
         rooms = np.full(len(own.match), settings.num_draft_tokens)
-        foresight = (
-            _ThresholdForesight(own, rooms, settings)
+        replay = (
+            _ThresholdReplay(own, rooms, settings)
             if settings.stop == "threshold"
-            else ChainForesight(own, rooms, settings.num_draft_tokens)
+            else ChainReplay(own, rooms, settings.num_draft_tokens)
         )
-        rounds.append(simulate(foresight, len(own.match), len(own.match)))
+        rounds.append(simulate(replay, len(own.match), len(own.match)))
     return rounds

@@ -1,4 +1,4 @@
-"""LEARN: train and evaluate policies from a collection. No transformer runs here."""
+"""LEARN: train and evaluate policies from a collection or a decision log. No model runs here."""
 
 from paceline.learning.evaluation import Evaluation, EvaluationReport, evaluate_chooser
 from paceline.learning.from_choices import ChoicesResult, learn_from_choices

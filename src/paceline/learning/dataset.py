@@ -1,7 +1,7 @@
-"""A collection as arrays: what a policy sees of each prompt and what every arm would have earned.
+"""A collection as arrays: each prompt's features and every arm's reward.
 
-Knows rewards and prices, no model and no file. The domain goes along for tables; it is not among
-the features. Symbols: N prompts, F features, A arms.
+Knows rewards and prices, no model and no file. The domain is for tables only; it is not among the
+features. Symbols: N prompts, F features, A arms.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _SPLIT: Final = "held out: "  # before an id that is hashed
 class Dataset:
     """Prompts as rows, arms as columns.
 
-    Rates count tokens emitted after the prefill's own, so `none` has one round a token, and every
-    one of its rounds is empty: it drafts nothing. `groups` says which rows are one prompt's, which a
-    split keeps together. `spans` names the blocks of features. `rounds` and `costs` price everything
-    anew for another load, see `seconds_for`.
+    Rates count the tokens after the prefill's own, so `none` has one round per token, and all its
+    rounds are empty: it drafts nothing. Rows of one prompt share a name in `groups`; a split keeps
+    them together. `spans` names the blocks of features. `rounds` and `costs` give the prices under
+    another load, see `seconds_for`.
     """
 
     arms: tuple[str, ...]  # A
@@ -51,11 +51,11 @@ class Dataset:
     features: np.ndarray  # [N, F] float32
     num_prompt: np.ndarray  # [N] int64, tokens
     num_tokens: np.ndarray  # [N] int64, emitted
-    limits: np.ndarray  # [N] int64, the most that might have been emitted
+    limits: np.ndarray  # [N] int64, maximum number of emitted tokens
     rounds_per_token: np.ndarray  # [N, A] float64
     drafted_per_token: np.ndarray  # [N, A] float64
     empty_per_token: np.ndarray  # [N, A] float64
-    seconds: np.ndarray  # [N, A] float64, predicted for the whole request alone in flight
+    seconds: np.ndarray  # [N, A] float64, predicted for the whole request, one row in flight
     rewards: np.ndarray  # [N, A] float64
     spans: Mapping[str, slice]
     rounds: RoundTable
@@ -67,7 +67,7 @@ class Dataset:
         return len(self.ids)
 
     def rows(self, chosen: np.ndarray) -> Dataset:
-        """The prompts where a mask [N] is true, or those at some places [n]."""
+        """Return the prompts where a mask [N] is true, or those at some places [n]."""
         places = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
         parts: dict[str, object] = {}
         for field in fields(self):
@@ -81,21 +81,26 @@ class Dataset:
         return replace(self, **parts)  # type: ignore[arg-type]
 
     def situation(self, rows: int = 1) -> Situation:
-        """What choosers are told of these prompts, with so many requests in flight."""
+        """Return the prompts' situation for choosers. rows: requests in flight."""
         return Situation(self.num_prompt, rows, self.objective, self.limits, self.prompts)
 
     def seconds_for(self, rows: int) -> np.ndarray:
-        """[N, A] predicted for the whole request, with so many requests in flight."""
+        """Return the predicted seconds [N, A] of whole requests. rows: requests in flight."""
         return self.rounds.seconds(self.costs.seconds, rows, self.objective)
 
     def rewards_for(self, rows: int) -> np.ndarray:
-        """[N, A] with so many requests in flight. Alignment has none of its own: it knows no load."""
+        """Return the rewards [N, A] with `rows` requests in flight. Only `speed` depends on the load."""
         if rows == 1 or self.reward != "speed":
             return self.rewards
         return savings(self.seconds_for(rows), self.arms.index(NONE))
 
+    def speedup(self, distribution: np.ndarray) -> float:
+        """Return seconds of `none` on all prompts over those of a choice. distribution: [N, A]."""
+        none = self.seconds[:, self.arms.index(NONE)]
+        return float(none.sum() / (distribution * self.seconds).sum())
+
     def pricer(self) -> ArmPricer:
-        """Live prices from the table that priced this."""
+        """Return the prices of the dataset's own cost table, for portable choosers."""
         return ArmPricer(self.costs, self.arms)
 
 
@@ -105,7 +110,7 @@ def build_dataset(
     costs: CostTable,
     settings: LearningSection,
 ) -> tuple[Dataset, list[str]]:
-    """(dataset, notes for the reader). `arms` must hold `none` and at least one other.
+    """Return (dataset, notes for the reader). `arms` must hold `none` and at least one other.
 
     Raises ConfigError or StoreError if nothing can be learned from it.
     """
@@ -148,7 +153,7 @@ def build_dataset(
 
 
 def default_spans(num_features: int) -> dict[str, slice]:
-    """The blocks of the default encoders' features: hidden states, then statistics."""
+    """Return the blocks of the default encoders' features: hidden states, then statistics."""
     num_hidden = max(num_features - len(STATISTICS), 0)
     return {"target_hidden": slice(0, num_hidden), "text_stats": slice(num_hidden, num_features)}
 
@@ -167,7 +172,7 @@ def _check_arms(arms: tuple[str, ...], prompts: Sequence[CollectedPrompt]) -> No
 
 
 def _stack_features(prompts: Sequence[CollectedPrompt]) -> np.ndarray:
-    """[N, F] float32."""
+    """Return features [N, F] float32. Raises StoreError if they differ in shape or are not finite."""
     width = prompts[0].features.shape
     for prompt in prompts:
         if prompt.features.shape != width or len(width) != 1:
@@ -189,8 +194,10 @@ def _alignment_rewards(
     costs: CostTable,
     settings: LearningSection,
 ) -> tuple[np.ndarray, list[str]]:
-    """([N, A], notes). An arm that never writes a text of its own has an empty one. A drafter's
-    reward is the same at every draft length: neither its text nor its price a token depends on it.
+    """Return (rewards [N, A], notes).
+
+    The text of an arm that never writes by itself counts as empty. A drafter's reward is the same at
+    every draft length, since neither its text nor its price per token depends on the length.
     """
     drafters = dict.fromkeys(split_arm(arm)[0] for arm in arms)
     writing = {name for prompt in prompts for name in prompt.draft_outputs if name in drafters}
@@ -225,7 +232,7 @@ def _alignment_rewards(
 
 
 def check_learnable(dataset: Dataset) -> list[str]:
-    """Notes on rewards; raises StoreError where there is no choice to learn."""
+    """Return notes on the rewards. Raises StoreError if there is no choice to learn."""
     rewards = dataset.rewards
     if not np.isfinite(rewards).all() or not np.isfinite(dataset.seconds).all():
         raise StoreError("a predicted time is not a finite number; run `paceline profile` again")
@@ -241,10 +248,12 @@ def check_learnable(dataset: Dataset) -> list[str]:
 
 
 def split(dataset: Dataset, share: float) -> tuple[Dataset, Dataset]:
-    """(training part, held-out part), by hash of the prompt's id, so that no order of prompts
-    matters and all rows of a prompt fall on one side.
+    """Return (training part, held-out part), by a hash of the prompt's id.
+
+    The order of prompts does not matter, and all rows of a prompt are in one part. Raises StoreError
+    if a part would have too few prompts.
     """
-    # not by the id's own hash: prompts are often taken by that, and then all fall on one side
+    # not by the id's own hash: prompts are often selected by it, and then all are in one part
     held_out = np.array([is_validation(f"{_SPLIT}{group}", share) for group in dataset.groups])
     num_held_out = int(held_out.sum())
     if num_held_out < _MIN_HELD_OUT or len(dataset) - num_held_out < MIN_PROMPTS - _MIN_HELD_OUT:

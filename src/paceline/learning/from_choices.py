@@ -1,28 +1,27 @@
 """A policy from logged requests alone, each of which tried one arm: no replay, no prices, no models.
 
-Less is known than from a collection, so more requests are needed, and only a log of a policy that
-explored can be learned from. The reward is by the clock: the logarithm of tokens per second, so that
-an arm's gain counts the same on slow and fast requests. Each request's missing rewards are filled in
-doubly robustly, and a network is learned from them as from full information: one that predicts
-acceptance would need every arm replayed.
+A log holds less information than a collection, so it takes more requests, of a policy that explored.
+The reward is clocked: the logarithm of tokens per second, so that an arm's gain counts the same on slow
+and fast requests. The rewards of arms that were not tried are estimated doubly robustly, and a learner
+that needs nothing but rewards learns from them; one that predicts acceptance would need every arm
+replayed. Symbols: n requests, F features, A arms.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from paceline.contracts import NONE, split_arm
+from paceline.contracts import NONE, no_progress, split_arm
 from paceline.costs.table import CostTable
 from paceline.errors import StoreError
 from paceline.learning.dataset import Dataset
 from paceline.learning.learn import EVALUATION_FILE
-from paceline.learning.learners import LEARNERS
-from paceline.learning.learners.networks import LOSSES
+from paceline.learning.learners import check_settings, find_learner
 from paceline.learning.off_policy import (
     LoggedChoices,
     cross_fitted_rewards,
@@ -42,7 +41,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from paceline.config import LearningSection
-    from paceline.learning.learners import Progress
+    from paceline.contracts import Progress
+    from paceline.learning.learners import LearnerSettings
     from paceline.learning.off_policy import Estimate
     from paceline.learning.rollout import Verdict
     from paceline.selection.artefact import PolicyIdentity
@@ -51,28 +51,27 @@ if TYPE_CHECKING:
     from paceline.store import LoggedDecision
 
 MIN_CHOICES: Final = 200
-_PARTIAL: Final = ("linucb", "thompson")  # learn from what was tried alone
-_LEARNERS: Final = (*LOSSES, *_PARTIAL)
+_SUBSTITUTE: Final = "policy_gradient"  # for learners that need more than rewards
 NO_PRICES: Final = ""
-"""Stands for a cost table's hash in the card of a policy that was learned without one."""
+"""The cost table's hash in the card of a policy that was learned without one."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChoicesResult:
-    """A policy learned from choices, with what it would gain on logged requests it never saw.
+    """A policy learned from choices, with its estimated gain on logged requests it never saw.
 
-    `gain` is in the logarithm of tokens per second, over what was served: 0.1 is some 10% faster.
+    `gain` is the logarithm of tokens per second relative to the log: 0.1 is about 10% faster.
     """
 
     policy: Policy
     card: PolicyArtefact
     gain: Estimate
-    verdict: Verdict | None  # over the current policy, where one was given
+    verdict: Verdict | None  # over the current policy, if one was given
     range: TrainingRange  # of features: acceptance under exploration is not the policy's
     notes: list[str]
 
     def save(self, folder: Path) -> None:
-        """Write the policy, and its training range beside it."""
+        """Write the policy, and its training range next to it."""
         self.range.save(folder)
         (folder / EVALUATION_FILE).unlink(missing_ok=True)  # of the policy that was there
         save_policy(folder, self.policy.chooser, self.card)
@@ -81,17 +80,21 @@ class ChoicesResult:
 def learn_from_choices(
     decisions: Sequence[LoggedDecision],
     identity: PolicyIdentity,
-    settings: LearningSection,
+    section: LearningSection,
     encode: FeatureEncoder,
     current: Policy | None = None,
-    on_progress: Progress = lambda stage, done, total: None,
+    on_progress: Progress = no_progress,
 ) -> ChoicesResult:
-    """Train on a part of the usable decisions, estimate the gain, also over `current`, on the rest.
+    """Train on a part of the usable decisions, and estimate the gain on the rest.
 
-    encode: gives the policy the features that `identity` names. The learner is the settings' where it
-    can learn from these, else `policy_gradient`. Raises StoreError where too few were made by a
-    policy that explored.
+    encode: gives the policy the features that `identity` names. current: the policy that the gain is
+    compared with. The learner is the section's if it can learn from choices, else `policy_gradient`.
+    Raises StoreError if too few decisions were made by a policy that explored.
     """
+    settings = check_settings(section)
+    if not find_learner(settings.learner).fits_choices:
+        settings = check_settings(section.model_copy(update={"learner": _SUBSTITUTE}))
+    learner = find_learner(settings.learner)
     usable, notes = _usable(decisions, identity)
     if len(usable) < MIN_CHOICES:
         raise StoreError(
@@ -107,21 +110,43 @@ def learn_from_choices(
         raise StoreError("the logged requests are all alike; serve more, or more different ones")
     training, unseen = log.rows(~held_out), log.rows(held_out)
     predicted = cross_fitted_rewards(training.choices, training.features, seed=settings.seed)
-    filled = doubly_robust_rewards(training.choices, predicted)
-    learner = LEARNERS[settings.learner if settings.learner in _LEARNERS else "policy_gradient"]
-    if settings.learner in _PARTIAL:
-        filled = np.full(filled.shape, np.nan)
-        filled[np.arange(len(filled)), training.choices.chosen] = training.choices.rewards
+    if learner.needs_all_arms:
+        rewards = doubly_robust_rewards(training.choices, predicted)
+    else:
+        rewards = np.full(predicted.shape, np.nan)
+        rewards[np.arange(len(rewards)), training.choices.chosen] = training.choices.rewards
     clocked = settings.model_copy(update={"reward": "clocked"})
-    fitted = learner.fit(_dataset(training, filled, arms, encode), clocked, on_progress)
+    fitted = learner.fit(_dataset(training, rewards, arms, encode), clocked, on_progress)
     policy = policy_of(fitted.chooser, encode.num_features, settings.objective, encode=encode)
     picks = _picks(policy, arms, unseen)
-    gain = doubly_robust(
-        unseen.choices,
-        picks,
-        cross_fitted_rewards(unseen.choices, unseen.features, seed=settings.seed),
+    predicted = cross_fitted_rewards(unseen.choices, unseen.features, seed=settings.seed)
+    gain = doubly_robust(unseen.choices, picks, predicted)
+    return ChoicesResult(
+        policy,
+        _card(identity, settings, encode, {**asdict(fitted.summary), "held_out": asdict(gain)}),
+        gain,
+        None if current is None else _compare(current, picks, arms, unseen),
+        TrainingRange.fit(training.features, {}),
+        notes,
     )
-    card = PolicyArtefact(
+
+
+def _compare(current: Policy, picks: np.ndarray, arms: Sequence[str], unseen: _Log) -> Verdict:
+    """Return whether the candidate, with these picks [n, A], should replace the current policy."""
+    if not set(current.arms) <= set(arms):
+        reason = "it may choose arms that were never tried: not compared"
+        return not_compared(len(unseen.ids), reason)
+    of_current = _picks(current, arms, unseen)
+    return adopt(Logged(unseen.choices, unseen.features, of_current, picks))
+
+
+def _card(
+    identity: PolicyIdentity,
+    settings: LearnerSettings,
+    encode: FeatureEncoder,
+    training: dict[str, object],
+) -> PolicyArtefact:
+    return PolicyArtefact(
         target=identity.target,
         tokenizer=identity.tokenizer,
         hidden_size=identity.hidden_size,
@@ -133,23 +158,12 @@ def learn_from_choices(
         reward=RewardCard(kind="clocked", version=REWARD_VERSION),
         costs=NO_PRICES,
         learner=settings.model_dump(),
-        training={**asdict(fitted.summary), "held_out": asdict(gain)},
+        training=training,
     )
-    verdict = None
-    if current is not None:
-        if set(current.arms) <= set(arms):
-            of_current = _picks(current, arms, unseen)
-            verdict = adopt(Logged(unseen.choices, unseen.features, of_current, picks))
-        else:
-            verdict = not_compared(
-                len(unseen.ids), "of what it may choose, some was never tried: not compared"
-            )
-    seen = TrainingRange.fit(training.features, {})
-    return ChoicesResult(policy, card, gain, verdict, seen, notes)
 
 
 def _picks(policy: Policy, arms: Sequence[str], log: _Log) -> np.ndarray:
-    """[n, A] with which the policy would choose each arm, under each request's own load."""
+    """Return the probability [n, A] of each arm under the policy, at each request's own load."""
     places = [arms.index(arm) for arm in policy.arms]
     distribution = np.zeros((len(log.ids), len(arms)))
     for rows in np.unique(log.rows_in_flight):
@@ -163,7 +177,7 @@ def _picks(policy: Policy, arms: Sequence[str], log: _Log) -> np.ndarray:
 def _dataset(
     log: _Log, rewards: np.ndarray, arms: Sequence[str], encode: FeatureEncoder
 ) -> Dataset:
-    """What a network is learned from. rewards: [n, A]. Nothing was replayed, so there are no rounds."""
+    """Return the requests as a dataset without rounds, since none were replayed. rewards: [n, A]."""
     n, unknown = len(rewards), np.full(rewards.shape, np.nan)
     return Dataset(
         arms=tuple(arms),
@@ -192,7 +206,7 @@ def _dataset(
 class _Log:
     """Decisions as arrays."""
 
-    ids: tuple[str, ...]  # n; of equal features, equal ones
+    ids: tuple[str, ...]  # n; equal for equal features
     features: np.ndarray  # [n, F]
     num_prompt: np.ndarray  # [n] int64
     num_output: np.ndarray  # [n] int64
@@ -200,20 +214,18 @@ class _Log:
     choices: LoggedChoices  # n
 
     def rows(self, mask: np.ndarray) -> _Log:
-        """Where a mask [n] is true; rewards are then measured from their own mean, so that the value
-        of a policy is its gain over what was served.
+        """Return the requests where a mask [n] is true.
+
+        Their mean reward is subtracted, so that the value of a policy is its gain over the log.
         """
-        of = self.choices
-        rewards = of.rewards[mask] - of.rewards[mask].mean()
-        choices = LoggedChoices(of.chosen[mask], of.propensities[mask], rewards, of.num_arms)
-        ids = tuple(self.ids[i] for i in np.flatnonzero(mask))
+        choices = self.choices.rows(mask)
         return _Log(
-            ids,
+            tuple(self.ids[i] for i in np.flatnonzero(mask)),
             self.features[mask],
             self.num_prompt[mask],
             self.num_output[mask],
             self.rows_in_flight[mask],
-            choices,
+            replace(choices, rewards=choices.rewards - choices.rewards.mean()),
         )
 
 
@@ -226,7 +238,7 @@ def _arrays(decisions: Sequence[LoggedDecision], arms: Sequence[str]) -> _Log:
     )
     features = np.stack([d.features for d in decisions if d.features is not None])
     return _Log(
-        # by what the policy saw, so that a prompt served twice is on one side of a split
+        # a hash of the features, so that a prompt served twice is on one side of a split
         ids=tuple(hashlib.sha256(row.tobytes()).hexdigest() for row in features),
         features=features,
         num_prompt=np.array([d.num_prompt for d in decisions]),
@@ -239,7 +251,7 @@ def _arrays(decisions: Sequence[LoggedDecision], arms: Sequence[str]) -> _Log:
 def _usable(
     decisions: Sequence[LoggedDecision], identity: PolicyIdentity
 ) -> tuple[list[LoggedDecision], list[str]]:
-    """(decisions to learn from, how many were left out and why)."""
+    """Return (decisions to learn from, notes on those that cannot be used)."""
     usable: list[LoggedDecision] = []
     left_out: Counter[str] = Counter()
     for decision in decisions:
@@ -251,6 +263,7 @@ def _usable(
 
 
 def _why_not(decision: LoggedDecision, identity: PolicyIdentity) -> str | None:
+    """Return the reason why a decision cannot be learned from, None if it can."""
     header, features = decision.header, decision.features
     same = (header.target, header.tokenizer) == (identity.target, identity.tokenizer)
     if not same or header.drafters != dict(identity.drafters):

@@ -1,26 +1,27 @@
-"""From a collection and prices to a policy and what it would gain: dataset, training, evaluation.
+"""From a collection and prices to a policy and its predicted gain: dataset, training, evaluation.
 
 No model runs here. The policy that is evaluated is the one that is returned: the held-out prompts
-take no part in training, nor in deciding when to stop.
+take no part in training, nor in the decision when to stop.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from paceline.contracts import NONE
+from paceline.contracts import NONE, no_progress
 from paceline.errors import ArtefactError, ConfigError, StoreError
 from paceline.files import write_atomically
 from paceline.learning.dataset import build_dataset, split
 from paceline.learning.evaluation import POLICY, EvaluationReport, evaluate_chooser
-from paceline.learning.learners import LEARNERS
+from paceline.learning.learners import check_settings, find_learner
 from paceline.learning.learners.seeds import fit_seeds
-from paceline.learning.plot import import_figure, plot, speed_by_prompts
+from paceline.learning.plot import plot, speed_by_prompts
 from paceline.learning.search import search as search_settings
+from paceline.plotting import import_figure
 from paceline.replay import rounds_of
 from paceline.rewards import REWARD_VERSION
 from paceline.selection.artefact import PolicyArtefact, RewardCard, policy_of, save_policy
@@ -32,23 +33,22 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from paceline.config import LearningSection
-    from paceline.contracts import CollectedPrompt
+    from paceline.contracts import CollectedPrompt, Progress
     from paceline.costs.table import CostTable
     from paceline.learning.dataset import Dataset
-    from paceline.learning.learners import Curve, Progress, Summary
+    from paceline.learning.learners import Curve, LearnerSettings, Summary
     from paceline.learning.learners.seeds import Seeds
     from paceline.selection.artefact import PolicyIdentity
     from paceline.selection.choosers import Chooser
     from paceline.selection.encoders import FeatureEncoder
     from paceline.selection.policies import Policy
 
-EVALUATION_FILE = "evaluation.json"
-_PAID_IN_SECONDS = ("acceptance", "knn")
+EVALUATION_FILE: Final = "evaluation.json"
 
 
 @dataclass(frozen=True, slots=True)
 class LearningResult:
-    """A policy ready to choose, with how it was trained and what it would gain."""
+    """A policy ready to choose, with the facts of its training and its predicted gain."""
 
     policy: Policy
     report: EvaluationReport
@@ -59,7 +59,10 @@ class LearningResult:
     range: TrainingRange | None  # of features and acceptance; None where prompts are too few
 
     def save(self, folder: Path | str) -> None:
-        """Write the policy, and beside it the report as evaluation.json and the training range."""
+        """Write the policy, and next to it the report as evaluation.json and the training range.
+
+        Raises ArtefactError if the folder cannot be written.
+        """
         try:
             if self.range is not None:
                 self.range.save(Path(folder))
@@ -76,47 +79,33 @@ def train_policy(
     costs: CostTable,
     identity: PolicyIdentity,
     arms: Sequence[str],
-    settings: LearningSection,
-    on_progress: Progress = lambda stage, done, total: None,
+    section: LearningSection,
+    on_progress: Progress = no_progress,
     encode: FeatureEncoder | None = None,
     search: int = 0,
     figure: Path | None = None,
 ) -> LearningResult:
     """Train on the training part, evaluate on the held-out part.
 
-    `identity` names target, tokenizer and drafters the policy is for; the collection and the cost
-    table must have these. arms: what to choose among, see `drafting.catalog.arms_of`. encode: gives the
-    policy that is returned its features, by default the default encoders. search: so many settings of
-    the learner are tried first. figure: where to draw the learning curves. Raises
-    ConfigError, StoreError or ArtefactError with what to change.
+    identity: the target, tokenizer and drafters of the policy; the collection and the cost table must
+    have the same. arms: those to choose among, see `drafting.catalog.arms_of`. encode: gives the
+    returned policy its features, by default the default encoders. search: number of trials of the
+    learner's options before the training. figure: the PNG to draw the learning curves into. Raises
+    ConfigError, StoreError or ArtefactError, each with what to change.
     """
     if figure is not None:
         import_figure()  # before the work is done rather than after
-    if settings.reward != "speed" and settings.learner in _PAID_IN_SECONDS:
-        raise ConfigError(
-            f"the learner '{settings.learner}' predicts acceptance and is paid in seconds alone; take "
-            f"policy_gradient or reinforce for the reward '{settings.reward}'"
-        )
+    settings = check_settings(section)
+    _check_reward(settings)
     costs.check(identity.drafters, identity.drafters, identity.target)
     dataset, notes = build_dataset(prompts, arms, costs, settings)
     encode = encode or build_encoder(identity.hidden_size)
-    found = dataset.features.shape[1]
-    lines = encode.identities()
-    stale = [name for name, line in identity.encoders.items() if lines.get(name, line) != line]
-    if stale:
-        raise StoreError(
-            f"the collection's features of '{stale[0]}' were computed otherwise than now; delete "
-            "them and run `paceline collect PROMPTS` again"
-        )
-    if found != encode.num_features:
-        raise StoreError(
-            f"the collection has {found} features a prompt, this target and version give "
-            f"{encode.num_features}; run `paceline collect PROMPTS` into a new folder"
-        )
+    _check_features(dataset, identity, encode)
     training_part, held_out = split(dataset, settings.held_out)
     if search:
         settings = search_settings(training_part, settings, search, on_progress)
-    fitted, seeds = fit_seeds(LEARNERS[settings.learner], training_part, settings, on_progress)
+    learner = find_learner(settings.learner)
+    fitted, seeds = fit_seeds(learner, training_part, settings, on_progress)
     chooser = fitted.chooser
     if isinstance(chooser, PortableChooser):
         chooser.pricer = dataset.pricer()
@@ -127,15 +116,44 @@ def train_policy(
         points = speed_by_prompts(training_part, held_out, settings, on_progress)
         plot(fitted.curve, points, held_out, settings.learner, figure)
     card = _card(identity, settings, costs, fitted.summary, seeds, report)
-    policy = policy_of(chooser, found, settings.objective, encode=encode)
+    policy = policy_of(chooser, encode.num_features, settings.objective, encode=encode)
     seen = _range(prompts, training_part, chooser)
     return LearningResult(policy, report, fitted.summary, seeds, fitted.curve, card, seen)
+
+
+def _check_reward(settings: LearnerSettings) -> None:
+    """Raise ConfigError if the learner cannot learn from the reward."""
+    if settings.reward != "speed" and find_learner(settings.learner).predicts_work:
+        raise ConfigError(
+            f"the learner '{settings.learner}' predicts acceptance, which is priced in seconds alone; "
+            f"take policy_gradient or reinforce for the reward '{settings.reward}'"
+        )
+
+
+def _check_features(dataset: Dataset, identity: PolicyIdentity, encode: FeatureEncoder) -> None:
+    """Raise StoreError unless the encoders of now give the features of the collection."""
+    lines = encode.identities()
+    stale = [name for name, line in identity.encoders.items() if lines.get(name, line) != line]
+    if stale:
+        raise StoreError(
+            f"the collection's features of '{stale[0]}' were computed otherwise than now; delete "
+            "them and run `paceline collect PROMPTS` again"
+        )
+    num_features = dataset.features.shape[1]
+    if num_features != encode.num_features:
+        raise StoreError(
+            f"the collection has {num_features} features a prompt, this target and version give "
+            f"{encode.num_features}; run `paceline collect PROMPTS` into a new folder"
+        )
 
 
 def _range(
     prompts: Sequence[CollectedPrompt], training_part: Dataset, chooser: Chooser
 ) -> TrainingRange | None:
-    """Of the training prompts; an arm's acceptance on those for which it would be chosen."""
+    """Return the range of the training prompts' features and of acceptance.
+
+    An arm's acceptance is that on the prompts for which it would be chosen.
+    """
     if len(training_part) < 2 * MIN_PROMPTS:
         return None
     by_id = {prompt.id: prompt for prompt in prompts}
@@ -162,7 +180,7 @@ def _constant_note(chooser: Chooser, data: Dataset) -> str:
 
 def _card(
     identity: PolicyIdentity,
-    settings: LearningSection,
+    settings: LearnerSettings,
     costs: CostTable,
     summary: Summary,
     seeds: Seeds,

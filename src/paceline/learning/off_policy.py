@@ -1,10 +1,10 @@
-"""What a policy would have earned on logged requests, each of which tried one arm only.
+"""Estimates of a policy's mean reward from logged requests, each of which tried one arm only.
 
-Needs decisions that were drawn at random with known probabilities: the arm that was not tried is
-known only from requests like it where it was. Knows no file and no model.
+The log must hold decisions that were drawn at random with known probabilities: about an arm that was
+not tried only similar requests that tried it tell. Knows no file and no model.
 
-Words: propensity, the probability with which the logging policy chose the arm it chose; weight, the
-new policy's probability of that arm over the propensity. Symbols: n requests, A arms, F features.
+Words: propensity, the probability with which the logging policy chose its arm; weight, the new
+policy's probability of that arm over the propensity. Symbols: n requests, A arms, F features.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ NUM_FOLDS: Final = 5
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoggedChoices:
-    """Bandit feedback. Rewards are of the arm that was chosen; more is better.
+    """Bandit feedback: the rewards of the arms that were chosen; more is better.
 
-    Raises StoreError if a value cannot be what it says.
+    Raises StoreError for a value out of its range.
     """
 
     chosen: np.ndarray  # [n] int, which arm
@@ -52,16 +52,23 @@ class LoggedChoices:
         return len(self.chosen)
 
     def of_chosen(self, table: np.ndarray) -> np.ndarray:
-        """[n] the entries of a table [n, A] at the chosen arms."""
+        """Return the entries [n] of a table [n, A] at the chosen arms."""
         return np.asarray(table[np.arange(len(self)), self.chosen])
+
+    def rows(self, places: np.ndarray) -> LoggedChoices:
+        """Return some of the choices. places: [m] int, or a mask [n]."""
+        return LoggedChoices(
+            self.chosen[places], self.propensities[places], self.rewards[places], self.num_arms
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A policy's mean reward, as far as the log can tell.
+    """A policy's mean reward, estimated from a log.
 
-    effective_sample_size: how many requests of the policy's own would say as much, by Kish's formula;
-    a small share of n means that the log seldom did what the policy would do.
+    effective_sample_size: the number of requests served by the policy itself that would be as
+    informative, by Kish's formula; a small share of n means that the log seldom did what the policy
+    would do.
     """
 
     value: float
@@ -70,16 +77,18 @@ class Estimate:
     num_requests: int
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Two-sided, by the central limit theorem: too narrow where the effective size is small."""
+        """Return a two-sided interval by the central limit theorem, too narrow for a small effective
+        sample size.
+        """
         reach = NormalDist().inv_cdf((1 + confidence) / 2) * self.standard_error
         return self.value - reach, self.value + reach
 
 
 def weights(logged: LoggedChoices, probabilities: np.ndarray) -> np.ndarray:
-    """[n] for a policy with these probabilities [n, A] at the logged requests.
+    """Return the weights [n] of a policy with probabilities [n, A] at the logged requests.
 
-    Raises StoreError where the log never tries what the policy would do: an arm that was chosen with
-    certainty says nothing of the others.
+    Raises StoreError where the log cannot tell what the policy would gain: where an arm was chosen with
+    certainty, the other arms' rewards are unknown.
     """
     if probabilities.shape != (len(logged), logged.num_arms):
         raise StoreError(
@@ -95,42 +104,24 @@ def weights(logged: LoggedChoices, probabilities: np.ndarray) -> np.ndarray:
     return np.asarray(wanted / logged.propensities)
 
 
-def ips(logged: LoggedChoices, probabilities: np.ndarray) -> Estimate:
-    """Inverse propensity scoring: the mean of weighted rewards. Unbiased, and of high variance."""
-    weight = weights(logged, probabilities)
-    return _estimate(weight * logged.rewards, weight)
-
-
-def snips(logged: LoggedChoices, probabilities: np.ndarray) -> Estimate:
-    """The same divided by the mean weight: never outside the rewards' range, biased by O(1/n)."""
-    weight = weights(logged, probabilities)
-    total = float(weight.sum())
-    if total == 0:
-        raise StoreError("the log never did what this policy would do; log more with explore > 0")
-    value = float(weight @ logged.rewards) / total
-    # the error of a ratio, by its linear part
-    error = float(np.sqrt(weight**2 @ (logged.rewards - value) ** 2)) / total
-    return Estimate(value, error, _effective(weight), len(logged))
-
-
 def doubly_robust(
     logged: LoggedChoices, probabilities: np.ndarray, predicted: np.ndarray
 ) -> Estimate:
-    """A model's rewards [n, A], corrected by what was logged.
+    """Estimate by predicted rewards [n, A], corrected by the logged ones.
 
-    Unbiased whatever the model, if no request's prediction was learned from its own reward; see
-    `cross_fitted_rewards`. The better the model, the smaller the error.
+    The estimate is unbiased for any prediction that was not learned from the request's own reward, see
+    `cross_fitted_rewards`. The better the prediction, the smaller the error.
     """
     weight = weights(logged, probabilities)
     return _estimate(_corrected(logged, probabilities, predicted, weight), weight)
 
 
 def doubly_robust_rewards(logged: LoggedChoices, predicted: np.ndarray) -> np.ndarray:
-    """[n, A] a reward for every arm of every request, right on average where it is not right itself.
+    """Return a reward [n, A] for every arm of every request, unbiased but noisy.
 
-    Whoever learns from full information can learn from these: the mean over requests of what any
-    policy picks from them is its doubly robust estimate. Raises StoreError where an arm was chosen
-    with certainty.
+    A learner that needs the rewards of all arms can use these: the mean over requests of the rewards
+    that a policy picks is its doubly robust estimate. Raises StoreError where an arm was chosen with
+    certainty.
     """
     certain = int((logged.propensities >= 1).sum())
     if certain:
@@ -154,13 +145,15 @@ def difference(
     candidate: np.ndarray,
     predicted: np.ndarray,
 ) -> Estimate:
-    """The candidate's mean reward less the current policy's, doubly robust, request by request:
-    where both do the same they cannot differ, so this is sharper than two estimates apart.
+    """Estimate the candidate's mean reward less the current policy's, doubly robust, per request.
+
+    Requests on which both agree contribute no error, so the error is smaller than that of the
+    difference of two estimates.
     """
-    of_candidate, of_current = weights(logged, candidate), weights(logged, current)
-    gains = _corrected(logged, candidate, predicted, of_candidate)
-    gains -= _corrected(logged, current, predicted, of_current)
-    return _estimate(gains, of_candidate)
+    weight = weights(logged, candidate)
+    gains = _corrected(logged, candidate, predicted, weight)
+    gains -= _corrected(logged, current, predicted, weights(logged, current))
+    return _estimate(gains, weight)
 
 
 def _corrected(
@@ -176,91 +169,52 @@ def _corrected(
 
 
 def _estimate(values: np.ndarray, weight: np.ndarray) -> Estimate:
-    n = len(values)
+    n, squares = len(values), float(weight @ weight)
     error = float(values.std(ddof=1) / np.sqrt(n))
-    return Estimate(float(values.mean()), error, _effective(weight), n)
+    effective = float(weight.sum()) ** 2 / squares if squares > 0 else 0.0
+    return Estimate(float(values.mean()), error, effective, n)
 
 
-def _effective(weight: np.ndarray) -> float:
-    squares = float(weight @ weight)
-    return float(weight.sum()) ** 2 / squares if squares > 0 else 0.0
-
-
-# --- a reward model from the log itself -----------------------------------------------------------
+# --- rewards predicted from the log itself -----------------------------------------------------
 
 
 def cross_fitted_rewards(
     logged: LoggedChoices, features: np.ndarray, ridge: float = 1.0, seed: int = 0
 ) -> np.ndarray:
-    """[n, A] rewards predicted from features [n, F], each request's from the other folds only.
+    """Return rewards [n, A] predicted from features [n, F], each request's from the other folds only.
 
-    One ridge regression an arm on the requests that tried it, weighted by 1/propensity so that they
-    stand for all requests; `ridge` is in units of the features' variance. An arm that a fold's
-    training part never tried is predicted at the mean reward.
+    See `predicted_rewards`. Raises StoreError unless the features are finite, one row per choice.
     """
-    fold = np.random.default_rng(seed).permutation(len(logged)) % NUM_FOLDS
+    from sklearn.model_selection import KFold
+
+    if features.ndim != 2 or len(features) != len(logged) or not np.isfinite(features).all():
+        raise StoreError(f"features must be finite, one row for each of {len(logged)} choices")
     predicted = np.empty((len(logged), logged.num_arms))
-    for held_out in range(NUM_FOLDS):
-        own, rest = fold == held_out, fold != held_out
-        model = RewardModel.fit(
-            features[rest],
-            LoggedChoices(
-                logged.chosen[rest],
-                logged.propensities[rest],
-                logged.rewards[rest],
-                logged.num_arms,
-            ),
-            ridge,
-        )
-        predicted[own] = model.predict(features[own])
+    folds = KFold(min(NUM_FOLDS, len(logged)), shuffle=True, random_state=seed)
+    for rest, own in folds.split(features):
+        predicted[own] = predicted_rewards(logged.rows(rest), features[rest], features[own], ridge)
     return predicted
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class RewardModel:
-    """Linear in standardised features, one column of coefficients an arm."""
+def predicted_rewards(
+    logged: LoggedChoices, features: np.ndarray, others: np.ndarray, ridge: float = 1.0
+) -> np.ndarray:
+    """Return rewards [m, A] of other requests, predicted from logged ones.
 
-    mean: np.ndarray  # [F]
-    scale: np.ndarray  # [F]
-    coefficients: np.ndarray  # [F, A]
-    intercepts: np.ndarray  # [A]
+    One ridge regression per arm is fitted on the requests that tried it, weighted by 1/propensity so
+    that these represent all requests. features: [n, F] of the logged requests; others: [m, F]; ridge:
+    in units of the features' variance. An arm that was never tried is predicted at the mean reward.
+    """
+    from sklearn.linear_model import Ridge
 
-    @classmethod
-    def fit(cls, features: np.ndarray, logged: LoggedChoices, ridge: float = 1.0) -> RewardModel:
-        """From features [n, F] and what was logged; see `cross_fitted_rewards`."""
-        if features.ndim != 2 or len(features) != len(logged) or not np.isfinite(features).all():
-            raise StoreError(f"features must be finite, one row for each of {len(logged)} choices")
-        mean, scale = standardisation(features)
-        inputs = (features - mean) * scale
-        coefficients = np.zeros((features.shape[1], logged.num_arms))
-        intercepts = np.full(logged.num_arms, logged.rewards.mean())
-        for arm in range(logged.num_arms):
-            tried = logged.chosen == arm
-            if tried.any():
-                weight = 1 / logged.propensities[tried]
-                coefficients[:, arm], intercepts[arm] = _ridge(
-                    inputs[tried], logged.rewards[tried], weight / weight.mean(), ridge
-                )
-        return cls(mean, scale, coefficients, intercepts)
-
-    def predict(self, features: np.ndarray) -> np.ndarray:
-        """[n, A] for features [n, F]."""
-        inputs = (features - self.mean) * self.scale
-        return np.asarray(inputs @ self.coefficients + self.intercepts)
-
-
-def _ridge(
-    inputs: np.ndarray, rewards: np.ndarray, weight: np.ndarray, ridge: float
-) -> tuple[np.ndarray, float]:
-    """(coefficients [F], intercept) of a weighted regression; solved in the smaller dimension."""
-    n, F = inputs.shape
-    share = weight / weight.sum()
-    centre, level = share @ inputs, float(share @ rewards)
-    root = np.sqrt(weight)[:, None]
-    X, y = root * (inputs - centre), root[:, 0] * (rewards - level)
-    penalty = ridge * F  # F standardised features have a variance of F together
-    if n < F:
-        solved = X.T @ np.linalg.solve(X @ X.T + penalty * np.eye(n), y)
-    else:
-        solved = np.linalg.solve(X.T @ X + penalty * np.eye(F), X.T @ y)
-    return solved, level - float(centre @ solved)
+    mean, scale = standardisation(features)
+    inputs, wanted = (features - mean) * scale, (others - mean) * scale
+    predicted = np.full((len(others), logged.num_arms), logged.rewards.mean())
+    for arm in range(logged.num_arms):
+        tried = logged.chosen == arm
+        if tried.any():
+            weight = 1 / logged.propensities[tried]
+            model = Ridge(ridge * inputs.shape[1])  # F standardised features have the variance F
+            model.fit(inputs[tried], logged.rewards[tried], weight / weight.mean())
+            predicted[:, arm] = model.predict(wanted)
+    return predicted

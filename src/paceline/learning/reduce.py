@@ -1,4 +1,4 @@
-"""Features to what learners read: standardised, weighed by block, and turned to few components.
+"""Features as learners read them: standardised, weighted by block, reduced to few components.
 
 Symbols: N prompts, F features, Z components.
 """
@@ -15,14 +15,14 @@ from paceline.selection.scaling import standardisation, standardise
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_WIDE: Final = 16  # features; a block of more is one source that says many things at once
+_WIDE: Final = 16  # features; a block with more is one source with many outputs
 
 
 def block_weights(spans: Mapping[str, slice], num_features: int, wide: float = 1.0) -> np.ndarray:
-    """[F] float32: a wide block, all hidden states say, weighs `wide` times one statistic.
+    """Return [F] float32: a wide block, such as all hidden states, weighs `wide` times one statistic.
 
-    Otherwise what a statistic says (that a prompt repeats itself, say) drowns in hundreds of hidden
-    units, which fit a few hundred prompts in countless ways.
+    Without weights hundreds of hidden units, which fit a few hundred prompts in many ways, would
+    outweigh a statistic such as the repetition within a prompt.
     """
     weights = np.ones(num_features, dtype=np.float32)
     for span in spans.values():
@@ -33,21 +33,22 @@ def block_weights(spans: Mapping[str, slice], num_features: int, wide: float = 1
 
 
 def reduce(features: np.ndarray, weights: np.ndarray, num_components: int) -> Reduction:
-    """The directions in which weighed features [N, F] vary most, at most `num_components`."""
+    """Return the at most `num_components` directions in which weighted features [N, F] vary most."""
+    from sklearn.decomposition import PCA
+
     mean, scale = standardisation(features)
     inputs = (standardise(features, mean, scale) * weights).astype(np.float64)
-    centre = inputs.mean(axis=0)
-    inputs -= centre
-    gram = inputs.T @ inputs if len(inputs) > inputs.shape[1] else inputs @ inputs.T
-    values, vectors = np.linalg.eigh(gram)
-    largest = np.argsort(values)[::-1][:num_components]
-    kept = largest[values[largest] > 1e-9 * max(values.max(), 1e-30)]
-    basis = vectors[:, kept]
-    if len(inputs) <= inputs.shape[1]:
-        basis = inputs.T @ basis / np.sqrt(values[kept])
+    N, F = inputs.shape
+    # without a solver PCA would draw random projections for large inputs
+    pca = PCA(min(num_components, N, F), svd_solver="covariance_eigh" if N > F else "full")
+    with np.errstate(invalid="ignore"):  # inputs that do not vary at all
+        pca.fit(inputs)
+    values = pca.explained_variance_  # [Z], falling
+    kept = values > 1e-9 * max(values.max(), 1e-30)
+    basis = pca.components_[kept].T  # [F, Z]
     return Reduction(
         mean=mean,
         scale=scale,
         basis=(weights[:, None] * basis).astype(np.float32),
-        centre=(centre @ basis).astype(np.float32),
+        centre=(pca.mean_ @ basis).astype(np.float32),
     )

@@ -1,9 +1,9 @@
-"""Whether a new policy may take the place of the current one: only when it is better beyond doubt.
+"""The decision whether a new policy replaces the current one, which takes a significant gain.
 
-Two kinds of evidence. Replayed prompts tell what both policies would have taken on each (full
-information). Logged requests tell it of the arm that was tried, so its propensity must be known. In
-either case the prompts must be ones that neither policy was learned from, and the confidence is that
-of one decision: who tries a candidate every day until one passes will adopt a worse one some day.
+There are two kinds of evidence. Replayed prompts tell the seconds of both policies on each prompt.
+Logged requests tell the reward of the arm that was tried, whose propensity must be known. In either
+case neither policy may have been learned from the prompts. The confidence is that of one decision:
+repeated tests of new candidates will adopt a worse one at some time.
 """
 
 from __future__ import annotations
@@ -21,14 +21,12 @@ MIN_PROMPTS: Final = 100
 MIN_EFFECTIVE: Final = 100.0
 _RESAMPLES: Final = 2000
 _CHUNK: Final = 2**20  # resampled values at a time
-
-
 _CONFIDENCE: Final = 0.95
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Replayed:
-    """Seconds of the same prompts under both policies."""
+    """Seconds of the same prompts under both policies. Raises StoreError if they are not positive."""
 
     current: np.ndarray  # [n]
     candidate: np.ndarray  # [n]
@@ -41,7 +39,7 @@ class Replayed:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Logged:
-    """Choices with their propensities, and what both policies would have done on those requests."""
+    """Choices with their propensities, and both policies' probabilities on those requests."""
 
     choices: LoggedChoices  # n
     features: np.ndarray  # [n, F]
@@ -51,8 +49,8 @@ class Logged:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """gain: of the candidate over the current policy, as a share of seconds saved for replayed
-    prompts and in units of the reward for logged ones; low: its lower bound.
+    """The decision. gain: of the candidate over the current policy, for replayed prompts as a share of
+    the seconds, for logged ones in units of the reward; low: its lower bound.
     """
 
     adopt: bool
@@ -64,14 +62,14 @@ class Verdict:
 
 
 def not_compared(num_requests: int, reason: str) -> Verdict:
-    """The current policy stays, for nothing can be said of it beside the candidate."""
+    """Return the verdict that the current policy stays, because no comparison is possible."""
     return Verdict(False, float("nan"), float("nan"), _CONFIDENCE, num_requests, reason)
 
 
 def adopt(evidence: Replayed | Logged, confidence: float = _CONFIDENCE) -> Verdict:
-    """Adopt the candidate if its gain is above 0 with this (one-sided) confidence.
+    """Return whether to adopt the candidate: if its gain is above 0 with this one-sided confidence.
 
-    Too little evidence is a no, never an error: the current policy stays.
+    With too little evidence the current policy stays; that is no error.
     """
     if isinstance(evidence, Replayed):
         n = len(evidence.current)
@@ -105,10 +103,11 @@ def _too_little(what: str, n: int, confidence: float) -> Verdict:
 
 
 def _lower_bound(values: np.ndarray, confidence: float) -> float:
-    """One-sided bound of a mean [n]: the lower of Student's and of the studentised bootstrap's.
+    """Return a one-sided bound of the mean of values [n]: the lower of Student's and of the studentised
+    bootstrap's.
 
-    The first is too bold where losses are rare and large, the second where values are symmetric with
-    heavy tails. A loss too rare to be among the values is beyond either.
+    Student's is too high where losses are rare and large, the bootstrap's where values are symmetric
+    with heavy tails. Neither sees a loss that is too rare to be among the values.
     """
     n, mean, std = len(values), float(values.mean()), float(values.std(ddof=1))
     if std <= 1e-12 * max(1.0, abs(mean)):
@@ -119,7 +118,7 @@ def _lower_bound(values: np.ndarray, confidence: float) -> float:
 
 
 def _bootstrap_quantile(values: np.ndarray, mean: float, confidence: float) -> float:
-    """Of a resample's error over its own standard deviation."""
+    """Return a quantile of a resample's error over its own standard deviation."""
     n = len(values)
     rng = np.random.default_rng(n)
     ratios: list[np.ndarray] = []
@@ -127,7 +126,7 @@ def _bootstrap_quantile(values: np.ndarray, mean: float, confidence: float) -> f
     for start in range(0, _RESAMPLES, rows):
         again = values[rng.integers(n, size=(min(rows, _RESAMPLES - start), n))]
         spread = again.std(axis=1, ddof=1)
-        # a resample of one value over and over says nothing of the spread: count it as extreme
+        # the spread is unknown in a resample of one repeated value: count it as extreme
         ratio = np.full(len(again), np.inf)
         np.divide(again.mean(axis=1) - mean, spread, out=ratio, where=spread > 0)
         ratios.append(ratio)

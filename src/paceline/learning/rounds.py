@@ -1,8 +1,8 @@
-"""The rounds of many prompts under many arms, flat, so that all are priced in a few passes.
+"""The rounds of many prompts under many arms in flat arrays, so that a few passes price them all.
 
-What `replay.rounds_of` and `rewards.request_seconds` do for one prompt and arm, for all at once: a
-collection of thousands of prompts under some fifty arms is walked and priced in seconds. Contexts
-and lengths are whole numbers, so a price is read from a grid and is the table's to the last bit.
+This is the fast twin of `replay.rounds_of` and `rewards.request_seconds`, which handle one prompt and
+arm: it simulates and prices thousands of prompts under some fifty arms in seconds. Contexts and
+lengths are whole numbers, so each price is read from a grid and equals the table's to the last bit.
 Symbols: N prompts, A arms, D drafters, M positions of all prompts, R rounds of all prompts.
 """
 
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ArmRounds:
-    """One arm on N prompts, one after the other; rounds of prompt i are `offsets[i : i + 2]`."""
+    """One arm's rounds on N prompts; those of prompt i begin at `offsets[i]`."""
 
     drafted: np.ndarray  # [R] int16
     emitted: np.ndarray  # [R] int32, tokens emitted before the round
     offsets: np.ndarray  # [N + 1] int64
 
     def sums(self, values: np.ndarray) -> np.ndarray:
-        """[N] sums over each prompt's rounds of values [R]."""
+        """Return the sums [N] over each prompt's rounds of values [R]."""
         running = np.concatenate(([0.0], np.cumsum(values, dtype=np.float64)))
         return np.asarray(running[self.offsets[1:]] - running[self.offsets[:-1]])
 
     def rows(self, places: np.ndarray) -> ArmRounds:
-        """The same for some of the prompts. places: [n]."""
+        """Return the same for some of the prompts. places: [n]."""
         begins, counts = self.offsets[places], np.diff(self.offsets)[places]
         offsets = np.concatenate(([0], np.cumsum(counts)))
         chosen = np.arange(offsets[-1]) + np.repeat(begins - offsets[:-1], counts)
@@ -55,24 +55,24 @@ class RoundTable:
     by_arm: tuple[ArmRounds, ...]  # A
 
     def num_rounds(self) -> np.ndarray:
-        """[N, A] int64."""
+        """Return the rounds, [N, A] int64."""
         return np.stack([np.diff(own.offsets) for own in self.by_arm], axis=1)
 
     def num_drafted(self) -> np.ndarray:
-        """[N, A] float64 tokens drafted."""
+        """Return the drafted tokens, [N, A] float64."""
         return np.stack([own.sums(own.drafted) for own in self.by_arm], axis=1)
 
     def num_empty(self) -> np.ndarray:
-        """[N, A] float64 rounds that drafted nothing."""
+        """Return the rounds without a draft, [N, A] float64."""
         return np.stack([own.sums(own.drafted == 0) for own in self.by_arm], axis=1)
 
     def rows(self, places: np.ndarray) -> RoundTable:
-        """The same for some of the prompts. places: [n]."""
+        """Return the same for some of the prompts. places: [n]."""
         by_arm = tuple(own.rows(places) for own in self.by_arm)
         return RoundTable(self.arms, self.num_prompt[places], by_arm)
 
     def seconds(self, seconds: SecondsFn, rows: int = 1, objective: Objective = 0.0) -> np.ndarray:
-        """[N, A] of each whole request, as `rewards.request_seconds` has it."""
+        """Return the predicted seconds of each whole request, [N, A], as `rewards.request_seconds`."""
         return np.stack(
             [
                 self._seconds_of(arm, own, seconds, rows, objective)
@@ -104,7 +104,7 @@ class RoundTable:
 
 
 def round_table(prompts: Sequence[CollectedPrompt], arms: Sequence[str]) -> RoundTable:
-    """Every arm's rounds on collected prompts. Raises StoreError where an arm was not replayed."""
+    """Return every arm's rounds on collected prompts. Raises StoreError if an arm was not replayed."""
     num_prompt = np.array([len(p.prompt_tokens) for p in prompts])
     flat: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
     by_arm = []
@@ -116,7 +116,7 @@ def round_table(prompts: Sequence[CollectedPrompt], arms: Sequence[str]) -> Roun
                 flat[drafter] = _flatten([r.table for r in replays if r is not None])
             by_arm.append(ArmRounds(*_walk_all(*flat[drafter], length or _ANY_LENGTH)))
         else:
-            by_arm.append(_one_after_the_other([rounds_of(p, arm) for p in prompts]))
+            by_arm.append(_join([rounds_of(p, arm) for p in prompts]))
     return RoundTable(tuple(arms), num_prompt, tuple(by_arm))
 
 
@@ -124,13 +124,14 @@ _ANY_LENGTH = 2**14  # longer than any draft
 
 
 def _flatten(tables: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(drafted [M], accepted [M], offsets [N + 1]) of tables [T - 1, 2]."""
+    """Return (drafted [M], accepted [M], offsets [N + 1]) of tables [T - 1, 2]."""
     offsets = np.concatenate(([0], np.cumsum([len(table) for table in tables])))
     table = np.concatenate(tables).astype(np.int16).reshape(-1, 2)
     return np.ascontiguousarray(table[:, 0]), np.ascontiguousarray(table[:, 1]), offsets
 
 
-def _one_after_the_other(rounds: Sequence[np.ndarray]) -> ArmRounds:
+def _join(rounds: Sequence[np.ndarray]) -> ArmRounds:
+    """Return the arm's rounds from those of each prompt, [rounds, 2]."""
     offsets = np.concatenate(([0], np.cumsum([len(own) for own in rounds])))
     flat = np.concatenate(rounds).reshape(-1, 2)
     ends = np.concatenate([np.cumsum(own[:, 1] + 1) for own in rounds])
@@ -143,7 +144,7 @@ def _one_after_the_other(rounds: Sequence[np.ndarray]) -> ArmRounds:
 def _walk_all(
     drafted: np.ndarray, accepted: np.ndarray, offsets: np.ndarray, length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(drafted [R], emitted [R], offsets [N + 1]): `replay.walk` of every prompt at one length."""
+    """Return (drafted [R], emitted [R], offsets [N + 1]): `replay.walk` of all prompts at one length."""
     N = len(offsets) - 1
     starts = np.zeros(N + 1, dtype=np.int64)
     own = np.empty(len(drafted), dtype=np.int16)

@@ -1,65 +1,50 @@
-"""A learner's settings found by trying: Optuna over cross-validated scores, never held-out ones."""
+"""Search for a learner's options: Optuna over cross-validated scores, never held-out ones."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
-from paceline.config import LearningSection, parse
+from paceline.config import parse
+from paceline.contracts import no_progress
 from paceline.errors import ConfigError
-from paceline.learning.learners import LEARNERS
+from paceline.learning.learners import LEARNERS, find_learner
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from paceline.contracts import Progress
     from paceline.learning.dataset import Dataset
-    from paceline.learning.learners import Progress
-
-_OF_NETWORKS: Final = {
-    "hidden_units": (16, 128),
-    "learning_rate": (1e-3, 2e-2),
-    "weight_decay": (1e-3, 0.3),
-    "entropy_weight": (1e-3, 0.1),
-}
-SPACES: Final[Mapping[str, Mapping[str, tuple[float, float]]]] = {
-    "acceptance": {"kinds": (6, 96), "gate_decay": (1e-2, 2.0)},
-    "reinforce": _OF_NETWORKS,
-    "policy_gradient": _OF_NETWORKS,
-    "cost_sensitive": _OF_NETWORKS,
-    "linucb": {"optimism": (0.03, 3.0)},
-    "thompson": {"optimism": (0.03, 3.0)},
-}
-"""By learner, the range of each setting; all are searched on a logarithmic scale."""
+    from paceline.learning.learners import LearnerSettings
 
 
 def search(
     data: Dataset,
-    settings: LearningSection,
+    settings: LearnerSettings,
     num_trials: int,
-    on_progress: Progress = lambda stage, done, total: None,
-) -> LearningSection:
-    """The settings with the best score; those given are the first trial, so never worse than these.
+    on_progress: Progress = no_progress,
+) -> LearnerSettings:
+    """Return the settings with the best score. The first trial is `settings` itself.
 
-    data: the training part. Raises ConfigError where there is nothing to search or no Optuna.
+    data: the training part. Raises ConfigError for a learner without a search space, or without
+    Optuna.
     """
-    space = SPACES.get(settings.learner)
-    if space is None:
+    learner = find_learner(settings.learner)
+    space = learner.search_space
+    if not space:
+        searchable = ", ".join(name for name, other in LEARNERS.items() if other.search_space)
         raise ConfigError(
-            f"learner '{settings.learner}' has no settings to search; those that have: "
-            f"{', '.join(SPACES)}"
+            f"learner '{learner.name}' has no settings to search; those that have: {searchable}"
         )
     optuna = _import_optuna()
     sampler = optuna.samplers.TPESampler(seed=settings.seed)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     study.enqueue_trial({name: getattr(settings, name) for name in space})
-    learner = LEARNERS[settings.learner]
 
     def score(trial: Any) -> float:
-        tried = _with(
-            settings, {name: _suggest(trial, name, *ends) for name, ends in space.items()}
-        )
-        found = learner.fit(data, tried, lambda stage, done, total: None).summary.score
+        suggested = {name: _suggest(trial, name, *ends) for name, ends in space.items()}
+        fitted = learner.fit(data, _with(settings, suggested), no_progress)
         on_progress("search", trial.number + 1, num_trials)
-        return found
+        return fitted.summary.score
 
     study.optimize(score, n_trials=num_trials)
     return _with(settings, study.best_params)
@@ -71,8 +56,8 @@ def _suggest(trial: Any, name: str, low: float, high: float) -> float:
     return value
 
 
-def _with(settings: LearningSection, changes: Mapping[str, float]) -> LearningSection:
-    return parse(LearningSection, settings.model_dump() | dict(changes), "learning")
+def _with(settings: LearnerSettings, changes: Mapping[str, float]) -> LearnerSettings:
+    return parse(type(settings), settings.model_dump() | dict(changes), "learning")
 
 
 def _import_optuna() -> Any:

@@ -1,10 +1,10 @@
-"""Streams of requests decoded on paper: ways to choose arms, round by round, priced and replayed.
+"""Simulated streams of requests, in which methods choose an arm per round; priced, without a model.
 
-What each drafter would have had accepted at every position of a prompt's output is known (`ahead`),
-so any schedule of arms can be played through: fixed arms, a policy's choice, bandits that learn from
-the rounds they see, and the `AdaptiveController` of the engine. Seconds are the cost table's; a
-drafter that has not read the text is charged for reading it, and so are drafts made beside the arm
-in use. Knows no model. Symbols: T output tokens, N arms, t rounds so far.
+The replay tells the tokens that each drafter would get accepted at every position of a prompt's output
+(`ahead`), so any sequence of arms can be simulated: fixed arms, a policy's choice, bandits that learn
+from rounds, and the engine's `AdaptiveController`. Seconds come from the cost table. They include the
+time in which a drafter reads text that it has not read, and the time of shadow drafts (drafts in
+addition to the arm in use, which nobody verifies). Symbols: T output tokens, N arms, t rounds so far.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ _NO_STATE: Final = np.zeros(0, dtype=np.float32)
 
 @dataclass(frozen=True, slots=True)
 class StreamPrompt:
-    """A prompt with its output's length and what every drafter would do at each place of it."""
+    """A prompt, the length of its output, and each drafter's outcome at every position of the output."""
 
     domain: str
     num_prompt: int
     num_output: int  # T
     ahead: Mapping[str, np.ndarray]  # drafter -> [T-1, 2] drafted, accepted at full length
-    decision: Decision = field(default_factory=lambda: Decision(NONE))  # the policy's
+    decision: Decision = field(default_factory=lambda: Decision(NONE))  # of the policy
 
 
 @dataclass(slots=True)
 class StreamOutcome:
-    """One request as it went: seconds after its prefill, and rounds by arm."""
+    """The simulation of one request: seconds after its prefill, and rounds by arm."""
 
     seconds: float = 0.0
     plain_seconds: float = 0.0
@@ -58,28 +58,28 @@ class StreamOutcome:
 
 
 class StreamMethod(ABC):
-    """A way to choose arms. `seen` is None before a request's first round."""
+    """A way to choose arms, round by round."""
 
     name: str
 
     @abstractmethod
     def begin(self, number: int, prompt: StreamPrompt) -> str:
-        """The arm of a request's first round."""
+        """Return the arm of a request's first round. number: of the request."""
 
     def shadow_drafters(self, number: int) -> Sequence[str]:
-        """Drafters that make a draft beside the arm in use in the next round."""
+        """Return the drafters that make a shadow draft in the next round."""
         return ()
 
     def after_round(self, number: int, seen: RoundReport) -> str | None:
-        """The arm to go on with, None for the same."""
+        """Return the arm of the next round, None for the same arm."""
         return None
 
-    def end(self, number: int) -> None:  # noqa: B027 - most keep nothing of a request
-        """The request is over."""
+    def end(self, number: int) -> None:  # noqa: B027 - most methods hold no state per request
+        """Forget a request, which has ended."""
 
 
 class Fixed(StreamMethod):
-    """One arm for all."""
+    """One arm for all requests."""
 
     def __init__(self, arm: str) -> None:
         self.name = f"fixed {arm}"
@@ -90,7 +90,7 @@ class Fixed(StreamMethod):
 
 
 class Offline(StreamMethod):
-    """The policy's choice before the first round, kept to the end."""
+    """The policy's choice before the first round, for the whole request."""
 
     name = "policy"
 
@@ -99,11 +99,11 @@ class Offline(StreamMethod):
 
 
 class Controlled(StreamMethod):
-    """The engine's controller; `with_policy` gives it the policy's prediction as prior, else nothing."""
+    """The engine's controller. with_policy: its prior is the policy's prediction, else nothing."""
 
     def __init__(self, name: str, controller: AdaptiveController, with_policy: bool = True) -> None:
         self.name = name
-        self._watch = controller
+        self._controller = controller
         self._with_policy = with_policy
 
     def begin(self, number: int, prompt: StreamPrompt) -> str:
@@ -111,22 +111,22 @@ class Controlled(StreamMethod):
             range(prompt.num_prompt), _NO_STATE, _NO_STATE, SamplingParams(), rows_in_flight=1
         )
         decision = prompt.decision if self._with_policy else Decision(NONE)
-        return self._watch.begin(number, context, decision, prompt.num_output - 1).arm
+        return self._controller.begin(number, context, decision, prompt.num_output - 1).arm
 
     def shadow_drafters(self, number: int) -> Sequence[str]:
-        return self._watch.shadow_drafters(number)
+        return self._controller.shadow_drafters(number)
 
     def after_round(self, number: int, seen: RoundReport) -> str | None:
-        return self._watch.after_round(number, seen)
+        return self._controller.after_round(number, seen)
 
     def end(self, number: int) -> None:
-        self._watch.end(number)
+        self._controller.end(number)
 
 
 class _Bandit(StreamMethod):
-    """Learns the speed of arms, emitted tokens a plain round's time, from the rounds they are given.
+    """Learns the speed-up of arms over `none` from rounds.
 
-    `forgets` begins anew with every request, as the published bandits over drafters do.
+    forgets: begins anew with every request, as the published bandits over drafters do.
     """
 
     def __init__(
@@ -140,14 +140,16 @@ class _Bandit(StreamMethod):
         self._reset()
 
     @abstractmethod
-    def _reset(self) -> None: ...
+    def _reset(self) -> None:
+        """Forget all rewards."""
 
     @abstractmethod
-    def _pick(self) -> int: ...
+    def _pick(self) -> int:
+        """Return the place of the next arm."""
 
     @abstractmethod
     def _learn(self, arm: int, reward: float) -> None:
-        """reward: in [0, 1], the arm's speed over a speed that no arm reaches."""
+        """Add a reward in [0, 1]: the arm's speed-up over one that no arm reaches."""
 
     def begin(self, number: int, prompt: StreamPrompt) -> str:
         if self._forgets:
@@ -161,11 +163,14 @@ class _Bandit(StreamMethod):
         return self._arms[self._pick()]
 
 
-_FASTEST: Final = 8.0  # times plain decoding
+_FASTEST: Final = 8.0  # speed-up that no arm reaches
 
 
 class UCB(_Bandit):
-    """UCB1: the arm whose mean reward plus sqrt(2 ln t / n) is largest; every arm once at first."""
+    """UCB1 (Auer et al. 2002): the largest mean reward plus sqrt(2 ln t / n), n rounds of the arm.
+
+    Every arm is tried once at first.
+    """
 
     def _reset(self) -> None:
         self._sums = np.zeros(len(self._arms))
@@ -183,19 +188,19 @@ class UCB(_Bandit):
 
 
 class EXP3(_Bandit):
-    """EXP3 with importance-weighted losses at the anytime rate sqrt(ln N / (t N))."""
+    """EXP3 (Auer et al. 2002) on importance-weighted losses, with the rate sqrt(ln N / (t N))."""
 
     def _reset(self) -> None:
         self._losses = np.zeros(len(self._arms))
         self._num_rounds = 1
 
-    def _law(self) -> np.ndarray:
+    def _distribution(self) -> np.ndarray:
         rate = sqrt(log(max(2, len(self._arms))) / (self._num_rounds * len(self._arms)))
         weights = np.exp(-rate * (self._losses - self._losses.min()))
         return np.asarray(weights / weights.sum())
 
     def _pick(self) -> int:
-        self._drawn_from = self._law()
+        self._drawn_from = self._distribution()
         return int(self._random.choice(len(self._arms), p=self._drawn_from))
 
     def _learn(self, arm: int, reward: float) -> None:
@@ -203,12 +208,9 @@ class EXP3(_Bandit):
         self._num_rounds += 1
 
 
-# --- playing them through -------------------------------------------------------------------------
-
-
 @dataclass(slots=True)
 class _ShadowDraft:
-    """A draft made beside the arm in use, whose worth the text has yet to tell."""
+    """A draft that nobody verified, and the depth up to which the text has confirmed it so far."""
 
     drafter: str
     position: int
@@ -217,20 +219,21 @@ class _ShadowDraft:
     accepted: int
     known: int = 0
 
-    def tell(self, position: int) -> DraftOutcome:
+    def outcome_at(self, position: int) -> DraftOutcome:
+        """Return the outcome as far as the text up to a position tells it."""
         visible = position - self.position
         right = min(self.accepted, visible)
-        outcomes = DraftOutcome.of(
+        outcome = DraftOutcome.of(
             self.drafter, self.drafted, self.allowed, right, visible, self.known
         )
         self.known = right
-        return outcomes
+        return outcome
 
 
 class Stream:
-    """Prompts played through under one way to choose after the other.
+    """Prompts to simulate under one method after the other.
 
-    noise: standard deviation of the logarithm of a round's seconds, to see what a restless clock does.
+    noise: standard deviation of the logarithm of a round's seconds, to simulate an unsteady clock.
     """
 
     def __init__(
@@ -251,29 +254,29 @@ class Stream:
             longest = max(arm.num_draft_tokens, self._lengths.get(arm.drafter, 0))
             self._lengths[arm.drafter] = longest
 
-    def play(self, way: StreamMethod) -> list[StreamOutcome]:
-        """Every request, one after the other."""
+    def play(self, method: StreamMethod) -> list[StreamOutcome]:
+        """Simulate every request, one after the other."""
         clock = np.random.default_rng(self._seed)
-        return [self._request(way, i, prompt, clock) for i, prompt in enumerate(self.prompts)]
+        return [self._request(method, i, prompt, clock) for i, prompt in enumerate(self.prompts)]
 
     def _request(
-        self, way: StreamMethod, number: int, prompt: StreamPrompt, clock: np.random.Generator
+        self, method: StreamMethod, number: int, prompt: StreamPrompt, clock: np.random.Generator
     ) -> StreamOutcome:
         result = StreamOutcome()
-        arm = self.arms[way.begin(number, prompt)]
-        read: dict[str, int] = {}  # drafter -> output positions it has read, the prompt with them
-        beside: list[_ShadowDraft] = []
+        arm = self.arms[method.begin(number, prompt)]
+        read: dict[str, int] = {}  # drafter -> output positions it has read, the prompt included
+        shadows: list[_ShadowDraft] = []
         position = 1
         while position < prompt.num_output:
             context = prompt.num_prompt + position - 1
             start = self._catch_up(arm.drafter, prompt, position, read)
-            drafting = 0.0
-            for drafter in way.shadow_drafters(number):
+            shadow_seconds = 0.0
+            for drafter in method.shadow_drafters(number):
                 start += self._catch_up(drafter, prompt, position, read)
-                draft = self._shadows(drafter, prompt, position)
+                draft = self._shadow_draft(drafter, prompt, position)
                 if draft is not None:
-                    beside.append(draft)
-                    drafting += self.prices.drafting(drafter, draft.drafted, context)
+                    shadows.append(draft)
+                    shadow_seconds += self.prices.drafting(drafter, draft.drafted, context)
             allowed = min(arm.num_draft_tokens, prompt.num_output - position - 1)
             drafted, accepted = self._round(arm, prompt, position)
             emitted = min(accepted + 1, prompt.num_output - position)
@@ -283,35 +286,37 @@ class Stream:
             for place in range(emitted):
                 result.plain_seconds += float(self.prices.rounds(NONE, context + place, 1)[0])
             position += emitted
-            result.seconds += start + drafting + own + other
+            result.seconds += start + shadow_seconds + own + other
             result.rounds[arm.name] = result.rounds.get(arm.name, 0) + 1
-            outcomes = [draft.tell(position) for draft in beside]
-            beside = [
-                draft for draft, one in zip(beside, outcomes, strict=True) if not one.is_final
-            ]
+            told = [(draft, draft.outcome_at(position)) for draft in shadows]
+            shadows = [draft for draft, outcome in told if not outcome.is_final]
+            outcomes = [outcome for _, outcome in told]
             if allowed:
                 outcomes.append(
                     DraftOutcome.of(arm.drafter, drafted, allowed, accepted, accepted + 1)
                 )
             seen = RoundReport(
                 arm.name, RoundStats(drafted, accepted), emitted, context, 1,
-                prompt.num_output - position, outcomes, start, drafting + own, other,
+                prompt.num_output - position, outcomes, start, shadow_seconds + own, other,
             )  # fmt: skip
-            wanted = way.after_round(number, seen)
+            wanted = method.after_round(number, seen)
             if wanted is not None and wanted != arm.name:
                 arm = self.arms[wanted]
                 result.switches += 1
-        way.end(number)
+        method.end(number)
         return result
 
     def _round(self, arm: Arm, prompt: StreamPrompt, position: int) -> tuple[int, int]:
+        """Return (drafted, accepted) of an arm at a position."""
         if not arm.num_draft_tokens:
             return 0, 0
         drafted, accepted = prompt.ahead[arm.drafter][position - 1]
         k = arm.num_draft_tokens
         return min(k, int(drafted)), min(k, int(accepted))
 
-    def _shadows(self, drafter: str, prompt: StreamPrompt, position: int) -> _ShadowDraft | None:
+    def _shadow_draft(
+        self, drafter: str, prompt: StreamPrompt, position: int
+    ) -> _ShadowDraft | None:
         allowed = min(self._lengths[drafter], prompt.num_output - position - 1)
         if not allowed:
             return None
@@ -321,7 +326,10 @@ class Stream:
     def _catch_up(
         self, drafter: str, prompt: StreamPrompt, position: int, read: dict[str, int]
     ) -> float:
-        """Seconds of reading what the drafter has not; a round's own few tokens are in its price."""
+        """Return the seconds in which a drafter reads the text that it has not read.
+
+        The few tokens of the last round are included in the round's own price.
+        """
         behind = position - read.get(drafter, -prompt.num_prompt)
         read[drafter] = position
         if behind <= self._lengths[drafter] + 1:

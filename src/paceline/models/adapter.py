@@ -1,8 +1,8 @@
 """transformers' own forward, run on packed rows: the general twin of the lean forward.
 
 transformers runs the model on one packed sequence [1, N]; only the attention registered here, under
-the name "paceline", and that of `own_attention.py` know which token belongs to which row. Weights stay
-where transformers put them and a model the caller handed in is left as it was found.
+the name "paceline", and that of `own_attention.py` know the row of each token. The model and its weights
+are unchanged after a forward.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from paceline.errors import ModelError
-from paceline.models.attention import CURRENT, attend
+from paceline.models.attention import CURRENT
 from paceline.models.output_head import OutputHead
 from paceline.models.own_attention import OwnAttention
 from paceline.models.sublayers import SubLayers
@@ -29,16 +29,15 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from paceline.models.cuda.batch import PagedBatch
-    from paceline.models.packing import PackedBatch
+    from paceline.models.interfaces import Batch
     from paceline.models.sublayers import LayerSubset
 
-NAME: Final = "paceline"
+_NAME: Final = "paceline"
 
 # positions that each layer of the running model sees
 _WINDOWS: Final[ContextVar[Mapping[int, int | None]]] = ContextVar("paceline_windows")
 
-# What an architecture may hand its attention function without changing what is computed here.
+# arguments of attention functions that do not change the result
 _HARMLESS: Final = frozenset(
     {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
      "cache_position", "is_causal", "position_embeddings", "past_key_values", "layer_past",
@@ -59,45 +58,43 @@ class TransformersForward:
     ) -> None:
         """windows: positions that each layer sees, see `visibility.py`.
 
-        Raises ModelError if the model has no layer that makes logits.
+        Raises ModelError if the model has no output layer.
         """
         self._head = OutputHead(model, name)
         self._windows = windows
         self._body = model.base_model
         self._own_attention = OwnAttention(self._body)
         self._name = name
-        self._sublayers: SubLayers | None = None  # looked for when some are to be skipped
+        self._sublayers: SubLayers | None = None  # found when some are skipped first
         text_config = model.config.get_text_config()
         self._num_layers: int = text_config.num_hidden_layers
         self._configs = configs_of(model)
 
-    def hidden(
-        self, tokens: Tensor, packed: PackedBatch | PagedBatch, skip: LayerSubset | None = None
-    ) -> Tensor:
-        """Final hidden states [N, D] of tokens [N], without the sub-layers of `skip`."""
-        tokens_of = CURRENT.set(packed)
-        windows_of = _WINDOWS.set(self._windows)
+    def hidden(self, tokens: Tensor, batch: Batch, skip: LayerSubset | None = None) -> Tensor:
+        """Return final hidden states [N, D] of tokens [N], without the sub-layers of `skip`."""
+        batch_token = CURRENT.set(batch)
+        windows_token = _WINDOWS.set(self._windows)
         try:
             with (
                 _evaluating(self._body),
-                attention_named(self._configs, NAME),
+                attention_named(self._configs, _NAME),
                 self._own_attention.packed(),
                 self._without(skip),
             ):
                 output = self._body(
                     input_ids=tokens[None],
-                    position_ids=packed.positions()[None],
+                    position_ids=batch.positions()[None],
                     use_cache=False,
                     **self._own_attention.inputs,
                 )
         finally:
-            CURRENT.reset(tokens_of)
-            _WINDOWS.reset(windows_of)
+            CURRENT.reset(batch_token)
+            _WINDOWS.reset(windows_token)
         hidden: Tensor = output.last_hidden_state
         return hidden[0]
 
     def _without(self, skip: LayerSubset | None) -> AbstractContextManager[None]:
-        """The time in which a subset's sub-layers are silent."""
+        """Silence a subset's sub-layers inside the block."""
         if skip is None:
             return nullcontext()
         if self._sublayers is None:
@@ -105,13 +102,13 @@ class TransformersForward:
         return self._sublayers.without(skip)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of final hidden states [..., D]."""
+        """Return logits [..., V] of final hidden states [..., D]."""
         return self._head(hidden)
 
 
 @contextmanager
 def _evaluating(body: nn.Module) -> Iterator[None]:
-    """The time in which nothing drops out, also of a model that is being trained between requests."""
+    """Disable dropout inside the block, also of a model that is trained between requests."""
     training = [m for m in body.modules() if m.training] if body.training else []
     for module in training:
         module.training = False
@@ -133,16 +130,16 @@ def packed_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface. query: [1, H, N, D]; key, value: [1, Hkv, N, D].
+    """Attend as transformers' interface asks. query: [1, H, N, D]; key, value: [1, Hkv, N, D].
 
-    The window of the layer's mask has priority over `sliding_window`, which transformers' own eager and
-    sdpa attention ignore. Returns [1, N, H, D]. Refuses any argument that might change the result,
-    because it would be ignored silently.
+    Returns [1, N, H, D]. The window of the layer's mask has priority over `sliding_window`, which
+    transformers' eager and sdpa attention ignore. Raises ModelError for any other argument that might
+    change the result.
     """
-    strange = [k for k, v in kwargs.items() if v is not None and k not in _HARMLESS]
-    if strange or attention_mask is not None:
+    unknown = [k for k, v in kwargs.items() if v is not None and k not in _HARMLESS]
+    if unknown or attention_mask is not None:
         raise ModelError(
-            f"{type(module).__name__} hands its attention {strange or ['a mask']}, which the packed "
+            f"{type(module).__name__} passes its attention {unknown or ['a mask']}, which the packed "
             "forward does not know"
         )
     scale = scaling if scaling is not None else query.shape[3] ** -0.5
@@ -156,9 +153,9 @@ def packed_attention(
     # narrower values (multi-head latent attention) are padded to share a tensor with the keys
     value = F.pad(value, (0, key.shape[3] - value_dim))
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    out = attend(CURRENT.get(), layer, q, torch.cat((k, v), dim=1), scale, window, softcap)
+    out = CURRENT.get().attend(layer, q, torch.cat((k, v), dim=1), scale, window, softcap)
     # contiguous, since some architectures `view` it
     return out[None, ..., :value_dim].contiguous(), None
 
 
-AttentionInterface.register(NAME, packed_attention)
+AttentionInterface.register(_NAME, packed_attention)

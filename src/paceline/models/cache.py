@@ -1,11 +1,11 @@
 """Keys and values of all rows of one model.
 
-A row owns a slot. Every layer keeps one tensor [slots, 2 * kv heads, positions, head dim], keys before
-values, grown in blocks and shaped by the first entries it sees, so any architecture fits. (Positions
-before heads would be written in one piece, but is read up to half as fast.) What a row has cached is
-a length that its owner keeps: rolling back is forgetting positions, nothing is copied or cleared.
+A row owns a slot. Every layer keeps one tensor [slots, 2 * Hkv, positions, D], keys before values, grown
+in blocks and shaped by the first entries it gets, so any architecture fits. (With positions before heads
+an entry would be written in one piece, but the cache would be read up to half as fast.) A row's owner
+keeps the number of its cached positions: rolling back is forgetting positions, nothing is copied.
 Neighbouring slots form one slice, so a full batch is one attention call. Storage is kept while it is
-large enough; under a bound it never holds more than its rows need. Knows no attention.
+large enough; under a bound it never holds more than its rows need.
 """
 
 from __future__ import annotations
@@ -15,24 +15,38 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from paceline.models.attention import RowBatch
+from paceline.models.packing import PREFILL_BLOCK, ChainMasks
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
+    from paceline.models.packing import Span
+
 BLOCK: Final = 128  # positions; capacity grows by at least this much
+_CHECK_BLOCK: Final = 8  # positions; short texts of self-checks cross it
+_CPU: Final = torch.device("cpu")
 
 
 class RowCache:
-    """Slots and their tensors; `acquire` a slot for a row, `release` it at its end."""
+    """A `KVCache` of slots in one tensor per layer."""
 
-    def __init__(self, unit: int = 1, block: int = BLOCK) -> None:
-        """unit: positions are held in multiples of it, even if a bound leaves no room for a block.
-        block: positions by which capacity grows; self-checks use a small one.
+    stores_all_first: Final = False
+
+    def __init__(
+        self, device: torch.device = _CPU, exact: bool = False, block: int = BLOCK
+    ) -> None:
+        """exact: for exact mode, which reads whole PREFILL_BLOCKs, so positions are held in multiples.
+
+        block: positions by which capacity grows.
         """
-        self._block = block
+        self.block = block
         self.layers: list[Tensor | None] = []
-        self._unit = unit
+        self._device, self._exact = device, exact
+        self._unit = PREFILL_BLOCK if exact else 1
+        self._chain_masks = ChainMasks()
         self._free: list[int] = []
         self._lengths: list[int] = []  # positions that the row of each slot has needed so far
         self._num_positions = 0  # the longest of them
@@ -40,10 +54,7 @@ class RowCache:
         self._exact_fit = False
 
     def bound(self, limit: int | None, exact_fit: bool = False) -> None:
-        """Hold at most `limit` slots x positions, unless the rows need more.
-
-        exact_fit: never hold more than the rows need, in blocks, for owners that count bytes.
-        """
+        """Hold at most `limit` slots x positions, unless the rows need more."""
         self._limit, self._exact_fit = limit, exact_fit
 
     @property
@@ -71,13 +82,14 @@ class RowCache:
         return -(-num_positions // self._unit) * self._unit
 
     def acquire(self) -> int:
-        """The lowest free slot, so that rows in flight stay neighbours."""
+        """Return the lowest free slot and take it, so that rows in flight stay neighbours."""
         if self._free:
             return self._free.pop(0)
         self._lengths.append(0)
         return len(self._lengths) - 1
 
     def release(self, slot: int) -> None:
+        """Give a slot back, and storage that no row needs."""
         bisect.insort(self._free, slot)
         self._lengths[slot] = 0
         while self._free and self._free[-1] == len(self._lengths) - 1:
@@ -89,7 +101,7 @@ class RowCache:
 
     def _blocks(self) -> int:
         """Return the positions that the longest row needs, in whole blocks."""
-        return -(-self._num_positions // self._block) * self._block
+        return -(-self._num_positions // self.block) * self.block
 
     def _give_back(self) -> None:
         """Free storage that no row needs. One slot's is kept for the next row, unless exact_fit."""
@@ -109,7 +121,7 @@ class RowCache:
 
     def clear(self, slot: int) -> None:
         """Zero a slot: masked positions enter the product with weight 0, and 0 * nan is nan."""
-        with torch.inference_mode():  # as what is cached was made
+        with torch.inference_mode():  # as the entries were made
             for storage in self.layers:
                 if storage is not None and slot < storage.shape[0]:
                     storage[slot].zero_()
@@ -119,6 +131,22 @@ class RowCache:
         if num_positions > self._lengths[slot]:
             self._lengths[slot] = num_positions
             self._num_positions = max(self._num_positions, num_positions)
+
+    def pack(
+        self,
+        tokens: Tensor,
+        spans: Sequence[Span],
+        ancestors: Sequence[Tensor | None] | None = None,
+    ) -> tuple[Tensor, RowBatch]:
+        """Make room for the spans and return their token ids [N] on the device, and their batch."""
+        for span in spans:
+            self.extend(span.slot, span.start + span.width)
+        batch = RowBatch(spans, self.layer, self._device, self._chain_masks, ancestors, self._exact)
+        return tokens.to(self._device), batch
+
+    def for_checks(self) -> RowCache:
+        """Return an empty cache of small blocks, so that short texts cross them."""
+        return RowCache(self._device, self._exact, PREFILL_BLOCK if self._exact else _CHECK_BLOCK)
 
     def layer(self, index: int, like: Tensor) -> Tensor:
         """Return the layer's storage, with room for all slots and the positions they need.
@@ -137,9 +165,10 @@ class RowCache:
         return storage
 
     def _grow(self, old: Tensor | None, like: Tensor) -> Tensor:
+        """Return storage with room for all slots and positions, with the old entries."""
         slots, positions = self._shape(*((0, 0) if old is None else (old.shape[0], old.shape[2])))
         # zeros, not empty: masked positions enter the product with weight 0, and 0 * nan is nan;
-        # written, not promised by the system: else decoding would wait for page after page
+        # zeros are written, so that decoding does not wait for page faults
         new = like.new_empty((slots, like.shape[1], positions, like.shape[2])).zero_()
         if old is not None:
             slots, positions = min(slots, old.shape[0]), min(positions, old.shape[2])
@@ -155,7 +184,7 @@ class RowCache:
         if slots > old_slots:  # an ended row may have been longer than all current ones
             many = max(slots, 2 * old_slots)
         else:
-            long = max(positions, (old_positions + old_positions // 2) // self._block * self._block)
+            long = max(positions, (old_positions + old_positions // 2) // self.block * self.block)
         smallest = (slots, self.rounded(self._num_positions))
         if self._limit is None:
             return many, long
@@ -163,24 +192,24 @@ class RowCache:
         return next((s for s in wanted if s[0] * s[1] <= self._limit), smallest)
 
     def num_bytes(self) -> int:
-        """Bytes held now, by all slots together."""
+        """Return the bytes held now, by all slots together."""
         return sum(storage.nbytes for storage in self.layers if storage is not None)
 
     def read(self, slot: int, start: int, stop: int) -> list[Tensor]:
-        """Copies of a row's entries at positions [start, stop): [2 * Hkv, n, D] of every layer."""
+        """Copy a row's entries at positions [start, stop): [2 * Hkv, n, D] of every layer."""
         return [
             storage[slot, :, start:stop].clone() for storage in self.layers if storage is not None
         ]
 
     def write(self, slot: int, start: int, entries: Sequence[Tensor]) -> None:
-        """Put what `read` gave at positions start, start + 1, ... of a row."""
+        """Put the entries that `read` returned at positions start, start + 1, ... of a row."""
         stop = start + entries[0].shape[1]
         self.extend(slot, stop)
         for index, entry in enumerate(entries):
             self.layer(index, entry.transpose(0, 1))[slot, :, start:stop] = entry
 
     def copy_positions(self, slot: int, source: Tensor, start: int) -> None:
-        """Move a row's entries at positions `source` [n] to start, start + 1, ..."""
+        """Copy a row's entries at positions `source` [n] to start, start + 1, ..."""
         stop = start + source.shape[0]
         for storage in self.layers:
             if storage is not None:

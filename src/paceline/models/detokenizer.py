@@ -1,19 +1,22 @@
-"""Token ids to text, with the facts about a tokenizer that text decoded token by token depends on.
+"""Token ids to text; the one place that decodes, for whole texts and token by token.
 
 A *byte token* is one byte of a byte-fallback vocabulary (`<0xE2>`). A run of them is decoded as UTF-8 if
 it is valid, else as one U+FFFD per byte, so its text is final only when the run has ended. A *silent* id
-leaves no text: a special token, or an id that no token has. Knows no engine.
+has no text: a special token, or an id without a token. Knows no engine.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Final
+
+from paceline.models.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from paceline.models.vocabulary import Tokenizer, Vocabulary
+    from paceline.models.vocabulary import Tokenizer
 
 _BYTE_TOKENS: Final = {f"<0x{byte:02X}>": byte for byte in range(256)}
 
@@ -23,7 +26,7 @@ class Detokenizer:
     """Two decoders of one tokenizer: `decode` omits special tokens, `spell` writes their names.
 
     special: names of special tokens by id. byte_of: the byte of each byte token. holes: ids below
-    num_ids that no token has. num_ids: all ids from here on are silent; None if unknown.
+    num_ids without a token. num_ids: this id and all above are silent; None if unknown.
     """
 
     decode: Callable[[Sequence[int]], str]
@@ -34,19 +37,20 @@ class Detokenizer:
     num_ids: int | None = None
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, vocabulary: Vocabulary) -> Detokenizer:
-        def decode(tokens: Sequence[int]) -> str:
+    def of(cls, tokenizer: Tokenizer, vocabulary: Vocabulary | None = None) -> Detokenizer:
+        """Return the detokenizer of a tokenizer. vocabulary: read from the tokenizer if None."""
+        vocabulary = vocabulary or Vocabulary.of(tokenizer)
+
+        def text_of(tokens: Sequence[int], skip_special: bool) -> str:
             text = tokenizer.decode(
-                list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+                list(tokens),
+                skip_special_tokens=skip_special,
+                clean_up_tokenization_spaces=False,
             )
             return str(text)
 
-        def spell(tokens: Sequence[int]) -> str:
-            text = tokenizer.decode(
-                list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-            return str(text)
-
+        decode = partial(text_of, skip_special=True)
+        spell = partial(text_of, skip_special=False)
         added = tokenizer.added_tokens_decoder.items()
         special = {id for id, token in added if token.special} | set(tokenizer.all_special_ids)
         spelled = {id: spell([id]) for id in special if not decode([id])}
@@ -67,14 +71,15 @@ class Detokenizer:
 
     @classmethod
     def wrap(cls, decode: Callable[[Sequence[int]], str]) -> Detokenizer:
-        """Make a detokenizer of a plain function, without special and byte tokens."""
+        """Return a detokenizer of a plain function, without special and byte tokens."""
         return decode if isinstance(decode, Detokenizer) else cls(decode, decode)
 
     def __call__(self, tokens: Sequence[int]) -> str:
+        """Return the text of ids without special tokens."""
         return self.decode(tokens)
 
     def is_silent(self, token: int) -> bool:
-        """Return whether the token leaves no text in `decode`."""
+        """Return whether the token has no text in `decode`."""
         return (
             token in self.special
             or token in self.holes

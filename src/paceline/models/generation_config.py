@@ -13,20 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from transformers.generation.logits_process import (
-    ClassifierFreeGuidanceLogitsProcessor,
-    LogitNormalization,
-    MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    SynthIDTextWatermarkLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
+from transformers.generation import logits_process
 
 from paceline.contracts import DEFAULT_NEW_TOKENS
 from paceline.errors import RequestError, shorten
@@ -41,72 +28,49 @@ if TYPE_CHECKING:
 
     Processor = Callable[[Tensor, Tensor], Tensor]
 
-# Settings that change which tokens are chosen and that paceline does not support.
+# Settings that change the chosen tokens and that paceline does not support.
 OTHER_DECODING: Final = (
-    "num_beams",
-    "num_beam_groups",
-    "constraints",
-    "force_words_ids",
-    "penalty_alpha",
-    "dola_layers",
-    "guidance_scale",
-    "watermarking_config",
-    "encoder_repetition_penalty",
+    "num_beams", "num_beam_groups", "constraints", "force_words_ids", "penalty_alpha", "dola_layers",
+    "guidance_scale", "watermarking_config", "encoder_repetition_penalty",
     "encoder_no_repeat_ngram_size",
-)
+)  # fmt: skip
 # unsupported settings that transformers' `generate` honours before it calls paceline
 _BEFORE_DECODING: Final = ("num_return_sequences", "token_healing", "max_time")
 # values without effect that are not transformers' defaults
-_IDLE: Final[Mapping[str, object]] = {
-    "guidance_scale": 1,
-    "cache_implementation": "dynamic",
-}
+_IDLE: Final[Mapping[str, object]] = {"guidance_scale": 1, "cache_implementation": "dynamic"}
 
 # settings that have the same name in `Pace.request` and in transformers
 _SAMPLING: Final = ("temperature", "top_k", "top_p", "min_p")
 _RULES: Final = ("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "suppress_tokens")
 _FLOATS: Final = ("temperature", "top_p", "min_p", "repetition_penalty")
-# other settings of a model's configuration that act on the text
+# other settings of a model's configuration that change the text
 _ALSO: Final = (
-    "do_sample",
-    "max_new_tokens",
-    "max_length",
-    "min_length",
-    "stop_strings",
-    "top_h",
-    "typical_p",
-    "epsilon_cutoff",
-    "eta_cutoff",
-    "bad_words_ids",
-    "sequence_bias",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "begin_suppress_tokens",
-    "exponential_decay_length_penalty",
-    "remove_invalid_values",
-    "renormalize_logits",
-)
+    "do_sample", "max_new_tokens", "max_length", "min_length", "stop_strings", "top_h", "typical_p",
+    "epsilon_cutoff", "eta_cutoff", "bad_words_ids", "sequence_bias", "forced_bos_token_id",
+    "forced_eos_token_id", "begin_suppress_tokens", "exponential_decay_length_penalty",
+    "remove_invalid_values", "renormalize_logits",
+)  # fmt: skip
 _ACTIVE: Final = (*OTHER_DECODING, *_BEFORE_DECODING, *_SAMPLING, *_RULES, *_ALSO)
 
 # their result depends on more than their arguments
 _STATEFUL: Final = (
-    ClassifierFreeGuidanceLogitsProcessor,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-    SynthIDTextWatermarkLogitsProcessor,
+    logits_process.ClassifierFreeGuidanceLogitsProcessor,
+    logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    logits_process.SynthIDTextWatermarkLogitsProcessor,
 )
 # paceline's own warping, last to first; the attribute is the sampling parameter's name too
 _WARPERS: Final = (
-    (MinPLogitsWarper, "min_p"),
-    (TopPLogitsWarper, "top_p"),
-    (TopKLogitsWarper, "top_k"),
-    (TemperatureLogitsWarper, "temperature"),
+    (logits_process.MinPLogitsWarper, "min_p"),
+    (logits_process.TopPLogitsWarper, "top_p"),
+    (logits_process.TopKLogitsWarper, "top_k"),
+    (logits_process.TemperatureLogitsWarper, "temperature"),
 )
 # processors that paceline has a rule for; all but the penalty ban tokens, so their order is free
 _OWN: Final[Mapping[type, str]] = {
-    RepetitionPenaltyLogitsProcessor: "repetition_penalty",
-    NoRepeatNGramLogitsProcessor: "no_repeat_ngram_size",
-    MinNewTokensLengthLogitsProcessor: "min_new_tokens",
-    SuppressTokensLogitsProcessor: "suppress_tokens",
+    logits_process.RepetitionPenaltyLogitsProcessor: "repetition_penalty",
+    logits_process.NoRepeatNGramLogitsProcessor: "no_repeat_ngram_size",
+    logits_process.MinNewTokensLengthLogitsProcessor: "min_new_tokens",
+    logits_process.SuppressTokensLogitsProcessor: "suppress_tokens",
 }
 
 
@@ -114,7 +78,7 @@ _OWN: Final[Mapping[type, str]] = {
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the ids that end an answer: the model's, or the tokenizer's where the model names none.
+    """Return the ids that end an answer: the model's, or the tokenizer's if the model names none.
 
     transformers' `generate` does not know the tokenizer, and does not stop in the second case.
     """
@@ -134,7 +98,7 @@ def with_defaults(
     """Return a call's settings in `Pace.request`'s names, completed by the model's own.
 
     given: settings of the call, each valid by itself. num_prompt: tokens of the prompt. stop_token_ids:
-    those of the request. Raises RequestError that names a setting of the model which is not supported.
+    of the request. Raises RequestError for a setting of the model that is not supported.
     transformers' own defaults, such as top_k=50, are not in a model's configuration and are not used.
     """
     model: Any = target.model
@@ -142,7 +106,7 @@ def with_defaults(
     if config is None or all(getattr(config, name, None) is None for name in _ACTIVE):
         return dict(given)
     _check_types(config)
-    _refuse_of_model(config)
+    _refuse_other_decoding(config)
     asked = _merge(config, given, num_prompt)
     if asked.suppress_tokens and "suppress_tokens" not in given:
         # as transformers, which looks for each id of the vocabulary among these
@@ -151,9 +115,8 @@ def with_defaults(
     ends = sorted(stop_token_ids)
     asked._eos_token_tensor = torch.tensor(ends, device=target.device) if ends else None
     if not ends:
-        asked.exponential_decay_length_penalty = (
-            None  # it raises the end tokens, and there are none
-        )
+        # it raises the scores of the end tokens, and there are none
+        asked.exponential_decay_length_penalty = None
     try:
         processors = list(
             model._get_logits_processor(
@@ -162,19 +125,26 @@ def with_defaults(
         )
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
         raise unusable(error) from error
-    return _in_own_words(asked, given, processors)
+    return _as_request_settings(asked, given, processors)
 
 
-_WAY_OUT: Final = "set 'generation_config: none' to ignore it, or correct the model's"
+_REMEDY: Final = "set 'generation_config: none' to ignore it, or correct the model's"
 
 
 def unusable(error: Exception) -> RequestError:
     """Return the error of a model whose own settings raise `error`."""
-    return RequestError(f"the model's generation configuration cannot be used: {error}; {_WAY_OUT}")
+    return RequestError(f"the model's generation configuration cannot be used: {error}; {_REMEDY}")
+
+
+def _wrong_setting(name: str, value: object, problem: str, remedy: str = _REMEDY) -> RequestError:
+    """Return the error of one setting of a model."""
+    return RequestError(
+        f"the model's generation configuration sets {name}={shorten(value)}, which {problem}; {remedy}"
+    )
 
 
 class _Computed(BaseModel):
-    """The settings that are computed with before transformers looks at them, and their types."""
+    """Settings that are used in arithmetic before transformers reads them, and their types."""
 
     model_config = ConfigDict(strict=True, from_attributes=True)
 
@@ -186,16 +156,13 @@ class _Computed(BaseModel):
 
 
 def _check_types(config: GenerationConfig) -> None:
-    """Raise RequestError for a value of the model's that is of another type than its setting."""
+    """Raise RequestError for a setting of the model whose value has the wrong type."""
     try:
         _Computed.model_validate(config)
     except ValidationError as error:
         name = str(error.errors(include_url=False)[0]["loc"][0])
         allowed = "a string or a list" if name == "stop_strings" else "a whole number"
-        raise RequestError(
-            f"the model's generation configuration sets {name}={shorten(getattr(config, name))}, "
-            f"which is not {allowed}; {_WAY_OUT}"
-        ) from error
+        raise _wrong_setting(name, getattr(config, name), f"is not {allowed}") from error
 
 
 def _merge(config: GenerationConfig, given: Mapping[str, Any], num_prompt: int) -> Any:
@@ -216,12 +183,12 @@ def _merge(config: GenerationConfig, given: Mapping[str, Any], num_prompt: int) 
     if asked.temperature == 0:
         asked.do_sample = False
     if "repetition_scope" in given and "repetition_penalty" in given:
-        asked.repetition_penalty = 1.0  # left to paceline's rule, since transformers has no scopes
+        asked.repetition_penalty = 1.0  # paceline's rule applies it, with its scope
     if asked.forced_bos_token_id is not None and ("forced_tokens" in given or num_prompt > 1):
         asked.forced_bos_token_id = None  # transformers forces it after a prompt of one token only
     for name in ("suppress_tokens", "begin_suppress_tokens"):
-        # transformers makes no processor of none
-        setattr(asked, name, _integers(name, getattr(asked, name), _WAY_OUT) or None)
+        # transformers makes no processor of an empty setting
+        setattr(asked, name, _integers(name, getattr(asked, name), _REMEDY) or None)
     _settle_lengths(asked, given, num_prompt)
     return asked
 
@@ -245,7 +212,7 @@ def _settle_lengths(asked: Any, given: Mapping[str, Any], num_prompt: int) -> No
     asked.min_length = 0  # min_new_tokens replaces it
 
 
-def _in_own_words(
+def _as_request_settings(
     asked: Any, given: Mapping[str, Any], processors: list[Processor]
 ) -> dict[str, Any]:
     """Return settings in `Pace.request`'s names from the merged configuration and its processors."""
@@ -260,28 +227,25 @@ def _in_own_words(
         settings |= {_OWN[type(p)]: getattr(asked, _OWN[type(p)]) for p in processors}
         processors = []
     elif "repetition_scope" not in given:
-        settings.pop(
-            "repetition_penalty", None
-        )  # a processor applies it; bans may be applied twice
+        # a processor applies it; bans may be applied twice
+        settings.pop("repetition_penalty", None)
     if processors:
         settings["processors"] = (*processors, *given.get("processors", ()))
     return settings
 
 
-def _refuse_of_model(config: GenerationConfig) -> None:
+def _refuse_other_decoding(config: GenerationConfig) -> None:
+    """Raise RequestError for an active setting of the model that paceline does not support."""
     for name in (*OTHER_DECODING, *_BEFORE_DECODING):
         if asks(config, name):
-            raise RequestError(
-                f"the model's generation configuration sets {name}={shorten(getattr(config, name))}, "
-                f"which paceline does not support; {_WAY_OUT}"
-            )
+            raise _wrong_setting(name, getattr(config, name), "paceline does not support")
 
 
 # --- settings of a merged configuration and its processors ---------------------------------------
 
 
 def asks(config: GenerationConfig, name: str) -> bool:
-    """Return whether a setting has an effect: None, zero, empty and idle values have none."""
+    """Return whether a setting has an effect; None, zero, empty and idle values have none."""
     value = getattr(config, name, None)
     idle = _IDLE.get(name, config._get_default_generation_params().get(name))
     return bool(value) and value != idle
@@ -304,7 +268,7 @@ def take_warpers(processors: list[Processor]) -> dict[str, Any]:
     distribution is then warped less than the target's.
     """
     sampling: dict[str, Any] = {"temperature": 1.0}
-    if processors and isinstance(processors[-1], LogitNormalization):
+    if processors and isinstance(processors[-1], logits_process.LogitNormalization):
         processors.pop()  # probabilities are normalised anyway
     for kind, name in _WARPERS:
         if processors and type(processors[-1]) is kind and _is_plain(processors[-1]):
@@ -313,27 +277,20 @@ def take_warpers(processors: list[Processor]) -> dict[str, Any]:
 
 
 def _is_plain(warper: Any) -> bool:
+    """Return whether a warper removes tokens as paceline's own does."""
     keep = getattr(warper, "min_tokens_to_keep", 1)
     return keep == 1 and getattr(warper, "filter_value", -torch.inf) == -torch.inf
 
 
 def _integers(name: str, ids: Any, remedy: str) -> list[int]:
-    """Token ids of a setting; none of None. Raises RequestError for anything but whole numbers."""
+    """Return the token ids of a setting; none for None. Raises RequestError if they are not integers."""
     try:
-        whole = ids if isinstance(ids, torch.Tensor) else torch.as_tensor(_listed(ids))
+        listed = list(ids or ()) if ids is None or isinstance(ids, (set, frozenset)) else ids
+        whole = ids if isinstance(ids, torch.Tensor) else torch.as_tensor(listed)
     except (TypeError, ValueError, RuntimeError):
         whole = torch.empty(1)
     strange = whole.is_floating_point() or whole.is_complex() or whole.dtype == torch.bool
     if strange and whole.numel():
-        raise RequestError(
-            f"the model's generation configuration sets {name}={shorten(ids)}, which are not token "
-            f"ids; {remedy}"
-        )
+        raise _wrong_setting(name, ids, "are not token ids", remedy)
     numbers: list[int] = whole.flatten().tolist()
     return numbers
-
-
-def _listed(ids: Any) -> Any:
-    if ids is None:
-        return []
-    return list(ids) if isinstance(ids, (set, frozenset)) else ids

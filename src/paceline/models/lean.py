@@ -1,9 +1,9 @@
-"""The lean forward of the Llama family (Llama, Mistral, Qwen2, Qwen3): some fifteen calls a layer.
+"""The lean forward of the Llama family (Llama, Mistral, Qwen2, Qwen3): about fifteen calls per layer.
 
 The fast twin of transformers' forward, with the same weights: one product for queries, keys and
-values, one for gate and up, residuals added inside the products, angles looked up instead of
-computed. Which models it fits is decided by their modules, and the self-check at load compares it
-with transformers' own. Symbols: N packed tokens, D hidden size, H query heads, Hkv key-value heads.
+values, one for gate and up, residuals added inside the products, angles from a table. `why_not_lean`
+decides by a model's modules, and the self-check at load compares the forward with transformers' own.
+Symbols: N packed tokens, D hidden size, H query heads, Hkv key-value heads.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from paceline.models.attention import attend
 from paceline.models.products import Product
 from paceline.models.sublayers import LayerSubset
 
@@ -24,8 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from paceline.models.cuda.batch import PagedBatch
-    from paceline.models.packing import PackedBatch
+    from paceline.models.interfaces import Batch
 
 _FAMILY: Final = frozenset(
     {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
@@ -36,7 +34,7 @@ _ROPES: Final = frozenset({"default", "linear", "llama3", "yarn"})
 
 
 def why_not_lean(model: PreTrainedModel) -> str | None:
-    """What keeps a model from the lean forward, or None if nothing does."""
+    """Return the reason why the lean forward does not fit a model, or None if it fits."""
     kind = type(model)
     if kind.__name__ not in _FAMILY or not kind.__module__.startswith("transformers.models."):
         return f"{kind.__name__} is not of the Llama family"
@@ -66,14 +64,14 @@ def why_not_lean(model: PreTrainedModel) -> str | None:
     return None
 
 
-# up to so many tokens a forward takes any number of them as it is
-_ANY_NUMBER: Final = 32
+# tokens; more are rounded up, see `_rounded`
+_MAX_UNROUNDED: Final = 32
 
 
 class _Norm:
     """Root-mean-square norm over the last dimension, scaled by a weight.
 
-    On the CPU four small calls are about twice as fast as `rms_norm`, which is a dozen inside:
+    On the CPU four small calls are about twice as fast as `rms_norm`:
     x / sqrt(mean(x^2) + eps) = x sqrt(D) / hypot(|x|, sqrt(D eps)).
     """
 
@@ -85,7 +83,7 @@ class _Norm:
         self._floor = torch.tensor((size * eps) ** 0.5)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: [..., D]. Returns the same shape and dtype; sums are in float32."""
+        """Return the norm of x [..., D], of the same shape and dtype; sums are in float32."""
         if not self._on_cpu:
             return F.rms_norm(x, (x.shape[-1],), self._weight, self._eps)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
@@ -114,7 +112,7 @@ class _Layer:
 
 
 class LeanForward:
-    """Body and head of a Llama-like model. Raises nothing: ask `why_not_lean` first."""
+    """Body and head of a Llama-like model; call `why_not_lean` first."""
 
     kind: ClassVar[str] = "lean"
 
@@ -136,25 +134,23 @@ class LeanForward:
         self._num_heads: int = config.num_attention_heads
         self._num_kv_heads: int = config.num_key_value_heads
         self._head_dim: int = anything.model.layers[0].self_attn.head_dim
-        self._angles = _Angles(anything.model.rotary_emb, self._embedding)
+        self._rotary = _RotaryTable(anything.model.rotary_emb, self._embedding)
 
     def reserve_positions(self, num_positions: int) -> None:
-        """Table the angles of positions below `num_positions` now, so that the tables stay in place."""
-        self._angles.reserve(num_positions)
+        """Compute the angles of positions below `num_positions` now, so that their table stays."""
+        self._rotary.reserve(num_positions)
 
-    def hidden(
-        self, tokens: Tensor, packed: PackedBatch | PagedBatch, skip: LayerSubset | None = None
-    ) -> Tensor:
-        """Final hidden states [N, D] of tokens [N], without the sub-layers of `skip`."""
+    def hidden(self, tokens: Tensor, batch: Batch, skip: LayerSubset | None = None) -> Tensor:
+        """Return final hidden states [N, D] of tokens [N], without the sub-layers of `skip`."""
         without = skip or _NOTHING
-        cos, sin = self._angles.at(packed)
+        cos, sin = self._rotary.at(batch)
         num_tokens = len(tokens)
-        if self._on_cpu and num_tokens > _ANY_NUMBER:
+        if self._on_cpu and num_tokens > _MAX_UNROUNDED:
             tokens = F.pad(tokens, (0, _rounded(num_tokens) - num_tokens))
         stream = F.embedding(tokens, self._embedding)
         for index, layer in enumerate(self._layers):
             if index not in without.attention:
-                mixed = self._attend(layer.norm_1(stream), index, cos, sin, packed)
+                mixed = self._attend(layer.norm_1(stream), index, cos, sin, batch)
                 stream = layer.out.add_to(stream, mixed)
             if index not in without.mlp:
                 gate, up = layer.gate_up(layer.norm_2(stream)).chunk(2, dim=-1)
@@ -167,12 +163,12 @@ class LeanForward:
         index: int,
         cos: Tensor,
         sin: Tensor,
-        packed: PackedBatch | PagedBatch,
+        batch: Batch,
     ) -> Tensor:
-        """[rounded N, H * head size], before the output product. x: [rounded N, D]."""
+        """Return [rounded N, H * head size], before the output product. x: [rounded N, D]."""
         layer, heads, kv_heads = self._layers[index], self._num_heads, self._num_kv_heads
-        num_spare = len(x) - packed.num_tokens
-        qkv = layer.qkv(x)[: packed.num_tokens].view(-1, heads + 2 * kv_heads, self._head_dim)
+        num_spare = len(x) - batch.num_tokens
+        qkv = layer.qkv(x)[: batch.num_tokens].view(-1, heads + 2 * kv_heads, self._head_dim)
         query_key = qkv[:, : heads + kv_heads]
         if layer.qk_norms is not None:
             norm_query, norm_key = layer.qk_norms
@@ -185,28 +181,28 @@ class LeanForward:
         turned_x.addcmul_(y, sin, value=-1)
         turned_y.addcmul_(x, sin)
         query_key.copy_(turned)
-        out = attend(packed, index, turned[:, :heads], qkv[:, heads:], layer.scale, layer.window)
+        out = batch.attend(index, turned[:, :heads], qkv[:, heads:], layer.scale, layer.window)
         return F.pad(out.flatten(1), (0, 0, 0, num_spare)) if num_spare else out.flatten(1)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of final hidden states [..., D]."""
+        """Return logits [..., V] of final hidden states [..., D]."""
         if hidden.ndim == 2:
             return self._head(hidden)
         return self._head(hidden.flatten(0, -2)).unflatten(0, hidden.shape[:-1])
 
 
 def _rounded(num_tokens: int) -> int:
-    """A number of tokens that products have most likely met before.
+    """Return a larger number of tokens, so that products have few shapes.
 
-    oneDNN compiles a kernel for every shape: 0.5 ms and some hundred kilobytes each, so prompts of
-    all lengths would fill its cache of 1024 kernels with hundreds of megabytes, again and again.
+    oneDNN compiles a kernel for every shape: 0.5 ms and a hundred kilobytes or more each, so prompts
+    of all lengths would refill its cache of 1024 kernels with hundreds of megabytes.
     """
     step = 8 if num_tokens <= 128 else 32
     return -(-num_tokens // step) * step
 
 
-class _Angles:
-    """Cosines and sines of the rotary embedding by position, tabled as far as was needed."""
+class _RotaryTable:
+    """Cosines and sines of the rotary embedding by position, which grows on demand."""
 
     def __init__(self, rotary: Any, like: Tensor) -> None:
         self._rotary = rotary
@@ -214,23 +210,22 @@ class _Angles:
         self._cos = self._sin = like.new_empty((0, 1, 0))
 
     def reserve(self, num_positions: int) -> None:
-        if num_positions > self._cos.shape[0]:
-            self._grow(num_positions)
-
-    def at(self, packed: PackedBatch | PagedBatch) -> tuple[Tensor, Tensor]:
-        """Cosines [N, 1, D] and sines [N, 1, D/2] at the packed tokens' positions, D the head size."""
-        if packed.num_positions > self._cos.shape[0]:
-            self._grow(packed.num_positions)
-        chain = packed.only_chain()
-        if chain is not None:
-            return self._cos[chain.start : chain.stop], self._sin[chain.start : chain.stop]
-        positions = packed.positions()
-        return self._cos[positions], self._sin[positions]
-
-    def _grow(self, needed: int) -> None:
-        length = max(needed, 2 * self._cos.shape[0], 256)
-        length = max(needed, min(length, int(self._rotary.max_seq_len_cached)))
+        """Make the table cover positions below `num_positions`."""
+        if num_positions <= self._cos.shape[0]:
+            return
+        length = max(num_positions, 2 * self._cos.shape[0], 256)
+        length = max(num_positions, min(length, int(self._rotary.max_seq_len_cached)))
         positions = torch.arange(length, device=self._like.device)[None]
         cos, sin = self._rotary(self._like, positions)
         self._cos = cos[0, :, None]
         self._sin = sin[0, :, None].chunk(2, dim=-1)[0].contiguous()  # its halves are the same
+
+    def at(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return cosines [N, 1, D] and sines [N, 1, D/2] of the packed tokens, D the head size."""
+        if batch.num_positions > self._cos.shape[0]:
+            self.reserve(batch.num_positions)
+        chain = batch.only_chain()
+        if chain is not None:
+            return self._cos[chain.start : chain.stop], self._sin[chain.start : chain.stop]
+        positions = batch.positions()
+        return self._cos[positions], self._sin[positions]

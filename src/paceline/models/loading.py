@@ -1,7 +1,7 @@
-"""Models and tokenizers from a local folder or the hub, or a clear line on why not.
+"""Models and tokenizers from a local folder or the hub, or one clear line of error.
 
-Safetensors only; remote code runs only where the configuration says so; every weight of the model
-must come from the file, since a missing one would be filled with noise.
+Safetensors only; remote code runs only if the configuration allows it; every weight of the model must
+be in the file, since a missing one would be filled with noise.
 """
 
 from __future__ import annotations
@@ -52,21 +52,25 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` is the first of CUDA, MPS and CPU that is there."""
+    """Return a device by name; `auto` is the first available of CUDA, MPS and CPU.
+
+    Raises ModelError if it is not available.
+    """
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
     if device == "auto":
-        device = next(name for name, there in available.items() if there)
+        device = next(name for name, is_available in available.items() if is_available)
     if not available[device]:
-        there = ", ".join(name for name, is_there in available.items() if is_there)
-        raise ModelError(f"device '{device}' is not available here; available: {there}")
+        names = ", ".join(name for name, is_available in available.items() if is_available)
+        raise ModelError(f"device '{device}' is not available here; available: {names}")
     return torch.device(device)
 
 
 def _check_source(model: str) -> None:
+    """Raise ModelError if a local folder is missing or holds no transformers model."""
     path = Path(model)
     looks_local = path.is_absolute() or model.startswith(".") or model.count("/") != 1
     if path.exists():
@@ -82,13 +86,13 @@ def _check_source(model: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error; transformers' messages run over many."""
+    """Return the first line of an error; transformers' messages have many."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".:") if lines else type(error).__name__
 
 
 def load_config(section: ModelSection) -> Any:
-    """The transformers configuration alone, without weights."""
+    """Return the transformers configuration, without weights. Raises ModelError if there is none."""
     _check_source(section.model)
     try:
         with quiet_transformers():
@@ -102,7 +106,7 @@ def load_config(section: ModelSection) -> Any:
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """The tokenizer that came with the model."""
+    """Return the model's tokenizer. Raises ModelError if there is none."""
     _check_source(section.model)
     try:
         with quiet_transformers():
@@ -112,24 +116,39 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
                 trust_remote_code=section.trust_remote_code,
             )
     except (OSError, ValueError, HFValidationError) as error:
-        remedy = "it should lie beside the model, as tokenizer.json"
+        remedy = "it should be in the model's folder, as tokenizer.json"
         if not Path(section.model).exists():
             remedy = "there is no local folder of that name either"
         raise ModelError(
             f"{section.model}: no usable tokenizer ({_reason(error)}); {remedy}"
         ) from error
-    # of a text that is too long the request itself speaks, and with what to do
+    # a request reports a text that is too long, with the remedy
     getattr(tokenizer, "deprecation_warnings", {})[_TOO_LONG] = True
     return tokenizer
 
 
 def load_language_model(section: ModelSection, name: str, exact: bool = False) -> LanguageModel:
-    """Weights, self-checked. Raises ModelError if they are unreadable, incomplete or unsupported.
+    """Return a model after its self-checks. exact: in exact mode, which has its own check.
 
-    exact: in exact mode, whose own check must hold too.
+    Raises ModelError if the weights are unreadable, incomplete or unsupported.
     """
     load_config(section)
     device = resolve_device(section.device) if section.device_map is None else None
+    model = _load_weights(section)
+    if device is not None:
+        model = model.to(device)
+    if section.adapter is not None:
+        with quiet_transformers():
+            model = merge_adapter(model, section.adapter)
+    language_model = LanguageModel(model, name, section.forward, exact)
+    check_packed_forward(language_model)
+    if exact:
+        check_exact(language_model)
+    return language_model
+
+
+def _load_weights(section: ModelSection) -> Any:
+    """Return transformers' model. Raises ModelError if weights are unreadable, missing or misshapen."""
     dtype = "auto" if section.dtype == "auto" else DTYPES[section.dtype]
     try:
         with quiet_transformers():
@@ -167,13 +186,4 @@ def load_language_model(section: ModelSection, name: str, exact: bool = False) -
             f"{section.model}: {len(missing)} weights are missing from the file (such as "
             f"'{missing[0]}'); the model would run on noise"
         )
-    if device is not None:
-        model = model.to(device)
-    if section.adapter is not None:
-        with quiet_transformers():
-            model = merge_adapter(model, section.adapter)
-    language_model = LanguageModel(model, name, section.forward, exact)
-    check_packed_forward(language_model)
-    if exact:
-        check_exact(language_model)
-    return language_model
+    return model

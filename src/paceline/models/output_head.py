@@ -1,9 +1,8 @@
 """Logits of hidden states as the model's own code makes them: scaled (Cohere), capped (Gemma 2).
 
 If the output layer alone gives the same bits, it is called alone. Otherwise the causal LM's own forward
-runs with a stand-in body that returns the given hidden states, so that every step between body and
-logits runs. The caller's model is not changed. Symbols: D hidden size, V logits
-width.
+runs with a body that returns the given hidden states, so that every step between body and logits runs.
+The model is not changed. Symbols: D hidden size, V logits width.
 """
 
 from __future__ import annotations
@@ -30,22 +29,22 @@ class _BodyOutput:
         self.last_hidden_state = hidden
 
     def __getattr__(self, name: str) -> None:
-        return None  # caches, router logits and so on, which only go into the model's output
+        return None  # caches, router logits and others, which only go into the model's output
 
     def __getitem__(self, at: int | slice) -> Any:
         return (self.last_hidden_state,)[at]
 
 
-class _GivenBody:
+class _BodyReplacement:
     """A body that returns given hidden states, with the attributes of the real one."""
 
     def __init__(self, body: nn.Module) -> None:
         self._real = body
         self.hidden = torch.empty(0)
-        self.was_asked = False
+        self.was_called = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> _BodyOutput:
-        self.was_asked = True
+        self.was_called = True
         return _BodyOutput(self.hidden)
 
     def __getattr__(self, name: str) -> Any:
@@ -54,7 +53,7 @@ class _GivenBody:
         return self if isinstance(found, PreTrainedModel) else found
 
 
-class _OwnHead:
+class _HeadOfForward:
     """A causal LM's forward without its body. Not for two threads at once."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -62,7 +61,7 @@ class _OwnHead:
         self._forward = type(model).forward
         self._model = copy.copy(model)  # shares all modules and weights
         self._model._modules = dict(model._modules)
-        self._body = _GivenBody(model.base_model)
+        self._body = _BodyReplacement(model.base_model)
         self._model._modules[model.base_model_prefix] = self._body  # type: ignore[assignment]
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -70,7 +69,7 @@ class _OwnHead:
         batch = hidden.reshape(1, -1, hidden.shape[-1])
         self._body.hidden = batch
         output = self._forward(self._model, inputs_embeds=batch, use_cache=False)
-        if not self._body.was_asked:
+        if not self._body.was_called:
             raise RuntimeError("it does not call its base model")
         logits: Tensor = output.logits
         return logits.view(*hidden.shape[:-1], -1)
@@ -98,7 +97,7 @@ class OutputHead:
 
     def _choose(self, like: Tensor) -> Callable[[Tensor], Tensor]:
         """Return the output layer, or the model's own head. like: gives size, dtype and device."""
-        own = _OwnHead(self._model)
+        own = _HeadOfForward(self._model)
         if like.is_meta:  # no values to compare
             return own
         generator = torch.Generator().manual_seed(0)

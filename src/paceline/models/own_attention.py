@@ -1,9 +1,9 @@
-"""Attention modules that compute by themselves instead of through transformers' interface.
+"""Attention modules that bypass transformers' attention interface.
 
 One short function per family: the module's queries, keys and values, packed attention, the module's
-output layer. It replaces a method of the module during a forward; then the method is restored. ALiBi
-(Press et al. 2022) is a bias per key by its position, as the model's own code builds it: softmax ignores
-a constant added to all keys of a query.
+output layer. It replaces a method of the module during a forward. ALiBi (Press et al. 2022) is a bias
+per key by its position, as the model's own code builds it: softmax ignores a constant added to all keys
+of a query.
 Symbols: N packed tokens, H query heads, Hkv key-value heads, D head size, L positions.
 """
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from paceline.models.attention import CURRENT, attend
+from paceline.models.attention import CURRENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class _Site:
-    """The layer of an attention module, and the bias of its scores."""
+class _LayerAttention:
+    """The attention of one layer over the current batch, with the bias of its scores."""
 
     layer: int
     bias: KeyBias | None
@@ -38,9 +38,10 @@ class _Site:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
     ) -> Tensor:
-        """Attend over the rows of the batch. query and output: [N, H, D]; key, value: [N, Hkv, D]."""
+        """Return outputs [N, H, D] of query [N, H, D] over key and value [N, Hkv, D]."""
         key_value = torch.cat((key, value), dim=1)
-        return attend(CURRENT.get(), self.layer, query, key_value, scale, window, bias=self.bias)
+        batch = CURRENT.get()
+        return batch.attend(self.layer, query, key_value, scale, window, bias=self.bias)
 
 
 # --- modules whose scores, softmax and weighted sum are a method `_attn` of their own -------------
@@ -49,36 +50,33 @@ class _Site:
 def _scores(
     scale: Callable[[Any], float],
     module: Any,
-    site: _Site,
+    attention: _LayerAttention,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: None = None,
 ) -> tuple[Tensor, None]:
-    """Stand in for `_attn`. query, key, value: [1, H, N, D], as is the output."""
-    window = module.config.window_size if _is_local(module) else None
+    """Replace `_attn`. query, key, value: [1, H, N, D], as is the output."""
+    is_local = getattr(module, "attention_type", None) == "local"  # GPT-Neo
+    window = module.config.window_size if is_local else None
     # some models rotate queries and keys in float32 in every dtype
     q, k, v = (t[0].transpose(0, 1).to(value.dtype) for t in (query, key, value))
-    out = site.attend(q, k, v, scale(module), window)
+    out = attention.attend(q, k, v, scale(module), window)
     return out.transpose(0, 1)[None], None
-
-
-def _is_local(module: Any) -> bool:
-    return getattr(module, "attention_type", None) == "local"  # GPT-Neo
 
 
 def _gpt1(
     module: Any,
-    site: _Site,
+    attention: _LayerAttention,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: None = None,
     output_attentions: bool = False,
 ) -> list[Tensor]:
-    """Stand in for `_attn` of the first GPT, whose keys are [1, H, D, N]."""
+    """Replace `_attn` of the first GPT, whose keys are [1, H, D, N]."""
     scale = value.shape[-1] ** -0.5 if module.scale else 1.0
-    return [_scores(lambda _: scale, module, site, query, key.transpose(2, 3), value)[0]]
+    return [_scores(lambda _: scale, module, attention, query, key.transpose(2, 3), value)[0]]
 
 
 # --- modules that do everything in `forward` ------------------------------------------------------
@@ -86,7 +84,7 @@ def _gpt1(
 
 def _falcon(
     module: Any,
-    site: _Site,
+    attention: _LayerAttention,
     hidden_states: Tensor,  # [1, N, H * D]
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
@@ -95,22 +93,22 @@ def _falcon(
     grouped = module.new_decoder_architecture or module.multi_query
     num_kv_heads = module.num_kv_heads if grouped else module.num_heads
     query, key, value = _split(module.query_key_value(hidden_states), num_kv_heads, module.head_dim)
-    if site.bias is None:
+    if attention.bias is None:
         assert position_embeddings is not None
         turn = import_module(type(module).__module__).apply_rotary_pos_emb
         query, key = (t.transpose(0, 1)[None] for t in (query, key))
         query, key = turn(query, key, *position_embeddings)
         query, key = (t[0].transpose(0, 1) for t in (query, key))
-    out = site.attend(query, key, value, module.inv_norm_factor)
+    out = attention.attend(query, key, value, module.inv_norm_factor)
     return module.dense(out.flatten(1)[None]), None
 
 
 def _bloom(
-    module: Any, site: _Site, hidden_states: Tensor, residual: Tensor, **kwargs: Any
+    module: Any, attention: _LayerAttention, hidden_states: Tensor, residual: Tensor, **kwargs: Any
 ) -> tuple[Tensor, None]:
     heads, size = module.num_heads, module.head_dim
     query, key, value = _split(module.query_key_value(hidden_states), heads, size)
-    out = site.attend(query, key, value, module.inv_norm_factor)
+    out = attention.attend(query, key, value, module.inv_norm_factor)
     return module.dense(out.flatten(1)[None]) + residual, None
 
 
@@ -120,21 +118,25 @@ def _split(qkv: Tensor, num_kv_heads: int, head_dim: int) -> tuple[Tensor, Tenso
     return groups[:, :, :-2].flatten(1, 2), groups[:, :, -2], groups[:, :, -1]
 
 
-def _mpt(module: Any, site: _Site, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+def _mpt(
+    module: Any, attention: _LayerAttention, hidden_states: Tensor, **kwargs: Any
+) -> tuple[Tensor, None]:
     qkv = module.Wqkv(hidden_states)
     if module.clip_qkv:
         qkv = qkv.clamp(min=-module.clip_qkv, max=module.clip_qkv)
     query, key, value = qkv[0].view(qkv.shape[1], 3, module.n_heads, module.head_dim).unbind(1)
-    out = site.attend(query, key, value, module.softmax_scale)
+    out = attention.attend(query, key, value, module.softmax_scale)
     return module.out_proj(out.flatten(1)[None]), None
 
 
-def _xglm(module: Any, site: _Site, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+def _xglm(
+    module: Any, attention: _LayerAttention, hidden_states: Tensor, **kwargs: Any
+) -> tuple[Tensor, None]:
     layers = module.q_proj, module.k_proj, module.v_proj
     query, key, value = (
         layer(hidden_states)[0].unflatten(-1, (module.num_heads, -1)) for layer in layers
     )
-    out = site.attend(query, key, value, module.scaling)
+    out = attention.attend(query, key, value, module.scaling)
     return module.out_proj(out.flatten(1)[None]), None
 
 
@@ -142,7 +144,7 @@ def _xglm(module: Any, site: _Site, hidden_states: Tensor, **kwargs: Any) -> tup
 
 
 class _BloomBias:
-    """Slopes times positions, in a table from the model's code, which may round them."""
+    """Slopes times positions, from the model's code, which may round them."""
 
     def __init__(self, body: Any) -> None:
         self._build = import_module(type(body).__module__).build_alibi_tensor
@@ -184,10 +186,10 @@ def _falcon_bias(body: Any) -> KeyBias | None:
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """The way one class of attention modules runs on packed rows."""
+    """The replacement of one class of attention modules."""
 
     method: str  # the one that the function replaces
-    function: Callable[..., Any]  # of the module, its site, and the method's arguments
+    function: Callable[..., Any]  # of the module, its `_LayerAttention`, and the method's arguments
     bias: Callable[[Any], KeyBias | None] = lambda body: None
     inputs: dict[str, Any] = field(default_factory=dict)  # additional inputs of its body
 
@@ -216,30 +218,31 @@ class OwnAttention:
 
     def __init__(self, body: nn.Module) -> None:
         self.inputs: dict[str, Any] = {}  # additional inputs of the body
-        self._stand_ins: list[tuple[nn.Module, str, Callable[..., Any]]] = []
+        self._replacements: list[tuple[nn.Module, str, Callable[..., Any]]] = []
         bias: KeyBias | None = None
         for module in body.modules():
             family = _family_of(module)
             if family is None:
                 continue
-            if not self._stand_ins:  # one bias for all layers, so that they share its masks
+            if not self._replacements:  # one bias for all layers, so that they share its masks
                 bias, self.inputs = family.bias(body), family.inputs
-            site = _Site(len(self._stand_ins), bias)
+            attention = _LayerAttention(len(self._replacements), bias)
             method = family.method
             if method == "forward" and "_old_forward" in module.__dict__:
                 method = "_old_forward"  # accelerate's hooks wrap this one
-            self._stand_ins.append((module, method, partial(family.function, module, site)))
+            function = partial(family.function, module, attention)
+            self._replacements.append((module, method, function))
 
     @contextmanager
     def packed(self) -> Iterator[None]:
-        """Let the modules attend to the rows of the current batch."""
-        before = [module.__dict__.get(method) for module, method, _ in self._stand_ins]
-        for module, method, function in self._stand_ins:
+        """Let the modules attend over the rows of the current batch inside the block."""
+        before = [module.__dict__.get(method) for module, method, _ in self._replacements]
+        for module, method, function in self._replacements:
             module.__dict__[method] = function
         try:
             yield
         finally:
-            for (module, method, _), own in zip(self._stand_ins, before, strict=True):
+            for (module, method, _), own in zip(self._replacements, before, strict=True):
                 if own is None:
                     del module.__dict__[method]
                 else:  # another library had replaced it
@@ -247,6 +250,7 @@ class OwnAttention:
 
 
 def _family_of(module: nn.Module) -> _Family | None:
+    """Return the family of an attention module, or None if it uses transformers' interface."""
     kind = type(module)
     path = kind.__module__.split(".")
     if path[:2] != ["transformers", "models"]:

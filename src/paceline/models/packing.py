@@ -1,8 +1,9 @@
-"""Rows packed into one forward: which token belongs to which row, where it stands, what it sees.
+"""Rows packed into one forward: the tokens of each row, their slots, and the positions they see.
 
-A forward takes N tokens of any rows, row after row. Neighbouring cache slots with equally many
-tokens form one run, which is one attention call. Knows no model. Symbols: N packed tokens, R rows
-of a run, W tokens a row, L cached positions, G query heads per key-value head.
+A forward takes N tokens of any rows, row after row. Neighbouring cache slots with equally many tokens
+form one run, which is one attention call. Knows no model and no cache.
+Symbols: N packed tokens, R rows of a run, W tokens per row, L cached positions, H query heads, Hkv
+key-value heads, G = H / Hkv, D head size.
 """
 
 from __future__ import annotations
@@ -17,15 +18,14 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from paceline.models.cache import RowCache
-
 # biases of keys, added to their scores: [L] positions -> [H, L]
 KeyBias: TypeAlias = Callable[[Tensor], Tensor]
 
+# positions; exact mode cuts prompts at its multiples, and prompts share their prefill in such blocks
+PREFILL_BLOCK: Final = 64
+
 # Wider rows are prefill: padding them to one length would cost more than a call each saves.
 _MAX_SHARED_WIDTH: Final = 64
-# Drafts up to this length slice their mask from a table instead of building it.
-_MAX_TABLED_WIDTH: Final = 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +59,41 @@ class Run:
         return max(self.starts) + self.width
 
 
+def runs_of(
+    spans: Sequence[Span], ancestors: Sequence[Tensor | None] | None, alone: bool
+) -> list[Run]:
+    """Group spans into runs. alone: no row shares a run with another."""
+    runs: list[Run] = []
+    first = 0
+    for i, span in enumerate(spans):
+        tree = ancestors[i] if ancestors is not None else None
+        last = runs[-1] if runs else None
+        if (
+            last is not None
+            and not alone
+            and tree is None
+            and last.ancestors is None
+            and last.width == span.width
+            and last.slots.stop == span.slot
+            and span.width <= _MAX_SHARED_WIDTH
+        ):
+            last.slots = range(last.slots.start, span.slot + 1)
+            last.starts.append(span.start)
+        else:
+            slots = range(span.slot, span.slot + 1)
+            runs.append(Run(first, slots, [span.start], span.width, span.prefill, tree))
+        first += span.width
+    return runs
+
+
 class ChainMasks:
-    """Additive masks of single chains, sliced from one table per width instead of built."""
+    """Additive masks of single chains, sliced from one table per width."""
 
     def __init__(self) -> None:
         self._tables: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
 
     def mask(self, groups: int, width: int, start: int, like: Tensor) -> Tensor:
-        """[1, 1, G*W, start + W]: token w sees the cached positions and tokens 0 to w."""
+        """Return [1, 1, G*W, start + W]: token w sees the cached positions and tokens 0 to w."""
         key = (groups, width, like.dtype, like.device)
         table = self._tables.get(key)
         if table is None or table.shape[1] - width < start:
@@ -80,101 +107,27 @@ class ChainMasks:
         return table[None, None, :, room - start :]
 
 
-class PackedBatch:
-    """Which row every packed token belongs to. Built once a forward, read by every layer."""
+def build_mask(run: Run, window: int | None, groups: int, like: Tensor) -> Tensor:
+    """Return [R, 1, G*W, L] additive: 0 for visible keys, -inf for the others."""
+    visible = _visible(run, window, like.device)
+    mask = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
+    mask.masked_fill_(~visible, float("-inf"))
+    tiled = mask[:, None].expand(-1, groups, -1, -1)
+    return tiled.reshape(len(run.slots), 1, groups * run.width, run.length)
 
-    def __init__(
-        self,
-        spans: Sequence[Span],
-        cache: RowCache,
-        device: torch.device,
-        ancestors: Sequence[Tensor | None] | None = None,
-        chain_masks: ChainMasks | None = None,
-        exact: bool = False,
-    ) -> None:
-        """exact: no row shares a call with another, see `exact.py`."""
-        self.cache = cache
-        self.device = device
-        self.exact = exact
-        self.runs: list[Run] = []
-        self._chain_masks = chain_masks or ChainMasks()
-        first = 0
-        for i, span in enumerate(spans):
-            tree = ancestors[i] if ancestors is not None else None
-            last = self.runs[-1] if self.runs else None
-            if (
-                last is not None
-                and not exact
-                and tree is None
-                and last.ancestors is None
-                and last.width == span.width
-                and last.slots.stop == span.slot
-                and span.width <= _MAX_SHARED_WIDTH
-            ):
-                last.slots = range(last.slots.start, span.slot + 1)
-                last.starts.append(span.start)
-            else:
-                slots = range(span.slot, span.slot + 1)
-                self.runs.append(Run(first, slots, [span.start], span.width, span.prefill, tree))
-            first += span.width
-            cache.extend(span.slot, span.start + span.width)
-        self.num_tokens = first
-        self.num_positions = max(run.length for run in self.runs)
 
-    def only_chain(self) -> range | None:
-        """The positions, if all tokens are one row's chain: then slices do instead of indices."""
-        run = self.runs[0]
-        if len(self.runs) > 1 or len(run.slots) > 1 or run.ancestors is not None:
-            return None
-        return range(run.starts[0], run.starts[0] + run.width)
-
-    def positions(self) -> Tensor:
-        """[N] absolute positions: start plus depth, which for a chain is start, start + 1, ..."""
-        parts = []
-        for run in self.runs:
-            depth = (
-                torch.arange(run.width)
-                if run.ancestors is None
-                else run.ancestors.sum(dim=-1).cpu() - 1
-            )
-            starts = torch.tensor(run.starts)
-            parts.append((starts[:, None] + depth).flatten())
-        return torch.cat(parts).to(self.device)
-
-    def mask(
-        self, run: Run, window: int | None, groups: int, like: Tensor, bias: KeyBias | None = None
-    ) -> Tensor | None:
-        """[R, 1, G*W, L] additive, or None where every token may see everything.
-
-        window: how many positions, its own included, a token sees; None is all of them. bias: of the
-        keys, by head; with it the mask is [R, Hkv, G*W, L].
-        """
-        if window is not None and run.length <= window:
-            window = None
-        key = (window, groups) if bias is None else (window, groups, bias)
-        if key not in run.masks:
-            run.masks[key] = (
-                self._build_mask(run, window, groups, like)
-                if bias is None
-                else _biased_mask(run, window, groups, like, bias)
-            )
-        return run.masks[key]
-
-    def _build_mask(self, run: Run, window: int | None, groups: int, like: Tensor) -> Tensor | None:
-        if len(run.slots) == 1 and window is None and run.ancestors is None:
-            if run.width == 1:
-                return None
-            if run.width <= _MAX_TABLED_WIDTH:
-                return self._chain_masks.mask(groups, run.width, run.starts[0], like)
-        visible = _visible(run, window, like.device)
-        mask = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
-        mask.masked_fill_(~visible, float("-inf"))
-        tiled = mask[:, None].expand(-1, groups, -1, -1)
-        return tiled.reshape(len(run.slots), 1, groups * run.width, run.length)
+def build_biased_mask(
+    run: Run, window: int | None, groups: int, like: Tensor, bias: KeyBias
+) -> Tensor:
+    """Return [R, Hkv, G*W, L] additive: the heads' biases of visible keys, -inf for the others."""
+    by_key = bias(_key_positions(run, like.device)).to(like.dtype)  # [H, L]
+    hidden = ~_visible(run, window, like.device)
+    mask = by_key[:, None].masked_fill(hidden[:, None], float("-inf"))  # [R, H, W, L]
+    return mask.unflatten(1, (-1, groups)).flatten(2, 3)
 
 
 def _visible(run: Run, window: int | None, device: torch.device) -> Tensor:
-    """[R, W, L] bool: which cached position each new token may see."""
+    """Return [R, W, L] bool: the cached positions that each new token may see."""
     starts = torch.tensor(run.starts, device=device)[:, None, None]
     keys = _key_positions(run, device)
     depths = torch.arange(run.width, device=device)[:, None]
@@ -201,16 +154,11 @@ def _key_positions(run: Run, device: torch.device) -> Tensor:
     return positions
 
 
-def _biased_mask(run: Run, window: int | None, groups: int, like: Tensor, bias: KeyBias) -> Tensor:
-    """Return [R, Hkv, G*W, L] additive: the heads' biases of visible keys, -inf for the others."""
-    by_key = bias(_key_positions(run, like.device)).to(like.dtype)  # [H, L]
-    hidden = ~_visible(run, window, like.device)
-    mask = by_key[:, None].masked_fill(hidden[:, None], float("-inf"))  # [R, H, W, L]
-    return mask.unflatten(1, (-1, groups)).flatten(2, 3)
-
-
 def store(run: Run, storage: Tensor, new: Tensor) -> None:
-    """Write [R*W, 2*Hkv, D] new entries behind each row's cached ones."""
+    """Write [R*W, 2*Hkv, D] new entries after each row's cached ones.
+
+    storage: [slots, 2*Hkv, positions, D] of a layer.
+    """
     if len(run.slots) == 1:
         place = storage[run.slots.start].narrow(1, run.starts[0], run.width)
         place.copy_(new.transpose(0, 1))

@@ -1,7 +1,7 @@
-"""Models fine-tuned with PEFT: adapters such as LoRA beside the weights of a base model.
+"""Models fine-tuned with PEFT: adapters such as LoRA in addition to the weights of a base model.
 
 An adapter that a configuration names is merged into the weights at load, so that it costs nothing
-afterwards. A PEFT model handed in from memory is run as it is, unmerged, by transformers' forward.
+afterwards. Transformers' forward runs a PEFT model from memory unmerged.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 def base_of(model: Any, name: str) -> PreTrainedModel:
-    """The transformers model itself, in which a PEFT model has replaced some layers by its own."""
+    """Return the transformers model inside a PEFT model, or the model itself.
+
+    Raises ModelError for prompt learning.
+    """
     if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
         plain: PreTrainedModel = model
         return plain
@@ -32,7 +35,10 @@ def base_of(model: Any, name: str) -> PreTrainedModel:
 
 
 def merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
-    """The model with the adapter's changes added to its weights. adapter: folder or hub name."""
+    """Return the model with the adapter merged into its weights. adapter: folder or hub name.
+
+    Raises ModelError if PEFT is missing or the adapter does not fit.
+    """
     try:
         from peft import PeftModel
     except ImportError as error:
@@ -43,12 +49,12 @@ def merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
         raise ModelError(f"adapter {adapter}: no adapter_config.json in this folder")
     try:
         with warnings.catch_warnings():
-            # PEFT would go on with noise or zeros in the place of weights that the file lacks
+            # PEFT would use noise or zeros for weights that the file lacks
             warnings.filterwarnings("error", message=".*missing adapter keys.*")
             wrapped: Any = PeftModel.from_pretrained(model, adapter)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, UserWarning) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        if len(lines) > 1 and lines[0].endswith(":"):  # torch's heading over what is wrong
+        if len(lines) > 1 and lines[0].endswith(":"):  # torch's heading
             lines = lines[1:]
         reason = lines[0] if lines else type(error).__name__
         raise ModelError(f"adapter {adapter}: does not fit the model ({reason})") from error

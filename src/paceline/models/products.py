@@ -1,9 +1,9 @@
-"""Matrix products with fixed weights: packed once for the CPU's kernels, or fused views elsewhere.
+"""Matrix products with fixed weights: packed once for the CPU's kernels, or fused on other devices.
 
-On the CPU a decode step reads every weight once for a handful of tokens, and oneDNN reads weights in
-its own blocked layout about twice as fast as row by row; for several tokens at once, up to five
-times in float32. The packed weights are copies beside transformers' own. Elsewhere nothing is
-copied for good: fused weights are one tensor of which the original parameters become views.
+On the CPU a decode step reads every weight once for a few tokens, and oneDNN reads weights in its own
+blocked layout about twice as fast as row by row; for several tokens, up to five times in float32. The
+packed weights are copies in addition to transformers' own. On other devices fused weights are one
+tensor, and the original parameters become views of it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-# A packed call itself costs some 15 us, which a float32 weight must be worth.
+# A packed call costs about 15 us, so float32 weights must have at least this size.
 _MIN_PACKED_NUMBERS: Final = 2**17
-_ROWS_HINT: Final = 8  # tokens the packed layout is made for; others work, a little slower
+_ROWS_HINT: Final = (
+    8  # tokens that the packed layout is made for; other numbers are slightly slower
+)
 
 _FOUND_ROWS: Final[dict[tuple[object, ...], tuple[int, bool]]] = {}
 
@@ -32,8 +34,9 @@ class Product:
     """x -> x W^T (+ b) for fixed W; several linear layers with one input become one product."""
 
     def __init__(self, layers: Sequence[nn.Linear], exact: bool = False) -> None:
-        """exact: one row's bits hang on nothing but that row; see `exact.py`. Raises ModelError if
-        this device and dtype have no packed products, on which that rests.
+        """exact: the bits of a row depend on that row alone; see `exact.py`.
+
+        Raises ModelError if exact mode is impossible, since device and dtype have no packed products.
         """
         weights = [layer.weight.data for layer in layers]
         biases = [_bias(layer) for layer in layers]
@@ -64,14 +67,14 @@ class Product:
             self.rows, self.fixed = self._find_rows(like)
 
     def _find_rows(self, weight: Tensor) -> tuple[int, bool]:
-        """`exact.find_rows`, asked once for each shape: kernels are chosen by it."""
+        """Return `exact.find_rows`, called once per shape, by which kernels are chosen."""
         key = (*weight.shape, weight.dtype, self.bias is None, torch.get_num_threads())
         if key not in _FOUND_ROWS:
             _FOUND_ROWS[key] = find_rows(self, self.add_to, weight.shape[1], weight)
         return _FOUND_ROWS[key]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: [N, in]. Returns [N, out]."""
+        """Return the product [N, out]. x: [N, in]."""
         if self.packed:
             if self.fixed or len(x) < self.rows:
                 return self._in_tiles(x, None)
@@ -84,7 +87,7 @@ class Product:
         return F.linear(x, self.weight, self.bias)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """residual [N, out] + the product, in one pass where the kernel can."""
+        """Return residual [N, out] + the product, in one pass if the kernel can."""
         if self.packed:
             if self.fixed or len(x) < self.rows:
                 return self._in_tiles(x, residual)
@@ -95,7 +98,7 @@ class Product:
         return self(x).add_(residual)
 
     def _in_tiles(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """The product at `rows` rows a call, the last call filled up with zeros."""
+        """Return the product in calls of `rows` rows, the last call padded with zeros."""
         num_rows = len(x)
         missing = -num_rows % self.rows
         x = F.pad(x, (0, 0, 0, missing))
@@ -113,9 +116,10 @@ class Product:
 
 
 def joined(weights: Sequence[Tensor]) -> Tensor:
-    """Join weights [out, in] to one [sum of outs, in], without a copy if they are adjacent views of one.
+    """Join weights [out, in] into one [sum of outs, in].
 
-    So a second product of the same layers does not move them again.
+    Copies nothing if they are adjacent views of one tensor, so that a second product of the same layers
+    does not move them again.
     """
     first, end = weights[0], weights[0].data_ptr()
     for weight in weights:
@@ -129,7 +133,7 @@ def joined(weights: Sequence[Tensor]) -> Tensor:
 
 
 def packs(weight: Tensor) -> bool:
-    """Whether this machine has packed kernels for the weight's device and dtype."""
+    """Return whether this machine has packed kernels for the weight's device and dtype."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if weight.dtype == torch.bfloat16:
@@ -138,7 +142,7 @@ def packs(weight: Tensor) -> bool:
 
 
 def is_worth_packing(weight: Tensor) -> bool:
-    """Whether reading the weight takes long enough for a packed call's own cost not to matter."""
+    """Return whether the weight is large enough for the cost of a packed call."""
     return weight.dtype != torch.float32 or weight.numel() >= _MIN_PACKED_NUMBERS
 
 

@@ -1,9 +1,8 @@
 """Forwards that leave out some attention and MLP sub-layers, each as if it added nothing.
 
-The lean forward leaves a sub-layer out by itself. In transformers' own modules it is silenced for the
-length of one forward: it answers zeros, and the model is left as it was found. Whether that is the
-same as leaving it out is a matter of the architecture (post-norm layers change the stream all the
-same), so `self_checks.check_sublayers` tries it. Knows no drafting.
+The lean forward leaves a sub-layer out. In transformers' own modules it is silenced during one forward:
+it returns zeros. Whether that is the same depends on the architecture (post-norm layers change the
+residual stream anyway), so `self_checks.check_sublayers` compares them. Knows no drafting.
 """
 
 from __future__ import annotations
@@ -38,13 +37,14 @@ _MLPS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class LayerSubset:
-    """Sub-layers a forward leaves out, by the index of their decoder layer."""
+    """Sub-layers that a forward leaves out, by the index of their decoder layer."""
 
     attention: frozenset[int] = frozenset()
     mlp: frozenset[int] = frozenset()
 
     @classmethod
     def everything(cls, num_layers: int) -> LayerSubset:
+        """Return all sub-layers."""
         every = frozenset(range(num_layers))
         return cls(every, every)
 
@@ -54,12 +54,14 @@ class LayerSubset:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
+    """The modules of one decoder layer's sub-layers."""
+
     attention: list[nn.Module]
     mlp: list[nn.Module]
 
 
 class SubLayers:
-    """The sub-layers of a transformers model, found by name. Raises ModelError where they are not."""
+    """The sub-layers of a transformers model, found by name; ModelError if they are not found."""
 
     def __init__(self, body: nn.Module, num_layers: int, name: str) -> None:
         self.owner, self.attribute = _find_layers(body, num_layers, name)
@@ -70,7 +72,7 @@ class SubLayers:
 
     @contextmanager
     def without(self, subset: LayerSubset) -> Iterator[None]:
-        """Silence the sub-layers of a subset meanwhile."""
+        """Silence the sub-layers of a subset inside the block."""
         silenced: list[tuple[nn.Module, Any]] = []
         try:
             for kind, indices in (("attention", subset.attention), ("mlp", subset.mlp)):
@@ -83,18 +85,18 @@ class SubLayers:
             for module, forward in reversed(silenced):
                 if forward is None:
                     del module.__dict__["forward"]
-                else:  # someone else had put one there
+                else:  # another library had replaced it
                     module.forward = forward
 
     def num_parameters(self, subset: LayerSubset) -> int:
-        """Parameters of the sub-layers in a subset."""
+        """Return the number of parameters of the sub-layers in a subset."""
         modules = [m for i in subset.attention for m in self._layers[i].attention]
         modules += [m for i in subset.mlp for m in self._layers[i].mlp]
         return sum(p.numel() for module in modules for p in module.parameters())
 
     @contextmanager
     def no_layers(self) -> Iterator[None]:
-        """Take all decoder layers out meanwhile: from the embedding straight to the last norm."""
+        """Remove all decoder layers inside the block: embedding, then last norm."""
         layers = getattr(self.owner, self.attribute)
         setattr(self.owner, self.attribute, nn.ModuleList())
         try:
@@ -103,38 +105,37 @@ class SubLayers:
             setattr(self.owner, self.attribute, layers)
 
 
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-    return hidden
-
-
 def _silence(*args: Any, **kwargs: Any) -> Tensor:
-    return torch.zeros_like(_hidden(args, kwargs))
+    """Return zeros of the hidden states' shape."""
+    return torch.zeros_like(args[0] if args else kwargs["hidden_states"])
 
 
 def _silence_pair(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """As attention modules return: the output and the weights nobody asked for."""
+    """Return zeros as attention modules do, with no attention weights."""
     return _silence(*args, **kwargs), None
 
 
-def _hand_on(hidden_states: Tensor, residual: Tensor, **kwargs: Any) -> Tensor:
+def _pass_residual(hidden_states: Tensor, residual: Tensor, **kwargs: Any) -> Tensor:
     """Return the residual alone, for modules that add to it themselves (Bloom, MPT)."""
     return residual
 
 
-def _hand_on_pair(hidden_states: Tensor, residual: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+def _pass_residual_pair(
+    hidden_states: Tensor, residual: Tensor, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Return the residual as attention modules do, with no attention weights."""
     return residual, None
 
 
 def _silent(module: nn.Module, is_attention: bool) -> Callable[..., Any]:
     """Return the function that replaces a silent module's forward."""
     if "residual" in inspect.signature(type(module).forward).parameters:
-        return _hand_on_pair if is_attention else _hand_on
+        return _pass_residual_pair if is_attention else _pass_residual
     return _silence_pair if is_attention else _silence
 
 
 def _find_layers(body: nn.Module, num_layers: int, name: str) -> tuple[nn.Module, str]:
-    """Whose attribute of which name the list of decoder layers is."""
+    """Return the module that owns the list of decoder layers, and the attribute's name."""
     for owner in body.modules():
         for attribute, child in owner.named_children():
             if isinstance(child, nn.ModuleList) and len(child) == num_layers:
@@ -143,6 +144,7 @@ def _find_layers(body: nn.Module, num_layers: int, name: str) -> tuple[nn.Module
 
 
 def _find_sublayers(layer: nn.Module, name: str) -> _Layer:
+    """Return the sub-layers of a decoder layer. Raises ModelError if it has none of a known name."""
     children = dict(layer.named_children())
 
     def find(what: str, known: Iterable[tuple[str, ...]]) -> list[nn.Module]:

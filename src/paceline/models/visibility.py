@@ -36,16 +36,17 @@ _NUM_TOKENS: Final = 3
 
 @dataclass(slots=True)
 class Visibility:
-    """The findings of one forward: the window of every layer, and why packed rows would be wrong."""
+    """The findings of one forward: the window of every layer, and reasons against packed rows."""
 
     windows: dict[int, int | None] = field(default_factory=dict)  # by layer index; None: all
-    reasons: list[str] = field(default_factory=list)  # why the packed forward would be wrong
+    reasons: list[str] = field(default_factory=list)  # why the packed forward is wrong
     _context: int = 0
     _masks: dict[int, int | str | None] = field(default_factory=dict)  # by the tensor's address
     _kept: list[Tensor] = field(default_factory=list)  # kept alive, so that no address is reused
     _layers: dict[int, int] = field(default_factory=dict)  # layer index -> its module's id
 
     def note(self, reason: str) -> None:
+        """Add a reason once."""
         if reason not in self.reasons:
             self.reasons.append(reason)
 
@@ -72,7 +73,7 @@ def attention_named(configs: Sequence[Any], name: str) -> Iterator[None]:
 
 
 def look_at(model: PreTrainedModel, context_length: int, device: torch.device) -> Visibility:
-    """Run a few tokens through a model's body and return what its attention was given.
+    """Run a few tokens through a model's body and return the windows of its attention.
 
     device: of the token ids. The error of a forward that fails becomes a reason.
     """
@@ -104,7 +105,7 @@ def look_at(model: PreTrainedModel, context_length: int, device: torch.device) -
 def _probe_mask(
     *args: Any, mask_function: Callable[..., Tensor], device: Any = None, **kwargs: Any
 ) -> Any:
-    """Stand in for transformers' mask function: return the real mask and record its window."""
+    """Replace transformers' mask function: return the real mask and record its window."""
     seen = _current.get()
     assert seen is not None
     kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
@@ -153,7 +154,7 @@ def _probe_attention(
     is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Stand in for transformers' attention: return zeros [1, N, H, D] and record the layer's mask."""
+    """Replace transformers' attention: return zeros [1, N, H, D] and record the layer's mask."""
     seen = _current.get()
     assert seen is not None
     layer = getattr(module, "layer_idx", None)

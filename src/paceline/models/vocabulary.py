@@ -1,7 +1,7 @@
-"""Are two tokenizers the same? Token-to-id maps decide, not logit widths.
+"""Comparison of vocabularies by their token-to-id maps.
 
-Embedding tables are often padded beyond the tokens that exist (Qwen), so equal vocabularies may come
-with unequal widths and unequal vocabularies with equal ones.
+Embedding tables are often padded (Qwen), so equal vocabularies may have unequal logit widths, and
+unequal ones equal widths.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from paceline.errors import VocabularyError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# for rooms that are handed a tokenizer but know nothing of transformers
+# for modules that receive a tokenizer and must not import transformers
 Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
 
 
@@ -28,20 +28,21 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Vocabulary:
+        """Return the vocabulary of a tokenizer."""
         return cls(dict(tokenizer.get_vocab()))
 
     @property
     def num_tokens(self) -> int:
-        """Ids below this exist; logits at or above it are padding."""
+        """Number of ids, from 0 to the highest; logits at or above it are padding."""
         return max(self.ids.values()) + 1
 
     def hash(self) -> str:
-        """A short fingerprint of the map, equal for equal maps."""
+        """Return a short fingerprint of the map, equal for equal maps."""
         canonical = json.dumps(sorted(self.ids.items()), ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def difference(self, other: Vocabulary) -> str | None:
-        """How `other` differs from this map in one clause; None if they are equal."""
+        """Return how `other` differs from this map in one clause; None if they are equal."""
         if self.ids == other.ids:
             return None
         missing = self.ids.keys() - other.ids.keys()
@@ -62,7 +63,7 @@ class Vocabulary:
 
 
 def check_same_vocabulary(drafter: str, target: Vocabulary, other: Vocabulary) -> None:
-    """Raise VocabularyError, saying how they differ, unless the maps are equal."""
+    """Raise VocabularyError with the difference unless the maps are equal."""
     difference = target.difference(other)
     if difference is not None:
         raise VocabularyError(

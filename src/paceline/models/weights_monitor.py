@@ -30,8 +30,8 @@ class WeightsMonitor:
     def __init__(self, model: Any) -> None:
         """model: a module; anything else never changes."""
         modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
-        # not weights that accelerate has offloaded, since every forward loads and removes them, nor
-        # buffers that no checkpoint holds, which some forwards rewrite
+        # without weights that accelerate has offloaded, since every forward loads and removes them,
+        # and without buffers that are in no checkpoint, which some forwards rewrite
         entries: list[tuple[dict[str, Any], str, Any]] = [
             (table, name, v)
             for m in modules
@@ -49,12 +49,12 @@ class WeightsMonitor:
         self._placed = [w for w in weights.values() if type(w.data) is torch.Tensor]
         self._samples = [s for w in self._placed if (s := _sample(w.data)) is not None]
         self._adapted = [m for m in modules if hasattr(m, "_disable_adapters")]  # PEFT's layers
-        self._seen = self._state()
+        self._recorded = self._state()
 
     def has_changed(self) -> bool:
         """Return whether the weights have changed since this was made."""
         held = map(dict.get, self._tables, self._names)
-        return not all(map(is_, held, self._values)) or self._state() != self._seen
+        return not all(map(is_, held, self._values)) or self._state() != self._recorded
 
     def _state(self) -> tuple[object, ...]:
         return (

@@ -11,30 +11,33 @@ from typing import Final
 import numpy as np
 
 from paceline.compiled import compiled
+from paceline.noise import splitmix
 
-_GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1: Final = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2: Final = np.uint64(0x94D049BB133111EB)
+GOLDEN: Final = splitmix.GOLDEN
+
+# The compiled code on disk of a module that calls these two is not renewed when they change. Whoever
+# changes them must also change this module, drafting/suffix_kernels.py and drafting/trigram/kernels.py.
+mix = compiled(splitmix.mix)
 
 
 @compiled
-def _mix(x: np.uint64) -> np.uint64:
-    x = (x ^ (x >> np.uint64(30))) * _MIX_1
-    x = (x ^ (x >> np.uint64(27))) * _MIX_2
-    return x ^ (x >> np.uint64(31))
+def bits_at(seed: np.uint64, position: np.uint64, stream: np.uint64) -> np.uint64:
+    """Return 64 random bits as a function of all three; the start of further numbers."""
+    bits: np.uint64 = mix(mix(seed + GOLDEN * stream) + GOLDEN * (position + np.uint64(1)))
+    return bits
 
 
 @compiled
 def race(probs: np.ndarray, seed: np.uint64, position: np.uint64, stream: np.uint64) -> int:
     """Return the winner among probs [V] float32; -1 if no token is possible."""
     best, winner = np.float32(0.0), -1
-    bits = _mix(_mix(seed + _GOLDEN * stream) + _GOLDEN * (position + np.uint64(1)))
+    bits = bits_at(seed, position, stream)
     for token in range(len(probs)):
-        bits += _GOLDEN
+        bits += GOLDEN
         p = probs[token]
         if p <= np.float32(0.0):
             continue
-        u = (np.float32(_mix(bits) >> np.uint64(11)) + np.float32(0.5)) * np.float32(2.0**-53)
+        u = (np.float32(mix(bits) >> np.uint64(11)) + np.float32(0.5)) * np.float32(2.0**-53)
         u = min(u, np.float32(1.0 - 2.0**-24))
         if p <= best * u:
             continue

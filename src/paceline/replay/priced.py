@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from paceline.contracts import ReplayedDrafter
-from paceline.drafting.base import PositionScores
 from paceline.drafting.catalog import check_settings
-from paceline.drafting.foresight import ChainForesight
-from paceline.drafting.stops import ExpectedGainStop, StopSettings
+from paceline.drafting.chain_replay import ChainReplay
+from paceline.drafting.draft_length import ExpectedGainStop, StopSettings
+from paceline.drafting.draft_replay import PositionScores
 from paceline.replay.rounds import look_ahead
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from paceline.config import Config
     from paceline.contracts import CollectedPrompt
     from paceline.costs.table import CostTable
-    from paceline.drafting.stops import StopRule
+    from paceline.drafting.draft_length import StopRule
 
 
 def price_stops(
@@ -33,7 +33,7 @@ def price_stops(
     """Return the prompts with the rounds of the configuration's priced arms under a cost table.
 
     The accepted tokens are exact; the number drafted after a first wrong token is estimated from the
-    confidences along the text, see `ChainForesight`.
+    confidences along the text, see `ChainReplay`.
     """
     rules = _priced_rules(config, costs)
     if not rules:
@@ -74,5 +74,5 @@ def stopped_ahead(
         rooms = np.maximum(len(match) - np.arange(num_output), 0)
     unknown = np.full(len(match), np.nan, dtype=np.float32)
     scores = PositionScores(match, unknown, unknown, confidence)
-    foresight = ChainForesight(scores, rooms, num_draft_tokens, rule, num_prompt)
-    return look_ahead(foresight, num_output, prompt.max_new_tokens)
+    draft_replay = ChainReplay(scores, rooms, num_draft_tokens, rule, num_prompt)
+    return look_ahead(draft_replay, num_output, prompt.max_new_tokens)

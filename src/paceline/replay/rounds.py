@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from paceline.contracts import CollectedPrompt
-    from paceline.drafting.base import Drafter, Foresight, PositionScores
+    from paceline.drafting.base import Drafter
+    from paceline.drafting.draft_replay import DraftReplay, PositionScores
     from paceline.models.language_model import LanguageModel
 
 _UNWARPED = SamplingParams(temperature=1.0, method="residual")
@@ -54,7 +55,7 @@ def max_output(max_new_tokens: int, num_prompt: int, context_length: int) -> int
     return min(max_new_tokens, context_length + 1 - num_prompt)
 
 
-def simulate(foresight: Foresight, num_output: int, max_total_output: int) -> np.ndarray:
+def simulate(draft_replay: DraftReplay, num_output: int, max_total_output: int) -> np.ndarray:
     """Return [rounds, 2] int64, drafted and accepted: the engine's rounds over `num_output` tokens.
 
     The prefill emits the first token. A round drafts at most the tokens that could still be emitted in
@@ -64,31 +65,31 @@ def simulate(foresight: Foresight, num_output: int, max_total_output: int) -> np
     rounds: list[tuple[int, int]] = []
     position = 1
     while position < num_output:
-        drafted, accepted = _round(foresight, position, max_total_output - position - 1)
+        drafted, accepted = _round(draft_replay, position, max_total_output - position - 1)
         accepted = min(accepted, num_output - position)
         rounds.append((drafted, accepted))
         position += accepted + 1
     return _table(rounds)
 
 
-def look_ahead(foresight: Foresight, num_output: int, max_total_output: int) -> np.ndarray:
+def look_ahead(draft_replay: DraftReplay, num_output: int, max_total_output: int) -> np.ndarray:
     """Return [T - 1, 2] int64, drafted and accepted of a round at each position 1 to T - 1.
 
     `walk` makes rounds of it.
     """
     rounds: list[tuple[int, int]] = []
     for position in range(1, num_output):
-        drafted, accepted = _round(foresight, position, max_total_output - position - 1)
+        drafted, accepted = _round(draft_replay, position, max_total_output - position - 1)
         rounds.append((drafted, min(accepted, num_output - position)))
     return _table(rounds)
 
 
-def _round(foresight: Foresight, position: int, limit: int) -> tuple[int, int]:
+def _round(draft_replay: DraftReplay, position: int, limit: int) -> tuple[int, int]:
     """Return (drafted, accepted) tokens of a round at a position, checked.
 
     A negative count from a drafter's own replay would never end.
     """
-    drafted, accepted = foresight.accepted(position, limit)
+    drafted, accepted = draft_replay.round_at(position, limit)
     drafted, accepted = read_whole("drafted", drafted), read_whole("accepted", accepted)
     if not 0 <= accepted <= drafted:
         raise DrafterError(f"foresees {accepted} accepted of {drafted} drafted tokens")
@@ -156,15 +157,15 @@ def replay(
     p: [T, V], see `target_distributions`. sampling: of the trajectory.
     """
     with torch.inference_mode():
-        foresight = drafter.would_accept(prompt, trajectory, p, sampling)
+        draft_replay = drafter.would_accept(prompt, trajectory, p, sampling)
         try:
             if not drafter.replays_everywhere:
-                rounds = simulate(foresight, len(trajectory), max_total_output)
-                return Replay(rounds, None, foresight.scores)
-            ahead = look_ahead(foresight, len(trajectory), max_total_output)
+                rounds = simulate(draft_replay, len(trajectory), max_total_output)
+                return Replay(rounds, None, draft_replay.scores)
+            ahead = look_ahead(draft_replay, len(trajectory), max_total_output)
         finally:
-            foresight.close()
-    return Replay(walk(ahead), ahead, foresight.scores)
+            draft_replay.close()
+    return Replay(walk(ahead), ahead, draft_replay.scores)
 
 
 def _table(rounds: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -95,6 +95,7 @@ class Hedge:
         rows: int,
     ) -> None:
         """prior: [N] predicted seconds per token over those of plain decoding."""
+        # an arm has a length; order of the rules for a draft's length: drafting.draft_length
         self.arms = arms
         self._num_tokens = 0.0  # emitted, faded as the drafts are
         self._prices = prices

@@ -1,8 +1,8 @@
-"""What a policy sees of a request: by-products of the target's prefill, text statistics, the load.
+"""The default features of a request: hidden states of the target's prefill, text statistics, the load.
 
-Knows no task label, no id and no drafter. Nothing here runs a model: the hidden states are there
-when the prefill ends, and the statistics are a few sorts over the prompt's tokens. Symbols: D the
-target's hidden size, F = 2 D + the number of statistics, n prompt tokens.
+Knows no task label, no id and no drafter. Nothing here runs a model: the prefill has computed the
+hidden states, and the statistics take a few sorts over the prompt's tokens. Symbols: D the target's
+hidden size, S statistics, F = 2 D + S, n prompt tokens.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ STATISTICS: Final = (
     "log_rows_in_flight",
 )
 
-_ID_BITS: Final = 21  # three ids in one int64; an id above 2**21 could only be taken for another
+_ID_BITS: Final = 21  # three ids in one int64; ids above 2**21 may collide with others
 
 
 def num_features(hidden_size: int) -> int:
-    """F, the length of a feature vector for a target of this hidden size."""
+    """Return F, the length of a feature vector for a target of this hidden size."""
     return 2 * hidden_size + len(STATISTICS)
 
 
 def feature_vector(context: Context) -> np.ndarray:
-    """[F] float32: mean and last hidden state, statistics. Raises RequestError without a prompt."""
+    """Return [F] float32: hidden states, then statistics. Raises RequestError without a prompt."""
     return np.concatenate((hidden_states(context), statistics(context)))
 
 
 def hidden_states(context: Context) -> np.ndarray:
-    """[2 D] float32: mean over the prompt, and at its last token."""
+    """Return [2 D] float32: the mean over the prompt, and the state at its last token."""
     return np.concatenate((context.mean_hidden, context.last_hidden)).astype(np.float32, copy=False)
 
 
 def statistics(context: Context) -> np.ndarray:
-    """[S] float32, in the order of STATISTICS. Raises RequestError without a prompt."""
+    """Return [S] float32, in the order of STATISTICS. Raises RequestError without a prompt."""
     tokens = np.asarray(context.prompt_tokens, dtype=np.int64)  # [n]
     if tokens.size == 0:
         raise RequestError("the prompt is empty; give at least one token")
@@ -62,9 +62,9 @@ def statistics(context: Context) -> np.ndarray:
 
 
 def ngram_overlap(tokens: np.ndarray, n: int) -> float:
-    """The share of a text's n-grams (n up to 3) that occur earlier in it. tokens: [T] int64.
+    """Return the share of a text's n-grams (n up to 3) that occur earlier in it. tokens: [T] int64.
 
-    High where a text repeats itself, so where looking up the continuation may pay.
+    It is high where a text repeats itself, and looking up the continuation may pay there.
     """
     count = tokens.size - n + 1
     if count < 2:

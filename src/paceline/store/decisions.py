@@ -1,10 +1,10 @@
-"""The decision log: what each request got, why, and how it went, one JSON line when it ends.
+"""The decision log: one JSON line per request with the arm it got, why, and how it went.
 
-Written while serving, read by learning. A line is appended by one write when its request is over, so
-a killed process leaves at most one torn line at a file's end; nothing waits for the disk, so a power
-cut may cost the last seconds. No text is ever written, and token ids only where that was asked for.
-Features are a policy's view of the prompt: less than its text, but not nothing. Knows no policy and
-no engine.
+The line is written when the request ends, and read by learning. One write appends it, so a killed
+process leaves at most one torn line at a file's end. Nothing waits for the disk, so a power cut may
+cost the last seconds. Text is never written, token ids only where the configuration asks for them.
+Features are a policy's view of the prompt: less than its text, but not nothing. Knows no policy and no
+engine.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ LoggedTokens = Literal["off", "ids"]
 
 @dataclass(frozen=True, slots=True)
 class LogHeader:
-    """What the decisions of a file were made with. `drafters` and `encoders`: identity lines, `none`
-    included; the features are the encoders', side by side.
+    """The models that made the decisions of one file.
+
+    `drafters` and `encoders` map names to identity lines; the drafters include `none`. The features of
+    a decision are those of the encoders, concatenated.
     """
 
     target: str
@@ -51,10 +53,10 @@ class LogHeader:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoggedDecision:
-    """One request as it was served.
+    """One served request.
 
-    `switches` are (tokens emitted before, arm from there on). `features` and `rows_in_flight` are
-    what the policy saw; None where it was not asked.
+    `switches` are pairs (tokens emitted before, arm used from there on). `features` and
+    `rows_in_flight` are the policy's inputs; None where no policy was asked.
     """
 
     header: LogHeader
@@ -81,26 +83,30 @@ class LoggedDecision:
 
 
 class LoadedDecisions(NamedTuple):
-    """Decisions in the order of writing, and a note on whatever could not be read."""
+    """Decisions in the order of writing, and a note on each part that could not be read."""
 
     decisions: list[LoggedDecision]
     notes: list[str]
 
 
 class DecisionLog:
-    """The writing end. A failing disk costs lines, which are counted, and never a request."""
+    """A writer of decisions. A failing disk loses lines, which are counted, and never a request."""
 
     def __init__(
         self, folder: Path, header: LogHeader, max_file_bytes: int = MAX_FILE_BYTES
     ) -> None:
+        """Open the folder; continue its newest file if the same models wrote it.
+
+        Raises ConfigError if the folder cannot be written.
+        """
         self.folder = Path(folder)
         self.num_lost = 0
         self._tokens = header.tokens
-        self._head = _line({"kind": _KIND, "schema": SCHEMA_VERSION, **asdict(header)})
+        self._head = _encode_line({"kind": _KIND, "schema": SCHEMA_VERSION, **asdict(header)})
         self._max_bytes = max_file_bytes
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._path = self._unfinished()
+            self._path = self._find_resumable()
         except OSError as error:
             raise ConfigError(
                 f"{self.folder}: decisions cannot be logged here ({error}); change log.folder"
@@ -114,55 +120,55 @@ class DecisionLog:
         rows_in_flight: int | None,
     ) -> None:
         """Append one line for a request that has ended."""
-        row = _row(request, completion, features, rows_in_flight)
+        row = _to_row(request, completion, features, rows_in_flight)
         if self._tokens == "ids":
             row["prompt_tokens"] = list(request.prompt_tokens)
             row["output_tokens"] = completion.token_ids
         try:
-            self._append(_line(row))
+            self._append(_encode_line(row))
         except OSError as error:
             self.num_lost += 1
             if self.num_lost == 1:
                 warnings.warn(
-                    f"{self.folder}: decisions are lost ({error}): nothing is logged of request "
-                    f"'{request.id}' and of those that follow, until this folder can be written again; "
-                    "requests go on. Make room, or restore the folder and its permissions; for another "
-                    "one change log.folder",
+                    f"{self.folder}: decisions are lost ({error}): request '{request.id}' and those "
+                    "after it are not logged until this folder can be written again; requests "
+                    "continue. Free space, restore the folder and its permissions, or change "
+                    "log.folder",
                     stacklevel=2,
                 )
 
     def _append(self, data: bytes) -> None:
         if self._path is not None:
             try:
-                full = self._path.stat().st_size + len(data) > self._max_bytes
-            except FileNotFoundError:  # cleared away by someone
-                full = True
-            if full:
+                is_full = self._path.stat().st_size + len(data) > self._max_bytes
+            except FileNotFoundError:  # someone deleted the file
+                is_full = True
+            if is_full:
                 self._path = None
         if self._path is None:
-            self._path = self._new_file()
+            self._path = self._create_file()
         # opened for each line: a few microseconds, and nothing to close, flush or inherit
         handle = os.open(self._path, os.O_WRONLY | os.O_APPEND)
         try:
             if os.write(handle, data) < len(data):
-                self._path = None  # what follows must not be glued to half a line
-                raise OSError("the disk took a part of a line only")
+                self._path = None  # the next line must not continue half a line
+                raise OSError("the disk took only a part of a line")
         finally:
             os.close(handle)
 
-    def _unfinished(self) -> Path | None:
-        """The newest file, if what it holds was made with the same and ends with a whole line."""
-        paths = _files(self.folder)
+    def _find_resumable(self) -> Path | None:
+        """Return the newest file if it has the same header and ends with a whole line."""
+        paths = _log_files(self.folder)
         if not paths or paths[-1].stat().st_size < len(self._head):
             return None
         with paths[-1].open("rb") as file:
-            same = file.read(len(self._head)) == self._head
+            has_same_head = file.read(len(self._head)) == self._head
             file.seek(-1, os.SEEK_END)
-            return paths[-1] if same and file.read(1) == b"\n" else None
+            return paths[-1] if has_same_head and file.read(1) == b"\n" else None
 
-    def _new_file(self) -> Path:
-        paths = _files(self.folder)
-        number = 1 + max((int(path.stem.rpartition("-")[2]) for path in paths), default=0)
+    def _create_file(self) -> Path:
+        numbers = (_number_of(path) for path in _log_files(self.folder))
+        number = 1 + max(numbers, default=0)
         while True:
             path = self.folder / f"decisions-{number:06d}.jsonl"
             try:
@@ -179,13 +185,13 @@ class DecisionLog:
             return path
 
 
-def _row(
+def _to_row(
     request: Request,
     completion: Completion,
     features: np.ndarray | None,
     rows_in_flight: int | None,
 ) -> dict[str, Any]:
-    """Everything but tokens. Of those only their number is looked at here."""
+    """Return everything but tokens, which are only counted here."""
     decision = completion.decision
     return {
         "time": round(time.time(), 3),
@@ -194,7 +200,7 @@ def _row(
         "arm": decision.arm,
         "propensity": decision.propensity,
         "scores": decision.scores,
-        "features": None if features is None else _encode(features),
+        "features": None if features is None else _encode_features(features),
         "rows_in_flight": rows_in_flight,
         "sampling": asdict(request.sampling),
         "has_rules": request.rules is not None,
@@ -209,34 +215,37 @@ def _row(
     }
 
 
-def _line(row: dict[str, Any]) -> bytes:
+def _encode_line(row: dict[str, Any]) -> bytes:
     return json.dumps(row, separators=(",", ":")).encode() + b"\n"
 
 
-def _encode(features: np.ndarray) -> str:
+def _encode_features(features: np.ndarray) -> str:
     return base64.b64encode(np.ascontiguousarray(features, dtype="<f4").tobytes()).decode()
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob(_PATTERN) if path.stem.rpartition("-")[2].isdigit())
+def _log_files(folder: Path) -> list[Path]:
+    paths = folder.glob(_PATTERN)
+    return sorted(path for path in paths if path.stem.rpartition("-")[2].isdigit())
+
+
+def _number_of(path: Path) -> int:
+    return int(path.stem.rpartition("-")[2])
 
 
 # --- reading --------------------------------------------------------------------------------------
 
 
 def read_decisions(folder: Path | str) -> LoadedDecisions:
-    """All decisions logged in a folder; a line that cannot be read is left out and noted.
+    """Return all decisions logged in a folder; lines that cannot be read are left out and noted.
 
-    Raises StoreError if nothing was logged there, or by another version.
+    Raises StoreError if the folder holds no decisions, or decisions of another version.
     """
-    paths = _files(Path(folder))
+    paths = _log_files(Path(folder))
     if not paths:
         raise StoreError(f"{folder}: no decisions were logged here; set log.folder and serve")
-    loaded = LoadedDecisions([], [])
-    for path in paths:
-        for decision in _read_file(path, loaded.notes):
-            loaded.decisions.append(decision)
-    return loaded
+    notes: list[str] = []
+    decisions = [decision for path in paths for decision in _read_file(path, notes)]
+    return LoadedDecisions(decisions, notes)
 
 
 def _read_file(path: Path, notes: list[str]) -> Iterator[LoggedDecision]:
@@ -247,18 +256,18 @@ def _read_file(path: Path, notes: list[str]) -> Iterator[LoggedDecision]:
     if len(lines) == 1:
         notes.append(f"{path}: left out, it ends within its first line")
         return
-    header = _header(path, lines[0])
+    header = _decode_header(path, lines[0])
     for number, line in enumerate(lines[1:], start=2):
         if not line:
             continue
         try:
-            yield _decision(header, json.loads(line))
+            yield _decode_decision(header, json.loads(line))
         except (ValueError, KeyError, TypeError):
-            torn = "torn" if number == len(lines) else "damaged"
-            notes.append(f"{path}:{number}: a {torn} line was left out")
+            state = "torn" if number == len(lines) else "damaged"
+            notes.append(f"{path}:{number}: a {state} line was left out")
 
 
-def _header(path: Path, line: bytes) -> LogHeader:
+def _decode_header(path: Path, line: bytes) -> LogHeader:
     try:
         raw = json.loads(line)
         if raw.pop("kind") != _KIND:
@@ -274,7 +283,7 @@ def _header(path: Path, line: bytes) -> LogHeader:
     )
 
 
-def _decision(header: LogHeader, raw: dict[str, Any]) -> LoggedDecision:
+def _decode_decision(header: LogHeader, raw: dict[str, Any]) -> LoggedDecision:
     features = raw.pop("features")
     prompt, output = raw.pop("prompt_tokens", None), raw.pop("output_tokens", None)
     return LoggedDecision(

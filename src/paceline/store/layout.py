@@ -1,12 +1,12 @@
-"""How a collection lies on disk: its kinds of rows, their columns, their folders.
+"""The layout of a collection on disk: its kinds of rows, their columns, their folders.
 
-    <collection>/trajectories             the target's output of every prompt under every sampling
-                 features/<encoder>       what a policy may see of it
-                 replays/<drafter>        the rounds that drafter would have had
-                 scores/<drafter>         how close its distributions are to the target's
-                 outputs/<name>           what a drafter, or any other model, wrote to the prompt itself
+    <collection>/trajectories             the target's output to every prompt under every sampling
+                 features/<encoder>       the features that a policy may see
+                 replays/<drafter>        the drafter's rounds along each trajectory
+                 scores/<drafter>         closeness of its distributions to the target's
+                 outputs/<name>           the text of a drafter, or of any other model, to each prompt
 
-Rows meet by id. Knows neither models nor costs. Symbols: T output tokens, F features.
+Rows are joined by id. Knows neither models nor costs. Symbols: T output tokens, F features.
 """
 
 from __future__ import annotations
@@ -31,45 +31,45 @@ OUTPUTS: Final = "outputs"
 
 _TOKENS: Final = pa.list_(pa.int32())
 _NUMBERS: Final = pa.list_(pa.float32())
+_SAMPLING: Final = {
+    "temperature": pa.float64(),  # 0 is greedy; others are drawn by `invariant` sampling
+    "top_k": pa.int32(),
+    "top_p": pa.float64(),
+    "min_p": pa.float64(),
+    "seed": pa.int64(),
+}
 SCHEMAS: Final = {
     TRAJECTORIES: pa.schema(
-        [
-            (
-                "id",
-                pa.string(),
-            ),  # the prompt's id and the sampling's label, which greedy has none of
-            ("prompt_id", pa.string()),
-            ("domain", pa.string()),
-            ("prompt_tokens", _TOKENS),
-            ("output_tokens", _TOKENS),
-            ("finish_reason", pa.string()),
-            ("max_new_tokens", pa.int32()),
-            ("temperature", pa.float64()),  # 0 is greedy, else drawn by `invariant` sampling
-            ("top_k", pa.int32()),
-            ("top_p", pa.float64()),
-            ("min_p", pa.float64()),
-            ("seed", pa.int64()),
-        ]
+        {
+            "id": pa.string(),  # the prompt's id and the sampling's label, which is "" for greedy
+            "prompt_id": pa.string(),
+            "domain": pa.string(),
+            "prompt_tokens": _TOKENS,
+            "output_tokens": _TOKENS,
+            "finish_reason": pa.string(),
+            "max_new_tokens": pa.int32(),
+            **_SAMPLING,
+        }
     ),
-    FEATURES: pa.schema([("id", pa.string()), ("features", _NUMBERS)]),
+    FEATURES: pa.schema({"id": pa.string(), "features": _NUMBERS}),
     REPLAYS: pa.schema(
-        [
-            ("id", pa.string()),
-            ("everywhere", pa.bool_()),
-            ("drafted", pa.list_(pa.int16())),  # [T - 1] everywhere, else [rounds]
-            ("accepted", pa.list_(pa.int16())),
-            ("match", pa.list_(pa.bool_())),  # [T], empty for drafters that are no chain, as below
-            ("confidence", _NUMBERS),
-        ]
+        {
+            "id": pa.string(),
+            "everywhere": pa.bool_(),
+            "drafted": pa.list_(pa.int16()),  # [T - 1] everywhere, else [rounds]
+            "accepted": pa.list_(pa.int16()),
+            "match": pa.list_(pa.bool_()),  # [T]; empty for drafters that are not chains
+            "confidence": _NUMBERS,  # as `match`
+        }
     ),
-    SCORES: pa.schema([("id", pa.string()), ("ratio", _NUMBERS), ("overlap", _NUMBERS)]),  # [T]
-    OUTPUTS: pa.schema([("id", pa.string()), ("output_tokens", _TOKENS)]),  # id: the prompt's own
+    SCORES: pa.schema({"id": pa.string(), "ratio": _NUMBERS, "overlap": _NUMBERS}),  # [T]
+    OUTPUTS: pa.schema({"id": pa.string(), "output_tokens": _TOKENS}),  # id: the prompt's own
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """One prompt and what the target wrote under one sampling, as it is kept."""
+    """One prompt and the target's output to it under one sampling, as stored."""
 
     id: str
     domain: str
@@ -81,30 +81,23 @@ class Trajectory:
 
     @property
     def prompt_id(self) -> str:
+        """The prompt's own id, which all its samplings share."""
         return self.id.removesuffix(sampling_label(self.sampling))
 
-    def row(self) -> dict[str, Any]:
-        """Its columns."""
-        sampling = self.sampling
+    def to_row(self) -> dict[str, Any]:
+        """Return a value per column."""
         return {
-            "id": self.id,
-            "prompt_id": self.prompt_id,
-            "domain": self.domain,
-            "prompt_tokens": self.prompt_tokens,
-            "output_tokens": self.output_tokens,
-            "finish_reason": self.finish_reason,
-            "max_new_tokens": self.max_new_tokens,
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-            "min_p": sampling.min_p,
-            "seed": sampling.seed,
+            name: getattr(self.sampling if name in _SAMPLING else self, name)
+            for name in SCHEMAS[TRAJECTORIES].names
         }
 
     @classmethod
-    def of(cls, row: Mapping[str, Any]) -> Trajectory:
-        """From its columns, lists as arrays."""
-        temperature = row["temperature"]
+    def from_row(cls, row: Mapping[str, Any]) -> Trajectory:
+        """Build a trajectory from a value per column; token lists are arrays."""
+        sampling = SamplingParams(
+            **{name: row[name] for name in _SAMPLING},
+            method="invariant" if row["temperature"] else "greedy",
+        )
         return cls(
             id=row["id"],
             domain=row["domain"],
@@ -112,23 +105,16 @@ class Trajectory:
             output_tokens=tuple(row["output_tokens"].tolist()),
             finish_reason=row["finish_reason"],
             max_new_tokens=row["max_new_tokens"],
-            sampling=SamplingParams(
-                temperature=temperature,
-                top_k=row["top_k"],
-                top_p=row["top_p"],
-                min_p=row["min_p"],
-                seed=row["seed"],
-                method="invariant" if temperature else "greedy",
-            ),
+            sampling=sampling,
         )
 
 
-def folder_of(collection: Path, kind: str, name: str = "") -> Path:
-    """Where the rows of a kind lie. name: of the encoder, drafter or writer, where there are several."""
-    # it may be called anything, a folder not
+def store_folder(collection: Path, kind: str, name: str = "") -> Path:
+    """Return the folder of one kind of rows. name: of the encoder, drafter or writer."""
+    # a name may hold any character, a folder may not
     return Path(collection) / kind / quote(name, safe="").replace(".", "%2E")
 
 
-def names_of(collection: Path, kind: str) -> list[str]:
-    """Whose rows of a kind there are."""
+def list_names(collection: Path, kind: str) -> list[str]:
+    """Return the encoders, drafters or writers that have rows of one kind, sorted."""
     return sorted(unquote(path.name) for path in Path(collection).glob(f"{kind}/*"))

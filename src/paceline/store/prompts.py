@@ -1,7 +1,7 @@
 """Prompts from files: JSON lines, Parquet, or a folder that `datasets.save_to_disk` wrote.
 
-Every row becomes a `PromptRecord`; what is broken is named by file and row. Knows no tokenizer and
-no network: a dataset on a hub is saved to a folder first.
+Every row becomes a `PromptRecord`; a message on a broken row names its file and number. Knows no
+tokenizer and no network: a dataset on a hub is saved to a folder first.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from paceline.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    Rows = Iterator[tuple[str, Any]]  # where it stands, the row or why it could not be read
+    Rows = Iterator[tuple[str, Any]]  # place, row or the reason why it cannot be read
 
-_STATE: Final = "state.json"  # of a dataset saved to disk
-_SPLITS: Final = "dataset_dict.json"  # of several, in folders beside it
+_STATE: Final = "state.json"  # of a saved dataset
+_SPLITS: Final = "dataset_dict.json"  # of several, each in its own folder next to this file
 
 
 @dataclass(frozen=True, slots=True)
 class PromptFields:
-    """What the columns are called. A row without an id is known by a hash of its prompt."""
+    """The names of the columns. A row without an id gets a hash of its prompt as id."""
 
     prompt: str = "prompt"
     id: str = "id"
@@ -38,7 +38,7 @@ class PromptFields:
 
 
 class _BadRowError(ValueError):
-    """Why a row is no prompt."""
+    """The reason why a row is not a prompt."""
 
 
 def read_prompts(
@@ -48,16 +48,18 @@ def read_prompts(
 ) -> list[PromptRecord]:
     """Return prompts of JSONL files, Parquet files and saved datasets (`folder`, or `folder:split`).
 
-    A prompt is a string, or a list with one message of the role `user`. Ids must be unique; a prompt
-    without an id that occurs again is taken once. A broken row raises ConfigError with its place;
-    with `on_bad`, it is left out and its message is handed there.
+    A prompt is a string, or a list with one message of the role `user`. Ids must be unique; a repeated
+    prompt without an id is taken once. on_bad: called with the message on each broken row, which is
+    then left out.
+
+    Raises ConfigError on a file that cannot be read, and without `on_bad` on a broken row.
     """
     records: dict[str, PromptRecord] = {}
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
-        for where, raw in _rows(str(path), fields):
+        for where, raw in _read_rows(str(path), fields):
             try:
-                record, is_named = _record(raw, fields)
-                if is_named and record.id in records:
+                record, has_id = _parse_record(raw, fields)
+                if has_id and record.id in records:
                     raise _BadRowError(f"id '{record.id}' occurs twice")
             except _BadRowError as error:
                 if on_bad is None:
@@ -68,21 +70,21 @@ def read_prompts(
     return list(records.values())
 
 
-def _record(raw: Any, fields: PromptFields) -> tuple[PromptRecord, bool]:
-    """(record, whether it brought its own id)."""
+def _parse_record(raw: Any, fields: PromptFields) -> tuple[PromptRecord, bool]:
+    """Return (record, whether the row has an id)."""
     if isinstance(raw, _BadRowError):
         raise raw
     if not isinstance(raw, dict):
         raise _BadRowError(f"not a JSON object ({type(raw).__name__})")
     if fields.prompt not in raw:
         raise _BadRowError(f"key '{fields.prompt}' is missing")
-    prompt = _prompt_text(raw[fields.prompt])
+    prompt = _parse_prompt(raw[fields.prompt])
     id, domain = raw.get(fields.id), raw.get(fields.domain)
     name = hashlib.sha256(prompt.encode()).hexdigest()[:16] if id is None else str(id)
     return PromptRecord(name, "" if domain is None else str(domain), prompt), id is not None
 
 
-def _prompt_text(value: Any) -> str:
+def _parse_prompt(value: Any) -> str:
     if isinstance(value, list):
         if len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != "user":
             raise _BadRowError("a prompt of messages must be one message of the role 'user'")
@@ -94,36 +96,35 @@ def _prompt_text(value: Any) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise _BadRowError(
-            "the prompt holds half of a surrogate pair, which no text has"
-        ) from error
+        raise _BadRowError("the prompt holds half of a surrogate pair") from error
     return value
 
 
 # --- kinds of files -------------------------------------------------------------------------------
 
 
-def _rows(path: str, fields: PromptFields) -> Rows:
+def _read_rows(path: str, fields: PromptFields) -> Rows:
     folder, _, split = path.rpartition(":")
     try:
         if Path(path).is_dir():
-            yield from _dataset_rows(Path(path), "", fields)
+            yield from _read_dataset(Path(path), "", fields)
         elif folder and Path(folder).is_dir():
-            yield from _dataset_rows(Path(folder), split, fields)
+            yield from _read_dataset(Path(folder), split, fields)
         elif not Path(path).exists():
             raise ConfigError(
-                f"{path}: no such file or folder; a dataset of a hub is read from a folder that "
-                "its `save_to_disk` wrote"
+                f"{path}: no such file or folder; save a dataset of a hub with `save_to_disk` and "
+                "give that folder"
             )
         elif path.endswith(".parquet"):
-            yield from _parquet_rows(path, fields)
+            yield from _read_parquet(path, fields)
         else:
-            yield from _json_rows(path)
+            yield from read_json_lines(path)
     except (OSError, pa.ArrowException) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
 
 
-def _json_rows(path: str) -> Rows:
+def read_json_lines(path: Path | str) -> Rows:
+    """Yield (FILE:LINE, value) per line; the value is a ValueError where the line is not JSON."""
     # not splitlines(): JSON strings may hold other line ends
     lines = Path(path).read_bytes().rstrip(b"\n").split(b"\n")
     for number, line in enumerate(lines, start=1):
@@ -134,59 +135,64 @@ def _json_rows(path: str) -> Rows:
         yield f"{path}:{number}", raw
 
 
-def _parquet_rows(path: str, fields: PromptFields) -> Rows:
+def _read_parquet(path: str, fields: PromptFields) -> Rows:
     with pq.ParquetFile(path) as file:
-        columns = _columns(path, file.schema_arrow, fields)
-        yield from _numbered(path, file.iter_batches(columns=columns))
+        columns = _select_columns(path, file.schema_arrow, fields)
+        yield from _number_rows(path, file.iter_batches(columns=columns))
 
 
-def _dataset_rows(folder: Path, split: str, fields: PromptFields) -> Rows:
-    """A saved dataset: `state.json` lists its files, which are Arrow streams."""
-    if (folder / _SPLITS).is_file():
-        splits = [str(name) for name in _json(folder / _SPLITS)["splits"]]
-        if not split and len(splits) == 1:
-            split = splits[0]
-        if split not in splits:
-            raise ConfigError(
-                f"{folder}: holds the splits {', '.join(splits)}; name one, as in "
-                f"{folder}:{splits[0]}"
-            )
-        folder, split = folder / split, ""
+def _read_dataset(folder: Path, split: str, fields: PromptFields) -> Rows:
+    """Yield the rows of a saved dataset: `state.json` lists its files, which are Arrow streams."""
+    folder, split = _find_split(folder, split)
     if split or not (folder / _STATE).is_file():
         what = f"has no split '{split}'" if split else f"no saved dataset, {_STATE} is missing"
-        raise ConfigError(f"{folder}: {what}; give a file, or what `save_to_disk` wrote")
-    state = _json(folder / _STATE)
+        raise ConfigError(f"{folder}: {what}; give a file, or a folder that `save_to_disk` wrote")
+    state = _read_json(folder / _STATE)
     if state.get("_indices_data_files"):
-        raise ConfigError(f"{folder}: saved with an index beside the rows; flatten and save again")
-    first = 0
-    for entry in state["_data_files"]:
-        with (
-            pa.memory_map(str(folder / entry["filename"])) as source,
-            pa.ipc.open_stream(source) as stream,
-        ):
-            columns = _columns(str(folder), stream.schema, fields)
-            batches = (batch.select(columns) for batch in stream)
-            for where, row in _numbered(str(folder), batches, first):
-                first += 1
-                yield where, row
+        raise ConfigError(f"{folder}: saved with an index; call `flatten_indices` and save again")
+    paths = (folder / entry["filename"] for entry in state["_data_files"])
+    yield from _number_rows(str(folder), _read_streams(folder, paths, fields))
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_streams(
+    folder: Path, paths: Iterable[Path], fields: PromptFields
+) -> Iterator[pa.RecordBatch]:
+    for path in paths:
+        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
+            columns = _select_columns(str(folder), stream.schema, fields)
+            for batch in stream:
+                yield batch.select(columns)
+
+
+def _find_split(folder: Path, split: str) -> tuple[Path, str]:
+    """Return (the split's folder, ""), or the arguments where the folder has no splits."""
+    if not (folder / _SPLITS).is_file():
+        return folder, split
+    splits = [str(name) for name in _read_json(folder / _SPLITS)["splits"]]
+    if not split and len(splits) == 1:
+        split = splits[0]
+    if split not in splits:
+        raise ConfigError(
+            f"{folder}: has the splits {', '.join(splits)}; name one, as in {folder}:{splits[0]}"
+        )
+    return folder / split, ""
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(f"{path}: not JSON ({error})") from error
+        raise ConfigError(f"{path}: not JSON ({error}); save the dataset again") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected an object; save the dataset again")
+        raise ConfigError(f"{path}: not a JSON object; save the dataset again")
     return raw
 
 
-def _columns(path: str, schema: pa.Schema, fields: PromptFields) -> list[str]:
-    """The columns to read; others may be large."""
+def _select_columns(path: str, schema: pa.Schema, fields: PromptFields) -> list[str]:
+    """Return the columns to read; others may be large."""
     if fields.prompt not in schema.names:
         raise ConfigError(
-            f"{path}: there is no column '{fields.prompt}' for the prompts; there are: "
-            f"{', '.join(schema.names)}"
+            f"{path}: no column '{fields.prompt}' for the prompts; there are: {', '.join(schema.names)}"
         )
     return [
         name
@@ -195,23 +201,21 @@ def _columns(path: str, schema: pa.Schema, fields: PromptFields) -> list[str]:
     ]
 
 
-def _numbered(path: str, batches: Iterable[pa.RecordBatch], first: int = 0) -> Rows:
-    number = first
-    for batch in batches:
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{path}:{number}", row
+def _number_rows(path: str, batches: Iterable[pa.RecordBatch]) -> Rows:
+    rows = (row for batch in batches for row in batch.to_pylist())
+    for number, row in enumerate(rows, start=1):
+        yield f"{path}:{number}", row
 
 
 # --- parts of a list of prompts -------------------------------------------------------------------
 
 
 def is_validation(id: str, share: float) -> bool:
-    """Whether an id belongs to the validation part: by hash, so no order of lines matters."""
+    """Return whether an id is in the validation part, by its hash: the order of lines is irrelevant."""
     digest = hashlib.sha256(id.encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def take_by_hash(prompts: Sequence[PromptRecord], limit: int | None) -> list[PromptRecord]:
-    """At most `limit` prompts, those whose ids have the lowest hashes: no order of lines matters."""
+    """Return the `limit` prompts with the lowest hashes of ids: the order of lines is irrelevant."""
     return sorted(prompts, key=lambda r: hashlib.sha256(r.id.encode()).digest())[:limit]

@@ -1,8 +1,8 @@
-"""An append-only table of rows keyed by `id`, in Parquet shards that survive a kill at any moment.
+"""An append-only table of rows with an `id`, in Parquet shards that survive a kill at any moment.
 
-A shard is written under a temporary name and renamed; the manifest, which alone says what exists,
-is replaced last. Whatever the manifest does not list was never finished and is written again. So a
-shard holds each of its ids once, and a resumed run skips exactly the ids that are there.
+A shard is written under a temporary name and renamed. The manifest is replaced last and alone says
+which shards exist: a shard that it does not list was never finished and is written again. So each id is
+stored once, and a resumed run skips exactly the stored ids.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _MANIFEST: Final = "manifest.json"
 class ShardStore:
     """Rows of one kind in one folder.
 
-    `identity` says what the rows were made with and must be equal when the folder is opened again:
-    rows made with another target do not mix. `remedy` ends the message that says so.
+    `identity` names the models that made the rows; rows of other models are refused. `remedy` is the
+    advice at the end of that message.
     """
 
     def __init__(
@@ -41,6 +41,9 @@ class ShardStore:
         identity: Mapping[str, Any],
         remedy: str = "collect into a new folder",
     ) -> None:
+        """Open or create the folder. Raises StoreError if its rows differ in kind, columns, identity or
+        format, or if its manifest is damaged.
+        """
         self.folder = Path(folder)
         self.schema = schema
         self.kind = kind
@@ -54,20 +57,20 @@ class ShardStore:
             self._shards = manifest["shards"]
             self._facts = manifest["facts"]
         else:
-            # claim the folder at once, so that nothing else is collected into it
+            # written at once, so that rows of other models are refused from now on
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write_manifest()
 
     @classmethod
     def open(cls, folder: Path, kind: str, schema: pa.Schema) -> ShardStore:
-        """An existing store, whatever it was made with. Raises StoreError if there is none."""
+        """Open an existing store of any identity. Raises StoreError if there is none."""
         manifest = read_manifest(Path(folder))
         if manifest is None:
             raise StoreError(f"{folder}: no collection here; run `paceline collect PROMPTS` first")
         return cls(folder, kind, schema, manifest.get("identity", {}))
 
     def _check(self, manifest: dict[str, Any]) -> None:
-        where = f"{self.folder}"
+        where = self.folder
         if manifest.get("format_version") != FORMAT_VERSION:
             raise StoreError(
                 f"{where}: store format {manifest.get('format_version')}, this version of paceline "
@@ -77,8 +80,8 @@ class ShardStore:
             raise StoreError(f"{where}: holds '{manifest.get('kind')}', not '{self.kind}'")
         if manifest.get("columns") != self.schema.names:
             raise StoreError(
-                f"{where}: columns {manifest.get('columns')} where {self.schema.names} are "
-                f"expected; {self._remedy}"
+                f"{where}: columns {manifest.get('columns')}, but {self.schema.names} are expected; "
+                f"{self._remedy}"
             )
         theirs = manifest.get("identity", {})
         for key, value in self.identity.items():
@@ -92,15 +95,11 @@ class ShardStore:
             raise StoreError(f"{where}: damaged manifest; delete this folder and collect again")
 
     def ids(self) -> set[str]:
-        """Ids of all finished rows."""
-        found: set[str] = set()
-        for shard in self._shards:
-            table = self._read_shard(shard, ["id"])
-            found.update(table.column("id").to_pylist())
-        return found
+        """Return the ids of all finished rows."""
+        return {id for shard in self._shards for id in self._read_ids(shard)}
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write rows as one new shard; on return they are safe."""
+        """Write rows as one new shard; when this returns, they survive a kill."""
         if not rows:
             return
         table = pa.Table.from_pylist([dict(row) for row in rows], schema=self.schema)
@@ -112,17 +111,14 @@ class ShardStore:
         self._shards.append({"file": name, "rows": len(rows), "sha256": _checksum(data)})
         self._write_manifest()
 
-    def drop_last_without(self, ids: AbstractSet[str]) -> None:
-        """Forget the shards at the end that hold none of these ids."""
-        while self._shards:
-            table = self._read_shard(self._shards[-1], ["id"])
-            if not ids.isdisjoint(table.column("id").to_pylist()):
-                break
+    def drop_last_shards_without(self, ids: AbstractSet[str]) -> None:
+        """Remove shards from the end of the manifest until one holds any of these ids."""
+        while self._shards and ids.isdisjoint(self._read_ids(self._shards[-1])):
             del self._shards[-1]
             self._write_manifest()
 
     def read(self) -> pa.Table:
-        """All rows, in the order in which they were written."""
+        """Return all rows, in the order in which they were written."""
         tables = [self._read_shard(shard, None) for shard in self._shards]
         return pa.concat_tables(tables) if tables else self.schema.empty_table()
 
@@ -132,20 +128,24 @@ class ShardStore:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What is known of the rows beyond identity: settings, versions, command."""
+        """Settings, versions and other facts of the rows that are not part of their identity."""
         return dict(self._facts)
 
-    def record(self, **facts: Any) -> None:
+    def record_facts(self, **facts: Any) -> None:
         """Add facts to the manifest."""
         self._facts.update(facts)
         self._write_manifest()
+
+    def _read_ids(self, shard: dict[str, Any]) -> list[str]:
+        ids: list[str] = self._read_shard(shard, ["id"]).column("id").to_pylist()
+        return ids
 
     def _read_shard(self, shard: dict[str, Any], columns: list[str] | None) -> pa.Table:
         path = self.folder / shard["file"]
         try:
             data = path.read_bytes()
             if shard.get("sha256", _checksum(data)) != _checksum(data):
-                raise OSError("its checksum is not the manifest's")
+                raise OSError("its checksum differs from the manifest's")
             table = pq.read_table(pa.BufferReader(data), columns=columns)
         except (OSError, pa.ArrowException) as error:
             raise StoreError(
@@ -175,7 +175,7 @@ def _checksum(data: bytes) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """A folder's manifest; None if there is none yet."""
+    """Return a folder's manifest, None if there is none. Raises StoreError if it is damaged."""
     path = folder / _MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paceline.models.language_model import context_length_of
+from paceline.models.model_facts import context_length_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

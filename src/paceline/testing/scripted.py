@@ -6,16 +6,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from paceline.contracts import GREEDY, Drafts
-from paceline.drafting.base import Drafter, Foresight, pad_drafts
-from paceline.drafting.foresight import SimulatedForesight
+from paceline.contracts import Drafts
+from paceline.drafting.base import Drafter, pad_drafts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from torch import Tensor
-
-    from paceline.contracts import RowView, SamplingParams
+    from paceline.contracts import RowView
 
     Propose = Callable[[Sequence[int], int], Sequence[int]]
     Grow = Callable[[Sequence[int], int], tuple[Sequence[int], Sequence[int]]]
@@ -45,15 +42,6 @@ class ScriptedDrafter(Drafter):
         self.proposed.extend((row.id, draft) for row, draft in zip(rows, drafts, strict=True))
         return Drafts(*pad_drafts(drafts, torch.device("cpu")))
 
-    def would_accept(
-        self,
-        prompt: Sequence[int],
-        trajectory: Sequence[int],
-        p: Tensor | None = None,
-        sampling: SamplingParams = GREEDY,
-    ) -> Foresight:
-        return SimulatedForesight(self, prompt, trajectory, sampling=sampling)
-
 
 class ScriptedTree(Drafter):
     """A drafter that proposes the tree `function(tokens so far, limit)`: tokens and parents' indices.
@@ -72,15 +60,6 @@ class ScriptedTree(Drafter):
         tokens, lengths = pad_drafts([list(tree[0]) for tree in trees], torch.device("cpu"))
         parents, _ = pad_drafts([list(tree[1]) for tree in trees], torch.device("cpu"))
         return Drafts(tokens, lengths, parents=parents)
-
-    def would_accept(
-        self,
-        prompt: Sequence[int],
-        trajectory: Sequence[int],
-        p: Tensor | None = None,
-        sampling: SamplingParams = GREEDY,
-    ) -> Foresight:
-        return SimulatedForesight(self, prompt, trajectory, sampling=sampling)
 
 
 def copying(text: Sequence[int], num_right: int | None = None, wrong: int = 0) -> Propose:

@@ -1,4 +1,4 @@
-"""A tiny target in memory whose answers repeat themselves, with two drafters and some prompts."""
+"""A tiny target in memory with repetitive answers, two drafters and some prompts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONTEXT = 96
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Models this small only lose by a second thread."""
+    """Use one thread; a second one slows models of this size down."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -31,7 +31,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def make_pace() -> Callable[..., Pace]:
-    """A new Pace with `near`, `lookup` or both; the target differs by its seed."""
+    """Return a function that makes a Pace with `near`, `lookup` or both, and a target from a seed."""
 
     def make(arms: tuple[str, ...] = ("near", "lookup"), seed: int = 0) -> Pace:
         target = tiny_model(std=0.1, context=CONTEXT, seed=seed)
@@ -53,7 +53,7 @@ def pace(make_pace: Callable[..., Pace]) -> Pace:
 
 @pytest.fixture(scope="session")
 def records() -> list[PromptRecord]:
-    """Ten that fit, in no order of length, and one that does not."""
+    """Return ten prompts that fit, not sorted by length, and one that is too long."""
     texts = [f"{word} " * (i % 4 + 1) for i, word in enumerate("abcdefghij")]
     records = [PromptRecord(f"p{i}", f"d{i % 2}", text) for i, text in enumerate(texts)]
     return [*records[:5], PromptRecord("long", "d0", "x" * CONTEXT), *records[5:]]

@@ -1,4 +1,4 @@
-"""What is collected is what the engine does, once for each prompt, however often it was stopped."""
+"""A collection equals the engine's own runs, each prompt once, after any number of stops."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def completed(pace: Pace, record: PromptRecord, arm: str) -> Completion:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file but the cards, which tell of runs; leftovers of a killed write are not content."""
+    """Return all files except the cards, which describe runs, and the leftovers of killed writes."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".part")
     files = (path for path in files if path.name not in (CARD_JSON, CARD_MD))
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
@@ -77,7 +77,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def whole(
     pace: Pace, records: list[PromptRecord], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A collection that nobody interrupted."""
+    """Return a collection of one uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     report = run(pace, records, folder)
     assert (report.num_prompts, report.num_decoded, report.num_present) == (10, 10, 0)
@@ -127,7 +127,7 @@ def test_features_are_those_of_a_request_that_is_alone(
         assert (prompt.features != feature_vector(replace(contexts[0], rows_in_flight=9))).any()
 
 
-def test_draft_outputs_are_what_the_drafter_writes_alone(pace: Pace, whole: Path) -> None:
+def test_draft_outputs_equal_the_drafters_own_greedy_text(pace: Pace, whole: Path) -> None:
     model = pace.parts.drafters["near"].model.model
     for prompt in load_collection(whole).prompts:
         stops = sorted(pace.stop_token_ids())
@@ -168,11 +168,11 @@ WARM = SamplingParams(temperature=0.8, top_p=0.95, seed=7, method="invariant")
 def test_sampled_answers_and_rounds_are_those_of_serving(
     pace: Pace, records: list[PromptRecord], whole: Path, tmp_path: Path
 ) -> None:
-    """Also where a greedy collection is given a temperature later."""
+    """Also if a temperature is added to a greedy collection."""
     run(pace, records, tmp_path)
     report = run(pace, records, tmp_path, samplings=(GREEDY, WARM))
     assert (report.num_prompts, report.num_decoded, report.num_present) == (20, 10, 10)
-    assert report.num_draft_outputs == {"near": 0}  # greedy, and so the same for every sampling
+    assert report.num_draft_outputs == {"near": 0}  # greedy, so one for all samplings
     prompts = {p.id: p for p in load_collection(tmp_path).prompts}
     greedy = {p.id: p for p in load_collection(whole).prompts}
     num_accepted, seeds = 0, set()
@@ -221,7 +221,7 @@ def test_another_seed_draws_other_answers(
         ((replace(GREEDY, top_k=3),), "top_k given with temperature 0"),
     ],
 )
-def test_samplings_that_cannot_be_are_refused(
+def test_invalid_samplings_are_refused(
     pace: Pace,
     records: list[PromptRecord],
     tmp_path: Path,
@@ -270,7 +270,10 @@ def test_encoders_are_added_to_an_old_collection_without_the_target(
     small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     config = BertConfig(vocab_size=260, intermediate_size=8, **small)
     BertModel(config).save_pretrained(tmp_path / "encoder")
-    byte_tokenizer().save_pretrained(tmp_path / "encoder")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None  # sentence-transformers would apply it
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(258)
+    tokenizer.save_pretrained(tmp_path / "encoder")
     pace = make_pace()
     section = SelectionSection(sentence_model=str(tmp_path / "encoder"))
     pace.parts.config = pace.parts.config.model_copy(update={"selection": section})
@@ -313,7 +316,7 @@ def test_outputs_made_elsewhere_are_kept_by_name(
     for prompt in load_collection(tmp_path / "c").prompts:
         text = pace.parts.text(prompt.draft_outputs["black-box"])
         assert text == ("AB" if prompt.id == "p3" else written[prompt.id])
-        assert prompt.draft_outputs["near"]  # still there
+        assert prompt.draft_outputs["near"]  # still stored
         assert "black-box" not in prompt.replays
     changed = outputs_file(tmp_path / "o.jsonl", **{**written, "p4": "other"})
     with pytest.raises(StoreError, match="another output to 'p4' than the one kept"):
@@ -324,7 +327,7 @@ def test_outputs_made_elsewhere_are_kept_by_name(
     with pytest.raises(ConfigError, match="'near' is configured here"):
         run(pace, records, tmp_path / "c", outputs={"near": fewer})
     assert sorted(p.name for p in (tmp_path / "c" / "outputs").iterdir()) == ["black-box", "near"]
-    # known before anything is decoded
+    # reported before anything is decoded
     with pytest.raises(StoreError, match="no output to"):
         run(pace, records, tmp_path / "new", outputs={"other": fewer})
     with pytest.raises(StoreError, match="the collection is empty"):
@@ -399,7 +402,7 @@ def test_a_feature_that_is_no_number_stops_before_it_is_kept(
         load_collection(tmp_path)
 
 
-def test_without_drafters_there_are_answers_alone(
+def test_without_drafters_only_answers_are_collected(
     make_pace: Callable[..., Pace], records: list[PromptRecord], whole: Path, tmp_path: Path
 ) -> None:
     report = run(make_pace(()), records, tmp_path)
@@ -433,7 +436,7 @@ def test_progress_counts_prompts_to_the_end(
 def test_an_answer_of_one_token_has_features_and_no_rounds(
     make_pace: Callable[..., Pace], records: list[PromptRecord], tmp_path: Path, whole: Path
 ) -> None:
-    """The engine asks for no choice there."""
+    """The engine asks for no choice in that case."""
     pace = make_pace()
     first = load_collection(whole).prompts[0].output_tokens[0]
     pace.parts.tokenizer.eos_token = pace.parts.tokenizer.convert_ids_to_tokens(first)
@@ -459,7 +462,7 @@ def test_lost_features_are_computed_again_without_decoding(
         np.testing.assert_allclose(old.features, new.features, rtol=1e-4, atol=1e-5)
 
 
-def test_mistakes_are_said_before_anything_is_decoded(
+def test_mistakes_are_reported_before_anything_is_decoded(
     make_pace: Callable[..., Pace], pace: Pace, records: list[PromptRecord], whole: Path
 ) -> None:
     before = content(whole)
@@ -484,7 +487,7 @@ def test_prompts_go_in_as_they_are_without_a_chat_template(
     )
 
 
-# every file that is written counts as one: shards and manifests
+# num_writes counts written files: shards and manifests
 @pytest.mark.parametrize("num_writes", range(0, 60, 4))
 def test_stopped_at_any_write_a_run_continues_to_the_same_files(
     pace: Pace,
@@ -512,7 +515,7 @@ def test_stopped_at_any_write_a_run_continues_to_the_same_files(
     assert content(tmp_path) == content(whole)
 
 
-def test_what_a_stopped_run_saw_of_a_prompt_does_not_outlive_the_prompt(
+def test_features_of_a_stopped_run_are_dropped_when_its_prompt_changes(
     pace: Pace, records: list[PromptRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(self: ShardStore, rows: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""What was served, replayed: the same rows as a collection of the same prompts."""
+"""Replayed logged requests give the same rows as a collection of the same prompts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ARMS = ("near", "lookup")
 
 @pytest.fixture
 def served(pace: Pace, records: list[PromptRecord], tmp_path: Path) -> list[LoggedDecision]:
-    """The records that fit, each with a drafter of its own; the last one is sampled."""
+    """Return the logged decisions of all records that fit; drafters alternate, the last is sampled."""
     section = LogSection(folder=tmp_path / "log", tokens="ids")
     config = pace.parts.config.model_copy(update={"log": section})
     pace.engine.on_complete = open_log(replace(pace.parts, config=config))
@@ -37,7 +37,7 @@ def served(pace: Pace, records: list[PromptRecord], tmp_path: Path) -> list[Logg
     for i, prompt in enumerate(messages[:-1]):
         pace.complete(prompt, max_new_tokens=12, drafter=("none", *ARMS)[i % 3])
     pace.complete(messages[-1], max_new_tokens=12, drafter="near", temperature=0.8, seed=1)
-    pace.complete(messages[0], max_new_tokens=5, drafter="near")  # again, and shorter
+    pace.complete(messages[0], max_new_tokens=5, drafter="near")  # repeated, with a shorter answer
     pace.engine.on_complete = None
     return read_decisions(tmp_path / "log").decisions
 
@@ -60,7 +60,7 @@ def test_the_log_gives_what_collecting_gives(
         other = by_prompt[prompt.prompt_tokens]
         assert prompt.output_tokens == other.output_tokens
         assert prompt.max_new_tokens == other.max_new_tokens == 12
-        # a batch of another shape may move the last bits of a hidden state
+        # a batch of another shape may change the last bits of a hidden state
         assert prompt.features == pytest.approx(other.features, abs=1e-5)
         assert prompt.domain == SERVED
         for arm in ARMS:

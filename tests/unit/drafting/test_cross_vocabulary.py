@@ -1,4 +1,4 @@
-"""A drafter with another tokenizer helps where it can and never changes a text."""
+"""A drafter with another tokenizer never changes a text, at any level."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from paceline.assembly import Pace, Parts, build, build_from_objects, load
 from paceline.bench.doctor import doctor
 from paceline.config import Config, DrafterSection, EngineSection, ModelSection
 from paceline.contracts import NONE, SamplingParams
-from paceline.drafting.cross_vocabulary import Bridge, CrossVocabulary, SharedTokens, ThroughText
+from paceline.drafting.bridge import Bridge
+from paceline.drafting.bridged_drafters import SharedTokens, ThroughText
+from paceline.drafting.cross_vocabulary import CrossVocabulary
+from paceline.drafting.draft_length import StopSettings
 from paceline.drafting.draft_model import DraftModel
-from paceline.drafting.stops import StopSettings
 from paceline.errors import ConfigError
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.models.language_model import LanguageModel
@@ -59,19 +61,19 @@ def drafter_of(
 ) -> Drafter:
     bridge = Bridge.between(parts.tokenizer, tokenizer, level)  # type: ignore[arg-type]
     own = LanguageModel(model, name)  # type: ignore[arg-type]
-    around = parts.surroundings()
-    return CrossVocabulary.beside(name, own, stop or StopSettings(), bridge, around)
+    context = parts.build_context()
+    return CrossVocabulary.from_model(name, own, stop or StopSettings(), bridge, context)
 
 
 @pytest.fixture(scope="module")
 def worlds(
     zoo_target: Parts, tokenizers: dict[str, PreTrainedTokenizerBase], texts: list[str]
 ) -> dict[str, Pace]:
-    """Targets with drafters of every level: good ones under other ids, and ones of other tokens."""
+    """Return targets with drafters of every level: the same model under other ids, and other tokens."""
     found = {}
     for name in ("bpe", "unigram", "zoo"):
         if name == "zoo":
-            # one that writes real text; the smallest is enough
+            # a target that writes real text; the smallest is enough
             general = zoo_target.drafters["draft-general"]
             assert isinstance(general, DraftModel)
             model, tokenizer = general.model.model, zoo_target.tokenizer
@@ -101,7 +103,7 @@ WORLDS = ("bpe", "unigram", "zoo")
 
 
 @pytest.mark.parametrize("name", WORLDS)
-def test_the_text_is_the_targets_and_replay_is_what_happens(
+def test_the_text_is_the_targets_and_replay_gives_the_real_rounds(
     worlds: dict[str, Pace], texts: list[str], name: str
 ) -> None:
     pace = worlds[name]
@@ -125,7 +127,7 @@ def test_the_text_is_the_targets_and_replay_is_what_happens(
 def test_any_schedule_gives_the_targets_text(
     worlds: dict[str, Pace], texts: list[str], name: str, seed: int
 ) -> None:
-    """Rows of all levels in one batch, switched in flight, some of them sitting out."""
+    """Rows of all levels in one batch change drafter in flight, and some pause drafting."""
     pace, order = worlds[name], random.Random(seed)
     prompts = [pace.encode(text) for text in texts[:4]]
     expected = [
@@ -155,7 +157,7 @@ def test_any_schedule_gives_the_targets_text(
 
 
 @pytest.mark.parametrize("name", WORLDS)
-def test_a_seed_is_a_text_whatever_the_level(
+def test_a_seed_gives_the_same_text_at_every_level(
     worlds: dict[str, Pace], texts: list[str], name: str
 ) -> None:
     pace = worlds[name]
@@ -173,13 +175,13 @@ def test_a_seed_is_a_text_whatever_the_level(
 def test_the_same_model_under_other_ids_drafts_the_same(
     worlds: dict[str, Pace], texts: list[str], level: str
 ) -> None:
-    """A model drafts for itself: what the bridge loses is all that is missing."""
+    """A model drafts for itself, so only the bridge can cost acceptance."""
     pace = worlds["zoo"]
     accepted, drafted, whole = 0, 0, 0
     for text in texts[:3]:
         messages = [{"role": "user", "content": text}]
         real = pace.complete(messages, drafter=level, max_new_tokens=LONG)
-        rounds = real.rounds[:-1]  # the last one may go on past a stop
+        rounds = real.rounds[:-1]  # the last round may reach past a stop
         accepted += sum(r.accepted for r in rounds)
         drafted += sum(r.drafted for r in rounds)
         whole += 4 * len(rounds)
@@ -190,7 +192,7 @@ def test_the_same_model_under_other_ids_drafts_the_same(
 def test_a_text_drafter_feeds_only_what_is_new(
     worlds: dict[str, Pace], texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its cache is kept across rounds although its text is read again."""
+    """Its cache survives the rounds although its text is read again."""
     pace = worlds["zoo"]
     drafter = pace.parts.drafters["text"]
     assert isinstance(drafter, ThroughText)
@@ -212,7 +214,7 @@ def test_a_text_drafter_feeds_only_what_is_new(
     assert len(done.token_ids) == 60
 
 
-def test_a_prompt_longer_than_the_drafters_context_is_only_not_helped(
+def test_a_prompt_longer_than_the_drafters_context_gets_no_drafts(
     worlds: dict[str, Pace], texts: list[str], tokenizers: dict[str, PreTrainedTokenizerBase]
 ) -> None:
     pace = worlds["zoo"]
@@ -247,7 +249,7 @@ def proposals(drafter: Drafter, row: View, limit: int) -> list[int]:
 def test_proposals_are_those_of_a_fresh_drafter_after_any_history(
     worlds: dict[str, Pace], texts: list[str], name: str, arm: str
 ) -> None:
-    """Its own tokens behind the last round's text may have been cut anew, and its cache with them."""
+    """Its own tokens after the last round's text may have changed, and its cache with them."""
     pace, order = worlds[name], random.Random(1)
     drafter = pace.parts.drafters[arm]
     text = pace.encode(texts[0] + texts[1])
@@ -270,8 +272,8 @@ def test_proposals_are_those_of_a_fresh_drafter_after_any_history(
     assert drafted > 60 and rewritten > 5
 
 
-def test_the_draft_goes_on_inside_a_character(worlds: dict[str, Pace]) -> None:
-    """The target's last token ended there; the drafter reads whole characters only."""
+def test_a_draft_continues_inside_a_character(worlds: dict[str, Pace]) -> None:
+    """The target's last token ends inside it; the drafter reads only whole characters."""
     drafter = worlds["bpe"].parts.drafters["text"]
     assert isinstance(drafter, ThroughText)
     target, own = drafter._bridge.target, drafter._bridge.own
@@ -279,17 +281,17 @@ def test_the_draft_goes_on_inside_a_character(worlds: dict[str, Pace]) -> None:
     text.extend([target.of.index(b"a"), target.of.index(b"\xc3")])
 
     def said(draft: str) -> bytes:
-        return target.join(drafter._said_by_target(text, own.encode(draft)))
+        return target.join(drafter._target_tokens(text, own.encode(draft)))
 
     assert text.held == b"\xc3"
     assert said("éb") == "éb".encode()[1:]
-    assert said("bé") == b""  # does not begin as the character does
+    assert said("bé") == b""  # does not start with the character
 
 
 # --- drafts over shared tokens --------------------------------------------------------------------
 
 
-def test_what_is_drawn_comes_from_the_renormalised_distribution(
+def test_drafts_are_drawn_from_the_renormalised_distribution(
     worlds: dict[str, Pace], texts: list[str]
 ) -> None:
     pace = worlds["bpe"]
@@ -310,7 +312,7 @@ def test_what_is_drawn_comes_from_the_renormalised_distribution(
     assert not q[..., [t for t in range(q.shape[-1]) if t not in known]].any()
     assert {int(t) for t in drafts.tokens.flatten()} <= known
     assert (q.gather(-1, drafts.tokens[..., None]) > 0).all()
-    own, _ = drafter._read(tokens)
+    own, _ = drafter._own_text(tokens)
     assert own[0] == drafter._bridge.own.tokenizer.bos_token_id
     with torch.inference_mode():
         logits = drafter.model.model(torch.tensor([own])).logits[0, -1]
@@ -397,13 +399,13 @@ def config_of(target: str, own: str, **settings: object) -> Config:
     return Config(target=ModelSection(model=target), drafters={"small": section})
 
 
-def test_configured_it_says_what_it_is(
+def test_a_configured_drafter_reports_its_level(
     tmp_path: Path, tokenizers: dict[str, PreTrainedTokenizerBase]
 ) -> None:
     bpe, uni = tokenizers["bpe"], tokenizers["unigram"]
     other = relabelled(tiny_model(vocab_size=len(bpe)), bpe)[1]
     target = saved(tmp_path / "target", len(bpe), bpe)
-    same = saved(tmp_path / "same", len(bpe) + 13, bpe)  # its table is padded
+    same = saved(tmp_path / "same", len(bpe) + 13, bpe)  # the embedding table is padded
     permuted = saved(tmp_path / "permuted", len(bpe), other)
     foreign = saved(tmp_path / "foreign", len(uni), uni)
     for own, cls, words in [
@@ -433,13 +435,13 @@ def test_configured_it_says_what_it_is(
     assert forced.drafters["small"].identity()["level"] == "text"
 
 
-def test_through_text_no_prices_can_stop_it(
+def test_a_text_drafter_cannot_stop_by_prices(
     tmp_path: Path, tokenizers: dict[str, PreTrainedTokenizerBase]
 ) -> None:
     bpe, uni = tokenizers["bpe"], tokenizers["unigram"]
     target = saved(tmp_path / "target", len(bpe), bpe)
     foreign = saved(tmp_path / "foreign", len(uni), uni)
-    (tmp_path / "foreign" / "model.safetensors").write_bytes(b"")  # never comes to light
+    (tmp_path / "foreign" / "model.safetensors").write_bytes(b"")  # is never read
     config = config_of(target, foreign, stop="expected")
 
     with pytest.raises(ConfigError, match=r"'small' drafts text .* set 'stop: confidence'"):

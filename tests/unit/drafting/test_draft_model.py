@@ -1,4 +1,4 @@
-"""A draft model proposes what a fresh one would, whatever became of its earlier drafts."""
+"""A draft model proposes the tokens of a fresh one, whether earlier drafts were accepted or not."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def drafts_of(drafts: Drafts, row: int) -> list[int]:
 
 
 def fresh(row: FakeRow, limit: int, **settings: object) -> tuple[list[int], torch.Tensor | None]:
-    """What a drafter proposes that sees the row for the first time."""
+    """Return the proposals of a drafter that sees the row for the first time."""
     drafter = draft_model(**settings)
     start(drafter, [row])
     drafts = propose(drafter, [row], [limit])
@@ -94,7 +94,7 @@ def test_proposals_are_those_of_a_fresh_drafter_after_any_history(
             assert len(draft) == min(limit, 4)
             if q is not None and draft:
                 torch.testing.assert_close(drafts.probs[place, : len(draft)], q, rtol=0, atol=1e-4)
-            # accepted in part or in full and then the target's token; or it sat a few tokens out
+            # accepted in part or in full, then the target's token; or a few rounds without this drafter
             accepted = choose.randint(0, len(draft))
             seen.add("all" if accepted == len(draft) > 0 else "some" if accepted else "none")
             row.tokens += draft[:accepted] + some(1, 1)
@@ -126,7 +126,7 @@ def test_accepted_drafts_are_not_fed_again(monkeypatch: pytest.MonkeyPatch) -> N
     assert fed == [2, 1, 1, 1, 1, 1]
 
 
-def test_drafts_keep_to_the_limit_and_to_their_own_length() -> None:
+def test_drafts_obey_the_limit_and_their_own_length() -> None:
     rows = [FakeRow(i, [1, 2, 3]) for i in range(5)]
     drafter = draft_model()
     start(drafter, rows)
@@ -152,7 +152,7 @@ def test_drafting_ends_with_the_drafters_own_context(architecture: str) -> None:
     assert lengths == [4, 4, 4, 3, 2, 1, 0, 0, 0]
 
 
-def test_a_drafter_outlived_by_the_text_stays_silent() -> None:
+def test_a_text_beyond_the_drafters_context_gets_no_drafts() -> None:
     row = FakeRow(0, list(range(12)))
     drafter = draft_model("gpt2", context=16)
     start(drafter, [row])
@@ -174,7 +174,7 @@ def test_ids_of_the_padding_are_never_proposed() -> None:
     assert drafts.probs is not None and not drafts.probs[..., 8:].any()
 
 
-def test_an_id_that_only_the_targets_wider_table_has_does_not_stop_a_drafter() -> None:
+def test_an_id_that_only_the_target_has_does_not_stop_a_drafter() -> None:
     drafter = draft_model(width=40, target_width=64)
     row = FakeRow(0, [1, 63, 2], RESIDUAL)
     start(drafter, [row])
@@ -229,7 +229,7 @@ def test_rows_sampled_in_different_ways_share_a_batch() -> None:
         assert drafts_of(drafts, place) == fresh(row, 4)[0]
 
 
-def test_finished_rows_give_their_place_to_new_ones() -> None:
+def test_new_rows_reuse_the_slots_of_finished_ones() -> None:
     drafter = draft_model()
     rows = [FakeRow(i, [1, 2, 3, 4]) for i in range(3)]
     start(drafter, rows)

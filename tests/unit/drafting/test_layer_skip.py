@@ -1,4 +1,4 @@
-"""The target drafts for itself on its own cache, copies nothing, and leaves nothing stale behind."""
+"""The target drafts for itself on its own cache, copies nothing, and leaves no stale entry."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from paceline.assembly import Pace, build_from_objects
 from paceline.config import Config, EngineSection, ModelSection, parse
 from paceline.contracts import SamplingParams
-from paceline.drafting.foresight import cache_text
+from paceline.drafting.draft_replay import cache_text
 from paceline.drafting.layer_skip import LayerSkip, LayerSkipSettings
 from paceline.drafting.skip_set import SkipSet
 from paceline.errors import ArtefactError, ConfigError
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 GREEDY = SamplingParams()
 RESIDUAL = SamplingParams(0.9, top_k=20, seed=3, method="residual")
 INVARIANT = SamplingParams(0.9, top_k=20, seed=3, method="invariant")
-# above the MLP left out there is attention, so what is cached there differs from a full pass
+# attention follows the skipped MLP, so its cached entries differ from those of a full pass
 SUBSET = LayerSubset(mlp=frozenset({0}))
 FIXED = LayerSkipSettings(skip_mlp=(0,), num_draft_tokens=4, stop="fixed")
 TEXT = [7, 40, 3, 99, 12, 64, 5, 80, 33, 2]
@@ -66,7 +66,7 @@ def propose(drafter: LayerSkip, rows: Sequence[Row], limits: Sequence[int]) -> D
 
 
 def naive_draft(target: LanguageModel, tokens: list[int], num: int) -> list[int]:
-    """Full entries of all but the last token, then one skipped token after the other."""
+    """Return a draft from full entries of all tokens but the last, one skipped forward per token."""
     row = cached_row(target, 0, tokens)
     drafted: list[int] = []
     with torch.inference_mode():
@@ -82,7 +82,7 @@ def naive_draft(target: LanguageModel, tokens: list[int], num: int) -> list[int]
 def pace_with(settings: LayerSkipSettings = FIXED, **engine: Any) -> Pace:
     config = Config(target=ModelSection(model="in memory"), engine=EngineSection(**engine))
     parts = build_from_objects(tiny_model(), byte_tokenizer(), {}, config)
-    parts.drafters["skip"] = LayerSkip.build("skip", settings, parts.surroundings())
+    parts.drafters["skip"] = LayerSkip.build("skip", settings, parts.build_context())
     return Pace(parts)
 
 
@@ -97,7 +97,7 @@ def test_drafts_are_those_of_the_skipped_model_one_by_one(architecture: str) -> 
     drafter = LayerSkip("skip", target, SUBSET, FIXED)
     rows = [cached_row(target, i, text) for i, text in enumerate(texts)]
     drafter.start(rows)
-    for _ in range(2):  # what the first draft wrote behind the text does not matter to the second
+    for _ in range(2):  # the first draft's entries after the text do not change the second
         drafts = propose(drafter, rows[::-1], [4, 9, 2, 0][::-1])
         found = [drafts.tokens[i, :n].tolist() for i, n in enumerate(drafts.lengths)][::-1]
         assert found == [expected[0], expected[1], expected[2][:2], []]
@@ -119,7 +119,7 @@ def test_only_the_rows_own_new_positions_are_written(sampling: SamplingParams) -
             assert changed == (list(range(last, last + 4)) if row is rows[1] else [])
 
 
-def test_a_draft_ends_behind_the_first_unsure_token_and_keeps_it() -> None:
+def test_a_draft_ends_with_the_first_token_below_the_threshold() -> None:
     target = new_target()
     settings = LayerSkipSettings(skip_mlp=(0,), num_draft_tokens=12, threshold=0.06)
     drafter = LayerSkip("skip", target, SUBSET, settings)
@@ -144,8 +144,8 @@ def test_a_draft_ends_behind_the_first_unsure_token_and_keeps_it() -> None:
     assert len(set(lengths)) > 1
 
 
-def test_the_end_of_a_draft_does_not_hang_on_the_token_that_was_drawn() -> None:
-    """Else the tokens behind which a draft ends would be others than q says."""
+def test_the_end_of_a_draft_does_not_depend_on_the_drawn_token() -> None:
+    """Otherwise the last tokens of drafts would not be distributed as q."""
     target = new_target()
     settings = LayerSkipSettings(skip_mlp=(0,), num_draft_tokens=8, threshold=0.06)
     for text in (TEXT, TEXT[:4], TEXT[:7]):
@@ -187,14 +187,14 @@ def test_a_row_learns_from_its_own_rounds_and_is_forgotten() -> None:
 
 
 def live_bytes() -> int:
-    """Bytes of all tensors there are, each storage once."""
+    """Return the bytes of all live tensors, each storage once."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor):  # isinstance asks lazy modules
+        if issubclass(type(thing), torch.Tensor):  # isinstance would load lazy modules
             if thing.is_sparse or thing.is_sparse_csr or thing.is_nested:
-                continue  # of some other test: no model is made of these
-            if thing.is_mkldnn:  # packed weights, of whatever test: they show no storage
+                continue  # of another test: no model has such tensors
+            if thing.is_mkldnn:  # packed weights of any test have no visible storage
                 storages[id(thing)] = thing.numel() * thing.element_size()
                 continue
             storage = thing.untyped_storage()
@@ -207,10 +207,12 @@ def test_no_weight_is_copied_and_no_second_cache_is_held() -> None:
     target = pace.parts.target
     weights = {p.data_ptr() for p in target.model.parameters()}
     plain = pace.complete("to be or not to be", drafter="none", max_new_tokens=60)
-    pace.complete("to be or not to be", drafter="skip", max_new_tokens=60)  # masks are made once
+    pace.complete(
+        "to be or not to be", drafter="skip", max_new_tokens=60
+    )  # creates the masks, which are kept
     cache, before = target.cache.num_bytes(), live_bytes()
 
-    other = LayerSkip.build("other", FIXED, pace.parts.surroundings())
+    other = LayerSkip.build("other", FIXED, pace.parts.build_context())
     pace.parts.drafters["other"] = other
     skipping = Pace(pace.parts)
     drafted = skipping.complete("to be or not to be", drafter="other", max_new_tokens=60)
@@ -227,8 +229,8 @@ def test_no_weight_is_copied_and_no_second_cache_is_held() -> None:
 # --- nothing stale --------------------------------------------------------------------------------
 
 
-def test_verification_writes_over_all_that_drafting_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a verification that leaves one drafted entry as it was, texts go astray."""
+def test_verification_overwrites_every_drafted_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If verification leaves one drafted entry, the text changes."""
     prompts = ["to be or not to be", "spam, eggs and spam", "a rose is a rose"]
     pace = pace_with()
     settings = {"max_new_tokens": 60}
@@ -250,7 +252,7 @@ def test_verification_writes_over_all_that_drafting_wrote(monkeypatch: pytest.Mo
     assert [c.token_ids for c in pace.generate(prompts, drafter="skip", **settings)] != expected
 
 
-def test_shared_prefixes_hold_nothing_that_was_drafted() -> None:
+def test_shared_prefixes_hold_no_drafted_entries() -> None:
     prompt = "to be or not to be, that is the question: whether 'tis nobler in the mind to suffer"
     blocks = []
     for arm in ("none", "skip"):
@@ -283,23 +285,23 @@ def test_replayed_rounds_are_the_real_ones_as_the_threshold_moves(threshold: flo
             assert found.tolist() == [[r.drafted, r.accepted] for r in real.rounds]
         drafted |= {r.drafted for r in real.rounds}
     assert len(drafted) > 2
-    assert target.acquire() == 0  # every slot was given back
+    assert target.acquire() == 0  # every slot is free
 
 
-def test_replay_puts_back_what_a_round_wrote_over() -> None:
+def test_replay_restores_the_entries_that_a_round_overwrote() -> None:
     pace = pace_with()
     target, drafter = pace.parts.target, pace.parts.drafters["skip"]
     real = pace.complete("to be", drafter="none", max_new_tokens=20)
     prompt = pace.encode("to be")
     with torch.inference_mode():
-        foresight = drafter.would_accept(prompt, real.token_ids, None)
+        draft_replay = drafter.would_accept(prompt, real.token_ids, None)
         n = len(prompt) + len(real.token_ids) - 1
         before = target.cache.read(0, 0, n)
         for position in (1, 4, 5, 18, 19):
-            foresight.accepted(position, 20 - position - 1)
+            draft_replay.round_at(position, 20 - position - 1)
             after = target.cache.read(0, 0, n)
             assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-        foresight.close()
+        draft_replay.close()
 
 
 # --- settings -------------------------------------------------------------------------------------
@@ -314,18 +316,18 @@ def test_replay_puts_back_what_a_round_wrote_over() -> None:
         ({"skip_mpl": [1]}, "unknown key 'skip_mpl'; did you mean 'skip_mlp'?"),
     ],
 )
-def test_settings_that_cannot_be(raw: dict[str, Any], message: str) -> None:
+def test_invalid_settings(raw: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse(LayerSkipSettings, raw, "drafter 'skip'")
     assert message in str(error.value)
 
 
-def test_a_layer_that_is_not_there() -> None:
+def test_a_missing_layer() -> None:
     with pytest.raises(ConfigError, match="there is no layer 2 to skip; the target's layers are 0"):
         pace_with(LayerSkipSettings(skip_attention=(2,)))
 
 
-def test_a_skip_set_is_good_for_its_own_target_only(tmp_path: Path) -> None:
+def test_a_skip_set_serves_its_own_target_only(tmp_path: Path) -> None:
     path = tmp_path / "set.json"
     own = pace_with()
     SkipSet(SUBSET, 2, own.parts.target.fingerprint(), {"speedup": 1.5}).save(path)
@@ -340,7 +342,7 @@ def test_a_skip_set_is_good_for_its_own_target_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"format_version": 1}'])
-def test_a_skip_set_that_is_not_one(tmp_path: Path, content: str | None) -> None:
+def test_an_invalid_skip_set(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "set.json"
     if content is not None:
         path.write_text(content)
@@ -349,8 +351,8 @@ def test_a_skip_set_that_is_not_one(tmp_path: Path, content: str | None) -> None
         LayerSkip.check("skip", settings, None)  # type: ignore[arg-type]
 
 
-def test_profiling_measures_drafts_that_no_exit_cuts() -> None:
-    """A threshold of 1 ends every draft at once: no q is that sure."""
+def test_profiling_measures_drafts_at_full_length() -> None:
+    """A threshold of 1 ends every draft after one token, because max q is below it."""
     target = new_target()
     settings = LayerSkipSettings(skip_mlp=(0,), num_draft_tokens=6, threshold=1.0)
     drafter = LayerSkip("skip", target, SUBSET, settings)

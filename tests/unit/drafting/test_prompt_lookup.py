@@ -1,21 +1,17 @@
-"""Lookup finds the longest earlier match, the latest of equals, and copies as token by token would."""
+"""Lookup finds the longest earlier match, the latest of equals, and copies token by token."""
 
 from __future__ import annotations
 
 import random
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paceline.drafting.foresight import ReplayedRow
-from paceline.drafting.prompt_lookup import (
-    PromptLookup,
-    PromptLookupSettings,
-    longest_suffix_match,
-)
+from paceline.drafting.draft_replay import SimpleRow
+from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings, find_source
+from paceline.drafting.suffix_index import SuffixIndex
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,8 +20,20 @@ TEXTS = st.lists(st.integers(0, 3), max_size=40)
 QUICK = settings(max_examples=300, deadline=None, derandomize=True)
 
 
+def row_of(id: int, tokens: Sequence[int] = (), num_prompt: int = 0) -> SimpleRow:
+    return SimpleRow(list(tokens), num_prompt, id=id)
+
+
+def draft_of(drafter: PromptLookup, text: Sequence[int], limit: int) -> list[int]:
+    """Return the draft of a new row."""
+    row = row_of(0, text)
+    drafter.start([row])
+    drafts = drafter.propose([row], [limit])
+    return drafts.tokens[0, : drafts.lengths[0]].tolist()
+
+
 def naive_match(tokens: list[int], min_ngram: int, max_ngram: int) -> int | None:
-    """Where the latest of the longest earlier occurrences of a suffix ends, by trying all."""
+    """Return the end of the latest of the longest earlier occurrences of a suffix, by trying all."""
     n = len(tokens)
     for length in range(min(max_ngram, n - 1), min_ngram - 1, -1):
         suffix = tokens[n - length :]
@@ -38,19 +46,18 @@ def naive_match(tokens: list[int], min_ngram: int, max_ngram: int) -> int | None
 @QUICK
 @given(TEXTS.filter(len), st.integers(1, 5), st.integers(0, 6))
 def test_the_match_is_that_of_a_naive_search(text: list[int], least: int, more: int) -> None:
-    found = longest_suffix_match(np.array(text), least, least + more)
+    index = SuffixIndex(least + more)
+    index.extend(text)
 
-    assert found == naive_match(text, least, least + more)
+    assert find_source(index, least) == naive_match(text, least, least + more)
 
 
 @QUICK
 @given(TEXTS, st.integers(0, 12), st.integers(1, 4))
-def test_drafts_copy_what_copying_token_by_token_would(
-    text: list[int], limit: int, min_ngram: int
-) -> None:
+def test_drafts_equal_copies_token_by_token(text: list[int], limit: int, min_ngram: int) -> None:
     drafter = PromptLookup("x", PromptLookupSettings(num_draft_tokens=9, min_ngram=min_ngram))
 
-    draft = drafter.draft(np.array(text, dtype=np.int64), limit)
+    draft = draft_of(drafter, text, limit)
 
     source = naive_match(text, min_ngram, 16) if len(text) > 1 else None
     expected = list(text)
@@ -75,18 +82,14 @@ def test_drafts_copy_what_copying_token_by_token_would(
 def test_examples(text: list[int], draft: list[int]) -> None:
     drafter = PromptLookup("x", PromptLookupSettings(num_draft_tokens=4, min_ngram=2))
 
-    assert drafter.draft(np.array(text, dtype=np.int64), 10) == draft
+    assert draft_of(drafter, text, 10) == draft
 
 
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def row_of(id: int, tokens: Sequence[int] = (), num_prompt: int = 0) -> ReplayedRow:
-    return ReplayedRow(list(tokens), num_prompt, id=id)
-
-
 def reference_draft(tokens: list[int], limit: int, config: PromptLookupSettings) -> list[int]:
-    """What the settings allow of copying token by token from a naive search's match."""
+    """Return the copy, token by token, from a naive search's match, as long as the settings allow."""
     source = naive_match(tokens, config.min_ngram, config.max_ngram)
     expected = list(tokens)
     if source is not None:
@@ -114,7 +117,7 @@ while len(FIBONACCI[-1]) < 300:
     ids=["same", "alternating", "periods", "fibonacci", "two", "five", "hundred"],
 )
 @pytest.mark.parametrize("bounds", [(1, 1), (1, 16), (3, 4)])
-def test_a_rows_drafts_are_those_of_a_naive_search_whatever_its_history(
+def test_drafts_are_those_of_a_naive_search_after_any_history(
     text: list[int], bounds: tuple[int, int]
 ) -> None:
     config = PromptLookupSettings(num_draft_tokens=6, min_ngram=bounds[0], max_ngram=bounds[1])
@@ -128,7 +131,7 @@ def test_a_rows_drafts_are_those_of_a_naive_search_whatever_its_history(
     while any(len(row.tokens) < len(text) for row in rows):
         for row in rows:
             row.tokens += text[len(row.tokens) : len(row.tokens) + choose.randrange(1, 9)]
-        if choose.random() < 0.1:  # switched away and back
+        if choose.random() < 0.1:  # another drafter in between
             drafter.finish(rows)
             drafter.start(rows)
         asked = choose.sample(rows, choose.randint(1, 2))

@@ -1,4 +1,4 @@
-"""The automaton says of a text what trying every place of it says, however the text came about."""
+"""The automaton gives the same matches and counts as a naive search, for every order of appends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paceline.drafting.foresight import ReplayedRow
+from paceline.drafting.draft_replay import SimpleRow
 from paceline.drafting.suffix_index import Match, RowIndices, SuffixIndex
 
 if TYPE_CHECKING:
@@ -33,13 +33,13 @@ TEXTS = st.one_of(
 
 
 def places_after(text: list[int], context: list[int]) -> list[int]:
-    """Every index where `text` goes on behind an occurrence of `context`."""
+    """Return every index of `text` right after an occurrence of `context`."""
     m = len(context)
     return [i for i in range(m, len(text)) if text[i - m : i] == context]
 
 
 def longest_context(text: list[int], suffix: list[int], max_match: int) -> list[int]:
-    """The longest suffix of `suffix`, within the bound, behind which `text` goes on."""
+    """Return the longest suffix of `suffix`, within the bound, that a token of `text` follows."""
     context = suffix[len(suffix) - min(len(suffix), max_match) :]
     while context and not places_after(text, context):
         context = context[1:]
@@ -65,7 +65,7 @@ def naive_tree(
     paths: int = 64,
     min_probability: float = 0.0,
 ) -> list[NaiveNode]:
-    """The tree behind `suffix`, counting every occurrence in `text` anew."""
+    """Return the tree after `suffix` by counting every occurrence in `text`."""
     nodes: list[NaiveNode] = []
     waiting: list[NaiveNode] = []
     parents_of_leaves: set[int] = set()
@@ -131,7 +131,7 @@ def assert_same_tree(
     assert parents == [node.parent for node in expected]
     assert leaves == len(set(range(len(tokens))) - set(parents))
     total = 0.0
-    for node in expected:  # not `sum`, which rounds otherwise from Python 3.12 on
+    for node in expected:  # not `sum`, which rounds differently from Python 3.12 on
         total += node.probability
     assert probability == total
     return len(expected)
@@ -196,7 +196,7 @@ def test_a_long_text_grows_its_index_many_times_over(vocabulary: int) -> None:
     index = SuffixIndex(6)
     grown_tokens = 0
     while len(text) < 1500:
-        if text and choose.random() < 0.3:  # say something again
+        if text and choose.random() < 0.3:  # repeat a part
             start = choose.randrange(len(text))
             piece = text[start : start + choose.randrange(1, 40)]
         else:
@@ -211,7 +211,7 @@ def test_a_long_text_grows_its_index_many_times_over(vocabulary: int) -> None:
 
 
 def test_of_many_continuations_the_latest_are_considered() -> None:
-    # behind 7 came 0 often and long ago, then forty others, each once
+    # 7 was followed by 0 often and long ago, then by forty others, once each
     text = [7, 0] * 50 + [t for other in range(100, 140) for t in (7, other)] + [7]
     index = index_of(text, 1)
 
@@ -221,7 +221,7 @@ def test_of_many_continuations_the_latest_are_considered() -> None:
     assert_same_tree(index, 1, index.match_own(), text, text, 64, depth=1)
 
 
-def test_a_text_that_is_at_its_end_goes_on_periodically() -> None:
+def test_a_match_at_the_end_of_the_text_continues_periodically() -> None:
     index = index_of([9, 1, 2, 3, 1, 2, 3], 8)
 
     assert grown(index, index.match_own(), 7)[0] == [1, 2, 3, 1, 2, 3, 1]
@@ -242,11 +242,11 @@ def test_num_bytes_counts_every_array_and_grows_with_the_text() -> None:
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def row_of(id: int, tokens: Sequence[int] = (), num_prompt: int = 0) -> ReplayedRow:
-    return ReplayedRow(list(tokens), num_prompt, id=id)
+def row_of(id: int, tokens: Sequence[int] = (), num_prompt: int = 0) -> SimpleRow:
+    return SimpleRow(list(tokens), num_prompt, id=id)
 
 
-def test_a_row_that_sat_out_is_caught_up_with() -> None:
+def test_a_row_is_read_up_to_its_end_after_a_pause() -> None:
     choose = random.Random(4)
     rows = [row_of(i, [choose.randrange(3)]) for i in range(3)]
     indices = RowIndices(5)
@@ -274,7 +274,7 @@ def test_preparing_reads_a_long_prompt_in_pieces() -> None:
     row = row_of(0, list(range(50)) * 2)
     indices = RowIndices(5)
     indices.start([row])
-    assert indices.num_bytes() == 0  # nothing is read before it is asked for
+    assert indices.num_bytes() == 0  # the text is read when it is needed
 
     done = [indices.prepare(row, 30) for _ in range(4)]
 

@@ -1,4 +1,4 @@
-"""A tree of what followed before, longer behind longer matches; shared text only where asked for."""
+"""A tree of earlier continuations, longer after longer matches; shared text only with `share`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from paceline.assembly import Pace, build_from_objects
 from paceline.config import Config, DrafterSection, EngineSection, ModelSection
 from paceline.contracts import NONE
 from paceline.drafting import suffix_kernels
-from paceline.drafting.base import Surroundings
+from paceline.drafting.base import BuildContext
 from paceline.drafting.catalog import check_settings
-from paceline.drafting.foresight import ReplayedRow
+from paceline.drafting.draft_replay import SimpleRow
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
 from paceline.drafting.suffix_lookup import SuffixLookup, SuffixLookupSettings
 from paceline.errors import ConfigError
@@ -28,26 +28,26 @@ if TYPE_CHECKING:
     from paceline.contracts import Drafts
 
 
-def row_of(id: int, tokens: Sequence[int] = (), num_prompt: int = 0) -> ReplayedRow:
-    return ReplayedRow(list(tokens), num_prompt, id=id)
+def row_of(id: int, tokens: Sequence[int] = (), num_prompt: int = 0) -> SimpleRow:
+    return SimpleRow(list(tokens), num_prompt, id=id)
 
 
 def lookup(**settings: Any) -> SuffixLookup:
-    """With as many tokens as the match has, of two or more, where nothing else is asked for."""
+    """Return a drafter; by default it drafts as many tokens as the match has, from two on."""
     return SuffixLookup(
         "x", SuffixLookupSettings(**{"min_match": 2, "length_factor": 1.0, **settings})
     )
 
 
 def drafted(drafts: Drafts, row: int = 0) -> tuple[list[int], list[int]]:
-    """A row's tokens and their parents."""
+    """Return a row's tokens and their parents."""
     n = drafts.lengths[row]
     parents = list(range(-1, n - 1)) if drafts.parents is None else drafts.parents[row, :n].tolist()
     return drafts.tokens[row, :n].tolist(), parents
 
 
 def propose(drafter: SuffixLookup, tokens: Sequence[int], limit: int = 64) -> Drafts:
-    """For a row that nothing was known of."""
+    """Propose for a new row."""
     row = row_of(0, list(tokens))
     drafter.start([row])
     try:
@@ -58,14 +58,14 @@ def propose(drafter: SuffixLookup, tokens: Sequence[int], limit: int = 64) -> Dr
 
 # --- drafts ---------------------------------------------------------------------------------------
 
-# behind 1 2 came 3 twice and 4 once; 3 was followed by 5 both times
+# 1 2 was followed by 3 twice and by 4 once; 3 was followed by 5 both times
 BRANCHING = [1, 2, 3, 5, 9, 1, 2, 4, 6, 8, 1, 2, 3, 5, 7, 1, 2]
 
 
 def test_the_tree_holds_the_most_frequent_first() -> None:
     drafts = propose(lookup(num_draft_tokens=5, length_offset=3), BRANCHING)
 
-    # 4, 7 and 9 are as likely; 4 hangs on what was drafted first, and 7 came later than 9
+    # 4, 7 and 9 are equally likely; 4 has the earlier parent, and 7 came later than 9
     assert drafted(drafts) == ([3, 5, 4, 7, 9], [-1, 0, -1, 1, 1])
 
 
@@ -73,7 +73,7 @@ def test_one_path_is_a_chain() -> None:
     drafts = propose(lookup(num_draft_tokens=4, length_offset=2, paths=1), BRANCHING)
 
     assert drafts.parents is None
-    # both 7 and 9 came once behind 1 2 3 5, and 7 came last
+    # both 7 and 9 followed 1 2 3 5 once, and 7 came last
     assert drafted(drafts)[0] == [3, 5, 7, 1]
 
 
@@ -84,7 +84,7 @@ def test_unlikely_tokens_are_not_drafted() -> None:
 
 
 @pytest.mark.parametrize(("factor", "offset", "expected"), [(1, 0, 3), (2, 1, 7), (0.5, 0, 1)])
-def test_the_draft_is_as_long_as_the_match_is_worth(
+def test_the_length_of_a_draft_follows_from_the_match(
     factor: float, offset: float, expected: int
 ) -> None:
     text = [*range(20), 0, 1, 2]
@@ -99,7 +99,7 @@ def test_a_match_below_the_least_drafts_nothing() -> None:
     assert drafted(propose(lookup(min_match=1), [1, 2, 3, 1])) == ([2], [-1])
 
 
-def test_trees_keep_to_their_limits_and_chains_share_a_batch_with_trees() -> None:
+def test_trees_obey_their_limits_and_chains_share_a_batch_with_trees() -> None:
     drafter = lookup(num_draft_tokens=7, length_offset=4)
     rows = [row_of(0, BRANCHING), row_of(1, [5]), row_of(2, BRANCHING), row_of(3, [6] * 9)]
     drafter.start(rows)
@@ -121,7 +121,7 @@ def test_drafts_are_those_of_a_fresh_drafter_after_any_history() -> None:
     for _ in range(60):
         for row in rows:
             row.tokens += [choose.randrange(4) for _ in range(choose.randrange(1, 4))]
-        if choose.random() < 0.1:  # switched away and back
+        if choose.random() < 0.1:  # another drafter in between
             drafter.finish(rows[:1])
             drafter.start(rows[:1])
         asked = choose.sample(rows, choose.randint(1, 3))
@@ -133,7 +133,7 @@ def test_drafts_are_those_of_a_fresh_drafter_after_any_history() -> None:
     assert branched
 
 
-def test_replay_beside_a_live_row_disturbs_neither() -> None:
+def test_a_replay_and_a_live_row_do_not_disturb_each_other() -> None:
     choose = random.Random(3)
     prompt, output = ([choose.randrange(4) for _ in range(n)] for n in (20, 60))
     drafter = lookup(min_match=1)
@@ -165,7 +165,7 @@ def test_finished_rows_leave_nothing_behind() -> None:
 
 
 def answer(drafter: SuffixLookup, prompt: list[int], output: list[int], id: int = 5) -> None:
-    """A request that this drafter served from its first output token to its last."""
+    """Serve a request from its first output token to its last."""
     row = row_of(id, [*prompt, output[0]], num_prompt=len(prompt))
     drafter.start([row])
     row.tokens += output[1:]
@@ -186,7 +186,7 @@ def test_what_is_shared_is_the_answer_not_the_prompt() -> None:
     assert drafted(propose(drafter, [1, 2])) == ([], [])
 
 
-def test_a_row_that_came_back_shares_only_what_it_wrote_since() -> None:
+def test_a_row_shares_only_tokens_since_it_got_the_drafter_back() -> None:
     drafter = lookup(share=True)
     row = row_of(0, [0, 1, 2, 3], num_prompt=1)
     drafter.start([row])
@@ -202,13 +202,13 @@ def test_a_row_that_came_back_shares_only_what_it_wrote_since() -> None:
     assert drafted(propose(drafter, [4, 5])) == ([], [])  # an answer's end is no token
 
 
-def test_of_own_and_shared_text_that_drafts_whose_draft_promises_more() -> None:
+def test_of_own_and_shared_text_the_draft_with_more_expected_tokens_wins() -> None:
     drafter = lookup(share=True)
     answer(drafter, [0], [1, 2, 3, 4, 5, 6])
 
-    # one's own text has 3 4 behind a shorter match
+    # the row's own text has 3 4 after a shorter match
     assert drafted(propose(drafter, [2, 3, 9, 1, 2, 3]))[0] == [4, 5, 6]
-    # equally good: its own
+    # equally good: its own text wins
     assert drafted(propose(drafter, [1, 2, 3, 9, 9, 1, 2, 3]))[0] == [9, 9, 1]
     assert drafted(propose(drafter, [1, 2, 3, 9, 9, 1, 2, 3], limit=2))[0] == [9, 9]
 
@@ -230,7 +230,7 @@ def test_the_oldest_answers_are_dropped_and_memory_stays_bounded() -> None:
     assert len(sizes) == 1
     assert drafted(propose(drafter, [5, 6])) == ([], [])
 
-    answer(drafter, [0], list(range(5000)))  # longer than there is room for
+    answer(drafter, [0], list(range(5000)))  # longer than the bound
     assert sum(part.num_tokens for part in shared.parts) <= 1024
     assert drafted(propose(drafter, [4990, 4991]))[0] == [4992, 4993]
 
@@ -240,20 +240,20 @@ def test_drafters_share_by_tenant() -> None:
         return SuffixLookupSettings(share=True, **settings)
 
     built: dict[str, Any] = {"lookup": PromptLookup("lookup", PromptLookupSettings())}
-    around = Surroundings(None, None, None, built)  # type: ignore[arg-type] - not looked at
+    context = BuildContext(None, None, None, built)  # type: ignore[arg-type] - not used
     for name, settings in {
         "a": section(tenant="one"),
         "b": section(tenant="two"),
         "c": section(tenant="one", paths=1),
         "d": SuffixLookupSettings(),
     }.items():
-        built[name] = SuffixLookup.build(name, settings, around)
+        built[name] = SuffixLookup.build(name, settings, context)
 
     assert built["a"].shared is built["c"].shared
     assert built["a"].shared is not built["b"].shared
     assert built["d"].shared is None
     with pytest.raises(ConfigError, match=r"'e' shares its text with 'a', so its shared_tokens"):
-        SuffixLookup.build("e", section(tenant="one", shared_tokens=2048), around)
+        SuffixLookup.build("e", section(tenant="one", shared_tokens=2048), context)
 
 
 def test_sharing_changes_no_text() -> None:
@@ -271,7 +271,7 @@ def test_sharing_changes_no_text() -> None:
 
     assert texts("shared") == texts(NONE)
     assert drafter.shared is not None and drafter.shared.parts[0].num_tokens == 5 * 25
-    # the second time everything was written before
+    # in the second run every answer is in the shared text
     before = pace.complete("abc", drafter="shared", max_new_tokens=24, ignore_eos=True)
     assert before.block_efficiency > 2
 
@@ -290,7 +290,7 @@ def test_sharing_changes_no_text() -> None:
         ({"path": 1}, "did you mean 'paths'"),
     ],
 )
-def test_settings_that_cannot_be_meant_are_refused(settings: dict[str, Any], says: str) -> None:
+def test_contradicting_settings_are_refused(settings: dict[str, Any], says: str) -> None:
     section = DrafterSection(kind="suffix_lookup", settings=settings)
     with pytest.raises(ConfigError, match=f"drafter 'x'.*{says}"):
         check_settings("x", section)
@@ -316,7 +316,9 @@ def test_nothing_is_compiled_after_a_drafter_was_built() -> None:
     while not drafter.prepare(row, 64):
         pass
     drafter.propose([row], [5])
-    PromptLookup("y", PromptLookupSettings()).draft(np.arange(9), 3)
+    other = PromptLookup("y", PromptLookupSettings())
+    other.start([row])
+    other.propose([row], [3])
 
     after = {name: len(getattr(suffix_kernels, name).nopython_signatures) for name in kernels}
     assert after == before
@@ -324,7 +326,7 @@ def test_nothing_is_compiled_after_a_drafter_was_built() -> None:
 
 def test_code_that_cannot_be_kept_on_disk_is_compiled_all_the_same() -> None:
     namespace: dict[str, Any] = {}
-    exec("def double(x):\n    return 2 * x", namespace)  # no file, so no folder to keep it in
+    exec("def double(x):\n    return 2 * x", namespace)  # no file, so no folder for the cache
 
     double = suffix_kernels.compiled(namespace["double"])
 

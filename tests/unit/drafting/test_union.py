@@ -1,4 +1,4 @@
-"""A union's tree holds its parts' most promising tokens once each, whatever the parts are."""
+"""A union's tree holds the likeliest tokens of its parts, each once, for parts of any kind."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from paceline.assembly import Pace, Parts, build_from_objects
 from paceline.config import Config, DrafterSection, ModelSection
 from paceline.contracts import NONE, SamplingParams
-from paceline.drafting.base import Surroundings
+from paceline.drafting.base import BuildContext
 from paceline.drafting.catalog import check_settings
 from paceline.drafting.layer_skip import LayerSkip, LayerSkipSettings
 from paceline.drafting.none import NoneDrafter
@@ -35,7 +35,7 @@ def chain(tokens: Sequence[int], acceptance: float) -> Proposal:
 # --- merging --------------------------------------------------------------------------------------
 
 
-def test_what_parts_agree_on_is_one_node() -> None:
+def test_equal_tokens_of_parts_are_one_node() -> None:
     tokens, parents = merge([chain([5, 6, 7], 0.8), chain([5, 6, 9, 1], 0.5)], 16)
 
     assert tokens == [5, 6, 7, 9, 1]
@@ -56,7 +56,7 @@ def test_the_budget_goes_to_the_part_that_is_right_more_often() -> None:
 
 
 def test_agreement_counts() -> None:
-    """Both say 1: missed with 0.4 * 0.4, so what follows it may be worth more than 9 alone."""
+    """Two parts propose 1: it is wrong with 0.4 * 0.4, so it ranks above 9."""
     proposals = [chain([1, 2], 0.6), chain([1, 3], 0.6), chain([9], 0.7)]
 
     assert merge(proposals, 1) == ([1], [-1])
@@ -64,7 +64,9 @@ def test_agreement_counts() -> None:
 
 
 def test_a_trees_later_children_are_less_likely() -> None:
-    tree = Proposal([1, 2, 3, 4], [-1, -1, -1, 0], 0.8)  # 0.8, 0.4, 0.27 and 0.64 below the first
+    tree = Proposal(
+        [1, 2, 3, 4], [-1, -1, -1, 0], 0.8
+    )  # probabilities 0.8, 0.4, 0.27, and 0.64 for the child of the first
 
     assert merge([tree], 2) == ([1, 4], [-1, 0])
     assert merge([tree], 3) == ([1, 2, 4], [-1, -1, 0])
@@ -96,7 +98,7 @@ def scripted(name: str, tokens: Sequence[int]) -> ScriptedDrafter:
     return ScriptedDrafter(name, lambda text, limit: list(tokens))
 
 
-def test_a_part_that_was_wrong_gives_way() -> None:
+def test_a_part_that_was_wrong_loses_its_nodes() -> None:
     right, wrong = scripted("right", [1, 2, 3]), scripted("wrong", [7, 8, 9])
     union = Union("both", {"wrong": wrong, "right": right}, num_draft_tokens=3)
     row = Row([0])
@@ -114,7 +116,7 @@ def test_a_part_that_was_wrong_gives_way() -> None:
     assert union.propose([row], [3]).tokens[0].tolist() == first
 
 
-def test_what_a_cut_text_does_not_show_counts_for_nobody() -> None:
+def test_tokens_after_the_end_of_a_text_count_for_no_part() -> None:
     union = Union("both", {"a": scripted("a", [1, 2, 3, 4]), "b": scripted("b", [1])})
     row = Row([0])
     union.start([row])
@@ -145,7 +147,7 @@ def test_limits_hold_in_depth_and_the_budget_in_nodes() -> None:
     ("method", "expected"),
     [("residual", "greedy"), ("block", "greedy"), ("invariant", "invariant")],
 )
-def test_parts_are_asked_for_deterministic_drafts(method: str, expected: str) -> None:
+def test_parts_draft_deterministically(method: str, expected: str) -> None:
     asked = []
 
     class Asked(ScriptedDrafter):
@@ -170,7 +172,7 @@ def pace() -> Pace:
     drafters = {"near": perturbed(target, 0.1), "far": perturbed(target, 0.3), "lookup": lookup}
     parts = build_from_objects(target, byte_tokenizer(), drafters, config)
     settings = UnionSettings(parts=("near", "far", "lookup"), num_draft_tokens=12)
-    parts.drafters["all"] = Union.build("all", settings, parts.surroundings())
+    parts.drafters["all"] = Union.build("all", settings, parts.build_context())
     return Pace(parts)
 
 
@@ -190,10 +192,10 @@ def test_it_accepts_at_least_nearly_what_its_best_part_does(pace: Pace) -> None:
 
 def test_a_part_that_skips_layers_is_replayed_on_the_targets_cache(pace: Pace) -> None:
     parts = pace.parts
-    around = parts.surroundings()
+    context = parts.build_context()
     # a part that would write more to the cache than a round verifies
     settings = LayerSkipSettings(skip_mlp=(0,), num_draft_tokens=12, stop="fixed")
-    skip = LayerSkip.build("skip", settings, around)
+    skip = LayerSkip.build("skip", settings, context)
     union = Union(
         "both", {"skip": skip, "lookup": parts.drafters["lookup"]}, 5, target=parts.target
     )
@@ -214,7 +216,7 @@ def test_a_part_that_skips_layers_is_replayed_on_the_targets_cache(pace: Pace) -
     assert accepted > 20
 
 
-def test_replay_is_what_happens(pace: Pace) -> None:
+def test_replay_gives_the_real_rounds(pace: Pace) -> None:
     for text in PROMPTS:
         prompt = pace.encode(text)
         real = pace.complete(text, drafter="all", max_new_tokens=36)
@@ -227,7 +229,7 @@ def test_replay_is_what_happens(pace: Pace) -> None:
 
 @pytest.mark.parametrize("sampling", ["residual", "block", "invariant"])
 def test_a_seed_gives_the_targets_text(pace: Pace, sampling: str) -> None:
-    """Also under `residual`: a tree is judged by the draws that plain decoding makes."""
+    """Also under `residual`: a tree is judged by the draws of plain decoding."""
     settings = {"max_new_tokens": 30, "temperature": 0.2, "seed": 5, "sampling": sampling}
     plain = pace.generate(PROMPTS, drafter=NONE, **settings)
     done = pace.generate(PROMPTS, drafter="all", **settings)
@@ -236,7 +238,7 @@ def test_a_seed_gives_the_targets_text(pace: Pace, sampling: str) -> None:
     assert sum(r.accepted for c in done for r in c.rounds) > 10
 
 
-def test_rows_may_have_the_union_and_its_parts_side_by_side_and_change_over(pace: Pace) -> None:
+def test_rows_of_one_batch_may_use_the_union_and_its_parts_and_switch(pace: Pace) -> None:
     expected = [c.token_ids for c in pace.generate(PROMPTS, drafter=NONE, max_new_tokens=30)]
     arms = ["all", "near", "lookup", "all"]
     engine = pace.engine
@@ -262,7 +264,7 @@ def test_rows_may_have_the_union_and_its_parts_side_by_side_and_change_over(pace
         assert cache.num_rows == 0
 
 
-def test_bytes_are_counted_where_they_are_held(pace: Pace) -> None:
+def test_bytes_are_counted_once(pace: Pace) -> None:
     union, near = (pace.parts.drafters[name] for name in ("all", "near"))
 
     assert near.num_bytes() > 0
@@ -284,11 +286,11 @@ def test_the_identity_changes_with_a_part(pace: Pace) -> None:
 
 def build(pace: Pace, parts: Sequence[str], **extra: Drafter) -> Drafter:
     z = pace.parts
-    around = Surroundings(z.target, z.tokenizer, z.vocabulary, {**z.drafters, **extra})
-    return Union.build("u", UnionSettings(parts=tuple(parts)), around)
+    context = BuildContext(z.target, z.tokenizer, z.vocabulary, {**z.drafters, **extra})
+    return Union.build("u", UnionSettings(parts=tuple(parts)), context)
 
 
-def test_parts_must_be_there_and_be_drafters(pace: Pace) -> None:
+def test_parts_must_be_configured_drafters(pace: Pace) -> None:
     with pytest.raises(ConfigError, match=r"'u': its part 'mear' .* before it; there are: near"):
         build(pace, ["near", "mear"])
     with pytest.raises(ConfigError, match="'none' is not a drafter"):
@@ -309,6 +311,6 @@ def test_a_part_that_drafts_by_prices_is_refused(pace: Pace) -> None:
     ("settings", "words"),
     [({"parts": ["a"]}, "parts"), ({"parts": ["a", "a"]}, "named twice"), ({}, "parts")],
 )
-def test_settings_that_are_no_union(settings: dict[str, object], words: str) -> None:
+def test_invalid_union_settings(settings: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         check_settings("u", DrafterSection(kind="union", settings=settings))

@@ -10,7 +10,8 @@ import pytest
 import paceline
 from paceline.assembly import Pace, build_from_objects
 from paceline.config import Config, EngineSection, ModelSection
-from paceline.drafting.cross_vocabulary import Bridge, CrossVocabulary, CrossVocabularySettings
+from paceline.drafting.bridge import Bridge
+from paceline.drafting.cross_vocabulary import CrossVocabulary, CrossVocabularySettings
 from paceline.drafting.union import Union, UnionSettings
 from paceline.engine import Engine
 from paceline.errors import RequestError
@@ -86,12 +87,12 @@ def drafters_of_every_cache() -> dict[str, Any]:
     near, far = (tiny_model("llama", seed=s, context=CONTEXT) for s in (1, 3))
     config = Config(target=ModelSection(model="m"))
     parts = build_from_objects(MODEL, TOKENIZER, {"near": near, "far": far}, config)
-    around = parts.surroundings()
-    union = Union.build("both", UnionSettings(parts=("near", "far")), around)
+    context = parts.build_context()
+    union = Union.build("both", UnionSettings(parts=("near", "far")), context)
     own = LanguageModel(tiny_model("llama", seed=2, context=CONTEXT), "own")
     settings = CrossVocabularySettings(model="m", level="text")
     bridge = Bridge.between(TOKENIZER, TOKENIZER, "text")
-    through = CrossVocabulary.beside("through", own, settings, bridge, around)
+    through = CrossVocabulary.from_model("through", own, settings, bridge, context)
     assert type(through).__name__ == "ThroughText"
     del parts.drafters["none"]
     return {**parts.drafters, "both": union, "through": through}

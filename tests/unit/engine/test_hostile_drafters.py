@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from paceline.contracts import GREEDY, Completion, Drafts, Request, SamplingParams
-from paceline.drafting.base import Drafter, Foresight, pad_drafts
+from paceline.drafting.base import Drafter, pad_drafts
 from paceline.drafting.contract import MAX_NODES
+from paceline.drafting.draft_replay import DraftReplay
 from paceline.drafting.none import NoneDrafter
 from paceline.drafting.union import Union
 from paceline.engine import Engine
@@ -61,7 +62,7 @@ class Honest(Drafter):
 
     def would_accept(
         self, prompt: Any, trajectory: Any, p: Any = None, sampling: SamplingParams = GREEDY
-    ) -> Foresight:
+    ) -> DraftReplay:
         raise NotImplementedError
 
 
@@ -719,11 +720,11 @@ def test_replay_keeps_a_drafter_to_the_same_contract(drafter: Drafter, words: st
         replay(with_replay(drafter), PROMPT, OUTPUT, 30)
 
 
-class Foreseeing(Foresight):
+class Foreseeing(DraftReplay):
     def __init__(self, drafted: Any, accepted: Any) -> None:
         self.answer = drafted, accepted
 
-    def accepted(self, position: int, limit: int) -> tuple[int, int]:
+    def round_at(self, position: int, limit: int) -> tuple[int, int]:
         return self.answer
 
 

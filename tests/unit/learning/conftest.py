@@ -1,4 +1,4 @@
-"""Made-up prompts and prices whose best arms are known."""
+"""Generated prompts and prices whose best arms are known."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Clusters(NamedTuple):
 
 @pytest.fixture
 def clusters() -> Callable[[int, int], tuple[Clusters, Clusters]]:
-    """(seed, prompts a cluster) -> (training prompts, 100 held-out prompts a cluster)."""
+    """Draw (training prompts, 100 held-out prompts per cluster) from (seed, prompts per cluster)."""
 
     def make(seed: int, per_cluster: int = 30) -> tuple[Clusters, Clusters]:
         rng = np.random.default_rng(seed)
@@ -51,7 +51,7 @@ def clusters() -> Callable[[int, int], tuple[Clusters, Clusters]]:
 
 @pytest.fixture
 def cost_table() -> Callable[[Sequence[str]], CostTable]:
-    """Prices in which a round costs 1.5 s for the target and 0.5 s for a drafter."""
+    """Build prices in which a round costs 1.5 s for the target and 0.5 s for a drafter."""
 
     def make(arms: Sequence[str]) -> CostTable:
         figures = [("target", "prefill", 2.0), ("target", "forward", 1.0), ("engine", "round", 0.5)]
@@ -64,7 +64,7 @@ def cost_table() -> Callable[[Sequence[str]], CostTable]:
 
 @pytest.fixture
 def collected() -> Callable[..., CollectedPrompt]:
-    """A prompt with 41 tokens of output, of which each arm had so many accepted a round."""
+    """Build a prompt with 41 output tokens. accepted: tokens per round that each arm got accepted."""
 
     def make(
         id: str, accepted: dict[str, int], features: np.ndarray, domain: str = "", **changes: Any
@@ -90,7 +90,7 @@ def collected() -> Callable[..., CollectedPrompt]:
 
 @pytest.fixture
 def tabled() -> Callable[..., Dataset]:
-    """A dataset of given rewards or seconds, with no rounds behind them."""
+    """Build a dataset of given rewards or seconds, without rounds."""
 
     def make(arms: Sequence[str], features: np.ndarray, **changes: Any) -> Dataset:
         N, A = len(features), len(arms)

@@ -1,4 +1,4 @@
-"""A collection as arrays: prices and rewards in their columns, and clear refusals."""
+"""Datasets: prices and rewards in their columns, and clear refusals."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_the_speed_reward_is_the_share_of_all_seconds_that_is_saved(
 
 
 def test_the_arm_with_the_largest_mean_reward_takes_the_least_time() -> None:
-    """Twice as fast on two short answers, a third slower on a long one: slower on the whole."""
+    """An arm twice as fast on two short answers and a third slower on a long one is slower in all."""
     seconds = np.array([[2.0, 1.0], [2.0, 1.0], [30.0, 40.0]])
     assert (seconds[:, 0] / seconds[:, 1]).mean() > 1.5
     assert savings(seconds, 0).mean(axis=0).tolist() == pytest.approx([0.0, -8 / 34])
@@ -229,7 +229,7 @@ def test_one_arm_that_is_always_best_is_noted(
 
 
 def numbered(tabled: Callable[..., Dataset], ids: list[str]) -> Dataset:
-    """Everything about a prompt is its place."""
+    """Build a dataset in which every value of a prompt is its place."""
     index = np.arange(len(ids))
     seconds = np.stack([index + 1.0, index + 2.0], axis=1)
     return tabled(
@@ -255,7 +255,7 @@ def test_the_split_follows_the_id_not_the_order(tabled: Callable[..., Dataset]) 
 
 
 def test_rows_of_one_prompt_are_not_split(tabled: Callable[..., Dataset]) -> None:
-    """A prompt's greedy and sampled rows must not meet on two sides: one would tell the other."""
+    """A prompt's greedy and sampled rows stay in one part, since one row predicts the other."""
     ids = [f"p{i}" for i in range(100)] + [f"p{i}@t0.8" for i in range(100)]
     groups = tuple(id.partition("@")[0] for id in ids)
     train, held_out = split(replace(numbered(tabled, ids), groups=groups), 0.25)

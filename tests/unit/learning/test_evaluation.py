@@ -1,4 +1,4 @@
-"""Evaluation: figures worked out by hand, intervals that hold the truth, strategies in their order."""
+"""Evaluation: figures computed by hand, intervals that hold the truth, strategies in their order."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ import pytest
 from paceline.errors import StoreError
 from paceline.learning.evaluation.bootstrap import RESAMPLES, interval, resample
 from paceline.learning.evaluation.first_lines import FirstLines
-from paceline.learning.evaluation.report import (
+from paceline.learning.evaluation.report import EvaluationReport, evaluate
+from paceline.learning.evaluation.strategies import (
     BEST_SINGLE,
     FIRST_LINE,
     ORACLE,
     PER_TASK,
     POLICY,
     RANDOM,
-    EvaluationReport,
     Outcomes,
-    evaluate,
 )
 
 ARMS = ("none", "code", "math")
 
 
 def outcomes(seconds: list[list[float]], domains: list[str], lines: str = "") -> Outcomes:
-    """lines: a letter a prompt, its first line."""
+    """Build outcomes. lines: one letter per prompt, its first line."""
     found = np.array(seconds, dtype=np.float64).reshape(len(seconds), -1)
     return Outcomes(
         arms=ARMS,
@@ -40,7 +39,7 @@ def outcomes(seconds: list[list[float]], domains: list[str], lines: str = "") ->
 
 
 def takes(*arms: str) -> list[np.ndarray]:
-    """A policy of one training that gives these arms to the prompts."""
+    """Build a policy of one training that gives these arms to the prompts."""
     return [np.eye(len(ARMS))[[ARMS.index(arm) for arm in arms]]]
 
 
@@ -107,7 +106,7 @@ def test_domains_are_told_apart() -> None:
 
 
 def test_fixed_strategies_are_fitted_on_the_training_part() -> None:
-    """On the held-out part `math` would be the best single arm; nobody could have known."""
+    """On the held-out part `math` would be the best single arm, which the training part cannot tell."""
     held_out = outcomes([[10, 9, 2], [10, 9, 2]], ["code", "new"], "cn")
 
     report = evaluate(TRAIN, held_out, {POLICY: takes("code", "math")})
@@ -174,7 +173,7 @@ def test_a_policy_of_several_trainings_is_their_mean() -> None:
 def many(
     seed: int, num: int, gain: float, tasks: int = 1
 ) -> tuple[Outcomes, dict[str, list[np.ndarray]]]:
-    """`code` and `math` take turns in being faster by `gain`, and the policy knows whose turn it is.
+    """Draw prompts on which `code` or `math` is faster by `gain`, and a policy that knows which.
 
     Prompts differ far more in length than arms do in speed.
     """
@@ -210,7 +209,7 @@ def test_strategies_come_in_order_and_intervals_hold_their_figure() -> None:
 
 
 def covering(reports: list[EvaluationReport], truth: EvaluationReport) -> dict[str, int]:
-    """How many of the reports hold a truth in their interval, by figure."""
+    """Count the reports that hold the truth in their interval, by figure."""
     figures = {
         "over none": lambda r: r.over[POLICY]["none"],
         "over best single": lambda r: r.over[POLICY][BEST_SINGLE],
@@ -234,7 +233,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
 
 
 def test_a_comparison_is_paired_by_prompt() -> None:
-    """Two ways that differ by 2% on every prompt differ by 2%, however unlike the prompts are."""
+    """Two strategies that differ by 2% on every prompt differ by 2%, whatever the prompts' lengths."""
     rng = np.random.default_rng(0)
     none = rng.lognormal(0.0, 2.0, 100)
     seconds = np.stack([none, none * 0.50, none * 0.49], axis=1)
@@ -248,7 +247,7 @@ def test_a_comparison_is_paired_by_prompt() -> None:
 
 
 def test_no_gain_is_not_shown_as_one() -> None:
-    """A policy that picks the wrong arm each time is behind the best single one, for sure."""
+    """A policy that picks the wrong arm each time is slower than the best single arm, significantly."""
     held_out, policy = many(1, 200, 0.4)
     wrong = policy[POLICY][0][:, [0, 2, 1]]
     report = evaluate(many(0, 200, 0.4)[0], held_out, {POLICY: [wrong]})

@@ -1,4 +1,4 @@
-"""Sections: nothing that was trained on is tested on, and what the figures show is said in words."""
+"""Sections: training and test prompts are disjoint, and sentences state the findings."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from paceline.config import LearningSection
+from paceline.contracts import no_progress
 from paceline.costs import CostTable, Measurement
 from paceline.errors import ConfigError, StoreError
 from paceline.learning.dataset import Dataset, build_dataset, split
@@ -26,7 +27,7 @@ from paceline.learning.evaluation import (
 )
 from paceline.learning.evaluation.contenders import with_encoders
 from paceline.learning.evaluation.plot import plot
-from paceline.learning.evaluation.report import BEST_SINGLE, FIRST_LINE, ORACLE
+from paceline.learning.evaluation.strategies import BEST_SINGLE, FIRST_LINE, ORACLE
 from paceline.learning.evaluation.tables import show
 from paceline.selection.choosers import FixedChooser
 
@@ -42,7 +43,7 @@ LINES = {"a": "Add these.", "b": "Bring that.", "c": "Call them."}
 
 
 def table(code_at_8_rows: float = 0.5) -> CostTable:
-    """A round costs 1.5 s and 0.5 s for a drafter; with 8 rows `code` may cost more."""
+    """Build prices: a round costs 1.5 s, and 0.5 s for a drafter; with 8 rows `code` may cost more."""
     figures = [("target", "prefill", 2.0), ("target", "forward", 1.0), ("engine", "round", 0.5)]
     for arm in ("code", "lookup"):
         figures += [(arm, "start", 0.25), (arm, "propose", 0.5)]
@@ -58,9 +59,9 @@ def table(code_at_8_rows: float = 0.5) -> CostTable:
 
 @pytest.fixture
 def make(collected: Callable[..., CollectedPrompt]) -> Callable[..., Dataset]:
-    """Prompts of which the first of 4 hidden features says whether `code` or `lookup` is better.
+    """Build prompts whose first hidden feature of 4 tells whether `code` or `lookup` is better.
 
-    Tasks are shared out independently of that, and every task has its own first line.
+    Tasks are independent of that, and every task has its own first line.
     """
 
     def build(
@@ -98,13 +99,9 @@ def decode(tokens: Sequence[int]) -> str:
     return "".join(map(chr, tokens))
 
 
-def quiet(stage: str, done: int, total: int) -> None:
-    pass
-
-
 def trained(data: Dataset, *learners: str, encoders: str = "", seeds: int = 1) -> list[Contender]:
     seen = parse_encoders(encoders) if encoders else [None]
-    return train_contenders(data, learners or ("knn",), seen, SETTINGS, seeds, quiet)
+    return train_contenders(data, learners or ("knn",), seen, SETTINGS, seeds, no_progress)
 
 
 def test_what_features_are_worth_shows(make: Callable[..., Dataset]) -> None:
@@ -208,7 +205,7 @@ def test_a_task_left_out_is_nowhere_in_training(make: Callable[..., Dataset]) ->
 
 
 def test_under_load_another_arm_is_the_better_one(make: Callable[..., Dataset]) -> None:
-    """`code` is slow with 8 rows in flight: a portable policy sees its price and lets it be."""
+    """`code` is slow with 8 rows in flight: a portable policy sees its price and avoids it."""
     data = make(costs=table(code_at_8_rows=40.0))
     data = replace(data, objective="throughput")
     train, held_out = split(data, SETTINGS.held_out)
@@ -248,7 +245,7 @@ def test_a_policy_that_knows_the_first_line_only_is_told_so(make: Callable[..., 
 
 
 def test_unseen_tasks_are_summed_up_in_a_sentence(make: Callable[..., Dataset]) -> None:
-    """Without its own task in training, each line's arm is the wrong one for the other."""
+    """Without a task's prompts in training, the arm of the other task is the wrong one."""
     data = make(120, tasks="ab", line_tells=True)
     evaluator = Evaluator(data, decode, 0)
     one_arm = Evaluation(tuple(evaluator.left_out(data, lambda part: trained(part, "fixed"))))

@@ -1,4 +1,4 @@
-"""Learning from choices alone: what an exploring log teaches, and what no other can."""
+"""Learning from choices alone: a log of a policy that explored is enough, no other is."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ NAMES = list(ARMS)
 
 
 def log_speeds(features: np.ndarray) -> np.ndarray:
-    """[n, 3] of each arm: `math` is fast where the first feature is high, `code` where it is low."""
+    """Return [n, 3] per arm: `math` is fast where the first feature is high, `code` where it is low."""
     side = 0.5 * np.sign(features[:, 0])
     ease = 0.8 * features[:, 1]  # of the request, whatever the arm
     return np.asarray(ease[:, None] + np.stack([0 * side, side, -side], axis=1))
 
 
 def served(n: int, seed: int = 0, **changes: Any) -> list[LoggedDecision]:
-    """By a policy that mostly takes `none` and tries the others now and then."""
+    """Draw a log of a policy that mostly takes `none` and sometimes the others."""
     rng = np.random.default_rng(seed)
     features = rng.normal(size=(n, num_features(D))).astype(np.float32)
     shares = np.array([0.6, 0.2, 0.2])

@@ -1,4 +1,4 @@
-"""Learning as a whole: from a collection and a cost table to a policy that loads and chooses."""
+"""Learning end to end: from a collection and a cost table to a policy that loads and chooses."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from paceline.config import LearningSection
 from paceline.contracts import Context, ReplayedDrafter, SamplingParams
 from paceline.errors import ArtefactError, StoreError
 from paceline.learning import train_policy
+from paceline.learning.learners import check_settings
 from paceline.replay import rounds_of
 from paceline.selection import PolicyIdentity, feature_vector, load_policy
 from paceline.selection.artefact import read_card
@@ -32,7 +33,7 @@ SETTINGS = LearningSection(max_epochs=60, learner="reinforce")
 
 
 def context(seed: int) -> Context:
-    """Even seeds are of one kind, odd ones of another; their hidden states differ."""
+    """Draw a context; even and odd seeds are of two kinds, whose hidden states differ."""
     rng = np.random.default_rng(seed)
     shift = 1.0 if seed % 2 else -1.0
     mean, last = (rng.normal(size=(2, D)) + shift).astype(np.float32)
@@ -87,7 +88,7 @@ def test_what_is_saved_chooses_the_same(
     assert (card.drafters, card.arms) == (ARMS, list(ARMS))
     assert (card.target, card.tokenizer, card.costs) == ("t", "v", costs.hash())
     assert (card.reward.kind, card.reward.alpha) == ("speed", None)
-    assert LearningSection(**card.learner) == SETTINGS
+    assert check_settings(LearningSection(**card.learner)) == check_settings(SETTINGS)
     assert card.training["num_prompts"] == result.report.num_train
     assert card.training["held_out"]["speedup"] == pytest.approx(result.report.headline())
     assert json.loads((tmp_path / "evaluation.json").read_text())["num_train"] > 0
@@ -114,7 +115,7 @@ def test_the_training_range_lies_beside_the_policy(
 
 
 def test_held_out_prompts_teach_nothing(prompts: list[CollectedPrompt], costs: CostTable) -> None:
-    """Other outcomes on the held-out prompts change the report and not one weight."""
+    """Other outcomes on the held-out prompts change the report and no weight."""
     before = train_policy(prompts, costs, IDENTITY, list(ARMS), SETTINGS)
     ids = set(_held_out(prompts, costs))
     idle = ReplayedDrafter(np.zeros((40, 2), dtype=np.int64), everywhere=True)

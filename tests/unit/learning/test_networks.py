@@ -1,4 +1,4 @@
-"""Networks: unbiased gradients, and choosers that learn what there is to learn and no more."""
+"""Networks: unbiased gradients, and choosers that learn the signal and not the noise."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from paceline.config import LearningSection
+from paceline.contracts import no_progress
 from paceline.learning.learners import LEARNERS, Fitted
 from paceline.learning.learners.networks import (
     LOSSES,
+    NetworkSettings,
     Training,
     expected_loss,
     mean_entropy,
@@ -36,14 +37,14 @@ NUM_DRAWS = 100_000
 
 
 def exact_gradient() -> Tensor:
-    """The gradient of the mean over the batch of sum_a pi_a r_a, written out."""
+    """Return the gradient of the mean over the batch of sum_a pi_a r_a, in closed form."""
     probs = LOGITS.softmax(dim=1)
     expected = (probs * REWARDS).sum(dim=1, keepdim=True)
     return probs * (REWARDS - expected) / len(LOGITS)
 
 
 def sampled_gradients(estimator: Estimator, num_samples: int) -> Tensor:
-    """[draws, B, A]: the batch is repeated, since its rows are sampled independently."""
+    """Return gradients [draws, B, A]: the batch is repeated, its rows are sampled independently."""
     logits = LOGITS.repeat(NUM_DRAWS, 1).requires_grad_()
     generator = torch.Generator().manual_seed(0)
     loss = estimator(logits, REWARDS.repeat(NUM_DRAWS, 1), num_samples, generator)
@@ -52,7 +53,7 @@ def sampled_gradients(estimator: Estimator, num_samples: int) -> Tensor:
 
 
 def largest_deviation(estimator: Estimator, num_samples: int) -> float:
-    """Of the mean sampled gradient from the exact one, in standard errors."""
+    """Return the largest deviation of the mean sampled gradient, in standard errors."""
     gradients = sampled_gradients(estimator, num_samples)
     error = gradients.std(dim=0) / NUM_DRAWS**0.5
     return float(((gradients.mean(dim=0) - exact_gradient()).abs() / error).max())
@@ -111,8 +112,8 @@ def test_entropy_is_largest_for_the_uniform_policy() -> None:
     assert float(mean_entropy(LOGITS)) < np.log(3)
 
 
-# the alignment reward hangs on no load, so a dataset's own rewards are what is learned
-SETTINGS = LearningSection(reward="alignment", learner="reinforce")
+# the alignment reward depends on no load, so the dataset's own rewards are learned
+SETTINGS = NetworkSettings(reward="alignment", learner="reinforce")
 ARMS = ("none", "a", "b", "c", "d")
 
 
@@ -123,7 +124,7 @@ def fit(tabled: Callable[..., Dataset]) -> Callable[..., Fitted]:
     ) -> Fitted:
         data = tabled(ARMS[: rewards.shape[1]], features, rewards=rewards)
         settings = SETTINGS.model_copy(update={"learner": name, **changes})
-        return LEARNERS[name].fit(data, settings, lambda stage, done, total: None)
+        return LEARNERS[name].fit(data, settings, no_progress)
 
     return run
 
@@ -138,7 +139,7 @@ def reward_of(
 
 def test_the_expected_loss_has_the_exact_gradient() -> None:
     logits = LOGITS.clone().requires_grad_()
-    settings = LearningSection(entropy_weight=0.0)
+    settings = NetworkSettings(entropy_weight=0.0)
     loss = expected_loss(logits, REWARDS, settings, torch.Generator())
     (gradient,) = torch.autograd.grad(-loss, logits)
 
@@ -171,7 +172,7 @@ def test_four_clusters_are_learned_from_thirty_prompts_each(
 def test_shuffled_features_teach_no_more_than_the_best_arm(
     clusters: Callable, fit: Callable[..., Fitted], tabled: Callable, seed: int
 ) -> None:
-    """One arm is a little better on the whole, so that a policy that believed in noise would lose."""
+    """One arm is a little better on average, so that a policy fitted to noise would lose."""
     seen, unseen = clusters(seed)
     rng = np.random.default_rng(seed)
     for part in (seen, unseen):
@@ -213,9 +214,9 @@ def test_one_statistic_is_heard_among_hundreds_of_hidden_units(
 
 
 def test_the_load_is_heard(clusters: Callable, tabled: Callable) -> None:
-    """What is best alone in flight is worst among 16, on every prompt: the rows must decide."""
+    """The best arm with 1 row in flight is the worst with 16, on every prompt: the load must decide."""
     seen, _ = clusters(0, 10)
-    settings = LearningSection(loads=(1, 16))
+    settings = NetworkSettings(loads=(1, 16))
     alone = np.tile([1.0, 2.0, 1.0, 1.0, 1.0], (len(seen.features), 1))
     crowded = np.tile([1.0, 0.5, 0.6, 0.7, 0.8], (len(seen.features), 1))
     weights = block_weights({"hidden": slice(0, 768)}, seen.features.shape[1])
@@ -249,7 +250,7 @@ def test_training_repeats_itself_exactly_and_the_seed_matters(
 def test_neither_scale_nor_offset_of_rewards_matters(
     clusters: Callable, fit: Callable[..., Fitted]
 ) -> None:
-    """An offset by prompt: a hard prompt is slow with every arm, which says nothing about arms."""
+    """An offset per prompt does not matter: a hard prompt is slow with every arm."""
     seen, _ = clusters(0, 10)
     hard = np.random.default_rng(0).uniform(0, 1, size=(len(seen.rewards), 1))
 
@@ -271,7 +272,7 @@ def trained(features: np.ndarray, rewards: np.ndarray, epochs: int, **changes: o
 
 
 def test_what_is_served_is_what_was_trained(clusters: Callable) -> None:
-    """The network for serving folds the blocks' weights in; its logits are the training's."""
+    """The network for serving, which contains the blocks' weights, has the training's logits."""
     seen, _ = clusters(0, 10)
     training = trained(seen.features, seen.rewards, 3)
 

@@ -1,4 +1,4 @@
-"""Safe roll-out: a policy that is no better is adopted as seldom as was said, a better one is."""
+"""Safe roll-out: a policy that is no better is adopted as rarely as stated, a better one is adopted."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ AT_MOST = ALPHA + 3 * (ALPHA * (1 - ALPHA) / TRIALS) ** 0.5
 
 
 def replayed(seed: int, n: int, gain: float, disagree: float = 0.4) -> Replayed:
-    """Prompts of very different lengths; the policies differ on some, by up to a third of the time.
+    """Draw prompts of very different lengths; on some the policies differ, by up to a third of the time.
 
-    `gain` is the true share saved on those.
+    gain: the true share saved on those.
     """
     rng = np.random.default_rng([seed, n])
     current = rng.lognormal(0.0, 1.0, n)
@@ -27,7 +27,7 @@ def replayed(seed: int, n: int, gain: float, disagree: float = 0.4) -> Replayed:
 
 
 def skewed(seed: int, n: int) -> Replayed:
-    """Equally fast on average; the savings are a little of most prompts and the losses exponential."""
+    """Draw policies equally fast on average; most prompts save a little, the losses are exponential."""
     saved = 0.2 * (1 - np.random.default_rng([seed, n]).exponential(size=n))
     return Replayed(np.ones(n), 1 - saved)
 
@@ -69,7 +69,7 @@ def test_more_confidence_asks_for_more() -> None:
 
 
 def logged(seed: int, gain: float, n: int = 400) -> Logged:
-    """Two arms, explored; the candidate takes the second where the first feature says so."""
+    """Draw explored choices of two arms; the candidate decides by the sign of the first feature."""
     rng = np.random.default_rng([seed, n])
     features = rng.normal(size=(n, 6))
     # the second arm is better by `gain` wherever the candidate would use it

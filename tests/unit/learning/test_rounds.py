@@ -1,4 +1,4 @@
-"""Rounds of all prompts and arms at once: those of one at a time, to the last bit of a price."""
+"""Round tables equal the reference of one prompt and arm at a time, to the last bit of a price."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ARMS = ("none", "code@1", "code@3", "code", "tree")
 
 
 def prompts(num: int = 30) -> list[CollectedPrompt]:
-    """Random replays: `code` known everywhere, `tree` round by round; some answers of one token."""
+    """Draw replays: `code` everywhere, `tree` round by round; some answers have one token."""
     rng = np.random.default_rng(0)
     found = []
     for i in range(num):
@@ -48,7 +48,7 @@ def prompts(num: int = 30) -> list[CollectedPrompt]:
 
 
 def costs() -> CostTable:
-    """Seconds that differ in everything they depend on, batches included."""
+    """Return seconds that differ for all arguments, batches included."""
     rows = [Measurement("engine", "round", 0, 0, n, 0.1 * n) for n in (1, 8)]
     for n in (1, 8):
         for context in (0, 30, 90):

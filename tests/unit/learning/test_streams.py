@@ -1,4 +1,4 @@
-"""Streams on paper: what fixed arms take is what replay prices, and who learns finds what is best."""
+"""Simulated streams: fixed arms take the replay's seconds, and methods that learn find the best arm."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Prices:
 
 
 def constant(drafter: str, accepted: int) -> np.ndarray:
-    """[T-1, 2] of a drafter that always has so much accepted, the output's end apart."""
+    """Return [T-1, 2] of a drafter that gets the same number accepted everywhere but at the end."""
     rest = np.arange(T - 1, 0, -1)
     drafted = np.minimum(LENGTHS[drafter], rest - 1)
     return np.stack([drafted, np.minimum(accepted, rest)], axis=1)
@@ -65,7 +65,7 @@ def prompt_of(domain: str, decision: Decision | None = None) -> StreamPrompt:
 
 
 def informed(domain: str, believed: str | None = None) -> StreamPrompt:
-    """With a policy that predicts what is so, or what would be so in another domain."""
+    """Build prompts whose policy predicts the truth, or the truth of another domain."""
     right = believed or domain
     seconds = {NONE: 1.0, "even": 1.2, "odd": 1.2, "useless": 1.25, "even@1": 1.1}
     seconds[right] = 0.3
@@ -128,7 +128,7 @@ def test_a_bandit_that_forgets_pays_for_every_request_anew() -> None:
 
 
 def test_a_watch_without_a_policy_finds_each_requests_drafter() -> None:
-    """By drafts made beside plain decoding; the stream's two kinds of prompts alternate."""
+    """Shadow drafts during plain decoding tell the best arm; two kinds of prompts alternate."""
 
     class Cheap(Prices):
         def drafting(self, drafter: str, drafted: int, context: int) -> float:
@@ -164,8 +164,8 @@ def test_a_policy_makes_it_sooner_and_a_wrong_one_is_mended() -> None:
     assert mended > 1.1
 
 
-def test_after_a_shift_the_watch_recovers_within_requests() -> None:
-    """A policy that only knows even prompts."""
+def test_after_a_shift_the_controller_recovers_within_requests() -> None:
+    """The policy predicts every prompt as if it were even."""
     prompts = [informed("even")] * 30 + [informed("odd", "even")] * 60
     controller = AdaptiveController(ARMS, Prices(), adapt=True, guard=Guard())
     outcomes = play(prompts, Controlled("controller", controller))
@@ -177,7 +177,7 @@ def test_after_a_shift_the_watch_recovers_within_requests() -> None:
 
 
 def test_the_guard_keeps_its_promise_among_useless_drafters_only() -> None:
-    """Predictions that praise a drafter that is never right; a clock that errs by a tenth a round."""
+    """The policy predicts gains of an always-wrong drafter; the clock errs by 10% per round."""
     seconds = {NONE: 1.0, "even": 0.5, "odd": 0.6, "useless": 0.4, "even@1": 0.7}
     prompts = [
         prompt_of("neither", Decision("useless", seconds_per_token=seconds)) for _ in range(400)

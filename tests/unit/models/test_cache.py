@@ -1,4 +1,4 @@
-"""Slots are reused lowest first; storage grows without losing what it holds."""
+"""Slots are reused lowest first; storage grows without losing entries."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_bound_takes_the_room_to_grow_and_then_the_blocks() -> None:
 
 
 def test_a_bound_is_met_in_whole_units() -> None:
-    cache = RowCache(unit=64)
+    cache = RowCache(exact=True)
     cache.bound(2 * 192)
     cache.acquire(), cache.acquire()
     assert fill(cache, 0, 150).shape[:3:2] == (2, 192)
@@ -122,7 +122,7 @@ def test_what_is_needed_is_given_beyond_a_bound() -> None:
     assert fill(cache, 0, 50).shape[:3:2] == (1, 50)
 
 
-def test_a_row_that_has_gone_leaves_no_long_rows_behind() -> None:
+def test_no_storage_stays_as_long_as_a_released_row() -> None:
     cache = RowCache()
     cache.acquire()
     fill(cache, 0, 50 * BLOCK)

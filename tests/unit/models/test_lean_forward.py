@@ -1,4 +1,4 @@
-"""The lean forward computes what transformers' own does, and says which models it cannot run."""
+"""The lean forward gives transformers' results, and refuses models that it cannot run."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ PROMPTS = (17, 3, 21)  # 41 tokens: more than a forward takes without rounding t
 
 @pytest.fixture(params=["packed", "plain"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiny weights are below what packing is worth; both ways must be right all the same."""
+    """Pack weights of any size or none; tiny weights are usually too small to be packed."""
     smallest = 0 if request.param == "packed" else 2**60
     monkeypatch.setattr(products, "_MIN_PACKED_NUMBERS", smallest)
 
 
 def hidden_states(model: LanguageModel) -> torch.Tensor:
-    """Ragged prefill, then a lone chain, a tree beside a chain, and all rows at once."""
+    """Return the hidden states of ragged prefill, one chain, a tree with a chain, and all rows."""
     generator = torch.Generator().manual_seed(3)
 
     def tokens(n: int) -> torch.Tensor:
@@ -77,21 +77,21 @@ def no_residual(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def turned_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    at = lean._Angles.at
+    at = lean._RotaryTable.at
 
     def wrong(self: Any, packed: Any) -> Any:
         cos, sin = at(self, packed)
         return cos, -sin
 
-    monkeypatch.setattr(lean._Angles, "at", wrong)
+    monkeypatch.setattr(lean._RotaryTable, "at", wrong)
 
 
 def angles_of_the_place_in_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(self: Any, packed: Any) -> Any:
-        self._grow(packed.num_positions)
+        self.reserve(packed.num_positions)
         return self._cos[: packed.num_tokens], self._sin[: packed.num_tokens]
 
-    monkeypatch.setattr(lean._Angles, "at", wrong)
+    monkeypatch.setattr(lean._RotaryTable, "at", wrong)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_the_family_is_recognised() -> None:
 
 
 class _Strange(nn.Linear):
-    """What a quantised or adapted layer looks like from outside."""
+    """A layer that looks like a quantised or adapted one."""
 
 
 def quantised(model: Any) -> None:

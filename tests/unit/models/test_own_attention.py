@@ -1,4 +1,4 @@
-"""Families that go their own way: in the attention, in its bias, at the logits."""
+"""Families with attention, biases or logits of their own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from transformers import BloomConfig, BloomForCausalLM, OPTConfig, OPTForCausalL
 
 from paceline.errors import ModelError
 from paceline.models import own_attention
-from paceline.models.language_model import LanguageModel, cache_bytes_per_position
+from paceline.models.language_model import LanguageModel
+from paceline.models.model_facts import cache_bytes_per_position
 from paceline.models.output_head import OutputHead
 from paceline.models.packing import Span
 from paceline.models.self_checks import check_packed_forward
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 OWN = [
-    name for name in FAMILIES if own_attention.OwnAttention(tiny_model(name).base_model)._stand_ins
+    name
+    for name in FAMILIES
+    if own_attention.OwnAttention(tiny_model(name).base_model)._replacements
 ]
 
 

@@ -1,4 +1,4 @@
-"""The packed forward is transformers' own: rows apart, trees apart, caches grown, slots reused."""
+"""The packed forward gives transformers' logits for rows, trees, grown caches and reused slots."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def text(length: int, seed: int = 0) -> list[int]:
 
 
 def plain(model: LanguageModel, tokens: Sequence[int]) -> torch.Tensor:
-    """transformers' own logits at the last token."""
+    """Return transformers' own logits at the last token."""
     with torch.inference_mode():
         return model.model(input_ids=torch.tensor([list(tokens)])).logits[0, -1]
 
 
 class Rows:
-    """Rows that are fed step by step, each compared with a plain forward over its whole text."""
+    """Rows that are fed step by step and compared with a plain forward over their whole texts."""
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
@@ -183,25 +183,25 @@ def siblings_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def windows_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    mask = packing.PackedBatch.mask
+    mask = attention.RowBatch.mask
 
     def wrong(
-        self: packing.PackedBatch, run: packing.Run, window: int | None, *rest: object
+        self: attention.RowBatch, run: packing.Run, window: int | None, *rest: object
     ) -> object:
         return mask(self, run, None, *rest)
 
-    monkeypatch.setattr(packing.PackedBatch, "mask", wrong)
+    monkeypatch.setattr(attention.RowBatch, "mask", wrong)
 
 
 def windows_are_one_too_wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    mask = packing.PackedBatch.mask
+    mask = attention.RowBatch.mask
 
     def wrong(
-        self: packing.PackedBatch, run: packing.Run, window: int | None, *rest: object
+        self: attention.RowBatch, run: packing.Run, window: int | None, *rest: object
     ) -> object:
         return mask(self, run, window and window + 1, *rest)
 
-    monkeypatch.setattr(packing.PackedBatch, "mask", wrong)
+    monkeypatch.setattr(attention.RowBatch, "mask", wrong)
 
 
 def rows_see_each_others_length(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,11 +212,11 @@ def rows_see_each_others_length(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def positions_ignore_the_tree(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(batch: packing.PackedBatch) -> torch.Tensor:
+    def wrong(batch: attention.RowBatch) -> torch.Tensor:
         parts = [s + torch.arange(run.width) for run in batch.runs for s in run.starts]
         return torch.cat(parts)
 
-    monkeypatch.setattr(packing.PackedBatch, "positions", wrong)
+    monkeypatch.setattr(attention.RowBatch, "positions", wrong)
 
 
 def scores_are_not_capped(monkeypatch: pytest.MonkeyPatch) -> None:

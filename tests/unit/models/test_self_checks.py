@@ -1,4 +1,4 @@
-"""A model that loads is right, past its windows, on one row and on several; others are refused."""
+"""A model that loads is right after its windows too, on one row and on several; others are refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from paceline.errors import ModelError, RequestError
 from paceline.models import visibility
 from paceline.models.cache import RowCache
 from paceline.models.language_model import LanguageModel
-from paceline.models.self_checks import check_packed_forward, past_windows
+from paceline.models.self_checks import check_packed_forward
+from paceline.models.self_checks.bounds import past_windows
 from paceline.testing.tiny_models import tiny_model
 from paceline.testing.tokenizers import NUM_TOKENS, byte_tokenizer
 
@@ -38,7 +39,7 @@ NEW_TOKENS = 20
 
 
 def random_model(config: Any) -> Any:
-    """In float32, with weights so wide that texts wander."""
+    """Return a float32 model with large weights, so that its texts vary."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = hf.AutoModelForCausalLM.from_config(config).float().eval()
@@ -49,7 +50,7 @@ def random_model(config: Any) -> Any:
 
 
 def qwen2_moe(window: int = 24) -> Any:
-    """Some layers have a window, which the attention is never told."""
+    """Return a configuration with a window in some layers, which the attention does not receive."""
     return hf.Qwen2MoeConfig(
         **SHAPE,
         moe_intermediate_size=32,
@@ -63,12 +64,12 @@ def qwen2_moe(window: int = 24) -> Any:
 
 
 def phimoe(window: int = 24) -> Any:
-    """All layers have a window, which the attention is never told."""
+    """Return a configuration with a window in all layers, which the attention does not receive."""
     return hf.PhimoeConfig(**SHAPE, num_local_experts=4, sliding_window=window)
 
 
 def afmoe() -> Any:
-    """Its attention views what it gets, which one row's transposed output did not allow."""
+    """Return a configuration whose attention calls `view`, which a transposed output does not allow."""
     return hf.AfmoeConfig(
         **{**SHAPE, "num_hidden_layers": 2},
         head_dim=8,
@@ -144,7 +145,7 @@ def test_a_window_that_the_context_cannot_reach_is_none() -> None:
         (lambda b, h, q, k: (k <= q) | (k < 3), "later tokens"),
     ],
 )
-def test_a_mask_rule_is_a_window_or_says_what_it_is(rule: Any, expected: object) -> None:
+def test_a_mask_rule_is_a_window_or_a_reason(rule: Any, expected: object) -> None:
     found = visibility.window_of(rule, 100, torch.device("cpu"))
 
     assert found == expected or (isinstance(expected, str) and expected in str(found))
@@ -175,7 +176,7 @@ def mixtral() -> LanguageModel:
 
 
 def test_experts_that_rounding_exchanges_do_not_refuse_a_model() -> None:
-    """In half precision a near tie of two experts is cut either way, for a few tokens."""
+    """In half precision a near tie of two experts may be decided either way, for a few tokens."""
     model = mixtral()
     for seed in range(3):
         check_packed_forward(model, seed)
@@ -202,7 +203,7 @@ def test_a_bound_that_neither_text_nor_mask_shows_is_refused() -> None:
 
 
 def test_a_cache_that_forgets_what_the_mask_shows_is_refused() -> None:
-    """Moshi's masks see everything and its cache keeps a window: `generate` contradicts the forward."""
+    """Moshi's masks show all tokens and its cache keeps a window: `generate` contradicts the forward."""
     config = hf.MoshiConfig(
         **{**SHAPE, "pad_token_id": 0}, head_dim=8, ffn_dim=64, sliding_window=8
     )
@@ -273,7 +274,7 @@ def test_a_context_that_is_cut_is_noted(longrope: Pace) -> None:
     assert "longrope" in note
 
 
-def test_a_prompt_beyond_the_cut_is_told_why(longrope: Pace) -> None:
+def test_the_error_of_a_prompt_beyond_the_cut_gives_the_reason(longrope: Pace) -> None:
     with pytest.raises(RequestError, match=r"100 tokens, .* holds 64 \(its context is cut .*longr"):
         longrope.complete(prompt(100), drafter="none")
 
@@ -291,7 +292,7 @@ def test_an_answer_that_may_reach_the_cut_is_warned_of(longrope: Pace) -> None:
 # --- dynamic --------------------------------------------------------------------------------------
 
 
-def test_angles_that_a_longer_text_left_behind_reach_no_row() -> None:
+def test_angles_of_an_earlier_longer_text_reach_no_row() -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
     model = random_model(
         hf.LlamaConfig(**{**SHAPE, "max_position_embeddings": 64}, rope_parameters=rope)

@@ -1,4 +1,4 @@
-"""Leaving sub-layers out means the same in both forwards, and leaves the caller's model as it was."""
+"""Skipped sub-layers mean the same in both forwards, and the model is not changed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 from paceline.errors import ModelError
 from paceline.models import sublayers
 from paceline.models.cache import RowCache
-from paceline.models.language_model import Forward, LanguageModel
+from paceline.models.language_model import ForwardChoice, LanguageModel
 from paceline.models.packing import Span
 from paceline.models.self_checks import check_sublayers
 from paceline.models.sublayers import LayerSubset
@@ -49,7 +49,7 @@ def test_families_whose_sublayers_cannot_be_left_out_are_refused(architecture: s
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("forward", ["auto", "transformers"])
 def test_every_architecture_can_leave_out_its_sublayers(
-    architecture: str, forward: Forward
+    architecture: str, forward: ForwardChoice
 ) -> None:
     check_sublayers(LanguageModel(tiny_model(architecture), "tiny", forward))
 
@@ -68,7 +68,7 @@ def test_both_forwards_leave_out_the_same(architecture: str) -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi", "opt", "gemma2"])
 def test_leaving_out_is_zeroing_what_the_sublayer_adds(architecture: str) -> None:
-    """Against weights of zero, with transformers' own forward."""
+    """Compare with weights of zero in transformers' own forward."""
     model, zeroed = tiny_model(architecture), tiny_model(architecture)
     ends = ("o_proj", "c_proj", "dense", "out_proj", "down_proj", "fc2")
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_the_model_is_left_as_it_was_found(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def post_norm_opt() -> OPTForCausalLM:
-    """Norms behind the addition, as in OPT-350m: they act on the stream itself."""
+    """Norms after the addition, as in OPT-350m, change the residual stream itself."""
     none = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     config = OPTConfig(
         vocab_size=64,

@@ -1,4 +1,4 @@
-"""Text passes from one tokenizer to the other whole, or not at all."""
+"""Text is translated between tokenizers exactly, or not at all."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from tokenizers import normalizers
 
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.models.translation import (
-    Readings,
     RunningText,
     TokenBytes,
+    TokenTranslation,
     share_cut_alike,
     share_of_vocabulary,
     shared_tokens,
@@ -69,7 +69,7 @@ def test_special_tokens_are_no_text(sides: dict[str, TokenBytes]) -> None:
     assert sides["unigram"].special.keys() == {0, 1, 2}
 
 
-def test_what_two_have_in_common_is_told_by_bytes(sides: dict[str, TokenBytes]) -> None:
+def test_shared_tokens_are_found_by_bytes(sides: dict[str, TokenBytes]) -> None:
     bpe, uni = sides["large bpe"], sides["unigram"]
     pairs = shared_tokens(bpe, uni)
 
@@ -103,7 +103,7 @@ def test_shares_tell_the_cases_apart(sides: dict[str, TokenBytes]) -> None:
 def test_every_token_can_be_read(sides: dict[str, TokenBytes], target: str, other: str) -> None:
     mine, theirs = sides[target], sides[other]
     pairs = shared_tokens(mine, theirs)
-    readings = Readings(mine, theirs, pairs)
+    readings = TokenTranslation(mine, theirs, pairs)
     whole = 0
     for i in range(mine.num_tokens + 3):  # the last ones are padding of the logits
         own = readings.of(i)
@@ -117,7 +117,7 @@ def test_every_token_can_be_read(sides: dict[str, TokenBytes], target: str, othe
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_what_follows_a_text_is_said_in_exactly_its_bytes(
+def test_text_after_a_text_is_encoded_in_exactly_its_bytes(
     sides: dict[str, TokenBytes], texts: list[str], name: str
 ) -> None:
     side, choose = sides[name], random.Random(0)
@@ -131,7 +131,7 @@ def test_what_follows_a_text_is_said_in_exactly_its_bytes(
             cut = len(side.join(ids[:place])) - (name == "unigram")
             rest = whole[cut : cut + choose.randint(1, 12)]
             rest, _ = split_incomplete(rest)
-            found = side.behind(whole[:cut], rest) if rest else []
+            found = side.encode_after(whole[:cut], rest) if rest else []
             tried += 1
             if found is not None:
                 said += 1
@@ -141,23 +141,25 @@ def test_what_follows_a_text_is_said_in_exactly_its_bytes(
     assert canonical > 0.5 * tried
 
 
-def test_what_cannot_be_said_is_given_up(sides: dict[str, TokenBytes]) -> None:
+def test_text_that_cannot_be_encoded_is_none(sides: dict[str, TokenBytes]) -> None:
     bpe, uni = sides["large bpe"], sides["unigram"]
 
-    assert bpe.behind(b"a", b"\xff\xfe") is None  # no character
-    assert bpe.behind("é".encode()[:1], "é".encode()[1:]) is not None  # its second half is one
-    assert uni.behind(b"x", "東".encode()) is None  # <unk>
-    assert bpe.behind(b"x", b"</s>") is None  # would become a special token
-    assert bpe.behind(b"x", b"") == []
+    assert bpe.encode_after(b"a", b"\xff\xfe") is None  # no character
+    assert (
+        bpe.encode_after("é".encode()[:1], "é".encode()[1:]) is not None
+    )  # its second half is one
+    assert uni.encode_after(b"x", "東".encode()) is None  # <unk>
+    assert bpe.encode_after(b"x", b"</s>") is None  # would become a special token
+    assert bpe.encode_after(b"x", b"") == []
 
 
-def test_a_tokenizer_that_changes_text_says_only_what_it_leaves_alone(texts: list[str]) -> None:
+def test_a_tokenizer_that_changes_text_encodes_only_unchanged_text(texts: list[str]) -> None:
     tokenizer = byte_level_bpe(texts, 400)
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     side = TokenBytes(tokenizer)
 
-    assert side.behind(b"x", b" ABC") is None
-    assert side.behind(b"X", b" abc") is not None  # what stands before is not in the way
+    assert side.encode_after(b"x", b" ABC") is None
+    assert side.encode_after(b"X", b" abc") is not None  # what stands before is not in the way
 
 
 def test_the_beginning_of_a_text_is_read_once(sides: dict[str, TokenBytes]) -> None:
@@ -195,10 +197,10 @@ def running(target: TokenBytes, own: TokenBytes) -> RunningText:
 
 @pytest.mark.parametrize("own", ALL)
 @pytest.mark.parametrize("target", ["large bpe", "unigram", "bytes"])
-def test_ids_hang_on_the_text_alone(
+def test_ids_depend_on_the_text_alone(
     sides: dict[str, TokenBytes], texts: list[str], target: str, own: str
 ) -> None:
-    """Read token by token, in random pieces or at once: also past its closed parts."""
+    """The ids are the same token by token, in random pieces and at once, after closed pieces too."""
     choose = random.Random(3)
     mine, theirs = sides[target], sides[own]
     long = " ".join(texts[:3]) + ODD + "x" * 700

@@ -1,4 +1,4 @@
-"""Token-to-id maps decide whether two tokenizers are the same, and a difference is described."""
+"""Token-to-id maps decide whether two tokenizers are the same; a difference is described."""
 
 from __future__ import annotations
 

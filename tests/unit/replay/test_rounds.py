@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from paceline.contracts import NONE, Request
-from paceline.drafting.base import Foresight
 from paceline.drafting.catalog import CATALOG
+from paceline.drafting.draft_replay import DraftReplay
 from paceline.replay import max_output, replay, simulate, target_distributions
 from paceline.testing.scripted import ScriptedDrafter, copying
 
@@ -107,8 +107,8 @@ def test_plain_decoding_has_a_round_for_each_token_but_the_first(pace: Pace) -> 
 
 
 def test_a_run_longer_than_the_answer_counts_what_was_emitted() -> None:
-    class Boundless(Foresight):
-        def accepted(self, position: int, limit: int) -> tuple[int, int]:
+    class Boundless(DraftReplay):
+        def round_at(self, position: int, limit: int) -> tuple[int, int]:
             return min(limit, 8), min(limit, 8)
 
     assert simulate(Boundless(), 13, 100).tolist() == [[8, 8], [8, 3]]

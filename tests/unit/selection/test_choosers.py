@@ -1,4 +1,4 @@
-"""Choosers against readable references, and what they learned through arrays and back."""
+"""Choosers against readable references, saved to arrays and restored."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_one_prompt_gets_what_it_gets_among_many(chooser: Chooser) -> None:
 
 
 def logits_one_by_one(net: PolicyNetwork, features: list[float]) -> list[float]:
-    """The readable reference: sums over inputs and hidden units."""
+    """Compute the logits by sums over inputs and hidden units, as a readable reference."""
     inputs = [
         max(-CLIP, min(CLIP, (x - float(m)) * float(s)))
         for x, m, s in zip(features, net.mean, net.scale, strict=True)

@@ -1,8 +1,9 @@
-"""Encoders: what each sees, that nothing else moves it, and that a sentence encoder is itself."""
+"""Encoders: their inputs, their independence of anything else, and the identity of sentence encoders."""
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +16,13 @@ from transformers import AutoModel, BertConfig, BertModel
 from paceline.config import Config, ModelSection, SelectionSection
 from paceline.contracts import Context, SamplingParams
 from paceline.errors import ConfigError, ModelError, RequestError
-from paceline.models.sentence import SentenceModel
-from paceline.selection.encoders import HashedNgrams, build_encoder, kept_encoders, spans_of
+from paceline.selection.encoders import (
+    HashedNgrams,
+    Sentence,
+    build_encoder,
+    kept_encoders,
+    spans_of,
+)
 from paceline.selection.features import feature_vector
 from paceline.testing.tokenizers import byte_tokenizer
 
@@ -35,7 +41,7 @@ def context(tokens: list[int], text: str | None = None) -> Context:
 
 @pytest.fixture
 def sentence_folder(tmp_path: Path) -> Callable[..., Path]:
-    """A tiny encoder as transformers saves it, or with the files sentence-transformers adds."""
+    """Save a tiny encoder as transformers does, or with the files that sentence-transformers adds."""
 
     def save(name: str, pooling: dict[str, object] | None = None, *more: str) -> Path:
         folder = tmp_path / name
@@ -45,16 +51,26 @@ def sentence_folder(tmp_path: Path) -> Callable[..., Path]:
             intermediate_size=8, max_position_embeddings=32,
         )  # fmt: skip
         BertModel(config).save_pretrained(folder)
-        byte_tokenizer().save_pretrained(folder)
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = None  # sentence-transformers would apply it
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(258)
+        tokenizer.save_pretrained(folder)
         if pooling is not None:
             modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *((m, m) for m in more)]
             listed = [
-                {"idx": i, "path": path, "type": f"sentence_transformers.models.{kind}"}
+                {
+                    "idx": i,
+                    "name": str(i),
+                    "path": path,
+                    "type": f"sentence_transformers.models.{kind}",
+                }
                 for i, (path, kind) in enumerate(modules)
             ]
             (folder / "modules.json").write_text(json.dumps(listed))
-            (folder / "1_Pooling").mkdir()
-            (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+            for path, _ in modules[1:]:
+                (folder / path).mkdir()
+            config = {"word_embedding_dimension": WIDTH} | pooling
+            (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
         return folder
 
     return save
@@ -140,21 +156,30 @@ EXPECTED = [
 ]
 
 
+def vector(model: Sentence, text: str) -> np.ndarray:
+    return model.encode(context([1], text))
+
+
 def test_a_plain_encoder_gives_the_mean_of_its_states(
     sentence_folder: Callable[..., Path],
 ) -> None:
     folder = sentence_folder("plain")
-    model = SentenceModel.load(str(folder))
-    assert model.dimension == WIDTH
+    model = Sentence(str(folder))
+    assert model.num_features == WIDTH
     np.testing.assert_allclose(
-        model.encode("hello there"), states(folder, "hello there").mean(axis=0), atol=1e-6
+        vector(model, "hello there"), states(folder, "hello there").mean(axis=0), atol=1e-6
     )
-    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 3}')
-    short = SentenceModel.load(str(folder)).encode("hello there")
-    np.testing.assert_allclose(short, states(folder, "hel").mean(axis=0), atol=1e-6)
+    assert vector(model, "hello there").dtype == np.float32
     long = "x" * 500
-    assert np.isfinite(model.encode(long)).all()
-    assert np.array_equal(model.encode(long), model.encode(long + "y"))  # its beginning
+    assert np.isfinite(vector(model, long)).all()
+    assert np.array_equal(vector(model, long), vector(model, long + "y"))  # its beginning
+
+
+def test_a_models_own_limit_of_tokens_holds(sentence_folder: Callable[..., Path]) -> None:
+    folder = sentence_folder("short", {"pooling_mode": "mean"})
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 3}')
+    short = vector(Sentence(str(folder)), "hello there")
+    np.testing.assert_allclose(short, states(folder, "hel").mean(axis=0), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -171,31 +196,24 @@ def test_a_saved_sentence_transformer_is_read(
     folder = sentence_folder("saved", pooling, "Normalize")
     own = states(folder, "hello")
     expected = own[0] if by_first else own.mean(axis=0)
-    found = SentenceModel.load(str(folder)).encode("hello")
+    found = vector(Sentence(str(folder)), "hello")
     np.testing.assert_allclose(found, expected / np.linalg.norm(expected), atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("pooling", "more", "named"),
-    [
-        ({"pooling_mode": "max"}, (), "pools by max"),
-        ({"pooling_mode": "mean"}, ("Dense",), "its module 'Dense'"),
-        (
-            {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True},
-            (),
-            "pools by cls, mean",
-        ),
-    ],
-)
-def test_a_build_that_is_not_understood_is_named(
+def test_a_folder_with_an_unknown_module_is_refused(
     sentence_folder: Callable[..., Path],
-    pooling: dict[str, object],
-    more: tuple[str, ...],
-    named: str,
 ) -> None:
-    with pytest.raises(ModelError, match=named) as caught:
-        SentenceModel.load(str(sentence_folder("odd", pooling, *more)))
+    with pytest.raises(ModelError, match="no usable sentence encoder") as caught:
+        Sentence(str(sentence_folder("odd", {"pooling_mode": "mean"}, "NoSuchModule")))
     assert "\n" not in str(caught.value)
+
+
+def test_without_the_package_the_line_that_installs_it_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(ConfigError, match=r"pip install 'paceline\[sentence\]'"):
+        Sentence("anything")
 
 
 def test_the_sentence_encoder_reads_the_text_and_names_its_weights(
@@ -232,8 +250,9 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
         build_encoder(D, names=["magic"])
     with pytest.raises(ConfigError, match=r"'sentence' needs 'selection.sentence_model'"):
         build_encoder(D, names=["sentence"])
-    with pytest.raises(ModelError, match="no usable sentence encoder"):
-        SentenceModel.load(str(tmp_path / "nowhere" / "at" / "all"))
+    with pytest.raises(ModelError, match="no usable sentence encoder") as caught:
+        Sentence(str(tmp_path / "nowhere" / "at" / "all"))
+    assert "\n" not in str(caught.value)
     with pytest.raises(RequestError, match="prompt is empty"):
         build_encoder(D)(context([]))
     for wrong in ({"encoders": ()}, {"encoders": ("text_stats",) * 2}, {"encoders": ("sentence",)}):

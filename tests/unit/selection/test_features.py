@@ -1,4 +1,4 @@
-"""Features: their places, hand-made overlaps, and that nothing identifies a request."""
+"""Features: their places, overlaps computed by hand, and no identification of a request."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def named(vector: np.ndarray) -> dict[str, float]:
 
 
 def overlap_one_by_one(tokens: list[int], n: int) -> float:
-    """The readable reference: walk the text, remember what was there."""
+    """Count repeated n-grams by walking the text, as a readable reference."""
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     seen: set[tuple[int, ...]] = set()
     repeats = 0

@@ -1,4 +1,4 @@
-"""Collections: rows meet by id, and what is missing, unfinished or foreign is said in one line."""
+"""Collections: rows are joined by id; missing, unfinished and foreign parts are named in one line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 IDS = ("b", "a", "c")
 OUTPUT = [5, 6, 7, 8, 9, 10]
-ROUNDS = ([4, 4, 2], [1, 0, 2])  # 1 + 2 + 1 + 2 tokens and no bonus at the end
+ROUNDS = ([4, 4, 2], [1, 0, 2])  # 1 + 2 + 1 + 2 tokens, no bonus token at the end
 
 
 def open_collection(folder: Path, target: str = "t") -> Collection:
@@ -29,7 +29,7 @@ def open_collection(folder: Path, target: str = "t") -> Collection:
 
 def trajectory(id: str, sampling: SamplingParams = GREEDY) -> dict[str, Any]:
     output = tuple(OUTPUT)
-    return Trajectory(id, f"domain of {id}", (1, 2), output, "stop", 9, sampling).row()
+    return Trajectory(id, f"domain of {id}", (1, 2), output, "stop", 9, sampling).to_row()
 
 
 def replayed(id: str) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def fill(folder: Path, arms: Sequence[str] = ("math",), ids: Sequence[str] = IDS
     collection = open_collection(folder)
     collection.trajectories.append([trajectory(id) for id in ids[:2]])
     collection.trajectories.append([trajectory(id) for id in ids[2:]])
-    # in another order and other shards than the trajectories
+    # in another order and in other shards than the trajectories
     for encoder, width, sign in (("target_hidden", 2, 1), ("text_stats", 3, -1), ("other", 1, 0)):
         store = collection.features(encoder, f"line of {encoder}")
         for id in reversed(ids):
@@ -64,7 +64,7 @@ def refused(folder: Path, match: str, arms: Sequence[str] | None = None) -> None
     assert "\n" not in str(caught.value)
 
 
-def test_a_prompt_comes_back_with_everything_known_of_it(tmp_path: Path) -> None:
+def test_a_loaded_prompt_has_everything_that_was_stored(tmp_path: Path) -> None:
     collection = fill(tmp_path, ("math", "code"))
     outputs = collection.outputs("math", "kind=math")
     outputs.append([{"id": "c", "output_tokens": [5, 9]}, {"id": "a", "output_tokens": []}])
@@ -98,7 +98,7 @@ def test_features_stand_in_the_order_asked_for(tmp_path: Path) -> None:
     assert (bare.features.shape, bare.spans) == ((0,), {})
 
 
-def test_a_sampled_row_knows_its_prompt_and_its_sampling_to_the_last_bit(tmp_path: Path) -> None:
+def test_a_sampled_row_keeps_its_prompt_and_its_exact_sampling(tmp_path: Path) -> None:
     warm = SamplingParams(0.7, 40, 0.95, 0.1, seed=2**61 + 1, method="invariant")
     ids = ("a", "a@t0.7,k40,p0.95,m0.1")
     collection = fill(tmp_path, ids=())
@@ -110,7 +110,7 @@ def test_a_sampled_row_knows_its_prompt_and_its_sampling_to_the_last_bit(tmp_pat
     assert [p.id for p in prompts] == list(ids)
     assert [p.prompt_id for p in prompts] == ["a", "a"]
     assert [p.sampling for p in prompts] == [GREEDY, warm]
-    # what a drafter writes greedily belongs to the prompt under every sampling
+    # a drafter's greedy output belongs to the prompt under every sampling
     assert [p.draft_outputs for p in prompts] == [{"math": (3,)}] * 2
 
 
@@ -137,7 +137,7 @@ def test_an_arm_may_be_called_anything(tmp_path: Path, arm: str) -> None:
     assert list(load_collection(tmp_path / "c").identity.arms) == ["none", arm]
 
 
-def test_nothing_there_and_nothing_in_it(tmp_path: Path) -> None:
+def test_a_missing_and_an_empty_collection_are_refused(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", "no collection here; run `paceline collect PROMPTS`")
     assert not (tmp_path / "nowhere").exists()
     open_collection(tmp_path)

@@ -1,4 +1,4 @@
-"""The decision log: what was served comes back, survives a kill, and holds no token unless asked."""
+"""The decision log: decisions are read back, survive a kill, and have token ids only on request."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
 
 
 class _Untouchable(tuple[int, ...]):
-    """Tokens that may be counted and not looked at."""
+    """Tokens that may be counted but not read."""
 
     def __iter__(self) -> NoReturn:
         raise AssertionError("a token was looked at")
@@ -120,7 +120,7 @@ def test_without_ids_no_token_is_looked_at_and_no_text_written(tmp_path: Path) -
     with pytest.raises(AssertionError, match="looked at"):
         DecisionLog(tmp_path, IDS).write(
             request(prompt_tokens=prompt), completion(), FEATURES, 1
-        )  # so the trap works
+        )  # the trap works
     DecisionLog(tmp_path / "ids", IDS).write(request(), completion(), FEATURES, 1)
     assert "48611,48612,48613" in only_file(tmp_path / "ids").read_text()
     assert "secret" not in only_file(tmp_path / "ids").read_text()
@@ -186,7 +186,7 @@ def test_a_killed_writer_loses_nothing_that_was_written(tmp_path: Path) -> None:
 
 
 def test_files_are_rotated_by_size_and_continued_when_made_with_the_same(tmp_path: Path) -> None:
-    for id in range(10):  # as many processes, one after the other
+    for id in range(10):  # ten processes, one after the other
         log = DecisionLog(tmp_path, OFF, max_file_bytes=3000)
         log.write(request(id=str(id)), completion(), FEATURES, 1)
     paths = sorted(tmp_path.iterdir())
@@ -220,7 +220,7 @@ def test_a_failing_disk_costs_lines_and_no_request(tmp_path: Path) -> None:
     folder.rmdir()
     with pytest.warns(UserWarning, match="decisions are lost"):
         log.write(request(id="b"), completion(), FEATURES, 1)
-    log.write(request(id="c"), completion(), FEATURES, 1)  # said once
+    log.write(request(id="c"), completion(), FEATURES, 1)  # warned only once
     assert log.num_lost == 2
 
     folder.mkdir()
@@ -229,7 +229,7 @@ def test_a_failing_disk_costs_lines_and_no_request(tmp_path: Path) -> None:
     assert [d.request_id for d in read_decisions(folder)[0]] == ["a", "d"]
 
 
-def test_nothing_is_glued_to_half_a_line(tmp_path: Path) -> None:
+def test_no_line_continues_half_a_line(tmp_path: Path) -> None:
     log = DecisionLog(tmp_path, OFF)
     log.write(request(id="a"), completion(), FEATURES, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -251,7 +251,7 @@ def test_a_full_disk_gains_no_file_for_every_request(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))
     try:
-        with pytest.warns(UserWarning, match="nothing is logged of request 'a' and of those that"):
+        with pytest.warns(UserWarning, match="request 'a' and those after it are not logged"):
             log.write(request(id="a"), completion(), FEATURES, 1)
         log.write(request(id="b"), completion(), FEATURES, 1)
     finally:

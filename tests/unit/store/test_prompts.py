@@ -1,4 +1,4 @@
-"""Prompt files: the same records from every format, and broken rows named by their place."""
+"""Prompt files: every format gives the same records, and a message names a broken row's place."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def write_parquet(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 
 def save_dataset(folder: Path, rows: Sequence[dict[str, Any]], num_shards: int = 2) -> Path:
-    """What `Dataset.save_to_disk(folder, num_shards=...)` of the datasets package writes."""
+    """Write the files of `Dataset.save_to_disk(folder, num_shards=...)` of the datasets package."""
     folder.mkdir(parents=True)
     table = pa.Table.from_pylist(list(rows))
     files = []
@@ -76,7 +76,7 @@ def test_every_format_gives_the_same_records(
 
 
 def test_a_dataset_saved_by_the_datasets_package(tmp_path: Path) -> None:
-    import datasets  # late: it takes seconds
+    import datasets  # imported here, because it takes seconds
 
     rows = datasets.Dataset.from_list(ROWS)
     rows.save_to_disk(str(tmp_path / "one"), num_shards=2)
@@ -110,7 +110,7 @@ def test_fields_may_have_other_names_and_may_be_missing(tmp_path: Path) -> None:
 
     assert [(r.prompt, r.domain) for r in from_json] == [("why?", "7"), ("how?", "")]
     assert read_prompts([write_parquet(tmp_path / "q.parquet", rows)], fields) == from_json
-    # by the prompt alone: another file, order or format gives it the same id
+    # the id depends only on the prompt, not on file, order or format
     again = read_prompts([write_jsonl(tmp_path / "r.jsonl", rows[::-1])], fields)
     assert {r.id: r.prompt for r in again} == {r.id: r.prompt for r in from_json}
     assert len({r.id for r in from_json}) == 2

@@ -1,4 +1,4 @@
-"""Shards survive a kill at any moment, and whatever is wrong with a store is said in one line."""
+"""Shards survive a kill at any moment, and every fault of a store is reported in one line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_rows_come_back_in_order(tmp_path: Path) -> None:
     store.append(rows("b", "a"))
     store.append([])
     store.append(rows("c"))
-    store.record(command="collect")
+    store.record_facts(command="collect")
     again = open_store(tmp_path)
     assert again.read().to_pylist() == rows("b", "a", "c")
     assert again.ids() == {"a", "b", "c"}
@@ -128,7 +128,7 @@ def test_a_damaged_shard_is_refused_wherever_it_is_damaged(tmp_path: Path) -> No
 
 
 def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
-    """Parquet itself reads on over most of them."""
+    """Parquet itself ignores most flipped bits."""
     open_store(tmp_path).append(rows("a", "b"))
     path = tmp_path / "shard-00000.parquet"
     good = path.read_bytes()

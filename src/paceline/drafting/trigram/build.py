@@ -1,8 +1,8 @@
-"""Tri-gram statistics from any amount of text, within a bound on memory.
+"""Builds tri-gram statistics from any amount of text, within a bound on memory.
 
-Every tri-gram is one integer. A full buffer is sorted and counted into a run on disk, runs are
-merged whenever as many of a level have gathered, and the last merge is pruned into the table. A
-killed build goes on behind its last run. Sequences do not run into each other. Knows no tokenizer.
+Every tri-gram is one integer. A full buffer is sorted and counted into a run on disk. _FAN_IN runs of
+one level are merged into one of the next, and the last merge is pruned into the table. A killed build
+continues after its last run. No tri-gram crosses two sequences. Knows no tokenizer.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from paceline.config import Section
 from paceline.drafting.trigram.table import ARRAYS, MAX_SUCCESSORS, TableFacts, header
 from paceline.errors import ConfigError
 from paceline.files import write_atomically
@@ -31,32 +32,30 @@ if TYPE_CHECKING:
     Keys = NDArray[np.uint64]
     Counts = NDArray[np.int64]
 
-_BITS: Final = 21  # of a token id, three of which make a key
-_FAN_IN: Final = 16  # runs of one level that are merged into one of the next
-_BATCH: Final = 64  # pieces tokenised at once
-_BYTES_A_TOKEN: Final = 48  # what buffering, sorting and counting a tri-gram takes
+_BITS: Final = 21  # per token id; a key holds three
+_FAN_IN: Final = 16
+_BATCH: Final = 64  # pieces per call of the tokenizer
+_BYTES_PER_TRIGRAM: Final = 48  # to buffer, sort and count it
 _STATE: Final = "state.json"
 
 
 class Corpus(Protocol):
-    """Where text comes from: pieces in a fixed order, and how they become tokens."""
+    """A source of text: pieces in a fixed order, and their tokens."""
 
-    name: str  # tells one corpus from another when a killed build goes on
+    name: str  # identifies the corpus when a killed build continues
     size: int  # in the unit in which pieces are measured
 
     def pieces(self) -> Iterator[tuple[Any, int]]:
-        """(piece, its size)."""
+        """Yield each piece and its size."""
 
-    def tokens(self, pieces: Sequence[Any]) -> Sequence[Sequence[int]]: ...
+    def tokens(self, pieces: Sequence[Any]) -> Sequence[Sequence[int]]:
+        """Return the tokens of each piece."""
 
 
-class BuildSettings(BaseModel):
-    """max_successors: kept of each pair; min_count: tri-grams seen less often are dropped.
-
-    memory_mb bounds what the build holds at once, the tokenizer and one pair's successors aside.
+class BuildSettings(Section):
+    """max_successors: maximum kept per pair. min_count: tri-grams seen less often are dropped.
+    memory_mb: bound on the memory of the build, without the tokenizer and one pair's successors.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_successors: int = Field(default=12, ge=1, le=MAX_SUCCESSORS)
     min_count: int = Field(default=1, ge=1)
@@ -70,9 +69,10 @@ def build_table(
     settings: BuildSettings | None = None,
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> TableFacts:
-    """Write the table of all corpora together.
+    """Write the table of all corpora together; return its facts.
 
-    tokenizer: hash of the token-to-id map. What is unfinished lies in a folder beside `out`.
+    tokenizer: hash of the token-to-id map. Unfinished work is kept in the folder `out`.part. Raises
+    ConfigError if `out` is a folder, if a corpus cannot be read, or for a token id that is too large.
     """
     settings = settings or BuildSettings()
     if out.is_dir():
@@ -85,22 +85,22 @@ def build_table(
     runs = _Runs(out.with_name(out.name + ".part"), recipe, settings.memory_mb << 20)
     total = sum(corpus.size for corpus in corpora)
     done = 0
-    waiting: list[Keys] = []
-    num_waiting = num_pieces = 0
+    buffer: list[Keys] = []
+    num_buffered = num_pieces = 0
     for batch, corpus in _batches(corpora):
         done += sum(size for _, size in batch)
         num_pieces += len(batch)
         if num_pieces <= runs.num_pieces:
-            continue  # counted before the build was killed
+            continue  # an earlier, killed build counted it
         for sequence in corpus.tokens([piece for piece, _ in batch]):
             runs.num_tokens += len(sequence)
-            waiting.append(_keys(sequence))
-            num_waiting += len(waiting[-1])
-        if num_waiting >= runs.most_waiting:
-            runs.add(waiting, num_pieces)
-            waiting, num_waiting = [], 0
+            buffer.append(_keys(sequence))
+            num_buffered += len(buffer[-1])
+        if num_buffered >= runs.buffer_size:
+            runs.add(buffer, num_pieces)
+            buffer, num_buffered = [], 0
         on_progress("read", done, total)
-    runs.add(waiting, num_pieces)
+    runs.add(buffer, num_pieces)
     facts = _write_table(runs, out, tokenizer, settings, on_progress)
     shutil.rmtree(runs.folder)
     return facts
@@ -114,7 +114,7 @@ def _batches(corpora: Sequence[Corpus]) -> Iterator[tuple[list[tuple[Any, int]],
 
 
 def _keys(sequence: Sequence[int]) -> Keys:
-    """Each tri-gram of a sequence of tokens as one integer that sorts as it does."""
+    """Return each tri-gram of a sequence of tokens as one integer, in the same order."""
     tokens = np.asarray(sequence, dtype=np.uint64)
     if len(tokens) and int(tokens.max()) >> _BITS:
         raise ConfigError(f"token id {tokens.max()}: tri-grams hold ids below {1 << _BITS}")
@@ -127,13 +127,13 @@ def _keys(sequence: Sequence[int]) -> Keys:
 
 
 class _Runs:
-    """Sorted, counted runs on disk, by level, and how many pieces they hold."""
+    """Sorted, counted runs on disk, by level, and the number of pieces that they hold."""
 
     def __init__(self, folder: Path, recipe: dict[str, Any], memory: int) -> None:
-        """Those of a killed build of the same recipe, else none."""
+        """Take over the runs of a killed build of the same recipe; delete any others."""
         self.folder = folder
         self.recipe = recipe
-        self.most_waiting = max(1, memory // _BYTES_A_TOKEN)
+        self.buffer_size = max(1, memory // _BYTES_PER_TRIGRAM)
         self.levels: list[list[str]] = []
         self.num_pieces = self.num_tokens = self._num_made = 0
         try:
@@ -151,11 +151,11 @@ class _Runs:
         except OSError as error:
             raise ConfigError(f"{folder}: cannot be made ({error})") from error
 
-    def add(self, waiting: Sequence[Keys], num_pieces: int) -> None:
-        """Make a run of keys, merge levels that are full, and note that it is done."""
+    def add(self, buffer: Sequence[Keys], num_pieces: int) -> None:
+        """Write keys as a run, merge full levels, and record the progress."""
         stale: list[str] = []
-        if any(len(keys) for keys in waiting):
-            keys, counts = np.unique(np.concatenate(waiting), return_counts=True)
+        if any(len(keys) for keys in buffer):
+            keys, counts = np.unique(np.concatenate(buffer), return_counts=True)
             new = self._write(iter([(keys, counts.astype(np.int64))]))
             for level in range(len(self.levels) + 1):
                 if level == len(self.levels):
@@ -180,11 +180,11 @@ class _Runs:
                 (self.folder / (name + suffix)).unlink()
 
     def merged(self) -> Iterator[tuple[Keys, Counts]]:
-        """All tri-grams in order, each once, a block at a time."""
+        """Yield all tri-grams in order, each once, in blocks."""
         return self._merged([name for level in self.levels for name in level])
 
     def num_counted(self) -> int:
-        """Tri-grams in all runs, those in several of them counted in each."""
+        """Return the number of tri-grams in all runs; one in several runs counts in each."""
         names = [name for level in self.levels for name in level]
         return sum((self.folder / f"{name}.keys").stat().st_size // 8 for name in names)
 
@@ -208,14 +208,14 @@ class _Runs:
             )
             for name in names
         ]
-        size = max(1, self.most_waiting // max(1, len(files)))
+        size = max(1, self.buffer_size // max(1, len(files)))
         places = [0] * len(files)
         while True:
             live = [i for i, (keys, _) in enumerate(files) if places[i] < len(keys)]
             if not live:
                 return
             blocks = {i: files[i][0][places[i] : places[i] + size] for i in live}
-            # up to here nothing can be missing from any block
+            # up to this key every block is complete
             unfinished = [b[-1] for i, b in blocks.items() if places[i] + size < len(files[i][0])]
             bound = min(unfinished) if unfinished else None
             all_keys, all_counts = [], []
@@ -228,7 +228,7 @@ class _Runs:
 
 
 def _summed(keys: Keys, counts: Counts) -> tuple[Keys, Counts]:
-    """Each key once, in order, with the sum of its counts."""
+    """Return each key once, in order, with the sum of its counts."""
     order = np.argsort(keys, kind="stable")
     keys, counts = keys[order], counts[order]
     first = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])
@@ -245,7 +245,7 @@ def _write_table(
     settings: BuildSettings,
     on_progress: Callable[[str, int, int], None],
 ) -> TableFacts:
-    """Prune the merged runs into the table's arrays, each to a file of its own, then join these."""
+    """Prune the merged runs into one file per array, then join these into the table."""
     files = {name: (runs.folder / f"{name}.array").open("wb+") for name in ARRAYS}
     pairs_of_first = np.zeros(0, dtype=np.int64)
     total, done, end = runs.num_counted(), 0, 0
@@ -277,7 +277,7 @@ def _write_table(
             min_count=settings.min_count,
             sha256=_hash(files),
         )
-        # beside the target, because a rename cannot cross file systems
+        # in the folder of `out`, because a rename cannot cross file systems
         joined = runs.folder / "joined"
         with joined.open("wb") as file:
             file.write(header(facts, num_elements))
@@ -298,13 +298,12 @@ def _hash(files: dict[str, Any]) -> str:
     digest = hashlib.sha256()
     for file in files.values():
         file.seek(0)
-        while block := file.read(1 << 20):
-            digest.update(block)
+        hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()[:32]
 
 
 def _whole_pairs(blocks: Iterator[tuple[Keys, Counts]]) -> Iterator[tuple[Keys, Counts]]:
-    """The same tri-grams in blocks that part no pair's successors."""
+    """Yield the same tri-grams in blocks that do not split a pair's successors."""
     shift = np.uint64(_BITS)
     held: list[tuple[Keys, Counts]] = []
     for block in blocks:
@@ -322,7 +321,7 @@ def _whole_pairs(blocks: Iterator[tuple[Keys, Counts]]) -> Iterator[tuple[Keys, 
 def _pruned(
     keys: Keys, counts: Counts, settings: BuildSettings
 ) -> tuple[Keys, Counts, Keys, NDArray[np.float64]]:
-    """(pairs, how many successors each keeps, the successors, their probabilities)."""
+    """Return (pairs, number of kept successors of each, the successors, their probabilities)."""
     pair = keys >> np.uint64(_BITS)
     first = np.flatnonzero(np.r_[True, pair[1:] != pair[:-1]])
     totals = np.add.reduceat(counts, first)

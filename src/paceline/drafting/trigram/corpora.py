@@ -1,6 +1,7 @@
-"""What tri-gram tables are built from: text files, and token sequences such as a target's answers.
+"""The sources of tri-gram tables: text files, and token sequences such as a target's answers.
 
-Text is read in pieces that end at a line where lines are not overlong, so no file need fit in memory.
+Text is read in pieces, so files may be larger than memory. A piece ends with a line, unless the line is
+overlong.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _REST_OF_LINE: Final = 1 << 12
 
 
 class TextFiles:
-    """UTF-8 files, measured in bytes. Raises ConfigError for one that is missing or is not text."""
+    """UTF-8 files, measured in bytes. Raises ConfigError for a file that is missing or is not text."""
 
     def __init__(self, files: Sequence[Path], tokenizer: Tokenizer) -> None:
         self._files = list(files)
@@ -46,14 +47,14 @@ class TextFiles:
                 raise ConfigError(f"{path}: cannot be read ({error})") from error
 
     def tokens(self, pieces: Sequence[str]) -> Sequence[Sequence[int]]:
-        # an overlong piece is no mistake here: no model reads it
+        # verbose=False: no model reads the piece, so it may exceed a model's length
         encoded: Any = self._tokenizer(list(pieces), add_special_tokens=False, verbose=False)
-        found: list[list[int]] = encoded["input_ids"]
-        return found
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
 
 
 class TokenSequences:
-    """Texts that are tokens already, measured in sequences."""
+    """Texts as tokens, measured in sequences."""
 
     def __init__(self, name: str, sequences: Sequence[Sequence[int]]) -> None:
         self.name = name

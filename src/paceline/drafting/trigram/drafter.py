@@ -1,24 +1,22 @@
-"""Drafts a tree from tri-gram statistics: what has followed the last two tokens, here and elsewhere.
+"""Drafts a tree from tri-gram statistics: the tokens that followed the last two tokens earlier.
 
 Starts from a table built beforehand, or from nothing, and learns from each row's text as it is
-decoded. No model; proposals are a function of the row's text, so they are judged exactly. ADED
-(arXiv 2407.12021); what differs is in docs/drafters/trigram_tree.md.
+decoded. Needs no model; proposals are a function of the row's text, so they are judged exactly. ADED
+(arXiv 2407.12021); the differences are in docs/drafters/trigram_tree.md. Order of the rules for a
+draft's length: drafting.draft_length.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
+from typing import TYPE_CHECKING
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from paceline.config import MAX_DRAFT_TOKENS
-from paceline.contracts import GREEDY, Drafts
-from paceline.drafting.base import Drafter, Foresight, pad_drafts
-from paceline.drafting.foresight import SimulatedForesight
+from paceline.contracts import Drafts
+from paceline.drafting.base import Drafter, pad_drafts
+from paceline.drafting.trigram.settings import TrigramTreeSettings
 from paceline.drafting.trigram.table import (
     Table,
     check_tokenizer,
@@ -30,79 +28,21 @@ from paceline.drafting.trigram.table import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
-
-    from paceline.contracts import RowView, SamplingParams
-    from paceline.drafting.base import Surroundings
+    from paceline.contracts import RowView
+    from paceline.drafting.base import BuildContext
     from paceline.drafting.trigram.search import Learned
     from paceline.models.vocabulary import Vocabulary
-
-_RELEASED: Final = {
-    "num_draft_tokens": 64,
-    "search": "mcts",
-    "iterations": 150,
-    "paths": 24,
-    "depth": 4,
-    "c1": 32.0,
-    "c2": 8.0,
-    "update": "released",
-    "update_step": 0.04,
-    "update_cap": 3.0,
-    "update_window": 16,
-}
-
-
-class TrigramTreeSettings(BaseModel):
-    """Which table, how drafts are searched, and how text changes the statistics.
-
-    table: a file of `paceline trigram build`; none starts from nothing. num_draft_tokens: nodes of a
-    draft; depth: its levels. search: `greedy`, the likeliest paths first; `mcts`, the paper's, with its
-    iterations, the paths read out and the PUCT constants c1 and c2; `full`, level by level. update:
-    `counts` learns each tri-gram of the text once, its pair's counts decaying by `decay` each time,
-    beside a table's probabilities that count for `prior` observations; `released` adds update_step to
-    the last update_window tri-grams in every round, up to update_cap; `none`. max_pairs bounds what is
-    learned. share: all requests learn into, and draft from, the same statistics. preset: `released`
-    takes the released code's values for all that is not given. seed: of the search's random draws.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    table: Path | None = None
-    preset: Literal["released"] | None = None
-    num_draft_tokens: int = Field(default=8, ge=1, le=MAX_DRAFT_TOKENS)
-    depth: int = Field(default=6, ge=1, le=16)
-    search: Literal["greedy", "mcts", "full"] = "greedy"
-    iterations: int = Field(default=150, ge=1, le=10_000)
-    paths: int = Field(default=24, ge=1)
-    c1: float = Field(default=32.0, ge=0.0)
-    c2: float = Field(default=8.0, gt=0.0)
-    update: Literal["counts", "released", "none"] = "counts"
-    decay: float = Field(default=0.9, gt=0.0, le=1.0)
-    prior: float = Field(default=1.0, gt=0.0)
-    update_step: float = Field(default=0.04, gt=0.0)
-    update_cap: float = Field(default=3.0, gt=0.0)
-    update_window: int = Field(default=16, ge=1)
-    max_pairs: int = Field(default=16_384, ge=1, le=1 << 24)
-    share: bool = False
-    seed: int = Field(default=0, ge=0, lt=1 << 63)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_preset(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("preset") == "released":
-            return {**_RELEASED, **given}
-        return given
 
 
 @dataclass(slots=True)
 class _RowState:
     learned: Learned
-    num_read: int = 0  # leading tokens of the row that were learned, under `counts`
+    num_read: int = 0  # leading tokens of the row that `counts` learned
 
 
 class TrigramTree(Drafter):
-    kind: ClassVar[str] = "trigram_tree"
-    Settings: ClassVar[type[BaseModel]] = TrigramTreeSettings
+    kind = "trigram_tree"
+    Settings = TrigramTreeSettings
 
     def __init__(
         self,
@@ -111,17 +51,17 @@ class TrigramTree(Drafter):
         table: Table | None = None,
         table_hash: str | None = None,
     ) -> None:
-        """table: what the settings' file holds, with the hash it gives."""
-        # numba takes a second to import, for which only those who use it should wait
+        """table, table_hash: the content and hash of the settings' file."""
+        # imported here because numba takes a second to import
         from paceline.drafting.trigram.search import Learned, TreeSearch
 
         super().__init__(name, settings.num_draft_tokens)
         self.settings = settings
         self._table_hash = table_hash
-        self.replays_everywhere = settings.update != "released"  # that one learns round by round
+        self.replays_everywhere = settings.update != "released"  # `released` learns per round
         self._search = TreeSearch(table or empty_table(), settings)
         self._new_learned = partial(Learned, settings.max_pairs)
-        # of all rows if they share it; if there is no update, it stays empty
+        # one for all rows if they share it; without updates it stays empty
         self._common = None if self._learns_alone else self._new_learned()
         self._rows: dict[int, _RowState] = {}
 
@@ -136,10 +76,10 @@ class TrigramTree(Drafter):
             check_tokenizer(name, settings.table, facts, vocabulary.hash())
 
     @classmethod
-    def build(cls, name: str, settings: TrigramTreeSettings, around: Surroundings) -> TrigramTree:
+    def build(cls, name: str, settings: TrigramTreeSettings, context: BuildContext) -> TrigramTree:
         if settings.table is None:
             return cls(name, settings)
-        cls.check(name, settings, around.vocabulary)
+        cls.check(name, settings, context.vocabulary)
         table, facts = load_table(settings.table)
         return cls(name, settings, table, facts.sha256)
 
@@ -175,7 +115,7 @@ class TrigramTree(Drafter):
         return self._rows[row.id]
 
     def _read(self, state: _RowState, tokens: Sequence[int], max_tokens: int) -> None:
-        """Under `counts`, learn each tri-gram of the row once, as far as `max_tokens` go."""
+        """Under `counts`, learn the tri-grams of up to `max_tokens` more tokens of the row."""
         if self.settings.update == "counts":
             end = min(len(tokens), state.num_read + max_tokens)
             self._search.learn(state.learned, tokens[max(0, state.num_read - 2) : end])
@@ -184,15 +124,6 @@ class TrigramTree(Drafter):
     def finish(self, rows: Sequence[RowView]) -> None:
         for row in rows:
             self._rows.pop(row.id, None)
-
-    def would_accept(
-        self,
-        prompt: Sequence[int],
-        trajectory: Sequence[int],
-        p: Tensor | None = None,
-        sampling: SamplingParams = GREEDY,
-    ) -> Foresight:
-        return SimulatedForesight(self, prompt, trajectory, sampling=sampling)
 
     def identity(self) -> dict[str, object]:
         settings = self.settings.model_dump(exclude={"table", "preset"})

@@ -1,12 +1,12 @@
 """Learning tri-grams from a row's text and searching them for a draft, on flat arrays, compiled.
 
-`reference.py` says the same in plain Python and gives the same trees. All in one module, for the sake
-of the compiled code's cache. After ADED (arXiv 2407.12021) and its released code; what differs from
-these is in docs/drafters/trigram_tree.md.
+`paceline.testing.trigram_reference` does the same in plain Python and gives the same trees. The kernels
+share a module because the cache of compiled code needs it (see `paceline.compiled`). After ADED (arXiv
+2407.12021) and its released code; the differences are in docs/drafters/trigram_tree.md.
 
-Words: a *pair* is two neighbouring tokens, its *successors* are what may follow; the *table* is read
-only, the *overlay* is what was learned on top of it; *weights* are probabilities, except under the
-released update rule, which lets them grow up to a cap.
+Words: a *pair* is two neighbouring tokens, its *successors* are the tokens that followed it; the *table*
+is read only, the *overlay* holds the pairs learned from text, which replace the table's; *weights* are
+probabilities, except under the released update rule, where they grow up to a cap.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 
 from paceline.compiled import compiled
 from paceline.drafting.trigram.table import MAX_SUCCESSORS, Table
+from paceline.noise.kernels import GOLDEN, bits_at, mix
 
 RELEASED: Final = 1  # update rules
 COUNTS: Final = 2
@@ -25,14 +26,11 @@ GREEDY: Final = 1
 FULL: Final = 2
 
 _EMPTY: Final = -1
-_GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)  # of splitmix64, as in paceline.noise
-_MIX_1: Final = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2: Final = np.uint64(0x94D049BB133111EB)
-_STREAM: Final = np.uint64(4)  # of random numbers; the others are in paceline.noise
+_STREAM: Final = np.uint64(4)  # of random numbers; the other streams are in paceline.noise
 
 
 class Rule(NamedTuple):
-    """How text changes the overlay; the numbers are explained in the drafter's settings."""
+    """The update of the overlay by text; see the drafter's settings for the numbers."""
 
     kind: int
     step: float
@@ -42,51 +40,49 @@ class Rule(NamedTuple):
 
 
 class Overlay(NamedTuple):
-    """C pairs with room for S = MAX_SUCCESSORS successors each, found through a hash of H places."""
+    """C pairs with room for S = MAX_SUCCESSORS successors each, found by a hash table of H places."""
 
-    places: (
-        np.ndarray
-    )  # [H] int32, the pair at a place of the hash; H is a power of two, at least 2 C
+    # [H] int32, the pair at a place of the hash table; H is a power of two, at least 2 C
+    places: np.ndarray
     keys: np.ndarray  # [C] int64, the pair's two tokens
     sizes: np.ndarray  # [C] int32, its successors
-    totals: np.ndarray  # [C] float32, the weight of all successors, known or not; COUNTS only
-    successors: (
-        np.ndarray
-    )  # [C, S] int32, the heaviest first, of equals the one that was so earlier
+    totals: np.ndarray  # [C] float32, the weight of all successors, kept or not; COUNTS only
+    # [C, S] int32, the heaviest first, of equals the one that reached the weight earlier
+    successors: np.ndarray
     weights: np.ndarray  # [C, S] float32
-    touched: np.ndarray  # [C] uint8, since the hand last passed
-    state: np.ndarray  # [2] int64: pairs in use, the pair that the hand points to
+    touched: np.ndarray  # [C] uint8, since the clock hand last passed
+    state: np.ndarray  # [2] int64: pairs in use, position of the clock hand
 
     def num_bytes(self) -> int:
         return sum(array.nbytes for array in self)
 
 
-# A node of the search tree. One record and not an array for each field: arrays that are handed from
-# function to function are counted each time.
+# A node of the search tree. One record array instead of an array per field, because numba counts the
+# references of every array that it passes to a function.
 _NODE: Final = np.dtype(
     [
         ("weight", np.float64),
         ("value", np.float64),  # sum over visits
         ("mean", np.float64),  # value / visits, infinite before the first one
         ("share", np.float64),  # weight / (1 + visits)
-        ("rank", np.float64),  # by which nodes go into the draft: visits, or what stands for them
+        ("rank", np.float64),  # order in which nodes enter the draft: visits or path probability
         ("before", np.int32),  # the token before the node's own
         ("token", np.int32),
         ("parent", np.int32),
         ("depth", np.int32),
         ("first_child", np.int32),
-        ("num_children", np.int32),  # -1 where the successors were not looked up yet
+        ("num_children", np.int32),  # -1 before the successors are looked up
         ("visits", np.int32),
-        ("place", np.int32),  # in the draft, -1 if not there
+        ("place", np.int32),  # in the draft, -1 if it is not in it
     ],
     align=True,
 )
 
 
 class Scratch(NamedTuple):
-    """The search tree's M nodes, node 0 standing for the text's end, and the draft of at most K."""
+    """The search tree's M nodes, of which node 0 is the text's end, and a draft of at most K tokens."""
 
-    nodes: np.ndarray  # [M] of the above
+    nodes: np.ndarray  # [M] of _NODE
     frontier: np.ndarray  # [M] int32
     successors: np.ndarray  # [S] int32, of the pair looked up last
     weights: np.ndarray  # [S] float64
@@ -94,7 +90,7 @@ class Scratch(NamedTuple):
 
 
 def new_overlay(num_pairs: int) -> Overlay:
-    """An empty one with room for so many pairs."""
+    """Return an empty overlay with room for `num_pairs` pairs."""
     num_places = 1 << (2 * num_pairs - 1).bit_length()
     return Overlay(
         places=np.full(num_places, _EMPTY, dtype=np.int32),
@@ -109,7 +105,7 @@ def new_overlay(num_pairs: int) -> Overlay:
 
 
 def grown(overlay: Overlay, num_pairs: int) -> Overlay:
-    """The same with room for more pairs."""
+    """Return a copy with room for more pairs."""
     larger = new_overlay(num_pairs)
     for name in ("keys", "sizes", "totals", "successors", "weights", "touched", "state"):
         old = getattr(overlay, name)
@@ -120,7 +116,7 @@ def grown(overlay: Overlay, num_pairs: int) -> Overlay:
 
 @compiled
 def _new_scratch(num_expanded: int, num_draft_tokens: int) -> Scratch:
-    """Room for a search that expands so many nodes."""
+    """Return the memory of a search that expands `num_expanded` nodes."""
     num_nodes = 1 + num_expanded * MAX_SUCCESSORS
     return Scratch(
         np.empty(num_nodes, dtype=_NODE),
@@ -141,13 +137,13 @@ def _key(t1: int, t2: int) -> np.int64:
 
 @compiled
 def _home(key: np.int64, mask: int) -> np.int64:
-    """The place of the hash where a pair is looked for first."""
-    return np.int64((np.uint64(key) * _GOLDEN) >> np.uint64(33)) & mask
+    """Return the place of the hash table at which the search for a pair starts."""
+    return np.int64((np.uint64(key) * GOLDEN) >> np.uint64(33)) & mask
 
 
 @compiled
 def _find(overlay: Overlay, key: np.int64) -> int:
-    """The overlay's pair, -1 if it has none such."""
+    """Return the overlay's pair of a key, -1 if there is none."""
     mask = len(overlay.places) - 1
     place = _home(key, mask)
     while True:
@@ -159,7 +155,7 @@ def _find(overlay: Overlay, key: np.int64) -> int:
 
 @compiled
 def _find_in_table(table: Table, t1: int, t2: int) -> tuple[int, int]:
-    """Where the pair's successors begin and end; bounds are kept even if the file is damaged."""
+    """Return the first and last place of a pair's successors, within bounds even in a damaged file."""
     if t1 < 0 or t1 + 1 >= len(table.starts):
         return 0, 0
     low = max(table.starts[t1], 0)
@@ -182,7 +178,7 @@ def _find_in_table(table: Table, t1: int, t2: int) -> tuple[int, int]:
 def _look_up(
     table: Table, overlay: Overlay, is_counts: bool, t1: int, t2: int, scratch: Scratch
 ) -> int:
-    """Copy a pair's successors and weights to scratch; returns how many there are."""
+    """Copy a pair's successors and weights to scratch; return their number."""
     pair = _find(overlay, _key(t1, t2))
     if pair >= 0:
         scale = 1.0 / overlay.totals[pair] if is_counts else 1.0
@@ -218,7 +214,7 @@ def _index_all(overlay: Overlay) -> None:
 
 @compiled
 def _remove(overlay: Overlay, pair: int) -> None:
-    """Take a pair out of the hash and close the gap, so that no search ends too early."""
+    """Remove a pair from the hash table and close the gap, so that no search ends too early."""
     mask = len(overlay.places) - 1
     gap = _home(overlay.keys[pair], mask)
     while overlay.places[gap] != pair:
@@ -237,9 +233,9 @@ def _remove(overlay: Overlay, pair: int) -> None:
 
 @compiled
 def _add(table: Table, overlay: Overlay, rule: Rule, t1: int, t2: int) -> int:
-    """A place for a new pair, with what the table knows of it.
+    """Add a pair with the table's successors; return its place.
 
-    Where all are in use, the hand passes over those that were touched since it last came by.
+    If all places are in use, the clock hand replaces the next pair not touched since it last passed.
     """
     pair = overlay.state[0]
     if pair < len(overlay.keys):
@@ -284,7 +280,7 @@ def learn(
         while j < size and successors[j] != t3:
             j += 1
         if j == size:
-            # a new one; where there is no room it takes the place of the lightest
+            # a new successor; without room it replaces the lightest
             j = min(size, MAX_SUCCESSORS - 1)
             overlay.sizes[pair] = j + 1
             successors[j] = t3
@@ -299,36 +295,20 @@ def learn(
             j -= 1
 
 
-# --- random numbers -------------------------------------------------------------------------------
-
-
-@compiled
-def _mix(x: np.uint64) -> np.uint64:
-    x = (x ^ (x >> np.uint64(30))) * _MIX_1
-    x = (x ^ (x >> np.uint64(27))) * _MIX_2
-    return x ^ (x >> np.uint64(31))
-
-
-@compiled
-def _stream(seed: int, position: int) -> np.uint64:
-    """Where the random numbers of a position begin."""
-    return _mix(_mix(np.uint64(seed) + _GOLDEN * _STREAM) + _GOLDEN * np.uint64(position + 1))
-
-
-@compiled
-def _uniform(stream: np.uint64, number: int) -> float:
-    """The `number`-th uniform draw in [0, 1)."""
-    return np.float64(_mix(stream + _GOLDEN * np.uint64(number + 1)) >> np.uint64(11)) * 2.0**-53
-
-
 # --- searching ------------------------------------------------------------------------------------
+
+
+@compiled
+def _uniform(bits: np.uint64, number: int) -> float:
+    """Return the `number`-th uniform draw in [0, 1) that starts from `bits`."""
+    return np.float64(mix(bits + GOLDEN * np.uint64(number + 1)) >> np.uint64(11)) * 2.0**-53
 
 
 @compiled
 def _expand(
     table: Table, overlay: Overlay, is_counts: bool, scratch: Scratch, num_nodes: int, node: int
 ) -> int:
-    """Give a node its children, the heaviest first; returns how many nodes there are now."""
+    """Add a node's children, the heaviest first; return the new number of nodes."""
     nodes = scratch.nodes
     token, depth = nodes[node].token, nodes[node].depth + 1
     size = _look_up(table, overlay, is_counts, nodes[node].before, token, scratch)
@@ -344,7 +324,7 @@ def _expand(
 def _set(
     nodes: np.ndarray, node: int, parent: int, depth: int, before: int, token: int, weight: float
 ) -> None:
-    """Make a node that was not looked at yet."""
+    """Initialise a node."""
     nodes[node].before = before
     nodes[node].token = token
     nodes[node].parent = parent
@@ -361,7 +341,7 @@ def _set(
 
 @compiled
 def _choose(nodes: np.ndarray, explore: np.ndarray, node: int) -> int:
-    """The child with the largest PUCT score; one that was never visited comes before all others."""
+    """Return the child with the largest PUCT score, or the first that was never visited."""
     first = nodes[node].first_child
     bonus = explore[nodes[node].visits]
     best, best_score = first, -1.0
@@ -376,7 +356,7 @@ def _choose(nodes: np.ndarray, explore: np.ndarray, node: int) -> int:
 
 @compiled
 def _draw(scratch: Scratch, size: int, uniform: float) -> int:
-    """One of the successors looked up last, in proportion to their weights."""
+    """Return one of the successors looked up last, in proportion to their weights."""
     total = 0.0
     for j in range(size):
         total += scratch.weights[j]
@@ -397,9 +377,9 @@ def _search(
     explore: np.ndarray,
     levels: int,
     iterations: int,
-    stream: np.uint64,
+    bits: np.uint64,
 ) -> int:
-    """Monte Carlo tree search of so many levels; returns how many nodes there are."""
+    """Run a Monte Carlo tree search of `levels` levels; return the number of nodes."""
     nodes = scratch.nodes
     num_nodes, num_drawn = 1, 0
     for _ in range(iterations):
@@ -415,18 +395,18 @@ def _search(
             if is_leaf:
                 break
         if node == 0:
-            break  # nothing has ever followed
+            break  # the pair has no successors
         # roll-out
         t1, t2 = nodes[node].before, nodes[node].token
         for _ in range(nodes[node].depth, levels):
             size = _look_up(table, overlay, is_counts, t1, t2, scratch)
             if size == 0:
                 break
-            j = _draw(scratch, size, _uniform(stream, num_drawn))
+            j = _draw(scratch, size, _uniform(bits, num_drawn))
             num_drawn += 1
             value += scratch.weights[j]
             t1, t2 = t2, scratch.successors[j]
-        # what was found, up to the root
+        # update the nodes up to the root
         while node >= 0:
             visits = nodes[node].visits + 1
             nodes[node].visits = visits
@@ -448,7 +428,7 @@ def _push_children(scratch: Scratch, num_open: int, node: int) -> int:
 
 @compiled
 def _pop_best(nodes: np.ndarray, frontier: np.ndarray, num_open: int) -> int:
-    """Take the open node of the highest rank, of equals the oldest, out of the frontier."""
+    """Remove the open node of the highest rank, of equals the oldest, from the frontier; return it."""
     at, best = 0, frontier[0]
     for k in range(1, num_open):
         node = frontier[k]
@@ -462,7 +442,7 @@ def _pop_best(nodes: np.ndarray, frontier: np.ndarray, num_open: int) -> int:
 
 @compiled
 def _to_draft(scratch: Scratch, num_drafted: int, node: int) -> int:
-    """Put a node into the draft, behind its parent; returns how many are in it now."""
+    """Append a node to the draft, which holds its parent; return the new number of drafted nodes."""
     nodes = scratch.nodes
     scratch.draft[0, num_drafted] = nodes[node].token
     scratch.draft[1, num_drafted] = nodes[nodes[node].parent].place
@@ -481,9 +461,10 @@ def _most_visited(
     paths: int,
     most: int,
 ) -> int:
-    """The draft of the paths to the most visited nodes, each gone on with by its likeliest token.
+    """Write the draft of the paths to the most visited nodes, each extended by its likeliest token.
 
-    A node has at least its children's visits, so the best open node is always the next best of all.
+    A node has at least as many visits as each child, so the best open node is the next best of all.
+    Returns the number of drafted nodes.
     """
     nodes = scratch.nodes
     num_drafted = 0
@@ -515,7 +496,7 @@ def _best_first(
     depth: int,
     most: int,
 ) -> int:
-    """The draft of the likeliest paths, or of all paths level by level."""
+    """Write the draft of the likeliest paths, or of all paths level by level; return its size."""
     nodes = scratch.nodes
     num_drafted = num_open = 0
     num_nodes, node = 1, 0
@@ -554,21 +535,21 @@ def grow_tree(
     seed: int,
     position: int,
 ) -> np.ndarray:
-    """[2, n] tokens and parents of a draft behind tokens t1, t2.
+    """Return [2, n] tokens and parents of a draft after tokens t1, t2.
 
-    explore: [iterations + 1], the PUCT score's factor by the parent's visits. depth: most levels of
-    the draft. most: its most tokens. (seed, position) name the random numbers.
+    explore: [iterations + 1], the PUCT score's factor by the parent's visits. depth: maximum levels of
+    the draft. most: its maximum tokens. The random numbers are a function of (seed, position).
     """
-    # the root, one node an iteration, and what is looked at behind the nodes of the draft
+    # the root, one node per iteration, and one per node of the draft
     num_expanded = 1 + most + (iterations if search == MCTS else 0)
-    # made here, because memory of numba's own costs less than handing over that of numpy
+    # allocated here, because numba's own arrays cost less than passing numpy's to it
     scratch = _new_scratch(num_expanded, most)
     _set(scratch.nodes, 0, -1, 0, t1, t2, 0.0)
     if search == MCTS:
-        # the last level is what the paths are gone on with
+        # the paths are extended by the last level
         levels = max(1, depth - 1)
-        stream = _stream(seed, position)
-        num_nodes = _search(table, overlay, is_counts, scratch, explore, levels, iterations, stream)
+        bits = bits_at(np.uint64(seed), np.uint64(position), _STREAM)
+        num_nodes = _search(table, overlay, is_counts, scratch, explore, levels, iterations, bits)
         drafted = _most_visited(table, overlay, is_counts, scratch, num_nodes, depth, paths, most)
     else:
         drafted = _best_first(table, overlay, is_counts, scratch, search == FULL, depth, most)
@@ -576,7 +557,7 @@ def grow_tree(
 
 
 def exploration(c1: float, c2: float, iterations: int) -> np.ndarray:
-    """[iterations + 1]: (c1 + ln((N + c2 + 1) / c2)) sqrt(N) for a parent visited N times."""
+    """Return [iterations + 1]: (c1 + ln((N + c2 + 1) / c2)) sqrt(N) for a parent with N visits."""
     num_visits = np.arange(iterations + 1, dtype=np.float64)
     factor: np.ndarray = (c1 + np.log((num_visits + c2 + 1.0) / c2)) * np.sqrt(num_visits)
     return factor

@@ -1,6 +1,6 @@
-"""The kernels with their settings and memory: what a drafter asks for text to be learned and drafts.
+"""The kernels with the settings and memory of one drafter.
 
-Importing this imports numba, which takes its time, so it waits until a drafter is built.
+Imported only when a drafter is built, because numba takes a second to import.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from paceline.drafting.trigram import kernels
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from paceline.drafting.trigram.drafter import TrigramTreeSettings
+    from paceline.drafting.trigram.settings import TrigramTreeSettings
     from paceline.drafting.trigram.table import Table
 
-_FEWEST_PAIRS: Final = 256  # room that learning begins with
+_MIN_PAIRS: Final = 256  # initial room for learned pairs
 _SEARCHES: Final = {"mcts": kernels.MCTS, "greedy": kernels.GREEDY, "full": kernels.FULL}
 
 
 class Learned:
-    """What text has added to a table: one row's, or all rows'."""
+    """The statistics that the text of one row, or of all rows, added to a table."""
 
     def __init__(self, max_pairs: int) -> None:
         self._max_pairs = max_pairs
-        self.overlay = kernels.new_overlay(min(_FEWEST_PAIRS, max_pairs))
+        self.overlay = kernels.new_overlay(min(_MIN_PAIRS, max_pairs))
 
     def make_room(self, num_trigrams: int) -> None:
-        """Grow, within the bound, for so many more tri-grams whose pairs may all be new."""
+        """Grow, within the bound, for this many more tri-grams whose pairs may all be new."""
         room = len(self.overlay.keys)
         wanted = min(int(self.overlay.state[0]) + num_trigrams, self._max_pairs)
         if wanted > room:
@@ -41,7 +41,7 @@ class Learned:
 
 
 class TreeSearch:
-    """Learning and drafting under one drafter's settings, on its table."""
+    """Learning and drafting on a table, with the settings of one drafter."""
 
     def __init__(self, table: Table, settings: TrigramTreeSettings) -> None:
         self.table = table
@@ -49,10 +49,10 @@ class TreeSearch:
         kind = kernels.RELEASED if s.update == "released" else kernels.COUNTS
         self._rule = kernels.Rule(kind, s.update_step, s.update_cap, s.decay, s.prior)
         self._explore = kernels.exploration(s.c1, s.c2, s.iterations)
-        # compile now, or read what was compiled before, instead of in the first request
+        # compile now, or read compiled code from disk, instead of in the first request
         learned = Learned(s.max_pairs)
         self.learn(learned, [0, 0, 0])
-        learned.make_room(_FEWEST_PAIRS)
+        learned.make_room(_MIN_PAIRS)
         self.draft(learned, [0, 0], 1)
 
     def learn(self, learned: Learned, text: Sequence[int]) -> None:
@@ -65,7 +65,7 @@ class TreeSearch:
     def draft(
         self, learned: Learned, tokens: Sequence[int], limit: int
     ) -> tuple[list[int], list[int]]:
-        """(tokens, parents) of a draft behind the text, at most `limit` levels deep."""
+        """Return (tokens, parents) of a draft after the text, at most `limit` levels deep."""
         s = self.settings
         if limit < 1 or len(tokens) < 2:
             return [], []

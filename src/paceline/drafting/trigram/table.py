@@ -1,13 +1,13 @@
-"""Tri-gram statistics as one file: of every pair of tokens the likeliest successors.
+"""Tri-gram statistics as one file: for every pair of tokens the likeliest successors.
 
-The file is in the safetensors format: a JSON header, then flat arrays, mapped into memory and never
-read as a whole. Knows no text and no tokenizer but its hash. Symbols: V tokens, P pairs, E kept
+The file is in the safetensors format: a JSON header, then flat arrays, which are mapped into memory and
+never read as a whole. Of the tokenizer it knows only the hash. Symbols: V tokens, P pairs, E kept
 tri-grams.
 
-    starts     [V+1] int64   pairs whose first token is t are starts[t] to starts[t+1]
+    starts     [V+1] int64   the pairs with first token t are starts[t] to starts[t+1]
     offsets    [P+1] int64   the successors of pair i are offsets[i] to offsets[i+1]
-    seconds    [P] int32     second tokens, rising within a first one
-    successors [E] int32     within a pair the likeliest first, of equals the smaller id
+    seconds    [P] int32     second tokens, ascending per first token
+    successors [E] int32     per pair the likeliest first, of equals the smaller id
     weights    [E] float32   P(successor | pair), before pruning
 """
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FORMAT: Final = "paceline trigram table 1"
-MAX_SUCCESSORS: Final = 16  # the most a pair may have, here and where a row's text is learned
+MAX_SUCCESSORS: Final = 16  # maximum per pair, in a table and in learned statistics
 ARRAYS: Final[dict[str, tuple[str, np.dtype[Any]]]] = {
     "starts": ("I64", np.dtype("<i8")),
     "offsets": ("I64", np.dtype("<i8")),
@@ -54,10 +54,10 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TableFacts:
-    """What a table was made of and what it holds."""
+    """The origin and the size of a table."""
 
     tokenizer: str  # hash of the token-to-id map
-    num_tokens: int  # read
+    num_tokens: int  # of the text
     num_pairs: int
     num_trigrams: int  # kept
     max_successors: int
@@ -66,7 +66,7 @@ class TableFacts:
 
 
 def empty_table() -> Table:
-    """The statistics of no text."""
+    """Return the statistics of no text."""
     arrays = {name: np.zeros(0, dtype) for name, (_, dtype) in ARRAYS.items()}
     arrays["starts"], arrays["offsets"] = np.zeros(1, np.int64), np.zeros(1, np.int64)
     for array in arrays.values():
@@ -75,7 +75,7 @@ def empty_table() -> Table:
 
 
 def header(facts: TableFacts, sizes: Mapping[str, int]) -> bytes:
-    """The file's first bytes. sizes: elements of each array."""
+    """Return the file's first bytes. sizes: number of elements of each array."""
     fields: dict[str, Any] = {
         "__metadata__": {
             "format": FORMAT,
@@ -93,12 +93,12 @@ def header(facts: TableFacts, sizes: Mapping[str, int]) -> bytes:
 
 
 def read_facts(path: Path) -> TableFacts:
-    """What the file says of itself. Raises ConfigError if it is missing, ArtefactError if damaged."""
+    """Read the file's header. Raises ConfigError if it is missing, ArtefactError if damaged."""
     return _read_header(path)[0]
 
 
 def load_table(path: Path) -> tuple[Table, TableFacts]:
-    """The arrays, mapped from the file, and what they were made of; errors as in `read_facts`."""
+    """Map the arrays from the file; return them with the facts. Raises as `read_facts` does."""
     facts, sizes, start = _read_header(path)
     arrays = {}
     for name, (_, dtype) in ARRAYS.items():
@@ -124,7 +124,7 @@ def check_tokenizer(name: str, path: Path, facts: TableFacts, tokenizer: str) ->
 
 
 def _read_header(path: Path) -> tuple[TableFacts, dict[str, int], int]:
-    """(facts, elements of each array, where the arrays begin)."""
+    """Return (facts, number of elements of each array, offset of the first array)."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -152,10 +152,10 @@ def _read_header(path: Path) -> tuple[TableFacts, dict[str, int], int]:
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise _damaged(path, "it has no such header") from error
     start = 8 + len(text)
-    held = sum(sizes[name] * dtype.itemsize for name, (_, dtype) in ARRAYS.items())
+    num_bytes = sum(sizes[name] * dtype.itemsize for name, (_, dtype) in ARRAYS.items())
     fits = sizes["offsets"] == sizes["seconds"] + 1 and sizes["weights"] == sizes["successors"]
-    if not in_order or not fits or start + held != size or sizes["starts"] < 1:
-        raise _damaged(path, f"{size} bytes where {start + held} are expected")
+    if not in_order or not fits or start + num_bytes != size or sizes["starts"] < 1:
+        raise _damaged(path, f"{size} bytes where {start + num_bytes} are expected")
     return facts, sizes, start
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from paceline.contracts import NONE, no_progress
+from paceline.contracts import no_progress
 from paceline.experiments.assistant_selection.learned import (
     BEST_SINGLE,
     ORACLE,
@@ -85,12 +85,10 @@ def _speedup(study: Study, learner: str, size: int, draw: int) -> float:
     """Return the speed-up on the held-out prompts of a policy learned from a random part."""
     rng = np.random.default_rng([draw, size])
     part = study.train.rows(np.sort(rng.permutation(len(study.train))[:size]))
-    settings = study.settings.model_copy(update={"learner": learner, "seed": draw})
+    settings = BY_NAME[learner].settings(study.settings.model_copy(update={"seed": draw}))
     chooser = BY_NAME[learner].fit(part, settings, no_progress).chooser
-    held_out = study.held_out
-    (distribution,) = Contender(learner, (chooser,)).distributions(held_out)
-    none = held_out.seconds[:, held_out.arms.index(NONE)].sum()
-    return float(none / (distribution * held_out.seconds).sum())
+    (distribution,) = Contender(learner, (chooser,)).distributions(study.held_out)
+    return study.held_out.speedup(distribution)
 
 
 def _table(found: dict[str, list[_Learned]], num_held_out: int, single: float) -> Table:

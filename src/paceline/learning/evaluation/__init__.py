@@ -1,8 +1,9 @@
-"""What policies would gain, by replay, beside the ways of choosing they must beat."""
+"""Predicted gains of policies, next to those of the strategies that they must beat."""
 
 from paceline.learning.evaluation.contenders import Contender, parse_encoders, train_contenders
-from paceline.learning.evaluation.report import POLICY, EvaluationReport, Outcomes, evaluate
+from paceline.learning.evaluation.report import EvaluationReport, evaluate
 from paceline.learning.evaluation.sections import Evaluation, Evaluator, Section, evaluate_chooser
+from paceline.learning.evaluation.strategies import POLICY, Outcomes
 
 __all__ = [
     "POLICY",

@@ -1,7 +1,7 @@
 """Intervals for ratios of seconds, by resampling prompts.
 
-Every way of choosing is resampled with the same draws, so a ratio of two of them is paired by
-prompt: what all find hard or easy cancels. Symbols: N prompts, B resamples, D tasks, S ways.
+All strategies are resampled with the same draws, so a ratio of two of them is paired by prompt: the
+difficulty of a prompt cancels. Symbols: N prompts, B resamples, D tasks, S strategies.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 RESAMPLES: Final = 2000
 COVERAGE: Final = 0.95
-_BLOCK: Final = 250  # resamples drawn at once, which bounds what they hold
+_BLOCK: Final = 250  # resamples drawn at once, to bound the memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +33,9 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Resampled:
-    """Sums over prompts of each task, as they are and in every resample.
+    """Sums over the prompts of each task, in the sample and in every resample.
 
-    A resample has as many prompts as there are, of any task: a task's own number varies.
+    A resample draws N prompts of any task, so the number of a task's prompts varies.
     """
 
     tasks: tuple[str, ...]  # D
@@ -46,12 +46,12 @@ class Resampled:
 
 
 def resample(columns: np.ndarray, tasks: Sequence[str], seed: int) -> Resampled:
-    """columns: [N, S], a figure of each prompt that adds up; tasks: N."""
+    """Sum columns by task, in the sample and in resamples. columns: [N, S]; tasks: N names."""
     N, S = columns.shape
     names, of_task = np.unique(np.array(tasks, dtype=str), return_inverse=True)
     D = len(names)
     member = np.eye(D)[of_task]  # [N, D]
-    # one column more, of ones, counts the prompts
+    # a last column of ones counts the prompts
     spread = member[:, :, None] * np.column_stack([columns, np.ones(N)])[:, None, :]  # [N, D, S+1]
     flat = spread.reshape(N, D * (S + 1))
     rng = np.random.default_rng(seed)
@@ -72,14 +72,14 @@ def resample(columns: np.ndarray, tasks: Sequence[str], seed: int) -> Resampled:
 
 
 def _times(rng: np.random.Generator, num: int, resamples: int) -> np.ndarray:
-    """[resamples, num] how often each resample holds each prompt."""
+    """Return [resamples, num] how often each resample holds each prompt."""
     places = rng.integers(0, num, (resamples, num)) + num * np.arange(resamples)[:, None]
     counts = np.bincount(places.ravel(), minlength=resamples * num)
     return counts.reshape(resamples, num).astype(np.float64)
 
 
 def interval(value: float, draws: np.ndarray) -> Interval:
-    """draws: [B]; those that are not a number, of a task that a resample did not hold, are out."""
+    """Return a figure's interval. draws: [B]; NaN, for a task that a resample lacks, is left out."""
     known = draws[~np.isnan(draws)]
     tail = (1.0 - COVERAGE) / 2
     low, high = np.quantile(known, (tail, 1.0 - tail))
@@ -87,6 +87,6 @@ def interval(value: float, draws: np.ndarray) -> Interval:
 
 
 def divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a / b, not a number where there is nothing to divide by."""
+    """Return a / b, NaN where b is not above 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray(np.where(b > 0, a / b, np.nan))

@@ -1,7 +1,7 @@
-"""The first lines of prompts, for the table that a policy must beat to have learned more.
+"""The first lines of prompts, for the strategy that picks an arm by them.
 
-What all prompts of the training part begin with, such as a chat template's opening, says nothing
-and is passed over.
+A policy that does not beat this strategy may have learned nothing but the line. Text that begins all
+prompts of the training part, such as a chat template's opening, is skipped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LONGEST: Final = 256  # tokens of a line that are compared
 
 
 class FirstLines:
-    """Reads first lines as a training part would have them read."""
+    """Reader of first lines, after the beginning that all prompts of a training part share."""
 
     def __init__(self, train: Prompts, decode: Callable[[list[int]], str]) -> None:
         """decode: tokens -> text."""
@@ -25,6 +25,7 @@ class FirstLines:
         self._decode = decode
 
     def of(self, prompts: Prompts) -> tuple[str, ...]:
+        """Return the first line of each prompt."""
         return tuple(map(self._line, prompts))
 
     def _line(self, prompt: Sequence[int]) -> str:
@@ -35,8 +36,8 @@ class FirstLines:
 
 
 def _num_shared(prompts: Prompts) -> int:
-    """The number of tokens that all prompts begin with."""
-    # what the least and the greatest share, all between them share
+    """Return the number of first tokens that all prompts share."""
+    # in sorted order the first and the last prompt share the least
     ordered = sorted(map(tuple, prompts))
     least, greatest = ordered[0], ordered[-1]
     shared = 0

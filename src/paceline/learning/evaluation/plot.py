@@ -1,4 +1,4 @@
-"""An evaluation as a picture: speed-up over `none` of every way of choosing, with its interval."""
+"""An evaluation as a picture: the speed-up of every strategy over `none`, with its interval."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any, Final
 
 from paceline.contracts import NONE
-from paceline.learning.evaluation.report import ORACLE
-from paceline.learning.plot import import_figure
+from paceline.learning.evaluation.strategies import ORACLE
+from paceline.plotting import import_figure
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 _POLICY: Final = "#1a7f37"
 _OTHER: Final = "#3b6ea5"
 _ARM: Final = "0.55"
-_COLUMNS: Final = 3  # sections beside each other
-_LINE: Final = 85  # letters above a column
+_COLUMNS: Final = 3  # of sections
+_LINE: Final = 85  # characters above a column
 
 
 def plot(evaluation: Evaluation, path: Path) -> None:
-    """Write a PNG with a panel for each section. Raises ConfigError without matplotlib."""
+    """Write a PNG with one panel per section. Raises ConfigError without matplotlib."""
     make_figure = import_figure()
     sections = evaluation.sections
     columns = min(_COLUMNS, len(sections))
     rows = -(-len(sections) // columns)
-    most = max(len(_ways(section.report)) for section in sections)
+    most = max(len(_strategies(section.report)) for section in sections)
     figure = make_figure(
         figsize=(2.2 + 4.0 * columns, (1.1 + 0.24 * most) * rows + 0.5), layout="constrained"
     )
@@ -48,19 +48,19 @@ def plot(evaluation: Evaluation, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _ways(report: EvaluationReport) -> list[tuple[str, Figures, str]]:
-    """(name, figures, colour) from top to bottom; `none` is the line at 1."""
+def _strategies(report: EvaluationReport) -> list[tuple[str, Figures, str]]:
+    """Return (name, figures, colour) from top to bottom, without `none`, which is the line at 1."""
     arms: Mapping[str, Figures] = report.overall.arms
-    found = [(name, figures, _ARM) for name, figures in arms.items() if name != NONE]
+    shown = [(name, figures, _ARM) for name, figures in arms.items() if name != NONE]
     for name, figures in report.overall.strategies.items():
-        found.append((name, figures, _POLICY if name in report.policies else _OTHER))
-    return found
+        shown.append((name, figures, _POLICY if name in report.policies else _OTHER))
+    return shown
 
 
 def _draw(axes: Any, section: Section) -> None:
     report = section.report
-    ways = _ways(report)
-    for place, (name, figures, colour) in enumerate(ways):
+    strategies = _strategies(report)
+    for place, (name, figures, colour) in enumerate(strategies):
         speed = figures.speedup
         axes.plot([speed.low, speed.high], [place, place], color=colour, linewidth=2)
         axes.plot(speed.value, place, "o", color=colour, markersize=5)
@@ -70,8 +70,8 @@ def _draw(axes: Any, section: Section) -> None:
     oracle = report.overall.strategies[ORACLE].speedup.value
     axes.axvline(oracle, color="0.7", linewidth=0.8, linestyle=":")
     axes.axvline(1.0, color="black", linewidth=0.9, linestyle="--")
-    axes.set_yticks(range(len(ways)), [name for name, _, _ in ways], fontsize=8)
-    axes.set_ylim(len(ways) - 0.4, -0.6)
+    axes.set_yticks(range(len(strategies)), [name for name, _, _ in strategies], fontsize=8)
+    axes.set_ylim(len(strategies) - 0.4, -0.6)
     bar = ", bar: slowest task" if len(report.by_domain) > 1 else ""
     axes.set_title(f"{section.title}: {report.overall.num_prompts} prompts{bar}", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,8 +1,7 @@
-"""What policies would gain on prompts they never saw, beside the ways of choosing they must beat.
+"""The gain of policies on prompts they never saw, next to that of other strategies.
 
-Predicted from replay and prices, not clocked. Task labels are used here only: for the strategy that
-knows them, and for tables. The fixed strategies are fitted on the training part as a policy is.
-Symbols: N prompts, A arms, S ways of choosing.
+All figures are predicted from replay and prices, not clocked. Symbols: N prompts, A arms, S strategies,
+D tasks, B resamples.
 """
 
 from __future__ import annotations
@@ -16,53 +15,35 @@ import numpy as np
 from paceline.contracts import NONE, split_arm
 from paceline.errors import StoreError
 from paceline.learning.evaluation.bootstrap import Interval, Resampled, divide, interval, resample
+from paceline.learning.evaluation.strategies import (
+    BASELINES,
+    BEST_SINGLE,
+    ORACLE,
+    POLICY,
+    FittedStrategies,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-RANDOM: Final = "random"
-BEST_SINGLE: Final = "best single"
-PER_TASK: Final = "per task"
-FIRST_LINE: Final = "first line"
-POLICY: Final = "policy"
-ORACLE: Final = "oracle"
-BASELINES: Final = (BEST_SINGLE, PER_TASK, FIRST_LINE)
-"""What a policy's speed is divided by, beside `none`."""
+    from paceline.learning.evaluation.strategies import Outcomes
 
 NEAR: Final = 1.02
-"""An arm that takes at most so many times the fastest arm's seconds is nearly as good."""
+"""An arm is nearly as good as the fastest if it takes at most this many times its seconds."""
 
 SLOWEST: Final = 0.98
 """No task may be slower than this share of the speed of `none`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Outcomes:
-    """What every arm would do for each of N prompts, under one load.
-
-    first_lines: of the prompts; without them nothing is chosen by first line.
-    """
-
-    arms: tuple[str, ...]  # A
-    domains: tuple[str, ...]  # N
-    seconds: np.ndarray  # [N, A] float64, of the whole request
-    rewards: np.ndarray  # [N, A] float64
-    num_tokens: np.ndarray  # [N] int64, emitted
-    first_lines: tuple[str, ...] = ()  # N
-
-    def __len__(self) -> int:
-        return len(self.domains)
-
-
-@dataclass(frozen=True, slots=True)
 class Figures:
-    """One way of choosing on a set of prompts.
+    """Figures of one strategy on a set of prompts.
 
-    speedup: seconds of `none` for all prompts over seconds of this choice, so that long requests
-    weigh what they take. mean_speedup: the mean of the prompts' own ratios. reward: its mean.
-    regret_seconds: what a request takes longer than with its fastest arm, on average; regret: the
-    same as a share of the oracle's seconds. accuracy: how often the arm is the fastest one; near:
-    how often it takes at most 2% longer.
+    speedup: seconds of `none` for all prompts over seconds of this strategy, so that requests weigh in
+    proportion to their time. mean_speedup: the mean of the prompts' own ratios. reward: its mean.
+    regret_seconds: mean extra seconds of a request compared with its fastest arm; regret: the same as
+    a share of the oracle's seconds. accuracy: share of prompts that get the fastest arm; near: share
+    that get an arm that takes at most 2% longer.
     """
 
     speedup: Interval
@@ -77,27 +58,26 @@ class Figures:
 
     @property
     def of_oracle(self) -> float:
-        """Its speed over the oracle's."""
+        """Return its speed over the oracle's."""
         return 1.0 / (1.0 + self.regret.value)
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The share of prompts that got each arm, each drafter, and each draft length."""
+    """Shares of the prompts by their arm, drafter and draft length."""
 
     arms: dict[str, float]
     drafters: dict[str, float]
-    lengths: dict[str, float]  # "own" where a drafter keeps its configured length, "-" for none
+    lengths: dict[str, float]  # "own" for a drafter's configured length, "-" for none
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All ways of choosing on one set of prompts.
+    """All strategies on one set of prompts.
 
-    arms: `none` and each drafter at the length that was best in training, for every prompt.
-    strategies: random (the mean over all arms), best single, per task and first line (fitted on the
-    training part), the policies, oracle (the fastest arm of each request, known afterwards).
-    chosen: by strategy.
+    arms: `none` and each drafter at its best length in training, for every prompt. strategies: random
+    (the mean over all arms), best single, per task and first line (fitted on the training part), the
+    policies, oracle (the fastest arm of each request, known afterwards). chosen: by strategy.
     """
 
     num_prompts: int
@@ -108,10 +88,10 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class SlowestTask:
-    """The task on which a way of choosing gains least over `none`.
+    """The task on which a strategy gains least over `none`.
 
-    The interval is of the smallest ratio in each resample, whichever task that was, so it lies
-    lower than the task's own and is the one to hold a promise against.
+    The interval is of the smallest ratio in each resample, whichever its task, so it lies lower than
+    the task's own interval. A promise about all tasks must hold for this one.
     """
 
     task: str
@@ -120,11 +100,11 @@ class SlowestTask:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationReport:
-    """Some prompts that no policy was trained on, overall and by task.
+    """Figures on prompts that no policy was trained on, overall and by task.
 
-    over: by policy, how many times as fast it is as `none`, as the best single arm, as the choice by
-    task and as the one by first line. by_seed: speed-up of each training of a policy; its figures
-    are means over them. known_first_lines: the share of prompts whose first line was in training.
+    over: by policy, its speed over that of `none` and of each of `BASELINES`. slowest: by strategy.
+    by_seed: speed-up of each training of a policy; its figures are means over them. known_first_lines:
+    the share of prompts whose first line occurs in training.
     """
 
     num_train: int
@@ -141,11 +121,11 @@ class EvaluationReport:
 
     @property
     def fraction_of_oracle(self) -> float:
-        """The first policy's speed over the oracle's."""
+        """Return the first policy's speed over the oracle's."""
         return self.overall.strategies[self.policies[0]].of_oracle
 
     def headline(self) -> dict[str, float]:
-        """Speed-ups over `none` that matter most: policy, best single, oracle."""
+        """Return the most important speed-ups over `none`: policy, best single, oracle."""
         figures = self.overall.strategies
         names = {POLICY: self.policies[0], BEST_SINGLE: BEST_SINGLE, ORACLE: ORACLE}
         return {shown: figures[name].speedup.value for shown, name in names.items()}
@@ -165,13 +145,13 @@ def evaluate(
 ) -> EvaluationReport:
     """Compare policies on the held-out part.
 
-    policies: by name, one [N, A] of probabilities by which each training of it takes each arm of
-    the held-out prompts. choose_seconds: what a choice of a policy takes, charged to it. seed: of
-    the bootstrap. Raises StoreError where the parts do not fit.
+    policies: by name, one [N, A] per training, the probabilities of each arm for the held-out prompts.
+    choose_seconds: seconds of one choice, by policy, charged to it. seed: of the bootstrap. Raises
+    StoreError if the parts have different arms or shapes, or no prompts.
     """
     _check(train, held_out, policies)
-    fitted = _fit(train)
-    distributions = _strategies(held_out, fitted, policies)
+    fitted = FittedStrategies.fit(train)
+    distributions = fitted.distributions(held_out, policies)
     charges = choose_seconds or {}
     extra = {name: charges.get(name, 0.0) for name in distributions}
     tally = _tally(held_out, fitted, distributions, extra, seed)
@@ -189,7 +169,8 @@ def evaluate(
         },
         over={
             name: {
-                b: _ratio(tally, place, tally.strategies[name]) for b, place in baselines.items()
+                baseline: _ratio(tally, place, tally.strategies[name])
+                for baseline, place in baselines.items()
             }
             for name in policies
         },
@@ -204,23 +185,14 @@ def evaluate(
 
 
 def _speedup(data: Outcomes, distribution: np.ndarray, choose_seconds: float) -> float:
+    """Return the speed-up of one training over `none`, its choices charged."""
     none = data.seconds[:, data.arms.index(NONE)].sum()
     return float(none / ((distribution * data.seconds).sum() + choose_seconds * len(data)))
 
 
 @dataclass(frozen=True, slots=True)
-class _Fitted:
-    """What the training part says is fastest, as places of arms."""
-
-    best_single: int
-    by_task: dict[str, int]
-    by_line: dict[str, int]
-    arms: tuple[int, ...]  # `none` and every drafter at its best length
-
-
-@dataclass(frozen=True, slots=True)
 class _Tally:
-    """Sums over the prompts of each task; the last axis is S, fixed arms and then strategies."""
+    """Sums over the prompts of each task. The last axis is S: first fixed arms, then strategies."""
 
     arms: dict[str, int]  # name -> place in S
     strategies: dict[str, int]
@@ -255,64 +227,20 @@ def _check(
                 )
 
 
-def _fit(train: Outcomes) -> _Fitted:
-    totals = train.seconds.sum(axis=0)  # [A]
-    drafters: dict[str, list[int]] = {}
-    for place, arm in enumerate(train.arms):
-        drafters.setdefault(split_arm(arm)[0], []).append(place)
-    return _Fitted(
-        best_single=int(totals.argmin()),
-        by_task=_best_by(train.domains, train.seconds),
-        by_line=_best_by(train.first_lines, train.seconds),
-        arms=tuple(min(places, key=lambda p: totals[p]) for places in drafters.values()),
-    )
-
-
-def _best_by(labels: Sequence[str], seconds: np.ndarray) -> dict[str, int]:
-    """The arm that takes the least time, by label."""
-    if not labels:
-        return {}
-    names, of = np.unique(np.array(labels, dtype=str), return_inverse=True)
-    totals = np.zeros((len(names), seconds.shape[1]))
-    np.add.at(totals, of, seconds)
-    return dict(zip(map(str, names), totals.argmin(axis=1).tolist(), strict=True))
-
-
-def _strategies(
-    data: Outcomes,
-    fitted: _Fitted,
-    policies: Mapping[str, Sequence[np.ndarray]],
-) -> dict[str, np.ndarray]:
-    """By name, the probability of each arm for each prompt: [N, A]."""
-    N, A = data.seconds.shape
-    single = np.eye(A)
-    best = fitted.best_single
-    distributions = {
-        RANDOM: np.full((N, A), 1.0 / A),
-        BEST_SINGLE: np.tile(single[best], (N, 1)),
-        PER_TASK: single[[fitted.by_task.get(task, best) for task in data.domains]],
-    }
-    if fitted.by_line and data.first_lines:
-        distributions[FIRST_LINE] = single[
-            [fitted.by_line.get(line, best) for line in data.first_lines]
-        ]
-    distributions |= {name: np.mean(trained, axis=0) for name, trained in policies.items()}
-    return distributions | {ORACLE: single[data.seconds.argmin(axis=1)]}
-
-
 def _tally(
     data: Outcomes,
-    fitted: _Fitted,
+    fitted: FittedStrategies,
     distributions: Mapping[str, np.ndarray],
     extra: Mapping[str, float],
     seed: int,
 ) -> _Tally:
+    """Sum all figures by task. extra: seconds per choice, by strategy."""
     seconds, none = data.seconds, data.seconds[:, [data.arms.index(NONE)]]
     least = seconds.min(axis=1, keepdims=True)
     fixed = list(fitted.arms)
 
     def columns(by_arm: np.ndarray) -> np.ndarray:
-        """[N, S] of a figure that each arm [N, A] has."""
+        """Return [N, S] from a figure of each arm [N, A]."""
         expected = [(distribution * by_arm).sum(axis=1) for distribution in distributions.values()]
         return np.column_stack([by_arm[:, fixed], *expected])
 
@@ -320,8 +248,8 @@ def _tally(
     ratios = np.column_stack(
         [none / seconds[:, fixed]]
         + [
-            (distribution * (none / (seconds + extra[n]))).sum(axis=1)
-            for n, distribution in distributions.items()
+            (distribution * (none / (seconds + extra[name]))).sum(axis=1)
+            for name, distribution in distributions.items()
         ]
     )
     sampled = resample(columns(seconds) + charged, data.domains, seed)
@@ -341,7 +269,7 @@ def _tally(
 
 
 def _compare(tally: _Tally, part: slice) -> Comparison:
-    """The tasks of a slice, taken together."""
+    """Return the comparison over the tasks of a slice together."""
     return Comparison(
         num_prompts=int(tally.sampled.num[part].sum()),
         arms={name: _figures(tally, place, part) for name, place in tally.arms.items()},
@@ -354,6 +282,7 @@ def _compare(tally: _Tally, part: slice) -> Comparison:
 
 
 def _figures(tally: _Tally, place: int, part: slice) -> Figures:
+    """Return the figures of a place in S over the tasks of a slice."""
     none, oracle = tally.arms[NONE], tally.strategies[ORACLE]
     num, draws = tally.sampled.num[part].sum(), tally.sampled.draws[:, part].sum(axis=1)
     sums = tally.sampled.sums[part].sum(axis=0)  # [S]
@@ -378,7 +307,7 @@ def _figures(tally: _Tally, place: int, part: slice) -> Figures:
 
 
 def _chosen(counts: np.ndarray, arms: Sequence[str]) -> Chosen:
-    """counts: [A] prompts."""
+    """Return the shares of arms, drafters and lengths from the prompts [A] by arm."""
     shares = counts / counts.sum()
     drafters: dict[str, float] = {}
     lengths: dict[str, float] = {}
@@ -391,7 +320,7 @@ def _chosen(counts: np.ndarray, arms: Sequence[str]) -> Chosen:
 
 
 def _ratio(tally: _Tally, reference: int, policy: int) -> Interval:
-    """How many times as fast a policy is as something else, both places in S."""
+    """Return the speed of a policy over that of a reference, both given as places in S."""
     sums, drawn = tally.sampled.sums.sum(axis=0), tally.sampled.drawn.sum(axis=1)
     return interval(sums[reference] / sums[policy], drawn[:, reference] / drawn[:, policy])
 

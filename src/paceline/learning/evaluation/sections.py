@@ -1,7 +1,7 @@
-"""An evaluation of many sides: held-out prompts under several loads, other prompts, unheard-of tasks.
+"""An evaluation in sections: held-out prompts under several loads, other prompts, unseen tasks.
 
-Each side is a section with a report of its own. Nothing that a section tests on was trained on: not
-the prompt in another wording either, which ids tell. Symbols: N prompts.
+Each section has its own report. No prompt that a section tests on was trained on, in any wording: the
+ids of prompts tell. Symbols: N prompts.
 """
 
 from __future__ import annotations
@@ -17,15 +17,8 @@ from paceline.errors import StoreError
 from paceline.learning.dataset import MIN_PROMPTS
 from paceline.learning.evaluation.contenders import Contender
 from paceline.learning.evaluation.first_lines import FirstLines
-from paceline.learning.evaluation.report import (
-    BEST_SINGLE,
-    FIRST_LINE,
-    POLICY,
-    SLOWEST,
-    EvaluationReport,
-    Outcomes,
-    evaluate,
-)
+from paceline.learning.evaluation.report import SLOWEST, EvaluationReport, evaluate
+from paceline.learning.evaluation.strategies import BEST_SINGLE, FIRST_LINE, POLICY, Outcomes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,13 +31,15 @@ if TYPE_CHECKING:
     Train = Callable[[Dataset], Sequence[Contender]]
 
 HELD_OUT: Final = "held-out prompts"
-TIE: Final = 0.005  # what differs by less is as fast
-MOSTLY: Final = 0.5  # the share of prompts with a known first line that makes a table worth a word
+TIE: Final = 0.005  # a smaller difference of speeds counts as none
+MOSTLY: Final = (
+    0.5  # share of prompts with a known first line from which the table is compared with
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One side: `held_out` prompts of the collection, prompts `elsewhere`, or a task `left_out`."""
+    """Held-out prompts, prompts of another collection (`elsewhere`), or a task `left_out`."""
 
     kind: Literal["held_out", "elsewhere", "left_out"]
     title: str
@@ -53,7 +48,7 @@ class Section:
     task: str = ""  # that was left out
 
     def sentence(self, policy: str) -> str:
-        """What the figures say of a policy: what it knows beyond first lines, where it is slowest."""
+        """Compare a policy with the table of first lines, and name its slowest task, in one sentence."""
         slowest = self.report.slowest[policy]
         where = f"on {slowest.task} {_against_none(slowest.speedup)}"
         return f"{self.title}: {policy} {_against_table(policy, self.report)}; slowest {where}"
@@ -69,7 +64,7 @@ def _against_table(policy: str, report: EvaluationReport) -> str:
         return f"is {over} times as fast as a table of first lines"
     return (
         f"ties with a table of first lines, {over} times as fast: nothing here shows that it learned "
-        "more than the line"
+        "more than the first line"
     )
 
 
@@ -77,34 +72,37 @@ def _against_none(speedup: Interval) -> str:
     if speedup.value < SLOWEST:
         return f"{speedup} times {NONE}, below {SLOWEST}"
     if speedup.low < SLOWEST:
-        return f"{speedup} times {NONE}, above {SLOWEST} but not surely"
+        return f"{speedup} times {NONE}, above {SLOWEST}, but its interval begins below"
     return f"{speedup} times {NONE}"
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """All sections, and what they were made with."""
+    """All sections, and the circumstances of their figures."""
 
     sections: tuple[Section, ...]
     circumstances: dict[str, Any] = field(default_factory=dict)
 
     @property
     def report(self) -> EvaluationReport:
-        """Of the first section."""
+        """The report of the first section."""
         return self.sections[0].report
 
     def headline(self) -> dict[str, float]:
-        """Of the first section: speed-ups over `none` of the policy, the best single arm, the oracle."""
+        """Return the first section's speed-ups over `none`: policy, best single arm, oracle."""
         return self.report.headline()
 
     def sentences(self) -> list[str]:
-        """What the figures say, in words: of every section, and of all unseen tasks together."""
-        said = [
-            s.sentence(p) for s in self.sections if s.kind != "left_out" for p in s.report.policies
-        ]
+        """Return the findings in words, per section, and for all unseen tasks together."""
         unseen = [section for section in self.sections if section.kind == "left_out"]
+        sentences = [
+            section.sentence(policy)
+            for section in self.sections
+            if section.kind != "left_out"
+            for policy in section.report.policies
+        ]
         policies = unseen[0].report.policies if unseen else ()
-        return said + [_on_unseen(policy, unseen) for policy in policies]
+        return sentences + [_on_unseen(policy, unseen) for policy in policies]
 
     def to_json(self) -> str:
         return json.dumps({**asdict(self), "sentences": self.sentences()}, indent=1)
@@ -119,7 +117,7 @@ def _on_unseen(policy: str, sections: Sequence[Section]) -> str:
 
 
 class Evaluator:
-    """Makes sections from one training part."""
+    """Builder of sections for one training part."""
 
     def __init__(
         self, train: Dataset, decode: Decode, seed: int, notes: Sequence[str] = ()
@@ -133,7 +131,7 @@ class Evaluator:
     def held_out(
         self, data: Dataset, contenders: Sequence[Contender], loads: Sequence[int]
     ) -> list[Section]:
-        """One section for each number of rows in flight."""
+        """Return one section per number of rows in flight."""
         return [
             Section(
                 "held_out",
@@ -145,7 +143,10 @@ class Evaluator:
         ]
 
     def elsewhere(self, name: str, data: Dataset, contenders: Sequence[Contender]) -> Section:
-        """Prompts of another collection, without those that were trained on in any wording."""
+        """Return the section of another collection's prompts, without those that were trained on.
+
+        Raises StoreError if no prompt is left.
+        """
         trained = set(self._train.groups)
         unseen = data.rows(np.array([group not in trained for group in data.groups]))
         if not len(unseen):
@@ -159,7 +160,10 @@ class Evaluator:
         )
 
     def left_out(self, data: Dataset, train: Train) -> list[Section]:
-        """One section for each task: trained on the other tasks' prompts, tested on its own."""
+        """Return one section per task: trained on the other tasks' prompts, tested on its own.
+
+        Raises StoreError for a single task, or if too few prompts are left to learn from.
+        """
         domains = np.array(data.domains, dtype=str)
         tasks = np.unique(domains)
         if len(tasks) < 2:
@@ -202,7 +206,7 @@ class Evaluator:
 def evaluate_chooser(
     train: Dataset, held_out: Dataset, chooser: Chooser, seed: int = 0, notes: Sequence[str] = ()
 ) -> EvaluationReport:
-    """One chooser alone on the held-out part, as a report of the name `POLICY`; see `evaluate`."""
+    """Evaluate one chooser on the held-out part, under the name `POLICY`; see `evaluate`."""
     policy = Contender(POLICY, (chooser,))
     return evaluate(
         _outcomes(train, 1),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from paceline.contracts import NONE
-from paceline.learning.evaluation.report import ORACLE
+from paceline.learning.evaluation.strategies import ORACLE
 from paceline.terminal import BandedTable
 
 if TYPE_CHECKING:
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from paceline.learning.evaluation.report import Chosen, EvaluationReport, Figures
     from paceline.learning.evaluation.sections import Evaluation, Section
 
-_MOST_NAMED: Final = 4  # of the chosen
+_MOST_NAMED: Final = 4  # drafters, and draft lengths
 
 
 def show(console: Console, evaluation: Evaluation) -> None:
-    """The first section in full, the others in a row each, then what they say in words."""
+    """Print the first section in full, a row for each section, then all findings in words."""
     first, *others = evaluation.sections
     show_report(console, first.report, f"predicted speed-up over {NONE}: {first.title}")
     if others:
@@ -41,8 +41,8 @@ def show_report(
     report: EvaluationReport,
     title: str = f"predicted speed-up over {NONE}, held-out prompts",
 ) -> None:
-    """Every way of choosing over all prompts, then the strategies by task, then what policies chose."""
-    console.print(_ways(report, title))
+    """Print all strategies over all prompts, the strategies by task, and the policies' choices."""
+    console.print(_strategies(report, title))
     if len(report.by_domain) > 1:
         console.print(_by_task(report))
     for policy in report.policies:
@@ -52,7 +52,7 @@ def show_report(
             console.print(f"{policy} over {name}: {interval}", markup=False, highlight=False)
 
 
-def _ways(report: EvaluationReport, title: str) -> BandedTable:
+def _strategies(report: EvaluationReport, title: str) -> BandedTable:
     overall = report.overall
     shown = BandedTable(title=title)
     shown.add_column(f"{overall.num_prompts} prompts")
@@ -80,7 +80,7 @@ def _ways(report: EvaluationReport, title: str) -> BandedTable:
 
 
 def _shown(policy: str, report: EvaluationReport) -> str:
-    """A policy's name, with the range over its trainings."""
+    """Return a policy's name, with the range over its trainings."""
     by_seed = report.by_seed.get(policy, ())
     if len(by_seed) < 2:
         return policy
@@ -97,8 +97,8 @@ def _cells(figures: Figures) -> list[str]:
     ]
 
 
-def _interval(found: Interval) -> str:
-    return f"{found.value:.2f} ({found.low:.2f}-{found.high:.2f})"
+def _interval(figure: Interval) -> str:
+    return f"{figure.value:.2f} ({figure.low:.2f}-{figure.high:.2f})"
 
 
 def _by_task(report: EvaluationReport) -> BandedTable:
@@ -114,7 +114,7 @@ def _by_task(report: EvaluationReport) -> BandedTable:
 
 
 def _sections(sections: Sequence[Section]) -> BandedTable:
-    """A row for each section; policies with their interval."""
+    """Return a table with one row per section; policies show their interval."""
     names = list(dict.fromkeys(n for s in sections for n in s.report.overall.strategies))
     names = [*(name for name in names if name != ORACLE), ORACLE]
     policies = {policy for section in sections for policy in section.report.policies}
@@ -133,12 +133,12 @@ def _sections(sections: Sequence[Section]) -> BandedTable:
 def _speed(strategies: Mapping[str, Figures], name: str, with_interval: bool) -> str:
     if name not in strategies:
         return ""
-    found = strategies[name].speedup
-    return _interval(found) if with_interval else f"{found.value:.2f}"
+    speedup = strategies[name].speedup
+    return _interval(speedup) if with_interval else f"{speedup.value:.2f}"
 
 
 def _shares(chosen: Chosen) -> str:
-    """`math 40%, code 35%; lengths 3: 60%, own: 40%`."""
+    """Return text such as `math 40%, code 35%; draft lengths 3: 60%, own: 40%`."""
     lengths = ", ".join(f"{name}: {share:.0%}" for name, share in _most(chosen.lengths))
     drafters = ", ".join(f"{name} {share:.0%}" for name, share in _most(chosen.drafters))
     return f"{drafters}; draft lengths {lengths}"

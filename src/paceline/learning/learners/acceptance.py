@@ -1,29 +1,30 @@
-"""Learns what every arm would do on a prompt, without a price: rates of rounds, of those
-that draft nothing, and of drafted tokens.
+"""Learns what each arm does on a prompt, free of prices.
 
-The outcomes of arms jump from one kind of prompt to another and hardly vary within one, so a linear
-fit blurs them. What is fitted by least squares is a mixture: a softmax gate over a few kinds, each
-with outcomes of its own, several gates from different beginnings averaged. Prices enter only where
-cross-validation judges how fast the choices are. Symbols: N prompts, B of them in a minibatch, Z
-components, M kinds, E gates, A arms, O = 3 A + 1 outcomes, L loads.
+Per arm these are the rates of rounds, of rounds without a draft, and of drafted tokens. They jump from
+one kind of prompt to another and hardly vary within a kind, so a linear fit would blur them. A mixture
+is fitted instead, by least squares: a softmax gate over a few kinds, each with its own outcomes,
+averaged over several gates with different initial values. Prices enter only where cross-validation
+judges the choices. Symbols: N prompts, B of them in a minibatch, Z components, M kinds, E gates, A
+arms, O = 3 A + 1 outcomes, L loads.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from paceline.learning.learners.base import (
     Curve,
     Fitted,
     Learner,
+    LearnerSettings,
     Summary,
     earned_by,
-    fold_numbers,
-    num_folds,
+    judged_folds,
     outcome_weights,
     outcomes_of,
     rewards_by_load,
@@ -33,33 +34,40 @@ from paceline.learning.reduce import block_weights, reduce
 from paceline.selection.choosers import AcceptanceChooser
 
 if TYPE_CHECKING:
-    from paceline.config import LearningSection
+    from paceline.contracts import Progress
     from paceline.learning.dataset import Dataset
-    from paceline.learning.learners.base import Progress
     from paceline.selection.choosers import Reduction
 
 _COMPONENTS: Final = (32, 64)  # at least, at most
-_PROMPTS_A_COMPONENT: Final = 8  # fewer do not tell a direction from noise
-_WIDE: Final = 10.0  # the hidden states' weight beside one statistic
-_NORM: Final = 10.0  # of a typical input, so that gates are decided from the beginning
+_PROMPTS_PER_COMPONENT: Final = 8  # with fewer, a direction cannot be told from noise
+_WIDE: Final = 10.0  # weight of all hidden states, relative to one statistic
+_NORM: Final = 10.0  # of a typical input, so that gates differ from the first step
 _GATES: Final = 12
 _LEARNING_RATE: Final = 2e-2  # at the beginning; it falls to 0 at the end
 _STEPS: Final = 400
 _LEAST_EPOCHS: Final = 20
-_JUDGED: Final = 12  # times on the way
+_NUM_JUDGEMENTS: Final = 12  # during the training
 _MOST_JUDGED: Final = 400  # prompts of a fold that are priced at each judgement
-_FINAL: Final = 100  # stream of what is kept; the folds' are their numbers
+_FINAL: Final = 100  # random stream of the final training; each fold's stream is its number
+
+
+class AcceptanceSettings(LearnerSettings):
+    """kinds: of prompt. gate_decay: weight decay of the gates. batch_size: prompts per step."""
+
+    kinds: int = Field(default=48, ge=1)
+    gate_decay: float = Field(default=0.1, ge=0.0)
+    batch_size: int = Field(default=64, ge=1)
 
 
 class MixtureTraining:
-    """E mixtures in training side by side on the same prompts."""
+    """E mixtures that train in parallel on the same prompts."""
 
-    def __init__(self, data: Dataset, settings: LearningSection, stream: int) -> None:
+    def __init__(self, data: Dataset, settings: AcceptanceSettings, stream: int) -> None:
         self._data = data
         self._settings = settings
         self._generator = torch.Generator().manual_seed(1000 * settings.seed + stream)
         weights = block_weights(data.spans, data.features.shape[1], _WIDE)
-        num_components = int(np.clip(len(data) // _PROMPTS_A_COMPONENT, *_COMPONENTS))
+        num_components = int(np.clip(len(data) // _PROMPTS_PER_COMPONENT, *_COMPONENTS))
         self._reduction = reduce(data.features, weights, num_components)
         inputs = self._reduction(data.features)  # [N, Z]
         self._size = _NORM / max(float(np.sqrt((inputs**2).sum(axis=1).mean())), 1e-12)
@@ -85,7 +93,7 @@ class MixtureTraining:
         self._optimiser = torch.optim.AdamW(groups, lr=_LEARNING_RATE, fused=True)
 
     def train(self, begin: float, end: float) -> None:
-        """From one share of the whole training to another; each mixture has its own error."""
+        """Train from one share of all epochs to another. Each mixture has its own error."""
         num_epochs = self.num_epochs()
         for epoch in range(round(begin * num_epochs), round(end * num_epochs)):
             for group in self._optimiser.param_groups:
@@ -93,9 +101,9 @@ class MixtureTraining:
             self._epoch()
 
     def num_epochs(self) -> int:
-        """Passes over the prompts of the whole training."""
-        a_pass = -(-len(self._inputs) // self._settings.batch_size)
-        return max(_STEPS // a_pass, _LEAST_EPOCHS)
+        """Return the number of passes over the prompts in the whole training."""
+        steps_per_epoch = -(-len(self._inputs) // self._settings.batch_size)
+        return max(_STEPS // steps_per_epoch, _LEAST_EPOCHS)
 
     def _epoch(self) -> None:
         order = torch.randperm(len(self._inputs), generator=self._generator)
@@ -109,21 +117,19 @@ class MixtureTraining:
 
     @torch.no_grad()
     def chooser(self) -> AcceptanceChooser:
-        """As served: sizes become part of the gates and kinds."""
-        gates = self.gates.numpy() * self._size  # [E, Z, M]
-        kinds = self.kinds.numpy() * self._spread + self._mean
+        """Return the chooser for serving. The scales become part of its gates and kinds."""
         return _chooser(
             self._data,
             self._reduction,
-            gates,
+            self.gates.numpy() * self._size,  # [E, Z, M]
             self.biases.numpy()[:, 0],
-            kinds,
+            self.kinds.numpy() * self._spread + self._mean,
             self._low,
             self._high,
         )
 
     def average(self) -> AcceptanceChooser:
-        """One kind for all: arms do what they do on average."""
+        """Return a chooser of one kind, which predicts the mean outcomes for every prompt."""
         return _chooser(
             self._data,
             self._reduction,
@@ -142,44 +148,49 @@ def _chooser(data: Dataset, reduction: Reduction, *learned: np.ndarray) -> Accep
 
 @dataclass(slots=True)
 class _Fold:
-    """Mixtures, and prompts that they do not learn from."""
+    """Mixtures in training, and the prompts that they do not learn from."""
 
     training: MixtureTraining
-    held: Dataset
+    held_out: Dataset
     rewards: np.ndarray  # [L, n, A]
 
-    def taken(self, arms: np.ndarray) -> np.ndarray:
-        """[n] rewards of one arm a load. arms: [L] places."""
+    def rewards_of(self, arms: np.ndarray) -> np.ndarray:
+        """Return the mean rewards [n] over loads of one arm per load. arms: [L] places."""
         return np.asarray(self.rewards[np.arange(len(arms)), :, arms].mean(axis=0))
 
-    def judge(self, settings: LearningSection) -> np.ndarray:
-        """[n] rewards of what would be chosen."""
-        return earned_by(self.training.chooser(), self.held, self.rewards, settings)
+    def judge(self, settings: AcceptanceSettings) -> np.ndarray:
+        """Return the rewards [n] of the arms that would be chosen now."""
+        return earned_by(self.training.chooser(), self.held_out, self.rewards, settings)
 
 
-class AcceptanceLearner(Learner):
-    """Trains for a fixed number of steps: few kinds do not follow noise, so nothing is gained by
-    stopping early, and when to stop is not for a noisy judgement to say.
+class AcceptanceLearner(Learner[AcceptanceSettings]):
+    """Trains for a fixed number of steps.
 
-    Cross-validation tells what is gained. Unless that is more than its standard error, every prompt
-    gets the average prediction, and so the arm that is best on average at the prices of the moment.
+    A few kinds do not follow noise, so stopping early gains nothing, and a noisy judgement should not
+    decide when to stop. Cross-validation measures the gain. Unless the gain is larger than its standard
+    error, every prompt gets the average prediction, and with it the arm that is best on average at the
+    current prices.
     """
 
     name = "acceptance"
+    Settings = AcceptanceSettings
+    chooser = AcceptanceChooser
+    search_space: ClassVar = {"kinds": (6, 96), "gate_decay": (1e-2, 2.0)}
+    predicts_work = True
 
-    def fit(self, data: Dataset, settings: LearningSection, on_progress: Progress) -> Fitted:
+    def fit(self, data: Dataset, settings: AcceptanceSettings, on_progress: Progress) -> Fitted:
         rewards = rewards_by_load(data, settings)
         best = rewards.mean(axis=1).argmax(axis=1)  # [L]
         points = []
         with one_thread():
             folds = _make_folds(data, rewards, settings)
-            single = np.concatenate([fold.taken(best) for fold in folds])
-            for turn in range(_JUDGED):
+            single = np.concatenate([fold.rewards_of(best) for fold in folds])
+            for turn in range(_NUM_JUDGEMENTS):
                 for fold in folds:
-                    fold.training.train(turn / _JUDGED, (turn + 1) / _JUDGED)
+                    fold.training.train(turn / _NUM_JUDGEMENTS, (turn + 1) / _NUM_JUDGEMENTS)
                 earned = np.concatenate([fold.judge(settings) for fold in folds])
-                points.append(((turn + 1) / _JUDGED, float(earned.mean())))
-                on_progress("cross-validation", turn + 1, _JUDGED)
+                points.append(((turn + 1) / _NUM_JUDGEMENTS, float(earned.mean())))
+                on_progress("cross-validation", turn + 1, _NUM_JUDGEMENTS)
             summary = Summary.judged(len(data), earned, single)
             final = MixtureTraining(data, settings, _FINAL)
             if not summary.constant:
@@ -189,11 +200,10 @@ class AcceptanceLearner(Learner):
         return Fitted(chooser, summary, Curve("share of the training", tuple(points)))
 
 
-def _make_folds(data: Dataset, rewards: np.ndarray, settings: LearningSection) -> list[_Fold]:
-    number = fold_numbers(data.groups, settings.seed)
+def _make_folds(data: Dataset, rewards: np.ndarray, settings: AcceptanceSettings) -> list[_Fold]:
     folds = []
-    for i in range(num_folds(len(data))):
-        own = np.flatnonzero(number == i)[:_MOST_JUDGED]
-        training = MixtureTraining(data.rows(number != i), settings, stream=i)
-        folds.append(_Fold(training, data.rows(own), rewards[:, own]))
+    for i, (rest, own) in enumerate(judged_folds(data, settings.seed)):
+        held_out = own[:_MOST_JUDGED]
+        training = MixtureTraining(data.rows(rest), settings, stream=i)
+        folds.append(_Fold(training, data.rows(held_out), rewards[:, held_out]))
     return folds

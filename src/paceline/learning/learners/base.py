@@ -1,39 +1,46 @@
-"""What every learner is: a dataset in, a chooser out; and how they judge themselves.
+"""The interface of learners, which turn a dataset into a chooser, and how they judge themselves.
 
-A learner sees the training part only. It holds some of that out again, prompt by prompt, to find
-its own settings and whether what it learned beats the best single arm. Symbols: N prompts, A arms.
+A learner sees the training part only. It holds out some of these prompts again, to find its own
+settings and to see whether its chooser gains more than the best single arm. Symbols: N prompts, A
+arms, L loads.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final, Generic, TypeVar
 
 import numpy as np
+from pydantic import ConfigDict
 
-from paceline.selection.choosers import PortableChooser
+from paceline.config import LearningSection, parse
+from paceline.errors import StoreError
+from paceline.selection.choosers import Chooser, FixedChooser, PortableChooser
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    from paceline.config import LearningSection
+    from paceline.contracts import Progress
     from paceline.learning.dataset import Dataset
-    from paceline.selection.choosers import Chooser
 
-Progress = Callable[[str, int, int], None]  # stage, done, of how many
 NUM_FOLDS: Final = 5
 CROSS_VALIDATE_UP_TO: Final = 1000  # prompts; beyond, one fold is large enough to judge by
 
 
+class LearnerSettings(LearningSection):
+    """The section `learning` for one learner; a learner with options adds them in a subclass."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """How learning went, judged on prompts of the training part that were not learned from.
+    """The result of a training, judged on prompts of the training part that were not learned from.
 
-    score: the mean reward there, over the trained loads. gain: how much more it is than the best
-    single arm's, `gain_error` its standard error. constant: the chooser is the best single arm,
-    because the gain was not distinct from 0. settings: what the learner found for itself.
+    score: the mean reward there, over the trained loads. gain: its difference to the best single
+    arm's, `gain_error` the standard error. constant: the chooser is the best single arm, because the
+    gain was not distinct from 0. settings: values that the learner found by itself.
     """
 
     num_prompts: int
@@ -52,7 +59,10 @@ class Summary:
         single: np.ndarray,
         settings: Mapping[str, float] | None = None,
     ) -> Summary:
-        """From the rewards [n] on prompts not learned from, and the best single arm's there."""
+        """Return the summary for rewards [n] on prompts not learned from.
+
+        single: [n] the best single arm's rewards on the same prompts.
+        """
         gain, error = gain_over_single(earned, single)
         return cls(
             num_prompts=num_prompts,
@@ -67,7 +77,7 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A learning curve: the score on prompts not learned from, by what `label` counts."""
+    """A learning curve: the score on prompts not learned from, by the quantity in `label`."""
 
     label: str
     points: tuple[tuple[float, float], ...] = ()
@@ -75,42 +85,85 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """What a learner made."""
+    """The result of a learner."""
 
     chooser: Chooser
     summary: Summary
     curve: Curve
 
 
-class Learner(ABC):
-    """One way to learn; all of them are in `LEARNERS`."""
+S = TypeVar("S", bound=LearnerSettings)
+
+
+class Learner(ABC, Generic[S]):
+    """One way to learn; `learners.LEARNERS` lists them all.
+
+    Settings: the section `learning` with this learner's options. chooser: the class that it fits,
+    unless the best single arm wins. search_space: range of each option that `--search` tries, on a
+    logarithmic scale. predicts_work: the chooser predicts rounds and is priced in seconds, so the
+    reward can only be `speed`. fits_choices: it can learn from rewards alone, without replayed rounds,
+    so from logged choices. needs_all_arms: the rewards of arms that were not tried must be estimated;
+    otherwise they may be NaN.
+    """
 
     name: str
+    Settings: type[S]
+    chooser: ClassVar[type[Chooser]]
+    search_space: ClassVar[Mapping[str, tuple[float, float]]] = {}
+    predicts_work: ClassVar[bool] = False
+    fits_choices: ClassVar[bool] = False
+    needs_all_arms: ClassVar[bool] = True
 
     @abstractmethod
-    def fit(self, data: Dataset, settings: LearningSection, on_progress: Progress) -> Fitted:
+    def fit(self, data: Dataset, settings: S, on_progress: Progress) -> Fitted:
         """Learn from the training part; deterministic in the settings' seed."""
 
+    def settings(self, section: LearningSection) -> S:
+        """Return the section as this learner's settings, without the options of other learners.
 
-def fold_numbers(groups: Sequence[str], seed: int) -> np.ndarray:
-    """[N] int: the fold of each row, 0 to NUM_FOLDS - 1; rows of one prompt share it."""
-    names, group = np.unique(np.asarray(groups), return_inverse=True)
-    order = np.random.default_rng([seed, NUM_FOLDS + 1]).permutation(len(names))
-    number = np.empty(len(names), dtype=np.int64)
-    number[order] = np.arange(len(names)) % NUM_FOLDS
-    return np.asarray(number[group])
+        Raises ConfigError for an option out of range.
+        """
+        options = self.Settings.model_fields
+        own = {name: value for name, value in section.model_dump().items() if name in options}
+        return parse(self.Settings, own | {"learner": self.name}, "learning")
 
 
-def num_folds(num_prompts: int) -> int:
-    """How many of the folds are judged on."""
-    return NUM_FOLDS if num_prompts <= CROSS_VALIDATE_UP_TO else 1
+def make_folds(groups: Sequence[str], seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return NUM_FOLDS pairs (rows to learn from, other rows); rows of one group stay together.
+
+    Raises StoreError if there are fewer groups than folds.
+    """
+    from sklearn.model_selection import GroupKFold
+
+    if (num_groups := len(set(groups))) < NUM_FOLDS:
+        raise StoreError(
+            f"{num_groups} different prompts are too few to learn from, at least {NUM_FOLDS} are "
+            "needed; run `paceline collect PROMPTS` with more prompts"
+        )
+    folds = GroupKFold(NUM_FOLDS, shuffle=True, random_state=seed)
+    return list(folds.split(groups, groups=groups))
+
+
+def judged_folds(data: Dataset, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the folds that a learner judges itself on, see `make_folds`."""
+    folds = make_folds(data.groups, seed)
+    return folds if len(data) <= CROSS_VALIDATE_UP_TO else folds[:1]
 
 
 def rewards_by_load(data: Dataset, settings: LearningSection) -> np.ndarray:
-    """[L, N, A] rewards with each of the settings' loads in flight; L is 1 where they hang on none."""
+    """Return rewards [L, N, A] under each of the settings' loads; L is 1 where no load matters."""
     if settings.reward != "speed":
         return data.rewards[None]
     return np.stack([data.rewards_for(rows) for rows in settings.loads])
+
+
+def best_single(data: Dataset, rewards: np.ndarray, settings: LearningSection) -> FixedChooser:
+    """Return the chooser of the arm with the largest mean reward, by load. rewards: [L, N, A]."""
+    loads = settings.loads if len(rewards) == len(settings.loads) else (1,)
+    best = rewards.mean(axis=1).argmax(axis=1)
+    return FixedChooser(
+        data.arms, {rows: data.arms[a] for rows, a in zip(loads, best, strict=True)}
+    )
 
 
 def gain_over_single(earned: np.ndarray, single: np.ndarray) -> tuple[float, float]:
@@ -136,26 +189,24 @@ def cross_validate(
     settings: LearningSection,
     make: Callable[[Dataset, np.ndarray], Chooser],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """([n], [n]) mean rewards over the loads, of choosers that had not seen the prompt and of the
-    arm that is best in hindsight. rewards: [L, N, A]; make: rows and their rewards to a chooser.
+    """Return ([n], [n]) mean rewards over the loads: of choosers that had not seen the prompt, and of
+    the arm that is best in hindsight.
+
+    rewards: [L, N, A]. make: called with rows and their rewards, returns a chooser.
     """
-    number = fold_numbers(data.groups, settings.seed)
     earned, single = [], []
     best = np.nanmean(rewards, axis=1).argmax(axis=1)  # [L]
-    for i in range(num_folds(len(data))):
-        own = number == i
-        chooser = make(data.rows(~own), rewards[:, ~own])
+    for rest, own in judged_folds(data, settings.seed):
+        chooser = make(data.rows(rest), rewards[:, rest])
         earned.append(earned_by(chooser, data.rows(own), rewards[:, own], settings))
-        single.append(
-            rewards[np.arange(len(best))[:, None], own.nonzero()[0], best[:, None]].mean(axis=0)
-        )
+        single.append(rewards[np.arange(len(best))[:, None], own, best[:, None]].mean(axis=0))
     return np.concatenate(earned), np.concatenate(single)
 
 
 def earned_by(
     chooser: Chooser, data: Dataset, rewards: np.ndarray, settings: LearningSection
 ) -> np.ndarray:
-    """[N] mean rewards over the loads of what a chooser takes. rewards: [L, N, A]."""
+    """Return [N] mean rewards over the loads of the chooser's arms. rewards: [L, N, A]."""
     if isinstance(chooser, PortableChooser) and chooser.pricer is None:
         chooser.pricer = data.pricer()
     loads = settings.loads if len(rewards) == len(settings.loads) else (1,)
@@ -172,8 +223,10 @@ def earned_by(
 
 
 def outcomes_of(data: Dataset) -> np.ndarray:
-    """[N, 3 A + 1] what portable choosers predict: rates of rounds, of drafted tokens and of rounds
-    that draft nothing, and the logarithm of the tokens after the first.
+    """Return [N, 3 A + 1] what portable choosers predict.
+
+    These are the rates of rounds, of drafted tokens and of rounds without a draft, and the logarithm of
+    the number of tokens after the first.
     """
     tokens = np.log(np.maximum(data.num_tokens - 1, 1))[:, None]
     rates = (data.rounds_per_token, data.drafted_per_token, data.empty_per_token)
@@ -181,8 +234,10 @@ def outcomes_of(data: Dataset) -> np.ndarray:
 
 
 def outcome_weights(data: Dataset) -> np.ndarray:
-    """[N, 3 A + 1], of mean 1: a prompt's rates weigh as many as its tokens, which is how prompts add up
-    to the seconds of all; its length weighs as any other's.
+    """Return the weights [N, 3 A + 1] of outcomes, with mean 1 per outcome.
+
+    The rates of a prompt weigh in proportion to its tokens, since the seconds of all prompts add up in
+    that proportion; all lengths weigh the same.
     """
     tokens = np.maximum(data.num_tokens - 1, 1).astype(np.float64)
     weights = np.repeat((tokens / tokens.mean())[:, None], 3 * len(data.arms) + 1, axis=1)

@@ -1,7 +1,6 @@
-"""What a learned chooser must beat: one arm, any arm, and what the first tokens of a prompt say.
+"""Baselines that a learned chooser must beat: one arm, any arm, and a table of first tokens.
 
-`per_task` and `oracle` know what no request tells, so they are choices on a dataset and no
-learners: they are for evaluation. Symbols: N prompts, A arms.
+Symbols: N prompts, A arms.
 """
 
 from __future__ import annotations
@@ -11,97 +10,91 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from paceline.learning.learners.base import (
-    NUM_FOLDS,
     Curve,
     Fitted,
     Learner,
+    LearnerSettings,
     Summary,
-    fold_numbers,
+    best_single,
     gain_over_single,
+    make_folds,
     rewards_by_load,
 )
-from paceline.learning.learners.networks import best_single
-from paceline.selection.choosers import FirstLineChooser, RandomChooser
+from paceline.selection.choosers import FirstLineChooser, FixedChooser, RandomChooser
 
 if TYPE_CHECKING:
-    from paceline.config import LearningSection
+    from paceline.contracts import Progress
     from paceline.learning.dataset import Dataset
-    from paceline.learning.learners.base import Progress
 
-_LENGTHS: Final = (4, 8, 12, 16, 24)  # tokens of a prompt's beginning to tell prompts apart by
+_LENGTHS: Final = (4, 8, 12, 16, 24)  # first tokens of a prompt that may tell prompts apart
 
 
-class FixedLearner(Learner):
-    """The best single arm, by load."""
+class FixedLearner(Learner[LearnerSettings]):
+    """Picks the best single arm, by load."""
 
     name = "fixed"
+    Settings = LearnerSettings
+    chooser = FixedChooser
 
-    def fit(self, data: Dataset, settings: LearningSection, on_progress: Progress) -> Fitted:
+    def fit(self, data: Dataset, settings: LearnerSettings, on_progress: Progress) -> Fitted:
         rewards = rewards_by_load(data, settings)
         score = float(rewards.mean(axis=1).max(axis=1).mean())
         summary = Summary(len(data), 0, score, 0.0, 0.0, constant=True)
         return Fitted(best_single(data, rewards, settings), summary, Curve("prompts"))
 
 
-class RandomLearner(Learner):
-    """Every arm equally often."""
+class RandomLearner(Learner[LearnerSettings]):
+    """Takes every arm equally often."""
 
     name = "random"
+    Settings = LearnerSettings
+    chooser = RandomChooser
 
-    def fit(self, data: Dataset, settings: LearningSection, on_progress: Progress) -> Fitted:
+    def fit(self, data: Dataset, settings: LearnerSettings, on_progress: Progress) -> Fitted:
         score = float(data.rewards.mean())
         summary = Summary(len(data), 0, score, 0.0, 0.0, constant=False)
         return Fitted(RandomChooser(data.arms), summary, Curve("prompts"))
 
 
-class FirstLineLearner(Learner):
-    """The best arm of the prompts that begin alike; cross-validation finds what counts as alike."""
+class FirstLineLearner(Learner[LearnerSettings]):
+    """Picks the best arm of the prompts with the same first tokens.
+
+    Cross-validation finds the number of these tokens.
+    """
 
     name = "first_line_lookup"
+    Settings = LearnerSettings
+    chooser = FirstLineChooser
 
-    def fit(self, data: Dataset, settings: LearningSection, on_progress: Progress) -> Fitted:
-        number = fold_numbers(data.groups, settings.seed)
-        earned = {length: self._cross_validate(data, number, length) for length in _LENGTHS}
+    def fit(self, data: Dataset, settings: LearnerSettings, on_progress: Progress) -> Fitted:
+        earned = {length: _cross_validate(data, settings.seed, length) for length in _LENGTHS}
         length = max(_LENGTHS, key=lambda candidate: earned[candidate].mean())
         single = data.rewards[:, data.rewards.mean(axis=0).argmax()]
         gain, error = gain_over_single(earned[length], single)
-        summary = Summary(
-            len(data),
-            len(data),
-            float(earned[length].mean()),
-            gain,
-            error,
-            False,
-            {"length": length},
-        )
+        score = float(earned[length].mean())
+        summary = Summary(len(data), len(data), score, gain, error, False, {"length": length})
         return Fitted(_table(data, length), summary, Curve("prompts"))
 
-    def _cross_validate(self, data: Dataset, number: np.ndarray, length: int) -> np.ndarray:
-        earned = np.empty(len(data))
-        for i in range(NUM_FOLDS):
-            own = number == i
-            if own.any() and not own.all():
-                part = data.rows(own)
-                chooser = _table(data.rows(~own), length)
-                distribution = chooser.preferences(part.features, part.situation())
-                earned[own] = (distribution * part.rewards).sum(axis=1)
-        return earned
+
+def _cross_validate(data: Dataset, seed: int, length: int) -> np.ndarray:
+    """Return the rewards [N] of tables of the first `length` tokens of other folds' prompts."""
+    earned = np.empty(len(data))
+    for rest, own in make_folds(data.groups, seed):
+        part = data.rows(own)
+        distribution = _table(data.rows(rest), length).preferences(part.features, part.situation())
+        earned[own] = (distribution * part.rewards).sum(axis=1)
+    return earned
 
 
 def _table(data: Dataset, length: int) -> FirstLineChooser:
-    """By the first `length` tokens, the arm with the largest mean reward."""
+    """Return, by the first `length` tokens, the arm with the largest mean reward."""
     rows: dict[tuple[int, ...], list[int]] = {}
     for i, prompt in enumerate(data.prompts):
         rows.setdefault(tuple(prompt[:length]), []).append(i)
     table = {
-        # one prompt says nothing of others that begin alike
+        # a single prompt tells nothing about others with the same first tokens
         beginning: int(data.rewards[places].mean(axis=0).argmax())
         for beginning, places in rows.items()
         if len(places) > 1
     }
     return FirstLineChooser(data.arms, table, int(data.rewards.mean(axis=0).argmax()), length)
-
-
-def oracle(data: Dataset) -> np.ndarray:
-    """[N] places of arms: the fastest of each request, known afterwards."""
-    return np.asarray(data.seconds.argmin(axis=1))

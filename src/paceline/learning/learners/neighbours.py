@@ -1,7 +1,7 @@
-"""k nearest neighbours: arms do on a prompt what they did on the prompts most like it.
+"""k nearest neighbours: predicts for a prompt what arms did on the prompts most like it.
 
-Nothing is trained but how many neighbours count, by cross-validation. Where that gains no more than
-its standard error, every prompt gets the average prediction. Symbols: N prompts, A arms.
+Cross-validation finds k; nothing else is trained. Where the gain is no more than its standard error,
+every prompt gets the average prediction. Symbols: N prompts, A arms.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from paceline.learning.learners.base import (
     Curve,
     Fitted,
     Learner,
+    LearnerSettings,
     Summary,
     cross_validate,
     outcome_weights,
@@ -25,20 +26,24 @@ from paceline.learning.reduce import block_weights, reduce
 from paceline.selection.choosers import NeighboursChooser
 
 if TYPE_CHECKING:
-    from paceline.config import LearningSection
+    from paceline.contracts import Progress
     from paceline.learning.dataset import Dataset
-    from paceline.learning.learners.base import Progress
 
 _COMPONENTS: Final = 32
 _WIDE: Final = 10.0  # hidden states tell tasks apart; distances in the statistics only blur them
-_MOST_POINTS: Final = 4096  # so that looking them through stays within the time of a decision
+_MOST_POINTS: Final = 4096  # searching more would take too long for a decision
 _COUNTS: Final = (3, 5, 10, 20, 40)
 
 
-class NeighboursLearner(Learner):
-    name = "knn"
+class NeighboursLearner(Learner[LearnerSettings]):
+    """Picks the number of neighbours by cross-validation."""
 
-    def fit(self, data: Dataset, settings: LearningSection, on_progress: Progress) -> Fitted:
+    name = "knn"
+    Settings = LearnerSettings
+    chooser = NeighboursChooser
+    predicts_work = True
+
+    def fit(self, data: Dataset, settings: LearnerSettings, on_progress: Progress) -> Fitted:
         rewards = rewards_by_load(data, settings)
         counts = [count for count in _COUNTS if count <= max(len(data) // 4, _COUNTS[0])]
         judged = {}
@@ -58,23 +63,23 @@ class NeighboursLearner(Learner):
 
 
 def _chooser(
-    settings: LearningSection, count: int, data: Dataset, rewards: np.ndarray
+    settings: LearnerSettings, count: int, data: Dataset, rewards: np.ndarray
 ) -> NeighboursChooser:
     weights = block_weights(data.spans, data.features.shape[1], _WIDE)
     reduction = reduce(data.features, weights, _COMPONENTS)
     order = np.random.default_rng(settings.seed).permutation(len(data))[:_MOST_POINTS]
-    kept = np.sort(order)
+    places = np.sort(order)
     return NeighboursChooser(
         data.arms,
         reduction,
-        reduction(data.features[kept]),
-        outcomes_of(data)[kept].astype(np.float32),
-        min(count, len(kept)),
+        reduction(data.features[places]),
+        outcomes_of(data)[places].astype(np.float32),
+        min(count, len(places)),
     )
 
 
 def _average(data: Dataset, chooser: NeighboursChooser) -> NeighboursChooser:
-    """One point for all: arms do what they do on average."""
+    """Return a chooser of one point, which predicts the mean outcomes for every prompt."""
     outcomes = (outcome_weights(data) * outcomes_of(data)).mean(axis=0)
     point = np.zeros((1, chooser.reduction.num_components), dtype=np.float32)
     return NeighboursChooser(

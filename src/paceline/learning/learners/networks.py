@@ -1,34 +1,36 @@
-"""Networks that rank arms, trained on full-information offline rewards by three losses.
+"""Networks that rank arms, trained by three losses on offline rewards of every arm.
 
-`reinforce` samples arms, centres their rewards and climbs: the training method of arXiv 2408.08470
-(policy gradient on an offline set in which every arm is scored for every prompt). Its baseline,
-optimiser, network and settings are not confirmed; these are ours. As every arm is scored,
-`policy_gradient` climbs the expected reward itself, without sampling; `cost_sensitive` learns by
-cross-entropy to give each arm a share that falls with its regret. Rewards depend on the load, so
-each prompt is met under loads drawn anew. Symbols: N prompts, B of them in a minibatch, F features,
-H hidden units, A arms, L loads, S samples a prompt.
+`reinforce` samples arms and follows the policy gradient of their centred rewards, the training method
+of arXiv 2408.08470 (an offline set in which every arm is scored for every prompt). Its baseline,
+optimiser, network and settings are not confirmed; these are ours. Since every arm is scored,
+`policy_gradient` maximises the expected reward without sampling; `cost_sensitive` minimises the
+cross-entropy to shares that fall with an arm's regret. Rewards depend on the load, so each epoch
+draws a new load per prompt. Symbols: N prompts, B of them in a minibatch, F features, H hidden units, A
+arms, L loads, S samples per prompt.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from paceline.learning.learners.base import (
     Curve,
     Fitted,
     Learner,
+    LearnerSettings,
     Summary,
-    fold_numbers,
-    num_folds,
+    best_single,
+    judged_folds,
     rewards_by_load,
 )
 from paceline.learning.reduce import block_weights
-from paceline.selection.choosers import FixedChooser, NetworkChooser, PolicyNetwork
+from paceline.selection.choosers import NetworkChooser, PolicyNetwork
 from paceline.selection.scaling import standardisation, standardise
 
 if TYPE_CHECKING:
@@ -36,26 +38,42 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from paceline.config import LearningSection
+    from paceline.contracts import Progress
     from paceline.learning.dataset import Dataset
-    from paceline.learning.learners.base import Progress
 
-    Loss = Callable[[Tensor, Tensor, LearningSection, torch.Generator], Tensor]
+    Loss = Callable[[Tensor, Tensor, "NetworkSettings", torch.Generator], Tensor]
 
-_ENOUGH: Final = 1e-3  # of the rewards' spread: what counts as an improvement
-_SEEDS_APART: Final = 1000  # so that no two seeds share a learner's random numbers
-_FINAL: Final = 100  # stream of the network that is kept; the folds' are their numbers
+_LEAST_GAIN: Final = 1e-3  # that counts as an improvement, in units of the rewards' spread
+_STREAMS_PER_SEED: Final = 1000  # so that no two seeds share a learner's random numbers
+_FINAL: Final = 100  # random stream of the final training; each fold's stream is its number
 _TEMPERATURE: Final = 0.25  # of the cost-sensitive shares, in units of the rewards' spread
+
+
+class NetworkSettings(LearnerSettings):
+    """Options of the networks and of their training.
+
+    samples_per_prompt: arms that `reinforce` samples. patience: epochs without an improvement after
+    which training ends.
+    """
+
+    hidden_units: int = Field(default=64, ge=1)
+    learning_rate: float = Field(default=3e-3, gt=0.0)
+    weight_decay: float = Field(default=1e-2, ge=0.0)
+    entropy_weight: float = Field(default=0.01, ge=0.0)
+    samples_per_prompt: int = Field(default=4, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    max_epochs: int = Field(default=200, ge=1)
+    patience: int = Field(default=25, ge=1)
 
 
 def surrogate_loss(
     logits: Tensor, rewards: Tensor, num_samples: int, generator: torch.Generator
 ) -> Tensor:
-    """A loss whose gradient is an unbiased estimate of minus the expected reward's gradient.
+    """Return a loss whose gradient estimates minus the expected reward's gradient without bias.
 
     logits, rewards: [B, A]; the expected reward is the mean over the batch of sum_a pi_a r_a. The
-    baseline of a sample is the mean reward of the prompt's other samples (leave-one-out); of a lone
-    sample, the mean over arms. Neither looks at the sample itself, so no bias comes in.
+    baseline of a sample is the mean reward of the prompt's other samples (leave-one-out), or the mean
+    over arms if there is no other sample. Neither depends on the sample itself, so neither adds bias.
     """
     log_probs = logits.log_softmax(dim=1)  # [B, A]
     probs = log_probs.detach().exp()
@@ -69,31 +87,31 @@ def surrogate_loss(
 
 
 def mean_entropy(logits: Tensor) -> Tensor:
-    """The policy's entropy in nats, averaged over the batch. logits: [B, A]."""
+    """Return the policy's entropy in nats, averaged over the batch. logits: [B, A]."""
     log_probs = logits.log_softmax(dim=1)
     return -(log_probs.exp() * log_probs).sum(dim=1).mean()
 
 
 def reinforce_loss(
-    logits: Tensor, rewards: Tensor, settings: LearningSection, generator: torch.Generator
+    logits: Tensor, rewards: Tensor, settings: NetworkSettings, generator: torch.Generator
 ) -> Tensor:
-    """`surrogate_loss`, less the entropy that keeps the policy from settling early."""
+    """Return `surrogate_loss` less the weighted entropy, which delays a one-sided policy."""
     loss = surrogate_loss(logits, rewards, settings.samples_per_prompt, generator)
     return loss - settings.entropy_weight * mean_entropy(logits)
 
 
 def expected_loss(
-    logits: Tensor, rewards: Tensor, settings: LearningSection, generator: torch.Generator
+    logits: Tensor, rewards: Tensor, settings: NetworkSettings, generator: torch.Generator
 ) -> Tensor:
-    """Minus the expected reward itself, less the entropy. logits, rewards: [B, A]."""
+    """Return minus the expected reward, less the weighted entropy. logits, rewards: [B, A]."""
     expected = (logits.softmax(dim=1) * rewards).sum(dim=1).mean()
     return -expected - settings.entropy_weight * mean_entropy(logits)
 
 
 def cost_sensitive_loss(
-    logits: Tensor, rewards: Tensor, settings: LearningSection, generator: torch.Generator
+    logits: Tensor, rewards: Tensor, settings: NetworkSettings, generator: torch.Generator
 ) -> Tensor:
-    """Cross-entropy against softmax(rewards / temperature). logits, rewards: [B, A]."""
+    """Return the cross-entropy to softmax(rewards / temperature). logits, rewards: [B, A]."""
     shares = (rewards / _TEMPERATURE).softmax(dim=1)
     return -(shares * logits.log_softmax(dim=1)).sum(dim=1).mean()
 
@@ -106,26 +124,29 @@ LOSSES: Final[Mapping[str, Loss]] = {
 
 
 class Training:
-    """One network in training on its own prompts."""
+    """One network and the prompts that it trains on."""
 
     def __init__(
         self,
         features: np.ndarray,
         rewards: np.ndarray,
         weights: np.ndarray,
-        settings: LearningSection,
+        settings: NetworkSettings,
         loss: Loss = reinforce_loss,
         stream: int = 0,
     ) -> None:
-        """features: [N, F]; rewards: [L, N, A]; weights: [F], of each feature beside the others;
-        stream: tells apart the trainings of one seed.
+        """features: [N, F]; rewards: [L, N, A]; weights: [F], of each feature relative to the others;
+        stream: the number of the training under this seed.
         """
         self._settings = settings
         self._loss = loss
-        self._generator = torch.Generator().manual_seed(_SEEDS_APART * settings.seed + stream)
+        self._generator = torch.Generator().manual_seed(_STREAMS_PER_SEED * settings.seed + stream)
         self._mean, self._scale = standardisation(features)
         self._weights = weights
-        self._loads = _log_loads(settings, len(rewards))  # [L]
+        loads = _log_loads(settings, len(rewards))
+        spread = float(loads.std(unbiased=False))
+        self._load_mean, self._load_scale = float(loads.mean()), 1.0 / spread if spread > 0 else 0.0
+        self._loads = (loads - self._load_mean) * self._load_scale  # [L] standardised
         self._inputs = self.inputs(features)  # [N, F]
         self._rewards = torch.from_numpy(_relative(rewards).astype(np.float32))  # [L, N, A]
         F, H, A = features.shape[1] + 1, settings.hidden_units, rewards.shape[2]
@@ -143,22 +164,16 @@ class Training:
         self._optimiser = torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
 
     def inputs(self, features: np.ndarray) -> Tensor:
-        """[N, F] as this network reads them."""
+        """Return features [N, F] as this network reads them."""
         return torch.from_numpy(standardise(features, self._mean, self._scale) * self._weights)
 
     def logits(self, inputs: Tensor, loads: Tensor) -> Tensor:
-        """[B, A] for inputs [B, F] from `inputs` under loads [B], places of the settings' loads."""
-        first = inputs @ self.w1[:-1] + self._standard_loads()[loads, None] * self.w1[-1]
+        """Return [B, A] for inputs [B, F] from `inputs`. loads: [B] places in the settings' loads."""
+        first = inputs @ self.w1[:-1] + self._loads[loads, None] * self.w1[-1]
         return torch.tanh(first + self.b1) @ self.w2 + self.b2
 
-    def _standard_loads(self) -> Tensor:
-        """[L] the loads as the network reads them."""
-        spread = self._loads.std(unbiased=False)
-        centred = self._loads - self._loads.mean()
-        return centred / spread if spread > 0 else torch.zeros_like(centred)
-
     def epoch(self) -> None:
-        """One pass over the prompts in random order, each under a load drawn at random."""
+        """Pass over the prompts once in random order, each under a load drawn at random."""
         order = torch.randperm(len(self._inputs), generator=self._generator)
         loads = torch.randint(len(self._rewards), order.shape, generator=self._generator)
         for batch in torch.split(order, self._settings.batch_size):
@@ -171,7 +186,7 @@ class Training:
 
     @torch.no_grad()
     def probabilities(self, inputs: Tensor) -> np.ndarray:
-        """[L, N, A] for inputs [N, F] from `inputs`."""
+        """Return [L, N, A] for inputs [N, F] from `inputs`."""
         count = torch.ones(len(inputs), dtype=torch.int64)
         distributions = [
             self.logits(inputs, load * count).softmax(dim=1) for load in range(len(self._loads))
@@ -180,12 +195,10 @@ class Training:
 
     @torch.no_grad()
     def network(self) -> PolicyNetwork:
-        """As served: the features' weights become part of the first layer."""
-        spread = float(self._loads.std(unbiased=False))
-        mean, scale = float(self._loads.mean()), 1.0 / spread if spread > 0 else 0.0
+        """Return the network for serving. The features' weights become part of its first layer."""
         return PolicyNetwork(
-            mean=np.append(self._mean, np.float32(mean)),
-            scale=np.append(self._scale, np.float32(scale)),
+            mean=np.append(self._mean, np.float32(self._load_mean)),
+            scale=np.append(self._scale, np.float32(self._load_scale)),
             w1=self.w1.numpy() * np.append(self._weights, np.float32(1.0))[:, None],
             b1=self.b1.numpy().copy(),
             w2=self.w2.numpy().copy(),
@@ -193,14 +206,16 @@ class Training:
         )
 
 
-def _log_loads(settings: LearningSection, num_loads: int) -> Tensor:
-    """[L] logarithms of the loads; rewards that hang on no load are those of one request alone."""
+def _log_loads(settings: NetworkSettings, num_loads: int) -> Tensor:
+    """Return logarithms of the loads [L]; rewards that depend on no load count as those of load 1."""
     loads = settings.loads if num_loads == len(settings.loads) else (1,) * num_loads
     return torch.log(torch.tensor(loads, dtype=torch.float32))
 
 
 def _relative(rewards: np.ndarray) -> np.ndarray:
-    """Rewards less their prompt's mean, in units of their spread: no setting depends on a scale."""
+    """Return rewards less their prompt's mean, in units of their spread, so that no setting depends on
+    their scale.
+    """
     centred = rewards - rewards.mean(axis=-1, keepdims=True)
     spread = np.sqrt((centred**2).mean())
     return np.asarray(centred / spread if spread > 0 else centred)
@@ -208,39 +223,48 @@ def _relative(rewards: np.ndarray) -> np.ndarray:
 
 @dataclass(slots=True)
 class _Fold:
-    """A network, and the prompts that it does not learn from."""
+    """A network in training, and the prompts that it does not learn from."""
 
     training: Training
     inputs: Tensor  # [n, F]
     rewards: np.ndarray  # [L, n, A]
 
     def judge(self) -> tuple[np.ndarray, np.ndarray]:
-        """(score, greedy reward) [n] of each prompt, over the loads.
+        """Return (score, greedy reward) of each prompt, [n] each, averaged over the loads.
 
-        The greedy reward is what serving gets, but moves in steps when prompts are few; half of the
-        score is the expected reward, which is smooth.
+        The greedy reward is that of the arm that serving would take, but it moves in steps when prompts
+        are few. The score is the mean of it and of the expected reward, which is smooth.
         """
         distribution = self.training.probabilities(self.inputs)  # [L, n, A]
         expected = (distribution * self.rewards).sum(axis=2)
-        greedy = np.take_along_axis(self.rewards, distribution.argmax(axis=2)[..., None], axis=2)[
-            ..., 0
-        ]
+        best = distribution.argmax(axis=2)[..., None]
+        greedy = np.take_along_axis(self.rewards, best, axis=2)[..., 0]
         return ((greedy + expected) / 2).mean(axis=0), greedy.mean(axis=0)
 
 
-class NetworkLearner(Learner):
+class NetworkLearner(Learner[NetworkSettings]):
     """Trains by one of `LOSSES`.
 
-    Cross-validation finds for how many epochs to train and whether there is anything to learn; the
-    network is then trained on all prompts. Unless its gain over the best single arm is larger than
-    the gain's standard error, the chooser is that arm (by load).
+    Cross-validation finds the number of epochs and the gain over the best single arm. If the gain is
+    larger than its standard error, the network is then trained on all prompts; otherwise the chooser
+    is that arm (by load).
     """
+
+    Settings = NetworkSettings
+    chooser = NetworkChooser
+    search_space: ClassVar = {
+        "hidden_units": (16, 128),
+        "learning_rate": (1e-3, 2e-2),
+        "weight_decay": (1e-3, 0.3),
+        "entropy_weight": (1e-3, 0.1),
+    }
+    fits_choices = True
 
     def __init__(self, loss: str) -> None:
         self.name = loss
         self._loss = LOSSES[loss]
 
-    def fit(self, data: Dataset, settings: LearningSection, on_progress: Progress) -> Fitted:
+    def fit(self, data: Dataset, settings: NetworkSettings, on_progress: Progress) -> Fitted:
         rewards = rewards_by_load(data, settings)
         weights = block_weights(data.spans, data.features.shape[1])
         with one_thread():
@@ -260,12 +284,12 @@ class NetworkLearner(Learner):
         data: Dataset,
         rewards: np.ndarray,
         weights: np.ndarray,
-        settings: LearningSection,
+        settings: NetworkSettings,
         on_progress: Progress,
     ) -> _Judged:
         folds = self._make_folds(data, rewards, weights, settings)
-        enough = _ENOUGH * float((rewards - rewards.mean(axis=2, keepdims=True)).std())
-        # the arm that is best in hindsight: a policy must be worth more than that to be believed
+        least_gain = _LEAST_GAIN * float((rewards - rewards.mean(axis=2, keepdims=True)).std())
+        # the arm that is best in hindsight, which a policy must beat
         best = rewards.mean(axis=1).argmax(axis=1)  # [L]
         single = [fold.rewards[np.arange(len(best)), :, best].mean(axis=0) for fold in folds]
         judged = _Judged(0, np.zeros(1), np.concatenate(single), Curve("epochs"))
@@ -276,12 +300,12 @@ class NetworkLearner(Learner):
             scores, earned = [], []
             for fold in folds:
                 fold.training.epoch()
-                of_fold, greedy = fold.judge()
-                scores.append(of_fold)
+                score_of_fold, greedy = fold.judge()
+                scores.append(score_of_fold)
                 earned.append(greedy)
             score = float(np.concatenate(scores).mean())
             points.append((epoch, float(np.concatenate(earned).mean())))
-            if score > best_score + enough:
+            if score > best_score + least_gain:
                 best_score = score
                 judged.num_epochs, judged.earned = epoch, np.concatenate(earned)
             on_progress("cross-validation", epoch, settings.max_epochs)
@@ -290,12 +314,10 @@ class NetworkLearner(Learner):
         return judged
 
     def _make_folds(
-        self, data: Dataset, rewards: np.ndarray, weights: np.ndarray, settings: LearningSection
+        self, data: Dataset, rewards: np.ndarray, weights: np.ndarray, settings: NetworkSettings
     ) -> list[_Fold]:
-        number = fold_numbers(data.groups, settings.seed)
         folds = []
-        for i in range(num_folds(len(data))):
-            rest, own = number != i, number == i
+        for i, (rest, own) in enumerate(judged_folds(data, settings.seed)):
             training = Training(
                 data.features[rest], rewards[:, rest], weights, settings, self._loss, stream=i
             )
@@ -305,26 +327,17 @@ class NetworkLearner(Learner):
 
 @dataclass(slots=True)
 class _Judged:
-    """The best epoch, what was earned at it and by the best single arm, [n] over prompts."""
+    """The best epoch, and the rewards on prompts not learned from."""
 
     num_epochs: int
-    earned: np.ndarray
-    single: np.ndarray
+    earned: np.ndarray  # [n] at the best epoch
+    single: np.ndarray  # [n] of the best single arm
     curve: Curve
-
-
-def best_single(data: Dataset, rewards: np.ndarray, settings: LearningSection) -> FixedChooser:
-    """The arm with the largest mean reward, by load. rewards: [L, N, A]."""
-    loads = settings.loads if len(rewards) == len(settings.loads) else (1,)
-    best = rewards.mean(axis=1).argmax(axis=1)
-    return FixedChooser(
-        data.arms, {rows: data.arms[a] for rows, a in zip(loads, best, strict=True)}
-    )
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Products this small are slower on several threads, and the bits would depend on how many."""
+    """Run torch on one thread: small products are faster so, and their bits do not depend on threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

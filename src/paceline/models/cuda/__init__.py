@@ -1,1 +1,1 @@
-"""What runs the packed forward on CUDA: a paged cache, one attention kernel, captured steps."""
+"""The packed forward on CUDA: a paged cache, one attention kernel, captured steps."""

@@ -1,12 +1,12 @@
-"""The lean forward on fixed buffers: captured as a CUDA graph once for each shape, then replayed.
+"""The lean forward on fixed buffers: captured as a CUDA graph once per shape, then replayed.
 
-A step of a small batch is some fifteen launches a layer, and launching takes longer than running them.
-So rows and tokens are padded up to one of a few shapes, everything that varies between steps lies in
-one vector that is filled on the host and copied at once, and the step itself is captured at the first
-use of its shape. A drafter's greedy chain is captured whole: each argmax feeds the next step.
+A step of a small batch is about fifteen launches per layer, and a launch takes longer than its kernel.
+So rows and tokens are padded to one of a few shapes, one vector holds everything that varies between
+steps and is copied to the device at once, and the step is captured at the first use of its shape. A
+drafter's greedy chain is captured as a whole: each argmax feeds the next step.
 
-What follows a target's forward (unembedding, argmax, one copy back) is launched while the graph still
-runs, so it stays outside. Without CUDA the same functions run on the same buffers, uncaptured.
+The work after a target's forward (unembedding, argmax, one copy back) is launched while the graph still
+runs, so it is not captured. Without CUDA the same functions run on the same buffers, uncaptured.
 Symbols: R rows, T packed tokens, D hidden size, K draft tokens, V logits width.
 """
 
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from paceline.models.cuda.batch import PagedBatch, Shape, lay_out
+from paceline.models.cuda.batch import PagedBatch
+from paceline.models.cuda.layout import PackedRows, Shape, lay_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,12 +31,12 @@ if TYPE_CHECKING:
 
 ROWS: Final = (1, 2, 4, 8, 16, 32, 64)
 TOKENS: Final = (1, 2, 4, 6, 8, 9, 12, 16, 24, 32, 40, 48, 64, 72, 96, 128, 192, 256)
-_SPARE_POSITIONS: Final = 128  # behind the context: where a chain drafts further than it may
+_SPARE_POSITIONS: Final = 128  # after the context, for chains that draft beyond it
 _WARM_UPS: Final = 2
 
 
 def shape_of(num_rows: int, num_tokens: int) -> Shape | None:
-    """The smallest shape that holds a batch, or None where it is larger than all."""
+    """Return the smallest shape that holds a batch, or None if all are too small."""
     if num_rows > ROWS[-1] or num_tokens > TOKENS[-1]:
         return None
     tokens = TOKENS[bisect_left(TOKENS, num_tokens)]
@@ -43,13 +44,13 @@ def shape_of(num_rows: int, num_tokens: int) -> Shape | None:
 
 
 class StaticForward:
-    """Steps of one model over its own cache, by shape."""
+    """The steps of one model over its own cache, by shape."""
 
     def __init__(self, forward: LeanForward, cache: PagedCache, context_length: int) -> None:
         self._forward = forward
         self._cache = cache
         self._num_positions = context_length + _SPARE_POSITIONS
-        # tabled once: a captured step keeps the table's address
+        # computed once: a captured step keeps the table's address
         forward.reserve_positions(self._num_positions)
         self._steps: dict[tuple[int, ...], _Step] = {}
         self._version = cache.version
@@ -61,7 +62,7 @@ class StaticForward:
         spans: Sequence[Span],
         ancestors: Sequence[Tensor | None] | None,
     ) -> Tensor | None:
-        """Final hidden states [N, D], or None where no shape holds the batch or it is a prefill's."""
+        """Return final hidden states [N, D]; None for prefill or if no shape holds the batch."""
         shape = shape_of(len(spans), len(tokens))
         if shape is None or any(span.prefill for span in spans):
             return None
@@ -72,10 +73,10 @@ class StaticForward:
     def draft(
         self, tokens: Tensor, spans: Sequence[Span], num_drafted: int, num_tokens: int
     ) -> Tensor | None:
-        """A greedy chain [R, K] behind each row's tokens, on the CPU; None as in `hidden`.
+        """Return a greedy chain [R, K] after each row's tokens, on the CPU; None as in `hidden`.
 
-        All but the last drafted token are cached behind the row's own. num_tokens: ids beyond are
-        not drafted.
+        All but the last drafted token are cached after the row's own. num_tokens: greater ids are not
+        drafted.
         """
         shape = shape_of(len(spans), len(tokens))
         if shape is None:
@@ -96,12 +97,12 @@ class StaticForward:
         ahead: int,
         function: Callable[[Tensor, PagedBatch], Tensor],
     ) -> _Step:
-        """The step of a shape, with room in the cache for its rows and `ahead` more positions each."""
+        """Return the step of a shape, with room in the cache for `ahead` more positions per row."""
         for span in spans:
             self._cache.extend(span.slot, span.start + span.width + ahead)
         self._cache.table()  # brought up to date
         if self._version != self._cache.version:
-            self._steps.clear()  # what they captured has moved
+            self._steps.clear()  # their tensors have moved
             self._version = self._cache.version
         step = self._steps.get(key)
         if step is None:
@@ -116,36 +117,39 @@ class StaticForward:
         return self._forward.hidden(ids, batch)
 
     def _draft(self, ids: Tensor, batch: PagedBatch, num_drafted: int, num_tokens: int) -> Tensor:
-        """[R, K]. What a row of padding drafts is meaningless and cached in nobody's block."""
+        """Return [R, K]. Rows of padding draft meaningless tokens, which are cached in block 0."""
         hidden = self._forward.hidden(ids, batch)
-        hidden = hidden[(batch.first + batch.width - 1).clamp_(min=0)]
-        alive = batch.width.clamp(max=1)
-        rows = torch.arange(len(alive), device=alive.device)
-        start = batch.start + batch.width
-        drawn = [self._best(hidden, num_tokens)]
+        rows = batch.rows
+        hidden = hidden[(rows.first + rows.width - 1).clamp_(min=0)]
+        width = rows.width.clamp(max=1)
+        first = torch.arange(len(width), device=width.device)
+        start = rows.start + rows.width
+        drafted = [self._best(hidden, num_tokens)]
         for _ in range(1, num_drafted):
-            one = PagedBatch(
-                self._cache,
-                first=rows,
-                width=alive,
+            next_rows = PackedRows(
+                rows.table,
+                first=first,
+                width=width,
                 start=start,
-                slot=batch.slot,
+                slot=rows.slot,
                 position=start,
-                place=self._cache.places_on_device(batch.slot, start) * alive,
+                place=self._cache.places_on_device(rows.slot, start) * width,
                 bits=None,
-                most_wide=1,
+                max_width=1,
                 num_positions=self._num_positions,
             )
-            drawn.append(self._best(self._forward.hidden(drawn[-1], one), num_tokens))
+            next_batch = PagedBatch(next_rows, self._cache.layer)
+            drafted.append(self._best(self._forward.hidden(drafted[-1], next_batch), num_tokens))
             start = start + 1
-        return torch.stack(drawn, dim=1)
+        return torch.stack(drafted, dim=1)
 
     def _best(self, hidden: Tensor, num_tokens: int) -> Tensor:
+        """Return the likeliest id [R] below `num_tokens`."""
         return self._forward.logits(hidden)[:, :num_tokens].argmax(dim=-1)
 
 
 class _Step:
-    """A function of token ids and a batch on buffers of one shape, and its graph."""
+    """A function of token ids and a batch on buffers of one shape, with its graph."""
 
     def __init__(
         self,
@@ -154,7 +158,8 @@ class _Step:
         num_positions: int,
         function: Callable[[Tensor, PagedBatch], Tensor],
     ) -> None:
-        device = cache.table().device
+        table = cache.table()
+        device = table.device
         self.is_on_cuda = device.type == "cuda"
         self._shape = shape
         self._cache = cache
@@ -164,24 +169,13 @@ class _Step:
             self._host = torch.zeros(shape.size, dtype=torch.int64, pin_memory=self.is_on_cuda)
             self._device = torch.zeros(shape.size, dtype=torch.int64, device=device)
         self._copied: Any = torch.cuda.Event() if self.is_on_cuda else None
-        first, width, start, slot, ids, position, place, bits = shape.split(self._device)
-        self._ids = ids
-        self._batch = PagedBatch(
-            cache,
-            first,
-            width,
-            start,
-            slot,
-            position,
-            place,
-            bits,
-            most_wide=shape.tokens - shape.rows // 2,  # a smaller shape holds half the rows
-            num_positions=num_positions,
-        )
+        max_width = shape.tokens - shape.rows // 2  # a smaller shape holds half the rows
+        self._ids, rows = shape.read(self._device, table, max_width, num_positions)
+        self._batch = PagedBatch(rows, cache.layer)
         self._output: Tensor | None = None
 
     def capture(self, pool: Any) -> None:
-        """Record the function, run on zeros: rows of padding, which touch no row's blocks."""
+        """Record the function on zeros, which are rows of padding and use no row's blocks."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -200,10 +194,10 @@ class _Step:
         spans: Sequence[Span],
         ancestors: Sequence[Tensor | None] | None,
     ) -> Tensor:
-        """The function's output for a batch, in a buffer that the next run overwrites."""
+        """Return the function's output for a batch, in a buffer that the next run overwrites."""
         if self._copied is not None:
-            self._copied.synchronize()  # the last run's copy has left the host's vector
-        lay_out(self._host.numpy(), self._shape, tokens, spans, ancestors, self._cache)
+            self._copied.synchronize()  # until the host's vector may be overwritten
+        lay_out(self._host.numpy(), self._shape, tokens, spans, ancestors, self._cache.places)
         self._device.copy_(self._host, non_blocking=True)
         if self._graph is not None:
             self._copied.record()

@@ -1,12 +1,12 @@
-"""Attention of packed tokens over a paged cache, as one Triton kernel and a small sum behind it.
+"""Attention of packed tokens over a paged cache, as one Triton kernel and a small weighted sum after it.
 
 A program takes one row's tokens for one key-value head, with all query heads that share it, so keys
-and values are read once and never expanded. It walks the row's blocks through the table: those that
-were cached before need no mask, the last ones hold the row's own new tokens, and a token sees those
-that its ancestor bits name. Where rows and heads are too few to fill the device, the blocks are split
-among programs and their sums weighed together (flash-decoding). Sums are in float32.
+and values are read once and never expanded. It reads the row's blocks through the table: those cached
+before need no mask; the last ones hold the row's new tokens, of which a token sees those in its ancestor
+bits. If rows and heads are too few to fill the device, the blocks are split among programs and their
+sums are weighted and added (flash-decoding). Sums are in float32.
 
-Symbols: R rows, T packed tokens, W tokens a row, H query heads, Hkv key-value heads, G = H / Hkv,
+Symbols: R rows, T packed tokens, W tokens per row, H query heads, Hkv key-value heads, G = H / Hkv,
 D head size, S splits, M = G * W queries of a program, in tiles of BLOCK_M.
 """
 
@@ -19,69 +19,69 @@ import torch
 import triton
 import triton.language as tl
 
-from paceline.models.cuda.paged_cache import BLOCK as _BLOCK
+from paceline.models.cuda.layout import BLOCK as _BLOCK
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from paceline.models.cuda.batch import PagedBatch
+    from paceline.models.cuda.layout import PackedRows
 
 _MOST_SPLITS: Final = 32
 _MOST_QUERIES: Final = 64  # of a program
-# numbers that vary from forward to forward; Triton would compile a kernel for each kind of them
+# numbers that vary between forwards; Triton would compile a kernel for each kind of value
 _VARYING: Final = ["num_tokens", "num_words", "num_splits", "table_stride", "bias_stride"]
-# pieces of one vector, which begin where the ones before them end
+# adjacent views of one vector, so their alignment varies
 _PARTS: Final = ["firsts", "widths", "starts", "slots", "positions", "bits"]
 
 
 def attend_blocks(
     query: Tensor,
     pool: Tensor,
-    batch: PagedBatch,
+    rows: PackedRows,
     scale: float,
     window: int | None = None,
     cap: float | None = None,
     num_splits: int | None = None,
     biases: Tensor | None = None,
 ) -> Tensor:
-    """[T, H, D] outputs of queries [T, H, D] whose keys and values are in the pool already.
+    """Return outputs [T, H, D] of queries [T, H, D] whose keys and values are in the pool already.
 
-    pool: [places, 2 * Hkv, D]. scale, window, cap: as in `attention.attend`. num_splits: S, chosen by
-    the device's size where None. biases: [H, L] float32, added to the scores by key position, L
+    pool: [places, 2 * Hkv, D]. scale, window, cap: as in `interfaces.Batch`. num_splits: S, None
+    chooses by the device's size. biases: [H, L] float32, added to the scores by key position, L
     greater than any position. The output of padding tokens is undefined.
     """
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = pool.shape[1] // 2
     groups = num_heads // num_kv_heads
     block_d = max(16, triton.next_power_of_2(head_dim))
-    queries = groups * batch.most_wide
+    queries = groups * rows.max_width
     # wide heads leave registers for fewer queries
     most = _MOST_QUERIES if block_d * query.element_size() <= 256 else _MOST_QUERIES // 2
     block_m = min(most, max(16, triton.next_power_of_2(queries)))
-    grid = len(batch.width) * num_kv_heads, triton.cdiv(queries, block_m)
+    grid = len(rows.width) * num_kv_heads, triton.cdiv(queries, block_m)
     if num_splits is None:
         # a batch's rows are not all as wide as the widest may be
-        rows_or_tiles = max(len(batch.width), triton.cdiv(groups * num_tokens, block_m))
+        rows_or_tiles = max(len(rows.width), triton.cdiv(groups * num_tokens, block_m))
         busy = num_kv_heads * rows_or_tiles
-        num_splits = _choose_splits(busy, batch.longest, query.device)
+        num_splits = _choose_splits(busy, rows.max_length, query.device)
     out = query.new_empty((num_tokens, num_heads, head_dim))
-    sums, weights = out, out  # unless there is something to weigh
+    sums, weights = out, out  # unused without splits
     if num_splits > 1:
         sums = query.new_empty((num_splits, *out.shape), dtype=torch.float32)
         weights = query.new_empty((num_splits, num_tokens, num_heads, 2), dtype=torch.float32)
-    table = batch.cache.table()
+    table = rows.table
     # words of half the width take half the registers
-    bits = None if batch.bits is None else batch.bits.view(torch.int32)
+    bits = None if rows.bits is None else rows.bits.view(torch.int32)
     _attend[(*grid, num_splits)](
         query,
         pool,
         table,
-        batch.first,
-        batch.width,
-        batch.start,
-        batch.slot,
-        batch.position,
-        batch.position if bits is None else bits,
+        rows.first,
+        rows.width,
+        rows.start,
+        rows.slot,
+        rows.position,
+        rows.position if bits is None else bits,
         query if biases is None else biases,
         sums,
         weights,
@@ -109,14 +109,14 @@ def attend_blocks(
         # Triton's interpreter multiplies bfloat16 as if it were integers
         WIDEN=not query.is_cuda,
         num_warps=8 if block_m * block_d > 4096 else 4,
-        # keys and values of a second block only where shared memory surely holds them
+        # a second block of keys and values only if shared memory certainly holds it
         num_stages=2 if block_d * query.element_size() <= 256 else 1,
     )
     if num_splits > 1:
         _weigh[(num_tokens * num_heads,)](
             sums,
             weights,
-            batch.place,
+            rows.place,
             out,
             num_tokens * num_heads,
             num_splits,
@@ -136,7 +136,7 @@ def _num_processors(device: torch.device) -> int:
 
 
 def _choose_splits(num_programs: int, longest: int | None, device: torch.device) -> int:
-    """As many as make two programs a processor, and no more than a row can have blocks."""
+    """Return the number that gives two programs per processor, at most the blocks of a row."""
     splits = min(_MOST_SPLITS, 2 * _num_processors(device) // num_programs)
     if longest is not None:
         splits = min(splits, -(-longest // _BLOCK))
@@ -203,12 +203,12 @@ def _attend(
     q_position = tl.load(positions + token).to(tl.int32)
     head_biases = biases + head * bias_stride
 
-    # nothing behind the last token of this tile is seen: ancestors stand before descendants
+    # no token after the last one of this tile is seen: ancestors are before descendants
     stop = start + tl.minimum(width, (tile * BLOCK_M + BLOCK_M - 1) // GROUPS + 1)
     end = tl.cdiv(stop, BLOCK)
     begin = end * 0
     if WINDOW > 0:
-        # a chain's tokens stand at start + place; a tree's no lower than its root, at start
+        # a chain's positions are start + place; a tree's are at least its root's, start
         lowest = start
         if not HAS_BITS:
             lowest = start + tile * BLOCK_M // GROUPS
@@ -239,7 +239,7 @@ def _attend(
     if IS_SPLIT:
         tl.store(weights + 2 * line, highest, mask=is_query)
         tl.store(weights + 2 * line + 1, total, mask=is_query)
-        # a total of zero says that there is no sum
+        # a total of zero marks that there is no sum
         is_query = within < tl.where(begin < end, width, 0)
     else:
         acc = acc / tl.maximum(total, 1.0e-30)[:, None]
@@ -271,7 +271,7 @@ def _add_block(
     q_position,
     scale,
     cap,
-    head_biases,  # [M] where the biases of each query's head begin
+    head_biases,  # [M] offsets of the biases of each query's head
     NEW: tl.constexpr,  # whether the block holds some of the row's new tokens
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -284,7 +284,7 @@ def _add_block(
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """The running softmax sum with one more block of keys and values in it."""
+    """Return the running softmax sum after one more block of keys and values."""
     offset = tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)
     cached_at = b * BLOCK + offset
@@ -292,10 +292,10 @@ def _add_block(
     keys = pool + (place[:, None] * (2 * NUM_KV_HEADS) + kv_head) * HEAD_DIM + d[None, :]
     values = keys + NUM_KV_HEADS * HEAD_DIM
     if NEW:
-        # what lies behind the row's end may be anything, and 0 * nan is nan
-        there = (cached_at < stop)[:, None] & (d < HEAD_DIM)[None, :]
-        key = tl.load(keys, mask=there, other=0.0)
-        value = tl.load(values, mask=there, other=0.0)
+        # values after the row's end are undefined, and 0 * nan is nan
+        valid = (cached_at < stop)[:, None] & (d < HEAD_DIM)[None, :]
+        key = tl.load(keys, mask=valid, other=0.0)
+        value = tl.load(values, mask=valid, other=0.0)
     elif HEAD_DIM < BLOCK_D:
         key = tl.load(keys, mask=(d < HEAD_DIM)[None, :], other=0.0)
         value = tl.load(values, mask=(d < HEAD_DIM)[None, :], other=0.0)
@@ -360,9 +360,9 @@ def _weigh(
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """One token's and head's sums [S, D] weighed together."""
+    """Add the weighted sums [S, D] of one token and head."""
     line = tl.program_id(0).to(tl.int64)
-    if tl.load(places + line // NUM_HEADS) == 0:  # padding, of which there is no sum
+    if tl.load(places + line // NUM_HEADS) == 0:  # padding has no sum
         return
     split = tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_D)
@@ -371,7 +371,7 @@ def _weigh(
     counts = total != 0.0  # nan counts: it must not be lost
     highest = tl.load(weights + 2 * at, mask=counts, other=-1.0e30)
     weight = tl.where(counts, tl.exp2(highest - tl.max(highest, axis=0)), 0.0)
-    there = counts[:, None] & (d < HEAD_DIM)[None, :]
-    part = tl.load(sums + at[:, None] * HEAD_DIM + d[None, :], mask=there, other=0.0)
+    valid = counts[:, None] & (d < HEAD_DIM)[None, :]
+    part = tl.load(sums + at[:, None] * HEAD_DIM + d[None, :], mask=valid, other=0.0)
     acc = tl.sum(part * weight[:, None], axis=0) / tl.sum(total * weight, axis=0)
     tl.store(out + line * HEAD_DIM + d, acc.to(out.dtype.element_ty), mask=d < HEAD_DIM)

@@ -1,10 +1,9 @@
 """Keys and values of all rows of one model in blocks of one pool, for devices that gather cheaply.
 
-The twin of `cache.RowCache`: a row owns a list of blocks instead of a stretch of every layer, so rows
-of any lengths share the memory they really need. A layer's pool is [places, 2 * kv heads, head dim],
-keys before values, BLOCK places a block; the same blocks serve every layer. Block 0 belongs to nobody:
-what pads a batch is written there, and table entries without a block point to it. The table lies on
-the device and is copied there only after a row got a block. Knows no attention.
+The twin of `cache.RowCache`: a row owns a list of blocks instead of a slice of every layer, so rows of
+any lengths share memory. A layer's pool is [places, 2 * Hkv, D], keys before values, BLOCK places per
+block; the same blocks serve every layer. No row owns block 0: padding is written there, and table
+entries without a block point to it. The table is copied to the device only after a row got a block.
 """
 
 from __future__ import annotations
@@ -15,20 +14,27 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import torch
 
+from paceline.models.cuda.batch import PagedBatch
+from paceline.models.cuda.layout import BLOCK, Shape, lay_out
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-BLOCK: Final = 64  # positions
+    from paceline.models.packing import Span
+
 _FIRST_BLOCKS: Final = 64  # the pool's first size; it doubles from there
 
 
 class PagedCache:
-    """Slots with their blocks; `acquire` a slot for a row, `release` it at its end.
+    """A `KVCache` of slots with blocks in a pool per layer.
 
-    version: changes whenever a tensor moved, so that whoever keeps addresses knows to drop them.
+    version: changes when a tensor moves, so that captured steps, which keep addresses, are dropped.
     """
+
+    block: Final = BLOCK
+    stores_all_first: Final = True
 
     def __init__(self, device: torch.device) -> None:
         self.layers: list[Tensor | None] = []
@@ -38,15 +44,15 @@ class PagedCache:
         self._free_blocks = list(range(_FIRST_BLOCKS - 1, 0, -1))  # the next one last
         self._free_slots: list[int] = []
         self._blocks: list[list[int]] = []  # of each slot, in the order of their positions
-        self._host = np.zeros((8, 16), dtype=np.int32)  # [slots, blocks a row]
+        self._host = np.zeros((8, 16), dtype=np.int32)  # [slots, blocks per row]
         self._table: Tensor | None = None
-        self._stale = True  # whether the device's table lacks something
+        self._stale = True  # whether the device's table is out of date
         self._limit: int | None = None  # blocks, including the first one
 
     def bound(self, limit: int | None, exact_fit: bool = False) -> None:
         """Hold at most `limit` positions, in whole blocks, unless the rows need more.
 
-        exact_fit: without effect, since rows own blocks anyway.
+        exact_fit: without effect, since a row owns only the blocks that it needs.
         """
         self._limit = None if limit is None else -(-limit // BLOCK) + 1
         if self._limit is not None and self._limit < self._num_blocks and not self.num_rows:
@@ -84,10 +90,9 @@ class PagedCache:
         self._free_blocks.extend(reversed(self._blocks[slot]))
         self._blocks[slot] = []
         self._host[slot] = 0
-        self._stale = True
 
     def acquire(self) -> int:
-        """The lowest free slot."""
+        """Return the lowest free slot and take it."""
         if self._free_slots:
             return self._free_slots.pop(0)
         self._blocks.append([])
@@ -97,13 +102,11 @@ class PagedCache:
 
     def release(self, slot: int) -> None:
         """Give back the slot and its blocks; the pool keeps its size."""
-        self._free_blocks.extend(reversed(self._blocks[slot]))
-        self._blocks[slot] = []
-        self._host[slot] = 0
+        self.forget(slot)
         bisect.insort(self._free_slots, slot)
 
     def clear(self, slot: int) -> None:
-        """Nothing to do: the kernel never reads what a row does not see."""
+        """Do nothing, since the kernel never reads entries that a row does not see."""
 
     def extend(self, slot: int, num_positions: int) -> None:
         """Make room for a row's positions below `num_positions`."""
@@ -121,7 +124,31 @@ class PagedCache:
             self._host[slot, place] = blocks[-1]
         self._stale = True
 
+    def pack(
+        self,
+        tokens: Tensor,
+        spans: Sequence[Span],
+        ancestors: Sequence[Tensor | None] | None = None,
+    ) -> tuple[Tensor, PagedBatch]:
+        """Make room for the spans and return their token ids [N] on the device, and their batch."""
+        for span in spans:
+            self.extend(span.slot, span.start + span.width)
+        max_width = max(span.width for span in spans)
+        trees = ancestors is not None and any(tree is not None for tree in ancestors)
+        shape = Shape(len(spans), len(tokens), -(-max_width // 64) if trees else 0)
+        vector = torch.empty(shape.size, dtype=torch.int64)
+        lay_out(vector.numpy(), shape, tokens.cpu(), spans, ancestors, self.places)
+        max_length = max(span.start + span.width for span in spans)
+        device_vector = vector.to(self._device)
+        ids, rows = shape.read(device_vector, self.table(), max_width, max_length, max_length)
+        return ids, PagedBatch(rows, self.layer)
+
+    def for_checks(self) -> PagedCache:
+        """Return this cache, since the captured steps use it."""
+        return self
+
     def _add_blocks(self, missing: int) -> None:
+        """Enlarge the pools by at least `missing` blocks."""
         grown = 2 * self._num_blocks
         if self._limit is not None:
             grown = min(grown, self._limit)
@@ -132,6 +159,7 @@ class PagedCache:
         self.version += 1
 
     def _widen_table(self, num_slots: int, num_blocks: int) -> None:
+        """Enlarge the table to [num_slots, num_blocks]."""
         old = self._host
         self._host = np.zeros((num_slots, num_blocks), dtype=np.int32)
         self._host[: old.shape[0], : old.shape[1]] = old
@@ -139,7 +167,7 @@ class PagedCache:
         self.version += 1
 
     def table(self) -> Tensor:
-        """[slots, blocks a row] int32 on the device: the block of every position // BLOCK."""
+        """Return [slots, blocks per row] int32 on the device: the block of every position // BLOCK."""
         if self._table is None or self._stale:
             with torch.inference_mode(False):
                 host = torch.from_numpy(self._host)
@@ -151,7 +179,7 @@ class PagedCache:
         return self._table
 
     def layer(self, index: int, like: Tensor) -> Tensor:
-        """[places, 2 * Hkv, D], with room for all blocks. like: [N, 2 * Hkv, D] new entries."""
+        """Return [places, 2 * Hkv, D], with room for all blocks. like: [N, 2 * Hkv, D] new entries."""
         while len(self.layers) <= index:
             self.layers.append(None)
         pool = self.layers[index]
@@ -165,43 +193,44 @@ class PagedCache:
         return pool
 
     def places(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Where in a pool positions [n] of slots [n] lie, by the host's own table."""
+        """Return the places in a pool of positions [n] of slots [n], by the host's table."""
         blocks = self._host[slots, positions // BLOCK].astype(np.int64)
         return blocks * BLOCK + positions % BLOCK
 
     def places_on_device(self, slots: Tensor | int, positions: Tensor) -> Tensor:
-        """The same of tensors on the device, without a copy to the host."""
+        """Return the same of tensors on the device, without a copy to the host."""
         blocks = self.table()[slots, positions // BLOCK].to(torch.int64)
         return blocks * BLOCK + positions % BLOCK
 
     def num_bytes(self) -> int:
-        """Bytes held now, by all rows together and by what is free."""
+        """Return the bytes held now, those of free blocks too."""
         return sum(pool.nbytes for pool in self.layers if pool is not None)
 
     def read(self, slot: int, start: int, stop: int) -> list[Tensor]:
-        """Copies of a row's entries at positions [start, stop): [2 * Hkv, n, D] of every layer."""
-        places = self._span(slot, start, stop)
+        """Copy a row's entries at positions [start, stop): [2 * Hkv, n, D] of every layer."""
+        places = self._places_of_slice(slot, start, stop)
         return [
             pool.index_select(0, places).transpose(0, 1) for pool in self.layers if pool is not None
         ]
 
     def write(self, slot: int, start: int, entries: Sequence[Tensor]) -> None:
-        """Put what `read` gave at positions start, start + 1, ... of a row."""
+        """Put the entries that `read` returned at positions start, start + 1, ... of a row."""
         stop = start + entries[0].shape[1]
         self.extend(slot, stop)
-        places = self._span(slot, start, stop)
+        places = self._places_of_slice(slot, start, stop)
         for index, entry in enumerate(entries):
             new = entry.transpose(0, 1)
             self.layer(index, new).index_copy_(0, places, new)
 
     def copy_positions(self, slot: int, source: Tensor, start: int) -> None:
-        """Move a row's entries at positions `source` [n] to start, start + 1, ..."""
+        """Copy a row's entries at positions `source` [n] to start, start + 1, ..."""
         old = self.places_on_device(slot, source.to(self._device))
-        new = self._span(slot, start, start + source.shape[0])
+        new = self._places_of_slice(slot, start, start + source.shape[0])
         for pool in self.layers:
             if pool is not None:
                 pool.index_copy_(0, new, pool.index_select(0, old))
 
-    def _span(self, slot: int, start: int, stop: int) -> Tensor:
+    def _places_of_slice(self, slot: int, start: int, stop: int) -> Tensor:
+        """Return the places of a row's positions [start, stop), on the device."""
         positions = torch.arange(start, stop, device=self._device)
         return self.places_on_device(slot, positions)

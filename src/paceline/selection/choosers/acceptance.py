@@ -1,10 +1,9 @@
-"""Predicts what every arm would do on a prompt, by the kinds of prompt it resembles; priced live.
+"""Predicts every arm's outcomes on a prompt from a few kinds of prompt; priced live.
 
-There are a few kinds of prompt, found in training; a gate gives each a share, and the prediction is
-the shares' mean of what arms do on each kind. So it stays within what was seen in training, however
-unheard-of the prompt. The kinds are no task labels: nothing but the arms' own outcomes made them.
-Symbols: N prompts, F features, Z components of them, M kinds, E gates of an ensemble, A arms,
-O = 3 A + 1 outcomes.
+Training finds the kinds and the arms' outcomes on each. A gate gives each kind a share, and the
+prediction is the mean of the kinds' outcomes with these shares. So it stays within the range seen in
+training for any prompt. The kinds are no task labels: only the arms' outcomes define them. Symbols: N
+prompts, F features, Z components, M kinds, E gates of an ensemble, A arms, O = 3 A + 1 outcomes.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ _ARRAYS = ("gates", "biases", "kinds", "low", "high")
 
 
 class AcceptanceChooser(PortableChooser):
-    """outcomes = mean over E of softmax(components @ gate + bias) @ kinds, held within a range.
+    """outcomes = mean over E of softmax(components @ gate + bias) @ kinds, clipped to a range.
 
-    The outcomes are rounds, drafted tokens and rounds that draft nothing, each per token, of each
-    arm, and the logarithm of the tokens after the first.
+    The outcomes are rounds, drafted tokens and rounds without a draft, per token and arm, and the
+    logarithm of the number of tokens after the first.
     """
 
     kind: ClassVar[str] = "acceptance"
@@ -40,8 +39,8 @@ class AcceptanceChooser(PortableChooser):
         gates: np.ndarray,  # [E, Z, M]
         biases: np.ndarray,  # [E, M]
         kinds: np.ndarray,  # [E, M, O]
-        low: np.ndarray,  # [O] the least in training
-        high: np.ndarray,  # [O]
+        low: np.ndarray,  # [O] the smallest in training
+        high: np.ndarray,  # [O] the largest
     ) -> None:
         self.arms = tuple(arms)
         self.reduction = reduction
@@ -60,7 +59,7 @@ class AcceptanceChooser(PortableChooser):
         return as_work(self.outcomes(features), situation)
 
     def outcomes(self, features: np.ndarray) -> np.ndarray:
-        """[N, O] float64."""
+        """Return the predicted outcomes, [N, O] float64."""
         E, M = self.biases.shape
         logits = (self.reduction(features) @ self._gate).reshape(-1, E, M) + self.biases
         shares = softmax(logits).reshape(-1, E * M) / E
@@ -72,7 +71,7 @@ class AcceptanceChooser(PortableChooser):
 
     @classmethod
     def merged(cls, choosers: Sequence[AcceptanceChooser]) -> AcceptanceChooser:
-        """Of several trainings on the same prompts."""
+        """Average several trainings on the same prompts: one ensemble of all gates."""
         first = choosers[0]
         gates, biases, kinds = (
             np.concatenate([getattr(chooser, name) for chooser in choosers])
@@ -86,7 +85,7 @@ class AcceptanceChooser(PortableChooser):
 
 
 def as_work(outcomes: np.ndarray, situation: Situation) -> Work:
-    """Outcomes [N, 3 A + 1] by name; an answer is not expected to be longer than it may be."""
+    """Return outcomes [N, 3 A + 1] by name. The expected length is at most the situation's limit."""
     A = outcomes.shape[1] // 3
     num_tokens = np.exp(outcomes[:, -1])
     if situation.limits is not None:

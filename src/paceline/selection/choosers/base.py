@@ -1,9 +1,9 @@
-"""What ranks arms: the interface of all choosers, in numpy alone.
+"""The interface of choosers, which rank arms; in numpy alone.
 
 A chooser sees features and the situation, N prompts at a time; it knows no text, no model and no
-file. A *portable* one predicts what an arm would do (rounds a token, those that draft nothing, and
-drafted tokens) and has it priced by the machine's cost table at the moment of choosing; any other
-carries the prices it was trained with inside. Symbols: N prompts, F features, A arms.
+file. A *portable* one predicts an arm's work (rounds, rounds without a draft and drafted tokens, each
+per token), and the machine's cost table prices it at the moment of choosing; any other has the prices
+of its training built in. Symbols: N prompts, F features, A arms.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What a price depends on beside the arm, for N prompts.
+    """Facts about N prompts that prices depend on, in addition to the arm.
 
-    rows: requests in flight, this one among them. objective: see `costs.pricing`. limits: the most
-    tokens each may emit, where known. prompts: the tokens, for choosers that look at them.
+    rows: requests in flight, this one included. objective: see `costs.pricing`. limits: the maximum
+    number of tokens of each answer, if known. prompts: the tokens, for choosers that read them.
     """
 
     num_prompt: np.ndarray  # [N] int
@@ -47,12 +47,12 @@ class Situation:
 
 
 class Work(NamedTuple):
-    """What arms would do on N prompts; a token is one emitted after the prefill's own."""
+    """The predicted work of arms on N prompts; the prefill's own token does not count."""
 
     rounds_per_token: np.ndarray  # [N, A]; 1 for `none`
     drafted_per_token: np.ndarray  # [N, A]; 0 for `none`
-    empty_per_token: np.ndarray  # [N, A] rounds that draft nothing; 1 for `none`
-    num_tokens: np.ndarray  # [N] tokens the answer is expected to have
+    empty_per_token: np.ndarray  # [N, A] rounds without a draft; 1 for `none`
+    num_tokens: np.ndarray  # [N] expected tokens of the answer
 
 
 class Pricer(Protocol):
@@ -72,9 +72,9 @@ class Pricer(Protocol):
 
 
 class Chooser(ABC):
-    """Ranks `arms` for prompts. What is learned is in `arrays` and `facts`, and comes back from them.
+    """Ranks `arms` for prompts. `arrays` and `facts` hold what it learned, and restore it.
 
-    portable: whether it is priced when it chooses, see `PortableChooser`.
+    portable: it is priced when it chooses, see `PortableChooser`.
     """
 
     kind: ClassVar[str]
@@ -83,66 +83,71 @@ class Chooser(ABC):
 
     @abstractmethod
     def preferences(self, features: np.ndarray, situation: Situation) -> np.ndarray:
-        """[N, A], greater is better; the scale is the kind's own. features: [N, F]."""
+        """Return [N, A], greater is better; each kind has its own scale. features: [N, F]."""
 
     def distribution(self, preferences: np.ndarray) -> np.ndarray:
-        """[N, A] with which it takes each arm: all on the most preferred one, the first of equals."""
+        """Return the probability of each arm, [N, A]: 1 for the most preferred, the first of equals."""
         return np.asarray(np.eye(len(self.arms))[preferences.argmax(axis=1)])
 
     def scores(self, preferences: np.ndarray) -> np.ndarray:
-        """[N, A] from preferences [N, A], what a decision reports: here a softmax of them."""
+        """Return the scores [N, A] that a decision reports: a softmax of the preferences [N, A]."""
         return softmax(preferences)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What was learned, as named arrays."""
+        """Return the learned arrays by name."""
         return {}
 
     def facts(self) -> dict[str, object]:
-        """What was learned and is no array, as JSON takes it."""
+        """Return the learned values that are no arrays, ready for JSON."""
         return {}
 
     @classmethod
     def merged(cls, choosers: Sequence[Self]) -> Self | None:
-        """One chooser that averages several which were learned alike; None where the kind has none."""
+        """Return the average of choosers of several seeds, None if this kind has no average."""
         return None
 
     @classmethod
     @abstractmethod
     def restore(cls, arms: Sequence[str], arrays: Arrays, facts: Facts) -> Self:
-        """The chooser that gave these; raises ValueError, KeyError or TypeError if none could."""
+        """Return the chooser with these arrays and facts.
+
+        Raises ValueError, KeyError or TypeError if they are not this kind's.
+        """
 
 
 class PortableChooser(Chooser):
-    """Predicts work and has it priced live. Its preferences are predicted speeds over `none`."""
+    """Predicts work, which is priced live. Its preferences are predicted speed-ups over `none`."""
 
     portable: ClassVar[bool] = True
     pricer: Pricer | None = None
 
     @abstractmethod
     def work(self, features: np.ndarray, situation: Situation) -> Work:
-        """What each arm would do on each prompt. features: [N, F]."""
+        """Return the predicted work of each arm on each prompt. features: [N, F]."""
 
     def seconds_per_token(self, features: np.ndarray, situation: Situation) -> np.ndarray:
-        """[N, A] predicted, prefill and the drafter's start included."""
+        """Return the prediction [N, A], prefill and the drafter's start included."""
         return price_work(self.pricer, self.work(features, situation), situation)
 
     def preferences(self, features: np.ndarray, situation: Situation) -> np.ndarray:
         return self.speeds(self.seconds_per_token(features, situation))
 
     def speeds(self, seconds: np.ndarray) -> np.ndarray:
-        """[N, A] over `none`, from seconds per token [N, A]."""
+        """Return speed-ups [N, A] over `none`, from seconds per token [N, A]."""
         return np.asarray(seconds[:, [self.arms.index(NONE)]] / seconds)
 
     def scores(self, preferences: np.ndarray) -> np.ndarray:
-        """Predicted speed over `none`, as it is."""
+        """Return the preferences: predicted speed-ups over `none`."""
         return preferences
 
 
 def price_work(
     pricer: Pricer | None, work: Work, situation: Situation, whole: bool = True
 ) -> np.ndarray:
-    """[N, A] seconds per token. An answer is priced at its middle. whole: prefill and the drafter's
-    start are spread over its tokens; else the rounds alone are priced.
+    """Return seconds per token [N, A], at the context in the middle of the answer.
+
+    whole: prefill and the drafter's start are spread over the tokens; otherwise only rounds are priced.
+    Raises ArtefactError without prices.
     """
     if pricer is None:
         raise ArtefactError(
@@ -168,7 +173,7 @@ def price_work(
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities over the last axis, in float64 so that they sum to one."""
+    """Return probabilities over the last axis, in float64 so that they sum to one."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     weights = np.exp(shifted)
     return np.asarray(weights / weights.sum(axis=-1, keepdims=True))

@@ -1,6 +1,6 @@
-"""Choosers that learn little or nothing: one arm, any arm, and a table of first lines.
+"""Choosers that learn little or nothing: one arm, any arm, and a table of first tokens.
 
-They are what a learned chooser must beat. Symbols: N prompts, A arms.
+A learned chooser must beat them. Symbols: N prompts, A arms.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class FixedChooser(Chooser):
-    """One arm for every prompt, or one for each load: that of the nearest rows in flight given."""
+    """One arm for every prompt, or one per load; other loads take the arm of the nearest one."""
 
     kind: ClassVar[str] = "fixed"
 
@@ -30,7 +30,7 @@ class FixedChooser(Chooser):
             raise ValueError(f"no such arms: {self.by_rows}")
 
     def at(self, rows: int) -> str:
-        """The arm for so many rows in flight."""
+        """Return the arm for a number of rows in flight."""
         nearest = min(self.by_rows, key=lambda known: abs(np.log(known / max(rows, 1))))
         return self.by_rows[nearest]
 
@@ -70,10 +70,10 @@ class RandomChooser(Chooser):
 
 
 class FirstLineChooser(Chooser):
-    """The arm that was best for prompts with the same first tokens, else the best single arm.
+    """The best arm of prompts with the same first tokens, or the best single arm if there are none.
 
-    Where a fixed instruction opens every prompt of a task this knows the task, so a learned policy
-    that is no better has learned the instruction.
+    Where every prompt of a task begins with the same instruction, the first tokens tell the task, so a
+    learned policy that is no better has only learned the instruction.
     """
 
     kind: ClassVar[str] = "table"
@@ -91,7 +91,7 @@ class FirstLineChooser(Chooser):
         self.otherwise = otherwise
         self.num_tokens = num_tokens
         if not all(0 <= place < len(self.arms) for place in (*self.table.values(), otherwise)):
-            raise ValueError("the table names an arm that there is not")
+            raise ValueError("the table names an unknown arm")
 
     def preferences(self, features: np.ndarray, situation: Situation) -> np.ndarray:
         places = [

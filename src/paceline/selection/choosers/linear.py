@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class LinearChooser(Chooser):
-    """reward of an arm = inputs @ its weights; the preferences are these rewards."""
+    """Ranks by predicted rewards: the reward of an arm = inputs @ its weights."""
 
     kind: ClassVar[str] = "linear"
 
@@ -36,7 +36,7 @@ class LinearChooser(Chooser):
         return np.asarray(linear_inputs(self.reduction(features), situation.rows) @ self.weights)
 
     def scores(self, preferences: np.ndarray) -> np.ndarray:
-        """Predicted rewards, as they are."""
+        """Return the preferences: predicted rewards."""
         return preferences
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -48,6 +48,6 @@ class LinearChooser(Chooser):
 
 
 def linear_inputs(components: np.ndarray, rows: int | np.ndarray) -> np.ndarray:
-    """[N, Z + 2] from components [N, Z]: them, the logarithm of the rows in flight, and a one."""
+    """Return components [N, Z], the logarithm of the rows in flight and a one, as [N, Z + 2]."""
     load = np.broadcast_to(np.log2(np.maximum(rows, 1)), len(components))[:, None]
     return np.hstack([components, load, np.ones((len(components), 1))]).astype(np.float32)

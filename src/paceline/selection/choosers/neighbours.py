@@ -1,4 +1,4 @@
-"""Predicts what every arm would do on a prompt from the prompts nearest to it; priced live.
+"""Predicts every arm's outcomes on a prompt from the prompts nearest to it; priced live.
 
 Symbols: N prompts, P points learned from, Z components, A arms, O = 3 A + 1 outcomes.
 """
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 class NeighboursChooser(PortableChooser):
-    """The rates of the `num_neighbours` nearest points over all their tokens: a long answer weighs what
-    it takes. Outcomes are those of `acceptance`.
+    """Predicts the rates of the `num_neighbours` nearest points over all their tokens, so that points
+    weigh in proportion to their tokens. Outcomes are those of `acceptance`.
     """
 
     kind: ClassVar[str] = "neighbours"
@@ -54,8 +54,8 @@ class NeighboursChooser(PortableChooser):
         return as_work(mean, situation)
 
     def nearest(self, features: np.ndarray) -> np.ndarray:
-        """[N, num_neighbours] places of the nearest points, in no order."""
-        # the prompt's own norm changes no order
+        """Return the places of the nearest points, [N, num_neighbours] in no order."""
+        # the prompt's own norm does not change the order
         distances = self._norms - 2.0 * (self.reduction(features) @ self.points.T)  # [N, P]
         k = self.num_neighbours
         return np.asarray(np.argpartition(distances, k - 1, axis=1)[:, :k])

@@ -1,8 +1,8 @@
-"""A network of one hidden layer with one logit an arm, as plain arrays, evaluated in numpy.
+"""A network of one hidden layer with one logit per arm, as plain arrays, evaluated in numpy.
 
-Cannot be trained here. The published method's policy shape (arXiv 2408.08470) is not confirmed;
-this one is ours. The rows in flight are an input of their own beside the features, so that one
-network chooses under every load. Symbols: N prompts, F features, H hidden units, A arms.
+`learning` trains it. The published method's policy shape (arXiv 2408.08470) is not confirmed; this one
+is ours. The rows in flight are an input in addition to the features, so that one network chooses under
+every load. Symbols: N prompts, F features, H hidden units, A arms.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class PolicyNetwork:
     """logits = tanh(clip((inputs - mean) * scale) @ w1 + b1) @ w2 + b2, all float32.
 
-    `scale` is 1/std, and 0 for an input that never varied in training: nothing is known of it.
+    `scale` is 1/std, and 0 for an input that never varied in training, whose effect is unknown.
     """
 
     mean: np.ndarray  # [F]
@@ -36,18 +36,18 @@ class PolicyNetwork:
     b2: np.ndarray  # [A]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All parameters by name."""
+        """Return all parameters by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def logits(self, inputs: np.ndarray) -> np.ndarray:
-        """[..., A] for inputs [..., F]. A value that is not a number counts as the mean."""
+        """Return logits [..., A] for inputs [..., F]. NaN counts as the mean."""
         standardised = standardise(inputs, self.mean, self.scale)
         hidden = np.tanh(standardised @ self.w1 + self.b1)
         return np.asarray(hidden @ self.w2 + self.b2, dtype=np.float32)
 
 
 class NetworkChooser(Chooser):
-    """Ranks by the mean log-probability of one or several networks that were trained alike."""
+    """Ranks by the mean log-probability of networks, one per seed."""
 
     kind: ClassVar[str] = "network"
 
@@ -106,12 +106,12 @@ def _check_shapes(network: PolicyNetwork, num_arms: int) -> None:
 
 
 def with_rows(features: np.ndarray, rows: int) -> np.ndarray:
-    """[N, F + 1] float32: the features and the logarithm of the rows in flight."""
+    """Return features [N, F] and the logarithm of the rows in flight, as [N, F + 1] float32."""
     load = np.full((len(features), 1), np.log(max(rows, 1)), dtype=np.float32)
     return np.hstack([features, load])
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log-probabilities over the last axis, in float64."""
+    """Return log-probabilities over the last axis, in float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))

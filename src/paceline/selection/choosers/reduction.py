@@ -1,7 +1,6 @@
-"""Many features to a few: standardised, weighed by block, turned to the directions that vary most.
+"""The reduction of many features to few components: the directions that vary most.
 
-Shared by the choosers that are linear or go by distance. It also says how far a prompt lies from
-those learned from. Symbols: N prompts, F features, Z components.
+Linear choosers and those that go by distance share it. Symbols: N prompts, F features, Z components.
 """
 
 from __future__ import annotations
@@ -38,17 +37,20 @@ class Reduction:
         return int(self.basis.shape[1])
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
-        """[N, Z] float32 for features [N, F]. A value that is not a number counts as the mean."""
+        """Return components [N, Z] float32 for features [N, F]. NaN counts as the mean."""
         inputs = standardise(features, self.mean, self.scale)
         return np.asarray(inputs @ self.basis - self.centre, dtype=np.float32)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """As a chooser keeps it, with names of its own."""
+        """Return its arrays under the names that choosers save."""
         return {f"reduction.{field.name}": getattr(self, field.name) for field in fields(self)}
 
     @classmethod
     def restore(cls, arrays: Mapping[str, np.ndarray]) -> Reduction:
-        """The reduction among a chooser's arrays. Raises KeyError or ValueError."""
+        """Return the reduction from a chooser's arrays.
+
+        Raises KeyError if one is missing, ValueError if their shapes do not fit.
+        """
         reduction = cls(*(arrays[f"reduction.{field.name}"] for field in fields(cls)))
         F, Z = reduction.basis.shape
         expected = {"mean": (F,), "scale": (F,), "basis": (F, Z), "centre": (Z,)}

@@ -1,4 +1,4 @@
-"""The drafter learns a row's text once, forgets rows, keeps them apart, and replays as it ran."""
+"""The drafter learns a row's text once, forgets rows, separates them, and replays the real rounds."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from paceline.assembly import Pace, build, build_from_objects
 from paceline.config import Config, EngineSection, ModelSection, parse
 from paceline.contracts import identity_of_arms
 from paceline.drafting.catalog import check_settings
-from paceline.drafting.foresight import ReplayedRow
+from paceline.drafting.draft_replay import SimpleRow
 from paceline.drafting.trigram.build import build_table
 from paceline.drafting.trigram.corpora import TokenSequences
-from paceline.drafting.trigram.drafter import TrigramTree, TrigramTreeSettings
+from paceline.drafting.trigram.drafter import TrigramTree
+from paceline.drafting.trigram.settings import TrigramTreeSettings
 from paceline.drafting.trigram.table import load_table
 from paceline.errors import ConfigError
 from paceline.models.vocabulary import Vocabulary
@@ -36,18 +37,18 @@ def drafter(**given: Any) -> TrigramTree:
     return TrigramTree("tri", TrigramTreeSettings(**given))
 
 
-def row(tokens: Sequence[int], id: int = 0) -> ReplayedRow:
-    return ReplayedRow(list(tokens), len(tokens), id=id)
+def row(tokens: Sequence[int], id: int = 0) -> SimpleRow:
+    return SimpleRow(list(tokens), len(tokens), id=id)
 
 
-def ready(tri: TrigramTree, *rows: ReplayedRow) -> None:
+def ready(tri: TrigramTree, *rows: SimpleRow) -> None:
     tri.start(rows)
     for one in rows:
         while not tri.prepare(one, 5):
             pass
 
 
-def tree(tri: TrigramTree, one: ReplayedRow, limit: int = 9) -> tuple[list[int], list[int]]:
+def tree(tri: TrigramTree, one: SimpleRow, limit: int = 9) -> tuple[list[int], list[int]]:
     drafts = tri.propose([one], [limit])
     assert drafts.probs is None and drafts.parents is not None
     length = drafts.lengths[0]
@@ -57,7 +58,7 @@ def tree(tri: TrigramTree, one: ReplayedRow, limit: int = 9) -> tuple[list[int],
 TEXT = [1, 2, 3, 4, 1, 2, 5, 6, 1, 2, 3, 4, 9, 1, 2]
 
 
-def test_drafts_are_what_followed_before() -> None:
+def test_drafts_are_earlier_continuations() -> None:
     tri = drafter()
     one = row(TEXT)
     ready(tri, one)
@@ -85,7 +86,7 @@ def test_a_draft_is_no_deeper_than_the_limit(limit: int) -> None:
 
 
 def test_the_whole_prompt_is_learned_in_pieces_and_once() -> None:
-    """However the text is dealt out, the statistics are those of the text."""
+    """The statistics do not depend on the pieces in which the text is read."""
     order = random.Random(4)
     text = [order.randrange(6) for _ in range(200)]
     at_once, in_pieces, by_propose = (drafter(search="greedy") for _ in range(3))
@@ -109,13 +110,13 @@ def test_the_released_rule_learns_its_window_again_in_every_round() -> None:
     ready(tri, one)
     tree(tri, one)
 
-    one.tokens += [9, 8]  # beyond the window when it was first read
+    one.tokens += [9, 8]  # the window moves past the first tokens
     assert tree(tri, one) == ([], [])
     one.tokens += [7, 9, 8]
     assert tree(tri, one)[0][0] == 7
 
 
-def test_without_an_update_only_the_table_speaks(tmp_path: Path) -> None:
+def test_without_an_update_only_the_table_counts(tmp_path: Path) -> None:
     build_table([TokenSequences("x", [[1, 2, 7]])], tmp_path / "t", "hash")
     table, facts = load_table(tmp_path / "t")
     settings = TrigramTreeSettings(update="none", table=tmp_path / "t")
@@ -155,8 +156,8 @@ def test_requests_that_share_see_each_others_text_even_after_they_ended() -> Non
     assert tree(tri, other)[0][0] == 3
 
 
-def test_a_row_that_comes_back_is_read_from_its_beginning() -> None:
-    """It may have been switched away from while its text went on."""
+def test_a_restarted_row_is_read_from_its_beginning() -> None:
+    """Its text may have grown while another drafter served it."""
     tri = drafter()
     one = row(TEXT[:6])
     ready(tri, one)
@@ -169,7 +170,7 @@ def test_a_row_that_comes_back_is_read_from_its_beginning() -> None:
     assert tree(tri, one) == tree(fresh, other)
 
 
-def test_finishing_frees_a_row_and_forgives_an_unknown_one() -> None:
+def test_finishing_frees_a_row_and_ignores_an_unknown_one() -> None:
     tri = drafter()
     empty = tri.num_bytes()
     order = random.Random(1)
@@ -183,7 +184,7 @@ def test_finishing_frees_a_row_and_forgives_an_unknown_one() -> None:
     assert tri.num_bytes() == empty
 
 
-def test_what_is_learned_stays_within_its_bound() -> None:
+def test_learned_pairs_stay_within_their_bound() -> None:
     order = random.Random(1)
     tri = drafter(max_pairs=300, depth=4)
     one = row([order.randrange(100) for _ in range(500)])
@@ -200,7 +201,7 @@ def test_what_is_learned_stays_within_its_bound() -> None:
 # --- settings and identity ------------------------------------------------------------------------
 
 
-def test_the_preset_fills_what_is_not_given() -> None:
+def test_the_preset_sets_omitted_settings() -> None:
     released = TrigramTreeSettings(preset="released", num_draft_tokens=32)
 
     assert (released.num_draft_tokens, released.update, released.iterations) == (
@@ -231,7 +232,7 @@ def test_wrong_settings_are_named(settings: dict[str, Any], words: list[str]) ->
     assert all(word in str(caught.value) for word in words)
 
 
-def test_identity_tells_apart_what_proposes_differently(tmp_path: Path) -> None:
+def test_identity_changes_with_the_proposals(tmp_path: Path) -> None:
     build_table([TokenSequences("x", [[1, 2, 7]])], tmp_path / "t", "hash")
     table, facts = load_table(tmp_path / "t")
     arms: dict[str, Drafter] = {
@@ -252,7 +253,7 @@ def test_identity_tells_apart_what_proposes_differently(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("search", ["mcts", "greedy", "full"])
 @pytest.mark.parametrize("update", ["counts", "released", "none"])
-def test_every_variant_with_a_table_is_exact_and_replays_as_it_ran(
+def test_every_variant_with_a_table_is_exact_and_replays_the_real_rounds(
     search: str, update: str, tmp_path: Path
 ) -> None:
     model = tiny_model("llama", context=128)
@@ -281,7 +282,7 @@ def test_every_variant_with_a_table_is_exact_and_replays_as_it_ran(
         assert [[r.drafted, r.accepted] for r in done.rounds] == predicted.tolist()
 
 
-def test_a_configured_table_lies_beside_the_configuration(tmp_path: Path) -> None:
+def test_a_configured_table_is_relative_to_the_configuration(tmp_path: Path) -> None:
     zoo = Path(__file__).parents[4] / "zoo" / "target"
     (tmp_path / "paceline.yaml").write_text(
         f"target: {{model: {zoo}, dtype: float32}}\n"
@@ -302,7 +303,7 @@ def test_a_configured_table_lies_beside_the_configuration(tmp_path: Path) -> Non
 
 
 def test_kernels_compile_where_nothing_can_be_cached() -> None:
-    """A function that lies in no file has no folder either in which its code could be kept."""
+    """A function without a file has no folder for the cache of its code."""
     code = (
         "from paceline.compiled import compiled\n"
         "try:\n"

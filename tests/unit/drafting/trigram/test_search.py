@@ -1,4 +1,4 @@
-"""The compiled search and learning are those of the readable twin, to the last bit."""
+"""The compiled search and learning equal those of the readable twin, to the last bit."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.drafting.trigram import kernels
-from paceline.drafting.trigram.drafter import TrigramTreeSettings
-from paceline.drafting.trigram.reference import ReferenceStatistics, reference_tree
 from paceline.drafting.trigram.search import Learned, TreeSearch
+from paceline.drafting.trigram.settings import TrigramTreeSettings
 from paceline.drafting.trigram.table import MAX_SUCCESSORS, Table, empty_table
+from paceline.testing.trigram_reference import ReferenceStatistics, reference_tree
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ TEXTS = st.lists(st.integers(0, 4), max_size=60)
 
 
 def statistics_of(text: Sequence[int], kept: int = 12) -> dict[Pair, list[tuple[int, float]]]:
-    """The table of a text as a dictionary, probabilities as they are stored."""
+    """Return the table of a text as a dictionary, with the stored probabilities."""
     counts: dict[Pair, Counter[int]] = {}
     for i in range(2, len(text)):
         counts.setdefault((text[i - 2], text[i - 1]), Counter())[text[i]] += 1
@@ -59,7 +59,7 @@ def as_table(statistics: Mapping[Pair, Sequence[tuple[int, float]]]) -> Table:
 
 
 class Twins:
-    """The same statistics, text and settings in both."""
+    """The compiled search and its twin, with equal statistics, text and settings."""
 
     def __init__(self, corpus: Sequence[int], **given: Any) -> None:
         self.settings = s = TrigramTreeSettings(**given)
@@ -91,7 +91,7 @@ class Twins:
         return self.search.draft(self.learned, text, limit), reference
 
     def weights(self) -> tuple[Any, Any]:
-        """Every learned pair with its successors, by place."""
+        """Return every learned pair with its successors, by place."""
         overlay = self.learned.overlay
         ours = []
         for pair in range(overlay.state[0]):
@@ -154,7 +154,7 @@ def test_trees_are_those_of_the_twin(
 @pytest.mark.parametrize("search", ["mcts", "greedy", "full"])
 def test_trees_of_the_released_size_are_those_of_the_twin(search: str) -> None:
     order = random.Random(7)
-    # a few words in many orders: pairs with one successor, and pairs with more than are kept
+    # pairs with one successor, and pairs with more successors than are kept
     words = [[order.randrange(40) for _ in range(order.randint(1, 4))] for _ in range(25)]
     corpus = [token for _ in range(400) for token in order.choice(words)]
     twins = Twins(corpus, preset="released", search=search)
@@ -176,10 +176,10 @@ def test_trees_of_the_released_size_are_those_of_the_twin(search: str) -> None:
     st.integers(1, 12),
     st.floats(0.05, 1.0),
 )
-def test_what_is_learned_is_what_the_twin_learns(
+def test_learning_equals_that_of_the_twin(
     text: list[int], corpus: list[int], update: str, max_pairs: int, decay: float
 ) -> None:
-    """With room for a few pairs only, so that most are evicted again."""
+    """There is room for a few pairs, so that most are evicted."""
     twins = Twins(corpus, update=update, max_pairs=max_pairs, decay=decay)
     for piece in (text[:50], text[48:], text[:100]):
         twins.learn(piece)
@@ -187,7 +187,7 @@ def test_what_is_learned_is_what_the_twin_learns(
         ours, reference = twins.weights()
         assert ours == reference
         assert len(ours) <= max_pairs
-        # the hash finds exactly what is there
+        # the hash table finds exactly the learned pairs
         for (t1, t2), _, _ in ours:
             assert kernels._find(twins.learned.overlay, kernels._key(t1, t2)) >= 0
         assert (twins.learned.overlay.places >= 0).sum() == len(ours)
@@ -219,7 +219,7 @@ def test_a_pair_keeps_the_heaviest_of_too_many_successors() -> None:
     assert len(kept) == MAX_SUCCESSORS
 
 
-def test_a_damaged_table_does_not_lead_outside_its_arrays() -> None:
+def test_a_damaged_table_is_not_read_out_of_bounds() -> None:
     table = as_table(statistics_of([1, 2, 3, 1, 2, 4, 1, 2, 3] * 3))
     wild = Table(
         starts=np.full_like(table.starts, 10**9),
@@ -236,7 +236,7 @@ def test_a_damaged_table_does_not_lead_outside_its_arrays() -> None:
         assert search.draft(Learned(8), [1, 2], 4) == ([], [])
 
 
-# --- what the searches are for --------------------------------------------------------------------
+# --- the searches ---------------------------------------------------------------------------------
 
 CHAINS = [*[1, 2, 3, 4, 5, 6] * 6, *[1, 2, 7, 8, 9, 10] * 3, 1, 2, 11]
 
@@ -263,7 +263,7 @@ def test_full_takes_level_by_level() -> None:
     assert drafted_paths("full", 5) == {(3,), (7,), (11,), (3, 4), (7, 8)}
 
 
-def test_search_prefers_what_is_likely_and_goes_on_behind_it() -> None:
+def test_search_prefers_likely_tokens_and_extends_them() -> None:
     found = drafted_paths("mcts", 8)
     assert {(3,), (3, 4), (3, 4, 5), (3, 4, 5, 6), (7,), (7, 8)} <= found
 
@@ -273,7 +273,7 @@ def test_random_draws_are_keyed_by_seed_and_position() -> None:
     corpus = [order.randrange(9) for _ in range(5000)]
 
     def tree(seed: int, length: int) -> Any:
-        # no exploration bonus, so that what was drawn decides
+        # no exploration bonus, so that the random draws decide
         twins = Twins(corpus, search="mcts", seed=seed, iterations=40, c1=0.0, depth=6)
         return twins.trees([*[0] * length, 1, 2], 6)[0]
 

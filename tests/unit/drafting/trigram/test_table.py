@@ -1,4 +1,4 @@
-"""A table holds what a plain count says, however little memory there was; others are refused."""
+"""A table equals a plain count, within any bound on memory; damaged tables are refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from safetensors import safe_open
 from paceline.drafting.trigram import build as build_module
 from paceline.drafting.trigram.build import BuildSettings, build_table
 from paceline.drafting.trigram.corpora import TextFiles, TokenSequences
-from paceline.drafting.trigram.drafter import TrigramTree, TrigramTreeSettings
+from paceline.drafting.trigram.drafter import TrigramTree
+from paceline.drafting.trigram.settings import TrigramTreeSettings
 from paceline.drafting.trigram.table import Table, load_table, read_facts
 from paceline.errors import ArtefactError, ConfigError, VocabularyError
 from paceline.models.vocabulary import Vocabulary
@@ -90,13 +91,13 @@ def long_text(num: int = 40_000) -> list[list[int]]:
 def test_runs_merged_in_little_memory_are_the_same_table(
     room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Runs and blocks so small that levels are merged and pairs lie across blocks."""
+    """Runs and blocks are so small that levels are merged and pairs cross blocks."""
     sequences = long_text()
     monkeypatch.setattr(build_module, "_BATCH", 5)
     at_once = built(sequences, tmp_path / "a")
     merged = []
     original = build_module._Runs._merged
-    monkeypatch.setattr(build_module, "_BYTES_A_TOKEN", (1 << 20) // room)
+    monkeypatch.setattr(build_module, "_BYTES_PER_TRIGRAM", (1 << 20) // room)
     monkeypatch.setattr(
         build_module._Runs, "_merged", lambda *a: (merged.append(len(a[1])), original(*a))[1]
     )
@@ -114,7 +115,7 @@ class KilledError(Exception):
 
 
 class Recorded(TokenSequences):
-    """Notes what is tokenised, and dies on the way if told to."""
+    """A tokenizer that counts its tokens and may fail on the way."""
 
     def __init__(self, sequences: Sequence[Sequence[int]], dies_at: int | None = None) -> None:
         super().__init__("recorded", sequences)
@@ -128,12 +129,12 @@ class Recorded(TokenSequences):
         return pieces
 
 
-def test_a_killed_build_goes_on_behind_its_last_run(
+def test_a_killed_build_continues_after_its_last_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sequences = long_text()
     monkeypatch.setattr(build_module, "_BATCH", 5)
-    monkeypatch.setattr(build_module, "_BYTES_A_TOKEN", (1 << 20) // 2_000)
+    monkeypatch.setattr(build_module, "_BYTES_PER_TRIGRAM", (1 << 20) // 2_000)
     small = BuildSettings(memory_mb=1)
     with pytest.raises(KilledError):
         build_table([Recorded(sequences, dies_at=300)], tmp_path / "t", "hash", small)
@@ -147,7 +148,7 @@ def test_a_killed_build_goes_on_behind_its_last_run(
     assert as_plain(load_table(tmp_path / "t")[0]) == plain_count(sequences)
 
 
-def test_what_a_killed_build_left_is_not_taken_for_another_ones(tmp_path: Path) -> None:
+def test_a_build_does_not_continue_another_ones_work(tmp_path: Path) -> None:
     with pytest.raises(KilledError):
         build_table([Recorded([[1, 2, 3]] * 200, dies_at=100)], tmp_path / "t", "hash")
 
@@ -169,7 +170,7 @@ def test_text_files_are_read_in_pieces(tmp_path: Path) -> None:
     assert corpus.tokens([pieces[0][0]])[0] == list(pieces[0][0].encode())
 
 
-def test_the_file_is_one_other_programs_read(tmp_path: Path) -> None:
+def test_other_programs_can_read_the_file(tmp_path: Path) -> None:
     built([[1, 2, 3, 1, 2, 4, 4, 4, 4]], tmp_path / "t.safetensors")
     table, facts = load_table(tmp_path / "t.safetensors")
 
@@ -190,7 +191,7 @@ def test_the_file_is_mapped_and_not_read(tmp_path: Path) -> None:
         assert not array.flags.writeable
 
 
-def test_ids_beyond_the_key_are_refused(tmp_path: Path) -> None:
+def test_ids_that_do_not_fit_a_key_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="below 2097152"):
         built([[1, 2, 1 << 21]], tmp_path / "t")
     assert built([[1, 2, (1 << 21) - 1]], tmp_path / "t") == {(1, 2): [((1 << 21) - 1, 1.0)]}
@@ -246,6 +247,6 @@ def test_a_damaged_table_is_refused(damage: Any, table_file: Path) -> None:
         load_table(table_file)
 
 
-def test_a_folder_is_no_place_for_a_table(tmp_path: Path) -> None:
+def test_a_folder_is_refused_as_the_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a folder"):
         built([[1, 2, 3]], tmp_path)

@@ -1,4 +1,4 @@
-"""The kernels compile for devices that are not here, within their registers and shared memory.
+"""The kernels compile for devices that are absent, within their registers and shared memory.
 
 In a process of its own: this one's triton interprets. Takes as long as the compiler does.
 """

@@ -1,4 +1,4 @@
-"""The kernel over a paged cache is the plain attention over stretches of memory, feature by feature."""
+"""The kernel over a paged cache equals the plain attention over a row cache, feature by feature."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from paceline.models.attention import attend
 from paceline.models.cache import RowCache
-from paceline.models.cuda.batch import batch_of
+from paceline.models.cuda.layout import BLOCK
 from paceline.models.cuda.paged_attention import attend_blocks
-from paceline.models.cuda.paged_cache import BLOCK, PagedCache
-from paceline.models.packing import KeyBias, PackedBatch, Span
+from paceline.models.cuda.paged_cache import PagedCache
+from paceline.models.packing import KeyBias, Span
 
 COMPILED = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") == "0"
 DEVICE = torch.device("cuda" if COMPILED else "cpu")
@@ -37,7 +36,7 @@ class Pair:
     ) -> None:
         self.shape = heads, kv_heads, head_dim
         self.dtype = dtype
-        self.plain, self.paged = RowCache(), PagedCache(DEVICE)
+        self.plain, self.paged = RowCache(DEVICE), PagedCache(DEVICE)
         self.generator = torch.Generator().manual_seed(0)
 
     def acquire(self) -> int:
@@ -49,7 +48,7 @@ class Pair:
         return torch.randn(shape, generator=self.generator).to(DEVICE, self.dtype)
 
     def fill(self, slot: int, length: int) -> None:
-        """Cached text, without the attention that made it."""
+        """Cache random entries of a text."""
         entries = [self.random(2 * self.shape[1], length, self.shape[2])]
         self.plain.write(slot, 0, entries)
         self.paged.write(slot, 0, entries)
@@ -68,17 +67,17 @@ class Pair:
         # queries as the lean forward hands them over: a slice of a wider tensor
         query = self.random(num_tokens, heads + kv_heads, head_dim)[:, :heads]
         new = self.random(num_tokens, 2 * kv_heads, head_dim)
-        packed = PackedBatch(spans, self.plain, DEVICE, trees)
-        expected = attend(packed, 0, query, new, 0.3, window, cap, bias)
-
         tokens = torch.zeros(num_tokens, dtype=torch.int64)
-        _, batch = batch_of(tokens, spans, trees, self.paged, DEVICE)
-        pool = self.paged.layer(0, new)
-        pool.index_copy_(0, batch.place, new)
-        biases = None if bias is None else batch._biases(bias)
-        found = attend_blocks(query, pool, batch, 0.3, window, cap, num_splits, biases)
+        _, plain = self.plain.pack(tokens, spans, trees)
+        expected = plain.attend(0, query, new, 0.3, window, cap, bias)
 
-        assert torch.equal(batch.positions(), packed.positions())
+        _, batch = self.paged.pack(tokens, spans, trees)
+        pool = self.paged.layer(0, new)
+        pool.index_copy_(0, batch.rows.place, new)
+        biases = None if bias is None else batch._biases(bias)
+        found = attend_blocks(query, pool, batch.rows, 0.3, window, cap, num_splits, biases)
+
+        assert torch.equal(batch.positions(), plain.positions())
         tolerance = 1e-5 if self.dtype == torch.float32 else 2e-2
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
@@ -140,7 +139,7 @@ def test_a_tree_of_more_nodes_than_a_word_has_bits(window: int | None) -> None:
 
 
 def alibi(positions: torch.Tensor) -> torch.Tensor:
-    """Slopes of four heads."""
+    """Return the biases of four heads."""
     slopes = torch.tensor([0.02, 0.3, 0.005, 0.1], device=positions.device)
     return slopes[:, None] * positions
 
@@ -160,7 +159,7 @@ def test_biases_by_position(window: int | None, cap: float | None, num_splits: i
     pair.check([Span(a, lengths[a], 3), Span(b, 2, 1)], None, window, cap, num_splits, alibi)
 
 
-def test_what_a_block_held_before_does_not_matter() -> None:
+def test_earlier_entries_of_a_block_do_not_matter() -> None:
     pair = Pair(2, 2, 16)
     a, b = pair.acquire(), pair.acquire()
     pair.fill(a, 10)
@@ -173,14 +172,14 @@ def test_what_a_block_held_before_does_not_matter() -> None:
     pair.check([Span(a, 9, 1), Span(b, BLOCK - 1, 4)], num_splits=1)
 
 
-def test_numbers_that_are_none_are_not_lost_among_splits() -> None:
+def test_nan_is_not_lost_among_splits() -> None:
     paged = PagedCache(DEVICE)
     slot = paged.acquire()
     tokens = torch.zeros(1, dtype=torch.int64)
-    _, batch = batch_of(tokens, [Span(slot, 3 * BLOCK, 1)], None, paged, DEVICE)
+    _, batch = paged.pack(tokens, [Span(slot, 3 * BLOCK, 1)])
     pool = paged.layer(0, torch.zeros(1, 2, 16, device=DEVICE))
     pool[paged.places_on_device(slot, torch.tensor([BLOCK], device=DEVICE))] = torch.nan
 
-    out = attend_blocks(torch.ones(1, 1, 16, device=DEVICE), pool, batch, 1.0, num_splits=4)
+    out = attend_blocks(torch.ones(1, 1, 16, device=DEVICE), pool, batch.rows, 1.0, num_splits=4)
 
     assert out.isnan().all()

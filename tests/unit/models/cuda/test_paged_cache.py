@@ -1,11 +1,12 @@
-"""Rows own blocks: they are given back, found again, and never shared."""
+"""Rows own blocks, which are given back, reused and never shared."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from paceline.models.cuda.paged_cache import BLOCK, PagedCache
+from paceline.models.cuda.layout import BLOCK
+from paceline.models.cuda.paged_cache import PagedCache
 
 
 def filled(cache: PagedCache, slot: int, length: int, value: float) -> None:

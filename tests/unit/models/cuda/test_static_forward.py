@@ -1,4 +1,4 @@
-"""Steps on padded fixed buffers say what the plain forward says, over one cache and any schedule."""
+"""Steps on padded fixed buffers give the plain forward's results, over one cache and any schedule."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from paceline.config import Config, EngineSection, ModelSection
 from paceline.contracts import NONE, Request, SamplingParams
 from paceline.drafting.draft_model import DraftModel
 from paceline.errors import ModelError
-from paceline.models.cuda.batch import Shape, lay_out
 from paceline.models.cuda.graphs import ROWS, TOKENS, shape_of
-from paceline.models.cuda.paged_cache import BLOCK, PagedCache
+from paceline.models.cuda.layout import BLOCK, Shape, lay_out
+from paceline.models.cuda.paged_cache import PagedCache
 from paceline.models.language_model import LanguageModel
 from paceline.models.packing import Span
 from paceline.models.self_checks import check_packed_forward
@@ -40,7 +40,7 @@ V = 259
 def both(
     architecture: str, forward: str = "auto", context: int = 3 * BLOCK
 ) -> tuple[LanguageModel, LanguageModel]:
-    """One model twice: over the plain cache and over the paged one."""
+    """Return one model twice: over the plain cache and over the paged one."""
     model = tiny_model(architecture, context=context).to(DEVICE)
     plain = LanguageModel(model, "plain", forward, paged=False)  # type: ignore[arg-type]
     return plain, LanguageModel(model, "paged", forward, paged=True)  # type: ignore[arg-type]
@@ -137,7 +137,7 @@ def test_hidden_states_outlive_the_next_step() -> None:
     assert torch.equal(kept, before)
 
 
-def test_padding_writes_to_nobodys_block() -> None:
+def test_padding_writes_to_no_rows_block() -> None:
     _, paged = both("llama")
     a, b, c = (paged.acquire() for _ in range(3))
     logits(paged, [1, 2, 3, 4, 5, 6, 7], [Span(a, 0, 3), Span(b, 0, 2), Span(c, 0, 2)])
@@ -174,16 +174,19 @@ def test_a_batch_is_laid_out_as_its_parts_are_named() -> None:
     vector = torch.empty(shape.size, dtype=torch.int64)
 
     spans = [Span(b, 5, 3), Span(a, 63, 2)]
-    lay_out(vector.numpy(), shape, torch.tensor([7, 8, 9, 10, 11]), spans, [tree, None], cache)
-    first, width, start, slot, ids, position, place, bits = shape.split(vector)
+    lay_out(
+        vector.numpy(), shape, torch.tensor([7, 8, 9, 10, 11]), spans, [tree, None], cache.places
+    )
+    ids, rows = shape.read(vector, cache.table(), 3, 70)
 
-    assert first.tolist() == [0, 3, 0, 0] and width.tolist() == [3, 2, 0, 0]
-    assert start.tolist() == [5, 63, 0, 0] and slot.tolist() == [b, a, 0, 0]
+    assert rows.first.tolist() == [0, 3, 0, 0] and rows.width.tolist() == [3, 2, 0, 0]
+    assert rows.start.tolist() == [5, 63, 0, 0] and rows.slot.tolist() == [b, a, 0, 0]
     assert ids.tolist() == [7, 8, 9, 10, 11, 0, 0, 0]
-    assert position.tolist() == [5, 6, 6, 63, 64, 0, 0, 0]
+    assert rows.position.tolist() == [5, 6, 6, 63, 64, 0, 0, 0]
     expected = cache.places(np.array([b, b, b, a, a]), np.array([5, 6, 7, 63, 64]))
-    assert place.tolist() == [*expected.tolist(), 0, 0, 0]
-    assert bits[:, 0].tolist() == [0b001, 0b011, 0b101, 0b01, 0b11, 0, 0, 0]
+    assert rows.place.tolist() == [*expected.tolist(), 0, 0, 0]
+    assert rows.bits is not None
+    assert rows.bits[:, 0].tolist() == [0b001, 0b011, 0b101, 0b01, 0b11, 0, 0, 0]
 
 
 # --- drafting and decoding over it ----------------------------------------------------------------

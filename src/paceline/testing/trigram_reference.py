@@ -1,7 +1,6 @@
-"""What `kernels.py` does, in plain Python: dictionaries, lists, and the tree as objects.
+"""The readable twin of `drafting/trigram/kernels.py`, in plain Python: dictionaries, lists, objects.
 
-Written to be read. Gives exactly the same trees, to the last bit of every score, and is compared with
-the compiled twin in tests; nothing else uses it.
+Gives exactly the same trees, to the last bit of every score. Tests and benchmarks compare the two.
 """
 
 from __future__ import annotations
@@ -42,12 +41,12 @@ class Learned:
 
 @dataclass
 class ReferenceStatistics:
-    """A table, and what was learned on top of it."""
+    """A table, and the pairs learned from text, which replace the table's."""
 
     table: Mapping[Pair, Successors]
     rule: Rule
     max_pairs: int
-    learned: list[Learned] = field(default_factory=list)  # by place; the hand goes round them
+    learned: list[Learned] = field(default_factory=list)  # by place, in the order of the clock hand
     by_pair: dict[Pair, Learned] = field(default_factory=dict)
     hand: int = 0
 
@@ -59,7 +58,7 @@ class ReferenceStatistics:
         return [(token, weight * scale) for token, weight in known.successors]
 
     def learn(self, tokens: Sequence[int], first: int, last: int) -> None:
-        """The tri-grams that end at tokens[first:last]."""
+        """Learn the tri-grams that end at tokens[first:last]."""
         for i in range(first, last):
             pair = (tokens[i - 2], tokens[i - 1])
             known = self.by_pair.get(pair) or self._add(pair)
@@ -133,7 +132,7 @@ class Node:
 
 @dataclass
 class Tree:
-    """A search tree over the statistics; `nodes` are in the order in which they were made."""
+    """A search tree over the statistics; `nodes` are in order of creation."""
 
     statistics: ReferenceStatistics
     nodes: list[Node]
@@ -159,7 +158,7 @@ def reference_tree(
     seed: int,
     position: int,
 ) -> tuple[list[int], list[int]]:
-    """(tokens, parents) of the draft; arguments as in `kernels.grow_tree`."""
+    """Return (tokens, parents) of the draft; arguments as in `kernels.grow_tree`."""
     root = Node(pair, None, 0)
     tree = Tree(statistics, [root])
     if search == MCTS:
@@ -205,7 +204,7 @@ def run_search(
             token, weight = draw(successors, left)
             value += weight
             pair = (pair[1], token)
-        # what was found, up to the root
+        # update the nodes up to the root
         above: Node | None = node
         while above is not None:
             above.visits += 1
@@ -214,7 +213,7 @@ def run_search(
 
 
 def draw(successors: Successors, left: float) -> tuple[int, float]:
-    """The successor in whose weight `left` falls, the weights laid end to end."""
+    """Return the successor at position `left` of the cumulated weights."""
     for token, weight in successors[:-1]:
         if left < weight:
             return token, weight

@@ -1,16 +1,18 @@
-"""The adaptive exit moves as published: by eps (1 - beta2) a round, towards the target acceptance."""
+"""The threshold moves as published: by eps (1 - beta2) per round, towards the target acceptance."""
 
 from __future__ import annotations
 
 import pytest
 
-from paceline.drafting.draft_exit import DraftExit, ThresholdSettings
+from paceline.drafting.draft_length import AdaptiveThreshold, ThresholdSettings
 
 PUBLISHED = ThresholdSettings(target_acceptance=0.8)
 
 
-def after(*rounds: tuple[int, int, bool], settings: ThresholdSettings = PUBLISHED) -> DraftExit:
-    exit = DraftExit.of(settings)
+def after(
+    *rounds: tuple[int, int, bool], settings: ThresholdSettings = PUBLISHED
+) -> AdaptiveThreshold:
+    exit = AdaptiveThreshold.of(settings)
     for drafted, accepted, full in rounds:
         exit.update(drafted, accepted, full)
     return exit
@@ -29,10 +31,10 @@ def test_a_draft_ends_below_the_threshold() -> None:
     assert not exit.ends(0.6)
 
 
-def test_the_threshold_moves_a_thousandth_a_round() -> None:
+def test_the_threshold_moves_by_a_thousandth_per_round() -> None:
     assert after((4, 1, False)).threshold == pytest.approx(0.601)
     assert after((4, 4, False)).threshold == pytest.approx(0.599)
-    # too little accepted raises it even where the draft was as long as allowed
+    # a low acceptance raises it even if the draft reached the limit
     assert after((4, 1, True)).threshold == pytest.approx(0.601)
     assert after((4, 4, True)).threshold == 0.6
     assert after((0, 0, True)).threshold == 0.6

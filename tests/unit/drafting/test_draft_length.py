@@ -1,4 +1,4 @@
-"""Stop rules end drafts where they say, by distributions alone, and replay as they ran."""
+"""Stop rules end drafts by distributions alone, and replay gives the lengths of a real run."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from paceline.contracts import (
 )
 from paceline.costs import CostTable, Measurement
 from paceline.drafting.catalog import check_settings
-from paceline.drafting.draft_model import DraftModel
-from paceline.drafting.foresight import SimulatedForesight
-from paceline.drafting.stops import (
+from paceline.drafting.draft_length import (
     FIXED_LENGTH,
     ConfidenceStop,
     ExpectedGainStop,
     StopSettings,
     confidences,
 )
+from paceline.drafting.draft_model import DraftModel
+from paceline.drafting.draft_replay import SimulatedReplay
 from paceline.errors import ArtefactError, ConfigError
 from paceline.models.language_model import LanguageModel
 from paceline.replay import max_output, price_stops, replay, rounds_of, simulate, walk
@@ -55,7 +55,7 @@ NEW = 40
 
 
 def prices(step: float, width: float = 0.0, host: float = 0.0) -> CostTable:
-    """A target token costs 1 s, each drafted one `step` s to draft and `width` s to verify."""
+    """Return prices: 1 s per target token; per drafted one `step` s to draft, `width` s to verify."""
     measured = [Measurement("engine", "round", 0, 0, 1, host)]
     measured.append(Measurement("target", "prefill", 1, 0, 1, 1.0))
     for k in (0, 1, 64):
@@ -69,13 +69,13 @@ def prices(step: float, width: float = 0.0, host: float = 0.0) -> CostTable:
 # --- the rules alone ------------------------------------------------------------------------------
 
 
-def test_confidence_goes_on_while_the_product_is_high_enough() -> None:
+def test_confidence_allows_tokens_while_the_product_is_high_enough() -> None:
     rule = ConfidenceStop(0.5)
 
-    assert rule.goes_on([0.9], 0)
-    assert rule.goes_on([0.8, 0.625], 0)
-    assert not rule.goes_on([0.8, 0.6], 0)
-    assert not rule.goes_on([0.4], 0)
+    assert rule.allows_next([0.9], 0)
+    assert rule.allows_next([0.8, 0.625], 0)
+    assert not rule.allows_next([0.8, 0.6], 0)
+    assert not rule.allows_next([0.4], 0)
 
 
 @pytest.mark.parametrize(
@@ -85,25 +85,25 @@ def test_confidence_goes_on_while_the_product_is_high_enough() -> None:
         ([0.5], 0.19, True),  # 0.25 / 0.19 above 1.5 / 1.19
         ([0.5], 0.21, False),
         ([0.9], 0.5, True),  # 0.81 / 0.5 above 1.9 / 1.5
-        ([1.0, 1.0], 10.0, False),  # never worth it: 1 for 10 s, 3 for 21 s
+        ([1.0, 1.0], 10.0, False),  # never pays: 1 token in 10 s, 3 in 21 s
         ([1.0, 1.0], 0.99, True),
-        ([0.01, 0.01], 0.0, True),  # what costs nothing is never too much
+        ([0.01, 0.01], 0.0, True),  # a free token always pays
     ],
 )
 def test_expected_gain_compares_the_next_token_with_the_round_so_far(
     sure: Sequence[float], step: float, goes_on: bool
 ) -> None:
-    assert ExpectedGainStop(prices(step), "small", 8).goes_on(sure, 50) is goes_on
+    assert ExpectedGainStop(prices(step), "small", 8).allows_next(sure, 50) is goes_on
 
 
 def test_verification_is_a_part_of_the_price() -> None:
-    assert ExpectedGainStop(prices(0.05), "small", 8).goes_on([0.5], 0)
-    assert not ExpectedGainStop(prices(0.05, width=0.3), "small", 8).goes_on([0.5], 0)
+    assert ExpectedGainStop(prices(0.05), "small", 8).allows_next([0.5], 0)
+    assert not ExpectedGainStop(prices(0.05, width=0.3), "small", 8).allows_next([0.5], 0)
 
 
-def test_time_that_a_round_costs_anyway_makes_longer_drafts_worth_it() -> None:
-    assert not ExpectedGainStop(prices(0.3), "small", 8).goes_on([0.5], 0)
-    assert ExpectedGainStop(prices(0.3, host=3.0), "small", 8).goes_on([0.5], 0)
+def test_fixed_seconds_per_round_make_longer_drafts_pay() -> None:
+    assert not ExpectedGainStop(prices(0.3), "small", 8).allows_next([0.5], 0)
+    assert ExpectedGainStop(prices(0.3, host=3.0), "small", 8).allows_next([0.5], 0)
 
 
 def test_prices_are_those_of_the_context() -> None:
@@ -111,11 +111,11 @@ def test_prices_are_those_of_the_context() -> None:
     table = CostTable({}, [*prices(0.1).measurements, *dear])
     rule = ExpectedGainStop(table, "small", 8)
 
-    assert rule.goes_on([0.7], 10)
-    assert not rule.goes_on([0.7], 1030)
+    assert rule.allows_next([0.7], 10)
+    assert not rule.allows_next([0.7], 1030)
 
 
-def test_the_settings_say_what_does_not_fit() -> None:
+def test_settings_that_do_not_fit_are_named() -> None:
     def check(**settings: object) -> None:
         section = DrafterSection(kind="draft_model", settings={"model": "m", **settings})
         check_settings("small", section)
@@ -141,7 +141,7 @@ def test_a_rule_is_a_part_of_the_identity_and_length_alone_is_not() -> None:
 @pytest.fixture(scope="module")
 def target() -> LanguageModel:
     model = tiny_model(std=0.1, context=96)
-    with torch.no_grad():  # so that it is sure of some tokens and not of others
+    with torch.no_grad():  # so that confidences are high for some tokens and low for others
         model.get_output_embeddings().weight.mul_(8.0)
     return LanguageModel(model, "target")
 
@@ -178,7 +178,7 @@ GREEDY = SamplingParams()
 HOT = SamplingParams(1.5, method="residual")
 
 
-def test_rows_of_a_batch_stop_each_for_itself(target: LanguageModel) -> None:
+def test_each_row_of_a_batch_stops_on_its_own(target: LanguageModel) -> None:
     small = drafter(target, SURE)
     rows = [View(i, list(f"{i} and {i * i}".encode()), GREEDY) for i in range(12)]
     limits = [LENGTH - i % 3 for i in range(12)]
@@ -197,7 +197,7 @@ def test_rows_of_a_batch_stop_each_for_itself(target: LanguageModel) -> None:
 
 @pytest.mark.parametrize("method", ["residual", "block"])
 def test_no_rule_looks_at_a_token_that_it_would_remove(target: LanguageModel, method: str) -> None:
-    """How long a draft becomes is a function of the text and of the tokens before its last."""
+    """The length of a draft is a function of the text and of the tokens before its last."""
     small = drafter(target, SURE)
     text = list(b"to be or not to be")
     params = [replace(HOT, method=method, seed=seed) for seed in range(300)]
@@ -209,7 +209,7 @@ def test_no_rule_looks_at_a_token_that_it_would_remove(target: LanguageModel, me
     for i, length in enumerate(drafts.lengths):
         tokens = drafts.tokens[i, :length].tolist()
         for k in range(1, min(length, LENGTH - 1) + 1):
-            # behind k tokens the last of which was drawn from a distribution the first k - 1 give
+            # after k tokens; the first k - 1 determine the distribution of the last
             assert goes_on.setdefault(tuple(tokens[: k - 1]), length > k) is (length > k)
     assert {True, False} <= set(goes_on.values())
     assert drafts.probs is not None and drafts.probs.shape[1] == max(drafts.lengths)
@@ -232,7 +232,7 @@ def test_text_is_the_targets_own_under_every_rule(
 
 
 @pytest.mark.parametrize("context", [96, 48])
-def test_replay_under_a_confidence_stop_is_what_happens(
+def test_replay_under_a_confidence_stop_gives_the_real_rounds(
     target: LanguageModel, context: int
 ) -> None:
     small = drafter(target, SURE, context)
@@ -252,7 +252,7 @@ def test_the_stored_confidence_is_the_one_a_greedy_draft_stops_by(target: Langua
     seen: list[float] = []
 
     class Listening:
-        def goes_on(self, sure: Sequence[float], context: int) -> bool:
+        def allows_next(self, sure: Sequence[float], context: int) -> bool:
             seen.append(sure[-1])
             return True
 
@@ -276,7 +276,7 @@ def test_confidence_is_of_the_unwarped_distribution() -> None:
 
 
 def collected(pace: Pace, arm: str, text: str) -> CollectedPrompt:
-    """A prompt as a collection would give it back."""
+    """Return a prompt as a collection returns it."""
     prompt = tuple(pace.encode(text))
     output = pace.complete(text, drafter=NONE, max_new_tokens=NEW).token_ids
     result = replay(pace.parts.drafters[arm], prompt, output, max_output(NEW, len(prompt), 96))
@@ -306,7 +306,7 @@ def test_what_is_collected_does_not_depend_on_prices(target: LanguageModel, cont
 def test_rounds_priced_from_scores_accept_what_a_real_run_does(
     target: LanguageModel, step: float, context: int
 ) -> None:
-    """Through text drafted behind a wrong token the length is an estimate, acceptance is exact."""
+    """After a wrong token the drafted length is an estimate; acceptance is exact."""
     small = drafter(target, EXPECTED, context)
     pace = pace_of(target, small)
     stored = [collected(pace, "small", text) for text in PROMPTS]
@@ -323,8 +323,8 @@ def test_rounds_priced_from_scores_accept_what_a_real_run_does(
         right = (rounds[:, 0] == rounds[:, 1]) | (priced[:, 0] == priced[:, 1])
         assert (priced[right] == rounds[right]).all()
         drafted += [priced[:, 0].sum(), rounds[:, 0].sum()]
-        # run in full, replay gives the drafted lengths as well
-        simulated = SimulatedForesight(small, prompt.prompt_tokens, prompt.output_tokens)
+        # a full simulation gives the drafted lengths as well
+        simulated = SimulatedReplay(small, prompt.prompt_tokens, prompt.output_tokens)
         limit = max_output(NEW, len(prompt.prompt_tokens), 96)
         with torch.inference_mode():
             exact = simulate(simulated, len(prompt.output_tokens), limit)
@@ -348,7 +348,7 @@ def test_only_arms_that_stop_by_prices_are_priced(target: LanguageModel) -> None
     assert priced.output_tokens == stored[0].output_tokens
 
 
-def test_without_prices_a_request_says_what_to_run(target: LanguageModel) -> None:
+def test_without_prices_a_request_names_the_command_to_run(target: LanguageModel) -> None:
     pace = pace_of(target, drafter(target, EXPECTED))
     requests = [pace.request("hello", drafter=arm, max_new_tokens=9) for arm in ("small", NONE)]
 
@@ -358,7 +358,7 @@ def test_without_prices_a_request_says_what_to_run(target: LanguageModel) -> Non
     assert found[1].error is None
 
 
-def test_measuring_drafts_in_full(target: LanguageModel) -> None:
+def test_measuring_drafts_at_full_length(target: LanguageModel) -> None:
     small = drafter(target, EXPECTED)
     row = View(0, list(b"hello"), GREEDY)
 
@@ -370,7 +370,7 @@ def test_measuring_drafts_in_full(target: LanguageModel) -> None:
     assert small._rule is not FIXED_LENGTH
 
 
-def test_loading_hands_the_cost_table_over(target: LanguageModel, tmp_path: Path) -> None:
+def test_loading_gives_the_drafter_the_cost_table(target: LanguageModel, tmp_path: Path) -> None:
     for name, model in (("target", target.model), ("small", perturbed(target.model, 0.05))):
         model.save_pretrained(tmp_path / name)
         byte_tokenizer().save_pretrained(tmp_path / name)
@@ -395,7 +395,7 @@ def test_loading_hands_the_cost_table_over(target: LanguageModel, tmp_path: Path
 
 
 def test_the_whole_path_prices_the_rule(target: LanguageModel, tmp_path: Path) -> None:
-    """Collected without prices, learned and served with them."""
+    """Collection runs without prices, learning and serving with them."""
     for name, model in (("target", target.model), ("small", perturbed(target.model, 0.05))):
         model.save_pretrained(tmp_path / name)
         byte_tokenizer().save_pretrained(tmp_path / name)

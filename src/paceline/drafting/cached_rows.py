@@ -1,0 +1,100 @@
+"""The rows of a draft model in its own cache, and their prefill."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from paceline.models.packing import Span
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
+
+    from paceline.contracts import RowView
+    from paceline.models.language_model import LanguageModel
+
+
+@dataclass(slots=True)
+class CachedRow:
+    """The cached tokens of one row."""
+
+    slot: int
+    num_cached: int = 0  # leading tokens of the row whose keys and values are cached
+    drafted: list[int] = field(default_factory=list)  # cached beyond them, not yet known accepted
+
+    def count_accepted(self, tokens: Sequence[int]) -> None:
+        """Count the drafted tokens that the target accepted as cached text."""
+        for token in self.drafted:
+            if self.num_cached >= len(tokens) or tokens[self.num_cached] != token:
+                break
+            self.num_cached += 1
+        self.drafted = []
+        # the last token is always fed again, because the next token's logits are needed
+        self.num_cached = min(self.num_cached, len(tokens) - 1)
+
+
+class CachedRows(dict[int, CachedRow]):
+    """Rows by id. Texts are in the model's own token ids."""
+
+    def __init__(self, model: LanguageModel, chunk: int) -> None:
+        """chunk: maximum number of tokens per forward of the prefill."""
+        super().__init__()
+        self._model = model
+        self._chunk = chunk
+
+    @property
+    def max_positions(self) -> int:
+        """Number of positions per row that the model's context and the cache's bound allow."""
+        bound = self._model.cache.max_length
+        length = self._model.context_length
+        return length if bound is None else min(length, bound)
+
+    def start(self, rows: Iterable[RowView]) -> None:
+        for row in rows:
+            self[row.id] = CachedRow(self._model.acquire())
+        for state in self.values():
+            # under a bound, more rows leave each row fewer positions
+            if state.num_cached + len(state.drafted) > self.max_positions:
+                state.num_cached, state.drafted = 0, []
+                self._model.cache.forget(state.slot)
+
+    def prepare(self, row_id: int, text: Sequence[int], max_tokens: int) -> bool:
+        """Cache up to `max_tokens` more tokens of a text without its last; return True at its end."""
+        state = self[row_id]
+        stop = min(len(text) - 1, self.max_positions)
+        end = min(stop, state.num_cached + max_tokens)
+        if state.num_cached < end:
+            piece = self.as_tensor(text[state.num_cached : end])
+            span = Span(state.slot, state.num_cached, end - state.num_cached)
+            self._model.forward(piece, [span])
+            state.num_cached = end
+        return end >= stop
+
+    def catch_up(self, row_id: int, text: Sequence[int]) -> list[int]:
+        """Cache a row's text up to its last chunk; return the tokens still to feed."""
+        state = self[row_id]
+        state.count_accepted(text)
+        while len(text) - state.num_cached > self._chunk:
+            self.prepare(row_id, text, self._chunk)
+        return list(text[state.num_cached :])
+
+    def keep(self, row_id: int, num_tokens: int) -> None:
+        """Forget the cache of a row beyond its first tokens, where its text was rewritten."""
+        state = self[row_id]
+        if num_tokens < state.num_cached:
+            state.num_cached, state.drafted = num_tokens, []
+
+    def finish(self, rows: Iterable[RowView]) -> None:
+        for row in rows:
+            state = self.pop(row.id, None)
+            if state is not None:
+                # after an overflow the slot holds values that are not numbers
+                self._model.release(state.slot, damaged=True)
+
+    def as_tensor(self, tokens: Sequence[int]) -> Tensor:
+        """Return ids as a tensor; ids from the padding of a wider target become the last id."""
+        return torch.tensor(tokens).clamp_(max=self._model.num_logits - 1)
