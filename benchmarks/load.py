@@ -36,7 +36,7 @@ from timed_setup import (
 )
 
 from paceline.assembly import Pace, build, policy_identity
-from paceline.bench.profile import profile
+from paceline.bench.profile import measure_cost_table
 from paceline.bench.timed import TimedPrompt
 from paceline.contracts import AUTO, NONE, join_arm
 from paceline.costs import CostTable
@@ -47,7 +47,7 @@ from paceline.selection import is_policy, load_policy
 if TYPE_CHECKING:
     from paceline.contracts import Completion, Progress
     from paceline.costs import Objective
-    from paceline.engine import Progress as Emitted
+    from paceline.engine import RequestUpdate
 
 SPECIALIST = "specialist"
 BACKGROUND_TOKENS = 512  # of each plain row in the background, so that prefills are rare
@@ -110,7 +110,7 @@ class Load:
 
     def __init__(self, pace: Pace, new_tokens: int) -> None:
         self._pace, self._new_tokens = pace, new_tokens
-        self._mail: SimpleQueue[Emitted] = SimpleQueue()  # of all requests
+        self._mail: SimpleQueue[RequestUpdate] = SimpleQueue()  # of all requests
 
     def throughput(self, arm: ArmOf, prompts: Sequence[TimedPrompt], rows: int) -> float:
         """Return tokens per second from the first prefill until fewer rows than `rows` are left."""
@@ -332,7 +332,7 @@ def main() -> None:
     _, timed = demo_prompts(options.skip_per_task, options.per_task)
     with show_progress() as report:
         pace = load_pace(options)
-        costs = profile(pace, report, options.profile_seconds)
+        costs = measure_cost_table(pace, report, options.profile_seconds)
         points, best = measure(pace, costs, encode_timed(pace, timed), options, report)
     facts = describe_run(
         f"Target in {options.dtype}, greedy, {options.per_task} prompts of each task, at most "

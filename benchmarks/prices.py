@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from paceline.bench.agreement import Ranking, bias, median_error, ranking
+from agreement import Ranking, bias, median_error, ranking
 from result_pages import describe_run, page, save, table
 from timed_setup import (
     count_steps,
@@ -32,7 +32,7 @@ from timed_setup import (
 )
 
 from paceline.assembly import Pace, build
-from paceline.bench.profile import profile
+from paceline.bench.profile import measure_cost_table
 from paceline.bench.timed import TimedPrompt
 from paceline.contracts import NONE, join_arm, split_arm
 from paceline.costs.pricing import prompt_seconds
@@ -260,7 +260,7 @@ def main() -> None:
     with show_progress() as report:
         for dtype in options.dtypes:
             pace = Pace(build(load_timed_config(options, dtype)))
-            costs = profile(
+            costs = measure_cost_table(
                 pace,
                 lambda stage, done, total, dtype=dtype: report(f"{dtype}, {stage}", done, total),
                 options.profile_seconds,

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paceline.experiments.pipeline import prepare
 from result_pages import by_task, describe_run, page, save, speeds, table
 from timed_setup import (
     complete,
@@ -36,6 +35,7 @@ from paceline.assembly import Pace
 from paceline.bench.timed import Method, Timing, time_interleaved
 from paceline.contracts import AUTO, NONE, join_arm
 from paceline.experiments.demo_prompts import demo_prompts
+from paceline.verbs.pipeline import prepare
 
 GENERATE = "transformers generate"
 ASSISTED = "transformers assistant_model"
