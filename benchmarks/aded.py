@@ -20,6 +20,7 @@ from paceline.experiments.aded_report import write_report
 
 
 def main() -> None:
+    """Run the ablation and write its report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="folder of tables and report")
     parser.add_argument("--config", type=Path, default=Path("paceline.yaml"))

@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -35,20 +35,17 @@ from paceline.assembly import Pace, Parts, build_controller, policy_identity
 from paceline.bench.circumstances import circumstances
 from paceline.bench.profile import measure_cost_table
 from paceline.cli.options import configured
-from paceline.config import PathsSection, SelectionSection
+from paceline.config import SelectionSection
 from paceline.contracts import AUTO, NONE, Drafts
 from paceline.drafting.base import Drafter
-from paceline.drafting.catalog import arms_of
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.experiments.prompt_files import TASKS
-from paceline.learning import train_policy
 from paceline.learning.evaluation.bootstrap import interval, resample
 from paceline.plotting import import_figure
 from paceline.selection import Policy, load_policy
 from paceline.selection.choosers import RandomChooser
 from paceline.store import read_prompts
-from paceline.store.collection import load_collection
-from paceline.verbs.pipeline import prepare
+from paceline.verbs.pipeline import in_folder, load_priced, prepare, train
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -316,12 +313,9 @@ def run_shifting(
 ) -> dict[str, Any]:
     """Run first one domain, then another, under a policy that was learned only on the first."""
     parts = prepared.pace.parts
-    config = parts.config
-    collection = load_collection(config.paths.store, list(config.drafters))
-    known = [p for p in collection.prompts if p.domain == BEFORE]
-    policy = train_policy(
-        known, prepared.costs, policy_identity(parts), arms_of(config), config.learning, report
-    ).policy
+    priced = load_priced(parts.config)
+    known = [p for p in priced.prompts if p.domain == BEFORE]
+    policy = train(replace(priced, prompts=known), parts.config, report).policy
     ordered = [r for d in (BEFORE, AFTER) for r in records if r.domain == d]
     at = sum(r.domain == BEFORE for r in ordered)
     plain = Case(NONE, "", Pace(parts))
@@ -364,10 +358,10 @@ def main() -> None:
 def measure(options: argparse.Namespace, work: Path, report: Progress) -> dict[str, Any]:
     """Collect, profile and learn in `work`, then run both streams."""
     config = configured(options.config, options.dtype, threads=options.threads)
-    paths = PathsSection(store=work / "store", costs=work / "costs.json", policy=work / "policy")
-    config = config.model_copy(update={"paths": paths})
     collected, timed = load_prompts(options)
-    prepared = prepare(config, collected, options.max_new_tokens, on_progress=report)
+    prepared = prepare(
+        in_folder(config, work), collected, options.max_new_tokens, on_progress=report
+    )
     parts = prepared.pace.parts
     policy: Policy = prepared.learned.policy
     if options.policy is not None:
