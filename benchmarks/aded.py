@@ -15,11 +15,12 @@ from rich.console import Console
 from timed_setup import show_progress
 
 from paceline.cli.options import configured
-from paceline.experiments.aded import Sizes, run
+from paceline.experiments.aded import AdedSizes, run
 from paceline.experiments.aded_report import write_report
 
 
 def main() -> None:
+    """Run the ablation and write its report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="folder of tables and report")
     parser.add_argument("--config", type=Path, default=Path("paceline.yaml"))
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("--text-mb", type=float, default=8.0, help="source of installed packages")
     parser.add_argument("--repeats", type=int, default=1)
     options = parser.parse_args()
-    sizes = Sizes(
+    sizes = AdedSizes(
         timed_per_task=options.per_task,
         collect_per_task=options.collect_per_task,
         max_new_tokens=options.max_new_tokens,

@@ -9,32 +9,31 @@ together with the answer are counted and left out. The file is looked for in PAC
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from result_pages import by_task, count_drafts, describe_run, page, save, speeds, table
 from timed_setup import (
-    count_steps,
-    encode_timed,
     load_timed_config,
     make_parser,
     messages,
     parse,
     show_progress,
-    time_arms,
 )
 
 from paceline.assembly import Pace, build
 from paceline.bench.timed import TimedPrompt, Timing
 from paceline.config import Config
-from paceline.contracts import NONE, Completion, Progress, PromptRecord
+from paceline.contracts import NONE, Progress, PromptRecord
 from paceline.drafting.trigram.build import build_table
 from paceline.drafting.trigram.corpora import TokenSequences
+from paceline.experiments.by_clock import RecordingMethods, encode_prompts, time_methods
 from paceline.experiments.demo_prompts import demo_prompts
+from paceline.experiments.prompt_files import read_spec_bench
 
 SPEC_BENCH = "spec-bench"
 ANSWERS_ARM = "answers"
@@ -42,17 +41,14 @@ ANSWERS_ARM = "answers"
 
 def spec_bench(path: Path, pace: Pace, new_tokens: int, most: int) -> tuple[list[TimedPrompt], str]:
     """Return at most `most` prompts that fit, evenly over the file, and a note on the selection."""
-    with path.open(encoding="utf-8") as lines:
-        questions = [json.loads(line) for line in lines]
     context = pace.parts.target.context_length
-    records = [
-        PromptRecord(f"{SPEC_BENCH}/{q['question_id']}", SPEC_BENCH, q["turns"][0])
-        for q in questions
+    records = [replace(record, domain=SPEC_BENCH) for record in read_spec_bench(path)]
+    fitting = [
+        p for p in encode_prompts(pace, records) if len(p.tokens) + new_tokens <= context + 1
     ]
-    fitting = [p for p in encode_timed(pace, records) if len(p.tokens) + new_tokens <= context + 1]
     step = max(1, -(-len(fitting) // most))
     return fitting[::step], (
-        f"Spec-Bench: {len(questions)} first turns, {len(questions) - len(fitting)} left out because "
+        f"Spec-Bench: {len(records)} first turns, {len(records) - len(fitting)} left out because "
         f"prompt and {new_tokens} new tokens exceed the context of {context}; of the other "
         f"{len(fitting)} every {step}th, {len(fitting[::step])} in all."
     )
@@ -86,14 +82,15 @@ def add_answers_table(
 
 def summarise(
     timings: list[Timing],
-    completions: dict[str, dict[str, Completion]],
+    recorder: RecordingMethods,
+    prompts: Sequence[TimedPrompt],
     pace: Pace,
     dtype: str,
     temperature: float,
 ) -> Iterator[dict[str, Any]]:
     """Yield a row per arm: speed, speed-up over `none` by task, tau, texts equal to those of `none`."""
     for arm in pace.drafters:
-        rounds, drafted, accepted = count_drafts(completions[arm].values())
+        rounds, drafted, accepted = count_drafts(recorder.of(arm, prompts))
         yield {
             "dtype": dtype,
             "temperature": temperature,
@@ -149,7 +146,7 @@ def main() -> None:
             config = load_timed_config(options, dtype)
             config = add_answers_table(config, collected, new_tokens, Path(folder), report)
             pace = Pace(build(config))
-            prompts = encode_timed(pace, timed)
+            prompts = encode_prompts(pace, timed)
             if options.spec_bench is not None:
                 more, note = spec_bench(
                     options.spec_bench, pace, new_tokens, options.most_of_spec_bench
@@ -157,14 +154,17 @@ def main() -> None:
                 prompts += more
                 notes = [note]
             for temperature in options.temperatures:
-                total = len(prompts) * options.repeats * len(pace.drafters)
-                on_run = count_steps(report, f"{dtype}, temperature {temperature:g}", total)
                 # with a seed the text is the same for every arm, so that all decode the same
-                sampling = {"temperature": temperature, "seed": 7 if temperature else None}
-                timed_arms = time_arms(
-                    pace, pace.drafters, prompts, new_tokens, options.repeats, on_run, **sampling
+                recorder = RecordingMethods(
+                    pace,
+                    max_new_tokens=new_tokens,
+                    temperature=temperature,
+                    seed=7 if temperature else None,
                 )
-                rows += summarise(*timed_arms, pace, dtype, temperature)
+                methods = {arm: recorder.method(arm) for arm in pace.drafters}
+                stage = f"{dtype}, temperature {temperature:g}"
+                timings = time_methods(methods, prompts, options.repeats, stage, report)
+                rows += summarise(timings, recorder, prompts, pace, dtype, temperature)
     facts = describe_run(
         f"Batch 1, {options.per_task} prompts of each task, at most {new_tokens} new "
         f"tokens, median of {options.repeats} interleaved runs, seconds end to end."

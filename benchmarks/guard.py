@@ -22,42 +22,38 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from paceline.experiments.pipeline import prepare
 from result_pages import page, save, table
 from timed_setup import complete, count_steps, make_parser, messages, parse, show_progress
 
 from paceline.assembly import Pace, Parts, build_controller, policy_identity
 from paceline.bench.circumstances import circumstances
-from paceline.bench.profile import profile
+from paceline.bench.profile import measure_cost_table
 from paceline.cli.options import configured
-from paceline.config import PathsSection, SelectionSection
+from paceline.config import SelectionSection
 from paceline.contracts import AUTO, NONE, Drafts
-from paceline.drafting.base import Drafter, Foresight
-from paceline.drafting.catalog import arms_of
+from paceline.drafting.base import Drafter
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.experiments.prompt_files import TASKS
-from paceline.layer_search.plot import import_figure
-from paceline.learning import learn
 from paceline.learning.evaluation.bootstrap import interval, resample
+from paceline.plotting import import_figure
 from paceline.selection import Policy, load_policy
 from paceline.selection.choosers import RandomChooser
 from paceline.store import read_prompts
-from paceline.store.collection import load_collection
+from paceline.verbs.pipeline import in_folder, load_priced, prepare, train
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from paceline.experiments.pipeline import Prepared
-
     from paceline.contracts import Completion, Progress, PromptRecord, RowView
     from paceline.costs import CostTable
     from paceline.engine.loop import Choose
+    from paceline.verbs.pipeline import Prepared
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "guard"
@@ -95,9 +91,6 @@ class WrongDrafter(Drafter):
 
     def finish(self, rows: Sequence[RowView]) -> None:
         self._right.finish(rows)
-
-    def would_accept(self, *given: Any, **settings: Any) -> Foresight:
-        raise NotImplementedError("this drafter is never replayed")
 
     def identity(self) -> dict[str, object]:
         return {**self._right.identity(), "wrong": True}
@@ -295,7 +288,7 @@ def run_mixed(
         cases += make_cases("random", parts, choose_randomly(arms), arms, costs, both)
     if "bad" in options.cases:
         bad = bad_parts(parts)
-        bad_costs = profile(bad, on_progress=report)
+        bad_costs = measure_cost_table(bad, on_progress=report)
         wrong = [name for name in bad.drafters if name != NONE]
         cases += make_cases("bad drafters", bad, choose_randomly(wrong), wrong, bad_costs)
     on_run = count_steps(report, "mixed stream", len(records) * (len(cases) + 1))
@@ -320,12 +313,9 @@ def run_shifting(
 ) -> dict[str, Any]:
     """Run first one domain, then another, under a policy that was learned only on the first."""
     parts = prepared.pace.parts
-    config = parts.config
-    collection = load_collection(config.paths.store, list(config.drafters))
-    known = [p for p in collection.prompts if p.domain == BEFORE]
-    policy = learn(
-        known, prepared.costs, policy_identity(parts), arms_of(config), config.learning, report
-    ).policy
+    priced = load_priced(parts.config)
+    known = [p for p in priced.prompts if p.domain == BEFORE]
+    policy = train(replace(priced, prompts=known), parts.config, report).policy
     ordered = [r for d in (BEFORE, AFTER) for r in records if r.domain == d]
     at = sum(r.domain == BEFORE for r in ordered)
     plain = Case(NONE, "", Pace(parts))
@@ -368,10 +358,10 @@ def main() -> None:
 def measure(options: argparse.Namespace, work: Path, report: Progress) -> dict[str, Any]:
     """Collect, profile and learn in `work`, then run both streams."""
     config = configured(options.config, options.dtype, threads=options.threads)
-    paths = PathsSection(store=work / "store", costs=work / "costs.json", policy=work / "policy")
-    config = config.model_copy(update={"paths": paths})
     collected, timed = load_prompts(options)
-    prepared = prepare(config, collected, options.max_new_tokens, on_progress=report)
+    prepared = prepare(
+        in_folder(config, work), collected, options.max_new_tokens, on_progress=report
+    )
     parts = prepared.pace.parts
     policy: Policy = prepared.learned.policy
     if options.policy is not None:

@@ -25,8 +25,6 @@ import torch
 from result_pages import count_drafts, describe_run, page, save, speeds, table
 from timed_setup import (
     SHAPE_03B,
-    count_steps,
-    encode_timed,
     llama_shape,
     load_zoo,
     make_parser,
@@ -34,13 +32,13 @@ from timed_setup import (
     parse,
     random_llama,
     show_progress,
-    time_arms,
 )
 
 from paceline.assembly import Pace, build
 from paceline.bench.timed import TimedPrompt
 from paceline.contracts import NONE
 from paceline.drafting.layer_skip import LayerSkip, LayerSkipSettings
+from paceline.experiments.by_clock import RecordingMethods, encode_prompts, time_methods
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.layer_search import SearchSettings, plot, search_layers
 from paceline.models.sublayers import LayerSubset
@@ -105,9 +103,9 @@ def zoo(dtype: str, per_task: int) -> Subject:
     pace = Pace(build(config))
     development: dict[str, list[list[int]]] = {}
     for_search, timed = demo_prompts(per_task, per_task)
-    for prompt in encode_timed(pace, for_search):
+    for prompt in encode_prompts(pace, for_search):
         development.setdefault(prompt.domain, []).append(list(prompt.tokens))
-    return Subject("zoo", pace, development, encode_timed(pace, timed))
+    return Subject("zoo", pace, development, encode_prompts(pace, timed))
 
 
 # --- arms -----------------------------------------------------------------------------------------
@@ -173,11 +171,12 @@ def timed_rows(
 ) -> list[dict[str, Any]]:
     """Return one row per arm: tokens/s, speed over `none`, and acceptance of its drafts."""
     pace = Pace(subject.pace.parts)  # a new one, because arms were added
-    on_run = count_steps(report, label, len(arms) * len(prompts))
-    timings, completions = time_arms(pace, arms, prompts, n, 1, on_run, ignore_eos=True)
+    recorder = RecordingMethods(pace, max_new_tokens=n, ignore_eos=True)
+    methods = {arm: recorder.method(arm) for arm in arms}
+    timings = time_methods(methods, prompts, stage=label, on_progress=report)
     rows = []
     for arm in arms:
-        rounds, drafted, accepted = count_drafts(completions[arm].values())
+        rounds, drafted, accepted = count_drafts(recorder.of(arm, prompts))
         speed = speeds(timings, arm)
         rows.append(
             {

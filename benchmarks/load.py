@@ -27,19 +27,18 @@ from typing import TYPE_CHECKING, Any
 from result_pages import describe_run, page, save, table
 from timed_setup import (
     count_steps,
-    encode_timed,
     load_timed_config,
     make_parser,
     parse,
-    replay_rounds,
     show_progress,
 )
 
 from paceline.assembly import Pace, build, policy_identity
-from paceline.bench.profile import profile
+from paceline.bench.profile import measure_cost_table
 from paceline.bench.timed import TimedPrompt
 from paceline.contracts import AUTO, NONE, join_arm
 from paceline.costs import CostTable
+from paceline.experiments.by_clock import encode_prompts, replay_arm
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.rewards import request_seconds
 from paceline.selection import is_policy, load_policy
@@ -47,7 +46,7 @@ from paceline.selection import is_policy, load_policy
 if TYPE_CHECKING:
     from paceline.contracts import Completion, Progress
     from paceline.costs import Objective
-    from paceline.engine import Progress as Emitted
+    from paceline.engine import RequestUpdate
 
 SPECIALIST = "specialist"
 BACKGROUND_TOKENS = 512  # of each plain row in the background, so that prefills are rare
@@ -93,7 +92,9 @@ def methods_of(pace: Pace, lengths: Sequence[int]) -> dict[str, ArmOf]:
 
 def load_pace(options: argparse.Namespace) -> Pace:
     """Load the models, with room for all rows, and the policy if the configuration has one."""
-    parts = build(load_timed_config(options, options.dtype, max_rows=max(options.rows)))
+    config = load_timed_config(options, options.dtype)
+    engine = config.engine.model_copy(update={"max_rows": max(options.rows)})
+    parts = build(config.model_copy(update={"engine": engine}))
     folder = parts.config.paths.policy
     policy = None
     if is_policy(folder):
@@ -110,7 +111,7 @@ class Load:
 
     def __init__(self, pace: Pace, new_tokens: int) -> None:
         self._pace, self._new_tokens = pace, new_tokens
-        self._mail: SimpleQueue[Emitted] = SimpleQueue()  # of all requests
+        self._mail: SimpleQueue[RequestUpdate] = SimpleQueue()  # of all requests
 
     def throughput(self, arm: ArmOf, prompts: Sequence[TimedPrompt], rows: int) -> float:
         """Return tokens per second from the first prefill until fewer rows than `rows` are left."""
@@ -208,7 +209,7 @@ class Predictions:
         key = arm, prompt.id
         if key not in self._rounds:
             text = self._answers[prompt.id]
-            self._rounds[key] = replay_rounds(self._pace, arm, prompt, text, self._new_tokens)
+            self._rounds[key] = replay_arm(self._pace, arm, prompt.tokens, text, self._new_tokens)
         return self._rounds[key]
 
 
@@ -332,8 +333,8 @@ def main() -> None:
     _, timed = demo_prompts(options.skip_per_task, options.per_task)
     with show_progress() as report:
         pace = load_pace(options)
-        costs = profile(pace, report, options.profile_seconds)
-        points, best = measure(pace, costs, encode_timed(pace, timed), options, report)
+        costs = measure_cost_table(pace, report, options.profile_seconds)
+        points, best = measure(pace, costs, encode_prompts(pace, timed), options, report)
     facts = describe_run(
         f"Target in {options.dtype}, greedy, {options.per_task} prompts of each task, at most "
         f"{options.max_new_tokens} new tokens; for throughput at least {options.requests_per_row} "

@@ -18,24 +18,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from paceline.bench.agreement import Ranking, bias, median_error, ranking
+from agreement import Ranking, bias, median_error, ranking
 from result_pages import describe_run, page, save, table
 from timed_setup import (
-    count_steps,
-    encode_timed,
     load_timed_config,
     make_parser,
     parse,
-    replay_rounds,
     show_progress,
-    time_arms,
 )
 
 from paceline.assembly import Pace, build
-from paceline.bench.profile import profile
+from paceline.bench.profile import measure_cost_table
 from paceline.bench.timed import TimedPrompt
 from paceline.contracts import NONE, join_arm, split_arm
 from paceline.costs.pricing import prompt_seconds
+from paceline.experiments.by_clock import (
+    RecordingMethods,
+    encode_prompts,
+    replay_arm,
+    time_methods,
+)
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.rewards import request_seconds
 
@@ -95,14 +97,15 @@ def compare(
 ) -> list[Run]:  # fmt: skip
     """Return a run per arm and prompt, predicted and by the clock."""
     new_tokens, repeats = options.max_new_tokens, options.repeats
-    on_run = count_steps(report, f"{dtype}, by the clock", len(prompts) * len(arms) * repeats)
-    timings, completions = time_arms(pace, arms, prompts, new_tokens, repeats, on_run)
+    recorder = RecordingMethods(pace, max_new_tokens=new_tokens)
+    methods = {arm: recorder.method(arm) for arm in arms}
+    timings = time_methods(methods, prompts, repeats, f"{dtype}, by the clock", report)
     seconds = {(timing.method, timing.prompt): timing.seconds for timing in timings}
     runs = []
     for number, prompt in enumerate(prompts, start=1):
         for arm in arms:
-            completion = completions[arm][prompt.id]
-            rounds = replay_rounds(pace, arm, prompt, completion.token_ids, new_tokens)
+            completion = recorder.completions[arm, prompt.tokens]
+            rounds = replay_arm(pace, arm, prompt.tokens, completion.token_ids, new_tokens)
             own = completion.seconds
             measured = {"prefill": own.prefill, "draft": own.draft, "verify": own.verify}
             measured["host"] = completion.seconds_total - sum(measured.values())
@@ -260,13 +263,13 @@ def main() -> None:
     with show_progress() as report:
         for dtype in options.dtypes:
             pace = Pace(build(load_timed_config(options, dtype)))
-            costs = profile(
+            costs = measure_cost_table(
                 pace,
                 lambda stage, done, total, dtype=dtype: report(f"{dtype}, {stage}", done, total),
                 options.profile_seconds,
             )
             arms = arms_of(pace, options.draft_lengths)
-            runs += compare(pace, costs, arms, encode_timed(pace, timed), options, dtype, report)
+            runs += compare(pace, costs, arms, encode_prompts(pace, timed), options, dtype, report)
     facts = describe_run(
         f"Greedy, batch 1, {options.per_task} prompts of each task, at most {options.max_new_tokens} "
         f"new tokens, median of {options.repeats} interleaved runs, seconds end to end; one profile of "

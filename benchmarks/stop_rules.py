@@ -5,7 +5,7 @@
 The target decodes each prompt once (greedy); each drafter scores each output in one pass and is timed
 for the cost table. Every rule's rounds and predicted speed follow from these without decoding again.
 Acceptance is exact. The number of tokens that a rule drafts after a first wrong token is estimated from
-the confidences along the text (paceline.drafting.foresight). The best fixed length and the best
+the confidences along the text (paceline.drafting.chain_replay). The best fixed length and the best
 threshold are chosen on the prompts that they are reported on, which favours both; the expected-gain
 rule has nothing to choose.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from paceline.drafting.stops import FIXED_LENGTH, ConfidenceStop, ExpectedGainStop
 from result_pages import by_task, describe_run, page, save, table
 from timed_setup import (
     complete,
@@ -27,8 +26,9 @@ from timed_setup import (
 )
 
 from paceline.assembly import Pace, build
-from paceline.bench.profile import profile
+from paceline.bench.profile import measure_cost_table
 from paceline.contracts import NONE, CollectedPrompt
+from paceline.drafting.draft_length import FIXED_LENGTH, ConfidenceStop, ExpectedGainStop
 from paceline.drafting.draft_model import DraftModel
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.replay import max_output, replay, walk
@@ -36,12 +36,11 @@ from paceline.replay.priced import stopped_ahead
 from paceline.rewards import request_seconds
 
 if TYPE_CHECKING:
-    from paceline.drafting.stops import StopRule
-
     from paceline.assembly import Parts
     from paceline.config import Config
     from paceline.contracts import Progress
     from paceline.costs import CostTable
+    from paceline.drafting.draft_length import StopRule
 
 FIXED_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -185,7 +184,7 @@ def main() -> None:
     config = load_timed_config(options, options.dtype)
     parts = build(with_long_drafts(config, arms, options.longest))
     with show_progress() as report:
-        costs = profile(parts, report, budget=options.profile_seconds)
+        costs = measure_cost_table(parts, report, budget=options.profile_seconds)
         prompts = collect(parts, arms, options.per_task, options.max_new_tokens, report)
     rows = compare(prompts, arms, costs, options.longest)
     dtype = str(parts.target.dtype).removeprefix("torch.")

@@ -23,11 +23,11 @@ from statistics import median
 from time import process_time
 from typing import TYPE_CHECKING, Any
 
-from paceline.drafting.foresight import ReplayedRow
 from result_pages import describe_run, save, table
 from timed_setup import count_steps, make_parser, parse, show_progress
 
 from paceline.config import ModelSection
+from paceline.drafting.draft_replay import SimpleRow
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
 from paceline.drafting.suffix_index import SuffixIndex
 from paceline.drafting.suffix_lookup import SuffixLookup, SuffixLookupSettings
@@ -117,13 +117,14 @@ def time_bulk(text: list[int]) -> tuple[float, float]:
 def time_round(drafter: Drafter, text: list[int]) -> float:
     """Return CPU microseconds of a proposal at the end of the text, with catching up."""
     first = len(text) - ROUNDS * TOKENS_PER_ROUND
-    row = ReplayedRow(text[:first], first)
+    tokens = text[:first]
+    row = SimpleRow(tokens, first)
     drafter.start([row])
     while not drafter.prepare(row, 512):
         pass
     spent = []
     for end in range(first + TOKENS_PER_ROUND, len(text) + 1, TOKENS_PER_ROUND):
-        row.tokens.extend(text[len(row.tokens) : end])
+        tokens.extend(text[len(tokens) : end])
         began = process_time()
         drafter.propose([row], [64])
         spent.append(process_time() - began)

@@ -12,21 +12,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from paceline.assembly import Pace, build_from_objects
-from paceline.bench.timed import Method, TimedPrompt, Timing, time_interleaved
 from paceline.cli.options import configured
 from paceline.cli.progress import progress
 from paceline.config import Config, EngineSection, ModelSection
-from paceline.contracts import split_arm
-from paceline.replay import max_output, replay, walk
+from paceline.experiments.by_clock import without_prefixes
 from paceline.testing.tokenizers import byte_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    import numpy as np
-
-    from paceline.contracts import Completion, Progress, PromptRecord
+    from paceline.contracts import Completion, Progress
 
 
 def llama_shape(
@@ -76,18 +72,9 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return options
 
 
-def load_timed_config(
-    options: argparse.Namespace, dtype: str | None, max_rows: int | None = None, **paths: Path
-) -> Config:
+def load_timed_config(options: argparse.Namespace, dtype: str | None) -> Config:
     """Load --config with --threads, for timed runs."""
-    config = configured(options.config, dtype=dtype, threads=options.threads, **paths)
-    return without_prefixes(config, max_rows)
-
-
-def without_prefixes(config: Config, max_rows: int | None = None) -> Config:
-    """Keep prompts from reusing each other's prefill, so that each method pays for its own."""
-    update = {"prefix_positions": 0, "max_rows": max_rows or config.engine.max_rows}
-    return config.model_copy(update={"engine": config.engine.model_copy(update=update)})
+    return without_prefixes(configured(options.config, dtype, threads=options.threads))
 
 
 def load_zoo(dtype: str, **settings: Any) -> Config:
@@ -105,46 +92,11 @@ def messages(prompt: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}]
 
 
-def encode_timed(pace: Pace, records: Iterable[PromptRecord]) -> list[TimedPrompt]:
-    """Return prompts in the target's tokens."""
-    return [TimedPrompt(r.id, r.domain, tuple(pace.encode(messages(r.prompt)))) for r in records]
-
-
-def complete(
-    pace: Pace, tokens: Sequence[int], arm: str, max_new_tokens: int, **settings: Any
-) -> Completion:
+def complete(pace: Pace, tokens: Sequence[int], arm: str, max_new_tokens: int) -> Completion:
     """Complete one prompt with one arm, without the model's own generation settings."""
     return pace.complete(
-        list(tokens),
-        drafter=arm,
-        max_new_tokens=max_new_tokens,
-        generation_config="none",
-        **settings,
+        list(tokens), drafter=arm, max_new_tokens=max_new_tokens, generation_config="none"
     )
-
-
-def time_arms(
-    pace: Pace,
-    arms: Sequence[str],
-    prompts: Sequence[TimedPrompt],
-    new_tokens: int,
-    repeats: int,
-    on_run: Callable[[], None],
-    **settings: Any,
-) -> tuple[list[Timing], dict[str, dict[str, Completion]]]:
-    """Time arms interleaved; return timings, and arm -> prompt id -> last completion."""
-    completions: dict[tuple[str, tuple[int, ...]], Completion] = {}
-
-    def method(arm: str) -> Method:
-        def run(tokens: Sequence[int]) -> Sequence[int]:
-            completion = complete(pace, tokens, arm, new_tokens, **settings)
-            completions[arm, tuple(tokens)] = completion
-            return completion.token_ids
-
-        return run
-
-    timings = time_interleaved({a: method(a) for a in arms}, prompts, repeats, on_run=on_run)
-    return timings, {a: {p.id: completions[a, p.tokens] for p in prompts} for a in arms}
 
 
 @torch.inference_mode()
@@ -163,19 +115,6 @@ def fix_draft_length(assistant: Any, num_draft_tokens: int) -> None:
     assistant.generation_config.num_assistant_tokens = num_draft_tokens
     assistant.generation_config.num_assistant_tokens_schedule = "constant"
     assistant.generation_config.assistant_confidence_threshold = 0.0
-
-
-def replay_rounds(
-    pace: Pace, arm: str, prompt: TimedPrompt, text: Sequence[int], new_tokens: int
-) -> np.ndarray:
-    """Return an arm's rounds along a text: drafted and accepted, [rounds, 2]."""
-    name, length = split_arm(arm)
-    limit = max_output(new_tokens, len(prompt.tokens), pace.parts.target.context_length)
-    replayed = replay(pace.parts.drafters[name], prompt.tokens, text, limit)
-    if length is None:
-        return replayed.rounds
-    assert replayed.ahead is not None  # arms with a length are made of drafters that nest
-    return walk(replayed.ahead, length)
 
 
 def count_steps(report: Progress, stage: str, total: int) -> Callable[[], None]:

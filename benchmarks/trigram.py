@@ -16,20 +16,20 @@ from statistics import median
 from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any
 
-from paceline.drafting.foresight import ReplayedRow
-from paceline.drafting.trigram.reference import ReferenceStatistics, reference_tree
-from paceline.experiments.pipeline import build_trigrams
 from result_pages import save, table
 from timed_setup import make_parser, parse, show_progress
 
 from paceline.bench.circumstances import circumstances
 from paceline.cli.options import configured
+from paceline.drafting.draft_replay import SimpleRow
 from paceline.drafting.trigram import kernels
 from paceline.drafting.trigram.drafter import TrigramTree, TrigramTreeSettings
 from paceline.drafting.trigram.search import Learned, TreeSearch
 from paceline.drafting.trigram.table import load_table
 from paceline.experiments.aded import installed_source
 from paceline.models.loading import load_tokenizer
+from paceline.testing.trigram_reference import ReferenceStatistics, reference_tree
+from paceline.verbs.trigrams import build_trigrams
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,7 +73,7 @@ def time_drafts(table: Table, text: list[int], places: list[int], **given: Any) 
     twin = ReferenceStatistics(as_dictionary(table), rule, s.max_pairs)
     explore = kernels.exploration(s.c1, s.c2, s.iterations).tolist()
     search = {"mcts": kernels.MCTS, "greedy": kernels.GREEDY, "full": kernels.FULL}[s.search]
-    row = ReplayedRow(text[: places[0]], places[0])
+    row = SimpleRow(text[: places[0]], places[0])
     tri.start([row])
     whole, alone, twins, nodes = [], [], [], []
     before = 2
@@ -105,7 +105,7 @@ def time_drafts(table: Table, text: list[int], places: list[int], **given: Any) 
 def time_learning(table: Table, text: list[int]) -> float:
     """Return tokens learned per second of CPU time, from an empty overlay."""
     tri = TrigramTree("tri", TrigramTreeSettings(max_pairs=1 << 20), table)
-    row = ReplayedRow(text, len(text))
+    row = SimpleRow(text, len(text))
 
     def work() -> None:
         tri.start([row])

@@ -17,12 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paceline.experiments.pipeline import prepare
 from result_pages import by_task, describe_run, page, save, speeds, table
 from timed_setup import (
-    complete,
-    count_steps,
-    encode_timed,
     fix_draft_length,
     generate,
     load_timed_config,
@@ -33,9 +29,11 @@ from timed_setup import (
 from transformers import AutoModelForCausalLM
 
 from paceline.assembly import Pace
-from paceline.bench.timed import Method, Timing, time_interleaved
+from paceline.bench.timed import Method, Timing
 from paceline.contracts import AUTO, NONE, join_arm
+from paceline.experiments.by_clock import RecordingMethods, encode_prompts, time_methods
 from paceline.experiments.demo_prompts import demo_prompts
+from paceline.verbs.pipeline import in_folder, prepare
 
 GENERATE = "transformers generate"
 ASSISTED = "transformers assistant_model"
@@ -73,20 +71,16 @@ def transformers_methods(pace: Pace, dtype: torch.dtype, max_new_tokens: int) ->
 
 def our_methods(pace: Pace, max_new_tokens: int) -> dict[str, Method]:
     """Return one method per arm that is compared."""
-
-    def method(arm: str) -> Method:
-        return lambda tokens: complete(pace, tokens, arm, max_new_tokens).token_ids
-
-    return {arm: method(arm) for arm in (NONE, DRAFT_ARM, LOOKUP_ARM, SUFFIX_ARM, AUTO)}
+    recorder = RecordingMethods(pace, max_new_tokens=max_new_tokens)
+    return {arm: recorder.method(arm) for arm in (NONE, DRAFT_ARM, LOOKUP_ARM, SUFFIX_ARM, AUTO)}
 
 
 def measure(dtype: str, options: argparse.Namespace) -> list[Timing]:
     """Learn a policy, then time every method on every prompt."""
     collected, timed = demo_prompts(options.collect_per_task, options.per_task)
     with tempfile.TemporaryDirectory() as folder, show_progress() as report:
-        paths = {"store": "collection", "costs": "costs.json", "policy": "policy"}
         prepared = prepare(
-            load_timed_config(options, dtype, **{k: Path(folder, v) for k, v in paths.items()}),
+            in_folder(load_timed_config(options, dtype), Path(folder)),
             collected,
             options.max_new_tokens,
             lambda stage, done, total: report(f"{dtype}: {stage}", done, total),
@@ -95,10 +89,8 @@ def measure(dtype: str, options: argparse.Namespace) -> list[Timing]:
         methods |= transformers_methods(
             prepared.pace, getattr(torch, dtype), options.max_new_tokens
         )
-        prompts = encode_timed(prepared.pace, timed)
-        total = len(prompts) * options.repeats * len(methods)
-        on_run = count_steps(report, f"{dtype}: timed runs", total)
-        return time_interleaved(methods, prompts, options.repeats, on_run=on_run)
+        prompts = encode_prompts(prepared.pace, timed)
+        return time_methods(methods, prompts, options.repeats, f"{dtype}: timed runs", report)
 
 
 def summarise(timings: list[Timing], dtype: str) -> list[dict[str, Any]]:
