@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from aded_experiment import AdedSizes, run
+from aded_report import write_report
 from rich.console import Console
 from timed_setup import show_progress
 
 from paceline.cli.options import configured
-from paceline.experiments.aded import Sizes, run
-from paceline.experiments.aded_report import write_report
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--text-mb", type=float, default=8.0, help="source of installed packages")
     parser.add_argument("--repeats", type=int, default=1)
     options = parser.parse_args()
-    sizes = Sizes(
+    sizes = AdedSizes(
         timed_per_task=options.per_task,
         collect_per_task=options.collect_per_task,
         max_new_tokens=options.max_new_tokens,
