@@ -11,7 +11,7 @@ from aded_experiment import ALL_TASKS, BUDGETS, LOOKUP, SEARCHES
 from paceline.contracts import NONE
 from paceline.experiments.findings import Panel, Series
 from paceline.experiments.report import write_figure as write_figure_of
-from paceline.store import write_atomically
+from paceline.files import write_atomically
 
 if TYPE_CHECKING:
     from pathlib import Path

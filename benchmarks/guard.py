@@ -42,9 +42,9 @@ from paceline.drafting.base import Drafter, Foresight
 from paceline.drafting.catalog import arms_of
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.experiments.prompt_files import TASKS
-from paceline.layer_search.plot import import_figure
 from paceline.learning import learn
 from paceline.learning.evaluation.bootstrap import interval, resample
+from paceline.plotting import import_figure
 from paceline.selection import Policy, load_policy
 from paceline.selection.choosers import RandomChooser
 from paceline.store import read_prompts
