@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from aded_experiment import AdedSizes, run
+from aded_report import write_report
 from rich.console import Console
 from timed_setup import show_progress
 
 from paceline.cli.options import configured
-from paceline.experiments.aded import AdedSizes, run
-from paceline.experiments.aded_report import write_report
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from statistics import median
 from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any
 
+from aded_experiment import installed_source
 from result_pages import save, table
 from timed_setup import make_parser, parse, show_progress
 
@@ -26,7 +27,6 @@ from paceline.drafting.trigram import kernels
 from paceline.drafting.trigram.drafter import TrigramTree, TrigramTreeSettings
 from paceline.drafting.trigram.search import Learned, TreeSearch
 from paceline.drafting.trigram.table import load_table
-from paceline.experiments.aded import installed_source
 from paceline.models.loading import load_tokenizer
 from paceline.testing.trigram_reference import ReferenceStatistics, reference_tree
 from paceline.verbs.trigrams import build_trigrams

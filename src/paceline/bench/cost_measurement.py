@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from paceline.assembly import Parts
     from paceline.drafting.base import Drafter
+    from paceline.engine.loop import Choose
+    from paceline.models.language_model import LanguageModel
     from paceline.models.sublayers import LayerSubset
 
     Cell = tuple[str, str, int, int, int]  # subject, operation, tokens, context, rows
@@ -145,7 +147,8 @@ def time_drafts(
     two drafts. cached: a row of the target, see `_evict_weights`.
     """
     longest = context + 3 + len(lengths) * len(row_counts)
-    texts = [_text(parts, longest, order, _period(repeat)) for _ in range(row_counts[-1])]
+    period = None if repeat % 2 else _PERIOD
+    texts = [_text(parts, longest, order, period) for _ in range(row_counts[-1])]
     times: Times = []
     with _started(parts, parts.drafters[arm], texts, context, cached) as (rows, seconds):
         if len(rows) == 1:
@@ -185,10 +188,7 @@ def _started(
 
 
 def _propose(parts: Parts, rows: list[Row], length: int, cached: Row) -> tuple[int, float]:
-    """Propose once for all rows; return the drafted tokens per row and the seconds.
-
-    Raises DrafterError if the drafter fails.
-    """
+    """Propose once for all rows; return the drafted tokens per row and the seconds."""
     for row in rows:
         row.max_total = len(row.tokens) + 1 + length
     _evict_weights(parts, cached)
@@ -213,7 +213,6 @@ def _evict_weights(parts: Parts, cached: Row) -> None:
 
 
 def _append_tokens(parts: Parts, rows: Sequence[Row], texts: Sequence[Sequence[int]]) -> None:
-    """Append the next token of its text to each row."""
     for row, text in zip(rows, texts, strict=True):
         row.tokens.append(text[len(row.tokens)])
         if row.drafter.needs.target_weights:
@@ -224,14 +223,22 @@ def _append_tokens(parts: Parts, rows: Sequence[Row], texts: Sequence[Sequence[i
 
 
 def plain_driver(
-    parts: Parts, max_rows: int, drafters: Mapping[str, Drafter] | None = None
+    parts: Parts,
+    max_rows: int,
+    drafters: Mapping[str, Drafter] | None = None,
+    model: LanguageModel | None = None,
+    choose: Choose | None = None,
 ) -> Driver:
-    """Return a driver of an engine that detokenizes nothing, by default with the parts' drafters."""
+    """Return a driver of an engine that detokenizes nothing, by default with the parts' drafters.
+
+    model: in the target's place.
+    """
     return Driver(
         Engine(
-            parts.target,
+            parts.target if model is None else model,
             parts.drafters if drafters is None else drafters,
             lambda tokens: "",
+            choose=choose,
             max_rows=max_rows,
             prefill_chunk=parts.config.engine.prefill_chunk,
         )
@@ -266,10 +273,6 @@ def _row(drafter: Drafter, tokens: list[int], id: int = -1) -> Row:
     return Row(id, Request("", (), 1), -1, len(tokens), 0.0, tokens, drafter, drafter.name)
 
 
-def _period(repeat: int) -> int | None:
-    return None if repeat % 2 else _PERIOD
-
-
 def _text(parts: Parts, length: int, order: random.Random, period: int | None = None) -> list[int]:
     """Return random ids of the vocabulary; with a period, the same few again and again."""
     num_tokens = min(parts.vocabulary.num_tokens, parts.target.num_logits)
@@ -278,6 +281,5 @@ def _text(parts: Parts, length: int, order: random.Random, period: int | None = 
 
 
 def _synchronize(parts: Parts) -> None:
-    """Wait until the device has done its work."""
     if parts.target.device.type != "cpu":
         torch.accelerator.synchronize()

@@ -27,7 +27,7 @@ from paceline.bench.cost_measurement import (
     time_prefill,
     time_rounds,
 )
-from paceline.contracts import NONE, identity_of_arms
+from paceline.contracts import NONE, identity_of_arms, no_progress
 from paceline.costs.table import PROPOSE, CostTable, Measurement
 from paceline.models.language_model import LanguageModel
 
@@ -35,9 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from paceline.bench.cost_measurement import Cell, Workload
+    from paceline.contracts import Progress
     from paceline.engine.rows import Row
-
-    Progress = Callable[[str, int, int], None]
 
 BUDGET: Final = 10.0  # seconds
 _FEWEST: Final = 3  # repeats of every workload, so that one interruption is not in the median
@@ -57,7 +56,7 @@ _DRAFTS_OF_ROWS: Final = (1, 4, 16)
 
 def measure_cost_table(
     source: Parts | Pace,
-    on_progress: Progress = lambda stage, done, total: None,
+    on_progress: Progress = no_progress,
     budget: float | None = None,
 ) -> CostTable:
     """Measure target and drafters on this machine and return their cost table.

@@ -94,8 +94,8 @@ def collect(
             workers=workers,
         )
     say(console, f"{result.num_prompts} prompts in {settings.paths.store}")
-    if result.num_too_long:
-        say(console, f"{result.num_too_long} prompts do not fit the context and were left out")
+    if result.too_long:
+        say(console, f"{len(result.too_long)} prompts do not fit the context and were left out")
     _print_seconds(console, result)
     say(console, "next: `paceline profile`, then `paceline learn`")
 

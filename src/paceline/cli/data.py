@@ -112,7 +112,6 @@ def _print_oracle(console: Console, report: DataReport) -> None:
 
 
 def _table(title: str, first: str, *figures: str) -> BandedTable:
-    """Return a table with a column of names and columns of figures."""
     from paceline.terminal import BandedTable
 
     table = BandedTable(title=title, title_justify="left")

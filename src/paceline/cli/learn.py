@@ -52,6 +52,9 @@ def learn(
     from paceline.verbs.from_log import learn_from_log
     from paceline.verbs.pipeline import learn as run_learn
 
+    lengths = None  # the schema checks the numbers
+    if draft_lengths is not None:
+        lengths = [part for part in draft_lengths.split(",") if part.strip()]
     settings = options.learning_with(
         options.configured(config, store=store, costs=costs, policy=policy),
         learner=learner,
@@ -59,7 +62,7 @@ def learn(
         alpha=alpha,
         metric=metric,
         objective=objective,
-        draft_lengths=_lengths(draft_lengths),
+        draft_lengths=lengths,
         seed=seed,
         seeds=seeds,
     )
@@ -95,13 +98,7 @@ def learn(
         say(console, f"written: {plot}")
 
 
-def _lengths(text: str | None) -> list[str] | None:
-    """Split at commas; the schema checks the numbers."""
-    return None if text is None else [part for part in text.split(",") if part.strip()]
-
-
 def _facts(learned: LearningResult) -> list[str]:
-    """Return a line on the settings that were found and one on the seeds."""
     lines = []
     found = learned.training.settings
     if found:

@@ -83,9 +83,7 @@ def describe_run(pace: Pace, sources: Sequence[Path], settings: dict[str, Any]) 
 
 
 def _describe_file(source: str) -> dict[str, str]:
-    """Return name and hash. A saved dataset is a folder, optionally `folder:split`; its hash is over the
-    names and hashes of its files.
-    """
+    """Return name and hash; that of a folder (a saved dataset) is over its files' names and hashes."""
     folder, _, split = source.rpartition(":")
     path = Path(folder) if folder and not Path(source).exists() else Path(source)
     digest = hashlib.sha256()
@@ -102,7 +100,6 @@ def _describe_file(source: str) -> dict[str, str]:
 
 
 def _count_rows(trajectories: Sequence[Trajectory]) -> list[dict[str, Any]]:
-    """Return the numbers of rows and of output tokens by task and sampling."""
     counts: Counter[tuple[str, str]] = Counter()
     tokens: Counter[tuple[str, str]] = Counter()
     for trajectory in trajectories:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from paceline.collection.card import Card, describe_run
 from paceline.collection.draft_outputs import load_outputs
-from paceline.collection.replays import OutputTask, ReplayTask, ScoreTask, is_chain, is_writer
+from paceline.collection.replays import OutputTask, ReplayTask, ScoreTask
 from paceline.collection.trajectories import (
     DecodeTask,
     EncodedPrompt,
@@ -24,6 +24,7 @@ from paceline.collection.trajectories import (
 )
 from paceline.collection.workers import open_pool
 from paceline.contracts import GREEDY, NONE, identity_of_arms, no_progress, sampling_label
+from paceline.drafting.draft_model import DraftModel
 from paceline.errors import ConfigError, RequestError, StoreError
 from paceline.requests import check_sampling
 from paceline.selection.encoders import TargetHidden, kept_encoders
@@ -57,11 +58,6 @@ class CollectionReport:
     num_scored: dict[str, int]  # rows, by drafter, where scores were asked for
     num_draft_outputs: dict[str, int]  # prompts, by writer, where outputs were asked for
     seconds: dict[str, float]  # decode, features, replay:DRAFTER, scores, outputs; of all workers
-
-    @property
-    def num_too_long(self) -> int:
-        """Number of prompts left out."""
-        return len(self.too_long)
 
 
 def collect_trajectories(
@@ -199,8 +195,11 @@ class _CollectionRun:
 
     def score(self, pool: WorkerPool, rows: Sequence[Trajectory]) -> dict[str, int]:
         """Score every chain drafter on the rows that its store lacks; return their number by drafter."""
-        names = [name for name in self.pace.drafters if is_chain(self.pace.parts, name)]
-        stores = {name: self.collection.scores(name, self._identities[name]) for name in names}
+        stores = {
+            name: self.collection.scores(name, self._identities[name])
+            for name, drafter in self.pace.parts.drafters.items()
+            if isinstance(drafter, DraftModel)  # it has a distribution at every position
+        }
         return self._complete(pool, rows, stores, ScoreTask, "scores")
 
     def _complete(
@@ -229,15 +228,18 @@ class _CollectionRun:
         the number of new outputs by draft model.
         """
         prompts = {row.prompt_id: row for row in reversed(rows)}  # the first row of each prompt
-        names = [name for name in self.pace.drafters if is_writer(self.pace.parts, name)]
-        stores = {name: self.collection.outputs(name, self._identities[name]) for name in names}
+        stores = {
+            name: self.collection.outputs(name, self._identities[name])
+            for name, drafter in self.pace.parts.drafters.items()
+            if isinstance(drafter, DraftModel) and drafter.needs.same_vocabulary
+        }
         tasks = [
             OutputTask(name, part)
             for name, ids in ((name, store.ids()) for name, store in stores.items())
             for part in self._split([p for id, p in reversed(prompts.items()) if id not in ids])
         ]
         began = perf_counter()
-        counts = Counter(dict.fromkeys(names, 0))
+        counts = Counter(dict.fromkeys(stores, 0))
         results = pool.run_tasks(tasks, "outputs", self._on_progress)
         for task, new_rows in zip(tasks, results, strict=True):
             stores[task.writer].append(new_rows)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paceline.collection.trajectories import plain_driver
+from paceline.bench.cost_measurement import plain_driver
 from paceline.contracts import NONE, Request
 from paceline.drafting.contract import blaming
 from paceline.drafting.draft_model import DraftModel
@@ -121,18 +121,8 @@ class OutputTask:
             if len(p.prompt_tokens) <= drafter.model.context_length
         ]
         outputs: dict[str, list[int]] = {p.prompt_id: [] for p in self.prompts}
-        driver = plain_driver(pace.parts, drafter.model)
+        only = {NONE: pace.parts.drafters[NONE]}
+        driver = plain_driver(pace.parts, pace.parts.config.engine.max_rows, only, drafter.model)
         outputs.update({c.request_id: c.token_ids for c in driver.generate(requests)})
         on_done(len(self.prompts))
         return [{"id": id, "output_tokens": tokens} for id, tokens in outputs.items()]
-
-
-def is_chain(parts: Parts, name: str) -> bool:
-    """Return whether a drafter has a distribution at every position, to compare with the target's."""
-    return isinstance(parts.drafters[name], DraftModel)
-
-
-def is_writer(parts: Parts, name: str) -> bool:
-    """Return whether a drafter can write a text of its own in the target's tokens."""
-    drafter = parts.drafters[name]
-    return isinstance(drafter, DraftModel) and drafter.needs.same_vocabulary

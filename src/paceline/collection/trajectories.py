@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from paceline.bench.cost_measurement import plain_driver
 from paceline.contracts import NONE, Context, Decision, Request, sampling_label
-from paceline.drafting.none import NoneDrafter
-from paceline.engine import Driver, Engine
 from paceline.errors import DecodingError, StoreError
 from paceline.selection.encoders import TargetHidden
 from paceline.store.layout import Trajectory
@@ -28,8 +27,7 @@ if TYPE_CHECKING:
     from paceline.assembly import Pace, Parts
     from paceline.collection.workers import OnDone
     from paceline.contracts import Completion, SamplingParams
-    from paceline.engine.loop import Choose
-    from paceline.models.language_model import LanguageModel
+    from paceline.engine import Driver
     from paceline.selection.encoders import Encoder
 
 
@@ -140,21 +138,6 @@ def feature_row(encoder: str, id: str, features: np.ndarray) -> dict[str, Any]:
     return {"id": id, "features": features}
 
 
-def plain_driver(parts: Parts, model: LanguageModel, choose: Choose | None = None) -> Driver:
-    """Build a driver that decodes with a model alone: no drafters, no text."""
-    section = parts.config.engine
-    return Driver(
-        Engine(
-            model,
-            {NONE: NoneDrafter()},
-            decode=lambda tokens: "",
-            choose=choose,
-            max_rows=section.max_rows,
-            prefill_chunk=section.prefill_chunk,
-        )
-    )
-
-
 def _recording_driver(parts: Parts, features: dict[str, np.ndarray]) -> Driver:
     """Build a driver of the target alone that adds each request's hidden features, by id."""
     encoder = TargetHidden(parts.target.hidden_size)
@@ -163,7 +146,8 @@ def _recording_driver(parts: Parts, features: dict[str, np.ndarray]) -> Driver:
         features[context.request_id] = encoder.encode(context)
         return Decision(arm=NONE)
 
-    return plain_driver(parts, parts.target, choose)
+    max_rows = parts.config.engine.max_rows
+    return plain_driver(parts, max_rows, {NONE: parts.drafters[NONE]}, choose=choose)
 
 
 def _record_missing(

@@ -12,7 +12,8 @@ Symbols: A arms, D drafters, C contexts, K the longest draft, P prompt lengths.
 from __future__ import annotations
 
 from bisect import bisect
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from paceline.costs.table import ENGINE, FORWARD, PREFILL, PROPOSE, ROUND, START
 from paceline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import ArrayLike, NDArray
 
@@ -29,23 +30,11 @@ if TYPE_CHECKING:
 
 Objective = Literal["latency", "throughput"] | float
 Seconds = TypeVar("Seconds", float, "NDArray[np.float64]")
+SecondsFn = Callable[[str, str, "NDArray[Any]", "NDArray[Any]", int], "ArrayLike"]
+"""Prices work as `CostTable.seconds` does: subject, operation, tokens, context, rows."""
 
 _BEYOND: Final = (2, 4, 8, 16)  # a grid reaches this many times the longest measured context
 _ZERO: Final = np.zeros((), dtype=np.int64)
-
-
-class SecondsFn(Protocol):
-    """A function that prices work as `CostTable.seconds` does, with arrays of tokens and contexts."""
-
-    def __call__(
-        self,
-        subject: str,
-        operation: str,
-        tokens: NDArray[Any],
-        context: NDArray[Any],
-        rows: int,
-        /,
-    ) -> ArrayLike: ...
 
 
 # --- from table to price --------------------------------------------------------------------------
@@ -86,8 +75,7 @@ def round_seconds(
     """
     total = np.asarray(seconds(TARGET, FORWARD, 1 + num_drafting * drafted, context, rows))
     total = total + np.asarray(seconds(ENGINE, ROUND, _ZERO, _ZERO, rows))
-    if drafter != NONE:
-        total = total + draft_seconds(seconds, drafter, drafted, context, num_drafting)
+    total = total + draft_seconds(seconds, drafter, drafted, context, num_drafting)
     shape = np.broadcast_shapes(drafted.shape, context.shape)
     priced: NDArray[np.float64] = np.broadcast_to(total / num_drafting, shape)
     return priced

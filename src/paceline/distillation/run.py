@@ -35,8 +35,9 @@ from paceline.distillation.train import (
     train,
 )
 from paceline.errors import ConfigError
+from paceline.files import write_atomically
 from paceline.models.loading import quiet_transformers
-from paceline.store import is_validation, read_prompts, take_by_hash, write_atomically
+from paceline.store import is_validation, read_prompts, take_by_hash
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -20,7 +20,7 @@ import torch
 from paceline.distillation.batches import Batch, Example, collate, in_order, pack_epoch
 from paceline.distillation.head import losses_and_matches, weighted_cross_entropy
 from paceline.errors import ConfigError
-from paceline.store import write_atomically
+from paceline.files import write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

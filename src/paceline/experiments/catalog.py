@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
@@ -161,7 +161,7 @@ def experiment(
         where = where.with_name(f"{where.name}-smoke")
     sizes = SMOKE if smoke else Sizes()
     if prompts is not None or (store is not None and not smoke):
-        sizes = sizes.with_prompts(prompts)
+        sizes = replace(sizes, prompts=prompts)
     bench = Workbench(
         config,
         where,

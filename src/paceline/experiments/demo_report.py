@@ -12,7 +12,7 @@ from paceline.contracts import AUTO, NONE
 from paceline.experiments.demo_job import ALL_TASKS, ORACLE, RANDOM, DemoResult
 from paceline.experiments.findings import Panel, Series
 from paceline.experiments.report import write_figure as write_figure_of
-from paceline.store import write_atomically
+from paceline.files import write_atomically
 from paceline.terminal import PROSE, BandedTable
 
 if TYPE_CHECKING:
@@ -62,7 +62,6 @@ def _by_task(title: str, result: DemoResult) -> BandedTable:
 
 
 def _methods(result: DemoResult) -> dict[str, str]:
-    """Return every method with the style of its row."""
     special = {AUTO: "bold green", NONE: "dim", ORACLE: "dim"}
     return {method: special.get(method, "") for method in result.cells[ALL_TASKS]}
 

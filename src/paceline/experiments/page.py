@@ -35,7 +35,8 @@ def collect_docs(out: Path | str = OUT) -> Path:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ConfigError(f"{page}: it must have the lines '{BEGIN}' and '{END}'")
-    found = {e.name: _read(folder / f"{e.name}.md") for e in EXPERIMENTS.values()}
+    reports = {name: folder / f"{name}.md" for name in EXPERIMENTS}
+    found = {n: r.read_text(encoding="utf-8") if r.is_file() else "" for n, r in reports.items()}
     parts = [_overview(found)]
     parts += [
         _section(EXPERIMENTS[name], text, folder.name) for name, text in found.items() if text
@@ -43,11 +44,6 @@ def collect_docs(out: Path | str = OUT) -> Path:
     body = "\n".join(parts)
     write_atomically(page, f"{before}{BEGIN}\n\n{body}\n{END}{after}".encode())
     return page
-
-
-def _read(path: Path) -> str:
-    """Return a run's report, or an empty text if there is none."""
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def _overview(found: dict[str, str]) -> str:

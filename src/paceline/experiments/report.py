@@ -7,6 +7,8 @@ from dataclasses import asdict
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
 from paceline.bench.circumstances import headline
 from paceline.files import write_atomically
 from paceline.plotting import import_figure
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from paceline.experiments.findings import Experiment, Findings, Panel, Series, Table
+    from paceline.experiments.findings import Experiment, Findings, Panel, Table
 
 _COLOURS: Final = (
     "#3b6ea5", "#c44e52", "#1a7f37", "#d9b44a", "#7a5ba6", "#8c6d46", "#5f9ea0", "#888888",
@@ -129,13 +131,16 @@ def _draw_bars(axes: Any, panel: Panel, colours: Mapping[str, str]) -> None:
     width = _BARS_OF_ALL / len(panel.series)
     for i, series in enumerate(panel.series):
         shift = (i - (len(panel.series) - 1) / 2) * width
+        error = None
+        if series.low is not None and series.high is not None:
+            error = np.abs(np.subtract([series.low, series.high], series.y))
         axes.bar(
             [names.index(str(x)) + shift for x in series.x],
             series.y,
             width,
             label=series.label,
             color=colours[series.label],
-            yerr=_errors(series),
+            yerr=error,
             error_kw={"linewidth": 0.8},
         )
     lengths = [max(map(len, name.split("\n"))) for name in names]
@@ -143,11 +148,3 @@ def _draw_bars(axes: Any, panel: Panel, colours: Mapping[str, str]) -> None:
     is_turned = crowded or max(lengths, default=0) > _LONG_NAME
     turned = {"rotation": 30, "ha": "right"} if is_turned else {}
     axes.set_xticks(range(len(names)), names, fontsize=8, **turned)
-
-
-def _errors(series: Series) -> list[list[float]] | None:
-    """Return lengths [below, above] each value, the form that matplotlib takes."""
-    if series.low is None or series.high is None:
-        return None
-    below = [y - low for y, low in zip(series.y, series.low, strict=True)]
-    return [below, [high - y for y, high in zip(series.y, series.high, strict=True)]]

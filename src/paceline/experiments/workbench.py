@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
+DEFAULT_PROMPTS: Final = 40
 SPEC_BENCH: Final = "spec_bench.jsonl"
 _SMOKE_QUESTIONS: Final = 6  # of Spec-Bench, per category
 
@@ -54,7 +55,7 @@ class Sizes:
     seconds for measuring costs.
     """
 
-    prompts: int | None = 40
+    prompts: int | None = DEFAULT_PROMPTS
     timed: int = 8
     max_new_tokens: int = 96
     profile_seconds: float = 10.0
@@ -63,10 +64,6 @@ class Sizes:
     def smoke(self) -> bool:
         """True if these sizes only show that an experiment works."""
         return self.profile_seconds == 0.0
-
-    def with_prompts(self, prompts: int | None) -> Sizes:
-        """Return the sizes with another number of prompts to collect."""
-        return replace(self, prompts=prompts)
 
 
 SMOKE: Final = Sizes(prompts=8, timed=1, max_new_tokens=12, profile_seconds=0.0)
@@ -121,10 +118,14 @@ class Workbench:
         paths = config.paths.model_copy(update={"store": self.store})
         return config.model_copy(update={"paths": paths})
 
-    def with_drafters(self, name: str, drafters: Mapping[str, DrafterSection]) -> Workbench:
-        """Return a workbench with other drafters, and files of its own in a sub-folder."""
+    def with_drafters(
+        self, name: str, drafters: Mapping[str, DrafterSection], most: int
+    ) -> Workbench:
+        """Return a workbench with other drafters, at most this number of prompts per task, and files
+        of its own in a sub-folder.
+        """
         config = self.config.model_copy(update={"drafters": dict(drafters)})
-        sizes = self.sizes.with_prompts(self.sizes.prompts or Sizes().prompts)
+        sizes = replace(self.sizes, prompts=min(most, self.sizes.prompts or DEFAULT_PROMPTS))
         return Workbench(config, self.folder / name, self.data, sizes, self.on_progress)
 
     @cached_property
@@ -133,8 +134,11 @@ class Workbench:
 
         With a given store there is none to collect, and those to time are not among its own.
         """
-        in_store = set() if self.store is None else _ids(self.store)
-        num_collected = 0 if self.store is not None else self.sizes.prompts or 0
+        in_store: set[str] = set()
+        num_collected = self.sizes.prompts or 0
+        if self.store is not None:
+            in_store = {row.prompt_id for row in read_trajectories(open_trajectories(self.store))}
+            num_collected = 0
         if self.data is not None:
             return PromptSets(*read_tasks(self.data, num_collected, self.sizes.timed, in_store))
         try:
@@ -269,10 +273,6 @@ class Workbench:
             "prompts from": "the demo" if self.data is None else "the data folder",
             **({"smoke run": "its figures mean nothing"} if self.sizes.smoke else {}),
         }
-
-
-def _ids(store: Path) -> set[str]:
-    return {row.prompt_id for row in read_trajectories(open_trajectories(store))}
 
 
 def _of_each(prompts: Sequence[PromptRecord], num: int) -> list[PromptRecord]:

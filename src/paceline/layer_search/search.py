@@ -11,11 +11,17 @@ import hashlib
 import math
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import accumulate
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
 
 from paceline.assembly import Pace
+from paceline.contracts import no_progress
 from paceline.costs import CostTable
+from paceline.drafting.draft_length import ThresholdSettings
+from paceline.drafting.layer_skip import LayerSkipSettings
 from paceline.drafting.skip_set import SkipSet
 from paceline.errors import ArtefactError, ConfigError
 from paceline.layer_search.costs import measure_costs
@@ -23,16 +29,34 @@ from paceline.layer_search.proposals import bits_of, import_optuna, next_subset,
 from paceline.layer_search.subset_replay import decode
 from paceline.layer_search.trials import PredictedTrials, TimedTrials, Trial
 from paceline.models.self_checks import check_sublayers
+from paceline.plotting import import_figure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from paceline.assembly import Parts
+    from paceline.contracts import Progress
     from paceline.layer_search.proposals import Bits
-    from paceline.layer_search.settings import SearchSettings
 
-    Progress = Callable[[str, int, int], None]
+
+class SearchSettings(ThresholdSettings):
+    """Settings of a search, without its budget (trials, minutes), which a later run may extend.
+
+    objective: `predicted` prices acceptance with a cost table and is reproducible; `measured` times
+    real decoding. max_new_tokens: the length of each development answer.
+    """
+
+    num_draft_tokens: int = Field(default=12, ge=1, le=64)
+    stop: Literal["threshold", "fixed"] = "threshold"
+    objective: Literal["predicted", "measured"] = "predicted"
+    max_new_tokens: int = Field(default=64, ge=3)
+    seed: int = 0
+
+    def of_drafter(self) -> LayerSkipSettings:
+        """Return a drafter's settings with this exit and length; its skip set is a placeholder."""
+        shared = set(LayerSkipSettings.model_fields) & set(SearchSettings.model_fields)
+        return LayerSkipSettings(skip_mlp=(0,), **self.model_dump(include=shared))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +84,7 @@ def search_layers(
     trials: int = 200,
     minutes: float | None = None,
     costs: CostTable | None = None,
-    on_progress: Progress = lambda stage, done, total: None,
+    on_progress: Progress = no_progress,
     on_best: Callable[[SearchReport], None] = lambda report: None,
 ) -> SearchReport:
     """Search until there are `trials` trials, or for `minutes`; write `out` after each trial.
@@ -135,10 +159,7 @@ def _find_costs(
     settings: SearchSettings,
     on_progress: Progress,
 ) -> CostTable | None:
-    """Return the given table or the one next to `out`, which is measured and saved if it is missing.
-
-    Returns None for the measured objective. Raises ConfigError and ArtefactError as `search_layers`.
-    """
+    """Return the given table or the one next to `out`; None for the measured objective."""
     if settings.objective == "measured":
         if given is None:
             return None
@@ -159,7 +180,6 @@ def _find_costs(
 def _facts(
     pace: Pace, prompts: Sequence[Sequence[int]], settings: SearchSettings
 ) -> dict[str, Any]:
-    """Return the facts that identify a search, ready for JSON."""
     digest = hashlib.sha256(repr([list(prompt) for prompt in prompts]).encode()).hexdigest()[:16]
     return {
         "target": pace.parts.target.fingerprint(),
@@ -170,7 +190,6 @@ def _facts(
 
 
 def _save(out: Path, report: SearchReport, facts: dict[str, Any]) -> None:
-    """Write the best subset, with all trials, as the file that `layer_skip` reads."""
     best = report.best
     recorded = {
         "speedup": report.speedup(best),
@@ -196,3 +215,25 @@ def _resume(out: Path, facts: dict[str, Any]) -> SearchReport | None:
         return SearchReport(saved.num_layers, float(recorded["plain_seconds_per_token"]), trials)
     except (KeyError, TypeError, ValueError) as error:
         raise ArtefactError(f"{out}: damaged search ({error}); name another file") from error
+
+
+def plot(report: SearchReport, path: Path) -> None:
+    """Write a PNG: the speed-up by trial, and the sub-layers that the best subset leaves out."""
+    figure = import_figure()(figsize=(8, 5), layout="constrained")
+    course, layers = figure.subplots(2, 1, height_ratios=[3, 1])
+    speeds = [report.speedup(trial) for trial in report.trials]
+    numbers = range(1, len(speeds) + 1)
+    course.plot(numbers, speeds, ".", color="0.6", label="a trial")
+    course.step(numbers, list(accumulate(speeds, max)), where="post", label="best so far")
+    course.axhline(1.0, color="0.3", linewidth=0.8, linestyle=":", label="target alone")
+    course.set(xlabel="trial", ylabel="speed over plain decoding")
+    course.legend()
+    best = report.best
+    skipped = [best.skip_attention, best.skip_mlp]
+    kept = [[i not in row for i in range(report.num_layers)] for row in skipped]
+    layers.imshow(kept, cmap="Greens", vmin=-0.3, vmax=1.6, aspect="auto")
+    layers.set_yticks([0, 1], ["attention", "MLP"])
+    layers.set_xticks(range(report.num_layers), minor=True)
+    layers.set(xlabel="layer", title=f"kept (dark): {report.speedup(best):.2f}x")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 
 from paceline.errors import StoreError
-from paceline.selection.scaling import standardisation
+from paceline.selection.features import standardisation
 
 _SUM_TOLERANCE: Final = 1e-6
 NUM_FOLDS: Final = 5

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from paceline.selection.choosers import Reduction
-from paceline.selection.scaling import standardisation, standardise
+from paceline.selection.features import standardisation, standardise
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

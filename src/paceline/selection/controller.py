@@ -47,8 +47,6 @@ _MAX_CORRECTION: Final = 1.0  # as a logarithm
 
 @dataclass(slots=True)
 class _ControlledRequest:
-    """One request in flight."""
-
     arm: str
     context: int
     rows: int

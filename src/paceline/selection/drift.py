@@ -25,7 +25,7 @@ from safetensors.numpy import save as save_tensors
 
 from paceline.errors import ArtefactError, StoreError
 from paceline.files import write_atomically
-from paceline.selection.scaling import CLIP, standardisation, standardise
+from paceline.selection.features import CLIP, standardisation, standardise
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -163,8 +163,6 @@ class Alarm:
 
 @dataclass(slots=True)
 class _CumulativeSum:
-    """The cumulative sum of one monitored number."""
-
     total: float = 0.0
     outside: int = 0
     requests: int = 0

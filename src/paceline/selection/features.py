@@ -25,6 +25,9 @@ STATISTICS: Final = (
     "log_rows_in_flight",
 )
 
+CLIP: Final = 3.0
+"""Largest absolute standardised feature: one extreme value must not decide for a policy."""
+
 _ID_BITS: Final = 21  # three ids in one int64; ids above 2**21 may collide with others
 
 
@@ -75,3 +78,25 @@ def ngram_overlap(tokens: np.ndarray, n: int) -> float:
     # sorting and counting steps is several times cheaper than np.unique at these lengths
     ordered = np.sort(keys)
     return float(np.count_nonzero(ordered[1:] == ordered[:-1])) / count
+
+
+# --- standardised features ------------------------------------------------------------------------
+
+
+def standardisation(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and scale = 1/std, [F] float32, of features [N, F].
+
+    A feature that does not vary gets the scale 0.
+    """
+    mean = features.mean(axis=0, dtype=np.float64)
+    std = features.std(axis=0, dtype=np.float64)
+    varies = std > 1e-6 * (1.0 + np.abs(mean))
+    scale = np.where(varies, 1.0 / np.where(varies, std, 1.0), 0.0)
+    return mean.astype(np.float32), scale.astype(np.float32)
+
+
+def standardise(features: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Return features [..., F] float32, centred, scaled and clipped; NaN counts as the mean."""
+    with np.errstate(invalid="ignore"):  # infinity times a scale of 0
+        inputs = np.clip((features - mean) * scale, -CLIP, CLIP)
+    return np.asarray(np.nan_to_num(inputs, copy=False, nan=0.0))

@@ -193,7 +193,6 @@ class Guard:
         self._plain_rounds += num_rounds
 
     def _allowed_loss(self, losses: RequestLosses, arm: str) -> float:
-        """Return the plain rounds that a request may lose with an arm."""
         record = self._records.get(arm)
         is_trusted = record is not None and record.score < -GAINS
         allowed = max(MIN_ALLOWED_LOSS, ALLOWED_LOSS * losses.expected_rounds)

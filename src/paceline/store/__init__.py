@@ -1,27 +1,13 @@
 """KEEP: Parquet shards with a manifest. Knows schemas and atomic writes, not what the rows mean."""
 
-from paceline.files import write_atomically
-from paceline.store.collection import (
-    Collection,
-    LoadedCollection,
-    is_collection,
-    load_collection,
-)
-from paceline.store.decisions import (
-    DecisionLog,
-    LoadedDecisions,
-    LoggedDecision,
-    LogHeader,
-    read_decisions,
-)
+from paceline.store.collection import Collection, is_collection, load_collection
+from paceline.store.decisions import DecisionLog, LoggedDecision, LogHeader, read_decisions
 from paceline.store.prompts import PromptFields, is_validation, read_prompts, take_by_hash
 from paceline.store.shards import ShardStore
 
 __all__ = [
     "Collection",
     "DecisionLog",
-    "LoadedCollection",
-    "LoadedDecisions",
     "LogHeader",
     "LoggedDecision",
     "PromptFields",
@@ -32,5 +18,4 @@ __all__ = [
     "read_decisions",
     "read_prompts",
     "take_by_hash",
-    "write_atomically",
 ]

@@ -167,7 +167,7 @@ class DecisionLog:
             return paths[-1] if has_same_head and file.read(1) == b"\n" else None
 
     def _create_file(self) -> Path:
-        numbers = (_number_of(path) for path in _log_files(self.folder))
+        numbers = (int(path.stem.rpartition("-")[2]) for path in _log_files(self.folder))
         number = 1 + max(numbers, default=0)
         while True:
             path = self.folder / f"decisions-{number:06d}.jsonl"
@@ -193,6 +193,9 @@ def _to_row(
 ) -> dict[str, Any]:
     """Return everything but tokens, which are only counted here."""
     decision = completion.decision
+    encoded = None
+    if features is not None:
+        encoded = base64.b64encode(features.astype("<f4").tobytes()).decode()
     return {
         "time": round(time.time(), 3),
         "request_id": request.id,
@@ -200,7 +203,7 @@ def _to_row(
         "arm": decision.arm,
         "propensity": decision.propensity,
         "scores": decision.scores,
-        "features": None if features is None else _encode_features(features),
+        "features": encoded,
         "rows_in_flight": rows_in_flight,
         "sampling": asdict(request.sampling),
         "has_rules": request.rules is not None,
@@ -219,17 +222,9 @@ def _encode_line(row: dict[str, Any]) -> bytes:
     return json.dumps(row, separators=(",", ":")).encode() + b"\n"
 
 
-def _encode_features(features: np.ndarray) -> str:
-    return base64.b64encode(np.ascontiguousarray(features, dtype="<f4").tobytes()).decode()
-
-
 def _log_files(folder: Path) -> list[Path]:
     paths = folder.glob(_PATTERN)
     return sorted(path for path in paths if path.stem.rpartition("-")[2].isdigit())
-
-
-def _number_of(path: Path) -> int:
-    return int(path.stem.rpartition("-")[2])
 
 
 # --- reading --------------------------------------------------------------------------------------

@@ -133,7 +133,6 @@ def _check_alike(collection: LoadedCollection, other: LoadedCollection, folder: 
 
 
 def _facts(config: Config, costs: CostTable, objective: object, seeds: int) -> dict[str, object]:
-    """Return the circumstances of the figures."""
     made = circumstances()
     machine = next((v for k, v in costs.fingerprint.items() if k in ("device", "cpu")), "")
     return {

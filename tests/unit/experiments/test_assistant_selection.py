@@ -327,11 +327,11 @@ def test_a_given_store_is_used_and_its_prompts_are_not_timed(place: Place, tmp_p
     store = first.config.paths.store
     there = {p.prompt_id for p in first.collection.prompts}
 
-    given = Workbench(place.config, tmp_path, place.data, SMOKE.with_prompts(None), store=store)
+    given = Workbench(place.config, tmp_path, place.data, replace(SMOKE, prompts=None), store=store)
     assert {p.prompt_id for p in given.collection.prompts} == there
     assert given.config.paths.costs.parent == tmp_path
     assert not {p.id for p in given.prompts.timed} & there
-    fewer = Workbench(place.config, tmp_path, place.data, SMOKE.with_prompts(2), store=store)
+    fewer = Workbench(place.config, tmp_path, place.data, replace(SMOKE, prompts=2), store=store)
     domains = [p.domain for p in fewer.collection.prompts]
     assert {task: domains.count(task) for task in TASKS} == dict.fromkeys(TASKS, 2)
 

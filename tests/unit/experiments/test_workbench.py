@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -73,7 +74,9 @@ def test_what_one_experiment_made_the_next_one_finds(
     def bench(prompts: int) -> Workbench:
         stages.clear()
         on_progress = lambda stage, done, total: stages.append(stage)  # noqa: E731
-        return Workbench(config, tmp_path / "work", data, sizes.with_prompts(prompts), on_progress)
+        return Workbench(
+            config, tmp_path / "work", data, replace(sizes, prompts=prompts), on_progress
+        )
 
     first = bench(2)
     assert {p.id for p in first.collection.prompts} == ids(first.prompts.collected)
@@ -106,6 +109,6 @@ def test_everything_lies_in_its_folder_and_no_prefill_is_spared(
 
 
 def test_settings_say_when_figures_mean_nothing(config: Path, tmp_path: Path) -> None:
-    assert "smoke run" in Workbench(config, tmp_path, None, SMOKE.with_prompts(3)).settings()
+    assert "smoke run" in Workbench(config, tmp_path, None, replace(SMOKE, prompts=3)).settings()
     found = Workbench(config, tmp_path, None, Sizes()).settings()
     assert found["dtype"] == "float32" and "smoke run" not in found

@@ -25,7 +25,7 @@ from paceline.selection.choosers import (
     Situation,
     softmax,
 )
-from paceline.selection.scaling import CLIP
+from paceline.selection.features import CLIP
 
 ARMS = ("none", "code@2", "code")
 F, Z, A, H = 6, 3, 3, 4

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 
 from paceline.errors import StoreError
-from paceline.store import ShardStore, write_atomically
+from paceline.files import write_atomically
+from paceline.store import ShardStore
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -82,7 +82,6 @@ def _num_draws(bench: Workbench, size: int) -> int:
 
 
 def _speedup(study: Study, learner: str, size: int, draw: int) -> float:
-    """Return the speed-up on the held-out prompts of a policy learned from a random part."""
     rng = np.random.default_rng([draw, size])
     part = study.train.rows(np.sort(rng.permutation(len(study.train))[:size]))
     settings = BY_NAME[learner].settings(study.settings.model_copy(update={"seed": draw}))

@@ -143,7 +143,6 @@ def _stream_prompt(prompt: CollectedPrompt, decision: Decision) -> StreamPrompt:
 
 
 def _decisions(study: Study, taught: Study) -> list[Decision]:
-    """Return the policy's choice and predicted prices for each held-out prompt."""
     (contender,) = taught.contenders([LEARNER])
     (chooser,) = contender.choosers
     assert isinstance(chooser, PortableChooser)

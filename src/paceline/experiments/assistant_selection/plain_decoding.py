@@ -77,9 +77,7 @@ def _with_useless(bench: Workbench) -> Workbench:
         shuffle_embeddings(Path(str(section.settings["model"])), folder)
     settings = section.settings | {"model": str(folder)}
     drafters = {USELESS: DrafterSection(kind=section.kind, settings=settings)}
-    sized = bench.with_drafters(USELESS, drafters)
-    sized.sizes = sized.sizes.with_prompts(min(_FEW, sized.sizes.prompts or _FEW))
-    return sized
+    return bench.with_drafters(USELESS, drafters, _FEW)
 
 
 def shuffle_embeddings(model: Path, folder: Path, seed: int = 0) -> None:

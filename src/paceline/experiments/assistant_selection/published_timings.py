@@ -126,7 +126,6 @@ def _label(group: Group, groups: Sequence[Group]) -> str:
 
 
 def _measured_twice(cells: dict[TaskRun, TaskTimings]) -> dict[str, Repeated]:
-    """Return the gains by kind of repetition, over all tasks of all targets with the same weight."""
     kinds: dict[str, list[tuple[Milliseconds, Milliseconds]]] = defaultdict(list)
     everything = sorted(cells)
     for i, one in enumerate(everything):
@@ -241,7 +240,8 @@ def _remarks(
         line for group, gain in zip(groups, found, strict=True) if (line := _outlier(group, gain))
     ]
     arms = Counter(short(arm) for gain in found for arm in gain.per_task_arms.values())
-    return [*remarks, "Best arm of a task, by groups and tasks: " + _counted(arms) + "."]
+    counted = ", ".join(f"{name} {number}" for name, number in arms.most_common())
+    return [*remarks, f"Best arm of a task, by groups and tasks: {counted}."]
 
 
 def _outlier(group: Group, gain: Gains) -> str | None:
@@ -261,7 +261,3 @@ def _outlier(group: Group, gain: Gains) -> str | None:
         f"{short(arm)} {most:,.0f} ms per token (median {median:.0f}), which decides means of few "
         "prompts."
     )
-
-
-def _counted(counts: Counter[str]) -> str:
-    return ", ".join(f"{name} {number}" for name, number in counts.most_common())

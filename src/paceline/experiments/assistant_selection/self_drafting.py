@@ -68,10 +68,7 @@ def run(bench: Workbench) -> Findings:
         )
         for name, (attention, mlp) in sets.items()
     }
-    within = bench.with_drafters(FOLDER, drafters)
-    within.sizes = within.sizes.with_prompts(
-        min(MOST_PROMPTS, within.sizes.prompts or MOST_PROMPTS)
-    )
+    within = bench.with_drafters(FOLDER, drafters, MOST_PROMPTS)
     study = Study.of(within, within.collection.prompts, within.arms(list(drafters)))
     contenders = study.contenders(LEARNERS)
     contenders += [always_drafting(contenders[0], study.held_out)]

@@ -50,12 +50,11 @@ def run(bench: Workbench) -> Findings:
             f"'{PAIR[0]}' and '{PAIR[1]}'"
         )
     pair = PAIR if set(PAIR) <= set(specialists) else (specialists[0], specialists[1])
-    study = Study.of(bench, of_tasks(prompts, pair), bench.arms(pair))
-    report = study.report(study.contenders(LEARNERS))
-    others = {
-        two: _pair_report(bench, two) for two in combinations(specialists, 2) if set(two) != {*pair}
-    }
-    every = {pair: report, **others}
+    report = _pair_report(bench, pair, LEARNERS)
+    every = {pair: report}
+    for two in combinations(specialists, 2):
+        if set(two) != {*pair}:
+            every[two] = _pair_report(bench, two, LEARNERS[:1])
     return Findings(
         tables=[_ways_table(report, pair), _pairs_table(every)],
         panels=[_shares_panel(report, pair), _pairs_panel(every)],
@@ -65,13 +64,11 @@ def run(bench: Workbench) -> Findings:
     )
 
 
-def _pair_report(bench: Workbench, pair: tuple[str, str]) -> EvaluationReport:
+def _pair_report(
+    bench: Workbench, pair: tuple[str, str], learners: Sequence[str]
+) -> EvaluationReport:
     study = Study.of(bench, of_tasks(bench.collection.prompts, pair), bench.arms(pair))
-    return study.report(study.contenders(LEARNERS[:1]))
-
-
-def _ways(report: EvaluationReport) -> list[str]:
-    return [way for way in (*BASELINES, *report.policies, ORACLE) if way in report.slowest]
+    return study.report(study.contenders(learners))
 
 
 def _ways_table(report: EvaluationReport, pair: Sequence[str]) -> Table:
@@ -86,7 +83,9 @@ def _ways_table(report: EvaluationReport, pair: Sequence[str]) -> Table:
         )
         to: list[Value] = [1.0 if task == drafter else 0.0 for task in pair]
         rows.append([f"always `{drafter}`", *to, 0.0, interval(alone.speedup), alone.of_oracle])
-    for way in _ways(report):
+    for way in (*BASELINES, *report.policies, ORACLE):
+        if way not in report.slowest:
+            continue
         figures = report.overall.strategies[way]
         own: list[Value] = [share(report, way, task, task) for task in pair]
         own += [share(report, way, NONE), interval(figures.speedup), figures.of_oracle]

@@ -138,8 +138,6 @@ def _check_memory(
 
 
 class _Planner:
-    """The plans of the target and the drafters of one recipe."""
-
     def __init__(self, recipe: Recipe, target: LanguageModel) -> None:
         self._recipe = recipe
         self._target = target

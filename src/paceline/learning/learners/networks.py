@@ -31,7 +31,7 @@ from paceline.learning.learners.base import (
 )
 from paceline.learning.reduce import block_weights
 from paceline.selection.choosers import NetworkChooser, PolicyNetwork
-from paceline.selection.scaling import standardisation, standardise
+from paceline.selection.features import standardisation, standardise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

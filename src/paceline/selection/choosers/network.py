@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from paceline.selection.choosers.base import Chooser
-from paceline.selection.scaling import standardise
+from paceline.selection.features import standardise
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

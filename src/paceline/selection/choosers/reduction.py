@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from paceline.selection.scaling import standardise
+from paceline.selection.features import standardise
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -6,16 +6,17 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from aded_experiment import ALL_TASKS, BUDGETS, LOOKUP, SEARCHES
+
 from paceline.contracts import NONE
-from paceline.experiments.aded import ALL_TASKS, BUDGETS, LOOKUP, SEARCHES
 from paceline.experiments.findings import Panel, Series
 from paceline.experiments.report import write_figure as write_figure_of
-from paceline.store import write_atomically
+from paceline.files import write_atomically
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from paceline.experiments.aded import AdedResult, ArmFigures
+    from aded_experiment import AdedResult, ArmFigures
 
 
 def write_report(result: AdedResult, folder: Path) -> str:
