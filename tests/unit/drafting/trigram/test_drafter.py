@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from support.reference import greedy_reference
 
 from paceline.assembly import Pace, build, build_from_objects
 from paceline.config import Config, EngineSection, ModelSection, parse
@@ -23,7 +24,6 @@ from paceline.drafting.trigram.table import load_table
 from paceline.errors import ConfigError
 from paceline.models.vocabulary import Vocabulary
 from paceline.replay import replay
-from paceline.testing.reference import greedy_reference
 from paceline.testing.tiny_models import tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
 

@@ -17,8 +17,8 @@ from paceline.drafting.trigram.drafter import TrigramTree
 from paceline.drafting.trigram.settings import TrigramTreeSettings
 from paceline.drafting.union import Union
 from paceline.models.language_model import LanguageModel
-from paceline.testing.relabelled import relabelled
 from paceline.testing.tiny_models import perturbed
+from support.relabelled import relabelled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
