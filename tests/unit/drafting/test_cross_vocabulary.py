@@ -16,8 +16,7 @@ from paceline.assembly import Pace, Parts, build, build_from_objects, load
 from paceline.bench.doctor import doctor
 from paceline.config import Config, DrafterSection, EngineSection, ModelSection
 from paceline.contracts import NONE, SamplingParams
-from paceline.drafting.bridge import Bridge
-from paceline.drafting.bridged_drafters import SharedTokens, ThroughText
+from paceline.drafting.bridged_drafters import Bridge, SharedTokens, ThroughText
 from paceline.drafting.cross_vocabulary import CrossVocabulary
 from paceline.drafting.draft_length import StopSettings
 from paceline.drafting.draft_model import DraftModel
