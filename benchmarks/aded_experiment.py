@@ -19,8 +19,7 @@ from paceline.bench.circumstances import circumstances
 from paceline.bench.timed import num_equal_outputs, select, tokens_per_second
 from paceline.config import DrafterSection
 from paceline.contracts import NONE, no_progress
-from paceline.drafting.shared_text import SharedText
-from paceline.drafting.suffix_lookup import SuffixLookup, SuffixLookupSettings
+from paceline.drafting.suffix_lookup import SharedText, SuffixLookup, SuffixLookupSettings
 from paceline.drafting.trigram.corpora import TextFiles
 from paceline.experiments.by_clock import (
     RecordingMethods,

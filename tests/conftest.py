@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ZOO = ROOT / "zoo"
 WRITTEN = ROOT / "src" / "paceline" / "experiments" / "prompts"
 
-sys.path.append(str(ROOT / "scripts"))  # the grid of models
+sys.path += [str(ROOT / "scripts"), str(ROOT / "tests")]  # the grid of models, `support`
 
 _CODE = """\
 Complete the Python function:

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from support.examples import OTHER_KINDS, add_examples
+from support.random_controller import RandomController
+from support.reference import greedy_reference
 
 from paceline.assembly import Pace, build_controller, build_from_objects
 from paceline.bench.profile import measure_cost_table
@@ -26,9 +29,6 @@ from paceline.drafting.base import Drafter
 from paceline.engine import Driver
 from paceline.errors import ArtefactError
 from paceline.selection import AdaptiveController, Arm, Guard
-from paceline.testing.examples import OTHER_KINDS, add_examples
-from paceline.testing.random_controller import RandomController
-from paceline.testing.reference import greedy_reference
 from paceline.testing.scripted import ScriptedDrafter
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from support.examples import EXAMPLES, OTHER_KINDS, add_examples
+from support.reference import greedy_reference
 
 from paceline.assembly import Pace, Parts, build_from_objects
 from paceline.config import Config, EngineSection, ModelSection
 from paceline.contracts import Decision, Request
 from paceline.drafting.catalog import CATALOG
-from paceline.testing.examples import EXAMPLES, OTHER_KINDS, add_examples
-from paceline.testing.reference import greedy_reference
 from paceline.testing.scripted import ScriptedDrafter, copying
 from paceline.testing.tiny_models import (
     ARCHITECTURES,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from support.examples import add_examples
 
 from paceline.assembly import Pace, Parts
 from paceline.contracts import GREEDY, NONE, SamplingParams, join_arm
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.replay import max_output, replay, walk
-from paceline.testing.examples import add_examples
 
 MAX_NEW_TOKENS = 48
 SAMPLED = SamplingParams(temperature=0.7, top_p=0.95, seed=11, method="invariant")

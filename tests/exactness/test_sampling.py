@@ -17,6 +17,9 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from support.examples import OTHER_KINDS, add_examples
+from support.judging import JudgedDrafts, judge_block, judge_residual
+from support.random_controller import RandomController
 
 from paceline import noise
 from paceline.assembly import Pace, Parts, build_from_objects
@@ -27,9 +30,6 @@ from paceline.drafting.none import NoneDrafter
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
 from paceline.engine import Driver, Engine
 from paceline.models.language_model import LanguageModel
-from paceline.testing.examples import OTHER_KINDS, add_examples
-from paceline.testing.judging import JudgedDrafts, judge_block, judge_residual
-from paceline.testing.random_controller import RandomController
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
 from paceline.verification import follow

@@ -14,6 +14,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.examples import OTHER_KINDS, add_examples
+from support.reference import greedy_reference
 
 from paceline.assembly import Pace, build_from_objects
 from paceline.config import Config, EngineSection, ModelSection
@@ -21,8 +23,6 @@ from paceline.contracts import Completion, Drafts, Request, SamplingParams
 from paceline.drafting.base import Drafter
 from paceline.engine import Driver, Engine
 from paceline.replay.rounds import simulate
-from paceline.testing.examples import OTHER_KINDS, add_examples
-from paceline.testing.reference import greedy_reference
 from paceline.testing.scripted import ScriptedDrafter, ScriptedTree, copying
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support.examples import add_examples
 
 import paceline
 from paceline.assembly import Pace, build_from_objects
@@ -19,7 +20,6 @@ from paceline.errors import DecodingError
 from paceline.integrations import hf
 from paceline.models.products import joined
 from paceline.models.weights_monitor import WeightsMonitor
-from paceline.testing.examples import add_examples
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
 

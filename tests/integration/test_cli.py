@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support import HANGS
 
 from paceline.cli import main
 from paceline.experiments.demo_prompts import load_written
 from paceline.store.collection import load_collection
-from paceline.testing import HANGS
 
 ZOO = Path(__file__).parents[2] / "zoo"
 

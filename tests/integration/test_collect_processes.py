@@ -11,11 +11,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from support import HANGS
 
 from paceline.collection.card import CARD_JSON, CARD_MD
 from paceline.config import load_config
 from paceline.store import load_collection, read_prompts
-from paceline.testing import HANGS
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
 from paceline.verbs.pipeline import collect

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import typer
 import yaml
+from support.examples import EXAMPLES
 from transformers import tokenization_utils_base
 
 import paceline
@@ -29,7 +30,6 @@ from paceline.config import Config, ModelSection, load_config
 from paceline.contracts import NONE, PromptRecord, identity_of_arms
 from paceline.errors import ArtefactError, RequestError
 from paceline.models.loading import load_tokenizer
-from paceline.testing.examples import EXAMPLES
 from paceline.testing.tiny_models import tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
 

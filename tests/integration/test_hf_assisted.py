@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from support.examples import add_examples
 from transformers import GenerationConfig, LogitsProcessorList, WatermarkingConfig
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
@@ -17,7 +18,6 @@ from paceline.drafting.draft_replay import SimpleRow
 from paceline.errors import ConfigError, RequestError
 from paceline.integrations import hf
 from paceline.integrations.candidates import first_path
-from paceline.testing.examples import add_examples
 from paceline.testing.scripted import ScriptedTree
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer

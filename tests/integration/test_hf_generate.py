@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from support import HANGS
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -30,7 +31,6 @@ from paceline.config import Config, EngineSection, ModelSection
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
 from paceline.errors import ConfigError, DecodingError, RequestError
 from paceline.integrations import hf
-from paceline.testing import HANGS
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
 

@@ -168,6 +168,5 @@ def pad_drafts(drafts: Sequence[Sequence[int]], device: torch.device) -> tuple[T
     lengths = [len(d) for d in drafts]
     width = max(lengths, default=0)
     padded = [[*d, *[-1] * (width - len(d))] for d in drafts]
-    return torch.tensor(padded, dtype=torch.int64, device=device).reshape(
-        len(drafts), width
-    ), lengths
+    tokens = torch.tensor(padded, dtype=torch.int64, device=device)
+    return tokens.reshape(len(drafts), width), lengths

@@ -1,30 +1,35 @@
-"""The drafters of a draft model whose tokenizer is not the target's, one per level of a `Bridge`.
+"""A draft model whose tokenizer is not the target's: the levels of a `Bridge` and their drafters.
 
-`SharedTokens`: token-level intersection; `ThroughText`: string-level exact match (both arXiv
-2502.05202). Symbols as in `draft_model`; S shared tokens.
+same: equal ids, so it is a plain draft model. shared: enough common tokens, so it drafts the target's
+ids, as `SharedTokens` (token-level intersection, arXiv 2502.05202). text: its greedy draft is written
+out and read by the target's tokenizer, by `ThroughText` (string-level exact match, same paper).
+Symbols as in `draft_model`; S shared tokens.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 import torch
 
 from paceline.contracts import Drafts
 from paceline.drafting.base import Drafter, Needs, pad_drafts
-from paceline.drafting.bridge import KIND
 from paceline.drafting.draft_model import DraftModel
 from paceline.drafting.draft_replay import SimpleRow
 from paceline.models.translation import (
     RunningText,
+    TokenBytes,
     TokenTranslation,
+    share_cut_alike,
+    share_of_vocabulary,
     shared_tokens,
     special_pairs,
     split_incomplete,
 )
+from paceline.models.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -34,9 +39,48 @@ if TYPE_CHECKING:
     from paceline.contracts import RowView
     from paceline.costs.table import CostTable
     from paceline.drafting.base import BuildContext
-    from paceline.drafting.bridge import Bridge
     from paceline.drafting.draft_length import StopSettings
     from paceline.models.language_model import LanguageModel
+    from paceline.models.vocabulary import Tokenizer
+
+Level = Literal["same", "shared", "text"]
+
+KIND: Final = "cross_vocabulary"
+
+# Below these shares a drafter of common tokens would read text that is cut unlike its training text, or
+# could not express most of its drafts.
+_MIN_CUT_ALIKE: Final = 0.8
+_MIN_COMMON: Final = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Bridge:
+    """The bytes of both tokenizers' tokens, the level, and the reason for it."""
+
+    target: TokenBytes
+    own: TokenBytes
+    level: Level
+    why: str
+
+    @classmethod
+    def between(
+        cls, target: Tokenizer, own: Tokenizer, wanted: Literal["auto", "shared", "text"] = "auto"
+    ) -> Bridge:
+        """Return the bridge at the wanted level; `auto` takes the first level that fits."""
+        sides = TokenBytes(target), TokenBytes(own)
+        if wanted == "auto" and Vocabulary.of(target).difference(Vocabulary.of(own)) is None:
+            return cls(*sides, "same", "the same tokens: a plain draft model")
+        common, alike = share_of_vocabulary(*sides), share_cut_alike(*sides)
+        fits = common >= _MIN_COMMON and alike >= _MIN_CUT_ALIKE
+        level: Level = ("shared" if fits else "text") if wanted == "auto" else wanted
+        how = "drafts over them" if level == "shared" else "drafts text"
+        why = f"{common:.0%} of the tokens in common, {alike:.0%} of text cut alike: {how}"
+        return cls(*sides, level, why)
+
+    def identity(self) -> dict[str, object]:
+        """Return the bridge's part of a drafter's identity."""
+        own = Vocabulary.of(self.own.tokenizer).hash()
+        return {"kind": KIND, "level": self.level, "vocabulary": own}
 
 
 @dataclass(slots=True)

@@ -83,7 +83,6 @@ class CachedRows(dict[int, CachedRow]):
         return list(text[state.num_cached :])
 
     def keep(self, row_id: int, num_tokens: int) -> None:
-        """Forget the cache of a row beyond its first tokens, where its text was rewritten."""
         state = self[row_id]
         if num_tokens < state.num_cached:
             state.num_cached, state.drafted = num_tokens, []

@@ -1,7 +1,7 @@
 """A draft model whose tokenizer is not the target's.
 
 `build` takes the first level that fits: a plain draft model, `SharedTokens` or `ThroughText`; see
-`bridge`. Text that the tokenizers cut differently costs acceptance, never text.
+`Bridge`. Text that the tokenizers cut differently costs acceptance, never text.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from paceline.drafting.base import Drafter
-from paceline.drafting.bridge import KIND, Bridge
-from paceline.drafting.bridged_drafters import SharedTokens, ThroughText
+from paceline.drafting.bridged_drafters import KIND, Bridge, SharedTokens, ThroughText
 from paceline.drafting.draft_model import DraftModel, DraftModelSettings
 from paceline.errors import ConfigError, VocabularyError
 from paceline.models.loading import load_language_model, load_tokenizer

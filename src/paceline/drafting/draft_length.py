@@ -41,9 +41,8 @@ if TYPE_CHECKING:
 
     from paceline.costs.table import CostTable
 
-_CONTEXT_STEP: Final = (
-    128  # contexts are rounded down to a multiple, so that prices are read rarely
-)
+# contexts are rounded down to a multiple, so that prices are read rarely
+_CONTEXT_STEP: Final = 128
 
 
 class StopRule(Protocol):

@@ -278,9 +278,8 @@ class DraftModel(Drafter):
         """
         own, counts = self._own_text([*prompt, *trajectory[:-1]])
         counts = counts[len(prompt) - 1 :]  # up to the end of the prompt, and of each output token
-        rooms = (
-            self.model.context_length + 1 - counts
-        )  # [T] tokens that the context leaves to draft
+        # [T] tokens that the context leaves to draft
+        rooms = self.model.context_length + 1 - counts
         num_scored = int((rooms > 0).sum()) if len(trajectory) else 0
         scores = NO_SCORES
         if num_scored:

@@ -16,15 +16,11 @@ if TYPE_CHECKING:
     from paceline.contracts import RowView
 
 
-class NoneSettings(Section):
-    """No settings."""
-
-
 class NoneDrafter(Drafter):
     kind = NONE
-    Settings = NoneSettings
+    Settings = Section
 
-    def __init__(self, name: str = NONE, settings: NoneSettings | None = None) -> None:
+    def __init__(self, name: str = NONE, settings: Section | None = None) -> None:
         super().__init__(name, num_draft_tokens=0)
 
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:

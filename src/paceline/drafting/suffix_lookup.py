@@ -8,7 +8,7 @@ Order of the rules for a draft's length: drafting.draft_length. Symbols: R rows,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -17,8 +17,7 @@ from pydantic import ConfigDict, Field, model_validator
 from paceline.config import MAX_DRAFT_TOKENS, Section
 from paceline.contracts import Drafts
 from paceline.drafting.base import Drafter
-from paceline.drafting.shared_text import SharedText
-from paceline.drafting.suffix_index import RowIndices, Tree
+from paceline.drafting.suffix_index import RowIndices, SuffixIndex, Tree
 from paceline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
     from paceline.contracts import RowView
     from paceline.drafting.base import BuildContext
     from paceline.drafting.suffix_index import Match
+
+_END: Final = -1  # after every answer; it is no token, so no match crosses it
 
 
 class SuffixLookupSettings(Section):
@@ -64,6 +65,42 @@ class SuffixLookupSettings(Section):
         if unused and not self.share:
             raise ValueError(f"{min(unused)} needs share: true")
         return self
+
+
+class SharedText:
+    """The answers to earlier requests as one bounded text; the oldest are dropped first.
+
+    Two suffix indices alternate: one is being filled, the other is full or does not exist yet. When the
+    first is full as well, the older one is dropped as a whole. So between half of the bound and all of
+    it is kept, and no request waits for an index to be rebuilt. parts: the indices to search; the first
+    is the one being filled.
+    """
+
+    def __init__(self, max_match: int, max_tokens: int) -> None:
+        self._max_match = max_match
+        self._room = max_tokens // 2  # of one index
+        self.parts = [self._empty()]
+
+    def _empty(self) -> SuffixIndex:
+        # allocated at full size, so that growing never copies
+        return SuffixIndex(self._max_match, self._room)
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Keep an answer, or its end if it is longer than an index."""
+        if not tokens:
+            return
+        answer = [*tokens[-(self._room - 1) :], _END]
+        if self.parts[0].num_tokens + len(answer) > self._room:
+            self.parts = [self._empty(), self.parts[0]]
+        self.parts[0].extend(answer)
+
+    def match(self, tokens: Sequence[int]) -> list[tuple[SuffixIndex, Match]]:
+        """Return each part with the longest suffix of a row's tokens that occurs in it."""
+        suffix = np.array(tokens[-self._max_match :], dtype=np.int32)
+        return [(part, part.match(suffix)) for part in self.parts]
+
+    def num_bytes(self) -> int:
+        return sum(part.num_bytes() for part in self.parts)
 
 
 class SuffixLookup(Drafter):

@@ -71,7 +71,6 @@ class TransformersForward:
         self._configs = configs_of(model)
 
     def hidden(self, tokens: Tensor, batch: Batch, skip: LayerSubset | None = None) -> Tensor:
-        """Return final hidden states [N, D] of tokens [N], without the sub-layers of `skip`."""
         batch_token = CURRENT.set(batch)
         windows_token = _WINDOWS.set(self._windows)
         try:
@@ -94,7 +93,6 @@ class TransformersForward:
         return hidden[0]
 
     def _without(self, skip: LayerSubset | None) -> AbstractContextManager[None]:
-        """Silence a subset's sub-layers inside the block."""
         if skip is None:
             return nullcontext()
         if self._sublayers is None:
@@ -102,7 +100,6 @@ class TransformersForward:
         return self._sublayers.without(skip)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return logits [..., V] of final hidden states [..., D]."""
         return self._head(hidden)
 
 

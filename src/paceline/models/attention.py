@@ -57,7 +57,6 @@ class RowBatch:
         self._exact = exact
 
     def only_chain(self) -> range | None:
-        """Return the positions if all tokens are one row's chain, so that slices replace indices."""
         run = self.runs[0]
         if len(self.runs) > 1 or len(run.slots) > 1 or run.ancestors is not None:
             return None
@@ -86,7 +85,6 @@ class RowBatch:
         cap: float | None = None,
         bias: KeyBias | None = None,
     ) -> Tensor:
-        """Cache the new keys and values, return [N, H, D]; arguments as in `interfaces.Batch`."""
         num_heads, head_dim = query.shape[1], query.shape[2]
         num_kv_heads = key_value.shape[1] // 2
         groups = num_heads // num_kv_heads

@@ -54,12 +54,10 @@ class RowCache:
         self._exact_fit = False
 
     def bound(self, limit: int | None, exact_fit: bool = False) -> None:
-        """Hold at most `limit` slots x positions, unless the rows need more."""
         self._limit, self._exact_fit = limit, exact_fit
 
     @property
     def num_rows(self) -> int:
-        """Slots in use."""
         return len(self._lengths) - len(self._free)
 
     @property
@@ -69,12 +67,10 @@ class RowCache:
 
     @property
     def num_slots_with_one_more(self) -> int:
-        """`num_slots` after another `acquire`."""
         return len(self._lengths) + (not self._free)
 
     @property
     def max_length(self) -> int | None:
-        """Maximum number of positions per row within the bound, with the current rows."""
         return None if self._limit is None else self._limit // max(1, len(self._lengths))
 
     def rounded(self, num_positions: int) -> int:
@@ -127,7 +123,6 @@ class RowCache:
                     storage[slot].zero_()
 
     def extend(self, slot: int, num_positions: int) -> None:
-        """Make room for a row's positions below `num_positions`."""
         if num_positions > self._lengths[slot]:
             self._lengths[slot] = num_positions
             self._num_positions = max(self._num_positions, num_positions)
@@ -138,7 +133,6 @@ class RowCache:
         spans: Sequence[Span],
         ancestors: Sequence[Tensor | None] | None = None,
     ) -> tuple[Tensor, RowBatch]:
-        """Make room for the spans and return their token ids [N] on the device, and their batch."""
         for span in spans:
             self.extend(span.slot, span.start + span.width)
         batch = RowBatch(spans, self.layer, self._device, self._chain_masks, ancestors, self._exact)
@@ -196,20 +190,17 @@ class RowCache:
         return sum(storage.nbytes for storage in self.layers if storage is not None)
 
     def read(self, slot: int, start: int, stop: int) -> list[Tensor]:
-        """Copy a row's entries at positions [start, stop): [2 * Hkv, n, D] of every layer."""
         return [
             storage[slot, :, start:stop].clone() for storage in self.layers if storage is not None
         ]
 
     def write(self, slot: int, start: int, entries: Sequence[Tensor]) -> None:
-        """Put the entries that `read` returned at positions start, start + 1, ... of a row."""
         stop = start + entries[0].shape[1]
         self.extend(slot, stop)
         for index, entry in enumerate(entries):
             self.layer(index, entry.transpose(0, 1))[slot, :, start:stop] = entry
 
     def copy_positions(self, slot: int, source: Tensor, start: int) -> None:
-        """Copy a row's entries at positions `source` [n] to start, start + 1, ..."""
         stop = start + source.shape[0]
         for storage in self.layers:
             if storage is not None:

@@ -137,7 +137,6 @@ def unusable(error: Exception) -> RequestError:
 
 
 def _wrong_setting(name: str, value: object, problem: str, remedy: str = _REMEDY) -> RequestError:
-    """Return the error of one setting of a model."""
     return RequestError(
         f"the model's generation configuration sets {name}={shorten(value)}, which {problem}; {remedy}"
     )

@@ -56,10 +56,10 @@ class KVCache(Protocol):
 
     A row's owner keeps the number of its cached positions: to roll back is to forget positions.
 
-    num_rows: slots in use. num_slots: slots that need memory. max_length: maximum number of positions
-    per row within the bound, with the current rows. block: positions by which a row's memory grows.
-    stores_all_first: whether a forward caches all its tokens before any of them attends; if so, no
-    two spans of a forward may belong to one row.
+    num_rows: slots in use. num_slots: slots that need memory, and with one more after another
+    `acquire`. max_length: maximum number of positions per row within the bound, with the current
+    rows. block: positions by which a row's memory grows. stores_all_first: whether a forward caches
+    all its tokens before any of them attends; if so, no two spans of a forward may belong to one row.
 
     forget frees a slot's memory; clear removes values that are not finite, so that they cannot reach
     the slot's next row. extend makes room for positions below `num_positions`. bound limits the

@@ -141,7 +141,6 @@ class LeanForward:
         self._rotary.reserve(num_positions)
 
     def hidden(self, tokens: Tensor, batch: Batch, skip: LayerSubset | None = None) -> Tensor:
-        """Return final hidden states [N, D] of tokens [N], without the sub-layers of `skip`."""
         without = skip or _NOTHING
         cos, sin = self._rotary.at(batch)
         num_tokens = len(tokens)
@@ -185,7 +184,6 @@ class LeanForward:
         return F.pad(out.flatten(1), (0, 0, 0, num_spare)) if num_spare else out.flatten(1)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return logits [..., V] of final hidden states [..., D]."""
         if hidden.ndim == 2:
             return self._head(hidden)
         return self._head(hidden.flatten(0, -2)).unflatten(0, hidden.shape[:-1])

@@ -28,11 +28,7 @@ if TYPE_CHECKING:
 
     from paceline.config import ModelSection
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOO_LONG: Final = "sequence-length-is-longer-than-the-specified-maximum"  # a warning, shown once
 
 
@@ -91,16 +87,22 @@ def _reason(error: Exception) -> str:
     return lines[0].rstrip(".:") if lines else type(error).__name__
 
 
+def _read(auto_class: Any, section: ModelSection, **options: Any) -> Any:
+    """Return what one of transformers' auto classes reads from a model's folder or the hub."""
+    with quiet_transformers():
+        return auto_class.from_pretrained(
+            section.model,
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+            **options,
+        )
+
+
 def load_config(section: ModelSection) -> Any:
     """Return the transformers configuration, without weights. Raises ModelError if there is none."""
     _check_source(section.model)
     try:
-        with quiet_transformers():
-            return AutoConfig.from_pretrained(
-                section.model,
-                revision=section.revision,
-                trust_remote_code=section.trust_remote_code,
-            )
+        return _read(AutoConfig, section)
     except (OSError, ValueError, HFValidationError) as error:
         raise ModelError(f"{section.model}: {_reason(error)}") from error
 
@@ -109,12 +111,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer. Raises ModelError if there is none."""
     _check_source(section.model)
     try:
-        with quiet_transformers():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                section.model,
-                revision=section.revision,
-                trust_remote_code=section.trust_remote_code,
-            )
+        tokenizer: PreTrainedTokenizerBase = _read(AutoTokenizer, section)
     except (OSError, ValueError, HFValidationError) as error:
         remedy = "it should be in the model's folder, as tokenizer.json"
         if not Path(section.model).exists():
@@ -151,17 +148,15 @@ def _load_weights(section: ModelSection) -> Any:
     """Return transformers' model. Raises ModelError if weights are unreadable, missing or misshapen."""
     dtype = "auto" if section.dtype == "auto" else DTYPES[section.dtype]
     try:
-        with quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                section.model,
-                revision=section.revision,
-                trust_remote_code=section.trust_remote_code,
-                dtype=dtype,
-                device_map=section.device_map,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # refused below, by name
-                output_loading_info=True,
-            )
+        model, info = _read(
+            AutoModelForCausalLM,
+            section,
+            dtype=dtype,
+            device_map=section.device_map,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
+        )
     except SafetensorError as error:
         raise ModelError(
             f"{section.model}: the weight file is damaged or truncated ({_reason(error)}); "
@@ -173,7 +168,6 @@ def _load_weights(section: ModelSection) -> Any:
         ) from error
     except (ValueError, RuntimeError, ImportError) as error:
         raise ModelError(f"{section.model}: {_reason(error)}") from error
-    model, info = loaded
     if info["mismatched_keys"]:
         weight, found, expected = min(info["mismatched_keys"])
         raise ModelError(

@@ -65,7 +65,6 @@ class _HeadOfForward:
         self._model._modules[model.base_model_prefix] = self._body  # type: ignore[assignment]
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Return logits [..., V] of hidden states [..., D]."""
         batch = hidden.reshape(1, -1, hidden.shape[-1])
         self._body.hidden = batch
         output = self._forward(self._model, inputs_embeds=batch, use_cache=False)

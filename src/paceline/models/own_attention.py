@@ -177,10 +177,6 @@ class _MptBias:
         return self._slopes.to(positions.device) * (positions - positions.max())
 
 
-def _falcon_bias(body: Any) -> KeyBias | None:
-    return _BloomBias(body) if body.use_alibi else None
-
-
 # --- the families -------------------------------------------------------------------------------
 
 
@@ -198,7 +194,9 @@ class _Family:
 _FAMILIES: Final = {
     ("bloom", "BloomAttention"): _Family("forward", _bloom, _BloomBias),
     ("codegen", "CodeGenAttention"): _Family("_attn", partial(_scores, lambda m: 1 / m.scale_attn)),
-    ("falcon", "FalconAttention"): _Family("forward", _falcon, _falcon_bias),
+    ("falcon", "FalconAttention"): _Family(
+        "forward", _falcon, lambda body: _BloomBias(body) if body.use_alibi else None
+    ),
     ("gpt_neo", "GPTNeoSelfAttention"): _Family("_attn", partial(_scores, lambda m: 1.0)),
     ("gpt_neox_japanese", "GPTNeoXJapaneseAttention"): _Family(
         "_attn", partial(_scores, lambda m: 1 / m.norm_factor)

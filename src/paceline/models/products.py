@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 
 # A packed call costs about 15 us, so float32 weights must have at least this size.
 _MIN_PACKED_NUMBERS: Final = 2**17
-_ROWS_HINT: Final = (
-    8  # tokens that the packed layout is made for; other numbers are slightly slower
-)
+# tokens that the packed layout is made for; other numbers are slightly slower
+_ROWS_HINT: Final = 8
 
 _FOUND_ROWS: Final[dict[tuple[object, ...], tuple[int, bool]]] = {}
 
@@ -39,8 +38,8 @@ class Product:
         Raises ModelError if exact mode is impossible, since device and dtype have no packed products.
         """
         weights = [layer.weight.data for layer in layers]
-        biases = [_bias(layer) for layer in layers]
-        known = [bias for bias in biases if bias is not None]
+        biases: list[Any] = [layer.bias for layer in layers]
+        known = [bias.data for bias in biases if bias is not None]
         if known and len(known) != len(layers):
             raise ValueError("layers with and without biases do not make one product")
         self.bias: Tensor | None = torch.cat(known) if known else None
@@ -53,7 +52,7 @@ class Product:
             )
         like = weight
         if self.packed:
-            weight = _mkldnn()._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
+            weight = _mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS_HINT)
         elif weight.device.type == "cpu":
             weight = weight.T.contiguous()
         elif len(layers) > 1:
@@ -137,7 +136,7 @@ def packs(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if weight.dtype == torch.bfloat16:
-        return bool(_mkldnn()._is_mkldnn_bf16_supported())
+        return bool(_mkldnn._is_mkldnn_bf16_supported())
     return weight.dtype == torch.float32
 
 
@@ -146,13 +145,6 @@ def is_worth_packing(weight: Tensor) -> bool:
     return weight.dtype != torch.float32 or weight.numel() >= _MIN_PACKED_NUMBERS
 
 
-def _bias(layer: Any) -> Tensor | None:
-    return None if layer.bias is None else layer.bias.data
-
-
-def _mkldnn() -> Any:
-    return torch.ops.mkldnn
-
-
-_plain = torch.ops.mkldnn._linear_pointwise.default
-_binary = torch.ops.mkldnn._linear_pointwise.binary
+_mkldnn: Any = torch.ops.mkldnn
+_plain = _mkldnn._linear_pointwise.default
+_binary = _mkldnn._linear_pointwise.binary

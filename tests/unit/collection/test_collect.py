@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from support.reference import greedy_reference
 from transformers import BertConfig, BertModel
 
 import paceline.store.shards as shards
@@ -41,7 +42,6 @@ from paceline.selection.features import feature_vector
 from paceline.store import ShardStore, load_collection
 from paceline.store.collection import read_overlaps
 from paceline.store.layout import TRAJECTORIES
-from paceline.testing.reference import greedy_reference
 from paceline.testing.tokenizers import byte_tokenizer
 
 if TYPE_CHECKING:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from support.relabelled import relabelled
+from support.trained_tokenizers import byte_level_bpe, unigram
 
 from paceline.assembly import Pace, Parts, build, build_from_objects, load
 from paceline.bench.doctor import doctor
 from paceline.config import Config, DrafterSection, EngineSection, ModelSection
 from paceline.contracts import NONE, SamplingParams
-from paceline.drafting.bridge import Bridge
-from paceline.drafting.bridged_drafters import SharedTokens, ThroughText
+from paceline.drafting.bridged_drafters import Bridge, SharedTokens, ThroughText
 from paceline.drafting.cross_vocabulary import CrossVocabulary
 from paceline.drafting.draft_length import StopSettings
 from paceline.drafting.draft_model import DraftModel
@@ -24,10 +25,8 @@ from paceline.experiments.demo_prompts import demo_prompts
 from paceline.models.language_model import LanguageModel
 from paceline.models.translation import RunningText
 from paceline.replay import max_output, replay, target_distributions
-from paceline.testing.relabelled import relabelled
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
-from paceline.testing.trained_tokenizers import byte_level_bpe, unigram
 from paceline.warping import warp
 
 if TYPE_CHECKING:

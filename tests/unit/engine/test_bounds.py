@@ -10,7 +10,7 @@ import pytest
 import paceline
 from paceline.assembly import Pace, build_from_objects
 from paceline.config import Config, EngineSection, ModelSection
-from paceline.drafting.bridge import Bridge
+from paceline.drafting.bridged_drafters import Bridge
 from paceline.drafting.cross_vocabulary import CrossVocabulary, CrossVocabularySettings
 from paceline.drafting.union import Union, UnionSettings
 from paceline.engine import Engine

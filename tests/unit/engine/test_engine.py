@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from support.reference import greedy_reference
 
 from paceline.contracts import Completion, Context, Decision, Drafts, Request, SamplingParams
 from paceline.drafting.draft_model import DraftModel
@@ -16,7 +17,6 @@ from paceline.drafting.none import NoneDrafter
 from paceline.engine import Driver, Engine
 from paceline.errors import DecodingError, RequestError
 from paceline.models.language_model import LanguageModel
-from paceline.testing.reference import greedy_reference
 from paceline.testing.scripted import ScriptedDrafter, copying
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer

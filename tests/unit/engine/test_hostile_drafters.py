@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from support.reference import greedy_reference
 
 from paceline.contracts import GREEDY, Completion, Drafts, Request, SamplingParams
 from paceline.drafting.base import Drafter, pad_drafts
@@ -21,7 +22,6 @@ from paceline.engine import Engine
 from paceline.errors import DrafterError
 from paceline.models.language_model import LanguageModel
 from paceline.replay import replay
-from paceline.testing.reference import greedy_reference
 from paceline.testing.scripted import ScriptedDrafter, copying
 from paceline.testing.tiny_models import tiny_model
 

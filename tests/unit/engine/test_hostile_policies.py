@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from support.random_controller import RandomController
+from support.reference import greedy_reference
 
 from paceline.assembly import Pace, build_from_objects, open_log
 from paceline.collection.replays import ReplayTask
@@ -21,8 +23,6 @@ from paceline.errors import DrafterError, RequestError
 from paceline.models.language_model import LanguageModel
 from paceline.store import read_decisions
 from paceline.store.layout import Trajectory
-from paceline.testing.random_controller import RandomController
-from paceline.testing.reference import greedy_reference
 from paceline.testing.scripted import ScriptedDrafter, copying
 from paceline.testing.tiny_models import tiny_model
 from paceline.testing.tokenizers import byte_tokenizer

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from support.reference import greedy_reference
 
 from paceline.assembly import Pace, build_from_objects
 from paceline.config import Config, EngineSection, ModelSection
@@ -17,7 +18,6 @@ from paceline.engine.prefixes import BLOCK, PrefixStore
 from paceline.errors import DecodingError, QueueFullError, RequestError
 from paceline.models.cache import RowCache
 from paceline.models.detokenizer import Detokenizer
-from paceline.testing.reference import greedy_reference
 from paceline.testing.scripted import ScriptedDrafter, copying
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer

@@ -6,6 +6,8 @@ import random
 from typing import TYPE_CHECKING
 
 import pytest
+from support.relabelled import relabelled
+from support.trained_tokenizers import byte_level_bpe, unigram
 from tokenizers import normalizers
 
 from paceline.experiments.demo_prompts import demo_prompts
@@ -19,10 +21,8 @@ from paceline.models.translation import (
     special_pairs,
     split_incomplete,
 )
-from paceline.testing.relabelled import relabelled
 from paceline.testing.tiny_models import tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
-from paceline.testing.trained_tokenizers import byte_level_bpe, unigram
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

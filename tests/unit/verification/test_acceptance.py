@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.judging import judge_block, judge_residual
 
-from paceline.testing.judging import judge_block, judge_residual
 from paceline.verification import depths, follow
 
 QUICK = settings(max_examples=150, deadline=None, derandomize=True)

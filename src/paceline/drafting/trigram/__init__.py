@@ -6,5 +6,5 @@ corpora.py   the texts it is built from
 kernels.py   learns from a row's text and searches for a draft, compiled; its readable twin is
              paceline.testing.trigram_reference
 search.py    the kernels with the settings and memory of a drafter
-drafter.py   the drafter; settings.py its settings
+drafter.py   the drafter and its settings
 """

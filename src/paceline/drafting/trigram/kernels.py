@@ -324,7 +324,6 @@ def _expand(
 def _set(
     nodes: np.ndarray, node: int, parent: int, depth: int, before: int, token: int, weight: float
 ) -> None:
-    """Initialise a node."""
     nodes[node].before = before
     nodes[node].token = token
     nodes[node].parent = parent

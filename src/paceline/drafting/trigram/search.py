@@ -14,7 +14,7 @@ from paceline.drafting.trigram import kernels
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from paceline.drafting.trigram.settings import TrigramTreeSettings
+    from paceline.drafting.trigram.drafter import TrigramTreeSettings
     from paceline.drafting.trigram.table import Table
 
 _MIN_PAIRS: Final = 256  # initial room for learned pairs
@@ -35,9 +35,6 @@ class Learned:
         if wanted > room:
             larger = min(max(wanted, 2 * room), self._max_pairs)
             self.overlay = kernels.grown(self.overlay, larger)
-
-    def num_bytes(self) -> int:
-        return self.overlay.num_bytes()
 
 
 class TreeSearch:
@@ -69,7 +66,7 @@ class TreeSearch:
         s = self.settings
         if limit < 1 or len(tokens) < 2:
             return [], []
-        tokens_and_parents = kernels.grow_tree(
+        draft = kernels.grow_tree(
             self.table,
             learned.overlay,
             self._rule.kind == kernels.COUNTS,
@@ -84,8 +81,5 @@ class TreeSearch:
             s.seed,
             len(tokens),
         )
-        drafted, parents = tokens_and_parents.tolist()
+        drafted, parents = draft.tolist()
         return drafted, parents
-
-    def num_bytes(self) -> int:
-        return self.table.num_bytes()

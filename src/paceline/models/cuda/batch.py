@@ -52,7 +52,6 @@ class PagedBatch:
         """Return None, since one row's chain has no faster path here."""
 
     def positions(self) -> Tensor:
-        """Return [T] absolute positions."""
         return self.rows.position
 
     def attend(
@@ -65,7 +64,6 @@ class PagedBatch:
         cap: float | None = None,
         bias: KeyBias | None = None,
     ) -> Tensor:
-        """Cache the new keys and values, return [T, H, D]; arguments as in `interfaces.Batch`."""
         pool = self.storage_of(layer, key_value)
         pool.index_copy_(0, self.rows.place, key_value)
         biases = None if bias is None else self._biases(bias)

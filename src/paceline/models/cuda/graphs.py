@@ -66,7 +66,7 @@ class StaticForward:
         shape = shape_of(len(spans), len(tokens))
         if shape is None or any(span.prefill for span in spans):
             return None
-        step = self._step((shape.rows, shape.tokens), shape, spans, 0, self._run)
+        step = self._step((shape.rows, shape.tokens), shape, spans, 0, self._forward.hidden)
         # a copy, because the next step of this shape overwrites it
         return step.run(tokens, spans, ancestors)[: len(tokens)].clone()
 
@@ -112,9 +112,6 @@ class StaticForward:
                     self._pool = torch.cuda.graph_pool_handle()
                 step.capture(self._pool)
         return step
-
-    def _run(self, ids: Tensor, batch: PagedBatch) -> Tensor:
-        return self._forward.hidden(ids, batch)
 
     def _draft(self, ids: Tensor, batch: PagedBatch, num_drafted: int, num_tokens: int) -> Tensor:
         """Return [R, K]. Rows of padding draft meaningless tokens, which are cached in block 0."""

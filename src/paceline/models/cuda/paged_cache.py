@@ -63,7 +63,6 @@ class PagedCache:
 
     @property
     def num_rows(self) -> int:
-        """Slots in use."""
         return len(self._blocks) - len(self._free_slots)
 
     @property
@@ -73,7 +72,6 @@ class PagedCache:
 
     @property
     def num_slots_with_one_more(self) -> int:
-        """`num_slots` after another `acquire`."""
         return self.num_rows + 1
 
     @property
@@ -92,7 +90,6 @@ class PagedCache:
         self._host[slot] = 0
 
     def acquire(self) -> int:
-        """Return the lowest free slot and take it."""
         if self._free_slots:
             return self._free_slots.pop(0)
         self._blocks.append([])
@@ -109,7 +106,6 @@ class PagedCache:
         """Do nothing, since the kernel never reads entries that a row does not see."""
 
     def extend(self, slot: int, num_positions: int) -> None:
-        """Make room for a row's positions below `num_positions`."""
         blocks = self._blocks[slot]
         needed = -(-num_positions // BLOCK)
         if needed <= len(blocks):
@@ -130,7 +126,6 @@ class PagedCache:
         spans: Sequence[Span],
         ancestors: Sequence[Tensor | None] | None = None,
     ) -> tuple[Tensor, PagedBatch]:
-        """Make room for the spans and return their token ids [N] on the device, and their batch."""
         for span in spans:
             self.extend(span.slot, span.start + span.width)
         max_width = max(span.width for span in spans)
@@ -207,14 +202,12 @@ class PagedCache:
         return sum(pool.nbytes for pool in self.layers if pool is not None)
 
     def read(self, slot: int, start: int, stop: int) -> list[Tensor]:
-        """Copy a row's entries at positions [start, stop): [2 * Hkv, n, D] of every layer."""
         places = self._places_of_slice(slot, start, stop)
         return [
             pool.index_select(0, places).transpose(0, 1) for pool in self.layers if pool is not None
         ]
 
     def write(self, slot: int, start: int, entries: Sequence[Tensor]) -> None:
-        """Put the entries that `read` returned at positions start, start + 1, ... of a row."""
         stop = start + entries[0].shape[1]
         self.extend(slot, stop)
         places = self._places_of_slice(slot, start, stop)
@@ -223,7 +216,6 @@ class PagedCache:
             self.layer(index, new).index_copy_(0, places, new)
 
     def copy_positions(self, slot: int, source: Tensor, start: int) -> None:
-        """Copy a row's entries at positions `source` [n] to start, start + 1, ..."""
         old = self.places_on_device(slot, source.to(self._device))
         new = self._places_of_slice(slot, start, start + source.shape[0])
         for pool in self.layers:

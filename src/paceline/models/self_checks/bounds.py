@@ -90,7 +90,6 @@ def _configured_bounds(language_model: LanguageModel) -> dict[str, int]:
 
 
 def _number(config: Any, name: str) -> int | None:
-    """Return a whole number of a configuration, or None."""
     try:
         value = getattr(config, name, None)
     except (AttributeError, ValueError):  # differs by layer: read from the mask code

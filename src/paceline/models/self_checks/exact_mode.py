@@ -41,7 +41,6 @@ def check_exact(language_model: LanguageModel, seed: int = 0) -> None:
 
 
 def _differs(language_model: LanguageModel, what: str) -> ModelError:
-    """Return the error of a difference."""
     return ModelError(
         f"{language_model.name}: exact mode cannot be had on this machine: the logits after {what} "
         f"differ in their last bits from those of plain decoding in {language_model.dtype}; leave "

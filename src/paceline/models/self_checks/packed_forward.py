@@ -154,7 +154,6 @@ class _FedRows:
         del self._texts[row][-count:]
 
     def release(self) -> None:
-        """Give back the slots."""
         for slot in self._slots:
             self._cache.release(slot)
 

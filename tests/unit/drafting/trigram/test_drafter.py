@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from support.reference import greedy_reference
 
 from paceline.assembly import Pace, build, build_from_objects
 from paceline.config import Config, EngineSection, ModelSection, parse
@@ -17,13 +18,11 @@ from paceline.drafting.catalog import check_settings
 from paceline.drafting.draft_replay import SimpleRow
 from paceline.drafting.trigram.build import build_table
 from paceline.drafting.trigram.corpora import TokenSequences
-from paceline.drafting.trigram.drafter import TrigramTree
-from paceline.drafting.trigram.settings import TrigramTreeSettings
+from paceline.drafting.trigram.drafter import TrigramTree, TrigramTreeSettings
 from paceline.drafting.trigram.table import load_table
 from paceline.errors import ConfigError
 from paceline.models.vocabulary import Vocabulary
 from paceline.replay import replay
-from paceline.testing.reference import greedy_reference
 from paceline.testing.tiny_models import tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
 

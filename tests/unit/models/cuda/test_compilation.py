@@ -11,8 +11,7 @@ import subprocess
 import sys
 
 import pytest
-
-from paceline.testing import HANGS
+from support import HANGS
 
 pytest.importorskip("triton")
 

@@ -12,6 +12,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from support.reference import greedy_reference
+
 from paceline.assembly import Pace, build_from_objects
 from paceline.config import Config, EngineSection, ModelSection
 from paceline.contracts import NONE, Request, SamplingParams
@@ -23,7 +25,6 @@ from paceline.models.cuda.paged_cache import PagedCache
 from paceline.models.language_model import LanguageModel
 from paceline.models.packing import Span
 from paceline.models.self_checks import check_packed_forward
-from paceline.testing.reference import greedy_reference
 from paceline.testing.scripted import ScriptedTree
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer

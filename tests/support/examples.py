@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
-from paceline.drafting.bridge import Bridge
+from paceline.drafting.bridged_drafters import Bridge
 from paceline.drafting.cross_vocabulary import CrossVocabulary
 from paceline.drafting.draft_length import StopSettings
 from paceline.drafting.draft_model import DraftModel
@@ -13,12 +13,11 @@ from paceline.drafting.layer_skip import LayerSkip, LayerSkipSettings
 from paceline.drafting.none import NoneDrafter
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
 from paceline.drafting.suffix_lookup import SuffixLookup, SuffixLookupSettings
-from paceline.drafting.trigram.drafter import TrigramTree
-from paceline.drafting.trigram.settings import TrigramTreeSettings
+from paceline.drafting.trigram.drafter import TrigramTree, TrigramTreeSettings
 from paceline.drafting.union import Union
 from paceline.models.language_model import LanguageModel
-from paceline.testing.relabelled import relabelled
 from paceline.testing.tiny_models import perturbed
+from support.relabelled import relabelled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
