@@ -7,7 +7,6 @@ one.
 """
 
 from paceline.requests.prompts import read_prompt
-from paceline.requests.records import check_sampling, read_request
-from paceline.requests.settings import SETTINGS, RequestSettings
+from paceline.requests.settings import SETTINGS, RequestSettings, check_sampling, read_request
 
 __all__ = ["SETTINGS", "RequestSettings", "check_sampling", "read_prompt", "read_request"]
