@@ -63,7 +63,6 @@ class BandedTable(Table):
             yield part
 
     def _bands(self, least: list[int], room: int) -> list[list[int]]:
-        """Return the column indices of each band; every band has the first column."""
         bands = [[0]]
         for place in range(1, len(least)):
             band = [*bands[-1], place]
@@ -81,7 +80,6 @@ class BandedTable(Table):
 
 
 def _widths(console: Console, options: ConsoleOptions, column: Column) -> tuple[int, int]:
-    """Return the (least, most) characters of a column's cells and header."""
     header = Measurement.get(console, options, column.header)
     cells = [Measurement.get(console, options, cell) for cell in column.cells]
     longest = max([header.maximum, *(cell.maximum for cell in cells)])

@@ -158,7 +158,6 @@ def _read(
 
 
 def _split(files: Sequence[DataFile], share: float) -> tuple[list[Example], list[Example]]:
-    """Return the texts for training and for validation. Raises ConfigError without any to train on."""
     texts = [e for file in files for e in file.examples]
     validation = [e for e in texts if is_validation(e.id, share)]
     examples = [e for e in texts if not is_validation(e.id, share)]
@@ -187,7 +186,6 @@ def _save(student: PreTrainedModel, pace: Pace, folder: Path, settings: DistillS
 
 
 def _load(folder: Path) -> PreTrainedModel:
-    """Return the saved drafter, in float32 arithmetic."""
     with quiet_transformers():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model
@@ -202,7 +200,6 @@ def _facts(
     report: DistillReport,
     result: Training,
 ) -> dict[str, Any]:
-    """Return the content of training.json and the card. examples: the texts trained on."""
     out = report.out
     return {
         **_drafter_facts(pace, settings, report),
@@ -265,7 +262,6 @@ def _text_facts(trained: Sequence[DataFile], examples: Sequence[Example]) -> dic
 
 
 def _publish(made: Path, out: Path) -> None:
-    """Move the finished folder to its place; an earlier drafter there is deleted."""
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.exists():
         shutil.rmtree(out)

@@ -247,7 +247,6 @@ def _save(
     optimizer: torch.optim.Optimizer,
     training: Training,
 ) -> None:
-    """Write the checkpoint: everything that the next step depends on."""
     buffer = io.BytesIO()
     torch.save(
         {

@@ -178,7 +178,6 @@ class ControlledRows:
             row.fail(_CONTROLLER, error)
 
     def _report(self, row: Row, start: _RoundStart, num_rows: int) -> str | None:
-        """Report a row's round to the controller; return the arm it chooses, None for the same."""
         began = perf_counter()
         outcomes = self._compare_shadows(row)
         stats = row.rounds[-1]

@@ -123,7 +123,6 @@ class Driver:
             self._cancel_all(places, mail)
 
     def _cancel_all(self, tickets: Iterable[int], mail: Mail) -> None:
-        """Cancel requests and wait until their rows are free."""
         left = set(tickets)
         for ticket in left:
             self.cancel(ticket)
@@ -197,7 +196,6 @@ class Driver:
         return ticket
 
     def _check_caller(self) -> None:
-        """Raise DecodingError if the caller would wait for ever."""
         if threading.current_thread() is self._thread:
             raise DecodingError(
                 "a policy, drafter, logits processor or log asked the engine that it works for; "

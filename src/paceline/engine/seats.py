@@ -177,7 +177,6 @@ class Seats:
         return needed <= self._max_mb * 1e6
 
     def _finish_charged(self, row: Row, name: str) -> None:
-        """Finish a drafter that is not in use, and charge its seconds to the row."""
         began = perf_counter()
         self._finish(row, name)
         row.seconds.draft += perf_counter() - began

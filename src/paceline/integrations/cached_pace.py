@@ -112,7 +112,6 @@ def find_pace(
 
 
 def _check_single_source(**sources: object) -> None:
-    """Raise RequestError if more than one source of drafts is given, by its argument's name."""
     names = [name for name, source in sources.items() if source is not None]
     if len(names) > 1:
         raise RequestError(f"{' and '.join(names)} contradict each other; give one of them")

@@ -123,8 +123,6 @@ def generate(
 
 @dataclass(slots=True)
 class _Row:
-    """One row of the batch while it is decoded."""
-
     request: Request
     prompt: Tensor  # [1, L] with padding
     tokens: list[int]
@@ -209,7 +207,6 @@ def _request(
 def _decode(
     pace: Pace, rows: list[_Row], call: CallSettings, streamer: BaseStreamer | None
 ) -> None:
-    """Decode until every row has its completion. Raises DecodingError if one fails."""
     for place, progress in pace.driver.progress([row.request for row in rows]):
         row = rows[place]
         new = list(_until_stopped(row, progress.new_tokens, call))
@@ -307,7 +304,6 @@ def assisted(
 
 
 def _refuse_other_drafters(config: GenerationConfig, assistant: PreTrainedModel | None) -> None:
-    """Raise RequestError if a call of `assisted` names a drafter of transformers' too."""
     others = {name: getattr(config, name, None) for name in _OTHER_ASSISTANTS}
     for name, value in {**others, "assistant_model": assistant}.items():
         if value:

@@ -68,7 +68,6 @@ def _message(message: Any) -> dict[str, Any]:
 
 
 def _check_text(what: str, text: str) -> None:
-    """Raise RequestError for text with lone surrogates."""
     if not is_text(text):
         raise RequestError(
             f"{what} holds a lone surrogate, which cannot be encoded: {shorten(text)}; decode it "

@@ -115,7 +115,6 @@ class RequestSettings(BaseModel):
             raise RequestError(_explain(error)) from error
 
     def _check_agreement(self) -> None:
-        """Raise RequestError if settings contradict each other."""
         if self.temperature == 0.0:
             filters = {"top_k": self.top_k != 0, "top_p": self.top_p != 1.0}
             filters["min_p"] = self.min_p != 0.0
@@ -196,7 +195,6 @@ SETTINGS: Final = tuple(RequestSettings.model_fields)
 
 
 def _explain(error: ValidationError) -> str:
-    """Return pydantic's first mistake in one line."""
     errors = error.errors(include_url=False)
     first = min(errors, key=lambda e: e["type"] != "extra_forbidden")
     name = str(first["loc"][0])

@@ -26,10 +26,10 @@ from paceline.learning.learners.base import (
     LearnerSettings,
     Summary,
     best_single,
+    block_weights,
     judged_folds,
     rewards_by_load,
 )
-from paceline.learning.reduce import block_weights
 from paceline.selection.choosers import NetworkChooser, PolicyNetwork
 from paceline.selection.scaling import standardisation, standardise
 
@@ -223,8 +223,6 @@ def _relative(rewards: np.ndarray) -> np.ndarray:
 
 @dataclass(slots=True)
 class _Fold:
-    """A network in training, and the prompts that it does not learn from."""
-
     training: Training
     inputs: Tensor  # [n, F]
     rewards: np.ndarray  # [L, n, A]
