@@ -1,6 +1,4 @@
-"""The records that rooms give each other.
-
-Knows no model, tokenizer, file or policy; torch appears in type hints only.
+"""The records that rooms give each other. Knows no model, tokenizer, file or policy.
 
 Words: a *row* is one request in flight; a *round* is one draft, verify, commit cycle; a *draft* is the
 tree of tokens proposed for a row, often a chain; *accepted* counts the draft tokens that are emitted;

@@ -73,7 +73,6 @@ class BandedTable(Table):
         return bands
 
     def _lines(self, num_columns: int) -> int:
-        """Return the number of characters between and around columns."""
         around = 2 if self.pad_edge else 0
         lines = num_columns + 1 if self.box is not None else 0
         return 2 * num_columns - 2 + around + lines

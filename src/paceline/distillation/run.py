@@ -7,6 +7,7 @@ writes transformers' format with a card. Unfinished work is in `<out>.part`.
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,6 @@ from paceline.distillation.card import (
     circumstances,
     command_line,
     read_sources,
-    training_json,
 )
 from paceline.distillation.outputs import decode_outputs, open_outputs, read_examples
 from paceline.distillation.student import SHAPES, build_student, num_parameters
@@ -111,7 +111,7 @@ def distill(
         result.history[-1]["step"], result.best_step, result.seconds,
     )  # fmt: skip
     facts = _facts(pace, trained, others, examples, settings, report, result)
-    write_atomically(made / _TRAINING, training_json(facts))
+    write_atomically(made / _TRAINING, (json.dumps(facts, indent=1) + "\n").encode())
     write_atomically(made / "README.md", card(facts).encode())
     _publish(made, out)
     shutil.rmtree(part)
@@ -119,7 +119,6 @@ def distill(
 
 
 def _check(data: Sequence[Path], also_measure: Sequence[Path], out: Path) -> None:
-    """Raise ConfigError for files that cannot be used, before the target is loaded."""
     if not data:
         raise ConfigError("name at least one file of prompts")
     names = [Path(path).stem for path in data]

@@ -201,7 +201,6 @@ def measure_quality(
 
 
 def _validate(student: PreTrainedModel, validation: Sequence[Example], training: Training) -> None:
-    """Add a validation to the history, and store the weights if they are the best so far."""
     by_domain = measure_quality(student, validation)
     if not by_domain:
         raise ConfigError(

@@ -207,7 +207,6 @@ class ControlledRows:
         return arm
 
     def _compare_shadows(self, row: Row) -> list[DraftOutcome]:
-        """Return the outcomes of the row's shadow drafts, and drop the drafts that are settled."""
         shadows = self._shadows[row.id]
         outcomes = [shadow.compare(row) for shadow in shadows]
         self._shadows[row.id] = [

@@ -306,7 +306,6 @@ def raise_failure(update: RequestUpdate) -> None:
 
 
 def _work(driver_of: weakref.ref[Driver], orders: Orders) -> None:
-    """Run the driver's thread; block while there is no order."""
     is_running = True
     while is_running:
         try:

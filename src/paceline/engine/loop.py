@@ -190,7 +190,6 @@ class Engine:
         return updates
 
     def _fail(self, error: BaseException) -> None:
-        """Fail all rows after a failed step, or the waiting request that it could not admit."""
         for row in self._rows:
             if row.finish_reason is None:
                 row.fail("the engine stopped", error)

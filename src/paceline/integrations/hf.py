@@ -220,7 +220,6 @@ def _decode(
 
 
 def _until_stopped(row: _Row, new_tokens: Sequence[int], call: CallSettings) -> Iterator[int]:
-    """Yield new tokens up to the first at which a stopping criterion ends the row."""
     for token in new_tokens:
         if row.stopped:
             return
@@ -233,7 +232,6 @@ def _until_stopped(row: _Row, new_tokens: Sequence[int], call: CallSettings) -> 
 
 
 def _complete(pace: Pace, row: _Row, completion: Completion) -> Completion:
-    """Return a row's completion, without the tokens decoded after a stopping criterion ended it."""
     if not row.stopped:
         return completion
     text = pace.parts.tokenizer.decode(row.tokens, skip_special_tokens=True)

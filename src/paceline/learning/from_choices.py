@@ -233,7 +233,6 @@ def _arrays(decisions: Sequence[LoggedDecision], arms: Sequence[str]) -> _Log:
 def _usable(
     decisions: Sequence[LoggedDecision], identity: PolicyIdentity
 ) -> tuple[list[LoggedDecision], list[str]]:
-    """Return (decisions to learn from, notes on those that cannot be used)."""
     usable: list[LoggedDecision] = []
     left_out: Counter[str] = Counter()
     for decision in decisions:

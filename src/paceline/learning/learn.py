@@ -189,7 +189,6 @@ def _check_reward(settings: LearnerSettings) -> None:
 
 
 def _check_features(dataset: Dataset, identity: PolicyIdentity, encode: FeatureEncoder) -> None:
-    """Raise StoreError unless the encoders of now give the features of the collection."""
     lines = encode.identities()
     stale = [name for name, line in identity.encoders.items() if lines.get(name, line) != line]
     if stale:

@@ -32,7 +32,6 @@ from paceline.contracts import (
 )
 from paceline.errors import RequestError, shorten, suggest_name
 from paceline.requests import values
-from paceline.requests.prompts import prompt_ids
 
 _Whole = Annotated[int, BeforeValidator(values.plain)]
 _Number = Annotated[float, BeforeValidator(values.plain), Field(allow_inf_nan=False)]
@@ -222,7 +221,9 @@ def read_request(request: Request) -> Request:
     }
     if rules is not None:
         settings |= {name: getattr(rules, name) for name in RULES}
-    read = RequestSettings.read(settings).request(prompt_ids(request.prompt_tokens), request.id)
+    read = RequestSettings.read(settings).request(
+        values.prompt_ids(request.prompt_tokens), request.id
+    )
     return replace(read, sampling=GREEDY) if sampling is GREEDY else read
 
 

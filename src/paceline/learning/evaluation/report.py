@@ -268,7 +268,6 @@ def _tally(
 
 
 def _compare(tally: _Tally, part: slice) -> Comparison:
-    """Return the comparison over the tasks of a slice together."""
     return Comparison(
         num_prompts=int(tally.sampled.num[part].sum()),
         arms={name: _figures(tally, place, part) for name, place in tally.arms.items()},

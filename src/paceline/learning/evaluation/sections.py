@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
@@ -121,7 +122,9 @@ class FirstLines:
 
     def __init__(self, train: Sequence[Sequence[int]], decode: Decode) -> None:
         """decode: tokens -> text."""
-        self._shared = list(train[0][: _num_shared(train)])
+        ordered = sorted(map(tuple, train))  # the first and the last share the least
+        pairs = zip(ordered[0], ordered[-1], strict=False)
+        self._shared = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
         self._decode = decode
 
     def of(self, prompts: Sequence[Sequence[int]]) -> tuple[str, ...]:
@@ -133,19 +136,6 @@ class FirstLines:
         start = num if own[:num] == self._shared else 0
         text = self._decode(own[start : start + _LONGEST]).lstrip()
         return text.split("\n", 1)[0].strip()
-
-
-def _num_shared(prompts: Sequence[Sequence[int]]) -> int:
-    """Return the number of first tokens that all prompts share."""
-    # in sorted order the first and the last prompt share the least
-    ordered = sorted(map(tuple, prompts))
-    least, greatest = ordered[0], ordered[-1]
-    shared = 0
-    for a, b in zip(least, greatest, strict=False):
-        if a != b:
-            break
-        shared += 1
-    return shared
 
 
 class Evaluator:
