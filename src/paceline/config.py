@@ -154,7 +154,6 @@ class SelectionSection(Section):
     @field_validator("adapt", mode="before")
     @classmethod
     def _read_off(cls, value: object) -> object:
-        """Return `off` for false, as YAML reads a bare off."""
         return "off" if value is False else value
 
     @model_validator(mode="after")

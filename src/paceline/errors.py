@@ -1,16 +1,4 @@
-"""The exceptions that paceline raises for its callers, and values in their messages.
-
-PacelineError                 any mistake that the caller can correct; the CLI exits with code 2
-├── ConfigError               a setting: unknown key, wrong value, contradiction, missing file
-├── RequestError              a request that cannot be served: empty, too long, unsupported setting
-├── ModelError                a model that cannot be used: unreadable weights, failed self-check
-├── VocabularyError           a drafter whose tokens differ from the target's
-├── ArtefactError             a policy or cost table made for other models, arms or features
-├── StoreError                a collection that is unreadable or of another version
-├── DrafterError              a drafter that broke its contract during a request
-├── DecodingError             a request that ended early: its drafter, rules or logits failed
-└── QueueFullError            a request that arrived while the queue was full
-"""
+"""The exceptions that paceline raises for its callers, and values in their messages."""
 
 from __future__ import annotations
 
@@ -25,7 +13,7 @@ ENDS_ALL: Final = (KeyboardInterrupt, GeneratorExit)
 
 
 class PacelineError(Exception):
-    """Base of all errors whose message tells the user what to change."""
+    """Base of all: a mistake that the caller can correct; the CLI exits with code 2."""
 
 
 class ConfigError(PacelineError):
@@ -33,11 +21,11 @@ class ConfigError(PacelineError):
 
 
 class RequestError(PacelineError):
-    """A request cannot be served as asked."""
+    """A request cannot be served as asked: empty, too long, with an unsupported setting."""
 
 
 class ModelError(PacelineError):
-    """A model cannot be loaded, or failed the self-check at load."""
+    """A model cannot be used: unreadable weights, a failed self-check at load."""
 
 
 class VocabularyError(PacelineError):
@@ -53,7 +41,7 @@ class StoreError(PacelineError):
 
 
 class DrafterError(PacelineError):
-    """A drafter broke its contract."""
+    """A drafter broke its contract during a request."""
 
 
 class DecodingError(PacelineError):

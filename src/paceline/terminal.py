@@ -63,7 +63,6 @@ class BandedTable(Table):
             yield part
 
     def _bands(self, least: list[int], room: int) -> list[list[int]]:
-        """Return the column indices of each band; every band has the first column."""
         bands = [[0]]
         for place in range(1, len(least)):
             band = [*bands[-1], place]
@@ -74,14 +73,12 @@ class BandedTable(Table):
         return bands
 
     def _lines(self, num_columns: int) -> int:
-        """Return the number of characters between and around columns."""
         around = 2 if self.pad_edge else 0
         lines = num_columns + 1 if self.box is not None else 0
         return 2 * num_columns - 2 + around + lines
 
 
 def _widths(console: Console, options: ConsoleOptions, column: Column) -> tuple[int, int]:
-    """Return the (least, most) characters of a column's cells and header."""
     header = Measurement.get(console, options, column.header)
     cells = [Measurement.get(console, options, cell) for cell in column.cells]
     longest = max([header.maximum, *(cell.maximum for cell in cells)])

@@ -96,7 +96,6 @@ def _build(
 
 
 def _without_policy(parts: Parts, reason: str, notes: Sequence[str] = ()) -> Pace:
-    """Assemble parts whose requests for `auto` are refused with a reason."""
     pace = Pace(parts, on_complete=open_log(parts), notes=notes)
     pace.engine.why_no_policy = reason
     return pace

@@ -204,7 +204,6 @@ def _encode(
 
 
 def _piece(stream: TextStream, progress: RequestUpdate) -> str:
-    """Return the new final text of a request. Raises DecodingError if the request failed."""
     raise_failure(progress)
     if progress.completion is None:
         return stream.push(progress.new_tokens)

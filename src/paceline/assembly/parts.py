@@ -124,7 +124,6 @@ def build_from_objects(
 
 
 def _draft_model(name: str, model: PreTrainedModel, parts: Parts) -> DraftModel:
-    """Return the drafter of a transformers model. Raises ConfigError if it has too few logits."""
     wrapped = LanguageModel(model, name)
     if wrapped.num_logits < parts.vocabulary.num_tokens:
         raise ConfigError(

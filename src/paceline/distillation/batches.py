@@ -64,7 +64,6 @@ def pack_epoch(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int)
 
 
 def _fill(members: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Split texts in ascending length into batches."""
     batches: list[list[int]] = []
     for i in members:
         if not batches or (len(batches[-1]) + 1) * lengths[i] > batch_tokens:

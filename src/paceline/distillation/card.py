@@ -82,11 +82,6 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def training_json(facts: Mapping[str, Any]) -> bytes:
-    """Return training.json."""
-    return (json.dumps(facts, indent=1) + "\n").encode()
-
-
 def quality_table(quality: Mapping[str, Any], trained: list[str]) -> str:
     """Return the validation per domain as a Markdown table."""
     lines = ["| task | trained on it | match rate | loss (nats/token) | tokens |"]

@@ -7,6 +7,7 @@ writes transformers' format with a card. Unfinished work is in `<out>.part`.
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,6 @@ from paceline.distillation.card import (
     circumstances,
     command_line,
     read_sources,
-    training_json,
 )
 from paceline.distillation.outputs import decode_outputs, open_outputs, read_examples
 from paceline.distillation.student import SHAPES, build_student, num_parameters
@@ -112,7 +112,7 @@ def distill(
         result.history[-1]["step"], result.best_step, result.seconds,
     )  # fmt: skip
     facts = _facts(pace, trained, others, examples, settings, report, result)
-    write_atomically(made / _TRAINING, training_json(facts))
+    write_atomically(made / _TRAINING, (json.dumps(facts, indent=1) + "\n").encode())
     write_atomically(made / "README.md", card(facts).encode())
     _publish(made, out)
     shutil.rmtree(part)
@@ -120,7 +120,6 @@ def distill(
 
 
 def _check(data: Sequence[Path], also_measure: Sequence[Path], out: Path) -> None:
-    """Raise ConfigError for files that cannot be used, before the target is loaded."""
     if not data:
         raise ConfigError("name at least one file of prompts")
     names = [Path(path).stem for path in data]
@@ -159,7 +158,6 @@ def _read(
 
 
 def _split(files: Sequence[DataFile], share: float) -> tuple[list[Example], list[Example]]:
-    """Return the texts for training and for validation. Raises ConfigError without any to train on."""
     texts = [e for file in files for e in file.examples]
     validation = [e for e in texts if is_validation(e.id, share)]
     examples = [e for e in texts if not is_validation(e.id, share)]
@@ -188,7 +186,6 @@ def _save(student: PreTrainedModel, pace: Pace, folder: Path, settings: DistillS
 
 
 def _load(folder: Path) -> PreTrainedModel:
-    """Return the saved drafter, in float32 arithmetic."""
     with quiet_transformers():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model
@@ -203,7 +200,6 @@ def _facts(
     report: DistillReport,
     result: Training,
 ) -> dict[str, Any]:
-    """Return the content of training.json and the card. examples: the texts trained on."""
     out = report.out
     return {
         **_drafter_facts(pace, settings, report),
@@ -266,7 +262,6 @@ def _text_facts(trained: Sequence[DataFile], examples: Sequence[Example]) -> dic
 
 
 def _publish(made: Path, out: Path) -> None:
-    """Move the finished folder to its place; an earlier drafter there is deleted."""
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.exists():
         shutil.rmtree(out)

@@ -201,7 +201,6 @@ def measure_quality(
 
 
 def _validate(student: PreTrainedModel, validation: Sequence[Example], training: Training) -> None:
-    """Add a validation to the history, and store the weights if they are the best so far."""
     by_domain = measure_quality(student, validation)
     if not by_domain:
         raise ConfigError(
@@ -247,7 +246,6 @@ def _save(
     optimizer: torch.optim.Optimizer,
     training: Training,
 ) -> None:
-    """Write the checkpoint: everything that the next step depends on."""
     buffer = io.BytesIO()
     torch.save(
         {

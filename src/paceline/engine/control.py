@@ -178,7 +178,6 @@ class ControlledRows:
             row.fail(_CONTROLLER, error)
 
     def _report(self, row: Row, start: _RoundStart, num_rows: int) -> str | None:
-        """Report a row's round to the controller; return the arm it chooses, None for the same."""
         began = perf_counter()
         outcomes = self._compare_shadows(row)
         stats = row.rounds[-1]
@@ -208,7 +207,6 @@ class ControlledRows:
         return arm
 
     def _compare_shadows(self, row: Row) -> list[DraftOutcome]:
-        """Return the outcomes of the row's shadow drafts, and drop the drafts that are settled."""
         shadows = self._shadows[row.id]
         outcomes = [shadow.compare(row) for shadow in shadows]
         self._shadows[row.id] = [

@@ -68,7 +68,6 @@ def _number(what: str, given: Any) -> float:
 
 
 def _features(given: Any) -> np.ndarray:
-    """Return features as a new array [F] float32."""
     try:
         features = np.asarray(given, dtype=np.float32).copy()
     except (TypeError, ValueError, RuntimeError) as error:

@@ -123,7 +123,6 @@ class Driver:
             self._cancel_all(places, mail)
 
     def _cancel_all(self, tickets: Iterable[int], mail: Mail) -> None:
-        """Cancel requests and wait until their rows are free."""
         left = set(tickets)
         for ticket in left:
             self.cancel(ticket)
@@ -208,7 +207,6 @@ class Driver:
         return ticket
 
     def _check_caller(self) -> None:
-        """Raise DecodingError if the caller would wait for ever."""
         if threading.current_thread() is self._thread:
             raise DecodingError(
                 "a policy, drafter, logits processor or log asked the engine that it works for; "
@@ -319,7 +317,6 @@ def raise_failure(update: RequestUpdate) -> None:
 
 
 def _work(driver_of: weakref.ref[Driver], orders: Orders) -> None:
-    """Run the driver's thread; block while there is no order."""
     is_running = True
     while is_running:
         try:

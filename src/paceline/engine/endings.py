@@ -39,8 +39,6 @@ class StopFinder:
 
 
 class _TextSearch:
-    """The search for stop strings in one incremental text."""
-
     def __init__(self, reader: IncrementalText, stop_strings: Sequence[str]) -> None:
         self._reader = reader
         self._stops = stop_strings
@@ -80,7 +78,6 @@ def final_text(output: Sequence[int], request: Request, detokenizer: Detokenizer
 
 
 def _common_beginning(one: str, other: str) -> str:
-    """Return the longest common beginning of two texts."""
     unequal = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return one[: next(unequal, min(len(one), len(other)))]
 

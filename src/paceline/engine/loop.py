@@ -147,7 +147,6 @@ class Engine:
             self._drop(waiting, row)
 
     def _drop(self, waiting: _Waiting, row: Row) -> None:
-        """Report a request that ended before it was admitted."""
         self._waiting.remove(waiting)
         row.finished_at = row.admitted_at
         self._report(row)
@@ -191,7 +190,6 @@ class Engine:
         return updates
 
     def _fail(self, error: BaseException) -> None:
-        """Fail all rows after a failed step, or the waiting request that it could not admit."""
         for row in self._rows:
             if row.finish_reason is None:
                 row.fail("the engine stopped", error)
@@ -202,7 +200,6 @@ class Engine:
         self._end_rows()
 
     def _round(self, rows: list[Row]) -> None:
-        """Run one round, and let the controller observe it."""
         starts = {} if self._controlled is None else self._controlled.before_round(rows)
         rows = [row for row in rows if row.finish_reason is None]
         if rows:
@@ -245,7 +242,6 @@ class Engine:
         )
 
     def _admit(self) -> None:
-        """Make rows of waiting requests, in order of submission, while rows and cache have room."""
         admitted = False
         while self._waiting and len(self._rows) < self._max_rows:
             waiting = self._waiting[0]
@@ -287,7 +283,6 @@ class Engine:
     # --- the choice of a drafter ------------------------------------------------------------------
 
     def _choose_drafter(self, row: Row) -> None:
-        """Choose and start the drafter of a row that has its first token."""
         began = perf_counter()
         # a policy may be anybody's code
         with contained(lambda error: row.fail("policy", error)):

@@ -86,7 +86,6 @@ class Prefill:
         return [row for row in ending if row.finish_reason is None]
 
     def _next_pieces(self, rows: Iterable[Row]) -> list[_Piece]:
-        """Return the pieces of the next forward, in order of their slots; earlier requests first."""
         pieces: list[_Piece] = []
         room = self._chunk
         for row in sorted(rows, key=lambda row: row.id):

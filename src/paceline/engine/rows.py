@@ -145,7 +145,6 @@ class Row:
         return len(self.tokens) - before
 
     def _finish_reason(self, token: int, detokenizer: Detokenizer) -> FinishReason | None:
-        """Return why the answer ends at its last token, None if it goes on."""
         request = self.request
         if token in request.stop_token_ids:
             return "stop"

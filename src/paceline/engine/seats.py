@@ -127,7 +127,6 @@ class Seats:
     # --- memory -----------------------------------------------------------------------------------
 
     def _make_room(self, row: Row, wanted: str) -> bool:
-        """Return whether the row may start the drafter, after finishing unused drafters if need be."""
         for other in (row, *self._rows):
             if self._has_room(row, wanted):
                 return True
@@ -177,7 +176,6 @@ class Seats:
         return needed <= self._max_mb * 1e6
 
     def _finish_charged(self, row: Row, name: str) -> None:
-        """Finish a drafter that is not in use, and charge its seconds to the row."""
         began = perf_counter()
         self._finish(row, name)
         row.seconds.draft += perf_counter() - began
@@ -231,7 +229,6 @@ class Seats:
         return row.started[name].is_prepared
 
     def _drop(self, row: Row, name: str, error: BaseException) -> None:
-        """Finish a failed drafter that is not in use, and use it no more. The row goes on."""
         row.note_failure(name, error)
         if name in row.started:
             self._finish(row, name)

@@ -95,7 +95,6 @@ def _ask(rows: list[Row], num_logits: int) -> list[Draft]:
 
 
 def _ask_alone(row: Row, num_logits: int) -> Draft:
-    """Ask for one row of several, if it has not failed yet."""
     if row.finish_reason is not None:
         return Draft([])
     [draft] = _ask([row], num_logits)

@@ -82,12 +82,15 @@ def find_pace(
     Raises RequestError if more than one source is given, ConfigError for one that does not fit the
     model.
     """
-    _check_single_source(
-        pace=pace,
-        drafters=drafters,
-        assistant_model=assistant,
-        prompt_lookup_num_tokens=config.prompt_lookup_num_tokens,
-    )
+    given: dict[str, object] = {
+        "pace": pace,
+        "drafters": drafters,
+        "assistant_model": assistant,
+        "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens,
+    }
+    names = [name for name, source in given.items() if source is not None]
+    if len(names) > 1:
+        raise RequestError(f"{' and '.join(names)} contradict each other; give one of them")
     if pace is not None:
         if pace.parts.target.model is not model:
             raise ConfigError(
@@ -109,13 +112,6 @@ def find_pace(
         setattr(model, _ATTRIBUTE, cached)
     found: Pace = cached.pace
     return found
-
-
-def _check_single_source(**sources: object) -> None:
-    """Raise RequestError if more than one source of drafts is given, by its argument's name."""
-    names = [name for name, source in sources.items() if source is not None]
-    if len(names) > 1:
-        raise RequestError(f"{' and '.join(names)} contradict each other; give one of them")
 
 
 def _make_pace(

@@ -123,8 +123,6 @@ def generate(
 
 @dataclass(slots=True)
 class _Row:
-    """One row of the batch while it is decoded."""
-
     request: Request
     prompt: Tensor  # [1, L] with padding
     tokens: list[int]
@@ -209,7 +207,6 @@ def _request(
 def _decode(
     pace: Pace, rows: list[_Row], call: CallSettings, streamer: BaseStreamer | None
 ) -> None:
-    """Decode until every row has its completion. Raises DecodingError if one fails."""
     for place, progress in pace.driver.progress([row.request for row in rows]):
         row = rows[place]
         new = list(_until_stopped(row, progress.new_tokens, call))
@@ -223,7 +220,6 @@ def _decode(
 
 
 def _until_stopped(row: _Row, new_tokens: Sequence[int], call: CallSettings) -> Iterator[int]:
-    """Yield new tokens up to the first at which a stopping criterion ends the row."""
     for token in new_tokens:
         if row.stopped:
             return
@@ -236,7 +232,6 @@ def _until_stopped(row: _Row, new_tokens: Sequence[int], call: CallSettings) -> 
 
 
 def _complete(pace: Pace, row: _Row, completion: Completion) -> Completion:
-    """Return a row's completion, without the tokens decoded after a stopping criterion ended it."""
     if not row.stopped:
         return completion
     text = pace.parts.tokenizer.decode(row.tokens, skip_special_tokens=True)
@@ -307,7 +302,6 @@ def assisted(
 
 
 def _refuse_other_drafters(config: GenerationConfig, assistant: PreTrainedModel | None) -> None:
-    """Raise RequestError if a call of `assisted` names a drafter of transformers' too."""
     others = {name: getattr(config, name, None) for name in _OTHER_ASSISTANTS}
     for name, value in {**others, "assistant_model": assistant}.items():
         if value:

@@ -1,15 +1,7 @@
 """LEARN: train and evaluate policies from a collection or a decision log. No model runs here."""
 
-from paceline.learning.evaluation import Evaluation, EvaluationReport, evaluate_chooser
+from paceline.learning.evaluation import Evaluation
 from paceline.learning.from_choices import ChoicesResult, learn_from_choices
 from paceline.learning.learn import LearningResult, train_policy
 
-__all__ = [
-    "ChoicesResult",
-    "Evaluation",
-    "EvaluationReport",
-    "LearningResult",
-    "evaluate_chooser",
-    "learn_from_choices",
-    "train_policy",
-]
+__all__ = ["ChoicesResult", "Evaluation", "LearningResult", "learn_from_choices", "train_policy"]

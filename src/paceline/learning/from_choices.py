@@ -20,7 +20,7 @@ from paceline.contracts import NONE, no_progress, split_arm
 from paceline.costs.table import CostTable
 from paceline.errors import StoreError
 from paceline.learning.dataset import Dataset
-from paceline.learning.learn import EVALUATION_FILE
+from paceline.learning.learn import EVALUATION_FILE, policy_card
 from paceline.learning.learners import check_settings, find_learner
 from paceline.learning.off_policy import (
     LoggedChoices,
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
     from paceline.config import LearningSection
     from paceline.contracts import Progress
-    from paceline.learning.learners import LearnerSettings
     from paceline.learning.off_policy import Estimate
     from paceline.learning.rollout import Verdict
     from paceline.selection.artefact import PolicyIdentity
@@ -123,7 +122,14 @@ def learn_from_choices(
     gain = doubly_robust(unseen.choices, picks, predicted)
     return ChoicesResult(
         policy,
-        _card(identity, settings, encode, {**asdict(fitted.summary), "held_out": asdict(gain)}),
+        policy_card(
+            identity,
+            settings,
+            encode.identities(),
+            RewardCard(kind="clocked", version=REWARD_VERSION),
+            NO_PRICES,
+            {**asdict(fitted.summary), "held_out": asdict(gain)},
+        ),
         gain,
         None if current is None else _compare(current, picks, arms, unseen),
         TrainingRange.fit(training.features, {}),
@@ -138,28 +144,6 @@ def _compare(current: Policy, picks: np.ndarray, arms: Sequence[str], unseen: _L
         return not_compared(len(unseen.ids), reason)
     of_current = _picks(current, arms, unseen)
     return adopt(Logged(unseen.choices, unseen.features, of_current, picks))
-
-
-def _card(
-    identity: PolicyIdentity,
-    settings: LearnerSettings,
-    encode: FeatureEncoder,
-    training: dict[str, object],
-) -> PolicyArtefact:
-    return PolicyArtefact(
-        target=identity.target,
-        tokenizer=identity.tokenizer,
-        hidden_size=identity.hidden_size,
-        drafters=dict(identity.drafters),
-        encoders=encode.identities(),
-        arms=[],
-        chooser="",
-        objective=settings.objective,
-        reward=RewardCard(kind="clocked", version=REWARD_VERSION),
-        costs=NO_PRICES,
-        learner=settings.model_dump(),
-        training=training,
-    )
 
 
 def _picks(policy: Policy, arms: Sequence[str], log: _Log) -> np.ndarray:
@@ -204,8 +188,6 @@ def _dataset(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Log:
-    """Decisions as arrays."""
-
     ids: tuple[str, ...]  # n; equal for equal features
     features: np.ndarray  # [n, F]
     num_prompt: np.ndarray  # [n] int64
@@ -251,7 +233,6 @@ def _arrays(decisions: Sequence[LoggedDecision], arms: Sequence[str]) -> _Log:
 def _usable(
     decisions: Sequence[LoggedDecision], identity: PolicyIdentity
 ) -> tuple[list[LoggedDecision], list[str]]:
-    """Return (decisions to learn from, notes on those that cannot be used)."""
     usable: list[LoggedDecision] = []
     left_out: Counter[str] = Counter()
     for decision in decisions:
@@ -263,7 +244,6 @@ def _usable(
 
 
 def _why_not(decision: LoggedDecision, identity: PolicyIdentity) -> str | None:
-    """Return the reason why a decision cannot be learned from, None if it can."""
     header, features = decision.header, decision.features
     same = (header.target, header.tokenizer) == (identity.target, identity.tokenizer)
     if not same or header.drafters != dict(identity.drafters):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from paceline.files import write_atomically
 from paceline.learning.dataset import build_dataset, split
 from paceline.learning.evaluation import POLICY, EvaluationReport, evaluate_chooser
 from paceline.learning.learners import check_settings, find_learner
-from paceline.learning.learners.seeds import fit_seeds
+from paceline.learning.learners.base import Fitted
 from paceline.learning.plot import plot, speed_by_prompts
 from paceline.learning.search import search as search_settings
 from paceline.plotting import import_figure
@@ -30,20 +30,36 @@ from paceline.selection.drift import MIN_PROMPTS, RANGE_FILE, TrainingRange
 from paceline.selection.encoders import build_encoder
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from paceline.config import LearningSection
     from paceline.contracts import CollectedPrompt, Progress
     from paceline.costs.table import CostTable
     from paceline.learning.dataset import Dataset
-    from paceline.learning.learners import Curve, LearnerSettings, Summary
-    from paceline.learning.learners.seeds import Seeds
+    from paceline.learning.learners import Curve, Learner, LearnerSettings, Summary
     from paceline.selection.artefact import PolicyIdentity
     from paceline.selection.choosers import Chooser
     from paceline.selection.encoders import FeatureEncoder
     from paceline.selection.policies import Policy
 
 EVALUATION_FILE: Final = "evaluation.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Seeds:
+    """Scores of the seeds, in their order, and the result kept: their `average` or the `best`."""
+
+    scores: tuple[float, ...]
+    kept: str
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.scores))
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation over seeds; 0 for one seed."""
+        return float(np.std(self.scores, ddof=1)) if len(self.scores) > 1 else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,14 +131,56 @@ def train_policy(
     if figure is not None:
         points = speed_by_prompts(training_part, held_out, settings, on_progress)
         plot(fitted.curve, points, held_out, settings.learner, figure)
-    card = _card(identity, settings, costs, fitted.summary, seeds, report)
+    encoders = identity.encoders or build_encoder(identity.hidden_size).identities()
+    training = asdict(fitted.summary) | {"seeds": asdict(seeds), "held_out": _held_out(report)}
+    reward = _reward_card(settings)
+    card = policy_card(identity, settings, encoders, reward, costs.hash(), training)
     policy = policy_of(chooser, encode.num_features, settings.objective, encode=encode)
     seen = _range(prompts, training_part, chooser)
     return LearningResult(policy, report, fitted.summary, seeds, fitted.curve, card, seen)
 
 
+def fit_seeds(
+    learner: Learner[Any], data: Dataset, settings: LearnerSettings, on_progress: Progress
+) -> tuple[Fitted, Seeds]:
+    """Fit under `settings.seeds` seeds from `settings.seed` on.
+
+    Choosers of a kind that can be averaged are averaged: the average varies less than any of them, and
+    no seed is picked for a lucky score. Otherwise the seed with the best score is kept.
+    """
+    fits = []
+    for i in range(settings.seeds):
+        own = settings.model_copy(update={"seed": settings.seed + i})
+        fits.append(learner.fit(data, own, _named(on_progress, settings, own.seed)))
+    scores = tuple(fit.summary.score for fit in fits)
+    average = _average(fits) if len(fits) > 1 else None
+    if average is None:
+        return fits[int(np.argmax(scores))], Seeds(scores, "best")
+    return average, Seeds(scores, "average")
+
+
+def _named(on_progress: Progress, settings: LearnerSettings, seed: int) -> Progress:
+    if settings.seeds == 1:
+        return on_progress
+    return lambda stage, done, total: on_progress(f"{stage}, seed {seed}", done, total)
+
+
+def _average(fits: Sequence[Fitted]) -> Fitted | None:
+    """Return the average of the seeds that agree with the majority on whether there is a gain.
+
+    Summary and curve are those of the best of these seeds. None: the choosers have no average.
+    """
+    constant = sum(fit.summary.constant for fit in fits) > len(fits) / 2
+    agreeing = [fit for fit in fits if fit.summary.constant == constant]
+    best = max(agreeing, key=lambda fit: fit.summary.score)
+    if constant:
+        return best
+    choosers = [fit.chooser for fit in agreeing]
+    merged = type(choosers[0]).merged(choosers)
+    return None if merged is None else Fitted(merged, best.summary, best.curve)
+
+
 def _check_reward(settings: LearnerSettings) -> None:
-    """Raise ConfigError if the learner cannot learn from the reward."""
     if settings.reward != "speed" and find_learner(settings.learner).predicts_work:
         raise ConfigError(
             f"the learner '{settings.learner}' predicts acceptance, which is priced in seconds alone; "
@@ -131,7 +189,6 @@ def _check_reward(settings: LearnerSettings) -> None:
 
 
 def _check_features(dataset: Dataset, identity: PolicyIdentity, encode: FeatureEncoder) -> None:
-    """Raise StoreError unless the encoders of now give the features of the collection."""
     lines = encode.identities()
     stale = [name for name, line in identity.encoders.items() if lines.get(name, line) != line]
     if stale:
@@ -178,38 +235,46 @@ def _constant_note(chooser: Chooser, data: Dataset) -> str:
     )
 
 
-def _card(
-    identity: PolicyIdentity,
-    settings: LearnerSettings,
-    costs: CostTable,
-    summary: Summary,
-    seeds: Seeds,
-    report: EvaluationReport,
-) -> PolicyArtefact:
+def _reward_card(settings: LearnerSettings) -> RewardCard:
     aligned = settings.reward == "alignment"
-    held_out = {
+    return RewardCard(
+        kind=settings.reward,
+        version=REWARD_VERSION,
+        alpha=settings.alpha if aligned else None,
+        metric=settings.metric if aligned else None,
+    )
+
+
+def _held_out(report: EvaluationReport) -> dict[str, object]:
+    return {
         "num_prompts": report.overall.num_prompts,
         "speedup": report.headline(),
         "fraction_of_oracle": report.fraction_of_oracle,
         "chosen": report.overall.chosen[POLICY].arms,
         "reward": report.overall.strategies[POLICY].reward,
     }
+
+
+def policy_card(
+    identity: PolicyIdentity,
+    settings: LearnerSettings,
+    encoders: Mapping[str, str],
+    reward: RewardCard,
+    costs: str,
+    training: dict[str, object],
+) -> PolicyArtefact:
+    """Return the card of a policy that is not saved yet. costs: the hash of the cost table."""
     return PolicyArtefact(
         target=identity.target,
         tokenizer=identity.tokenizer,
         hidden_size=identity.hidden_size,
         drafters=dict(identity.drafters),
-        encoders=dict(identity.encoders) or build_encoder(identity.hidden_size).identities(),
+        encoders=dict(encoders),
         arms=[],
         chooser="",
         objective=settings.objective,
-        reward=RewardCard(
-            kind=settings.reward,
-            version=REWARD_VERSION,
-            alpha=settings.alpha if aligned else None,
-            metric=settings.metric if aligned else None,
-        ),
-        costs=costs.hash(),
+        reward=reward,
+        costs=costs,
         learner=settings.model_dump(),
-        training={**asdict(summary), "seeds": asdict(seeds), "held_out": held_out},
+        training=training,
     )

@@ -61,9 +61,9 @@ class Verdict:
     reason: str
 
 
-def not_compared(num_requests: int, reason: str) -> Verdict:
+def not_compared(num_requests: int, reason: str, confidence: float = _CONFIDENCE) -> Verdict:
     """Return the verdict that the current policy stays, because no comparison is possible."""
-    return Verdict(False, float("nan"), float("nan"), _CONFIDENCE, num_requests, reason)
+    return Verdict(False, float("nan"), float("nan"), confidence, num_requests, reason)
 
 
 def adopt(evidence: Replayed | Logged, confidence: float = _CONFIDENCE) -> Verdict:
@@ -74,7 +74,8 @@ def adopt(evidence: Replayed | Logged, confidence: float = _CONFIDENCE) -> Verdi
     if isinstance(evidence, Replayed):
         n = len(evidence.current)
         if n < MIN_PROMPTS:
-            return _too_little(f"{n} prompts, at least {MIN_PROMPTS}", n, confidence)
+            few = f"{n} prompts, at least {MIN_PROMPTS}"
+            return not_compared(n, f"too little evidence: {few} are needed", confidence)
         saved = (evidence.current - evidence.candidate) / evidence.current.mean()
         gain, low = float(saved.mean()), _lower_bound(saved, confidence)
     else:
@@ -87,19 +88,15 @@ def adopt(evidence: Replayed | Logged, confidence: float = _CONFIDENCE) -> Verdi
             cross_fitted_rewards(choices, evidence.features),
         )
         if estimate.effective_sample_size < MIN_EFFECTIVE:
-            effective = f"an effective sample of {estimate.effective_sample_size:.0f} requests"
-            return _too_little(f"{effective}, at least {MIN_EFFECTIVE:.0f}", n, confidence)
+            few = f"an effective sample of {estimate.effective_sample_size:.0f} requests"
+            few += f", at least {MIN_EFFECTIVE:.0f}"
+            return not_compared(n, f"too little evidence: {few} are needed", confidence)
         gain = estimate.value
         low = gain - NormalDist().inv_cdf(confidence) * estimate.standard_error
     better = low > 0
     what = "better" if better else "not shown to be better"
     reason = f"{what}: gain {gain:+.3g}, with {confidence:.0%} confidence at least {low:+.3g}"
     return Verdict(better, gain, low, confidence, n, reason)
-
-
-def _too_little(what: str, n: int, confidence: float) -> Verdict:
-    reason = f"too little evidence: {what} are needed"
-    return Verdict(False, float("nan"), float("nan"), confidence, n, reason)
 
 
 def _lower_bound(values: np.ndarray, confidence: float) -> float:

@@ -2,8 +2,6 @@
 
 from paceline.replay.priced import price_stops
 from paceline.replay.rounds import (
-    Replay,
-    look_ahead,
     max_output,
     replay,
     rounds_of,
@@ -13,8 +11,6 @@ from paceline.replay.rounds import (
 )
 
 __all__ = [
-    "Replay",
-    "look_ahead",
     "max_output",
     "price_stops",
     "replay",

@@ -6,8 +6,7 @@ refusal is a RequestError that names the setting. Knows no target: the engine ch
 one.
 """
 
-from paceline.requests.prompts import read_prompt
-from paceline.requests.records import check_sampling, read_request
-from paceline.requests.settings import SETTINGS, RequestSettings
+from paceline.requests.settings import SETTINGS, RequestSettings, check_sampling, read_request
+from paceline.requests.values import read_prompt
 
 __all__ = ["SETTINGS", "RequestSettings", "check_sampling", "read_prompt", "read_request"]

@@ -1,11 +1,14 @@
-"""The settings of a request: their types, bounds and defaults, and the record they make."""
+"""The settings of a request: their types, bounds and defaults, and the record they make.
+
+A record made by hand passes the same schema as the settings of a call.
+"""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
@@ -21,6 +24,7 @@ from pydantic import (
 from paceline.contracts import (
     AUTO,
     DEFAULT_NEW_TOKENS,
+    GREEDY,
     LogitRules,
     PenaltyScope,
     Request,
@@ -110,7 +114,6 @@ class RequestSettings(BaseModel):
             raise RequestError(_explain(error)) from error
 
     def _check_agreement(self) -> None:
-        """Raise RequestError if settings contradict each other."""
         if self.temperature == 0.0:
             filters = {"top_k": self.top_k != 0, "top_p": self.top_p != 1.0}
             filters["min_p"] = self.min_p != 0.0
@@ -169,9 +172,11 @@ class RequestSettings(BaseModel):
 
         Raises RequestError if settings contradict each other.
         """
+        if not isinstance(id, str):
+            raise RequestError(f"id must be a string; got {shorten(id)}")
         stops = self.stop_token_ids if self.ignore_eos else self.stop_token_ids | eos
         return Request(
-            id=_check_id(id),
+            id=id,
             prompt_tokens=prompt_tokens,
             max_new_tokens=self.max_new_tokens,
             sampling=self.sampling_params(),
@@ -189,7 +194,6 @@ SETTINGS: Final = tuple(RequestSettings.model_fields)
 
 
 def _explain(error: ValidationError) -> str:
-    """Return pydantic's first mistake in one line."""
     errors = error.errors(include_url=False)
     first = min(errors, key=lambda e: e["type"] != "extra_forbidden")
     name = str(first["loc"][0])
@@ -200,7 +204,39 @@ def _explain(error: ValidationError) -> str:
     return f"{name} must be {allowed}; {own or 'got ' + shorten(first['input'])}"
 
 
-def _check_id(id: object) -> str:
-    if not isinstance(id, str):
-        raise RequestError(f"id must be a string; got {shorten(id)}")
-    return id
+def read_request(request: Request) -> Request:
+    """Return a request as the schema makes it. Raises RequestError that names a wrong field."""
+    if not isinstance(request, Request):
+        raise RequestError(f"a request must be a `Request`; got {shorten(request)}")
+    sampling, rules = request.sampling, request.rules
+    if rules is not None and not isinstance(rules, LogitRules):
+        raise RequestError(f"rules must be `LogitRules` or None; got {shorten(rules)}")
+    settings: dict[str, Any] = {
+        "max_new_tokens": request.max_new_tokens,
+        **({} if sampling is GREEDY else _sampling_settings(sampling)),
+        "stop": request.stop_strings,
+        "stop_token_ids": request.stop_token_ids,
+        "drafter": request.drafter,
+        "logprobs": request.logprobs,
+    }
+    if rules is not None:
+        settings |= {name: getattr(rules, name) for name in RULES}
+    read = RequestSettings.read(settings).request(
+        values.prompt_ids(request.prompt_tokens), request.id
+    )
+    return replace(read, sampling=GREEDY) if sampling is GREEDY else read
+
+
+def check_sampling(sampling: SamplingParams) -> SamplingParams:
+    """Return sampling parameters as the schema makes them. Raises RequestError for wrong ones."""
+    return RequestSettings.read(_sampling_settings(sampling)).sampling_params()
+
+
+def _sampling_settings(sampling: SamplingParams) -> dict[str, Any]:
+    if not isinstance(sampling, SamplingParams):
+        raise RequestError(f"sampling must be `SamplingParams`; got {shorten(sampling)}")
+    values = {field.name: getattr(sampling, field.name) for field in fields(SamplingParams)}
+    if values["seed"] is None:  # a record must be reproducible; only the setting may be None
+        raise RequestError("seed must be a whole number; got None")
+    values["sampling"] = values.pop("method")
+    return values

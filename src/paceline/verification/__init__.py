@@ -1,8 +1,7 @@
 """JUDGE: the accepted part of each draft and the token after it. Knows no model and no engine."""
 
 from paceline.verification.acceptance import AcceptedPrefixes, accept_block, accept_residual
-from paceline.verification.judge import Verdict, judge
-from paceline.verification.trees import depths, follow
+from paceline.verification.judge import Verdict, depths, follow, judge
 
 __all__ = [
     "AcceptedPrefixes",

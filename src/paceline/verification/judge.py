@@ -15,7 +15,6 @@ import torch
 import paceline.noise as noise
 from paceline.logit_rules import apply_rules
 from paceline.verification.acceptance import accept_block, accept_residual
-from paceline.verification.trees import depths, follow
 from paceline.warping import warp
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from paceline.contracts import Request, SamplingParams
-    from paceline.verification.trees import Choices
 
 _NOT_FINITE: Final = "the target's logits are not finite; are its weights fit for its dtype?"
 _NO_TOKEN_LEFT: Final = (
@@ -53,6 +51,12 @@ class DraftView(Protocol):
     def parents(self) -> list[int] | None: ...
     @property
     def probs(self) -> Tensor | None: ...
+
+
+class Choices(Protocol):
+    """The target's token at each place; read along one path only."""
+
+    def __getitem__(self, place: int, /) -> int: ...
 
 
 @dataclass(slots=True)
@@ -271,3 +275,40 @@ def _draw_at_every_place(
     numbers = torch.tensor([params.seed, *positions], device=logits.device)
     e = noise.exponential(numbers[0], numbers[1:], noise.TARGET, logits.shape[-1])
     return noise.race(warp(logits, params), e)
+
+
+# --- drafts judged by equality: chains without probabilities, and all trees ------------------------
+
+
+def follow(
+    choices: Choices, tokens: Sequence[int], parents: Sequence[int] | None = None
+) -> list[int]:
+    """Return the indices of the accepted draft tokens, from the root down.
+
+    choices: the target's token after the row's last token, then after each draft token. tokens: the
+    draft. parents: the index of the token that each one follows, -1 for the row's last token; None for
+    a chain. Of equal siblings, the first is followed.
+    """
+    path: list[int] = []
+    if parents is None:
+        for index, token in enumerate(tokens):
+            if token != choices[index]:
+                break
+            path.append(index)
+        return path
+    children: dict[tuple[int, int], int] = {}
+    for index, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
+        children.setdefault((parent, token), index)
+    at = -1
+    while (child := children.get((at, choices[at + 1]))) is not None:
+        path.append(child)
+        at = child
+    return path
+
+
+def depths(parents: Sequence[int]) -> list[int]:
+    """Return the number of draft tokens above each one."""
+    levels: list[int] = []
+    for parent in parents:
+        levels.append(0 if parent < 0 else levels[parent] + 1)
+    return levels

@@ -10,8 +10,8 @@ import pytest
 
 from paceline.errors import StoreError
 from paceline.learning.evaluation.bootstrap import RESAMPLES, interval, resample
-from paceline.learning.evaluation.first_lines import FirstLines
 from paceline.learning.evaluation.report import EvaluationReport, evaluate
+from paceline.learning.evaluation.sections import FirstLines
 from paceline.learning.evaluation.strategies import (
     BEST_SINGLE,
     FIRST_LINE,

@@ -13,11 +13,16 @@ from paceline.contracts import CollectedPrompt, ReplayedDrafter, no_progress
 from paceline.costs import CostTable, Measurement
 from paceline.errors import ConfigError, StoreError
 from paceline.learning.dataset import Dataset, build_dataset
+from paceline.learning.learn import fit_seeds
 from paceline.learning.learners import LEARNERS, check_settings, find_learner
 from paceline.learning.learners.bandits import LinearBandit
-from paceline.learning.learners.base import earned_by, make_folds, rewards_by_load
-from paceline.learning.learners.seeds import fit_seeds
-from paceline.learning.reduce import block_weights, reduce
+from paceline.learning.learners.base import (
+    block_weights,
+    earned_by,
+    make_folds,
+    reduce,
+    rewards_by_load,
+)
 from paceline.learning.search import search
 from paceline.selection.choosers import CHOOSERS, AcceptanceChooser, FixedChooser, NetworkChooser
 

@@ -10,6 +10,7 @@ import torch
 
 from paceline.contracts import no_progress
 from paceline.learning.learners import LEARNERS, Fitted
+from paceline.learning.learners.base import block_weights
 from paceline.learning.learners.networks import (
     LOSSES,
     NetworkSettings,
@@ -18,7 +19,6 @@ from paceline.learning.learners.networks import (
     mean_entropy,
     surrogate_loss,
 )
-from paceline.learning.reduce import block_weights
 from paceline.selection.choosers import FixedChooser, NetworkChooser
 
 if TYPE_CHECKING:

@@ -1,9 +1,9 @@
 """Predicted gains of policies, next to those of the strategies that they must beat."""
 
 from paceline.learning.evaluation.contenders import Contender, parse_encoders, train_contenders
-from paceline.learning.evaluation.report import EvaluationReport, evaluate
-from paceline.learning.evaluation.sections import Evaluation, Evaluator, Section, evaluate_chooser
-from paceline.learning.evaluation.strategies import POLICY, Outcomes
+from paceline.learning.evaluation.report import EvaluationReport
+from paceline.learning.evaluation.sections import Evaluation, Evaluator, evaluate_chooser
+from paceline.learning.evaluation.strategies import POLICY
 
 __all__ = [
     "POLICY",
@@ -11,9 +11,6 @@ __all__ = [
     "Evaluation",
     "EvaluationReport",
     "Evaluator",
-    "Outcomes",
-    "Section",
-    "evaluate",
     "evaluate_chooser",
     "parse_encoders",
     "train_contenders",

@@ -93,16 +93,11 @@ def train_contenders(
         learner, settings = find_learner(name), checked[name]
         trainings = (settings.model_copy(update={"seed": settings.seed + i}) for i in range(seeds))
         choosers = tuple(learner.fit(parts[seen], own, no_progress).chooser for own in trainings)
-        shown = name if len(encoders) == 1 and seen is None else f"{name} ({_named(seen)})"
+        what = "all encoders" if seen is None else " + ".join(seen) or "no features"
+        shown = name if len(encoders) == 1 and seen is None else f"{name} ({what})"
         contenders.append(Contender(shown, choosers, seen))
     on_progress("train", len(pairs), len(pairs))
     return contenders
-
-
-def _named(encoders: Encoders) -> str:
-    if encoders is None:
-        return "all encoders"
-    return " + ".join(encoders) or "no features"
 
 
 def parse_encoders(text: str) -> list[Encoders]:

@@ -185,7 +185,6 @@ def evaluate(
 
 
 def _speedup(data: Outcomes, distribution: np.ndarray, choose_seconds: float) -> float:
-    """Return the speed-up of one training over `none`, its choices charged."""
     none = data.seconds[:, data.arms.index(NONE)].sum()
     return float(none / ((distribution * data.seconds).sum() + choose_seconds * len(data)))
 
@@ -269,7 +268,6 @@ def _tally(
 
 
 def _compare(tally: _Tally, part: slice) -> Comparison:
-    """Return the comparison over the tasks of a slice together."""
     return Comparison(
         num_prompts=int(tally.sampled.num[part].sum()),
         arms={name: _figures(tally, place, part) for name, place in tally.arms.items()},
@@ -307,7 +305,7 @@ def _figures(tally: _Tally, place: int, part: slice) -> Figures:
 
 
 def _chosen(counts: np.ndarray, arms: Sequence[str]) -> Chosen:
-    """Return the shares of arms, drafters and lengths from the prompts [A] by arm."""
+    """counts: [A] prompts by arm."""
     shares = counts / counts.sum()
     drafters: dict[str, float] = {}
     lengths: dict[str, float] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
@@ -16,7 +17,6 @@ from paceline.contracts import NONE
 from paceline.errors import StoreError
 from paceline.learning.dataset import MIN_PROMPTS
 from paceline.learning.evaluation.contenders import Contender
-from paceline.learning.evaluation.first_lines import FirstLines
 from paceline.learning.evaluation.report import SLOWEST, EvaluationReport, evaluate
 from paceline.learning.evaluation.strategies import BEST_SINGLE, FIRST_LINE, POLICY, Outcomes
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     Decode = Callable[[list[int]], str]
     Train = Callable[[Dataset], Sequence[Contender]]
 
+_LONGEST: Final = 256  # tokens of a line that are compared
 HELD_OUT: Final = "held-out prompts"
 TIE: Final = 0.005  # a smaller difference of speeds counts as none
 MOSTLY: Final = (
@@ -88,10 +89,6 @@ class Evaluation:
         """The report of the first section."""
         return self.sections[0].report
 
-    def headline(self) -> dict[str, float]:
-        """Return the first section's speed-ups over `none`: policy, best single arm, oracle."""
-        return self.report.headline()
-
     def sentences(self) -> list[str]:
         """Return the findings in words, per section, and for all unseen tasks together."""
         unseen = [section for section in self.sections if section.kind == "left_out"]
@@ -114,6 +111,31 @@ def _on_unseen(policy: str, sections: Sequence[Section]) -> str:
     slow = [task for task, speed in speeds.items() if speed.value < SLOWEST]
     verdict = f"too slow on {', '.join(slow)}" if slow else f"nowhere below {SLOWEST}"
     return f"tasks never seen: {policy} is {verdict}: {shown}"
+
+
+class FirstLines:
+    """Reader of first lines, after the beginning that all prompts of a training part share.
+
+    A policy that does not beat the strategy that picks an arm by them may have learned nothing but the
+    line. The shared beginning may be a chat template's opening.
+    """
+
+    def __init__(self, train: Sequence[Sequence[int]], decode: Decode) -> None:
+        """decode: tokens -> text."""
+        ordered = sorted(map(tuple, train))  # the first and the last share the least
+        pairs = zip(ordered[0], ordered[-1], strict=False)
+        self._shared = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        self._decode = decode
+
+    def of(self, prompts: Sequence[Sequence[int]]) -> tuple[str, ...]:
+        """Return the first line of each prompt."""
+        return tuple(map(self._line, prompts))
+
+    def _line(self, prompt: Sequence[int]) -> str:
+        own, num = list(prompt), len(self._shared)
+        start = num if own[:num] == self._shared else 0
+        text = self._decode(own[start : start + _LONGEST]).lstrip()
+        return text.split("\n", 1)[0].strip()
 
 
 class Evaluator:

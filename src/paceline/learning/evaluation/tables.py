@@ -114,7 +114,6 @@ def _by_task(report: EvaluationReport) -> BandedTable:
 
 
 def _sections(sections: Sequence[Section]) -> BandedTable:
-    """Return a table with one row per section; policies show their interval."""
     names = list(dict.fromkeys(n for s in sections for n in s.report.overall.strategies))
     names = [*(name for name in names if name != ORACLE), ORACLE]
     policies = {policy for section in sections for policy in section.report.policies}

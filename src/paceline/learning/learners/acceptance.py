@@ -23,14 +23,15 @@ from paceline.learning.learners.base import (
     Learner,
     LearnerSettings,
     Summary,
+    block_weights,
     earned_by,
     judged_folds,
     outcome_weights,
     outcomes_of,
+    reduce,
     rewards_by_load,
 )
 from paceline.learning.learners.networks import one_thread
-from paceline.learning.reduce import block_weights, reduce
 from paceline.selection.choosers import AcceptanceChooser
 
 if TYPE_CHECKING:
@@ -148,8 +149,6 @@ def _chooser(data: Dataset, reduction: Reduction, *learned: np.ndarray) -> Accep
 
 @dataclass(slots=True)
 class _Fold:
-    """Mixtures in training, and the prompts that they do not learn from."""
-
     training: MixtureTraining
     held_out: Dataset
     rewards: np.ndarray  # [L, n, A]

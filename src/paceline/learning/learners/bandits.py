@@ -20,10 +20,11 @@ from paceline.learning.learners.base import (
     Learner,
     LearnerSettings,
     Summary,
+    block_weights,
     cross_validate,
+    reduce,
     rewards_by_load,
 )
-from paceline.learning.reduce import block_weights, reduce
 from paceline.selection.choosers import LinearChooser
 from paceline.selection.choosers.linear import linear_inputs
 

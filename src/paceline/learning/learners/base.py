@@ -16,7 +16,8 @@ from pydantic import ConfigDict
 
 from paceline.config import LearningSection, parse
 from paceline.errors import StoreError
-from paceline.selection.choosers import Chooser, FixedChooser, PortableChooser
+from paceline.selection.choosers import Chooser, FixedChooser, PortableChooser, Reduction
+from paceline.selection.features import standardisation, standardise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from paceline.learning.dataset import Dataset
 
 NUM_FOLDS: Final = 5
+_WIDE_BLOCK: Final = 16  # features; a block with more is one source with many outputs
 CROSS_VALIDATE_UP_TO: Final = 1000  # prompts; beyond, one fold is large enough to judge by
 
 
@@ -243,3 +245,42 @@ def outcome_weights(data: Dataset) -> np.ndarray:
     weights = np.repeat((tokens / tokens.mean())[:, None], 3 * len(data.arms) + 1, axis=1)
     weights[:, -1] = 1.0
     return weights
+
+
+# --- features as learners read them: standardised, weighted by block, reduced to components ---------
+
+
+def block_weights(spans: Mapping[str, slice], num_features: int, wide: float = 1.0) -> np.ndarray:
+    """Return [F] float32: a wide block, such as all hidden states, weighs `wide` times one statistic.
+
+    Without weights hundreds of hidden units, which fit a few hundred prompts in many ways, would
+    outweigh a statistic such as the repetition within a prompt.
+    """
+    weights = np.ones(num_features, dtype=np.float32)
+    for span in spans.values():
+        width = span.stop - span.start
+        if width > _WIDE_BLOCK:
+            weights[span] = wide * width**-0.5
+    return weights
+
+
+def reduce(features: np.ndarray, weights: np.ndarray, num_components: int) -> Reduction:
+    """Return the at most `num_components` directions in which weighted features [N, F] vary most."""
+    from sklearn.decomposition import PCA
+
+    mean, scale = standardisation(features)
+    inputs = (standardise(features, mean, scale) * weights).astype(np.float64)
+    N, F = inputs.shape
+    # without a solver PCA would draw random projections for large inputs
+    pca = PCA(min(num_components, N, F), svd_solver="covariance_eigh" if N > F else "full")
+    with np.errstate(invalid="ignore"):  # inputs that do not vary at all
+        pca.fit(inputs)
+    values = pca.explained_variance_  # [Z], falling
+    kept = values > 1e-9 * max(values.max(), 1e-30)
+    basis = pca.components_[kept].T  # [F, Z]
+    return Reduction(
+        mean=mean,
+        scale=scale,
+        basis=(weights[:, None] * basis).astype(np.float32),
+        centre=(pca.mean_ @ basis).astype(np.float32),
+    )

@@ -17,12 +17,13 @@ from paceline.learning.learners.base import (
     Learner,
     LearnerSettings,
     Summary,
+    block_weights,
     cross_validate,
     outcome_weights,
     outcomes_of,
+    reduce,
     rewards_by_load,
 )
-from paceline.learning.reduce import block_weights, reduce
 from paceline.selection.choosers import NeighboursChooser
 
 if TYPE_CHECKING:

@@ -1,8 +1,7 @@
 """Networks that rank arms, trained by three losses on offline rewards of every arm.
 
-`reinforce` samples arms and follows the policy gradient of their centred rewards, the training method
-of arXiv 2408.08470 (an offline set in which every arm is scored for every prompt). Its baseline,
-optimiser, network and settings are not confirmed; these are ours. Since every arm is scored,
+`reinforce` samples arms and follows the policy gradient of their centred rewards, as arXiv 2408.08470;
+baseline, optimiser, network and settings are ours. Since every arm is scored for every prompt,
 `policy_gradient` maximises the expected reward without sampling; `cost_sensitive` minimises the
 cross-entropy to shares that fall with an arm's regret. Rewards depend on the load, so each epoch
 draws a new load per prompt. Symbols: N prompts, B of them in a minibatch, F features, H hidden units, A
@@ -26,10 +25,10 @@ from paceline.learning.learners.base import (
     LearnerSettings,
     Summary,
     best_single,
+    block_weights,
     judged_folds,
     rewards_by_load,
 )
-from paceline.learning.reduce import block_weights
 from paceline.selection.choosers import NetworkChooser, PolicyNetwork
 from paceline.selection.features import standardisation, standardise
 
@@ -143,7 +142,9 @@ class Training:
         self._generator = torch.Generator().manual_seed(_STREAMS_PER_SEED * settings.seed + stream)
         self._mean, self._scale = standardisation(features)
         self._weights = weights
-        loads = _log_loads(settings, len(rewards))
+        # rewards that depend on no load count as those of load 1
+        known = settings.loads if len(rewards) == len(settings.loads) else (1,) * len(rewards)
+        loads = torch.log(torch.tensor(known, dtype=torch.float32))
         spread = float(loads.std(unbiased=False))
         self._load_mean, self._load_scale = float(loads.mean()), 1.0 / spread if spread > 0 else 0.0
         self._loads = (loads - self._load_mean) * self._load_scale  # [L] standardised
@@ -206,12 +207,6 @@ class Training:
         )
 
 
-def _log_loads(settings: NetworkSettings, num_loads: int) -> Tensor:
-    """Return logarithms of the loads [L]; rewards that depend on no load count as those of load 1."""
-    loads = settings.loads if num_loads == len(settings.loads) else (1,) * num_loads
-    return torch.log(torch.tensor(loads, dtype=torch.float32))
-
-
 def _relative(rewards: np.ndarray) -> np.ndarray:
     """Return rewards less their prompt's mean, in units of their spread, so that no setting depends on
     their scale.
@@ -223,8 +218,6 @@ def _relative(rewards: np.ndarray) -> np.ndarray:
 
 @dataclass(slots=True)
 class _Fold:
-    """A network in training, and the prompts that it does not learn from."""
-
     training: Training
     inputs: Tensor  # [n, F]
     rewards: np.ndarray  # [L, n, A]

@@ -9,10 +9,7 @@ from paceline.selection.choosers.acceptance import AcceptanceChooser
 from paceline.selection.choosers.base import (
     Chooser,
     PortableChooser,
-    Pricer,
     Situation,
-    Work,
-    price_work,
     softmax,
 )
 from paceline.selection.choosers.constant import FirstLineChooser, FixedChooser, RandomChooser
@@ -48,11 +45,8 @@ __all__ = [
     "NetworkChooser",
     "PolicyNetwork",
     "PortableChooser",
-    "Pricer",
     "RandomChooser",
     "Reduction",
     "Situation",
-    "Work",
-    "price_work",
     "softmax",
 ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Self
 
-    from paceline.costs import Objective
+    from paceline.costs.pricing import ArmPricer, Objective
 
     Arrays = Mapping[str, np.ndarray]
     Facts = Mapping[str, object]
@@ -53,22 +53,6 @@ class Work(NamedTuple):
     drafted_per_token: np.ndarray  # [N, A]; 0 for `none`
     empty_per_token: np.ndarray  # [N, A] rounds without a draft; 1 for `none`
     num_tokens: np.ndarray  # [N] expected tokens of the answer
-
-
-class Pricer(Protocol):
-    """This machine's prices for a list of arms; `costs.pricing.ArmPricer` is one."""
-
-    def seconds_per_token(
-        self,
-        rounds_per_token: np.ndarray,  # [A]
-        drafted_per_token: np.ndarray,  # [A]
-        empty_per_token: np.ndarray,  # [A]
-        context: float,
-        rows: int,
-        objective: Objective,
-        num_tokens: float,
-        num_prompt: int,
-    ) -> np.ndarray: ...  # [A]
 
 
 class Chooser(ABC):
@@ -119,7 +103,7 @@ class PortableChooser(Chooser):
     """Predicts work, which is priced live. Its preferences are predicted speed-ups over `none`."""
 
     portable: ClassVar[bool] = True
-    pricer: Pricer | None = None
+    pricer: ArmPricer | None = None
 
     @abstractmethod
     def work(self, features: np.ndarray, situation: Situation) -> Work:
@@ -137,12 +121,11 @@ class PortableChooser(Chooser):
         return np.asarray(seconds[:, [self.arms.index(NONE)]] / seconds)
 
     def scores(self, preferences: np.ndarray) -> np.ndarray:
-        """Return the preferences: predicted speed-ups over `none`."""
         return preferences
 
 
 def price_work(
-    pricer: Pricer | None, work: Work, situation: Situation, whole: bool = True
+    pricer: ArmPricer | None, work: Work, situation: Situation, whole: bool = True
 ) -> np.ndarray:
     """Return seconds per token [N, A], at the context in the middle of the answer.
 

@@ -36,7 +36,6 @@ class LinearChooser(Chooser):
         return np.asarray(linear_inputs(self.reduction(features), situation.rows) @ self.weights)
 
     def scores(self, preferences: np.ndarray) -> np.ndarray:
-        """Return the preferences: predicted rewards."""
         return preferences
 
     def arrays(self) -> dict[str, np.ndarray]:
