@@ -49,7 +49,8 @@ class RowBatch:
         exact: no row shares a call with another, see `exact.py`.
         """
         self.runs = runs_of(spans, ancestors, alone=exact)
-        self.num_tokens = sum(span.width for span in spans)
+        last = self.runs[-1]
+        self.num_tokens = last.first + len(last.slots) * last.width
         self.num_positions = max(run.length for run in self.runs)
         self._storage_of = storage_of
         self._device = device
