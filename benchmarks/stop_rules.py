@@ -27,13 +27,14 @@ from timed_setup import (
 
 from paceline.assembly import Pace, build
 from paceline.bench.profile import measure_cost_table
-from paceline.contracts import NONE, CollectedPrompt
+from paceline.contracts import NONE
 from paceline.drafting.draft_length import FIXED_LENGTH, ConfidenceStop, ExpectedGainStop
 from paceline.drafting.draft_model import DraftModel
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.replay import max_output, replay, walk
 from paceline.replay.priced import stopped_ahead
 from paceline.rewards import request_seconds
+from paceline.store.records import CollectedPrompt
 
 if TYPE_CHECKING:
     from paceline.assembly import Parts

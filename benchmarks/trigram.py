@@ -24,8 +24,9 @@ from paceline.bench.circumstances import circumstances
 from paceline.cli.options import configured
 from paceline.drafting.draft_replay import SimpleRow
 from paceline.drafting.trigram import kernels
-from paceline.drafting.trigram.drafter import TrigramTree, TrigramTreeSettings
+from paceline.drafting.trigram.drafter import TrigramTree
 from paceline.drafting.trigram.search import Learned, TreeSearch
+from paceline.drafting.trigram.settings import TrigramTreeSettings
 from paceline.drafting.trigram.table import load_table
 from paceline.models.loading import load_tokenizer
 from paceline.testing.trigram_reference import ReferenceStatistics, reference_tree

@@ -19,7 +19,8 @@ from paceline.drafting.draft_replay import SimpleRow
 from paceline.drafting.none import NoneDrafter
 from paceline.drafting.trigram.build import build_table
 from paceline.drafting.trigram.corpora import TokenSequences
-from paceline.drafting.trigram.drafter import TrigramTree, TrigramTreeSettings
+from paceline.drafting.trigram.drafter import TrigramTree
+from paceline.drafting.trigram.settings import TrigramTreeSettings
 from paceline.drafting.trigram.table import load_table
 from paceline.engine import Driver, Engine
 from paceline.models.language_model import LanguageModel

@@ -13,7 +13,8 @@ from paceline.drafting.layer_skip import LayerSkip, LayerSkipSettings
 from paceline.drafting.none import NoneDrafter
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
 from paceline.drafting.suffix_lookup import SuffixLookup, SuffixLookupSettings
-from paceline.drafting.trigram.drafter import TrigramTree, TrigramTreeSettings
+from paceline.drafting.trigram.drafter import TrigramTree
+from paceline.drafting.trigram.settings import TrigramTreeSettings
 from paceline.drafting.union import Union
 from paceline.models.language_model import LanguageModel
 from paceline.testing.tiny_models import perturbed

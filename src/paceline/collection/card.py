@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from paceline.contracts import identity_of_arms, sampling_label
+from paceline.contracts import identity_of_arms
 from paceline.files import write_atomically
+from paceline.store.records import sampling_label
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

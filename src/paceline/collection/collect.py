@@ -23,13 +23,14 @@ from paceline.collection.trajectories import (
     seed_sampling,
 )
 from paceline.collection.workers import open_pool
-from paceline.contracts import GREEDY, NONE, identity_of_arms, no_progress, sampling_label
+from paceline.contracts import GREEDY, NONE, identity_of_arms, no_progress
 from paceline.drafting.draft_model import DraftModel
 from paceline.errors import ConfigError, RequestError, StoreError
 from paceline.requests import check_sampling
 from paceline.selection.encoders import TargetHidden, kept_encoders
 from paceline.store import Collection
 from paceline.store.collection import read_trajectories
+from paceline.store.records import sampling_label
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from paceline.bench.cost_measurement import plain_driver
-from paceline.contracts import NONE, Context, Decision, Request, sampling_label
+from paceline.contracts import NONE, Context, Decision, Request
 from paceline.errors import DecodingError, StoreError
 from paceline.selection.encoders import TargetHidden
 from paceline.store.layout import Trajectory
+from paceline.store.records import sampling_label
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

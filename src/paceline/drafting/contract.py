@@ -11,7 +11,7 @@ import operator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil, isfinite
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from paceline.contracts import RowView
-    from paceline.drafting.base import Drafter
 
 MAX_NODES: Final = 1024
 """Maximum number of tokens per draft, whatever a drafter declares: a tree's mask grows quadratically."""
@@ -37,6 +36,18 @@ _CALLS_PER_PIECE: Final = 64
 _MASS_ERROR: Final = 0.01  # of the sum of a distribution in half precision
 
 _INTEGERS: Final = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
+
+
+class Proposer(Protocol):
+    """The part of `Drafter` that rounds and replays call. It keeps the imports one-way."""
+
+    num_draft_tokens: int
+
+    def start(self, rows: Sequence[RowView]) -> None: ...
+    def prepare(self, row: RowView, max_tokens: int) -> bool: ...
+    def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts: ...
+    def finish(self, rows: Sequence[RowView]) -> None: ...
+    def state_bytes(self, lengths: Sequence[int]) -> int: ...
 
 
 @dataclass(slots=True)
@@ -62,7 +73,7 @@ def blaming(name: str, kind: str = "drafter") -> Iterator[None]:
 # --- numbers it declares -----------------------------------------------------------------------
 
 
-def read_length(drafter: Drafter) -> int:
+def read_length(drafter: Proposer) -> int:
     """Return the drafter's `num_draft_tokens`, a whole number, 0 or more."""
     length = drafter.num_draft_tokens
     if type(length) is not int:
@@ -72,7 +83,7 @@ def read_length(drafter: Drafter) -> int:
     return length
 
 
-def read_state_bytes(drafter: Drafter, lengths: Sequence[int]) -> float:
+def read_state_bytes(drafter: Proposer, lengths: Sequence[int]) -> float:
     """Return the drafter's `state_bytes`, a finite number, 0 or more."""
     given: Any = drafter.state_bytes(lengths)
     try:
@@ -99,7 +110,7 @@ def read_whole(what: str, given: Any) -> int:
 # --- its own prefill ------------------------------------------------------------------------------
 
 
-def prepare_piece(drafter: Drafter, row: RowView, max_tokens: int, num_calls: int) -> bool:
+def prepare_piece(drafter: Proposer, row: RowView, max_tokens: int, num_calls: int) -> bool:
     """Prepare one piece of a row's prefill; return whether it was the last.
 
     num_calls: calls for this row so far. Raises DrafterError for an answer that is not a bool, and
@@ -121,7 +132,7 @@ def prepare_piece(drafter: Drafter, row: RowView, max_tokens: int, num_calls: in
     return False
 
 
-def prepare_all(drafter: Drafter, row: RowView, max_tokens: int) -> None:
+def prepare_all(drafter: Proposer, row: RowView, max_tokens: int) -> None:
     """Prepare a started row completely, piece by piece."""
     num_calls = 0
     while not prepare_piece(drafter, row, max_tokens, num_calls):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from paceline.contracts import SamplingParams
-    from paceline.drafting.base import Drafter
+    from paceline.drafting.contract import Proposer
     from paceline.models.language_model import LanguageModel
 
 # id of a row that belongs to no request: the engine counts its rows from 0
@@ -85,7 +85,7 @@ class SimulatedReplay(DraftReplay):
 
     def __init__(
         self,
-        drafter: Drafter,
+        drafter: Proposer,
         prompt: Sequence[int],
         trajectory: Sequence[int],
         scores: PositionScores | None = None,
@@ -129,7 +129,7 @@ class CachedReplay(SimulatedReplay):
 
     def __init__(
         self,
-        drafter: Drafter,
+        drafter: Proposer,
         target: LanguageModel,
         prompt: Sequence[int],
         trajectory: Sequence[int],

@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     from paceline.config import DrafterSection
-    from paceline.contracts import CollectedPrompt, Progress
+    from paceline.contracts import Progress
+    from paceline.store.records import CollectedPrompt
 
     T = TypeVar("T")
 

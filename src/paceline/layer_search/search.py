@@ -13,19 +13,16 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import accumulate
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any
 
 from paceline.assembly import Pace
 from paceline.contracts import no_progress
 from paceline.costs import CostTable
-from paceline.drafting.draft_length import ThresholdSettings
-from paceline.drafting.layer_skip import LayerSkipSettings
 from paceline.drafting.skip_set import SkipSet
 from paceline.errors import ArtefactError, ConfigError
 from paceline.layer_search.costs import measure_costs
 from paceline.layer_search.proposals import bits_of, import_optuna, next_subset, subset_of
+from paceline.layer_search.settings import SearchSettings
 from paceline.layer_search.subset_replay import decode
 from paceline.layer_search.trials import PredictedTrials, TimedTrials, Trial
 from paceline.models.self_checks import check_sublayers
@@ -38,25 +35,6 @@ if TYPE_CHECKING:
     from paceline.assembly import Parts
     from paceline.contracts import Progress
     from paceline.layer_search.proposals import Bits
-
-
-class SearchSettings(ThresholdSettings):
-    """Settings of a search, without its budget (trials, minutes), which a later run may extend.
-
-    objective: `predicted` prices acceptance with a cost table and is reproducible; `measured` times
-    real decoding. max_new_tokens: the length of each development answer.
-    """
-
-    num_draft_tokens: int = Field(default=12, ge=1, le=64)
-    stop: Literal["threshold", "fixed"] = "threshold"
-    objective: Literal["predicted", "measured"] = "predicted"
-    max_new_tokens: int = Field(default=64, ge=3)
-    seed: int = 0
-
-    def of_drafter(self) -> LayerSkipSettings:
-        """Return a drafter's settings with this exit and length; its skip set is a placeholder."""
-        shared = set(LayerSkipSettings.model_fields) & set(SearchSettings.model_fields)
-        return LayerSkipSettings(skip_mlp=(0,), **self.model_dump(include=shared))
 
 
 @dataclass(frozen=True, slots=True)

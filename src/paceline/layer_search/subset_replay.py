@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from paceline.assembly import Pace
-    from paceline.layer_search.search import SearchSettings
+    from paceline.layer_search.settings import SearchSettings
     from paceline.models.language_model import LanguageModel
     from paceline.models.sublayers import LayerSubset
 

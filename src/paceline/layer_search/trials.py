@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from paceline.assembly import Parts
     from paceline.contracts import Completion
     from paceline.costs import CostTable
-    from paceline.layer_search.search import SearchSettings
+    from paceline.layer_search.settings import SearchSettings
     from paceline.layer_search.subset_replay import Trajectory
     from paceline.models.language_model import LanguageModel
 

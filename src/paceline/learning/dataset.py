@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from paceline.config import LearningSection
-    from paceline.contracts import CollectedPrompt
     from paceline.costs import CostTable, Objective
     from paceline.learning.rounds import RoundTable
+    from paceline.store.records import CollectedPrompt
 
 MIN_PROMPTS: Final = 8
 _MIN_HELD_OUT: Final = 2

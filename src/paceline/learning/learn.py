@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from paceline.config import LearningSection
-    from paceline.contracts import CollectedPrompt, Progress
+    from paceline.contracts import Progress
     from paceline.costs.table import CostTable
     from paceline.learning.dataset import Dataset
     from paceline.learning.learners import Curve, Learner, LearnerSettings, Summary
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from paceline.selection.choosers import Chooser
     from paceline.selection.encoders import FeatureEncoder
     from paceline.selection.policies import Policy
+    from paceline.store.records import CollectedPrompt
 
 EVALUATION_FILE: Final = "evaluation.json"
 

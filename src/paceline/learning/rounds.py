@@ -21,8 +21,8 @@ from paceline.replay import rounds_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from paceline.contracts import CollectedPrompt
     from paceline.costs.pricing import Objective, SecondsFn
+    from paceline.store.records import CollectedPrompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from paceline.contracts import ReplayedDrafter
 from paceline.drafting.catalog import check_settings
 from paceline.drafting.chain_replay import ChainReplay
 from paceline.drafting.draft_length import ExpectedGainStop, StopSettings
 from paceline.drafting.draft_replay import PositionScores
 from paceline.replay.rounds import look_ahead
+from paceline.store.records import ReplayedDrafter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from paceline.config import Config
-    from paceline.contracts import CollectedPrompt
     from paceline.costs.table import CostTable
     from paceline.drafting.draft_length import StopRule
+    from paceline.store.records import CollectedPrompt
 
 
 def price_stops(

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 from paceline.compiled import compiled
-from paceline.contracts import GREEDY, NONE, ReplayedDrafter, SamplingParams, split_arm
+from paceline.contracts import GREEDY, NONE, SamplingParams, split_arm
 from paceline.drafting.contract import read_whole
 from paceline.errors import DrafterError, StoreError
 from paceline.models.packing import Span
+from paceline.store.records import ReplayedDrafter
 from paceline.warping import warp
 
 if TYPE_CHECKING:
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from paceline.contracts import CollectedPrompt
     from paceline.drafting.base import Drafter
     from paceline.drafting.draft_replay import DraftReplay, PositionScores
     from paceline.models.language_model import LanguageModel
+    from paceline.store.records import CollectedPrompt
 
 _UNWARPED = SamplingParams(temperature=1.0, method="residual")
 

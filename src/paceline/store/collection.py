@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from paceline.config import DEFAULT_ENCODERS
-from paceline.contracts import NONE, CollectedPrompt, ReplayedDrafter
+from paceline.contracts import NONE
 from paceline.errors import StoreError
 from paceline.store.layout import (
     FEATURES,
@@ -28,6 +28,7 @@ from paceline.store.layout import (
     list_names,
     store_folder,
 )
+from paceline.store.records import CollectedPrompt, ReplayedDrafter
 from paceline.store.shards import ShardStore
 
 if TYPE_CHECKING:

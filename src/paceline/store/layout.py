@@ -18,7 +18,8 @@ from urllib.parse import quote, unquote
 
 import pyarrow as pa
 
-from paceline.contracts import SamplingParams, sampling_label
+from paceline.contracts import SamplingParams
+from paceline.store.records import sampling_label
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from paceline.contracts import NONE, sampling_label, split_arm
+from paceline.contracts import NONE, split_arm
 from paceline.costs.table import CostTable
 from paceline.drafting.catalog import arms_of
 from paceline.errors import ArtefactError
@@ -23,6 +23,7 @@ from paceline.learning.rounds import round_table
 from paceline.plotting import import_figure
 from paceline.replay import price_stops, rounds_of
 from paceline.store.collection import load_collection, read_overlaps
+from paceline.store.records import sampling_label
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from paceline.config import Config
-    from paceline.contracts import CollectedPrompt
+    from paceline.store.records import CollectedPrompt
 
 ALL = "all"
 

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
     from paceline.collection import CollectionReport
     from paceline.config import Config
-    from paceline.contracts import CollectedPrompt, Progress, PromptRecord
+    from paceline.contracts import Progress, PromptRecord
     from paceline.learning import LearningResult
     from paceline.store.collection import LoadedCollection
+    from paceline.store.records import CollectedPrompt
 
 
 def collect(

@@ -12,13 +12,7 @@ import torch
 from paceline.assembly import Pace, build_from_objects, load
 from paceline.bench.doctor import doctor
 from paceline.config import Config, DrafterSection, LearningSection, ModelSection, PathsSection
-from paceline.contracts import (
-    NONE,
-    CollectedPrompt,
-    PromptRecord,
-    SamplingParams,
-    identity_of_arms,
-)
+from paceline.contracts import NONE, PromptRecord, SamplingParams, identity_of_arms
 from paceline.costs import CostTable, Measurement
 from paceline.drafting.catalog import check_settings
 from paceline.drafting.draft_length import (
@@ -35,6 +29,7 @@ from paceline.models.language_model import LanguageModel
 from paceline.replay import max_output, price_stops, replay, rounds_of, simulate, walk
 from paceline.replay.priced import stopped_ahead
 from paceline.store.collection import load_collection
+from paceline.store.records import CollectedPrompt
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
 from paceline.verbs.evaluate import evaluate

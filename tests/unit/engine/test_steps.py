@@ -14,10 +14,11 @@ from paceline.config import Config, EngineSection, ModelSection
 from paceline.contracts import Drafts, Request
 from paceline.drafting.base import Drafter
 from paceline.engine import TextStream
-from paceline.engine.prefixes import BLOCK, PrefixStore
+from paceline.engine.prefixes import PrefixStore
 from paceline.errors import DecodingError, QueueFullError, RequestError
 from paceline.models.cache import RowCache
 from paceline.models.detokenizer import Detokenizer
+from paceline.models.packing import PREFILL_BLOCK as BLOCK
 from paceline.testing.scripted import ScriptedDrafter, copying
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pytest
 
-from paceline.contracts import CollectedPrompt, ReplayedDrafter
 from paceline.costs import CostTable, Measurement
 from paceline.learning.dataset import Dataset, default_spans
 from paceline.learning.rounds import RoundTable
+from paceline.store.records import CollectedPrompt, ReplayedDrafter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 
 from paceline.config import LearningSection
-from paceline.contracts import ReplayedDrafter
 from paceline.costs import CostTable, Measurement
 from paceline.errors import ConfigError, StoreError
 from paceline.learning.dataset import build_dataset, split
 from paceline.replay import rounds_of
 from paceline.rewards import alignments, request_seconds, savings
+from paceline.store.records import ReplayedDrafter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from paceline.contracts import CollectedPrompt
     from paceline.learning.dataset import Dataset
+    from paceline.store.records import CollectedPrompt
 
 ARMS = ("none", "code", "lookup")
 SPEED, ALIGNMENT = LearningSection(), LearningSection(reward="alignment", alpha=0.25)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from paceline.contracts import CollectedPrompt
+    from paceline.store.records import CollectedPrompt
 
 ARMS = ("none", "code", "lookup")
 SETTINGS = LearningSection(held_out=0.3, max_epochs=60)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from paceline.config import LearningSection
-from paceline.contracts import Context, ReplayedDrafter, SamplingParams
+from paceline.contracts import Context, SamplingParams
 from paceline.errors import ArtefactError, StoreError
 from paceline.learning import train_policy
 from paceline.learning.learners import check_settings
@@ -18,13 +18,14 @@ from paceline.replay import rounds_of
 from paceline.selection import PolicyIdentity, feature_vector, load_policy
 from paceline.selection.artefact import read_card
 from paceline.selection.drift import RANGE_FILE, TrainingRange
+from paceline.store.records import ReplayedDrafter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from paceline.contracts import CollectedPrompt
     from paceline.costs import CostTable
+    from paceline.store.records import CollectedPrompt
 
 D = 24
 ARMS = {"none": "kind=none", "code": "kind=draft_model", "math": "kind=draft_model, width=2"}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from paceline.config import LearningSection
-from paceline.contracts import CollectedPrompt, ReplayedDrafter, no_progress
+from paceline.contracts import no_progress
 from paceline.costs import CostTable, Measurement
 from paceline.errors import ConfigError, StoreError
 from paceline.learning.dataset import Dataset, build_dataset
@@ -25,6 +25,7 @@ from paceline.learning.learners.base import (
 )
 from paceline.learning.search import search
 from paceline.selection.choosers import CHOOSERS, AcceptanceChooser, FixedChooser, NetworkChooser
+from paceline.store.records import CollectedPrompt, ReplayedDrafter
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from paceline.contracts import CollectedPrompt, ReplayedDrafter
 from paceline.costs import CostTable, Measurement
 from paceline.errors import StoreError
 from paceline.learning.rounds import round_table
 from paceline.replay import rounds_of
 from paceline.rewards import request_seconds
+from paceline.store.records import CollectedPrompt, ReplayedDrafter
 
 if TYPE_CHECKING:
     from collections.abc import Callable

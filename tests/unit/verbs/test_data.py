@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from paceline.contracts import GREEDY, CollectedPrompt, ReplayedDrafter, SamplingParams
+from paceline.contracts import GREEDY, SamplingParams
 from paceline.costs import CostTable, Measurement
+from paceline.store.records import CollectedPrompt, ReplayedDrafter
 from paceline.verbs.data import ALL, plot_collection, shares_by_drafter, summarise
 
 if TYPE_CHECKING:

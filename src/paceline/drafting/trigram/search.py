@@ -14,7 +14,7 @@ from paceline.drafting.trigram import kernels
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from paceline.drafting.trigram.drafter import TrigramTreeSettings
+    from paceline.drafting.trigram.settings import TrigramTreeSettings
     from paceline.drafting.trigram.table import Table
 
 _MIN_PAIRS: Final = 256  # initial room for learned pairs

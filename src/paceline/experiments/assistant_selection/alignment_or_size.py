@@ -26,10 +26,10 @@ from paceline.rewards import METRICS, cost_score, token_seconds
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from paceline.contracts import CollectedPrompt
     from paceline.costs.table import CostTable
     from paceline.experiments.findings import Value
     from paceline.experiments.workbench import Workbench
+    from paceline.store.records import CollectedPrompt
 
 DRAFTERS: Final = ("code", "general", "general-4m")
 ALPHAS: Final = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from typing import Self
 
     from paceline.config import LearningSection
-    from paceline.contracts import CollectedPrompt
     from paceline.costs.table import CostTable
     from paceline.experiments.findings import Column, Value
     from paceline.experiments.workbench import Workbench
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from paceline.learning.evaluation import EvaluationReport
     from paceline.learning.evaluation.bootstrap import Interval
     from paceline.selection.choosers import Situation
+    from paceline.store.records import CollectedPrompt
 
 BEST_SINGLE: Final = "best single"
 PER_TASK: Final = "per task"

@@ -30,10 +30,10 @@ from paceline.learning.evaluation import Evaluator, train_contenders
 
 if TYPE_CHECKING:
     from paceline.config import LearningSection
-    from paceline.contracts import CollectedPrompt
     from paceline.experiments.findings import Value
     from paceline.experiments.workbench import Workbench
     from paceline.learning.evaluation import EvaluationReport
+    from paceline.store.records import CollectedPrompt
 
 LEARNER: Final = "acceptance"
 OTHERS: Final = ("policy_gradient", "knn")  # on the mixed held-out prompts

@@ -25,11 +25,11 @@ from paceline.selection.choosers.base import price_work
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from paceline.contracts import CollectedPrompt
     from paceline.experiments.findings import Value
     from paceline.experiments.workbench import Workbench
     from paceline.learning.evaluation.bootstrap import Interval
     from paceline.learning.streams import StreamMethod, StreamOutcome
+    from paceline.store.records import CollectedPrompt
 
 LEARNER: Final = "acceptance"
 STEADY: Final = "steady"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from paceline.config import DrafterSection, ModelSection
 from paceline.drafting.catalog import check_settings, find_kind
 from paceline.drafting.layer_skip import LayerSkipSettings, subset_of
-from paceline.drafting.trigram.drafter import TrigramTreeSettings
+from paceline.drafting.trigram.settings import TrigramTreeSettings
 from paceline.errors import ConfigError
 from paceline.experiments.recipes.shapes import (
     check_forward,

@@ -18,7 +18,8 @@ from paceline.drafting.catalog import check_settings
 from paceline.drafting.draft_replay import SimpleRow
 from paceline.drafting.trigram.build import build_table
 from paceline.drafting.trigram.corpora import TokenSequences
-from paceline.drafting.trigram.drafter import TrigramTree, TrigramTreeSettings
+from paceline.drafting.trigram.drafter import TrigramTree
+from paceline.drafting.trigram.settings import TrigramTreeSettings
 from paceline.drafting.trigram.table import load_table
 from paceline.errors import ConfigError
 from paceline.models.vocabulary import Vocabulary

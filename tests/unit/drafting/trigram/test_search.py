@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.drafting.trigram import kernels
-from paceline.drafting.trigram.drafter import TrigramTreeSettings
 from paceline.drafting.trigram.search import Learned, TreeSearch
+from paceline.drafting.trigram.settings import TrigramTreeSettings
 from paceline.drafting.trigram.table import MAX_SUCCESSORS, Table, empty_table
 from paceline.testing.trigram_reference import ReferenceStatistics, reference_tree
 

@@ -17,7 +17,8 @@ from safetensors import safe_open
 from paceline.drafting.trigram import build as build_module
 from paceline.drafting.trigram.build import BuildSettings, build_table
 from paceline.drafting.trigram.corpora import TextFiles, TokenSequences
-from paceline.drafting.trigram.drafter import TrigramTree, TrigramTreeSettings
+from paceline.drafting.trigram.drafter import TrigramTree
+from paceline.drafting.trigram.settings import TrigramTreeSettings
 from paceline.drafting.trigram.table import Table, load_table, read_facts
 from paceline.errors import ArtefactError, ConfigError, VocabularyError
 from paceline.models.vocabulary import Vocabulary

@@ -1,0 +1,64 @@
+"""Records of a collection as its readers see them: prompts, outputs and replays, joined by id.
+
+Symbols: T output tokens, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from paceline.contracts import GREEDY, SamplingParams
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def sampling_label(sampling: SamplingParams) -> str:
+    """Return the label that a sampling adds to a prompt's id: `@t0.8,p0.95`; empty for greedy.
+
+    It has no seed: a prompt's seed follows from its id.
+    """
+    if sampling.temperature == 0.0:
+        return ""
+    parts = [f"t{sampling.temperature:g}"]
+    parts += [f"k{sampling.top_k}"] if sampling.top_k else []
+    parts += [f"p{sampling.top_p:g}"] if sampling.top_p < 1.0 else []
+    parts += [f"m{sampling.min_p:g}"] if sampling.min_p else []
+    return "@" + ",".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayedDrafter:
+    """The drafted and accepted tokens of one drafter along one trajectory, at its full draft length.
+
+    everywhere: the table has the round that would start at each position 1 to T - 1 (tokens emitted so
+    far); otherwise it has consecutive rounds from the first position on.
+    """
+
+    table: np.ndarray  # [T - 1, 2] or [rounds, 2] int
+    everywhere: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CollectedPrompt:
+    """One prompt of a collection under one sampling: the target's output and the drafters' replays."""
+
+    id: str  # the prompt's own id, followed by the sampling's label if it is not greedy
+    domain: str
+    prompt_tokens: tuple[int, ...]
+    output_tokens: tuple[int, ...]  # T, the trajectory
+    max_new_tokens: int
+    features: np.ndarray  # [F] float32
+    replays: dict[str, ReplayedDrafter]
+    draft_outputs: dict[str, tuple[int, ...]]  # drafter -> its own greedy output, if collected
+    # drafter -> (match, confidence) by position, of chains; see drafting's PositionScores
+    scores: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    sampling: SamplingParams = GREEDY
+    spans: Mapping[str, slice] = field(default_factory=dict)  # encoder -> its part of the features
+
+    @property
+    def prompt_id(self) -> str:
+        """The prompt's own id, which all its samplings share; splits must use it."""
+        return self.id.removesuffix(sampling_label(self.sampling))
