@@ -78,7 +78,7 @@ def test_the_text_search_sees_the_project() -> None:
     assert {
         "Makefile",
         "pyproject.toml",
-        "src/paceline/contracts/__init__.py",
+        "src/paceline/contracts.py",
         MAY_NAME_OUTSIDE_FOLDER,
     } <= names
     assert not any(name.startswith((".venv/", "build/")) for name in names)

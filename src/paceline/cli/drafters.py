@@ -74,7 +74,7 @@ def _print(console: Console, found: DrafterList) -> None:
 
 
 def _arms(kind: DrafterKind) -> str:
-    """The arms of a kind, or what it takes to have one."""
+    """Return the arms of a kind, or the settings that an arm needs."""
     if kind.arms:
         return ", ".join(arm.name + (" [red](!)[/]" if arm.problem else "") for arm in kind.arms)
     return f"[dim]settings: {', '.join(kind.required)}[/]" if kind.required else "[dim]ready[/]"

@@ -49,7 +49,7 @@ class StopRule(Protocol):
     """Decides whether a draft gets one more token."""
 
     def allows_next(self, confidences: Sequence[float], context: int) -> bool:
-        """confidences: c_1 ... c_k of the k >= 1 tokens drafted; context: tokens cached before them."""
+        """Return whether to draft one more. confidences: c_1 ... c_k, k >= 1; context: tokens cached."""
 
 
 def confidences(logits: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Trial:
 
     @classmethod
     def of(cls, subset: LayerSubset, seconds: float, rounds: Sequence[np.ndarray]) -> Trial:
-        """rounds: [n, 2] drafted and accepted, of each output."""
+        """Return the trial of a subset. rounds: [n, 2] drafted and accepted, of each output."""
         drafted, accepted = np.concatenate(rounds).T
         return cls(
             tuple(sorted(subset.attention)),

@@ -305,7 +305,7 @@ def _figures(tally: _Tally, place: int, part: slice) -> Figures:
 
 
 def _chosen(counts: np.ndarray, arms: Sequence[str]) -> Chosen:
-    """counts: [A] prompts by arm."""
+    """Return the chosen arms. counts: [A] prompts by arm."""
     shares = counts / counts.sum()
     drafters: dict[str, float] = {}
     lengths: dict[str, float] = {}

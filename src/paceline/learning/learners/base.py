@@ -169,7 +169,7 @@ def best_single(data: Dataset, rewards: np.ndarray, settings: LearningSection) -
 
 
 def gain_over_single(earned: np.ndarray, single: np.ndarray) -> tuple[float, float]:
-    """(mean, its standard error) of the difference over prompts. earned, single: [n] rewards.
+    """Return (mean, standard error) of the difference over prompts. earned, single: [n] rewards.
 
     Where only some arms were tried a reward may not be a number; then the means of those known are
     compared.
