@@ -47,8 +47,9 @@ class Product:
         self.packed = packs(weight) if exact else packs(weight) and is_worth_packing(weight)
         if exact and not self.packed:
             raise ModelError(
-                f"exact mode rests on the CPU's packed products, which {weight.dtype} on "
-                f"{weight.device} does not have here; use bfloat16 or float32 on a CPU"
+                f"exact mode needs packed products, which {weight.dtype} on {weight.device} does "
+                "not have on this machine; use float32 on a CPU, or bfloat16 on a CPU that multiplies "
+                "it (AVX-512 BF16, AMX)"
             )
         like = weight
         if self.packed:
