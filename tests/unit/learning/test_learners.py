@@ -119,7 +119,7 @@ def test_every_learner_is_whole(name: str) -> None:
         assert low <= defaults[option] <= high
         assert learner.settings(LearningSection(**{option: low})) != settings
 
-    short = check_settings(LearningSection(learner=name, loads=(1, 16), max_epochs=3))
+    short = check_settings(LearningSection(learner=name, loads=(1, 16), max_epochs=3, kinds=4))
     chooser = learner.fit(train, short, no_progress).chooser
 
     assert isinstance(chooser, (learner.chooser, FixedChooser))
