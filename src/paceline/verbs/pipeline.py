@@ -16,6 +16,7 @@ from paceline.contracts import no_progress
 from paceline.costs.table import CostTable
 from paceline.drafting.catalog import arms_of
 from paceline.learning import train_policy
+from paceline.learning.learners import check_settings
 from paceline.replay import price_stops
 from paceline.selection import PolicyIdentity
 from paceline.selection.encoders import build_encoder
@@ -99,7 +100,11 @@ class PricedCollection:
 
 
 def load_priced(config: Config) -> PricedCollection:
-    """Read the configuration's collection and cost table."""
+    """Read the configuration's collection and cost table.
+
+    Raises ConfigError if the section `learning` does not fit its learner.
+    """
+    check_settings(config.learning)  # before anything is read: a mistyped option shows at once
     encoders = config.selection.encoders
     collection = load_collection(config.paths.store, list(config.drafters), encoders)
     costs = CostTable.load(config.paths.costs)
