@@ -157,7 +157,7 @@ class RowView(Protocol):
 
     @property
     def num_cached(self) -> int:
-        """Leading positions of the slot that hold the row: between rounds, all tokens but the last."""
+        """Leading positions of the slot that hold the row: all tokens but the last, 0 without a slot."""
 
 
 @dataclass(slots=True)

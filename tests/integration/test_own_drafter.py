@@ -76,7 +76,7 @@ def test_the_command_line_runs_and_lists_it(
     assert run(monkeypatch, "drafters", "-c", path) == 0
     listed = capsys.readouterr().out
     assert "bigram_drafter:Bigram" in listed
-    assert "A drafter of your own" in listed
+    assert "A drafter of bigrams" in listed
 
 
 OTHER_FILES = {

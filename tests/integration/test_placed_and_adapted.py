@@ -196,5 +196,5 @@ def test_an_offloaded_model_runs_where_accelerate_brings_it(tmp_path: Path, whol
 
 def test_a_device_and_a_device_map_contradict_each_other() -> None:
     raw = {"target": {"model": "x", "device": "cpu", "device_map": "auto"}}
-    with pytest.raises(ConfigError, match="'device' and 'device_map' both say"):
+    with pytest.raises(ConfigError, match="'device' and 'device_map' both place the weights"):
         parse(Config, raw, "paceline.yaml")

@@ -50,7 +50,7 @@ def layer_search(
     from paceline.plotting import import_figure
     from paceline.store import read_prompts, take_by_hash
 
-    import_figure()  # fails before the work is done
+    import_figure("search")  # fails before the work is done
     flags = {"objective": objective, "max_new_tokens": max_new_tokens, "seed": seed}
     raw = options.given(flags) | options.assigned(setting)
     settings = parse(SearchSettings, raw, "layer-search")

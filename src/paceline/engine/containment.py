@@ -41,13 +41,13 @@ def asking(
 
     By default the row fails; with `on_error` only a changed text fails it.
     """
-    text = len(row.tokens), row.tokens[-1]
+    lengths = row.lengths
     failure: BaseException | None = None
     try:
         yield
     except BaseException as error:  # noqa: BLE001 - a plug-in may raise anything
         failure = error
-    is_unchanged = row.restore_text(*text)
+    is_unchanged = row.restore_text(*lengths)
     if isinstance(failure, ENDS_ALL):
         raise failure
     if failure is not None:
@@ -58,7 +58,9 @@ def asking(
 
 def text_changed() -> DrafterError:
     """Return the error of a drafter that wrote into its row's tokens."""
-    return DrafterError("changed row.tokens, which are the engine's; copy them first")
+    return DrafterError(
+        "changed row.tokens or row.num_cached, which are the engine's; copy them first"
+    )
 
 
 def warn(message: str) -> None:

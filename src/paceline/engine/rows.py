@@ -155,11 +155,17 @@ class Row:
                 return "stop"
         return "length" if len(self.tokens) >= self.max_total else None
 
-    def restore_text(self, num_tokens: int, last: int) -> bool:
-        """Restore the length and the last token; return whether a drafter left both unchanged."""
+    @property
+    def lengths(self) -> tuple[int, int, int]:
+        """What `restore_text` needs: the number of tokens, the last one, the cached positions."""
+        return len(self.tokens), self.tokens[-1], self.num_cached
+
+    def restore_text(self, num_tokens: int, last: int, num_cached: int) -> bool:
+        """Restore lengths and the last token; return whether a drafter left them unchanged."""
         tokens = self.tokens
-        if len(tokens) == num_tokens and tokens[-1] == last:
+        if self.lengths == (num_tokens, last, num_cached):
             return True
+        self.num_cached = num_cached
         del tokens[num_tokens:]
         if len(tokens) == num_tokens:
             tokens[-1] = last

@@ -197,7 +197,7 @@ def _resume(out: Path, facts: dict[str, Any]) -> SearchReport | None:
 
 def plot(report: SearchReport, path: Path) -> None:
     """Write a PNG: the speed-up by trial, and the sub-layers that the best subset leaves out."""
-    figure = import_figure()(figsize=(8, 5), layout="constrained")
+    figure = import_figure("search")(figsize=(8, 5), layout="constrained")
     course, layers = figure.subplots(2, 1, height_ratios=[3, 1])
     speeds = [report.speedup(trial) for trial in report.trials]
     numbers = range(1, len(speeds) + 1)

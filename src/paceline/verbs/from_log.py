@@ -19,6 +19,7 @@ from paceline.drafting.catalog import arms_of
 from paceline.errors import ArtefactError, ConfigError
 from paceline.learning import learn_from_choices
 from paceline.learning.dataset import build_dataset, split
+from paceline.learning.learners import check_settings
 from paceline.learning.rollout import Replayed, adopt, not_compared
 from paceline.selection import is_policy, load_policy
 from paceline.selection.artefact import read_card
@@ -55,6 +56,7 @@ def learn_from_log(config: Config, on_progress: Progress = no_progress) -> Learn
     """
     if config.log.folder is None:
         raise ConfigError("there is no log to learn from; set log.folder in the configuration")
+    check_settings(config.learning)  # before the work is done
     decisions, notes = read_decisions(config.log.folder)
     parts = build(config)
     if any(decision.prompt_tokens is not None for decision in decisions):

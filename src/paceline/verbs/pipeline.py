@@ -104,7 +104,7 @@ def load_priced(config: Config) -> PricedCollection:
 
     Raises ConfigError if the section `learning` does not fit its learner.
     """
-    check_settings(config.learning)  # before anything is read: a mistyped option shows at once
+    check_settings(config.learning)  # before anything is read
     encoders = config.selection.encoders
     collection = load_collection(config.paths.store, list(config.drafters), encoders)
     costs = CostTable.load(config.paths.costs)
@@ -162,6 +162,7 @@ def prepare(
     on_progress: Progress = no_progress,
 ) -> Prepared:
     """Collect, profile and learn with models that are loaded once."""
+    check_settings(config.learning)  # before the work is done
     marks = [perf_counter()]
     pace = Pace(build(config))
     marks.append(perf_counter())

@@ -16,7 +16,7 @@ def test_a_name_says_drafter_and_length() -> None:
     decision = Decision("math@3")
     assert (decision.drafter, decision.num_draft_tokens) == ("math", 3)
     for wrong in ("math@", "math@0", "math@-1", "math@1.5", "math@3@4", "math@²"):
-        with pytest.raises(ValueError, match="a draft length is a whole number"):
+        with pytest.raises(ValueError, match="a draft length must be a whole number"):
             split_arm(wrong)
 
 

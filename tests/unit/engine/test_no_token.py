@@ -143,4 +143,4 @@ def test_a_processor_of_another_shape_fails_by_name(pace: Pace) -> None:
     settings = {"max_new_tokens": 4, "drafter": "near"}
     [bad] = run(pace, pace.request(PROMPT, processors=[lambda i, s: s[:, :1]], **settings))
 
-    assert bad.error == "logit rules: a processor returned scores of shape [1, 1]"
+    assert bad.error == "logit rules: a processor returned scores of shape [1, 1]; return [1, 259]"

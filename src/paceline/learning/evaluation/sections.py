@@ -89,6 +89,10 @@ class Evaluation:
         """The report of the first section."""
         return self.sections[0].report
 
+    def headline(self) -> dict[str, float]:
+        """Return the first section's main figures."""
+        return self.report.headline()
+
     def sentences(self) -> list[str]:
         """Return the findings in words, per section, and for all unseen tasks together."""
         unseen = [section for section in self.sections if section.kind == "left_out"]
