@@ -105,7 +105,7 @@ class ControlledRows:
         if self._shadows.pop(row.id, None) is None:
             return
         del self._reported[row.id]
-        # a controller may be anybody's code
+        # a controller may be the user's own code
         with contained(lambda error: row.fail(_CONTROLLER, error)):
             self.controller.end(row.id, max(len(row.tokens) - row.num_prompt - 1, 0))
 

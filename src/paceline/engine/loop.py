@@ -284,7 +284,7 @@ class Engine:
 
     def _choose_drafter(self, row: Row) -> None:
         began = perf_counter()
-        # a policy may be anybody's code
+        # a policy may be the user's own code
         with contained(lambda error: row.fail("policy", error)):
             decision = self._decide(row)
             check_arm(decision.arm, self.drafters, ArtefactError)
