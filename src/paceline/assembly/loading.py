@@ -102,7 +102,7 @@ def _without_policy(parts: Parts, reason: str, notes: Sequence[str] = ()) -> Pac
 
 
 def steps_to_policy(config: Config) -> str:
-    """Return a message that there is no policy yet, with the commands that make one."""
+    """Return a message that says that there is no policy yet, with the commands that make one."""
     paths = config.paths
     steps = ["`paceline learn`"]
     if not paths.costs.is_file():
@@ -132,7 +132,7 @@ def build_controller(
 ) -> AdaptiveController | None:
     """Return the controller of the configuration's `selection`, or None if it asks for none.
 
-    arms: of the policy; every drafter is an arm too. costs: of this machine, by default read from
+    arms: those of the policy; every drafter is an arm, too. costs: of this machine, by default read from
     the configuration's path. Raises ArtefactError if the costs of an arm are missing.
     """
     section = parts.config.selection

@@ -96,7 +96,7 @@ class Pace:
         """Return a checked request; `settings` are the fields of `RequestSettings`.
 
         prompt: a string, a message or a list of messages, or token ids as a sequence or a
-        one-dimensional array. generation_config: `auto` takes what the call does not set from the
+        one-dimensional array. generation_config: `auto` takes settings that the call omits from the
         target's own generation configuration, `none` ignores it; the default is the configuration's.
 
         Raises RequestError that names the setting that cannot be served.

@@ -1,6 +1,6 @@
 """The parts of a pace: models, tokenizer and drafters, loaded or taken from memory.
 
-Knows no engine, policy or costs.
+This module knows no engine, policy or costs.
 """
 
 from __future__ import annotations

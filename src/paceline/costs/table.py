@@ -1,6 +1,6 @@
 """The cost table: measured seconds of every piece of work, read, saved and interpolated.
 
-Knows no model and no clock. The work, by (subject, operation):
+This module knows no model and no clock. The work, by (subject, operation):
 
     target, prefill   tokens = prompt length, from an empty cache to the first token
     target, forward   tokens = 1 + drafted by all rows together; unembedding and judging included
@@ -67,7 +67,7 @@ class CostTable:
     """Measured seconds and their circumstances.
 
     `fingerprint` has the machine, the target and the drafters, one comparable line per entry; arm X is
-    under "arm X". Raises ArtefactError for a cell that is there twice.
+    under "arm X". Raises ArtefactError for a cell that occurs twice.
     """
 
     def __init__(self, fingerprint: Mapping[str, str], measurements: Iterable[Measurement]) -> None:
@@ -110,7 +110,7 @@ class CostTable:
     ) -> float | NDArray[np.float64]:
         """Return the seconds of work; arrays of tokens and contexts are broadcast.
 
-        Linear between measured tokens, contexts and rows. Beyond the grid its last segment is
+        Prices are linear between measured tokens, contexts and rows. Beyond the grid its last segment is
         extended, but never below the smallest measured value. Work that was measured for a single
         number of rows is priced per row. Raises ArtefactError for work that was not measured.
         """
@@ -126,8 +126,9 @@ class CostTable:
         return sorted({m.tokens for m in own}), sorted({m.context for m in own})
 
     def doubt(self) -> str | None:
-        """Return why the figures may be wrong, or None: work that took clearly longer than more of
-        the same was interrupted by another process.
+        """Return the reason why the figures may be wrong, or None.
+
+        Work that took clearly longer than more of the same work was interrupted by another process.
         """
         inversions = [
             (*worst, f"{subject} {operation}")
@@ -179,7 +180,7 @@ class CostTable:
         return hashlib.sha256(self._to_json().encode()).hexdigest()[:16]
 
     def save(self, path: Path | str) -> None:
-        """Write JSON, atomically. Raises ArtefactError if the file cannot be written."""
+        """Write the table as JSON, atomically. Raises ArtefactError if the file cannot be written."""
         try:
             write_atomically(Path(path), self._to_json().encode())
         except OSError as error:

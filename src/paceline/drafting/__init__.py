@@ -1,1 +1,1 @@
-"""PROPOSE: drafters with one interface. Knows neither how they are chosen nor how drafts are judged."""
+"""PROPOSE: drafters with one interface. This room knows no policy and no judge."""

@@ -50,10 +50,10 @@ class BuildContext:
 
 
 class Drafter(ABC):
-    """Proposes tokens for rows. `name` is the arm's name in configuration, tables and artefacts.
+    """A proposer of tokens for rows. `name` is the arm's name in configuration, tables and artefacts.
 
     A kind of drafter is a class: `kind` is its name in paceline.yaml, `Settings` the schema of its
-    settings there; `check` and `build` make a drafter of them.
+    settings there; `check` tests them, and `build` makes a drafter from them.
     """
 
     kind: ClassVar[str]
@@ -86,7 +86,7 @@ class Drafter(ABC):
         return cls(name, settings)
 
     def start(self, rows: Sequence[RowView]) -> None:  # noqa: B027 - most drafters keep no state
-        """Take rows that were just given this drafter; `prepare` does the work."""
+        """Register rows that were just given this drafter; `prepare` does the work."""
 
     def prepare(self, row: RowView, max_tokens: int) -> bool:
         """Do a piece of the drafter's own prefill of a started row; return True when none is left.
@@ -100,7 +100,8 @@ class Drafter(ABC):
         """Return drafts for all rows, after reading their new tokens.
 
         A row's chain has at most min(limit, num_draft_tokens) tokens; a tree has at most
-        num_draft_tokens and is at most `limit` deep. Order of rules: drafting.draft_length.
+        num_draft_tokens and is at most `limit` deep. `drafting.draft_length` has the order
+        of all rules.
         """
 
     def finish(self, rows: Sequence[RowView]) -> None:  # noqa: B027 - most drafters keep no state
@@ -133,7 +134,7 @@ class Drafter(ABC):
 
     @contextmanager
     def at_full_length(self) -> Iterator[None]:
-        """Draft up to the limit within the block, to measure the cost of a length."""
+        """Make all drafts in the block as long as the limit, to measure the cost of a length."""
         before, self.stops_early = self.stops_early, False
         try:
             yield

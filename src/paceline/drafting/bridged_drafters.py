@@ -92,10 +92,10 @@ class _Translated:
 
 
 class SharedTokens(DraftModel):
-    """Drafts the tokens that both tokenizers have, in the target's ids.
+    """A drafter of the tokens that both tokenizers have, in the target's ids.
 
     Its distribution is renormalised over them before warping, so drafts are sampled and judged by the
-    same distribution. It reads every other token of the text as several own tokens.
+    same distribution. The drafter reads a token that only the target has as several tokens of its own.
     """
 
     kind = KIND
@@ -190,10 +190,11 @@ class _OwnRow(SimpleRow):
 
 
 class ThroughText(Drafter):
-    """Drafts greedily in its own tokens; the target's tokenizer reads the text of the draft.
+    """A greedy drafter in its own tokens; the target's tokenizer reads the text of the draft.
 
-    The draft is a function of the text, so it is judged exactly under every sampling method. Inside is
-    a plain draft model of the re-encoded text; its cache is kept for the tokens that did not change.
+    The draft is a function of the text, so it is judged exactly under every sampling method. The
+    drafter holds a plain draft model of the re-encoded text, whose cache is kept for the tokens that did
+    not change.
     """
 
     kind = KIND
@@ -286,5 +287,5 @@ class ThroughText(Drafter):
         self._inside.bound_cache(max_positions, exact_fit)
 
     def state_bytes(self, lengths: Sequence[int]) -> int:
-        """Return the bytes for rows of equally many own ids."""
+        """Return the bytes, as if rows had as many ids of the drafter as of the target."""
         return self._inside.state_bytes(lengths)

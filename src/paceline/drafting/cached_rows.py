@@ -38,7 +38,7 @@ class CachedRow:
 
 
 class CachedRows(dict[int, CachedRow]):
-    """Rows by id. Texts are in the model's own token ids."""
+    """The cached rows of one model, by id. Texts are in the model's own token ids."""
 
     def __init__(self, model: LanguageModel, chunk: int) -> None:
         """chunk: maximum number of tokens per forward of the prefill."""
@@ -63,7 +63,7 @@ class CachedRows(dict[int, CachedRow]):
                 self._model.cache.forget(state.slot)
 
     def prepare(self, row_id: int, text: Sequence[int], max_tokens: int) -> bool:
-        """Cache up to `max_tokens` more tokens of a text without its last; return True at its end."""
+        """Cache up to `max_tokens` more tokens of a text, never its last; return True at its end."""
         state = self[row_id]
         stop = min(len(text) - 1, self.max_positions)
         end = min(stop, state.num_cached + max_tokens)

@@ -1,6 +1,6 @@
 """The kinds of drafters. Exactness tests iterate over this list: registering is testing.
 
-A kind that is not listed is a class of the user, named by its module:
+A kind that is not listed is a user's class, named by its module:
 `kind: my_package.my_module:MyDrafter`.
 """
 

@@ -30,10 +30,10 @@ NO_SCORES = PositionScores(np.zeros(0, dtype=bool), *(np.zeros(0, dtype=np.float
 class ChainReplay(DraftReplay):
     """Rounds that follow from the runs of matching positions.
 
-    The number of accepted tokens is exact under every stop rule: up to the first wrong token the
-    chain is the text. The number of drafted tokens is exact at fixed length. For a stop rule it is an
-    estimate: after a wrong token the rule reads the confidences along the text, and after the text's
-    end the last confidence.
+    The number of accepted tokens is exact under every stop rule, because the chain equals the text
+    up to the first wrong token. The number of drafted tokens is exact at fixed length. For a stop rule
+    it is an estimate: after a wrong token the rule reads the confidences along the text, and after the
+    text's end the last confidence.
     """
 
     def __init__(

@@ -1,8 +1,9 @@
 """The contract of a drafter, checked at every call: in a round, in a replay, in a union.
 
-A drafter may be code of the user, so everything it returns is checked; a breach raises a DrafterError
-that names it. Ids outside the target's vocabulary are allowed: the target rejects them. Knows no
-engine. Symbols: R rows, K width of a proposal's arrays, V the target's logits width.
+A drafter may be the user's own code, so everything it returns is checked; a breach raises a
+DrafterError that names the drafter. Ids outside the target's vocabulary are allowed: the target rejects
+them. This module knows no engine. Symbols: R rows, K width of a proposal's arrays, V the target's logits
+width.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _INTEGERS: Final = frozenset((torch.int64, torch.int32, torch.int16, torch.int8,
 
 
 class Proposer(Protocol):
-    """The part of `Drafter` that rounds and replays call. It keeps the imports one-way."""
+    """The part of `Drafter` that rounds and replays call. It avoids an import circle."""
 
     num_draft_tokens: int
 
@@ -61,7 +62,7 @@ class Draft:
 
 @contextmanager
 def blaming(name: str, kind: str = "drafter") -> Iterator[None]:
-    """Raise the block's errors, except `ENDS_ALL`, as a DrafterError that names the drafter."""
+    """Raise the errors of the block, except `ENDS_ALL`, as a DrafterError that names the drafter."""
     try:
         yield
     except ENDS_ALL:

@@ -1,7 +1,7 @@
 """A draft model whose tokenizer is not the target's.
 
 `build` takes the first level that fits: a plain draft model, `SharedTokens` or `ThroughText`; see
-`Bridge`. Text that the tokenizers cut differently costs acceptance, never text.
+`Bridge`. Text that the tokenizers split differently lowers acceptance and never changes the text.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 class CrossVocabularySettings(DraftModelSettings):
-    """A model with its own tokenizer. level: `auto` takes the first that fits both tokenizers."""
+    """A model with its own tokenizer. level: `auto` takes the first level that fits."""
 
     level: Literal["auto", "shared", "text"] = "auto"
 
 
 class CrossVocabulary(Drafter):
-    """Builds a `SharedTokens`, a `ThroughText` or a plain `DraftModel`."""
+    """The builder of a `SharedTokens`, a `ThroughText` or a plain `DraftModel`."""
 
     kind = KIND
     Settings = CrossVocabularySettings
@@ -65,7 +65,7 @@ def check_bridge(
 ) -> Bridge:
     """Return the bridge that a drafter of these settings uses, without reading weights.
 
-    Raises VocabularyError or ConfigError if none fits the settings.
+    Raises VocabularyError or ConfigError if no level fits the settings.
     """
     bridge = Bridge.between(target, own, settings.level)
     if bridge.level == "shared" and not shared_tokens(bridge.target, bridge.own):

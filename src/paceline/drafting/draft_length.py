@@ -46,10 +46,10 @@ _CONTEXT_STEP: Final = 128
 
 
 class StopRule(Protocol):
-    """Decides whether a draft gets one more token."""
+    """A rule that decides whether a draft gets one more token."""
 
     def allows_next(self, confidences: Sequence[float], context: int) -> bool:
-        """Return whether to draft one more. confidences: c_1 ... c_k, k >= 1; context: tokens cached."""
+        """Return whether to draft a further token. confidences: c_1 ... c_k, k >= 1; context: tokens."""
 
 
 def confidences(logits: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class StopSettings(Section):
     """The stop rule of a chain drafter.
 
     fixed: at num_draft_tokens. confidence: also where P_k falls below `threshold`. expected: also
-    where one more token is expected to slow the round down on this machine, by its cost table.
+    where no longer draft promises more tokens per second by this machine's cost table.
     """
 
     num_draft_tokens: int = Field(default=4, ge=1, le=MAX_DRAFT_TOKENS)
@@ -85,14 +85,14 @@ class StopSettings(Section):
 
 
 class FixedLength:
-    """Drafts up to the limit."""
+    """The rule to draft up to the limit."""
 
     def allows_next(self, confidences: Sequence[float], context: int) -> bool:
         return True
 
 
 class ConfidenceStop:
-    """Drafts while P_k is at least the threshold."""
+    """The rule to draft while P_k is at least the threshold."""
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
@@ -102,7 +102,7 @@ class ConfidenceStop:
 
 
 class ExpectedGainStop:
-    """Drafts while some longer draft promises more tokens per second than this one.
+    """The rule to draft while some longer draft promises more tokens per second than this one.
 
     A round with k drafted tokens is expected to emit E_k = 1 + P_1 + ... + P_k tokens in T_k seconds,
     those of `costs.pricing.round_seconds` for a request alone in flight. Each further token gets the
@@ -163,7 +163,7 @@ def make_rule(arm: str, settings: StopSettings) -> StopRule:
 
 
 class ThresholdSettings(Section):
-    """Published constants: threshold 0.6, eps 0.01, beta1 0.5, beta2 0.9, alpha 0.7 to 0.9."""
+    """The adaptive exit. Published: threshold 0.6, eps 0.01, beta1 0.5, beta2 0.9, alpha 0.7 to 0.9."""
 
     threshold: float = Field(default=0.6, ge=0.0, le=1.0)
     target_acceptance: float = Field(default=0.85, ge=0.0, le=1.0)  # alpha

@@ -1,9 +1,9 @@
 """A small language model that drafts a chain, token by token.
 
-Shares the target's vocabulary. Greedy rows get its most likely tokens; sampled rows get draws from its
-warped distribution q, with the judge's own noise under `invariant` sampling. Published as speculative
-decoding (arXiv 2211.17192). Order of the rules for a draft's length: drafting.draft_length.
-Symbols: R rows, K draft length, V the target's logits width, V' the drafter's width, at most V.
+It shares the target's vocabulary. Greedy rows get its most likely tokens; sampled rows get draws from
+its warped distribution q, with the judge's own noise under `invariant` sampling. Published as
+speculative decoding (arXiv 2211.17192). `drafting.draft_length` has the rules of a draft's length, in
+order. Symbols: R rows, K draft length, V the target's logits width, V' the drafter's width, at most V.
 """
 
 from __future__ import annotations
@@ -274,7 +274,7 @@ class DraftModel(Drafter):
 
         Under a confidence stop the rounds are simulated instead, because the confidences after a first
         wrong token are not those along the text. Under a price stop these are the rounds at full
-        length, of whose scores `replay.price_stops` makes the priced rounds.
+        length; `replay.price_stops` makes the priced rounds from their scores.
         """
         own, counts = self._own_text([*prompt, *trajectory[:-1]])
         counts = counts[len(prompt) - 1 :]  # up to the end of the prompt, and of each output token

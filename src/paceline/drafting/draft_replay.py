@@ -1,7 +1,8 @@
 """Replays of a drafter along a known text: which tokens each round drafts, and how many are accepted.
 
 `SimulatedReplay` runs the drafter itself and gives it the text as the engine would, so its drafts are
-those of the engine at the same position. Chain drafters have a faster one, `chain_replay.ChainReplay`.
+those of the engine at the same position. Chain drafters have a faster replay,
+`chain_replay.ChainReplay`.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class DraftReplay(ABC):
     def round_at(self, position: int, limit: int) -> tuple[int, int]:
         """Return (drafted, accepted) of the round that starts after `position` emitted tokens.
 
-        limit: maximum number of tokens that the engine would allow there.
+        limit: maximum number of draft tokens that the engine would allow there.
         """
 
     def close(self) -> None:  # noqa: B027 - most replays hold nothing
@@ -121,7 +122,7 @@ class SimulatedReplay(DraftReplay):
 
 
 class CachedReplay(SimulatedReplay):
-    """The same for a drafter that reads and overwrites the target's cache at the row's slot.
+    """A simulated replay of a drafter that reads and overwrites the target's cache at the row's slot.
 
     One prefill of the text fills the cache. After each round the entries that the draft overwrote are
     restored, as the engine's verification would restore them.
@@ -183,7 +184,7 @@ def cache_text(
 def count_accepted(
     tokens: Sequence[int], parents: Sequence[int] | None, truth: Sequence[int]
 ) -> int:
-    """Return the number of draft tokens that a target accepts which writes `truth`.
+    """Return the number of draft tokens that are accepted by a target that writes `truth`.
 
     parents: as in `Drafts`, None for a chain. Of equal siblings the first is followed.
     """

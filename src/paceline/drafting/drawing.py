@@ -1,7 +1,7 @@
 """The next drafted token of each row, from a model's logits: argmax, or a draw from warped q.
 
 Randomness is keyed by the row's seed and the position: the judge's own noise under `invariant`
-sampling, the drafter's own stream where the judge reads q. Knows no model and no drafter.
+sampling, the drafter's own stream where the judge reads q. This module knows no model and no drafter.
 Symbols: R rows, K draft length, V the target's logits width, V' the drafter's.
 """
 

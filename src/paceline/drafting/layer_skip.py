@@ -3,9 +3,9 @@
 Draft & Verify, self-speculative decoding (arXiv 2309.08168). It has no weights and no cache of its own:
 a draft reads the entries of full passes in the target's cache and writes its own after them, into the
 row's slot from its last token on. Verification feeds the same tokens with all layers and overwrites
-every such entry, so there is no prefill and nothing to catch up with. Order of the rules for a draft's
-length: drafting.draft_length. Symbols: R rows, K draft length, V logits width, q the skipped model's
-distribution.
+every such entry, so there is no prefill and nothing to catch up with. `drafting.draft_length` has the
+rules of a draft's length, in order. Symbols: R rows, K draft length, V logits width, q the skipped
+model's distribution.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 class LayerSkipSettings(ThresholdSettings):
-    """The sub-layers to leave out, as a file or as layer indices, and the stop rule.
+    """The settings: sub-layers to leave out, as a file or as layer indices, and the stop rule.
 
     stop: `threshold` is the published adaptive exit; `fixed` drafts up to num_draft_tokens.
     """

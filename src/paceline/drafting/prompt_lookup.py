@@ -1,10 +1,10 @@
 """Drafts copied from the text so far: the tokens after the longest earlier match of its suffix.
 
-Needs no model and no training; fast where the answer repeats the prompt or itself. Of equally long
-matches the latest counts. A suffix index per row finds it in a time that does not depend on the length
-of the text. A match that reaches the end of the text is continued periodically, as copying token by
-token would. After prompt lookup decoding (Saxena, 2023), with every match length up to `max_ngram`
-instead of a short list. Order of the rules for a draft's length: drafting.draft_length.
+The drafter needs no model and no training. It is fast where the answer repeats the prompt or itself. Of
+equally long matches the latest counts. A suffix index per row finds it in a time that does not depend on
+the length of the text. A match that reaches the end of the text is continued periodically, as copying
+token by token would. After prompt lookup decoding (Saxena, 2023), with every match length up to
+`max_ngram` instead of a short list. `drafting.draft_length` has the rules of a draft's length, in order.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class PromptLookupSettings(Section):
-    """num_draft_tokens: maximum per draft. min_ngram, max_ngram: bounds of the matched suffix."""
+    """Settings. num_draft_tokens: maximum per draft. min_ngram, max_ngram: limits of the suffix."""
 
     num_draft_tokens: int = Field(default=8, ge=1, le=MAX_DRAFT_TOKENS)
     min_ngram: int = Field(default=2, ge=1)
@@ -43,7 +43,7 @@ class PromptLookupSettings(Section):
 def find_source(index: SuffixIndex, min_ngram: int) -> int | None:
     """Return the index of the token after the longest earlier occurrence of the text's own suffix.
 
-    None if no suffix of at least `min_ngram` tokens occurs earlier.
+    Return None if no suffix of at least `min_ngram` tokens occurs earlier.
     """
     match = index.match_own()
     return match.source if match.length >= min_ngram else None

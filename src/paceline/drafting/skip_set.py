@@ -1,7 +1,7 @@
 """A skip set: the sub-layers that a target leaves out when it drafts for itself, as a small file.
 
-Written by `paceline layer-search`, read by the drafter `layer_skip`. It names the fingerprint of the
-target it was made for. `facts` describes the search.
+`paceline layer-search` writes it, and the drafter `layer_skip` reads it. It names the fingerprint of
+the target it was made for. `facts` describes the search.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class SkipSet:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write as JSON, in one step. Raises ArtefactError if the file cannot be written."""
+        """Write the set as JSON, atomically. Raises ArtefactError if the file cannot be written."""
         content = {
             "format_version": FORMAT_VERSION,
             "target": self.target,
@@ -48,7 +48,7 @@ class SkipSet:
 
     @classmethod
     def load(cls, path: Path) -> SkipSet:
-        """Read a file. Raises ArtefactError if it is missing, damaged or of another version."""
+        """Read a saved set. Raises ArtefactError if it is missing, damaged or of another version."""
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
@@ -71,6 +71,6 @@ class SkipSet:
             raise ArtefactError(f"{path}: damaged skip set ({error}); {_HOW} again") from error
 
     def check(self, target: LanguageModel, where: str) -> None:
-        """Raise ArtefactError unless it was made for this target."""
+        """Raise ArtefactError unless the set was made for this target."""
         if self.target != target.fingerprint():
             raise ArtefactError(f"{where}: the skip set was made for another target; {_HOW}")

@@ -1,7 +1,7 @@
 """Earlier occurrences of a text's own suffix and the tokens after them, updated token by token.
 
 `SuffixIndex` owns the arrays that the kernels grow; `RowIndices` keeps an index per row and reads the
-row's new tokens when it is asked. Knows no models.
+row's new tokens when it is asked. This module knows no models.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MIN_CAPACITY: Final = 128  # tokens
 
 
 class Match(NamedTuple):
-    """The longest suffix of a text that occurs in an index; `length` 0 is none.
+    """The longest suffix of a text that occurs in an index; `length` 0 means no match.
 
     source: of the text's own suffix, the index of the token after its latest earlier occurrence.
     """
@@ -41,7 +41,8 @@ class Tree(NamedTuple):
 class SuffixIndex:
     """A suffix automaton of one text. Contexts of up to `max_match` tokens are counted.
 
-    num_tokens: tokens indexed so far. capacity: tokens to reserve room for; the index grows if needed.
+    num_tokens: tokens indexed so far. capacity: number of tokens to reserve room for; the index grows if
+    needed.
     """
 
     def __init__(self, max_match: int, capacity: int = 0) -> None:

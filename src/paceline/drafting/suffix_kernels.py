@@ -1,12 +1,12 @@
 """A suffix automaton of token ids in flat arrays, grown token by token: the compiled loops.
 
-Knows no rows and no drafters. `SuffixIndex` owns the arrays, which this module never allocates, and
-imports it only when needed, because numba takes a second to import.
+The module knows no rows and no drafters. `SuffixIndex` owns the arrays, which this module never
+allocates. `SuffixIndex` imports it only when needed, because numba takes a second to import.
 
 A state is the set of all strings that end at the same places of the text; its link is the longest of
 its suffixes that ends at more places. n tokens have at most 2n states and 3n edges (Blumer et al.,
 1985). Only contexts of up to MAX_MATCH tokens are counted. A string is counted when a token follows it,
-with all its suffixes, so a token costs at most MAX_MATCH steps in any text.
+together with all its suffixes, so a token costs at most MAX_MATCH steps in any text.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Drafts the most frequent continuations of the text's own suffix, as a tree.
+"""A drafter of the most frequent continuations of the text's own suffix, as a tree.
 
-Needs no model and no training; fast where answers repeat the prompt, themselves or, with `share`,
-earlier answers. The longest earlier match of the suffix is the context; a longer match gives a longer
-draft. After SuffixDecoding (arXiv 2411.04975), on a suffix automaton instead of suffix trees.
-Order of the rules for a draft's length: drafting.draft_length. Symbols: R rows, K = num_draft_tokens.
+The drafter needs no model and no training. It is fast where answers repeat the prompt, themselves or,
+with `share`, earlier answers. The longest earlier match of the suffix is the context; a longer match
+gives a longer draft. After SuffixDecoding (arXiv 2411.04975), on a suffix automaton instead of suffix
+trees. `drafting.draft_length` has the rules of a draft's length, in order. Symbols: R rows, K =
+num_draft_tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ _END: Final = -1  # after every answer; it is no token, so no match crosses it
 
 
 class SuffixLookupSettings(Section):
-    """num_draft_tokens: maximum per draft; after a match of m tokens it is at most length_factor * m +
+    """The settings.
+
+    num_draft_tokens: maximum per draft; after a match of m tokens it is at most length_factor * m +
     length_offset. paths: maximum number of paths of the tree, 1 drafts a chain. min_match, max_match:
     bounds of the matched suffix. min_probability: least estimated probability of a drafted token.
 
@@ -71,9 +74,9 @@ class SharedText:
     """The answers to earlier requests as one bounded text; the oldest are dropped first.
 
     Two suffix indices alternate: one is being filled, the other is full or does not exist yet. When the
-    first is full as well, the older one is dropped as a whole. So between half of the bound and all of
-    it is kept, and no request waits for an index to be rebuilt. parts: the indices to search; the first
-    is the one being filled.
+    first is full as well, the older one is dropped as a whole. So the answers kept are
+    between half of the bound and all of it, and no request waits for an index to be rebuilt. parts: the
+    indices to search; the first is the one being filled.
     """
 
     def __init__(self, max_match: int, max_tokens: int) -> None:
@@ -104,7 +107,7 @@ class SharedText:
 
 
 class SuffixLookup(Drafter):
-    """With `share`, drafts depend on earlier requests and replays, so their order matters."""
+    """A lookup drafter. With `share`, drafts depend on the order of earlier requests and replays."""
 
     kind = "suffix_lookup"
     Settings = SuffixLookupSettings

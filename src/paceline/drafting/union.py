@@ -1,10 +1,10 @@
-"""Several drafters' proposals in one tree, of which a round accepts the best path.
+"""The proposals of several drafters in one tree, of which a round accepts the best path.
 
 After SpecInfer's merged trees (arXiv 2305.09781), with a budget of nodes filled by expected acceptance
-as in OPT-Tree (arXiv 2406.17276), here from each part's acceptance in the request so far. A tree is
-judged by the target's own draws and has no probabilities, so under sampling the parts draft greedily;
-under `invariant` they draw with the judge's noise. Order of the rules for a draft's length:
-drafting.draft_length. Symbols: a = a part's acceptance, the probability that its next token is right.
+as in OPT-Tree (arXiv 2406.17276), here estimated from each part's acceptance in the request so far. A
+tree is judged by the target's own draws and has no probabilities, so under sampling the parts draft
+greedily; under `invariant` they draw with the judge's noise. `drafting.draft_length` has the rules of a
+draft's length, in order. Symbols: a = a part's acceptance, the probability that its next token is right.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _PRIOR, _PRIOR_WEIGHT = 0.6, 4.0
 
 
 class UnionSettings(Section):
-    """parts: drafters configured before this one. num_draft_tokens: maximum nodes of the tree."""
+    """Settings. parts: drafters configured before. num_draft_tokens: maximum nodes of the tree."""
 
     parts: tuple[str, ...] = Field(min_length=2)
     num_draft_tokens: int = Field(default=16, ge=1, le=MAX_DRAFT_TOKENS)
@@ -52,7 +52,7 @@ class UnionSettings(Section):
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """One part's draft for a row, and its acceptance. parents as in `Drafts`, a chain's too."""
+    """One part's draft for a row, and its acceptance. `parents` as in `Drafts`, also for a chain."""
 
     tokens: list[int]
     parents: list[int]

@@ -1,6 +1,6 @@
 """DECODE: rows of requests, in rounds of draft, verify, commit.
 
-Knows no tokenizer, policy or file: the caller passes the functions `choose` and `decode`.
+This room knows no tokenizer, policy or file: the caller passes the functions `choose` and `decode`.
 """
 
 from paceline.engine.driver import Driver, raise_failure

@@ -30,7 +30,8 @@ def check_request(
 ) -> None:
     """Raise RequestError if a request that fits the schema cannot be served here.
 
-    max_positions: what the target's cache may hold. may_change: as in `num_positions`.
+    max_positions: the maximum number of positions of the target's cache. may_change: as in
+    `num_positions`.
     """
     num_prompt, context = len(request.prompt_tokens), target.context_length
     if num_prompt == 0:

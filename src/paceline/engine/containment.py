@@ -1,6 +1,6 @@
 """Containment of plug-ins: an exception ends the request it belongs to, and no other.
 
-Drafters, policies, controllers and `on_complete` may be anybody's code. A drafter that fails in
+Drafters, policies, controllers and `on_complete` may be the user's own code. A drafter that fails in
 several successive requests is disabled: the policy's requests no longer use it.
 """
 
@@ -24,7 +24,7 @@ MOST_FAILURES: Final = 3
 
 @contextmanager
 def contained(on_error: Callable[[BaseException], object]) -> Iterator[None]:
-    """Pass any exception of the block except `ENDS_ALL` to `on_error`, and go on after the block."""
+    """Pass any exception of the block except `ENDS_ALL` to `on_error`, and continue after the block."""
     try:
         yield
     except ENDS_ALL:
@@ -37,7 +37,7 @@ def contained(on_error: Callable[[BaseException], object]) -> Iterator[None]:
 def asking(
     row: Row, name: str, on_error: Callable[[str, BaseException], object] | None = None
 ) -> Iterator[None]:
-    """Contain what a drafter raises while it works for one row, whose text it must not change.
+    """Contain the exceptions of a drafter that works for one row, whose text it must not change.
 
     By default the row fails; with `on_error` only a changed text fails it.
     """
@@ -64,7 +64,7 @@ def text_changed() -> DrafterError:
 
 
 def warn(message: str) -> None:
-    """Warn. If warnings are errors, print this one instead, so that no request ends."""
+    """Give a warning. If warnings are errors, print it instead, so that no request ends."""
     try:
         warnings.warn(message, stacklevel=3)
     except Warning as error:

@@ -1,8 +1,9 @@
 """Rows with a controller, which may change their arm between rounds, and their shadow drafts.
 
-The engine's side of a controller: it asks for the shadow drafts that the controller names, compares
-them with the text once that is written, charges all of it to the row, and carries out the controller's
-choice of arm. A shadow draft is made in addition to the arm in use, and nobody verifies it.
+This module is the engine's side of a controller. It asks for the shadow drafts that the controller
+names, compares them with the text when that is written, and charges the seconds of all this to the row.
+It carries out the controller's choice of arm. A shadow draft is made in addition to the arm in use, and
+nobody verifies it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class ArmController(Protocol):
         """Return the drafters that should make a shadow draft in the coming round."""
 
     def after_round(self, ticket: int, report: RoundReport) -> str | None:
-        """Return the arm of the next round, None for the arm in use."""
+        """Return the arm of the next round, or None to keep the arm in use."""
 
     def observes_round(self, ticket: int) -> bool:
         """Return whether the coming round should be reported to `after_round`."""
@@ -104,7 +105,7 @@ class ControlledRows:
         if self._shadows.pop(row.id, None) is None:
             return
         del self._reported[row.id]
-        # a controller may be anybody's code
+        # a controller may be the user's own code
         with contained(lambda error: row.fail(_CONTROLLER, error)):
             self.controller.end(row.id, max(len(row.tokens) - row.num_prompt - 1, 0))
 
@@ -154,7 +155,7 @@ class ControlledRows:
             )
 
     def after_round(self, rows: Sequence[Row], starts: Mapping[int, _RoundStart]) -> None:
-        """Report each controlled row's round, and change its arm if the controller says so.
+        """Report each controlled row's round, and change its arm if the controller chooses another.
 
         The last round of a row is reported too: its costs count for later requests.
         """

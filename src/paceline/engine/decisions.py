@@ -1,7 +1,7 @@
 """The check of a policy's decision, before it is carried out and logged.
 
-A policy may be anybody's code. Numbers of other libraries are converted to Python's, so that a decision
-can be compared, written as JSON and read again.
+A policy may be the user's own code. Numbers of other libraries are converted to Python's, so that a
+decision can be compared, written as JSON and read again.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Any number of threads, generators and asyncio tasks may submit. One thread of the driver steps the
 engine while a caller waits, and blocks otherwise. Every request has a mailbox, so that no caller can
-take another's updates. Knows no text and no policy.
+take another's updates. This module knows no text and no policy.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ class Driver:
         self._orders.put(_WAKE if mail is None else mail)
 
     def cancel(self, ticket: int) -> None:
-        """End a request with what it has so far; its row is free before the next round.
+        """End a request with its tokens so far; its row is free before the next round.
 
         Safe in any thread and in a finaliser. Does nothing to a request that has ended.
         """

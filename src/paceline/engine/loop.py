@@ -103,7 +103,7 @@ class Engine:
 
     @property
     def is_full(self) -> bool:
-        """Whether the queue has no room for another request."""
+        """True if the queue has no room for another request."""
         return self._max_waiting is not None and len(self._waiting) >= self._max_waiting
 
     @property
@@ -116,7 +116,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether there is anything to step or to report."""
+        """True if there is a request to step or an update to report."""
         return bool(self._rows or self._waiting or self._ended)
 
     def new_ticket(self) -> int:
@@ -136,7 +136,7 @@ class Engine:
         return ticket
 
     def cancel(self, ticket: int) -> None:
-        """End a request with what it has so far; its row is free before the next round."""
+        """End a request with its tokens so far; its row is free before the next round."""
         for row in self._rows:
             if row.id == ticket and row.finish_reason is None:
                 row.finish_reason = "cancelled"
@@ -284,7 +284,7 @@ class Engine:
 
     def _choose_drafter(self, row: Row) -> None:
         began = perf_counter()
-        # a policy may be anybody's code
+        # a policy may be the user's own code
         with contained(lambda error: row.fail("policy", error)):
             decision = self._decide(row)
             check_arm(decision.arm, self.drafters, ArtefactError)
@@ -336,7 +336,7 @@ class Engine:
                 self.on_complete(row.request, completion, row.context)
 
     def _warn_once(self, request: Request, error: BaseException) -> None:
-        """Warn that `on_complete` fails, the first time only. Requests go on."""
+        """Warn that `on_complete` fails, the first time only. Requests continue."""
         if not self._has_warned:
             self._has_warned = True
             warn(

@@ -1,4 +1,4 @@
-"""OpenMP workers of a thread end before another thread computes.
+"""The end of a thread's OpenMP workers before another thread computes.
 
 GNU OpenMP, which torch uses on Linux, keeps a pool of workers for every thread that has computed. With
 more workers than cores, workers sleep at each barrier instead of spinning, and a forward of small

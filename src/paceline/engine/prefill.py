@@ -1,7 +1,7 @@
 """The target's prefill: pieces of prompts between rounds, and each row's first token.
 
-Prompts that begin alike share blocks of their prefill, see `prefixes`. Knows no drafter and no policy.
-Symbols: N tokens of a forward, D hidden size.
+Prompts that begin alike share blocks of their prefill, see `prefixes`. This module knows no drafter
+and no policy. Symbols: N tokens of a forward, D hidden size.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Prefill:
         prefixes: PrefixStore,
         chunk: int,
     ) -> None:
-        """Raises ConfigError if an exact target's piece would be shorter than a block."""
+        """Raise ConfigError if an exact target's piece would be shorter than a block."""
         if target.exact and chunk < PREFILL_BLOCK:
             raise ConfigError(f"exact mode needs prefill_chunk at {PREFILL_BLOCK} or more: {chunk}")
         self._target = target

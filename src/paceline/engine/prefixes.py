@@ -1,4 +1,4 @@
-"""Prompts that begin alike share their prefill, in blocks of cached entries.
+"""The store by which prompts that begin alike share their prefill, in blocks of cached entries.
 
 The key of a block is a hash of all tokens up to its end, so a continued conversation, or requests with
 one system prompt, start after the part that was prefilled before. The store is bounded and drops the
@@ -84,7 +84,7 @@ class PrefixStore:
         slot: int,
         sums: Sequence[np.ndarray],
     ) -> None:
-        """Copy a prefilled prompt's whole blocks that are not stored yet."""
+        """Copy those whole blocks of a prefilled prompt that are not stored yet."""
         if not self._max_blocks:
             return
         for k, (key, hidden_sum) in enumerate(zip(_keys(prompt), sums, strict=False)):

@@ -1,8 +1,9 @@
 """The text of an answer as its tokens arrive, in linear time: the settled text and the open text.
 
-Settled text is a prefix of the answer's text, whatever tokens follow. Open text is made of the bytes of
-an unfinished character, which a decoder shows as one U+FFFD, and of a run of byte tokens that has not
-ended. Decoding starts a few tokens back, at a token from which the text is the same as from the start.
+Settled text remains a prefix of the answer's text, whatever tokens follow. Open text is made of the
+bytes of an unfinished character, which a decoder shows as one U+FFFD, and of a run of byte tokens that
+has not ended. Decoding starts a few tokens back, at a token from which the text is the same as from the
+start.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _BACK: Final = range(8, 12)
 
 
 class IncrementalText:
-    """The settled and the open text of one answer. Its tokens must not be silent."""
+    """The settled and the open text of one answer. None of its tokens may be silent."""
 
     def __init__(
         self, decode: Callable[[Sequence[int]], str], byte_of: Mapping[int, int] | None = None

@@ -117,7 +117,7 @@ class Row:
         return split_arm(self.arm)[0]
 
     def fail(self, reason: str, error: BaseException | None = None) -> None:
-        """End this row with an error. The first error counts; other rows go on."""
+        """End this row with an error. The first error counts; other rows continue."""
         if self.error is None:
             self.error = reason if error is None else f"{reason}: {describe(error)}"
             self.cause = error
@@ -129,12 +129,12 @@ class Row:
         self.fail(f"drafter '{drafter}'", error)
 
     def note_failure(self, drafter: str, error: BaseException) -> None:
-        """Record a drafter's failure and exclude it. The row goes on."""
+        """Record a drafter's failure and exclude the drafter. The row continues."""
         self.excluded.add(drafter)
         self.failures.setdefault(drafter, describe(error))
 
     def append_until_stop(self, emitted: Sequence[int], detokenizer: Detokenizer) -> int:
-        """Append emitted tokens up to and including the one that ends the answer; return how many."""
+        """Append emitted tokens, up to and with the one that ends the answer; return their number."""
         before = len(self.tokens)
         for token in emitted:
             self.tokens.append(token)

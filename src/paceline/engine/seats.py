@@ -1,7 +1,7 @@
 """The drafters of an engine's rows: which one is in use, which others are started, and their memory.
 
 A drafter that a row no longer uses may stay started, so that a return to it costs only the text that
-was written since. A drafter may be anybody's code: its exceptions end its own row only. It is
+was written since. A drafter may be the user's own code: its exceptions end its own row only. It is
 identified by its name in the engine, never by its own hash or equality.
 """
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Seats:
-    """Start, prepare, change and finish the drafters of one engine's rows."""
+    """The drafters of one engine's rows: starts, prefills, changes and ends."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class Seats:
         self.drafters[name].start([row])
 
     def prepare(self) -> None:
-        """Prepare one piece of the own prefill of each row's drafter in use."""
+        """Do one piece of the prefill of each row's drafter in use."""
         for row in self._rows:
             if row.is_prefilled and not row.in_use.is_prepared and row.finish_reason is None:
                 self._work(row, lambda row=row: self._prepare(row, row.drafter_name))  # type: ignore[misc]
@@ -181,7 +181,7 @@ class Seats:
         row.seconds.draft += perf_counter() - began
 
     def _finish(self, row: Row, name: str) -> None:
-        """Finish a drafter that is not in use; if it fails, the row goes on."""
+        """Finish a drafter that is not in use; if it fails, the row continues."""
         del row.started[name]
         with asking(row, name, row.note_failure):
             self.drafters[name].finish([row])
@@ -199,10 +199,10 @@ class Seats:
     # --- shadow drafts ----------------------------------------------------------------------------
 
     def propose_shadow(self, row: Row, name: str, limit: int) -> tuple[Draft, int] | None:
-        """Return a draft of at most `limit` tokens that nobody verifies, and how many it could have.
+        """Return a draft of at most `limit` tokens that nobody verifies, and its maximum length.
 
-        Return None if the drafter is in use, not usable, or not prepared yet: then a piece of its
-        prefill is done. A drafter that fails here is not asked again for the row.
+        Return None if the drafter is in use, not usable, or not prepared yet. In the last case,
+        do a piece of its prefill. A drafter that fails here is not asked again for the row.
         """
         if name == row.drafter_name or not self.is_usable(row, name):
             return None
@@ -215,7 +215,7 @@ class Seats:
         return None
 
     def _prepare_shadow(self, row: Row, name: str) -> bool:
-        """Start the drafter, or go on with its own prefill; return whether it can draft now."""
+        """Start the drafter, or continue its own prefill; return whether it can draft now."""
         if name not in row.started:
             if any(self._overlap(name, other) for other in row.started):
                 return False

@@ -1,6 +1,6 @@
 """One round: drafters propose for their rows, one forward of the target verifies, rows take the result.
 
-A row whose drafter or logits go wrong ends with its own error; the other rows go on.
+A row whose drafter or logits fail ends with its own error; the other rows continue.
 Symbols: R rows, k draft tokens of a row, N packed tokens (each row's last token and its draft), V
 logits.
 """
@@ -144,7 +144,7 @@ def commit(
     logits: Tensor,
     detokenizer: Detokenizer,
 ) -> None:
-    """Append each row's accepted tokens and the target's own, up to the one that ends the answer."""
+    """Append each row's accepted tokens and the target's own, up to the token that ends the answer."""
     first = 0
     for row, draft, verdict in zip(rows, drafts, verdicts, strict=True):
         place, first = first, first + 1 + len(draft.tokens)

@@ -1,7 +1,7 @@
 """Rounds of arms whose stop rule depends on prices, from scores that were stored without prices.
 
 A collection stores such an arm's rounds at full length and its scores by position; here its rule ends
-each draft by a cost table. Knows no model.
+each draft by a cost table. This module knows no model.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The rounds that a drafter would have had along a trajectory, without speculative decoding.
 
-A round is the number of drafted tokens and how many of them equal the target's own output, so a recorded
-output is enough to count rounds with the engine's limits and cuts. Valid if the text does not depend on
-the arm: greedy or `invariant` sampling in float32. Knows no engine, no file.
+A round is the number of drafted tokens and of those that equal the target's own output, so a recorded
+output is enough to count rounds with the engine's limits and cuts. The count is valid if the text does
+not depend on the arm: greedy or `invariant` sampling in float32. This module knows no engine, no file.
 Symbols: T trajectory tokens, V the target's logits width.
 """
 
@@ -76,7 +76,7 @@ def simulate(draft_replay: DraftReplay, num_output: int, max_total_output: int) 
 def look_ahead(draft_replay: DraftReplay, num_output: int, max_total_output: int) -> np.ndarray:
     """Return [T - 1, 2] int64, drafted and accepted of a round at each position 1 to T - 1.
 
-    `walk` makes rounds of it.
+    `walk` makes rounds from it.
     """
     rounds: list[tuple[int, int]] = []
     for position in range(1, num_output):
@@ -182,8 +182,8 @@ def target_distributions(
 ) -> Tensor:
     """Return p [T, V] float32, the target's warped distribution of each trajectory token.
 
-    Greedy text is read at temperature 1. One teacher-forced pass over the text, `chunk` tokens per
-    forward.
+    Greedy text is read at temperature 1. The target runs one teacher-forced pass over the text, `chunk`
+    tokens per forward.
     """
     warping = _UNWARPED if sampling.method == "greedy" else sampling
     text = torch.tensor([*prompt, *trajectory[:-1]])

@@ -8,8 +8,8 @@ of drafts: how often a draft that was right up to a depth was right at the next 
 estimate of Kaplan and Meier). These counts price every draft length of a drafter at once.
 
 The loss of an arm is its seconds per token over those of plain decoding at the same place. The arm in
-use is left only for an arm with clearly more weight. Knows no engine and no drafter; an arm is a name
-and a draft length. Symbols: N arms, D drafters, K the longest draft, n judged drafts.
+use is replaced only by an arm with clearly more weight. This module knows no engine and no drafter; an
+arm is a name and a draft length. Symbols: N arms, D drafters, K the longest draft, n judged drafts.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Hedge:
         self._num_tokens = self._num_tokens * MEMORY + emitted
 
     def num_drafts(self, drafter: str) -> float:
-        """Return the faded number of a drafter's judged drafts."""
+        """Return the decayed number of a drafter's judged drafts."""
         return float(self._num_drafts[self.arms.drafter_index[drafter]])
 
     def losses(self, context: int, rows: int) -> NDArray[np.float64]:

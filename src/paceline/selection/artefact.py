@@ -71,9 +71,9 @@ class RewardCard(BaseModel):
 
 
 class PolicyArtefact(BaseModel):
-    """policy.json. `arms` are in the order of the chooser's columns.
+    """The content of policy.json. `arms` are in the order of the chooser's columns.
 
-    `chooser` is the kind of chooser, `facts` is what it learned in addition to its arrays. `costs` is
+    `chooser` is the kind of chooser, `facts` are its learned values that are no arrays. `costs` is
     the hash of the cost table that priced the rewards.
     """
 

@@ -65,7 +65,7 @@ class _ControlledRequest:
 class AdaptiveController:
     """A controller for the engine or for a simulation.
 
-    adapt: continue with the arm that fits the text so far. guard: return to plain decoding where an
+    adapt: switch to the arm that fits the text so far. guard: return to plain decoding where an
     arm does not pay. explore: probability that a request's arm is drawn uniformly from all arms that
     the guard admits.
     """
@@ -174,7 +174,7 @@ class AdaptiveController:
         return min(float(room), max(self._expected_tokens - emitted, _MIN_REMAINING))
 
     def observes_round(self, ticket: int) -> bool:
-        """Return whether the coming round can teach or change anything; if not, it goes unreported."""
+        """Return whether the coming round can teach or change anything; if not, it is not reported."""
         state = self._requests.get(ticket)
         if state is None:
             return False
@@ -215,7 +215,7 @@ class AdaptiveController:
         self._correction = np.clip(learned, -_MAX_CORRECTION, _MAX_CORRECTION)
 
     def report(self) -> list[str]:
-        """Return the guard's report, a line per arm."""
+        """Return the guard's report, one line per arm."""
         return [] if self.guard is None else self.guard.report()
 
     # --- shadow drafts ----------------------------------------------------------------------------
@@ -267,7 +267,7 @@ class AdaptiveController:
     # --- rounds -----------------------------------------------------------------------------------
 
     def after_round(self, ticket: int, report: RoundReport) -> str | None:
-        """Return the arm to continue with, or None for the arm in use."""
+        """Return the arm of the next round, or None to keep the arm in use."""
         state = self._requests.get(ticket)
         if state is None:
             return None

@@ -1,9 +1,9 @@
 """Drift detection: an alarm when requests have left the range that a policy was learned on.
 
 Two kinds of number are monitored: the distance of each request's features from the nearest of some
-centres of the training prompts, and the acceptance of each arm in use. A request is *outside* where
+centres of the training prompts, and the acceptance of each arm in use. A request is *outside* if
 such a number exceeds a quantile of training. One outside request means nothing; a cumulative sum over
-requests raises the alarm. Knows no models and no prices.
+requests raises the alarm. This module knows no models and no prices.
 
 The sum adds log-likelihood ratios between the shares `RARE` and `OFTEN` of outside requests, and
 restarts at 0. While at most `RARE` are outside, each monitored number raises an alarm once per
@@ -144,7 +144,7 @@ def _fit_centres(inputs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """The arm whose acceptance left its training range; None if the features left theirs.
+    """The cause of an alarm: the arm whose acceptance left its training range, None for the features.
 
     `outside` of the last `requests` requests were outside, counted since the sum was 0.
     """
@@ -191,9 +191,9 @@ class DriftAlarm:
     def observe_completion(self, completion: Completion) -> Alarm | None:
         """Count a completed request of a policy; return the alarm that it raises, or None.
 
-        Acceptance counts only if the policy's arm decoded the whole request: of several arms it is
-        unknown which one accepted what. A request without features did not ask the policy and is
-        not counted.
+        Acceptance counts only if the policy's arm decoded the whole request: with several
+        arms it is unknown whose tokens were accepted. A request without features did not ask the policy
+        and is not counted.
         """
         decision = completion.decision
         if decision.features is None:

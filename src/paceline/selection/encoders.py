@@ -2,8 +2,8 @@
 
 `target_hidden` costs nothing, since the target has read the prompt; `text_stats` and `hashed_ngrams`
 need no model; `sentence` runs its own. A policy gets the features of one or several encoders,
-concatenated. Its artefact names them, so that serving runs only these. Knows no drafter and no policy.
-Symbols: D the target's hidden size, F features, n prompt tokens.
+concatenated. Its artefact names them, so that serving runs only these. This module knows no drafter
+and no policy. Symbols: D the target's hidden size, F features, n prompt tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PROBE: Final = "a"  # a text that every sentence encoder can read
 
 
 class Encoder(ABC):
-    """One kind of features. `version` is raised when they are computed differently than before."""
+    """One kind of features. `version` increases when their computation changes."""
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
@@ -43,7 +43,7 @@ class Encoder(ABC):
 
     @abstractmethod
     def encode(self, context: Context) -> np.ndarray:
-        """Return [F] float32."""
+        """Return the features, [F] float32."""
 
     def identity(self) -> str:
         """Return one line; encoders with different lines compute different features."""
@@ -76,7 +76,7 @@ class TextStats(Encoder):
 
 
 class HashedNgrams(Encoder):
-    """The prompt's tokens and pairs of tokens, hashed into places with a sign.
+    """The prompt's tokens and pairs of tokens, hashed into positions with a sign.
 
     Square roots of counts keep frequent tokens from dominating; the vector has length 1. Signed hashing
     leaves inner products unbiased (Weinberger et al. 2009).

@@ -1,8 +1,8 @@
 """The default features of a request: hidden states of the target's prefill, text statistics, the load.
 
-Knows no task label, no id and no drafter. Nothing here runs a model: the prefill has computed the
-hidden states, and the statistics take a few sorts over the prompt's tokens. Symbols: D the target's
-hidden size, S statistics, F = 2 D + S, n prompt tokens.
+This module knows no task label, no id and no drafter. Nothing here runs a model: the prefill has
+computed the hidden states, and the statistics take a few sorts over the prompt's tokens. Symbols: D the
+target's hidden size, S statistics, F = 2 D + S, n prompt tokens.
 """
 
 from __future__ import annotations

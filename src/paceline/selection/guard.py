@@ -1,4 +1,4 @@
-"""The guard: an arm that does not pay, by the clock, gives way to plain decoding.
+"""The guard: an arm that does not pay, by the clock, is replaced by plain decoding.
 
 It works at two levels. In a request, an arm may lose a small share of the rounds that the request
 would take plainly; then the request continues without the arm. In the process, an arm whose requests
@@ -62,7 +62,7 @@ class PlainRoundClock:
 
     @property
     def is_due(self) -> bool:
-        """Whether a plain round is needed to measure the factor."""
+        """True if a plain round is needed to measure the factor."""
         return self._num_rounds < _CLOCK_ROUNDS or self._num_drafted_since >= _CLOCK_EVERY
 
     def add_plain_round(self, seconds: float, price: float) -> None:
@@ -79,7 +79,7 @@ class PlainRoundClock:
 
 @dataclass(slots=True)
 class ArmRecord:
-    """One arm in this process: fading sums over the requests that used it, and its suspension."""
+    """One arm in this process: decaying sums over the requests that used it, and its suspension."""
 
     loss: float = 0.0
     squares: float = 0.0
@@ -126,7 +126,7 @@ class Guard:
         return record is not None and record.suspended_until is not None
 
     def admits(self, arm: str) -> bool:
-        """Return whether a request may start with the arm: not suspended, or due for a probe."""
+        """Return whether a request may start with the arm: it is not suspended, or a probe is due."""
         record = self._records.get(arm)
         if record is None or record.suspended_until is None:
             return True
@@ -174,7 +174,7 @@ class Guard:
         """Count a drafted round; return True when the request should continue without the arm.
 
         spent: plain rounds that the round took. started: plain rounds that starting the drafter took
-        before it; they are lost whatever follows and so are no reason to stop.
+        before it; they are lost in any case and so are no reason to stop.
         """
         self._plain_rounds += emitted
         loss = spent - emitted

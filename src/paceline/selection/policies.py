@@ -30,10 +30,11 @@ if TYPE_CHECKING:
 class Policy:
     """A chooser with its features and its objective.
 
-    id: the policy's name in the decision log. seed: of drawn choices, which also depend on the
-    request's id and prompt, so a decision can be repeated. objective: as in `costs.pricing`.
-    num_features: the number that the chooser was learned on, None for any. notes: remarks about a
-    loaded policy, for the user. Raises ConfigError unless the chooser's arms are distinct.
+    id: the policy's name in the decision log. seed: the seed of drawn choices, which also
+    depend on the request's id and prompt, so a decision can be repeated. objective: as in
+    `costs.pricing`. num_features: the number that the chooser was learned on, None for any. notes:
+    remarks about a loaded policy, for the user. Raises ConfigError unless the chooser's arms are
+    distinct.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Prices of rounds while a request is decoded: the cost table, read fast.
 
-Objectives are those of `costs.pricing`. Knows no request and no policy.
+Objectives are those of `costs.pricing`. This module knows no request and no policy.
 Symbol: K, a drafter's full draft length.
 """
 
@@ -25,7 +25,7 @@ _READ_STEP: Final = 8  # tokens to read that share one price
 
 
 class RoundPrices(Protocol):
-    """Seconds of what a request may do next.
+    """Seconds of the work that a request may do next.
 
     bucket: number of consecutive contexts that share one price.
     """
@@ -44,7 +44,7 @@ class RoundPrices(Protocol):
 
 
 class TablePrices:
-    """`RoundPrices` from a cost table; each (drafter, context, rows) is interpolated once.
+    """Prices of rounds from a cost table; each (drafter, context, rows) is interpolated once.
 
     A context is priced as the middle of its bucket: the price of a forward hardly changes within 64
     tokens.

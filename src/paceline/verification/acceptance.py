@@ -27,7 +27,7 @@ class AcceptedPrefixes(NamedTuple):
 def accept_residual(
     p: Tensor, q: Tensor, draft_tokens: Tensor, lengths: Tensor, accept_u: Tensor
 ) -> AcceptedPrefixes:
-    """Accept stochastic drafts token by token.
+    """Accept the tokens of stochastic drafts one by one.
 
     p: [R, K+1, V]. q: [R, K, V], each draft token's own distribution. draft_tokens: [R, K].
     lengths: [R]. accept_u: [R, K] uniforms.

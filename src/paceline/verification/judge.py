@@ -1,7 +1,7 @@
 """The judge of a round: the accepted path of every row's draft, and the target's token after it.
 
 A draft without probabilities is followed as far as it equals the target's own choices; a stochastic
-chain is weighed by `acceptance`. Knows no model, drafter or engine.
+chain is weighed by `acceptance`. This module knows no model, drafter or engine.
 Symbols: k draft tokens of a row, N packed tokens (each row's last token and its draft), V logits.
 """
 
@@ -307,7 +307,7 @@ def follow(
 
 
 def depths(parents: Sequence[int]) -> list[int]:
-    """Return the number of draft tokens above each one."""
+    """Return each draft token's number of ancestors in the draft."""
     levels: list[int] = []
     for parent in parents:
         levels.append(0 if parent < 0 else levels[parent] + 1)

@@ -1,4 +1,4 @@
-"""Builds tri-gram statistics from any amount of text, within a bound on memory.
+"""The build of tri-gram statistics from any amount of text, within a bound on memory.
 
 Every tri-gram is one integer. A full buffer is sorted and counted into a run on disk. _FAN_IN runs of
 one level are merged into one of the next, and the last merge is pruned into the table. A killed build
@@ -53,7 +53,9 @@ class Corpus(Protocol):
 
 
 class BuildSettings(Section):
-    """max_successors: maximum kept per pair. min_count: tri-grams seen less often are dropped.
+    """The settings of a build.
+
+    max_successors: maximum kept per pair. min_count: tri-grams seen less often are dropped.
     memory_mb: bound on the memory of the build, without the tokenizer and one pair's successors.
     """
 

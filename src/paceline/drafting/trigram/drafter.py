@@ -1,9 +1,9 @@
-"""Drafts a tree from tri-gram statistics: the tokens that followed the last two tokens earlier.
+"""A drafter of trees from tri-gram statistics: the tokens that followed the last two tokens earlier.
 
-Starts from a table built beforehand, or from nothing, and learns from each row's text as it is
-decoded. Needs no model; proposals are a function of the row's text, so they are judged exactly. ADED
-(arXiv 2407.12021); the differences are in docs/drafters/trigram_tree.md. Order of the rules for a
-draft's length: drafting.draft_length.
+It starts from a table built beforehand, or from nothing, and learns from each row's text as it is
+decoded. It needs no model; proposals are a function of the row's text, so they are judged exactly. ADED
+(arXiv 2407.12021); the differences are in docs/drafters/trigram_tree.md. `drafting.draft_length` has the
+rules of a draft's length, in order.
 """
 
 from __future__ import annotations

@@ -536,8 +536,9 @@ def grow_tree(
 ) -> np.ndarray:
     """Return [2, n] tokens and parents of a draft after tokens t1, t2.
 
-    explore: [iterations + 1], the PUCT score's factor by the parent's visits. depth: maximum levels of
-    the draft. most: its maximum tokens. The random numbers are a function of (seed, position).
+    explore: [iterations + 1], the PUCT score's factor by the parent's visits. depth: maximum number of
+    levels of the draft. most: maximum number of its tokens. The random numbers are a function of (seed,
+    position).
     """
     # the root, one node per iteration, and one per node of the draft
     num_expanded = 1 + most + (iterations if search == MCTS else 0)

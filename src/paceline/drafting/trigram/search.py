@@ -29,7 +29,7 @@ class Learned:
         self.overlay = kernels.new_overlay(min(_MIN_PAIRS, max_pairs))
 
     def make_room(self, num_trigrams: int) -> None:
-        """Grow, within the bound, for this many more tri-grams whose pairs may all be new."""
+        """Grow, within the bound, for this number of further tri-grams, whose pairs may all be new."""
         room = len(self.overlay.keys)
         wanted = min(int(self.overlay.state[0]) + num_trigrams, self._max_pairs)
         if wanted > room:

@@ -98,7 +98,7 @@ def read_facts(path: Path) -> TableFacts:
 
 
 def load_table(path: Path) -> tuple[Table, TableFacts]:
-    """Map the arrays from the file; return them with the facts. Raises as `read_facts` does."""
+    """Map the arrays of a file; return them with the facts. Raises as `read_facts` does."""
     facts, sizes, start = _read_header(path)
     arrays = {}
     for name, (_, dtype) in ARRAYS.items():

@@ -1,9 +1,10 @@
-"""Predicts every arm's outcomes on a prompt from a few kinds of prompt; priced live.
+"""A chooser that predicts each arm's outcomes from a few kinds of prompt; priced live.
 
 Training finds the kinds and the arms' outcomes on each. A gate gives each kind a share, and the
-prediction is the mean of the kinds' outcomes with these shares. So it stays within the range seen in
-training for any prompt. The kinds are no task labels: only the arms' outcomes define them. Symbols: N
-prompts, F features, Z components, M kinds, E gates of an ensemble, A arms, O = 3 A + 1 outcomes.
+prediction is the mean of the kinds' outcomes with these shares. So for any prompt it stays within
+the range seen in training. The kinds are no task labels: only the arms' outcomes define them. Symbols: N
+prompts, F features, Z components, M kinds, E gates of an ensemble, A arms, O = 3 A + 1
+outcomes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ _ARRAYS = ("gates", "biases", "kinds", "low", "high")
 
 
 class AcceptanceChooser(PortableChooser):
-    """outcomes = mean over E of softmax(components @ gate + bias) @ kinds, clipped to a range.
+    """A chooser of the arm with the best priced outcomes.
+
+    outcomes = mean over E of softmax(components @ gate + bias) @ kinds, clipped to a range.
 
     The outcomes are rounds, drafted tokens and rounds without a draft, per token and arm, and the
     logarithm of the number of tokens after the first.

@@ -56,7 +56,7 @@ class Work(NamedTuple):
 
 
 class Chooser(ABC):
-    """Ranks `arms` for prompts. `arrays` and `facts` hold what it learned, and restore it.
+    """A ranking of `arms` for prompts. Its learned values are in `arrays` and `facts`.
 
     portable: it is priced when it chooses, see `PortableChooser`.
     """
@@ -67,7 +67,7 @@ class Chooser(ABC):
 
     @abstractmethod
     def preferences(self, features: np.ndarray, situation: Situation) -> np.ndarray:
-        """Return [N, A], greater is better; each kind has its own scale. features: [N, F]."""
+        """Return preferences [N, A], greater is better, on a scale of each kind. features: [N, F]."""
 
     def distribution(self, preferences: np.ndarray) -> np.ndarray:
         """Return the probability of each arm, [N, A]: 1 for the most preferred, the first of equals."""
@@ -87,7 +87,7 @@ class Chooser(ABC):
 
     @classmethod
     def merged(cls, choosers: Sequence[Self]) -> Self | None:
-        """Return the average of choosers of several seeds, None if this kind has no average."""
+        """Return the average of choosers of several seeds, or None if this kind has no average."""
         return None
 
     @classmethod
@@ -100,7 +100,7 @@ class Chooser(ABC):
 
 
 class PortableChooser(Chooser):
-    """Predicts work, which is priced live. Its preferences are predicted speed-ups over `none`."""
+    """A chooser that predicts work, priced live. It prefers by predicted speed-up over `none`."""
 
     portable: ClassVar[bool] = True
     pricer: ArmPricer | None = None

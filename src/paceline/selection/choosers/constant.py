@@ -51,7 +51,7 @@ class FixedChooser(Chooser):
 
 
 class RandomChooser(Chooser):
-    """Every arm equally often."""
+    """A random arm for every prompt, each equally often."""
 
     kind: ClassVar[str] = "random"
 
@@ -72,8 +72,8 @@ class RandomChooser(Chooser):
 class FirstLineChooser(Chooser):
     """The best arm of prompts with the same first tokens, or the best single arm if there are none.
 
-    Where every prompt of a task begins with the same instruction, the first tokens tell the task, so a
-    learned policy that is no better has only learned the instruction.
+    Where every prompt of a task begins with the same instruction, the first tokens identify the task, so
+    a learned policy that is no better has only learned the instruction.
     """
 
     kind: ClassVar[str] = "table"

@@ -1,4 +1,4 @@
-"""Predicts each arm's reward linearly from a few components of the features and the load.
+"""A chooser that predicts each arm's reward linearly from a few components of the features and the load.
 
 Symbols: N prompts, Z components, X = Z + 2 inputs (a one and the load among them), A arms.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class LinearChooser(Chooser):
-    """Ranks by predicted rewards: the reward of an arm = inputs @ its weights."""
+    """A ranking by predicted rewards: the reward of an arm = inputs @ its weights."""
 
     kind: ClassVar[str] = "linear"
 

@@ -1,6 +1,6 @@
-"""Predicts every arm's outcomes on a prompt from the prompts nearest to it; priced live.
+"""A chooser that predicts each arm's outcomes from the nearest prompts; priced live.
 
-Symbols: N prompts, P points learned from, Z components, A arms, O = 3 A + 1 outcomes.
+Symbols: N prompts, P points (the prompts learned from), Z components, A arms, O = 3 A + 1 outcomes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 
 class NeighboursChooser(PortableChooser):
-    """Predicts the rates of the `num_neighbours` nearest points over all their tokens, so that points
-    weigh in proportion to their tokens. Outcomes are those of `acceptance`.
+    """A prediction by the rates of the `num_neighbours` nearest points over all their tokens.
+
+    So points weigh in proportion to their tokens. Outcomes are those of `acceptance`.
     """
 
     kind: ClassVar[str] = "neighbours"
@@ -54,7 +55,7 @@ class NeighboursChooser(PortableChooser):
         return as_work(mean, situation)
 
     def nearest(self, features: np.ndarray) -> np.ndarray:
-        """Return the places of the nearest points, [N, num_neighbours] in no order."""
+        """Return the indices of the nearest points, [N, num_neighbours] in no order."""
         # the prompt's own norm does not change the order
         distances = self._norms - 2.0 * (self.reduction(features) @ self.points.T)  # [N, P]
         k = self.num_neighbours

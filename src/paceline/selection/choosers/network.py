@@ -1,8 +1,8 @@
 """A network of one hidden layer with one logit per arm, as plain arrays, evaluated in numpy.
 
-`learning` trains it. The published method's policy shape (arXiv 2408.08470) is not confirmed; this one
-is ours. The rows in flight are an input in addition to the features, so that one network chooses under
-every load. Symbols: N prompts, F features, H hidden units, A arms.
+`learning` trains it. The shape of the published method's policy (arXiv 2408.08470) is not confirmed;
+this shape is ours. The rows in flight are an input in addition to the features, so that one network
+chooses under every load. Symbols: N prompts, F features, H hidden units, A arms.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PolicyNetwork:
-    """logits = tanh(clip((inputs - mean) * scale) @ w1 + b1) @ w2 + b2, all float32.
+    """A network: logits = tanh(clip((inputs - mean) * scale) @ w1 + b1) @ w2 + b2, all float32.
 
     `scale` is 1/std, and 0 for an input that never varied in training, whose effect is unknown.
     """
@@ -47,7 +47,7 @@ class PolicyNetwork:
 
 
 class NetworkChooser(Chooser):
-    """Ranks by the mean log-probability of networks, one per seed."""
+    """A ranking by the mean log-probability of networks, one per seed."""
 
     kind: ClassVar[str] = "network"
 

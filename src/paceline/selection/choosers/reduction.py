@@ -1,6 +1,6 @@
 """The reduction of many features to few components: the directions that vary most.
 
-Linear choosers and those that go by distance share it. Symbols: N prompts, F features, Z components.
+Linear choosers and choosers by distance share it. Symbols: N prompts, F features, Z components.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Reduction:
-    """components = (clip((features - mean) * scale) * weight - centre) @ basis, all float32.
+    """A projection of features to components.
+
+    components = (clip((features - mean) * scale) * weight - centre) @ basis, all float32.
 
     The weight of each feature is already in `basis` and `centre`.
     """
@@ -42,7 +44,7 @@ class Reduction:
         return np.asarray(inputs @ self.basis - self.centre, dtype=np.float32)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return its arrays under the names that choosers save."""
+        """Return the arrays under the names that choosers save."""
         return {f"reduction.{field.name}": getattr(self, field.name) for field in fields(self)}
 
     @classmethod
