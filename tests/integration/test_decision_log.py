@@ -141,7 +141,10 @@ def test_a_policy_is_learned_from_a_log_with_ids(
     figures += [("lookup", "start", 0.1), ("lookup", "propose", 0.1)]
     parts = build(load_config(path))
     lines = identity_of_arms({n: d.identity() for n, d in parts.drafters.items()})
-    costs = CostTable({f"arm {n}": line for n, line in lines.items()}, [Measurement(s, o, 1, 0, 1, x) for s, o, x in figures])
+    costs = CostTable(
+        {f"arm {n}": line for n, line in lines.items()},
+        [Measurement(s, o, 1, 0, 1, x) for s, o, x in figures],
+    )
     costs.save(load_config(path).paths.costs)
 
     assert run(monkeypatch, "learn", "-c", path, "--from-log") == 0

@@ -163,9 +163,10 @@ class Row:
     def restore_text(self, num_tokens: int, last: int, num_cached: int) -> bool:
         """Restore lengths and the last token; return whether a drafter left them unchanged."""
         tokens = self.tokens
-        if self.lengths == (num_tokens, last, num_cached):
-            return True
+        is_moved = self.num_cached != num_cached
         self.num_cached = num_cached
+        if len(tokens) == num_tokens and tokens[-1] == last:
+            return not is_moved
         del tokens[num_tokens:]
         if len(tokens) == num_tokens:
             tokens[-1] = last

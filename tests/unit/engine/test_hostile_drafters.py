@@ -638,6 +638,23 @@ def test_a_drafter_that_writes_into_its_row_ends_it(method: str, change: Any) ->
     assert bad.token_ids == OUTPUT[: len(bad.token_ids)]
 
 
+@pytest.mark.parametrize("method", ["start", "prepare", "propose"])
+def test_a_drafter_that_moves_the_cached_positions_ends_its_row(method: str) -> None:
+    drafter = Honest()
+    good = getattr(drafter, method)
+
+    def meddle(rows: Any, *rest: Any) -> Any:
+        for row in [rows] if method == "prepare" else rows:
+            row.num_cached -= 1
+        return good(rows, *rest)
+
+    setattr(drafter, method, meddle)
+
+    bad = assert_ends_alone(drafter, "changed row.tokens or row.num_cached")
+
+    assert bad.token_ids == OUTPUT[: len(bad.token_ids)]
+
+
 def test_a_drafter_that_clears_its_row_at_the_end_takes_no_text_with_it() -> None:
     drafter = Honest()
     drafter.finish = lambda rows: [row.tokens.clear() for row in rows]
