@@ -41,13 +41,13 @@ def asking(
 
     By default the row fails; with `on_error` only a changed text fails it.
     """
-    lengths = row.lengths
+    text_state = row.text_state
     failure: BaseException | None = None
     try:
         yield
     except BaseException as error:  # noqa: BLE001 - a plug-in may raise anything
         failure = error
-    is_unchanged = row.restore_text(*lengths)
+    is_unchanged = row.restore_text(*text_state)
     if isinstance(failure, ENDS_ALL):
         raise failure
     if failure is not None:

@@ -156,8 +156,8 @@ class Row:
         return "length" if len(self.tokens) >= self.max_total else None
 
     @property
-    def lengths(self) -> tuple[int, int, int]:
-        """What `restore_text` needs: the number of tokens, the last one, the cached positions."""
+    def text_state(self) -> tuple[int, int, int]:
+        """The number of tokens, the last token and the cached positions, for `restore_text`."""
         return len(self.tokens), self.tokens[-1], self.num_cached
 
     def restore_text(self, num_tokens: int, last: int, num_cached: int) -> bool:

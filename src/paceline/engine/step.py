@@ -72,7 +72,7 @@ def propose(rows: Sequence[Row], num_logits: int) -> list[Draft]:
 def _ask(rows: list[Row], num_logits: int) -> list[Draft]:
     """Return the drafts of one drafter's rows; after a failure, ask for each row alone."""
     drafter, failed = rows[0].drafter, False
-    lengths = [row.lengths for row in rows]
+    text_states = [row.text_state for row in rows]
     try:
         num_draft_tokens = read_length(drafter)
         for row in rows:
@@ -89,7 +89,7 @@ def _ask(rows: list[Row], num_logits: int) -> list[Draft]:
         if len(rows) == 1:
             rows[0].fail_by(rows[0].drafter_name, error)
     for i, row in enumerate(rows):
-        if not row.restore_text(*lengths[i]):
+        if not row.restore_text(*text_states[i]):
             row.fail_by(row.drafter_name, text_changed())
     return [_ask_alone(row, num_logits) for row in rows] if failed else drafts
 
