@@ -24,6 +24,7 @@ from paceline.errors import ArtefactError, ConfigError
 from paceline.experiments.by_clock import without_prefixes
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.experiments.prompt_files import read_spec_bench, read_tasks
+from paceline.models.detokenizer import Detokenizer
 from paceline.models.loading import load_tokenizer
 from paceline.replay import price_stops
 from paceline.store import take_by_hash
@@ -162,8 +163,7 @@ class Workbench:
     @cached_property
     def decode(self) -> Callable[[list[int]], str]:
         """The function from tokens to text, without a model."""
-        tokenizer = load_tokenizer(self.config.target)
-        return lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True))
+        return Detokenizer.of(load_tokenizer(self.config.target))
 
     @cached_property
     def collection(self) -> LoadedCollection:

@@ -17,6 +17,7 @@ from paceline.learning.evaluation import (
     Evaluator,
     train_contenders,
 )
+from paceline.models.detokenizer import Detokenizer
 from paceline.models.loading import load_tokenizer
 from paceline.replay import price_stops
 from paceline.selection import load_policy
@@ -84,10 +85,9 @@ def evaluate(
     data, found_notes = priced(collection)
     train, held_out = split(data, settings.held_out)
     contenders = contenders or trained(train)
-    tokenizer = load_tokenizer(config.target)
     evaluator = Evaluator(
         train,
-        lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)),
+        Detokenizer.of(load_tokenizer(config.target)),
         settings.seed,
         [*found_notes, *notes],
     )
