@@ -390,7 +390,7 @@ def test_the_configuration_asks_for_a_watch_and_its_costs(tmp_path: Path) -> Non
     parts.config = parts.config.model_copy(update={"selection": selection, "paths": paths})
 
     with pytest.raises(
-        ArtefactError, match=r"needs this machine's costs: .* run `paceline profile`"
+        ArtefactError, match=r"need this machine's costs: .* run `paceline profile`"
     ):
         build_controller(parts, ["near"])
 
