@@ -15,6 +15,7 @@ from paceline.drafting.contract import Draft
 from paceline.engine.prefixes import PromptHidden
 from paceline.errors import ConfigError
 from paceline.models.packing import PREFILL_BLOCK, Span
+from paceline.models.scores import Scores
 from paceline.verification import judge
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class Prefill:
     def _first_tokens(self, rows: Sequence[Row], last: Tensor) -> None:
         """Append the first token of rows whose prompt is cached. last: [rows, D]."""
         logits = self._target.unembed(last)
-        verdicts = judge(rows, [Draft([]) for _ in rows], logits)
+        verdicts = judge(rows, [Draft([]) for _ in rows], Scores.of(logits))
         for row, verdict, row_logits in zip(rows, verdicts, logits, strict=True):
             if verdict.error is not None:
                 row.fail(verdict.error, verdict.cause)

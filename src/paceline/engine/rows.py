@@ -77,6 +77,12 @@ class Row:
     prompt_hidden: PromptHidden = field(default_factory=PromptHidden)
     logprobs: list[float] = field(default_factory=list)
     stop_finder: StopFinder | None = None  # if it has stop strings
+    reads_logits: bool = field(init=False)  # of the target, not its most likely tokens alone
+
+    def __post_init__(self) -> None:
+        request = self.request
+        is_greedy = request.sampling.method == "greedy" and request.rules is None
+        self.reads_logits = request.logprobs or not is_greedy
 
     @property
     def sampling(self) -> SamplingParams:

@@ -131,11 +131,11 @@ class RowCache:
         self,
         tokens: Tensor,
         spans: Sequence[Span],
-        ancestors: Sequence[Tensor | None] | None = None,
+        parents: Sequence[Sequence[int] | None] | None = None,
     ) -> tuple[Tensor, RowBatch]:
         for span in spans:
             self.extend(span.slot, span.start + span.width)
-        batch = RowBatch(spans, self.layer, self._device, self._chain_masks, ancestors, self._exact)
+        batch = RowBatch(spans, self.layer, self._device, self._chain_masks, parents, self._exact)
         return tokens.to(self._device), batch
 
     def for_checks(self) -> RowCache:

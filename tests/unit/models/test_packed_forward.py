@@ -144,9 +144,7 @@ def test_a_tree_path_can_be_moved_into_place(model: LanguageModel) -> None:
     slot = model.acquire()
     prompt, tree = text(10), text(5, 1)
     # 0 is the root, 1 and 3 its children, 2 the child of 1, 4 the child of 3
-    parents = torch.tensor(
-        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 1, 1]]
-    ).bool()
+    parents = [-1, 0, -1, 2]
     rows = Rows(model)
     rows.feed({slot: prompt})
     with torch.inference_mode():

@@ -124,15 +124,15 @@ class PagedCache:
         self,
         tokens: Tensor,
         spans: Sequence[Span],
-        ancestors: Sequence[Tensor | None] | None = None,
+        parents: Sequence[Sequence[int] | None] | None = None,
     ) -> tuple[Tensor, PagedBatch]:
         for span in spans:
             self.extend(span.slot, span.start + span.width)
         max_width = max(span.width for span in spans)
-        trees = ancestors is not None and any(tree is not None for tree in ancestors)
+        trees = parents is not None and any(parents)
         shape = Shape(len(spans), len(tokens), -(-max_width // 64) if trees else 0)
         vector = torch.empty(shape.size, dtype=torch.int64)
-        lay_out(vector.numpy(), shape, tokens.cpu(), spans, ancestors, self.places)
+        lay_out(vector.numpy(), shape, tokens.cpu(), spans, parents, self.places)
         max_length = max(span.start + span.width for span in spans)
         device_vector = vector.to(self._device)
         ids, rows = shape.read(device_vector, self.table(), max_width, max_length, max_length)
