@@ -62,7 +62,7 @@ class Prefill:
 
     def step(self, rows: Iterable[Row]) -> list[Row]:
         """Run one forward over pieces of prompts; return the rows that have their first token now."""
-        pieces = self._next_pieces(rows)
+        pieces = self._next_pieces([row for row in rows if not row.is_prefilled])
         if not pieces:
             return []
         began = perf_counter()
@@ -87,10 +87,11 @@ class Prefill:
         return [row for row in ending if row.finish_reason is None]
 
     def _next_pieces(self, rows: Iterable[Row]) -> list[_Piece]:
+        """Return the pieces of the next forward. rows: those that are not prefilled."""
         pieces: list[_Piece] = []
         room = self._chunk
         for row in sorted(rows, key=lambda row: row.id):
-            if room and not row.is_prefilled and row.finish_reason is None:
+            if room and row.finish_reason is None:
                 stop = min(row.num_prompt, row.num_cached + room)
                 if self._target.exact and stop < row.num_prompt:
                     stop = max(row.num_cached, stop // PREFILL_BLOCK * PREFILL_BLOCK)

@@ -7,8 +7,9 @@ logits.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from paceline.models.language_model import LanguageModel
     from paceline.models.scores import Scores
     from paceline.verification import Verdict
+
+_stats_of: Final = lru_cache(maxsize=1024)(RoundStats)  # equal rounds share one record
 
 
 def run_round(rows: Sequence[Row], target: LanguageModel, detokenizer: Detokenizer) -> None:
@@ -145,18 +148,17 @@ def commit(
             row.fail(verdict.error, verdict.cause)
             continue
         path = verdict.path
-        if path != list(range(len(path))):
+        if draft.parents and path != list(range(len(path))):
             # the accepted path moves to where a chain would stand
             start = row.num_cached + 1
-            source = torch.tensor([start + k for k in path], device=target.device)
-            target.cache.copy_positions(row.slot, source, start)
+            target.cache.copy_positions(row.slot, [start + k for k in path], start)
         tokens = [*(draft.tokens[k] for k in path), verdict.next_token]
         emitted = row.append_until_stop(tokens, detokenizer)
         if row.request.logprobs:
             places = [place, *(place + 1 + k for k in path)][:emitted]
             assert scores.logits is not None
             row.logprobs += _logprobs(scores.logits[places], tokens[:emitted])
-        row.rounds.append(RoundStats(len(draft.tokens), min(len(path), emitted)))
+        row.rounds.append(_stats_of(len(draft.tokens), min(len(path), emitted)))
 
 
 def _logprobs(logits: Tensor, tokens: Sequence[int]) -> list[float]:

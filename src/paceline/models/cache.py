@@ -200,8 +200,9 @@ class RowCache:
         for index, entry in enumerate(entries):
             self.layer(index, entry.transpose(0, 1))[slot, :, start:stop] = entry
 
-    def copy_positions(self, slot: int, source: Tensor, start: int) -> None:
-        stop = start + source.shape[0]
+    def copy_positions(self, slot: int, source: Sequence[int], start: int) -> None:
+        stop = start + len(source)
+        places = torch.tensor(source, device=self._device)
         for storage in self.layers:
             if storage is not None:
-                storage[slot, :, start:stop] = storage[slot].index_select(1, source)
+                storage[slot, :, start:stop] = storage[slot].index_select(1, places)

@@ -150,7 +150,7 @@ def test_a_tree_path_can_be_moved_into_place(model: LanguageModel) -> None:
     with torch.inference_mode():
         hidden = model.forward(torch.tensor(tree), [Span(slot, 10, 5)], [parents])
         logits = model.unembed(hidden)
-        model.cache.copy_positions(slot, torch.tensor([10, 13, 14]), 10)
+        model.cache.copy_positions(slot, [10, 13, 14], 10)
 
     for path in ([0], [0, 1], [0, 1, 2], [0, 3], [0, 3, 4]):
         expected = plain(model, [*prompt, *(tree[i] for i in path)])

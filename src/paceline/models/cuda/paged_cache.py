@@ -215,9 +215,9 @@ class PagedCache:
             new = entry.transpose(0, 1)
             self.layer(index, new).index_copy_(0, places, new)
 
-    def copy_positions(self, slot: int, source: Tensor, start: int) -> None:
-        old = self.places_on_device(slot, source.to(self._device))
-        new = self._places_of_slice(slot, start, start + source.shape[0])
+    def copy_positions(self, slot: int, source: Sequence[int], start: int) -> None:
+        old = self.places_on_device(slot, torch.tensor(source, device=self._device))
+        new = self._places_of_slice(slot, start, start + len(source))
         for pool in self.layers:
             if pool is not None:
                 pool.index_copy_(0, new, pool.index_select(0, old))

@@ -92,5 +92,5 @@ def _decode_tree(model: LanguageModel, prompt: Tensor, text: Tensor) -> Tensor:
         start = len(prompt) + at
         hidden = model.forward(nodes, [Span(row, start, 5)], [parents], cache=cache)
         logits.append(model.unembed(hidden)[[0, 2, 4]])
-        cache.copy_positions(row, torch.tensor([start, start + 2, start + 4]), start)
+        cache.copy_positions(row, [start, start + 2, start + 4], start)
     return torch.cat(logits)

@@ -140,8 +140,7 @@ class _FedRows:
         text = self._texts[row]
         nodes, start = text[-len(_PATHS) :], len(text) - len(_PATHS)
         text[start:] = [nodes[k] for k in _ACCEPTED]
-        source = torch.tensor([start + k for k in _ACCEPTED])
-        self._cache.copy_positions(self._slots[row], source, start)
+        self._cache.copy_positions(self._slots[row], [start + k for k in _ACCEPTED], start)
 
     def take_back(self, row: int, count: int) -> None:
         """Remove a row's last tokens; their cache entries stay, stale."""

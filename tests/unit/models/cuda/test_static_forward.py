@@ -89,10 +89,10 @@ def test_a_random_schedule_of_rows_and_trees(architecture: str, forward: str) ->
         for span, tree in zip(spans, trees, strict=True):
             # of a tree, one leaf's path is kept, or nothing but the root
             seen = np.ones(span.width) if tree is None else ancestors_of(tree)[-1]
-            path = torch.from_numpy(seen.nonzero()[0])
+            path = seen.nonzero()[0].tolist()
             lengths[span.slot] += len(path)
             for model in (plain, paged):
-                source = (span.start + path).to(DEVICE)
+                source = [span.start + k for k in path]
                 model.cache.copy_positions(span.slot, source, span.start)
         if turn == 3:
             slot = chosen[0]
