@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from pydantic import BaseModel
 
@@ -169,5 +170,6 @@ def pad_drafts(drafts: Sequence[Sequence[int]], device: torch.device) -> tuple[T
     lengths = [len(d) for d in drafts]
     width = max(lengths, default=0)
     padded = [[*d, *[-1] * (width - len(d))] for d in drafts]
-    tokens = torch.tensor(padded, dtype=torch.int64, device=device)
-    return tokens.reshape(len(drafts), width), lengths
+    # numpy reads lists several times faster than torch
+    tokens = torch.from_numpy(np.array(padded, dtype=np.int64).reshape(len(drafts), width))
+    return tokens.to(device), lengths

@@ -248,22 +248,24 @@ class Driver:
         """Step while a caller waits; return whether the thread should continue."""
         if torch.get_num_threads() != self._num_threads:  # torch keeps it per thread
             torch.set_num_threads(self._num_threads)
+        orders = [order]
         while True:
-            orders = [order]
             while not self._orders.empty():
                 orders.append(self._orders.get())
             if _STOP in orders:
                 return False
             cancelled = [ticket for ticket in orders if isinstance(ticket, int)]
-            # a caller whose mail has arrived waits no longer
-            self._waiting |= {m for m in orders if isinstance(m, SimpleQueue) and m.empty()}
+            for mail in orders:
+                # a caller whose mail has arrived waits no longer
+                if isinstance(mail, SimpleQueue) and mail.empty():
+                    self._waiting.add(mail)
+            orders.clear()
             # before the thread may go idle: the queue may have room since a caller found it full
             while self._room and not self.engine.is_full:
                 self._put(None, self._room.popleft())
             if not cancelled and not (self.engine.has_work and (self._waiting or self._always)):
                 return True
             self._step(cancelled)
-            order = _WAKE
 
     def _step(self, cancelled: Iterable[int]) -> None:
         try:

@@ -15,6 +15,7 @@ from paceline.drafting.contract import Draft
 from paceline.engine.prefixes import PromptHidden
 from paceline.errors import ConfigError
 from paceline.models.packing import PREFILL_BLOCK, Span
+from paceline.models.scores import Scores
 from paceline.verification import judge
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Prefill:
 
     def step(self, rows: Iterable[Row]) -> list[Row]:
         """Run one forward over pieces of prompts; return the rows that have their first token now."""
-        pieces = self._next_pieces(rows)
+        pieces = self._next_pieces([row for row in rows if not row.is_prefilled])
         if not pieces:
             return []
         began = perf_counter()
@@ -86,10 +87,11 @@ class Prefill:
         return [row for row in ending if row.finish_reason is None]
 
     def _next_pieces(self, rows: Iterable[Row]) -> list[_Piece]:
+        """Return the pieces of the next forward. rows: those that are not prefilled."""
         pieces: list[_Piece] = []
         room = self._chunk
         for row in sorted(rows, key=lambda row: row.id):
-            if room and not row.is_prefilled and row.finish_reason is None:
+            if room and row.finish_reason is None:
                 stop = min(row.num_prompt, row.num_cached + room)
                 if self._target.exact and stop < row.num_prompt:
                     stop = max(row.num_cached, stop // PREFILL_BLOCK * PREFILL_BLOCK)
@@ -101,7 +103,7 @@ class Prefill:
     def _first_tokens(self, rows: Sequence[Row], last: Tensor) -> None:
         """Append the first token of rows whose prompt is cached. last: [rows, D]."""
         logits = self._target.unembed(last)
-        verdicts = judge(rows, [Draft([]) for _ in rows], logits)
+        verdicts = judge(rows, [Draft([]) for _ in rows], Scores.of(logits))
         for row, verdict, row_logits in zip(rows, verdicts, logits, strict=True):
             if verdict.error is not None:
                 row.fail(verdict.error, verdict.cause)

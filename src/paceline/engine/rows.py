@@ -7,7 +7,7 @@ encoder reads; `tokens`, its text; `num_cached`, the positions of the target's c
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from paceline.models.detokenizer import Detokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class RequestUpdate:
+class RequestUpdate(NamedTuple):
     """The result of a step for one request: its new final tokens, and at its end the completion."""
 
     ticket: int
@@ -77,14 +76,18 @@ class Row:
     prompt_hidden: PromptHidden = field(default_factory=PromptHidden)
     logprobs: list[float] = field(default_factory=list)
     stop_finder: StopFinder | None = None  # if it has stop strings
+    num_prompt: int = field(init=False)  # tokens of the prompt
+    reads_logits: bool = field(init=False)  # of the target, not its most likely tokens alone
+
+    def __post_init__(self) -> None:
+        request = self.request
+        self.num_prompt = len(request.prompt_tokens)
+        is_greedy = request.sampling.method == "greedy" and request.rules is None
+        self.reads_logits = request.logprobs or not is_greedy
 
     @property
     def sampling(self) -> SamplingParams:
         return self.request.sampling
-
-    @property
-    def num_prompt(self) -> int:
-        return len(self.request.prompt_tokens)
 
     @property
     def output(self) -> list[int]:
@@ -135,25 +138,25 @@ class Row:
 
     def append_until_stop(self, emitted: Sequence[int], detokenizer: Detokenizer) -> int:
         """Append emitted tokens, up to and with the one that ends the answer; return their number."""
-        before = len(self.tokens)
+        tokens, request = self.tokens, self.request
+        before = len(tokens)
         for token in emitted:
-            self.tokens.append(token)
-            self.finish_reason = self._finish_reason(token, detokenizer)
-            if self.finish_reason is not None:
+            tokens.append(token)
+            if token in request.stop_token_ids or (
+                request.stop_strings and self._completes_stop_string(token, detokenizer)
+            ):
+                self.finish_reason = "stop"
                 break
-        self.num_cached = len(self.tokens) - 1
-        return len(self.tokens) - before
+            if len(tokens) >= self.max_total:
+                self.finish_reason = "length"
+                break
+        self.num_cached = len(tokens) - 1
+        return len(tokens) - before
 
-    def _finish_reason(self, token: int, detokenizer: Detokenizer) -> FinishReason | None:
-        request = self.request
-        if token in request.stop_token_ids:
-            return "stop"
-        if request.stop_strings:
-            if self.stop_finder is None:
-                self.stop_finder = StopFinder(detokenizer, request.stop_strings)
-            if self.stop_finder.push(token):
-                return "stop"
-        return "length" if len(self.tokens) >= self.max_total else None
+    def _completes_stop_string(self, token: int, detokenizer: Detokenizer) -> bool:
+        if self.stop_finder is None:
+            self.stop_finder = StopFinder(detokenizer, self.request.stop_strings)
+        return self.stop_finder.push(token)
 
     @property
     def text_state(self) -> tuple[int, int, int]:

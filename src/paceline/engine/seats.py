@@ -107,7 +107,7 @@ class Seats:
     def prepare(self) -> None:
         """Do one piece of the prefill of each row's drafter in use."""
         for row in self._rows:
-            if row.is_prefilled and not row.in_use.is_prepared and row.finish_reason is None:
+            if not row.in_use.is_prepared and row.is_prefilled and row.finish_reason is None:
                 self._work(row, lambda row=row: self._prepare(row, row.drafter_name))  # type: ignore[misc]
 
     def _prepare(self, row: Row, name: str) -> None:

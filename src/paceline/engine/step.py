@@ -7,8 +7,9 @@ logits.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
     from paceline.engine.rows import Row
     from paceline.models.detokenizer import Detokenizer
     from paceline.models.language_model import LanguageModel
+    from paceline.models.scores import Scores
     from paceline.verification import Verdict
+
+_stats_of: Final = lru_cache(maxsize=1024)(RoundStats)  # equal rounds share one record
 
 
 def run_round(rows: Sequence[Row], target: LanguageModel, detokenizer: Detokenizer) -> None:
@@ -39,10 +43,10 @@ def run_round(rows: Sequence[Row], target: LanguageModel, detokenizer: Detokeniz
         if not rows:
             return
     began = perf_counter()
-    logits = verify(rows, drafts, target)
-    verdicts = judge(rows, drafts, logits)
+    scores = verify(rows, drafts, target)
+    verdicts = judge(rows, drafts, scores)
     judged = perf_counter()
-    commit(rows, drafts, verdicts, target, logits, detokenizer)
+    commit(rows, drafts, verdicts, target, scores, detokenizer)
     done = perf_counter()
     for row in rows:
         row.seconds.verify += (judged - began) / len(rows)
@@ -106,31 +110,23 @@ def _ask_alone(row: Row, num_logits: int) -> Draft:
 # --- verification ---------------------------------------------------------------------------------
 
 
-def verify(rows: Sequence[Row], drafts: Sequence[Draft], target: LanguageModel) -> Tensor:
-    """Return the target's logits [N, V] at each row's last token and its draft."""
-    flat: list[int] = []
+def verify(rows: Sequence[Row], drafts: Sequence[Draft], target: LanguageModel) -> Scores:
+    """Return the target's scores at each row's last token and its draft."""
+    tokens: list[int] = []
     spans: list[Span] = []
-    ancestors: list[Tensor | None] = []
+    parents: list[list[int] | None] = []
+    wants_logits = False
     for row, draft in zip(rows, drafts, strict=True):
-        flat.append(row.tokens[-1])
-        flat.extend(draft.tokens)
+        tokens.append(row.tokens[-1])
+        tokens += draft.tokens
         spans.append(Span(row.slot, row.num_cached, 1 + len(draft.tokens)))
-        ancestors.append(None if draft.parents is None else _ancestors(draft.parents))
-    # a drafter may draft ids that the target lacks: another id is fed, and the judge rejects the draft
-    tokens = torch.tensor(flat).clamp_(0, target.num_logits - 1)
-    trees = ancestors if any(a is not None for a in ancestors) else None
-    return target.unembed(target.forward(tokens, spans, trees))
-
-
-def _ancestors(parents: Sequence[int]) -> Tensor:
-    """Return [1+k, 1+k] bool: the tokens on the path to each one, of the last token and its draft."""
-    paths = [[0]]
-    for k, parent in enumerate(parents):
-        paths.append([*paths[parent + 1], k + 1])
-    on_path = torch.zeros(len(paths), len(paths), dtype=torch.bool)
-    rows = [i for i, path in enumerate(paths) for _ in path]
-    on_path[rows, [j for path in paths for j in path]] = True
-    return on_path
+        parents.append(draft.parents)
+        wants_logits = wants_logits or row.reads_logits
+    last = target.num_logits - 1
+    if min(tokens) < 0 or max(tokens) > last:
+        # a drafter may draft ids that the target lacks: another id is fed, the judge rejects the draft
+        tokens = [min(max(token, 0), last) for token in tokens]
+    return target.score(tokens, spans, parents if any(parents) else None, wants_logits)
 
 
 # --- commit ---------------------------------------------------------------------------------------
@@ -141,7 +137,7 @@ def commit(
     drafts: Sequence[Draft],
     verdicts: Sequence[Verdict],
     target: LanguageModel,
-    logits: Tensor,
+    scores: Scores,
     detokenizer: Detokenizer,
 ) -> None:
     """Append each row's accepted tokens and the target's own, up to the token that ends the answer."""
@@ -152,17 +148,17 @@ def commit(
             row.fail(verdict.error, verdict.cause)
             continue
         path = verdict.path
-        if path != list(range(len(path))):
+        if draft.parents and path != list(range(len(path))):
             # the accepted path moves to where a chain would stand
             start = row.num_cached + 1
-            source = torch.tensor([start + k for k in path], device=target.device)
-            target.cache.copy_positions(row.slot, source, start)
+            target.cache.copy_positions(row.slot, [start + k for k in path], start)
         tokens = [*(draft.tokens[k] for k in path), verdict.next_token]
         emitted = row.append_until_stop(tokens, detokenizer)
         if row.request.logprobs:
             places = [place, *(place + 1 + k for k in path)][:emitted]
-            row.logprobs += _logprobs(logits[places], tokens[:emitted])
-        row.rounds.append(RoundStats(len(draft.tokens), min(len(path), emitted)))
+            assert scores.logits is not None
+            row.logprobs += _logprobs(scores.logits[places], tokens[:emitted])
+        row.rounds.append(_stats_of(len(draft.tokens), min(len(path), emitted)))
 
 
 def _logprobs(logits: Tensor, tokens: Sequence[int]) -> list[float]:

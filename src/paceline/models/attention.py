@@ -41,14 +41,14 @@ class RowBatch:
         storage_of: Callable[[int, Tensor], Tensor],
         device: torch.device,
         chain_masks: ChainMasks,
-        ancestors: Sequence[Tensor | None] | None = None,
+        parents: Sequence[Sequence[int] | None] | None = None,
         exact: bool = False,
     ) -> None:
         """storage_of: a layer and its new entries -> [slots, 2*Hkv, positions, D] with room for them.
 
         exact: no row shares a call with another, see `exact.py`.
         """
-        self.runs = runs_of(spans, ancestors, alone=exact)
+        self.runs = runs_of(spans, parents, alone=exact)
         last = self.runs[-1]
         self.num_tokens = last.first + len(last.slots) * last.width
         self.num_positions = max(run.length for run in self.runs)

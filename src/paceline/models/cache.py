@@ -131,11 +131,11 @@ class RowCache:
         self,
         tokens: Tensor,
         spans: Sequence[Span],
-        ancestors: Sequence[Tensor | None] | None = None,
+        parents: Sequence[Sequence[int] | None] | None = None,
     ) -> tuple[Tensor, RowBatch]:
         for span in spans:
             self.extend(span.slot, span.start + span.width)
-        batch = RowBatch(spans, self.layer, self._device, self._chain_masks, ancestors, self._exact)
+        batch = RowBatch(spans, self.layer, self._device, self._chain_masks, parents, self._exact)
         return tokens.to(self._device), batch
 
     def for_checks(self) -> RowCache:
@@ -200,8 +200,9 @@ class RowCache:
         for index, entry in enumerate(entries):
             self.layer(index, entry.transpose(0, 1))[slot, :, start:stop] = entry
 
-    def copy_positions(self, slot: int, source: Tensor, start: int) -> None:
-        stop = start + source.shape[0]
+    def copy_positions(self, slot: int, source: Sequence[int], start: int) -> None:
+        stop = start + len(source)
+        places = torch.tensor(source, device=self._device)
         for storage in self.layers:
             if storage is not None:
-                storage[slot, :, start:stop] = storage[slot].index_select(1, source)
+                storage[slot, :, start:stop] = storage[slot].index_select(1, places)

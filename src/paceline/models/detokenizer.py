@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from paceline.models.vocabulary import Vocabulary
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from paceline.models.vocabulary import Tokenizer
 
 _BYTE_TOKENS: Final = {f"<0x{byte:02X}>": byte for byte in range(256)}
+_DECODING: Final = ("decode", "_decode")  # transformers' methods that decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +42,7 @@ class Detokenizer:
         """Return the detokenizer of a tokenizer. vocabulary: read from the tokenizer if None."""
         vocabulary = vocabulary or Vocabulary.of(tokenizer)
 
-        def text_of(tokens: Sequence[int], skip_special: bool) -> str:
-            text = tokenizer.decode(
-                list(tokens),
-                skip_special_tokens=skip_special,
-                clean_up_tokenization_spaces=False,
-            )
-            return str(text)
-
+        text_of = _decoder_of(tokenizer)
         decode = partial(text_of, skip_special=True)
         spell = partial(text_of, skip_special=False)
         added = tokenizer.added_tokens_decoder.items()
@@ -85,3 +79,27 @@ class Detokenizer:
             or token in self.holes
             or (self.num_ids is not None and not 0 <= token < self.num_ids)
         )
+
+
+def _decoder_of(tokenizer: Tokenizer) -> Callable[[Sequence[int], bool], str]:
+    """Return the function (ids, whether to skip special tokens) -> text of a tokenizer."""
+    from transformers import PreTrainedTokenizerFast as Fast
+
+    own = [getattr(getattr(tokenizer, name, None), "__func__", None) for name in _DECODING]
+    if own == [getattr(Fast, name) for name in _DECODING]:
+        fast: Any = tokenizer
+
+        # the compiled part of that code, which takes a fifth of the time
+        def text_of(tokens: Sequence[int], skip_special: bool) -> str:
+            return str(fast.backend_tokenizer.decode(list(tokens), skip_special))
+    else:
+
+        def text_of(tokens: Sequence[int], skip_special: bool) -> str:
+            text = tokenizer.decode(
+                list(tokens),
+                skip_special_tokens=skip_special,
+                clean_up_tokenization_spaces=False,
+            )
+            return str(text)
+
+    return text_of

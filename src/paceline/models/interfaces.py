@@ -7,7 +7,7 @@ Symbols: N packed tokens, W tokens of a row, H query heads, Hkv key-value heads,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from paceline.models.packing import KeyBias, Span
+    from paceline.models.scores import Scores
     from paceline.models.sublayers import LayerSubset
 
 
@@ -66,10 +67,10 @@ class KVCache(Protocol):
     positions of all slots together unless the rows need more (exact_fit: never hold more than the rows
     need, in blocks), and rounded gives the positions of a row that count against it. read copies the
     entries of positions [start, stop), [2 * Hkv, n, D] per layer, and write puts them back.
-    copy_positions copies entries at positions `source` [n] to start, start + 1, ...
+    copy_positions copies entries at the positions `source` to start, start + 1, ...
 
     pack makes room for the spans and returns their token ids [N] on the device and their batch;
-    ancestors as in `LanguageModel.forward`. for_checks returns the cache that self-checks feed: this
+    parents as in `LanguageModel.forward`. for_checks returns the cache that self-checks feed: this
     one, or an empty one of small blocks.
     """
 
@@ -95,12 +96,12 @@ class KVCache(Protocol):
     def num_bytes(self) -> int: ...
     def read(self, slot: int, start: int, stop: int) -> list[Tensor]: ...
     def write(self, slot: int, start: int, entries: Sequence[Tensor]) -> None: ...
-    def copy_positions(self, slot: int, source: Tensor, start: int) -> None: ...
+    def copy_positions(self, slot: int, source: Sequence[int], start: int) -> None: ...
     def pack(
         self,
         tokens: Tensor,
         spans: Sequence[Span],
-        ancestors: Sequence[Tensor | None] | None = None,
+        parents: Sequence[Sequence[int] | None] | None = None,
     ) -> tuple[Tensor, Batch]: ...
     def for_checks(self) -> KVCache: ...
 
@@ -116,3 +117,21 @@ class Forward(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [..., V] of final hidden states [..., hidden size]."""
+
+
+@runtime_checkable
+class ScoringForward(Forward, Protocol):
+    """A forward that computes scores itself, from lists; `LanguageModel.score` calls nothing else."""
+
+    def score(
+        self,
+        tokens: Sequence[int],
+        spans: Sequence[Span],
+        parents: Sequence[Sequence[int] | None] | None,
+        cache: KVCache,
+        wants_logits: bool,
+    ) -> Scores:
+        """Return the scores of the spans' tokens, and cache their keys and values.
+
+        The arguments are those of `LanguageModel.score`, which has made no room in the cache.
+        """

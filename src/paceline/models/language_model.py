@@ -17,6 +17,7 @@ from paceline.models.cache import RowCache
 from paceline.models.cuda.batch import attention_kernel
 from paceline.models.cuda.graphs import StaticForward
 from paceline.models.cuda.paged_cache import PagedCache
+from paceline.models.interfaces import ScoringForward
 from paceline.models.lean import LeanForward, why_not_lean
 from paceline.models.model_facts import (
     cache_bytes_per_position,
@@ -24,6 +25,7 @@ from paceline.models.model_facts import (
     why_not_packed,
 )
 from paceline.models.peft_adapters import base_of
+from paceline.models.scores import Scores
 from paceline.models.visibility import look_at
 from paceline.models.weights_monitor import WeightsMonitor
 
@@ -98,6 +100,7 @@ class LanguageModel:
             raise ModelError(f"{name}: cannot run {mode}, because {reason}")
         else:
             self._forward = TransformersForward(model, name, self.visibility.windows)
+        self._scoring = self._forward if isinstance(self._forward, ScoringForward) else None
         # of the body's output, which a small OPT projects down at its end
         self.hidden_size: int
         self.num_logits: int
@@ -147,24 +150,40 @@ class LanguageModel:
         self,
         tokens: Tensor,
         spans: Sequence[Span],
-        ancestors: Sequence[Tensor | None] | None = None,
+        parents: Sequence[Sequence[int] | None] | None = None,
         cache: KVCache | None = None,
         skip: LayerSubset | None = None,
     ) -> Tensor:
         """Return final hidden states [N, D] of N packed tokens, row after row as in `spans`.
 
-        tokens: [N] int64. ancestors: per span None for a chain, or [W, W] bool, True if the column's
-        token is an ancestor of the row's token or the token itself. Each token's keys and values are
-        cached at start + its place in the span. cache: None for the model's own. skip: sub-layers
-        that are left out, and whose cache is neither read nor written.
+        tokens: [N] int64. parents: per span None for a chain; for a tree, the parent of each of its
+        tokens but the first, which is the root: -1 for the root, else the parent's index among those
+        tokens. Each token's keys and values are cached at start + its place in the span. cache: None
+        for the model's own. skip: sub-layers that are left out, and whose cache is neither read nor
+        written.
         """
         cache = self.cache if cache is None else cache
         if self._static is not None and cache is self.cache and skip is None:
-            hidden = self._static.hidden(tokens.cpu(), spans, ancestors)
+            hidden = self._static.hidden(tokens.cpu(), spans, parents)
             if hidden is not None:
                 return hidden
-        ids, batch = cache.pack(tokens, spans, ancestors)
+        ids, batch = cache.pack(tokens, spans, parents)
         return self._forward.hidden(ids, batch, skip)
+
+    def score(
+        self,
+        tokens: Sequence[int],
+        spans: Sequence[Span],
+        parents: Sequence[Sequence[int] | None] | None = None,
+        wants_logits: bool = True,
+    ) -> Scores:
+        """Return the scores of N packed tokens; spans and parents as in `forward`.
+
+        wants_logits: whether the scores must have logits.
+        """
+        if self._scoring is not None:
+            return self._scoring.score(tokens, spans, parents, self.cache, wants_logits)
+        return Scores.of(self.unembed(self.forward(torch.tensor(tokens), spans, parents)))
 
     @property
     def drafts_whole_chains(self) -> bool:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,8 +29,7 @@ PREFILL_BLOCK: Final = 64
 _MAX_SHARED_WIDTH: Final = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """One row's tokens in a packed forward: `width` of them after `start` cached positions.
 
     prefill: whether they are a piece of a prompt, rather than a draft to be verified.
@@ -60,18 +60,18 @@ class Run:
 
 
 def runs_of(
-    spans: Sequence[Span], ancestors: Sequence[Tensor | None] | None, alone: bool
+    spans: Sequence[Span], parents: Sequence[Sequence[int] | None] | None, alone: bool
 ) -> list[Run]:
     """Group spans into runs. alone: no row shares a run with another."""
     runs: list[Run] = []
     first = 0
     for i, span in enumerate(spans):
-        tree = ancestors[i] if ancestors is not None else None
+        tree = parents[i] if parents else None
         last = runs[-1] if runs else None
         if (
             last is not None
             and not alone
-            and tree is None
+            and not tree
             and last.ancestors is None
             and last.width == span.width
             and last.slots.stop == span.slot
@@ -81,9 +81,21 @@ def runs_of(
             last.starts.append(span.start)
         else:
             slots = range(span.slot, span.slot + 1)
-            runs.append(Run(first, slots, [span.start], span.width, span.prefill, tree))
+            ancestors = torch.from_numpy(ancestors_of(tree)) if tree else None
+            runs.append(Run(first, slots, [span.start], span.width, span.prefill, ancestors))
         first += span.width
     return runs
+
+
+def ancestors_of(parents: Sequence[int]) -> np.ndarray:
+    """Return [W, W] bool, True if the column's token is on the path to the row's token.
+
+    parents: [W - 1], as in `LanguageModel.forward`.
+    """
+    is_on_path = np.eye(1 + len(parents), dtype=np.bool_)
+    for k, parent in enumerate(parents):
+        is_on_path[k + 1] |= is_on_path[parent + 1]
+    return is_on_path
 
 
 class ChainMasks:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from paceline.contracts import Request, SamplingParams
+    from paceline.models.scores import Scores
 
 _NOT_FINITE: Final = "the target's logits are not finite; are its weights fit for its dtype?"
 _NO_TOKEN_LEFT: Final = (
@@ -69,11 +70,12 @@ class Verdict:
     cause: BaseException | None = None  # the exception that led to the error
 
 
-def judge(rows: Sequence[RowText], drafts: Sequence[DraftView], logits: Tensor) -> list[Verdict]:
-    """Return each row's verdict; an error if its accepted path has no next token. logits: [N, V]."""
-    best, ids = logits.max(dim=-1)
-    # one copy from the device, and a second one for all sampled rows
-    choices: list[int] = torch.where(best.isfinite(), ids, -1).tolist()
+def judge(rows: Sequence[RowText], drafts: Sequence[DraftView], scores: Scores) -> list[Verdict]:
+    """Return each row's verdict; an error if its accepted path has no next token.
+
+    scores: at all N places; with logits if a row is sampled or has rules.
+    """
+    choices = scores.choices
     if min(choices) < 0:
         choices = _matching_nothing(choices)
     verdicts = []
@@ -87,8 +89,9 @@ def judge(rows: Sequence[RowText], drafts: Sequence[DraftView], logits: Tensor) 
             if verdict.next_token < 0:
                 verdict.error = _NOT_FINITE
         else:
+            assert scores.logits is not None
             rule_errors: dict[int, BaseException] = {}
-            answer = _judge_one(row, draft, logits[first:stop], own, rule_errors)
+            answer = _judge_one(row, draft, scores.logits[first:stop], own, rule_errors)
             if isinstance(answer, Verdict):
                 verdict = answer
                 _check_next_token(verdict, own, rule_errors)
@@ -98,6 +101,7 @@ def judge(rows: Sequence[RowText], drafts: Sequence[DraftView], logits: Tensor) 
         verdicts.append(verdict)
         first = stop
     if pending:
+        # one copy from the device for all sampled rows
         flat: list[int] = torch.cat([one.answer for one in pending.values()]).tolist()
         for i, one in pending.items():
             size = len(one.answer)

@@ -83,7 +83,7 @@ def test_only_the_row_that_moves_entries_is_touched() -> None:
     entries = cache.layer(0, new_entries())
     entries[:] = torch.arange(entries.shape[2])[None, None, :, None]
 
-    cache.copy_positions(1, torch.tensor([2, 5, 6]), 2)
+    cache.copy_positions(1, [2, 5, 6], 2)
 
     assert entries[1, 0, :8, 0].tolist() == [0, 1, 2, 5, 6, 5, 6, 7]
     assert entries[0, 0, :8, 0].tolist() == list(range(8))

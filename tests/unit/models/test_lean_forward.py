@@ -32,14 +32,13 @@ def hidden_states(model: LanguageModel) -> torch.Tensor:
     def tokens(n: int) -> torch.Tensor:
         return torch.randint(259, (n,), generator=generator)
 
-    tree = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]]).bool()
     a, b, c = (model.acquire() for _ in PROMPTS)
     spans = [Span(slot, 0, n) for slot, n in zip((a, b, c), PROMPTS, strict=True)]
     with torch.inference_mode():
         parts = [
             model.forward(tokens(sum(PROMPTS)), spans),
             model.forward(tokens(4), [Span(b, 3, 4)]),
-            model.forward(tokens(5), [Span(a, 17, 3), Span(c, 21, 2)], [tree, None]),
+            model.forward(tokens(5), [Span(a, 17, 3), Span(c, 21, 2)], [[-1, -1], None]),
             model.forward(tokens(3), [Span(a, 19, 1), Span(b, 6, 1), Span(c, 23, 1)]),
         ]
         return torch.cat(parts)

@@ -144,15 +144,13 @@ def test_a_tree_path_can_be_moved_into_place(model: LanguageModel) -> None:
     slot = model.acquire()
     prompt, tree = text(10), text(5, 1)
     # 0 is the root, 1 and 3 its children, 2 the child of 1, 4 the child of 3
-    parents = torch.tensor(
-        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 1, 1]]
-    ).bool()
+    parents = [-1, 0, -1, 2]
     rows = Rows(model)
     rows.feed({slot: prompt})
     with torch.inference_mode():
         hidden = model.forward(torch.tensor(tree), [Span(slot, 10, 5)], [parents])
         logits = model.unembed(hidden)
-        model.cache.copy_positions(slot, torch.tensor([10, 13, 14]), 10)
+        model.cache.copy_positions(slot, [10, 13, 14], 10)
 
     for path in ([0], [0, 1], [0, 1, 2], [0, 3], [0, 3, 4]):
         expected = plain(model, [*prompt, *(tree[i] for i in path)])

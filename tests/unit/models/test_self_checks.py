@@ -188,7 +188,9 @@ def test_a_wrong_forward_is_refused_in_half_precision_too(monkeypatch: pytest.Mo
     monkeypatch.setattr(
         RowCache,
         "copy_positions",
-        lambda self, slot, source, start: copy_positions(self, slot, source - 1, start),
+        lambda self, slot, source, start: copy_positions(
+            self, slot, [at - 1 for at in source], start
+        ),
     )
     with pytest.raises(ModelError, match=r"differs .* at chains of one length"):
         check_packed_forward(model)

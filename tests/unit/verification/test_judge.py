@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from paceline.drafting.contract import Draft
+from paceline.models.scores import Scores
 from paceline.requests import RequestSettings
 from paceline.verification.judge import _draw_at_every_place, _read_answer, judge
 
@@ -42,7 +43,7 @@ def test_logits_that_are_not_finite_count_only_on_the_accepted_path(
     logits[2] = bad
     for tokens, fails in (([4, 4], True), ([4, 3], False), ([3, 4], False), ([-1, -1], False)):
         row = row_of(**settings)
-        [verdict] = judge([row], [Draft(tokens)], logits)
+        [verdict] = judge([row], [Draft(tokens)], Scores.of(logits))
         assert (verdict.error is not None) == fails
         assert fails or verdict.next_token == 4
         assert not fails or "the target's logits are not finite" in str(verdict.error)
@@ -55,7 +56,7 @@ def test_an_invalid_draft_id_does_not_match_a_place_without_a_token(
     logits = torch.full((3, 6), NAN)
     row = row_of(**settings)
 
-    [verdict] = judge([row], [Draft([-1, -1])], logits)
+    [verdict] = judge([row], [Draft([-1, -1])], Scores.of(logits))
 
     assert verdict.error is not None and verdict.path == []
 
@@ -70,7 +71,7 @@ def test_no_stochastic_draft_goes_beyond_a_place_without_a_token(method: str, pl
     probs[:, 4] = 1.0
     row = row_of(temperature=1.0, sampling=method)
 
-    [verdict] = judge([row], [Draft([4, 4, 4], probs=probs)], logits)
+    [verdict] = judge([row], [Draft([4, 4, 4], probs=probs)], Scores.of(logits))
 
     assert verdict.error is not None and len(verdict.path) == place
 
@@ -83,7 +84,7 @@ def test_a_place_without_a_token_does_not_change_the_tokens_before_it() -> None:
     kept = 0
     for seed in range(200):
         row = row_of(temperature=1.0, sampling="block", seed=seed)
-        [verdict] = judge([row], [Draft([0, 0], probs=probs)], logits)
+        [verdict] = judge([row], [Draft([0, 0], probs=probs)], Scores.of(logits))
         kept += len(verdict.path)
     assert 70 < kept < 130  # p/q is a half
 
@@ -95,7 +96,7 @@ def test_the_judge_gives_the_same_verdict_on_other_devices() -> None:
     logits[1] = NAN
     for tokens in ([4, 4], [3, 4]):
         here, there = row_of(temperature=1.0, seed=3), row_of(temperature=1.0, seed=3)
-        [verdict] = judge([here], [Draft(tokens)], logits)
+        [verdict] = judge([here], [Draft(tokens)], Scores.of(logits))
         answer = _draw_at_every_place(
             logits, Draft(tokens), there.request.sampling, len(there.tokens)
         )

@@ -60,7 +60,7 @@ class StaticForward:
         self,
         tokens: Tensor,
         spans: Sequence[Span],
-        ancestors: Sequence[Tensor | None] | None,
+        parents: Sequence[Sequence[int] | None] | None,
     ) -> Tensor | None:
         """Return final hidden states [N, D]; None for prefill or if no shape holds the batch."""
         shape = shape_of(len(spans), len(tokens))
@@ -68,7 +68,7 @@ class StaticForward:
             return None
         step = self._step((shape.rows, shape.tokens), shape, spans, 0, self._forward.hidden)
         # a copy, because the next step of this shape overwrites it
-        return step.run(tokens, spans, ancestors)[: len(tokens)].clone()
+        return step.run(tokens, spans, parents)[: len(tokens)].clone()
 
     def draft(
         self, tokens: Tensor, spans: Sequence[Span], num_drafted: int, num_tokens: int
@@ -189,12 +189,12 @@ class _Step:
         self,
         tokens: Tensor,
         spans: Sequence[Span],
-        ancestors: Sequence[Tensor | None] | None,
+        parents: Sequence[Sequence[int] | None] | None,
     ) -> Tensor:
         """Return the function's output for a batch, in a buffer that the next run overwrites."""
         if self._copied is not None:
             self._copied.synchronize()  # until the host's vector may be overwritten
-        lay_out(self._host.numpy(), self._shape, tokens, spans, ancestors, self._cache.places)
+        lay_out(self._host.numpy(), self._shape, tokens, spans, parents, self._cache.places)
         self._device.copy_(self._host, non_blocking=True)
         if self._graph is not None:
             self._copied.record()

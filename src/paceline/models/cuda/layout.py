@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from paceline.models.packing import ancestors_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -76,7 +78,7 @@ def lay_out(
     shape: Shape,
     tokens: Tensor,
     spans: Sequence[Span],
-    ancestors: Sequence[Tensor | None] | None,
+    parents: Sequence[Sequence[int] | None] | None,
     places: Callable[[np.ndarray, np.ndarray], np.ndarray],
 ) -> None:
     """Write a batch into a vector [shape.size], in the order of `Shape.read`.
@@ -105,10 +107,10 @@ def lay_out(
         return
     bits = parts[3 * shape.tokens :].reshape(shape.tokens, shape.words)
     bits[:num_tokens] = _chain_bits(within, shape.words)
-    for i, tree in enumerate(ancestors or ()):
-        if tree is not None:
+    for i, tree in enumerate(parents or ()):
+        if tree:
             at = slice(first[i], first[i] + width[i])
-            seen = tree.cpu().numpy()
+            seen = ancestors_of(tree)
             bits[at] = _tree_bits(seen, shape.words)
             position[at] = start[i] + seen.sum(axis=1) - 1
 

@@ -124,15 +124,15 @@ class PagedCache:
         self,
         tokens: Tensor,
         spans: Sequence[Span],
-        ancestors: Sequence[Tensor | None] | None = None,
+        parents: Sequence[Sequence[int] | None] | None = None,
     ) -> tuple[Tensor, PagedBatch]:
         for span in spans:
             self.extend(span.slot, span.start + span.width)
         max_width = max(span.width for span in spans)
-        trees = ancestors is not None and any(tree is not None for tree in ancestors)
+        trees = parents is not None and any(parents)
         shape = Shape(len(spans), len(tokens), -(-max_width // 64) if trees else 0)
         vector = torch.empty(shape.size, dtype=torch.int64)
-        lay_out(vector.numpy(), shape, tokens.cpu(), spans, ancestors, self.places)
+        lay_out(vector.numpy(), shape, tokens.cpu(), spans, parents, self.places)
         max_length = max(span.start + span.width for span in spans)
         device_vector = vector.to(self._device)
         ids, rows = shape.read(device_vector, self.table(), max_width, max_length, max_length)
@@ -215,9 +215,9 @@ class PagedCache:
             new = entry.transpose(0, 1)
             self.layer(index, new).index_copy_(0, places, new)
 
-    def copy_positions(self, slot: int, source: Tensor, start: int) -> None:
-        old = self.places_on_device(slot, source.to(self._device))
-        new = self._places_of_slice(slot, start, start + source.shape[0])
+    def copy_positions(self, slot: int, source: Sequence[int], start: int) -> None:
+        old = self.places_on_device(slot, torch.tensor(source, device=self._device))
+        new = self._places_of_slice(slot, start, start + len(source))
         for pool in self.layers:
             if pool is not None:
                 pool.index_copy_(0, new, pool.index_select(0, old))

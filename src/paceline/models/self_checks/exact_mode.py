@@ -83,17 +83,14 @@ def _decode_tree(model: LanguageModel, prompt: Tensor, text: Tensor) -> Tensor:
     cache = model.cache.for_checks()
     row = cache.acquire()
     model.forward(prompt, [Span(row, 0, len(prompt), prefill=True)], cache=cache)
-    # root, wrong child, right child, wrong grandchild, right grandchild
-    paths = [[0], [0, 1], [0, 2], [0, 2, 3], [0, 2, 4]]
-    ancestors = torch.zeros(5, 5, dtype=torch.bool)
-    for node, path in enumerate(paths):
-        ancestors[node, path] = True
+    # of the wrong child, the right child, the wrong grandchild and the right grandchild
+    parents = [-1, -1, 1, 1]
     logits = []
     for at in range(0, len(text), 3):
         right = text[at : at + 3]
         nodes = right[[0, 0, 1, 0, 2]]
         start = len(prompt) + at
-        hidden = model.forward(nodes, [Span(row, start, 5)], [ancestors], cache=cache)
+        hidden = model.forward(nodes, [Span(row, start, 5)], [parents], cache=cache)
         logits.append(model.unembed(hidden)[[0, 2, 4]])
-        cache.copy_positions(row, torch.tensor([start, start + 2, start + 4]), start)
+        cache.copy_positions(row, [start, start + 2, start + 4], start)
     return torch.cat(logits)

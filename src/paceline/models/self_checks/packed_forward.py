@@ -31,12 +31,8 @@ _SHORT: Final = 4  # tokens of the short prompts
 _DECODED: Final = 7  # positions that the long row needs after its prompt
 _FEW: Final = 40  # tokens; padding shorter texts costs less than one more forward
 _TRIES: Final = 4  # texts in half precision, before a model is refused
-_TREE: Final = (
-    (True, False, False, False),
-    (True, True, False, False),
-    (True, False, True, False),
-    (True, False, True, True),
-)
+_TREE: Final = (-1, -1, 1)  # the parents of its nodes, without the root's
+_PATHS: Final = ([0], [0, 1], [0, 2], [0, 2, 3])  # to each node from the root
 _ACCEPTED: Final = (0, 2, 3)  # the path of the tree that is accepted
 
 
@@ -123,17 +119,15 @@ class _FedRows:
         rows, vocab = list(widths), self.model.num_logits
         pieces = [torch.randint(vocab, (n,), generator=self._generator) for n in widths.values()]
         spans = [Span(self._slots[r], len(self._texts[r]), widths[r], prefill) for r in rows]
-        ancestors: list[Tensor | None] = [None] * len(rows)
-        if tree:
-            ancestors[0] = torch.tensor(_TREE)
-        hidden = self.model.forward(torch.cat(pieces), spans, ancestors, cache=self._cache)
+        parents = [_TREE if tree else None, *[None] * (len(rows) - 1)]
+        hidden = self.model.forward(torch.cat(pieces), spans, parents, cache=self._cache)
         compared: list[int] = []
         texts: list[list[int]] = []
         first = 0
-        for row, piece, seen in zip(rows, pieces, ancestors, strict=True):
+        for row, piece, is_tree in zip(rows, pieces, parents, strict=True):
             # of a prompt's piece, the last tokens are enough
             for k in range(max(0, len(piece) - PAST_BOUND) if prefill else 0, len(piece)):
-                path = piece[: k + 1] if seen is None else piece[seen[k]]
+                path = piece[_PATHS[k]] if is_tree else piece[: k + 1]
                 compared.append(first + k)
                 texts.append([*self._texts[row], *path.tolist()])
             self._texts[row] += piece.tolist()
@@ -144,10 +138,9 @@ class _FedRows:
     def accept_path(self, row: int) -> None:
         """Accept a path of the tree that was just fed."""
         text = self._texts[row]
-        nodes, start = text[-len(_TREE) :], len(text) - len(_TREE)
+        nodes, start = text[-len(_PATHS) :], len(text) - len(_PATHS)
         text[start:] = [nodes[k] for k in _ACCEPTED]
-        source = torch.tensor([start + k for k in _ACCEPTED])
-        self._cache.copy_positions(self._slots[row], source, start)
+        self._cache.copy_positions(self._slots[row], [start + k for k in _ACCEPTED], start)
 
     def take_back(self, row: int, count: int) -> None:
         """Remove a row's last tokens; their cache entries stay, stale."""

@@ -20,12 +20,9 @@ COMPILED = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") == "
 DEVICE = torch.device("cuda" if COMPILED else "cpu")
 
 
-def random_tree(width: int, order: random.Random) -> torch.Tensor:
-    """[W, W] ancestors of a random tree."""
-    seen = torch.eye(width, dtype=torch.bool)
-    for k in range(1, width):
-        seen[k] |= seen[order.randrange(k)]
-    return seen
+def random_tree(width: int, order: random.Random) -> list[int]:
+    """Return the parents [W - 1] of a random tree."""
+    return [order.randrange(-1, k) for k in range(width - 1)]
 
 
 class Pair:
@@ -56,7 +53,7 @@ class Pair:
     def check(
         self,
         spans: list[Span],
-        trees: list[torch.Tensor | None] | None = None,
+        trees: list[list[int] | None] | None = None,
         window: int | None = None,
         cap: float | None = None,
         num_splits: int | None = None,

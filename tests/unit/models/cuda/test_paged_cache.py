@@ -82,7 +82,7 @@ def test_positions_move_across_blocks() -> None:
     entry = torch.randn(4, BLOCK + 10, 2)
     cache.write(slot, 0, [entry])
 
-    cache.copy_positions(slot, torch.tensor([BLOCK - 2, BLOCK + 1, BLOCK + 5]), BLOCK - 2)
+    cache.copy_positions(slot, [BLOCK - 2, BLOCK + 1, BLOCK + 5], BLOCK - 2)
 
     moved = cache.read(slot, BLOCK - 2, BLOCK + 1)[0]
     assert torch.equal(moved, entry[:, [BLOCK - 2, BLOCK + 1, BLOCK + 5]])

@@ -23,7 +23,7 @@ from paceline.models.cuda.graphs import ROWS, TOKENS, shape_of
 from paceline.models.cuda.layout import BLOCK, Shape, lay_out
 from paceline.models.cuda.paged_cache import PagedCache
 from paceline.models.language_model import LanguageModel
-from paceline.models.packing import Span
+from paceline.models.packing import Span, ancestors_of
 from paceline.models.self_checks import check_packed_forward
 from paceline.testing.scripted import ScriptedTree
 from paceline.testing.tiny_models import perturbed, tiny_model
@@ -51,17 +51,14 @@ def logits(
     model: LanguageModel,
     tokens: Sequence[int],
     spans: list[Span],
-    trees: list[torch.Tensor | None] | None = None,
+    trees: list[list[int] | None] | None = None,
 ) -> torch.Tensor:
     with torch.inference_mode():
         return model.unembed(model.forward(torch.tensor(tokens), spans, trees))
 
 
-def random_tree(width: int, order: random.Random) -> torch.Tensor:
-    seen = torch.eye(width, dtype=torch.bool)
-    for k in range(1, width):
-        seen[k] |= seen[order.randrange(k)]
-    return seen
+def random_tree(width: int, order: random.Random) -> list[int]:
+    return [order.randrange(-1, k) for k in range(width - 1)]
 
 
 @torch.inference_mode()
@@ -91,10 +88,11 @@ def test_a_random_schedule_of_rows_and_trees(architecture: str, forward: str) ->
         torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
         for span, tree in zip(spans, trees, strict=True):
             # of a tree, one leaf's path is kept, or nothing but the root
-            path = tree[-1].nonzero()[:, 0] if tree is not None else torch.arange(span.width)
+            seen = np.ones(span.width) if tree is None else ancestors_of(tree)[-1]
+            path = seen.nonzero()[0].tolist()
             lengths[span.slot] += len(path)
             for model in (plain, paged):
-                source = (span.start + path).to(DEVICE)
+                source = [span.start + k for k in path]
                 model.cache.copy_positions(span.slot, source, span.start)
         if turn == 3:
             slot = chosen[0]
@@ -170,14 +168,12 @@ def test_a_batch_is_laid_out_as_its_parts_are_named() -> None:
     a, b = cache.acquire(), cache.acquire()
     cache.extend(a, 70)
     cache.extend(b, 10)
-    tree = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]]).bool()
     shape = Shape(rows=4, tokens=8, words=1)
     vector = torch.empty(shape.size, dtype=torch.int64)
 
     spans = [Span(b, 5, 3), Span(a, 63, 2)]
-    lay_out(
-        vector.numpy(), shape, torch.tensor([7, 8, 9, 10, 11]), spans, [tree, None], cache.places
-    )
+    tokens = torch.tensor([7, 8, 9, 10, 11])
+    lay_out(vector.numpy(), shape, tokens, spans, [[-1, -1], None], cache.places)
     ids, rows = shape.read(vector, cache.table(), 3, 70)
 
     assert rows.first.tolist() == [0, 3, 0, 0] and rows.width.tolist() == [3, 2, 0, 0]
