@@ -37,8 +37,8 @@ class Section(BaseModel):
 class ModelSection(Section):
     """A transformers causal LM.
 
-    model: a local folder or hub name. forward: `auto` takes the lean forward if the architecture has
-    one. adapter: folder or hub name of a PEFT adapter, which is merged into the weights. device_map:
+    model: a local folder or hub name. forward: `auto` takes the compiled forward on a CPU and the lean one
+    on other devices if the architecture has one, else transformers' own. adapter: folder or hub name of a PEFT adapter, which is merged into the weights. device_map:
     places the weights by accelerate's rules instead of on one `device`.
     """
 
@@ -46,7 +46,7 @@ class ModelSection(Section):
     revision: str | None = None
     dtype: Dtype = "auto"
     device: Device = "auto"
-    forward: Literal["auto", "lean", "transformers"] = "auto"
+    forward: Literal["auto", "compiled", "lean", "transformers"] = "auto"
     trust_remote_code: bool = False
     adapter: str | None = None
     device_map: str | dict[str, str | int] | None = None

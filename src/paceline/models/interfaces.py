@@ -7,7 +7,7 @@ Symbols: N packed tokens, W tokens of a row, H query heads, Hkv key-value heads,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from paceline.models.packing import KeyBias, Span
-    from paceline.models.scores import Scores
     from paceline.models.sublayers import LayerSubset
 
 
@@ -69,8 +68,7 @@ class KVCache(Protocol):
     entries of positions [start, stop), [2 * Hkv, n, D] per layer, and write puts them back.
     copy_positions copies entries at the positions `source` to start, start + 1, ...
 
-    pack makes room for the spans and returns their token ids [N] on the device and their batch;
-    parents as in `LanguageModel.forward`. for_checks returns the cache that self-checks feed: this
+    for_checks returns the cache that self-checks feed: this
     one, or an empty one of small blocks.
     """
 
@@ -97,17 +95,26 @@ class KVCache(Protocol):
     def read(self, slot: int, start: int, stop: int) -> list[Tensor]: ...
     def write(self, slot: int, start: int, entries: Sequence[Tensor]) -> None: ...
     def copy_positions(self, slot: int, source: Sequence[int], start: int) -> None: ...
+    def for_checks(self) -> KVCache: ...
+
+
+class BatchCache(KVCache, Protocol):
+    """A cache that packs tokens for a forward that runs in torch, layer by layer.
+
+    pack makes room for the spans and returns their token ids [N] on the device and their batch; parents
+    as in `LanguageModel.forward`.
+    """
+
     def pack(
         self,
         tokens: Tensor,
         spans: Sequence[Span],
         parents: Sequence[Sequence[int] | None] | None = None,
     ) -> tuple[Tensor, Batch]: ...
-    def for_checks(self) -> KVCache: ...
 
 
-class Forward(Protocol):
-    """The weights of a causal language model, run over packed rows. kind: `lean` or `transformers`."""
+class BatchForward(Protocol):
+    """The weights of a causal language model, run in torch. kind: `lean` or `transformers`."""
 
     @property
     def kind(self) -> str: ...
@@ -117,21 +124,3 @@ class Forward(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [..., V] of final hidden states [..., hidden size]."""
-
-
-@runtime_checkable
-class ScoringForward(Forward, Protocol):
-    """A forward that computes scores itself, from lists; `LanguageModel.score` calls nothing else."""
-
-    def score(
-        self,
-        tokens: Sequence[int],
-        spans: Sequence[Span],
-        parents: Sequence[Sequence[int] | None] | None,
-        cache: KVCache,
-        wants_logits: bool,
-    ) -> Scores:
-        """Return the scores of the spans' tokens, and cache their keys and values.
-
-        The arguments are those of `LanguageModel.score`, which has made no room in the cache.
-        """

@@ -1,23 +1,26 @@
 """A causal language model as the rest of paceline sees it: packed forward, unembed, row caches.
 
-The lean forward runs the weights if it fits, transformers' own otherwise; the cache is chosen by device.
+On a CPU the compiled forward runs the weights if it fits, elsewhere the lean one, transformers' own
+otherwise; each has its cache.
 Knows no drafting, sampling or text. Symbols: N packed tokens, D hidden size, V logits width.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
 from paceline.errors import ModelError
 from paceline.models.adapter import TransformersForward
 from paceline.models.cache import RowCache
+from paceline.models.compiled.cache import PackedRows
+from paceline.models.compiled.family import why_not_compiled
+from paceline.models.compiled.forward import CompiledForward
 from paceline.models.cuda.batch import attention_kernel
 from paceline.models.cuda.graphs import StaticForward
 from paceline.models.cuda.paged_cache import PagedCache
-from paceline.models.interfaces import ScoringForward
 from paceline.models.lean import LeanForward, why_not_lean
 from paceline.models.model_facts import (
     cache_bytes_per_position,
@@ -35,11 +38,11 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from paceline.models.interfaces import Forward, KVCache
+    from paceline.models.interfaces import BatchCache, BatchForward, KVCache
     from paceline.models.packing import Span
     from paceline.models.sublayers import LayerSubset
 
-ForwardChoice = Literal["auto", "lean", "transformers"]
+ForwardChoice = Literal["auto", "compiled", "lean", "transformers"]
 
 
 class LanguageModel:
@@ -56,11 +59,12 @@ class LanguageModel:
         exact: bool = False,
         paged: bool | None = None,
     ) -> None:
-        """forward: `lean` requires the lean forward, `auto` takes it if it fits.
+        """forward: `compiled` or `lean` requires that forward; `auto` takes the compiled one on a CPU
+        and the lean one on other devices if it fits, else transformers' own.
 
-        exact: a token's bits depend on its own row alone, see `exact.py`; needs the lean forward.
-        paged: whether the cache is paged; None chooses by the device. Raises ModelError if the model
-        is not supported.
+        exact: require that a token's bits depend on its own row alone, as they do in the compiled
+        forward. paged: whether the cache is paged; None chooses by the device. Raises ModelError if
+        the model is not supported.
         """
         model = base_of(model, name)
         self.name = name
@@ -74,43 +78,80 @@ class LanguageModel:
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = _input_device(model)
         self._paged_cache: PagedCache | None = None
-        self.cache: KVCache
         if self.device.type == "cuda" if paged is None else paged:
             attention_kernel()  # so that a missing triton is reported now
-            self.cache = self._paged_cache = PagedCache(self.device)
-        else:
-            self.cache = RowCache(self.device, exact)
+            self._paged_cache = PagedCache(self.device)
         self.visibility = look_at(model, self.context_length, self.device)
-        self.exact = exact
-        self._take_weights(forward)
+        self._requires_exact = exact
+        self._read_weights(forward)
+        self.cache: KVCache = self._new_cache()
 
-    def _take_weights(self, forward: ForwardChoice) -> None:
+    def _read_weights(self, forward: ForwardChoice) -> None:
         """Build the forward over the model's weights as they are now."""
-        model, name = self.model, self.name
-        reason = "the configuration says so" if forward == "transformers" else why_not_lean(model)
-        reason = reason or next(iter(self.visibility.reasons), None)
-        self._forward: Forward
+        model, windows = self.model, self.visibility.windows
+        choice, self.why_not_compiled = self._choose(forward)
+        self._compiled: CompiledForward | None = None
         self._static: StaticForward | None = None
-        if reason is None:
-            self._forward = lean = LeanForward(model, self.visibility.windows, self.exact)
+        self._forward: CompiledForward | BatchForward
+        if choice == "compiled":
+            self._forward = self._compiled = CompiledForward(model, windows, self.context_length)
+        elif choice == "lean":
+            self._forward = lean = LeanForward(model, windows)
             if self._paged_cache is not None:
                 self._static = StaticForward(lean, self._paged_cache, self.context_length)
-        elif forward == "lean" or self.exact:
-            mode = "exact mode" if self.exact else "the lean forward"
-            raise ModelError(f"{name}: cannot run {mode}, because {reason}")
         else:
-            self._forward = TransformersForward(model, name, self.visibility.windows)
-        self._scoring = self._forward if isinstance(self._forward, ScoringForward) else None
+            self._forward = TransformersForward(model, self.name, windows)
         # of the body's output, which a small OPT projects down at its end
         self.hidden_size: int
         self.num_logits: int
         self.num_logits, self.hidden_size = model.get_output_embeddings().weight.shape
         self._monitor = WeightsMonitor(model)  # last, since packing moves weights on CUDA
 
+    def _new_cache(self) -> KVCache:
+        """Return an empty cache for the forward."""
+        if self._compiled is not None:
+            return self._compiled.new_cache()
+        return self._paged_cache or RowCache(self.device)
+
+    def _choose(self, forward: ForwardChoice) -> tuple[str, str | None]:
+        """Return the forward to build, and why it is not the compiled one.
+
+        Raises ModelError if the one that is required does not fit.
+        """
+        hidden = next(iter(self.visibility.reasons), None)
+        reasons = {
+            "compiled": (
+                why_not_compiled(self.model) if self._paged_cache is None else "its cache is paged"
+            ),
+            "lean": why_not_lean(self.model),
+            "transformers": None,
+        }
+        reasons |= {k: reason or hidden for k, reason in reasons.items() if k != "transformers"}
+        if self._requires_exact and (reasons["compiled"] or forward not in ("auto", "compiled")):
+            reason = reasons["compiled"] or f"the configuration asks for 'forward: {forward}'"
+            raise ModelError(
+                f"{self.name}: 'exact' is a promise of the compiled forward, which cannot run: "
+                f"{reason}; remove 'exact'"
+            )
+        if forward == "auto":
+            on_cpu = self.device.type == "cpu" and self._paged_cache is None
+            own = "compiled" if on_cpu else "lean"
+            return own if reasons[own] is None else "transformers", reasons["compiled"]
+        if reasons[forward] is not None:
+            raise ModelError(
+                f"{self.name}: cannot run the {forward} forward, because {reasons[forward]}"
+            )
+        return forward, reasons["compiled"] or f"the configuration says '{forward}'"
+
     @property
     def forward_kind(self) -> str:
-        """`lean` or `transformers`: the code that runs the weights."""
+        """`compiled`, `lean` or `transformers`: the code that runs the weights."""
         return self._forward.kind
+
+    @property
+    def exact(self) -> bool:
+        """Whether a token's bits depend on its own row alone."""
+        return self._compiled is not None
 
     def has_changed(self) -> bool:
         """Return whether the weights changed since they were read; see `WeightsMonitor`."""
@@ -125,7 +166,7 @@ class LanguageModel:
         found = self.model.dtype, _input_device(self.model)
         if (*found, self.model.get_output_embeddings().weight.shape[0]) == facts:
             with torch.inference_mode(False), torch.no_grad():  # as at load
-                self._take_weights("transformers" if kind == "transformers" else "auto")
+                self._read_weights("transformers" if kind == "transformers" else "auto")
             if self.forward_kind == kind:
                 return
         raise ModelError(
@@ -167,8 +208,11 @@ class LanguageModel:
             hidden = self._static.hidden(tokens.cpu(), spans, parents)
             if hidden is not None:
                 return hidden
-        ids, batch = cache.pack(tokens, spans, parents)
-        return self._forward.hidden(ids, batch, skip)
+        if self._compiled is not None:
+            assert isinstance(cache, PackedRows)
+            return self._compiled.hidden(tokens.tolist(), spans, parents, cache, skip)
+        ids, batch = cast("BatchCache", cache).pack(tokens, spans, parents)
+        return cast("BatchForward", self._forward).hidden(ids, batch, skip)
 
     def score(
         self,
@@ -181,14 +225,15 @@ class LanguageModel:
 
         wants_logits: whether the scores must have logits.
         """
-        if self._scoring is not None:
-            return self._scoring.score(tokens, spans, parents, self.cache, wants_logits)
+        if self._compiled is not None:
+            assert isinstance(self.cache, PackedRows)
+            return self._compiled.score(tokens, spans, parents, self.cache, wants_logits)
         return Scores.of(self.unembed(self.forward(torch.tensor(tokens), spans, parents)))
 
     @property
     def drafts_whole_chains(self) -> bool:
         """Whether `draft_chain` may be called."""
-        return self._static is not None
+        return self._static is not None or self._compiled is not None
 
     def draft_chain(
         self, tokens: Tensor, spans: Sequence[Span], num_drafted: int, num_tokens: int
@@ -198,6 +243,11 @@ class LanguageModel:
         The device runs all K steps without the host. tokens, spans: as in `forward`. All drafted tokens
         but the last are cached after the row's own. None if the batch is too large.
         """
+        if self._compiled is not None:
+            assert isinstance(self.cache, PackedRows)
+            ids = tokens.tolist()
+            chains = self._compiled.chain(ids, spans, self.cache, num_drafted, num_tokens)
+            return torch.tensor(chains)
         assert self._static is not None
         return self._static.draft(tokens, spans, num_drafted, num_tokens)
 

@@ -18,6 +18,8 @@ from numba import njit
 
 from paceline.models.compiled.rows import norm_in_place, tanh, turn
 from paceline.models.compiled.simd import (
+    field,
+    float_field,
     copy_half,
     copy_word,
     exp,
@@ -96,21 +98,24 @@ def attention_bytes(
     """
     whole, few = -(-rows // ROWS_UNIT) * ROWS_UNIT, -(-groups // ROWS_UNIT) * ROWS_UNIT
     tail = -(-(UNIT + width) // UNIT) * UNIT if width else 0
+    # a tree's tokens are multiplied one by one, and whole tiles of rows are read
+    after = few * score_room if width else 0
     numbers = whole * (head_room + 2 * score_room + value_room + 1) + value_room * (tail + few)
+    numbers += after
     return 4 * numbers + 8 * 64
 
 
 @compiled
 def prepare_head(x, model, layer, position, head_norm):  # type: ignore[no-untyped-def]
     """Norm and rotate a head's query or key in place."""
-    norm = get_int(layer + 8 * head_norm)
-    if norm != 0 and get_int(model + 8 * NORM_WHOLE) == 0:
-        room = get_int(model + 8 * HEAD_ROOM)
-        size = get_int(model + 8 * HEAD_SIZE)
-        norm_in_place(x, norm, size, room, get_f32(model + 8 * EPSILON_F))
-    turns, half = get_int(layer + 8 * TURNS), get_int(model + 8 * HALF_TURNED)
+    norm = field(layer, head_norm)
+    if norm != 0 and field(model, NORM_WHOLE) == 0:
+        room = field(model, HEAD_ROOM)
+        size = field(model, HEAD_SIZE)
+        norm_in_place(x, norm, size, room, float_field(model, EPSILON_F))
+    turns, half = field(layer, TURNS), field(model, HALF_TURNED)
     if turns >= 0:
-        angles = get_int(model + 8 * ANGLES) + turns * get_int(model + 8 * ANGLES_STRIDE)
+        angles = field(model, ANGLES) + turns * field(model, ANGLES_STRIDE)
         turn(x, angles + 8 * half * position, half)
 
 
@@ -128,11 +133,11 @@ def make_attention(product: Callable[..., Any], dtype: str) -> tuple[Any, Any]:
     @compiled
     def head_storage(model, span, head, layer_index):  # type: ignore[no-untyped-def]
         """Return the addresses of a head's keys and values."""
-        capacity = get_int(span + 8 * CAPACITY)
-        key_bytes = capacity * get_int(model + 8 * HEAD_ROOM) * size
-        value_bytes = capacity * get_int(model + 8 * VALUE_ROOM) * size
-        heads = get_int(model + 8 * KV_HEADS)
-        layer = get_int(span + 8 * STORAGE) + layer_index * heads * (key_bytes + value_bytes)
+        capacity = field(span, CAPACITY)
+        key_bytes = capacity * field(model, HEAD_ROOM) * size
+        value_bytes = capacity * field(model, VALUE_ROOM) * size
+        heads = field(model, KV_HEADS)
+        layer = field(span, STORAGE) + layer_index * heads * (key_bytes + value_bytes)
         return layer + head * key_bytes, layer + heads * key_bytes + head * value_bytes
 
     @compiled
@@ -150,19 +155,19 @@ def make_attention(product: Callable[..., Any], dtype: str) -> tuple[Any, Any]:
 
     @compiled
     def store_keys(job, model, layer, span, head, first, stop, layer_index):  # type: ignore[no-untyped-def]
-        room, value_room = get_int(model + 8 * HEAD_ROOM), get_int(model + 8 * VALUE_ROOM)
-        heads, kv_heads = get_int(model + 8 * HEADS), get_int(model + 8 * KV_HEADS)
-        head_size = get_int(model + 8 * HEAD_SIZE)
+        room, value_room = field(model, HEAD_ROOM), field(model, VALUE_ROOM)
+        heads, kv_heads = field(model, HEADS), field(model, KV_HEADS)
+        head_size = field(model, HEAD_SIZE)
         stride = 4 * (heads + 2 * kv_heads) * room
         keys, values = head_storage(model, span, head, layer_index)
-        value_words = get_int(span + 8 * CAPACITY) // word
-        start, first_token = get_int(span + 8 * START), get_int(span + 8 * FIRST)
+        value_words = field(span, CAPACITY) // word
+        start, first_token = field(span, START), field(span, FIRST)
         for token in range(first, stop):
             packed = first_token + token
-            row = get_int(job + 8 * PROJECTED) + packed * stride
+            row = field(job, PROJECTED) + packed * stride
             key = row + 4 * (heads + head) * room
             value = row + 4 * (heads + kv_heads + head) * room
-            turned = get_int(get_int(job + 8 * POSITIONS) + 8 * packed)
+            turned = get_int(field(job, POSITIONS) + 8 * packed)
             prepare_head(key, model, layer, turned, KEY_NORM)
             position = start + token
             if half:  # rounded where it stands, so that words can be copied
@@ -179,10 +184,10 @@ def make_attention(product: Callable[..., Any], dtype: str) -> tuple[Any, Any]:
     @compiled
     def put_query(job, model, layer, packed, head, target):  # type: ignore[no-untyped-def]
         """Norm, rotate and round one query into a row of inputs."""
-        room = get_int(model + 8 * HEAD_ROOM)
-        heads = get_int(model + 8 * HEADS) + 2 * get_int(model + 8 * KV_HEADS)
-        query = get_int(job + 8 * PROJECTED) + 4 * (packed * heads + head) * room
-        turned = get_int(get_int(job + 8 * POSITIONS) + 8 * packed)
+        room = field(model, HEAD_ROOM)
+        heads = field(model, HEADS) + 2 * field(model, KV_HEADS)
+        query = field(job, PROJECTED) + 4 * (packed * heads + head) * room
+        turned = get_int(field(job, POSITIONS) + 8 * packed)
         prepare_head(query, model, layer, turned, QUERY_NORM)
         for at in range(0, room, 16):
             if half:
@@ -232,9 +237,9 @@ def make_attention(product: Callable[..., Any], dtype: str) -> tuple[Any, Any]:
     @compiled
     def put_outputs(job, model, packed, head, sums, total):  # type: ignore[no-untyped-def]
         """Divide the sums of a query by its softmax's and round them into the next product's inputs."""
-        room = get_int(model + 8 * HEAD_ROOM)
-        stride = get_int(model + 8 * HEADS) * room
-        row = get_int(job + 8 * ATTENDED) + size * (packed * stride + head * room)
+        room = field(model, HEAD_ROOM)
+        stride = field(model, HEADS) * room
+        row = field(job, ATTENDED) + size * (packed * stride + head * room)
         inverse = splat(np.float32(1) / total)
         for at in range(0, room, 16):
             value = load(sums + 4 * at) * inverse
@@ -286,10 +291,10 @@ def make_attention(product: Callable[..., Any], dtype: str) -> tuple[Any, Any]:
         The cached positions before the row's last whole unit are common to all tokens. What follows is
         laid out again where a path leaves the one before.
         """
-        value_room = get_int(model + 8 * VALUE_ROOM)
-        groups = get_int(model + 8 * HEADS) // get_int(model + 8 * KV_HEADS)
-        start, width = get_int(span + 8 * START), get_int(span + 8 * WIDTH)
-        words, stride = get_int(span + 8 * CAPACITY) // word, 4 * get_int(job + 8 * SCORE_ROOM)
+        value_room = field(model, VALUE_ROOM)
+        groups = field(model, HEADS) // field(model, KV_HEADS)
+        start, width = field(span, START), field(span, WIDTH)
+        words, stride = field(span, CAPACITY) // word, 4 * field(job, SCORE_ROOM)
         rows = (stop - first) * groups
         few = up_to(groups, ROWS_UNIT)
         own = up_to(totals + 4 * up_to(rows, ROWS_UNIT), 64)  # sums of one token's queries
@@ -302,7 +307,7 @@ def make_attention(product: Callable[..., Any], dtype: str) -> tuple[Any, Any]:
         for at in range(common, start):
             copy_value(tail, tail_words, at - common, values, words, at, value_room)
         for token in range(first, stop):
-            path = get_int(span + 8 * PATHS) + 8 * token * (width + 1)
+            path = field(span, PATHS) + 8 * token * (width + 1)
             before = path - 8 * (width + 1)
             depth, same = get_int(path), 0  # same: leading tokens that lie there already
             if token > first:
@@ -320,7 +325,7 @@ def make_attention(product: Callable[..., Any], dtype: str) -> tuple[Any, Any]:
             at = weights + row * stride + common * size
             fresh = 0 if common > base else 1
             sum_values(tail, tail_words, value_room, at, stride, 0, top, own, fresh, groups)
-            packed = get_int(span + 8 * FIRST) + token
+            packed = field(span, FIRST) + token
             for g in range(groups):
                 total = get_f32(totals + 4 * (row + g))
                 at = own + 4 * g * value_room
@@ -328,15 +333,15 @@ def make_attention(product: Callable[..., Any], dtype: str) -> tuple[Any, Any]:
 
     @compiled
     def attend(job, model, layer, span, head, first, stop, scratch, layer_index):  # type: ignore[no-untyped-def]
-        room, value_room = get_int(model + 8 * HEAD_ROOM), get_int(model + 8 * VALUE_ROOM)
-        groups = get_int(model + 8 * HEADS) // get_int(model + 8 * KV_HEADS)
-        start, first_token = get_int(span + 8 * START), get_int(span + 8 * FIRST)
-        window, paths = get_int(layer + 8 * WINDOW), get_int(span + 8 * PATHS)
-        scale, cap = get_f32(layer + 8 * SCORE_SCALE_F), get_f32(layer + 8 * SCORE_CAP_F)
+        room, value_room = field(model, HEAD_ROOM), field(model, VALUE_ROOM)
+        groups = field(model, HEADS) // field(model, KV_HEADS)
+        start, first_token = field(span, START), field(span, FIRST)
+        window, paths = field(layer, WINDOW), field(span, PATHS)
+        scale, cap = float_field(layer, SCORE_SCALE_F), float_field(layer, SCORE_CAP_F)
         keys, values = head_storage(model, span, head, layer_index)
-        value_words = get_int(span + 8 * CAPACITY) // word
+        value_words = field(span, CAPACITY) // word
         rows = (stop - first) * groups
-        whole_rows, stride = up_to(rows, ROWS_UNIT), 4 * get_int(job + 8 * SCORE_ROOM)
+        whole_rows, stride = up_to(rows, ROWS_UNIT), 4 * field(job, SCORE_ROOM)
         queries = up_to(scratch, 64)
         scores = queries + 4 * whole_rows * room
         weights = scores + whole_rows * stride
@@ -347,7 +352,7 @@ def make_attention(product: Callable[..., Any], dtype: str) -> tuple[Any, Any]:
                 at = queries + ((token - first) * groups + g) * room * size
                 put_query(job, model, layer, first_token + token, head * groups + g, at)
         # a tree's tokens lie at their places, which are no positions
-        width = get_int(span + 8 * WIDTH)
+        width = field(span, WIDTH)
         end = start + stop if paths == 0 else start + width
         lowest = start + first + 1 - window if window > 0 else 0
         base = max(0, lowest) // UNIT * UNIT if paths == 0 else 0

@@ -8,7 +8,7 @@ nothing is padded to the longest one. Symbols: L layers, Hkv key-value heads, d 
 from __future__ import annotations
 
 import bisect
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,24 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from paceline.models.compiled.weights import PackedModel
-
 UNIT: Final = 64  # positions; capacities are its multiples
 _LANES: Final = 16
+
+
+class CacheShape(NamedTuple):
+    """The sizes of a model's keys and values; rooms are head sizes rounded up."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    head_room: int
+    value_room: int
+    dtype: torch.dtype
+
+    @property
+    def position_numbers(self) -> int:
+        """Numbers of one position in all layers."""
+        return self.layers * self.kv_heads * (self.head_room + self.value_room)
 
 
 class PackedRows:
@@ -30,8 +44,8 @@ class PackedRows:
     stores_all_first: Final = True
     block: Final = UNIT
 
-    def __init__(self, model: PackedModel) -> None:
-        self._model = model
+    def __init__(self, shape: CacheShape) -> None:
+        self._shape = shape
         self._storage: list[Tensor | None] = []  # by slot
         self._addresses: list[int] = []
         self._capacities: list[int] = []  # positions that the storage holds
@@ -100,7 +114,7 @@ class PackedRows:
     def _keep(self, slot: int, storage: Tensor) -> None:
         self._storage[slot] = storage
         self._addresses[slot] = storage.data_ptr()
-        self._capacities[slot] = storage.numel() // self._model.position_numbers
+        self._capacities[slot] = storage.numel() // self._shape.position_numbers
 
     def forget(self, slot: int) -> None:
         """Free a row's positions until it extends again; their keys and values are lost."""
@@ -130,7 +144,7 @@ class PackedRows:
                 wanted = least
         with torch.inference_mode():
             # zeros are written, so that decoding does not wait for page faults; all entries are finite
-            new = torch.empty(wanted * self._model.position_numbers, dtype=self._model.dtype).zero_()
+            new = torch.empty(wanted * self._shape.position_numbers, dtype=self._shape.dtype).zero_()
             if old is not None:
                 old_keys, old_values = self._views(old)
                 keys, values = self._views(new)
@@ -140,12 +154,12 @@ class PackedRows:
 
     def _views(self, storage: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys [L, Hkv, n/16, words of d, 16, word] and values [L, Hkv, d/16, n/word, 16, word]."""
-        model, word = self._model, 4 // storage.element_size()
-        heads, capacity = model.facts.kv_heads, storage.numel() // model.position_numbers
-        layers = storage.view(model.num_layers, -1)
-        num_keys = heads * capacity * model.head_room
-        key_shape = (heads, capacity // _LANES, model.head_room // word, _LANES, word)
-        value_shape = (heads, model.value_room // _LANES, capacity // word, _LANES, word)
+        shape, word = self._shape, 4 // storage.element_size()
+        heads, capacity = shape.kv_heads, storage.numel() // shape.position_numbers
+        layers = storage.view(shape.layers, -1)
+        num_keys = heads * capacity * shape.head_room
+        key_shape = (heads, capacity // _LANES, shape.head_room // word, _LANES, word)
+        value_shape = (heads, shape.value_room // _LANES, capacity // word, _LANES, word)
         keys = layers[:, :num_keys].unflatten(1, key_shape)
         return keys, layers[:, num_keys:].unflatten(1, value_shape)
 
@@ -160,7 +174,7 @@ class PackedRows:
 
     def read(self, slot: int, start: int, stop: int) -> list[Tensor]:
         keys, values = self._whole(slot, start, stop)
-        size = self._model.facts.head_dim
+        size = self._shape.head_dim
         return list(torch.cat([keys, values[..., : keys.shape[-1]]], dim=1)[..., :size].clone())
 
     def _whole(self, slot: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -183,24 +197,23 @@ class PackedRows:
         self.extend(slot, start + stacked.shape[2])
         self._put(slot, positions, *stacked.chunk(2, dim=1))
 
-    def copy_positions(self, slot: int, source: Tensor, start: int) -> None:
-        positions = source.tolist()
-        first, stop = min(positions), max(positions) + 1
+    def copy_positions(self, slot: int, source: Sequence[int], start: int) -> None:
+        first, stop = min(source), max(source) + 1
         keys, values = self._whole(slot, first, stop)
-        size, at = self._model.facts.head_dim, source - first
-        target = torch.arange(start, start + len(positions))
+        size, at = self._shape.head_dim, [place - first for place in source]
+        target = torch.arange(start, start + len(source))
         self._put(slot, target, keys[:, :, at, :size], values[:, :, at, :size])
 
     def _put(self, slot: int, positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Write keys and values [L, Hkv, n, d] at positions [n]."""
         storage = self._storage[slot]
         assert storage is not None
-        model = self._model
+        shape = self._shape
         all_keys, all_values = self._views(storage)
         word = all_keys.shape[-1]
         with torch.inference_mode():
-            key_rows = F.pad(keys, (0, model.head_room - keys.shape[-1])).unflatten(-1, (-1, word))
-            value_rows = F.pad(values, (0, model.value_room - values.shape[-1]))
+            key_rows = F.pad(keys, (0, shape.head_room - keys.shape[-1])).unflatten(-1, (-1, word))
+            value_rows = F.pad(values, (0, shape.value_room - values.shape[-1]))
             block, lane = positions // _LANES, positions % _LANES
             # an index on both sides of a slice puts the positions first
             all_keys[:, :, block, :, lane] = key_rows.movedim(2, 0)
@@ -209,4 +222,4 @@ class PackedRows:
 
     def for_checks(self) -> PackedRows:
         """Return an empty cache."""
-        return PackedRows(self._model)
+        return PackedRows(self._shape)

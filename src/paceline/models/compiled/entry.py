@@ -8,7 +8,7 @@ from numba import njit
 
 from paceline.models.compiled.program import plan
 from paceline.models.compiled.sharing import offer_processor, pause
-from paceline.models.compiled.simd import call_run, get_atomic, get_int, put_atomic
+from paceline.models.compiled.simd import call_run, field, get_atomic, put_atomic
 from paceline.models.compiled.tables import RUN, THREADS
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def lead(team, job, tag):  # type: ignore[no-untyped-def]
     plan(job, tag)
     if team != 0:
         put_atomic(team + TAG, tag)
-    call_run(get_int(job + 8 * RUN), job, 0, tag)
+    call_run(field(job, RUN), job, 0, tag)
 
 
 @njit(error_model="numpy")
@@ -46,8 +46,8 @@ def follow(team, job, thread, seen, patience):  # type: ignore[no-untyped-def]
         tag = get_atomic(team + TAG)
         if tag != seen:
             seen, idle = tag, 0
-            if thread < get_int(job + 8 * THREADS):
-                call_run(get_int(job + 8 * RUN), job, thread, tag)
+            if thread < field(job, THREADS):
+                call_run(field(job, RUN), job, thread, tag)
             continue
         idle += 1
         pause()

@@ -24,6 +24,7 @@ from paceline.models.compiled.program import ROOM_ROWS, TILE_BYTES, num_phases
 from paceline.models.compiled.sharing import LINE
 from paceline.models.compiled.team import borrowed
 from paceline.models.compiled.weights import PackedModel, rounded
+from paceline.models.scores import Scores
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -97,13 +98,6 @@ def _scratch_bytes(model: PackedModel, shape: _Shape) -> int:
     )
 
 
-class Scores(NamedTuple):
-    """The target's answer at P picked places."""
-
-    choices: list[int]  # the most likely ids, -1 where the largest logit is not finite
-    logits: Tensor | None  # float32 [P, V], if wanted
-
-
 class CompiledForward:
     """Body and head of a model; call `family.why_not_compiled` first. May be called by any thread."""
 
@@ -123,13 +117,13 @@ class CompiledForward:
 
     def new_cache(self) -> PackedRows:
         """Return an empty cache."""
-        return PackedRows(self.packed)
+        return PackedRows(self.packed.cache_shape())
 
     def hidden(
         self,
-        tokens: Tensor,
+        tokens: Sequence[int],
         spans: Sequence[Span],
-        ancestors: Sequence[Tensor | None] | None,
+        parents: Sequence[Sequence[int] | None] | None,
         cache: PackedRows,
         skip: LayerSubset | None = None,
     ) -> Tensor:
@@ -137,7 +131,7 @@ class CompiledForward:
         out = torch.empty((len(tokens), self.packed.room), dtype=self.packed.dtype)
         with borrowed() as lent:
             job = _Job(self, lent)
-            job.pack(tokens.tolist(), spans, ancestors, cache, [], skip=skip)
+            job.pack(tokens, spans, parents, cache, [], skip=skip)
             job.run(hidden=out)
         return out[:, : self.packed.facts.hidden_size]
 
@@ -145,7 +139,7 @@ class CompiledForward:
         self,
         tokens: Sequence[int],
         spans: Sequence[Span],
-        ancestors: Sequence[Tensor | None] | None,
+        parents: Sequence[Sequence[int] | None] | None,
         cache: PackedRows,
         wants_logits: bool = True,
     ) -> Scores:
@@ -153,7 +147,7 @@ class CompiledForward:
         logits = self._new_logits(len(tokens)) if wants_logits else None
         with borrowed() as lent:
             job = _Job(self, lent)
-            job.pack(tokens, spans, ancestors, cache, range(len(tokens)))
+            job.pack(tokens, spans, parents, cache, range(len(tokens)))
             job.run(logits=logits)
             return Scores(job.integers(t.CHOICES, len(tokens)), self._cut(logits))
 
@@ -218,7 +212,7 @@ class _Job:
         self,
         tokens: Sequence[int],
         spans: Sequence[Span],
-        ancestors: Sequence[Tensor | None] | None,
+        parents: Sequence[Sequence[int] | None] | None,
         cache: PackedRows,
         picked: Sequence[int],
         steps: int = 0,
@@ -233,17 +227,17 @@ class _Job:
         for i, span in enumerate(spans):
             stop = span.start + span.width
             cache.extend(span.slot, stop + more)
-            tree = None if ancestors is None else ancestors[i]
-            path = 0
-            if tree is None:
-                positions.extend(range(span.start, stop))
-            else:
-                on_path = tree.cpu().numpy()
-                self._paths.append(_paths(on_path))
-                path = self._paths[-1].ctypes.data
-                positions.extend((self._paths[-1][:, 0] + (span.start - 1)).tolist())
+            tree = parents[i] if parents else None
+            address = 0
+            if tree:
+                paths = paths_of(tree)
+                positions.extend(span.start + len(path) - 1 for path in paths)
+                self._paths.append(_path_table(paths))
+                address = self._paths[-1].ctypes.data
                 widest_tree = max(widest_tree, span.width)
-            numbers += (first, span.width, span.start, *cache.place(span.slot), path)
+            else:
+                positions.extend(range(span.start, stop))
+            numbers += (first, span.width, span.start, *cache.place(span.slot), address)
             first += span.width
             longest, widest = max(longest, stop + more), max(widest, span.width)
         packed.reserve_positions(longest)
@@ -309,15 +303,18 @@ class _Job:
         self._lent.run(self._threads)
 
 
-def _paths(on_path: np.ndarray) -> np.ndarray:
-    """Return [W, W + 1] int64: the number of tokens on each path [W, W], then their places."""
-    width = len(on_path)
-    paths = np.zeros((width, width + 1), np.int64)
-    for token, row in enumerate(on_path):
-        places = row.nonzero()[0]
-        paths[token, 0] = len(places)
-        paths[token, 1 : 1 + len(places)] = places
+def paths_of(parents: Sequence[int]) -> list[list[int]]:
+    """Return the places on the path to each token of a tree, its own included, from the root on."""
+    paths = [[0]]
+    for k, parent in enumerate(parents):
+        paths.append([*paths[parent + 1], k + 1])
     return paths
+
+
+def _path_table(paths: Sequence[Sequence[int]]) -> np.ndarray:
+    """Return [W, W + 1] int64: the length of each path and its places."""
+    rows = [[len(path), *path, *[0] * (len(paths) - len(path))] for path in paths]
+    return np.array(rows, np.int64)
 
 
 def _flags(skip: LayerSubset, num_layers: int) -> list[int]:

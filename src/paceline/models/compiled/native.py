@@ -20,6 +20,7 @@ import llvmlite
 import llvmlite.binding as llvm
 import numba
 from numba import types
+from numba.core import config
 
 from paceline.models.compiled import entry
 from paceline.models.compiled.products import make_product
@@ -74,8 +75,16 @@ _ENGINES: Final[list[Any]] = []  # their code is in use for the life of the proc
 
 def _compile(function: Callable[..., Any], arguments: int, result: Any) -> tuple[str, bytes]:
     """Return the symbol to call and the object file of a function."""
-    made = numba.cfunc(result(*[types.int64] * arguments), error_model="numpy")(function)
-    return made.native_name, _machine().emit_object(llvm.parse_assembly(made.inspect_llvm()))
+    before = config.OPT
+    config.OPT = type(before)(0)  # LLVM's passes run once, over the whole
+    try:
+        made = numba.cfunc(result(*[types.int64] * arguments), error_model="numpy")(function)
+    finally:
+        config.OPT = before
+    module, machine = llvm.parse_assembly(made.inspect_llvm()), _machine()
+    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+    passes.getModulePassManager().run(module, passes)
+    return made.native_name, machine.emit_object(module)
 
 
 def _machine() -> Any:

@@ -25,6 +25,9 @@ from paceline.models.compiled.sharing import (
     phase_bytes,
 )
 from paceline.models.compiled.simd import (
+    field,
+    float_field,
+    put_field,
     first_bit,
     fma,
     get_f32,
@@ -82,32 +85,32 @@ def num_phases(layers: int, steps: int) -> int:
 def _attend_pieces(job, kv_heads, tokens):  # type: ignore[no-untyped-def]
     """Return the pieces of attention, of at most `tokens` tokens each."""
     pieces = 0
-    for row in range(get_int(job + 8 * ROWS)):
-        span = get_int(job + 8 * SPANS) + 8 * SPAN_SIZE * row
-        pieces += (get_int(span + 8 * WIDTH) + tokens - 1) // tokens
+    for row in range(field(job, ROWS)):
+        span = field(job, SPANS) + 8 * SPAN_SIZE * row
+        pieces += (field(span, WIDTH) + tokens - 1) // tokens
     return pieces * kv_heads
 
 
 @compiled
 def plan(job, tag):  # type: ignore[no-untyped-def]
     """Open all phases of a job."""
-    model, threads = get_int(job + 8 * MODEL), get_int(job + 8 * THREADS)
-    kv_heads, layers = get_int(model + 8 * KV_HEADS), get_int(model + 8 * LAYERS)
-    head_room, room = get_int(model + 8 * HEAD_ROOM), get_int(model + 8 * HIDDEN_ROOM)
-    projected = (get_int(model + 8 * HEADS) + 2 * kv_heads) * head_room
-    layer_table = get_int(model + 8 * LAYER_TABLE)
-    skipped = get_int(job + 8 * SKIPPED) if get_int(job + 8 * SKIPS) != 0 else 0
-    size, phase = phase_bytes(threads), get_int(job + 8 * COUNTERS)
-    for step in range(max(1, get_int(job + 8 * STEPS))):
-        tokens = get_int(job + 8 * TOKENS) if step == 0 else get_int(job + 8 * ROWS)
-        if get_int(job + 8 * RUNS_BODY) == 0:
+    model, threads = field(job, MODEL), field(job, THREADS)
+    kv_heads, layers = field(model, KV_HEADS), field(model, LAYERS)
+    head_room, room = field(model, HEAD_ROOM), field(model, HIDDEN_ROOM)
+    projected = (field(model, HEADS) + 2 * kv_heads) * head_room
+    layer_table = field(model, LAYER_TABLE)
+    skipped = field(job, SKIPPED) if field(job, SKIPS) != 0 else 0
+    size, phase = phase_bytes(threads), field(job, COUNTERS)
+    for step in range(max(1, field(job, STEPS))):
+        tokens = field(job, TOKENS) if step == 0 else field(job, ROWS)
+        if field(job, RUNS_BODY) == 0:
             layers = 0
         blocks = (tokens + BLOCK_ROWS - 1) // BLOCK_ROWS
         by_rows = (tokens + _NORM_ROWS - 1) // _NORM_ROWS
         norms = by_rows if tokens > FEW else 0
-        attend, store_pieces = get_int(job + 8 * ROWS) * kv_heads, 0
-        if step == 0 and get_int(job + 8 * STORES_FIRST) != 0:
-            attend = _attend_pieces(job, kv_heads, get_int(job + 8 * QUERY_TOKENS))
+        attend, store_pieces = field(job, ROWS) * kv_heads, 0
+        if step == 0 and field(job, STORES_FIRST) != 0:
+            attend = _attend_pieces(job, kv_heads, field(job, QUERY_TOKENS))
             store_pieces = _attend_pieces(job, kv_heads, _STORE_TOKENS)
         open_phase(phase, threads, tag, by_rows if layers > 0 else 0)
         phase += size
@@ -117,8 +120,8 @@ def plan(job, tag):  # type: ignore[no-untyped-def]
             if skipped != 0:
                 attends = 1 - get_int(skipped + 8 * index)
                 has_mlp = 1 - get_int(skipped + 8 * (layers + index))
-            whole = get_int(model + 8 * NORM_WHOLE) != 0 and get_int(layer + 8 * QUERY_NORM) != 0
-            post_1, post_2 = get_int(layer + 8 * POST_NORM_1), get_int(layer + 8 * POST_NORM_2)
+            whole = field(model, NORM_WHOLE) != 0 and field(layer, QUERY_NORM) != 0
+            post_1, post_2 = field(layer, POST_NORM_1), field(layer, POST_NORM_2)
             wide = room // 64 * blocks
             open_phase(phase + _NORM_1 * size, threads, tag, attends * norms)
             open_phase(phase + _QKV * size, threads, tag, attends * (projected + 63) // 64 * blocks)
@@ -128,17 +131,17 @@ def plan(job, tag):  # type: ignore[no-untyped-def]
             open_phase(phase + _OUT * size, threads, tag, attends * wide)
             open_phase(phase + _POST_1 * size, threads, tag, attends * by_rows if post_1 else 0)
             open_phase(phase + _NORM_2 * size, threads, tag, has_mlp * norms)
-            mlp = get_int(model + 8 * MLP_GROUPS) * blocks
+            mlp = field(model, MLP_GROUPS) * blocks
             open_phase(phase + _GATE_UP * size, threads, tag, has_mlp * mlp)
             open_phase(phase + _DOWN * size, threads, tag, has_mlp * wide)
             open_phase(phase + _POST_2 * size, threads, tag, has_mlp * by_rows if post_2 else 0)
             phase += LAYER_PHASES * size
-        picked = get_int(job + 8 * NUM_PICKED)
+        picked = field(job, NUM_PICKED)
         final = 0
         if layers > 0:
-            final = picked + (tokens if get_int(job + 8 * HIDDEN_OUT) != 0 else 0)
+            final = picked + (tokens if field(job, HIDDEN_OUT) != 0 else 0)
         open_phase(phase + _FINAL * size, threads, tag, (final + _NORM_ROWS - 1) // _NORM_ROWS)
-        groups = get_int(model + 8 * VOCABULARY_GROUPS) * ((picked + BLOCK_ROWS - 1) // BLOCK_ROWS)
+        groups = field(model, VOCABULARY_GROUPS) * ((picked + BLOCK_ROWS - 1) // BLOCK_ROWS)
         open_phase(phase + _HEAD * size, threads, tag, groups)
         open_phase(phase + _CHOOSE * size, threads, tag, 1 if picked > 0 else 0)
         phase += END_PHASES * size
@@ -155,10 +158,10 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
     @compiled
     def norm_rows(job, model, norm, target, first, stop):  # type: ignore[no-untyped-def]
         """Norm rows of the stream into rows of inputs at `target`; without a norm, round them."""
-        room, hidden = get_int(model + 8 * HIDDEN_ROOM), get_int(model + 8 * HIDDEN)
-        eps = get_f32(model + 8 * EPSILON_F)
+        room, hidden = field(model, HIDDEN_ROOM), field(model, HIDDEN)
+        eps = float_field(model, EPSILON_F)
         for row in range(first, stop):
-            x = get_int(job + 8 * STREAM) + 4 * row * room
+            x = field(job, STREAM) + 4 * row * room
             to = target + size * (row - first) * room
             if norm != 0:
                 norm_to_inputs(x, norm, to, hidden, room, eps)
@@ -169,13 +172,13 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
     @compiled
     def norm_phase(job, model, norm, phase, thread, tag):  # type: ignore[no-untyped-def]
         """Norm the stream into INPUTS, where there are too many tokens for every thread to do it."""
-        threads = get_int(job + 8 * THREADS)
+        threads = field(job, THREADS)
         piece = claim(phase, threads, thread, tag)
         while piece >= 0:
             first = piece * _NORM_ROWS
-            stop = min(get_int(job + 8 * TOKENS), first + _NORM_ROWS)
-            room = get_int(model + 8 * HIDDEN_ROOM)
-            target = get_int(job + 8 * INPUTS) + size * first * room
+            stop = min(field(job, TOKENS), first + _NORM_ROWS)
+            room = field(model, HIDDEN_ROOM)
+            target = field(job, INPUTS) + size * first * room
             norm_rows(job, model, norm, target, first, stop)
             piece = finish(phase, threads, thread, tag)
         return piece != STALE and await_all(phase, tag)
@@ -210,30 +213,30 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
     @compiled
     def project(job, model, layer, phase, thread, tag):  # type: ignore[no-untyped-def]
         """Compute queries, keys and values."""
-        threads = get_int(job + 8 * THREADS)
+        threads = field(job, THREADS)
         is_normed = False
         piece = claim(phase, threads, thread, tag)
         while piece >= 0:
-            room, tokens = get_int(model + 8 * HIDDEN_ROOM), get_int(job + 8 * TOKENS)
-            private = get_int(job + 8 * SCRATCH) + thread * get_int(job + 8 * SCRATCH_STRIDE)
-            x, tile = get_int(job + 8 * INPUTS), private + ROOM_ROWS * 4 * room
+            room, tokens = field(model, HIDDEN_ROOM), field(job, TOKENS)
+            private = field(job, SCRATCH) + thread * field(job, SCRATCH_STRIDE)
+            x, tile = field(job, INPUTS), private + ROOM_ROWS * 4 * room
             if tokens <= FEW:
                 x = private
                 if not is_normed:
-                    norm_rows(job, model, get_int(layer + 8 * NORM_1), x, 0, tokens)
+                    norm_rows(job, model, field(layer, NORM_1), x, 0, tokens)
                     is_normed = True
-            heads = get_int(model + 8 * HEADS) + 2 * get_int(model + 8 * KV_HEADS)
-            outputs = heads * get_int(model + 8 * HEAD_ROOM)
-            weights, groups = get_int(layer + 8 * QKV), (outputs + 63) // 64
+            heads = field(model, HEADS) + 2 * field(model, KV_HEADS)
+            outputs = heads * field(model, HEAD_ROOM)
+            weights, groups = field(layer, QKV), (outputs + 63) // 64
             group, first, rows = multiply(
                 weights, room // word, x, size * room, tile, 256, tokens, groups, piece
             )
-            bias = get_int(layer + 8 * QKV_BIAS)
+            bias = field(layer, QKV_BIAS)
             if bias != 0:
                 add_bias(tile, bias + 256 * group, rows)
             count = min(64, outputs - 64 * group)
             for row in range(rows):
-                to = get_int(job + 8 * PROJECTED) + 4 * ((first + row) * outputs + 64 * group)
+                to = field(job, PROJECTED) + 4 * ((first + row) * outputs + 64 * group)
                 for at in range(0, count, 16):
                     store(to + 4 * at, load(tile + 256 * row + 4 * at))
             piece = finish(phase, threads, thread, tag)
@@ -242,18 +245,18 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
     @compiled
     def whole_norms(job, model, layer, phase, thread, tag):  # type: ignore[no-untyped-def]
         """Norm all queries and all keys of a token at once."""
-        threads = get_int(job + 8 * THREADS)
+        threads = field(job, THREADS)
         piece = claim(phase, threads, thread, tag)
         while piece >= 0:
-            head, d = get_int(model + 8 * HEAD_ROOM), get_int(model + 8 * HEAD_SIZE)
-            heads, kv_heads = get_int(model + 8 * HEADS), get_int(model + 8 * KV_HEADS)
-            eps = get_f32(model + 8 * EPSILON_F)
-            stop = min(get_int(job + 8 * TOKENS), (piece + 1) * _NORM_ROWS)
+            head, d = field(model, HEAD_ROOM), field(model, HEAD_SIZE)
+            heads, kv_heads = field(model, HEADS), field(model, KV_HEADS)
+            eps = float_field(model, EPSILON_F)
+            stop = min(field(job, TOKENS), (piece + 1) * _NORM_ROWS)
             for token in range(piece * _NORM_ROWS, stop):
-                x = get_int(job + 8 * PROJECTED) + 4 * token * (heads + 2 * kv_heads) * head
-                norm = get_int(layer + 8 * QUERY_NORM)
+                x = field(job, PROJECTED) + 4 * token * (heads + 2 * kv_heads) * head
+                norm = field(layer, QUERY_NORM)
                 norm_in_place(x, norm, heads * d, heads * head, eps)
-                norm, x = get_int(layer + 8 * KEY_NORM), x + 4 * heads * head
+                norm, x = field(layer, KEY_NORM), x + 4 * heads * head
                 norm_in_place(x, norm, kv_heads * d, kv_heads * head, eps)
             piece = finish(phase, threads, thread, tag)
         return piece != STALE and await_all(phase, tag)
@@ -262,9 +265,9 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
     def find_piece(job, kv_heads, tokens, piece):  # type: ignore[no-untyped-def]
         """Return (span, head, first token) of a piece of at most `tokens` tokens of a row."""
         head, place = piece % kv_heads, piece // kv_heads
-        span = get_int(job + 8 * SPANS)
+        span = field(job, SPANS)
         while True:
-            parts = (get_int(span + 8 * WIDTH) + tokens - 1) // tokens
+            parts = (field(span, WIDTH) + tokens - 1) // tokens
             if place < parts:
                 return span, head, place * tokens
             place -= parts
@@ -273,12 +276,12 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
     @compiled
     def store_phase(job, model, layer, index, phase, thread, tag):  # type: ignore[no-untyped-def]
         """Cache the keys and values of rows that several pieces attend to."""
-        threads = get_int(job + 8 * THREADS)
+        threads = field(job, THREADS)
         piece = claim(phase, threads, thread, tag)
         while piece >= 0:
-            kv_heads = get_int(model + 8 * KV_HEADS)
+            kv_heads = field(model, KV_HEADS)
             span, head, first = find_piece(job, kv_heads, _STORE_TOKENS, piece)
-            stop = min(get_int(span + 8 * WIDTH), first + _STORE_TOKENS)
+            stop = min(field(span, WIDTH), first + _STORE_TOKENS)
             store_keys(job, model, layer, span, head, first, stop, index)
             piece = finish(phase, threads, thread, tag)
         return piece != STALE and await_all(phase, tag)
@@ -286,21 +289,21 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
     @compiled
     def attend_phase(job, model, layer, index, phase, thread, tag):  # type: ignore[no-untyped-def]
         """Attend, by rows and key-value heads."""
-        threads = get_int(job + 8 * THREADS)
+        threads = field(job, THREADS)
         piece = claim(phase, threads, thread, tag)
         while piece >= 0:
-            kv_heads = get_int(model + 8 * KV_HEADS)
-            stored = get_int(job + 8 * STORES_FIRST) != 0
+            kv_heads = field(model, KV_HEADS)
+            stored = field(job, STORES_FIRST) != 0
             if stored:
-                tokens = get_int(job + 8 * QUERY_TOKENS)
+                tokens = field(job, QUERY_TOKENS)
                 span, head, first = find_piece(job, kv_heads, tokens, piece)
-                stop = min(get_int(span + 8 * WIDTH), first + tokens)
+                stop = min(field(span, WIDTH), first + tokens)
             else:
-                span = get_int(job + 8 * SPANS) + 8 * SPAN_SIZE * (piece // kv_heads)
-                head, first, stop = piece % kv_heads, 0, get_int(span + 8 * WIDTH)
+                span = field(job, SPANS) + 8 * SPAN_SIZE * (piece // kv_heads)
+                head, first, stop = piece % kv_heads, 0, field(span, WIDTH)
                 store_keys(job, model, layer, span, head, first, stop, index)
-            private = get_int(job + 8 * SCRATCH) + thread * get_int(job + 8 * SCRATCH_STRIDE)
-            scratch = private + ROOM_ROWS * 4 * get_int(model + 8 * HIDDEN_ROOM) + TILE_BYTES
+            private = field(job, SCRATCH) + thread * field(job, SCRATCH_STRIDE)
+            scratch = private + ROOM_ROWS * 4 * field(model, HIDDEN_ROOM) + TILE_BYTES
             attend(job, model, layer, span, head, first, stop, scratch, index)
             piece = finish(phase, threads, thread, tag)
         return piece != STALE and await_all(phase, tag)
@@ -311,21 +314,21 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
 
         x: the job's field of the inputs. words: of a row of inputs.
         """
-        threads = get_int(job + 8 * THREADS)
+        threads = field(job, THREADS)
         piece = claim(phase, threads, thread, tag)
         while piece >= 0:
-            room, tokens = get_int(model + 8 * HIDDEN_ROOM), get_int(job + 8 * TOKENS)
-            private = get_int(job + 8 * SCRATCH) + thread * get_int(job + 8 * SCRATCH_STRIDE)
+            room, tokens = field(model, HIDDEN_ROOM), field(job, TOKENS)
+            private = field(job, SCRATCH) + thread * field(job, SCRATCH_STRIDE)
             tile = private + ROOM_ROWS * 4 * room
             group, first, rows = multiply(
-                weights, words, get_int(job + 8 * x), 4 * words, tile, 256, tokens, room // 64, piece
+                weights, words, field(job, x), 4 * words, tile, 256, tokens, room // 64, piece
             )
             if bias != 0:
                 add_bias(tile, bias + 256 * group, rows)
-            factor = splat(get_f32(model + 8 * RESIDUAL_SCALE_F))
+            factor = splat(float_field(model, RESIDUAL_SCALE_F))
             for row in range(rows):
                 at = 4 * ((first + row) * room + 64 * group)
-                target = get_int(job + 8 * (ADDED if post != 0 else STREAM)) + at
+                target = field(job, ADDED if post != 0 else STREAM) + at
                 for lanes in range(0, 256, 64):
                     numbers = load(tile + 256 * row + lanes)
                     if post == 0:
@@ -337,43 +340,43 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
     @compiled
     def add_normed_phase(job, model, norm, phase, thread, tag):  # type: ignore[no-untyped-def]
         """Add the norm of ADDED to the stream."""
-        threads = get_int(job + 8 * THREADS)
+        threads = field(job, THREADS)
         piece = claim(phase, threads, thread, tag)
         while piece >= 0:
-            room, hidden = get_int(model + 8 * HIDDEN_ROOM), get_int(model + 8 * HIDDEN)
-            eps, factor = get_f32(model + 8 * EPSILON_F), get_f32(model + 8 * RESIDUAL_SCALE_F)
-            stop = min(get_int(job + 8 * TOKENS), (piece + 1) * _NORM_ROWS)
+            room, hidden = field(model, HIDDEN_ROOM), field(model, HIDDEN)
+            eps, factor = float_field(model, EPSILON_F), float_field(model, RESIDUAL_SCALE_F)
+            stop = min(field(job, TOKENS), (piece + 1) * _NORM_ROWS)
             for row in range(piece * _NORM_ROWS, stop):
                 at = 4 * row * room
-                x = get_int(job + 8 * ADDED) + at
-                add_normed(get_int(job + 8 * STREAM) + at, x, norm, hidden, room, eps, factor)
+                x = field(job, ADDED) + at
+                add_normed(field(job, STREAM) + at, x, norm, hidden, room, eps, factor)
             piece = finish(phase, threads, thread, tag)
         return piece != STALE and await_all(phase, tag)
 
     @compiled
     def gate_up(job, model, layer, phase, thread, tag):  # type: ignore[no-untyped-def]
         """Compute act(gate) * up; a group holds 32 numbers of each."""
-        threads = get_int(job + 8 * THREADS)
+        threads = field(job, THREADS)
         is_normed = False
         piece = claim(phase, threads, thread, tag)
         while piece >= 0:
-            room, tokens = get_int(model + 8 * HIDDEN_ROOM), get_int(job + 8 * TOKENS)
-            private = get_int(job + 8 * SCRATCH) + thread * get_int(job + 8 * SCRATCH_STRIDE)
-            x, tile = get_int(job + 8 * INPUTS), private + ROOM_ROWS * 4 * room
+            room, tokens = field(model, HIDDEN_ROOM), field(job, TOKENS)
+            private = field(job, SCRATCH) + thread * field(job, SCRATCH_STRIDE)
+            x, tile = field(job, INPUTS), private + ROOM_ROWS * 4 * room
             if tokens <= FEW:
                 x = private
                 if not is_normed:
-                    norm_rows(job, model, get_int(layer + 8 * NORM_2), x, 0, tokens)
+                    norm_rows(job, model, field(layer, NORM_2), x, 0, tokens)
                     is_normed = True
-            groups, weights = get_int(model + 8 * MLP_GROUPS), get_int(layer + 8 * GATE_UP)
+            groups, weights = field(model, MLP_GROUPS), field(layer, GATE_UP)
             group, first, rows = multiply(
                 weights, room // word, x, size * room, tile, 256, tokens, groups, piece
             )
-            bias, kind = get_int(layer + 8 * GATE_UP_BIAS), get_int(model + 8 * ACTIVATION)
+            bias, kind = field(layer, GATE_UP_BIAS), field(model, ACTIVATION)
             if bias != 0:
                 add_bias(tile, bias + 256 * group, rows)
             for row in range(rows):
-                to = get_int(job + 8 * ACTIVATED) + size * (first + row) * groups * 32
+                to = field(job, ACTIVATED) + size * (first + row) * groups * 32
                 at = tile + 256 * row
                 one = activate(load(at), kind) * load(at + 128)
                 two = activate(load(at + 64), kind) * load(at + 192)
@@ -384,32 +387,32 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
     @compiled
     def embed_phase(job, model, phase, thread, tag):  # type: ignore[no-untyped-def]
         """Read the tokens' embeddings into the stream."""
-        threads = get_int(job + 8 * THREADS)
+        threads = field(job, THREADS)
         piece = claim(phase, threads, thread, tag)
         while piece >= 0:
-            room, hidden = get_int(model + 8 * HIDDEN_ROOM), get_int(model + 8 * HIDDEN)
-            scale = get_f32(model + 8 * EMBEDDING_SCALE_F)
-            stop = min(get_int(job + 8 * TOKENS), (piece + 1) * _NORM_ROWS)
+            room, hidden = field(model, HIDDEN_ROOM), field(model, HIDDEN)
+            scale = float_field(model, EMBEDDING_SCALE_F)
+            stop = min(field(job, TOKENS), (piece + 1) * _NORM_ROWS)
             for token in range(piece * _NORM_ROWS, stop):
-                number = get_int(get_int(job + 8 * IDS) + 8 * token)
-                source = get_int(model + 8 * EMBEDDING) + number * hidden * size
-                embed(source, get_int(job + 8 * STREAM) + 4 * token * room, hidden, room, scale)
+                number = get_int(field(job, IDS) + 8 * token)
+                source = field(model, EMBEDDING) + number * hidden * size
+                embed(source, field(job, STREAM) + 4 * token * room, hidden, room, scale)
             piece = finish(phase, threads, thread, tag)
         return piece != STALE and await_all(phase, tag)
 
     @compiled
     def final_phase(job, model, phase, thread, tag):  # type: ignore[no-untyped-def]
         """Norm the picked places into INPUTS, and all tokens into HIDDEN_OUT if it is wanted."""
-        threads = get_int(job + 8 * THREADS)
+        threads = field(job, THREADS)
         piece = claim(phase, threads, thread, tag)
         while piece >= 0:
-            room, norm = get_int(model + 8 * HIDDEN_ROOM), get_int(model + 8 * FINAL_NORM)
-            picked, out = get_int(job + 8 * NUM_PICKED), get_int(job + 8 * HIDDEN_OUT)
-            total = picked + (get_int(job + 8 * TOKENS) if out != 0 else 0)
+            room, norm = field(model, HIDDEN_ROOM), field(model, FINAL_NORM)
+            picked, out = field(job, NUM_PICKED), field(job, HIDDEN_OUT)
+            total = picked + (field(job, TOKENS) if out != 0 else 0)
             for place in range(piece * _NORM_ROWS, min(total, (piece + 1) * _NORM_ROWS)):
                 if place < picked:
-                    row = get_int(get_int(job + 8 * PICKED) + 8 * place)
-                    target = get_int(job + 8 * INPUTS) + size * place * room
+                    row = get_int(field(job, PICKED) + 8 * place)
+                    target = field(job, INPUTS) + size * place * room
                 else:
                     row = place - picked
                     target = out + size * row * room
@@ -444,21 +447,21 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
     @compiled
     def head(job, model, phase, thread, tag):  # type: ignore[no-untyped-def]
         """Compute logits of the picked places, and each group's largest."""
-        threads = get_int(job + 8 * THREADS)
+        threads = field(job, THREADS)
         piece = claim(phase, threads, thread, tag)
         while piece >= 0:
-            room, picked = get_int(model + 8 * HIDDEN_ROOM), get_int(job + 8 * NUM_PICKED)
-            private = get_int(job + 8 * SCRATCH) + thread * get_int(job + 8 * SCRATCH_STRIDE)
-            x, tile = get_int(job + 8 * INPUTS), private + ROOM_ROWS * 4 * room
-            groups = get_int(model + 8 * VOCABULARY_GROUPS)
-            weights, bias = get_int(model + 8 * HEAD_WEIGHTS), get_int(model + 8 * HEAD_BIAS)
+            room, picked = field(model, HIDDEN_ROOM), field(job, NUM_PICKED)
+            private = field(job, SCRATCH) + thread * field(job, SCRATCH_STRIDE)
+            x, tile = field(job, INPUTS), private + ROOM_ROWS * 4 * room
+            groups = field(model, VOCABULARY_GROUPS)
+            weights, bias = field(model, HEAD_WEIGHTS), field(model, HEAD_BIAS)
             group, first, rows = multiply(
                 weights, room // word, x, size * room, tile, 256, picked, groups, piece
             )
             if bias != 0:
                 add_bias(tile, bias + 256 * group, rows)
-            scale, cap = get_f32(model + 8 * LOGIT_SCALE_F), get_f32(model + 8 * LOGIT_CAP_F)
-            logits, limit = get_int(job + 8 * LOGITS), get_int(job + 8 * LIMIT)
+            scale, cap = float_field(model, LOGIT_SCALE_F), float_field(model, LOGIT_CAP_F)
+            logits, limit = field(job, LOGITS), field(job, LIMIT)
             for row in range(rows):
                 at = tile + 256 * row
                 to = logits + 4 * ((first + row) * groups * 64 + group * 64)
@@ -469,7 +472,7 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
                     store(at + lanes, numbers)
                     if logits != 0:
                         store(to + lanes, numbers)
-                best = get_int(job + 8 * BEST) + 16 * (group * picked + first + row)
+                best = field(job, BEST) + 16 * (group * picked + first + row)
                 note_best(at, best, 64 * group, limit)
             piece = finish(phase, threads, thread, tag)
         return piece != STALE and await_all(phase, tag)
@@ -477,8 +480,8 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
     @compiled
     def choose(job, groups, place):  # type: ignore[no-untyped-def]
         """Return the id of the largest logit of a place, -1 if it is not finite."""
-        picked = get_int(job + 8 * NUM_PICKED)
-        best = get_int(job + 8 * BEST)
+        picked = field(job, NUM_PICKED)
+        best = field(job, BEST)
         most, found = get_f32(best + 16 * place), 0
         for group in range(1, groups):
             number = get_f32(best + 16 * (group * picked + place))
@@ -493,35 +496,35 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
     @compiled
     def choose_phase(job, model, step, phase, thread, tag):  # type: ignore[no-untyped-def]
         """Choose the most likely ids; in a chain, make them the next step's tokens."""
-        threads = get_int(job + 8 * THREADS)
+        threads = field(job, THREADS)
         piece = claim(phase, threads, thread, tag)
         while piece >= 0:
-            groups, steps = get_int(model + 8 * VOCABULARY_GROUPS), get_int(job + 8 * STEPS)
-            for place in range(get_int(job + 8 * NUM_PICKED)):
+            groups, steps = field(model, VOCABULARY_GROUPS), field(job, STEPS)
+            for place in range(field(job, NUM_PICKED)):
                 found = choose(job, groups, place)
-                put_int(get_int(job + 8 * CHOICES) + 8 * place, found)
+                put_int(field(job, CHOICES) + 8 * place, found)
                 if steps > 0:
-                    put_int(get_int(job + 8 * CHAIN) + 8 * (place * steps + step), found)
+                    put_int(field(job, CHAIN) + 8 * (place * steps + step), found)
             if steps > 0:
-                for row in range(get_int(job + 8 * ROWS)):
-                    span = get_int(job + 8 * SPANS) + 8 * SPAN_SIZE * row
-                    start = get_int(span + 8 * START) + get_int(span + 8 * WIDTH)
-                    put_int(span + 8 * START, start)
-                    put_int(span + 8 * WIDTH, 1)
-                    put_int(span + 8 * FIRST, row)
-                    put_int(get_int(job + 8 * POSITIONS) + 8 * row, start)
-                    put_int(get_int(job + 8 * PICKED) + 8 * row, row)
-                    found = get_int(get_int(job + 8 * CHOICES) + 8 * row)
-                    put_int(get_int(job + 8 * IDS) + 8 * row, max(0, found))
-                put_int(job + 8 * TOKENS, get_int(job + 8 * ROWS))
-                put_int(job + 8 * STORES_FIRST, 0)
+                for row in range(field(job, ROWS)):
+                    span = field(job, SPANS) + 8 * SPAN_SIZE * row
+                    start = field(span, START) + field(span, WIDTH)
+                    put_field(span, START, start)
+                    put_field(span, WIDTH, 1)
+                    put_field(span, FIRST, row)
+                    put_int(field(job, POSITIONS) + 8 * row, start)
+                    put_int(field(job, PICKED) + 8 * row, row)
+                    found = get_int(field(job, CHOICES) + 8 * row)
+                    put_int(field(job, IDS) + 8 * row, max(0, found))
+                put_field(job, TOKENS, field(job, ROWS))
+                put_field(job, STORES_FIRST, 0)
             piece = finish(phase, threads, thread, tag)
         return piece != STALE and await_all(phase, tag)
 
     @compiled
     def run_layer(job, model, layer, index, phase, phase_size, thread, tag):  # type: ignore[no-untyped-def]
         """Run one layer's phases; return False if the job is over."""
-        norm = get_int(layer + 8 * NORM_1)
+        norm = field(layer, NORM_1)
         if not norm_phase(job, model, norm, phase + _NORM_1 * phase_size, thread, tag):
             return False
         if not project(job, model, layer, phase + _QKV * phase_size, thread, tag):
@@ -533,32 +536,32 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
             return False
         if not attend_phase(job, model, layer, index, phase + _ATTEND * phase_size, thread, tag):
             return False
-        words = get_int(model + 8 * HEADS) * get_int(model + 8 * HEAD_ROOM) // word
-        weights, bias = get_int(layer + 8 * OUT), get_int(layer + 8 * OUT_BIAS)
-        post, at = get_int(layer + 8 * POST_NORM_1), phase + _OUT * phase_size
+        words = field(model, HEADS) * field(model, HEAD_ROOM) // word
+        weights, bias = field(layer, OUT), field(layer, OUT_BIAS)
+        post, at = field(layer, POST_NORM_1), phase + _OUT * phase_size
         if not add_product(job, model, weights, bias, post, ATTENDED, words, at, thread, tag):
             return False
         if not add_normed_phase(job, model, post, phase + _POST_1 * phase_size, thread, tag):
             return False
-        norm = get_int(layer + 8 * NORM_2)
+        norm = field(layer, NORM_2)
         if not norm_phase(job, model, norm, phase + _NORM_2 * phase_size, thread, tag):
             return False
         if not gate_up(job, model, layer, phase + _GATE_UP * phase_size, thread, tag):
             return False
-        words = get_int(model + 8 * MLP_GROUPS) * 32 // word
-        weights, bias = get_int(layer + 8 * DOWN), get_int(layer + 8 * DOWN_BIAS)
-        post, at = get_int(layer + 8 * POST_NORM_2), phase + _DOWN * phase_size
+        words = field(model, MLP_GROUPS) * 32 // word
+        weights, bias = field(layer, DOWN), field(layer, DOWN_BIAS)
+        post, at = field(layer, POST_NORM_2), phase + _DOWN * phase_size
         if not add_product(job, model, weights, bias, post, ACTIVATED, words, at, thread, tag):
             return False
         return add_normed_phase(job, model, post, phase + _POST_2 * phase_size, thread, tag)
 
     @compiled
     def run_steps(job, thread, tag):  # type: ignore[no-untyped-def]
-        model, threads = get_int(job + 8 * MODEL), get_int(job + 8 * THREADS)
-        phase, phase_size = get_int(job + 8 * COUNTERS), phase_bytes(threads)
-        layers = get_int(model + 8 * LAYERS) if get_int(job + 8 * RUNS_BODY) != 0 else 0
-        layer_table = get_int(model + 8 * LAYER_TABLE)
-        for step in range(max(1, get_int(job + 8 * STEPS))):
+        model, threads = field(job, MODEL), field(job, THREADS)
+        phase, phase_size = field(job, COUNTERS), phase_bytes(threads)
+        layers = field(model, LAYERS) if field(job, RUNS_BODY) != 0 else 0
+        layer_table = field(model, LAYER_TABLE)
+        for step in range(max(1, field(job, STEPS))):
             if not embed_phase(job, model, phase, thread, tag):
                 return
             phase += phase_size
@@ -580,7 +583,7 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
 
     @compiled
     def run_with_tiles(job, thread, tag):  # type: ignore[no-untyped-def]
-        configure_tiles(get_int(job + 8 * TILE_CONFIG))
+        configure_tiles(field(job, TILE_CONFIG))
         run_steps(job, thread, tag)
         release_tiles()
 

@@ -203,6 +203,24 @@ def put_int(builder: Any, address: Any, value: Any) -> None:
     store_value(builder, address, value, 8)
 
 
+@_define(_INT, _INT, _INT)
+def field(builder: Any, table: Any, place: Any) -> Any:
+    """Return the int64 at a place of a table."""
+    return load_value(builder, builder.add(table, builder.shl(place, const(3))), I64, 8)
+
+
+@_define(_FLOAT, _INT, _INT)
+def float_field(builder: Any, table: Any, place: Any) -> Any:
+    """Return the float32 in the lower half of a place of a table."""
+    return load_value(builder, builder.add(table, builder.shl(place, const(3))), F32, 8)
+
+
+@_define(_NONE, _INT, _INT, _INT)
+def put_field(builder: Any, table: Any, place: Any, value: Any) -> None:
+    """Store an int64 at a place of a table."""
+    store_value(builder, builder.add(table, builder.shl(place, const(3))), value, 8)
+
+
 @_define(_NONE, _INT, _INT)
 def copy_word(builder: Any, target: Any, source: Any) -> None:
     """Copy four bytes."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paceline.models.compiled import tables as t
+from paceline.models.compiled.cache import CacheShape
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,10 +35,13 @@ def rounded(number: int, unit: int) -> int:
     return -(-number // unit) * unit
 
 
-def pack(weight: Tensor) -> Tensor:
-    """Return a weight [O, I] by 16 outputs and words of four bytes; O and I are padded to 64 and 32."""
+def pack(weight: Tensor, room: int) -> Tensor:
+    """Return a weight [O, I] by 16 outputs and words of four bytes.
+
+    O is padded to a multiple of 64, and I to `room`.
+    """
     outputs, inputs = weight.shape
-    whole = F.pad(weight, (0, -inputs % HEAD_UNIT, 0, -outputs % GROUP))
+    whole = F.pad(weight, (0, room - inputs, 0, -outputs % GROUP))
     word = 4 // weight.element_size()
     blocks = whole.view(-1, _LANES, whole.shape[1] // word, word)
     return blocks.permute(0, 2, 1, 3).contiguous()
@@ -82,10 +86,6 @@ class PackedModel:
         self.outputs = (facts.heads + 2 * facts.kv_heads) * self.head_room
         self.dtype = facts.embedding.dtype
         self.num_layers = len(layers)
-        # numbers of one position's keys and values in all layers
-        self.position_numbers = (
-            self.num_layers * facts.kv_heads * (self.head_room + self.value_room)
-        )
         self._kept: list[Tensor] = [facts.embedding]
         self._angles = torch.empty(0)
         self._table = np.zeros(t.MODEL_SIZE, np.int64)
@@ -110,16 +110,16 @@ class PackedModel:
         f = self.facts
         counts = (f.heads, f.kv_heads, f.kv_heads)
         qkv = [pad_heads(w, n, 0) for w, n in zip(layer.qkv, counts, strict=True)]
-        row[t.QKV] = self._address(pack(torch.cat(qkv)))
+        row[t.QKV] = self._address(pack(torch.cat(qkv), self.room))
         if layer.qkv_bias is not None:
             biases = [pad_heads(b, n, 0) for b, n in zip(layer.qkv_bias, counts, strict=True)]
             row[t.QKV_BIAS] = self._row(torch.cat(biases), rounded(self.outputs, GROUP))
-        row[t.OUT] = self._address(pack(pad_heads(layer.out, f.heads, 1)))
+        row[t.OUT] = self._address(pack(pad_heads(layer.out, f.heads, 1), f.heads * self.head_room))
         row[t.OUT_BIAS] = self._row(layer.out_bias, self.room)
-        row[t.GATE_UP] = self._address(pack(interleave(layer.gate, layer.up)))
+        row[t.GATE_UP] = self._address(pack(interleave(layer.gate, layer.up), self.room))
         if layer.gate_up_bias is not None:
             row[t.GATE_UP_BIAS] = self._row(interleave(*layer.gate_up_bias), 2 * self.mlp_room)
-        row[t.DOWN] = self._address(pack(layer.down))
+        row[t.DOWN] = self._address(pack(layer.down, self.mlp_room))
         row[t.DOWN_BIAS] = self._row(layer.down_bias, self.room)
         norms = {
             t.NORM_1: layer.norm_1,
@@ -155,7 +155,7 @@ class PackedModel:
         table[t.EMBEDDING_SCALE_F] = float_bits(f.embedding_scale)
         table[t.EPSILON_F] = float_bits(f.epsilon)
         table[t.FINAL_NORM] = self._row(f.final_norm, self.room)
-        table[t.HEAD_WEIGHTS] = self._address(pack(f.head))
+        table[t.HEAD_WEIGHTS] = self._address(pack(f.head, self.room))
         table[t.HEAD_BIAS] = self._row(f.head_bias, self.logit_room)
         table[t.ACTIVATION] = f.activation
         table[t.LOGIT_SCALE_F] = float_bits(f.logit_scale)
@@ -173,6 +173,11 @@ class PackedModel:
         self._angles = self.facts.angles(max(length, num_positions)).contiguous()
         self._table[t.ANGLES_STRIDE] = self._angles[0].nbytes
         self._table[t.ANGLES] = self._angles.data_ptr()
+
+    def cache_shape(self) -> CacheShape:
+        """Return the sizes of the model's keys and values."""
+        f, rooms = self.facts, (self.head_room, self.value_room)
+        return CacheShape(self.num_layers, f.kv_heads, f.head_dim, *rooms, self.dtype)
 
     @property
     def num_bytes(self) -> int:
