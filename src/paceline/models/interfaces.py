@@ -121,7 +121,10 @@ class Forward(Protocol):
 
 @runtime_checkable
 class ScoringForward(Forward, Protocol):
-    """A forward that computes scores itself, from lists; `LanguageModel.score` calls nothing else."""
+    """A forward that computes scores and greedy chains itself, from lists and without the host.
+
+    `LanguageModel.score` and `draft_chain` then call nothing else.
+    """
 
     def score(
         self,
@@ -135,3 +138,13 @@ class ScoringForward(Forward, Protocol):
 
         The arguments are those of `LanguageModel.score`, which has made no room in the cache.
         """
+
+    def draft_chain(
+        self,
+        tokens: Sequence[int],
+        spans: Sequence[Span],
+        num_drafted: int,
+        num_tokens: int,
+        cache: KVCache,
+    ) -> list[list[int]] | None:
+        """Return greedy chains as `LanguageModel.draft_chain` does, or None to be asked step by step."""
