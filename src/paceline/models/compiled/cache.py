@@ -1,0 +1,212 @@
+"""The keys and values of rows for the compiled forward: one piece of memory per row.
+
+A row's memory holds, layer after layer, the keys of each key-value head in blocks of 16 positions and
+their values in blocks of 16 numbers, both packed as weights are (`tiles.py`). Rows grow on their own, so
+nothing is padded to the longest one. Symbols: L layers, Hkv key-value heads, d head size, n positions.
+"""
+
+from __future__ import annotations
+
+import bisect
+from typing import TYPE_CHECKING, Final
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from paceline.models.compiled.weights import PackedModel
+
+UNIT: Final = 64  # positions; capacities are its multiples
+_LANES: Final = 16
+
+
+class PackedRows:
+    """A `KVCache` of rows with memory of their own."""
+
+    stores_all_first: Final = True
+    block: Final = UNIT
+
+    def __init__(self, model: PackedModel) -> None:
+        self._model = model
+        self._storage: list[Tensor | None] = []  # by slot
+        self._addresses: list[int] = []
+        self._capacities: list[int] = []  # positions that the storage holds
+        self._lengths: list[int] = []  # positions that the row of each slot has needed so far
+        self._free: list[int] = []
+        self._spare: Tensor | None = None  # of the last row of all, for the next one
+        self._limit: int | None = None
+        self._exact_fit = False
+
+    def bound(self, limit: int | None, exact_fit: bool = False) -> None:
+        self._limit, self._exact_fit = limit, exact_fit
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._lengths) - len(self._free)
+
+    @property
+    def num_slots(self) -> int:
+        """Slots up to the last one in use."""
+        return len(self._lengths)
+
+    @property
+    def num_slots_with_one_more(self) -> int:
+        return len(self._lengths) + (not self._free)
+
+    @property
+    def max_length(self) -> int | None:
+        return None if self._limit is None else self._limit // max(1, len(self._lengths))
+
+    def rounded(self, num_positions: int) -> int:
+        """Return the least number of positions held for a row that needs `num_positions`."""
+        return -(-num_positions // UNIT) * UNIT
+
+    def acquire(self) -> int:
+        """Return the lowest free slot and take it."""
+        if self._free:
+            return self._free.pop(0)
+        spare, self._spare = self._spare, None
+        self._storage.append(None)
+        self._addresses.append(0)
+        self._capacities.append(0)
+        self._lengths.append(0)
+        slot = len(self._lengths) - 1
+        if spare is not None:
+            self._keep(slot, spare)
+        return slot
+
+    def release(self, slot: int) -> None:
+        """Give a slot back. The memory of one slot is kept for the next row, unless exact_fit."""
+        bisect.insort(self._free, slot)
+        self._lengths[slot] = 0
+        if self._exact_fit:
+            self._drop(slot)
+        while self._free and self._free[-1] == len(self._lengths) - 1:
+            self._free.pop()
+            self._lengths.pop()
+            self._addresses.pop()
+            self._capacities.pop()
+            storage = self._storage.pop()
+            if not self._lengths:
+                self._spare = storage
+
+    def _drop(self, slot: int) -> None:
+        self._storage[slot], self._addresses[slot], self._capacities[slot] = None, 0, 0
+
+    def _keep(self, slot: int, storage: Tensor) -> None:
+        self._storage[slot] = storage
+        self._addresses[slot] = storage.data_ptr()
+        self._capacities[slot] = storage.numel() // self._model.position_numbers
+
+    def forget(self, slot: int) -> None:
+        """Free a row's positions until it extends again; their keys and values are lost."""
+        self._lengths[slot] = 0
+        if self._exact_fit:
+            self._drop(slot)
+
+    def clear(self, slot: int) -> None:
+        """Zero a slot: positions that are not seen enter sums with weight 0, and 0 * nan is nan."""
+        storage = self._storage[slot]
+        if storage is not None:
+            with torch.inference_mode():
+                storage.zero_()
+
+    def extend(self, slot: int, num_positions: int) -> None:
+        if num_positions > self._lengths[slot]:
+            self._lengths[slot] = num_positions
+        if num_positions > self._capacities[slot]:
+            self._grow(slot, num_positions)
+
+    def _grow(self, slot: int, num_positions: int) -> None:
+        least, old = self.rounded(num_positions), self._storage[slot]
+        wanted = least
+        if not self._exact_fit:  # room for the next tokens, as far as the bound allows
+            wanted = self.rounded(max(2 * UNIT, least + self._capacities[slot] // 2))
+            if self._limit is not None and wanted * len(self._lengths) > self._limit:
+                wanted = least
+        with torch.inference_mode():
+            # zeros are written, so that decoding does not wait for page faults; all entries are finite
+            new = torch.empty(wanted * self._model.position_numbers, dtype=self._model.dtype).zero_()
+            if old is not None:
+                old_keys, old_values = self._views(old)
+                keys, values = self._views(new)
+                keys[:, :, : old_keys.shape[2]] = old_keys
+                values[:, :, :, : old_values.shape[3]] = old_values
+        self._keep(slot, new)
+
+    def _views(self, storage: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys [L, Hkv, n/16, words of d, 16, word] and values [L, Hkv, d/16, n/word, 16, word]."""
+        model, word = self._model, 4 // storage.element_size()
+        heads, capacity = model.facts.kv_heads, storage.numel() // model.position_numbers
+        layers = storage.view(model.num_layers, -1)
+        num_keys = heads * capacity * model.head_room
+        key_shape = (heads, capacity // _LANES, model.head_room // word, _LANES, word)
+        value_shape = (heads, model.value_room // _LANES, capacity // word, _LANES, word)
+        keys = layers[:, :num_keys].unflatten(1, key_shape)
+        return keys, layers[:, num_keys:].unflatten(1, value_shape)
+
+    def place(self, slot: int) -> tuple[int, int]:
+        """Return the address of a row's memory and its capacity."""
+        return self._addresses[slot], self._capacities[slot]
+
+    def num_bytes(self) -> int:
+        """Return the bytes held now, by all slots together."""
+        kept = [*self._storage, self._spare]
+        return sum(storage.nbytes for storage in kept if storage is not None)
+
+    def read(self, slot: int, start: int, stop: int) -> list[Tensor]:
+        keys, values = self._whole(slot, start, stop)
+        size = self._model.facts.head_dim
+        return list(torch.cat([keys, values[..., : keys.shape[-1]]], dim=1)[..., :size].clone())
+
+    def _whole(self, slot: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values [L, Hkv, stop - start, d rounded up] of positions."""
+        storage = self._storage[slot]
+        if storage is None:
+            raise IndexError(f"slot {slot} holds no positions")
+        keys, values = self._views(storage)
+        first, last = start // _LANES, -(-stop // _LANES)
+        word = keys.shape[-1]
+        keys = keys[:, :, first:last].transpose(3, 4).flatten(4).flatten(2, 3)
+        values = values[:, :, :, first * _LANES // word : last * _LANES // word]
+        values = values.permute(0, 1, 3, 5, 2, 4).flatten(4).flatten(2, 3)
+        here = slice(start - first * _LANES, stop - first * _LANES)
+        return keys[:, :, here], values[:, :, here]
+
+    def write(self, slot: int, start: int, entries: Sequence[Tensor]) -> None:
+        stacked = torch.stack(list(entries))  # [L, 2 Hkv, n, d]
+        positions = torch.arange(start, start + stacked.shape[2])
+        self.extend(slot, start + stacked.shape[2])
+        self._put(slot, positions, *stacked.chunk(2, dim=1))
+
+    def copy_positions(self, slot: int, source: Tensor, start: int) -> None:
+        positions = source.tolist()
+        first, stop = min(positions), max(positions) + 1
+        keys, values = self._whole(slot, first, stop)
+        size, at = self._model.facts.head_dim, source - first
+        target = torch.arange(start, start + len(positions))
+        self._put(slot, target, keys[:, :, at, :size], values[:, :, at, :size])
+
+    def _put(self, slot: int, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Write keys and values [L, Hkv, n, d] at positions [n]."""
+        storage = self._storage[slot]
+        assert storage is not None
+        model = self._model
+        all_keys, all_values = self._views(storage)
+        word = all_keys.shape[-1]
+        with torch.inference_mode():
+            key_rows = F.pad(keys, (0, model.head_room - keys.shape[-1])).unflatten(-1, (-1, word))
+            value_rows = F.pad(values, (0, model.value_room - values.shape[-1]))
+            block, lane = positions // _LANES, positions % _LANES
+            # an index on both sides of a slice puts the positions first
+            all_keys[:, :, block, :, lane] = key_rows.movedim(2, 0)
+            at, half = positions // word, positions % word
+            all_values[:, :, :, at, :, half] = value_rows.unflatten(-1, (-1, _LANES)).movedim(2, 0)
+
+    def for_checks(self) -> PackedRows:
+        """Return an empty cache."""
+        return PackedRows(self._model)

@@ -1,0 +1,330 @@
+"""The compiled forward: a model's packed weights, run by one call of machine code per forward.
+
+A token's bits depend on its own row up to its own position alone, at every batch, draft width and
+chunking of the prompt. Symbols: N packed tokens, D hidden size, R rows, K drafted tokens, V logits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from paceline.models.compiled import tables as t
+from paceline.models.compiled.attention import attention_bytes
+from paceline.models.compiled.cache import PackedRows
+from paceline.models.compiled.family import facts_of
+from paceline.models.compiled.native import run_address
+from paceline.models.compiled.processor import kernels
+from paceline.models.compiled.program import ROOM_ROWS, TILE_BYTES, num_phases
+from paceline.models.compiled.sharing import LINE
+from paceline.models.compiled.team import borrowed
+from paceline.models.compiled.weights import PackedModel, rounded
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from paceline.models.compiled.team import Lent
+    from paceline.models.packing import Span
+    from paceline.models.sublayers import LayerSubset
+
+_SCORE_UNIT: Final = 256  # positions; rows of scores are rounded up to it
+_QUERIES: Final = 32  # of a piece of attention where a row has several
+_FEWEST_QUERY_TOKENS: Final = 8
+_MAX_LAYOUTS: Final = 512
+
+
+class _Shape(NamedTuple):
+    """The numbers that decide the sizes of a job's buffers."""
+
+    tokens: int
+    rows: int
+    picked: int
+    steps: int
+    threads: int
+    queries: int  # of a piece of attention
+    score_room: int
+    width: int  # of the widest tree, else 0
+
+
+class _Layout:
+    """Where the buffers of a job lie, by their distance from the first."""
+
+    def __init__(self, model: PackedModel, shape: _Shape) -> None:
+        facts, size = model.facts, model.dtype.itemsize
+        rows = rounded(max(shape.tokens, shape.picked), ROOM_ROWS)
+        self.scratch_stride = rounded(_scratch_bytes(model, shape), LINE)
+        sizes = {
+            t.STREAM: rows * model.room * 4,
+            t.INPUTS: rows * model.room * size,
+            t.PROJECTED: rows * model.outputs * 4,
+            t.ATTENDED: rows * facts.heads * model.head_room * size,
+            t.ACTIVATED: rows * model.mlp_room * size,
+            t.ADDED: rows * model.room * 4,
+            t.BEST: model.logit_room // 64 * shape.picked * 16,
+            t.CHOICES: shape.picked * 8,
+            t.CHAIN: shape.rows * shape.steps * 8,
+            t.IDS: shape.tokens * 8,
+            t.POSITIONS: shape.tokens * 8,
+            t.PICKED: shape.picked * 8,
+            t.SPANS: shape.rows * t.SPAN_SIZE * 8,
+            t.SKIPPED: 2 * model.num_layers * 8,
+            t.SCRATCH: self.scratch_stride * shape.threads,
+        }
+        at, offsets = 0, []
+        for field in range(t.FIRST_BUFFER, t.FIRST_BUFFER + t.NUM_BUFFERS):
+            offsets.append(at)
+            at += rounded(sizes[field], LINE)
+        self.offsets = np.array(offsets, np.int64)
+        self.at = dict(zip(sizes, offsets, strict=True))
+        self.num_bytes = at
+        phases = num_phases(model.num_layers, shape.steps)
+        self.counter_bytes = phases * LINE * (1 + shape.threads)
+
+
+def _scratch_bytes(model: PackedModel, shape: _Shape) -> int:
+    """Return the bytes of a thread's scratch: inputs, the sums of a piece, and attention's."""
+    inputs = ROOM_ROWS * 4 * model.room + TILE_BYTES
+    return inputs + attention_bytes(
+        model.head_room, model.value_room, shape.queries, model.groups, shape.score_room, shape.width
+    )
+
+
+class Scores(NamedTuple):
+    """The target's answer at P picked places."""
+
+    choices: list[int]  # the most likely ids, -1 where the largest logit is not finite
+    logits: Tensor | None  # float32 [P, V], if wanted
+
+
+class CompiledForward:
+    """Body and head of a model; call `family.why_not_compiled` first. May be called by any thread."""
+
+    kind: ClassVar[str] = "compiled"
+
+    def __init__(
+        self, model: PreTrainedModel, windows: Mapping[int, int | None], num_positions: int
+    ) -> None:
+        """windows: positions that each layer sees. num_positions: the model's context length."""
+        self.packed = PackedModel(*facts_of(model, windows, num_positions))
+        self.kernels = kernels()
+        self.run_address = run_address(
+            self.kernels, str(self.packed.dtype).removeprefix("torch.")
+        )
+        self.query_tokens = max(_FEWEST_QUERY_TOKENS, _QUERIES // self.packed.groups)
+        self._layouts: dict[_Shape, _Layout] = {}
+
+    def new_cache(self) -> PackedRows:
+        """Return an empty cache."""
+        return PackedRows(self.packed)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        spans: Sequence[Span],
+        ancestors: Sequence[Tensor | None] | None,
+        cache: PackedRows,
+        skip: LayerSubset | None = None,
+    ) -> Tensor:
+        """Return final hidden states [N, D]; arguments as in `LanguageModel.forward`."""
+        out = torch.empty((len(tokens), self.packed.room), dtype=self.packed.dtype)
+        with borrowed() as lent:
+            job = _Job(self, lent)
+            job.pack(tokens.tolist(), spans, ancestors, cache, [], skip=skip)
+            job.run(hidden=out)
+        return out[:, : self.packed.facts.hidden_size]
+
+    def score(
+        self,
+        tokens: Sequence[int],
+        spans: Sequence[Span],
+        ancestors: Sequence[Tensor | None] | None,
+        cache: PackedRows,
+        wants_logits: bool = True,
+    ) -> Scores:
+        """Return the answer at all N places."""
+        logits = self._new_logits(len(tokens)) if wants_logits else None
+        with borrowed() as lent:
+            job = _Job(self, lent)
+            job.pack(tokens, spans, ancestors, cache, range(len(tokens)))
+            job.run(logits=logits)
+            return Scores(job.integers(t.CHOICES, len(tokens)), self._cut(logits))
+
+    def chain(
+        self,
+        tokens: Sequence[int],
+        spans: Sequence[Span],
+        cache: PackedRows,
+        num_drafted: int,
+        num_tokens: int,
+        skip: LayerSubset | None = None,
+    ) -> list[list[int]]:
+        """Return a greedy chain of K ids below `num_tokens` after each row's tokens.
+
+        All drafted tokens but the last are cached after the row's own.
+        """
+        picked = [end - 1 for end in itertools.accumulate(span.width for span in spans)]
+        with borrowed() as lent:
+            job = _Job(self, lent)
+            job.pack(tokens, spans, None, cache, picked, num_drafted, skip)
+            job.run(limit=num_tokens)
+            flat = job.integers(t.CHAIN, len(spans) * num_drafted)
+        return [flat[i : i + num_drafted] for i in range(0, len(flat), num_drafted)]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return logits [..., V] float32 of final hidden states [..., D]."""
+        flat = hidden.reshape(-1, hidden.shape[-1]).to(self.packed.dtype)
+        inputs = F.pad(flat, (0, self.packed.room - flat.shape[-1])).contiguous()
+        logits = self._new_logits(len(flat))
+        if len(flat):
+            with borrowed() as lent:
+                job = _Job(self, lent)
+                job.pack_hidden(inputs)
+                job.run(logits=logits)
+        cut = self._cut(logits)
+        assert cut is not None
+        return cut.unflatten(0, hidden.shape[:-1]) if hidden.ndim != 2 else cut  # noqa: PLR2004
+
+    def _new_logits(self, places: int) -> Tensor:
+        return torch.empty((places, self.packed.logit_room), dtype=torch.float32)
+
+    def _cut(self, logits: Tensor | None) -> Tensor | None:
+        return None if logits is None else logits[:, : self.packed.num_logits]
+
+    def layout(self, shape: _Shape) -> _Layout:
+        """Return the layout of a job's buffers, which jobs of one shape share."""
+        found = self._layouts.get(shape)
+        if found is None:
+            if len(self._layouts) >= _MAX_LAYOUTS:
+                self._layouts.clear()
+            found = self._layouts[shape] = _Layout(self.packed, shape)
+        return found
+
+
+class _Job:
+    """One job in a lent workspace."""
+
+    def __init__(self, forward: CompiledForward, lent: Lent) -> None:
+        self._forward, self._packed, self._lent = forward, forward.packed, lent
+
+    def pack(
+        self,
+        tokens: Sequence[int],
+        spans: Sequence[Span],
+        ancestors: Sequence[Tensor | None] | None,
+        cache: PackedRows,
+        picked: Sequence[int],
+        steps: int = 0,
+        skip: LayerSubset | None = None,
+    ) -> None:
+        """Write the rows of a forward. picked: places of which logits are wanted."""
+        packed, more = self._packed, max(0, steps - 1)
+        numbers: list[int] = []
+        positions: list[int] = []
+        self._paths: list[np.ndarray] = []  # alive until the job has run
+        first = longest = widest = widest_tree = 0
+        for i, span in enumerate(spans):
+            stop = span.start + span.width
+            cache.extend(span.slot, stop + more)
+            tree = None if ancestors is None else ancestors[i]
+            path = 0
+            if tree is None:
+                positions.extend(range(span.start, stop))
+            else:
+                on_path = tree.cpu().numpy()
+                self._paths.append(_paths(on_path))
+                path = self._paths[-1].ctypes.data
+                positions.extend((self._paths[-1][:, 0] + (span.start - 1)).tolist())
+                widest_tree = max(widest_tree, span.width)
+            numbers += (first, span.width, span.start, *cache.place(span.slot), path)
+            first += span.width
+            longest, widest = max(longest, stop + more), max(widest, span.width)
+        packed.reserve_positions(longest)
+        splits = widest > self._forward.query_tokens
+        queries = (self._forward.query_tokens if splits else widest) * packed.groups
+        room = rounded(longest, _SCORE_UNIT)
+        shape = _Shape(
+            first, len(spans), len(picked), steps, torch.get_num_threads(), queries, room, widest_tree
+        )
+        self._place(shape)
+        self._put(t.IDS, tokens)
+        self._put(t.POSITIONS, positions)
+        self._put(t.SPANS, numbers)
+        self._put(t.PICKED, picked)
+        if skip is not None:
+            self._put(t.SKIPPED, _flags(skip, packed.num_layers))
+        self._lent.workspace.job[: t.HIDDEN_OUT] = (
+            packed.address, self._forward.run_address, first, len(spans), len(picked), steps,
+            room, self._layout.scratch_stride, splits, self._forward.query_tokens, 1,
+            skip is not None,
+        )  # fmt: skip
+
+    def pack_hidden(self, inputs: Tensor) -> None:
+        """Write final hidden states [P, HIDDEN_ROOM] of which logits are wanted."""
+        places = len(inputs)
+        shape = _Shape(0, 0, places, 0, torch.get_num_threads(), 0, 0, 0)
+        self._place(shape)
+        job = self._lent.workspace.job
+        ctypes.memmove(int(job[t.INPUTS]), inputs.data_ptr(), inputs.nbytes)
+        job[: t.HIDDEN_OUT] = (
+            self._packed.address, self._forward.run_address, 0, 0, places, 0,
+            0, self._layout.scratch_stride, 0, 1, 0, 0,
+        )  # fmt: skip
+
+    def _place(self, shape: _Shape) -> None:
+        """Give the job its buffers."""
+        workspace = self._lent.workspace
+        self._layout = layout = self._forward.layout(shape)
+        self._threads = shape.threads
+        base = workspace.reserve(layout.num_bytes)
+        workspace.reserve_counters(layout.counter_bytes)
+        workspace.job[t.FIRST_BUFFER : t.FIRST_BUFFER + t.NUM_BUFFERS] = layout.offsets + base
+
+    def _put(self, field: int, numbers: Sequence[int]) -> None:
+        at = self._layout.at[field] // 8
+        self._lent.workspace.integers[at : at + len(numbers)] = numbers
+
+    def integers(self, field: int, count: int) -> list[int]:
+        """Return integers that the job has written."""
+        at = self._layout.at[field] // 8
+        found: list[int] = self._lent.workspace.integers[at : at + count].tolist()
+        return found
+
+    def run(
+        self, hidden: Tensor | None = None, logits: Tensor | None = None, limit: int | None = None
+    ) -> None:
+        """Run the job. hidden, logits: filled, if given. limit: ids below it may be chosen."""
+        self._lent.workspace.job[t.HIDDEN_OUT : t.LIMIT + 1] = (
+            0 if hidden is None else hidden.data_ptr(),
+            0 if logits is None else logits.data_ptr(),
+            self._packed.num_logits if limit is None else limit,
+        )
+        self._lent.run(self._threads)
+
+
+def _paths(on_path: np.ndarray) -> np.ndarray:
+    """Return [W, W + 1] int64: the number of tokens on each path [W, W], then their places."""
+    width = len(on_path)
+    paths = np.zeros((width, width + 1), np.int64)
+    for token, row in enumerate(on_path):
+        places = row.nonzero()[0]
+        paths[token, 0] = len(places)
+        paths[token, 1 : 1 + len(places)] = places
+    return paths
+
+
+def _flags(skip: LayerSubset, num_layers: int) -> list[int]:
+    """Return 1 for each attention, and then for each MLP, that is left out."""
+    flags = [0] * (2 * num_layers)
+    for index in skip.attention:
+        flags[index] = 1
+    for index in skip.mlp:
+        flags[num_layers + index] = 1
+    return flags

@@ -1,0 +1,139 @@
+"""Compiled code on disk: numba makes LLVM's intermediate code, LLVM an object file, the file is kept.
+
+A folder per version of this code, of numba and LLVM, and per processor, in the user's cache folder or
+where PACELINE_CACHE points. A file is written beside its place and moved there, so any number of
+processes may make it at once; one that does not match its checksum is made again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import llvmlite
+import llvmlite.binding as llvm
+import numba
+from numba import types
+
+from paceline.models.compiled import entry
+from paceline.models.compiled.products import make_product
+from paceline.models.compiled.program import make_run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_CHECKSUM_BYTES: Final = 32
+
+
+@cache
+def source_version() -> str:
+    """Return a hash of this folder's code, numba, LLVM and the processor."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    features = llvm.get_host_cpu_features().flatten()
+    facts = (numba.__version__, llvmlite.__version__, llvm.get_host_cpu_name(), features)
+    digest.update(repr(facts).encode())
+    return digest.hexdigest()[:20]
+
+
+def cache_folder() -> Path:
+    """Return the folder of compiled code."""
+    root = os.environ.get("PACELINE_CACHE")
+    if root is None:
+        root = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")) + "/paceline"
+    return Path(root) / "compiled" / source_version()
+
+
+def function_address(name: str, make: Callable[[], Callable[..., Any]], arguments: int) -> int:
+    """Return the address of a compiled function of int64 arguments, from its file if there is one.
+
+    name: of the file. make: returns the function. The result is int64 for `follow`, else nothing.
+    """
+    path = cache_folder() / f"{name}.o"
+    stored = _read(path)
+    if stored is None:
+        stored = _compile(make(), arguments, types.int64 if name == "follow" else types.void)
+        _write(path, *stored)
+    symbol, code = stored
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine())
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    _ENGINES.append(engine)
+    return int(engine.get_function_address(symbol))
+
+
+_ENGINES: Final[list[Any]] = []  # their code is in use for the life of the process
+
+
+def _compile(function: Callable[..., Any], arguments: int, result: Any) -> tuple[str, bytes]:
+    """Return the symbol to call and the object file of a function."""
+    made = numba.cfunc(result(*[types.int64] * arguments), error_model="numpy")(function)
+    return made.native_name, _machine().emit_object(llvm.parse_assembly(made.inspect_llvm()))
+
+
+def _machine() -> Any:
+    return llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(),
+        features=llvm.get_host_cpu_features().flatten(),
+        opt=3,
+        jit=True,
+    )
+
+
+def _read(path: Path) -> tuple[str, bytes] | None:
+    """Return the symbol and object file of a path, or None if it is missing or damaged."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    checksum, body = data[:_CHECKSUM_BYTES], data[_CHECKSUM_BYTES:]
+    if hashlib.sha256(body).digest() != checksum:
+        return None
+    symbol, _, code = body.partition(b"\n")
+    return symbol.decode(), code
+
+
+def _write(path: Path, symbol: str, code: bytes) -> None:
+    """Keep an object file; where no folder can be written, it is compiled once per process."""
+    body = symbol.encode() + b"\n" + code
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(hashlib.sha256(body).digest() + body)
+        os.replace(file.name, path)
+    except OSError as error:
+        warnings.warn(
+            f"compiled code cannot be kept in {path.parent} ({error}), so every process compiles it; "
+            "set PACELINE_CACHE to a folder that can be written",
+            stacklevel=2,
+        )
+
+
+@cache
+def control_functions() -> tuple[Callable[..., None], Callable[..., int]]:
+    """Return `entry.lead` and `entry.follow`."""
+    lead = function_address("lead", lambda: entry.lead, 3)
+    follow = function_address("follow", lambda: entry.follow, 5)
+    number = ctypes.c_int64
+    return (
+        ctypes.CFUNCTYPE(None, *[number] * 3)(lead),
+        ctypes.CFUNCTYPE(number, *[number] * 5)(follow),
+    )
+
+
+@cache
+def run_address(kernels: str, dtype: str) -> int:
+    """Return the address of `program.make_run`'s function for a processor and dtype of inputs."""
+
+    def make() -> Callable[..., Any]:
+        product = make_product(kernels, dtype)
+        return make_run(product, dtype, kernels == "amx" and dtype == "bfloat16")
+
+    return function_address(f"run_{kernels}_{dtype}", make, 3)

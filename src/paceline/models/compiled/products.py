@@ -1,0 +1,65 @@
+"""A product of packed weights with any number of rows of inputs, for one kind of processor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from numba import njit
+
+from paceline.models.compiled.tiles import (
+    AMX_ROWS,
+    SHAPES,
+    STEPS,
+    make_amx_slab,
+    make_slab,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def make_product(kernels: str, dtype: str) -> Callable[..., Any]:
+    """Return product(w, block_stride, x, x_stride, words, out, out_stride, fresh, rows).
+
+    It computes the group of 64 outputs at address w: float32 sums [rows, 64] at `out`, beginning with
+    what is there unless `fresh`. Strides are bytes. With AMX, inputs and sums have room for whole
+    tiles of 16 rows. kernels: see `processor`; dtype: `bfloat16` or `float32`.
+    """
+    if kernels == "amx" and dtype == "bfloat16":
+        return _amx_product()
+    if dtype == "float32":
+        step = "float32"
+    else:
+        step = "dot_bf16" if kernels == "avx512_bf16" else "widened_bf16"
+    shapes = SHAPES["wide" if kernels in ("amx", "avx512_bf16", "avx512") else "narrow"]
+    slab, most = make_slab(STEPS[step], shapes), shapes[-1][0]
+
+    @njit(error_model="numpy")
+    def product(w, block_stride, x, x_stride, words, out, out_stride, fresh, rows):  # type: ignore[no-untyped-def]
+        slabs = (rows + most - 1) // most
+        done = 0
+        for k in range(slabs):
+            left = slabs - k
+            count = (rows - done + left - 1) // left
+            at, to = x + done * x_stride, out + done * out_stride
+            slab(w, block_stride, at, x_stride, words, to, out_stride, fresh, count)
+            done += count
+
+    return product
+
+
+def _amx_product() -> Callable[..., Any]:
+    one, two = make_amx_slab(1), make_amx_slab(2)
+
+    @njit(error_model="numpy")
+    def product(w, block_stride, x, x_stride, words, out, out_stride, fresh, rows):  # type: ignore[no-untyped-def]
+        done = 0
+        while rows - done > AMX_ROWS:
+            at, to = x + done * x_stride, out + done * out_stride
+            two(w, block_stride, at, x_stride, words, to, out_stride, fresh)
+            done += 2 * AMX_ROWS
+        if done < rows:
+            at, to = x + done * x_stride, out + done * out_stride
+            one(w, block_stride, at, x_stride, words, to, out_stride, fresh)
+
+    return product

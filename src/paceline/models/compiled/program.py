@@ -1,0 +1,587 @@
+"""The forward of the Llama family as one compiled function, run by every thread of a job.
+
+A layer is ten phases (`_PHASES`), each a number of pieces that the threads share (`sharing.py`); those
+that a model or a job does not need have no pieces. Products are split by groups of 64 outputs and blocks
+of tokens, attention by rows and key-value heads. The residual stream and all sums are float32; inputs of
+products are rounded to the model's dtype.
+Symbols: N packed tokens, D hidden size, F MLP size, V logits.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numba import njit
+
+from paceline.models.compiled.attention import make_attention, up_to
+from paceline.models.compiled.rows import activate, add_normed, make_rows, norm_in_place, tanh
+from paceline.models.compiled.sharing import (
+    STALE,
+    await_all,
+    claim,
+    finish,
+    open_phase,
+    phase_bytes,
+)
+from paceline.models.compiled.simd import (
+    first_bit,
+    fma,
+    get_f32,
+    get_int,
+    has_nan,
+    lanes_equal,
+    larger,
+    load,
+    max_lanes,
+    put_f32,
+    put_int,
+    splat,
+    store,
+)
+from paceline.models.compiled.tables import *  # noqa: F403
+from paceline.models.compiled.tables import LAYER_SIZE, SPAN_SIZE
+from paceline.models.compiled.tiles import configure_tiles, release_tiles
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+compiled = njit(error_model="numpy")
+
+# --- phases: one to embed, those of every layer, three for the logits ----------------------------------
+(
+    _NORM_1,  # inputs of the product for queries, keys and values
+    _QKV,
+    _WHOLE_NORMS,  # of all queries or keys of a token at once
+    _STORE,  # keys and values, where several pieces attend to one row's
+    _ATTEND,
+    _OUT,
+    _POST_1,  # norm of what attention adds
+    _NORM_2,
+    _GATE_UP,
+    _DOWN,
+    _POST_2,
+    LAYER_PHASES,
+) = range(12)
+_FINAL, _HEAD, _CHOOSE, END_PHASES = range(4)
+
+FEW: Final = 4  # tokens whose norms every thread computes for itself, which costs less than a phase
+BLOCK_ROWS: Final = 128  # tokens of a piece of a product
+_NORM_ROWS: Final = 4  # rows of a piece of row operations
+_STORE_TOKENS: Final = 64  # of a piece that stores keys
+TILE_BYTES: Final = BLOCK_ROWS * 64 * 4  # the sums of a piece
+ROOM_ROWS: Final = 32  # rows of buffers are rounded up to it, for AMX
+
+
+def num_phases(layers: int, steps: int) -> int:
+    """Return the phases of a job."""
+    return max(1, steps) * (1 + layers * LAYER_PHASES + END_PHASES)
+
+
+@compiled
+def _attend_pieces(job, kv_heads, tokens):  # type: ignore[no-untyped-def]
+    """Return the pieces of attention, of at most `tokens` tokens each."""
+    pieces = 0
+    for row in range(get_int(job + 8 * ROWS)):
+        span = get_int(job + 8 * SPANS) + 8 * SPAN_SIZE * row
+        pieces += (get_int(span + 8 * WIDTH) + tokens - 1) // tokens
+    return pieces * kv_heads
+
+
+@compiled
+def plan(job, tag):  # type: ignore[no-untyped-def]
+    """Open all phases of a job."""
+    model, threads = get_int(job + 8 * MODEL), get_int(job + 8 * THREADS)
+    kv_heads, layers = get_int(model + 8 * KV_HEADS), get_int(model + 8 * LAYERS)
+    head_room, room = get_int(model + 8 * HEAD_ROOM), get_int(model + 8 * HIDDEN_ROOM)
+    projected = (get_int(model + 8 * HEADS) + 2 * kv_heads) * head_room
+    layer_table = get_int(model + 8 * LAYER_TABLE)
+    skipped = get_int(job + 8 * SKIPPED) if get_int(job + 8 * SKIPS) != 0 else 0
+    size, phase = phase_bytes(threads), get_int(job + 8 * COUNTERS)
+    for step in range(max(1, get_int(job + 8 * STEPS))):
+        tokens = get_int(job + 8 * TOKENS) if step == 0 else get_int(job + 8 * ROWS)
+        if get_int(job + 8 * RUNS_BODY) == 0:
+            layers = 0
+        blocks = (tokens + BLOCK_ROWS - 1) // BLOCK_ROWS
+        by_rows = (tokens + _NORM_ROWS - 1) // _NORM_ROWS
+        norms = by_rows if tokens > FEW else 0
+        attend, store_pieces = get_int(job + 8 * ROWS) * kv_heads, 0
+        if step == 0 and get_int(job + 8 * STORES_FIRST) != 0:
+            attend = _attend_pieces(job, kv_heads, get_int(job + 8 * QUERY_TOKENS))
+            store_pieces = _attend_pieces(job, kv_heads, _STORE_TOKENS)
+        open_phase(phase, threads, tag, by_rows if layers > 0 else 0)
+        phase += size
+        for index in range(layers):
+            layer = layer_table + 8 * LAYER_SIZE * index
+            attends, has_mlp = 1, 1
+            if skipped != 0:
+                attends = 1 - get_int(skipped + 8 * index)
+                has_mlp = 1 - get_int(skipped + 8 * (layers + index))
+            whole = get_int(model + 8 * NORM_WHOLE) != 0 and get_int(layer + 8 * QUERY_NORM) != 0
+            post_1, post_2 = get_int(layer + 8 * POST_NORM_1), get_int(layer + 8 * POST_NORM_2)
+            wide = room // 64 * blocks
+            open_phase(phase + _NORM_1 * size, threads, tag, attends * norms)
+            open_phase(phase + _QKV * size, threads, tag, attends * (projected + 63) // 64 * blocks)
+            open_phase(phase + _WHOLE_NORMS * size, threads, tag, attends * by_rows if whole else 0)
+            open_phase(phase + _STORE * size, threads, tag, attends * store_pieces)
+            open_phase(phase + _ATTEND * size, threads, tag, attends * attend)
+            open_phase(phase + _OUT * size, threads, tag, attends * wide)
+            open_phase(phase + _POST_1 * size, threads, tag, attends * by_rows if post_1 else 0)
+            open_phase(phase + _NORM_2 * size, threads, tag, has_mlp * norms)
+            mlp = get_int(model + 8 * MLP_GROUPS) * blocks
+            open_phase(phase + _GATE_UP * size, threads, tag, has_mlp * mlp)
+            open_phase(phase + _DOWN * size, threads, tag, has_mlp * wide)
+            open_phase(phase + _POST_2 * size, threads, tag, has_mlp * by_rows if post_2 else 0)
+            phase += LAYER_PHASES * size
+        picked = get_int(job + 8 * NUM_PICKED)
+        final = 0
+        if layers > 0:
+            final = picked + (tokens if get_int(job + 8 * HIDDEN_OUT) != 0 else 0)
+        open_phase(phase + _FINAL * size, threads, tag, (final + _NORM_ROWS - 1) // _NORM_ROWS)
+        groups = get_int(model + 8 * VOCABULARY_GROUPS) * ((picked + BLOCK_ROWS - 1) // BLOCK_ROWS)
+        open_phase(phase + _HEAD * size, threads, tag, groups)
+        open_phase(phase + _CHOOSE * size, threads, tag, 1 if picked > 0 else 0)
+        phase += END_PHASES * size
+
+
+def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[..., Any]:
+    """Return run(job, thread, tag), the part of one thread in a planned job."""
+    rows_of = make_rows(dtype)
+    put_inputs, norm_to_inputs, embed = rows_of
+    store_keys, attend = make_attention(product, dtype)
+    size = 2 if dtype == "bfloat16" else 4
+    word = 4 // size
+
+    @compiled
+    def norm_rows(job, model, norm, target, first, stop):  # type: ignore[no-untyped-def]
+        """Norm rows of the stream into rows of inputs at `target`; without a norm, round them."""
+        room, hidden = get_int(model + 8 * HIDDEN_ROOM), get_int(model + 8 * HIDDEN)
+        eps = get_f32(model + 8 * EPSILON_F)
+        for row in range(first, stop):
+            x = get_int(job + 8 * STREAM) + 4 * row * room
+            to = target + size * (row - first) * room
+            if norm != 0:
+                norm_to_inputs(x, norm, to, hidden, room, eps)
+            else:
+                for at in range(0, room, 32):
+                    put_inputs(to, at, load(x + 4 * at), load(x + 4 * at + 64))
+
+    @compiled
+    def norm_phase(job, model, norm, phase, thread, tag):  # type: ignore[no-untyped-def]
+        """Norm the stream into INPUTS, where there are too many tokens for every thread to do it."""
+        threads = get_int(job + 8 * THREADS)
+        piece = claim(phase, threads, thread, tag)
+        while piece >= 0:
+            first = piece * _NORM_ROWS
+            stop = min(get_int(job + 8 * TOKENS), first + _NORM_ROWS)
+            room = get_int(model + 8 * HIDDEN_ROOM)
+            target = get_int(job + 8 * INPUTS) + size * first * room
+            norm_rows(job, model, norm, target, first, stop)
+            piece = finish(phase, threads, thread, tag)
+        return piece != STALE and await_all(phase, tag)
+
+    @compiled
+    def multiply(weights, words, x, x_stride, out, out_stride, tokens, groups, piece):  # type: ignore[no-untyped-def]
+        """Compute one piece of a product; return (its group, its first token, its tokens)."""
+        block, group = piece // groups, piece % groups
+        first = block * BLOCK_ROWS
+        rows = min(BLOCK_ROWS, tokens - first)
+        product(
+            weights + group * 4 * words * 64,
+            words * 64,
+            x + first * x_stride,
+            x_stride,
+            words,
+            out,
+            out_stride,
+            1,
+            rows,
+        )
+        return group, first, rows
+
+    @compiled
+    def add_bias(tile, bias, rows):  # type: ignore[no-untyped-def]
+        """Add 64 numbers to every row of a tile of sums."""
+        for at in range(0, 256, 64):
+            numbers = load(bias + at)
+            for row in range(rows):
+                store(tile + 256 * row + at, load(tile + 256 * row + at) + numbers)
+
+    @compiled
+    def project(job, model, layer, phase, thread, tag):  # type: ignore[no-untyped-def]
+        """Compute queries, keys and values."""
+        threads = get_int(job + 8 * THREADS)
+        is_normed = False
+        piece = claim(phase, threads, thread, tag)
+        while piece >= 0:
+            room, tokens = get_int(model + 8 * HIDDEN_ROOM), get_int(job + 8 * TOKENS)
+            private = get_int(job + 8 * SCRATCH) + thread * get_int(job + 8 * SCRATCH_STRIDE)
+            x, tile = get_int(job + 8 * INPUTS), private + ROOM_ROWS * 4 * room
+            if tokens <= FEW:
+                x = private
+                if not is_normed:
+                    norm_rows(job, model, get_int(layer + 8 * NORM_1), x, 0, tokens)
+                    is_normed = True
+            heads = get_int(model + 8 * HEADS) + 2 * get_int(model + 8 * KV_HEADS)
+            outputs = heads * get_int(model + 8 * HEAD_ROOM)
+            weights, groups = get_int(layer + 8 * QKV), (outputs + 63) // 64
+            group, first, rows = multiply(
+                weights, room // word, x, size * room, tile, 256, tokens, groups, piece
+            )
+            bias = get_int(layer + 8 * QKV_BIAS)
+            if bias != 0:
+                add_bias(tile, bias + 256 * group, rows)
+            count = min(64, outputs - 64 * group)
+            for row in range(rows):
+                to = get_int(job + 8 * PROJECTED) + 4 * ((first + row) * outputs + 64 * group)
+                for at in range(0, count, 16):
+                    store(to + 4 * at, load(tile + 256 * row + 4 * at))
+            piece = finish(phase, threads, thread, tag)
+        return piece != STALE and await_all(phase, tag)
+
+    @compiled
+    def whole_norms(job, model, layer, phase, thread, tag):  # type: ignore[no-untyped-def]
+        """Norm all queries and all keys of a token at once."""
+        threads = get_int(job + 8 * THREADS)
+        piece = claim(phase, threads, thread, tag)
+        while piece >= 0:
+            head, d = get_int(model + 8 * HEAD_ROOM), get_int(model + 8 * HEAD_SIZE)
+            heads, kv_heads = get_int(model + 8 * HEADS), get_int(model + 8 * KV_HEADS)
+            eps = get_f32(model + 8 * EPSILON_F)
+            stop = min(get_int(job + 8 * TOKENS), (piece + 1) * _NORM_ROWS)
+            for token in range(piece * _NORM_ROWS, stop):
+                x = get_int(job + 8 * PROJECTED) + 4 * token * (heads + 2 * kv_heads) * head
+                norm = get_int(layer + 8 * QUERY_NORM)
+                norm_in_place(x, norm, heads * d, heads * head, eps)
+                norm, x = get_int(layer + 8 * KEY_NORM), x + 4 * heads * head
+                norm_in_place(x, norm, kv_heads * d, kv_heads * head, eps)
+            piece = finish(phase, threads, thread, tag)
+        return piece != STALE and await_all(phase, tag)
+
+    @compiled
+    def find_piece(job, kv_heads, tokens, piece):  # type: ignore[no-untyped-def]
+        """Return (span, head, first token) of a piece of at most `tokens` tokens of a row."""
+        head, place = piece % kv_heads, piece // kv_heads
+        span = get_int(job + 8 * SPANS)
+        while True:
+            parts = (get_int(span + 8 * WIDTH) + tokens - 1) // tokens
+            if place < parts:
+                return span, head, place * tokens
+            place -= parts
+            span += 8 * SPAN_SIZE
+
+    @compiled
+    def store_phase(job, model, layer, index, phase, thread, tag):  # type: ignore[no-untyped-def]
+        """Cache the keys and values of rows that several pieces attend to."""
+        threads = get_int(job + 8 * THREADS)
+        piece = claim(phase, threads, thread, tag)
+        while piece >= 0:
+            kv_heads = get_int(model + 8 * KV_HEADS)
+            span, head, first = find_piece(job, kv_heads, _STORE_TOKENS, piece)
+            stop = min(get_int(span + 8 * WIDTH), first + _STORE_TOKENS)
+            store_keys(job, model, layer, span, head, first, stop, index)
+            piece = finish(phase, threads, thread, tag)
+        return piece != STALE and await_all(phase, tag)
+
+    @compiled
+    def attend_phase(job, model, layer, index, phase, thread, tag):  # type: ignore[no-untyped-def]
+        """Attend, by rows and key-value heads."""
+        threads = get_int(job + 8 * THREADS)
+        piece = claim(phase, threads, thread, tag)
+        while piece >= 0:
+            kv_heads = get_int(model + 8 * KV_HEADS)
+            stored = get_int(job + 8 * STORES_FIRST) != 0
+            if stored:
+                tokens = get_int(job + 8 * QUERY_TOKENS)
+                span, head, first = find_piece(job, kv_heads, tokens, piece)
+                stop = min(get_int(span + 8 * WIDTH), first + tokens)
+            else:
+                span = get_int(job + 8 * SPANS) + 8 * SPAN_SIZE * (piece // kv_heads)
+                head, first, stop = piece % kv_heads, 0, get_int(span + 8 * WIDTH)
+                store_keys(job, model, layer, span, head, first, stop, index)
+            private = get_int(job + 8 * SCRATCH) + thread * get_int(job + 8 * SCRATCH_STRIDE)
+            scratch = private + ROOM_ROWS * 4 * get_int(model + 8 * HIDDEN_ROOM) + TILE_BYTES
+            attend(job, model, layer, span, head, first, stop, scratch, index)
+            piece = finish(phase, threads, thread, tag)
+        return piece != STALE and await_all(phase, tag)
+
+    @compiled
+    def add_product(job, model, weights, bias, post, x, words, phase, thread, tag):  # type: ignore[no-untyped-def]
+        """Add a product to the stream, or keep it in ADDED if a norm stands before.
+
+        x: the job's field of the inputs. words: of a row of inputs.
+        """
+        threads = get_int(job + 8 * THREADS)
+        piece = claim(phase, threads, thread, tag)
+        while piece >= 0:
+            room, tokens = get_int(model + 8 * HIDDEN_ROOM), get_int(job + 8 * TOKENS)
+            private = get_int(job + 8 * SCRATCH) + thread * get_int(job + 8 * SCRATCH_STRIDE)
+            tile = private + ROOM_ROWS * 4 * room
+            group, first, rows = multiply(
+                weights, words, get_int(job + 8 * x), 4 * words, tile, 256, tokens, room // 64, piece
+            )
+            if bias != 0:
+                add_bias(tile, bias + 256 * group, rows)
+            factor = splat(get_f32(model + 8 * RESIDUAL_SCALE_F))
+            for row in range(rows):
+                at = 4 * ((first + row) * room + 64 * group)
+                target = get_int(job + 8 * (ADDED if post != 0 else STREAM)) + at
+                for lanes in range(0, 256, 64):
+                    numbers = load(tile + 256 * row + lanes)
+                    if post == 0:
+                        numbers = fma(numbers, factor, load(target + lanes))
+                    store(target + lanes, numbers)
+            piece = finish(phase, threads, thread, tag)
+        return piece != STALE and await_all(phase, tag)
+
+    @compiled
+    def add_normed_phase(job, model, norm, phase, thread, tag):  # type: ignore[no-untyped-def]
+        """Add the norm of ADDED to the stream."""
+        threads = get_int(job + 8 * THREADS)
+        piece = claim(phase, threads, thread, tag)
+        while piece >= 0:
+            room, hidden = get_int(model + 8 * HIDDEN_ROOM), get_int(model + 8 * HIDDEN)
+            eps, factor = get_f32(model + 8 * EPSILON_F), get_f32(model + 8 * RESIDUAL_SCALE_F)
+            stop = min(get_int(job + 8 * TOKENS), (piece + 1) * _NORM_ROWS)
+            for row in range(piece * _NORM_ROWS, stop):
+                at = 4 * row * room
+                x = get_int(job + 8 * ADDED) + at
+                add_normed(get_int(job + 8 * STREAM) + at, x, norm, hidden, room, eps, factor)
+            piece = finish(phase, threads, thread, tag)
+        return piece != STALE and await_all(phase, tag)
+
+    @compiled
+    def gate_up(job, model, layer, phase, thread, tag):  # type: ignore[no-untyped-def]
+        """Compute act(gate) * up; a group holds 32 numbers of each."""
+        threads = get_int(job + 8 * THREADS)
+        is_normed = False
+        piece = claim(phase, threads, thread, tag)
+        while piece >= 0:
+            room, tokens = get_int(model + 8 * HIDDEN_ROOM), get_int(job + 8 * TOKENS)
+            private = get_int(job + 8 * SCRATCH) + thread * get_int(job + 8 * SCRATCH_STRIDE)
+            x, tile = get_int(job + 8 * INPUTS), private + ROOM_ROWS * 4 * room
+            if tokens <= FEW:
+                x = private
+                if not is_normed:
+                    norm_rows(job, model, get_int(layer + 8 * NORM_2), x, 0, tokens)
+                    is_normed = True
+            groups, weights = get_int(model + 8 * MLP_GROUPS), get_int(layer + 8 * GATE_UP)
+            group, first, rows = multiply(
+                weights, room // word, x, size * room, tile, 256, tokens, groups, piece
+            )
+            bias, kind = get_int(layer + 8 * GATE_UP_BIAS), get_int(model + 8 * ACTIVATION)
+            if bias != 0:
+                add_bias(tile, bias + 256 * group, rows)
+            for row in range(rows):
+                to = get_int(job + 8 * ACTIVATED) + size * (first + row) * groups * 32
+                at = tile + 256 * row
+                one = activate(load(at), kind) * load(at + 128)
+                two = activate(load(at + 64), kind) * load(at + 192)
+                put_inputs(to, 32 * group, one, two)
+            piece = finish(phase, threads, thread, tag)
+        return piece != STALE and await_all(phase, tag)
+
+    @compiled
+    def embed_phase(job, model, phase, thread, tag):  # type: ignore[no-untyped-def]
+        """Read the tokens' embeddings into the stream."""
+        threads = get_int(job + 8 * THREADS)
+        piece = claim(phase, threads, thread, tag)
+        while piece >= 0:
+            room, hidden = get_int(model + 8 * HIDDEN_ROOM), get_int(model + 8 * HIDDEN)
+            scale = get_f32(model + 8 * EMBEDDING_SCALE_F)
+            stop = min(get_int(job + 8 * TOKENS), (piece + 1) * _NORM_ROWS)
+            for token in range(piece * _NORM_ROWS, stop):
+                number = get_int(get_int(job + 8 * IDS) + 8 * token)
+                source = get_int(model + 8 * EMBEDDING) + number * hidden * size
+                embed(source, get_int(job + 8 * STREAM) + 4 * token * room, hidden, room, scale)
+            piece = finish(phase, threads, thread, tag)
+        return piece != STALE and await_all(phase, tag)
+
+    @compiled
+    def final_phase(job, model, phase, thread, tag):  # type: ignore[no-untyped-def]
+        """Norm the picked places into INPUTS, and all tokens into HIDDEN_OUT if it is wanted."""
+        threads = get_int(job + 8 * THREADS)
+        piece = claim(phase, threads, thread, tag)
+        while piece >= 0:
+            room, norm = get_int(model + 8 * HIDDEN_ROOM), get_int(model + 8 * FINAL_NORM)
+            picked, out = get_int(job + 8 * NUM_PICKED), get_int(job + 8 * HIDDEN_OUT)
+            total = picked + (get_int(job + 8 * TOKENS) if out != 0 else 0)
+            for place in range(piece * _NORM_ROWS, min(total, (piece + 1) * _NORM_ROWS)):
+                if place < picked:
+                    row = get_int(get_int(job + 8 * PICKED) + 8 * place)
+                    target = get_int(job + 8 * INPUTS) + size * place * room
+                else:
+                    row = place - picked
+                    target = out + size * row * room
+                norm_rows(job, model, norm, target, row, row + 1)
+            piece = finish(phase, threads, thread, tag)
+        return piece != STALE and await_all(phase, tag)
+
+    @compiled
+    def note_best(tile, best, first_id, limit):  # type: ignore[no-untyped-def]
+        """Write the largest of a row's 64 logits and its id; nan if any is nan."""
+        largest, is_nan = splat(np.float32(-np.inf)), False
+        for at in range(0, 64, 16):
+            numbers = load(tile + 4 * at)
+            if first_id + at + 16 > limit:
+                for k in range(16):
+                    if first_id + at + k >= limit:
+                        put_f32(tile + 4 * (at + k), np.float32(-np.inf))
+                numbers = load(tile + 4 * at)
+            is_nan = is_nan or has_nan(numbers)
+            largest = larger(numbers, largest)
+        most = max_lanes(largest)
+        if is_nan:
+            most = np.float32(np.nan)
+        put_f32(best, most)
+        found = 0
+        for at in range(48, -16, -16):
+            same = lanes_equal(load(tile + 4 * at), splat(most))
+            if same != 0:
+                found = at + first_bit(same)
+        put_int(best + 8, first_id + found)
+
+    @compiled
+    def head(job, model, phase, thread, tag):  # type: ignore[no-untyped-def]
+        """Compute logits of the picked places, and each group's largest."""
+        threads = get_int(job + 8 * THREADS)
+        piece = claim(phase, threads, thread, tag)
+        while piece >= 0:
+            room, picked = get_int(model + 8 * HIDDEN_ROOM), get_int(job + 8 * NUM_PICKED)
+            private = get_int(job + 8 * SCRATCH) + thread * get_int(job + 8 * SCRATCH_STRIDE)
+            x, tile = get_int(job + 8 * INPUTS), private + ROOM_ROWS * 4 * room
+            groups = get_int(model + 8 * VOCABULARY_GROUPS)
+            weights, bias = get_int(model + 8 * HEAD_WEIGHTS), get_int(model + 8 * HEAD_BIAS)
+            group, first, rows = multiply(
+                weights, room // word, x, size * room, tile, 256, picked, groups, piece
+            )
+            if bias != 0:
+                add_bias(tile, bias + 256 * group, rows)
+            scale, cap = get_f32(model + 8 * LOGIT_SCALE_F), get_f32(model + 8 * LOGIT_CAP_F)
+            logits, limit = get_int(job + 8 * LOGITS), get_int(job + 8 * LIMIT)
+            for row in range(rows):
+                at = tile + 256 * row
+                to = logits + 4 * ((first + row) * groups * 64 + group * 64)
+                for lanes in range(0, 256, 64):
+                    numbers = load(at + lanes) * splat(scale)
+                    if cap != np.float32(0):
+                        numbers = splat(cap) * tanh(numbers / splat(cap))
+                    store(at + lanes, numbers)
+                    if logits != 0:
+                        store(to + lanes, numbers)
+                best = get_int(job + 8 * BEST) + 16 * (group * picked + first + row)
+                note_best(at, best, 64 * group, limit)
+            piece = finish(phase, threads, thread, tag)
+        return piece != STALE and await_all(phase, tag)
+
+    @compiled
+    def choose(job, groups, place):  # type: ignore[no-untyped-def]
+        """Return the id of the largest logit of a place, -1 if it is not finite."""
+        picked = get_int(job + 8 * NUM_PICKED)
+        best = get_int(job + 8 * BEST)
+        most, found = get_f32(best + 16 * place), 0
+        for group in range(1, groups):
+            number = get_f32(best + 16 * (group * picked + place))
+            if number != number:
+                return -1
+            if number > most:
+                most, found = number, group
+        if not abs(most) < np.float32(np.inf):
+            return -1
+        return get_int(best + 16 * (found * picked + place) + 8)
+
+    @compiled
+    def choose_phase(job, model, step, phase, thread, tag):  # type: ignore[no-untyped-def]
+        """Choose the most likely ids; in a chain, make them the next step's tokens."""
+        threads = get_int(job + 8 * THREADS)
+        piece = claim(phase, threads, thread, tag)
+        while piece >= 0:
+            groups, steps = get_int(model + 8 * VOCABULARY_GROUPS), get_int(job + 8 * STEPS)
+            for place in range(get_int(job + 8 * NUM_PICKED)):
+                found = choose(job, groups, place)
+                put_int(get_int(job + 8 * CHOICES) + 8 * place, found)
+                if steps > 0:
+                    put_int(get_int(job + 8 * CHAIN) + 8 * (place * steps + step), found)
+            if steps > 0:
+                for row in range(get_int(job + 8 * ROWS)):
+                    span = get_int(job + 8 * SPANS) + 8 * SPAN_SIZE * row
+                    start = get_int(span + 8 * START) + get_int(span + 8 * WIDTH)
+                    put_int(span + 8 * START, start)
+                    put_int(span + 8 * WIDTH, 1)
+                    put_int(span + 8 * FIRST, row)
+                    put_int(get_int(job + 8 * POSITIONS) + 8 * row, start)
+                    put_int(get_int(job + 8 * PICKED) + 8 * row, row)
+                    found = get_int(get_int(job + 8 * CHOICES) + 8 * row)
+                    put_int(get_int(job + 8 * IDS) + 8 * row, max(0, found))
+                put_int(job + 8 * TOKENS, get_int(job + 8 * ROWS))
+                put_int(job + 8 * STORES_FIRST, 0)
+            piece = finish(phase, threads, thread, tag)
+        return piece != STALE and await_all(phase, tag)
+
+    @compiled
+    def run_layer(job, model, layer, index, phase, phase_size, thread, tag):  # type: ignore[no-untyped-def]
+        """Run one layer's phases; return False if the job is over."""
+        norm = get_int(layer + 8 * NORM_1)
+        if not norm_phase(job, model, norm, phase + _NORM_1 * phase_size, thread, tag):
+            return False
+        if not project(job, model, layer, phase + _QKV * phase_size, thread, tag):
+            return False
+        at = phase + _WHOLE_NORMS * phase_size
+        if not whole_norms(job, model, layer, at, thread, tag):
+            return False
+        if not store_phase(job, model, layer, index, phase + _STORE * phase_size, thread, tag):
+            return False
+        if not attend_phase(job, model, layer, index, phase + _ATTEND * phase_size, thread, tag):
+            return False
+        words = get_int(model + 8 * HEADS) * get_int(model + 8 * HEAD_ROOM) // word
+        weights, bias = get_int(layer + 8 * OUT), get_int(layer + 8 * OUT_BIAS)
+        post, at = get_int(layer + 8 * POST_NORM_1), phase + _OUT * phase_size
+        if not add_product(job, model, weights, bias, post, ATTENDED, words, at, thread, tag):
+            return False
+        if not add_normed_phase(job, model, post, phase + _POST_1 * phase_size, thread, tag):
+            return False
+        norm = get_int(layer + 8 * NORM_2)
+        if not norm_phase(job, model, norm, phase + _NORM_2 * phase_size, thread, tag):
+            return False
+        if not gate_up(job, model, layer, phase + _GATE_UP * phase_size, thread, tag):
+            return False
+        words = get_int(model + 8 * MLP_GROUPS) * 32 // word
+        weights, bias = get_int(layer + 8 * DOWN), get_int(layer + 8 * DOWN_BIAS)
+        post, at = get_int(layer + 8 * POST_NORM_2), phase + _DOWN * phase_size
+        if not add_product(job, model, weights, bias, post, ACTIVATED, words, at, thread, tag):
+            return False
+        return add_normed_phase(job, model, post, phase + _POST_2 * phase_size, thread, tag)
+
+    @compiled
+    def run_steps(job, thread, tag):  # type: ignore[no-untyped-def]
+        model, threads = get_int(job + 8 * MODEL), get_int(job + 8 * THREADS)
+        phase, phase_size = get_int(job + 8 * COUNTERS), phase_bytes(threads)
+        layers = get_int(model + 8 * LAYERS) if get_int(job + 8 * RUNS_BODY) != 0 else 0
+        layer_table = get_int(model + 8 * LAYER_TABLE)
+        for step in range(max(1, get_int(job + 8 * STEPS))):
+            if not embed_phase(job, model, phase, thread, tag):
+                return
+            phase += phase_size
+            for index in range(layers):
+                layer = layer_table + 8 * LAYER_SIZE * index
+                if not run_layer(job, model, layer, index, phase, phase_size, thread, tag):
+                    return
+                phase += LAYER_PHASES * phase_size
+            if not final_phase(job, model, phase + _FINAL * phase_size, thread, tag):
+                return
+            if not head(job, model, phase + _HEAD * phase_size, thread, tag):
+                return
+            if not choose_phase(job, model, step, phase + _CHOOSE * phase_size, thread, tag):
+                return
+            phase += END_PHASES * phase_size
+
+    if not amx:
+        return run_steps  # type: ignore[no-any-return]
+
+    @compiled
+    def run_with_tiles(job, thread, tag):  # type: ignore[no-untyped-def]
+        configure_tiles(get_int(job + 8 * TILE_CONFIG))
+        run_steps(job, thread, tag)
+        release_tiles()
+
+    return run_with_tiles  # type: ignore[no-any-return]

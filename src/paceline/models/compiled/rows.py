@@ -1,0 +1,168 @@
+"""Operations on single rows of numbers: norms, activations, rounding to the inputs of a product.
+
+`make_rows` returns them for one dtype of inputs (bfloat16 or float32); numba compiles them into the
+forward. Row lengths are multiples of 32. Symbols: d head size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from paceline.models.compiled.simd import (
+    exp,
+    fma,
+    fma_one,
+    get_bf16,
+    get_f32,
+    keep_lanes,
+    larger,
+    load,
+    load_bf16,
+    put_bf16,
+    put_f32,
+    smaller,
+    splat,
+    store,
+    store_bf16,
+    sum_lanes,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+compiled = njit(error_model="numpy")
+
+
+class Rows(NamedTuple):
+    """The row operations of one dtype, compiled by numba.
+
+    put_inputs(row, column, first, second): round 32 numbers into a row of inputs.
+    norm_to_inputs(x, weight, target, size, room, eps): root-mean-square norm of a row.
+    embed(source, target, size, room, scale): read a row of the embedding as float32.
+    """
+
+    put_inputs: Callable[..., Any]
+    norm_to_inputs: Callable[..., Any]
+    embed: Callable[..., Any]
+
+
+@compiled
+def inverse_norm(x, size, room, eps):  # type: ignore[no-untyped-def]
+    """Return 1 / sqrt(mean(x^2) + eps) of `size` float32 numbers; zeros follow up to `room`."""
+    total, other = splat(np.float32(0)), splat(np.float32(0))
+    for at in range(0, room, 32):
+        first, second = load(x + 4 * at), load(x + 4 * at + 64)
+        total, other = fma(first, first, total), fma(second, second, other)
+    mean = sum_lanes(total + other) / np.float32(size)
+    return np.float32(1) / np.sqrt(mean + eps)
+
+
+@compiled
+def norm_in_place(x, weight, size, room, eps):  # type: ignore[no-untyped-def]
+    """Norm a row of float32 numbers in place."""
+    scale = splat(inverse_norm(x, size, room, eps))
+    for at in range(0, room, 16):
+        store(x + 4 * at, load(x + 4 * at) * scale * load(weight + 4 * at))
+
+
+@compiled
+def add_normed(stream, x, weight, size, room, eps, factor):  # type: ignore[no-untyped-def]
+    """Add `factor` times the norm of a row to the residual stream."""
+    scale, times = splat(inverse_norm(x, size, room, eps)), splat(factor)
+    for at in range(0, room, 16):
+        normed = load(x + 4 * at) * scale * load(weight + 4 * at)
+        store(stream + 4 * at, fma(normed, times, load(stream + 4 * at)))
+
+
+@compiled
+def turn(x, angles, half):  # type: ignore[no-untyped-def]
+    """Rotate the pairs (i, i + half) of a row in place. angles: cosines [half], then sines."""
+    whole = half // 16 * 16
+    for at in range(0, whole, 16):
+        a, b = load(x + 4 * at), load(x + 4 * (half + at))
+        cos, sin = load(angles + 4 * at), load(angles + 4 * (half + at))
+        store(x + 4 * at, fma(a, cos, splat(np.float32(0)) - b * sin))
+        store(x + 4 * (half + at), fma(b, cos, a * sin))
+    for at in range(whole, half):
+        one, two = get_f32(x + 4 * at), get_f32(x + 4 * (half + at))
+        c, s = get_f32(angles + 4 * at), get_f32(angles + 4 * (half + at))
+        put_f32(x + 4 * at, fma_one(one, c, -(two * s)))
+        put_f32(x + 4 * (half + at), fma_one(two, c, one * s))
+
+
+@compiled
+def tanh(x):  # type: ignore[no-untyped-def]
+    """Return the hyperbolic tangent of each lane, as 1 - 2 / (e^2x + 1)."""
+    one = splat(np.float32(1))
+    bounded = smaller(larger(x, splat(np.float32(-20))), splat(np.float32(20)))
+    bounded = bounded + (x - x)  # nan stays nan
+    return one - splat(np.float32(2)) / (exp(bounded + bounded) + one)
+
+
+@compiled
+def erf(x):  # type: ignore[no-untyped-def]
+    """Return the error function of each lane within 2e-7 (Abramowitz and Stegun 7.1.26)."""
+    one, zero = splat(np.float32(1)), splat(np.float32(0))
+    size = larger(x, zero - x)
+    t = one / fma(size, splat(np.float32(0.3275911)), one)
+    poly = splat(np.float32(1.061405429))
+    poly = fma(poly, t, splat(np.float32(-1.453152027)))
+    poly = fma(poly, t, splat(np.float32(1.421413741)))
+    poly = fma(poly, t, splat(np.float32(-0.284496736)))
+    poly = fma(poly, t, splat(np.float32(0.254829592)))
+    upper = one - poly * t * exp(zero - size * size)
+    return upper * x / larger(size, splat(np.float32(1e-30)))
+
+
+@compiled
+def activate(x, kind):  # type: ignore[no-untyped-def]
+    """Return silu (kind 0), tanh gelu (1) or erf gelu (2) of each lane."""
+    one, half = splat(np.float32(1)), splat(np.float32(0.5))
+    if kind == 0:
+        return x / (one + exp(splat(np.float32(0)) - x))
+    if kind == 1:
+        inner = fma(x * x * x, splat(np.float32(0.044715)), x)
+        return half * x * (one + tanh(inner * splat(np.float32(0.7978845608028654))))
+    return half * x * (one + erf(x * splat(np.float32(0.7071067811865476))))
+
+
+def make_rows(dtype: str) -> Rows:
+    """Return the row operations for inputs of `bfloat16` or `float32`."""
+    half = dtype == "bfloat16"
+
+    @compiled
+    def put_inputs(row, column, first, second):  # type: ignore[no-untyped-def]
+        if half:
+            store_bf16(row + 2 * column, first)
+            store_bf16(row + 2 * column + 32, second)
+        else:
+            store(row + 4 * column, first)
+            store(row + 4 * column + 64, second)
+
+    @compiled
+    def norm_to_inputs(x, weight, target, size, room, eps):  # type: ignore[no-untyped-def]
+        scale = splat(inverse_norm(x, size, room, eps))
+        for at in range(0, room, 32):
+            first = load(x + 4 * at) * scale * load(weight + 4 * at)
+            second = load(x + 4 * at + 64) * scale * load(weight + 4 * at + 64)
+            put_inputs(target, at, first, second)
+
+    @compiled
+    def embed(source, target, size, room, scale):  # type: ignore[no-untyped-def]
+        factor, whole = splat(scale), size // 16 * 16
+        for at in range(0, whole, 16):
+            numbers = load_bf16(source + 2 * at) if half else load(source + 4 * at)
+            store(target + 4 * at, numbers * factor)
+        for at in range(whole, size):
+            number = get_bf16(source + 2 * at) if half else get_f32(source + 4 * at)
+            put_f32(target + 4 * at, number * scale)
+        for at in range(size, room):
+            put_f32(target + 4 * at, np.float32(0))
+
+    return Rows(put_inputs, norm_to_inputs, embed)
+
+
+__all__ = ["Rows", "activate", "add_normed", "keep_lanes", "make_rows", "norm_in_place", "put_bf16", "tanh", "turn"]

@@ -1,0 +1,180 @@
+"""A model's weights packed for the compiled forward, with the tables that describe them.
+
+Sizes are rounded up with zeros: hidden states to 64 numbers, heads to 32. Symbols: O outputs, I inputs,
+D hidden size, H query heads, Hkv key-value heads, d head size, F MLP size, V logits.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from paceline.models.compiled import tables as t
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from paceline.models.compiled.family import Facts, LayerFacts
+
+GROUP: Final = 64
+HEAD_UNIT: Final = 32
+_LANES: Final = 16
+
+# A thread that is late may read a table after its model is gone, so the tables stay: a few kilobytes each.
+_TABLES: Final[list[np.ndarray]] = []
+
+
+def rounded(number: int, unit: int) -> int:
+    """Return the next multiple of a unit."""
+    return -(-number // unit) * unit
+
+
+def pack(weight: Tensor) -> Tensor:
+    """Return a weight [O, I] by 16 outputs and words of four bytes; O and I are padded to 64 and 32."""
+    outputs, inputs = weight.shape
+    whole = F.pad(weight, (0, -inputs % HEAD_UNIT, 0, -outputs % GROUP))
+    word = 4 // weight.element_size()
+    blocks = whole.view(-1, _LANES, whole.shape[1] // word, word)
+    return blocks.permute(0, 2, 1, 3).contiguous()
+
+
+def pad_heads(weight: Tensor, heads: int, dim: int) -> Tensor:
+    """Return a weight or bias with every head's part of a dimension padded to 32."""
+    parts = weight.unflatten(dim, (heads, -1)).movedim(dim + 1, -1)
+    padded = F.pad(parts, (0, -parts.shape[-1] % HEAD_UNIT))
+    return padded.movedim(-1, dim + 1).flatten(dim, dim + 1)
+
+
+def padded_row(numbers: Tensor, size: int) -> Tensor:
+    """Return numbers [n] as float32 [size], with zeros at the end."""
+    return F.pad(numbers.float(), (0, size - len(numbers))).contiguous()
+
+
+def interleave(gate: Tensor, up: Tensor) -> Tensor:
+    """Return [2 F, ...] with 32 outputs of the gate before 32 of up; F is padded to 32."""
+    missing = (0, 0) * (gate.ndim - 1) + (0, -len(gate) % HEAD_UNIT)
+    halves = [F.pad(w, missing).unflatten(0, (-1, HEAD_UNIT)) for w in (gate, up)]
+    return torch.stack(halves, dim=1).flatten(0, 2)
+
+
+def float_bits(number: float) -> int:
+    """Return a float32's bits, as a table holds it."""
+    return int(struct.unpack("<I", struct.pack("<f", number))[0])
+
+
+class PackedModel:
+    """The packed weights of a model and the address of its table."""
+
+    def __init__(self, facts: Facts, layers: Sequence[LayerFacts]) -> None:
+        self.facts = facts
+        self.groups = facts.heads // facts.kv_heads
+        self.room = rounded(facts.hidden_size, GROUP)
+        self.head_room = rounded(facts.head_dim, HEAD_UNIT)
+        self.value_room = rounded(facts.head_dim, GROUP)
+        self.mlp_room = rounded(facts.mlp_size, HEAD_UNIT)
+        self.num_logits = facts.head.shape[0]
+        self.logit_room = rounded(self.num_logits, GROUP)
+        self.outputs = (facts.heads + 2 * facts.kv_heads) * self.head_room
+        self.dtype = facts.embedding.dtype
+        self.num_layers = len(layers)
+        # numbers of one position's keys and values in all layers
+        self.position_numbers = (
+            self.num_layers * facts.kv_heads * (self.head_room + self.value_room)
+        )
+        self._kept: list[Tensor] = [facts.embedding]
+        self._angles = torch.empty(0)
+        self._table = np.zeros(t.MODEL_SIZE, np.int64)
+        self._layers = np.zeros((len(layers), t.LAYER_SIZE), np.int64)
+        _TABLES.extend((self._table, self._layers))
+        self.address: int = self._table.ctypes.data
+        for row, layer in zip(self._layers, layers, strict=True):
+            self._fill_layer(row, layer)
+        self._fill_model()
+
+    def _address(self, tensor: Tensor | None) -> int:
+        """Return a tensor's address and keep it; 0 for None."""
+        if tensor is None:
+            return 0
+        self._kept.append(tensor)
+        return int(tensor.data_ptr())
+
+    def _row(self, numbers: Tensor | None, size: int) -> int:
+        return self._address(None if numbers is None else padded_row(numbers, size))
+
+    def _fill_layer(self, row: np.ndarray, layer: LayerFacts) -> None:
+        f = self.facts
+        counts = (f.heads, f.kv_heads, f.kv_heads)
+        qkv = [pad_heads(w, n, 0) for w, n in zip(layer.qkv, counts, strict=True)]
+        row[t.QKV] = self._address(pack(torch.cat(qkv)))
+        if layer.qkv_bias is not None:
+            biases = [pad_heads(b, n, 0) for b, n in zip(layer.qkv_bias, counts, strict=True)]
+            row[t.QKV_BIAS] = self._row(torch.cat(biases), rounded(self.outputs, GROUP))
+        row[t.OUT] = self._address(pack(pad_heads(layer.out, f.heads, 1)))
+        row[t.OUT_BIAS] = self._row(layer.out_bias, self.room)
+        row[t.GATE_UP] = self._address(pack(interleave(layer.gate, layer.up)))
+        if layer.gate_up_bias is not None:
+            row[t.GATE_UP_BIAS] = self._row(interleave(*layer.gate_up_bias), 2 * self.mlp_room)
+        row[t.DOWN] = self._address(pack(layer.down))
+        row[t.DOWN_BIAS] = self._row(layer.down_bias, self.room)
+        norms = {
+            t.NORM_1: layer.norm_1,
+            t.POST_NORM_1: layer.post_norm_1,
+            t.NORM_2: layer.norm_2,
+            t.POST_NORM_2: layer.post_norm_2,
+        }
+        for place, norm in norms.items():
+            row[place] = self._row(norm, self.room)
+        for place, norm, heads in (
+            (t.QUERY_NORM, layer.query_norm, f.heads),
+            (t.KEY_NORM, layer.key_norm, f.kv_heads),
+        ):
+            if norm is not None:
+                size = self.head_room * (heads if f.norms_whole else 1)
+                numbers = pad_heads(norm, heads, 0) if f.norms_whole else norm
+                row[place] = self._row(numbers, size)
+        row[t.WINDOW] = layer.window or 0
+        row[t.TURNS] = layer.turns
+        row[t.SCORE_SCALE_F] = float_bits(layer.score_scale)
+        row[t.SCORE_CAP_F] = float_bits(f.score_cap)
+
+    def _fill_model(self) -> None:
+        f, table = self.facts, self._table
+        table[t.HIDDEN], table[t.HIDDEN_ROOM] = f.hidden_size, self.room
+        table[t.HEADS], table[t.KV_HEADS] = f.heads, f.kv_heads
+        table[t.HEAD_SIZE], table[t.HEAD_ROOM] = f.head_dim, self.head_room
+        table[t.VALUE_ROOM], table[t.HALF_TURNED] = self.value_room, f.half_turned
+        table[t.LAYERS], table[t.MLP_GROUPS] = len(self._layers), self.mlp_room // HEAD_UNIT
+        table[t.VOCABULARY] = self.num_logits
+        table[t.VOCABULARY_GROUPS] = self.logit_room // GROUP
+        table[t.EMBEDDING] = f.embedding.data_ptr()
+        table[t.EMBEDDING_SCALE_F] = float_bits(f.embedding_scale)
+        table[t.EPSILON_F] = float_bits(f.epsilon)
+        table[t.FINAL_NORM] = self._row(f.final_norm, self.room)
+        table[t.HEAD_WEIGHTS] = self._address(pack(f.head))
+        table[t.HEAD_BIAS] = self._row(f.head_bias, self.logit_room)
+        table[t.ACTIVATION] = f.activation
+        table[t.LOGIT_SCALE_F] = float_bits(f.logit_scale)
+        table[t.LOGIT_CAP_F] = float_bits(f.logit_cap)
+        table[t.RESIDUAL_SCALE_F] = float_bits(f.residual_scale)
+        table[t.NORM_WHOLE] = f.norms_whole
+        table[t.LAYER_TABLE] = self._layers.ctypes.data
+
+    def reserve_positions(self, num_positions: int) -> None:
+        """Make the table of angles cover positions below `num_positions`."""
+        known = self._angles.shape[1] if self._angles.ndim > 1 else 0
+        if num_positions <= known or not self.facts.half_turned:
+            return
+        length = min(max(num_positions, 2 * known, 256), self.facts.num_positions)
+        self._angles = self.facts.angles(max(length, num_positions)).contiguous()
+        self._table[t.ANGLES_STRIDE] = self._angles[0].nbytes
+        self._table[t.ANGLES] = self._angles.data_ptr()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the packed weights."""
+        return sum(tensor.nbytes for tensor in self._kept[1:])
