@@ -120,10 +120,11 @@ class Forward(Protocol):
 
 
 @runtime_checkable
-class ScoringForward(Forward, Protocol):
-    """A forward that computes scores and greedy chains itself, from lists and without the host.
+class ScoringForward(Protocol):
+    """A forward that computes scores and greedy chains itself, from lists, each in one call.
 
-    `LanguageModel.score` and `draft_chain` then call nothing else.
+    `LanguageModel.score` and `draft_chain` then call nothing else; their arguments are passed on, and
+    it makes room in the cache.
     """
 
     def score(
@@ -134,17 +135,14 @@ class ScoringForward(Forward, Protocol):
         cache: KVCache,
         wants_logits: bool,
     ) -> Scores:
-        """Return the scores of the spans' tokens, and cache their keys and values.
+        """Return the scores of all N tokens, and cache their keys and values."""
 
-        The arguments are those of `LanguageModel.score`, which has made no room in the cache.
-        """
-
-    def draft_chain(
+    def chain(
         self,
         tokens: Sequence[int],
         spans: Sequence[Span],
+        cache: KVCache,
         num_drafted: int,
         num_tokens: int,
-        cache: KVCache,
-    ) -> list[list[int]] | None:
-        """Return greedy chains as `LanguageModel.draft_chain` does, or None to be asked step by step."""
+    ) -> list[list[int]]:
+        """Return a greedy chain [R, K] after each row's tokens; K is `num_drafted`."""

@@ -199,7 +199,7 @@ class LanguageModel:
         cached after the row's own. None if the batch is too large.
         """
         if self._scoring is not None:
-            return self._scoring.draft_chain(tokens, spans, num_drafted, num_tokens, self.cache)
+            return self._scoring.chain(tokens, spans, self.cache, num_drafted, num_tokens)
         assert self._static is not None
         drafted = self._static.draft(torch.tensor(tokens), spans, num_drafted, num_tokens)
         chains: list[list[int]] | None = None if drafted is None else drafted.tolist()

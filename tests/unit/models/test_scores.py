@@ -54,14 +54,14 @@ class OwnScores(LeanForward):
         logits = self.logits(self.hidden(*cache.pack(torch.tensor(tokens), spans, parents)))
         return Scores(Scores.of(logits).choices, logits if wants_logits else None)
 
-    def draft_chain(
+    def chain(
         self,
         tokens: Sequence[int],
         spans: Sequence[Span],
+        cache: KVCache,
         num_drafted: int,
         num_tokens: int,
-        cache: KVCache,
-    ) -> list[list[int]] | None:
+    ) -> list[list[int]]:
         self.wanted.append(False)
         chains: list[list[int]] = [[] for _ in spans]
         for _ in range(num_drafted):
