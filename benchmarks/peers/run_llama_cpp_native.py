@@ -1,0 +1,35 @@
+"""llama.cpp compiled for this processor, one row, plain decoding: GGUF THREADS."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from line_protocol import Answer, Request, serve
+
+CONTEXT = 2048
+
+
+def load() -> Callable[[Request], Answer]:
+    """Load the model and return its decode."""
+    from llama_cpp import Llama
+
+    path, threads = sys.argv[1], int(sys.argv[2])
+    model = Llama(path, n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+    def decode(request: Request) -> Answer:
+        [ids] = request["ids"]
+        end = None if request["ignore_eos"] else model.token_eos()
+        model.reset()  # so that each call pays its prefill
+        tokens: list[int] = []
+        for token in model.generate(ids, temp=0.0, top_k=1):
+            tokens.append(int(token))
+            if len(tokens) == request["n"] or token == end:
+                break
+        return {"tokens": [tokens]}
+
+    return decode
+
+
+if __name__ == "__main__":
+    serve(load)
