@@ -206,9 +206,10 @@ def markdown(
 ) -> str:
     """Return the page."""
     lines = page("paceline against llama.cpp and vLLM", facts)
+    read, peers = tables["bandwidth_gb_s"], ", ".join(YARDSTICKS)
     lines += [
-        f"Read bandwidth {tables['bandwidth_gb_s']:.1f} GB/s (the best sum over 1 GiB). The yardstick of",
-        f"a case is the first engine of {', '.join(YARDSTICKS)} that ran it, in plain decoding. Intervals",
+        f"Read bandwidth {read:.1f} GB/s (the best sum over 1 GiB). The yardstick of a case is the",
+        f"first engine of {peers} that ran it, in plain decoding. Intervals",
         "resample prompts and turns. Texts are compared with paceline's `none`; equal tokens are those",
         "before the first difference. The share of bandwidth counts 2 bytes per parameter and token in",
         "bfloat16, 1 in int8 (q8_0 in llama.cpp). Tokens of a prefill are those of the prompt.",

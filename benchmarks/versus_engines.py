@@ -238,7 +238,10 @@ def compare(options: argparse.Namespace, peers: Sequence[str]) -> None:
             else random_weights(folder, options)
         )
         weight_bytes |= weights.num_bytes()
-        engines.convert(weights)
+        try:
+            engines.convert(weights)
+        except PeerError as error:
+            not_run[f"llama.cpp's weights of {name}"] = str(error)
         prompts = encode(weights, timed)
         cases = make_cases(weights, prompts, engines, options.max_new_tokens)
         run = Run(facts, not_run, folder / "log", options.threads)

@@ -85,12 +85,12 @@ class Engines:
         )
 
     def convert(self, weights: Weights) -> None:
-        """Write the GGUF files that are missing. Raises PeerError if one cannot be written."""
+        """Write the GGUF files of llama.cpp. Raises PeerError if one cannot be written."""
         python = self.pythons.get(LLAMA_CPP) or self.pythons.get(LLAMA_CPP_NATIVE)
         for kind in (GGUF_KINDS[precision] for precision in weights.configs):
             for folder in (weights.folder, weights.drafter):
                 out = folder and weights.gguf(folder, kind, self.build)
-                if python and folder and out and not out.is_file():
+                if python and folder and out:
                     script = str(_FOLDER / "to_gguf.py")
                     command = [str(python), script, str(folder), str(out), kind]
                     run_logged(command, out.with_suffix(".log"))
