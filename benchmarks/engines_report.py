@@ -39,7 +39,7 @@ COLUMNS: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Series:
     """All calls of one method in one case."""
 

