@@ -229,7 +229,8 @@ def compare(options: argparse.Namespace, peers: Sequence[str]) -> None:
     learned, timed = demo_prompts(options.collect_per_task, options.per_task)
     facts = Facts(options.out / "versus_engines.jsonl", calls_depend_on(options), options.resume)
     engines = install_engines(peers, options.peers_dir, options.build.absolute(), options.threads)
-    not_run, weight_bytes = dict(engines.refused), {}
+    not_run = dict(engines.refused)
+    weight_bytes: dict[str, float] = {}
     for name in options.models:
         folder = options.build.absolute() / name
         weights = (
@@ -252,7 +253,7 @@ def compare(options: argparse.Namespace, peers: Sequence[str]) -> None:
 
 def encode(weights: Weights, records: Sequence[PromptRecord]) -> dict[str, list[int]]:
     """Return the prompts' tokens by id, one message each."""
-    tokenizer = AutoTokenizer.from_pretrained(weights.folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(weights.folder)
     return {
         record.id: tokenizer.apply_chat_template(
             messages(record.prompt), add_generation_prompt=True, return_dict=False

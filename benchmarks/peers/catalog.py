@@ -111,8 +111,8 @@ class Engines:
             if weights.drafter:
                 drafter = weights.gguf(weights.drafter, kind, self.build)
                 modes |= {"n-gram": "ngram", "draft model": str(drafter)}
-            command = (str(python), _script("llama_cpp"), model, threads, str(rows))
-            found += [Method(LLAMA_CPP, mode, (*command, way)) for mode, way in modes.items()]
+            server = (str(python), _script("llama_cpp"), model, threads, str(rows))
+            found += [Method(LLAMA_CPP, mode, (*server, way)) for mode, way in modes.items()]
         return found
 
     def _vllm(self, weights: Weights, dtype: str) -> list[Method]:

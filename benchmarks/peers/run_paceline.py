@@ -6,10 +6,10 @@ Such a request names the model in "arm": `target`, or a drafter with a model.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from line_protocol import Answer, Request, serve
 
@@ -52,7 +52,8 @@ def forward_seconds(pace: Pace, name: str, width: int) -> float:
     from paceline.models.packing import Span
 
     parts = pace.parts
-    model: LanguageModel = parts.target if name == "target" else parts.drafters[name].model  # type: ignore[attr-defined]
+    drafters: Mapping[str, Any] = parts.drafters
+    model: LanguageModel = parts.target if name == "target" else drafters[name].model
     tokens = torch.arange(CONTEXT) % model.num_logits
     slot = model.acquire()
     with torch.inference_mode():
