@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from engines_facts import Call
 
-YARDSTICKS: Final = (LLAMA_CPP_NATIVE, LLAMA_CPP, VLLM_CPU)
+PEERS: Final = (PACELINE, LLAMA_CPP_NATIVE, LLAMA_CPP, VLLM_CPU)
+YARDSTICKS: Final = PEERS[1:]
 """The first of these that ran a case in plain decoding is what its other methods are compared with."""
 COLUMNS: Final = {
     "engine": "{peer}",
@@ -58,7 +59,7 @@ class Series:
 
 
 def series_of(calls: Sequence[Call]) -> list[Series]:
-    """Return the methods that have every prompt in every turn, by case in order of appearance."""
+    """Return the methods that have every prompt in every turn, by case, engine and mode."""
     grouped: dict[tuple[str, str, str], dict[str, list[Call]]] = {}
     for call in calls:
         if call.kind in (DECODE, PREFILL):
@@ -67,12 +68,18 @@ def series_of(calls: Sequence[Call]) -> list[Series]:
     sizes: dict[str, tuple[int, int]] = {}
     for (case, _, _), prompts in grouped.items():
         sizes[case] = max(sizes.get(case, (0, 0)), (len(prompts), min(map(len, prompts.values()))))
+    cases = list(sizes)
+
+    def place(method: tuple[str, str, str]) -> tuple[int, int, bool, str]:
+        case, peer, mode = method
+        return cases.index(case), PEERS.index(peer), mode not in (PLAIN, NONE), mode
+
     return [
-        _series(case, peer, mode, prompts)
-        for (case, peer, mode), prompts in sorted(
-            grouped.items(), key=lambda item: list(sizes).index(item[0][0])
+        _series(*method, grouped[method])
+        for method in sorted(grouped, key=place)
+        if all(
+            (len(grouped[method]), len(own)) == sizes[method[0]] for own in grouped[method].values()
         )
-        if all((len(prompts), len(own)) == sizes[case] for own in prompts.values())
     ]
 
 

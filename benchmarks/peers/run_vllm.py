@@ -29,6 +29,7 @@ def load() -> Callable[[Request], Answer]:
         VLLM_CPU_KVCACHE_SPACE="1",  # GB
         VLLM_CPU_OMP_THREADS_BIND=f"0-{int(threads) - 1}",
         VLLM_LOGGING_LEVEL="ERROR",
+        VLLM_NO_USAGE_STATS="1",
         HF_HUB_OFFLINE="1",
     )
     from vllm import LLM, SamplingParams
