@@ -260,7 +260,6 @@ def _forward_lines(row: Mapping[str, Any]) -> list[str]:
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw tokens per second by case, a colour per engine."""
     cases = list(dict.fromkeys(row["case"] for row in rows))
-    peers = list(dict.fromkeys(row["peer"] for row in rows))
     columns = min(3, len(cases))
     height = -(-len(cases) // columns)
     figure = import_figure()(figsize=(5 * columns, 3.4 * height), layout="constrained")
@@ -269,8 +268,9 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         own = [row for row in rows if row["case"] == case][::-1]
         names = [f"{row['peer']}: {row['mode']}" for row in own]
         speeds = [row["tokens_per_second"] for row in own]
-        colours = [f"C{peers.index(row['peer'])}" for row in own]
+        colours = [f"C{PEERS.index(row['peer'])}" for row in own]
         axes.bar_label(axes.barh(names, speeds, color=colours), fmt="%.0f", fontsize=7, padding=2)
+        axes.margins(x=0.15)  # room for the labels
         axes.set_title(case, fontsize=9)
         axes.set_xlabel("tokens/s", fontsize=8)
         axes.tick_params(labelsize=7)
