@@ -224,10 +224,9 @@ def run_model(weights: Weights, cases: Sequence[Case], run: Run, facts: Facts, t
         run.stop()
 
 
-def compare(options: argparse.Namespace, peers: Sequence[str]) -> None:
+def compare(options: argparse.Namespace, peers: Sequence[str], facts: Facts) -> None:
     """Install the peers, time every model, and write facts, table and figure."""
     learned, timed = demo_prompts(options.collect_per_task, options.per_task)
-    facts = Facts(options.out / "versus_engines.jsonl", calls_depend_on(options), options.resume)
     engines = install_engines(peers, options.peers_dir, options.build.absolute(), options.threads)
     not_run = dict(engines.refused)
     weight_bytes: dict[str, float] = {}
@@ -298,7 +297,12 @@ def main() -> None:
     named = [peer for peer in options.peers.split(",") if peer]
     if unknown := [peer for peer in named if peer not in RECIPES]:
         parser.error(f"--peers: unknown {', '.join(unknown)}; known: {', '.join(RECIPES)}")
-    compare(options, named)
+    path = options.out / "versus_engines.jsonl"
+    try:
+        facts = Facts(path, calls_depend_on(options), options.resume)
+    except ValueError as error:
+        parser.error(f"{error}; give the same options, or run without --resume")
+    compare(options, named, facts)
 
 
 if __name__ == "__main__":

@@ -38,9 +38,13 @@ class Worker:
                 text=True,
                 env={**os.environ, "OMP_NUM_THREADS": str(threads)},
             )
-        if self._read() != "ready":
-            raise PeerError(last_line(log))
-        self.settle()
+        try:
+            if self._read() != "ready":
+                raise PeerError(last_line(log))
+            self.settle()
+        except BaseException:
+            self.stop()
+            raise
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """Return the answer to a request, once the process is idle again. Raises PeerError."""
@@ -77,7 +81,7 @@ class Worker:
     def stop(self) -> None:
         """End the process, whatever it does."""
         self._process.kill()
-        self._process.wait()
+        self._process.communicate()  # closes the pipes
 
     def _read(self) -> str:
         assert self._process.stdout is not None

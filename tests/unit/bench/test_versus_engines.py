@@ -25,7 +25,7 @@ def report(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def _module(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for module in ("engines_facts", "engines_report", "result_pages", "peers", "peers.catalog"):
+    for module in ("engines_facts", "engines_report", "peers", "peers.catalog", "peers.worker"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     return importlib.import_module(name)
 
@@ -78,3 +78,32 @@ def test_a_method_that_stopped_halfway_is_in_no_table(facts: Any, report: Any) -
     whole = calls_of(facts, "paceline", "none", 0.5, [1, 2, 3, 4])
     part = calls_of(facts, "vLLM", "plain", 0.5, [1, 2, 3, 4])[:-1]
     assert [s.peer for s in report.series_of([*part, *whole])] == ["paceline"]
+
+
+def test_a_peer_that_does_not_start_says_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    worker = _module("peers.worker", monkeypatch)
+    command = [sys.executable, "-c", "import sys; sys.exit('the weights are missing')"]
+    with pytest.raises(worker.PeerError, match=r"^the weights are missing$"):
+        worker.Worker(command, tmp_path / "log", threads=1)
+
+
+def test_what_an_engine_prints_is_not_taken_for_an_answer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    worker = _module("peers.worker", monkeypatch)
+    script = tmp_path / "engine.py"
+    script.write_text(
+        "from line_protocol import serve\n"
+        "def decode(request):\n"
+        "    print('decoding')\n"
+        "    return {'tokens': request['ids']}\n"
+        "serve(lambda: print('loading') or decode)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS / "peers"))
+    peer = worker.Worker([sys.executable, str(script)], tmp_path / "log", threads=1)
+    answer = peer.ask(ids=[[1, 2]])
+    peer.stop()
+    assert answer["tokens"] == [[1, 2]]
+    assert 0.0 <= answer["seconds"] < 60.0
