@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from pathlib import Path
 from time import sleep
@@ -40,7 +41,7 @@ class Worker:
             )
         try:
             if self._read() != "ready":
-                raise PeerError(last_line(log))
+                raise self._ended()
             self.settle()
         except BaseException:
             self.stop()
@@ -50,12 +51,12 @@ class Worker:
         """Return the answer to a request, once the process is idle again. Raises PeerError."""
         assert self._process.stdin is not None
         if self._process.poll() is not None:
-            raise PeerError(last_line(self._log))
+            raise self._ended()
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         line = self._read()
         if not line:
-            raise PeerError(last_line(self._log))
+            raise self._ended()
         answer: dict[str, Any] = json.loads(line)
         self.settle()
         return answer
@@ -82,6 +83,13 @@ class Worker:
         """End the process, whatever it does."""
         self._process.kill()
         self._process.communicate()  # closes the pipes
+
+    def _ended(self) -> PeerError:
+        """Return the error of a process that has closed its output."""
+        code, line = self._process.wait(), last_line(self._log)
+        if code < 0:
+            return PeerError(f"ended by {signal.Signals(-code).name}; it wrote last: {line}")
+        return PeerError(line)
 
     def _read(self) -> str:
         assert self._process.stdout is not None
