@@ -219,7 +219,8 @@ def markdown(
         f"first engine of {peers} that ran it, in plain decoding. Intervals",
         "resample prompts and turns. Texts are compared with paceline's `none`; equal tokens are those",
         "before the first difference. The share of bandwidth counts 2 bytes per parameter and token in",
-        "bfloat16, 1 in int8 (q8_0 in llama.cpp). Tokens of a prefill are those of the prompt.",
+        "bfloat16, 1 in int8 (q8_0 in llama.cpp; native without its layout for AMX, which crashes it).",
+        "Tokens of a prefill are those of the prompt.",
     ]
     for case in dict.fromkeys(row["case"] for row in tables["methods"]):
         rows = [_cells(row) for row in tables["methods"] if row["case"] == case]

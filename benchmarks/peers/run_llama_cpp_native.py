@@ -1,4 +1,8 @@
-"""llama.cpp compiled for this processor, one row, plain decoding: GGUF THREADS."""
+"""llama.cpp compiled for this processor, one row, plain decoding: GGUF THREADS.
+
+Without the extra layouts of quantised weights: that of q8_0 for AMX ends this version with a
+segmentation fault at the first batch. Weights in bfloat16 have none.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,11 @@ CONTEXT = 2048
 
 def load() -> Callable[[Request], Answer]:
     """Load the model and return its decode."""
-    from llama_cpp import Llama
+    from llama_cpp import Llama, llama_cpp
+
+    defaults = llama_cpp.llama_model_default_params()
+    defaults.use_extra_bufts = False
+    llama_cpp.llama_model_default_params = lambda: defaults  # Llama has no argument for it
 
     path, threads = sys.argv[1], int(sys.argv[2])
     model = Llama(path, n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, verbose=False)
