@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import tempfile
 import warnings
 from functools import cache
@@ -25,9 +26,12 @@ from paceline.models.compiled import entry
 from paceline.models.compiled.program import make_run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
 
 _CHECKSUM_BYTES: Final = 32
+_EXTERNAL: Final = re.compile(r'^declare [^@]*@"?(?!llvm\.)([\w.$]+)"?\(', re.MULTILINE)
+# functions that LLVM may call where the processor has no instruction
+_BY_CODE_GENERATION: Final = ("memset", "memcpy", "memmove", "fmaf", "sqrtf", "rintf")
 
 
 @cache
@@ -60,7 +64,8 @@ def function_address(name: str, make: Callable[[], Callable[..., Any]], argument
     if stored is None:
         stored = _compile(make(), arguments, types.int64 if name == "follow" else types.void)
         _write(path, *stored)
-    symbol, code = stored
+    symbol, external, code = stored
+    _resolve(external)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine())
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
@@ -71,10 +76,26 @@ def function_address(name: str, make: Callable[[], Callable[..., Any]], argument
 _ENGINES: Final[list[Any]] = []  # their code is in use for the life of the process
 
 
-def _compile(function: Callable[..., Any], arguments: int, result: Any) -> tuple[str, bytes]:
-    """Return the symbol to call and the object file of a function."""
+def _compile(function: Callable[..., Any], arguments: int, result: Any) -> tuple[str, list[str], bytes]:
+    """Return the symbol to call, the functions that are called outside, and the object file."""
     made = numba.cfunc(result(*[types.int64] * arguments), error_model="numpy")(function)
-    return made.native_name, _machine().emit_object(llvm.parse_assembly(made.inspect_llvm()))
+    # numba's own object, since the intermediate code that it shows has passed code generation, and
+    # another pass over it may change what it does
+    _, _, (code, _) = made._library.serialize_using_object_code()
+    return made.native_name, _EXTERNAL.findall(made.inspect_llvm()), code
+
+
+def _resolve(names: Iterable[str]) -> None:
+    """Tell LLVM's loader the addresses of functions that compiled code may call.
+
+    If one is missing, the loader leaves them all without an address. Those that nothing defines are
+    numba's, for errors that this code does not raise; they abort the process.
+    """
+    process = ctypes.CDLL(None if os.name == "posix" else "msvcrt")
+    for name in (*names, *_BY_CODE_GENERATION):
+        if not llvm.address_of_symbol(name):
+            function = getattr(process, name, process.abort)
+            llvm.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
 
 
 def _machine() -> Any:
@@ -86,8 +107,8 @@ def _machine() -> Any:
     )
 
 
-def _read(path: Path) -> tuple[str, bytes] | None:
-    """Return the symbol and object file of a path, or None if it is missing or damaged."""
+def _read(path: Path) -> tuple[str, list[str], bytes] | None:
+    """Return what `_compile` returned from a path, or None if it is missing or damaged."""
     try:
         data = path.read_bytes()
     except OSError:
@@ -95,13 +116,14 @@ def _read(path: Path) -> tuple[str, bytes] | None:
     checksum, body = data[:_CHECKSUM_BYTES], data[_CHECKSUM_BYTES:]
     if hashlib.sha256(body).digest() != checksum:
         return None
-    symbol, _, code = body.partition(b"\n")
-    return symbol.decode(), code
+    names, _, code = body.partition(b"\n")
+    symbol, *external = names.decode().split()
+    return symbol, external, code
 
 
-def _write(path: Path, symbol: str, code: bytes) -> None:
+def _write(path: Path, symbol: str, external: Sequence[str], code: bytes) -> None:
     """Keep an object file; where no folder can be written, it is compiled once per process."""
-    body = symbol.encode() + b"\n" + code
+    body = " ".join((symbol, *external)).encode() + b"\n" + code
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
