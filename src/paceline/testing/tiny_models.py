@@ -242,6 +242,7 @@ _GATED: Final = {
     ),
     "cwm": _of_llama(
         "cwm",
+        bos_token_id=0,  # None is refused
         head_dim=8,
         sliding_window=6,
         layer_types=["sliding_attention", "full_attention"],

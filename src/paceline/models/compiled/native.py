@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import tempfile
 import warnings
 from functools import cache
@@ -81,10 +82,42 @@ def _compile(function: Callable[..., Any], arguments: int, result: Any) -> tuple
         made = numba.cfunc(result(*[types.int64] * arguments), error_model="numpy")(function)
     finally:
         config.OPT = before
-    module, machine = llvm.parse_assembly(made.inspect_llvm()), _machine()
+    module, machine = llvm.parse_assembly(_with_sums(made.inspect_llvm())), _machine()
     passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
     passes.getModulePassManager().run(module, passes)
     return made.native_name, machine.emit_object(module)
+
+
+_POINTER: Final = re.compile(r"^ +(%\S+) = inttoptr i64 (\S+) to ptr$", re.MULTILINE)
+_OFFSET: Final = re.compile(
+    r"^( +)(%\S+) = getelementptr (?:inbounds |nusw |nuw )*i8, ptr (%\S+), i64 (\S+)$", re.MULTILINE
+)
+
+
+def _with_sums(code: str) -> str:
+    """Return numba's LLVM code with offsets from pointers that were integers written as sums.
+
+    numba hands over what code generation left, which takes any part of a sum as the pointer and the
+    rest as an offset within its object. LLVM's passes remove an access that way if that part is 0.
+    """
+    return "\ndefine ".join(map(_function_with_sums, code.split("\ndefine ")))
+
+
+def _function_with_sums(code: str) -> str:
+    integers = dict(_POINTER.findall(code))
+
+    def as_sum(found: re.Match[str]) -> str:
+        indent, name, pointer, offset = found.groups()
+        if pointer not in integers:
+            return found[0]
+        whole = f"%sum.{found.start()}"
+        integer, integers[name] = integers[pointer], whole
+        return (
+            f"{indent}{whole} = add i64 {integer}, {offset}\n"
+            f"{indent}{name} = inttoptr i64 {whole} to ptr"
+        )
+
+    return _OFFSET.sub(as_sum, code)
 
 
 def _machine() -> Any:
