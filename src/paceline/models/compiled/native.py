@@ -149,7 +149,7 @@ def _write(path: Path, symbol: str, code: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             file.write(hashlib.sha256(body).digest() + body)
-        os.replace(file.name, path)
+        Path(file.name).replace(path)
     except OSError as error:
         warnings.warn(
             f"compiled code cannot be kept in {path.parent} ({error}), so every process compiles it; "

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import paceline
+from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
 from paceline.models.compiled import family
 from paceline.models.language_model import LanguageModel
 from paceline.models.packing import Span
@@ -85,9 +86,8 @@ def test_greedy_text_with_a_drafter_is_that_of_generate(architecture: str) -> No
         whole: Any = model.generate(  # type: ignore[operator]
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False
         )
-    pace = paceline.load(
-        target=model, tokenizer=byte_tokenizer(), drafters={"lookup": {"kind": "lookup"}}
-    )
+    drafter = PromptLookup("lookup", PromptLookupSettings(min_ngram=1))
+    pace = paceline.load(target=model, tokenizer=byte_tokenizer(), drafters={"lookup": drafter})
 
     done = pace.generate([prompt], drafter="lookup", max_new_tokens=16, ignore_eos=True)
 
