@@ -24,7 +24,6 @@ from numba import types
 from numba.core import config
 
 from paceline.models.compiled import entry
-from paceline.models.compiled.products import make_product
 from paceline.models.compiled.program import make_run
 
 if TYPE_CHECKING:
@@ -171,11 +170,7 @@ def control_functions() -> tuple[Callable[..., None], Callable[..., int]]:
 
 
 @cache
-def run_address(kernels: str, dtype: str) -> int:
-    """Return the address of `program.make_run`'s function for a processor and dtype of inputs."""
-
-    def make() -> Callable[..., Any]:
-        product = make_product(kernels, dtype)
-        return make_run(product, dtype, kernels == "amx" and dtype == "bfloat16")
-
-    return function_address(f"run_{kernels}_{dtype}", make, 3)
+def run_address(kernels: str, dtype: str, weights: str) -> int:
+    """Return the address of `program.make_run`'s function for a processor, a dtype and weights."""
+    name = f"run_{kernels}_{dtype}" if weights == dtype else f"run_{kernels}_{dtype}_{weights}"
+    return function_address(name, lambda: make_run(kernels, dtype, weights), 3)
