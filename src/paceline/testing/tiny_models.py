@@ -181,9 +181,77 @@ _FAMILIES: Final = {
         "max_seq_len",
     ),
 }
+# Families that the compiled forward runs in addition to those above.
+_GATED: Final = {
+    # a scaled embedding, norms with weights around 1, a tanh GELU
+    "gemma": _of_llama("gemma", head_dim=8, hidden_act="gelu_pytorch_tanh"),
+    # Gemma 2 without norms after attention and MLP
+    "vaultgemma": _of_llama(
+        "vaultgemma",
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=6,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=20.0,
+    ),
+    # fused weights, rotary positions on a part of each head, a window of 6 tokens
+    "phi3": _of_llama(
+        "phi3",
+        sliding_window=6,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        },
+    ),
+    # angles that change beyond 32 tokens, which cuts the context
+    "phi3_long": _of_llama(
+        "phi3",
+        original_max_position_embeddings=32,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [2.0, 3.0, 4.0, 5.0],
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    # no rotary positions on the second layer
+    "smollm3": _of_llama("smollm3", no_rope_layers=[1, 0]),
+    # norms after attention and MLP only, norms over all queries and all keys of a token
+    "olmo2": _of_llama("olmo2"),
+    # OLMo 2 with a window of 6 tokens and other angles on the first layer
+    "olmo3": _of_llama(
+        "olmo3", sliding_window=6, layer_types=["sliding_attention", "full_attention"]
+    ),
+    # norms after attention and MLP only; a window of 6 tokens with angles on one layer, neither on
+    # the other
+    "exaone4": _of_llama(
+        "exaone4", sliding_window=6, layer_types=["sliding_attention", "full_attention"]
+    ),
+    # Granite with norms after attention and MLP, too, and multiplied logits
+    "hyperclovax": _Architecture("hyperclovax", _GRANITE),
+    # biases on queries, keys and values
+    "seed_oss": _of_llama("seed_oss", head_dim=8),
+    # a window of 6 tokens on the first layer
+    "ministral": _of_llama(
+        "ministral",
+        head_dim=8,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "cwm": _of_llama(
+        "cwm",
+        bos_token_id=0,  # None is refused
+        head_dim=8,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+}
 ARCHITECTURES: Final = tuple(_ARCHITECTURES)
 FAMILIES: Final = tuple(_FAMILIES)  # tested less widely
 LEAN_ARCHITECTURES: Final = ("llama", "llama3", "mistral", "qwen2", "qwen3")
+COMPILED_ARCHITECTURES: Final = (*LEAN_ARCHITECTURES, "gemma2", "gemma3", "granite", *_GATED)
 # the code after their attention does not accept a zero output
 WITHOUT_SUBSETS: Final = ("gpt1", "gpt_neox_japanese")
 
@@ -196,13 +264,13 @@ def tiny_model(
     std: float = _STD,
     **settings: Any,
 ) -> PreTrainedModel:
-    """Return a random model of `ARCHITECTURES` or `FAMILIES` in float32, without a stop token.
+    """Return a random model of one of the architectures in float32, without a stop token.
 
     context: number of positions. std: of the weights; a larger one makes distributions less flat.
     settings: other fields of the configuration. The default vocabulary is that of `byte_tokenizer`.
     The global random state does not change.
     """
-    tiny = (_ARCHITECTURES | _FAMILIES)[architecture]
+    tiny = (_ARCHITECTURES | _FAMILIES | _GATED)[architecture]
     sizes = {"vocab_size": vocab_size, tiny.context: context}
     config = CONFIG_MAPPING[tiny.model_type](**{**_PLAIN, **sizes, **tiny.settings, **settings})
     with torch.random.fork_rng(devices=[]):
@@ -212,7 +280,7 @@ def tiny_model(
             for parameter in model.parameters():
                 if parameter.dim() > 1:  # vectors are biases and norms
                     parameter.normal_(std=std)
-                elif architecture in FAMILIES:
+                elif architecture not in ARCHITECTURES:
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
     model.float().eval()  # type: ignore[no-untyped-call]
     return model

@@ -21,6 +21,7 @@ import llvmlite
 import llvmlite.binding as llvm
 import numba
 from numba import types
+from numba.core import config
 
 from paceline.models.compiled import entry
 from paceline.models.compiled.program import make_run
@@ -128,7 +129,7 @@ def _write(path: Path, symbol: str, external: Sequence[str], code: bytes) -> Non
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             file.write(hashlib.sha256(body).digest() + body)
-        os.replace(file.name, path)
+        Path(file.name).replace(path)
     except OSError as error:
         warnings.warn(
             f"compiled code cannot be kept in {path.parent} ({error}), so every process compiles it; "

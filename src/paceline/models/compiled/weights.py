@@ -20,7 +20,7 @@ from paceline.models.compiled.cache import CacheShape
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from paceline.models.compiled.family import Facts, LayerFacts
+    from paceline.models.compiled.facts import Facts, LayerFacts
 
 GROUP: Final = 64
 HEAD_UNIT: Final = 32
