@@ -11,7 +11,7 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-full test-oldest test-newest check wheel bench models format setup clean
+.PHONY: help demo test test-full test-oldest test-newest check wheel bench bench-engines models format setup clean
 
 help:
 	@echo "make demo       see it work on this machine, without any download of models"
@@ -21,6 +21,7 @@ help:
 	@echo "                transformers that pyproject.toml allows, in environments of their own"
 	@echo "make check      style, types and import rules only"
 	@echo "make bench      timed comparison with transformers' own generate"
+	@echo "make bench-engines  timed comparison with llama.cpp and vLLM on the same weights; installs both below build/"
 	@echo "make models     which architectures are exact, written into docs/models.md"
 	@echo "make format     let ruff mend what it can"
 	@echo "make clean      remove environments, builds and caches"
@@ -46,6 +47,9 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/python benchmarks/versus_transformers.py $(ARGS)
+
+bench-engines: $(STAMP)
+	@$(BIN)/python benchmarks/versus_engines.py $(ARGS)
 
 models: $(STAMP)
 	@$(BIN)/python scripts/models_table.py $(ARGS)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -185,8 +185,7 @@ class RoundStats:
     accepted: int
 
 
-@dataclass(frozen=True, slots=True)
-class DraftOutcome:
+class DraftOutcome(NamedTuple):
     """The agreement of a draft, of the arm in use or a shadow draft, with the text so far.
 
     drafted: tokens of the draft, at most `allowed`. accepted: leading tokens that equal the text.
@@ -218,8 +217,7 @@ class DraftOutcome:
         return self.ended or self.accepted == self.drafted
 
 
-@dataclass(frozen=True, slots=True)
-class RoundReport:
+class RoundReport(NamedTuple):
     """One round of a controlled row, after its commit.
 
     context: tokens in the target's cache before the round. rows: in the batch. room: tokens that may

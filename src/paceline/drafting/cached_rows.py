@@ -94,6 +94,11 @@ class CachedRows(dict[int, CachedRow]):
                 # after an overflow the slot holds values that are not numbers
                 self._model.release(state.slot, damaged=True)
 
+    def as_known(self, tokens: Sequence[int]) -> list[int]:
+        """Return ids of the model; ids from the padding of a wider target become the last id."""
+        last = self._model.num_logits - 1
+        return [token if token < last else last for token in tokens]
+
     def as_tensor(self, tokens: Sequence[int]) -> Tensor:
-        """Return ids as a tensor; ids from the padding of a wider target become the last id."""
-        return torch.tensor(tokens).clamp_(max=self._model.num_logits - 1)
+        """Return `as_known` as a tensor."""
+        return torch.tensor(self.as_known(tokens))

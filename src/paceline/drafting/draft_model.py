@@ -15,7 +15,7 @@ import torch
 
 from paceline.config import ModelSection
 from paceline.contracts import GREEDY, Drafts
-from paceline.drafting.base import Drafter, Needs
+from paceline.drafting.base import Drafter, Needs, pad_drafts
 from paceline.drafting.cached_rows import CachedRows
 from paceline.drafting.chain_replay import NO_SCORES, ChainReplay, score_positions
 from paceline.drafting.draft_length import (
@@ -170,23 +170,19 @@ class DraftModel(Drafter):
         rule = self._rule if self.stops_early else FIXED_LENGTH
         texts = [self._text(row) for row in rows]
         longest = [self._max_length(text, n) for text, n in zip(texts, limits, strict=True)]
-        width = max(longest)
-        tokens = torch.full((len(rows), width), -1, dtype=torch.int64)
-        probs = empty_probs(rows, width, self._num_logits, self.model.device)
         # rows sorted by slot make one attention call
         active = sorted(
             (i for i, n in enumerate(longest) if n), key=lambda i: self._states[rows[i].id].slot
         )
         fed = {i: self._states.catch_up(rows[i].id, texts[i]) for i in active}
-        if (
-            self.model.drafts_whole_chains
-            and self.shares_ids
-            and rule is FIXED_LENGTH
-            and self._draft_chains(rows, longest, fed, tokens)
-        ):
-            return Drafts(tokens, longest)
+        if rule is FIXED_LENGTH:
+            chains = self._draft_chains(rows, longest, fed)
+            if chains is not None:
+                return Drafts(*pad_drafts(chains, torch.device("cpu")))
+        width = max(longest)
+        probs = empty_probs(rows, width, self._num_logits, self.model.device)
+        drafts: list[list[int]] = [[] for _ in rows]
         seen: dict[int, list[float]] = {i: [] for i in active}  # confidences
-        lengths = [0] * len(rows)
         for step in range(width):
             # between rounds the last token of a row is not cached
             active = [
@@ -199,9 +195,8 @@ class DraftModel(Drafter):
                 break
             logits = self._forward([self._states[rows[i].id] for i in active], fed, active)
             drawn = draw([rows[i] for i in active], logits, step, probs, active)
-            for i, token in zip(active, drawn.tolist(), strict=True):
-                tokens[i, step] = token
-                lengths[i] += 1
+            for i, token in zip(active, drawn, strict=True):
+                drafts[i].append(token)
                 state = self._states[rows[i].id]
                 if step == 0:
                     state.num_cached = len(texts[i])
@@ -211,35 +206,37 @@ class DraftModel(Drafter):
             if rule is not FIXED_LENGTH and step + 1 < width:
                 for i, c in zip(active, confidences(logits).tolist(), strict=True):
                     seen[i].append(c)
-        width = max(lengths)
-        return Drafts(tokens[:, :width], lengths, None if probs is None else probs[:, :width])
+        tokens, lengths = pad_drafts(drafts, torch.device("cpu"))
+        return Drafts(tokens, lengths, None if probs is None else probs[:, : tokens.shape[1]])
 
     def _draft_chains(
         self,
         rows: Sequence[RowView],
         lengths: Sequence[int],
         fed: dict[int, list[int]],
-        tokens: Tensor,
-    ) -> bool:
-        """Fill `tokens` by one call of the model, if it can; return whether it did.
+    ) -> list[list[int]] | None:
+        """Return the rows' drafts of these lengths by one call of the model, or None if it cannot.
 
-        Only for greedy rows with at most two uncached tokens, as a round leaves them. fed: each
+        It can for greedy rows with at most two uncached tokens, as a round leaves them. fed: each
         drafting row's tokens that are not cached yet.
         """
+        if not (fed and self.shares_ids and self.model.drafts_whole_chains):
+            return None
         greedy = all(row.sampling.method == "greedy" for row in rows)
-        if not fed or not greedy or any(len(new) > 2 for new in fed.values()):
-            return False
+        if not greedy or any(len(new) > 2 for new in fed.values()):
+            return None
         states = {i: self._states[rows[i].id] for i in fed}
         spans = [Span(states[i].slot, states[i].num_cached, len(new)) for i, new in fed.items()]
-        flat = self._states.as_tensor([token for new in fed.values() for token in new])
+        flat = self._states.as_known([token for new in fed.values() for token in new])
         chains = self.model.draft_chain(flat, spans, max(lengths), self._num_tokens)
         if chains is None:
-            return False
-        for (i, state), chain in zip(states.items(), chains.tolist(), strict=True):
-            tokens[i, : lengths[i]] = torch.tensor(chain[: lengths[i]])
+            return None
+        drafts: list[list[int]] = [[] for _ in rows]
+        for (i, state), chain in zip(states.items(), chains, strict=True):
+            drafts[i] = chain[: lengths[i]]
             state.num_cached = len(rows[i].tokens)
-            state.drafted = chain[: lengths[i] - 1]
-        return True
+            state.drafted = drafts[i][:-1]
+        return drafts
 
     def _max_length(self, text: Sequence[int], limit: int) -> int:
         """Return the maximum draft length: each token that is fed needs a position in the cache."""

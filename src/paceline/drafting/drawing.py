@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 import paceline.noise as noise
+from paceline.models.scores import most_likely
 from paceline.warping import warp
 
 if TYPE_CHECKING:
@@ -40,17 +41,18 @@ def draw(
     step: int,
     probs: Tensor | None,
     places: Sequence[int],
-) -> Tensor:
+) -> list[int]:
     """Return token `step` of each row's draft [R]. logits: [R, V'].
 
-    q of row r goes to probs[places[r], step] if its judge reads it.
+    q of row r goes to probs[places[r], step] if its judge reads it. A distribution without a possible
+    token drafts token 0, which only costs speed.
     """
     if all(row.sampling.method == "greedy" for row in rows):
-        return logits.argmax(dim=-1).cpu()
-    drawn = torch.empty(len(rows), dtype=torch.int64)
+        return _argmax(logits)
+    drawn: list[int] = []
     for r, row in enumerate(rows):
         if row.sampling.method == "greedy":
-            drawn[r] = logits[r].argmax()
+            drawn += _argmax(logits[r : r + 1])
             continue
         q = warp(logits[r], row.sampling)
         stochastic = row.sampling.method in STOCHASTIC
@@ -60,11 +62,14 @@ def draw(
             # the next round's draft at this position needs fresh noise: an adaptive stop may depend on
             # this round's
             position = noise.of_round(position, len(row.tokens))
-        # a distribution without a possible token drafts token 0, which only costs speed
-        drawn[r] = max(noise.draw(q, row.sampling.seed, position, stream), 0)
+        drawn.append(max(noise.draw(q, row.sampling.seed, position, stream), 0))
         if stochastic and probs is not None:
             probs[places[r], step, : q.shape[-1]] = q
     return drawn
+
+
+def _argmax(logits: Tensor) -> list[int]:
+    return [max(token, 0) for token in most_likely(logits)]
 
 
 def draw_along(q: Tensor, seed: int, start: int) -> Tensor:

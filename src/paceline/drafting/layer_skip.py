@@ -147,7 +147,7 @@ class LayerSkip(Drafter):
             members = [rows[i] for i in active]
             logits = self._forward(members, [drafts[i] for i in active])
             drawn = draw(members, logits, step, probs, active)
-            for i, token in zip(active, drawn.tolist(), strict=True):
+            for i, token in zip(active, drawn, strict=True):
                 drafts[i].append(token)
             active = [
                 i

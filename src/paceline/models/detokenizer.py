@@ -41,10 +41,8 @@ class Detokenizer:
     def of(cls, tokenizer: Tokenizer, vocabulary: Vocabulary | None = None) -> Detokenizer:
         """Return the detokenizer of a tokenizer. vocabulary: read from the tokenizer if None."""
         vocabulary = vocabulary or Vocabulary.of(tokenizer)
-
-        text_of = _decoder_of(tokenizer)
-        decode = partial(text_of, skip_special=True)
-        spell = partial(text_of, skip_special=False)
+        decode = _decoder_of(tokenizer, skip_special=True)
+        spell = _decoder_of(tokenizer, skip_special=False)
         added = tokenizer.added_tokens_decoder.items()
         special = {id for id, token in added if token.special} | set(tokenizer.all_special_ids)
         spelled = {id: spell([id]) for id in special if not decode([id])}
@@ -81,25 +79,23 @@ class Detokenizer:
         )
 
 
-def _decoder_of(tokenizer: Tokenizer) -> Callable[[Sequence[int], bool], str]:
-    """Return the function (ids, whether to skip special tokens) -> text of a tokenizer."""
+def _decoder_of(tokenizer: Tokenizer, skip_special: bool) -> Callable[[Sequence[int]], str]:
+    """Return the function ids -> text of a tokenizer."""
     from transformers import PreTrainedTokenizerFast as Fast
 
     own = [getattr(getattr(tokenizer, name, None), "__func__", None) for name in _DECODING]
     if own == [getattr(Fast, name) for name in _DECODING]:
-        fast: Any = tokenizer
-
         # the compiled part of that code, which takes a fifth of the time
-        def text_of(tokens: Sequence[int], skip_special: bool) -> str:
-            return str(fast.backend_tokenizer.decode(list(tokens), skip_special))
-    else:
+        return partial(_decode_compiled, tokenizer, skip_special)
+    return partial(_decode, tokenizer, skip_special)
 
-        def text_of(tokens: Sequence[int], skip_special: bool) -> str:
-            text = tokenizer.decode(
-                list(tokens),
-                skip_special_tokens=skip_special,
-                clean_up_tokenization_spaces=False,
-            )
-            return str(text)
 
-    return text_of
+def _decode_compiled(tokenizer: Any, skip_special: bool, tokens: Sequence[int]) -> str:
+    return str(tokenizer.backend_tokenizer.decode(list(tokens), skip_special))
+
+
+def _decode(tokenizer: Tokenizer, skip_special: bool, tokens: Sequence[int]) -> str:
+    text = tokenizer.decode(
+        list(tokens), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
+    )
+    return str(text)

@@ -208,20 +208,20 @@ class LanguageModel:
         return self._static is not None or self._compiled is not None
 
     def draft_chain(
-        self, tokens: Tensor, spans: Sequence[Span], num_drafted: int, num_tokens: int
-    ) -> Tensor | None:
-        """Return a greedy chain [R, K] of ids below `num_tokens` after each row's tokens, on the CPU.
+        self, tokens: Sequence[int], spans: Sequence[Span], num_drafted: int, num_tokens: int
+    ) -> list[list[int]] | None:
+        """Return a greedy chain [R, K] of ids below `num_tokens` after each row's tokens.
 
-        The device runs all K steps without the host. tokens, spans: as in `forward`. All drafted tokens
-        but the last are cached after the row's own. None if the batch is too large.
+        All K steps are one call. tokens, spans: as in `score`. All drafted tokens but the last are
+        cached after the row's own. None if the batch is too large.
         """
         if self._compiled is not None:
             assert isinstance(self.cache, PackedRows)
-            ids = tokens.tolist()
-            chains = self._compiled.chain(ids, spans, self.cache, num_drafted, num_tokens)
-            return torch.tensor(chains)
+            return self._compiled.chain(tokens, spans, self.cache, num_drafted, num_tokens)
         assert self._static is not None
-        return self._static.draft(tokens, spans, num_drafted, num_tokens)
+        drafted = self._static.draft(torch.tensor(tokens), spans, num_drafted, num_tokens)
+        chains: list[list[int]] | None = None if drafted is None else drafted.tolist()
+        return chains
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Return logits [..., V] of final hidden states [..., D]."""

@@ -27,10 +27,11 @@ class Scores(NamedTuple):
     @classmethod
     def of(cls, logits: Tensor) -> Scores:
         """Return the scores of logits [N, V], after one copy from the device."""
-        return cls(_most_likely(logits), logits)
+        return cls(most_likely(logits), logits)
 
 
-def _most_likely(logits: Tensor) -> list[int]:
+def most_likely(logits: Tensor) -> list[int]:
+    """Return the choices [N] of logits [N, V], as `Scores` has them."""
     if logits.device.type != "cpu":
         best, ids = logits.max(dim=-1)
         found: list[int] = torch.where(best.isfinite(), ids, -1).tolist()

@@ -8,8 +8,10 @@ import torch
 from support.reference import greedy_reference
 
 from paceline.contracts import NONE, Request, SamplingParams
+from paceline.drafting.draft_model import DraftModel
 from paceline.drafting.none import NoneDrafter
 from paceline.engine import Driver, Engine
+from paceline.engine.rows import Row
 from paceline.models.language_model import LanguageModel
 from paceline.models.lean import LeanForward
 from paceline.models.packing import Span
@@ -51,6 +53,25 @@ class OwnScores(LeanForward):
         self.wanted.append(wants_logits)
         logits = self.logits(self.hidden(*cache.pack(torch.tensor(tokens), spans, parents)))
         return Scores(Scores.of(logits).choices, logits if wants_logits else None)
+
+    def chain(
+        self,
+        tokens: Sequence[int],
+        spans: Sequence[Span],
+        cache: KVCache,
+        num_drafted: int,
+        num_tokens: int,
+    ) -> list[list[int]]:
+        self.wanted.append(False)
+        chains: list[list[int]] = [[] for _ in spans]
+        for _ in range(num_drafted):
+            hidden = self.hidden(*cache.pack(torch.tensor(tokens), spans))
+            ends = torch.tensor([span.width for span in spans]).cumsum(0) - 1
+            tokens = self.logits(hidden[ends])[:, :num_tokens].argmax(dim=-1).tolist()
+            for chain, token in zip(chains, tokens, strict=True):
+                chain.append(token)
+            spans = [Span(span.slot, span.start + span.width, 1) for span in spans]
+        return chains
 
 
 def test_a_forward_with_scores_of_its_own_is_asked_for_logits_only_where_rows_read_them(
@@ -98,3 +119,27 @@ def test_scores_are_those_of_the_logits() -> None:
 
     assert torch.equal(scores.logits, logits)
     assert scores.choices == logits.argmax(dim=-1).tolist()
+
+
+def test_a_forward_that_drafts_whole_chains_is_called_once_per_draft(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows of several lengths, some shorter than the chain, some with a token that was accepted."""
+    model = tiny_model("llama")
+    plain = LanguageModel(model, "plain")
+    monkeypatch.setattr("paceline.models.language_model.LeanForward", OwnScores)
+    OwnScores.wanted = calls = []
+    drafters = [DraftModel("d", m, 4, 259, 259) for m in (plain, LanguageModel(model, "own"))]
+    rows = [Row(i, Request("", (7, i), 50), 0, 52, 0.0, [7, i, 5], NoneDrafter()) for i in range(3)]
+    with torch.inference_mode():
+        for drafter in drafters:
+            drafter.start(rows)
+            for row in rows:
+                assert drafter.prepare(row, 64)
+        for limits in ([4, 4, 4], [1, 0, 3], [4, 2, 4]):
+            steps, chains = (drafter.propose(rows, limits) for drafter in drafters)
+            assert steps.lengths == chains.lengths == limits
+            assert torch.equal(steps.tokens, chains.tokens)
+            for row, draft, length in zip(rows, steps.tokens.tolist(), limits, strict=True):
+                row.tokens += [*draft[: length // 2], 9]
+    assert len(calls) == 3

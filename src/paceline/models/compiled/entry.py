@@ -9,7 +9,7 @@ from numba import njit
 from paceline.models.compiled.program import plan
 from paceline.models.compiled.sharing import offer_processor, pause
 from paceline.models.compiled.simd import call_run, field, get_atomic, put_atomic
-from paceline.models.compiled.tables import RUN, THREADS
+from paceline.models.compiled.tables import RUN, THREADS, YIELD
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,7 +52,7 @@ def follow(team, job, thread, seen, patience):  # type: ignore[no-untyped-def]
         idle += 1
         pause()
         if idle % _YIELD_EVERY == 0:
-            offer_processor()
+            offer_processor(field(job, YIELD))
         if idle > patience:
             put_atomic(team + ASLEEP + LINE * (thread - 1), 1)
             if get_atomic(team + TAG) == seen:

@@ -181,7 +181,7 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
             target = field(job, INPUTS) + size * first * room
             norm_rows(job, model, norm, target, first, stop)
             piece = finish(phase, threads, thread, tag)
-        return piece != STALE and await_all(phase, tag)
+        return piece != STALE and await_all(job, phase, tag)
 
     @compiled
     def multiply(weights, words, x, x_stride, out, out_stride, tokens, groups, piece):  # type: ignore[no-untyped-def]
@@ -240,7 +240,7 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
                 for at in range(0, count, 16):
                     store(to + 4 * at, load(tile + 256 * row + 4 * at))
             piece = finish(phase, threads, thread, tag)
-        return piece != STALE and await_all(phase, tag)
+        return piece != STALE and await_all(job, phase, tag)
 
     @compiled
     def whole_norms(job, model, layer, phase, thread, tag):  # type: ignore[no-untyped-def]
@@ -259,7 +259,7 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
                 norm, x = field(layer, KEY_NORM), x + 4 * heads * head
                 norm_in_place(x, norm, kv_heads * d, kv_heads * head, eps)
             piece = finish(phase, threads, thread, tag)
-        return piece != STALE and await_all(phase, tag)
+        return piece != STALE and await_all(job, phase, tag)
 
     @compiled
     def find_piece(job, kv_heads, tokens, piece):  # type: ignore[no-untyped-def]
@@ -284,7 +284,7 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
             stop = min(field(span, WIDTH), first + _STORE_TOKENS)
             store_keys(job, model, layer, span, head, first, stop, index)
             piece = finish(phase, threads, thread, tag)
-        return piece != STALE and await_all(phase, tag)
+        return piece != STALE and await_all(job, phase, tag)
 
     @compiled
     def attend_phase(job, model, layer, index, phase, thread, tag):  # type: ignore[no-untyped-def]
@@ -306,7 +306,7 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
             scratch = private + ROOM_ROWS * 4 * field(model, HIDDEN_ROOM) + TILE_BYTES
             attend(job, model, layer, span, head, first, stop, scratch, index)
             piece = finish(phase, threads, thread, tag)
-        return piece != STALE and await_all(phase, tag)
+        return piece != STALE and await_all(job, phase, tag)
 
     @compiled
     def add_product(job, model, weights, bias, post, x, words, phase, thread, tag):  # type: ignore[no-untyped-def]
@@ -335,7 +335,7 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
                         numbers = fma(numbers, factor, load(target + lanes))
                     store(target + lanes, numbers)
             piece = finish(phase, threads, thread, tag)
-        return piece != STALE and await_all(phase, tag)
+        return piece != STALE and await_all(job, phase, tag)
 
     @compiled
     def add_normed_phase(job, model, norm, phase, thread, tag):  # type: ignore[no-untyped-def]
@@ -351,7 +351,7 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
                 x = field(job, ADDED) + at
                 add_normed(field(job, STREAM) + at, x, norm, hidden, room, eps, factor)
             piece = finish(phase, threads, thread, tag)
-        return piece != STALE and await_all(phase, tag)
+        return piece != STALE and await_all(job, phase, tag)
 
     @compiled
     def gate_up(job, model, layer, phase, thread, tag):  # type: ignore[no-untyped-def]
@@ -382,7 +382,7 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
                 two = activate(load(at + 64), kind) * load(at + 192)
                 put_inputs(to, 32 * group, one, two)
             piece = finish(phase, threads, thread, tag)
-        return piece != STALE and await_all(phase, tag)
+        return piece != STALE and await_all(job, phase, tag)
 
     @compiled
     def embed_phase(job, model, phase, thread, tag):  # type: ignore[no-untyped-def]
@@ -398,7 +398,7 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
                 source = field(model, EMBEDDING) + number * hidden * size
                 embed(source, field(job, STREAM) + 4 * token * room, hidden, room, scale)
             piece = finish(phase, threads, thread, tag)
-        return piece != STALE and await_all(phase, tag)
+        return piece != STALE and await_all(job, phase, tag)
 
     @compiled
     def final_phase(job, model, phase, thread, tag):  # type: ignore[no-untyped-def]
@@ -418,7 +418,7 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
                     target = out + size * row * room
                 norm_rows(job, model, norm, target, row, row + 1)
             piece = finish(phase, threads, thread, tag)
-        return piece != STALE and await_all(phase, tag)
+        return piece != STALE and await_all(job, phase, tag)
 
     @compiled
     def note_best(tile, best, first_id, limit):  # type: ignore[no-untyped-def]
@@ -475,7 +475,7 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
                 best = field(job, BEST) + 16 * (group * picked + first + row)
                 note_best(at, best, 64 * group, limit)
             piece = finish(phase, threads, thread, tag)
-        return piece != STALE and await_all(phase, tag)
+        return piece != STALE and await_all(job, phase, tag)
 
     @compiled
     def choose(job, groups, place):  # type: ignore[no-untyped-def]
@@ -519,7 +519,7 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
                 put_field(job, TOKENS, field(job, ROWS))
                 put_field(job, STORES_FIRST, 0)
             piece = finish(phase, threads, thread, tag)
-        return piece != STALE and await_all(phase, tag)
+        return piece != STALE and await_all(job, phase, tag)
 
     @compiled
     def run_layer(job, model, layer, index, phase, phase_size, thread, tag):  # type: ignore[no-untyped-def]

@@ -11,6 +11,8 @@ Layout of a counter: tag (24 bits), next piece (20 bits), end of the share (20 b
 
 from __future__ import annotations
 
+import ctypes
+import os
 import platform
 from typing import Any, Final
 
@@ -22,10 +24,12 @@ from paceline.models.compiled.simd import (
     I32,
     add_atomic,
     declared,
+    field,
     get_atomic,
     put_atomic,
     swap_atomic,
 )
+from paceline.models.compiled.tables import YIELD
 
 LINE: Final = 64  # bytes; counters of different threads are on different cache lines
 MAX_PIECES: Final = (1 << 20) - 1
@@ -53,18 +57,23 @@ def pause(typingctx):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
     return types.void(), codegen
 
 
+def yield_address() -> int:
+    """Return the address of the system's function that lets another thread run."""
+    library = ctypes.WinDLL("kernel32") if os.name == "nt" else ctypes.CDLL(None)
+    function = library.SwitchToThread if os.name == "nt" else library.sched_yield
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
 @intrinsic
-def offer_processor(typingctx):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
-    """Let another thread run that waits for this processor."""
+def offer_processor(typingctx, function):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    """Let another thread run that waits for this processor; see `yield_address`."""
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        if platform.system() == "Windows":
-            builder.call(declared(builder, "SwitchToThread", I32, []), [])
-        else:
-            builder.call(declared(builder, "sched_yield", I32, []), [])
+        kind = ir.FunctionType(I32, [])
+        builder.call(builder.inttoptr(values[0], kind.as_pointer()), [])
         return context.get_dummy_value()
 
-    return types.void(), codegen
+    return types.void(types.int64), codegen
 
 
 @njit(error_model="numpy")
@@ -113,7 +122,7 @@ def finish(phase: int, threads: int, thread: int, tag: int) -> int:
 
 
 @njit(error_model="numpy")
-def await_all(phase: int, tag: int) -> bool:
+def await_all(job: int, phase: int, tag: int) -> bool:
     """Wait until all pieces are finished; return False if the job is over."""
     looks = 0
     while True:
@@ -125,4 +134,4 @@ def await_all(phase: int, tag: int) -> bool:
         looks += 1
         pause()
         if looks % _PATIENCE == 0:
-            offer_processor()
+            offer_processor(field(job, YIELD))

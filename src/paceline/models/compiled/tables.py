@@ -102,8 +102,9 @@ from typing import Final
     THREADS,
     COUNTERS,
     TILE_CONFIG,  # for AMX
+    YIELD,  # of the system's function that lets another thread run
     JOB_SIZE,
-) = range(34)
+) = range(35)
 FIRST_BUFFER: Final = STREAM
 NUM_BUFFERS: Final = SCRATCH - STREAM + 1
 

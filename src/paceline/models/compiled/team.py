@@ -17,8 +17,8 @@ import numpy as np
 
 from paceline.models.compiled.entry import ASLEEP, LINE, MAX_THREADS, STOP, TEAM_BYTES
 from paceline.models.compiled.native import control_functions
-from paceline.models.compiled.sharing import TAGS
-from paceline.models.compiled.tables import COUNTERS, JOB_SIZE, THREADS, TILE_CONFIG
+from paceline.models.compiled.sharing import TAGS, yield_address
+from paceline.models.compiled.tables import COUNTERS, JOB_SIZE, THREADS, TILE_CONFIG, YIELD
 from paceline.models.compiled.tiles import tile_config
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Workspace:
         self._config = aligned(LINE)
         self._config[:] = np.frombuffer(tile_config(), np.uint8)
         self.job[TILE_CONFIG] = self._config.ctypes.data
+        self.job[YIELD] = yield_address()
         self._memory = aligned(LINE)
         self.integers = self._memory.view(np.int64)
         self._counters = aligned(LINE)

@@ -145,7 +145,7 @@ def test_padding_writes_to_no_rows_block() -> None:
     logits(paged, [8, 9, 10, 11, 12], [Span(c, 2, 5)])  # three tokens of padding
     logits(paged, [1, 2, 3], [Span(c, 7, 1), Span(a, 3, 1), Span(b, 2, 1)])  # a row and a token
     with torch.inference_mode():
-        paged.draft_chain(torch.tensor([1, 2, 3]), [Span(s, 9, 1) for s in (a, b, c)], 3, V)
+        paged.draft_chain([1, 2, 3], [Span(s, 9, 1) for s in (a, b, c)], 3, V)
 
     after = [paged.cache.read(slot, 0, 2) for slot in (a, b)]
     for old, new in zip(before, after, strict=True):
