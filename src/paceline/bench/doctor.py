@@ -185,7 +185,9 @@ def model_facts(section: ModelSection, name: str = "target", exact: bool = False
         parameters=parameters,
         dtype=str(dtype).removeprefix("torch."),
         weight_bytes=parameters * dtype.itemsize,
-        cache_bytes_per_token=cache_bytes_per_position(raw, dtype),
+        cache_bytes_per_token=cache_bytes_per_position(
+            raw, dtype, (forward or "").startswith("compiled")
+        ),
         context=text.max_position_embeddings,
         num_logits=text.vocab_size,
         hidden_size=text.hidden_size,

@@ -249,7 +249,7 @@ class LanguageModel:
     @property
     def position_bytes(self) -> int:
         """Bytes of one token's keys and values in all layers."""
-        return cache_bytes_per_position(self.model.config, self.dtype)
+        return cache_bytes_per_position(self.model.config, self.dtype, self._compiled is not None)
 
     def __repr__(self) -> str:
         return f"LanguageModel({self.name!r}, {self.dtype}, {self.device})"
