@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numba import njit
 
-from paceline.models.compiled.rows import norm_in_place, tanh, turn
+from paceline.models.compiled.rows import Rows, norm_in_place, tanh, turn
 from paceline.models.compiled.simd import (
     field,
     float_field,
@@ -119,13 +119,16 @@ def prepare_head(x, model, layer, position, head_norm):  # type: ignore[no-untyp
         turn(x, angles + 8 * half * position, half)
 
 
-def make_attention(product: Callable[..., Any], dtype: str) -> tuple[Any, Any]:
+def make_attention(product: Callable[..., Any], dtype: str, rows: Rows) -> tuple[Any, Any]:
     """Return (store_keys, attend), for keys and values of `bfloat16` or `float32`.
+
+    product: of that dtype. rows: of the inputs of the next product.
 
     store_keys(job, model, layer, span, head, first, stop, layer_index) caches the keys and values of
     tokens first to stop - 1 of a row. attend(..., scratch, layer_index) writes their attention output
     into the inputs of the next product.
     """
+    row_bytes, put_inputs, _ = rows
     half = dtype == "bfloat16"
     word = 2 if half else 1  # numbers of a word
     size = 4 // word  # bytes of a number
@@ -238,15 +241,12 @@ def make_attention(product: Callable[..., Any], dtype: str) -> tuple[Any, Any]:
     def put_outputs(job, model, packed, head, sums, total):  # type: ignore[no-untyped-def]
         """Divide the sums of a query by its softmax's and round them into the next product's inputs."""
         room = field(model, HEAD_ROOM)
-        stride = field(model, HEADS) * room
-        row = field(job, ATTENDED) + size * (packed * stride + head * room)
+        width = field(model, HEADS) * room
+        row = field(job, ATTENDED) + packed * row_bytes(width)
         inverse = splat(np.float32(1) / total)
-        for at in range(0, room, 16):
-            value = load(sums + 4 * at) * inverse
-            if half:
-                store_bf16(row + 2 * at, value)
-            else:
-                store(row + 4 * at, value)
+        for at in range(0, room, 32):
+            first, second = load(sums + 4 * at) * inverse, load(sums + 4 * at + 64) * inverse
+            put_inputs(row, width, head * room + at, first, second)
 
     @compiled
     def sum_values(values, words, value_room, weights, stride, first, stop, sums, fresh, rows):  # type: ignore[no-untyped-def]

@@ -6,7 +6,6 @@ chunking of the prompt. Symbols: N packed tokens, D hidden size, R rows, K draft
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
@@ -59,15 +58,15 @@ class _Layout:
     """Where the buffers of a job lie, by their distance from the first."""
 
     def __init__(self, model: PackedModel, shape: _Shape) -> None:
-        facts, size = model.facts, model.dtype.itemsize
+        facts = model.facts
         rows = rounded(max(shape.tokens, shape.picked), ROOM_ROWS)
         self.scratch_stride = rounded(_scratch_bytes(model, shape), LINE)
         sizes = {
             t.STREAM: rows * model.room * 4,
-            t.INPUTS: rows * model.room * size,
+            t.INPUTS: rows * model.row_bytes(model.room),
             t.PROJECTED: rows * model.outputs * 4,
-            t.ATTENDED: rows * facts.heads * model.head_room * size,
-            t.ACTIVATED: rows * model.mlp_room * size,
+            t.ATTENDED: rows * model.row_bytes(facts.heads * model.head_room),
+            t.ACTIVATED: rows * model.row_bytes(model.mlp_room),
             t.ADDED: rows * model.room * 4,
             t.BEST: model.logit_room // 64 * shape.picked * 16,
             t.CHOICES: shape.picked * 8,
@@ -104,14 +103,21 @@ class CompiledForward:
     kind: ClassVar[str] = "compiled"
 
     def __init__(
-        self, model: PreTrainedModel, windows: Mapping[int, int | None], num_positions: int
+        self,
+        model: PreTrainedModel,
+        windows: Mapping[int, int | None],
+        num_positions: int,
+        weights: str = "own",
     ) -> None:
-        """windows: positions that each layer sees. num_positions: the model's context length."""
-        self.packed = PackedModel(*facts_of(model, windows, num_positions))
+        """windows: positions that each layer sees. num_positions: the model's context length.
+
+        weights: `own` keeps those of the model, `int8` rounds them.
+        """
+        dtype = str(model.dtype).removeprefix("torch.")
+        kind = dtype if weights == "own" else weights
+        self.packed = PackedModel(*facts_of(model, windows, num_positions), kind)
         self.kernels = kernels()
-        self.run_address = run_address(
-            self.kernels, str(self.packed.dtype).removeprefix("torch.")
-        )
+        self.run_address = run_address(self.kernels, dtype, kind)
         self.query_tokens = max(_FEWEST_QUERY_TOKENS, _QUERIES // self.packed.groups)
         self._layouts: dict[_Shape, _Layout] = {}
 
@@ -180,8 +186,8 @@ class CompiledForward:
         if len(flat):
             with borrowed() as lent:
                 job = _Job(self, lent)
-                job.pack_hidden(inputs)
-                job.run(logits=logits)
+                job.pack_hidden(len(inputs))
+                job.run(hidden=inputs, logits=logits)
         cut = self._cut(logits)
         assert cut is not None
         return cut.unflatten(0, hidden.shape[:-1]) if hidden.ndim != 2 else cut  # noqa: PLR2004
@@ -260,14 +266,11 @@ class _Job:
             skip is not None,
         )  # fmt: skip
 
-    def pack_hidden(self, inputs: Tensor) -> None:
-        """Write final hidden states [P, HIDDEN_ROOM] of which logits are wanted."""
-        places = len(inputs)
-        shape = _Shape(0, 0, places, 0, torch.get_num_threads(), 0, 0, 0)
-        self._place(shape)
-        job = self._lent.workspace.job
-        ctypes.memmove(int(job[t.INPUTS]), inputs.data_ptr(), inputs.nbytes)
-        job[: t.HIDDEN_OUT] = (
+    def pack_hidden(self, places: int) -> None:
+        """Ask for the logits of given final hidden states, which `run` takes."""
+        self._place(_Shape(0, 0, places, 0, torch.get_num_threads(), 0, 0, 0))
+        self._put(t.PICKED, range(places))
+        self._lent.workspace.job[: t.HIDDEN_OUT] = (
             self._packed.address, self._forward.run_address, 0, 0, places, 0,
             0, self._layout.scratch_stride, 0, 1, 0, 0,
         )  # fmt: skip
@@ -294,7 +297,10 @@ class _Job:
     def run(
         self, hidden: Tensor | None = None, logits: Tensor | None = None, limit: int | None = None
     ) -> None:
-        """Run the job. hidden, logits: filled, if given. limit: ids below it may be chosen."""
+        """Run the job. hidden [N, HIDDEN_ROOM], logits: filled, if given; limit: ids below it may be chosen.
+
+        After `pack_hidden`, hidden is read.
+        """
         self._lent.workspace.job[t.HIDDEN_OUT : t.LIMIT + 1] = (
             0 if hidden is None else hidden.data_ptr(),
             0 if logits is None else logits.data_ptr(),

@@ -20,10 +20,8 @@ import llvmlite
 import llvmlite.binding as llvm
 import numba
 from numba import types
-from numba.core import config
 
 from paceline.models.compiled import entry
-from paceline.models.compiled.products import make_product
 from paceline.models.compiled.program import make_run
 
 if TYPE_CHECKING:
@@ -75,16 +73,8 @@ _ENGINES: Final[list[Any]] = []  # their code is in use for the life of the proc
 
 def _compile(function: Callable[..., Any], arguments: int, result: Any) -> tuple[str, bytes]:
     """Return the symbol to call and the object file of a function."""
-    before = config.OPT
-    config.OPT = type(before)(0)  # LLVM's passes run once, over the whole
-    try:
-        made = numba.cfunc(result(*[types.int64] * arguments), error_model="numpy")(function)
-    finally:
-        config.OPT = before
-    module, machine = llvm.parse_assembly(made.inspect_llvm()), _machine()
-    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
-    passes.getModulePassManager().run(module, passes)
-    return made.native_name, machine.emit_object(module)
+    made = numba.cfunc(result(*[types.int64] * arguments), error_model="numpy")(function)
+    return made.native_name, _machine().emit_object(llvm.parse_assembly(made.inspect_llvm()))
 
 
 def _machine() -> Any:
@@ -138,11 +128,7 @@ def control_functions() -> tuple[Callable[..., None], Callable[..., int]]:
 
 
 @cache
-def run_address(kernels: str, dtype: str) -> int:
-    """Return the address of `program.make_run`'s function for a processor and dtype of inputs."""
-
-    def make() -> Callable[..., Any]:
-        product = make_product(kernels, dtype)
-        return make_run(product, dtype, kernels == "amx" and dtype == "bfloat16")
-
-    return function_address(f"run_{kernels}_{dtype}", make, 3)
+def run_address(kernels: str, dtype: str, weights: str) -> int:
+    """Return the address of `program.make_run`'s function for a processor, a dtype and weights."""
+    name = f"run_{kernels}_{dtype}" if weights == dtype else f"run_{kernels}_{dtype}_{weights}"
+    return function_address(name, lambda: make_run(kernels, dtype, weights), 3)

@@ -6,33 +6,22 @@ from typing import TYPE_CHECKING, Any
 
 from numba import njit
 
-from paceline.models.compiled.tiles import (
-    AMX_ROWS,
-    SHAPES,
-    STEPS,
-    make_amx_slab,
-    make_slab,
-)
+from paceline.models.compiled.tiles import AMX_ROWS, make_amx_slab, slab_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def make_product(kernels: str, dtype: str) -> Callable[..., Any]:
+def make_product(kernels: str, weights: str) -> Callable[..., Any]:
     """Return product(w, block_stride, x, x_stride, words, out, out_stride, fresh, rows).
 
     It computes the group of 64 outputs at address w: float32 sums [rows, 64] at `out`, beginning with
     what is there unless `fresh`. Strides are bytes. With AMX, inputs and sums have room for whole
-    tiles of 16 rows. kernels: see `processor`; dtype: `bfloat16` or `float32`.
+    tiles of 16 rows. kernels: see `processor`; weights: `bfloat16`, `float32` or `int8`.
     """
-    if kernels == "amx" and dtype == "bfloat16":
+    if kernels == "amx" and weights == "bfloat16":
         return _amx_product()
-    if dtype == "float32":
-        step = "float32"
-    else:
-        step = "dot_bf16" if kernels == "avx512_bf16" else "widened_bf16"
-    shapes = SHAPES["wide" if kernels in ("amx", "avx512_bf16", "avx512") else "narrow"]
-    slab, most = make_slab(STEPS[step], shapes), shapes[-1][0]
+    slab, most = slab_for(kernels, weights)
 
     @njit(error_model="numpy")
     def product(w, block_stride, x, x_stride, words, out, out_stride, fresh, rows):  # type: ignore[no-untyped-def]

@@ -3,7 +3,7 @@
 A layer is ten phases (`_PHASES`), each a number of pieces that the threads share (`sharing.py`); those
 that a model or a job does not need have no pieces. Products are split by groups of 64 outputs and blocks
 of tokens, attention by rows and key-value heads. The residual stream and all sums are float32; inputs of
-products are rounded to the model's dtype.
+products are rounded to the dtype of the weights.
 Symbols: N packed tokens, D hidden size, F MLP size, V logits.
 """
 
@@ -14,8 +14,16 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numba import njit
 
-from paceline.models.compiled.attention import make_attention, up_to
-from paceline.models.compiled.rows import activate, add_normed, make_rows, norm_in_place, tanh
+from paceline.models.compiled.attention import make_attention
+from paceline.models.compiled.products import make_product
+from paceline.models.compiled.rows import (
+    activate,
+    add_normed,
+    make_embed,
+    make_rows,
+    norm_in_place,
+    tanh,
+)
 from paceline.models.compiled.sharing import (
     STALE,
     await_all,
@@ -36,6 +44,7 @@ from paceline.models.compiled.simd import (
     lanes_equal,
     larger,
     load,
+    load_bf16,
     max_lanes,
     put_f32,
     put_int,
@@ -137,9 +146,9 @@ def plan(job, tag):  # type: ignore[no-untyped-def]
             open_phase(phase + _POST_2 * size, threads, tag, has_mlp * by_rows if post_2 else 0)
             phase += LAYER_PHASES * size
         picked = field(job, NUM_PICKED)
-        final = 0
-        if layers > 0:
-            final = picked + (tokens if field(job, HIDDEN_OUT) != 0 else 0)
+        final = picked
+        if layers > 0 and field(job, HIDDEN_OUT) != 0:
+            final += tokens
         open_phase(phase + _FINAL * size, threads, tag, (final + _NORM_ROWS - 1) // _NORM_ROWS)
         groups = field(model, VOCABULARY_GROUPS) * ((picked + BLOCK_ROWS - 1) // BLOCK_ROWS)
         open_phase(phase + _HEAD * size, threads, tag, groups)
@@ -147,13 +156,19 @@ def plan(job, tag):  # type: ignore[no-untyped-def]
         phase += END_PHASES * size
 
 
-def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[..., Any]:
-    """Return run(job, thread, tag), the part of one thread in a planned job."""
-    rows_of = make_rows(dtype)
-    put_inputs, norm_to_inputs, embed = rows_of
-    store_keys, attend = make_attention(product, dtype)
-    size = 2 if dtype == "bfloat16" else 4
-    word = 4 // size
+def make_run(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
+    """Return run(job, thread, tag), the part of one thread in a planned job.
+
+    dtype: of the model. weights: `bfloat16`, `float32` or `int8`.
+    """
+    product = make_product(kernels, weights)
+    rows_of = make_rows(weights)
+    row_bytes, put_inputs, norm_to_inputs = rows_of
+    norm_to_hidden, embed = make_rows(dtype).norm_to_inputs, make_embed(dtype == "bfloat16")
+    store_keys, attend = make_attention(make_product(kernels, dtype), dtype, rows_of)
+    size = 2 if dtype == "bfloat16" else 4  # bytes of a number of the model
+    word = {"bfloat16": 2, "float32": 1, "int8": 4}[weights]  # inputs of a word
+    scales = 256 if weights == "int8" else 0  # bytes of a group's scales, which follow it
 
     @compiled
     def norm_rows(job, model, norm, target, first, stop):  # type: ignore[no-untyped-def]
@@ -162,12 +177,12 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
         eps = float_field(model, EPSILON_F)
         for row in range(first, stop):
             x = field(job, STREAM) + 4 * row * room
-            to = target + size * (row - first) * room
+            to = target + (row - first) * row_bytes(room)
             if norm != 0:
                 norm_to_inputs(x, norm, to, hidden, room, eps)
             else:
                 for at in range(0, room, 32):
-                    put_inputs(to, at, load(x + 4 * at), load(x + 4 * at + 64))
+                    put_inputs(to, room, at, load(x + 4 * at), load(x + 4 * at + 64))
 
     @compiled
     def norm_phase(job, model, norm, phase, thread, tag):  # type: ignore[no-untyped-def]
@@ -178,10 +193,18 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
             first = piece * _NORM_ROWS
             stop = min(field(job, TOKENS), first + _NORM_ROWS)
             room = field(model, HIDDEN_ROOM)
-            target = field(job, INPUTS) + size * first * room
+            target = field(job, INPUTS) + first * row_bytes(room)
             norm_rows(job, model, norm, target, first, stop)
             piece = finish(phase, threads, thread, tag)
         return piece != STALE and await_all(job, phase, tag)
+
+    @compiled
+    def scale_rows(tile, factors, rows):  # type: ignore[no-untyped-def]
+        """Multiply every row of a tile of sums by 64 numbers."""
+        for at in range(0, 256, 64):
+            numbers = load(factors + at)
+            for row in range(rows):
+                store(tile + 256 * row + at, load(tile + 256 * row + at) * numbers)
 
     @compiled
     def multiply(weights, words, x, x_stride, out, out_stride, tokens, groups, piece):  # type: ignore[no-untyped-def]
@@ -189,8 +212,9 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
         block, group = piece // groups, piece % groups
         first = block * BLOCK_ROWS
         rows = min(BLOCK_ROWS, tokens - first)
+        at = weights + group * (4 * words * 64 + scales)
         product(
-            weights + group * 4 * words * 64,
+            at,
             words * 64,
             x + first * x_stride,
             x_stride,
@@ -200,6 +224,8 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
             1,
             rows,
         )
+        if scales:
+            scale_rows(out, at + 4 * words * 64, rows)
         return group, first, rows
 
     @compiled
@@ -229,7 +255,7 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
             outputs = heads * field(model, HEAD_ROOM)
             weights, groups = field(layer, QKV), (outputs + 63) // 64
             group, first, rows = multiply(
-                weights, room // word, x, size * room, tile, 256, tokens, groups, piece
+                weights, room // word, x, row_bytes(room), tile, 256, tokens, groups, piece
             )
             bias = field(layer, QKV_BIAS)
             if bias != 0:
@@ -309,10 +335,10 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
         return piece != STALE and await_all(job, phase, tag)
 
     @compiled
-    def add_product(job, model, weights, bias, post, x, words, phase, thread, tag):  # type: ignore[no-untyped-def]
+    def add_product(job, model, weights, bias, post, x, width, phase, thread, tag):  # type: ignore[no-untyped-def]
         """Add a product to the stream, or keep it in ADDED if a norm stands before.
 
-        x: the job's field of the inputs. words: of a row of inputs.
+        x: the job's field of the inputs. width: numbers of a row of inputs.
         """
         threads = field(job, THREADS)
         piece = claim(phase, threads, thread, tag)
@@ -320,8 +346,9 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
             room, tokens = field(model, HIDDEN_ROOM), field(job, TOKENS)
             private = field(job, SCRATCH) + thread * field(job, SCRATCH_STRIDE)
             tile = private + ROOM_ROWS * 4 * room
+            inputs, stride, groups = field(job, x), row_bytes(width), room // 64
             group, first, rows = multiply(
-                weights, words, field(job, x), 4 * words, tile, 256, tokens, room // 64, piece
+                weights, width // word, inputs, stride, tile, 256, tokens, groups, piece
             )
             if bias != 0:
                 add_bias(tile, bias + 256 * group, rows)
@@ -370,17 +397,17 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
                     is_normed = True
             groups, weights = field(model, MLP_GROUPS), field(layer, GATE_UP)
             group, first, rows = multiply(
-                weights, room // word, x, size * room, tile, 256, tokens, groups, piece
+                weights, room // word, x, row_bytes(room), tile, 256, tokens, groups, piece
             )
             bias, kind = field(layer, GATE_UP_BIAS), field(model, ACTIVATION)
             if bias != 0:
                 add_bias(tile, bias + 256 * group, rows)
             for row in range(rows):
-                to = field(job, ACTIVATED) + size * (first + row) * groups * 32
+                to = field(job, ACTIVATED) + (first + row) * row_bytes(groups * 32)
                 at = tile + 256 * row
                 one = activate(load(at), kind) * load(at + 128)
                 two = activate(load(at + 64), kind) * load(at + 192)
-                put_inputs(to, 32 * group, one, two)
+                put_inputs(to, 32 * groups, 32 * group, one, two)
             piece = finish(phase, threads, thread, tag)
         return piece != STALE and await_all(job, phase, tag)
 
@@ -402,21 +429,36 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
 
     @compiled
     def final_phase(job, model, phase, thread, tag):  # type: ignore[no-untyped-def]
-        """Norm the picked places into INPUTS, and all tokens into HIDDEN_OUT if it is wanted."""
+        """Norm all tokens into HIDDEN_OUT if it is wanted, and the picked places into INPUTS.
+
+        Inputs are rounded from hidden states in the model's dtype, whether they leave the job or not.
+        """
         threads = field(job, THREADS)
         piece = claim(phase, threads, thread, tag)
         while piece >= 0:
             room, norm = field(model, HIDDEN_ROOM), field(model, FINAL_NORM)
+            hidden, eps = field(model, HIDDEN), float_field(model, EPSILON_F)
             picked, out = field(job, NUM_PICKED), field(job, HIDDEN_OUT)
-            total = picked + (field(job, TOKENS) if out != 0 else 0)
+            runs_body = field(job, RUNS_BODY) != 0
+            total = picked + (field(job, TOKENS) if out != 0 and runs_body else 0)
+            private = field(job, SCRATCH) + thread * field(job, SCRATCH_STRIDE)
             for place in range(piece * _NORM_ROWS, min(total, (piece + 1) * _NORM_ROWS)):
+                row = place - picked
                 if place < picked:
                     row = get_int(field(job, PICKED) + 8 * place)
-                    target = field(job, INPUTS) + size * place * room
-                else:
-                    row = place - picked
-                    target = out + size * row * room
-                norm_rows(job, model, norm, target, row, row + 1)
+                source = out + size * row * room
+                if runs_body:
+                    source = private if place < picked else source
+                    x = field(job, STREAM) + 4 * row * room
+                    norm_to_hidden(x, norm, source, hidden, room, eps)
+                if place < picked:
+                    target = field(job, INPUTS) + place * row_bytes(room)
+                    for at in range(0, room, 32):
+                        if size == 2:
+                            one, two = load_bf16(source + 2 * at), load_bf16(source + 2 * at + 32)
+                        else:
+                            one, two = load(source + 4 * at), load(source + 4 * at + 64)
+                        put_inputs(target, room, at, one, two)
             piece = finish(phase, threads, thread, tag)
         return piece != STALE and await_all(job, phase, tag)
 
@@ -456,7 +498,7 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
             groups = field(model, VOCABULARY_GROUPS)
             weights, bias = field(model, HEAD_WEIGHTS), field(model, HEAD_BIAS)
             group, first, rows = multiply(
-                weights, room // word, x, size * room, tile, 256, picked, groups, piece
+                weights, room // word, x, row_bytes(room), tile, 256, picked, groups, piece
             )
             if bias != 0:
                 add_bias(tile, bias + 256 * group, rows)
@@ -536,10 +578,10 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
             return False
         if not attend_phase(job, model, layer, index, phase + _ATTEND * phase_size, thread, tag):
             return False
-        words = field(model, HEADS) * field(model, HEAD_ROOM) // word
+        width = field(model, HEADS) * field(model, HEAD_ROOM)
         weights, bias = field(layer, OUT), field(layer, OUT_BIAS)
         post, at = field(layer, POST_NORM_1), phase + _OUT * phase_size
-        if not add_product(job, model, weights, bias, post, ATTENDED, words, at, thread, tag):
+        if not add_product(job, model, weights, bias, post, ATTENDED, width, at, thread, tag):
             return False
         if not add_normed_phase(job, model, post, phase + _POST_1 * phase_size, thread, tag):
             return False
@@ -548,10 +590,10 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
             return False
         if not gate_up(job, model, layer, phase + _GATE_UP * phase_size, thread, tag):
             return False
-        words = field(model, MLP_GROUPS) * 32 // word
+        width = field(model, MLP_GROUPS) * 32
         weights, bias = field(layer, DOWN), field(layer, DOWN_BIAS)
         post, at = field(layer, POST_NORM_2), phase + _DOWN * phase_size
-        if not add_product(job, model, weights, bias, post, ACTIVATED, words, at, thread, tag):
+        if not add_product(job, model, weights, bias, post, ACTIVATED, width, at, thread, tag):
             return False
         return add_normed_phase(job, model, post, phase + _POST_2 * phase_size, thread, tag)
 
@@ -578,7 +620,7 @@ def make_run(product: Callable[..., Any], dtype: str, amx: bool) -> Callable[...
                 return
             phase += END_PHASES * phase_size
 
-    if not amx:
+    if kernels != "amx":
         return run_steps  # type: ignore[no-any-return]
 
     @compiled

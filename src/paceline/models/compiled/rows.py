@@ -1,7 +1,6 @@
 """Operations on single rows of numbers: norms, activations, rounding to the inputs of a product.
 
-`make_rows` returns them for one dtype of inputs (bfloat16 or float32); numba compiles them into the
-forward. Row lengths are multiples of 32. Symbols: d head size.
+`make_rows` returns them for one kind of inputs; numba compiles them into the forward. Row lengths are multiples of 32. Symbols: d head size.
 """
 
 from __future__ import annotations
@@ -17,16 +16,18 @@ from paceline.models.compiled.simd import (
     fma_one,
     get_bf16,
     get_f32,
-    keep_lanes,
     larger,
     load,
     load_bf16,
-    put_bf16,
+    max_lanes,
+    nearest,
     put_f32,
+    put_int32,
     smaller,
     splat,
     store,
     store_bf16,
+    store_int8,
     sum_lanes,
 )
 
@@ -37,16 +38,16 @@ compiled = njit(error_model="numpy")
 
 
 class Rows(NamedTuple):
-    """The row operations of one dtype, compiled by numba.
+    """The row operations for one kind of inputs, compiled by numba.
 
-    put_inputs(row, column, first, second): round 32 numbers into a row of inputs.
-    norm_to_inputs(x, weight, target, size, room, eps): root-mean-square norm of a row.
-    embed(source, target, size, room, scale): read a row of the embedding as float32.
+    row_bytes(room): the bytes of a row of `room` inputs. put_inputs(row, room, column, first, second):
+    round 32 numbers into a row. norm_to_inputs(x, weight, target, size, room, eps): root-mean-square
+    norm of a row.
     """
 
+    row_bytes: Callable[..., Any]
     put_inputs: Callable[..., Any]
     norm_to_inputs: Callable[..., Any]
-    embed: Callable[..., Any]
 
 
 @compiled
@@ -129,18 +130,33 @@ def activate(x, kind):  # type: ignore[no-untyped-def]
     return half * x * (one + erf(x * splat(np.float32(0.7071067811865476))))
 
 
-def make_rows(dtype: str) -> Rows:
-    """Return the row operations for inputs of `bfloat16` or `float32`."""
-    half = dtype == "bfloat16"
+def make_rows(kind: str) -> Rows:
+    """Return the row operations for inputs of `bfloat16`, `float32` or `int8`.
+
+    A row of int8 holds its bytes, then a float32 scale and an int32 sum for each 32 of them.
+    """
+    bytes_of_32 = {"bfloat16": 64, "float32": 128, "int8": 40}[kind]
 
     @compiled
-    def put_inputs(row, column, first, second):  # type: ignore[no-untyped-def]
-        if half:
+    def row_bytes(room):  # type: ignore[no-untyped-def]
+        return room // 32 * bytes_of_32
+
+    if kind == "bfloat16":
+
+        @compiled
+        def put_inputs(row, room, column, first, second):  # type: ignore[no-untyped-def]
             store_bf16(row + 2 * column, first)
             store_bf16(row + 2 * column + 32, second)
-        else:
+
+    elif kind == "float32":
+
+        @compiled
+        def put_inputs(row, room, column, first, second):  # type: ignore[no-untyped-def]
             store(row + 4 * column, first)
             store(row + 4 * column + 64, second)
+
+    else:
+        put_inputs = _put_int8
 
     @compiled
     def norm_to_inputs(x, weight, target, size, room, eps):  # type: ignore[no-untyped-def]
@@ -148,7 +164,31 @@ def make_rows(dtype: str) -> Rows:
         for at in range(0, room, 32):
             first = load(x + 4 * at) * scale * load(weight + 4 * at)
             second = load(x + 4 * at + 64) * scale * load(weight + 4 * at + 64)
-            put_inputs(target, at, first, second)
+            put_inputs(target, room, at, first, second)
+
+    return Rows(row_bytes, put_inputs, norm_to_inputs)
+
+
+@compiled
+def _put_int8(row, room, column, first, second):  # type: ignore[no-untyped-def]
+    zero, none = splat(np.float32(0)), np.float32(0)
+    largest = max_lanes(larger(larger(first, zero - first), larger(second, zero - second)))
+    total = sum_lanes(first + second)
+    scale = largest / np.float32(127) + (total - total)  # not finite if a number is not
+    inverse = np.float32(127) / largest if largest > none else none
+    one, two = nearest(first * splat(inverse)), nearest(second * splat(inverse))
+    store_int8(row + column, one)
+    store_int8(row + column + 16, two)
+    scales = row + room + 4 * (column // 32)
+    put_f32(scales, scale)
+    put_int32(scales + 4 * (room // 32), sum_lanes(one + two))
+
+
+def make_embed(half: bool) -> Callable[..., Any]:
+    """Return embed(source, target, size, room, scale), which reads a row of the embedding as float32.
+
+    half: whether the embedding is bfloat16.
+    """
 
     @compiled
     def embed(source, target, size, room, scale):  # type: ignore[no-untyped-def]
@@ -162,7 +202,4 @@ def make_rows(dtype: str) -> Rows:
         for at in range(size, room):
             put_f32(target + 4 * at, np.float32(0))
 
-    return Rows(put_inputs, norm_to_inputs, embed)
-
-
-__all__ = ["Rows", "activate", "add_normed", "keep_lanes", "make_rows", "norm_in_place", "put_bf16", "tanh", "turn"]
+    return embed  # type: ignore[no-any-return]

@@ -166,6 +166,29 @@ def _rounded_up(builder: Any, value: Any, kind: Any) -> Any:
     return builder.lshr(builder.add(builder.add(bits, number(0x7FFF)), odd), number(16))
 
 
+@_define(_NONE, _INT, FLOATS)
+def store_int8(builder: Any, address: Any, value: Any) -> None:
+    """Store 16 numbers rounded to the nearest integer, between -127 and 127."""
+    whole = builder.fptosi(_nearest(builder, value), V16I)
+    store_value(builder, address, builder.trunc(whole, ir.VectorType(I8, LANES)), 1)
+
+
+@_define(FLOATS, FLOATS)
+def nearest(builder: Any, value: Any) -> Any:
+    """Return each number rounded to the nearest integer, ties to even."""
+    return _nearest(builder, value)
+
+
+def _nearest(builder: Any, value: Any) -> Any:
+    return builder.call(declared(builder, "llvm.rint.v16f32", V16F, [V16F]), [value])
+
+
+@_define(_NONE, _INT, _FLOAT)
+def put_int32(builder: Any, address: Any, value: Any) -> None:
+    """Store a whole number as int32."""
+    store_value(builder, address, builder.fptosi(value, I32), 4)
+
+
 @_define(_NONE, _INT, _FLOAT)
 def put_bf16(builder: Any, address: Any, value: Any) -> None:
     """Store one number rounded to bfloat16."""

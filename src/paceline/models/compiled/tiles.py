@@ -155,7 +155,7 @@ class _Tile:
                 store_value(builder, place, new[r][b], 4)
 
 
-def make_slab(step: Any, shapes: tuple[tuple[int, int], ...]) -> Any:
+def make_slab(step: Any, shapes: tuple[tuple[int, int], ...], tile: Any = None) -> Any:
     """Return an intrinsic: the sums of a group of 4 blocks for 1 to the largest number of rows."""
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -169,7 +169,7 @@ def make_slab(step: Any, shapes: tuple[tuple[int, int], ...]) -> Any:
                 switch.add_case(const(count), case)
                 builder.position_at_end(case)
                 for first in range(0, GROUP, blocks):
-                    _Tile(step, count, blocks).emit(builder, shared, first)
+                    (tile or _Tile)(step, count, blocks).emit(builder, shared, first)
                 builder.branch(end)
             least = most + 1
         builder.position_at_end(end)
@@ -180,6 +180,106 @@ def make_slab(step: Any, shapes: tuple[tuple[int, int], ...]) -> Any:
         return types.void(*_EIGHT_SIGNATURE), codegen
 
     return slab
+
+
+# --- int8 -----------------------------------------------------------------------------------------------
+
+INT8_GROUP: Final = 8  # words of inputs, 32 numbers, that share a scale
+_WIDE_INT8: Final = ((3, 4), (6, 2), (12, 1))
+_NARROW_INT8: Final = ((1, 2), (3, 1))
+_EXCESS: Final = 128  # weights are stored as unsigned bytes, this much larger
+
+
+def _dot_vnni(builder: Any, sums: Any, weights: Any, word: Any) -> Any:
+    """Add the products of four unsigned weights and four signed inputs by the processor's instruction."""
+    dot = declared(builder, "llvm.x86.avx512.vpdpbusd.512", V16I, [V16I] * 3)
+    return builder.call(dot, [sums, weights, broadcast(builder, word, V16I)])
+
+
+def _widened_int8(builder: Any, sums: Any, weights: Any, word: Any) -> Any:
+    """Add the same products one by one, which gives the same integers."""
+    for k in range(4):
+        shift = ir.Constant(V16I, [8 * k] * 16)
+        weight = builder.and_(builder.lshr(weights, shift), ir.Constant(V16I, [255] * 16))
+        number = builder.ashr(builder.shl(word, ir.Constant(I32, 24 - 8 * k)), ir.Constant(I32, 24))
+        sums = builder.add(sums, builder.mul(weight, broadcast(builder, number, V16I)))
+    return sums
+
+
+class _Int8Tile:
+    """Emits the loop over groups of 32 inputs: integer sums in a group, float32 sums of groups.
+
+    A row of inputs holds its bytes, then a float32 scale and an int32 sum for each group. Integers are
+    exact, so only the order of the groups matters, and it is the same for every number of rows.
+    """
+
+    def __init__(self, step: Any, rows: int, blocks: int) -> None:
+        self._step, self._rows, self._blocks = step, rows, blocks
+
+    def emit(self, builder: Any, values: Any, first_block: int) -> None:
+        """Emit the tile of blocks `first_block` and following; sums always start at zero."""
+        weights, block_stride, x, x_stride, words, sums, sums_stride, _ = values
+        w_at = [
+            builder.add(weights, builder.mul(block_stride, const(first_block + b)))
+            for b in range(self._blocks)
+        ]
+        x_at = [builder.add(x, builder.mul(x_stride, const(r))) for r in range(self._rows)]
+        scales = builder.mul(words, const(4))  # from a row's begin
+        groups = builder.sdiv(words, const(INT8_GROUP))
+        to_sums = builder.add(scales, builder.mul(groups, const(4)))
+        begin, loop = builder.block, builder.append_basic_block("groups")
+        done = builder.append_basic_block("done")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        group = builder.phi(I64)
+        group.add_incoming(const(0), begin)
+        totals = [[builder.phi(V16F) for _ in range(self._blocks)] for _ in range(self._rows)]
+        for row in totals:
+            for total in row:
+                total.add_incoming(splat_constant(0.0), begin)
+        at = builder.mul(group, const(4))
+        parts = []
+        for r in range(self._rows):
+            of_group = load_value(builder, builder.add(builder.add(x_at[r], to_sums), at), I32, 4)
+            start = builder.mul(of_group, ir.Constant(I32, -_EXCESS))
+            parts.append([broadcast(builder, start, V16I)] * self._blocks)
+        for word in range(INT8_GROUP):
+            offset = builder.add(builder.mul(group, const(INT8_GROUP)), const(word))
+            loaded = [
+                load_value(
+                    builder, builder.add(a, builder.mul(offset, const(BLOCK_BYTES))), V16I, 64
+                )
+                for a in w_at
+            ]
+            for r in range(self._rows):
+                x_word = builder.add(x_at[r], builder.mul(offset, const(4)))
+                number = load_value(builder, x_word, I32, 4)
+                parts[r] = [
+                    self._step(builder, part, w, number)
+                    for part, w in zip(parts[r], loaded, strict=True)
+                ]
+        fused = declared(builder, "llvm.fma.v16f32", V16F, [V16F] * 3)
+        following = builder.add(group, const(1))
+        group.add_incoming(following, builder.block)
+        new = []
+        for r in range(self._rows):
+            scale = load_value(builder, builder.add(builder.add(x_at[r], scales), at), F32, 4)
+            factor = broadcast(builder, scale, V16F)
+            new.append(
+                [
+                    builder.call(fused, [builder.sitofp(part, V16F), factor, total])
+                    for part, total in zip(parts[r], totals[r], strict=True)
+                ]
+            )
+            for total, number in zip(totals[r], new[r], strict=True):
+                total.add_incoming(number, builder.block)
+        builder.cbranch(builder.icmp_signed("<", following, groups), loop, done)
+        builder.position_at_end(done)
+        for r in range(self._rows):
+            for b in range(self._blocks):
+                row = builder.add(sums, builder.mul(sums_stride, const(r)))
+                place = builder.add(row, const(BLOCK_BYTES * (first_block + b)))
+                store_value(builder, place, new[r][b], 4)
 
 
 # --- AMX ------------------------------------------------------------------------------------------------
@@ -287,7 +387,18 @@ def tile_config() -> bytes:
     return bytes([1, *[0] * 15, *[64, 0] * 8, *[0] * 16, *[AMX_ROWS] * 8, *[0] * 8])
 
 
-# --- by processor and dtype ----------------------------------------------------------------------------
+# --- by processor and weights ---------------------------------------------------------------------------
 
-STEPS: Final = {"dot_bf16": _dot_bf16, "widened_bf16": _widened_bf16, "float32": _float32}
-SHAPES: Final = {"wide": _WIDE, "narrow": _NARROW}
+
+def slab_for(kernels: str, weights: str) -> tuple[Any, int]:
+    """Return the slab for a processor and weights of bfloat16, float32 or int8, and its most rows."""
+    wide = kernels in ("amx", "avx512_bf16", "avx512")
+    if weights == "int8":
+        step = _dot_vnni if kernels in ("amx", "avx512_bf16") else _widened_int8
+        shapes = _WIDE_INT8 if wide else _NARROW_INT8
+        return make_slab(step, shapes, _Int8Tile), shapes[-1][0]
+    shapes = _WIDE if wide else _NARROW
+    if weights == "float32":
+        return make_slab(_float32, shapes), shapes[-1][0]
+    step = _dot_bf16 if kernels == "avx512_bf16" else _widened_bf16
+    return make_slab(step, shapes), shapes[-1][0]

@@ -47,6 +47,20 @@ def pack(weight: Tensor, room: int) -> Tensor:
     return blocks.permute(0, 2, 1, 3).contiguous()
 
 
+def pack_int8(weight: Tensor, room: int) -> Tensor:
+    """Return a weight [O, I] as bytes, by groups of 64 outputs, each followed by 64 scales.
+
+    Symmetric by output: weight = scale * (byte - 128). Blocks and words are those of `pack`, with four
+    inputs to a word.
+    """
+    whole = F.pad(weight.float(), (0, room - weight.shape[1], 0, -weight.shape[0] % GROUP))
+    scales = (whole.abs().amax(dim=1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    numbers = (whole / scales[:, None]).round().add(128).to(torch.uint8)
+    blocks = numbers.view(-1, GROUP // _LANES, _LANES, room // 4, 4).transpose(2, 3)
+    factors = scales.view(-1, GROUP).contiguous().view(torch.uint8)
+    return torch.cat([blocks.reshape(len(factors), -1), factors], dim=1).contiguous()
+
+
 def pad_heads(weight: Tensor, heads: int, dim: int) -> Tensor:
     """Return a weight or bias with every head's part of a dimension padded to 32."""
     parts = weight.unflatten(dim, (heads, -1)).movedim(dim + 1, -1)
@@ -74,8 +88,10 @@ def float_bits(number: float) -> int:
 class PackedModel:
     """The packed weights of a model and the address of its table."""
 
-    def __init__(self, facts: Facts, layers: Sequence[LayerFacts]) -> None:
-        self.facts = facts
+    def __init__(self, facts: Facts, layers: Sequence[LayerFacts], weights: str) -> None:
+        """weights: `bfloat16` or `float32`, the model's own dtype, or `int8`."""
+        self.facts, self.weights = facts, weights
+        self._pack = pack_int8 if weights == "int8" else pack
         self.groups = facts.heads // facts.kv_heads
         self.room = rounded(facts.hidden_size, GROUP)
         self.head_room = rounded(facts.head_dim, HEAD_UNIT)
@@ -110,16 +126,16 @@ class PackedModel:
         f = self.facts
         counts = (f.heads, f.kv_heads, f.kv_heads)
         qkv = [pad_heads(w, n, 0) for w, n in zip(layer.qkv, counts, strict=True)]
-        row[t.QKV] = self._address(pack(torch.cat(qkv), self.room))
+        row[t.QKV] = self._address(self._pack(torch.cat(qkv), self.room))
         if layer.qkv_bias is not None:
             biases = [pad_heads(b, n, 0) for b, n in zip(layer.qkv_bias, counts, strict=True)]
             row[t.QKV_BIAS] = self._row(torch.cat(biases), rounded(self.outputs, GROUP))
-        row[t.OUT] = self._address(pack(pad_heads(layer.out, f.heads, 1), f.heads * self.head_room))
+        row[t.OUT] = self._address(self._pack(pad_heads(layer.out, f.heads, 1), f.heads * self.head_room))
         row[t.OUT_BIAS] = self._row(layer.out_bias, self.room)
-        row[t.GATE_UP] = self._address(pack(interleave(layer.gate, layer.up), self.room))
+        row[t.GATE_UP] = self._address(self._pack(interleave(layer.gate, layer.up), self.room))
         if layer.gate_up_bias is not None:
             row[t.GATE_UP_BIAS] = self._row(interleave(*layer.gate_up_bias), 2 * self.mlp_room)
-        row[t.DOWN] = self._address(pack(layer.down, self.mlp_room))
+        row[t.DOWN] = self._address(self._pack(layer.down, self.mlp_room))
         row[t.DOWN_BIAS] = self._row(layer.down_bias, self.room)
         norms = {
             t.NORM_1: layer.norm_1,
@@ -155,7 +171,7 @@ class PackedModel:
         table[t.EMBEDDING_SCALE_F] = float_bits(f.embedding_scale)
         table[t.EPSILON_F] = float_bits(f.epsilon)
         table[t.FINAL_NORM] = self._row(f.final_norm, self.room)
-        table[t.HEAD_WEIGHTS] = self._address(pack(f.head, self.room))
+        table[t.HEAD_WEIGHTS] = self._address(self._pack(f.head, self.room))
         table[t.HEAD_BIAS] = self._row(f.head_bias, self.logit_room)
         table[t.ACTIVATION] = f.activation
         table[t.LOGIT_SCALE_F] = float_bits(f.logit_scale)
@@ -173,6 +189,10 @@ class PackedModel:
         self._angles = self.facts.angles(max(length, num_positions)).contiguous()
         self._table[t.ANGLES_STRIDE] = self._angles[0].nbytes
         self._table[t.ANGLES] = self._angles.data_ptr()
+
+    def row_bytes(self, room: int) -> int:
+        """Return the bytes of a row of inputs; see `rows.make_rows`."""
+        return room // 32 * {"bfloat16": 64, "float32": 128, "int8": 40}[self.weights]
 
     def cache_shape(self) -> CacheShape:
         """Return the sizes of the model's keys and values."""
