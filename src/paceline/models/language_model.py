@@ -107,7 +107,7 @@ class LanguageModel:
         self.hidden_size: int
         self.num_logits: int
         self.num_logits, self.hidden_size = model.get_output_embeddings().weight.shape
-        self._monitor = WeightsMonitor(model)  # last, since packing moves weights on CUDA
+        self._monitor = WeightsMonitor(model)  # last, since joining moves weights on CUDA
 
     def _new_cache(self) -> KVCache:
         """Return an empty cache for the forward."""
