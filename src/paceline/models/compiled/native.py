@@ -21,7 +21,6 @@ import llvmlite
 import llvmlite.binding as llvm
 import numba
 from numba import types
-from numba.core import config
 
 from paceline.models.compiled import entry
 from paceline.models.compiled.program import make_run
