@@ -18,11 +18,11 @@ from numba import njit
 
 from paceline.models.compiled.rows import Rows, norm_in_place, tanh, turn
 from paceline.models.compiled.simd import (
-    field,
-    float_field,
     copy_half,
     copy_word,
     exp,
+    field,
+    float_field,
     get_f32,
     get_int,
     keep_lanes,
@@ -57,8 +57,6 @@ from paceline.models.compiled.tables import (
     SCORE_CAP_F,
     SCORE_ROOM,
     SCORE_SCALE_F,
-    SCRATCH,
-    SCRATCH_STRIDE,
     START,
     STORAGE,
     TURNS,
@@ -78,13 +76,13 @@ compiled = njit(error_model="numpy")
 
 
 @compiled
-def up_to(number, unit):  # type: ignore[no-untyped-def]
+def up_to(number, unit):
     """Return the next multiple of a unit."""
     return (number + unit - 1) // unit * unit
 
 
 @compiled
-def tail_room(width):  # type: ignore[no-untyped-def]
+def tail_room(width):
     """Return the positions of a tree's own values: less than a unit, and its longest path."""
     return up_to(UNIT + width, UNIT)
 
@@ -106,7 +104,7 @@ def attention_bytes(
 
 
 @compiled
-def prepare_head(x, model, layer, position, head_norm):  # type: ignore[no-untyped-def]
+def prepare_head(x, model, layer, position, head_norm):
     """Norm and rotate a head's query or key in place."""
     norm = field(layer, head_norm)
     if norm != 0 and field(model, NORM_WHOLE) == 0:
@@ -134,7 +132,7 @@ def make_attention(product: Callable[..., Any], dtype: str, rows: Rows) -> tuple
     size = 4 // word  # bytes of a number
 
     @compiled
-    def head_storage(model, span, head, layer_index):  # type: ignore[no-untyped-def]
+    def head_storage(model, span, head, layer_index):
         """Return the addresses of a head's keys and values."""
         capacity = field(span, CAPACITY)
         key_bytes = capacity * field(model, HEAD_ROOM) * size
@@ -144,21 +142,21 @@ def make_attention(product: Callable[..., Any], dtype: str, rows: Rows) -> tuple
         return layer + head * key_bytes, layer + heads * key_bytes + head * value_bytes
 
     @compiled
-    def put_number(target, number):  # type: ignore[no-untyped-def]
+    def put_number(target, number):
         if half:
             put_bf16(target, number)
         else:
             put_f32(target, number)
 
     @compiled
-    def value_place(values, words, position, number):  # type: ignore[no-untyped-def]
+    def value_place(values, words, position, number):
         """Return the address of one number of a value. words: of a block."""
         in_block = (number // 16 * words + position // word) * 64
         return values + in_block + number % 16 * 4 + position % word * size
 
     @compiled
-    def store_keys(job, model, layer, span, head, first, stop, layer_index):  # type: ignore[no-untyped-def]
-        room, value_room = field(model, HEAD_ROOM), field(model, VALUE_ROOM)
+    def store_keys(job, model, layer, span, head, first, stop, layer_index):
+        room = field(model, HEAD_ROOM)
         heads, kv_heads = field(model, HEADS), field(model, KV_HEADS)
         head_size = field(model, HEAD_SIZE)
         stride = 4 * (heads + 2 * kv_heads) * room
@@ -180,12 +178,10 @@ def make_attention(product: Callable[..., Any], dtype: str, rows: Rows) -> tuple
             for at in range(room // word):
                 copy_word(place + 64 * at, key + 4 * at)
             for at in range(head_size):
-                put_number(
-                    value_place(values, value_words, position, at), get_f32(value + 4 * at)
-                )
+                put_number(value_place(values, value_words, position, at), get_f32(value + 4 * at))
 
     @compiled
-    def put_query(job, model, layer, packed, head, target):  # type: ignore[no-untyped-def]
+    def put_query(job, model, layer, packed, head, target):
         """Norm, rotate and round one query into a row of inputs."""
         room = field(model, HEAD_ROOM)
         heads = field(model, HEADS) + 2 * field(model, KV_HEADS)
@@ -199,7 +195,7 @@ def make_attention(product: Callable[..., Any], dtype: str, rows: Rows) -> tuple
                 store(target + 4 * at, load(query + 4 * at))
 
     @compiled
-    def put_weights(scores, weights, low, high, base, top, scale, cap):  # type: ignore[no-untyped-def]
+    def put_weights(scores, weights, low, high, base, top, scale, cap):
         """Turn scores of positions low to high - 1 into rounded softmax weights; return their sum.
 
         Positions from base to top - 1 that are not among them get the weight 0. scores: float32 by
@@ -238,7 +234,7 @@ def make_attention(product: Callable[..., Any], dtype: str, rows: Rows) -> tuple
         return sum_lanes(total)
 
     @compiled
-    def put_outputs(job, model, packed, head, sums, total):  # type: ignore[no-untyped-def]
+    def put_outputs(job, model, packed, head, sums, total):
         """Divide the sums of a query by its softmax's and round them into the next product's inputs."""
         room = field(model, HEAD_ROOM)
         width = field(model, HEADS) * room
@@ -249,7 +245,7 @@ def make_attention(product: Callable[..., Any], dtype: str, rows: Rows) -> tuple
             put_inputs(row, width, head * room + at, first, second)
 
     @compiled
-    def sum_values(values, words, value_room, weights, stride, first, stop, sums, fresh, rows):  # type: ignore[no-untyped-def]
+    def sum_values(values, words, value_room, weights, stride, first, stop, sums, fresh, rows):
         """Add the values of positions first to stop - 1 by their weights."""
         for group in range(0, value_room, 64):
             product(
@@ -265,7 +261,7 @@ def make_attention(product: Callable[..., Any], dtype: str, rows: Rows) -> tuple
             )
 
     @compiled
-    def copy_value(target, target_words, at, source, source_words, place, value_room):  # type: ignore[no-untyped-def]
+    def copy_value(target, target_words, at, source, source_words, place, value_room):
         """Copy the value of one position."""
         for block in range(value_room // 16):
             to = target + (block * target_words + at // word) * 64 + at % word * size
@@ -277,7 +273,7 @@ def make_attention(product: Callable[..., Any], dtype: str, rows: Rows) -> tuple
                     copy_word(to + lane, of + lane)
 
     @compiled
-    def clear_values(target, words, first, stop, value_room):  # type: ignore[no-untyped-def]
+    def clear_values(target, words, first, stop, value_room):
         """Zero the values of whole words of positions."""
         zero = splat(np.float32(0))
         for block in range(value_room // 16):
@@ -285,7 +281,9 @@ def make_attention(product: Callable[..., Any], dtype: str, rows: Rows) -> tuple
                 store(target + (block * words + at) * 64, zero)
 
     @compiled
-    def attend_paths(job, model, span, head, first, stop, scratch, base, values, weights, sums, totals):  # type: ignore[no-untyped-def]
+    def attend_paths(
+        job, model, span, head, first, stop, scratch, base, values, weights, sums, totals
+    ):
         """Sum the values of a tree's paths, each laid out as the chain that it may become.
 
         The cached positions before the row's last whole unit are common to all tokens. What follows is
@@ -312,7 +310,9 @@ def make_attention(product: Callable[..., Any], dtype: str, rows: Rows) -> tuple
             depth, same = get_int(path), 0  # same: leading tokens that lie there already
             if token > first:
                 both = min(depth, get_int(before))
-                while same < both and get_int(path + 8 + 8 * same) == get_int(before + 8 + 8 * same):
+                while same < both and get_int(path + 8 + 8 * same) == get_int(
+                    before + 8 + 8 * same
+                ):
                     same += 1
             for k in range(same, depth):
                 place = start + get_int(path + 8 + 8 * k)
@@ -332,7 +332,7 @@ def make_attention(product: Callable[..., Any], dtype: str, rows: Rows) -> tuple
                 put_outputs(job, model, packed, head * groups + g, at, total)
 
     @compiled
-    def attend(job, model, layer, span, head, first, stop, scratch, layer_index):  # type: ignore[no-untyped-def]
+    def attend(job, model, layer, span, head, first, stop, scratch, layer_index):
         room, value_room = field(model, HEAD_ROOM), field(model, VALUE_ROOM)
         groups = field(model, HEADS) // field(model, KV_HEADS)
         start, first_token = field(span, START), field(span, FIRST)
@@ -400,9 +400,12 @@ def make_attention(product: Callable[..., Any], dtype: str, rows: Rows) -> tuple
                 row = (token - first) * groups + g
                 at = sums + 4 * row * value_room
                 put_outputs(
-                    job, model, first_token + token, head * groups + g, at, get_f32(totals + 4 * row)
+                    job,
+                    model,
+                    first_token + token,
+                    head * groups + g,
+                    at,
+                    get_f32(totals + 4 * row),
                 )
 
     return store_keys, attend
-
-

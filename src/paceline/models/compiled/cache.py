@@ -144,7 +144,9 @@ class PackedRows:
                 wanted = least
         with torch.inference_mode():
             # zeros are written, so that decoding does not wait for page faults; all entries are finite
-            new = torch.empty(wanted * self._shape.position_numbers, dtype=self._shape.dtype).zero_()
+            new = torch.empty(
+                wanted * self._shape.position_numbers, dtype=self._shape.dtype
+            ).zero_()
             if old is not None:
                 old_keys, old_values = self._views(old)
                 keys, values = self._views(new)
@@ -153,7 +155,10 @@ class PackedRows:
         self._keep(slot, new)
 
     def _views(self, storage: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys [L, Hkv, n/16, words of d, 16, word] and values [L, Hkv, d/16, n/word, 16, word]."""
+        """Return views of the keys and values of a row.
+
+        Keys: [L, Hkv, n/16, words of d, 16, word]; values: [L, Hkv, d/16, n/word, 16, word].
+        """
         shape, word = self._shape, 4 // storage.element_size()
         heads, capacity = shape.kv_heads, storage.numel() // shape.position_numbers
         layers = storage.view(shape.layers, -1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from numba import njit
 
@@ -12,7 +12,7 @@ from paceline.models.compiled.simd import call_run, field, get_atomic, put_atomi
 from paceline.models.compiled.tables import RUN, THREADS, YIELD
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    pass
 
 # a team's memory: int64 on lines of their own
 TAG: Final = 0  # of the newest job
@@ -26,7 +26,7 @@ _YIELD_EVERY: Final = 64  # pauses
 
 
 @njit(error_model="numpy")
-def lead(team, job, tag):  # type: ignore[no-untyped-def]
+def lead(team, job, tag):
     """Plan a job, publish it to the team's other threads (team 0: there are none), and run it."""
     plan(job, tag)
     if team != 0:
@@ -35,7 +35,7 @@ def lead(team, job, tag):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def follow(team, job, thread, seen, patience):  # type: ignore[no-untyped-def]
+def follow(team, job, thread, seen, patience):
     """Run this thread's part of every job after the one tagged `seen`; return the last one's tag.
 
     Returns when told to stop, or after `patience` pauses without a job, marked as asleep.

@@ -94,7 +94,12 @@ def _scratch_bytes(model: PackedModel, shape: _Shape) -> int:
     """Return the bytes of a thread's scratch: inputs, the sums of a piece, and attention's."""
     inputs = ROOM_ROWS * 4 * model.room + TILE_BYTES
     return inputs + attention_bytes(
-        model.head_room, model.value_room, shape.queries, model.groups, shape.score_room, shape.width
+        model.head_room,
+        model.value_room,
+        shape.queries,
+        model.groups,
+        shape.score_room,
+        shape.width,
     )
 
 
@@ -191,7 +196,7 @@ class CompiledForward:
                 job.run(hidden=inputs, logits=logits)
         cut = self._cut(logits)
         assert cut is not None
-        return cut.unflatten(0, hidden.shape[:-1]) if hidden.ndim != 2 else cut  # noqa: PLR2004
+        return cut.unflatten(0, hidden.shape[:-1]) if hidden.ndim != 2 else cut
 
     def _new_logits(self, places: int) -> Tensor:
         return torch.empty((places, self.packed.logit_room), dtype=torch.float32)
@@ -298,9 +303,9 @@ class _Job:
     def run(
         self, hidden: Tensor | None = None, logits: Tensor | None = None, limit: int | None = None
     ) -> None:
-        """Run the job. hidden [N, HIDDEN_ROOM], logits: filled, if given; limit: ids below it may be chosen.
+        """Run the job and fill hidden [N, HIDDEN_ROOM] and logits, if given.
 
-        After `pack_hidden`, hidden is read.
+        limit: ids below it may be chosen. After `pack_hidden`, hidden is read.
         """
         self._lent.workspace.job[t.HIDDEN_OUT : t.LIMIT + 1] = (
             0 if hidden is None else hidden.data_ptr(),

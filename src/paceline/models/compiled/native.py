@@ -76,9 +76,11 @@ def function_address(name: str, make: Callable[[], Callable[..., Any]], argument
 _ENGINES: Final[list[Any]] = []  # their code is in use for the life of the process
 
 
-def _compile(function: Callable[..., Any], arguments: int, result: Any) -> tuple[str, list[str], bytes]:
+def _compile(
+    function: Callable[..., Any], arguments: int, result: Any
+) -> tuple[str, list[str], bytes]:
     """Return the symbol to call, the functions that are called outside, and the object file."""
-    made = numba.cfunc(result(*[types.int64] * arguments), error_model="numpy")(function)
+    made: Any = numba.cfunc(result(*[types.int64] * arguments), error_model="numpy")(function)
     # numba's own object, since the intermediate code that it shows has passed code generation, and
     # another pass over it may change what it does
     _, _, (code, _) = made._library.serialize_using_object_code()

@@ -24,7 +24,7 @@ def make_product(kernels: str, weights: str) -> Callable[..., Any]:
     slab, most = slab_for(kernels, weights)
 
     @njit(error_model="numpy")
-    def product(w, block_stride, x, x_stride, words, out, out_stride, fresh, rows):  # type: ignore[no-untyped-def]
+    def product(w, block_stride, x, x_stride, words, out, out_stride, fresh, rows):
         slabs = (rows + most - 1) // most
         done = 0
         for k in range(slabs):
@@ -41,7 +41,7 @@ def _amx_product() -> Callable[..., Any]:
     one, two = make_amx_slab(1), make_amx_slab(2)
 
     @njit(error_model="numpy")
-    def product(w, block_stride, x, x_stride, words, out, out_stride, fresh, rows):  # type: ignore[no-untyped-def]
+    def product(w, block_stride, x, x_stride, words, out, out_stride, fresh, rows):
         done = 0
         while rows - done > AMX_ROWS:
             at, to = x + done * x_stride, out + done * out_stride

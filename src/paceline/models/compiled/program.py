@@ -34,9 +34,8 @@ from paceline.models.compiled.sharing import (
 )
 from paceline.models.compiled.simd import (
     field,
-    float_field,
-    put_field,
     first_bit,
+    float_field,
     fma,
     get_f32,
     get_int,
@@ -47,12 +46,84 @@ from paceline.models.compiled.simd import (
     load_bf16,
     max_lanes,
     put_f32,
+    put_field,
     put_int,
     splat,
     store,
 )
-from paceline.models.compiled.tables import *  # noqa: F403
-from paceline.models.compiled.tables import LAYER_SIZE, SPAN_SIZE
+from paceline.models.compiled.tables import (
+    ACTIVATED,
+    ACTIVATION,
+    ADDED,
+    ATTENDED,
+    BEST,
+    CHAIN,
+    CHOICES,
+    COUNTERS,
+    DOWN,
+    DOWN_BIAS,
+    EMBEDDING,
+    EMBEDDING_SCALE_F,
+    EPSILON_F,
+    FINAL_NORM,
+    FIRST,
+    GATE_UP,
+    GATE_UP_BIAS,
+    HEAD_BIAS,
+    HEAD_ROOM,
+    HEAD_SIZE,
+    HEAD_WEIGHTS,
+    HEADS,
+    HIDDEN,
+    HIDDEN_OUT,
+    HIDDEN_ROOM,
+    IDS,
+    INPUTS,
+    KEY_NORM,
+    KV_HEADS,
+    LAYER_SIZE,
+    LAYER_TABLE,
+    LAYERS,
+    LIMIT,
+    LOGIT_CAP_F,
+    LOGIT_SCALE_F,
+    LOGITS,
+    MLP_GROUPS,
+    MODEL,
+    NORM_1,
+    NORM_2,
+    NORM_WHOLE,
+    NUM_PICKED,
+    OUT,
+    OUT_BIAS,
+    PICKED,
+    POSITIONS,
+    POST_NORM_1,
+    POST_NORM_2,
+    PROJECTED,
+    QKV,
+    QKV_BIAS,
+    QUERY_NORM,
+    QUERY_TOKENS,
+    RESIDUAL_SCALE_F,
+    ROWS,
+    RUNS_BODY,
+    SCRATCH,
+    SCRATCH_STRIDE,
+    SKIPPED,
+    SKIPS,
+    SPAN_SIZE,
+    SPANS,
+    START,
+    STEPS,
+    STORES_FIRST,
+    STREAM,
+    THREADS,
+    TILE_CONFIG,
+    TOKENS,
+    VOCABULARY_GROUPS,
+    WIDTH,
+)
 from paceline.models.compiled.tiles import configure_tiles, release_tiles
 
 if TYPE_CHECKING:
@@ -91,7 +162,7 @@ def num_phases(layers: int, steps: int) -> int:
 
 
 @compiled
-def _attend_pieces(job, kv_heads, tokens):  # type: ignore[no-untyped-def]
+def _attend_pieces(job, kv_heads, tokens):
     """Return the pieces of attention, of at most `tokens` tokens each."""
     pieces = 0
     for row in range(field(job, ROWS)):
@@ -101,7 +172,7 @@ def _attend_pieces(job, kv_heads, tokens):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def plan(job, tag):  # type: ignore[no-untyped-def]
+def plan(job, tag):
     """Open all phases of a job."""
     model, threads = field(job, MODEL), field(job, THREADS)
     kv_heads, layers = field(model, KV_HEADS), field(model, LAYERS)
@@ -171,7 +242,7 @@ def make_run(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
     scales = 256 if weights == "int8" else 0  # bytes of a group's scales, which follow it
 
     @compiled
-    def norm_rows(job, model, norm, target, first, stop):  # type: ignore[no-untyped-def]
+    def norm_rows(job, model, norm, target, first, stop):
         """Norm rows of the stream into rows of inputs at `target`; without a norm, round them."""
         room, hidden = field(model, HIDDEN_ROOM), field(model, HIDDEN)
         eps = float_field(model, EPSILON_F)
@@ -185,7 +256,7 @@ def make_run(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
                     put_inputs(to, room, at, load(x + 4 * at), load(x + 4 * at + 64))
 
     @compiled
-    def norm_phase(job, model, norm, phase, thread, tag):  # type: ignore[no-untyped-def]
+    def norm_phase(job, model, norm, phase, thread, tag):
         """Norm the stream into INPUTS, where there are too many tokens for every thread to do it."""
         threads = field(job, THREADS)
         piece = claim(phase, threads, thread, tag)
@@ -199,7 +270,7 @@ def make_run(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
         return piece != STALE and await_all(job, phase, tag)
 
     @compiled
-    def scale_rows(tile, factors, rows):  # type: ignore[no-untyped-def]
+    def scale_rows(tile, factors, rows):
         """Multiply every row of a tile of sums by 64 numbers."""
         for at in range(0, 256, 64):
             numbers = load(factors + at)
@@ -207,7 +278,7 @@ def make_run(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
                 store(tile + 256 * row + at, load(tile + 256 * row + at) * numbers)
 
     @compiled
-    def multiply(weights, words, x, x_stride, out, out_stride, tokens, groups, piece):  # type: ignore[no-untyped-def]
+    def multiply(weights, words, x, x_stride, out, out_stride, tokens, groups, piece):
         """Compute one piece of a product; return (its group, its first token, its tokens)."""
         block, group = piece // groups, piece % groups
         first = block * BLOCK_ROWS
@@ -229,7 +300,7 @@ def make_run(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
         return group, first, rows
 
     @compiled
-    def add_bias(tile, bias, rows):  # type: ignore[no-untyped-def]
+    def add_bias(tile, bias, rows):
         """Add 64 numbers to every row of a tile of sums."""
         for at in range(0, 256, 64):
             numbers = load(bias + at)
@@ -237,7 +308,7 @@ def make_run(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
                 store(tile + 256 * row + at, load(tile + 256 * row + at) + numbers)
 
     @compiled
-    def project(job, model, layer, phase, thread, tag):  # type: ignore[no-untyped-def]
+    def project(job, model, layer, phase, thread, tag):
         """Compute queries, keys and values."""
         threads = field(job, THREADS)
         is_normed = False
@@ -269,7 +340,7 @@ def make_run(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
         return piece != STALE and await_all(job, phase, tag)
 
     @compiled
-    def whole_norms(job, model, layer, phase, thread, tag):  # type: ignore[no-untyped-def]
+    def whole_norms(job, model, layer, phase, thread, tag):
         """Norm all queries and all keys of a token at once."""
         threads = field(job, THREADS)
         piece = claim(phase, threads, thread, tag)
@@ -288,7 +359,7 @@ def make_run(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
         return piece != STALE and await_all(job, phase, tag)
 
     @compiled
-    def find_piece(job, kv_heads, tokens, piece):  # type: ignore[no-untyped-def]
+    def find_piece(job, kv_heads, tokens, piece):
         """Return (span, head, first token) of a piece of at most `tokens` tokens of a row."""
         head, place = piece % kv_heads, piece // kv_heads
         span = field(job, SPANS)
@@ -300,7 +371,7 @@ def make_run(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
             span += 8 * SPAN_SIZE
 
     @compiled
-    def store_phase(job, model, layer, index, phase, thread, tag):  # type: ignore[no-untyped-def]
+    def store_phase(job, model, layer, index, phase, thread, tag):
         """Cache the keys and values of rows that several pieces attend to."""
         threads = field(job, THREADS)
         piece = claim(phase, threads, thread, tag)
@@ -313,7 +384,7 @@ def make_run(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
         return piece != STALE and await_all(job, phase, tag)
 
     @compiled
-    def attend_phase(job, model, layer, index, phase, thread, tag):  # type: ignore[no-untyped-def]
+    def attend_phase(job, model, layer, index, phase, thread, tag):
         """Attend, by rows and key-value heads."""
         threads = field(job, THREADS)
         piece = claim(phase, threads, thread, tag)
@@ -335,7 +406,7 @@ def make_run(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
         return piece != STALE and await_all(job, phase, tag)
 
     @compiled
-    def add_product(job, model, weights, bias, post, x, width, phase, thread, tag):  # type: ignore[no-untyped-def]
+    def add_product(job, model, weights, bias, post, x, width, phase, thread, tag):
         """Add a product to the stream, or keep it in ADDED if a norm stands before.
 
         x: the job's field of the inputs. width: numbers of a row of inputs.
@@ -365,7 +436,7 @@ def make_run(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
         return piece != STALE and await_all(job, phase, tag)
 
     @compiled
-    def add_normed_phase(job, model, norm, phase, thread, tag):  # type: ignore[no-untyped-def]
+    def add_normed_phase(job, model, norm, phase, thread, tag):
         """Add the norm of ADDED to the stream."""
         threads = field(job, THREADS)
         piece = claim(phase, threads, thread, tag)
@@ -381,7 +452,7 @@ def make_run(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
         return piece != STALE and await_all(job, phase, tag)
 
     @compiled
-    def gate_up(job, model, layer, phase, thread, tag):  # type: ignore[no-untyped-def]
+    def gate_up(job, model, layer, phase, thread, tag):
         """Compute act(gate) * up; a group holds 32 numbers of each."""
         threads = field(job, THREADS)
         is_normed = False
@@ -412,7 +483,7 @@ def make_run(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
         return piece != STALE and await_all(job, phase, tag)
 
     @compiled
-    def embed_phase(job, model, phase, thread, tag):  # type: ignore[no-untyped-def]
+    def embed_phase(job, model, phase, thread, tag):
         """Read the tokens' embeddings into the stream."""
         threads = field(job, THREADS)
         piece = claim(phase, threads, thread, tag)
@@ -428,7 +499,7 @@ def make_run(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
         return piece != STALE and await_all(job, phase, tag)
 
     @compiled
-    def final_phase(job, model, phase, thread, tag):  # type: ignore[no-untyped-def]
+    def final_phase(job, model, phase, thread, tag):
         """Norm all tokens into HIDDEN_OUT if it is wanted, and the picked places into INPUTS.
 
         Inputs are rounded from hidden states in the model's dtype, whether they leave the job or not.
@@ -463,7 +534,7 @@ def make_run(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
         return piece != STALE and await_all(job, phase, tag)
 
     @compiled
-    def note_best(tile, best, first_id, limit):  # type: ignore[no-untyped-def]
+    def note_best(tile, best, first_id, limit):
         """Write the largest of a row's 64 logits and its id; nan if any is nan."""
         largest, is_nan = splat(np.float32(-np.inf)), False
         for at in range(0, 64, 16):
@@ -487,7 +558,7 @@ def make_run(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
         put_int(best + 8, first_id + found)
 
     @compiled
-    def head(job, model, phase, thread, tag):  # type: ignore[no-untyped-def]
+    def head(job, model, phase, thread, tag):
         """Compute logits of the picked places, and each group's largest."""
         threads = field(job, THREADS)
         piece = claim(phase, threads, thread, tag)
@@ -520,7 +591,7 @@ def make_run(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
         return piece != STALE and await_all(job, phase, tag)
 
     @compiled
-    def choose(job, groups, place):  # type: ignore[no-untyped-def]
+    def choose(job, groups, place):
         """Return the id of the largest logit of a place, -1 if it is not finite."""
         picked = field(job, NUM_PICKED)
         best = field(job, BEST)
@@ -536,7 +607,7 @@ def make_run(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
         return get_int(best + 16 * (found * picked + place) + 8)
 
     @compiled
-    def choose_phase(job, model, step, phase, thread, tag):  # type: ignore[no-untyped-def]
+    def choose_phase(job, model, step, phase, thread, tag):
         """Choose the most likely ids; in a chain, make them the next step's tokens."""
         threads = field(job, THREADS)
         piece = claim(phase, threads, thread, tag)
@@ -564,7 +635,7 @@ def make_run(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
         return piece != STALE and await_all(job, phase, tag)
 
     @compiled
-    def run_layer(job, model, layer, index, phase, phase_size, thread, tag):  # type: ignore[no-untyped-def]
+    def run_layer(job, model, layer, index, phase, phase_size, thread, tag):
         """Run one layer's phases; return False if the job is over."""
         norm = field(layer, NORM_1)
         if not norm_phase(job, model, norm, phase + _NORM_1 * phase_size, thread, tag):
@@ -598,7 +669,7 @@ def make_run(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
         return add_normed_phase(job, model, post, phase + _POST_2 * phase_size, thread, tag)
 
     @compiled
-    def run_steps(job, thread, tag):  # type: ignore[no-untyped-def]
+    def run_steps(job, thread, tag):
         model, threads = field(job, MODEL), field(job, THREADS)
         phase, phase_size = field(job, COUNTERS), phase_bytes(threads)
         layers = field(model, LAYERS) if field(job, RUNS_BODY) != 0 else 0
@@ -624,7 +695,7 @@ def make_run(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
         return run_steps  # type: ignore[no-any-return]
 
     @compiled
-    def run_with_tiles(job, thread, tag):  # type: ignore[no-untyped-def]
+    def run_with_tiles(job, thread, tag):
         configure_tiles(field(job, TILE_CONFIG))
         run_steps(job, thread, tag)
         release_tiles()

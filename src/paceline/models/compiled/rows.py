@@ -1,6 +1,7 @@
 """Operations on single rows of numbers: norms, activations, rounding to the inputs of a product.
 
-`make_rows` returns them for one kind of inputs; numba compiles them into the forward. Row lengths are multiples of 32. Symbols: d head size.
+`make_rows` returns them for one kind of inputs; numba compiles them into the forward. Row lengths are
+multiples of 32. Symbols: d head size.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Rows(NamedTuple):
 
 
 @compiled
-def inverse_norm(x, size, room, eps):  # type: ignore[no-untyped-def]
+def inverse_norm(x, size, room, eps):
     """Return 1 / sqrt(mean(x^2) + eps) of `size` float32 numbers; zeros follow up to `room`."""
     total, other = splat(np.float32(0)), splat(np.float32(0))
     for at in range(0, room, 32):
@@ -62,7 +63,7 @@ def inverse_norm(x, size, room, eps):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def norm_in_place(x, weight, size, room, eps):  # type: ignore[no-untyped-def]
+def norm_in_place(x, weight, size, room, eps):
     """Norm a row of float32 numbers in place."""
     scale = splat(inverse_norm(x, size, room, eps))
     for at in range(0, room, 16):
@@ -70,7 +71,7 @@ def norm_in_place(x, weight, size, room, eps):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def add_normed(stream, x, weight, size, room, eps, factor):  # type: ignore[no-untyped-def]
+def add_normed(stream, x, weight, size, room, eps, factor):
     """Add `factor` times the norm of a row to the residual stream."""
     scale, times = splat(inverse_norm(x, size, room, eps)), splat(factor)
     for at in range(0, room, 16):
@@ -79,7 +80,7 @@ def add_normed(stream, x, weight, size, room, eps, factor):  # type: ignore[no-u
 
 
 @compiled
-def turn(x, angles, half):  # type: ignore[no-untyped-def]
+def turn(x, angles, half):
     """Rotate the pairs (i, i + half) of a row in place. angles: cosines [half], then sines."""
     whole = half // 16 * 16
     for at in range(0, whole, 16):
@@ -95,7 +96,7 @@ def turn(x, angles, half):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def tanh(x):  # type: ignore[no-untyped-def]
+def tanh(x):
     """Return the hyperbolic tangent of each lane, as 1 - 2 / (e^2x + 1)."""
     one = splat(np.float32(1))
     bounded = smaller(larger(x, splat(np.float32(-20))), splat(np.float32(20)))
@@ -104,7 +105,7 @@ def tanh(x):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def erf(x):  # type: ignore[no-untyped-def]
+def erf(x):
     """Return the error function of each lane within 2e-7 (Abramowitz and Stegun 7.1.26)."""
     one, zero = splat(np.float32(1)), splat(np.float32(0))
     size = larger(x, zero - x)
@@ -119,7 +120,7 @@ def erf(x):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def activate(x, kind):  # type: ignore[no-untyped-def]
+def activate(x, kind):
     """Return silu (kind 0), tanh gelu (1) or erf gelu (2) of each lane."""
     one, half = splat(np.float32(1)), splat(np.float32(0.5))
     if kind == 0:
@@ -138,20 +139,20 @@ def make_rows(kind: str) -> Rows:
     bytes_of_32 = {"bfloat16": 64, "float32": 128, "int8": 40}[kind]
 
     @compiled
-    def row_bytes(room):  # type: ignore[no-untyped-def]
+    def row_bytes(room):
         return room // 32 * bytes_of_32
 
     if kind == "bfloat16":
 
         @compiled
-        def put_inputs(row, room, column, first, second):  # type: ignore[no-untyped-def]
+        def put_inputs(row, room, column, first, second):
             store_bf16(row + 2 * column, first)
             store_bf16(row + 2 * column + 32, second)
 
     elif kind == "float32":
 
         @compiled
-        def put_inputs(row, room, column, first, second):  # type: ignore[no-untyped-def]
+        def put_inputs(row, room, column, first, second):
             store(row + 4 * column, first)
             store(row + 4 * column + 64, second)
 
@@ -159,7 +160,7 @@ def make_rows(kind: str) -> Rows:
         put_inputs = _put_int8
 
     @compiled
-    def norm_to_inputs(x, weight, target, size, room, eps):  # type: ignore[no-untyped-def]
+    def norm_to_inputs(x, weight, target, size, room, eps):
         scale = splat(inverse_norm(x, size, room, eps))
         for at in range(0, room, 32):
             first = load(x + 4 * at) * scale * load(weight + 4 * at)
@@ -170,7 +171,7 @@ def make_rows(kind: str) -> Rows:
 
 
 @compiled
-def _put_int8(row, room, column, first, second):  # type: ignore[no-untyped-def]
+def _put_int8(row, room, column, first, second):
     zero, none = splat(np.float32(0)), np.float32(0)
     largest = max_lanes(larger(larger(first, zero - first), larger(second, zero - second)))
     total = sum_lanes(first + second)
@@ -191,7 +192,7 @@ def make_embed(half: bool) -> Callable[..., Any]:
     """
 
     @compiled
-    def embed(source, target, size, room, scale):  # type: ignore[no-untyped-def]
+    def embed(source, target, size, room, scale):
         factor, whole = splat(scale), size // 16 * 16
         for at in range(0, whole, 16):
             numbers = load_bf16(source + 2 * at) if half else load(source + 4 * at)

@@ -43,7 +43,7 @@ _PATIENCE: Final = 512  # looks at a counter before the processor is offered to 
 
 
 @intrinsic
-def pause(typingctx):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def pause(typingctx):
     """Tell the processor that this thread is waiting for another one."""
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -59,13 +59,14 @@ def pause(typingctx):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
 
 def yield_address() -> int:
     """Return the address of the system's function that lets another thread run."""
-    library = ctypes.WinDLL("kernel32") if os.name == "nt" else ctypes.CDLL(None)
-    function = library.SwitchToThread if os.name == "nt" else library.sched_yield
+    is_windows = os.name == "nt"
+    library = ctypes.CDLL("kernel32" if is_windows else None)
+    function = library.SwitchToThread if is_windows else library.sched_yield
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 @intrinsic
-def offer_processor(typingctx, function):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def offer_processor(typingctx, function):
     """Let another thread run that waits for this processor; see `yield_address`."""
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:

@@ -58,7 +58,7 @@ class _FloatsModel(models.PrimitiveModel):  # type: ignore[misc]
         super().__init__(manager, kind, V16F)
 
 
-# --- building blocks of the intrinsics ---------------------------------------------------------------
+# --- building blocks of the intrinsics ------------------------------------------------------------
 
 
 def const(value: int) -> ir.Constant:
@@ -115,7 +115,7 @@ def _define(result: Any, *arguments: Any) -> Any:
             "    return result(*arguments), codegen\n"
         )
         space: dict[str, Any] = {"emit_values": emit, "result": result, "arguments": arguments}
-        exec(source, space)  # noqa: S102 - numba reads the number of arguments from the signature
+        exec(source, space)
         function = space[emit.__name__]
         function.__doc__ = emit.__doc__
         return intrinsic(function)
@@ -123,7 +123,7 @@ def _define(result: Any, *arguments: Any) -> Any:
     return decorate
 
 
-# --- memory -------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 _NONE, _INT, _FLOAT = types.void, types.int64, types.float32
 
@@ -262,7 +262,7 @@ def zero_word(builder: Any, target: Any) -> None:
     store_value(builder, target, ir.Constant(I32, 0), 4)
 
 
-# --- arithmetic ---------------------------------------------------------------------------------------
+# --- arithmetic -----------------------------------------------------------------------------------
 
 
 def _binary(name: str) -> Any:
@@ -278,7 +278,7 @@ _add, _subtract, _multiply, _divide = map(_binary, ("fadd", "fsub", "fmul", "fdi
 
 def _overloaded(operation: Any, function: Any) -> None:
     @overload(operation)
-    def typed(a, b):  # type: ignore[no-untyped-def]  # numba compares signatures with annotations
+    def typed(a, b):  # numba compares signatures with annotations
         if isinstance(a, Floats) and isinstance(b, Floats):
             return lambda a, b: function(a, b)
         return None
@@ -350,9 +350,7 @@ def sum_lanes(builder: Any, a: Any) -> Any:
 @_define(_FLOAT, FLOATS)
 def max_lanes(builder: Any, a: Any) -> Any:
     """Return the largest lane."""
-    return _halved(
-        builder, a, lambda x, y: builder.select(builder.fcmp_ordered(">", x, y), x, y)
-    )
+    return _halved(builder, a, lambda x, y: builder.select(builder.fcmp_ordered(">", x, y), x, y))
 
 
 @_define(types.boolean, FLOATS)
@@ -414,7 +412,7 @@ def exp(builder: Any, x: Any) -> Any:
     return builder.select(too_small, splat_constant(0.0), scaled)
 
 
-# --- threads ------------------------------------------------------------------------------------------
+# --- threads --------------------------------------------------------------------------------------
 
 
 @_define(_INT, _INT)
@@ -438,9 +436,7 @@ def add_atomic(builder: Any, address: Any, value: Any) -> Any:
 @_define(_INT, _INT, _INT, _INT)
 def swap_atomic(builder: Any, address: Any, expected: Any, value: Any) -> Any:
     """Replace an int64 if it is the expected one, and return what it was."""
-    found = builder.cmpxchg(
-        pointer(builder, address, I64), expected, value, "acq_rel", "acquire"
-    )
+    found = builder.cmpxchg(pointer(builder, address, I64), expected, value, "acq_rel", "acquire")
     return builder.extract_value(found, 0)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Final
 
-# --- a model ------------------------------------------------------------------------------------------
+# --- a model --------------------------------------------------------------------------------------
 (
     HIDDEN,  # D
     HIDDEN_ROOM,  # D rounded up to 64
@@ -41,7 +41,7 @@ from typing import Final
     MODEL_SIZE,
 ) = range(27)
 
-# --- a layer: weights and norms are addresses, 0 where the layer has none ------------------------------
+# --- a layer: weights and norms are addresses, 0 where the layer has none -------------------------
 (
     NORM_1,  # float32 [D], before attention
     QKV,  # [(H + 2 Hkv) * HEAD_ROOM, D], packed
@@ -64,7 +64,7 @@ from typing import Final
     LAYER_SIZE,
 ) = range(19)
 
-# --- a job: one call ----------------------------------------------------------------------------------
+# --- a job: one call ------------------------------------------------------------------------------
 (
     # what it does
     MODEL,  # address of the model's table
@@ -108,7 +108,7 @@ from typing import Final
 FIRST_BUFFER: Final = STREAM
 NUM_BUFFERS: Final = SCRATCH - STREAM + 1
 
-# --- a row of a job -----------------------------------------------------------------------------------
+# --- a row of a job -------------------------------------------------------------------------------
 (
     FIRST,  # its first packed token
     WIDTH,

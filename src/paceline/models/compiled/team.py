@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
 
-from paceline.models.compiled.entry import ASLEEP, LINE, MAX_THREADS, STOP, TEAM_BYTES
+from paceline.models.compiled.entry import ASLEEP, LINE, STOP, TEAM_BYTES
 from paceline.models.compiled.native import control_functions
 from paceline.models.compiled.sharing import TAGS, yield_address
 from paceline.models.compiled.tables import COUNTERS, JOB_SIZE, THREADS, TILE_CONFIG, YIELD
@@ -82,7 +82,7 @@ class Team:
         self.workspace = Workspace()
         self._memory = aligned(TEAM_BYTES).view(np.int64)
         self._address: int = self._memory.ctypes.data
-        self._asleep = memoryview(self._memory)[ASLEEP // 8 :: LINE // 8]
+        self._asleep = memoryview(self._memory.data)[ASLEEP // 8 :: LINE // 8]
         self._threads: list[threading.Thread] = []
         self._wake: list[threading.Event] = []
         self.lock = threading.Lock()
@@ -111,9 +111,7 @@ class Team:
     def _work(self, number: int, event: threading.Event) -> None:
         seen = 0
         while not self._memory[STOP // 8]:
-            seen = self._follow(
-                self._address, self.workspace.address, number, seen, _PATIENCE
-            )
+            seen = self._follow(self._address, self.workspace.address, number, seen, _PATIENCE)
             event.wait()
             event.clear()
 

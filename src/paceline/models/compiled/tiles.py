@@ -90,7 +90,7 @@ def _float32(builder: Any, sums: Any, weights: Any, word: Any) -> Any:
     return builder.call(fused, [builder.bitcast(weights, V16F), x, sums])
 
 
-# --- tiles ----------------------------------------------------------------------------------------------
+# --- tiles ----------------------------------------------------------------------------------------
 
 
 class _Tile:
@@ -176,13 +176,13 @@ def make_slab(step: Any, shapes: tuple[tuple[int, int], ...], tile: Any = None) 
         return context.get_dummy_value()
 
     @intrinsic
-    def slab(typingctx, w, block_stride, x, x_stride, words, out, out_stride, fresh, rows):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913
+    def slab(typingctx, w, block_stride, x, x_stride, words, out, out_stride, fresh, rows):
         return types.void(*_EIGHT_SIGNATURE), codegen
 
     return slab
 
 
-# --- int8 -----------------------------------------------------------------------------------------------
+# --- int8 -----------------------------------------------------------------------------------------
 
 INT8_GROUP: Final = 8  # words of inputs, 32 numbers, that share a scale
 _WIDE_INT8: Final = ((3, 4), (6, 2), (12, 1))
@@ -191,7 +191,7 @@ _EXCESS: Final = 128  # weights are stored as unsigned bytes, this much larger
 
 
 def _dot_vnni(builder: Any, sums: Any, weights: Any, word: Any) -> Any:
-    """Add the products of four unsigned weights and four signed inputs by the processor's instruction."""
+    """Add the products of four unsigned weights and signed inputs by the processor's instruction."""
     dot = declared(builder, "llvm.x86.avx512.vpdpbusd.512", V16I, [V16I] * 3)
     return builder.call(dot, [sums, weights, broadcast(builder, word, V16I)])
 
@@ -282,7 +282,7 @@ class _Int8Tile:
                 store_value(builder, place, new[r][b], 4)
 
 
-# --- AMX ------------------------------------------------------------------------------------------------
+# --- AMX ------------------------------------------------------------------------------------------
 
 
 def _tile_number(number: int) -> ir.Constant:
@@ -303,7 +303,7 @@ def make_amx_slab(row_tiles: int) -> Any:
         return context.get_dummy_value()
 
     @intrinsic
-    def slab(typingctx, w, block_stride, x, x_stride, words, out, out_stride, fresh):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913
+    def slab(typingctx, w, block_stride, x, x_stride, words, out, out_stride, fresh):
         return types.void(*(types.int64,) * 8), codegen
 
     return slab
@@ -360,7 +360,7 @@ def _emit_amx(builder: Any, values: Any, row_tiles: int, blocks: int, first: int
 
 
 @intrinsic
-def configure_tiles(typingctx, address):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def configure_tiles(typingctx, address):
     """Set the tile registers' shapes from 64 bytes at an address."""
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -372,7 +372,7 @@ def configure_tiles(typingctx, address):  # type: ignore[no-untyped-def]  # noqa
 
 
 @intrinsic
-def release_tiles(typingctx):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def release_tiles(typingctx):
     """Give the tile registers back, so that the system does not save them."""
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -387,7 +387,7 @@ def tile_config() -> bytes:
     return bytes([1, *[0] * 15, *[64, 0] * 8, *[0] * 16, *[AMX_ROWS] * 8, *[0] * 8])
 
 
-# --- by processor and weights ---------------------------------------------------------------------------
+# --- by processor and weights ---------------------------------------------------------------------
 
 
 def slab_for(kernels: str, weights: str) -> tuple[Any, int]:

@@ -7,7 +7,7 @@ D hidden size, H query heads, Hkv key-value heads, d head size, F MLP size, V lo
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ GROUP: Final = 64
 HEAD_UNIT: Final = 32
 _LANES: Final = 16
 
-# A thread that is late may read a table after its model is gone, so the tables stay: a few kilobytes each.
+# a thread that is late may read a table after its model is gone, so the tables stay, a few kilobytes
 _TABLES: Final[list[np.ndarray]] = []
 
 
@@ -131,7 +131,9 @@ class PackedModel:
         if layer.qkv_bias is not None:
             biases = [pad_heads(b, n, 0) for b, n in zip(layer.qkv_bias, counts, strict=True)]
             row[t.QKV_BIAS] = self._row(torch.cat(biases), rounded(self.outputs, GROUP))
-        row[t.OUT] = self._address(self._pack(pad_heads(layer.out, f.heads, 1), f.heads * self.head_room))
+        row[t.OUT] = self._address(
+            self._pack(pad_heads(layer.out, f.heads, 1), f.heads * self.head_room)
+        )
         row[t.OUT_BIAS] = self._row(layer.out_bias, self.room)
         row[t.GATE_UP] = self._address(self._pack(interleave(layer.gate, layer.up), self.room))
         if layer.gate_up_bias is not None:

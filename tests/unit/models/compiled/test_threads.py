@@ -66,7 +66,7 @@ def test_callers_at_once_may_share_a_model_whose_texts_grow() -> None:
     for _ in range(5):
         forward = compile_model(random_model())  # with a table of few angles
         with ThreadPoolExecutor(5) as pool:
-            found = list(pool.map(lambda text: hidden_of(forward, text), texts))
+            found = list(pool.map(lambda text, forward=forward: hidden_of(forward, text), texts))
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 

@@ -161,9 +161,7 @@ def test_sublayers_left_out_are_those_of_transformers(
     model, text = random_model("float32", architecture), torch.tensor(random_text(30))
     pair = [LanguageModel(model, kind, kind) for kind in ("compiled", "transformers")]
     with torch.inference_mode():
-        ours, others = (
-            m.forward(text, [Span(m.acquire(), 0, 30)], skip=subset) for m in pair
-        )
+        ours, others = (m.forward(text, [Span(m.acquire(), 0, 30)], skip=subset) for m in pair)
 
     torch.testing.assert_close(ours, others, rtol=0, atol=1e-4)
 

@@ -1,0 +1,1 @@
+"""The forward of the Llama family for CPUs, compiled by numba: one call of machine code a forward."""
