@@ -38,9 +38,10 @@ class ModelSection(Section):
     """A transformers causal LM.
 
     model: a local folder or hub name. forward: `auto` takes the compiled forward on a CPU and the lean
-    one on other devices if it fits the model, else transformers' own. adapter: folder or hub name of a
-    PEFT adapter, which is merged into the weights. device_map: places the weights by accelerate's rules
-    instead of on one `device`.
+    one on other devices if it fits the model, else transformers' own. weights: `int8` rounds those of
+    the compiled forward to 8 bits: free for a drafter, since the target verifies; a target's text is
+    then that of the rounded model. adapter: folder or hub name of a PEFT adapter, which is merged into
+    the weights. device_map: places the weights by accelerate's rules instead of on one `device`.
     """
 
     model: str
@@ -48,6 +49,7 @@ class ModelSection(Section):
     dtype: Dtype = "auto"
     device: Device = "auto"
     forward: Literal["auto", "compiled", "lean", "transformers"] = "auto"
+    weights: Literal["own", "int8"] = "own"
     trust_remote_code: bool = False
     adapter: str | None = None
     device_map: str | dict[str, str | int] | None = None

@@ -309,6 +309,7 @@ class Completion:
     logprobs: list[float] | None = None  # of the emitted tokens under the target, if requested
     # (tokens emitted before, arm) of every change of arm after the decision
     switches: list[tuple[int, str]] = field(default_factory=list)
+    weights: str = "own"  # of the target: `int8` if the configuration has rounded them
 
     @property
     def block_efficiency(self) -> float:

@@ -118,7 +118,9 @@ def build_from_objects(
     """
     _check_names(drafters)
     vocabulary = Vocabulary.of(tokenizer)
-    language_model = LanguageModel(target, "target", config.target.forward, config.exact)
+    language_model = LanguageModel(
+        target, "target", config.target.forward, config.exact, weights=config.target.weights
+    )
     check_packed_forward(language_model)
     parts = Parts(config, language_model, tokenizer, vocabulary, {NONE: NoneDrafter()})
     for name, spec in drafters.items():

@@ -167,11 +167,10 @@ class SharedTokens(DraftModel):
             counts.append(len(own))
         return own, counts
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        own = self.model.unembed(hidden)
-        logits = own.new_full((len(own), self._num_logits), float("-inf"))
-        logits[:, self._target_ids] = own[:, self._own_ids]
-        return logits
+    def _over_target(self, logits: Tensor) -> Tensor:
+        found = logits.new_full((len(logits), self._num_logits), float("-inf"))
+        found[:, self._target_ids] = logits[:, self._own_ids]
+        return found
 
 
 @dataclass(slots=True, kw_only=True)

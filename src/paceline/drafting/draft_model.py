@@ -122,7 +122,8 @@ class DraftModel(Drafter):
 
     def identity(self) -> dict[str, object]:
         stop = self.stop.stop_identity()
-        return {**super().identity(), "model": self.model.fingerprint(), **stop}
+        weights = {} if self.model.weights == "own" else {"weights": self.model.weights}
+        return {**super().identity(), "model": self.model.fingerprint(), **weights, **stop}
 
     def num_bytes(self) -> int:
         return self.model.num_bytes() + self.model.cache.num_bytes()
@@ -160,9 +161,9 @@ class DraftModel(Drafter):
         """Return the model's ids of a text, and [n] their number up to the end of each token."""
         return tokens, np.arange(1, len(tokens) + 1)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """Return logits [R, V'] over the target's ids of final hidden states [R, D]."""
-        return self.model.unembed(hidden)[:, : self._num_tokens]
+    def _over_target(self, logits: Tensor) -> Tensor:
+        """Return logits [R, V'] over the target's ids of the model's own."""
+        return logits[:, : self._num_tokens]
 
     # --- drafting ---------------------------------------------------------------------------------
 
@@ -252,11 +253,7 @@ class DraftModel(Drafter):
             for state, i in zip(states, active, strict=True)
         ]
         flat = [token for i in active for token in fed[i]]
-        hidden = self.model.forward(self._states.as_tensor(flat), spans)
-        if len(flat) > len(spans):
-            ends = torch.tensor([span.width for span in spans]).cumsum(0) - 1
-            hidden = hidden[ends.to(hidden.device)]
-        return self._logits(hidden)
+        return self._over_target(self.model.logits_after(self._states.as_known(flat), spans))
 
     # --- replay -----------------------------------------------------------------------------------
 
@@ -294,6 +291,6 @@ class DraftModel(Drafter):
             with torch.inference_mode():
                 hidden = self.model.forward(text, [Span(slot, 0, len(text))])
                 picked = torch.from_numpy(places).to(hidden.device)
-                return self._logits(hidden[picked]).float()
+                return self._over_target(self.model.unembed(hidden[picked])).float()
         finally:
             self.model.release(slot)

@@ -171,8 +171,7 @@ class LayerSkip(Drafter):
             Span(row.slot, row.num_cached + len(draft), 1)
             for row, draft in zip(rows, drafts, strict=True)
         ]
-        hidden = self._target.forward(torch.tensor(fed), spans, skip=self.subset)
-        return self._target.unembed(hidden)
+        return self._target.logits_after(fed, spans, skip=self.subset)
 
     def _confidences(self, logits: Tensor) -> list[float]:
         """Return max q of each row before any warping, [R]; 1 if no rule ends drafts early."""

@@ -328,7 +328,7 @@ class Engine:
         text = ""
         with contained(lambda error: row.fail("tokenizer", error)):
             text = final_text(row.output, row.request, self._detokenizer)
-        completion = row.completion(text)
+        completion = row.completion(text, self.target.weights)
         new = row.output[row.num_reported :]
         self._ended.append(RequestUpdate(row.id, new, completion, row.cause))
         if self.on_complete is not None:

@@ -190,8 +190,8 @@ class Row:
             max_new_tokens=self.request.max_new_tokens,
         )
 
-    def completion(self, text: str) -> Completion:
-        """Return the completion of a row that has ended. text: its answer."""
+    def completion(self, text: str, weights: str) -> Completion:
+        """Return the completion of a row that has ended. text: its answer. weights: the target's."""
         assert self.finish_reason is not None
         return Completion(
             request_id=self.request.id,
@@ -208,4 +208,5 @@ class Row:
             error=self.error,
             logprobs=self.logprobs if self.request.logprobs else None,
             switches=self.switches,
+            weights=weights,
         )

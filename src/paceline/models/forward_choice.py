@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 ForwardChoice = Literal["auto", "compiled", "lean", "transformers"]
 ForwardKind = Literal["compiled", "lean", "transformers"]
+Weights = Literal["own", "int8"]
 
 
 class Chosen(NamedTuple):
@@ -30,11 +31,14 @@ class Chosen(NamedTuple):
 
     kind: ForwardKind
     why_not_compiled: str | None
+    weights: Weights = "own"
 
     @property
     def name(self) -> str:
-        """The kind; of the compiled forward, with its kernels: `compiled (amx)`."""
-        return f"compiled ({kernels()})" if self.kind == "compiled" else self.kind
+        """The kind; of the compiled forward, with kernels and weights: `compiled (amx, int8)`."""
+        if self.kind != "compiled":
+            return self.kind
+        return f"compiled ({kernels()}{', int8' if self.weights == 'int8' else ''})"
 
 
 def choose_forward(
@@ -42,32 +46,33 @@ def choose_forward(
     name: str,
     forward: ForwardChoice,
     exact: bool,
+    weights: Weights,
     not_here: str | None,
     reason: str | None = None,
 ) -> Chosen:
     """Return the forward that runs a model.
 
-    forward, exact: as in `LanguageModel`. not_here: why compiled code cannot run where the model is.
-    reason: why only transformers' forward can run it. Raises ModelError if the one that is required does
-    not fit.
+    forward, exact, weights: as in `LanguageModel`. not_here: why compiled code cannot run where the
+    model is. reason: why only transformers' forward can run it. Raises ModelError if the one that is
+    required does not fit.
     """
     not_compiled = not_here or why_not_compiled(model) or reason
     not_lean = why_not_lean(model) or reason
-    if exact and (not_compiled or forward not in ("auto", "compiled")):
+    needs = ["'exact'"] * exact + ["'weights: int8'"] * (weights == "int8")
+    if needs and (not_compiled or forward not in ("auto", "compiled")):
         why = not_compiled or f"the configuration asks for 'forward: {forward}'"
         raise ModelError(
-            f"{name}: 'exact' is a promise of the compiled forward, which cannot run: {why}; remove "
-            "'exact'"
+            f"{name}: {needs[0]} needs the compiled forward, which cannot run: {why}; remove {needs[0]}"
         )
     if forward == "auto":
         own: ForwardKind = "compiled" if not_here is None else "lean"
         why_not_own = not_compiled if own == "compiled" else not_lean
-        return Chosen(own if why_not_own is None else "transformers", not_compiled)
+        return Chosen(own if why_not_own is None else "transformers", not_compiled, weights)
     why_not = {"compiled": not_compiled, "lean": not_lean, "transformers": None}[forward]
     if why_not is not None:
         raise ModelError(f"{name}: cannot run the {forward} forward, because {why_not}")
     if forward == "compiled":
-        return Chosen(forward, None)
+        return Chosen(forward, None, weights)
     return Chosen(forward, not_compiled or f"the configuration says '{forward}'")
 
 
@@ -98,4 +103,6 @@ def forward_before_weights(
                 module._parameters[key] = nn.Parameter(number.expand(weight.shape), False)
     is_quantised = getattr(model.config, "quantization_config", None) is not None
     reason = "its weights are quantised" if is_quantised else None
-    return choose_forward(model, name, section.forward, exact, not_on(device), reason)
+    return choose_forward(
+        model, name, section.forward, exact, section.weights, not_on(device), reason
+    )

@@ -8,6 +8,7 @@ Knows no drafting, sampling or text. Symbols: N packed tokens, D hidden size, V 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from paceline.models.compiled.forward import CompiledForward
 from paceline.models.cuda.batch import attention_kernel
 from paceline.models.cuda.graphs import StaticForward
 from paceline.models.cuda.paged_cache import PagedCache
-from paceline.models.forward_choice import ForwardChoice, choose_forward, not_on
+from paceline.models.forward_choice import ForwardChoice, Weights, choose_forward, not_on
 from paceline.models.lean import LeanForward
 from paceline.models.model_facts import (
     cache_bytes_per_position,
@@ -56,13 +57,15 @@ class LanguageModel:
         forward: ForwardChoice = "auto",
         exact: bool = False,
         paged: bool | None = None,
+        weights: Weights = "own",
     ) -> None:
         """forward: `compiled` or `lean` requires that forward; `auto` takes the compiled one on a CPU
         and the lean one on other devices if it fits, else transformers' own.
 
         exact: require that a token's bits depend on its own row alone, as they do in the compiled
-        forward. paged: whether the cache is paged; None chooses by the device. Raises ModelError if
-        the model is not supported.
+        forward. paged: whether the cache is paged; None chooses by the device. weights: `int8` rounds
+        those of the compiled forward to 8 bits, which gives another model's answers. Raises
+        ModelError if the model is not supported.
         """
         model = base_of(model, name)
         self.name = name
@@ -80,7 +83,8 @@ class LanguageModel:
             attention_kernel()  # so that a missing triton is reported now
             self._paged_cache = PagedCache(self.device)
         self.visibility = look_at(model, self.context_length, self.device)
-        self._required = forward, exact
+        self._required = forward, exact, weights
+        self.weights = weights
         self._read_weights()
         self.cache: KVCache = self._new_cache()
 
@@ -96,7 +100,9 @@ class LanguageModel:
         self._static: StaticForward | None = None
         self._forward: CompiledForward | BatchForward
         if chosen.kind == "compiled":
-            self._forward = self._compiled = CompiledForward(model, windows, self.context_length)
+            self._forward = self._compiled = CompiledForward(
+                model, windows, self.context_length, self.weights
+            )
         elif chosen.kind == "lean":
             self._forward = lean = LeanForward(model, windows)
             if self._paged_cache is not None:
@@ -202,6 +208,19 @@ class LanguageModel:
             return self._compiled.score(tokens, spans, parents, self.cache, wants_logits)
         return Scores.of(self.unembed(self.forward(torch.tensor(tokens), spans, parents)))
 
+    def logits_after(
+        self, tokens: Sequence[int], spans: Sequence[Span], skip: LayerSubset | None = None
+    ) -> Tensor:
+        """Return logits [R, V] after the last token of each span; arguments as in `forward`."""
+        ends = [end - 1 for end in itertools.accumulate(span.width for span in spans)]
+        if self._compiled is not None:
+            assert isinstance(self.cache, PackedRows)
+            scores = self._compiled.score(tokens, spans, None, self.cache, places=ends, skip=skip)
+            assert scores.logits is not None
+            return scores.logits
+        hidden = self.forward(torch.tensor(tokens), spans, skip=skip)
+        return self.unembed(hidden if len(ends) == len(hidden) else hidden[ends])
+
     @property
     def drafts_whole_chains(self) -> bool:
         """Whether `draft_chain` may be called."""
@@ -243,8 +262,10 @@ class LanguageModel:
         return digest.hexdigest()[:16]
 
     def num_bytes(self) -> int:
-        """Return the bytes of the weights in memory, tied ones once."""
-        return sum(_num_bytes(p.data) for p in {id(p): p for p in self.model.parameters()}.values())
+        """Return the bytes of the weights in memory, tied ones once, packed copies included."""
+        packed = 0 if self._compiled is None else self._compiled.packed.num_bytes
+        own = {id(p): p for p in self.model.parameters()}.values()
+        return packed + sum(_num_bytes(p.data) for p in own)
 
     @property
     def position_bytes(self) -> int:

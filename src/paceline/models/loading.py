@@ -137,7 +137,7 @@ def load_language_model(section: ModelSection, name: str, exact: bool = False) -
     if section.adapter is not None:
         with quiet_transformers():
             model = merge_adapter(model, section.adapter)
-    language_model = LanguageModel(model, name, section.forward, exact)
+    language_model = LanguageModel(model, name, section.forward, exact, weights=section.weights)
     check_packed_forward(language_model)
     return language_model
 

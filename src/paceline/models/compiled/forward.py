@@ -7,6 +7,7 @@ chunking of the prompt. Symbols: N packed tokens, D hidden size, R rows, K draft
 from __future__ import annotations
 
 import itertools
+import struct
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 import numpy as np
@@ -40,6 +41,7 @@ _SCORE_UNIT: Final = 256  # positions; rows of scores are rounded up to it
 _QUERIES: Final = 32  # of a piece of attention where a row has several
 _FEWEST_QUERY_TOKENS: Final = 8
 _MAX_LAYOUTS: Final = 512
+_WRITTEN: Final = struct.Struct(f"{t.FIRST_BUFFER + t.NUM_BUFFERS}q")  # the job's own fields
 
 
 class _Shape(NamedTuple):
@@ -76,18 +78,25 @@ class _Layout:
             t.POSITIONS: shape.tokens * 8,
             t.PICKED: shape.picked * 8,
             t.SPANS: shape.rows * t.SPAN_SIZE * 8,
-            t.SKIPPED: 2 * model.num_layers * 8,
+            t.SKIPPED: 2 * model.num_layers * 8 + LINE,  # and what the fields before lack to a line
             t.SCRATCH: self.scratch_stride * shape.threads,
         }
-        at, offsets = 0, []
+        at = 0
+        self.at: dict[int, int] = {}
         for field in range(t.FIRST_BUFFER, t.FIRST_BUFFER + t.NUM_BUFFERS):
-            offsets.append(at)
-            at += rounded(sizes[field], LINE)
-        self.offsets = np.array(offsets, np.int64)
-        self.at = dict(zip(sizes, offsets, strict=True))
-        self.num_bytes = at
+            self.at[field] = at
+            # what Python writes lies together, to be written at once
+            at += sizes[field] if t.IDS <= field < t.SKIPPED else rounded(sizes[field], LINE)
+        self.num_bytes = rounded(at, LINE)
+        self._base, self._addresses = -1, tuple[int, ...]()
         phases = num_phases(model.num_layers, shape.steps)
         self.counter_bytes = phases * LINE * (1 + shape.threads)
+
+    def addresses(self, base: int) -> tuple[int, ...]:
+        """Return the addresses of the buffers, the first of which lies at `base`."""
+        if base != self._base:
+            self._base, self._addresses = base, tuple(base + at for at in self.at.values())
+        return self._addresses
 
 
 def _scratch_bytes(model: PackedModel, shape: _Shape) -> int:
@@ -154,14 +163,17 @@ class CompiledForward:
         parents: Sequence[Sequence[int] | None] | None,
         cache: PackedRows,
         wants_logits: bool = True,
+        places: Sequence[int] | None = None,
+        skip: LayerSubset | None = None,
     ) -> Scores:
-        """Return the answer at all N places."""
-        logits = self._new_logits(len(tokens)) if wants_logits else None
+        """Return the scores at the given places [P], or at all N tokens."""
+        places = range(len(tokens)) if places is None else places
+        logits = self._new_logits(len(places)) if wants_logits else None
         with borrowed() as lent:
             job = _Job(self, lent)
-            job.pack(tokens, spans, parents, cache, range(len(tokens)))
+            job.pack(tokens, spans, parents, cache, places, skip=skip)
             job.run(logits=logits)
-            return Scores(job.integers(t.CHOICES, len(tokens)), self._cut(logits))
+            return Scores(job.integers(t.CHOICES, len(places)), self._cut(logits))
 
     def chain(
         self,
@@ -259,40 +271,31 @@ class _Job:
         shape = _Shape(
             first, len(spans), len(picked), steps, _num_threads(), queries, room, widest_tree
         )
-        self._place(shape)
-        self._put(t.IDS, tokens)
-        self._put(t.POSITIONS, positions)
-        self._put(t.SPANS, numbers)
-        self._put(t.PICKED, picked)
-        if skip is not None:
-            self._put(t.SKIPPED, _flags(skip, packed.num_layers))
-        self._lent.workspace.job[: t.HIDDEN_OUT] = (
+        flags = () if skip is None else _flags(skip, packed.num_layers)
+        layout = self._place(shape, (*tokens, *positions, *picked, *numbers, *flags))
+        self._head = (
             packed.address, self._forward.run_address, first, len(spans), len(picked), steps,
-            room, self._layout.scratch_stride, splits, self._forward.query_tokens, 1,
-            skip is not None,
+            room, layout.scratch_stride, int(splits), self._forward.query_tokens, 1,
+            int(skip is not None),
         )  # fmt: skip
 
     def pack_hidden(self, places: int) -> None:
         """Ask for the logits of given final hidden states, which `run` takes."""
-        self._place(_Shape(0, 0, places, 0, _num_threads(), 0, 0, 0))
-        self._put(t.PICKED, range(places))
-        self._lent.workspace.job[: t.HIDDEN_OUT] = (
+        layout = self._place(_Shape(0, 0, places, 0, _num_threads(), 0, 0, 0), range(places))
+        self._head = (
             self._packed.address, self._forward.run_address, 0, 0, places, 0,
-            0, self._layout.scratch_stride, 0, 1, 0, 0,
+            0, layout.scratch_stride, 0, 1, 0, 0,
         )  # fmt: skip
 
-    def _place(self, shape: _Shape) -> None:
-        """Give the job its buffers."""
+    def _place(self, shape: _Shape, integers: Sequence[int]) -> _Layout:
+        """Give the job its buffers, and write its integers from IDS on."""
         workspace = self._lent.workspace
         self._layout = layout = self._forward.layout(shape)
         self._threads = shape.threads
-        base = workspace.reserve(layout.num_bytes)
-        workspace.reserve_counters(layout.counter_bytes)
-        workspace.job[t.FIRST_BUFFER : t.FIRST_BUFFER + t.NUM_BUFFERS] = layout.offsets + base
-
-    def _put(self, field: int, numbers: Sequence[int]) -> None:
-        at = self._layout.at[field] // 8
-        self._lent.workspace.integers[at : at + len(numbers)] = numbers
+        workspace.reserve(layout.num_bytes, layout.counter_bytes)
+        at = layout.at[t.IDS] // 8
+        workspace.integers[at : at + len(integers)] = integers
+        return layout
 
     def integers(self, field: int, count: int) -> list[int]:
         """Return integers that the job has written."""
@@ -307,10 +310,15 @@ class _Job:
 
         limit: ids below it may be chosen. After `pack_hidden`, hidden is read.
         """
-        self._lent.workspace.job[t.HIDDEN_OUT : t.LIMIT + 1] = (
+        workspace = self._lent.workspace
+        _WRITTEN.pack_into(
+            workspace.job.data,
+            0,
+            *self._head,
             0 if hidden is None else hidden.data_ptr(),
             0 if logits is None else logits.data_ptr(),
             self._packed.num_logits if limit is None else limit,
+            *self._layout.addresses(workspace.base),
         )
         self._lent.run(self._threads)
 

@@ -121,6 +121,7 @@ from paceline.models.compiled.tables import (
     THREADS,
     TILE_CONFIG,
     TOKENS,
+    VOCABULARY,
     VOCABULARY_GROUPS,
     WIDTH,
 )
@@ -493,6 +494,7 @@ def make_run(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
             stop = min(field(job, TOKENS), (piece + 1) * _NORM_ROWS)
             for token in range(piece * _NORM_ROWS, stop):
                 number = get_int(field(job, IDS) + 8 * token)
+                number = min(max(number, 0), field(model, VOCABULARY) - 1)
                 source = field(model, EMBEDDING) + number * hidden * size
                 embed(source, field(job, STREAM) + 4 * token * room, hidden, room, scale)
             piece = finish(phase, threads, thread, tag)

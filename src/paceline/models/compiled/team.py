@@ -49,30 +49,29 @@ class Workspace:
         self._config[:] = np.frombuffer(tile_config(), np.uint8)
         self.job[TILE_CONFIG] = self._config.ctypes.data
         self.job[YIELD] = yield_address()
-        self._memory = aligned(LINE)
-        self.integers = self._memory.view(np.int64)
         self._counters = aligned(LINE)
         self._old_counters: list[np.ndarray] = []  # a late thread may still look at them
         self._tag = 0
+        self._use(aligned(LINE))
+
+    def _use(self, memory: np.ndarray) -> None:
+        self._size = memory.nbytes
+        self.integers: np.ndarray = memory.view(np.int64)
+        self.base: int = memory.ctypes.data  # address of the buffers
 
     def next_tag(self) -> int:
         """Return the tag of the next job."""
         self._tag = self._tag % (TAGS - 1) + 1
         return self._tag
 
-    def reserve(self, num_bytes: int) -> int:
-        """Return the address of buffers of at least `num_bytes`, with the last job's contents."""
-        if num_bytes > self._memory.nbytes:
-            self._memory = aligned(rounded_up(num_bytes + num_bytes // 2))
-            self.integers = self._memory.view(np.int64)
-        return int(self._memory.ctypes.data)
-
-    def reserve_counters(self, num_bytes: int) -> None:
-        """Make room for the counters of a job."""
-        if num_bytes > self._counters.nbytes:
+    def reserve(self, num_bytes: int, counter_bytes: int) -> None:
+        """Make room for the buffers and counters of a job."""
+        if num_bytes > self._size:
+            self._use(aligned(rounded_up(num_bytes + num_bytes // 2)))
+        if counter_bytes > self._counters.nbytes:
             self._old_counters.append(self._counters)
-            self._counters = aligned(2 * num_bytes)
-        self.job[COUNTERS] = self._counters.ctypes.data
+            self._counters = aligned(2 * counter_bytes)
+            self.job[COUNTERS] = self._counters.ctypes.data
 
 
 class Team:
