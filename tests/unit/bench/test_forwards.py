@@ -93,7 +93,7 @@ def test_the_command_names_every_forward(
     path.write_text(yaml.safe_dump(config))
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(sys, "argv", ["paceline", "doctor", "-c", str(path)])
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main()
 
     shown = capsys.readouterr().out
