@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -417,17 +417,18 @@ def test_a_round_is_one_forward_of_the_target_for_all_rows(
     drafters = {k: tiny.parts.drafters[k] for k in ("near", "random", "prompt_lookup")}
     pace = tiny.pace(max_rows=8)
     calls: list[int] = []  # rows of each forward
-    forward = tiny.parts.target.forward
-    monkeypatch.setattr(
-        tiny.parts.target,
-        "forward",
-        lambda tokens, spans, *rest: calls.append(len(spans)) or forward(tokens, spans, *rest),
-    )
     bodies: list[object] = []
-    hidden = tiny.parts.target._forward.hidden
-    monkeypatch.setattr(
-        tiny.parts.target._forward, "hidden", lambda *given: bodies.append(None) or hidden(*given)
-    )
+    target: Any = tiny.parts.target
+
+    def count(owner: Any, name: str, note: Any) -> None:
+        own = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given: note(given) or own(*given))
+
+    count(target, "forward", lambda given: calls.append(len(given[1])))
+    count(target._forward, "hidden", bodies.append)
+    if target.forward_kind == "compiled":  # which scores without them
+        count(target, "score", lambda given: calls.append(len(given[1])))
+        count(target._forward, "score", bodies.append)
     cases = [(p, n) for p in tiny.prompts for n in (20, 9)]
 
     completions = run(pace, requests_for(pace, cases, [*drafters, "none"]))

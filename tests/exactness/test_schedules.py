@@ -22,6 +22,7 @@ from paceline.config import Config, EngineSection, ModelSection
 from paceline.contracts import Completion, Drafts, Request, SamplingParams
 from paceline.drafting.base import Drafter
 from paceline.engine import Driver, Engine
+from paceline.models.scores import Scores
 from paceline.replay.rounds import simulate
 from paceline.testing.scripted import ScriptedDrafter, ScriptedTree, copying
 from paceline.testing.tiny_models import perturbed, tiny_model
@@ -311,18 +312,19 @@ def test_probabilities_that_are_none_end_a_sampled_row(world: World) -> None:
 
 def test_logits_that_are_not_numbers_end_only_their_row(world: World) -> None:
     engine: Engine = world.pace(max_rows=3).engine
-    unembed = engine.target.unembed
+    score = engine.target.score
     calls = 0
 
-    def damaged(hidden: torch.Tensor) -> torch.Tensor:
+    def damaged(tokens: Any, spans: Any, parents: Any = None, wants_logits: bool = True) -> Scores:
         nonlocal calls
         calls += 1
-        logits = unembed(hidden).clone()
-        if calls == 4:
+        logits = score(tokens, spans, parents, True).logits
+        assert logits is not None
+        if calls == 3:
             logits[1, 5] = float("nan")
-        return logits
+        return Scores.of(logits)
 
-    engine.target.unembed = damaged  # type: ignore[method-assign]
+    engine.target.score = damaged  # type: ignore[method-assign]
     requests = [Request(str(i), PROMPTS[1], LENGTH, drafter="none") for i in range(3)]
 
     done = {c.request_id: c for c in Driver(engine).generate(requests, return_errors=True)}
