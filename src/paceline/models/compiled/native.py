@@ -1,7 +1,7 @@
 """Compiled code on disk: numba makes LLVM's intermediate code, LLVM an object file, the file is kept.
 
 A folder per version of this code, of numba and LLVM, and per processor, in the user's cache folder or
-where PACELINE_CACHE points. A file is written beside its place and moved there, so any number of
+where PACELINE_CACHE points. A file is written next to its place and moved there, so any number of
 processes may make it at once; one that does not match its checksum is made again.
 """
 
@@ -75,12 +75,13 @@ _ENGINES: Final[list[Any]] = []  # their code is in use for the life of the proc
 
 def _compile(function: Callable[..., Any], arguments: int, result: Any) -> tuple[str, bytes]:
     """Return the symbol to call and the object file of a function."""
-    before = config.OPT
-    config.OPT = type(before)(0)  # LLVM's passes run once, over the whole
+    settings: Any = config
+    before = settings.OPT
+    settings.OPT = type(before)(0)  # LLVM's passes run once, over the whole
     try:
         made = numba.cfunc(result(*[types.int64] * arguments), error_model="numpy")(function)
     finally:
-        config.OPT = before
+        settings.OPT = before
     module, machine = llvm.parse_assembly(_with_sums(made.inspect_llvm())), _machine()
     passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
     passes.getModulePassManager().run(module, passes)
