@@ -1,13 +1,13 @@
 """The engine against the limits of this machine and against transformers' generate.
 
-    python benchmarks/engine.py [--models zoo zoo-exact 0.3b 1b 8b] [--dtypes bfloat16 float32]
+    python benchmarks/engine.py [--models zoo 0.3b 1b 8b] [--dtypes bfloat16 float32]
                                 [--device cuda]
 
 One process, everything interleaved, medians. The larger models have random weights: a Llama shape
 whose upper layers are scaled down, so that a drafter made of its lowest layers agrees with it as often
 as a trained drafter would. `ideal` is the time of a speculative run if only forwards took time:
 rounds x (bare verify forward + bare draft forwards). Bandwidth is the larger of a plain read of a large
-tensor and of a packed product's weights, measured between the runs; on CUDA it is that of a copy
+tensor and of the weights of linear layers, measured between the runs; on CUDA it is that of a copy
 within the device, read and written bytes together. A model that cannot run is reported with its reason.
 """
 
@@ -80,9 +80,9 @@ class Subject:
     their_drafter: Any
 
 
-def zoo(dtype: str, device: str, exact: bool = False) -> Subject:
+def zoo(dtype: str, device: str) -> Subject:
     """Return the bundled models."""
-    config = load_zoo(dtype, device=device, exact=exact)
+    config = load_zoo(dtype, device=device)
     pace = Pace(build(config))
     prompts = [
         pace.encode(messages(p.prompt))
@@ -188,7 +188,7 @@ class CopyBandwidth:
 
 
 class ReadBandwidth:
-    """Bytes per second of a plain read and of packed products larger than any cache."""
+    """Bytes per second of a plain read and of linear layers larger than any cache."""
 
     def __init__(self) -> None:
         self._plain = torch.ones(64 * 2**20)  # 256 MiB
@@ -198,10 +198,10 @@ class ReadBandwidth:
         self._found: tuple[list[float], list[float]] = ([], [])
 
     def measure(self) -> None:
-        plain, packed = self._found
+        plain, linear = self._found
         plain.append(self._plain.nbytes / clocked(self._plain.sum))
         num_bytes = len(self._products) * 4096 * 4096 * 2
-        packed.append(num_bytes / clocked(lambda: [product(self._x) for product in self._products]))
+        linear.append(num_bytes / clocked(lambda: [product(self._x) for product in self._products]))
 
     @property
     def typical(self) -> float:
@@ -304,10 +304,9 @@ def figures(turns: Turns, n: int) -> dict[str, Any]:
     weights = weight_bytes(target)
     return {
         "model": turns.subject.name,
-        "forward": target.forward_kind,
+        "forward": target.forward_name,
         "device": target.device.type,
         "dtype": str(target.dtype).removeprefix("torch."),
-        "mode": "exact" if target.exact else "normal",
         "weights_mb": weights / 1e6,
         "bandwidth_gb_s": bandwidth / 1e9,
         "plain_tokens_s": 1 / single,
@@ -331,7 +330,7 @@ def figures(turns: Turns, n: int) -> dict[str, Any]:
 COLUMNS = {
     "model": "{model}",
     "dtype": "{dtype}",
-    "mode": "{mode}",
+    "forward": "{forward}",
     "plain, tokens/s": "{plain_tokens_s:.3g}",
     "share of bandwidth": "{share_of_bandwidth:.2f}",
     "plain / `generate`": "{plain_over_generate:.2f}",
@@ -409,15 +408,15 @@ def write(
 
 def load_subject(name: str, dtype: str, device: str) -> Subject:
     """Load or make a model by its name. Raises ModelError if it cannot run here."""
-    if name.startswith("zoo"):
-        return zoo(dtype, device, exact=name == "zoo-exact")
+    if name == "zoo":
+        return zoo(dtype, device)
     return layered_llama(name, dtype, device)
 
 
 def main() -> None:
     """Measure all models and write the results."""
     parser = make_parser(__doc__)
-    parser.add_argument("--models", nargs="*", default=["zoo", "zoo-exact", "0.3b"])
+    parser.add_argument("--models", nargs="*", default=["zoo", "0.3b"])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=int, default=8)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
-Result = Literal["compiled", "lean", "transformers", "refused", "not built", "wrong"]
+Result = Literal["compiled", "transformers", "refused", "not built", "wrong"]
 
 CONTEXT: Final = 256
 WINDOW: Final = 8
@@ -231,7 +231,6 @@ def judge(name: str, model_type: str) -> Judgement:
 
 _RESULTS: Final[dict[Result, str]] = {
     "compiled": "exact, compiled forward",
-    "lean": "exact, lean forward",
     "transformers": "exact, transformers' forward",
     "refused": "refused",
     "not built": "not tried: not built tiny",
@@ -241,7 +240,7 @@ _RESULTS: Final[dict[Result, str]] = {
 
 def table(judged: Sequence[Judgement]) -> str:
     """Return a Markdown table of all architectures, after a line of circumstances."""
-    exact = [j for j in judged if j.result in ("compiled", "lean", "transformers")]
+    exact = [j for j in judged if j.result in ("compiled", "transformers")]
     counts = {result: sum(j.result == result for j in judged) for result in _RESULTS}
     lines = [
         f"transformers {transformers.__version__}, torch {torch.__version__}, float32 on a CPU: "

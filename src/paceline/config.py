@@ -37,9 +37,10 @@ class Section(BaseModel):
 class ModelSection(Section):
     """A transformers causal LM.
 
-    model: a local folder or hub name. forward: `auto` takes the compiled forward on a CPU and the lean one
-    on other devices if the architecture has one, else transformers' own. adapter: folder or hub name of a PEFT adapter, which is merged into the weights. device_map:
-    places the weights by accelerate's rules instead of on one `device`.
+    model: a local folder or hub name. forward: `auto` takes the compiled forward on a CPU and the lean
+    one on other devices if it fits the model, else transformers' own. adapter: folder or hub name of a
+    PEFT adapter, which is merged into the weights. device_map: places the weights by accelerate's rules
+    instead of on one `device`.
     """
 
     model: str
@@ -195,8 +196,8 @@ class LogSection(Section):
 class Config(Section):
     """The content of paceline.yaml.
 
-    exact: run the target in exact mode, where each token depends only on its own request, so that
-    greedy text in bfloat16 is equal for every drafter and batch; a target that cannot is refused.
+    exact: refuse a target that the compiled forward cannot run. On that forward each token's bits
+    depend only on its own request, so the text is equal for every drafter and batch, in bfloat16, too.
     generation_config: `auto` takes defaults of requests from the target's own generation configuration
     (penalties, lengths, sampling and so on), `none` only the tokens that end an answer. threads: of
     torch.

@@ -1,6 +1,6 @@
 """Weights that change in place after load: the text is that of the new ones, or an error says why.
 
-The lean forward runs on packed copies, and caches of past prompts hold what old weights computed.
+The compiled forward runs on packed copies, and caches of past prompts hold what old weights computed.
 """
 
 from __future__ import annotations

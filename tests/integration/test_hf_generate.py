@@ -513,7 +513,7 @@ def test_an_assistant_model_is_used_and_its_pace_is_cached() -> None:
 
 
 def test_a_cached_pace_is_replaced_when_the_weights_change() -> None:
-    """The lean forward packs the weights, so an old pace would write the old text."""
+    """The compiled forward packs the weights, so an old pace would write the old text."""
     model = tiny_model("llama")
     inputs, settings = batch(9), {"do_sample": False, "max_new_tokens": 16}
     before = model.generate(**inputs, **settings, custom_generate=hf.generate)

@@ -96,7 +96,7 @@ def test_a_pace_kept_with_the_model_follows_its_adapter() -> None:
     assert greedy(adapted, custom_generate=hf.generate) == with_adapter == greedy(adapted)
 
 
-def test_an_adapter_of_the_configuration_is_merged_and_runs_lean(saved: Path) -> None:
+def test_an_adapter_of_the_configuration_is_merged_and_runs_compiled(saved: Path) -> None:
     """Of target and drafter, by paths beside the YAML."""
     section = {"model": "base", "adapter": "adapter", "dtype": "float32"}
     drafter = {"kind": "draft_model", "settings": section | {"num_draft_tokens": 3}}
@@ -106,7 +106,7 @@ def test_an_adapter_of_the_configuration_is_merged_and_runs_lean(saved: Path) ->
 
     pace = paceline.load(saved / "paceline.yaml")
 
-    assert pace.parts.target.forward_kind == "lean"
+    assert pace.parts.target.forward_kind == "compiled"
     for arm in pace.drafters:
         completion = pace.complete(PROMPT, drafter=arm, max_new_tokens=32)
         assert completion.token_ids == expected

@@ -116,7 +116,9 @@ def _with_policy(parts: Parts, folder: Path) -> Pace:
     """Assemble parts with a folder's policy. Raises ArtefactError if it does not fit them."""
     path = parts.config.paths.costs
     costs = CostTable.load(path) if path.is_file() else None
-    loaded = load_policy(folder, policy_identity(parts), costs, selection=parts.config.selection)
+    loaded = load_policy(
+        folder, policy_identity(parts), costs, parts.config.selection, parts.forwards()
+    )
     has_range = (folder / RANGE_FILE).is_file()
     training_range = TrainingRange.load(folder) if has_range else None
     controller = build_controller(parts, loaded.arms, objective=loaded.objective)
@@ -142,7 +144,7 @@ def build_controller(
     lengths = {name: drafter.num_draft_tokens for name, drafter in parts.drafters.items()}
     try:
         costs = costs or CostTable.load(parts.config.paths.costs)
-        costs.check(lengths, parts.identities(), parts.target.fingerprint())
+        costs.check(lengths, parts.identities(), parts.target.fingerprint(), parts.forwards())
     except ArtefactError as error:
         raise ArtefactError(
             f"the settings of 'selection' need this machine's costs: {error}, or remove 'selection'"
@@ -166,7 +168,8 @@ def _give_prices(parts: Parts) -> None:
         return
     try:
         costs = CostTable.load(parts.config.paths.costs)
-        costs.check(waiting, identity_of_arms({n: d.identity() for n, d in waiting.items()}))
+        lines = identity_of_arms({n: d.identity() for n, d in waiting.items()})
+        costs.check(waiting, lines, forwards=parts.forwards())
     except ArtefactError as error:
         raise ArtefactError(
             f"drafter '{next(iter(waiting))}' stops by expected gain, which needs this machine's "

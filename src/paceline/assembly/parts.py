@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from paceline.contracts import AT, AUTO, NONE, identity_of_arms
+from paceline.costs.table import TARGET
 from paceline.drafting.base import BuildContext
 from paceline.drafting.catalog import check_settings, find_kind
 from paceline.drafting.draft_model import DraftModel
@@ -19,7 +20,7 @@ from paceline.errors import ConfigError
 from paceline.models.detokenizer import Detokenizer
 from paceline.models.language_model import LanguageModel
 from paceline.models.loading import load_language_model, load_tokenizer
-from paceline.models.self_checks import check_exact, check_packed_forward
+from paceline.models.self_checks import check_packed_forward
 from paceline.models.vocabulary import Vocabulary, check_same_vocabulary
 from paceline.selection import PolicyIdentity
 
@@ -60,6 +61,15 @@ class Parts:
     def identities(self) -> dict[str, str]:
         """Return one comparable line per drafter."""
         return identity_of_arms({name: d.identity() for name, d in self.drafters.items()})
+
+    def forwards(self) -> dict[str, str]:
+        """Return the forward that runs the target, and each drafter that is a model, by name."""
+        models = {name: getattr(drafter, "model", None) for name, drafter in self.drafters.items()}
+        return {
+            name: model.forward_name
+            for name, model in {TARGET: self.target, **models}.items()
+            if isinstance(model, LanguageModel)
+        }
 
 
 def build(config: Config) -> Parts:
@@ -108,10 +118,8 @@ def build_from_objects(
     """
     _check_names(drafters)
     vocabulary = Vocabulary.of(tokenizer)
-    language_model = LanguageModel(target, "target", exact=config.exact)
+    language_model = LanguageModel(target, "target", config.target.forward, config.exact)
     check_packed_forward(language_model)
-    if config.exact:
-        check_exact(language_model)
     parts = Parts(config, language_model, tokenizer, vocabulary, {NONE: NoneDrafter()})
     for name, spec in drafters.items():
         model: Any = spec

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from paceline.models.compiled.processor import kernels
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -49,12 +51,13 @@ def commit() -> str:
 
 
 def circumstances() -> dict[str, str | int]:
-    """Return all circumstances, ready for JSON."""
+    """Return all circumstances, ready for JSON. `kernels` are those of the compiled forward."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": cpu_model(),
         "cpu_capability": cpu_capability(),
+        "kernels": kernels(),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "device": device,

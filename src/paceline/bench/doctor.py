@@ -23,6 +23,7 @@ from paceline.costs.table import CostTable
 from paceline.drafting.catalog import CATALOG, check_settings, find_kind
 from paceline.drafting.cross_vocabulary import CrossVocabularySettings, check_bridge
 from paceline.errors import ArtefactError, PacelineError, StoreError
+from paceline.models.forward_choice import forward_before_weights
 from paceline.models.loading import DTYPES, load_config, load_tokenizer, resolve_device
 from paceline.models.model_facts import cache_bytes_per_position
 from paceline.models.vocabulary import Vocabulary
@@ -54,6 +55,8 @@ class ModelFacts:
     context: int
     num_logits: int
     hidden_size: int
+    forward: str | None  # such as `compiled (amx)`; None if placing the weights decides it
+    why_not_compiled: str | None
 
 
 @dataclass(slots=True)
@@ -81,6 +84,15 @@ class DoctorReport:
     notes: list[str] = field(default_factory=list)
     why_not_auto: str | None = None  # None if no obstacle was found
 
+    def facts_by_name(self) -> dict[str, ModelFacts]:
+        """Return the facts of the target and of each drafter that is a model, by name."""
+        found = {d.name: d.facts for d in self.drafters if d.facts is not None}
+        return {"target": self.facts, **found}
+
+    def forwards(self) -> dict[str, str]:
+        """Return the forwards that are known before weights are read, by the names of their models."""
+        return {n: f.forward for n, f in self.facts_by_name().items() if f.forward is not None}
+
     @property
     def problems(self) -> list[str]:
         return [f"drafter '{d.name}': {d.problem}" for d in self.drafters if d.problem]
@@ -89,7 +101,7 @@ class DoctorReport:
 def doctor(config: Config) -> DoctorReport:
     """Check a configuration. Raises PacelineError if the target cannot be used."""
     device = resolve_device(config.target.device)
-    facts = model_facts(config.target)
+    facts = model_facts(config.target, "target", config.exact)
     tokenizer = load_tokenizer(config.target)
     vocabulary = Vocabulary.of(tokenizer)
     report = DoctorReport(
@@ -111,11 +123,11 @@ def doctor(config: Config) -> DoctorReport:
         check.predicted = predicted.get(name, "unknown")
         report.drafters.append(check)
     if not report.problems:
-        report.why_not_auto = _why_not_auto(config, vocabulary, facts)
+        report.why_not_auto = _why_not_auto(config, vocabulary, report)
     return report
 
 
-def _why_not_auto(config: Config, vocabulary: Vocabulary, facts: ModelFacts) -> str | None:
+def _why_not_auto(config: Config, vocabulary: Vocabulary, report: DoctorReport) -> str | None:
     """Return the obstacle to `auto` that is visible before weights are read, or None."""
     folder, path = config.paths.policy, config.paths.costs
     if not is_policy(folder):
@@ -131,11 +143,11 @@ def _why_not_auto(config: Config, vocabulary: Vocabulary, facts: ModelFacts) -> 
         expect = PolicyIdentity(
             target=card.target,
             tokenizer=vocabulary.hash(),
-            hidden_size=facts.hidden_size,
+            hidden_size=report.facts.hidden_size,
             drafters={NONE: card.drafters.get(NONE, ""), **lines},
         )
         costs = CostTable.load(path) if path.is_file() or config.selection.is_adaptive else None
-        load_policy(folder, expect, costs, selection=config.selection)
+        load_policy(folder, expect, costs, config.selection, report.forwards())
     except ArtefactError as error:
         return str(error)
     return None
@@ -155,8 +167,11 @@ def line_before_weights(kind: str, settings: BaseModel, recorded: str) -> str:
     return re.sub(r"\bnum_draft_tokens=\d+", f"num_draft_tokens={length}", line, count=1)
 
 
-def model_facts(section: ModelSection) -> ModelFacts:
-    """Return the sizes of a model from its configuration file."""
+def model_facts(section: ModelSection, name: str = "target", exact: bool = False) -> ModelFacts:
+    """Return the sizes of a model from its configuration file, and the forward that will run it.
+
+    exact: require the compiled forward. Raises ModelError if a forward that is required does not fit.
+    """
     raw = load_config(section)
     from_config: Any = AutoModelForCausalLM.from_config
     with torch.device("meta"):
@@ -165,15 +180,31 @@ def model_facts(section: ModelSection) -> ModelFacts:
     text = raw.get_text_config()
     stored = getattr(raw, "dtype", None) or torch.float32
     dtype = stored if section.dtype == "auto" else DTYPES[section.dtype]
+    forward, why_not_compiled = _forward_of(model, section, name, exact, dtype)
     return ModelFacts(
         parameters=parameters,
         dtype=str(dtype).removeprefix("torch."),
         weight_bytes=parameters * dtype.itemsize,
-        cache_bytes_per_token=cache_bytes_per_position(raw, dtype),
+        cache_bytes_per_token=cache_bytes_per_position(
+            raw, dtype, (forward or "").startswith("compiled")
+        ),
         context=text.max_position_embeddings,
         num_logits=text.vocab_size,
         hidden_size=text.hidden_size,
+        forward=forward,
+        why_not_compiled=why_not_compiled,
     )
+
+
+def _forward_of(
+    model: Any, section: ModelSection, name: str, exact: bool, dtype: torch.dtype
+) -> tuple[str | None, str | None]:
+    """Return the name of the forward that will run a model, and why it is not the compiled one."""
+    if section.device_map is not None:
+        return None, "'device_map' decides at load where the weights are"
+    device = resolve_device(section.device)
+    chosen = forward_before_weights(model, name, section, exact, dtype, device)
+    return chosen.name, chosen.why_not_compiled
 
 
 def _check_drafter(
@@ -186,7 +217,7 @@ def _check_drafter(
         settings = check_settings(name, section)
         if isinstance(settings, ModelSection):  # the drafter is a model
             check.vocabulary = "unknown"
-            check.facts = model_facts(settings)
+            check.facts = model_facts(settings, name)
             _check_vocabulary(check, kind, settings, tokenizer, target)
         if check.problem is None:
             kind.check(name, settings, Vocabulary.of(tokenizer))

@@ -161,6 +161,7 @@ def fingerprint(parts: Parts) -> dict[str, str]:
         "target": parts.target.fingerprint(),
         **{f"arm {name}": line for name, line in lines.items()},
         **{f"dtype of {n}": str(m.dtype).removeprefix("torch.") for n, m in models.items()},
+        **{f"forward of {name}": line for name, line in parts.forwards().items()},
     }
 
 

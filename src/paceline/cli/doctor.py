@@ -55,6 +55,10 @@ def doctor(
         console,
         f"target: {report.target}; context {report.facts.context}; {template} chat template",
     )
+    for name, facts in report.facts_by_name().items():
+        why = facts.why_not_compiled
+        why = "" if why is None else f"; not compiled: {why}"
+        say(console, f"forward of {name}: {facts.forward or 'not known'}{why}")
     for note in report.notes:
         say(console, f"note: {note}")
     for problem in report.problems:

@@ -27,7 +27,10 @@ Device = Annotated[
 ]
 Exact = Annotated[
     bool | None,
-    typer.Option("--exact/--no-exact", help="Same text for every drafter in bfloat16, too."),
+    typer.Option(
+        "--exact/--no-exact",
+        help="Refuse a target whose bfloat16 text may depend on drafter or batch.",
+    ),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads.")]
 Store = Annotated[Path | None, typer.Option(help="Folder of the collection.")]

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 TARGET: Final = "target"
 ENGINE: Final = "engine"
 PREFILL: Final = "prefill"
@@ -67,7 +67,8 @@ class CostTable:
     """Measured seconds and their circumstances.
 
     `fingerprint` has the machine, the target and the drafters, one comparable line per entry; arm X is
-    under "arm X". Raises ArtefactError for a cell that occurs twice.
+    under "arm X", and the forward that runs model Y under "forward of Y". Raises ArtefactError for a
+    cell that occurs twice.
     """
 
     def __init__(self, fingerprint: Mapping[str, str], measurements: Iterable[Measurement]) -> None:
@@ -150,11 +151,13 @@ class CostTable:
         arms: Iterable[str],
         identities: Mapping[str, str] | None = None,
         target: str | None = None,
+        forwards: Mapping[str, str] | None = None,
     ) -> None:
         """Raise ArtefactError unless target, engine and these arms are priced.
 
         identities: arm -> its configured identity line, which must be the measured one. target: the
-        fingerprint that must be the measured one.
+        fingerprint that must be the measured one. forwards: `target` or arm -> the forward that runs
+        it, which must be the measured one.
         """
         measured_with = self.fingerprint.get("target", target)
         if target is not None and measured_with != target:
@@ -167,11 +170,17 @@ class CostTable:
         missing = list(dict.fromkeys(s for s, o in wanted if (s, o) not in self._surfaces))
         if missing:
             raise ArtefactError(f"cost table: {', '.join(missing)} not measured; {_AGAIN}")
-        for arm, line in (identities or {}).items():
-            measured = self.fingerprint.get(f"arm {arm}", line)
+        now = {arm: (f"arm {arm}", line) for arm, line in (identities or {}).items()}
+        self._check_lines(now)
+        self._check_lines({n: (f"forward of {n}", line) for n, line in (forwards or {}).items()})
+
+    def _check_lines(self, lines: Mapping[str, tuple[str, str]]) -> None:
+        """Raise ArtefactError unless the lines (entry, present line) by name are those measured."""
+        for name, (entry, line) in lines.items():
+            measured = self.fingerprint.get(entry, line)
             if measured != line:
                 raise ArtefactError(
-                    f"cost table: '{arm}' was measured as ({measured}), it is now ({line}); "
+                    f"cost table: '{name}' was measured as ({measured}), it is now ({line}); "
                     f"{_AGAIN}"
                 )
 

@@ -13,7 +13,6 @@ import torch
 
 from paceline.drafting.contract import Draft
 from paceline.engine.prefixes import PromptHidden
-from paceline.errors import ConfigError
 from paceline.models.packing import PREFILL_BLOCK, Span
 from paceline.models.scores import Scores
 from paceline.verification import judge
@@ -45,9 +44,6 @@ class Prefill:
         prefixes: PrefixStore,
         chunk: int,
     ) -> None:
-        """Raise ConfigError if an exact target's piece would be shorter than a block."""
-        if target.exact and chunk < PREFILL_BLOCK:
-            raise ConfigError(f"exact mode needs prefill_chunk at {PREFILL_BLOCK} or more: {chunk}")
         self._target = target
         self._detokenizer = detokenizer
         self._prefixes = prefixes
@@ -93,10 +89,7 @@ class Prefill:
         for row in sorted(rows, key=lambda row: row.id):
             if room and row.finish_reason is None:
                 stop = min(row.num_prompt, row.num_cached + room)
-                if self._target.exact and stop < row.num_prompt:
-                    stop = max(row.num_cached, stop // PREFILL_BLOCK * PREFILL_BLOCK)
-                if stop > row.num_cached:
-                    pieces.append(_Piece(row, row.num_cached, stop))
+                pieces.append(_Piece(row, row.num_cached, stop))
                 room -= stop - row.num_cached
         return sorted(pieces, key=lambda piece: piece.row.slot)
 

@@ -80,7 +80,7 @@ def demo(
 ) -> DemoResult:
     """Run the main job end to end; artefacts go into `folder`.
 
-    Raises DecodingError if a text differs from that of `none` in float32 or in exact mode.
+    Raises DecodingError if a text differs from that of `none` in float32 or on an exact target.
     """
     collected, timed = demo_prompts(collect_per_task, timed_per_task)
     config = without_prefixes(in_folder(config, folder.resolve()))

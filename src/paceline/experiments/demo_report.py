@@ -92,7 +92,7 @@ def sentences(result: DemoResult) -> list[str]:
     lines.append(f"its slowest task is {worst[1]}: {worst[0]:.2f} times none.")
     dtype = result.settings["dtype"]
     if dtype == "float32" or result.settings["exact"]:
-        mode = ", exact mode" if result.settings["exact"] else ""
+        mode = ", exact" if result.settings["exact"] else ""
         lines.append(
             f"Decoded in {dtype}{mode}: {auto.equal_texts} of {auto.prompts} texts equal those of none."
         )
@@ -100,8 +100,8 @@ def sentences(result: DemoResult) -> list[str]:
         different = auto.prompts - auto.equal_texts
         lines.append(
             f"Decoded in {dtype}, in which the verification of several tokens rounds differently from "
-            f"one token: {different} of {auto.prompts} texts of auto differ from those of none. With "
-            "--exact, or in float32, all texts are equal."
+            f"one token: {different} of {auto.prompts} texts of auto differ from those of none. On "
+            "the compiled forward, or in float32, all texts are equal."
         )
     return lines
 

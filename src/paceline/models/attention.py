@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Final
 import torch
 import torch.nn.functional as F
 
-from paceline.models.exact import attend_exactly
 from paceline.models.packing import build_biased_mask, build_mask, runs_of, store
 
 if TYPE_CHECKING:
@@ -42,20 +41,15 @@ class RowBatch:
         device: torch.device,
         chain_masks: ChainMasks,
         parents: Sequence[Sequence[int] | None] | None = None,
-        exact: bool = False,
     ) -> None:
-        """storage_of: a layer and its new entries -> [slots, 2*Hkv, positions, D] with room for them.
-
-        exact: no row shares a call with another, see `exact.py`.
-        """
-        self.runs = runs_of(spans, parents, alone=exact)
+        """storage_of: a layer and its new entries -> [slots, 2*Hkv, positions, D] with room for them."""
+        self.runs = runs_of(spans, parents)
         last = self.runs[-1]
         self.num_tokens = last.first + len(last.slots) * last.width
         self.num_positions = max(run.length for run in self.runs)
         self._storage_of = storage_of
         self._device = device
         self._chain_masks = chain_masks
-        self._exact = exact
 
     def only_chain(self) -> range | None:
         run = self.runs[0]
@@ -90,8 +84,6 @@ class RowBatch:
         num_kv_heads = key_value.shape[1] // 2
         groups = num_heads // num_kv_heads
         storage = self._storage_of(layer, key_value)
-        if self._exact:
-            return attend_exactly(self.runs, storage, query, key_value, scale, window)
         outputs = []
         for run in self.runs:
             rows, width = len(run.slots), run.width

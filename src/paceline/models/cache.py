@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from paceline.models.attention import RowBatch
-from paceline.models.packing import PREFILL_BLOCK, ChainMasks
+from paceline.models.packing import ChainMasks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,17 +35,11 @@ class RowCache:
 
     stores_all_first: Final = False
 
-    def __init__(
-        self, device: torch.device = _CPU, exact: bool = False, block: int = BLOCK
-    ) -> None:
-        """exact: for exact mode, which reads whole PREFILL_BLOCKs, so positions are held in multiples.
-
-        block: positions by which capacity grows.
-        """
+    def __init__(self, device: torch.device = _CPU, block: int = BLOCK) -> None:
+        """block: positions by which capacity grows."""
         self.block = block
         self.layers: list[Tensor | None] = []
-        self._device, self._exact = device, exact
-        self._unit = PREFILL_BLOCK if exact else 1
+        self._device = device
         self._chain_masks = ChainMasks()
         self._free: list[int] = []
         self._lengths: list[int] = []  # positions that the row of each slot has needed so far
@@ -75,7 +69,7 @@ class RowCache:
 
     def rounded(self, num_positions: int) -> int:
         """Return the least number of positions held for a row that needs `num_positions`."""
-        return -(-num_positions // self._unit) * self._unit
+        return num_positions
 
     def acquire(self) -> int:
         """Return the lowest free slot and take it, so that rows in flight stay neighbours."""
@@ -135,12 +129,12 @@ class RowCache:
     ) -> tuple[Tensor, RowBatch]:
         for span in spans:
             self.extend(span.slot, span.start + span.width)
-        batch = RowBatch(spans, self.layer, self._device, self._chain_masks, parents, self._exact)
+        batch = RowBatch(spans, self.layer, self._device, self._chain_masks, parents)
         return tokens.to(self._device), batch
 
     def for_checks(self) -> RowCache:
         """Return an empty cache of small blocks, so that short texts cross them."""
-        return RowCache(self._device, self._exact, PREFILL_BLOCK if self._exact else _CHECK_BLOCK)
+        return RowCache(self._device, _CHECK_BLOCK)
 
     def layer(self, index: int, like: Tensor) -> Tensor:
         """Return the layer's storage, with room for all slots and the positions they need.
@@ -179,7 +173,7 @@ class RowCache:
             many = max(slots, 2 * old_slots)
         else:
             long = max(positions, (old_positions + old_positions // 2) // self.block * self.block)
-        smallest = (slots, self.rounded(self._num_positions))
+        smallest = (slots, self._num_positions)
         if self._limit is None:
             return many, long
         wanted = ((many, long), (slots, long), (many, positions), (slots, positions))

@@ -8,7 +8,7 @@ Knows no drafting, sampling or text. Symbols: N packed tokens, D hidden size, V 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -16,12 +16,12 @@ from paceline.errors import ModelError
 from paceline.models.adapter import TransformersForward
 from paceline.models.cache import RowCache
 from paceline.models.compiled.cache import PackedRows
-from paceline.models.compiled.family import why_not_compiled
 from paceline.models.compiled.forward import CompiledForward
 from paceline.models.cuda.batch import attention_kernel
 from paceline.models.cuda.graphs import StaticForward
 from paceline.models.cuda.paged_cache import PagedCache
-from paceline.models.lean import LeanForward, why_not_lean
+from paceline.models.forward_choice import ForwardChoice, choose_forward, not_on
+from paceline.models.lean import LeanForward
 from paceline.models.model_facts import (
     cache_bytes_per_position,
     context_length_of,
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from paceline.models.interfaces import BatchCache, BatchForward, KVCache
     from paceline.models.packing import Span
     from paceline.models.sublayers import LayerSubset
-
-ForwardChoice = Literal["auto", "compiled", "lean", "transformers"]
 
 
 class LanguageModel:
@@ -82,20 +80,24 @@ class LanguageModel:
             attention_kernel()  # so that a missing triton is reported now
             self._paged_cache = PagedCache(self.device)
         self.visibility = look_at(model, self.context_length, self.device)
-        self._requires_exact = exact
-        self._read_weights(forward)
+        self._required = forward, exact
+        self._read_weights()
         self.cache: KVCache = self._new_cache()
 
-    def _read_weights(self, forward: ForwardChoice) -> None:
+    def _read_weights(self) -> None:
         """Build the forward over the model's weights as they are now."""
         model, windows = self.model, self.visibility.windows
-        choice, self.why_not_compiled = self._choose(forward)
+        not_here = not_on(self.device) if self._paged_cache is None else "its cache is paged"
+        reason = next(iter(self.visibility.reasons), None)
+        chosen = choose_forward(model, self.name, *self._required, not_here, reason)
+        # such as `compiled (amx)`; and why it is another one
+        self.forward_name, self.why_not_compiled = chosen.name, chosen.why_not_compiled
         self._compiled: CompiledForward | None = None
         self._static: StaticForward | None = None
         self._forward: CompiledForward | BatchForward
-        if choice == "compiled":
+        if chosen.kind == "compiled":
             self._forward = self._compiled = CompiledForward(model, windows, self.context_length)
-        elif choice == "lean":
+        elif chosen.kind == "lean":
             self._forward = lean = LeanForward(model, windows)
             if self._paged_cache is not None:
                 self._static = StaticForward(lean, self._paged_cache, self.context_length)
@@ -105,43 +107,13 @@ class LanguageModel:
         self.hidden_size: int
         self.num_logits: int
         self.num_logits, self.hidden_size = model.get_output_embeddings().weight.shape
-        self._monitor = WeightsMonitor(model)  # last, since packing moves weights on CUDA
+        self._monitor = WeightsMonitor(model)  # last, since joining moves weights on CUDA
 
     def _new_cache(self) -> KVCache:
         """Return an empty cache for the forward."""
         if self._compiled is not None:
             return self._compiled.new_cache()
         return self._paged_cache or RowCache(self.device)
-
-    def _choose(self, forward: ForwardChoice) -> tuple[str, str | None]:
-        """Return the forward to build, and why it is not the compiled one.
-
-        Raises ModelError if the one that is required does not fit.
-        """
-        hidden = next(iter(self.visibility.reasons), None)
-        reasons = {
-            "compiled": (
-                why_not_compiled(self.model) if self._paged_cache is None else "its cache is paged"
-            ),
-            "lean": why_not_lean(self.model),
-            "transformers": None,
-        }
-        reasons |= {k: reason or hidden for k, reason in reasons.items() if k != "transformers"}
-        if self._requires_exact and (reasons["compiled"] or forward not in ("auto", "compiled")):
-            reason = reasons["compiled"] or f"the configuration asks for 'forward: {forward}'"
-            raise ModelError(
-                f"{self.name}: 'exact' is a promise of the compiled forward, which cannot run: "
-                f"{reason}; remove 'exact'"
-            )
-        if forward == "auto":
-            on_cpu = self.device.type == "cpu" and self._paged_cache is None
-            own = "compiled" if on_cpu else "lean"
-            return own if reasons[own] is None else "transformers", reasons["compiled"]
-        if reasons[forward] is not None:
-            raise ModelError(
-                f"{self.name}: cannot run the {forward} forward, because {reasons[forward]}"
-            )
-        return forward, reasons["compiled"] or f"the configuration says '{forward}'"
 
     @property
     def forward_kind(self) -> str:
@@ -166,7 +138,7 @@ class LanguageModel:
         found = self.model.dtype, _input_device(self.model)
         if (*found, self.model.get_output_embeddings().weight.shape[0]) == facts:
             with torch.inference_mode(False), torch.no_grad():  # as at load
-                self._read_weights("transformers" if kind == "transformers" else "auto")
+                self._read_weights()
             if self.forward_kind == kind:
                 return
         raise ModelError(
@@ -277,7 +249,7 @@ class LanguageModel:
     @property
     def position_bytes(self) -> int:
         """Bytes of one token's keys and values in all layers."""
-        return cache_bytes_per_position(self.model.config, self.dtype)
+        return cache_bytes_per_position(self.model.config, self.dtype, self._compiled is not None)
 
     def __repr__(self) -> str:
         return f"LanguageModel({self.name!r}, {self.dtype}, {self.device})"

@@ -1,8 +1,9 @@
 """The lean forward of the Llama family (Llama, Mistral, Qwen2, Qwen3): about fifteen calls per layer.
 
-The fast twin of transformers' forward, with the same weights: one product for queries, keys and
-values, one for gate and up, residuals added inside the products, angles from a table. `why_not_lean`
-decides by a model's modules, and the self-check at load compares the forward with transformers' own.
+The fast twin of transformers' forward on CUDA, and the readable reference of the compiled one on the
+CPU, with the same weights: one product for queries, keys and values, one for gate and up, angles from a
+table. `why_not_lean` decides by a model's modules, and the self-check at load compares the forward with
+transformers' own.
 Symbols: N packed tokens, D hidden size, H query heads, Hkv key-value heads.
 """
 
@@ -64,45 +65,29 @@ def why_not_lean(model: PreTrainedModel) -> str | None:
     return None
 
 
-# tokens; more are rounded up, see `_rounded`
-_MAX_UNROUNDED: Final = 32
-
-
 class _Norm:
-    """Root-mean-square norm over the last dimension, scaled by a weight.
-
-    On the CPU four small calls are about twice as fast as `rms_norm`:
-    x / sqrt(mean(x^2) + eps) = x sqrt(D) / hypot(|x|, sqrt(D eps)).
-    """
+    """Root-mean-square norm over the last dimension, scaled by a weight."""
 
     def __init__(self, weight: Tensor, eps: float) -> None:
         self._weight, self._eps = weight, eps
-        size = weight.shape[0]
-        self._on_cpu = weight.device.type == "cpu"
-        self._scaled = weight.float() * size**0.5
-        self._floor = torch.tensor((size * eps) ** 0.5)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return the norm of x [..., D], of the same shape and dtype; sums are in float32."""
-        if not self._on_cpu:
-            return F.rms_norm(x, (x.shape[-1],), self._weight, self._eps)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        normed = (x * self._scaled).div_(torch.hypot(length, self._floor))
-        return normed.to(x.dtype)
+        """Return the norm of x [..., D], of the same shape and dtype."""
+        return F.rms_norm(x, (x.shape[-1],), self._weight, self._eps)
 
 
 class _Layer:
     """One decoder layer's products, norms and attention shape."""
 
-    def __init__(self, layer: Any, config: Any, exact: bool, window: int | None) -> None:
+    def __init__(self, layer: Any, config: Any, window: int | None) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         eps = config.rms_norm_eps
         self.norm_1 = _Norm(layer.input_layernorm.weight.data, eps)
         self.norm_2 = _Norm(layer.post_attention_layernorm.weight.data, eps)
-        self.qkv = Product([attention.q_proj, attention.k_proj, attention.v_proj], exact)
-        self.out = Product([attention.o_proj], exact)
-        self.gate_up = Product([mlp.gate_proj, mlp.up_proj], exact)
-        self.down = Product([mlp.down_proj], exact)
+        self.qkv = Product([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.out = Product([attention.o_proj])
+        self.gate_up = Product([mlp.gate_proj, mlp.up_proj])
+        self.down = Product([mlp.down_proj])
         self.qk_norms: tuple[_Norm, _Norm] | None = None
         if hasattr(attention, "q_norm"):  # Qwen3
             norms = attention.q_norm, attention.k_norm
@@ -116,20 +101,14 @@ class LeanForward:
 
     kind: ClassVar[str] = "lean"
 
-    def __init__(
-        self, model: PreTrainedModel, windows: Mapping[int, int | None], exact: bool = False
-    ) -> None:
-        """windows: positions that each layer sees, see `visibility.py`.
-
-        exact: bits that depend on each row's own tokens alone, see `exact.py`.
-        """
+    def __init__(self, model: PreTrainedModel, windows: Mapping[int, int | None]) -> None:
+        """windows: positions that each layer sees, see `visibility.py`."""
         anything: Any = model
         config = model.config
         layers = enumerate(anything.model.layers)
-        self._layers = [_Layer(layer, config, exact, windows[i]) for i, layer in layers]
-        self._head = Product([anything.lm_head], exact)
+        self._layers = [_Layer(layer, config, windows[i]) for i, layer in layers]
+        self._head = Product([anything.lm_head])
         self._embedding: Tensor = anything.model.embed_tokens.weight.data
-        self._on_cpu = self._embedding.device.type == "cpu"
         self._norm = _Norm(anything.model.norm.weight.data, config.rms_norm_eps)
         self._num_heads: int = config.num_attention_heads
         self._num_kv_heads: int = config.num_key_value_heads
@@ -143,31 +122,20 @@ class LeanForward:
     def hidden(self, tokens: Tensor, batch: Batch, skip: LayerSubset | None = None) -> Tensor:
         without = skip or _NOTHING
         cos, sin = self._rotary.at(batch)
-        num_tokens = len(tokens)
-        if self._on_cpu and num_tokens > _MAX_UNROUNDED:
-            tokens = F.pad(tokens, (0, _rounded(num_tokens) - num_tokens))
         stream = F.embedding(tokens, self._embedding)
         for index, layer in enumerate(self._layers):
             if index not in without.attention:
                 mixed = self._attend(layer.norm_1(stream), index, cos, sin, batch)
-                stream = layer.out.add_to(stream, mixed)
+                stream = layer.out(mixed).add_(stream)
             if index not in without.mlp:
                 gate, up = layer.gate_up(layer.norm_2(stream)).chunk(2, dim=-1)
-                stream = layer.down.add_to(stream, F.silu(gate).mul_(up))
-        return self._norm(stream[:num_tokens])
+                stream = layer.down(F.silu(gate).mul_(up)).add_(stream)
+        return self._norm(stream)
 
-    def _attend(
-        self,
-        x: Tensor,
-        index: int,
-        cos: Tensor,
-        sin: Tensor,
-        batch: Batch,
-    ) -> Tensor:
-        """Return [rounded N, H * head size], before the output product. x: [rounded N, D]."""
+    def _attend(self, x: Tensor, index: int, cos: Tensor, sin: Tensor, batch: Batch) -> Tensor:
+        """Return [N, H * head size], before the output product. x: [N, D]."""
         layer, heads, kv_heads = self._layers[index], self._num_heads, self._num_kv_heads
-        num_spare = len(x) - batch.num_tokens
-        qkv = layer.qkv(x)[: batch.num_tokens].view(-1, heads + 2 * kv_heads, self._head_dim)
+        qkv = layer.qkv(x).view(-1, heads + 2 * kv_heads, self._head_dim)
         query_key = qkv[:, : heads + kv_heads]
         if layer.qk_norms is not None:
             norm_query, norm_key = layer.qk_norms
@@ -181,22 +149,10 @@ class LeanForward:
         turned_y.addcmul_(x, sin)
         query_key.copy_(turned)
         out = batch.attend(index, turned[:, :heads], qkv[:, heads:], layer.scale, layer.window)
-        return F.pad(out.flatten(1), (0, 0, 0, num_spare)) if num_spare else out.flatten(1)
+        return out.flatten(1)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        if hidden.ndim == 2:
-            return self._head(hidden)
-        return self._head(hidden.flatten(0, -2)).unflatten(0, hidden.shape[:-1])
-
-
-def _rounded(num_tokens: int) -> int:
-    """Return a larger number of tokens, so that products have few shapes.
-
-    oneDNN compiles a kernel for every shape: 0.5 ms and a hundred kilobytes or more each, so prompts
-    of all lengths would refill its cache of 1024 kernels with hundreds of megabytes.
-    """
-    step = 8 if num_tokens <= 128 else 32
-    return -(-num_tokens // step) * step
+        return self._head(hidden)
 
 
 class _RotaryTable:

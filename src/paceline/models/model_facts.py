@@ -9,6 +9,7 @@ import re
 from typing import TYPE_CHECKING, Any, Final
 
 from paceline.errors import ModelError
+from paceline.models.compiled.weights import GROUP, HEAD_UNIT, rounded
 
 if TYPE_CHECKING:
     import torch
@@ -83,12 +84,16 @@ def context_length_of(config: Any) -> tuple[int, str | None]:
     return int(length), None
 
 
-def cache_bytes_per_position(config: Any, dtype: torch.dtype) -> int:
-    """Return the bytes of one token's keys and values in all layers."""
+def cache_bytes_per_position(config: Any, dtype: torch.dtype, is_compiled: bool = False) -> int:
+    """Return the bytes of one token's keys and values in all layers.
+
+    is_compiled: for the compiled forward, whose cache rounds the head size up.
+    """
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None)
     if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
         heads = 1  # older Falcon, GPT BigCode
     heads = heads or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(2 * text.num_hidden_layers * heads * size * dtype.itemsize)
+    rooms = (rounded(size, HEAD_UNIT) + rounded(size, GROUP)) if is_compiled else 2 * size
+    return int(text.num_hidden_layers * heads * rooms * dtype.itemsize)

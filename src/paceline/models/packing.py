@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # biases of keys, added to their scores: [L] positions -> [H, L]
 KeyBias: TypeAlias = Callable[[Tensor], Tensor]
 
-# positions; exact mode cuts prompts at its multiples, and prompts share their prefill in such blocks
+# positions; prompts share their prefill in blocks of this size
 PREFILL_BLOCK: Final = 64
 
 # Wider rows are prefill: padding them to one length would cost more than a call each saves.
@@ -49,7 +49,6 @@ class Run:
     slots: range
     starts: list[int]
     width: int
-    prefill: bool
     ancestors: Tensor | None = None  # [W, W] bool, single rows only
     masks: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict)
     index: Tensor | None = None  # [R*W*2*Hkv] places in the cache, for several rows
@@ -59,10 +58,8 @@ class Run:
         return max(self.starts) + self.width
 
 
-def runs_of(
-    spans: Sequence[Span], parents: Sequence[Sequence[int] | None] | None, alone: bool
-) -> list[Run]:
-    """Group spans into runs. alone: no row shares a run with another."""
+def runs_of(spans: Sequence[Span], parents: Sequence[Sequence[int] | None] | None) -> list[Run]:
+    """Group spans into runs."""
     runs: list[Run] = []
     first = 0
     for i, span in enumerate(spans):
@@ -70,7 +67,6 @@ def runs_of(
         last = runs[-1] if runs else None
         if (
             last is not None
-            and not alone
             and not tree
             and last.ancestors is None
             and last.width == span.width
@@ -82,7 +78,7 @@ def runs_of(
         else:
             slots = range(span.slot, span.slot + 1)
             ancestors = torch.from_numpy(ancestors_of(tree)) if tree else None
-            runs.append(Run(first, slots, [span.start], span.width, span.prefill, ancestors))
+            runs.append(Run(first, slots, [span.start], span.width, ancestors))
         first += span.width
     return runs
 

@@ -1,6 +1,6 @@
 """Forwards that leave out some attention and MLP sub-layers, each as if it added nothing.
 
-The lean forward leaves a sub-layer out. In transformers' own modules it is silenced during one forward:
+Our own forwards leave a sub-layer out. In transformers' own modules it is silenced during one forward:
 it returns zeros. Whether that is the same depends on the architecture (post-norm layers change the
 residual stream anyway), so `self_checks.check_sublayers` compares them. Knows no drafting.
 """

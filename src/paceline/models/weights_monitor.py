@@ -1,6 +1,6 @@
 """Detection of changes to a model's weights after load.
 
-The lean forward copies the weights and caches hold their results, so a change in place (an optimizer's
+Our own forwards copy the weights and caches hold their results, so a change in place (an optimizer's
 step, a merge, another adapter, a `load_state_dict`) makes both wrong. The check is cheap enough for
 every request: it reads no weight as a whole.
 """

@@ -120,11 +120,13 @@ def load_policy(
     expect: PolicyIdentity,
     costs: CostTable | None = None,
     selection: SelectionSection | None = None,
+    forwards: Mapping[str, str] | None = None,
 ) -> Policy:
     """Load the policy in a folder. Raises ArtefactError unless it was made for `expect`.
 
     costs: this machine's prices, which a portable policy needs. selection: the section with the
-    models of the policy's encoders.
+    models of the policy's encoders. forwards: those that the prices must have been measured with, see
+    `CostTable.check`.
     """
     card = read_card(folder)
     _check_identity(card, expect, str(folder))
@@ -139,7 +141,7 @@ def load_policy(
                 f"{folder}: the policy is priced with this machine's cost table, and there is "
                 "none; run `paceline profile`"
             )
-        costs.check(expect.drafters, expect.drafters, expect.target)
+        costs.check(expect.drafters, expect.drafters, expect.target, forwards)
         chooser.pricer = ArmPricer(costs, chooser.arms)
     elif costs is not None and costs.hash() != card.costs:
         notes.append(

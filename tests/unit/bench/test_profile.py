@@ -13,6 +13,7 @@ from paceline.config import Config, ModelSection
 from paceline.contracts import identity_of_arms
 from paceline.costs import CostTable
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
+from paceline.errors import ArtefactError
 from paceline.rewards import request_seconds
 from paceline.testing.scripted import ScriptedDrafter
 from paceline.testing.tiny_models import perturbed, tiny_model
@@ -90,7 +91,9 @@ def test_every_arm_is_priced_as_itself(pace: Pace, table: CostTable, tmp_path: P
     lines = identity_of_arms({name: d.identity() for name, d in drafters.items()})
     table.save(tmp_path / "costs.json")
     again = CostTable.load(tmp_path / "costs.json")
-    again.check(drafters, lines)
+    again.check(drafters, lines, forwards=pace.parts.forwards())
+    with pytest.raises(ArtefactError, match=r"'target' was measured as .*it is now \(lean\)"):
+        again.check(drafters, lines, forwards={"target": "lean"})
     assert again.fingerprint["dtype of target"] == "float32"
     assert all(m.seconds >= 0 for m in again.measurements)
     rounds = torch.tensor([[4, 2], [4, 4], [0, 0]]).numpy()

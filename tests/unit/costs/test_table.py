@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -143,6 +144,17 @@ def test_an_arm_measured_as_another_one_is_refused() -> None:
     table.check(["math"], {"none": "kind=none", "math": "kind=math"})
     with pytest.raises(ArtefactError, match=r"\(kind=math\), it is now \(kind=other\)"):
         table.check(["math"], {"math": "kind=other"})
+
+
+def test_a_model_measured_with_another_forward_is_refused() -> None:
+    table = full_table(["math"])
+    table.fingerprint |= {"forward of target": "lean", "forward of math": "compiled (amx)"}
+    table.check(["math"], forwards={"target": "lean", "math": "compiled (amx)"})
+    for name, now in (("target", "compiled (amx)"), ("math", "compiled (avx512)")):
+        with pytest.raises(
+            ArtefactError, match=rf"'{name}' was measured as .* now \({re.escape(now)}\)"
+        ):
+            table.check(["math"], forwards={name: now})
 
 
 def test_a_saved_table_is_the_same_table(tmp_path: Path) -> None:

@@ -104,17 +104,22 @@ def test_proposals_are_those_of_a_fresh_drafter_after_any_history(
     assert seen == {"all", "some", "none"}
 
 
-def test_accepted_drafts_are_not_fed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    drafter = draft_model()
+@pytest.mark.parametrize(
+    ("architecture", "call", "expected"),
+    [("gpt2", "forward", [2, 1, 1, 1, 1, 1]), ("llama", "draft_chain", [2, 1])],
+)
+def test_accepted_drafts_are_not_fed_again(
+    architecture: str, call: str, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step by step, and where one call drafts a whole chain."""
+    drafter = draft_model(architecture)
     row = FakeRow(0, [1, 2, 3, 4, 5, 6])
     start(drafter, [row])
     draft = drafts_of(propose(drafter, [row], [4]), 0)
     fed: list[int] = []
-    forward = drafter.model.forward
+    whole = getattr(drafter.model, call)
     monkeypatch.setattr(
-        drafter.model,
-        "forward",
-        lambda tokens, spans: fed.append(len(tokens)) or forward(tokens, spans),
+        drafter.model, call, lambda tokens, *rest: fed.append(len(tokens)) or whole(tokens, *rest)
     )
 
     row.tokens += [*draft, 7]
@@ -123,7 +128,7 @@ def test_accepted_drafts_are_not_fed_again(monkeypatch: pytest.MonkeyPatch) -> N
     propose(drafter, [row], [2])
 
     # the fourth drafted token was never fed, so after a full accept it comes with the bonus
-    assert fed == [2, 1, 1, 1, 1, 1]
+    assert fed == expected
 
 
 def test_drafts_obey_the_limit_and_their_own_length() -> None:
@@ -244,7 +249,8 @@ def test_new_rows_reuse_the_slots_of_finished_ones() -> None:
     assert drafts_of(propose(drafter, [rows[2]], [4]), 0) == fresh(rows[2], 4)[0]
     assert drafter.num_bytes() == held
     drafter.finish([rows[0], rows[2], newcomer])
-    assert drafter.num_bytes() == drafter.model.num_bytes()
+    # the memory of one row may stay, for the next one
+    assert drafter.num_bytes() - drafter.model.num_bytes() <= drafter.state_bytes([1])
 
 
 def test_finishing_a_row_that_never_started_is_harmless() -> None:

@@ -73,15 +73,15 @@ def test_generate_takes_more_requests_than_may_wait() -> None:
 
 
 def test_rows_are_admitted_as_far_as_the_cache_reaches() -> None:
-    pace = pace_with(max_rows=8, max_positions=100)
+    pace = pace_with(max_rows=8, max_positions=150)
     for i in range(4):
-        pace.engine.submit(ask(str(i), n=20))  # 38 positions each
+        pace.engine.submit(ask(str(i), n=20))  # 38 positions each, held in blocks of 64
     pace.engine.step()
 
     assert (pace.engine.num_rows, pace.engine.num_waiting) == (2, 2)
     assert len(run_out(pace)) == 4
-    with pytest.raises(RequestError, match=r"may need 118 positions.*holds 100.*max_positions"):
-        pace.engine.submit(ask(n=100))
+    with pytest.raises(RequestError, match=r"may need 192 positions.*holds 150.*max_positions"):
+        pace.engine.submit(ask(n=150))
 
 
 def test_a_drafter_without_memory_for_a_row_leaves_it_to_none() -> None:

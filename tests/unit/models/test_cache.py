@@ -107,14 +107,6 @@ def test_a_bound_takes_the_room_to_grow_and_then_the_blocks() -> None:
     assert cache.max_length == 3 * BLOCK // 2
 
 
-def test_a_bound_is_met_in_whole_units() -> None:
-    cache = RowCache(exact=True)
-    cache.bound(2 * 192)
-    cache.acquire(), cache.acquire()
-    assert fill(cache, 0, 150).shape[:3:2] == (2, 192)
-    assert cache.rounded(150) == 192
-
-
 def test_what_is_needed_is_given_beyond_a_bound() -> None:
     cache = RowCache()
     cache.bound(10)

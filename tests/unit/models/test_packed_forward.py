@@ -11,6 +11,7 @@ from transformers import BartConfig, BartForCausalLM, CpmAntConfig, CpmAntForCau
 from paceline.errors import ModelError
 from paceline.models import attention, packing
 from paceline.models.cache import BLOCK
+from paceline.models.forward_choice import ForwardChoice
 from paceline.models.language_model import LanguageModel
 from paceline.models.packing import Span
 from paceline.models.self_checks import check_packed_forward
@@ -33,7 +34,7 @@ TOLERANCE = 2e-4
 NARROW = ("cohere2", "granite_moe_shared", "falcon", "falcon_alibi", "gpt_neo", "bloom", "mpt")
 FORWARDS = [
     *((architecture, "transformers") for architecture in (*ARCHITECTURES, *NARROW)),
-    *((architecture, "lean") for architecture in LEAN_ARCHITECTURES),
+    *((a, own) for a in LEAN_ARCHITECTURES for own in ("lean", "compiled")),
     *(
         pytest.param((family, "transformers"), marks=pytest.mark.wide)
         for family in FAMILIES
@@ -245,7 +246,9 @@ def scores_are_not_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_self_check_refuses_a_planted_mismatch(
     plant: object, architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = LanguageModel(tiny_model(architecture), "target")
+    # the plants are in code that runs in torch
+    forward: ForwardChoice = "lean" if architecture in LEAN_ARCHITECTURES else "transformers"
+    model = LanguageModel(tiny_model(architecture), "target", forward)
     plant(monkeypatch)
 
     with pytest.raises(ModelError, match=r"target: .* differs from transformers'.*not supported"):
@@ -318,13 +321,14 @@ def test_too_short_a_context_for_the_self_check_is_a_model_error() -> None:
 # --- the model around it --------------------------------------------------------------------------
 
 
-def test_a_failed_forward_leaves_the_attention_as_it_was(llama: LanguageModel) -> None:
-    before = llama.model.config._attn_implementation
+def test_a_failed_forward_leaves_the_attention_as_it_was() -> None:
+    model = LanguageModel(tiny_model("llama"), "llama", "transformers")
+    before = model.model.config._attn_implementation
 
     with pytest.raises(IndexError):
-        llama.forward(torch.tensor([10**6]), [Span(llama.acquire(), 0, 1)])
+        model.forward(torch.tensor([10**6]), [Span(model.acquire(), 0, 1)])
 
-    assert llama.model.config._attn_implementation == before
+    assert model.model.config._attn_implementation == before
 
 
 def test_two_roles_of_the_same_weights_keep_their_rows_apart(llama: LanguageModel) -> None:

@@ -1,4 +1,4 @@
-"""A target's scores: the choices of logits, and a forward that computes scores itself."""
+"""A target's scores: the choices of logits, and the calls of a forward that computes scores itself."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from paceline.drafting.draft_model import DraftModel
 from paceline.drafting.none import NoneDrafter
 from paceline.engine import Driver, Engine
 from paceline.engine.rows import Row
+from paceline.models.compiled.forward import CompiledForward
 from paceline.models.language_model import LanguageModel
-from paceline.models.lean import LeanForward
 from paceline.models.packing import Span
 from paceline.models.scores import Scores
 from paceline.testing.scripted import ScriptedTree
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import pytest
-
-    from paceline.models.interfaces import KVCache
 
 NAN, INF = float("nan"), float("inf")
 
@@ -37,48 +35,25 @@ def test_a_choice_is_the_most_likely_id_if_it_is_finite() -> None:
     assert Scores.of(logits).choices == [1, -1, -1, -1, 2]
 
 
-class OwnScores(LeanForward):
-    """A forward with scores of its own; `wanted` has the `wants_logits` of every call."""
+class Recorded(CompiledForward):
+    """The compiled forward; `wanted` has the `wants_logits` of every call, False for a chain."""
 
     wanted: list[bool]
 
-    def score(
-        self,
-        tokens: Sequence[int],
-        spans: Sequence[Span],
-        parents: Sequence[Sequence[int] | None] | None,
-        cache: KVCache,
-        wants_logits: bool,
-    ) -> Scores:
-        self.wanted.append(wants_logits)
-        logits = self.logits(self.hidden(*cache.pack(torch.tensor(tokens), spans, parents)))
-        return Scores(Scores.of(logits).choices, logits if wants_logits else None)
+    def score(self, *given: Any) -> Scores:
+        self.wanted.append(given[-1])
+        return super().score(*given)
 
-    def chain(
-        self,
-        tokens: Sequence[int],
-        spans: Sequence[Span],
-        cache: KVCache,
-        num_drafted: int,
-        num_tokens: int,
-    ) -> list[list[int]]:
+    def chain(self, *given: Any) -> list[list[int]]:
         self.wanted.append(False)
-        chains: list[list[int]] = [[] for _ in spans]
-        for _ in range(num_drafted):
-            hidden = self.hidden(*cache.pack(torch.tensor(tokens), spans))
-            ends = torch.tensor([span.width for span in spans]).cumsum(0) - 1
-            tokens = self.logits(hidden[ends])[:, :num_tokens].argmax(dim=-1).tolist()
-            for chain, token in zip(chains, tokens, strict=True):
-                chain.append(token)
-            spans = [Span(span.slot, span.start + span.width, 1) for span in spans]
-        return chains
+        return super().chain(*given)
 
 
-def test_a_forward_with_scores_of_its_own_is_asked_for_logits_only_where_rows_read_them(
+def test_the_compiled_forward_is_asked_for_logits_only_where_rows_read_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("paceline.models.language_model.LeanForward", OwnScores)
-    OwnScores.wanted = wanted = []
+    monkeypatch.setattr("paceline.models.language_model.CompiledForward", Recorded)
+    Recorded.wanted = wanted = []
     model, prompt = tiny_model("llama"), (3, 1, 4, 1, 5)
     right = greedy_reference(model, prompt, 12).tokens
     text = [*prompt, *right, 0, 0]
@@ -126,9 +101,9 @@ def test_a_forward_that_drafts_whole_chains_is_called_once_per_draft(
 ) -> None:
     """Rows of several lengths, some shorter than the chain, some with a token that was accepted."""
     model = tiny_model("llama")
-    plain = LanguageModel(model, "plain")
-    monkeypatch.setattr("paceline.models.language_model.LeanForward", OwnScores)
-    OwnScores.wanted = calls = []
+    plain = LanguageModel(model, "plain", "lean")
+    monkeypatch.setattr("paceline.models.language_model.CompiledForward", Recorded)
+    Recorded.wanted = calls = []
     drafters = [DraftModel("d", m, 4, 259, 259) for m in (plain, LanguageModel(model, "own"))]
     rows = [Row(i, Request("", (7, i), 50), 0, 52, 0.0, [7, i, 5], NoneDrafter()) for i in range(3)]
     with torch.inference_mode():

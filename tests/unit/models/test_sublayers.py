@@ -8,8 +8,8 @@ from transformers import GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from paceline.errors import ModelError
 from paceline.models import sublayers
-from paceline.models.cache import RowCache
-from paceline.models.language_model import ForwardChoice, LanguageModel
+from paceline.models.forward_choice import ForwardChoice
+from paceline.models.language_model import LanguageModel
 from paceline.models.packing import Span
 from paceline.models.self_checks import check_sublayers
 from paceline.models.sublayers import LayerSubset
@@ -30,7 +30,7 @@ SUBSETS = [
 
 
 def hidden(model: LanguageModel, subset: LayerSubset | None) -> torch.Tensor:
-    cache = RowCache()
+    cache = model.cache.for_checks()
     with torch.inference_mode():
         return model.forward(TEXT, [Span(cache.acquire(), 0, len(TEXT))], cache=cache, skip=subset)
 
@@ -55,15 +55,16 @@ def test_every_architecture_can_leave_out_its_sublayers(
 
 
 @pytest.mark.parametrize("architecture", LEAN_ARCHITECTURES)
-def test_both_forwards_leave_out_the_same(architecture: str) -> None:
+@pytest.mark.parametrize("forward", ["compiled", "lean"])
+def test_all_forwards_leave_out_the_same(architecture: str, forward: ForwardChoice) -> None:
     model = tiny_model(architecture)
-    lean = LanguageModel(model, "lean", "lean")
+    own = LanguageModel(model, "own", forward)
     general = LanguageModel(model, "general", "transformers")
     for subset in SUBSETS:
         torch.testing.assert_close(
-            hidden(lean, subset), hidden(general, subset), atol=1e-5, rtol=1e-5
+            hidden(own, subset), hidden(general, subset), atol=1e-5, rtol=1e-5
         )
-        assert not torch.allclose(hidden(lean, subset), hidden(lean, None), atol=1e-2)
+        assert not torch.allclose(hidden(own, subset), hidden(own, None), atol=1e-2)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi", "opt", "gemma2"])
@@ -82,7 +83,7 @@ def test_leaving_out_is_zeroing_what_the_sublayer_adds(architecture: str) -> Non
 
 
 def test_the_cache_of_a_skipped_attention_is_not_touched() -> None:
-    for forward in ("lean", "transformers"):
+    for forward in ("compiled", "lean", "transformers"):
         model = LanguageModel(tiny_model(), "tiny", forward)  # type: ignore[arg-type]
         slot = model.acquire()
         with torch.inference_mode():

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from paceline.models.compiled import tables as t
 from paceline.models.compiled.attention import attention_bytes
 from paceline.models.compiled.cache import PackedRows
+from paceline.models.compiled.entry import MAX_THREADS
 from paceline.models.compiled.family import facts_of
 from paceline.models.compiled.native import run_address
 from paceline.models.compiled.processor import kernels
@@ -251,7 +252,7 @@ class _Job:
         queries = (self._forward.query_tokens if splits else widest) * packed.groups
         room = rounded(longest, _SCORE_UNIT)
         shape = _Shape(
-            first, len(spans), len(picked), steps, torch.get_num_threads(), queries, room, widest_tree
+            first, len(spans), len(picked), steps, _num_threads(), queries, room, widest_tree
         )
         self._place(shape)
         self._put(t.IDS, tokens)
@@ -268,7 +269,7 @@ class _Job:
 
     def pack_hidden(self, places: int) -> None:
         """Ask for the logits of given final hidden states, which `run` takes."""
-        self._place(_Shape(0, 0, places, 0, torch.get_num_threads(), 0, 0, 0))
+        self._place(_Shape(0, 0, places, 0, _num_threads(), 0, 0, 0))
         self._put(t.PICKED, range(places))
         self._lent.workspace.job[: t.HIDDEN_OUT] = (
             self._packed.address, self._forward.run_address, 0, 0, places, 0,
@@ -307,6 +308,11 @@ class _Job:
             self._packed.num_logits if limit is None else limit,
         )
         self._lent.run(self._threads)
+
+
+def _num_threads() -> int:
+    """Return the threads of a job: torch's, as far as a team goes."""
+    return min(torch.get_num_threads(), MAX_THREADS)
 
 
 def paths_of(parents: Sequence[int]) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """Compiled code on disk: numba makes LLVM's intermediate code, LLVM an object file, the file is kept.
 
 A folder per version of this code, of numba and LLVM, and per processor, in the user's cache folder or
-where PACELINE_CACHE points. A file is written next to its place and moved there, so any number of
+where PACELINE_CACHE points. A file is written beside its place and moved there, so any number of
 processes may make it at once; one that does not match its checksum is made again.
 """
 
@@ -21,15 +21,17 @@ import llvmlite
 import llvmlite.binding as llvm
 import numba
 from numba import types
-from numba.core import config
 
 from paceline.models.compiled import entry
 from paceline.models.compiled.program import make_run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
 
 _CHECKSUM_BYTES: Final = 32
+_EXTERNAL: Final = re.compile(r'^declare [^@]*@"?(?!llvm\.)([\w.$]+)"?\(', re.MULTILINE)
+# functions that LLVM may call where the processor has no instruction
+_BY_CODE_GENERATION: Final = ("memset", "memcpy", "memmove", "fmaf", "sqrtf", "rintf")
 
 
 @cache
@@ -62,7 +64,8 @@ def function_address(name: str, make: Callable[[], Callable[..., Any]], argument
     if stored is None:
         stored = _compile(make(), arguments, types.int64 if name == "follow" else types.void)
         _write(path, *stored)
-    symbol, code = stored
+    symbol, external, code = stored
+    _resolve(external)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine())
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
@@ -73,51 +76,26 @@ def function_address(name: str, make: Callable[[], Callable[..., Any]], argument
 _ENGINES: Final[list[Any]] = []  # their code is in use for the life of the process
 
 
-def _compile(function: Callable[..., Any], arguments: int, result: Any) -> tuple[str, bytes]:
-    """Return the symbol to call and the object file of a function."""
-    settings: Any = config
-    before = settings.OPT
-    settings.OPT = type(before)(0)  # LLVM's passes run once, over the whole
-    try:
-        made = numba.cfunc(result(*[types.int64] * arguments), error_model="numpy")(function)
-    finally:
-        settings.OPT = before
-    module, machine = llvm.parse_assembly(_with_sums(made.inspect_llvm())), _machine()
-    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
-    passes.getModulePassManager().run(module, passes)
-    return made.native_name, machine.emit_object(module)
+def _compile(function: Callable[..., Any], arguments: int, result: Any) -> tuple[str, list[str], bytes]:
+    """Return the symbol to call, the functions that are called outside, and the object file."""
+    made = numba.cfunc(result(*[types.int64] * arguments), error_model="numpy")(function)
+    # numba's own object, since the intermediate code that it shows has passed code generation, and
+    # another pass over it may change what it does
+    _, _, (code, _) = made._library.serialize_using_object_code()
+    return made.native_name, _EXTERNAL.findall(made.inspect_llvm()), code
 
 
-_POINTER: Final = re.compile(r"^ +(%\S+) = inttoptr i64 (\S+) to ptr$", re.MULTILINE)
-_OFFSET: Final = re.compile(
-    r"^( +)(%\S+) = getelementptr (?:inbounds |nusw |nuw )*i8, ptr (%\S+), i64 (\S+)$", re.MULTILINE
-)
+def _resolve(names: Iterable[str]) -> None:
+    """Tell LLVM's loader the addresses of functions that compiled code may call.
 
-
-def _with_sums(code: str) -> str:
-    """Return numba's LLVM code with offsets from pointers that were integers written as sums.
-
-    numba hands over what code generation left, which takes any part of a sum as the pointer and the
-    rest as an offset within its object. LLVM's passes remove an access that way if that part is 0.
+    If one is missing, the loader leaves them all without an address. Those that nothing defines are
+    numba's, for errors that this code does not raise; they abort the process.
     """
-    return "\ndefine ".join(map(_function_with_sums, code.split("\ndefine ")))
-
-
-def _function_with_sums(code: str) -> str:
-    integers = dict(_POINTER.findall(code))
-
-    def as_sum(found: re.Match[str]) -> str:
-        indent, name, pointer, offset = found.groups()
-        if pointer not in integers:
-            return found[0]
-        whole = f"%sum.{found.start()}"
-        integer, integers[name] = integers[pointer], whole
-        return (
-            f"{indent}{whole} = add i64 {integer}, {offset}\n"
-            f"{indent}{name} = inttoptr i64 {whole} to ptr"
-        )
-
-    return _OFFSET.sub(as_sum, code)
+    process = ctypes.CDLL(None if os.name == "posix" else "msvcrt")
+    for name in (*names, *_BY_CODE_GENERATION):
+        if not llvm.address_of_symbol(name):
+            function = getattr(process, name, process.abort)
+            llvm.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
 
 
 def _machine() -> Any:
@@ -129,8 +107,8 @@ def _machine() -> Any:
     )
 
 
-def _read(path: Path) -> tuple[str, bytes] | None:
-    """Return the symbol and object file of a path, or None if it is missing or damaged."""
+def _read(path: Path) -> tuple[str, list[str], bytes] | None:
+    """Return what `_compile` returned from a path, or None if it is missing or damaged."""
     try:
         data = path.read_bytes()
     except OSError:
@@ -138,13 +116,14 @@ def _read(path: Path) -> tuple[str, bytes] | None:
     checksum, body = data[:_CHECKSUM_BYTES], data[_CHECKSUM_BYTES:]
     if hashlib.sha256(body).digest() != checksum:
         return None
-    symbol, _, code = body.partition(b"\n")
-    return symbol.decode(), code
+    names, _, code = body.partition(b"\n")
+    symbol, *external = names.decode().split()
+    return symbol, external, code
 
 
-def _write(path: Path, symbol: str, code: bytes) -> None:
+def _write(path: Path, symbol: str, external: Sequence[str], code: bytes) -> None:
     """Keep an object file; where no folder can be written, it is compiled once per process."""
-    body = symbol.encode() + b"\n" + code
+    body = " ".join((symbol, *external)).encode() + b"\n" + code
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:

@@ -104,6 +104,7 @@ class PackedModel:
         self.num_layers = len(layers)
         self._kept: list[Tensor] = [facts.embedding]
         self._angles = torch.empty(0)
+        self._old_angles: list[Tensor] = []  # another thread's job may still read them
         self._table = np.zeros(t.MODEL_SIZE, np.int64)
         self._layers = np.zeros((len(layers), t.LAYER_SIZE), np.int64)
         _TABLES.extend((self._table, self._layers))
@@ -186,6 +187,7 @@ class PackedModel:
         if num_positions <= known or not self.facts.half_turned:
             return
         length = min(max(num_positions, 2 * known, 256), self.facts.num_positions)
+        self._old_angles.append(self._angles)
         self._angles = self.facts.angles(max(length, num_positions)).contiguous()
         self._table[t.ANGLES_STRIDE] = self._angles[0].nbytes
         self._table[t.ANGLES] = self._angles.data_ptr()

@@ -58,11 +58,12 @@ def check_packed_forward(language_model: LanguageModel, seed: int = 0) -> None:
         if worst <= (1e-3 if float32 else 0.15) * max(scale, 1e-6):
             return
     reasons = "; ".join(language_model.visibility.reasons)
-    remedy = " by the lean forward; set 'forward: transformers'"
+    own = language_model.forward_kind
+    remedy = "" if own == "transformers" else f" by the {own} forward; set 'forward: transformers'"
     raise ModelError(
         f"{name}: the packed forward of {kind} differs from transformers' by {worst:.3g} at "
         f"{steps[least.index(worst)]} (logits vary by {scale:.3g}); this architecture is not supported"
-        f"{reasons and ': ' + reasons}{remedy if language_model.forward_kind == 'lean' else ''}"
+        f"{reasons and ': ' + reasons}{remedy}"
     )
 
 

@@ -33,8 +33,7 @@ def check_sublayers(language_model: LanguageModel, seed: int = 0) -> None:
         cache = language_model.cache.for_checks()
         slot = cache.acquire()
         try:
-            # an exact target drafts token by token, so its check must not take the prompt's path
-            span = Span(slot, 0, length, prefill=not language_model.exact)
+            span = Span(slot, 0, length, prefill=True)
             return language_model.forward(tokens, [span], cache=cache, skip=subset)
         finally:
             cache.release(slot)

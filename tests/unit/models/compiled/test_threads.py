@@ -1,0 +1,180 @@
+"""Results do not depend on threads: callers at once, their number, forks, processes, the end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from support.compiled_models import compile_model, hidden_of, random_model, random_text
+
+from paceline.models.compiled.entry import MAX_THREADS
+from paceline.models.packing import Span
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+DTYPES = ("bfloat16", "float32")
+TESTS = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """Return torch's function that sets the number of threads, which is restored afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def work(forward_number: int, dtype: str = "float32") -> torch.Tensor:
+    """Return hidden states and logits of a prompt, single tokens and a tree of a random model."""
+    forward = compile_model(random_model(dtype, seed=forward_number))
+    rows, text = forward.new_cache(), random_text(150, forward_number)
+    slot = rows.acquire()
+    parts = [forward.hidden(text[:130], [Span(slot, 0, 130)], None, rows)]
+    for start in range(130, 150):
+        parts.append(forward.hidden(text[start : start + 1], [Span(slot, start, 1)], None, rows))
+    parts.append(forward.hidden(text[:3], [Span(slot, 150, 3)], [[-1, 0]], rows))
+    hidden = torch.cat(parts)
+    return torch.cat([hidden.float(), forward.logits(hidden)], dim=1)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_callers_at_once_get_what_each_would_alone(
+    dtype: str, threads: int, set_threads: Callable[[int], None]
+) -> None:
+    expected = [work(number, dtype) for number in range(6)]
+
+    def repeat(number: int) -> list[torch.Tensor]:
+        set_threads(threads)
+        return [work(number, dtype) for _ in range(4)]
+
+    with ThreadPoolExecutor(6) as pool:
+        for mine, found in zip(expected, pool.map(repeat, range(6)), strict=True):
+            assert all(torch.equal(mine, other) for other in found)
+
+
+def test_callers_at_once_may_share_a_model_whose_texts_grow() -> None:
+    texts = [random_text(40 * k + 20, k) for k in range(20)]
+    expected = [hidden_of(compile_model(random_model()), text) for text in texts]
+    for _ in range(5):
+        forward = compile_model(random_model())  # with a table of few angles
+        with ThreadPoolExecutor(5) as pool:
+            found = list(pool.map(lambda text: hidden_of(forward, text), texts))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_the_number_of_threads(
+    dtype: str, set_threads: Callable[[int], None]
+) -> None:
+    set_threads(1)
+    alone = work(0, dtype)
+    for threads in (2, 3, 4, 1, 4, 2):
+        set_threads(threads)
+        assert torch.equal(work(0, dtype), alone), threads
+
+
+def run_script(body: str, **environment: str) -> subprocess.Popen[str]:
+    """Start a Python process with `work` and `alone`, the result of work(0) on one thread."""
+    head = (
+        "import os, sys, time\n"
+        "import torch\n"
+        "torch.set_num_threads(1)\n"
+        "from unit.models.compiled.test_threads import work\n"
+        "alone = work(0)\n"
+        "torch.set_num_threads(3)\n"
+    )
+    paths = os.pathsep.join([str(TESTS), *sys.path])
+    return subprocess.Popen(
+        [sys.executable, "-c", head + body],
+        env=os.environ | {"PYTHONPATH": paths} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def check_end(process: subprocess.Popen[str]) -> None:
+    output, _ = process.communicate(timeout=900)
+    assert (output, process.returncode) == ("", 0)
+
+
+FORK = """
+work(0)
+for turn in range(4):  # followers awake, then asleep
+    child = os.fork()
+    if child == 0:
+        same = torch.equal(work(0), alone)
+        grandchild = os.fork()
+        if grandchild == 0:
+            os._exit(0 if torch.equal(work(0), alone) else 2)
+        other = os.waitstatus_to_exitcode(os.waitpid(grandchild, 0)[1])
+        sys.exit(0 if same and other == 0 else 1)
+    assert torch.equal(work(0), alone)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, turn
+    time.sleep(0.1 * turn)
+"""
+LOADER = """
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, index):
+        return work(index)
+expected = [work(index) for index in range(4)]
+loader = torch.utils.data.DataLoader(Rows(), batch_size=None, num_workers=2,
+                                     multiprocessing_context="fork")
+for _ in range(2):
+    assert all(torch.equal(a, b) for a, b in zip(loader, expected, strict=True))
+assert torch.equal(work(0), alone)
+"""
+BUSY_FORK = """
+import threading
+stop = threading.Event()
+def other():
+    while not stop.is_set():
+        assert torch.equal(work(0), alone)
+threads = [threading.Thread(target=other) for _ in range(2)]
+[thread.start() for thread in threads]
+for _ in range(5):
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(work(0), alone) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+stop.set()
+[thread.join() for thread in threads]
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.parametrize("body", [FORK, LOADER, BUSY_FORK], ids=["fork", "loader", "busy"])
+def test_a_forked_child_runs_the_model_too(body: str) -> None:
+    check_end(run_script(body))
+
+
+def test_processes_at_once_are_right() -> None:
+    body = "for _ in range(20):\n    assert torch.equal(work(0), alone)\n"
+    for process in [run_script(body) for _ in range(3)]:
+        check_end(process)
+
+
+ENDS = {
+    "awake": "work(0)",
+    "asleep": "work(0); time.sleep(0.2)",
+    "one_thread": "",
+    "exit_in_a_thread": (
+        "import threading\nt = threading.Thread(target=work, args=(0,)); t.start(); t.join()"
+    ),
+    "more_threads_than_a_team_has": f"torch.set_num_threads({MAX_THREADS + 50}); work(0)",
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_the_interpreter_ends_quietly(end: str) -> None:
+    check_end(run_script(ENDS[end]))
