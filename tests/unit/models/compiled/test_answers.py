@@ -157,7 +157,9 @@ def test_a_chain_is_its_steps_one_by_one(
     K: int,
 ) -> None:
     forward = compile_model(random_model(dtype, architecture))
-    texts = [random_text(n + w, seed) for seed, (n, w) in enumerate(zip(starts, widths, strict=True))]
+    texts = [
+        random_text(n + w, seed) for seed, (n, w) in enumerate(zip(starts, widths, strict=True))
+    ]
     rows, spans = forward.new_cache(), []
     for text, width in zip(texts, widths, strict=True):
         slot, start = rows.acquire(), len(text) - width

@@ -58,7 +58,7 @@ def whole(name: str, dtype: str, seed: int = 0) -> torch.Tensor:
 
 
 def in_pieces(forward: CompiledForward, text: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
-    rows, slot, start, parts = forward.new_cache(), 0, 0, []
+    rows, start, parts = forward.new_cache(), 0, []
     slot = rows.acquire()
     for size in itertools.cycle(sizes):
         piece = text[start : start + size]
@@ -91,7 +91,10 @@ def test_a_prompt_may_come_in_pieces_of_different_sizes(name: str, dtype: str) -
 def check_batch(name: str, dtype: str, starts: Sequence[int], widths: Sequence[int]) -> None:
     """Compare rows of random texts that are computed together with the same rows alone."""
     forward = forward_of(name, dtype)
-    rows, texts = forward.new_cache(), [random_text(LENGTH, seed % 4) for seed in range(len(starts))]
+    rows, texts = (
+        forward.new_cache(),
+        [random_text(LENGTH, seed % 4) for seed in range(len(starts))],
+    )
     slots = [prefill(forward, rows, t[:n]) for t, n in zip(texts, starts, strict=True)]
     order = list(range(len(starts)))
     random.Random(len(starts)).shuffle(order)

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,7 +74,7 @@ def test_callers_at_once_may_share_a_model_whose_texts_grow() -> None:
     for _ in range(5):
         forward = compile_model(random_model())  # with a table of few angles
         with ThreadPoolExecutor(5) as pool:
-            found = list(pool.map(lambda text: hidden_of(forward, text), texts))
+            found = list(pool.map(partial(hidden_of, forward), texts))
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
