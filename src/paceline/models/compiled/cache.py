@@ -8,8 +8,10 @@ nothing is padded to the longest one. Symbols: L layers, Hkv key-value heads, d 
 from __future__ import annotations
 
 import bisect
+import ctypes
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -20,6 +22,11 @@ if TYPE_CHECKING:
 
 UNIT: Final = 64  # positions; capacities are its multiples
 _LANES: Final = 16
+
+
+def _plain(numbers: Tensor) -> np.ndarray:
+    """Return numpy's view of numbers, bfloat16 as integers."""
+    return numbers.view(torch.int16 if numbers.itemsize == 2 else torch.int32).numpy()
 
 
 class CacheShape(NamedTuple):
@@ -126,8 +133,7 @@ class PackedRows:
         """Zero a slot: positions that are not seen enter sums with weight 0, and 0 * nan is nan."""
         storage = self._storage[slot]
         if storage is not None:
-            with torch.inference_mode():
-                storage.zero_()
+            ctypes.memset(storage.data_ptr(), 0, storage.nbytes)
 
     def extend(self, slot: int, num_positions: int) -> None:
         if num_positions > self._lengths[slot]:
@@ -143,15 +149,15 @@ class PackedRows:
             if self._limit is not None and wanted * len(self._lengths) > self._limit:
                 wanted = least
         with torch.inference_mode():
-            # zeros are written, so that decoding does not wait for page faults; all entries are finite
-            new = torch.empty(
-                wanted * self._shape.position_numbers, dtype=self._shape.dtype
-            ).zero_()
+            # zeros are written, so that decoding does not wait for page faults; all entries are finite.
+            # Not by torch: in a forked child its threads are waited for without end
+            new = torch.empty(wanted * self._shape.position_numbers, dtype=self._shape.dtype)
+            ctypes.memset(new.data_ptr(), 0, new.nbytes)
             if old is not None:
                 old_keys, old_values = self._views(old)
                 keys, values = self._views(new)
-                keys[:, :, : old_keys.shape[2]] = old_keys
-                values[:, :, :, : old_values.shape[3]] = old_values
+                _plain(keys)[:, :, : old_keys.shape[2]] = _plain(old_keys)
+                _plain(values)[:, :, :, : old_values.shape[3]] = _plain(old_values)
         self._keep(slot, new)
 
     def _views(self, storage: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ def whole(name: str, dtype: str, seed: int = 0) -> torch.Tensor:
 
 
 def in_pieces(forward: CompiledForward, text: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
-    rows, slot, start, parts = forward.new_cache(), 0, 0, []
+    rows, start, parts = forward.new_cache(), 0, []
     slot = rows.acquire()
     for size in itertools.cycle(sizes):
         piece = text[start : start + size]

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ from paceline.models.packing import Span
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from paceline.models.compiled.forward import CompiledForward
+
 DTYPES = ("bfloat16", "float32")
 TESTS = Path(__file__).resolve().parents[3]
 
@@ -31,10 +34,15 @@ def set_threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-def work(forward_number: int, dtype: str = "float32") -> torch.Tensor:
-    """Return hidden states and logits of a prompt, single tokens and a tree of a random model."""
-    forward = compile_model(random_model(dtype, seed=forward_number))
-    rows, text = forward.new_cache(), random_text(150, forward_number)
+@cache
+def forward_of(dtype: str) -> CompiledForward:
+    return compile_model(random_model(dtype))
+
+
+def work(number: int, dtype: str = "float32") -> torch.Tensor:
+    """Return hidden states and logits of a random prompt, single tokens and a tree."""
+    forward = forward_of(dtype)
+    rows, text = forward.new_cache(), random_text(150, number)
     slot = rows.acquire()
     parts = [forward.hidden(text[:130], [Span(slot, 0, 130)], None, rows)]
     for start in range(130, 150):
@@ -66,7 +74,7 @@ def test_callers_at_once_may_share_a_model_whose_texts_grow() -> None:
     for _ in range(5):
         forward = compile_model(random_model())  # with a table of few angles
         with ThreadPoolExecutor(5) as pool:
-            found = list(pool.map(lambda text, forward=forward: hidden_of(forward, text), texts))
+            found = list(pool.map(partial(hidden_of, forward), texts))
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 

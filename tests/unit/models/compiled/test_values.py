@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from support.compiled_models import compile_model, prefill, random_model, random_text, random_tree
+from support.compiled_models import (
+    compile_model,
+    path_to,
+    prefill,
+    random_model,
+    random_text,
+    random_tree,
+)
 
 from paceline.errors import ConfigError
 from paceline.models.compiled import processor
@@ -117,13 +124,10 @@ def test_every_kind_of_kernels_has_bits_of_a_row_alone(
         assert torch.equal(mine, torch.cat([whole[start : start + width], whole[:7]]))
     nodes, parents = random_text(20, 1), random_tree(20, 1)
     tree = forward.hidden(nodes, [Span(slot, 50, 20)], [parents], rows)
-    chain = [0]
-    while chain[-1] in parents:
-        chain.append(parents.index(chain[-1]) + 1)
-    chain[1:] = [] if -1 not in parents else chain[1:]
-    path = [nodes[place] for place in chain]
+    path = max((path_to(parents, place) for place in range(20)), key=len)
     slot = prefill(forward, rows, text[:50])
-    assert torch.equal(tree[:1], forward.hidden(path[:1], [Span(slot, 50, 1)], None, rows))
+    chain = forward.hidden([nodes[k] for k in path], [Span(slot, 50, len(path))], None, rows)
+    assert torch.equal(tree[path], chain)
 
 
 def test_a_kind_that_the_processor_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
