@@ -58,7 +58,7 @@ class PackedRows:
         self._capacities: list[int] = []  # positions that the storage holds
         self._lengths: list[int] = []  # positions that the row of each slot has needed so far
         self._free: list[int] = []
-        self._spare: Tensor | None = None  # of the last row of all, for the next one
+        self._spares: list[Tensor] = []  # of rows that have ended, for the next ones
         self._limit: int | None = None
         self._exact_fit = False
 
@@ -80,7 +80,9 @@ class PackedRows:
 
     @property
     def max_length(self) -> int | None:
-        return None if self._limit is None else self._limit // max(1, len(self._lengths))
+        if self._limit is None:
+            return None
+        return self._limit // max(1, len(self._lengths)) // UNIT * UNIT
 
     def rounded(self, num_positions: int) -> int:
         """Return the least number of positions held for a row that needs `num_positions`."""
@@ -90,21 +92,23 @@ class PackedRows:
         """Return the lowest free slot and take it."""
         if self._free:
             return self._free.pop(0)
-        spare, self._spare = self._spare, None
         self._storage.append(None)
         self._addresses.append(0)
         self._capacities.append(0)
         self._lengths.append(0)
         slot = len(self._lengths) - 1
-        if spare is not None:
-            self._keep(slot, spare)
+        if self._spares:
+            self._keep(slot, self._spares.pop())
         return slot
 
     def release(self, slot: int) -> None:
-        """Give a slot back. The memory of one slot is kept for the next row, unless exact_fit."""
+        """Give a slot back. Its memory is kept for the next row, unless there is a bound.
+
+        Once no row is left, the memory of one is kept.
+        """
         bisect.insort(self._free, slot)
         self._lengths[slot] = 0
-        if self._exact_fit:
+        if self._exact_fit or (self._limit is not None and self.num_rows):
             self._drop(slot)
         while self._free and self._free[-1] == len(self._lengths) - 1:
             self._free.pop()
@@ -112,8 +116,10 @@ class PackedRows:
             self._addresses.pop()
             self._capacities.pop()
             storage = self._storage.pop()
-            if not self._lengths:
-                self._spare = storage
+            if storage is not None:
+                self._spares.append(storage)
+        if not self._lengths:
+            del self._spares[:-1]
 
     def _drop(self, slot: int) -> None:
         self._storage[slot], self._addresses[slot], self._capacities[slot] = None, 0, 0
@@ -144,10 +150,8 @@ class PackedRows:
     def _grow(self, slot: int, num_positions: int) -> None:
         least, old = self.rounded(num_positions), self._storage[slot]
         wanted = least
-        if not self._exact_fit:  # room for the next tokens, as far as the bound allows
+        if not self._exact_fit and self._limit is None:  # room for the next tokens
             wanted = self.rounded(max(2 * UNIT, least + self._capacities[slot] // 2))
-            if self._limit is not None and wanted * len(self._lengths) > self._limit:
-                wanted = least
         with torch.inference_mode():
             # zeros are written, so that decoding does not wait for page faults; all entries are finite.
             # Not by torch: in a forked child its threads are waited for without end
@@ -180,7 +184,7 @@ class PackedRows:
 
     def num_bytes(self) -> int:
         """Return the bytes held now, by all slots together."""
-        kept = [*self._storage, self._spare]
+        kept = [*self._storage, *self._spares]
         return sum(storage.nbytes for storage in kept if storage is not None)
 
     def read(self, slot: int, start: int, stop: int) -> list[Tensor]:

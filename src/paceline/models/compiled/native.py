@@ -1,7 +1,7 @@
 """Compiled code on disk: numba makes LLVM's intermediate code, LLVM an object file, the file is kept.
 
 A folder per version of this code, of numba and LLVM, and per processor, in the user's cache folder or
-where PACELINE_CACHE points. A file is written beside its place and moved there, so any number of
+where PACELINE_CACHE points. A file is written under another name and moved, so any number of
 processes may make it at once; one that does not match its checksum is made again.
 """
 
