@@ -262,10 +262,8 @@ class LanguageModel:
         return digest.hexdigest()[:16]
 
     def num_bytes(self) -> int:
-        """Return the bytes of the weights in memory, tied ones once, packed copies included."""
-        packed = 0 if self._compiled is None else self._compiled.packed.num_bytes
-        own = {id(p): p for p in self.model.parameters()}.values()
-        return packed + sum(_num_bytes(p.data) for p in own)
+        """Return the bytes of the model's own weights, tied ones once, without a forward's packed copy."""
+        return sum(_num_bytes(p.data) for p in {id(p): p for p in self.model.parameters()}.values())
 
     @property
     def position_bytes(self) -> int:
