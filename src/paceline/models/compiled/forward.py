@@ -20,8 +20,9 @@ from paceline.models.compiled.cache import PackedRows
 from paceline.models.compiled.entry import MAX_THREADS
 from paceline.models.compiled.family import facts_of
 from paceline.models.compiled.native import run_address
+from paceline.models.compiled.phases import num_phases
 from paceline.models.compiled.processor import kernels
-from paceline.models.compiled.program import ROOM_ROWS, TILE_BYTES, num_phases
+from paceline.models.compiled.products import ROOM_ROWS, TILE_BYTES
 from paceline.models.compiled.sharing import LINE
 from paceline.models.compiled.team import borrowed
 from paceline.models.compiled.weights import PackedModel, rounded
