@@ -137,9 +137,9 @@ def await_all(job: int, phase: int, tag: int) -> bool:
 def in_pieces(do_piece: Callable[..., Any]) -> Callable[..., Any]:
     """Return phase(job, model, given, counters, thread, tag), one thread's part in a phase.
 
-    It waits until all pieces are finished, and returns False if the job is over. do_piece(job, model, given, private, piece, is_first) does one
-    piece; given is handed on, private is the address of the thread's scratch, and is_first says whether
-    the thread has done none before. counters: address of the phase's.
+    It waits until all pieces are finished, and returns False if the job is over. counters: address of
+    the phase's. do_piece(job, model, given, private, piece, is_first) does one piece. given: any numbers
+    or tuple. private: address of the thread's scratch. is_first: whether it is the thread's first piece.
     """
 
     @compiled
