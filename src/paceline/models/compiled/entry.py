@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from numba import njit
-
-from paceline.models.compiled.program import plan
+from paceline.models.compiled.memory import call_run, field, get_atomic, put_atomic
+from paceline.models.compiled.phases import plan
 from paceline.models.compiled.sharing import offer_processor, pause
-from paceline.models.compiled.simd import call_run, field, get_atomic, put_atomic
 from paceline.models.compiled.tables import RUN, THREADS, YIELD
-
-if TYPE_CHECKING:
-    pass
+from paceline.models.compiled.vectors import compiled
 
 # a team's memory: int64 on lines of their own
 TAG: Final = 0  # of the newest job
@@ -25,7 +21,7 @@ TEAM_BYTES: Final = ASLEEP + LINE * MAX_THREADS
 _YIELD_EVERY: Final = 64  # pauses
 
 
-@njit(error_model="numpy")
+@compiled
 def lead(team, job, tag):
     """Plan a job, publish it to the team's other threads (team 0: there are none), and run it."""
     plan(job, tag)
@@ -34,7 +30,7 @@ def lead(team, job, tag):
     call_run(field(job, RUN), job, 0, tag)
 
 
-@njit(error_model="numpy")
+@compiled
 def follow(team, job, thread, seen, patience):
     """Run this thread's part of every job after the one tagged `seen`; return the last one's tag.
 

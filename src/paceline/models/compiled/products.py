@@ -1,15 +1,53 @@
-"""A product of packed weights with any number of rows of inputs, for one kind of processor."""
+"""A product of packed weights with any number of rows of inputs, for one kind of processor.
+
+Weights are multiplied by groups of 64 outputs, and rows by blocks of 128: `make_product` computes one
+group, `make_multiply` one group and block of the whole.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
-from numba import njit
-
-from paceline.models.compiled.tiles import AMX_ROWS, make_amx_slab, slab_for
+from paceline.models.compiled.amx import AMX_ROWS, make_amx_slab
+from paceline.models.compiled.int8 import (
+    NARROW_INT8,
+    WIDE_INT8,
+    dot_vnni,
+    emit_int8_tile,
+    widened_int8,
+)
+from paceline.models.compiled.memory import load, store
+from paceline.models.compiled.tiles import (
+    NARROW,
+    WIDE,
+    dot_bf16,
+    emit_tile,
+    float32,
+    make_slab,
+    widened_bf16,
+)
+from paceline.models.compiled.vectors import compiled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+BLOCK_ROWS: Final = 128  # rows of inputs of a piece
+TILE_BYTES: Final = BLOCK_ROWS * 64 * 4  # the sums of a piece
+ROOM_ROWS: Final = 32  # rows of buffers are rounded up to it, for AMX
+
+
+def _slab_for(kernels: str, weights: str) -> tuple[Any, int]:
+    """Return the slab for a processor and weights of bfloat16, float32 or int8, and its most rows."""
+    is_wide = kernels in ("amx", "avx512_bf16", "avx512")
+    if weights == "int8":
+        step = dot_vnni if kernels in ("amx", "avx512_bf16") else widened_int8
+        emit, shapes = partial(emit_int8_tile, step), WIDE_INT8 if is_wide else NARROW_INT8
+    else:
+        of_bf16 = dot_bf16 if kernels == "avx512_bf16" else widened_bf16
+        emit = partial(emit_tile, float32 if weights == "float32" else of_bf16)
+        shapes = WIDE if is_wide else NARROW
+    return make_slab(emit, shapes), shapes[-1][0]
 
 
 def make_product(kernels: str, weights: str) -> Callable[..., Any]:
@@ -21,9 +59,9 @@ def make_product(kernels: str, weights: str) -> Callable[..., Any]:
     """
     if kernels == "amx" and weights == "bfloat16":
         return _amx_product()
-    slab, most = slab_for(kernels, weights)
+    slab, most = _slab_for(kernels, weights)
 
-    @njit(error_model="numpy")
+    @compiled
     def product(w, block_stride, x, x_stride, words, out, out_stride, fresh, rows):
         slabs = (rows + most - 1) // most
         done = 0
@@ -40,7 +78,7 @@ def make_product(kernels: str, weights: str) -> Callable[..., Any]:
 def _amx_product() -> Callable[..., Any]:
     one, two = make_amx_slab(1), make_amx_slab(2)
 
-    @njit(error_model="numpy")
+    @compiled
     def product(w, block_stride, x, x_stride, words, out, out_stride, fresh, rows):
         done = 0
         while rows - done > AMX_ROWS:
@@ -52,3 +90,47 @@ def _amx_product() -> Callable[..., Any]:
             one(w, block_stride, at, x_stride, words, to, out_stride, fresh)
 
     return product
+
+
+def make_multiply(kernels: str, weights: str) -> Callable[..., Any]:
+    """Return multiply(weights, bias, words, x, x_stride, out, tokens, groups, piece).
+
+    It computes one piece of a product: float32 sums [rows, 64] at `out`, with the bias [groups, 64] at
+    address `bias` added unless that is 0. It returns (group, first row, rows). words: per row of
+    inputs at `x`. x_stride: bytes between them. Pieces are numbered by blocks of rows, then groups.
+    """
+    product = make_product(kernels, weights)
+    scales = 256 if weights == "int8" else 0  # bytes of a group's scales, which follow it
+
+    @compiled
+    def multiply(weights, bias, words, x, x_stride, out, tokens, groups, piece):
+        block, group = piece // groups, piece % groups
+        first = block * BLOCK_ROWS
+        rows = min(BLOCK_ROWS, tokens - first)
+        at = weights + group * (4 * words * 64 + scales)
+        product(at, words * 64, x + first * x_stride, x_stride, words, out, 256, 1, rows)
+        if scales:
+            _scale_rows(out, at + 4 * words * 64, rows)
+        if bias != 0:
+            _add_to_rows(out, bias + 256 * group, rows)
+        return group, first, rows
+
+    return multiply  # type: ignore[no-any-return]
+
+
+@compiled
+def _scale_rows(tile, factors, rows):
+    """Multiply every row of a tile of sums by 64 numbers."""
+    for at in range(0, 256, 64):
+        numbers = load(factors + at)
+        for row in range(rows):
+            store(tile + 256 * row + at, load(tile + 256 * row + at) * numbers)
+
+
+@compiled
+def _add_to_rows(tile, bias, rows):
+    """Add 64 numbers to every row of a tile of sums."""
+    for at in range(0, 256, 64):
+        numbers = load(bias + at)
+        for row in range(rows):
+            store(tile + 256 * row + at, load(tile + 256 * row + at) + numbers)

@@ -9,33 +9,33 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
-from paceline.models.compiled.simd import (
-    exp,
-    fma,
-    fma_one,
+from paceline.models.compiled.memory import (
     get_bf16,
     get_f32,
-    larger,
     load,
     load_bf16,
-    max_lanes,
-    nearest,
     put_f32,
     put_int32,
-    smaller,
-    splat,
     store,
     store_bf16,
     store_int8,
+)
+from paceline.models.compiled.vectors import (
+    compiled,
+    exp,
+    fma,
+    fma_one,
+    larger,
+    max_lanes,
+    nearest,
+    smaller,
+    splat,
     sum_lanes,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-compiled = njit(error_model="numpy")
 
 
 class Rows(NamedTuple):

@@ -14,22 +14,18 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
-from paceline.models.compiled.simd import (
-    I32,
-    add_atomic,
-    declared,
-    field,
-    get_atomic,
-    put_atomic,
-    swap_atomic,
-)
-from paceline.models.compiled.tables import YIELD
+from paceline.models.compiled.memory import add_atomic, field, get_atomic, put_atomic, swap_atomic
+from paceline.models.compiled.tables import SCRATCH, SCRATCH_STRIDE, THREADS, YIELD
+from paceline.models.compiled.vectors import I32, compiled, declared
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 LINE: Final = 64  # bytes; counters of different threads are on different cache lines
 MAX_PIECES: Final = (1 << 20) - 1
@@ -77,13 +73,13 @@ def offer_processor(typingctx, function):
     return types.void(types.int64), codegen
 
 
-@njit(error_model="numpy")
+@compiled
 def phase_bytes(threads: int) -> int:
     """Return the bytes of a phase's counters."""
     return LINE * (1 + threads)
 
 
-@njit(error_model="numpy")
+@compiled
 def open_phase(phase: int, threads: int, tag: int, pieces: int) -> None:
     """Set a phase's counters at an address, with equal shares."""
     put_atomic(phase, (tag << _TAG_SHIFT) | pieces)
@@ -93,7 +89,7 @@ def open_phase(phase: int, threads: int, tag: int, pieces: int) -> None:
         put_atomic(phase + LINE * (1 + thread), share)
 
 
-@njit(error_model="numpy")
+@compiled
 def claim(phase: int, threads: int, thread: int, tag: int) -> int:
     """Return the number of a piece that this thread does now, NONE_LEFT or STALE."""
     for k in range(threads):
@@ -115,14 +111,14 @@ def claim(phase: int, threads: int, thread: int, tag: int) -> int:
     return NONE_LEFT
 
 
-@njit(error_model="numpy")
+@compiled
 def finish(phase: int, threads: int, thread: int, tag: int) -> int:
     """Count a claimed piece as finished, and claim another one."""
     add_atomic(phase, -1)
     return claim(phase, threads, thread, tag)
 
 
-@njit(error_model="numpy")
+@compiled
 def await_all(job: int, phase: int, tag: int) -> bool:
     """Wait until all pieces are finished; return False if the job is over."""
     looks = 0
@@ -136,3 +132,25 @@ def await_all(job: int, phase: int, tag: int) -> bool:
         pause()
         if looks % _PATIENCE == 0:
             offer_processor(field(job, YIELD))
+
+
+def in_pieces(do_piece: Callable[..., Any]) -> Callable[..., Any]:
+    """Return phase(job, model, given, counters, thread, tag), one thread's part in a phase.
+
+    It waits until all pieces are finished, and returns False if the job is over. counters: address of
+    the phase's. do_piece(job, model, given, private, piece, is_first) does one piece. given: any numbers
+    or tuple. private: address of the thread's scratch. is_first: whether it is the thread's first piece.
+    """
+
+    @compiled
+    def phase(job, model, given, counters, thread, tag):
+        threads, is_first = field(job, THREADS), True
+        private = field(job, SCRATCH) + thread * field(job, SCRATCH_STRIDE)
+        piece = claim(counters, threads, thread, tag)
+        while piece >= 0:
+            do_piece(job, model, given, private, piece, is_first)
+            is_first = False
+            piece = finish(counters, threads, thread, tag)
+        return piece != STALE and await_all(job, counters, tag)
+
+    return phase  # type: ignore[no-any-return]

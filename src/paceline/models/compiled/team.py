@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
 
+from paceline.models.compiled.amx import tile_config
 from paceline.models.compiled.entry import ASLEEP, LINE, STOP, TEAM_BYTES
 from paceline.models.compiled.native import control_functions
 from paceline.models.compiled.sharing import TAGS, yield_address
 from paceline.models.compiled.tables import COUNTERS, JOB_SIZE, THREADS, TILE_CONFIG, YIELD
-from paceline.models.compiled.tiles import tile_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

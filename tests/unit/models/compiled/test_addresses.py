@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from paceline.models.compiled.memory import load, store
 from paceline.models.compiled.native import function_address
-from paceline.models.compiled.simd import load, store
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,7 +13,7 @@ import pytest
 from numba import njit
 
 from paceline.models.compiled import native
-from paceline.models.compiled.simd import put_int
+from paceline.models.compiled.memory import put_int
 
 if TYPE_CHECKING:
     from collections.abc import Callable
