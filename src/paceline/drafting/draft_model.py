@@ -29,7 +29,7 @@ from paceline.drafting.draft_replay import SimulatedReplay
 from paceline.drafting.drawing import draw, empty_probs
 from paceline.models.cache import BLOCK
 from paceline.models.loading import load_language_model, load_tokenizer
-from paceline.models.packing import Span
+from paceline.models.packing import Draw, Span
 from paceline.models.vocabulary import Vocabulary, check_same_vocabulary
 
 if TYPE_CHECKING:
@@ -218,18 +218,19 @@ class DraftModel(Drafter):
     ) -> list[list[int]] | None:
         """Return the rows' drafts of these lengths by one call of the model, or None if it cannot.
 
-        It can for greedy rows with at most two uncached tokens, as a round leaves them. fed: each
-        drafting row's tokens that are not cached yet.
+        It can for rows with at most two uncached tokens, as a round leaves them, that are greedy or
+        draw from a distribution with the judge's noise. fed: each drafting row's tokens that are not
+        cached yet.
         """
         if not (fed and self.shares_ids and self.model.drafts_whole_chains):
             return None
-        greedy = all(row.sampling.method == "greedy" for row in rows)
-        if not greedy or any(len(new) > 2 for new in fed.values()):
+        if any(len(new) > 2 for new in fed.values()) or not all(map(_is_chain_drawn, rows)):
             return None
         states = {i: self._states[rows[i].id] for i in fed}
         spans = [Span(states[i].slot, states[i].num_cached, len(new)) for i, new in fed.items()]
         flat = self._states.as_known([token for new in fed.values() for token in new])
-        chains = self.model.draft_chain(flat, spans, max(lengths), self._num_tokens)
+        draws = _draws_of([rows[i] for i in fed])
+        chains = self.model.draft_chain(flat, spans, max(lengths), self._num_tokens, draws)
         if chains is None:
             return None
         drafts: list[list[int]] = [[] for _ in rows]
@@ -294,3 +295,21 @@ class DraftModel(Drafter):
                 return self._over_target(self.model.unembed(hidden[picked])).float()
         finally:
             self.model.release(slot)
+
+
+def _is_chain_drawn(row: RowView) -> bool:
+    """Return whether a model may draw the row's draft without the host: no logit is left out first."""
+    s = row.sampling
+    whole = s.top_k == 0 and s.top_p >= 1.0 and s.min_p == 0.0
+    return s.method == "greedy" or (s.method == "invariant" and whole)
+
+
+def _draws_of(rows: Sequence[RowView]) -> list[Draw | None] | None:
+    """Return the draws of the rows' next tokens; None if all rows are greedy."""
+    draws = [
+        None
+        if row.sampling.method == "greedy"
+        else Draw(row.sampling.seed, len(row.tokens), row.sampling.temperature)
+        for row in rows
+    ]
+    return draws if any(draw is not None for draw in draws) else None

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from paceline.models.interfaces import BatchCache, BatchForward, KVCache
-    from paceline.models.packing import Span
+    from paceline.models.packing import Draw, Span
     from paceline.models.sublayers import LayerSubset
 
 
@@ -227,16 +227,26 @@ class LanguageModel:
         return self._static is not None or self._compiled is not None
 
     def draft_chain(
-        self, tokens: Sequence[int], spans: Sequence[Span], num_drafted: int, num_tokens: int
+        self,
+        tokens: Sequence[int],
+        spans: Sequence[Span],
+        num_drafted: int,
+        num_tokens: int,
+        draws: Sequence[Draw | None] | None = None,
     ) -> list[list[int]] | None:
-        """Return a greedy chain [R, K] of ids below `num_tokens` after each row's tokens.
+        """Return a chain [R, K] of ids below `num_tokens` after each row's tokens.
 
-        All K steps are one call. tokens, spans: as in `score`. All drafted tokens but the last are
-        cached after the row's own. None if the batch is too large.
+        All K steps are one call. tokens, spans: as in `score`. draws: how each row's tokens are drawn,
+        None for the most likely ones. All drafted tokens but the last are cached after the row's own.
+        None if one call cannot do it.
         """
         if self._compiled is not None:
             assert isinstance(self.cache, PackedRows)
-            return self._compiled.chain(tokens, spans, self.cache, num_drafted, num_tokens)
+            return self._compiled.chain(
+                tokens, spans, self.cache, num_drafted, num_tokens, draws=draws
+            )
+        if draws is not None:
+            return None
         assert self._static is not None
         drafted = self._static.draft(torch.tensor(tokens), spans, num_drafted, num_tokens)
         chains: list[list[int]] | None = None if drafted is None else drafted.tolist()
@@ -262,7 +272,7 @@ class LanguageModel:
         return digest.hexdigest()[:16]
 
     def num_bytes(self) -> int:
-        """Return the bytes of the model's own weights, tied ones once, without a forward's packed copy."""
+        """Return the bytes of the weights in memory, tied ones once, without packed copies."""
         return sum(_num_bytes(p.data) for p in {id(p): p for p in self.model.parameters()}.values())
 
     @property

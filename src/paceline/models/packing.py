@@ -41,6 +41,17 @@ class Span(NamedTuple):
     prefill: bool = False
 
 
+class Draw(NamedTuple):
+    """How the next token of a row is drawn in a chain: with the noise of `paceline.noise.TARGET`.
+
+    position: in the row's text, of the first token drawn. temperature: above 0.
+    """
+
+    seed: int
+    position: int
+    temperature: float
+
+
 @dataclass(slots=True)
 class Run:
     """Neighbouring slots with equal widths: one attention call."""

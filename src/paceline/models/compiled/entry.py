@@ -7,7 +7,7 @@ from typing import Final
 from paceline.models.compiled.memory import call_run, field, get_atomic, put_atomic
 from paceline.models.compiled.phases import plan
 from paceline.models.compiled.sharing import offer_processor, pause
-from paceline.models.compiled.tables import RUN, THREADS, YIELD
+from paceline.models.compiled.tables import CURRENT, RUN, THREADS, YIELD
 from paceline.models.compiled.vectors import compiled
 
 # a team's memory: int64 on lines of their own
@@ -24,6 +24,7 @@ _YIELD_EVERY: Final = 64  # pauses
 @compiled
 def lead(team, job, tag):
     """Plan a job, publish it to the team's other threads (team 0: there are none), and run it."""
+    put_atomic(job + 8 * CURRENT, tag)
     plan(job, tag)
     if team != 0:
         put_atomic(team + TAG, tag)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from paceline.models.packing import Span
+    from paceline.models.packing import Draw, Span
     from paceline.models.sublayers import LayerSubset
 
 
@@ -101,15 +101,17 @@ class CompiledForward:
         num_drafted: int,
         num_tokens: int,
         skip: LayerSubset | None = None,
+        draws: Sequence[Draw | None] | None = None,
     ) -> list[list[int]]:
-        """Return a greedy chain of K ids below `num_tokens` after each row's tokens.
+        """Return a chain of K ids below `num_tokens` after each row's tokens.
 
-        All drafted tokens but the last are cached after the row's own.
+        draws: how each row's tokens are drawn; None for the most likely ones. All drafted tokens but
+        the last are cached after the row's own.
         """
         picked = [end - 1 for end in itertools.accumulate(span.width for span in spans)]
         with borrowed() as lent:
             job = Job(self._runnable, lent)
-            job.pack(tokens, spans, None, cache, picked, num_drafted, skip)
+            job.pack(tokens, spans, None, cache, picked, num_drafted, skip, draws)
             job.run(limit=num_tokens)
             flat = job.integers(t.CHAIN, len(spans) * num_drafted)
         return [flat[i : i + num_drafted] for i in range(0, len(flat), num_drafted)]

@@ -22,6 +22,7 @@ from paceline.models.compiled.memory import (
     store,
 )
 from paceline.models.compiled.phases import NORM_ROWS
+from paceline.models.compiled.race import note_winner
 from paceline.models.compiled.residual import tile_of
 from paceline.models.compiled.rows import Rows, make_rows, tanh
 from paceline.models.compiled.sharing import in_pieces
@@ -29,6 +30,8 @@ from paceline.models.compiled.tables import (
     BEST,
     CHAIN,
     CHOICES,
+    COLDNESS_F,
+    DRAWN_AT,
     EPSILON_F,
     FINAL_NORM,
     FIRST,
@@ -184,7 +187,12 @@ def make_head(multiply: Callable[..., Any], rows: Rows, word: int) -> Callable[.
             to = logits + 4 * 64 * (place * groups + group) if logits != 0 else 0
             _scale_logits(model, at, to)
             _mask(at, field(job, LIMIT) - 64 * group)
-            _note_best(at, best + 16 * (group * picked + place), 64 * group)
+            note = best + 16 * (group * picked + place)
+            span = field(job, SPANS) + 8 * SPAN_SIZE * place
+            if field(job, STEPS) > 0 and float_field(span, COLDNESS_F) > np.float32(0):
+                note_winner(span, at, note, 64 * group)
+            else:
+                _note_best(at, note, 64 * group)
 
     return in_pieces(head_piece)
 
@@ -214,6 +222,7 @@ def _begin_step(job):
         put_field(span, START, start)
         put_field(span, WIDTH, 1)
         put_field(span, FIRST, row)
+        put_field(span, DRAWN_AT, field(span, DRAWN_AT) + 1)
         put_int(field(job, POSITIONS) + 8 * row, start)
         put_int(field(job, PICKED) + 8 * row, row)
         found = get_int(field(job, CHOICES) + 8 * row)

@@ -18,7 +18,7 @@ from paceline.models.compiled.entry import MAX_THREADS
 from paceline.models.compiled.phases import num_phases
 from paceline.models.compiled.products import ROOM_ROWS, TILE_BYTES
 from paceline.models.compiled.sharing import LINE
-from paceline.models.compiled.weights import rounded
+from paceline.models.compiled.weights import float_bits, rounded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from paceline.models.compiled.cache import PackedRows
     from paceline.models.compiled.team import Lent
     from paceline.models.compiled.weights import PackedModel
-    from paceline.models.packing import Span
+    from paceline.models.packing import Draw, Span
     from paceline.models.sublayers import LayerSubset
 
 _SCORE_UNIT: Final = 256  # positions; rows of scores are rounded up to it
@@ -140,8 +140,12 @@ class Job:
         picked: Sequence[int],
         steps: int = 0,
         skip: LayerSubset | None = None,
+        draws: Sequence[Draw | None] | None = None,
     ) -> None:
-        """Write the rows of a forward. picked: places of which logits are wanted."""
+        """Write the rows of a forward. picked: places of which logits are wanted.
+
+        draws: of the rows of a chain; None for the most likely tokens.
+        """
         packed, more = self._packed, max(0, steps - 1)
         numbers: list[int] = []
         positions: list[int] = []
@@ -160,7 +164,8 @@ class Job:
                 widest_tree = max(widest_tree, span.width)
             else:
                 positions.extend(range(span.start, stop))
-            numbers += (first, span.width, span.start, *cache.place(span.slot), address)
+            draw = _GREEDY if draws is None else _draw_fields(draws[i])
+            numbers += (first, span.width, span.start, *cache.place(span.slot), *draw, address)
             first += span.width
             longest, widest = max(longest, stop + more), max(widest, span.width)
         packed.reserve_positions(longest)
@@ -233,6 +238,17 @@ def paths_of(parents: Sequence[int]) -> list[list[int]]:
     for k, parent in enumerate(parents):
         paths.append([*paths[parent + 1], k + 1])
     return paths
+
+
+_GREEDY: Final = (0, 0, 0)
+
+
+def _draw_fields(draw: Draw | None) -> tuple[int, int, int]:
+    """Return a row's SEED, DRAWN_AT and COLDNESS_F."""
+    if draw is None:
+        return _GREEDY
+    seed = (draw.seed + 2**63) % 2**64 - 2**63
+    return seed, draw.position, float_bits(1 / draw.temperature)
 
 
 def _path_table(paths: Sequence[Sequence[int]]) -> np.ndarray:

@@ -24,6 +24,7 @@ from numba import types
 
 from paceline.models.compiled import entry
 from paceline.models.compiled.program import make_run
+from paceline.noise import kernels, splitmix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -31,14 +32,26 @@ if TYPE_CHECKING:
 _CHECKSUM_BYTES: Final = 32
 _EXTERNAL: Final = re.compile(r'^declare [^@]*@"?(?!llvm\.)([\w.$]+)"?\(', re.MULTILINE)
 # functions that LLVM may call where the processor has no instruction
-_BY_CODE_GENERATION: Final = ("memset", "memcpy", "memmove", "fmaf", "sqrtf", "rintf")
+_BY_CODE_GENERATION: Final = (
+    "memset",
+    "memcpy",
+    "memmove",
+    "fmaf",
+    "sqrtf",
+    "rintf",
+    "logf",
+    "log1pf",
+    "log",
+    "log1p",
+)
 
 
 @cache
 def source_version() -> str:
     """Return a hash of this folder's code, numba, LLVM and the processor."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    from_noise = (kernels.__file__, splitmix.__file__)  # `race` calls functions of theirs
+    for path in (*sorted(Path(__file__).parent.glob("*.py")), *map(Path, from_noise)):
         digest.update(path.read_bytes())
     features = llvm.get_host_cpu_features().flatten()
     facts = (numba.__version__, llvmlite.__version__, llvm.get_host_cpu_name(), features)

@@ -6,7 +6,7 @@ the next phase, so a thread that is late, or asleep, delays nobody who holds no 
 
 A counter also carries the job's tag. A thread that is still in an older job finds another tag, can claim
 nothing, and leaves. Counters live as long as the process, so it may look at any time.
-Layout of a counter: tag (24 bits), next piece (20 bits), end of the share (20 bits).
+Layout of a counter: tag (23 bits), next piece (20 bits), end of the share (20 bits).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from paceline.models.compiled.memory import add_atomic, field, get_atomic, put_atomic, swap_atomic
-from paceline.models.compiled.tables import SCRATCH, SCRATCH_STRIDE, THREADS, YIELD
+from paceline.models.compiled.tables import CURRENT, SCRATCH, SCRATCH_STRIDE, THREADS, YIELD
 from paceline.models.compiled.vectors import I32, compiled, declared
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 LINE: Final = 64  # bytes; counters of different threads are on different cache lines
 MAX_PIECES: Final = (1 << 20) - 1
-TAGS: Final = 1 << 24
+TAGS: Final = 1 << 23  # the sign bit stays 0
 NONE_LEFT: Final = -1
 STALE: Final = -2  # the job is over
 
@@ -131,6 +131,9 @@ def await_all(job: int, phase: int, tag: int) -> bool:
         looks += 1
         pause()
         if looks % _PATIENCE == 0:
+            # a late thread may look where another job's counters were
+            if get_atomic(job + 8 * CURRENT) != tag:
+                return False
             offer_processor(field(job, YIELD))
 
 

@@ -103,8 +103,9 @@ from typing import Final
     COUNTERS,
     TILE_CONFIG,  # for AMX
     YIELD,  # of the system's function that lets another thread run
+    CURRENT,  # tag of the job
     JOB_SIZE,
-) = range(35)
+) = range(36)
 FIRST_BUFFER: Final = STREAM
 NUM_BUFFERS: Final = SCRATCH - STREAM + 1
 
@@ -115,6 +116,9 @@ NUM_BUFFERS: Final = SCRATCH - STREAM + 1
     START,  # its cached positions
     STORAGE,  # address of its keys and values
     CAPACITY,  # positions, a multiple of 64
+    SEED,  # of its draws, in a chain
+    DRAWN_AT,  # position in the text of the token that a step draws
+    COLDNESS_F,  # 1 / temperature; 0: the most likely token
     PATHS,  # address of int64 [WIDTH, WIDTH + 1]: number of ancestors and their places; 0: a chain
     SPAN_SIZE,
-) = range(7)
+) = range(10)

@@ -241,6 +241,13 @@ def lanes_equal(builder: Any, a: Any, b: Any) -> Any:
     return builder.zext(flags, I64)
 
 
+@define(INT, FLOAT)
+def exponent(builder: Any, value: Any) -> Any:
+    """Return the largest n with 2^n at most a positive number."""
+    bits = builder.lshr(builder.bitcast(value, I32), ir.Constant(I32, 23))
+    return builder.sub(builder.zext(bits, I64), const(127))
+
+
 @define(INT, INT)
 def first_bit(builder: Any, bits: Any) -> Any:
     """Return the number of the lowest set bit."""
