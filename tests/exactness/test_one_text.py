@@ -263,7 +263,9 @@ def test_exact_is_refused_on_another_forward(
 ) -> None:
     section = ModelSection(model="in memory", forward=forward)
     model = tiny_model(architecture).to(dtype)
-    with pytest.raises(ModelError, match=rf"target: 'exact' is a promise .*: {reason}; remove"):
+    with pytest.raises(
+        ModelError, match=rf"target: 'exact' needs the compiled .*: {reason}; remove"
+    ):
         build_from_objects(model, byte_tokenizer(), {}, Config(target=section, exact=True))
 
     parts = build_from_objects(model, byte_tokenizer(), {}, Config(target=section))

@@ -76,7 +76,7 @@ def test_a_required_forward_that_does_not_fit_is_a_problem(tmp_path: Path) -> No
     assert "small: cannot run the compiled forward, because its weights are float16" in problem
 
     other = section_of("gpt2", tmp_path / "other")
-    with pytest.raises(ModelError, match="'exact' is a promise of the compiled forward"):
+    with pytest.raises(ModelError, match="'exact' needs the compiled forward"):
         doctor(Config(target=other, exact=True))
 
 

@@ -106,7 +106,7 @@ def test_proposals_are_those_of_a_fresh_drafter_after_any_history(
 
 @pytest.mark.parametrize(
     ("architecture", "call", "expected"),
-    [("gpt2", "forward", [2, 1, 1, 1, 1, 1]), ("llama", "draft_chain", [2, 1])],
+    [("gpt2", "logits_after", [2, 1, 1, 1, 1, 1]), ("llama", "draft_chain", [2, 1])],
 )
 def test_accepted_drafts_are_not_fed_again(
     architecture: str, call: str, expected: list[int], monkeypatch: pytest.MonkeyPatch

@@ -259,7 +259,7 @@ def test_the_self_check_refuses_a_planted_mismatch(
 def test_the_self_check_refuses_the_logits_of_the_output_layer_alone(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = LanguageModel(tiny_model(architecture), "target")
+    model = LanguageModel(tiny_model(architecture), "target", "transformers")
     layer = model.model.get_output_embeddings()
     monkeypatch.setattr(model._forward, "_head", layer)
 
