@@ -252,7 +252,7 @@ def test_products_over_many_inputs_keep_one_text_at_every_width_of_drafts() -> N
 @pytest.mark.parametrize(
     ("architecture", "dtype", "forward", "reason"),
     [
-        ("gpt2", torch.float32, "auto", "GPT2LMHeadModel is not of the Llama family"),
+        ("gpt2", torch.float32, "auto", "compiled code does not know GPT2LMHeadModel"),
         ("llama", torch.float16, "auto", "its weights are float16"),
         ("llama", HALF, "lean", "the configuration asks for 'forward: lean'"),
         ("llama", HALF, "transformers", "the configuration asks for 'forward: transformers'"),
