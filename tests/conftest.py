@@ -16,6 +16,8 @@ import torch
 from paceline.assembly import Parts, build
 from paceline.config import Config, DrafterSection, ModelSection
 from paceline.contracts import PromptRecord
+from paceline.models.compiled import processor
+from paceline.models.compiled.native import control_functions, run_address
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
 
@@ -48,6 +50,14 @@ def _one_thread() -> None:
     wait for each other take minutes. The suite runs in two processes instead.
     """
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_forward() -> None:
+    """Compile what most tests need now, so that no program that a test runs says that it compiles."""
+    control_functions()
+    for dtype in ("bfloat16", "float32"):
+        run_address(processor.kernels(), dtype, dtype)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -226,6 +226,10 @@ class DraftModel(Drafter):
             return None
         if any(len(new) > 2 for new in fed.values()) or not all(map(_is_chain_drawn, rows)):
             return None
+        # every row takes the steps of the longest draft, and each step needs a position
+        last = max(len(rows[i].tokens) for i in fed) + max(lengths) - 1
+        if last > self._states.max_positions:
+            return None
         states = {i: self._states[rows[i].id] for i in fed}
         spans = [Span(states[i].slot, states[i].num_cached, len(new)) for i, new in fed.items()]
         flat = self._states.as_known([token for new in fed.values() for token in new])

@@ -44,9 +44,9 @@ class Recorded(CompiledForward):
         self.wanted.append(given[-1])
         return super().score(*given)
 
-    def chain(self, *given: Any) -> list[list[int]]:
+    def chain(self, *given: Any, **named: Any) -> list[list[int]]:
         self.wanted.append(False)
-        return super().chain(*given)
+        return super().chain(*given, **named)
 
 
 def test_the_compiled_forward_is_asked_for_logits_only_where_rows_read_them(

@@ -185,7 +185,7 @@ def make_attention(product: Callable[..., Any], heads: Heads, rows: Rows) -> Cal
         """Multiply the keys of positions base to end - 1 with rows of queries."""
         room, stride = field(model, HEAD_ROOM), 4 * field(job, SCORE_ROOM)
         words = room // word
-        for at in range(base // 16, up_to(end, GROUP) // 16, 4):
+        for at in range(base // GROUP * GROUP // 16, up_to(end, GROUP) // 16, 4):
             block, to = keys + at * words * 64, scores + 64 * at
             product(block, words * 64, queries, room * size, words, to, stride, 1, rows)
 

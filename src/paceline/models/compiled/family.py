@@ -205,6 +205,9 @@ def why_not_compiled(model: PreTrainedModel) -> str | None:
         return f"its weights are on {parameters[0].device.type}, and compiled code runs on the CPU"
     if parameters[0].dtype not in _DTYPES:
         return f"its weights are {str(parameters[0].dtype).removeprefix('torch.')}"
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    if embedding.shape != head.shape:
+        return f"its embedding {tuple(embedding.shape)} and its head {tuple(head.shape)} differ"
     return _why_not_config(reader, model.config.get_text_config()) or _why_not_modules(
         reader.body(model), model.get_output_embeddings()
     )
@@ -266,7 +269,7 @@ def facts_of(
         half_turned=angles.half_turned,
         num_positions=num_positions,
         angles=angles,
-        embedding=body.embed_tokens.weight.data,
+        embedding=body.embed_tokens.weight.data.contiguous(),
         final_norm=final_norm,
         head=head.weight,
         head_bias=head.bias,
@@ -328,7 +331,8 @@ class _Angles:
         self.half_turned = self(1).shape[-1] // 2
 
     def __call__(self, length: int) -> Tensor:
-        return torch.stack([self._table(length, kind) for kind in self.kinds or (None,)])
+        tables = [self._table(length, kind) for kind in self.kinds or (None,)]
+        return torch.stack(tables, dim=1)
 
     def _table(self, length: int, kind: str | None) -> Tensor:
         like, positions = torch.zeros(1, dtype=torch.float32), torch.arange(length)[None]

@@ -72,15 +72,16 @@ class _Layout:
             t.POSITIONS: shape.tokens * 8,
             t.PICKED: shape.picked * 8,
             t.SPANS: shape.rows * t.SPAN_SIZE * 8,
-            t.SKIPPED: 2 * model.num_layers * 8 + LINE,  # and what the fields before lack to a line
+            t.SKIPPED: 2 * model.num_layers * 8,
             t.SCRATCH: self.scratch_stride * shape.threads,
         }
         at = 0
         self.at: dict[int, int] = {}
         for field in range(t.FIRST_BUFFER, t.FIRST_BUFFER + t.NUM_BUFFERS):
-            self.at[field] = at
             # what Python writes lies together, to be written at once
-            at += sizes[field] if t.IDS <= field < t.SKIPPED else rounded(sizes[field], LINE)
+            at = at if t.IDS < field <= t.SKIPPED else rounded(at, LINE)
+            self.at[field] = at
+            at += sizes[field]
         self.num_bytes = rounded(at, LINE)
         self._base, self._addresses = -1, tuple[int, ...]()
         phases = num_phases(model.num_layers, shape.steps)

@@ -24,8 +24,8 @@ from paceline.models.compiled.memory import (
 )
 from paceline.models.compiled.rows import norm_in_place, turn
 from paceline.models.compiled.tables import (
+    ANGLE_TABLES,
     ANGLES,
-    ANGLES_STRIDE,
     CAPACITY,
     EPSILON_F,
     FIRST,
@@ -90,8 +90,8 @@ def prepare_head(x, job, model, layer, packed, head_norm):
     turns, half = field(layer, TURNS), field(model, HALF_TURNED)
     if turns >= 0:
         position = get_int(field(job, POSITIONS) + 8 * packed)
-        angles = field(model, ANGLES) + turns * field(model, ANGLES_STRIDE)
-        turn(x, angles + 8 * half * position, half)
+        at = position * field(model, ANGLE_TABLES) + turns
+        turn(x, field(model, ANGLES) + 8 * half * at, half)
 
 
 @compiled

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import re
 import tempfile
@@ -29,6 +30,7 @@ from paceline.noise import kernels, splitmix
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+_LOG: Final = logging.getLogger("paceline")  # Python shows its warnings where none is set up
 _CHECKSUM_BYTES: Final = 32
 _EXTERNAL: Final = re.compile(r'^declare [^@]*@"?(?!llvm\.)([\w.$]+)"?\(', re.MULTILINE)
 # functions that LLVM may call where the processor has no instruction
@@ -75,6 +77,7 @@ def function_address(name: str, make: Callable[[], Callable[..., Any]], argument
     path = cache_folder() / f"{name}.o"
     stored = _read(path)
     if stored is None:
+        _LOG.warning("paceline compiles its forward for this processor, once: %s", name)
         stored = _compile(make(), arguments, types.int64 if name == "follow" else types.void)
         _write(path, *stored)
     symbol, external, code = stored
@@ -143,7 +146,12 @@ def _write(path: Path, symbol: str, external: Sequence[str], code: bytes) -> Non
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             file.write(hashlib.sha256(body).digest() + body)
-        Path(file.name).replace(path)
+        temporary = Path(file.name)
+        try:
+            temporary.chmod(0o644)  # other users may share the folder
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         warnings.warn(
             f"compiled code cannot be kept in {path.parent} ({error}), so every process compiles it; "

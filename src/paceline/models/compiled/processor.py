@@ -22,8 +22,8 @@ KERNELS: Final = ("amx", "avx512_bf16", "avx512", "generic")
 SETTING: Final = "PACELINE_KERNELS"
 
 _NEEDS: Final = {
-    "amx": ("amx-tile", "amx-bf16", "avx512f", "avx512bw"),
-    "avx512_bf16": ("avx512f", "avx512bf16"),
+    "amx": ("amx-tile", "amx-bf16", "avx512f", "avx512bw", "avx512vnni"),
+    "avx512_bf16": ("avx512f", "avx512bf16", "avx512vnni"),
     "avx512": ("avx512f",),
     "generic": (),
 }

@@ -30,8 +30,8 @@ from typing import Final
     FINAL_NORM,  # float32 [D]
     HEAD_WEIGHTS,
     HEAD_BIAS,
-    ANGLES,  # float32 [tables, positions, 2 * HALF_TURNED]: cosines, then sines
-    ANGLES_STRIDE,  # bytes of one table
+    ANGLES,  # float32 [positions, tables, 2 * HALF_TURNED]: cosines, then sines
+    ANGLE_TABLES,
     ACTIVATION,  # 0 silu, 1 gelu (tanh), 2 gelu (erf)
     LOGIT_SCALE_F,
     LOGIT_CAP_F,  # 0: none

@@ -103,9 +103,9 @@ class Team:
         thread = threading.Thread(
             target=self._work, args=(number, event), name=f"paceline-{number}", daemon=True
         )
+        thread.start()
         self._threads.append(thread)
         self._wake.append(event)
-        thread.start()
 
     def _work(self, number: int, event: threading.Event) -> None:
         seen = 0
@@ -158,7 +158,8 @@ def borrowed() -> Iterator[Lent]:
         finally:
             team.lock.release()
         return
-    solo = _solos.pop() if _solos else _Solo()
+    with _making:
+        solo = _solos.pop() if _solos else _Solo()
     try:
         yield solo
     finally:

@@ -7,6 +7,7 @@ D hidden size, H query heads, Hkv key-value heads, d head size, F MLP size, V lo
 from __future__ import annotations
 
 import struct
+import threading
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -104,6 +105,7 @@ class PackedModel:
         self.num_layers = len(layers)
         self._kept: list[Tensor] = [facts.embedding]
         self._angles = torch.empty(0)
+        self._growing = threading.Lock()  # of the angles
         self._old_angles: list[Tensor] = []  # another thread's job may still read them
         self._table = np.zeros(t.MODEL_SIZE, np.int64)
         self._layers = np.zeros((len(layers), t.LAYER_SIZE), np.int64)
@@ -185,14 +187,17 @@ class PackedModel:
 
     def reserve_positions(self, num_positions: int) -> None:
         """Make the table of angles cover positions below `num_positions`."""
-        known = self._angles.shape[1] if self._angles.ndim > 1 else 0
-        if num_positions <= known or not self.facts.half_turned:
+        if num_positions <= self._angles.shape[0] or not self.facts.half_turned:
             return
-        length = min(max(num_positions, 2 * known, 256), self.facts.num_positions)
-        self._old_angles.append(self._angles)
-        self._angles = self.facts.angles(max(length, num_positions)).contiguous()
-        self._table[t.ANGLES_STRIDE] = self._angles[0].nbytes
-        self._table[t.ANGLES] = self._angles.data_ptr()
+        with self._growing:
+            known = self._angles.shape[0]
+            if num_positions <= known:  # another thread was first
+                return
+            length = min(max(num_positions, 2 * known, 256), self.facts.num_positions)
+            self._old_angles.append(self._angles)
+            self._angles = self.facts.angles(max(length, num_positions)).contiguous()
+            self._table[t.ANGLE_TABLES] = self._angles.shape[1]
+            self._table[t.ANGLES] = self._angles.data_ptr()
 
     def row_bytes(self, room: int) -> int:
         """Return the bytes of a row of inputs; see `rows.make_rows`."""

@@ -9,6 +9,7 @@ import torch
 from support.compiled_models import path_to, prefill, random_model, random_text, random_tree
 
 import paceline
+from paceline.assembly import Pace, build_from_objects
 from paceline.config import Config, ModelSection
 from paceline.drafting.draft_model import DraftModel
 from paceline.errors import ModelError
@@ -101,7 +102,9 @@ def test_a_number_that_is_not_finite_is_seen() -> None:
         model.model.embed_tokens.weight[3, 5] = float("nan")
     cache = forward.new_cache()
 
-    scores = forward.score([2, 3], [Span(cache.acquire(), 0, 2)], None, cache)
+    spans = [Span(cache.acquire(), 0, 1), Span(cache.acquire(), 0, 1)]
+
+    scores = forward.score([2, 3], spans, None, cache)
 
     assert scores.choices[0] >= 0
     assert scores.choices[1] == -1
@@ -118,13 +121,14 @@ def test_a_drafter_of_8_bits_changes_no_text_and_a_target_says_so() -> None:
     def complete(weights: str, drafter: str) -> paceline.Completion:
         small = random_model("bfloat16", vocab_size=259, num_hidden_layers=1)
         model = LanguageModel(small, "small", weights="int8")
-        pace = paceline.load(
-            target=random_model("bfloat16", vocab_size=259),
-            tokenizer=byte_tokenizer(),
-            drafters={"small": DraftModel("small", model, 4, 259, 259)},
-            config=Config(target=ModelSection.model_validate({"model": "-", "weights": weights})),
+        section = ModelSection.model_validate({"model": "-", "weights": weights})
+        parts = build_from_objects(
+            random_model("bfloat16", vocab_size=259),
+            byte_tokenizer(),
+            {"small": DraftModel("small", model, 4, 259, 259)},
+            Config(target=section),
         )
-        return pace.complete([1, 2, 3], drafter=drafter, max_new_tokens=24, ignore_eos=True)
+        return Pace(parts).complete([1, 2, 3], drafter=drafter, max_new_tokens=24, ignore_eos=True)
 
     plain, drafted, rounded = (
         complete("own", "none"),
