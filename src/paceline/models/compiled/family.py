@@ -205,7 +205,8 @@ def why_not_compiled(model: PreTrainedModel) -> str | None:
         return f"its weights are on {parameters[0].device.type}, and compiled code runs on the CPU"
     if parameters[0].dtype not in _DTYPES:
         return f"its weights are {str(parameters[0].dtype).removeprefix('torch.')}"
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    parts: Any = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = (part.weight for part in parts)
     if embedding.shape != head.shape:
         return f"its embedding {tuple(embedding.shape)} and its head {tuple(head.shape)} differ"
     return _why_not_config(reader, model.config.get_text_config()) or _why_not_modules(

@@ -59,7 +59,9 @@ KINDS = processor.available()
 
 def kinds_and_dtypes() -> list[tuple[str, str]]:
     """Return what differs: float32 has one code for all vectors of 512 bits."""
-    return [(kind, "bfloat16") for kind in KINDS] + [(k, "float32") for k in {KINDS[0], "generic"}]
+    return [(kind, "bfloat16") for kind in KINDS] + [
+        (k, "float32") for k in dict.fromkeys((KINDS[0], "generic"))
+    ]
 
 
 def logits_of(forward: CompiledForward, text: list[int]) -> torch.Tensor:
