@@ -83,15 +83,16 @@ class _Layout:
             self.at[field] = at
             at += sizes[field]
         self.num_bytes = rounded(at, LINE)
-        self._base, self._addresses = -1, tuple[int, ...]()
+        self._placed: tuple[int, tuple[int, ...]] = (-1, ())  # the last base and its addresses
         phases = num_phases(model.num_layers, shape.steps)
         self.counter_bytes = phases * LINE * (1 + shape.threads)
 
     def addresses(self, base: int) -> tuple[int, ...]:
         """Return the addresses of the buffers, the first of which lies at `base`."""
-        if base != self._base:
-            self._base, self._addresses = base, tuple(base + at for at in self.at.values())
-        return self._addresses
+        placed = self._placed  # read and replaced as one, since callers on several threads share it
+        if placed[0] != base:
+            placed = self._placed = (base, tuple(base + at for at in self.at.values()))
+        return placed[1]
 
 
 def _scratch_bytes(model: PackedModel, shape: _Shape) -> int:

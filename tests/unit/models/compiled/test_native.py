@@ -142,6 +142,8 @@ def test_processes_may_compile_at_once(tmp_path: Path) -> None:
     ]
 
     for process in started:
-        assert (process.communicate(timeout=600)[1], process.returncode) == ("", 0)
+        said = process.communicate(timeout=600)[1].splitlines()
+        assert process.returncode == 0, said
+        assert all(line.startswith("paceline compiles its forward") for line in said)
     files = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
     assert files == ["follow.o", "lead.o"]
