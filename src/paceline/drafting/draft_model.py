@@ -218,9 +218,9 @@ class DraftModel(Drafter):
     ) -> list[list[int]] | None:
         """Return the rows' drafts of these lengths by one call of the model, or None if it cannot.
 
-        It can for rows with at most two uncached tokens, as a round leaves them, that are greedy or
-        draw from a distribution with the judge's noise. fed: each drafting row's tokens that are not
-        cached yet.
+        One call drafts for rows with at most two uncached tokens, as a round leaves them, that are
+        greedy or drawn with the judge's noise from all tokens. fed: each drafting row's tokens that
+        are not cached yet.
         """
         if not (fed and self.shares_ids and self.model.drafts_whole_chains):
             return None

@@ -10,13 +10,13 @@ large enough; under a bound it never holds more than its rows need.
 
 from __future__ import annotations
 
-import bisect
 from typing import TYPE_CHECKING, Final
 
 import torch
 
 from paceline.models.attention import RowBatch
 from paceline.models.packing import ChainMasks
+from paceline.models.slots import Slots
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,38 +30,19 @@ _CHECK_BLOCK: Final = 8  # positions; short texts of self-checks cross it
 _CPU: Final = torch.device("cpu")
 
 
-class RowCache:
+class RowCache(Slots):
     """A `KVCache` of slots in one tensor per layer."""
 
     stores_all_first: Final = False
 
     def __init__(self, device: torch.device = _CPU, block: int = BLOCK) -> None:
         """block: positions by which capacity grows."""
+        super().__init__()
         self.block = block
         self.layers: list[Tensor | None] = []
         self._device = device
         self._chain_masks = ChainMasks()
-        self._free: list[int] = []
-        self._lengths: list[int] = []  # positions that the row of each slot has needed so far
-        self._num_positions = 0  # the longest of them
-        self._limit: int | None = None
-        self._exact_fit = False
-
-    def bound(self, limit: int | None, exact_fit: bool = False) -> None:
-        self._limit, self._exact_fit = limit, exact_fit
-
-    @property
-    def num_rows(self) -> int:
-        return len(self._lengths) - len(self._free)
-
-    @property
-    def num_slots(self) -> int:
-        """Slots up to the last one in use."""
-        return len(self._lengths)
-
-    @property
-    def num_slots_with_one_more(self) -> int:
-        return len(self._lengths) + (not self._free)
+        self._num_positions = 0  # of the longest row
 
     @property
     def max_length(self) -> int | None:
@@ -71,20 +52,9 @@ class RowCache:
         """Return the least number of positions held for a row that needs `num_positions`."""
         return num_positions
 
-    def acquire(self) -> int:
-        """Return the lowest free slot and take it, so that rows in flight stay neighbours."""
-        if self._free:
-            return self._free.pop(0)
-        self._lengths.append(0)
-        return len(self._lengths) - 1
-
     def release(self, slot: int) -> None:
         """Give a slot back, and storage that no row needs."""
-        bisect.insort(self._free, slot)
-        self._lengths[slot] = 0
-        while self._free and self._free[-1] == len(self._lengths) - 1:
-            self._free.pop()
-            self._lengths.pop()
+        super().release(slot)
         self._num_positions = max(self._lengths, default=0)
         if self._exact_fit or not self._lengths:
             self._give_back()

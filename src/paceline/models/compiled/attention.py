@@ -39,6 +39,7 @@ from paceline.models.compiled.tables import (
     VALUE_ROOM,
     WIDTH,
     WINDOW,
+    rounded,
 )
 from paceline.models.compiled.trees import (
     make_tree_sums,
@@ -66,8 +67,8 @@ def attention_bytes(
 
     groups: G. score_room: positions in a row of scores. width: tokens of the widest tree, else 0.
     """
-    whole, few = -(-rows // ROOM_ROWS) * ROOM_ROWS, -(-groups // ROOM_ROWS) * ROOM_ROWS
-    tail = -(-(UNIT + width) // UNIT) * UNIT if width else 0
+    whole, few = rounded(rows, ROOM_ROWS), rounded(groups, ROOM_ROWS)
+    tail = rounded(UNIT + width, UNIT) if width else 0
     # a tree's tokens are multiplied one by one, and whole tiles of rows are read
     after = few * score_room if width else 0
     numbers = whole * (head_room + 2 * score_room + value_room + 1) + value_room * (tail + few)
@@ -77,7 +78,7 @@ def attention_bytes(
 
 @compiled
 def seen_positions(span, window, first, stop):
-    """Return the positions from which and before which tokens first to stop - 1 of a row look.
+    """Return the first position, and the one after the last, seen by tokens first to stop - 1.
 
     The first is a multiple of UNIT. A tree's tokens lie at their places, which are no positions.
     """
@@ -123,7 +124,7 @@ def make_softmax(put_lanes: Callable[..., Any]) -> Callable[..., Any]:
             put_lanes(weights, at, zero)
         return sum_lanes(total)
 
-    return put_weights  # type: ignore[no-any-return]
+    return put_weights
 
 
 def make_sum_values(heads: Heads, product: Callable[..., Any]) -> Callable[..., Any]:
@@ -142,7 +143,7 @@ def make_sum_values(heads: Heads, product: Callable[..., Any]) -> Callable[..., 
             to = sums + 4 * group
             product(block, words * 64, at, stride, count, to, 4 * value_room, fresh, rows)
 
-    return sum_values  # type: ignore[no-any-return]
+    return sum_values
 
 
 def make_put_outputs(rows: Rows) -> Callable[..., Any]:
@@ -165,7 +166,7 @@ def make_put_outputs(rows: Rows) -> Callable[..., Any]:
                 one, two = load(of + 4 * at) * inverse, load(of + 4 * at + 64) * inverse
                 put_inputs(row, width, column + at, one, two)
 
-    return put_outputs  # type: ignore[no-any-return]
+    return put_outputs
 
 
 def make_attention(product: Callable[..., Any], heads: Heads, rows: Rows) -> Callable[..., Any]:
@@ -237,4 +238,4 @@ def make_attention(product: Callable[..., Any], heads: Heads, rows: Rows) -> Cal
             of = sums + 4 * row * value_room
             put_outputs(job, model, packed + token, head, of, totals + 4 * row)
 
-    return attend  # type: ignore[no-any-return]
+    return attend

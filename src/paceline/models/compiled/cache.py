@@ -7,13 +7,15 @@ nothing is padded to the longest one. Symbols: L layers, Hkv key-value heads, d 
 
 from __future__ import annotations
 
-import bisect
 import ctypes
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from paceline.models.compiled.tables import rounded
+from paceline.models.slots import Slots
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,38 +47,19 @@ class CacheShape(NamedTuple):
         return self.layers * self.kv_heads * (self.head_room + self.value_room)
 
 
-class PackedRows:
+class PackedRows(Slots):
     """A `KVCache` of rows with memory of their own."""
 
     stores_all_first: Final = True
     block: Final = UNIT
 
     def __init__(self, shape: CacheShape) -> None:
+        super().__init__()
         self._shape = shape
         self._storage: list[Tensor | None] = []  # by slot
         self._addresses: list[int] = []
         self._capacities: list[int] = []  # positions that the storage holds
-        self._lengths: list[int] = []  # positions that the row of each slot has needed so far
-        self._free: list[int] = []
         self._spares: list[Tensor] = []  # of rows that have ended, for the next ones
-        self._limit: int | None = None
-        self._exact_fit = False
-
-    def bound(self, limit: int | None, exact_fit: bool = False) -> None:
-        self._limit, self._exact_fit = limit, exact_fit
-
-    @property
-    def num_rows(self) -> int:
-        return len(self._lengths) - len(self._free)
-
-    @property
-    def num_slots(self) -> int:
-        """Slots up to the last one in use."""
-        return len(self._lengths)
-
-    @property
-    def num_slots_with_one_more(self) -> int:
-        return len(self._lengths) + (not self._free)
 
     @property
     def max_length(self) -> int | None:
@@ -86,19 +69,17 @@ class PackedRows:
 
     def rounded(self, num_positions: int) -> int:
         """Return the least number of positions held for a row that needs `num_positions`."""
-        return -(-num_positions // UNIT) * UNIT
+        return rounded(num_positions, UNIT)
 
     def acquire(self) -> int:
         """Return the lowest free slot and take it."""
-        if self._free:
-            return self._free.pop(0)
-        self._storage.append(None)
-        self._addresses.append(0)
-        self._capacities.append(0)
-        self._lengths.append(0)
-        slot = len(self._lengths) - 1
-        if self._spares:
-            self._keep(slot, self._spares.pop())
+        slot = super().acquire()
+        if slot == len(self._storage):
+            self._storage.append(None)
+            self._addresses.append(0)
+            self._capacities.append(0)
+            if self._spares:
+                self._keep(slot, self._spares.pop())
         return slot
 
     def release(self, slot: int) -> None:
@@ -106,13 +87,10 @@ class PackedRows:
 
         Once no row is left, the memory of one is kept.
         """
-        bisect.insort(self._free, slot)
-        self._lengths[slot] = 0
+        super().release(slot)
         if self._exact_fit or (self._limit is not None and self.num_rows):
             self._drop(slot)
-        while self._free and self._free[-1] == len(self._lengths) - 1:
-            self._free.pop()
-            self._lengths.pop()
+        while len(self._storage) > len(self._lengths):
             self._addresses.pop()
             self._capacities.pop()
             storage = self._storage.pop()

@@ -18,7 +18,8 @@ from paceline.models.compiled.entry import MAX_THREADS
 from paceline.models.compiled.phases import num_phases
 from paceline.models.compiled.products import ROOM_ROWS, TILE_BYTES
 from paceline.models.compiled.sharing import LINE
-from paceline.models.compiled.weights import float_bits, rounded
+from paceline.models.compiled.tables import rounded
+from paceline.models.compiled.weights import float_bits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -173,4 +173,4 @@ def _make_store_keys(
             value = projected_head(job, model, packed, heads + kv_heads + head)
             store_value(values, value, position, words, field(model, HEAD_SIZE))
 
-    return store_keys  # type: ignore[no-any-return]
+    return store_keys

@@ -240,4 +240,4 @@ def make_layer(
         is_on = run_attention(job, model, layer, index, phase, size, thread, tag)
         return is_on and run_mlp(job, model, layer, phase, size, thread, tag)
 
-    return run_layer  # type: ignore[no-any-return]
+    return run_layer

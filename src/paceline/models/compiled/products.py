@@ -115,7 +115,7 @@ def make_multiply(kernels: str, weights: str) -> Callable[..., Any]:
             _add_to_rows(out, bias + 256 * group, rows)
         return group, first, rows
 
-    return multiply  # type: ignore[no-any-return]
+    return multiply
 
 
 @compiled

@@ -56,7 +56,7 @@ def make_run(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
         run_steps(job, thread, tag)
         release_tiles()
 
-    return run_with_tiles  # type: ignore[no-any-return]
+    return run_with_tiles
 
 
 def _make_steps(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
@@ -102,4 +102,4 @@ def _make_steps(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
                 return
             phase = end + END_PHASES * size
 
-    return run_steps  # type: ignore[no-any-return]
+    return run_steps

@@ -6,7 +6,7 @@ multiples of 32. Symbols: d head size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,10 @@ from paceline.models.compiled.vectors import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+# bytes of 32 inputs in a row, by their kind; of int8 with their scale and sum
+BYTES_OF_32: Final = {"bfloat16": 64, "float32": 128, "int8": 40}
 
 
 class Rows(NamedTuple):
@@ -136,7 +140,7 @@ def make_rows(kind: str) -> Rows:
 
     A row of int8 holds its bytes, then a float32 scale and an int32 sum for each 32 of them.
     """
-    bytes_of_32 = {"bfloat16": 64, "float32": 128, "int8": 40}[kind]
+    bytes_of_32 = BYTES_OF_32[kind]
 
     @compiled
     def row_bytes(room):
@@ -203,4 +207,4 @@ def make_embed(half: bool) -> Callable[..., Any]:
         for at in range(size, room):
             put_f32(target + 4 * at, np.float32(0))
 
-    return embed  # type: ignore[no-any-return]
+    return embed

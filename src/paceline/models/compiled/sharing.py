@@ -156,4 +156,4 @@ def in_pieces(do_piece: Callable[..., Any]) -> Callable[..., Any]:
             piece = finish(counters, threads, thread, tag)
         return piece != STALE and await_all(job, counters, tag)
 
-    return phase  # type: ignore[no-any-return]
+    return phase

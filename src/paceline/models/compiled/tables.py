@@ -10,6 +10,12 @@ from __future__ import annotations
 
 from typing import Final
 
+
+def rounded(number: int, unit: int) -> int:
+    """Return the next multiple of a unit."""
+    return -(-number // unit) * unit
+
+
 # --- a model --------------------------------------------------------------------------------------
 (
     HIDDEN,  # D

@@ -19,7 +19,7 @@ from paceline.models.compiled.amx import tile_config
 from paceline.models.compiled.entry import ASLEEP, LINE, STOP, TEAM_BYTES
 from paceline.models.compiled.native import control_functions
 from paceline.models.compiled.sharing import TAGS, yield_address
-from paceline.models.compiled.tables import COUNTERS, JOB_SIZE, THREADS, TILE_CONFIG, YIELD
+from paceline.models.compiled.tables import COUNTERS, JOB_SIZE, THREADS, TILE_CONFIG, YIELD, rounded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,11 +32,6 @@ def aligned(num_bytes: int) -> np.ndarray:
     raw = np.zeros(num_bytes + LINE, np.uint8)
     offset = -raw.ctypes.data % LINE
     return raw[offset : offset + num_bytes]
-
-
-def rounded_up(num_bytes: int) -> int:
-    """Return whole lines of bytes."""
-    return -(-num_bytes // LINE) * LINE
 
 
 class Workspace:
@@ -67,7 +62,7 @@ class Workspace:
     def reserve(self, num_bytes: int, counter_bytes: int) -> None:
         """Make room for the buffers and counters of a job."""
         if num_bytes > self._size:
-            self._use(aligned(rounded_up(num_bytes + num_bytes // 2)))
+            self._use(aligned(rounded(num_bytes + num_bytes // 2, LINE)))
         if counter_bytes > self._counters.nbytes:
             self._old_counters.append(self._counters)
             self._counters = aligned(2 * counter_bytes)

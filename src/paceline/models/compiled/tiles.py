@@ -4,8 +4,7 @@ Weights [O, I] are packed by 16 outputs and by words of four bytes along the inp
 float32): a block of 16 outputs holds, word after word, the words of its 16 outputs, 64 bytes a word. So
 a lane is an output, nothing is summed across lanes, and the sum of an output is one chain of
 instructions in the order of the inputs. **That chain is the same for every number of rows**, which is
-why the bits of a token do not depend on its neighbours. `amx.py` reads the same
-layout.
+why the bits of a token do not depend on its neighbours. `amx.py` reads the same layout.
 
 A tile is r rows times b blocks of sums that stay in registers while the inputs pass. Symbols: O
 outputs, I inputs.

@@ -124,4 +124,4 @@ def make_tree_sums(
             packed = field(span, FIRST) + token
             put_outputs(job, model, packed, head, own, totals + 4 * row)
 
-    return attend_paths  # type: ignore[no-any-return]
+    return attend_paths

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from paceline.models.compiled import tables as t
 from paceline.models.compiled.cache import CacheShape
+from paceline.models.compiled.rows import BYTES_OF_32
+from paceline.models.compiled.tables import rounded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,11 +31,6 @@ _LANES: Final = 16
 
 # a thread that is late may read a table after its model is gone, so the tables stay, a few kilobytes
 _TABLES: Final[list[np.ndarray]] = []
-
-
-def rounded(number: int, unit: int) -> int:
-    """Return the next multiple of a unit."""
-    return -(-number // unit) * unit
 
 
 def pack(weight: Tensor, room: int) -> Tensor:
@@ -201,7 +198,7 @@ class PackedModel:
 
     def row_bytes(self, room: int) -> int:
         """Return the bytes of a row of inputs; see `rows.make_rows`."""
-        return room // 32 * {"bfloat16": 64, "float32": 128, "int8": 40}[self.weights]
+        return room // 32 * BYTES_OF_32[self.weights]
 
     def cache_shape(self) -> CacheShape:
         """Return the sizes of the model's keys and values."""
