@@ -14,7 +14,10 @@ from llvmlite import ir
 from paceline.models.compiled.tiles import (
     BLOCK_BYTES,
     Grid,
+    Shape,
+    Shapes,
     enter,
+    fetch_ahead,
     spaced,
     store_sums,
     sum_phis,
@@ -36,9 +39,9 @@ from paceline.models.compiled.vectors import (
 )
 
 INT8_GROUP: Final = 8  # words of inputs, 32 numbers, that share a scale
-# (largest number of rows, blocks of a tile); a sum takes two registers
-WIDE_INT8: Final = ((3, 4), (6, 2), (12, 1))
-NARROW_INT8: Final = ((1, 2), (3, 1))
+# a sum takes two registers
+WIDE_INT8: Final = Shapes(Shape(3, 4), Shape(12, 1))
+NARROW_INT8: Final = Shapes(Shape(1, 2), Shape(3, 1))
 _EXCESS: Final = 128  # weights are stored as unsigned bytes, this much larger
 
 
@@ -58,13 +61,11 @@ def widened_int8(builder: Any, sums: Any, weights: Any, word: Any) -> Any:
     return sums
 
 
-def emit_int8_tile(
-    step: Any, builder: Any, values: Any, rows: int, blocks: int, first: int
-) -> None:
+def emit_int8_tile(step: Any, builder: Any, values: Any, rows: int, blocks: int) -> None:
     """Emit the loop over groups of inputs; arguments as in `emit_tile`, but sums start at zero."""
     weights, block_stride, x, x_stride, words, *_ = values
-    places = sum_places(builder, values, rows, blocks, first)
-    w_at = spaced(builder, weights, block_stride, blocks, first)
+    places = sum_places(builder, values, rows, blocks)
+    w_at = spaced(builder, weights, block_stride, blocks)
     x_at = spaced(builder, x, x_stride, rows)
     groups = builder.sdiv(words, const(INT8_GROUP))
     to_scales = builder.mul(words, const(4))  # bytes from a row's begin
@@ -82,7 +83,7 @@ def emit_int8_tile(
         of_group = load_value(builder, builder.add(builder.add(row, to_sums), at), I32, 4)
         start = builder.mul(of_group, ir.Constant(I32, -_EXCESS))
         parts.append([broadcast(builder, start, V16I)] * blocks)
-    parts = _sum_group(step, builder, group, w_at, x_at, parts)
+    parts = _sum_group(step, builder, values, group, w_at, x_at, parts)
     new = []
     for row, sums, total_row in zip(x_at, parts, totals, strict=True):
         scale = load_value(builder, builder.add(builder.add(row, to_scales), at), F32, 4)
@@ -100,13 +101,20 @@ def emit_int8_tile(
 
 
 def _sum_group(
-    step: Any, builder: Any, group: Any, w_at: list[Any], x_at: list[Any], parts: Grid
+    step: Any,
+    builder: Any,
+    values: Any,
+    group: Any,
+    w_at: list[Any],
+    x_at: list[Any],
+    parts: Grid,
 ) -> Grid:
     """Return the integer sums after one group. parts: those before it."""
     for word in range(INT8_GROUP):
         offset = builder.add(builder.mul(group, const(INT8_GROUP)), const(word))
         w_offset, x_offset = builder.mul(offset, const(BLOCK_BYTES)), builder.mul(offset, const(4))
         loaded = [load_value(builder, builder.add(w, w_offset), V16I, 64) for w in w_at]
+        fetch_ahead(builder, values, len(w_at), offset)
         for r, row in enumerate(x_at):
             number = load_value(builder, builder.add(row, x_offset), I32, 4)
             parts[r] = [

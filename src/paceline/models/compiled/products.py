@@ -19,8 +19,12 @@ from paceline.models.compiled.int8 import (
 )
 from paceline.models.compiled.memory import load, store
 from paceline.models.compiled.tiles import (
+    BLOCK_BYTES,
+    GROUP,
     NARROW,
     WIDE,
+    Shape,
+    Shapes,
     dot_bf16,
     emit_tile,
     float32,
@@ -34,20 +38,20 @@ if TYPE_CHECKING:
 
 BLOCK_ROWS: Final = 128  # rows of inputs of a piece
 TILE_BYTES: Final = BLOCK_ROWS * 64 * 4  # the sums of a piece
+PART_WORDS: Final = 2048  # of a block, which several slabs find in the second-level cache
+AHEAD: Final = 2048  # bytes of a block that are read before they are needed
 ROOM_ROWS: Final = 32  # rows of buffers are rounded up to it, for AMX
 
 
-def _slab_for(kernels: str, weights: str) -> tuple[Any, int]:
-    """Return the slab for a processor and weights of bfloat16, float32 or int8, and its most rows."""
+def _tiles_for(kernels: str, weights: str) -> tuple[Callable[..., None], Shapes]:
+    """Return the function that emits a tile, and the tiles' shapes; arguments as in `make_product`."""
     is_wide = kernels in ("amx", "avx512_bf16", "avx512")
     if weights == "int8":
         step = dot_vnni if kernels in ("amx", "avx512_bf16") else widened_int8
-        emit, shapes = partial(emit_int8_tile, step), WIDE_INT8 if is_wide else NARROW_INT8
-    else:
-        of_bf16 = dot_bf16 if kernels == "avx512_bf16" else widened_bf16
-        emit = partial(emit_tile, float32 if weights == "float32" else of_bf16)
-        shapes = WIDE if is_wide else NARROW
-    return make_slab(emit, shapes), shapes[-1][0]
+        return partial(emit_int8_tile, step), WIDE_INT8 if is_wide else NARROW_INT8
+    of_bf16 = dot_bf16 if kernels == "avx512_bf16" else widened_bf16
+    step = float32 if weights == "float32" else of_bf16
+    return partial(emit_tile, step), WIDE if is_wide else NARROW
 
 
 def make_product(kernels: str, weights: str) -> Callable[..., Any]:
@@ -59,20 +63,86 @@ def make_product(kernels: str, weights: str) -> Callable[..., Any]:
     """
     if kernels == "amx" and weights == "bfloat16":
         return _amx_product()
-    slab, most = _slab_for(kernels, weights)
+    emit, shapes = _tiles_for(kernels, weights)
+    multiply_few = _make_few(make_slab(emit, shapes.few), shapes.few)
+    multiply_many = _make_many(make_slab(emit, shapes.many), shapes.many, weights != "int8")
+    few = shapes.few.rows
 
     @compiled
     def product(w, block_stride, x, x_stride, words, out, out_stride, fresh, rows):
-        slabs = (rows + most - 1) // most
-        done = 0
-        for k in range(slabs):
-            left = slabs - k
-            count = (rows - done + left - 1) // left
-            at, to = x + done * x_stride, out + done * out_stride
-            slab(w, block_stride, at, x_stride, words, to, out_stride, fresh, count)
-            done += count
+        if rows <= few:
+            multiply_few(w, block_stride, x, x_stride, words, out, out_stride, fresh, rows)
+        else:
+            multiply_many(w, block_stride, x, x_stride, words, out, out_stride, fresh, rows)
 
     return product
+
+
+def _make_few(slab: Any, shape: Shape) -> Callable[..., Any]:
+    """Return a product for few rows. Memory bounds it, so several blocks are read side by side."""
+    blocks = shape.blocks
+
+    @compiled
+    def multiply_few(w, block_stride, x, x_stride, words, out, out_stride, fresh, rows):
+        for first in range(0, GROUP, blocks):
+            of, to = w + first * block_stride, out + first * BLOCK_BYTES
+            ahead = of + AHEAD
+            slab(
+                of,
+                block_stride,
+                x,
+                x_stride,
+                words,
+                to,
+                out_stride,
+                fresh,
+                ahead,
+                BLOCK_BYTES,
+                rows,
+            )
+
+    return multiply_few
+
+
+def _make_many(slab: Any, shape: Shape, in_parts: bool) -> Callable[..., Any]:
+    """Return a product for more rows, in slabs of equal numbers of them.
+
+    While slabs pass over some blocks, each reads its share of the following ones into the cache, so
+    memory is busy all the time. in_parts: whether sums may be continued, so that a part of long blocks
+    stays in the cache for all slabs.
+    """
+    most, blocks = shape
+
+    @compiled
+    def multiply_many(w, block_stride, x, x_stride, words, out, out_stride, fresh, rows):
+        slabs = (rows + most - 1) // most
+        part = PART_WORDS if in_parts and slabs > 1 else words
+        for begin in range(0, words, part):
+            count, zero = min(part, words - begin), fresh if begin == 0 else 0
+            for first in range(0, GROUP, blocks):
+                of, sums = w + first * block_stride + begin * BLOCK_BYTES, out + first * BLOCK_BYTES
+                ahead, pace, done = of + blocks * block_stride, BLOCK_BYTES // slabs, 0
+                for k in range(slabs):
+                    left = slabs - k
+                    number = (rows - done + left - 1) // left
+                    at, to = x + done * x_stride + 4 * begin, sums + done * out_stride
+                    slab(
+                        of,
+                        block_stride,
+                        at,
+                        x_stride,
+                        count,
+                        to,
+                        out_stride,
+                        zero,
+                        ahead,
+                        pace,
+                        number,
+                    )
+                    ahead += count * pace
+                    done += number
+
+    return multiply_many
 
 
 def _amx_product() -> Callable[..., Any]:

@@ -12,7 +12,7 @@ outputs, I inputs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 from llvmlite import ir
 from numba import types
@@ -20,6 +20,7 @@ from numba.extending import intrinsic
 
 from paceline.models.compiled.vectors import (
     F32,
+    I8,
     I32,
     I64,
     LANES,
@@ -31,6 +32,7 @@ from paceline.models.compiled.vectors import (
     declared,
     fused,
     load_value,
+    pointer,
     splat_constant,
     store_value,
 )
@@ -43,9 +45,23 @@ Grid: TypeAlias = list[list[Any]]  # LLVM's values by row and block of a tile
 GROUP: Final = 4  # blocks of a group, 64 outputs: the unit of work
 BLOCK_BYTES: Final = 64  # of one word of a block's outputs
 
-# (largest number of rows, blocks of a tile), as far as the sums stay in registers
-WIDE: Final = ((6, 4), (12, 2))  # 32 registers of 512 bits
-NARROW: Final = ((1, 4), (3, 2), (6, 1))  # 16 of 256 bits, or 32 of 128
+
+class Shape(NamedTuple):
+    """A tile: its largest number of rows, and its blocks; its sums stay in registers."""
+
+    rows: int
+    blocks: int
+
+
+class Shapes(NamedTuple):
+    """The tiles for few rows, which read many blocks at once, and for more."""
+
+    few: Shape
+    many: Shape
+
+
+WIDE: Final = Shapes(Shape(6, 4), Shape(14, 2))  # 32 registers of 512 bits
+NARROW: Final = Shapes(Shape(1, 4), Shape(6, 1))  # 16 of 256 bits, or 32 of 128
 
 
 # --- one word's step: sums += weights * inputs -----------------------------------------------
@@ -89,10 +105,20 @@ def spaced(builder: Any, start: Any, stride: Any, count: int, first: int = 0) ->
     return [builder.add(start, builder.mul(stride, const(first + k))) for k in range(count)]
 
 
-def sum_places(builder: Any, values: Any, rows: int, blocks: int, first: int) -> Grid:
+def sum_places(builder: Any, values: Any, rows: int, blocks: int) -> Grid:
     """Return the addresses of a tile's sums. values: a slab's arguments."""
     starts = spaced(builder, values[5], values[6], rows)
-    return [spaced(builder, start, const(BLOCK_BYTES), blocks, first) for start in starts]
+    return [spaced(builder, start, const(BLOCK_BYTES), blocks) for start in starts]
+
+
+def fetch_ahead(builder: Any, values: Any, blocks: int, words_done: Any) -> None:
+    """Emit the reading of later weights into the cache. values: a slab's arguments."""
+    at = builder.add(values[8], builder.mul(words_done, values[9]))
+    name, byte = "llvm.prefetch.p0", I8.as_pointer()
+    fetch = declared(builder, name, ir.VoidType(), [byte, I32, I32, I32])
+    read, close, data = (ir.Constant(I32, n) for n in (0, 3, 1))
+    for place in spaced(builder, at, values[1], blocks):
+        builder.call(fetch, [pointer(builder, place, I8), read, close, data])
 
 
 def zeros(rows: int, blocks: int) -> Grid:
@@ -119,14 +145,14 @@ def store_sums(builder: Any, places: Grid, sums: Grid) -> None:
             store_value(builder, place, number, 4)
 
 
-def emit_tile(step: Any, builder: Any, values: Any, rows: int, blocks: int, first: int) -> None:
-    """Emit the loop over the words for rows and the blocks from `first` on.
+def emit_tile(step: Any, builder: Any, values: Any, rows: int, blocks: int) -> None:
+    """Emit the loop over the words.
 
     values: see `make_slab`. step(builder, sums, weights, word) adds the products of one word.
     """
-    weights, block_stride, x, x_stride, words, _, _, fresh = values
-    places = sum_places(builder, values, rows, blocks, first)
-    w_at = spaced(builder, weights, block_stride, blocks, first)
+    weights, block_stride, x, x_stride, words, _, _, fresh, *_ = values
+    places = sum_places(builder, values, rows, blocks)
+    w_at = spaced(builder, weights, block_stride, blocks)
     x_at = spaced(builder, x, x_stride, rows)
     begin, resume = builder.block, builder.append_basic_block("resume")
     loop, done = builder.append_basic_block("words"), builder.append_basic_block("done")
@@ -141,6 +167,7 @@ def emit_tile(step: Any, builder: Any, values: Any, rows: int, blocks: int, firs
         enter(totals, sums, block)
     w_offset, x_offset = builder.mul(at, const(BLOCK_BYTES)), builder.mul(at, const(4))
     loaded = [load_value(builder, builder.add(w, w_offset), V16I, 64) for w in w_at]
+    fetch_ahead(builder, values, blocks, at)
     new = []
     for row, of_row in zip(totals, x_at, strict=True):
         word = load_value(builder, builder.add(of_row, x_offset), I32, 4)
@@ -153,33 +180,32 @@ def emit_tile(step: Any, builder: Any, values: Any, rows: int, blocks: int, firs
     store_sums(builder, places, new)
 
 
-def make_slab(emit: Callable[..., None], shapes: tuple[tuple[int, int], ...]) -> Any:
-    """Return an intrinsic: the sums of a group of 4 blocks for 1 to the largest number of rows.
+def make_slab(emit: Callable[..., None], shape: Shape) -> Any:
+    """Return an intrinsic: the sums of a shape's blocks for 1 to its largest number of rows.
 
     Its int64 arguments: weights, bytes between blocks, inputs, bytes between rows of inputs, number of
-    words, sums, bytes between rows of sums, whether the sums start at zero, rows.
-    emit(builder, values, rows, blocks, first): of a tile; values are the arguments but the last.
+    words, sums, bytes between rows of sums, whether the sums start at zero, the address of as many
+    blocks to read ahead, bytes that are read ahead of each per word, rows.
+    emit(builder, values, rows, blocks): of a tile; values are the arguments but the last.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         *shared, rows = values
         end = builder.append_basic_block("slab.end")
         switch = builder.switch(rows, end)
-        least = 1
-        for most, blocks in shapes:
-            for count in range(least, most + 1):
-                case = builder.append_basic_block(f"rows.{count}")
-                switch.add_case(const(count), case)
-                builder.position_at_end(case)
-                for first in range(0, GROUP, blocks):
-                    emit(builder, shared, count, blocks, first)
-                builder.branch(end)
-            least = most + 1
+        for count in range(1, shape.rows + 1):
+            case = builder.append_basic_block(f"rows.{count}")
+            switch.add_case(const(count), case)
+            builder.position_at_end(case)
+            emit(builder, shared, count, shape.blocks)
+            builder.branch(end)
         builder.position_at_end(end)
         return context.get_dummy_value()
 
     @intrinsic
-    def slab(typingctx, w, block_stride, x, x_stride, words, out, out_stride, fresh, rows):
-        return types.void(*(types.int64,) * 9), codegen
+    def slab(
+        typingctx, w, block_stride, x, x_stride, words, out, out_stride, fresh, ahead, pace, rows
+    ):
+        return types.void(*(types.int64,) * 11), codegen
 
     return slab
