@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from typing import Final
 
-from paceline.models.compiled.memory import call_run, field, get_atomic, put_atomic
+from paceline.models.compiled.memory import call_run, field, get_atomic, put_atomic, put_field
 from paceline.models.compiled.phases import plan
 from paceline.models.compiled.sharing import offer_processor, pause
-from paceline.models.compiled.tables import CURRENT, RUN, THREADS, YIELD
+from paceline.models.compiled.tables import (
+    COPIES,
+    COPY_BYTES,
+    CURRENT,
+    JOB_SIZE,
+    RUN,
+    THREADS,
+    YIELD,
+)
 from paceline.models.compiled.vectors import compiled
 
 # a team's memory: int64 on lines of their own
@@ -22,13 +30,28 @@ _YIELD_EVERY: Final = 64  # pauses
 
 
 @compiled
+def take_part(job, thread, tag):
+    """Run this thread's part of the job tagged `tag`; nothing if its table may have changed.
+
+    A thread may be late by any time, and find the table of a later job half written. So it works with a
+    copy, made before the job was over, and a copy leads it to its own job's counters only.
+    """
+    mine = field(job, COPIES) + COPY_BYTES * thread
+    for place in range(JOB_SIZE):
+        put_field(mine, place, get_atomic(job + 8 * place))
+    if get_atomic(field(job, CURRENT)) == tag and thread < field(mine, THREADS):
+        call_run(field(mine, RUN), mine, thread, tag)
+
+
+@compiled
 def lead(team, job, tag):
     """Plan a job, publish it to the team's other threads (team 0: there are none), and run it."""
-    put_atomic(job + 8 * CURRENT, tag)
+    put_atomic(field(job, CURRENT), tag)
     plan(job, tag)
     if team != 0:
         put_atomic(team + TAG, tag)
-    call_run(field(job, RUN), job, 0, tag)
+    take_part(job, 0, tag)
+    put_atomic(field(job, CURRENT), 0)
 
 
 @compiled
@@ -43,8 +66,7 @@ def follow(team, job, thread, seen, patience):
         tag = get_atomic(team + TAG)
         if tag != seen:
             seen, idle = tag, 0
-            if thread < field(job, THREADS):
-                call_run(field(job, RUN), job, thread, tag)
+            take_part(job, thread, tag)
             continue
         idle += 1
         pause()

@@ -42,6 +42,7 @@ from paceline.models.compiled.tables import (
     HIDDEN_ROOM,
     IDS,
     INPUTS,
+    LAYERS,
     LIMIT,
     LOGIT_CAP_F,
     LOGIT_SCALE_F,
@@ -50,12 +51,10 @@ from paceline.models.compiled.tables import (
     PICKED,
     POSITIONS,
     ROWS,
-    RUNS_BODY,
     SPAN_SIZE,
     SPANS,
     START,
     STEPS,
-    STORES_FIRST,
     STREAM,
     TOKENS,
     VOCABULARY_GROUPS,
@@ -103,7 +102,7 @@ def make_final_norm(dtype: str, rows: Rows) -> Callable[..., Any]:
             field(job, HIDDEN_OUT),
         )
         norm, eps = field(model, FINAL_NORM), float_field(model, EPSILON_F)
-        runs_body = field(job, RUNS_BODY) != 0
+        runs_body = field(job, LAYERS) != 0
         total = picked + (field(job, TOKENS) if out != 0 and runs_body else 0)
         for place in range(piece * NORM_ROWS, min(total, (piece + 1) * NORM_ROWS)):
             row = place - picked
@@ -227,8 +226,6 @@ def _begin_step(job):
         put_int(field(job, PICKED) + 8 * row, row)
         found = get_int(field(job, CHOICES) + 8 * row)
         put_int(field(job, IDS) + 8 * row, max(0, found))
-    put_field(job, TOKENS, field(job, ROWS))
-    put_field(job, STORES_FIRST, 0)
 
 
 @compiled

@@ -182,8 +182,8 @@ class Job:
         layout = self._place(shape, (*tokens, *positions, *picked, *numbers, *flags))
         self._head = (
             packed.address, self._runnable.run_address, first, len(spans), len(picked), steps,
-            room, layout.scratch_stride, int(splits), self._runnable.query_tokens, 1,
-            int(skip is not None),
+            room, layout.scratch_stride, int(splits), self._runnable.query_tokens,
+            packed.num_layers, int(skip is not None),
         )  # fmt: skip
 
     def pack_hidden(self, places: int) -> None:

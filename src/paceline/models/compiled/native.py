@@ -85,11 +85,9 @@ def function_address(name: str, make: Callable[[], Callable[..., Any]], argument
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine())
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    _ENGINES.append(engine)
-    return int(engine.get_function_address(symbol))
-
-
-_ENGINES: Final[list[Any]] = []  # their code is in use for the life of the process
+    address = int(engine.get_function_address(symbol))
+    engine.detach()  # never unloaded, since a follower may still run it when the interpreter ends
+    return address
 
 
 def _compile(

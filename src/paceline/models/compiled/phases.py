@@ -31,7 +31,6 @@ from paceline.models.compiled.tables import (
     QUERY_NORM,
     QUERY_TOKENS,
     ROWS,
-    RUNS_BODY,
     SKIPPED,
     SKIPS,
     SPAN_SIZE,
@@ -161,7 +160,7 @@ def _plan_end(job, model, phase, threads, tag, tokens):
 def plan(job, tag):
     """Open all phases of a job."""
     model, threads = field(job, MODEL), field(job, THREADS)
-    layers = field(model, LAYERS) if field(job, RUNS_BODY) != 0 else 0
+    layers = field(job, LAYERS)
     kv_heads = field(model, KV_HEADS)
     skipped = field(job, SKIPPED) if field(job, SKIPS) != 0 else 0
     size, phase = phase_bytes(threads), field(job, COUNTERS)

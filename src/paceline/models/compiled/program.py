@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from paceline.models.compiled.amx import configure_tiles, release_tiles
 from paceline.models.compiled.head import choose_phase, make_final_norm, make_head
 from paceline.models.compiled.layer import make_layer
-from paceline.models.compiled.memory import field
+from paceline.models.compiled.memory import field, put_field
 from paceline.models.compiled.phases import (
     CHOOSE_PHASE,
     END_PHASES,
@@ -30,10 +30,12 @@ from paceline.models.compiled.tables import (
     LAYER_TABLE,
     LAYERS,
     MODEL,
-    RUNS_BODY,
+    ROWS,
     STEPS,
+    STORES_FIRST,
     THREADS,
     TILE_CONFIG,
+    TOKENS,
 )
 from paceline.models.compiled.vectors import compiled
 
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 
 
 def make_run(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
-    """Return run(job, thread, tag), the part of one thread in a planned job.
+    """Return run(job, thread, tag), the part of one thread in a planned job; it changes its table.
 
     kernels: see `processor`. dtype: of the model. weights: `bfloat16`, `float32` or `int8`.
     """
@@ -90,7 +92,7 @@ def _make_steps(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
     def run_steps(job, thread, tag):
         model, size = field(job, MODEL), phase_bytes(field(job, THREADS))
         phase = field(job, COUNTERS)
-        layers = field(model, LAYERS) if field(job, RUNS_BODY) != 0 else 0
+        layers = field(job, LAYERS)
         for step in range(max(1, field(job, STEPS))):
             end = phase + (1 + layers * LAYER_PHASES) * size
             is_on = (
@@ -101,5 +103,8 @@ def _make_steps(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
             if not is_on:
                 return
             phase = end + END_PHASES * size
+            # of the thread's own table: a further step of a chain has a token per row
+            put_field(job, TOKENS, field(job, ROWS))
+            put_field(job, STORES_FIRST, 0)
 
     return run_steps

@@ -132,7 +132,7 @@ def await_all(job: int, phase: int, tag: int) -> bool:
         pause()
         if looks % _PATIENCE == 0:
             # a late thread may look where another job's counters were
-            if get_atomic(job + 8 * CURRENT) != tag:
+            if get_atomic(field(job, CURRENT)) != tag:
                 return False
             offer_processor(field(job, YIELD))
 

@@ -26,7 +26,6 @@ def rounded(number: int, unit: int) -> int:
     VALUE_ROOM,  # d rounded up to 64: numbers of a head in the products with values
     HEAD_SIZE,  # d
     HALF_TURNED,  # half the number of rotated numbers of a head
-    LAYERS,
     MLP_GROUPS,  # groups of 32 numbers of F
     VOCABULARY,  # V
     VOCABULARY_GROUPS,  # groups of 64 logits
@@ -43,9 +42,9 @@ def rounded(number: int, unit: int) -> int:
     LOGIT_CAP_F,  # 0: none
     RESIDUAL_SCALE_F,
     NORM_WHOLE,  # whether norms of queries and keys cover all heads at once
-    LAYER_TABLE,  # address of LAYERS tables, one after the other
+    LAYER_TABLE,  # address of the layers' tables, one after the other
     MODEL_SIZE,
-) = range(27)
+) = range(26)
 
 # --- a layer: weights and norms are addresses, 0 where the layer has none -------------------------
 (
@@ -83,7 +82,7 @@ def rounded(number: int, unit: int) -> int:
     SCRATCH_STRIDE,  # bytes of a thread's scratch
     STORES_FIRST,  # whether keys are stored in a phase of their own
     QUERY_TOKENS,  # tokens of a piece of attention, if STORES_FIRST
-    RUNS_BODY,  # whether the layers run; else HIDDEN_OUT holds final hidden states
+    LAYERS,  # the model's; 0: none run, and HIDDEN_OUT holds final hidden states
     SKIPS,  # whether SKIPPED is read
     HIDDEN_OUT,  # address for final hidden states [N, HIDDEN_ROOM] in the dtype of the model, or 0
     LOGITS,  # address for float32 [NUM_PICKED, VOCABULARY_GROUPS * 64], or 0
@@ -109,9 +108,11 @@ def rounded(number: int, unit: int) -> int:
     COUNTERS,
     TILE_CONFIG,  # for AMX
     YIELD,  # of the system's function that lets another thread run
-    CURRENT,  # tag of the job
+    CURRENT,  # address of the running job's tag, 0 while the table is being written
+    COPIES,  # address of a copy of this table for each thread
     JOB_SIZE,
-) = range(36)
+) = range(37)
+COPY_BYTES: Final = rounded(8 * JOB_SIZE, 64)
 FIRST_BUFFER: Final = STREAM
 NUM_BUFFERS: Final = SCRATCH - STREAM + 1
 

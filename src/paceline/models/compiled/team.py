@@ -16,10 +16,20 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import numpy as np
 
 from paceline.models.compiled.amx import tile_config
-from paceline.models.compiled.entry import ASLEEP, LINE, STOP, TEAM_BYTES
+from paceline.models.compiled.entry import ASLEEP, LINE, MAX_THREADS, STOP, TEAM_BYTES
 from paceline.models.compiled.native import control_functions
 from paceline.models.compiled.sharing import TAGS, yield_address
-from paceline.models.compiled.tables import COUNTERS, JOB_SIZE, THREADS, TILE_CONFIG, YIELD, rounded
+from paceline.models.compiled.tables import (
+    COPIES,
+    COPY_BYTES,
+    COUNTERS,
+    CURRENT,
+    JOB_SIZE,
+    THREADS,
+    TILE_CONFIG,
+    YIELD,
+    rounded,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,6 +54,9 @@ class Workspace:
         self._config[:] = np.frombuffer(tile_config(), np.uint8)
         self.job[TILE_CONFIG] = self._config.ctypes.data
         self.job[YIELD] = yield_address()
+        self._current, self._copies = aligned(LINE), aligned(COPY_BYTES * MAX_THREADS)
+        self.job[CURRENT] = self._current.ctypes.data
+        self.job[COPIES] = self._copies.ctypes.data
         self._counters = aligned(LINE)
         self._old_counters: list[np.ndarray] = []  # a late thread may still look at them
         self._tag = 0

@@ -166,7 +166,7 @@ class PackedModel:
         table[t.HEADS], table[t.KV_HEADS] = f.heads, f.kv_heads
         table[t.HEAD_SIZE], table[t.HEAD_ROOM] = f.head_dim, self.head_room
         table[t.VALUE_ROOM], table[t.HALF_TURNED] = self.value_room, f.half_turned
-        table[t.LAYERS], table[t.MLP_GROUPS] = len(self._layers), self.mlp_room // HEAD_UNIT
+        table[t.MLP_GROUPS] = self.mlp_room // HEAD_UNIT
         table[t.VOCABULARY] = self.num_logits
         table[t.VOCABULARY_GROUPS] = self.logit_room // GROUP
         table[t.EMBEDDING] = f.embedding.data_ptr()

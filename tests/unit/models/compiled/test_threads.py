@@ -172,6 +172,22 @@ def test_processes_at_once_are_right() -> None:
         check_end(process)
 
 
+LATE = """
+from support.compiled_models import compile_model, hidden_of, random_model, random_text
+models = [compile_model(random_model(num_hidden_layers=n)) for n in (1, 5)]
+texts = [random_text(n, n) for n in (1, 40, 3)]
+expected = [[hidden_of(model, text) for text in texts] for model in models]
+for turn in range(2000):
+    torch.set_num_threads(2 + turn % 23)
+    k, n = turn % 2, turn % 3
+    assert torch.equal(hidden_of(models[k], texts[n]), expected[k][n]), turn
+"""
+
+
+def test_a_thread_that_is_late_for_a_job_disturbs_no_later_one() -> None:
+    check_end(run_script(LATE))
+
+
 ENDS = {
     "awake": "work(0)",
     "asleep": "work(0); time.sleep(0.2)",
