@@ -10,11 +10,14 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 from support.compiled_models import compile_model, hidden_of, random_model, random_text
 
-from paceline.models.compiled.entry import MAX_THREADS
+from paceline.models.compiled.entry import MAX_THREADS, TAG, TEAM_BYTES
+from paceline.models.compiled.native import control_functions
+from paceline.models.compiled.team import Workspace, aligned
 from paceline.models.packing import Span
 
 if TYPE_CHECKING:
@@ -186,6 +189,15 @@ for turn in range(2000):
 
 def test_a_thread_that_is_late_for_a_job_disturbs_no_later_one() -> None:
     check_end(run_script(LATE))
+
+
+def test_a_late_follower_runs_nothing_while_a_table_is_written() -> None:
+    # all of a job's own fields are 0 then, the address of its code too
+    _, follow = control_functions()
+    workspace, team = Workspace(), aligned(TEAM_BYTES).view(np.int64)
+    team[TAG // 8] = 7
+
+    assert follow(team.ctypes.data, workspace.address, 1, 0, 10) == 7
 
 
 ENDS = {
