@@ -17,6 +17,7 @@ from support.compiled_models import compile_model, hidden_of, random_model, rand
 
 from paceline.models.compiled.entry import MAX_THREADS, TAG, TEAM_BYTES
 from paceline.models.compiled.native import control_functions
+from paceline.models.compiled.tables import THREADS
 from paceline.models.compiled.team import Workspace, aligned
 from paceline.models.packing import Span
 
@@ -192,10 +193,10 @@ def test_a_thread_that_is_late_for_a_job_disturbs_no_later_one() -> None:
 
 
 def test_a_late_follower_runs_nothing_while_a_table_is_written() -> None:
-    # all of a job's own fields are 0 then, the address of its code too
+    # all of a job's own fields may be 0 then, the address of its code too
     _, follow = control_functions()
     workspace, team = Workspace(), aligned(TEAM_BYTES).view(np.int64)
-    team[TAG // 8] = 7
+    workspace.job[THREADS], team[TAG // 8] = 2, 7
 
     assert follow(team.ctypes.data, workspace.address, 1, 0, 10) == 7
 
