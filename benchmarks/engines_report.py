@@ -251,7 +251,7 @@ def _forward_lines(row: Mapping[str, Any]) -> list[str]:
     text = f"T(1) reads weights at {row['share_of_bandwidth']:.2f} of the bandwidth."
     for mode, ms in drafters:
         name = mode.split(",")[0]
-        text += f" A step of the drafter `{name}` takes {ms:.2f} ms, {ms / single:.2f} of T(1)."
+        text += f" A step of the drafter `{name}` takes {ms:.3f} ms, {ms / single:.2f} of T(1)."
     cells = {f"T({width})": f"{ms:.2f} ({ms / single:.2f})" for width, ms in widths.items()}
     columns = {heading: f"{{{heading}}}" for heading in cells}
     heading = f"## {row['model']}: milliseconds of paceline's forward (over T(1))"

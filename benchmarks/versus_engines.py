@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from engines_facts import DECODE, FORWARD, PREFILL, READ, Call, Facts
-from engines_models import DRAFTER, random_weights, zoo_weights
+from engines_models import TIMED_DRAFTERS, random_weights, zoo_weights
 from engines_report import draw, markdown, summarise
 from peers.catalog import PACELINE, PLAIN, RECIPES, Engines, Method, Weights, install_engines
 from peers.installation import PeerError
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 ROWS: Final = (1, 8)
 PREFILL_TOKENS: Final = 512
-WIDTHS: Final = (1, 2, 4, 8, 16, 32, 64)
+WIDTHS: Final = (1, 2, 5, 8, 12, 16, 32, 64)
 READ_BYTES: Final = 2**30
 READS: Final = 4  # per turn
 PLAIN_MODES: Final = (PLAIN, NONE)
@@ -178,11 +178,12 @@ class Run:
         )
 
     def time_forwards(self, weights: Weights, case: Case, turn: int) -> None:
-        """Time single forwards of paceline's target, at all widths, and of its drafter."""
+        """Time single forwards of paceline's target, at all widths, and steps of its drafters."""
         [method] = [m for m in case.methods if m.peer == PACELINE and m.mode == NONE]
         name = f"{case.name.partition(',')[0]}, forward"
-        timed = [("target", width) for width in WIDTHS]
-        for model, width in [*timed, *([(DRAFTER, 1)] if weights.drafter else [])]:
+        drafters = TIMED_DRAFTERS if weights.drafter else ()
+        timed = [*(("target", width) for width in WIDTHS), *((name, 1) for name in drafters)]
+        for model, width in timed:
             mode = f"{model}, {width}"
             if self._facts.has((name, PACELINE, mode, turn, "")):
                 continue
