@@ -16,7 +16,12 @@ SPECULATION: dict[str, dict[str, Any]] = {
         "prompt_lookup_max": 4,
         "prompt_lookup_min": 2,
     },
-    "suffix": {"method": "suffix", "num_speculative_tokens": 8},
+    "suffix": {
+        "method": "suffix",
+        "num_speculative_tokens": 8,
+        # every turn repeats the prompts, so it would draft from their own earlier answers
+        "suffix_decoding_max_cached_requests": 0,
+    },
 }
 DRAFT_TOKENS = 3
 
