@@ -28,12 +28,8 @@ if TYPE_CHECKING:
 DRAFTER: Final = "general"
 TIMED_DRAFTERS: Final = ("math", DRAFTER)  # of 1.4 M and 4.2 M parameters
 ARMS: Final = (NONE, AUTO, "suffix", "lookup", f"{DRAFTER}@4")
+PRECISIONS: Final = ("bfloat16", "int8")
 VOCABULARY, CONTEXT = 8192, 2048  # of the random model; the tokenizer is the zoo's
-
-
-def precisions() -> list[str]:
-    """Return bfloat16, and int8 if the configuration has it."""
-    return ["bfloat16", *(["int8"] if "weights" in ModelSection.model_fields else [])]
 
 
 def with_precision(config: Config, precision: str) -> Config:
@@ -57,7 +53,7 @@ def zoo_weights(
     """Return the bundled target; learn a policy for each precision, or resume with it."""
     config = load_timed_config(options, "bfloat16")
     configs = {}
-    for precision in precisions():
+    for precision in PRECISIONS:
         own = in_folder(with_precision(config, precision), folder / precision)
         if not (options.resume and is_policy(own.paths.policy)):
             shutil.rmtree(folder / precision, ignore_errors=True)
@@ -82,7 +78,7 @@ def random_weights(folder: Path, options: argparse.Namespace) -> Weights:
         precision: write_config(
             in_folder(with_precision(config, precision), folder / precision), folder / precision
         )
-        for precision in precisions()
+        for precision in PRECISIONS
     }
     return Weights("0.3b", model.absolute(), None, (NONE,), configs, ignore_eos=True)
 

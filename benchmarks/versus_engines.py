@@ -5,7 +5,7 @@
 
 Greedy, same prompts, seconds from prompt tokens to output tokens. One engine works at a time; the
 others wait on their input and must use no processor time. Cases: 1 and 8 rows, a prefill of 512 tokens,
-each at bfloat16 and, where paceline's configuration knows `weights`, at 8 bits (llama.cpp's q8_0). The
+each at bfloat16 and at 8 bits (llama.cpp's q8_0). The
 0.3 B Llama has random weights, so its speculation would mean nothing and is left out. The first use
 installs each peer in an environment of its own; one that cannot run is named with its reason. The
 policies of `auto` are learned here, on prompts that are not timed.
@@ -247,7 +247,9 @@ def compare(options: argparse.Namespace, peers: Sequence[str], facts: Facts) -> 
         cases = make_cases(weights, prompts, engines, options.max_new_tokens)
         run = Run(facts, not_run, folder / "log", options.threads)
         run_model(weights, cases, run, facts, options.turns)
-    tables = summarise(facts.calls, weight_bytes)
+    # facts that are resumed may hold other models
+    chosen = [call for call in facts.calls if call.case.split()[0].strip(",") in options.models]
+    tables = summarise(chosen, weight_bytes)
     write(tables, not_run, engines.versions, options)
 
 

@@ -50,7 +50,7 @@ def why_not_lean(model: PreTrainedModel) -> str | None:
         return "its weights have several dtypes or devices"
     if not parameters[0].dtype.is_floating_point or parameters[0].device.type == "meta":
         return "its weights are not plain numbers"
-    for module in (anything.lm_head, *anything.model.layers.modules()):
+    for module in (anything.lm_head, *anything.model.modules()):
         if module._forward_hooks or module._forward_pre_hooks:
             return "its modules have hooks"
     for layer in anything.model.layers:

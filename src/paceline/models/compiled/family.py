@@ -10,14 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from paceline.models.compiled.facts import Facts, LayerFacts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 _DTYPES: Final = (torch.bfloat16, torch.float32)
@@ -227,7 +229,7 @@ def _why_not_config(reader: _Reader, config: Any) -> str | None:
 
 def _why_not_modules(body: Any, head: Any) -> str | None:
     """Return what stands in a model instead of plain modules, or None."""
-    for module in (head, *body.layers.modules()):
+    for module in (head, *body.modules()):
         if module._forward_hooks or module._forward_pre_hooks:
             return "its modules have hooks"
     for linear in (head, *(linear for layer in body.layers for linear in _linears(layer))):
@@ -320,6 +322,9 @@ def _biases(linears: Sequence[_Linear]) -> tuple[Tensor, ...] | None:
     return tuple(w.new_zeros(len(w)) if bias is None else bias for w, bias in linears)
 
 
+_PART: Final = 64  # positions
+
+
 class _Angles:
     """Cosines and sines by position, in float32 whatever the model's dtype.
 
@@ -332,11 +337,18 @@ class _Angles:
         self.half_turned = self(1).shape[-1] // 2
 
     def __call__(self, length: int) -> Tensor:
-        tables = [self._table(length, kind) for kind in self.kinds or (None,)]
-        return torch.stack(tables, dim=1)
+        """Return [positions, tables, 2 * half_turned].
 
-    def _table(self, length: int, kind: str | None) -> Tensor:
-        like, positions = torch.zeros(1, dtype=torch.float32), torch.arange(length)[None]
+        Parts are so small that torch does not share them among its threads, for which a forked child
+        would wait without end.
+        """
+        kinds: Sequence[str | None] = self.kinds or (None,)
+        bounds = [(start, min(length, start + _PART)) for start in range(0, length, _PART)]
+        tables = [np.concatenate([self._part(*part, kind) for part in bounds]) for kind in kinds]
+        return torch.from_numpy(np.stack(tables, axis=1))
+
+    def _part(self, start: int, stop: int, kind: str | None) -> np.ndarray:
+        like, positions = torch.zeros(1, dtype=torch.float32), torch.arange(start, stop)[None]
         cos, sin = self._rotary(like, positions, *(() if kind is None else (kind,)))
         half = cos.shape[-1] // 2  # the second half is the same
-        return torch.cat([cos[0, :, :half], sin[0, :, :half]], dim=-1)
+        return torch.cat([cos[0, :, :half], sin[0, :, :half]], dim=-1).numpy()

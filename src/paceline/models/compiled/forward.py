@@ -119,7 +119,8 @@ class CompiledForward:
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [..., V] float32 of final hidden states [..., D]."""
         flat = hidden.reshape(-1, hidden.shape[-1]).to(self.packed.dtype)
-        inputs = F.pad(flat, (0, self.packed.room - flat.shape[-1])).contiguous()
+        more = self.packed.room - flat.shape[-1]
+        inputs = (F.pad(flat, (0, more)) if more else flat).contiguous()
         logits = self._new_logits(len(flat))
         if len(flat):
             with borrowed() as lent:

@@ -16,8 +16,8 @@ from paceline.models.compiled import tables as t
 from paceline.models.compiled.attention import attention_bytes
 from paceline.models.compiled.entry import MAX_THREADS
 from paceline.models.compiled.phases import num_phases
-from paceline.models.compiled.products import ROOM_ROWS, TILE_BYTES
-from paceline.models.compiled.sharing import LINE
+from paceline.models.compiled.products import BLOCK_ROWS, ROOM_ROWS, TILE_BYTES
+from paceline.models.compiled.sharing import LINE, MAX_PIECES
 from paceline.models.compiled.tables import rounded
 from paceline.models.compiled.weights import float_bits
 
@@ -57,6 +57,11 @@ class _Layout:
 
     def __init__(self, model: PackedModel, shape: _Shape) -> None:
         facts = model.facts
+        blocks = -(-max(shape.tokens, shape.picked) // BLOCK_ROWS)
+        if (pieces := blocks * max(model.logit_room, 2 * model.mlp_room) // 64) > MAX_PIECES:
+            raise ValueError(
+                f"{pieces} pieces of a product are too many; score fewer tokens at once"
+            )
         rows = rounded(max(shape.tokens, shape.picked), ROOM_ROWS)
         self.scratch_stride = rounded(_scratch_bytes(model, shape), LINE)
         sizes = {

@@ -23,6 +23,7 @@ import llvmlite.binding as llvm
 import numba
 from numba import types
 
+from paceline import noise
 from paceline.models.compiled import entry
 from paceline.models.compiled.program import make_run
 from paceline.noise import kernels, splitmix
@@ -52,21 +53,29 @@ _BY_CODE_GENERATION: Final = (
 def source_version() -> str:
     """Return a hash of this folder's code, numba, LLVM and the processor."""
     digest = hashlib.sha256()
-    from_noise = (kernels.__file__, splitmix.__file__)  # `race` calls functions of theirs
+    # `race` calls functions of theirs
+    from_noise = (noise.__file__, kernels.__file__, splitmix.__file__)
     for path in (*sorted(Path(__file__).parent.glob("*.py")), *map(Path, from_noise)):
         digest.update(path.read_bytes())
     features = llvm.get_host_cpu_features().flatten()
-    facts = (numba.__version__, llvmlite.__version__, llvm.get_host_cpu_name(), features)
+    chosen = [os.environ.get(name) for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")]
+    facts = (numba.__version__, llvmlite.__version__, llvm.get_host_cpu_name(), features, chosen)
     digest.update(repr(facts).encode())
     return digest.hexdigest()[:20]
 
 
 def cache_folder() -> Path:
-    """Return the folder of compiled code."""
-    root = os.environ.get("PACELINE_CACHE")
-    if root is None:
-        root = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")) + "/paceline"
-    return Path(root) / "compiled" / source_version()
+    """Return the folder of compiled code.
+
+    Raises RuntimeError if no variable names one and the user has no home folder.
+    """
+    own = os.environ.get("PACELINE_CACHE")
+    root = (
+        Path(own)
+        if own
+        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paceline"
+    )
+    return root / "compiled" / source_version()
 
 
 def function_address(name: str, make: Callable[[], Callable[..., Any]], arguments: int) -> int:
@@ -74,12 +83,17 @@ def function_address(name: str, make: Callable[[], Callable[..., Any]], argument
 
     name: of the file. make: returns the function. The result is int64 for `follow`, else nothing.
     """
-    path = cache_folder() / f"{name}.o"
-    stored = _read(path)
+    try:
+        path: Path | None = cache_folder() / f"{name}.o"
+    except RuntimeError as error:
+        path = None
+        _warn_of(f"has no folder ({error})")
+    stored = None if path is None else _read(path)
     if stored is None:
         _LOG.warning("paceline compiles its forward for this processor, once: %s", name)
         stored = _compile(make(), arguments, types.int64 if name == "follow" else types.void)
-        _write(path, *stored)
+        if path is not None:
+            _write(path, *stored)
     symbol, external, code = stored
     _resolve(external)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine())
@@ -107,7 +121,7 @@ def _resolve(names: Iterable[str]) -> None:
     If one is missing, the loader leaves them all without an address. Those that nothing defines are
     numba's, for errors that this code does not raise; they abort the process.
     """
-    process = ctypes.CDLL(None if os.name == "posix" else "msvcrt")
+    process = ctypes.CDLL(None)
     for name in (*names, *_BY_CODE_GENERATION):
         if not llvm.address_of_symbol(name):
             function = getattr(process, name, process.abort)
@@ -151,11 +165,15 @@ def _write(path: Path, symbol: str, external: Sequence[str], code: bytes) -> Non
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        warnings.warn(
-            f"compiled code cannot be kept in {path.parent} ({error}), so every process compiles it; "
-            "set PACELINE_CACHE to a folder that can be written",
-            stacklevel=2,
-        )
+        _warn_of(f"cannot be kept in {path.parent} ({error})")
+
+
+def _warn_of(trouble: str) -> None:
+    warnings.warn(
+        f"compiled code {trouble}, so every process compiles it; "
+        "set PACELINE_CACHE to a folder that can be written",
+        stacklevel=2,
+    )
 
 
 @cache

@@ -12,7 +12,6 @@ Layout of a counter: tag (23 bits), next piece (20 bits), end of the share (20 b
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,7 +20,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from paceline.models.compiled.memory import add_atomic, field, get_atomic, put_atomic, swap_atomic
-from paceline.models.compiled.tables import CURRENT, SCRATCH, SCRATCH_STRIDE, THREADS, YIELD
+from paceline.models.compiled.tables import SCRATCH, SCRATCH_STRIDE, THREADS, YIELD
 from paceline.models.compiled.vectors import I32, compiled, declared
 
 if TYPE_CHECKING:
@@ -55,10 +54,7 @@ def pause(typingctx):
 
 def yield_address() -> int:
     """Return the address of the system's function that lets another thread run."""
-    is_windows = os.name == "nt"
-    library = ctypes.CDLL("kernel32" if is_windows else None)
-    function = library.SwitchToThread if is_windows else library.sched_yield
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
+    return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
 
 
 @intrinsic
@@ -120,7 +116,10 @@ def finish(phase: int, threads: int, thread: int, tag: int) -> int:
 
 @compiled
 def await_all(job: int, phase: int, tag: int) -> bool:
-    """Wait until all pieces are finished; return False if the job is over."""
+    """Wait until all pieces are finished; return False if the job is over.
+
+    Whoever has claimed a piece finishes it, so a counter with the job's tag comes to 0.
+    """
     looks = 0
     while True:
         seen = get_atomic(phase)
@@ -131,9 +130,6 @@ def await_all(job: int, phase: int, tag: int) -> bool:
         looks += 1
         pause()
         if looks % _PATIENCE == 0:
-            # a late thread may look where another job's counters were
-            if get_atomic(field(job, CURRENT)) != tag:
-                return False
             offer_processor(field(job, YIELD))
 
 

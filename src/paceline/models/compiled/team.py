@@ -96,24 +96,33 @@ class Team:
         self._lead, self._follow = control_functions()
 
     def run(self, threads: int) -> None:
-        """Run the workspace's job on this thread and `threads` - 1 others. The lock must be held."""
+        """Run the workspace's job on this thread and `threads` - 1 others. The lock must be held.
+
+        Where the system allows no more threads, it runs on fewer.
+        """
         for follower in range(threads - 1):
-            if follower == len(self._threads):
-                self._hire()
+            if follower == len(self._threads) and not self._add_follower():
+                threads = follower + 1
+                break
             if self._asleep[follower]:
                 self._wake[follower].set()
         self.workspace.job[THREADS] = threads
         self._lead(self._address, self.workspace.address, self.workspace.next_tag())
 
-    def _hire(self) -> None:
+    def _add_follower(self) -> bool:
+        """Start one more thread; return whether the system allows it."""
         event = threading.Event()
         number = len(self._threads) + 1
         thread = threading.Thread(
             target=self._work, args=(number, event), name=f"paceline-{number}", daemon=True
         )
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:
+            return False
         self._threads.append(thread)
         self._wake.append(event)
+        return True
 
     def _work(self, number: int, event: threading.Event) -> None:
         seen = 0
@@ -186,5 +195,5 @@ def _stop() -> None:
         _team.stop()
 
 
-os.register_at_fork(after_in_child=_forget) if hasattr(os, "register_at_fork") else None
+os.register_at_fork(after_in_child=_forget)
 atexit.register(_stop)

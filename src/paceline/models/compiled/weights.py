@@ -6,6 +6,7 @@ D hidden size, H query heads, Hkv key-value heads, d head size, F MLP size, V lo
 
 from __future__ import annotations
 
+import os
 import struct
 import threading
 from typing import TYPE_CHECKING, Final
@@ -83,6 +84,18 @@ def float_bits(number: float) -> int:
     return int(struct.unpack("<I", struct.pack("<f", number))[0])
 
 
+_growing = threading.Lock()  # of tables of angles
+
+
+def _renew_lock() -> None:
+    """Make a lock that no thread of a forked child's parent holds."""
+    global _growing
+    _growing = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
 class PackedModel:
     """The packed weights of a model and the address of its table."""
 
@@ -102,7 +115,6 @@ class PackedModel:
         self.num_layers = len(layers)
         self._kept: list[Tensor] = [facts.embedding]
         self._angles = torch.empty(0)
-        self._growing = threading.Lock()  # of the angles
         self._old_angles: list[Tensor] = []  # another thread's job may still read them
         self._table = np.zeros(t.MODEL_SIZE, np.int64)
         self._layers = np.zeros((len(layers), t.LAYER_SIZE), np.int64)
@@ -186,15 +198,16 @@ class PackedModel:
         """Make the table of angles cover positions below `num_positions`."""
         if num_positions <= self._angles.shape[0] or not self.facts.half_turned:
             return
-        with self._growing:
+        with _growing:
             known = self._angles.shape[0]
             if num_positions <= known:  # another thread was first
                 return
             length = min(max(num_positions, 2 * known, 256), self.facts.num_positions)
+            angles = self.facts.angles(max(length, num_positions))
             self._old_angles.append(self._angles)
-            self._angles = self.facts.angles(max(length, num_positions)).contiguous()
-            self._table[t.ANGLE_TABLES] = self._angles.shape[1]
-            self._table[t.ANGLES] = self._angles.data_ptr()
+            self._table[t.ANGLE_TABLES] = angles.shape[1]
+            self._table[t.ANGLES] = angles.data_ptr()
+            self._angles = angles  # last: whoever finds it long enough does not wait for the lock
 
     def row_bytes(self, room: int) -> int:
         """Return the bytes of a row of inputs; see `rows.make_rows`."""
