@@ -132,7 +132,11 @@ class LanguageModel:
 
         None if it is compiled, if its settings name a forward, or on another device.
         """
-        if self.why_not_compiled is None or self.device.type != "cpu" or self._required[0] != "auto":
+        if (
+            self.why_not_compiled is None
+            or self.device.type != "cpu"
+            or self._required[0] != "auto"
+        ):
             return None
         return f"{self.forward_name}; not compiled: {self.why_not_compiled}"
 
