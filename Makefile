@@ -17,8 +17,8 @@ help:
 	@echo "make demo       see it work on this machine, without any download of models"
 	@echo "make test       style, types, import rules, wheel, tests"
 	@echo "make test-full  the same with the wide grids"
-	@echo "make test-oldest, make test-newest  exactness and integration with the oldest and the newest"
-	@echo "                transformers that pyproject.toml allows, in environments of their own"
+	@echo "make test-oldest, make test-newest  exactness, integration and compiled code with the oldest and the"
+	@echo "                newest transformers and numba that pyproject.toml allows, in environments of their own"
 	@echo "make check      style, types and import rules only"
 	@echo "make bench      timed comparison with transformers' own generate"
 	@echo "make bench-engines  timed comparison with llama.cpp and vLLM on the same weights; installs both below build/"
@@ -36,8 +36,8 @@ test-full: check wheel
 	$(BIN)/python -m pytest -n $(TESTERS) -m "wide or not wide" $(ARGS)
 
 test-oldest test-newest: test-%: .venv-%/.installed
-	.venv-$*/bin/python -m pip freeze | grep '^transformers=='
-	.venv-$*/bin/python -m pytest -n $(TESTERS) tests/exactness tests/integration $(ARGS)
+	.venv-$*/bin/python -m pip freeze | grep $(FREE:%=-e '^%==')
+	.venv-$*/bin/python -m pytest -n $(TESTERS) tests/exactness tests/integration tests/unit/models/compiled $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -80,17 +80,19 @@ $(STAMP): pyproject.toml requirements.lock
 	@touch $@
 	@echo "Installed."
 
-# --- transformers at either end of its range, everything else as locked ----------------------------
+# --- transformers and numba at either end of their ranges, everything else as locked ---------------
 
-TRANSFORMERS := $(shell sed -n 's/^ *"\(transformers>=[^"]*\)".*/\1/p' pyproject.toml)
-TRANSFORMERS_oldest := $(shell echo '$(TRANSFORMERS)' | sed 's/>=\([^,]*\),.*/==\1/')
-TRANSFORMERS_newest := $(TRANSFORMERS)
+# llvmlite and numpy are those that pip finds for numba.
+FREE := transformers numba llvmlite numpy
+END_oldest := s/^ *"(transformers|numba)>=([0-9.]+).*/\1==\2/p
+END_newest := s/^ *"((transformers|numba)>=[^"]*)".*/\1/p
 
 .venv-oldest/.installed .venv-newest/.installed: .venv-%/.installed: pyproject.toml requirements.lock
-	@echo "Installing requirements.lock with $(TRANSFORMERS_$*) into .venv-$*: it takes as long and as much space as .venv."
+	@echo "Installing requirements.lock with the $* transformers and numba into .venv-$*: it takes as long and as much space as .venv."
 	@$(PYTHON) -m venv --clear .venv-$*
-	@grep -v '^transformers==' requirements.lock >.venv-$*/requirements.txt
-	@.venv-$*/bin/python -m pip --quiet --disable-pip-version-check install -r .venv-$*/requirements.txt '$(TRANSFORMERS_$*)'
+	@grep -v $(FREE:%=-e '^%==') requirements.lock >.venv-$*/requirements.txt
+	@sed -n -E '$(END_$*)' pyproject.toml >>.venv-$*/requirements.txt
+	@.venv-$*/bin/python -m pip --quiet --disable-pip-version-check install -r .venv-$*/requirements.txt
 	@.venv-$*/bin/python -m pip --quiet --disable-pip-version-check install --no-deps --no-build-isolation --editable .
 	@touch $@
 

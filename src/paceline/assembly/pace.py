@@ -65,10 +65,13 @@ class Pace:
 
     @property
     def notes(self) -> list[str]:
-        """Notes on the policy, the target and the drafters, one line each."""
+        """Notes on the policy, the target, the drafters and their forwards, one line each."""
         context = self.parts.target.context_note
         target = [f"target: {context}"] if context else []
-        return [*self._notes, *target, *(d.note for d in self.parts.drafters.values() if d.note)]
+        forwards = {name: model.forward_note for name, model in self.parts.models().items()}
+        slower = [f"forward of {name}: {note}" for name, note in forwards.items() if note]
+        drafters = (d.note for d in self.parts.drafters.values() if d.note)
+        return [*self._notes, *target, *slower, *drafters]
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return a prompt's token ids: of a string as it is, of messages through the chat template.

@@ -62,14 +62,15 @@ class Parts:
         """Return one comparable line per drafter."""
         return identity_of_arms({name: d.identity() for name, d in self.drafters.items()})
 
-    def forwards(self) -> dict[str, str]:
-        """Return the forward that runs the target, and each drafter that is a model, by name."""
+    def models(self) -> dict[str, LanguageModel]:
+        """Return the target, and the model of each drafter that has one, by name."""
         models = {name: getattr(drafter, "model", None) for name, drafter in self.drafters.items()}
-        return {
-            name: model.forward_name
-            for name, model in {TARGET: self.target, **models}.items()
-            if isinstance(model, LanguageModel)
-        }
+        found = {TARGET: self.target, **models}
+        return {name: model for name, model in found.items() if isinstance(model, LanguageModel)}
+
+    def forwards(self) -> dict[str, str]:
+        """Return the forward that runs each of these models, by name."""
+        return {name: model.forward_name for name, model in self.models().items()}
 
 
 def build(config: Config) -> Parts:

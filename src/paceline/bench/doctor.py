@@ -25,7 +25,7 @@ from paceline.drafting.cross_vocabulary import CrossVocabularySettings, check_br
 from paceline.errors import ArtefactError, PacelineError, StoreError
 from paceline.models.forward_choice import forward_before_weights
 from paceline.models.loading import DTYPES, load_config, load_tokenizer, resolve_device
-from paceline.models.model_facts import cache_bytes_per_position
+from paceline.models.model_facts import cache_bytes_per_position, count_packed_bytes
 from paceline.models.vocabulary import Vocabulary
 from paceline.replay import price_stops, rounds_of
 from paceline.rewards import request_seconds
@@ -51,6 +51,7 @@ class ModelFacts:
     parameters: int
     dtype: str
     weight_bytes: int
+    packed_bytes: int  # of the copy that the compiled forward makes
     cache_bytes_per_token: int
     context: int
     num_logits: int
@@ -181,13 +182,13 @@ def model_facts(section: ModelSection, name: str = "target", exact: bool = False
     stored = getattr(raw, "dtype", None) or torch.float32
     dtype = stored if section.dtype == "auto" else DTYPES[section.dtype]
     forward, why_not_compiled = _forward_of(model, section, name, exact, dtype)
+    is_compiled = forward is not None and forward.startswith("compiled")
     return ModelFacts(
         parameters=parameters,
         dtype=str(dtype).removeprefix("torch."),
         weight_bytes=parameters * dtype.itemsize,
-        cache_bytes_per_token=cache_bytes_per_position(
-            raw, dtype, (forward or "").startswith("compiled")
-        ),
+        packed_bytes=count_packed_bytes(model, section.weights) if is_compiled else 0,
+        cache_bytes_per_token=cache_bytes_per_position(raw, dtype, is_compiled),
         context=text.max_position_embeddings,
         num_logits=text.vocab_size,
         hidden_size=text.hidden_size,

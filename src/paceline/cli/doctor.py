@@ -25,11 +25,12 @@ def doctor(
     def size(facts: ModelFacts | None) -> tuple[str, str, str]:
         if facts is None:
             return "-", "-", "-"
+        packed = f"{facts.packed_bytes / 2**20:.1f} MiB packed + " if facts.packed_bytes else ""
         cache = f"{facts.cache_bytes_per_token / 1024:.1f} KiB/token"
         return (
             f"{facts.parameters / 1e6:.1f} M",
             facts.dtype,
-            f"{facts.weight_bytes / 2**20:.1f} MiB + {cache}",
+            f"{facts.weight_bytes / 2**20:.1f} MiB + {packed}{cache}",
         )
 
     report = run_doctor(options.configured(config, dtype, device, threads))

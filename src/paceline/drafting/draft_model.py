@@ -126,7 +126,7 @@ class DraftModel(Drafter):
         return {**super().identity(), "model": self.model.fingerprint(), **weights, **stop}
 
     def num_bytes(self) -> int:
-        return self.model.num_bytes() + self.model.cache.num_bytes()
+        return self.model.num_bytes() + self.model.packed_bytes + self.model.cache.num_bytes()
 
     def state_bytes(self, lengths: Sequence[int]) -> int:
         """Return the bytes of the cache, in which every slot has the positions of the longest row."""

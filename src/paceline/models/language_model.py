@@ -127,6 +127,20 @@ class LanguageModel:
         return self._forward.kind
 
     @property
+    def forward_note(self) -> str | None:
+        """The forward of a model on the CPU that compiled code cannot run, with the reason.
+
+        None if it is compiled, if its settings name a forward, or on another device.
+        """
+        if (
+            self.why_not_compiled is None
+            or self.device.type != "cpu"
+            or self._required[0] != "auto"
+        ):
+            return None
+        return f"{self.forward_name}; not compiled: {self.why_not_compiled}"
+
+    @property
     def exact(self) -> bool:
         """Whether a token's bits depend on its own row alone."""
         return self._compiled is not None
@@ -272,8 +286,13 @@ class LanguageModel:
         return digest.hexdigest()[:16]
 
     def num_bytes(self) -> int:
-        """Return the bytes of the weights in memory, tied ones once, without packed copies."""
+        """Return the bytes of the weights in memory, tied ones once, without the packed copy."""
         return sum(_num_bytes(p.data) for p in {id(p): p for p in self.model.parameters()}.values())
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the copy of the weights that the compiled forward keeps."""
+        return 0 if self._compiled is None else self._compiled.packed.num_bytes
 
     @property
     def position_bytes(self) -> int:

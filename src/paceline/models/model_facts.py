@@ -8,11 +8,14 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
+from torch import nn
+
 from paceline.errors import ModelError
-from paceline.models.compiled.weights import GROUP, HEAD_UNIT, rounded
+from paceline.models.compiled.family import facts_of
+from paceline.models.compiled.weights import GROUP, HEAD_UNIT, PackedModel, rounded
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 _RECURRENT: Final = re.compile(r"mamba|linear|recurrent|conv|rwkv|lstm|ssm|delta|lightning")
@@ -97,3 +100,22 @@ def cache_bytes_per_position(config: Any, dtype: torch.dtype, is_compiled: bool 
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     rooms = (rounded(size, HEAD_UNIT) + rounded(size, GROUP)) if is_compiled else 2 * size
     return int(text.num_hidden_layers * heads * rooms * dtype.itemsize)
+
+
+def count_packed_bytes(model: PreTrainedModel, weights: str) -> int:
+    """Return the bytes of the copy of a model's weights that the compiled forward makes.
+
+    model: fits the compiled forward; only shapes and dtype are used, and its weights and buffers are
+    lost. weights: `own` or `int8`.
+    """
+    kind = str(model.dtype).removeprefix("torch.") if weights == "own" else weights
+    for module in model.modules():
+        for key, weight in module._parameters.items():
+            if weight is not None:
+                shape = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+                module._parameters[key] = nn.Parameter(shape, False)
+        for key, buffer in module._buffers.items():
+            if buffer is not None:  # small, and read while the weights are packed
+                module._buffers[key] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+    windows = dict.fromkeys(range(model.config.get_text_config().num_hidden_layers))
+    return PackedModel(*facts_of(model, windows, 1), kind).num_bytes

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from paceline.assembly import build
+from paceline.assembly import build, load
 from paceline.bench.doctor import doctor, model_facts
 from paceline.cli import main
 from paceline.config import Config, DrafterSection, ModelSection
@@ -42,6 +42,7 @@ def test_the_forward_that_is_predicted_is_the_one_that_runs(
         assert facts.forward == loaded.forward_name
         assert facts.why_not_compiled == loaded.why_not_compiled
         assert facts.cache_bytes_per_token == loaded.position_bytes
+        assert facts.packed_bytes == loaded.packed_bytes
 
 
 @pytest.mark.parametrize(
@@ -99,6 +100,43 @@ def test_the_command_names_every_forward(
     shown = capsys.readouterr().out
     assert f"forward of target: {OURS}\n" in shown
     assert "forward of small: lean; not compiled: the configuration says 'lean'" in shown
+
+
+def test_the_packed_copy_of_the_weights_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, rounded, bound = (
+        model_facts(ModelSection(model=str(ZOO / "target"), device="cpu", **settings))
+        for settings in ({"dtype": "bfloat16"}, {"weights": "int8"}, {"forward": "transformers"})
+    )
+    assert own.packed_bytes == pytest.approx(own.weight_bytes, rel=0.1)
+    assert 2 * rounded.packed_bytes == pytest.approx(own.packed_bytes, rel=0.1)
+    assert bound.packed_bytes == 0
+
+    path = tmp_path / "paceline.yaml"
+    section = {"model": str(ZOO / "target"), "dtype": "bfloat16", "device": "cpu"}
+    path.write_text(yaml.safe_dump({"target": section}))
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", ["paceline", "doctor", "-c", str(path)])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main()
+    assert f"MiB + {own.packed_bytes / 2**20:.1f} MiB packed + " in capsys.readouterr().out
+
+
+def test_a_pace_notes_the_models_that_compiled_code_cannot_run(tmp_path: Path) -> None:
+    target = section_of("gpt2", tmp_path / "target")
+    drafters = {
+        name: DrafterSection(kind="draft_model", settings=section.model_dump())
+        for name, section in {
+            "small": section_of("llama", tmp_path / "small"),
+            "odd": section_of("granite_moe", tmp_path / "odd"),
+            "chosen": section_of("phi", tmp_path / "chosen", forward="transformers"),
+        }.items()
+    }
+    assert load(Config(target=target, drafters=drafters)).notes == [
+        f"forward of {name}: transformers; not compiled: compiled code does not know {kind}"
+        for name, kind in (("target", "GPT2LMHeadModel"), ("odd", "GraniteMoeForCausalLM"))
+    ]
 
 
 def test_parts_name_the_forwards_of_their_models(tmp_path: Path) -> None:
