@@ -101,8 +101,8 @@ class TrigramTree(Drafter):
             positions.append(len(tokens))
             state.num_read = len(tokens)
         drafts, sizes = self._search.learn_and_draft(learned, texts, positions, limits)
-        tokens, parents = torch.from_numpy(drafts[:, :, : max(sizes, default=0)])
-        return Drafts(tokens, sizes, parents=parents)
+        tokens, parents = drafts[:, :, : max(sizes, default=0)]
+        return Drafts(torch.from_numpy(tokens), sizes, parents=torch.from_numpy(parents))
 
     def _start_of(self, state: _RowState, num_tokens: int) -> int:
         """Return the first token to read before a draft: the learned tri-grams, or the last two tokens."""

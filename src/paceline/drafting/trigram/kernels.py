@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
-from paceline.compiled import compiled
+from paceline.compiled import compiled, inlined
 from paceline.drafting.trigram.table import MAX_SUCCESSORS, Table
 from paceline.noise.kernels import GOLDEN, bits_at, mix
 
@@ -155,7 +155,7 @@ def _home(key: np.int64, mask: int) -> np.int64:
     return np.int64((np.uint64(key) * GOLDEN) >> np.uint64(33)) & mask
 
 
-@compiled
+@inlined
 def _find(overlay: Overlay, key: np.int64) -> int:
     """Return the overlay's pair of a key, -1 if there is none."""
     mask = len(overlay.places) - 1
@@ -167,7 +167,7 @@ def _find(overlay: Overlay, key: np.int64) -> int:
         place = (place + 1) & mask
 
 
-@compiled
+@inlined
 def _find_in_table(table: Table, t1: int, t2: int) -> tuple[int, int]:
     """Return the first and last place of a pair's successors, within bounds even in a damaged file."""
     if t1 < 0 or t1 + 1 >= len(table.starts):
@@ -188,7 +188,7 @@ def _find_in_table(table: Table, t1: int, t2: int) -> tuple[int, int]:
     return first, last
 
 
-@compiled
+@inlined
 def _look_up(
     table: Table, overlay: Overlay, is_counts: bool, t1: int, t2: int, scratch: Scratch
 ) -> int:
@@ -318,7 +318,7 @@ def _uniform(bits: np.uint64, number: int) -> float:
     return np.float64(mix(bits + GOLDEN * np.uint64(number + 1)) >> np.uint64(11)) * 2.0**-53
 
 
-@compiled
+@inlined
 def _expand(
     table: Table, overlay: Overlay, is_counts: bool, scratch: Scratch, num_nodes: int, node: int
 ) -> int:
@@ -334,7 +334,7 @@ def _expand(
     return num_nodes + size
 
 
-@compiled
+@inlined
 def _set(
     nodes: np.ndarray, node: int, parent: int, depth: int, before: int, token: int, weight: float
 ) -> None:
@@ -431,7 +431,7 @@ def _search(
     return num_nodes
 
 
-@compiled
+@inlined
 def _push_children(scratch: Scratch, num_open: int, node: int) -> int:
     for j in range(scratch.nodes[node].num_children):
         scratch.frontier[num_open] = scratch.nodes[node].first_child + j
@@ -439,7 +439,7 @@ def _push_children(scratch: Scratch, num_open: int, node: int) -> int:
     return num_open
 
 
-@compiled
+@inlined
 def _pop_best(nodes: np.ndarray, frontier: np.ndarray, num_open: int) -> int:
     """Remove the open node of the highest rank, of equals the oldest, from the frontier; return it."""
     at, best = 0, frontier[0]
@@ -453,7 +453,7 @@ def _pop_best(nodes: np.ndarray, frontier: np.ndarray, num_open: int) -> int:
     return best
 
 
-@compiled
+@inlined
 def _to_draft(scratch: Scratch, num_drafted: int, node: int) -> int:
     """Append a node to the draft, which holds its parent; return the new number of drafted nodes."""
     nodes = scratch.nodes
@@ -499,7 +499,7 @@ def _most_visited(
     return num_drafted
 
 
-@compiled
+@inlined
 def _best_first(
     table: Table,
     overlay: Overlay,
@@ -532,7 +532,7 @@ def _best_first(
         num_drafted = _to_draft(scratch, num_drafted, node)
 
 
-@compiled
+@inlined
 def _grow_tree(
     table: Table,
     overlay: Overlay,
