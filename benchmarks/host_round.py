@@ -147,9 +147,7 @@ def rounds(
     return found, emitted / len(found) / num_rows
 
 
-def measure(
-    repeats: int, num_tokens: int, report: Any
-) -> list[dict[str, Any]]:
+def measure(repeats: int, num_tokens: int, report: Any) -> list[dict[str, Any]]:
     """Return the rows of the table."""
     config = load_zoo("bfloat16")
     target = load_language_model(config.target, "target")

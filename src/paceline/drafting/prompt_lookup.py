@@ -68,9 +68,7 @@ class PromptLookup(Drafter):
         min_ngram, most = self.settings.min_ngram, self.num_draft_tokens
         drafts = [
             _copy(row.tokens, match.source, min(limit, most)) if match.length >= min_ngram else []
-            for row, limit, (_, match) in zip(
-                rows, limits, self._rows.match_own(rows), strict=True
-            )
+            for row, limit, (_, match) in zip(rows, limits, self._rows.match_own(rows), strict=True)
         ]
         return Drafts(*pad_drafts(drafts, torch.device("cpu")))
 

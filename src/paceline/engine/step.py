@@ -59,19 +59,20 @@ def run_round(rows: Sequence[Row], target: LanguageModel, detokenizer: Detokeniz
 
 def propose(rows: Sequence[Row], num_logits: int) -> list[Draft]:
     """Return each row's draft; every drafter is called once for all its rows."""
-    drafts: dict[int, Draft] = {}
+    drafts = [Draft([]) for _ in rows]
     groups: dict[int, list[int]] = {}  # by identity, since a drafter may define hash and equality
     for i, row in enumerate(rows):
         if row.arm != NONE:
             groups.setdefault(id(row.drafter), []).append(i)
     for members in groups.values():
         began = perf_counter()
-        for place, draft in enumerate(_ask([rows[i] for i in members], num_logits)):
-            drafts[members[place]] = draft
+        asked = _ask([rows[i] for i in members], num_logits)
+        for i, draft in zip(members, asked, strict=True):
+            drafts[i] = draft
         spent = (perf_counter() - began) / len(members)
         for i in members:
             rows[i].seconds.draft += spent
-    return [drafts[i] if i in drafts else Draft([]) for i in range(len(rows))]
+    return drafts
 
 
 def _ask(rows: list[Row], num_logits: int) -> list[Draft]:
@@ -154,7 +155,9 @@ def commit(
             row.fail(verdict.error, verdict.cause)
             continue
         path, num_accepted = verdict.path, len(verdict.path)
-        if path and path[-1] >= num_accepted:  # a path of a tree, beside which other tokens were cached
+        if (
+            path and path[-1] >= num_accepted
+        ):  # a path of a tree, beside which other tokens were cached
             _move_path(row, path, target)
             tokens = [draft.tokens[k] for k in path]
         else:

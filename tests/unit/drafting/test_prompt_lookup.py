@@ -50,7 +50,9 @@ def test_the_match_is_that_of_a_naive_search(text: list[int], least: int, more: 
     index.extend(text)
 
     found = index.match_own()
-    assert (found.source if found.length >= least else None) == naive_match(text, least, least + more)
+    assert (found.source if found.length >= least else None) == naive_match(
+        text, least, least + more
+    )
 
 
 @QUICK

@@ -105,7 +105,7 @@ class TrigramTree(Drafter):
         return Drafts(torch.from_numpy(tokens), sizes, parents=torch.from_numpy(parents))
 
     def _start_of(self, state: _RowState, num_tokens: int) -> int:
-        """Return the first token to read before a draft: the learned tri-grams, or the last two tokens."""
+        """Return the place of the first token that a draft needs: to learn from, or to follow."""
         start = num_tokens - 2
         if self.settings.update == "counts":
             start = min(start, state.num_read - 2)

@@ -563,9 +563,7 @@ def _grow_tree(
     num_nodes = _search(
         table, overlay, is_counts, scratch, explore, levels, search.iterations, bits
     )
-    return _most_visited(
-        table, overlay, is_counts, scratch, num_nodes, depth, search.paths, most
-    )
+    return _most_visited(table, overlay, is_counts, scratch, num_nodes, depth, search.paths, most)
 
 
 @compiled

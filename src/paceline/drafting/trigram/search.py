@@ -57,7 +57,11 @@ class TreeSearch:
         search = kernels.Search(
             _SEARCHES[s.search], s.depth, s.iterations, s.paths, s.num_draft_tokens, s.seed
         )
-        self._arrays, self._rule_numbers, self._search = tuple(table), tuple(self._rule), tuple(search)
+        self._arrays, self._rule_numbers, self._search = (
+            tuple(table),
+            tuple(self._rule),
+            tuple(search),
+        )
         # compile now, or read compiled code from disk, instead of in the first request
         learned = Learned(s.max_pairs)
         self.learn(learned, [0, 0, 0])
