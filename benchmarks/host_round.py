@@ -32,6 +32,7 @@ from paceline.models.scores import Scores
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from paceline.contracts import Progress
     from paceline.drafting.base import Drafter
     from paceline.models.language_model import LanguageModel
     from paceline.models.packing import Span
@@ -41,6 +42,7 @@ PROMPT = 64  # tokens of the shortest prompt
 CHAIN = 4  # drafted tokens per round of the draft model
 NUM_PHRASES, PHRASE = 6, 16
 CHANGED = 0.1  # share of the text's tokens that are random
+WARM_UP = 3  # rounds that are not counted
 WRONG = 0.25  # share of the draft model's tokens that differ from the text
 
 
@@ -64,7 +66,7 @@ class Script:
         return cls(text, guesses)
 
     def replace_forwards(self, model: LanguageModel) -> None:
-        """Make a model answer from the text at once, in rounds; prefill stays its own."""
+        """Make a model answer from the text in rounds; its prefill remains its own."""
         given: Any = model
 
         def score(
@@ -104,7 +106,7 @@ class Script:
 
 
 def make_drafters(script: Script, num_ids: int) -> dict[str, Callable[[], Drafter]]:
-    """Return what makes the drafter of each line of the table."""
+    """Return a function per line of the table that makes its drafter."""
     settings = load_zoo("bfloat16").drafters["general"].settings
 
     def chain() -> Drafter:
@@ -130,24 +132,20 @@ def rounds(
     for i in range(num_rows):
         prompt = tuple(script.text[: PROMPT + 5 * i])
         engine.submit(Request(str(i), prompt, num_tokens, drafter=drafter.name))
-    while min((len(row.rounds) for row in engine._rows), default=0) < 3:
-        engine.step()
     found: list[float] = []
     emitted = 0
-    while True:
+    while engine.has_work:
         script.seconds, began = 0.0, perf_counter()
         updates = engine.step()
         spent = perf_counter() - began - script.seconds
-        if any(update.completion for update in updates):
-            break
-        found.append(spent)
-        emitted += sum(len(update.new_tokens) for update in updates)
-    while engine.has_work:
-        engine.step()
-    return found, emitted / len(found) / num_rows
+        if len(updates) == num_rows and not any(update.completion for update in updates):
+            found.append(spent)
+            emitted += sum(len(update.new_tokens) for update in updates)
+    del found[:WARM_UP]  # the prefill of the last row, and the rounds after it
+    return found, emitted / (len(found) + WARM_UP) / num_rows
 
 
-def measure(repeats: int, num_tokens: int, report: Any) -> list[dict[str, Any]]:
+def measure(repeats: int, num_tokens: int, report: Progress) -> list[dict[str, Any]]:
     """Return the rows of the table."""
     config = load_zoo("bfloat16")
     target = load_language_model(config.target, "target")
