@@ -157,7 +157,7 @@ def commit(
         path, num_accepted = verdict.path, len(verdict.path)
         if (
             path and path[-1] >= num_accepted
-        ):  # a path of a tree, beside which other tokens were cached
+        ):  # a path of a tree with other tokens in between
             _move_path(row, path, target)
             tokens = [draft.tokens[k] for k in path]
         else:
