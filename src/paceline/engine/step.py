@@ -155,9 +155,7 @@ def commit(
             row.fail(verdict.error, verdict.cause)
             continue
         path, num_accepted = verdict.path, len(verdict.path)
-        if (
-            path and path[-1] >= num_accepted
-        ):  # a path of a tree with other tokens in between
+        if path and path[-1] >= num_accepted:  # a tree's path with gaps
             _move_path(row, path, target)
             tokens = [draft.tokens[k] for k in path]
         else:
