@@ -25,3 +25,13 @@ def compiled(function: F) -> F:
     except RuntimeError:  # no folder for the cache: it is compiled once per process
         machine = numba.njit(error_model="numpy")(function)
     return machine  # type: ignore[no-any-return]
+
+
+def inlined(function: F) -> F:
+    """Return `function` compiled into each of its compiled callers.
+
+    numba counts the references of all arrays that it passes to a function, which may take longer than
+    the function itself.
+    """
+    machine: Any = numba.njit(inline="always", error_model="numpy")(function)
+    return machine  # type: ignore[no-any-return]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ class Context:
     max_new_tokens: int | None = None  # of the answer, if known
 
 
+@lru_cache(maxsize=1024)
 def split_arm(arm: str) -> tuple[str, int | None]:
     """Return an arm's drafter and draft length: `math@3` drafts up to 3 tokens; `math` has None, the
     drafter's own length. Raises ValueError for a wrong length.

@@ -169,7 +169,11 @@ def pad_drafts(drafts: Sequence[Sequence[int]], device: torch.device) -> tuple[T
     """Return lists of unequal length as [R, K] int64, padded with -1, and the lengths."""
     lengths = [len(d) for d in drafts]
     width = max(lengths, default=0)
-    padded = [[*d, *[-1] * (width - len(d))] for d in drafts]
-    # numpy reads lists several times faster than torch
-    tokens = torch.from_numpy(np.array(padded, dtype=np.int64).reshape(len(drafts), width))
+    flat: list[int] = []
+    for draft, length in zip(drafts, lengths, strict=True):
+        flat += draft
+        if length < width:
+            flat += [-1] * (width - length)
+    # numpy reads lists several times faster than torch, and a flat one faster than a nested one
+    tokens = torch.from_numpy(np.array(flat, dtype=np.int64).reshape(len(drafts), width))
     return tokens.to(device), lengths

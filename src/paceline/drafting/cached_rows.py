@@ -28,13 +28,14 @@ class CachedRow:
 
     def count_accepted(self, tokens: Sequence[int]) -> None:
         """Count the drafted tokens that the target accepted as cached text."""
+        num_cached, num_tokens = self.num_cached, len(tokens)
         for token in self.drafted:
-            if self.num_cached >= len(tokens) or tokens[self.num_cached] != token:
+            if num_cached >= num_tokens or tokens[num_cached] != token:
                 break
-            self.num_cached += 1
+            num_cached += 1
         self.drafted = []
         # the last token is always fed again, because the next token's logits are needed
-        self.num_cached = min(self.num_cached, len(tokens) - 1)
+        self.num_cached = min(num_cached, num_tokens - 1)
 
 
 class CachedRows(dict[int, CachedRow]):

@@ -174,8 +174,9 @@ def read_drafts(
     if proposed.parents is not None:
         parents = _read_ids("parents", proposed.parents, len(rows), width)
         for i, length in enumerate(lengths):
-            drafts[i].parents = parents[i][:length]
-            deepest = tree_depth(parents[i][:length])
+            own = parents[i] if length == width else parents[i][:length]
+            drafts[i].parents = own
+            deepest = tree_depth(own)
             if deepest > max(0, limits[i]):
                 raise DrafterError(f"proposed a tree {deepest} deep where {limits[i]} was allowed")
     elif proposed.probs is not None and num_logits is not None:
@@ -221,17 +222,14 @@ def tree_depth(parents: Sequence[int]) -> int:
 
     Raises DrafterError unless every parent precedes its children.
     """
-    levels: list[int] = []
+    levels = [0]  # of the row's last token, then of the draft's
     for k, parent in enumerate(parents):
-        if parent == -1:
-            levels.append(1)
-        elif 0 <= parent < k:
-            levels.append(levels[parent] + 1)
-        else:
+        if not -1 <= parent < k:
             raise DrafterError(
                 f"proposed a tree whose parents are out of order: token {k} follows {parent}"
             )
-    return max(levels, default=0)
+        levels.append(levels[parent + 1] + 1)
+    return max(levels)
 
 
 def _read_probs(

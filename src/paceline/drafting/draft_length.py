@@ -6,7 +6,7 @@
 2. The engine's limit: the tokens that the request may still emit minus the target's own, and at
    most the arm's length (`Row.limit_at`). Replay applies the same limit (`replay.simulate`).
 3. The drafter's own limits: `num_draft_tokens`, and
-   - draft_model, cross_vocabulary: the free positions of its cache (`DraftModel._max_length`),
+   - draft_model, cross_vocabulary: the free positions of its cache (`DraftModel.propose`),
    - suffix_lookup: a factor times the length of the match (`SuffixLookup._max_length`),
    - trigram_tree: `depth` levels; union: the nodes most likely to be accepted (`merge`).
 4. The stop rule, asked between two tokens (this module): `FixedLength`, `ConfidenceStop` and

@@ -170,11 +170,15 @@ class DraftModel(Drafter):
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
         rule = self._rule if self.stops_early else FIXED_LENGTH
         texts = [self._text(row) for row in rows]
-        longest = [self._max_length(text, n) for text, n in zip(texts, limits, strict=True)]
+        # each token that is fed needs a position in the cache
+        room, most = self._states.max_positions + 1, self.num_draft_tokens
+        longest = [
+            max(0, min(limit, most, room - len(text)))
+            for text, limit in zip(texts, limits, strict=True)
+        ]
+        slots = [self._states[row.id].slot for row in rows]
         # rows sorted by slot make one attention call
-        active = sorted(
-            (i for i, n in enumerate(longest) if n), key=lambda i: self._states[rows[i].id].slot
-        )
+        active = sorted((i for i, n in enumerate(longest) if n), key=slots.__getitem__)
         fed = {i: self._states.catch_up(rows[i].id, texts[i]) for i in active}
         if rule is FIXED_LENGTH:
             chains = self._draft_chains(rows, longest, fed)
@@ -224,30 +228,33 @@ class DraftModel(Drafter):
         """
         if not (fed and self.shares_ids and self.model.drafts_whole_chains):
             return None
-        if any(len(new) > 2 for new in fed.values()) or not all(map(_is_chain_drawn, rows)):
+        if max(map(len, fed.values())) > 2:
             return None
+        draws: list[Draw | None] | None = None
+        if any(row.sampling.method != "greedy" for row in rows):
+            if not all(map(_is_chain_drawn, rows)):
+                return None
+            draws = _draws_of([rows[i] for i in fed])
         # every row takes the steps of the longest draft, and each step needs a position
-        last = max(len(rows[i].tokens) for i in fed) + max(lengths) - 1
-        if last > self._states.max_positions:
+        num_steps = max(lengths)
+        if max(len(rows[i].tokens) for i in fed) + num_steps - 1 > self._states.max_positions:
             return None
-        states = {i: self._states[rows[i].id] for i in fed}
-        spans = [Span(states[i].slot, states[i].num_cached, len(new)) for i, new in fed.items()]
-        flat = self._states.as_known([token for new in fed.values() for token in new])
-        draws = _draws_of([rows[i] for i in fed])
-        chains = self.model.draft_chain(flat, spans, max(lengths), self._num_tokens, draws)
+        flat: list[int] = []
+        spans: list[Span] = []
+        states = [self._states[rows[i].id] for i in fed]
+        for state, new in zip(states, fed.values(), strict=True):
+            flat += new
+            spans.append(Span(state.slot, state.num_cached, len(new)))
+        flat = self._states.as_known(flat)
+        chains = self.model.draft_chain(flat, spans, num_steps, self._num_tokens, draws)
         if chains is None:
             return None
         drafts: list[list[int]] = [[] for _ in rows]
-        for (i, state), chain in zip(states.items(), chains, strict=True):
+        for i, state, chain in zip(fed, states, chains, strict=True):
             drafts[i] = chain[: lengths[i]]
             state.num_cached = len(rows[i].tokens)
             state.drafted = drafts[i][:-1]
         return drafts
-
-    def _max_length(self, text: Sequence[int], limit: int) -> int:
-        """Return the maximum draft length: each token that is fed needs a position in the cache."""
-        room = self._states.max_positions - len(text) + 1
-        return max(0, min(limit, self.num_draft_tokens, room))
 
     def _forward(
         self, states: list[CachedRow], fed: dict[int, list[int]], active: list[int]

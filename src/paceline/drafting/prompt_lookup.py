@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from paceline.contracts import RowView
-    from paceline.drafting.suffix_index import SuffixIndex
 
 
 class PromptLookupSettings(Section):
@@ -38,15 +37,6 @@ class PromptLookupSettings(Section):
         if self.min_ngram > self.max_ngram:
             raise ValueError(f"min_ngram {self.min_ngram} is above max_ngram {self.max_ngram}")
         return self
-
-
-def find_source(index: SuffixIndex, min_ngram: int) -> int | None:
-    """Return the index of the token after the longest earlier occurrence of the text's own suffix.
-
-    Return None if no suffix of at least `min_ngram` tokens occurs earlier.
-    """
-    match = index.match_own()
-    return match.source if match.length >= min_ngram else None
 
 
 class PromptLookup(Drafter):
@@ -75,19 +65,20 @@ class PromptLookup(Drafter):
         return self._rows.num_bytes()
 
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
-        drafts = []
-        for row, limit in zip(rows, limits, strict=True):
-            source = find_source(self._rows.of(row), self.settings.min_ngram)
-            drafts.append(self._copy(row.tokens, source, limit))
+        min_ngram, most = self.settings.min_ngram, self.num_draft_tokens
+        drafts = [
+            _copy(row.tokens, match.source, min(limit, most)) if match.length >= min_ngram else []
+            for row, limit, (_, match) in zip(rows, limits, self._rows.match_own(rows), strict=True)
+        ]
         return Drafts(*pad_drafts(drafts, torch.device("cpu")))
 
-    def _copy(self, tokens: Sequence[int], source: int | None, limit: int) -> list[int]:
-        """Return up to `limit` tokens from `source` on, continued periodically after the text's end."""
-        limit = min(limit, self.num_draft_tokens)
-        if source is None or limit < 1:
-            return []
-        period = len(tokens) - source
-        copied = list(tokens[source : source + min(limit, period)])
-        while len(copied) < limit:
-            copied.append(copied[len(copied) - period])
-        return copied
+
+def _copy(tokens: Sequence[int], source: int, limit: int) -> list[int]:
+    """Return up to `limit` tokens from `source` on, continued periodically after the text's end."""
+    if limit < 1:
+        return []
+    copied = list(tokens[source : source + limit])
+    period = len(tokens) - source
+    while len(copied) < limit:
+        copied.append(copied[len(copied) - period])
+    return copied

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from paceline.contracts import RowView
 
 _MIN_CAPACITY: Final = 128  # tokens
+_NO_TOKENS: Final = np.empty(0, dtype=np.int32)
 
 
 class Match(NamedTuple):
@@ -82,7 +83,14 @@ class SuffixIndex:
 
     def match_own(self) -> Match:
         """Return the longest suffix of the text that occurs earlier, with its latest occurrence."""
-        return Match(*self._kernels.own_match(self._automaton))
+        return self.extend_and_match(_NO_TOKENS, 0, 0)
+
+    def extend_and_match(self, tokens: np.ndarray, first: int, last: int) -> Match:
+        """Append tokens[first:last] int32 to the text; return as `match_own`."""
+        num_tokens = self.num_tokens + last - first
+        self._make_room(num_tokens)
+        self.num_tokens = num_tokens
+        return Match(*self._kernels.extend_and_match(self._automaton, tokens, first, last))
 
     def match(self, suffix: np.ndarray) -> Match:
         """Return the longest suffix of other tokens [n <= max_match] int32 that occurs in the text."""
@@ -140,12 +148,22 @@ class RowIndices:
         index.extend(row.tokens[index.num_tokens : index.num_tokens + max_tokens])
         return index.num_tokens == len(row.tokens)
 
-    def of(self, row: RowView) -> SuffixIndex:
-        """Return the row's index, after reading its new tokens."""
-        index = self._index(row)
-        if index.num_tokens < len(row.tokens):
-            index.extend(row.tokens[index.num_tokens :])
-        return index
+    def match_own(self, rows: Sequence[RowView]) -> list[tuple[SuffixIndex, Match]]:
+        """Return each row's index with its `match_own`, after reading the rows' new tokens."""
+        indices = [self._index(row) for row in rows]
+        new: list[int] = []
+        ends: list[int] = []
+        for row, index in zip(rows, indices, strict=True):
+            new += row.tokens[index.num_tokens :]
+            ends.append(len(new))
+        # one array for all rows, since it costs as much as one call of machine code
+        tokens = np.array(new, dtype=np.int32)
+        found: list[tuple[SuffixIndex, Match]] = []
+        first = 0
+        for index, last in zip(indices, ends, strict=True):
+            found.append((index, index.extend_and_match(tokens, first, last)))
+            first = last
+        return found
 
     def num_bytes(self) -> int:
         return sum(index.num_bytes() for index in self._by_row.values())

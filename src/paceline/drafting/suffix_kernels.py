@@ -242,8 +242,15 @@ def _followed(states: np.ndarray, state: int, length: int) -> tuple[int, int]:
 
 
 @compiled
-def own_match(automaton: Automaton) -> tuple[int, int, int]:
-    """Return the longest suffix of the text that occurs earlier: state, length, the token after it."""
+def extend_and_match(
+    automaton: Automaton, tokens: np.ndarray, first: int, last: int
+) -> tuple[int, int, int]:
+    """Append tokens[first:last] int32 to the text, for which the arrays must have room.
+
+    Return the longest suffix of the text that occurs earlier: state, length, the token after it.
+    """
+    for i in range(first, last):
+        _append(automaton, tokens[i])
     header, states, _, _ = automaton
     state, length = _followed(states, header[CONTEXT], header[CONTEXT_LENGTH])
     return state, length, wide(states[state, SOURCE])

@@ -152,8 +152,9 @@ class SuffixLookup(Drafter):
 
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
         out = np.full((2, len(rows), self.num_draft_tokens), -1, dtype=np.int64)  # [2, R, K]
+        own = self._rows.match_own(rows)
         trees = [
-            self._draft(row, limit, out[:, i])
+            self._draft(row, limit, own[i], out[:, i])
             for i, (row, limit) in enumerate(zip(rows, limits, strict=True))
         ]
         lengths = [tree.num_tokens for tree in trees]
@@ -163,16 +164,17 @@ class SuffixLookup(Drafter):
             drafts.parents = torch.from_numpy(parents)
         return drafts
 
-    def _draft(self, row: RowView, limit: int, out: np.ndarray) -> Tree:
-        """Write a row's draft into `out` [2, K], tokens and parents.
+    def _draft(
+        self, row: RowView, limit: int, own: tuple[SuffixIndex, Match], out: np.ndarray
+    ) -> Tree:
+        """Write a row's draft into `out` [2, K], tokens and parents. own: the match in its own text.
 
         Of the row's own text and the shared ones, the draft with the most expected tokens is kept.
         """
         best = Tree(0, 0, 0.0)
         if limit < 1:
             return best
-        own = self._rows.of(row)
-        sources = [(own, own.match_own())]
+        sources = [own]
         if self.shared is not None:
             sources += self.shared.match(row.tokens)
         for index, match in sources:
@@ -193,7 +195,8 @@ class SuffixLookup(Drafter):
 
     def _max_length(self, match: Match) -> int:
         """Return the maximum number of tokens to draft after a match."""
-        longest = self.settings.length_factor * match.length + self.settings.length_offset
+        settings = self.settings
+        longest = settings.length_factor * match.length + settings.length_offset
         return int(max(0, min(self.num_draft_tokens, longest)))
 
 

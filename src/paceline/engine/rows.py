@@ -105,7 +105,9 @@ class Row:
     @property
     def draft_limit(self) -> int:
         """Maximum depth of a draft, since a round emits one token more than it accepts."""
-        return self.limit_at(len(self.tokens))
+        room = self.max_total - len(self.tokens) - 1
+        most = split_arm(self.arm)[1]
+        return room if most is None or room < most else most
 
     def limit_at(self, num_tokens: int, any_length: bool = False) -> int:
         """Return `draft_limit` at a number of tokens. any_length: ignore the arm's own limit."""
@@ -140,6 +142,14 @@ class Row:
         """Append emitted tokens, up to and with the one that ends the answer; return their number."""
         tokens, request = self.tokens, self.request
         before = len(tokens)
+        if (
+            before + len(emitted) < self.max_total
+            and not request.stop_strings
+            and request.stop_token_ids.isdisjoint(emitted)
+        ):
+            tokens += emitted  # none of them ends the answer
+            self.num_cached = len(tokens) - 1
+            return len(emitted)
         for token in emitted:
             tokens.append(token)
             if token in request.stop_token_ids or (
@@ -159,20 +169,21 @@ class Row:
         return self.stop_finder.push(token)
 
     @property
-    def text_state(self) -> tuple[int, int, int]:
+    def text_state(self) -> tuple[int, list[int], int]:
         """The number of tokens, the last token and the cached positions, for `restore_text`."""
-        return len(self.tokens), self.tokens[-1], self.num_cached
+        tokens = self.tokens
+        return len(tokens), tokens[-1:], self.num_cached
 
-    def restore_text(self, num_tokens: int, last: int, num_cached: int) -> bool:
+    def restore_text(self, num_tokens: int, last: list[int], num_cached: int) -> bool:
         """Restore lengths and the last token; return whether a drafter left them unchanged."""
         tokens = self.tokens
         is_moved = self.num_cached != num_cached
         self.num_cached = num_cached
-        if len(tokens) == num_tokens and tokens[-1] == last:
+        if len(tokens) == num_tokens and tokens[-1:] == last:
             return not is_moved
         del tokens[num_tokens:]
         if len(tokens) == num_tokens:
-            tokens[-1] = last
+            tokens[-1:] = last
         return False
 
     def make_context(self, rows_in_flight: int, detokenizer: Detokenizer) -> Context:

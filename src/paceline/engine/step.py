@@ -47,10 +47,11 @@ def run_round(rows: Sequence[Row], target: LanguageModel, detokenizer: Detokeniz
     verdicts = judge(rows, drafts, scores)
     judged = perf_counter()
     commit(rows, drafts, verdicts, target, scores, detokenizer)
-    done = perf_counter()
+    verifying, committing = (judged - began) / len(rows), (perf_counter() - judged) / len(rows)
     for row in rows:
-        row.seconds.verify += (judged - began) / len(rows)
-        row.seconds.commit += (done - judged) / len(rows)
+        seconds = row.seconds
+        seconds.verify += verifying
+        seconds.commit += committing
 
 
 # --- drafts ---------------------------------------------------------------------------------------
@@ -58,19 +59,20 @@ def run_round(rows: Sequence[Row], target: LanguageModel, detokenizer: Detokeniz
 
 def propose(rows: Sequence[Row], num_logits: int) -> list[Draft]:
     """Return each row's draft; every drafter is called once for all its rows."""
-    drafts: dict[int, Draft] = {}
+    drafts = [Draft([]) for _ in rows]
     groups: dict[int, list[int]] = {}  # by identity, since a drafter may define hash and equality
     for i, row in enumerate(rows):
         if row.arm != NONE:
             groups.setdefault(id(row.drafter), []).append(i)
     for members in groups.values():
         began = perf_counter()
-        for place, draft in enumerate(_ask([rows[i] for i in members], num_logits)):
-            drafts[members[place]] = draft
+        asked = _ask([rows[i] for i in members], num_logits)
+        for i, draft in zip(members, asked, strict=True):
+            drafts[i] = draft
         spent = (perf_counter() - began) / len(members)
         for i in members:
             rows[i].seconds.draft += spent
-    return [drafts[i] if i in drafts else Draft([]) for i in range(len(rows))]
+    return drafts
 
 
 def _ask(rows: list[Row], num_logits: int) -> list[Draft]:
@@ -92,9 +94,10 @@ def _ask(rows: list[Row], num_logits: int) -> list[Draft]:
         failed = True
         if len(rows) == 1:
             rows[0].fail_by(rows[0].drafter_name, error)
-    for i, row in enumerate(rows):
-        if not row.restore_text(*text_states[i]):
-            row.fail_by(row.drafter_name, text_changed())
+    if failed or [row.text_state for row in rows] != text_states:
+        for row, state in zip(rows, text_states, strict=True):
+            if not row.restore_text(*state):
+                row.fail_by(row.drafter_name, text_changed())
     return [_ask_alone(row, num_logits) for row in rows] if failed else drafts
 
 
@@ -115,18 +118,22 @@ def verify(rows: Sequence[Row], drafts: Sequence[Draft], target: LanguageModel) 
     tokens: list[int] = []
     spans: list[Span] = []
     parents: list[list[int] | None] = []
-    wants_logits = False
+    wants_logits = has_tree = False
     for row, draft in zip(rows, drafts, strict=True):
+        drafted = draft.tokens
         tokens.append(row.tokens[-1])
-        tokens += draft.tokens
-        spans.append(Span(row.slot, row.num_cached, 1 + len(draft.tokens)))
+        tokens += drafted
+        spans.append(Span(row.slot, row.num_cached, 1 + len(drafted)))
         parents.append(draft.parents)
-        wants_logits = wants_logits or row.reads_logits
+        if draft.parents:
+            has_tree = True
+        if row.reads_logits:
+            wants_logits = True
     last = target.num_logits - 1
     if min(tokens) < 0 or max(tokens) > last:
         # a drafter may draft ids that the target lacks: another id is fed, the judge rejects the draft
         tokens = [min(max(token, 0), last) for token in tokens]
-    return target.score(tokens, spans, parents if any(parents) else None, wants_logits)
+    return target.score(tokens, spans, parents if has_tree else None, wants_logits)
 
 
 # --- commit ---------------------------------------------------------------------------------------
@@ -147,18 +154,30 @@ def commit(
         if verdict.error is not None:
             row.fail(verdict.error, verdict.cause)
             continue
-        path = verdict.path
-        if draft.parents and path != list(range(len(path))):
-            # the accepted path moves to where a chain would stand
-            start = row.num_cached + 1
-            target.cache.copy_positions(row.slot, [start + k for k in path], start)
-        tokens = [*(draft.tokens[k] for k in path), verdict.next_token]
+        path, num_accepted = verdict.path, len(verdict.path)
+        if path and path[-1] >= num_accepted:  # a tree's path with gaps
+            _move_path(row, path, target)
+            tokens = [draft.tokens[k] for k in path]
+        else:
+            tokens = draft.tokens[:num_accepted]
+        tokens.append(verdict.next_token)
         emitted = row.append_until_stop(tokens, detokenizer)
         if row.request.logprobs:
             places = [place, *(place + 1 + k for k in path)][:emitted]
             assert scores.logits is not None
             row.logprobs += _logprobs(scores.logits[places], tokens[:emitted])
-        row.rounds.append(_stats_of(len(draft.tokens), min(len(path), emitted)))
+        row.rounds.append(
+            _stats_of(len(draft.tokens), num_accepted if num_accepted < emitted else emitted)
+        )
+
+
+def _move_path(row: Row, path: Sequence[int], target: LanguageModel) -> None:
+    """Move an accepted path of a tree in the target's cache to where a chain would stand."""
+    kept = 0
+    while path[kept] == kept:
+        kept += 1
+    start = row.num_cached + 1
+    target.cache.copy_positions(row.slot, [start + k for k in path[kept:]], start + kept)
 
 
 def _logprobs(logits: Tensor, tokens: Sequence[int]) -> list[float]:

@@ -300,13 +300,12 @@ def follow(
                 break
             path.append(index)
         return path
-    children: dict[tuple[int, int], int] = {}
-    for index, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
-        children.setdefault((parent, token), index)
-    at = -1
-    while (child := children.get((at, choices[at + 1]))) is not None:
-        path.append(child)
-        at = child
+    # a token comes after the one that it follows, so one pass meets the whole path
+    at, wanted = -1, choices[0]
+    for index, parent in enumerate(parents):
+        if parent == at and tokens[index] == wanted:
+            path.append(index)
+            at, wanted = index, choices[index + 1]
     return path
 
 

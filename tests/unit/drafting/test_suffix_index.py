@@ -255,19 +255,24 @@ def test_a_row_is_read_up_to_its_end_after_a_pause() -> None:
         for row in rows:
             row.tokens += [choose.randrange(3) for _ in range(choose.randrange(1, 5))]
         for row in choose.sample(rows, 2):
-            index = indices.of(row)
+            [(index, found)] = indices.match_own([row])
             assert index.num_tokens == len(row.tokens)
-            assert_same_tree(index, 5, index.match_own(), row.tokens, row.tokens, 6)
+            assert found == index.match_own()
+            assert_same_tree(index, 5, found, row.tokens, row.tokens, 6)
+        for row, (index, found) in zip(rows, indices.match_own(rows), strict=True):
+            assert found == index_of(row.tokens, 5).match_own()
+            assert index.num_tokens == len(row.tokens)
 
 
 def test_an_id_that_starts_again_is_another_text() -> None:
     indices = RowIndices(5)
     first, second = row_of(-2, [1, 2, 3, 1, 2, 3]), row_of(-2, [4, 4, 4])
     indices.start([first])
-    indices.of(first)
+    indices.match_own([first])
     indices.start([second])
 
-    assert indices.of(second).match_own() == index_of(second.tokens, 5).match_own()
+    [(_, found)] = indices.match_own([second])
+    assert found == index_of(second.tokens, 5).match_own()
 
 
 def test_preparing_reads_a_long_prompt_in_pieces() -> None:
@@ -280,6 +285,7 @@ def test_preparing_reads_a_long_prompt_in_pieces() -> None:
 
     assert done == [False, False, False, True]
     assert indices.num_bytes() > 0
-    assert indices.of(row).match_own().source == 50
+    [(_, found)] = indices.match_own([row])
+    assert found.source == 50
     indices.finish([row, row_of(8)])
     assert indices.num_bytes() == 0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from paceline.contracts import Drafts
-from paceline.drafting.base import Drafter, pad_drafts
+from paceline.drafting.base import Drafter
 from paceline.drafting.trigram.settings import TrigramTreeSettings
 from paceline.drafting.trigram.table import (
     Table,
@@ -93,18 +93,25 @@ class TrigramTree(Drafter):
         return self.settings.update != "counts" or state.num_read == len(row.tokens)
 
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
-        trees = []
-        for row, limit in zip(rows, limits, strict=True):
-            state = self._state(row)
-            self._read(state, row.tokens, len(row.tokens))
-            if self.settings.update == "released":
-                window = self.settings.update_window + 2
-                self._search.learn(state.learned, row.tokens[-window:])
-            trees.append(self._search.draft(state.learned, row.tokens, limit))
-        cpu = torch.device("cpu")
-        tokens, lengths = pad_drafts([tree[0] for tree in trees], cpu)
-        parents, _ = pad_drafts([tree[1] for tree in trees], cpu)
-        return Drafts(tokens, lengths, parents=parents)
+        learned, texts, positions = [], [], []
+        for row in rows:
+            state, tokens = self._state(row), row.tokens
+            learned.append(state.learned)
+            texts.append(tokens[self._start_of(state, len(tokens)) :])
+            positions.append(len(tokens))
+            state.num_read = len(tokens)
+        drafts, sizes = self._search.learn_and_draft(learned, texts, positions, limits)
+        tokens, parents = drafts[:, :, : max(sizes, default=0)]
+        return Drafts(torch.from_numpy(tokens), sizes, parents=torch.from_numpy(parents))
+
+    def _start_of(self, state: _RowState, num_tokens: int) -> int:
+        """Return the place of the first token that a draft needs: to learn from, or to follow."""
+        start = num_tokens - 2
+        if self.settings.update == "counts":
+            start = min(start, state.num_read - 2)
+        elif self.settings.update == "released":
+            start -= self.settings.update_window
+        return max(0, start)
 
     def _state(self, row: RowView) -> _RowState:
         if row.id not in self._rows:

@@ -11,11 +11,11 @@ probabilities, except under the released update rule, where they grow up to a ca
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
-from paceline.compiled import compiled
+from paceline.compiled import compiled, inlined
 from paceline.drafting.trigram.table import MAX_SUCCESSORS, Table
 from paceline.noise.kernels import GOLDEN, bits_at, mix
 
@@ -24,6 +24,9 @@ COUNTS: Final = 2
 MCTS: Final = 0  # searches
 GREEDY: Final = 1
 FULL: Final = 2
+
+Arrays: TypeAlias = tuple[np.ndarray, ...]
+Numbers: TypeAlias = tuple[Any, ...]
 
 _EMPTY: Final = -1
 _STREAM: Final = np.uint64(4)  # of random numbers; the other streams are in paceline.noise
@@ -37,6 +40,17 @@ class Rule(NamedTuple):
     cap: float
     decay: float
     prior: float
+
+
+class Search(NamedTuple):
+    """The search for drafts; see the drafter's settings for the numbers."""
+
+    kind: int
+    depth: int
+    iterations: int
+    paths: int
+    num_draft_tokens: int
+    seed: int
 
 
 class Overlay(NamedTuple):
@@ -86,7 +100,7 @@ class Scratch(NamedTuple):
     frontier: np.ndarray  # [M] int32
     successors: np.ndarray  # [S] int32, of the pair looked up last
     weights: np.ndarray  # [S] float64
-    draft: np.ndarray  # [2, K] int64, tokens and parents
+    draft: np.ndarray  # [2, K] int64, tokens and parents; not contiguous
 
 
 def new_overlay(num_pairs: int) -> Overlay:
@@ -115,7 +129,7 @@ def grown(overlay: Overlay, num_pairs: int) -> Overlay:
 
 
 @compiled
-def _new_scratch(num_expanded: int, num_draft_tokens: int) -> Scratch:
+def _new_scratch(num_expanded: int, draft: np.ndarray) -> Scratch:
     """Return the memory of a search that expands `num_expanded` nodes."""
     num_nodes = 1 + num_expanded * MAX_SUCCESSORS
     return Scratch(
@@ -123,7 +137,7 @@ def _new_scratch(num_expanded: int, num_draft_tokens: int) -> Scratch:
         np.empty(num_nodes, dtype=np.int32),
         np.empty(MAX_SUCCESSORS, dtype=np.int32),
         np.empty(MAX_SUCCESSORS, dtype=np.float64),
-        np.empty((2, num_draft_tokens), dtype=np.int64),
+        draft,
     )
 
 
@@ -141,7 +155,7 @@ def _home(key: np.int64, mask: int) -> np.int64:
     return np.int64((np.uint64(key) * GOLDEN) >> np.uint64(33)) & mask
 
 
-@compiled
+@inlined
 def _find(overlay: Overlay, key: np.int64) -> int:
     """Return the overlay's pair of a key, -1 if there is none."""
     mask = len(overlay.places) - 1
@@ -153,7 +167,7 @@ def _find(overlay: Overlay, key: np.int64) -> int:
         place = (place + 1) & mask
 
 
-@compiled
+@inlined
 def _find_in_table(table: Table, t1: int, t2: int) -> tuple[int, int]:
     """Return the first and last place of a pair's successors, within bounds even in a damaged file."""
     if t1 < 0 or t1 + 1 >= len(table.starts):
@@ -174,7 +188,7 @@ def _find_in_table(table: Table, t1: int, t2: int) -> tuple[int, int]:
     return first, last
 
 
-@compiled
+@inlined
 def _look_up(
     table: Table, overlay: Overlay, is_counts: bool, t1: int, t2: int, scratch: Scratch
 ) -> int:
@@ -304,7 +318,7 @@ def _uniform(bits: np.uint64, number: int) -> float:
     return np.float64(mix(bits + GOLDEN * np.uint64(number + 1)) >> np.uint64(11)) * 2.0**-53
 
 
-@compiled
+@inlined
 def _expand(
     table: Table, overlay: Overlay, is_counts: bool, scratch: Scratch, num_nodes: int, node: int
 ) -> int:
@@ -320,7 +334,7 @@ def _expand(
     return num_nodes + size
 
 
-@compiled
+@inlined
 def _set(
     nodes: np.ndarray, node: int, parent: int, depth: int, before: int, token: int, weight: float
 ) -> None:
@@ -417,7 +431,7 @@ def _search(
     return num_nodes
 
 
-@compiled
+@inlined
 def _push_children(scratch: Scratch, num_open: int, node: int) -> int:
     for j in range(scratch.nodes[node].num_children):
         scratch.frontier[num_open] = scratch.nodes[node].first_child + j
@@ -425,7 +439,7 @@ def _push_children(scratch: Scratch, num_open: int, node: int) -> int:
     return num_open
 
 
-@compiled
+@inlined
 def _pop_best(nodes: np.ndarray, frontier: np.ndarray, num_open: int) -> int:
     """Remove the open node of the highest rank, of equals the oldest, from the frontier; return it."""
     at, best = 0, frontier[0]
@@ -439,7 +453,7 @@ def _pop_best(nodes: np.ndarray, frontier: np.ndarray, num_open: int) -> int:
     return best
 
 
-@compiled
+@inlined
 def _to_draft(scratch: Scratch, num_drafted: int, node: int) -> int:
     """Append a node to the draft, which holds its parent; return the new number of drafted nodes."""
     nodes = scratch.nodes
@@ -485,7 +499,7 @@ def _most_visited(
     return num_drafted
 
 
-@compiled
+@inlined
 def _best_first(
     table: Table,
     overlay: Overlay,
@@ -518,42 +532,82 @@ def _best_first(
         num_drafted = _to_draft(scratch, num_drafted, node)
 
 
-@compiled
-def grow_tree(
+@inlined
+def _grow_tree(
     table: Table,
     overlay: Overlay,
     is_counts: bool,
     explore: np.ndarray,
-    search: int,
+    search: Search,
     depth: int,
-    iterations: int,
-    paths: int,
-    most: int,
     t1: int,
     t2: int,
-    seed: int,
     position: int,
-) -> np.ndarray:
-    """Return [2, n] tokens and parents of a draft after tokens t1, t2.
+    draft: np.ndarray,
+) -> int:
+    """Write tokens and parents of a draft after tokens t1, t2 to draft [2, K]; return its size.
 
-    explore: [iterations + 1], the PUCT score's factor by the parent's visits. depth: maximum number of
-    levels of the draft. most: maximum number of its tokens. The random numbers are a function of (seed,
-    position).
+    depth: maximum number of levels of the draft. The random numbers are a function of (seed, position).
     """
+    kind, most = search.kind, search.num_draft_tokens
     # the root, one node per iteration, and one per node of the draft
-    num_expanded = 1 + most + (iterations if search == MCTS else 0)
+    num_expanded = 1 + most + (search.iterations if kind == MCTS else 0)
     # allocated here, because numba's own arrays cost less than passing numpy's to it
-    scratch = _new_scratch(num_expanded, most)
+    scratch = _new_scratch(num_expanded, draft)
     _set(scratch.nodes, 0, -1, 0, t1, t2, 0.0)
-    if search == MCTS:
-        # the paths are extended by the last level
-        levels = max(1, depth - 1)
-        bits = bits_at(np.uint64(seed), np.uint64(position), _STREAM)
-        num_nodes = _search(table, overlay, is_counts, scratch, explore, levels, iterations, bits)
-        drafted = _most_visited(table, overlay, is_counts, scratch, num_nodes, depth, paths, most)
-    else:
-        drafted = _best_first(table, overlay, is_counts, scratch, search == FULL, depth, most)
-    return scratch.draft[:, :drafted]
+    if kind != MCTS:
+        return _best_first(table, overlay, is_counts, scratch, kind == FULL, depth, most)
+    # the paths are extended by the last level
+    levels = max(1, depth - 1)
+    bits = bits_at(np.uint64(search.seed), np.uint64(position), _STREAM)
+    num_nodes = _search(
+        table, overlay, is_counts, scratch, explore, levels, search.iterations, bits
+    )
+    return _most_visited(table, overlay, is_counts, scratch, num_nodes, depth, search.paths, most)
+
+
+@compiled
+def learn_and_draft(
+    table_arrays: Arrays,
+    overlay_arrays: Arrays,
+    rule_numbers: Numbers,
+    search_numbers: Numbers,
+    explore: np.ndarray,
+    tokens: np.ndarray,
+    first: int,
+    last: int,
+    limit: int,
+    position: int,
+    drafts: np.ndarray,
+    row: int,
+) -> int:
+    """Learn the text tokens[first:last], then write a draft after it to drafts[:, row]; return its size.
+
+    The first four are the fields of `Table`, `Overlay`, `Rule` and `Search`: numba reads a plain tuple
+    in half the time. explore: [iterations + 1], the PUCT score's factor by the parent's visits. limit:
+    maximum number of levels. position: tokens before the draft. drafts: [2, R, K] int64, tokens and
+    parents.
+    """
+    t, o, r, s = table_arrays, overlay_arrays, rule_numbers, search_numbers
+    table = Table(t[0], t[1], t[2], t[3], t[4])
+    overlay = Overlay(o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7])
+    rule = Rule(r[0], r[1], r[2], r[3], r[4])
+    search = Search(s[0], s[1], s[2], s[3], s[4], s[5])
+    learn(table, overlay, rule, tokens, first + 2, last)
+    if limit < 1 or last - first < 2:
+        return 0
+    return _grow_tree(
+        table,
+        overlay,
+        rule.kind == COUNTS,
+        explore,
+        search,
+        min(limit, search.depth),
+        tokens[last - 2],
+        tokens[last - 1],
+        position,
+        drafts[:, row],
+    )
 
 
 def exploration(c1: float, c2: float, iterations: int) -> np.ndarray:
