@@ -66,7 +66,7 @@ class KVCache(Protocol):
     positions of all slots together unless the rows need more (exact_fit: never hold more than the rows
     need, in blocks), and rounded gives the positions of a row that count against it. read copies the
     entries of positions [start, stop), [2 * Hkv, n, D] per layer, and write puts them back.
-    copy_positions copies entries at the positions `source` to start, start + 1, ...
+    copy_positions copies entries at the positions `source`, which ascend, to start, start + 1, ...
 
     for_checks returns the cache that self-checks feed: this
     one, or an empty one of small blocks.

@@ -59,6 +59,8 @@ class PackedRows(Slots):
         self._storage: list[Tensor | None] = []  # by slot
         self._addresses: list[int] = []
         self._capacities: list[int] = []  # positions that the storage holds
+        # numpy's views of the storage by slot, made when they are needed
+        self._plain_views: dict[int, tuple[Tensor, np.ndarray, np.ndarray]] = {}
         self._spares: list[Tensor] = []  # of rows that have ended, for the next ones
 
     @property
@@ -94,12 +96,14 @@ class PackedRows(Slots):
             self._addresses.pop()
             self._capacities.pop()
             storage = self._storage.pop()
+            self._plain_views.pop(len(self._storage), None)
             if storage is not None:
                 self._spares.append(storage)
         if not self._lengths:
             del self._spares[:-1]
 
     def _drop(self, slot: int) -> None:
+        self._plain_views.pop(slot, None)
         self._storage[slot], self._addresses[slot], self._capacities[slot] = None, 0, 0
 
     def _keep(self, slot: int, storage: Tensor) -> None:
@@ -191,11 +195,27 @@ class PackedRows(Slots):
         self._put(slot, positions, *stacked.chunk(2, dim=1))
 
     def copy_positions(self, slot: int, source: Sequence[int], start: int) -> None:
-        first, stop = min(source), max(source) + 1
-        keys, values = self._whole(slot, first, stop)
-        size, at = self._shape.head_dim, [place - first for place in source]
-        target = torch.arange(start, start + len(source))
-        self._put(slot, target, keys[:, :, at, :size], values[:, :, at, :size])
+        # by numpy, since torch takes ten times as long, and much longer while other processes run
+        keys, values = self._grid(slot)
+        word = values.shape[-1]
+        for target, place in enumerate(source, start):  # ascending, so no source is overwritten
+            keys[:, :, target // _LANES, :, target % _LANES] = keys[
+                :, :, place // _LANES, :, place % _LANES
+            ]
+            values[:, :, :, target // word, :, target % word] = values[
+                :, :, :, place // word, :, place % word
+            ]
+
+    def _grid(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return numpy's views of a row's keys, each word as one integer, and of its values."""
+        storage = self._storage[slot]
+        assert storage is not None
+        grid = self._plain_views.get(slot)
+        if grid is None or grid[0] is not storage:
+            keys, values = self._views(storage)
+            words = _plain(keys).view(np.int32)[..., 0]
+            grid = self._plain_views[slot] = (storage, words, _plain(values))
+        return grid[1], grid[2]
 
     def _put(self, slot: int, positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Write keys and values [L, Hkv, n, d] at positions [n]."""
