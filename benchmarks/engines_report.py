@@ -125,9 +125,13 @@ def num_equal(output: Sequence[int], reference: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(output), len(reference)))
 
 
-def bandwidth(calls: Sequence[Call]) -> float:
-    """Return the best bytes per second of all reads."""
-    return max(call.tokens / call.seconds for call in calls if call.kind == READ)
+def bandwidths(calls: Sequence[Call]) -> dict[str, float]:
+    """Return the median bytes per second of the reads between each model's calls."""
+    reads: dict[str, list[float]] = {}
+    for call in calls:
+        if call.kind == READ:
+            reads.setdefault(call.case.partition(",")[0], []).append(call.tokens / call.seconds)
+    return {model: median(speeds) for model, speeds in reads.items()}
 
 
 # --- figures by case ------------------------------------------------------------------------------
@@ -135,12 +139,12 @@ def bandwidth(calls: Sequence[Call]) -> float:
 
 def summarise(calls: Sequence[Call], weight_bytes: Mapping[str, float]) -> dict[str, Any]:
     """Return the rows of all tables. weight_bytes: by model and precision, as in "zoo int8"."""
-    series, read = series_of(calls), bandwidth(calls)
+    series, read = series_of(calls), bandwidths(calls)
     cases = {s.case: [other for other in series if other.case == s.case] for s in series}
     return {
-        "bandwidth_gb_s": read / 1e9,
+        "bandwidth_gb_s": {model: speed / 1e9 for model, speed in read.items()},
         "methods": [
-            _method_row(s, own, weight_bytes[case.partition(",")[0]] / read)
+            _method_row(s, own, weight_bytes[case.partition(",")[0]] / read[case.split()[0]])
             for case, own in cases.items()
             for s in own
         ],
@@ -189,7 +193,7 @@ def _ratio_rows(own: Sequence[Series]) -> list[dict[str, Any]]:
 
 
 def _forward_rows(
-    calls: Sequence[Call], weight_bytes: Mapping[str, float], read: float
+    calls: Sequence[Call], weight_bytes: Mapping[str, float], read: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     """Return paceline's milliseconds of a forward by model and width."""
     spent: dict[str, dict[str, list[float]]] = {}
@@ -200,7 +204,8 @@ def _forward_rows(
     for case, by_mode in spent.items():
         model = case.partition(",")[0]
         milliseconds = {mode: 1e3 * median(values) for mode, values in by_mode.items()}
-        share = 1e3 * weight_bytes[model] / read / milliseconds["target, 1"]
+        least = weight_bytes[model] / read[model.split()[0]]
+        share = 1e3 * least / milliseconds["target, 1"]
         rows.append({"model": model, "milliseconds": milliseconds, "share_of_bandwidth": share})
     return rows
 
@@ -213,10 +218,11 @@ def markdown(
 ) -> str:
     """Return the page."""
     lines = page("paceline against llama.cpp and vLLM", facts)
-    read, peers = tables["bandwidth_gb_s"], ", ".join(YARDSTICKS)
+    peers = ", ".join(YARDSTICKS)
+    read = ", ".join(f"{gb:.1f} ({model})" for model, gb in tables["bandwidth_gb_s"].items())
     lines += [
-        f"Read bandwidth {read:.1f} GB/s (the best sum over 1 GiB). The yardstick of a case is the",
-        f"first engine of {peers} that ran it, in plain decoding. Intervals",
+        f"Read bandwidth in GB/s: {read}, the median of sums over 1 GiB between a model's turns. The",
+        f"yardstick of a case is the first engine of {peers} that ran it, in plain decoding. Intervals",
         "resample prompts and turns. Texts are compared with paceline's `none`; equal tokens are those",
         "before the first difference. The share of bandwidth counts 2 bytes per parameter and token in",
         "bfloat16, 1 in int8 (q8_0 in llama.cpp; native without its layout for AMX, which crashes it).",
