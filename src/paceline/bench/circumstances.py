@@ -50,6 +50,11 @@ def commit() -> str:
     return shown.stdout.strip()
 
 
+def _without_folders(argument: str) -> str:
+    """Return an argument of the command line; of an absolute path, its last part."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
+
+
 def circumstances() -> dict[str, str | int]:
     """Return all circumstances, ready for JSON. `kernels` are those of the compiled forward."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -66,7 +71,7 @@ def circumstances() -> dict[str, str | int]:
         "transformers": version("transformers"),
         "paceline": version("paceline"),
         "commit": commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([Path(sys.argv[0]).name, *map(_without_folders, sys.argv[1:])]),
     }
 
 
