@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import median
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -38,6 +38,7 @@ CONTEXT: Final = 200
 WIDTHS: Final = (1, 2, 5, 8, 12, 16, 32, 64)
 PROMPT: Final = 512
 ROWS: Final = 8
+PAUSE: Final = 0.1  # seconds in which torch's workers, which have just read, fall asleep
 CALLS: Final = 5  # of a cell per turn
 CHAIN: Final = 8  # steps over which a drafter's is averaged
 READ_BYTES: Final = 2**30
@@ -134,6 +135,7 @@ def main() -> None:
         advance = count_steps(report, "turns", options.turns + 1)
         for turn in range(options.turns + 1):
             found = {("read", ""): milliseconds(buffer.sum)}
+            sleep(PAUSE)
             for one in subjects:
                 found |= {(one.name, name): milliseconds(work) for name, work in one.works()}
             for name, drafter in drafters.items():
