@@ -1,4 +1,4 @@
-"""Milliseconds of a verification by number of tokens, for each precision, beside a plain read of memory.
+"""Milliseconds of a verification by number of tokens, for each precision, and of a plain read of memory.
 
     python benchmarks/forwards.py [--models zoo 0.3b] [--turns 15]
 
@@ -43,7 +43,7 @@ CALLS: Final = 5  # of a cell per turn
 CHAIN: Final = 8  # steps over which a drafter's is averaged
 READ_BYTES: Final = 2**30
 PRECISIONS: Final = {"zoo": ("bfloat16", "int8", "float32"), "0.3b": ("bfloat16", "int8")}
-DRAFTERS: Final = ("math", "general")  # of 1.4 M and 4.2 M parameters
+DRAFTERS: Final = ("math", "general")  # both of 1.4 M parameters
 
 
 @dataclass

@@ -33,8 +33,8 @@ _YIELD_EVERY: Final = 64  # pauses
 def take_part(job, thread, tag):
     """Run this thread's part of the job tagged `tag`; nothing if its table may have changed.
 
-    A thread may be late by any time, and find the table of a later job half written. So it works with a
-    copy, made before the job was over, and a copy leads it to its own job's counters only.
+    A thread may be late by any time, and find a later job's table half written. So it copies the table
+    first, and runs only if the tag is still current then; its copy names its own job's counters only.
     """
     mine = field(job, COPIES) + COPY_BYTES * thread
     for place in range(JOB_SIZE):

@@ -14,8 +14,8 @@ from llvmlite import ir
 from paceline.models.compiled.tiles import (
     BLOCK_BYTES,
     Grid,
-    Shape,
-    Shapes,
+    TilesBySize,
+    TileShape,
     enter,
     fetch_ahead,
     spaced,
@@ -40,8 +40,8 @@ from paceline.models.compiled.vectors import (
 
 INT8_GROUP: Final = 8  # words of inputs, 32 numbers, that share a scale
 # a sum takes two registers
-WIDE_INT8: Final = Shapes(Shape(3, 4), Shape(12, 1))
-NARROW_INT8: Final = Shapes(Shape(1, 2), Shape(3, 1))
+WIDE_INT8: Final = TilesBySize(TileShape(3, 4), TileShape(12, 1))
+NARROW_INT8: Final = TilesBySize(TileShape(1, 2), TileShape(3, 1))
 _EXCESS: Final = 128  # weights are stored as unsigned bytes, this much larger
 
 

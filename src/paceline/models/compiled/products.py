@@ -23,8 +23,8 @@ from paceline.models.compiled.tiles import (
     GROUP,
     NARROW,
     WIDE,
-    Shape,
-    Shapes,
+    TilesBySize,
+    TileShape,
     dot_bf16,
     emit_tile,
     float32,
@@ -43,7 +43,7 @@ AHEAD: Final = 2048  # bytes of a block that are read before they are needed
 ROOM_ROWS: Final = 32  # rows of buffers are rounded up to it, for AMX
 
 
-def _tiles_for(kernels: str, weights: str) -> tuple[Callable[..., None], Shapes]:
+def _tiles_for(kernels: str, weights: str) -> tuple[Callable[..., None], TilesBySize]:
     """Return the function that emits a tile, and the tiles' shapes; arguments as in `make_product`."""
     is_wide = kernels in ("amx", "avx512_bf16", "avx512")
     if weights == "int8":
@@ -78,7 +78,7 @@ def make_product(kernels: str, weights: str) -> Callable[..., Any]:
     return product
 
 
-def _make_few(slab: Any, shape: Shape) -> Callable[..., Any]:
+def _make_few(slab: Any, shape: TileShape) -> Callable[..., Any]:
     """Return a product for few rows. Memory bounds it, so several blocks are read side by side."""
     blocks = shape.blocks
 
@@ -104,7 +104,7 @@ def _make_few(slab: Any, shape: Shape) -> Callable[..., Any]:
     return multiply_few
 
 
-def _make_many(slab: Any, shape: Shape, in_parts: bool) -> Callable[..., Any]:
+def _make_many(slab: Any, shape: TileShape, in_parts: bool) -> Callable[..., Any]:
     """Return a product for more rows, in slabs of equal numbers of them.
 
     While slabs pass over some blocks, each reads its share of the following ones into the cache, so
@@ -121,7 +121,7 @@ def _make_many(slab: Any, shape: Shape, in_parts: bool) -> Callable[..., Any]:
             count, zero = min(part, words - begin), fresh if begin == 0 else 0
             for first in range(0, GROUP, blocks):
                 of, sums = w + first * block_stride + begin * BLOCK_BYTES, out + first * BLOCK_BYTES
-                ahead, pace, done = of + blocks * block_stride, BLOCK_BYTES // slabs, 0
+                ahead, ahead_step, done = of + blocks * block_stride, BLOCK_BYTES // slabs, 0
                 for k in range(slabs):
                     left = slabs - k
                     number = (rows - done + left - 1) // left
@@ -136,10 +136,10 @@ def _make_many(slab: Any, shape: Shape, in_parts: bool) -> Callable[..., Any]:
                         out_stride,
                         zero,
                         ahead,
-                        pace,
+                        ahead_step,
                         number,
                     )
-                    ahead += count * pace
+                    ahead += count * ahead_step
                     done += number
 
     return multiply_many

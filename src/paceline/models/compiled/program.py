@@ -44,8 +44,9 @@ if TYPE_CHECKING:
 
 
 def make_run(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
-    """Return run(job, thread, tag), the part of one thread in a planned job; it changes its table.
+    """Return run(job, thread, tag), the part of one thread in a planned job.
 
+    It changes the table at `job`, which is the thread's own copy.
     kernels: see `processor`. dtype: of the model. weights: `bfloat16`, `float32` or `int8`.
     """
     run_steps = _make_steps(kernels, dtype, weights)

@@ -82,7 +82,7 @@ def rounded(number: int, unit: int) -> int:
     SCRATCH_STRIDE,  # bytes of a thread's scratch
     STORES_FIRST,  # whether keys are stored in a phase of their own
     QUERY_TOKENS,  # tokens of a piece of attention, if STORES_FIRST
-    LAYERS,  # the model's; 0: none run, and HIDDEN_OUT holds final hidden states
+    LAYERS,  # number of layers to run; 0: HIDDEN_OUT holds final hidden states
     SKIPS,  # whether SKIPPED is read
     HIDDEN_OUT,  # address for final hidden states [N, HIDDEN_ROOM] in the dtype of the model, or 0
     LOGITS,  # address for float32 [NUM_PICKED, VOCABULARY_GROUPS * 64], or 0

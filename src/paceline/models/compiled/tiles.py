@@ -46,22 +46,22 @@ GROUP: Final = 4  # blocks of a group, 64 outputs: the unit of work
 BLOCK_BYTES: Final = 64  # of one word of a block's outputs
 
 
-class Shape(NamedTuple):
+class TileShape(NamedTuple):
     """A tile: its largest number of rows, and its blocks; its sums stay in registers."""
 
     rows: int
     blocks: int
 
 
-class Shapes(NamedTuple):
+class TilesBySize(NamedTuple):
     """The tiles for few rows, which read many blocks at once, and for more."""
 
-    few: Shape
-    many: Shape
+    few: TileShape
+    many: TileShape
 
 
-WIDE: Final = Shapes(Shape(6, 4), Shape(14, 2))  # 32 registers of 512 bits
-NARROW: Final = Shapes(Shape(1, 4), Shape(6, 1))  # 16 of 256 bits, or 32 of 128
+WIDE: Final = TilesBySize(TileShape(6, 4), TileShape(14, 2))  # 32 registers of 512 bits
+NARROW: Final = TilesBySize(TileShape(1, 4), TileShape(6, 1))  # 16 of 256 bits, or 32 of 128
 
 
 # --- one word's step: sums += weights * inputs -----------------------------------------------
@@ -116,9 +116,9 @@ def fetch_ahead(builder: Any, values: Any, blocks: int, words_done: Any) -> None
     at = builder.add(values[8], builder.mul(words_done, values[9]))
     name, byte = "llvm.prefetch.p0", I8.as_pointer()
     fetch = declared(builder, name, ir.VoidType(), [byte, I32, I32, I32])
-    read, close, data = (ir.Constant(I32, n) for n in (0, 3, 1))
+    read, locality, data = (ir.Constant(I32, n) for n in (0, 3, 1))
     for place in spaced(builder, at, values[1], blocks):
-        builder.call(fetch, [pointer(builder, place, I8), read, close, data])
+        builder.call(fetch, [pointer(builder, place, I8), read, locality, data])
 
 
 def zeros(rows: int, blocks: int) -> Grid:
@@ -180,7 +180,7 @@ def emit_tile(step: Any, builder: Any, values: Any, rows: int, blocks: int) -> N
     store_sums(builder, places, new)
 
 
-def make_slab(emit: Callable[..., None], shape: Shape) -> Any:
+def make_slab(emit: Callable[..., None], shape: TileShape) -> Any:
     """Return an intrinsic: the sums of a shape's blocks for 1 to its largest number of rows.
 
     Its int64 arguments: weights, bytes between blocks, inputs, bytes between rows of inputs, number of
@@ -204,7 +204,18 @@ def make_slab(emit: Callable[..., None], shape: Shape) -> Any:
 
     @intrinsic
     def slab(
-        typingctx, w, block_stride, x, x_stride, words, out, out_stride, fresh, ahead, pace, rows
+        typingctx,
+        w,
+        block_stride,
+        x,
+        x_stride,
+        words,
+        out,
+        out_stride,
+        fresh,
+        ahead,
+        ahead_step,
+        rows,
     ):
         return types.void(*(types.int64,) * 11), codegen
 

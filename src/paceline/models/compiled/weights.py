@@ -84,13 +84,13 @@ def float_bits(number: float) -> int:
     return int(struct.unpack("<I", struct.pack("<f", number))[0])
 
 
-_growing = threading.Lock()  # of tables of angles
+_angles_lock = threading.Lock()  # of tables of angles
 
 
 def _renew_lock() -> None:
     """Make a lock that no thread of a forked child's parent holds."""
-    global _growing
-    _growing = threading.Lock()
+    global _angles_lock
+    _angles_lock = threading.Lock()
 
 
 os.register_at_fork(after_in_child=_renew_lock)
@@ -198,7 +198,7 @@ class PackedModel:
         """Make the table of angles cover positions below `num_positions`."""
         if num_positions <= self._angles.shape[0] or not self.facts.half_turned:
             return
-        with _growing:
+        with _angles_lock:
             known = self._angles.shape[0]
             if num_positions <= known:  # another thread was first
                 return
