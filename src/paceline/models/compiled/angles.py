@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-_PART: Final = 64  # positions
 
 
 class RotaryAngles:
@@ -25,18 +23,20 @@ class RotaryAngles:
         self.half_turned = self(1).shape[-1] // 2
 
     def __call__(self, length: int) -> torch.Tensor:
-        """Return [positions, tables, 2 * half_turned].
+        """Return [length, tables, 2 * half_turned].
 
-        Parts are so small that torch does not share them among its threads, for which a forked child
-        would wait without end.
+        A thread of its own computes them: in a forked child torch waits without end for the workers of
+        the thread that forked, which do not exist there, but a new thread starts its own.
         """
-        kinds: Sequence[str | None] = self.kinds or (None,)
-        bounds = [(start, min(length, start + _PART)) for start in range(0, length, _PART)]
-        tables = [np.concatenate([self._part(*part, kind) for part in bounds]) for kind in kinds]
-        return torch.from_numpy(np.stack(tables, axis=1))
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(self._tables, length).result()
 
-    def _part(self, start: int, stop: int, kind: str | None) -> np.ndarray:
-        like, positions = torch.zeros(1, dtype=torch.float32), torch.arange(start, stop)[None]
+    def _tables(self, length: int) -> torch.Tensor:
+        kinds: Sequence[str | None] = self.kinds or (None,)
+        return torch.stack([self._table(length, kind) for kind in kinds], dim=1)
+
+    def _table(self, length: int, kind: str | None) -> torch.Tensor:
+        like, positions = torch.zeros(1, dtype=torch.float32), torch.arange(length)[None]
         cos, sin = self._rotary(like, positions, *(() if kind is None else (kind,)))
         half = cos.shape[-1] // 2  # the second half is the same
-        return torch.cat([cos[0, :, :half], sin[0, :, :half]], dim=-1).numpy()
+        return torch.cat([cos[0, :, :half], sin[0, :, :half]], dim=-1)

@@ -107,6 +107,7 @@ class PackedRows(Slots):
         self._storage[slot], self._addresses[slot], self._capacities[slot] = None, 0, 0
 
     def _keep(self, slot: int, storage: Tensor) -> None:
+        self._plain_views.pop(slot, None)
         self._storage[slot] = storage
         self._addresses[slot] = storage.data_ptr()
         self._capacities[slot] = storage.numel() // self._shape.position_numbers

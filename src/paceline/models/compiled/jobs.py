@@ -57,8 +57,9 @@ class _Layout:
 
     def __init__(self, model: PackedModel, shape: _Shape) -> None:
         facts = model.facts
-        blocks = -(-max(shape.tokens, shape.picked) // BLOCK_ROWS)
-        if (pieces := blocks * max(model.logit_room, 2 * model.mlp_room) // 64) > MAX_PIECES:
+        products = ((shape.picked, model.logit_room), (shape.tokens, 2 * model.mlp_room))
+        pieces = max(-(-rows // BLOCK_ROWS) * outputs // 64 for rows, outputs in products)
+        if pieces > MAX_PIECES:
             raise ValueError(
                 f"{pieces} pieces of a product are too many; score fewer tokens at once"
             )

@@ -11,6 +11,7 @@ import atexit
 import os
 import threading
 from contextlib import contextmanager
+from time import monotonic
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
@@ -136,8 +137,9 @@ class Team:
         self._memory[STOP // 8] = 1
         for event in self._wake:
             event.set()
+        end = monotonic() + 1
         for thread in self._threads:
-            thread.join(timeout=1)
+            thread.join(max(0.0, end - monotonic()))
 
 
 class _Solo:

@@ -114,7 +114,7 @@ def run_script(body: str, **environment: str) -> subprocess.Popen[str]:
 
 
 def check_end(process: subprocess.Popen[str]) -> None:
-    output, _ = process.communicate(timeout=900)
+    output, _ = process.communicate(timeout=300)
     assert (output, process.returncode) == ("", 0)
 
 
@@ -146,6 +146,18 @@ for _ in range(2):
     assert all(torch.equal(a, b) for a, b in zip(loader, expected, strict=True))
 assert torch.equal(work(0), alone)
 """
+ANGLES = """
+from support.compiled_models import compile_model, hidden_of, random_model, random_text
+texts = [random_text(n, n) for n in (10, 700)]
+expected = [hidden_of(compile_model(random_model()), text) for text in texts]
+forward = compile_model(random_model())
+assert torch.equal(hidden_of(forward, texts[0]), expected[0])
+torch.ones(400_000).cos()  # this thread has workers, which a child has not
+child = os.fork()
+if child == 0:  # needs more angles than the parent has computed
+    os._exit(0 if torch.equal(hidden_of(forward, texts[1]), expected[1]) else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
 BUSY_FORK = """
 import threading
 stop = threading.Event()
@@ -165,7 +177,9 @@ stop.set()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-@pytest.mark.parametrize("body", [FORK, LOADER, BUSY_FORK], ids=["fork", "loader", "busy"])
+@pytest.mark.parametrize(
+    "body", [FORK, LOADER, BUSY_FORK, ANGLES], ids=["fork", "loader", "busy", "angles"]
+)
 def test_a_forked_child_runs_the_model_too(body: str) -> None:
     check_end(run_script(body))
 
