@@ -7,7 +7,7 @@ functions that call each other belong in one module.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numba
 
@@ -24,7 +24,7 @@ def compiled(function: F) -> F:
         machine = numba.njit(cache=True, error_model="numpy")(function)
     except RuntimeError:  # no folder for the cache: it is compiled once per process
         machine = numba.njit(error_model="numpy")(function)
-    return machine  # type: ignore[no-any-return]
+    return cast("F", machine)
 
 
 def inlined(function: F) -> F:
@@ -33,5 +33,4 @@ def inlined(function: F) -> F:
     numba counts the references of all arrays that it passes to a function, which may take longer than
     the function itself.
     """
-    machine: Any = numba.njit(inline="always", error_model="numpy")(function)
-    return machine  # type: ignore[no-any-return]
+    return cast("F", numba.njit(inline="always", error_model="numpy")(function))

@@ -105,9 +105,7 @@ class Row:
     @property
     def draft_limit(self) -> int:
         """Maximum depth of a draft, since a round emits one token more than it accepts."""
-        room = self.max_total - len(self.tokens) - 1
-        most = split_arm(self.arm)[1]
-        return room if most is None or room < most else most
+        return self.limit_at(len(self.tokens))
 
     def limit_at(self, num_tokens: int, any_length: bool = False) -> int:
         """Return `draft_limit` at a number of tokens. any_length: ignore the arm's own limit."""

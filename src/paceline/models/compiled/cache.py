@@ -60,7 +60,7 @@ class PackedRows(Slots):
         self._addresses: list[int] = []
         self._capacities: list[int] = []  # positions that the storage holds
         # numpy's views of the storage by slot, made when they are needed
-        self._plain_views: dict[int, tuple[Tensor, np.ndarray, np.ndarray]] = {}
+        self._plain_views: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._spares: list[Tensor] = []  # of rows that have ended, for the next ones
 
     @property
@@ -208,15 +208,15 @@ class PackedRows(Slots):
             ]
 
     def _grid(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return numpy's views of a row's keys, each word as one integer, and of its values."""
-        storage = self._storage[slot]
-        assert storage is not None
+        """Return numpy's views of a row's keys, where a word is one integer, and of its values."""
         grid = self._plain_views.get(slot)
-        if grid is None or grid[0] is not storage:
+        if grid is None:
+            storage = self._storage[slot]
+            assert storage is not None
             keys, values = self._views(storage)
             words = _plain(keys).view(np.int32)[..., 0]
-            grid = self._plain_views[slot] = (storage, words, _plain(values))
-        return grid[1], grid[2]
+            grid = self._plain_views[slot] = (words, _plain(values))
+        return grid
 
     def _put(self, slot: int, positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Write keys and values [L, Hkv, n, d] at positions [n]."""
