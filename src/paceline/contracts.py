@@ -170,13 +170,15 @@ class Drafts:
     deterministic function of the text, or were drawn with the verifier's noise. parents: the index of
     each token's parent in a tree, below its own, -1 for the row's last token; None if all drafts are
     chains. A tree has no `probs`: the verifier samples from the target's distribution at each node.
-    Entries from a row's length on are padding.
+    evidence: of a lookup, the class of the statistics behind each token, which tells how likely it is
+    accepted if its parent is. Entries from a row's length on are padding.
     """
 
     tokens: Tensor  # [R, K] int64
     lengths: Sequence[int]  # R
     probs: Tensor | None = None  # [R, K, V]
     parents: Tensor | None = None  # [R, K] int64
+    evidence: np.ndarray | None = None  # [R, K] int64
 
 
 @dataclass(frozen=True, slots=True)

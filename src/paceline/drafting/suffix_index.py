@@ -105,8 +105,11 @@ class SuffixIndex:
         min_probability: float,
         tokens: np.ndarray,
         parents: np.ndarray,
+        evidence: np.ndarray,
     ) -> Tree:
-        """Write the likeliest continuations of a match into tokens and parents [K] int64.
+        """Write the likeliest continuations of a match into tokens, parents and evidence [K] int64.
+
+        The evidence of a token is its class by `suffix_kernels.evidence_of`.
 
         A token's probability is the product, along its path, of its count after its context over the
         count of all tokens there. The best token is added first, until there are K tokens or none is
@@ -117,7 +120,7 @@ class SuffixIndex:
         return Tree(
             *self._kernels.grow(
                 self._automaton, match.state, match.length,
-                min_match, depth, paths, min_probability, tokens, parents,
+                min_match, depth, paths, min_probability, tokens, parents, evidence,
             )
         )  # fmt: skip
 
@@ -184,5 +187,5 @@ def compile_kernels() -> None:
     index.extend([0, 1])
     own: Any = index.match_own()
     for match in (own, index.match(np.array([0, 1], dtype=np.int32))):
-        out = np.empty((2, 4), dtype=np.int64)
-        index.grow(match, 1, 4, 2, 0.1, out[0], out[1])
+        out = np.empty((3, 4), dtype=np.int64)
+        index.grow(match, 1, 4, 2, 0.1, *out)

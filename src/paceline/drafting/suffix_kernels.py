@@ -37,8 +37,11 @@ OWNER, TOKEN, TARGET, NEXT, PREVIOUS, COUNT = range(6)
 ROOT: Final = 0
 # a context's latest distinct continuations are considered, up to this number, which bounds a round
 SCANNED: Final = 32
-# candidates of a tree  [C, 6] int32
-_TOKEN, _PARENT, _STATE, _LENGTH, _LEVEL, _NEXT = range(6)
+# candidates of a tree  [C, 7] int32
+_TOKEN, _PARENT, _STATE, _LENGTH, _LEVEL, _NEXT, _EVIDENCE = range(7)
+
+NUM_EVIDENCE: Final = 128
+"""Number of evidence classes, see `evidence_of`."""
 
 
 # --- edges ----------------------------------------------------------------------------------------
@@ -273,6 +276,29 @@ def match(automaton: Automaton, tokens: np.ndarray) -> tuple[int, int]:
 
 
 @compiled
+def evidence_of(length: int, total: int, count: int) -> int:
+    """Return the evidence class of a continuation, below NUM_EVIDENCE.
+
+    length: tokens of the context. total: tokens that followed it so far; count: those that were the
+    continuation. The class has 3 bits for the length, 2 for the total and 2 for the share count / total.
+    """
+    if length < 5:
+        by_length = max(length, 1) - 1  # 1, 2, 3, 4
+    elif length < 10:
+        by_length = 4 if length < 7 else 5
+    else:
+        by_length = 6 if length < 16 else 7
+    by_total = min(total, 3) - 1 if total < 6 else 3  # 1, 2, 3 to 5, 6 or more
+    if count == total:
+        by_share = 3
+    elif 10 * count >= 7 * total:
+        by_share = 2
+    else:
+        by_share = 1 if 10 * count >= 4 * total else 0
+    return wide(16 * by_length + 4 * by_total + by_share)
+
+
+@compiled
 def grow(
     automaton: Automaton,
     state: int,
@@ -283,15 +309,16 @@ def grow(
     min_probability: float,
     tokens: np.ndarray,
     parents: np.ndarray,
+    evidence: np.ndarray,
 ) -> tuple[int, int, float]:
-    """Write the likeliest continuations of a context as a tree into tokens and parents [K] int64.
+    """Write the likeliest continuations of a context as a tree.
 
-    Returns the number of nodes, of leaves and of expected accepted tokens, the sum of the nodes'
+    Into tokens and parents [K] int64, and the class of each token's evidence [K] int64. Returns the number of nodes, of leaves and of expected accepted tokens, the sum of the nodes'
     probabilities. Equally likely nodes are in the order of their parents, then the latest first.
     """
     header, states, edges, _ = automaton
     most = len(tokens)
-    fields = np.empty(((most + 1) * SCANNED, 6), dtype=np.int32)
+    fields = np.empty(((most + 1) * SCANNED, 7), dtype=np.int32)
     probabilities = np.empty(len(fields))
     has_child = np.zeros(most + 1, dtype=np.bool_)  # of node k at k + 1
     num_candidates, num_nodes, leaves, expected = 0, 0, 0, 0.0
@@ -309,6 +336,7 @@ def grow(
                 if p >= min_probability and edges[edge, TOKEN] >= 0:
                     new = fields[num_candidates]
                     new[_TOKEN], new[_PARENT], new[_LEVEL] = edges[edge, TOKEN], node, level + 1
+                    new[_EVIDENCE] = evidence_of(length, total, edges[edge, COUNT])
                     new[_STATE], new[_LENGTH] = _bounded(
                         states, edges[edge, TARGET], length + 1, header[MAX_MATCH]
                     )
@@ -328,6 +356,7 @@ def grow(
         leaves += opens
         has_child[parent + 1] = True
         tokens[num_nodes], parents[num_nodes] = fields[best, _TOKEN], parent
+        evidence[num_nodes] = fields[best, _EVIDENCE]
         node, level, probability = num_nodes, wide(fields[best, _LEVEL]), probabilities[best]
         state, length = wide(fields[best, _STATE]), wide(fields[best, _LENGTH])
         expected += probability

@@ -151,15 +151,15 @@ class SuffixLookup(Drafter):
         return self._rows.num_bytes() + (0 if self.shared is None else self.shared.num_bytes())
 
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
-        out = np.full((2, len(rows), self.num_draft_tokens), -1, dtype=np.int64)  # [2, R, K]
+        out = np.full((3, len(rows), self.num_draft_tokens), -1, dtype=np.int64)  # [3, R, K]
         own = self._rows.match_own(rows)
         trees = [
             self._draft(row, limit, own[i], out[:, i])
             for i, (row, limit) in enumerate(zip(rows, limits, strict=True))
         ]
         lengths = [tree.num_tokens for tree in trees]
-        tokens, parents = out[:, :, : max(lengths)]
-        drafts = Drafts(torch.from_numpy(tokens), lengths)
+        tokens, parents, evidence = out[:, :, : max(lengths)]
+        drafts = Drafts(torch.from_numpy(tokens), lengths, evidence=evidence)
         if any(tree.num_leaves > 1 for tree in trees):
             drafts.parents = torch.from_numpy(parents)
         return drafts
@@ -167,7 +167,7 @@ class SuffixLookup(Drafter):
     def _draft(
         self, row: RowView, limit: int, own: tuple[SuffixIndex, Match], out: np.ndarray
     ) -> Tree:
-        """Write a row's draft into `out` [2, K], tokens and parents. own: the match in its own text.
+        """Write a row's draft into `out` [3, K]: tokens, parents, evidence. own: the match in its text.
 
         Of the row's own text and the shared ones, the draft with the most expected tokens is kept.
         """
@@ -185,7 +185,7 @@ class SuffixLookup(Drafter):
             into = np.empty_like(out) if best.num_tokens else out
             tree = index.grow(
                 match, self.settings.min_match, limit, self.settings.paths,
-                self.settings.min_probability, into[0, :longest], into[1, :longest],
+                self.settings.min_probability, *into[:, :longest],
             )  # fmt: skip
             if tree.expected > best.expected:
                 best = tree

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from paceline.drafting.draft_replay import SimpleRow
 from paceline.drafting.suffix_index import Match, RowIndices, SuffixIndex
+from paceline.drafting.suffix_kernels import NUM_EVIDENCE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -108,10 +109,11 @@ def index_of(text: list[int], max_match: int, pieces: int = 1) -> SuffixIndex:
 
 
 def grown(index: SuffixIndex, found: Match, num_tokens: int, **how: float) -> tuple[object, ...]:
-    tokens, parents = np.full((2, num_tokens), -7, dtype=np.int64)
+    tokens, parents, evidence = np.full((3, num_tokens), -7, dtype=np.int64)
     how = {"min_match": 1, "depth": 64, "paths": 64, "min_probability": 0.0, **how}
-    tree = index.grow(found, tokens=tokens, parents=parents, **how)
+    tree = index.grow(found, tokens=tokens, parents=parents, evidence=evidence, **how)
     assert set(tokens[tree.num_tokens :]) | set(parents[tree.num_tokens :]) <= {-7}
+    assert set(evidence[: tree.num_tokens]) <= set(range(NUM_EVIDENCE))
     n = tree.num_tokens
     return tokens[:n].tolist(), parents[:n].tolist(), tree.num_leaves, tree.expected
 
