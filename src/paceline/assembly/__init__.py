@@ -1,6 +1,12 @@
 """The composition root: configuration to running engine. The only room that imports every part."""
 
-from paceline.assembly.loading import build_controller, load, open_log, steps_to_policy
+from paceline.assembly.loading import (
+    build_controller,
+    find_round_seconds,
+    load,
+    open_log,
+    steps_to_policy,
+)
 from paceline.assembly.pace import Pace
 from paceline.assembly.parts import Parts, build, build_from_objects, policy_identity
 
@@ -10,6 +16,7 @@ __all__ = [
     "build",
     "build_controller",
     "build_from_objects",
+    "find_round_seconds",
     "load",
     "open_log",
     "policy_identity",
