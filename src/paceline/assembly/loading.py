@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, get_args
 
 from paceline.assembly.pace import Pace
 from paceline.assembly.parts import build, build_from_objects, policy_identity
-from paceline.config import Config, GenerationDefaults, ModelSection, load_config
+from paceline.config import DEFAULT_OBJECTIVE, Config, GenerationDefaults, ModelSection, load_config
 from paceline.contracts import Completion, Context, Request, identity_of_arms, join_arm, split_arm
 from paceline.costs import RoundSeconds
 from paceline.costs.table import TARGET, CostTable
@@ -159,7 +159,7 @@ def build_controller(
     parts: Parts,
     arms: Sequence[str],
     costs: CostTable | None = None,
-    objective: Objective = 0.0,
+    objective: Objective = DEFAULT_OBJECTIVE,
 ) -> AdaptiveController | None:
     """Return the controller of the configuration's `selection`, or None if it asks for none.
 

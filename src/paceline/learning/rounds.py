@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from paceline.compiled import compiled
+from paceline.config import DEFAULT_OBJECTIVE
 from paceline.contracts import split_arm
 from paceline.costs.pricing import by_objective, prompt_seconds, round_seconds
 from paceline.replay import rounds_of
@@ -71,7 +72,9 @@ class RoundTable:
         by_arm = tuple(own.rows(places) for own in self.by_arm)
         return RoundTable(self.arms, self.num_prompt[places], by_arm)
 
-    def seconds(self, seconds: SecondsFn, rows: int = 1, objective: Objective = 0.0) -> np.ndarray:
+    def seconds(
+        self, seconds: SecondsFn, rows: int = 1, objective: Objective = DEFAULT_OBJECTIVE
+    ) -> np.ndarray:
         """Return the predicted seconds of each whole request, [N, A], as `rewards.request_seconds`."""
         return np.stack(
             [
