@@ -12,8 +12,9 @@ flight, all submitted at once, prefill and choice included. The methods:
                   collected prompts at this number of rows
     auto          the learned policy's choice for each request
 
-Drafts of several rows are cut to the shared budget. `--uncut` also runs each method without it. A ratio
-is one of tokens per second on the same prompts; its 95% interval is a bootstrap over turns. The best fixed arm is the fastest one on the turns themselves, which favours it.
+Drafts of several rows are cut to the shared budget; `--uncut` also runs each method without it. A ratio
+is one of tokens per second on the same prompts; its 95% interval is a bootstrap over turns. The best
+fixed arm is the fastest one on the turns themselves, which favours it.
 """
 
 from __future__ import annotations
