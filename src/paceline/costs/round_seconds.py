@@ -41,8 +41,8 @@ class RoundSeconds:
         """Return the seconds of rounds that draft 0, 1, ... tokens in all, at least [N + 1].
 
         rows: R. context: mean number of cached tokens per row. num_drafted: N. Do not write to the
-        array. Seconds never fall with the number of tokens, so a disturbed cell of the table does not
-        make a longer draft look cheaper.
+        array. Seconds never fall with the number of tokens: where measured ones do, they are replaced by
+        the mean of the largest before and the least after.
         """
         key = rows, context // _BUCKET
         seconds = self._read.get(key)
@@ -52,5 +52,6 @@ class RoundSeconds:
             tokens = 1 + np.arange(longest + 1)
             forward = self._costs.seconds(TARGET, FORWARD, tokens, middle, rows)
             host = self._costs.seconds(ENGINE, ROUND, 0, 0, rows)
-            seconds = self._read[key] = np.maximum.accumulate(forward) + host
+            rising = np.maximum.accumulate(forward) + np.minimum.accumulate(forward[::-1])[::-1]
+            seconds = self._read[key] = rising / 2 + host
         return seconds
