@@ -231,6 +231,10 @@ def test_one_row_drafts_as_without_a_budget(parts: Parts) -> None:
     budget = CountingBudget()
     whole, shared = pace_of(parts, 1, None), pace_of(parts, 1, budget)
 
+    # the last round of several rows leaves a limit, which does not hold for one row
+    texts_of(pace_of(parts, 3, budget), ["self"], 3)
+    budget._likeliest_cut = 0.9
+    budget.whole = budget.shortened = budget.removed = 0
     for arm in ARMS:
         settings = {"drafter": arm, "max_new_tokens": LENGTH, "ignore_eos": True}
         expected = whole.complete(list(PROMPTS[2]), **settings)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import inf, log
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Acceptance:
 
     right: float = _PRIOR * _PRIOR_WEIGHT
     tried: float = _PRIOR_WEIGHT
+    has_learned: bool = False
 
     def chances(self, parents: Sequence[int] | None, length: int) -> list[float]:
         """Return the probability that each token of a draft is accepted, its parents included.
@@ -51,6 +53,11 @@ class Acceptance:
         """
         shape = None if parents is None else tuple(parents)
         return _chances(round(self.right / self.tried * _STEPS), shape, length)
+
+    def depth_above(self, chance: float) -> float:
+        """Return the depth to which the tokens of a draft are accepted with more than a probability."""
+        rate = self.right / self.tried
+        return inf if chance <= 0.0 or rate >= 1.0 else max(0.0, log(chance) / log(rate))
 
     def learn(self, draft: Draft, verified: Draft, verdict: Verdict) -> None:
         """Learn from a judged draft. draft: as proposed. verified: the tokens of it that were judged."""
@@ -64,6 +71,7 @@ class Acceptance:
         else:
             last = verdict.path[-1] if right else -1
             wrong = verified.parents is not None and last in verified.parents
+        self.has_learned = True
         forgotten = 1.0 - _MEMORY
         self.right += forgotten * (_PRIOR * _PRIOR_WEIGHT - self.right) + right
         self.tried += forgotten * (_PRIOR_WEIGHT - self.tried) + right + wrong

@@ -37,7 +37,23 @@ class Budget:
 
     def __init__(self, seconds: RoundSeconds) -> None:
         self._seconds = seconds
+        self._likeliest_cut = (
+            0.0  # chance of a token that the last round did not keep; 0 without one
+        )
         self._drafting = 0.0  # mean seconds of drafting, per row that drafts, of earlier rounds
+
+    def limit(self, row: Row, num_draft_tokens: int) -> int:
+        """Return the useful length of a row's draft: one token more than the last round's budget allows.
+
+        A row without a learned acceptance may draft `num_draft_tokens`.
+        """
+        acceptance = row.in_use.acceptance
+        if not acceptance.has_learned or not self._likeliest_cut:
+            return num_draft_tokens
+        depth = acceptance.depth_above(self._likeliest_cut)
+        return (
+            num_draft_tokens if depth >= num_draft_tokens else min(num_draft_tokens, 1 + int(depth))
+        )
 
     def cut(self, rows: Sequence[Row], drafts: list[Draft]) -> list[Draft]:
         """Return the drafts to verify, each the given one or its likeliest tokens."""
@@ -62,7 +78,9 @@ class Budget:
         rates = expected[order].cumsum() / (seconds + self._drafting * num_drafting)
         num_kept = int(rates.argmax())
         if num_kept == total:
+            self._likeliest_cut = 0.0
             return drafts
+        self._likeliest_cut = float(expected[order[num_kept + 1]])
         kept = [False] * (total + 1)
         for place in order[: num_kept + 1].tolist():
             kept[place] = True

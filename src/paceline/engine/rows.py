@@ -60,7 +60,7 @@ class Row:
     drafter: Drafter
     arm: str = NONE  # in use; the decision has the chosen one
     num_cached: int = 0  # leading positions of the slot that hold this row
-    num_draft_tokens: int = 0  # of its drafter, read in the last round; fewer if the draft was cut
+    num_draft_tokens: int = 0  # of its drafter, read in the last round; fewer by the budget
     in_use: StartedDrafter = field(default_factory=StartedDrafter)  # the arm's drafter
     started: dict[str, StartedDrafter] = field(default_factory=dict)  # the one in use and others
     excluded: set[str] = field(default_factory=set)  # drafters that failed or found no memory

@@ -46,7 +46,7 @@ def run_round(
     budget: cuts the drafts of several rows; None verifies them whole.
     """
     started = perf_counter()
-    proposed = drafts = propose(rows, target.num_logits)
+    proposed = drafts = propose(rows, target.num_logits, budget if len(rows) > 1 else None)
     if any(row.finish_reason is not None for row in rows):
         alive = [i for i, row in enumerate(rows) if row.finish_reason is None]
         rows, proposed = [rows[i] for i in alive], [drafts[i] for i in alive]
@@ -72,8 +72,11 @@ def run_round(
 # --- drafts ---------------------------------------------------------------------------------------
 
 
-def propose(rows: Sequence[Row], num_logits: int) -> list[Draft]:
-    """Return each row's draft; every drafter is called once for all its rows."""
+def propose(rows: Sequence[Row], num_logits: int, budget: Budget | None = None) -> list[Draft]:
+    """Return each row's draft; every drafter is called once for all its rows.
+
+    budget: limits drafts to a useful length.
+    """
     drafts = [Draft([]) for _ in rows]
     groups: dict[int, list[int]] = {}  # by identity, since a drafter may define hash and equality
     for i, row in enumerate(rows):
@@ -81,7 +84,7 @@ def propose(rows: Sequence[Row], num_logits: int) -> list[Draft]:
             groups.setdefault(id(row.drafter), []).append(i)
     for members in groups.values():
         began = perf_counter()
-        asked = _ask([rows[i] for i in members], num_logits)
+        asked = _ask([rows[i] for i in members], num_logits, budget)
         for i, draft in zip(members, asked, strict=True):
             drafts[i] = draft
         spent = (perf_counter() - began) / len(members)
@@ -90,7 +93,7 @@ def propose(rows: Sequence[Row], num_logits: int) -> list[Draft]:
     return drafts
 
 
-def _ask(rows: list[Row], num_logits: int) -> list[Draft]:
+def _ask(rows: list[Row], num_logits: int, budget: Budget | None) -> list[Draft]:
     """Return the drafts of one drafter's rows; after a failure, ask for each row alone."""
     drafter, failed = rows[0].drafter, False
     text_states = [row.text_state for row in rows]
@@ -101,6 +104,10 @@ def _ask(rows: list[Row], num_logits: int) -> list[Draft]:
         if not num_draft_tokens:
             return [Draft([]) for _ in rows]
         limits = [row.draft_limit for row in rows]
+        if budget is not None:
+            for i, row in enumerate(rows):
+                row.num_draft_tokens = budget.limit(row, num_draft_tokens)
+                limits[i] = min(limits[i], row.num_draft_tokens)
         proposed = drafter.propose(rows[:], limits[:])  # it may sort or change what it is handed
         drafts = read_drafts(proposed, rows, limits, num_draft_tokens, num_logits)
     except ENDS_ALL:
@@ -113,13 +120,13 @@ def _ask(rows: list[Row], num_logits: int) -> list[Draft]:
         for row, state in zip(rows, text_states, strict=True):
             if not row.restore_text(*state):
                 row.fail_by(row.drafter_name, text_changed())
-    return [_ask_alone(row, num_logits) for row in rows] if failed else drafts
+    return [_ask_alone(row, num_logits, budget) for row in rows] if failed else drafts
 
 
-def _ask_alone(row: Row, num_logits: int) -> Draft:
+def _ask_alone(row: Row, num_logits: int, budget: Budget | None) -> Draft:
     if row.finish_reason is not None:
         return Draft([])
-    [draft] = _ask([row], num_logits)
+    [draft] = _ask([row], num_logits, budget)
     if draft.probs is not None:
         draft.probs = draft.probs.clone()  # the drafter may overwrite it for the next row
     return draft

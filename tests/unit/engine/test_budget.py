@@ -158,6 +158,52 @@ def test_prices_are_asked_at_the_rows_mean_context() -> None:
     assert prices.asked == [(3, 200, 3)]
 
 
+# --- the length of the next draft -----------------------------------------------------------------
+
+
+def after_a_cut(drafts: list[Draft], acceptance: float = 0.7) -> tuple[Budget, list[Any]]:
+    """Return a budget that has kept tokens likelier than 0.4 or so, and its rows."""
+    cutting = budget([1.0 + 0.25 * n for n in range(30)])
+    rows = [row(acceptance) for _ in drafts]
+    for r in rows:
+        r.in_use.acceptance.has_learned = True
+    cutting.cut(rows, drafts)
+    return cutting, rows
+
+
+def test_the_next_draft_has_one_token_more_than_would_be_kept() -> None:
+    cutting, rows = after_a_cut([Draft([1] * 8), Draft([2] * 8)])
+    kept = rows[0].num_draft_tokens
+    assert 0 < kept < 7
+
+    assert cutting.limit(rows[0], 8) == kept + 1
+    assert cutting.limit(rows[0], 1) == 1
+    assert cutting.limit(learned(0.05), 8) == 1, "one token, by which its acceptance is learned"
+    assert kept + 1 < cutting.limit(learned(0.9), 8) <= 8
+
+
+def learned(acceptance: float) -> Any:
+    found = row(acceptance)
+    found.in_use.acceptance.has_learned = True
+    return found
+
+
+def test_a_row_without_a_learned_acceptance_drafts_at_full_length() -> None:
+    """Its first draft, and a drafter with estimates of its own."""
+    cutting, _ = after_a_cut([Draft([1] * 8), Draft([2] * 8)])
+
+    assert cutting.limit(row(0.3), 8) == 8
+
+
+def test_after_a_round_without_a_cut_drafts_have_full_length() -> None:
+    cutting, rows = after_a_cut([Draft([1] * 8), Draft([2] * 8)])
+    assert cutting.limit(rows[0], 8) < 8
+
+    cutting.cut([row(0.99), row(0.99)], [Draft([1]), Draft([])])
+
+    assert cutting.limit(rows[0], 8) == 8
+
+
 # --- drawn tokens ---------------------------------------------------------------------------------
 
 
