@@ -167,6 +167,11 @@ class DraftModel(Drafter):
 
     # --- drafting ---------------------------------------------------------------------------------
 
+    def longest_draft(self, row: RowView) -> int:
+        # each token that is fed needs a position in the cache
+        room = self._states.max_positions + 1 - len(self._text(row))
+        return max(0, min(self.num_draft_tokens, room))
+
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
         rule = self._rule if self.stops_early else FIXED_LENGTH
         texts = [self._text(row) for row in rows]
@@ -222,13 +227,11 @@ class DraftModel(Drafter):
     ) -> list[list[int]] | None:
         """Return the rows' drafts of these lengths by one call of the model, or None if it cannot.
 
-        One call drafts for rows with at most two uncached tokens, as a round leaves them, that are
-        greedy or drawn with the judge's noise from all tokens. fed: each drafting row's tokens that
-        are not cached yet.
+        One call drafts for rows that are greedy or drawn with the judge's noise from all tokens. A row
+        with more uncached tokens than a round leaves is read first. fed: each drafting row's tokens
+        that are not cached yet.
         """
         if not (fed and self.shares_ids and self.model.drafts_whole_chains):
-            return None
-        if max(map(len, fed.values())) > 2:
             return None
         draws: list[Draw | None] | None = None
         if any(row.sampling.method != "greedy" for row in rows):
@@ -239,6 +242,10 @@ class DraftModel(Drafter):
         num_steps = max(lengths)
         if max(len(rows[i].tokens) for i in fed) + num_steps - 1 > self._states.max_positions:
             return None
+        late = {i: tokens for i, tokens in fed.items() if len(tokens) > 2}
+        if late:
+            self._states.read_all_but_last({rows[i].id: tokens for i, tokens in late.items()})
+            fed |= {i: tokens[-1:] for i, tokens in late.items()}
         flat: list[int] = []
         spans: list[Span] = []
         states = [self._states[rows[i].id] for i in fed]

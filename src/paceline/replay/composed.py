@@ -1,0 +1,187 @@
+"""Rounds of cascades, from the replays of their parts: which part drafts depends on prices.
+
+A collection stores the drafts of every lookup and the accepted tokens of every model at each position;
+here the cascade's rule walks over them with a cost table. The module runs no model. Symbols: N prompts,
+T output tokens, L lookups, M models, R rounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from paceline.drafting.cascade import kernels
+from paceline.drafting.cascade.calibration import Chances, PartReplays, fit_chances, stack_nodes
+from paceline.drafting.cascade.drafter import CascadeSettings
+from paceline.drafting.cascade.prices import BUCKET, read_prices
+from paceline.drafting.catalog import check_settings
+from paceline.drafting.suffix_lookup import SuffixLookupSettings
+from paceline.errors import StoreError
+from paceline.store.records import DraftNodes, ReplayedDrafter
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from paceline.config import Config
+    from paceline.costs.table import CostTable
+    from paceline.drafting.cascade.calibration import Calibration
+    from paceline.drafting.cascade.prices import Prices
+    from paceline.store.records import CollectedPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class CascadeParts:
+    """A configured cascade: its parts by kind, and the length of its drafts."""
+
+    name: str
+    lookups: tuple[str, ...]
+    models: tuple[str, ...]
+    num_draft_tokens: int
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return self.lookups + self.models
+
+
+def cascades_of(config: Config) -> list[CascadeParts]:
+    """Return the configuration's cascades."""
+    settings = {name: check_settings(name, section) for name, section in config.drafters.items()}
+    found = []
+    for name, own in settings.items():
+        if isinstance(own, CascadeSettings):
+            lookups = tuple(
+                p for p in own.parts if isinstance(settings.get(p), SuffixLookupSettings)
+            )
+            models = tuple(p for p in own.parts if p not in lookups)
+            found.append(CascadeParts(name, lookups, models, own.num_draft_tokens))
+    return found
+
+
+def calibrate(prompts: Sequence[CollectedPrompt], config: Config) -> Calibration:
+    """Return the chances of every cascade's parts on the prompts, for `compose` and for serving.
+
+    A model's are those on prompts where it is the best of all cascades' models, since a policy gives
+    it such prompts; its other prompts count a tenth.
+    """
+    cascades = cascades_of(config)
+    models = sorted({model for cascade in cascades for model in cascade.models})
+    kept = np.array(
+        [[_accepted_share(prompt, model) for model in models] for prompt in prompts]
+    ).reshape(len(prompts), len(models))
+    best = kept >= kept.max(axis=1, keepdims=True, initial=0.0)
+    calibration = {}
+    for cascade in cascades:
+        columns = [models.index(model) for model in cascade.models]
+        replays = [
+            part_replays(prompt, cascade, np.where(best[i, columns], 1.0, _OTHERS))
+            for i, prompt in enumerate(prompts)
+        ]
+        chances = fit_chances(replays, len(cascade.lookups), len(cascade.models))
+        calibration[cascade.name] = (cascade.parts, chances)
+    return calibration
+
+
+_OTHERS = 0.1  # weight of prompts for which another model is better
+
+
+def _accepted_share(prompt: CollectedPrompt, model: str) -> float:
+    table = _replay_of(prompt, model).table
+    return float((table[:, 1] > 0).mean()) if len(table) else 0.0
+
+
+def compose(
+    prompts: Sequence[CollectedPrompt],
+    config: Config,
+    costs: CostTable,
+    calibration: Calibration,
+    rows: int = 1,
+) -> list[CollectedPrompt]:
+    """Return the prompts with the rounds of the configuration's cascades under a cost table.
+
+    rows: requests in flight. Raises StoreError if a part was not replayed.
+    """
+    composed = list(prompts)
+    for cascade in cascades_of(config):
+        prices = read_prices(costs, cascade.name, cascade.models, cascade.num_draft_tokens, rows)
+        chances = chances_of(calibration, cascade)
+        composed = [
+            replace(
+                prompt,
+                replays=prompt.replays
+                | {cascade.name: walk_cascade(prompt, cascade, chances, prices)},
+            )
+            for prompt in composed
+        ]
+    return composed
+
+
+def chances_of(calibration: Calibration, cascade: CascadeParts) -> Chances:
+    """Return a cascade's chances, those assumed if it was not calibrated with these parts."""
+    parts, chances = calibration.get(cascade.name, ((), None))
+    if chances is None or parts != cascade.parts:
+        return Chances.assumed(len(cascade.lookups), len(cascade.models))
+    return chances
+
+
+def walk_cascade(
+    prompt: CollectedPrompt, cascade: CascadeParts, chances: Chances, prices: Prices
+) -> ReplayedDrafter:
+    """Return a cascade's rounds on a prompt."""
+    replays = part_replays(prompt, cascade, np.ones(len(cascade.models)))
+    num_positions = max(len(prompt.output_tokens) - 1, 0)
+    evidence, parents, kept, lengths = stack_nodes(replays.nodes, num_positions)
+    rounds = kernels.walk(
+        evidence,
+        parents,
+        kept,
+        lengths,
+        replays.drafted,
+        replays.accepted,
+        chances.tables,
+        chances.prospects,
+        prices.verifying,
+        prices.drafting,
+        prices.reading,
+        len(prompt.prompt_tokens),
+        prompt.max_new_tokens,
+        BUCKET,
+    )
+    return ReplayedDrafter(rounds[:, :2], everywhere=False, proposed=rounds[:, 2])
+
+
+def part_replays(prompt: CollectedPrompt, cascade: CascadeParts, weight: np.ndarray) -> PartReplays:
+    """Return the replays of a cascade's parts. weight: of the models in a calibration, [M]."""
+    shape = (len(cascade.models), max(len(prompt.output_tokens) - 1, 0), 2)
+    tables = [_replay_of(prompt, model).table for model in cascade.models]
+    stacked = np.array(tables, dtype=np.int64).reshape(shape)
+    return PartReplays(
+        nodes=[_nodes_of(prompt, lookup) for lookup in cascade.lookups],
+        drafted=np.ascontiguousarray(stacked[..., 0]),
+        accepted=np.ascontiguousarray(stacked[..., 1]),
+        weight=weight,
+    )
+
+
+def _replay_of(prompt: CollectedPrompt, part: str) -> ReplayedDrafter:
+    found = prompt.replays.get(part)
+    if found is None or not found.everywhere:
+        raise StoreError(
+            f"a cascade's part '{part}' has no replay at every position of '{prompt.id}'; run "
+            "`paceline collect PROMPTS` again with this configuration"
+        )
+    return found
+
+
+def _nodes_of(prompt: CollectedPrompt, lookup: str) -> DraftNodes:
+    nodes, table = prompt.nodes.get(lookup), _replay_of(prompt, lookup).table
+    if nodes is None:
+        if table[:, 0].any():
+            raise StoreError(
+                f"the replay of '{lookup}' on '{prompt.id}' has no evidence of its drafts, which a "
+                "cascade needs; delete this replay and run `paceline collect PROMPTS` again"
+            )
+        empty = np.zeros(0, dtype=np.int64)
+        nodes = DraftNodes(np.zeros(len(table), dtype=np.int64), empty, empty, empty.astype(bool))
+    return nodes
