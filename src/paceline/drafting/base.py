@@ -67,6 +67,8 @@ class Drafter(ABC):
     """True if replay asks for a round at every position, which gives the rounds of any schedule. False
     if a round depends on the rounds before it, or if a draft costs too much."""
     stops_early: bool = True  # rules may end a draft before its limit
+    composed: ClassVar[bool] = False
+    """True if its rounds follow from the replays of its parts, so that it is not replayed itself."""
     takes_prices: ClassVar[bool] = False  # its drafts follow this machine's costs, if it gets them
     rows_in_flight: int = 1  # with any drafter; the engine sets it before `propose`
     note: str = ""  # a remark for the user on how the drafter was built

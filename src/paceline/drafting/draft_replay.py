@@ -75,6 +75,8 @@ class DraftReplay(ABC):
     scores: PositionScores | None = None
     nodes: list[ReplayedNode] | None = None
     """Of a lookup, every token of every round so far, one round after the other."""
+    proposed: list[int] | None = None
+    """Of a cascade, the tokens of every round so far that a model drafted."""
 
     @abstractmethod
     def round_at(self, position: int, limit: int) -> tuple[int, int]:
@@ -124,6 +126,8 @@ class SimulatedReplay(DraftReplay):
         if len(row.tokens) != end:
             raise DrafterError("changed row.tokens; copy them first")
         [draft] = read_drafts(drafts, [row], [limit], read_length(self._drafter))
+        if drafts.proposed is not None:
+            self.proposed = [*(self.proposed or ()), drafts.proposed[0]]
         path = accepted_path(draft.tokens, draft.parents, self._text[end:])
         if drafts.evidence is not None:
             parents = draft.parents or range(-1, len(draft.tokens) - 1)

@@ -8,13 +8,15 @@ T output tokens, L lookups, M models, R rounds.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from paceline.contracts import identity_of_arms
 from paceline.drafting.cascade import kernels
 from paceline.drafting.cascade.calibration import Chances, PartReplays, fit_chances, stack_nodes
-from paceline.drafting.cascade.drafter import CascadeSettings
+from paceline.drafting.cascade.drafter import Cascade, CascadeSettings
 from paceline.drafting.cascade.prices import BUCKET, read_prices
 from paceline.drafting.catalog import check_settings
 from paceline.drafting.suffix_lookup import SuffixLookupSettings
@@ -22,7 +24,7 @@ from paceline.errors import StoreError
 from paceline.store.records import DraftNodes, ReplayedDrafter
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from paceline.config import Config
     from paceline.costs.table import CostTable
@@ -57,6 +59,25 @@ def cascades_of(config: Config) -> list[CascadeParts]:
             models = tuple(p for p in own.parts if p not in lookups)
             found.append(CascadeParts(name, lookups, models, own.num_draft_tokens))
     return found
+
+
+def stored_drafters(config: Config) -> list[str]:
+    """Return the drafters that a collection has replays of: all but cascades."""
+    composed = {cascade.name for cascade in cascades_of(config)}
+    return [name for name in config.drafters if name not in composed]
+
+
+def with_cascades(identities: Mapping[str, str], config: Config) -> dict[str, str]:
+    """Return identity lines of drafters, with those of the configuration's cascades."""
+    lines = dict(identities)
+    for cascade in cascades_of(config):
+        facts = {
+            "kind": Cascade.kind,
+            "num_draft_tokens": cascade.num_draft_tokens,
+            "parts": {part: identities[part] for part in cascade.parts},
+        }
+        lines |= identity_of_arms({cascade.name: facts})
+    return lines
 
 
 def calibrate(prompts: Sequence[CollectedPrompt], config: Config) -> Calibration:
@@ -96,25 +117,36 @@ def compose(
     config: Config,
     costs: CostTable,
     calibration: Calibration,
-    rows: int = 1,
 ) -> list[CollectedPrompt]:
     """Return the prompts with the rounds of the configuration's cascades under a cost table.
 
-    rows: requests in flight. Raises StoreError if a part was not replayed.
+    Raises StoreError if a part was not replayed.
     """
     composed = list(prompts)
     for cascade in cascades_of(config):
-        prices = read_prices(costs, cascade.name, cascade.models, cascade.num_draft_tokens, rows)
-        chances = chances_of(calibration, cascade)
+        walker = _Walker(cascade, chances_of(calibration, cascade), costs)
         composed = [
-            replace(
-                prompt,
-                replays=prompt.replays
-                | {cascade.name: walk_cascade(prompt, cascade, chances, prices)},
-            )
+            replace(prompt, replays=prompt.replays | {cascade.name: walker.at_rows(prompt, 1)})
             for prompt in composed
         ]
     return composed
+
+
+class _Walker:
+    """Walks of one cascade along prompts, with any number of rows in flight."""
+
+    def __init__(self, cascade: CascadeParts, chances: Chances, costs: CostTable) -> None:
+        self._cascade, self._chances, self._costs = cascade, chances, costs
+        self._prices: dict[int, Prices] = {}
+
+    def at_rows(self, prompt: CollectedPrompt, rows: int) -> ReplayedDrafter:
+        if rows not in self._prices:
+            own = self._cascade
+            self._prices[rows] = read_prices(
+                self._costs, own.name, own.models, own.num_draft_tokens, rows
+            )
+        walked = walk_cascade(prompt, self._cascade, self._chances, self._prices[rows])
+        return replace(walked, under_load=partial(self.at_rows, prompt))
 
 
 def chances_of(calibration: Calibration, cascade: CascadeParts) -> Chances:

@@ -42,14 +42,15 @@ class Replay:
     rounds: np.ndarray  # [rounds, 2] int64: drafted, accepted, at the drafter's full length
     ahead: np.ndarray | None  # [T - 1, 2], see `look_ahead`; None if rounds depend on earlier ones
     scores: PositionScores | None  # of chain drafters
-    nodes: Sequence[ReplayedNode]  # of lookups: every token of `ahead`; otherwise empty
+    nodes: Sequence[ReplayedNode] = ()  # of lookups: every token of `ahead`
+    proposed: np.ndarray | None = None  # [rounds] of cascades, see `ReplayedDrafter`
 
     @property
     def record(self) -> ReplayedDrafter:
         """The record that a collection stores."""
         if self.ahead is not None:
             return ReplayedDrafter(self.ahead, everywhere=True)
-        return ReplayedDrafter(self.rounds, everywhere=False)
+        return ReplayedDrafter(self.rounds, everywhere=False, proposed=self.proposed)
 
 
 def max_output(max_new_tokens: int, num_prompt: int, context_length: int) -> int:
@@ -163,7 +164,10 @@ def replay(
         try:
             if not drafter.replays_everywhere:
                 rounds = simulate(draft_replay, len(trajectory), max_total_output)
-                return Replay(rounds, None, draft_replay.scores, ())
+                proposed = draft_replay.proposed
+                return Replay(
+                    rounds, None, draft_replay.scores, proposed=proposed and np.array(proposed)
+                )
             ahead = look_ahead(draft_replay, len(trajectory), max_total_output)
         finally:
             draft_replay.close()

@@ -5,7 +5,7 @@ Symbols: T output tokens, F features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,12 +33,16 @@ class ReplayedDrafter:
 
     everywhere: the table has the round that would start at each position 1 to T - 1 (tokens emitted so
     far); otherwise it has consecutive rounds from the first position on. proposed: for each round the
-    tokens that the price of the proposal depends on, if these are not all drafted ones.
+    tokens that the price of the proposal depends on, if these are not all drafted ones. under_load: of
+    rounds that follow from prices, returns those with a number of rows in flight.
     """
 
     table: np.ndarray  # [T - 1, 2] or [rounds, 2] int
     everywhere: bool
     proposed: np.ndarray | None = None  # [rounds] int
+    under_load: Callable[[int], ReplayedDrafter] | None = field(
+        default=None, compare=False, repr=False
+    )
 
 
 @dataclass(frozen=True, slots=True)

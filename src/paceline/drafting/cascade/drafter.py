@@ -74,6 +74,7 @@ class Cascade(Drafter):
     kind = "cascade"
     replays_everywhere = False  # earlier rounds decide which part drafts
     Settings: ClassVar[type[CascadeSettings]] = CascadeSettings
+    composed = True
     takes_prices = True
 
     def __init__(
@@ -211,7 +212,15 @@ class Cascade(Drafter):
         for model, members in asked.items():
             self._ask(model, members, rows, out, sizes)
         longest = max(sizes)
-        drafts = Drafts(torch.from_numpy(out[0, :, :longest]), sizes, chances=chances[:, :longest])
+        drafts = Drafts(
+            torch.from_numpy(out[0, :, :longest]),
+            sizes,
+            chances=chances[:, :longest],
+            proposed=[
+                size if self._states[row.id].part >= L else 0
+                for row, size in zip(rows, sizes, strict=True)
+            ],
+        )
         if is_tree:
             drafts.parents = torch.from_numpy(out[1, :, :longest])
         return drafts
