@@ -166,7 +166,10 @@ def replay(
                 rounds = simulate(draft_replay, len(trajectory), max_total_output)
                 proposed = draft_replay.proposed
                 return Replay(
-                    rounds, None, draft_replay.scores, proposed=proposed and np.array(proposed)
+                    rounds,
+                    None,
+                    draft_replay.scores,
+                    proposed=None if proposed is None else np.array(proposed, dtype=np.int64),
                 )
             ahead = look_ahead(draft_replay, len(trajectory), max_total_output)
         finally:
