@@ -58,7 +58,7 @@ class ChainEnds(NamedTuple):
     chances: of a token by its probability, 16 classes of equal width. least: per row.
     """
 
-    chances: Sequence[float]
+    chances: tuple[float, ...]
     least: Sequence[float]
 
 

@@ -112,7 +112,7 @@ class Cascade(Drafter):
             same_vocabulary=any(n.same_vocabulary for n in needs),
             target_weights=any(n.target_weights for n in needs),
         )
-        self.chances = Chances.assumed(len(self.lookups), len(self.models))
+        self.calibrate(Chances.assumed(len(self.lookups), len(self.models)))
         self._costs: CostTable | None = None
         self._prices: dict[int, Prices] = {}  # by rows in flight
         self._states: dict[int, _State] = {}
@@ -137,6 +137,7 @@ class Cascade(Drafter):
     def calibrate(self, chances: Chances) -> None:
         """Take chances that were learned from replay, lookups and models in the order of `parts`."""
         self.chances = chances
+        self._if_sure = [tuple(table) for table in chances.if_sure.tolist()]
 
     def _prices_at(self, rows: int) -> Prices:
         prices = self._prices.get(rows)
@@ -305,7 +306,7 @@ class Cascade(Drafter):
     ) -> list[tuple[_Wish, list[int]]]:
         """Return the chains of a model that ends them by its own probabilities, cut where it pays."""
         table = self.chances.if_sure[model]
-        ends = ChainEnds(table.tolist(), [wish.least for wish in wishes])
+        ends = ChainEnds(self._if_sure[model], [wish.least for wish in wishes])
         own, limits = [_for_parts(rows[w.row]) for w in wishes], [w.longest for w in wishes]
         with blaming(part.name, "part"):
             drafted, sure = part.draft_while_sure(own, limits, ends)

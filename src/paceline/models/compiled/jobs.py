@@ -7,6 +7,7 @@ W tokens of a tree.
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
@@ -193,7 +194,7 @@ class Job:
             ends is not None,
         )  # fmt: skip
         flags = () if skip is None else _flags(skip, packed.num_layers)
-        ending = () if ends is None else (0, *map(float_bits, ends.chances))
+        ending = () if ends is None else (0, *_bits_of(ends.chances))
         layout = self._place(shape, (*tokens, *positions, *picked, *numbers, *ending, *flags))
         self._weighs = int(ends is not None)
         self._head = (
@@ -266,6 +267,11 @@ def paths_of(parents: Sequence[int]) -> list[list[int]]:
     for k, parent in enumerate(parents):
         paths.append([*paths[parent + 1], k + 1])
     return paths
+
+
+@lru_cache(maxsize=64)
+def _bits_of(chances: tuple[float, ...]) -> tuple[int, ...]:
+    return tuple(map(float_bits, chances))
 
 
 _GREEDY: Final = (0, 0, 0)
