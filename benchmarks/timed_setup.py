@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +17,16 @@ from paceline.cli.options import configured
 from paceline.cli.progress import progress
 from paceline.config import Config, EngineSection, ModelSection
 from paceline.experiments.by_clock import without_prefixes
+from paceline.experiments.demo_prompts import demo_prompts
+from paceline.experiments.prompt_files import TASKS
+from paceline.store import read_prompts
 from paceline.testing.tokenizers import byte_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from paceline.contracts import Completion, Progress
+    from paceline.contracts import Completion, Progress, PromptRecord
 
 
 def llama_shape(
@@ -85,6 +89,27 @@ def load_zoo(dtype: str, **settings: Any) -> Config:
 def show_progress() -> AbstractContextManager[Progress]:
     """Return a context that shows progress on the terminal."""
     return progress(Console())
+
+
+def load_prompts(
+    num_collected: int, num_timed: int, data: Path | None
+) -> tuple[list[PromptRecord], list[PromptRecord]]:
+    """Return prompts to learn from and prompts to time, per task; none is in both.
+
+    data: folder of JSONL files, one per task; None takes the demo's prompts.
+    """
+    if data is None:
+        # only 72 of math and of translation are bundled
+        return demo_prompts(num_collected, min(num_timed, 72 - num_collected))
+    collected: list[PromptRecord] = []
+    timed: list[PromptRecord] = []
+    for task in TASKS:
+        of_task = read_prompts([data / f"{task}.jsonl"])
+        num = min(len(of_task), num_collected + num_timed)
+        chosen = random.Random(0).sample(of_task, num)
+        collected += chosen[:num_collected]
+        timed += chosen[num_collected:]
+    return collected, timed
 
 
 def messages(prompt: str) -> list[dict[str, str]]:

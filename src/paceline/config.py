@@ -87,6 +87,9 @@ class EngineSection(Section):
     max_drafter_mb: float | None = Field(default=None, ge=0)
 
 
+DEFAULT_OBJECTIVE: Final = "throughput"
+
+
 class LearningSection(Section):
     """How a policy is learned; `docs/learning.md` describes each learner.
 
@@ -95,7 +98,8 @@ class LearningSection(Section):
 
     draft_lengths: lengths at which a drafter is an arm in addition to its own, where drafts nest. alpha
     weighs similarity, by `metric`, against cost in the alignment reward. objective: what is to be
-    fast, this request, the machine, or a weight between (0 latency, 1 throughput). loads: rows in
+    fast while several rows are in flight, the machine, this request, or a weight between (0 latency, 1
+    throughput); see `costs.pricing`. loads: rows in
     flight for which a chooser with built-in prices is trained and portable ones are judged. held_out:
     share of the prompts that the report is made on. seeds: number of trainings, from `seed` on.
     """
@@ -117,7 +121,7 @@ class LearningSection(Section):
     alpha: float = Field(default=0.5, ge=0.0, le=1.0)
     metric: Literal["rouge_1", "rouge_l", "edit", "prefix"] = "rouge_l"
     objective: Literal["latency", "throughput"] | Annotated[float, Field(ge=0.0, le=1.0)] = (
-        "latency"
+        DEFAULT_OBJECTIVE
     )
     loads: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 2, 4, 8, 16), min_length=1)
     held_out: float = Field(default=0.25, gt=0.0, lt=1.0)

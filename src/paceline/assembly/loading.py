@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, get_args
 
 from paceline.assembly.pace import Pace
 from paceline.assembly.parts import build, build_from_objects, give_chances, policy_identity
-from paceline.config import Config, GenerationDefaults, ModelSection, load_config
+from paceline.config import DEFAULT_OBJECTIVE, Config, GenerationDefaults, ModelSection, load_config
 from paceline.contracts import Completion, Context, Request, identity_of_arms, join_arm, split_arm
-from paceline.costs.table import CostTable
+from paceline.costs import RoundSeconds
+from paceline.costs.table import TARGET, CostTable
 from paceline.drafting.cascade.calibration import load_calibration
 from paceline.errors import ArtefactError, ConfigError, shorten
 from paceline.selection import (
@@ -66,17 +67,21 @@ def load(
         update = {"generation_config": generation_config}
         parts.config = parts.config.model_copy(update=update)
     parts.notes += _give_prices(parts)
+    from_file = target is None or policy is not None  # the costs, with the policy or configuration
+    round_seconds, notes = find_round_seconds(parts) if from_file else (None, [])
     folder = Path(policy) if policy is not None else parts.config.paths.policy
     if not with_policy or (policy is None and target is not None):
-        return Pace(parts, on_complete=open_log(parts))
+        log = open_log(parts)
+        return Pace(parts, on_complete=log, notes=notes, round_seconds=round_seconds)
     if policy is None and not is_policy(folder):
-        return _without_policy(parts, steps_to_policy(parts.config))
+        return _without_policy(parts, steps_to_policy(parts.config), notes, round_seconds)
     try:
-        return _with_policy(parts, folder)
+        return _with_policy(parts, folder, notes, round_seconds)
     except ArtefactError as error:
         if policy is not None:
             raise
-        return _without_policy(parts, str(error), [f"no policy is used: {error}"])
+        notes = [f"no policy is used: {error}", *notes]
+        return _without_policy(parts, str(error), notes, round_seconds)
 
 
 def _build(
@@ -96,8 +101,29 @@ def _build(
     return build(config if isinstance(config, Config) else load_config(config))
 
 
-def _without_policy(parts: Parts, reason: str, notes: Sequence[str] = ()) -> Pace:
-    pace = Pace(parts, on_complete=open_log(parts), notes=notes)
+def find_round_seconds(
+    parts: Parts, costs: CostTable | None = None
+) -> tuple[RoundSeconds | None, list[str]]:
+    """Return the prices of this machine's rounds, if there are any, and a note if they are unusable.
+
+    costs: by default read from the configuration's path.
+    """
+    path = parts.config.paths.costs
+    if parts.config.engine.max_rows == 1 or (costs is None and not path.is_file()):
+        return None, []
+    forwards = {TARGET: parts.forwards()[TARGET]}
+    try:
+        costs = costs or CostTable.load(path)
+        costs.check((), target=parts.target.fingerprint(), forwards=forwards)
+        return RoundSeconds(costs), []
+    except ArtefactError as error:
+        return None, [f"drafts are verified whole while several rows are in flight: {error}"]
+
+
+def _without_policy(
+    parts: Parts, reason: str, notes: Sequence[str], round_seconds: RoundSeconds | None
+) -> Pace:
+    pace = Pace(parts, on_complete=open_log(parts), notes=notes, round_seconds=round_seconds)
     pace.engine.why_no_policy = reason
     return pace
 
@@ -113,7 +139,9 @@ def steps_to_policy(config: Config) -> str:
     return f"there is none in {paths.policy} yet; run {', then '.join(steps)}"
 
 
-def _with_policy(parts: Parts, folder: Path) -> Pace:
+def _with_policy(
+    parts: Parts, folder: Path, notes: Sequence[str], round_seconds: RoundSeconds | None
+) -> Pace:
     """Assemble parts with a folder's policy. Raises ArtefactError if it does not fit them."""
     path = parts.config.paths.costs
     costs = CostTable.load(path) if path.is_file() else None
@@ -125,14 +153,15 @@ def _with_policy(parts: Parts, folder: Path) -> Pace:
     give_chances(parts, load_calibration(folder))
     controller = build_controller(parts, loaded.arms, objective=loaded.objective)
     on_complete = open_log(parts, training_range, read_card(folder).encoders)
-    return Pace(parts, loaded.choose, controller, on_complete, loaded.notes)
+    notes = [*loaded.notes, *notes]
+    return Pace(parts, loaded.choose, controller, on_complete, notes, round_seconds)
 
 
 def build_controller(
     parts: Parts,
     arms: Sequence[str],
     costs: CostTable | None = None,
-    objective: Objective = 0.0,
+    objective: Objective = DEFAULT_OBJECTIVE,
 ) -> AdaptiveController | None:
     """Return the controller of the configuration's `selection`, or None if it asks for none.
 

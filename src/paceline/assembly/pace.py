@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from paceline.assembly.parts import Parts
     from paceline.contracts import Completion, Request
+    from paceline.costs import RoundSeconds
     from paceline.engine import RequestUpdate
     from paceline.engine.loop import Choose, OnComplete
     from paceline.selection import AdaptiveController
@@ -43,7 +44,11 @@ class Pace:
         controller: AdaptiveController | None = None,
         on_complete: OnComplete | None = None,
         notes: Sequence[str] = (),
+        round_seconds: RoundSeconds | None = None,
     ) -> None:
+        """round_seconds: prices of this machine, by which drafts are cut while several rows are in
+        flight; None verifies drafts whole.
+        """
         self.parts = parts
         self.controller = controller
         self._notes = tuple(notes)
@@ -54,6 +59,7 @@ class Pace:
             choose=choose,
             controller=controller,
             on_complete=on_complete,
+            round_seconds=round_seconds,
             **parts.config.engine.model_dump(),
         )
         self.driver = Driver(self.engine)

@@ -37,7 +37,8 @@ Store = Annotated[Path | None, typer.Option(help="Folder of the collection.")]
 Costs = Annotated[Path | None, typer.Option(help="File of the cost table.")]
 Policy = Annotated[Path | None, typer.Option(help="Folder of the policy.")]
 Objective = Annotated[
-    str | None, typer.Option(help="latency, throughput, or a weight from 0 to 1 between them.")
+    str | None,
+    typer.Option(help="throughput (default), latency, or a weight from 1 to 0 between them."),
 ]
 Plot = Annotated[Path | None, typer.Option(help="PNG file of a figure to write.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]

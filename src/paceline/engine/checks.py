@@ -13,7 +13,7 @@ from paceline.drafting.contract import blaming, read_length
 from paceline.errors import DrafterError, RequestError, shorten
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
     from paceline.contracts import Request
     from paceline.drafting.base import Drafter
@@ -114,6 +114,24 @@ def num_positions(
     name = request.drafter.partition(AT)[0]
     others = [drafters[name]] if named and name in drafters else drafters.values()
     return max_total(request, context_length) + max(map(_draft_positions, others), default=0)
+
+
+def fits(
+    requests: Sequence[Request],
+    target: LanguageModel,
+    drafters: Mapping[str, Drafter],
+    max_positions: int | None,
+    may_change: bool,
+) -> bool:
+    """Return whether the target's cache has room for one more row, with all requests at their longest.
+
+    requests: those in flight and the new one. may_change: as in `num_positions`.
+    """
+    if max_positions is None or len(requests) == 1:
+        return True  # `check_request` has compared one row alone with the bound
+    context, cache = target.context_length, target.cache
+    longest = max(num_positions(r, context, drafters, may_change) for r in requests)
+    return cache.num_slots_with_one_more * cache.rounded(longest) <= max_positions
 
 
 def _draft_positions(drafter: Drafter) -> int:

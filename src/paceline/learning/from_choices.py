@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from paceline.config import DEFAULT_OBJECTIVE
 from paceline.contracts import NONE, no_progress, split_arm
 from paceline.costs.table import CostTable
 from paceline.errors import StoreError
@@ -184,7 +185,7 @@ def _dataset(
         spans=encode.spans,
         rounds=RoundTable((), log.num_prompt, ()),
         costs=CostTable({}, []),
-        objective=0.0,
+        objective=DEFAULT_OBJECTIVE,
         reward="clocked",
     )
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from paceline.compiled import compiled
+from paceline.config import DEFAULT_OBJECTIVE
 from paceline.contracts import NONE, split_arm
 from paceline.costs.pricing import (
     by_objective,
@@ -106,7 +107,9 @@ class RoundTable:
             by_arm[place] = _join([w.table for w in walked], [w.proposed for w in walked])
         return by_arm
 
-    def seconds(self, seconds: SecondsFn, rows: int = 1, objective: Objective = 0.0) -> np.ndarray:
+    def seconds(
+        self, seconds: SecondsFn, rows: int = 1, objective: Objective = DEFAULT_OBJECTIVE
+    ) -> np.ndarray:
         """Return the predicted seconds of each whole request, [N, A], as `rewards.request_seconds`."""
         return np.stack(
             [

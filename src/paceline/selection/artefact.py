@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from paceline.config import explain
+from paceline.config import DEFAULT_OBJECTIVE, explain
 from paceline.contracts import NONE, split_arm
 from paceline.costs.pricing import ArmPricer
 from paceline.errors import ArtefactError
@@ -88,7 +88,7 @@ class PolicyArtefact(BaseModel):
     arms: list[str]
     chooser: str
     facts: dict[str, Any] = {}
-    objective: Literal["latency", "throughput"] | float = 0.0
+    objective: Literal["latency", "throughput"] | float = DEFAULT_OBJECTIVE
     reward: RewardCard
     costs: str
     learner: dict[str, Any]
@@ -160,7 +160,7 @@ def load_policy(
 def policy_of(
     chooser: Chooser,
     num_features: int,
-    objective: Objective = 0.0,
+    objective: Objective = DEFAULT_OBJECTIVE,
     notes: Sequence[str] = (),
     encode: FeatureEncoder | None = None,
 ) -> Policy:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from paceline.assembly import Pace, build, build_controller, give_chances
+from paceline.assembly import Pace, build, build_controller, find_round_seconds, give_chances
 from paceline.bench.profile import measure_cost_table
 from paceline.collection import collect_trajectories
 from paceline.contracts import no_progress
@@ -186,7 +186,9 @@ def prepare(
     parts, policy = pace.parts, learned.policy
     give_chances(parts, learned.calibration)
     controller = build_controller(parts, policy.arms, costs, policy.objective)
-    return Prepared(Pace(parts, policy.choose, controller), costs, learned, seconds)
+    round_seconds, notes = find_round_seconds(parts, costs)
+    served = Pace(parts, policy.choose, controller, notes=notes, round_seconds=round_seconds)
+    return Prepared(served, costs, learned, seconds)
 
 
 def in_folder(config: Config, folder: Path) -> Config:
