@@ -225,8 +225,8 @@ class RoundReport(NamedTuple):
     """One round of a controlled row, after its commit.
 
     context: tokens in the target's cache before the round. rows: in the batch. room: tokens that may
-    still be emitted. The seconds are the row's share: of starting its drafter since the last round, of
-    drafting, of the rest, and of shadow drafts.
+    still be emitted. num_drafted: tokens that all rows drafted in the round. The seconds are the row's
+    share: of starting its drafter since the last round, of drafting, of the rest, and of shadow drafts.
     """
 
     arm: str
@@ -240,6 +240,7 @@ class RoundReport(NamedTuple):
     draft_seconds: float
     other_seconds: float
     shadow_seconds: float = 0.0
+    num_drafted: int = 0
 
 
 # --- answered requests ----------------------------------------------------------------------------

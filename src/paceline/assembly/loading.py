@@ -7,9 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from paceline.assembly.pace import Pace
-from paceline.assembly.parts import build, build_from_objects, policy_identity
+from paceline.assembly.parts import build, build_from_objects, policy_identity, untrained_lookup
 from paceline.config import Config, GenerationDefaults, ModelSection, load_config
-from paceline.contracts import Completion, Context, Request, identity_of_arms, join_arm, split_arm
+from paceline.contracts import (
+    AUTO,
+    NONE,
+    Completion,
+    Context,
+    Request,
+    identity_of_arms,
+    join_arm,
+    split_arm,
+)
 from paceline.costs.table import CostTable
 from paceline.errors import ArtefactError, ConfigError, shorten
 from paceline.selection import (
@@ -17,6 +26,7 @@ from paceline.selection import (
     Arm,
     Guard,
     TablePrices,
+    UntrainedController,
     is_policy,
     load_policy,
 )
@@ -50,7 +60,8 @@ def load(
     `tokenizer` and `drafters`. policy: the folder of a learned policy, by default the configuration's,
     if there is one; a named policy that cannot be used raises ArtefactError. If the configuration's
     policy cannot be used (made for other models, without this machine's costs, damaged), `notes` says
-    why. Without a policy, requests must name a drafter; `with_policy=False` loads none.
+    why. Without a policy, drafter `auto` is the first `suffix_lookup`, or one that is added, and `none`
+    where it does not pay by the clock. With `with_policy=False`, requests must name a drafter.
     generation_config: `auto` or `none`, overrides the configuration; see `Pace.request`.
 
     Raises ConfigError, ModelError or VocabularyError for parts that cannot be used, and ArtefactError
@@ -66,8 +77,10 @@ def load(
         parts.config = parts.config.model_copy(update=update)
     _give_prices(parts)
     folder = Path(policy) if policy is not None else parts.config.paths.policy
-    if not with_policy or (policy is None and target is not None):
+    if not with_policy:
         return Pace(parts, on_complete=open_log(parts))
+    if policy is None and target is not None:
+        return _without_policy(parts, "`paceline learn` makes one, and load(policy=...) takes it")
     if policy is None and not is_policy(folder):
         return _without_policy(parts, steps_to_policy(parts.config))
     try:
@@ -75,7 +88,7 @@ def load(
     except ArtefactError as error:
         if policy is not None:
             raise
-        return _without_policy(parts, str(error), [f"no policy is used: {error}"])
+        return _without_policy(parts, str(error))
 
 
 def _build(
@@ -95,10 +108,16 @@ def _build(
     return build(config if isinstance(config, Config) else load_config(config))
 
 
-def _without_policy(parts: Parts, reason: str, notes: Sequence[str] = ()) -> Pace:
-    pace = Pace(parts, on_complete=open_log(parts), notes=notes)
-    pace.engine.why_no_policy = reason
-    return pace
+def _without_policy(parts: Parts, reason: str) -> Pace:
+    """Assemble parts with a lookup as drafter `auto`. reason: there is no policy."""
+    on_complete = open_log(parts)  # whose header names the configured drafters alone
+    lookup = untrained_lookup(parts)
+    controller = UntrainedController(lookup)
+    note = (
+        f"no policy is used: {reason}. Until then '{AUTO}' is drafter '{lookup}', and '{NONE}' where "
+        "that does not pay by the clock; a learned policy chooses among all drafters"
+    )
+    return Pace(parts, controller.choose, controller, on_complete, [note])
 
 
 def steps_to_policy(config: Config) -> str:

@@ -79,7 +79,6 @@ class Engine:
         self.target = target
         self.drafters = dict(drafters)
         self.choose = choose
-        self.why_no_policy = "none is loaded; give `load` one"
         self.on_complete = on_complete
         self.prefixes = PrefixStore(prefix_positions)
         self._detokenizer = Detokenizer.wrap(decode)
@@ -216,11 +215,10 @@ class Engine:
         if getattr(request, "checked_by", None) is self._check_mark:
             return request
         request = request if is_read else read_request(request)
-        may_change = self._controlled is not None
-        check_request(request, self.target, self.drafters, self._max_positions, may_change)
+        check_request(request, self.target, self.drafters, self._max_positions)
         if request.drafter == AUTO and self.choose is None:
             raise RequestError(
-                f"drafter 'auto' needs a policy: {self.why_no_policy}, or name a drafter: "
+                "drafter 'auto' needs a choice and none was loaded; name a drafter: "
                 f"{', '.join(self.drafters)}"
             )
         object.__setattr__(request, "checked_by", self._check_mark)
@@ -262,9 +260,9 @@ class Engine:
         """Return whether the target's cache has room for another row, with all rows at their longest."""
         if self._max_positions is None or not self._rows:
             return True  # `check_request` has compared one row alone with the bound
-        context, may_change = self.target.context_length, self._controlled is not None
+        context = self.target.context_length
         requests = (request, *(row.request for row in self._rows))
-        longest = max(num_positions(r, context, self.drafters, may_change) for r in requests)
+        longest = max(num_positions(r, context, self.drafters) for r in requests)
         cache = self.target.cache
         return cache.num_slots_with_one_more * cache.rounded(longest) <= self._max_positions
 
