@@ -23,6 +23,7 @@ SamplingMethod = Literal["greedy", "residual", "block", "invariant"]
 PenaltyScope = Literal["all", "output"]  # all: prompt and output
 NONE: Final = "none"
 AUTO: Final = "auto"
+TEXT_ONLY: Final = "written elsewhere"  # identity line of a drafter known by its texts alone
 AT: Final = "@"  # between drafter and draft length in an arm's name
 DEFAULT_NEW_TOKENS: Final = 256  # max_new_tokens if neither the call nor the model sets it
 
