@@ -32,6 +32,7 @@ class Request:
         self.controller, self.ticket = controller, ticket
         self.right, self.price, self.drafted = right, price, drafted
         self.context = context
+        self.draft = 0.0  # plain rounds that drafting takes
         decision = controller.choose(context_of(context))
         self.decision = controller.begin(ticket, context_of(context), decision, 400)
         self.arms = [self.decision.arm]
@@ -45,7 +46,8 @@ class Request:
         seconds = plain * (self.price if everyone else 1.0)
         seen = RoundReport(
             arm, RoundStats(drafted, right), right + 1, self.context, rows, 400, [],
-            start_seconds=0.0, draft_seconds=0.0, other_seconds=seconds, num_drafted=everyone,
+            start_seconds=0.0, draft_seconds=self.draft * PLAIN * (arm != NONE),
+            other_seconds=seconds, num_drafted=everyone,
         )  # fmt: skip
         self.emitted += right + 1
         self.context += right + 1
@@ -88,6 +90,27 @@ def test_a_lookup_without_matches_costs_nothing_and_stays() -> None:
     request = Request(UntrainedController("lookup"), right=0, price=1.0, drafted=0).run(300)
     assert request.arms[-1] == "lookup"
     assert NONE not in request.arms[20:]  # rounds without drafts are plain rounds to the clock
+
+
+def test_a_slow_round_without_a_draft_is_not_the_lookups_loss() -> None:
+    request = Request(UntrainedController("lookup"), right=0, price=1.0, drafted=0)
+    for i in range(200):
+        request.report(plain=PLAIN * (3 if i % 3 == 2 else 1))
+    assert request.arms[-1] == "lookup"
+
+
+def test_a_round_takes_at_least_its_draft_and_a_plain_round() -> None:
+    """The machine is faster than when plain rounds were clocked; wrong drafts must not seem to gain."""
+    request = Request(UntrainedController("lookup"), right=0, price=0.5)
+    request.draft = 0.2
+    assert request.run(60).arms[-1] == NONE
+
+
+def test_plain_rounds_are_clocked_again_after_many_drafted_ones() -> None:
+    request = Request(UntrainedController("lookup"), right=3, price=1.5, context=1 << 14)
+    request.run(600)
+    again = [i for i, arm in enumerate(request.arms) if arm == NONE and i > 20]
+    assert len(again) in (2, 3) and np.diff(again).min() > 200
 
 
 def test_an_interrupted_plain_round_does_not_hide_a_loss() -> None:
