@@ -97,11 +97,12 @@ class LearningSection(Section):
     trains, see `paceline.learning.learners`.
 
     draft_lengths: lengths at which a drafter is an arm in addition to its own, where drafts nest. alpha
-    weighs similarity, by `metric`, against cost in the alignment reward. objective: what is to be
-    fast while several rows are in flight, the machine, this request, or a weight between (0 latency, 1
-    throughput); see `costs.pricing`. loads: rows in
-    flight for which a chooser with built-in prices is trained and portable ones are judged. held_out:
-    share of the prompts that the report is made on. seeds: number of trainings, from `seed` on.
+    weighs similarity, by `metric`, against cost in the alignment reward. text_costs: seconds per token
+    over the target's, of drafters that are known by their texts alone. objective: what is to be fast
+    while several rows are in flight, the machine, this request, or a weight between (0 latency, 1
+    throughput); see `costs.pricing`. loads: rows in flight for which a chooser with built-in prices is
+    trained and portable ones are judged. held_out: share of the prompts that the report is made on.
+    seeds: number of trainings, from `seed` on.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -120,6 +121,7 @@ class LearningSection(Section):
     reward: Literal["speed", "alignment"] = "speed"
     alpha: float = Field(default=0.5, ge=0.0, le=1.0)
     metric: Literal["rouge_1", "rouge_l", "edit", "prefix"] = "rouge_l"
+    text_costs: dict[str, Annotated[float, Field(ge=0.0, allow_inf_nan=False)]] = {}
     objective: Literal["latency", "throughput"] | Annotated[float, Field(ge=0.0, le=1.0)] = (
         DEFAULT_OBJECTIVE
     )

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from paceline.costs import RoundSeconds
     from paceline.engine import RequestUpdate
     from paceline.engine.loop import Choose, OnComplete
-    from paceline.selection import AdaptiveController
+    from paceline.selection import AdaptiveController, UntrainedController
 
     Messages = Mapping[str, Any] | Sequence[Mapping[str, Any]]
     Prompt = str | Messages | Sequence[int] | np.ndarray | torch.Tensor
@@ -41,7 +41,7 @@ class Pace:
         self,
         parts: Parts,
         choose: Choose | None = None,
-        controller: AdaptiveController | None = None,
+        controller: AdaptiveController | UntrainedController | None = None,
         on_complete: OnComplete | None = None,
         notes: Sequence[str] = (),
         round_seconds: RoundSeconds | None = None,

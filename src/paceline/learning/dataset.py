@@ -119,7 +119,7 @@ def build_dataset(
     """
     arms = tuple(arms)
     _check_arms(arms, prompts)
-    features = _stack_features(prompts)
+    features = stack_features(prompts)
     rounds = round_table(prompts, arms)
     seconds = rounds.seconds(costs.seconds, 1, settings.objective)
     notes: list[str] = []
@@ -177,7 +177,7 @@ def _check_arms(arms: tuple[str, ...], prompts: Sequence[CollectedPrompt]) -> No
         )
 
 
-def _stack_features(prompts: Sequence[CollectedPrompt]) -> np.ndarray:
+def stack_features(prompts: Sequence[CollectedPrompt]) -> np.ndarray:
     """Return features [N, F] float32. Raises StoreError if they differ in shape or are not finite."""
     width = prompts[0].features.shape
     for prompt in prompts:
@@ -208,6 +208,7 @@ def _alignment_rewards(
     drafters = dict.fromkeys(split_arm(arm)[0] for arm in arms)
     writing = {name for prompt in prompts for name in prompt.draft_outputs if name in drafters}
     silent = [name for name in drafters if name != NONE and name not in writing]
+    others = sorted({name for prompt in prompts for name in prompt.draft_outputs} - {*drafters})
     if not writing:
         raise StoreError(
             "the reward 'alignment' compares texts the drafters wrote on their own, and the "
@@ -234,6 +235,11 @@ def _alignment_rewards(
         f"'{name}' writes no text of its own in this collection: its similarity counts as 0"
         for name in silent
     ]
+    if others:
+        notes.append(
+            f"the texts of {', '.join(others)} are left out, since these drafters are not configured; "
+            "a configuration without drafters learns to choose among texts"
+        )
     return rewards, notes
 
 
@@ -242,6 +248,12 @@ def check_learnable(dataset: Dataset) -> list[str]:
     rewards = dataset.rewards
     if not np.isfinite(rewards).all() or not np.isfinite(dataset.seconds).all():
         raise StoreError("a predicted time is not a finite number; run `paceline profile` again")
+    return check_rewards(dataset)
+
+
+def check_rewards(dataset: Dataset) -> list[str]:
+    """Return a note if one arm is best everywhere. Raises StoreError if all arms are equally good."""
+    rewards = dataset.rewards
     if np.ptp(rewards, axis=1).max() <= 1e-9 * np.abs(rewards).max():
         raise StoreError(
             "every arm has the same reward on every prompt, so there is nothing to choose; add "

@@ -15,6 +15,7 @@ from paceline.collection import collect_trajectories
 from paceline.contracts import no_progress
 from paceline.costs.table import CostTable
 from paceline.drafting.catalog import arms_of
+from paceline.errors import ConfigError
 from paceline.learning import train_policy
 from paceline.learning.dataset import is_held_out
 from paceline.learning.learners import check_settings
@@ -22,6 +23,7 @@ from paceline.replay import calibrate, price_rounds, stored_drafters, with_casca
 from paceline.selection import PolicyIdentity
 from paceline.selection.encoders import build_encoder
 from paceline.store.collection import load_collection
+from paceline.verbs.texts import learn_texts, learns_from_texts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from paceline.config import Config
     from paceline.contracts import Progress, PromptRecord
     from paceline.drafting.cascade.calibration import Calibration
-    from paceline.learning import LearningResult
+    from paceline.learning import LearningResult, TextsResult
     from paceline.store.collection import LoadedCollection
     from paceline.store.records import CollectedPrompt
 
@@ -81,12 +83,26 @@ def learn(
     on_progress: Progress = no_progress,
     search: int = 0,
     figure: Path | None = None,
-) -> LearningResult:
+) -> LearningResult | TextsResult:
     """Train a policy for the configuration's drafters from its collection and costs, and write it.
 
-    search: number of settings of the learner to try first. figure: a PNG of the learning curves.
-    Raises StoreError or ArtefactError if the collection or the cost table is missing or does not fit.
+    Without drafters and with the reward `alignment`, the policy is for the drafters whose texts are
+    collected, and needs no costs. search: number of settings of the learner to try first. figure: a PNG
+    of the learning curves. Raises StoreError or ArtefactError if the collection or the cost table is
+    missing or does not fit.
     """
+    if learns_from_texts(config):
+        if figure is not None:
+            raise ConfigError("the plot shows speeds, which texts do not have; remove --plot")
+        texts = learn_texts(config, on_progress, search)
+        texts.save(config.paths.policy)
+        return texts
+    return _learn_replayed(config, on_progress, search, figure)
+
+
+def _learn_replayed(
+    config: Config, on_progress: Progress, search: int = 0, figure: Path | None = None
+) -> LearningResult:
     learned = train(load_priced(config), config, on_progress, search, figure)
     learned.save(config.paths.policy)
     return learned
@@ -179,7 +195,7 @@ def prepare(
     marks.append(perf_counter())
     costs = profile(pace, on_progress)
     marks.append(perf_counter())
-    learned = learn(config, on_progress)
+    learned = _learn_replayed(config, on_progress)
     marks.append(perf_counter())
     stages = ("load", "collect", "profile", "learn")
     seconds = {name: marks[i + 1] - marks[i] for i, name in enumerate(stages)}
