@@ -57,6 +57,8 @@ class CollectedPrompt:
     scores: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     sampling: SamplingParams = GREEDY
     spans: Mapping[str, slice] = field(default_factory=dict)  # encoder -> its part of the features
+    # drafter -> whether it was trained on this prompt; without an entry that is unknown
+    trained_on: Mapping[str, bool] = field(default_factory=dict)
 
     @property
     def prompt_id(self) -> str:
