@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 MIN_PROMPTS: Final = 8
 _MIN_HELD_OUT: Final = 2
+TRAINED: Final = 1  # in `Dataset.trained`
+UNKNOWN: Final = -1
 _SPLIT: Final = "held out: "  # before an id that is hashed
 
 
@@ -57,6 +59,7 @@ class Dataset:
     empty_per_token: np.ndarray  # [N, A] float64
     seconds: np.ndarray  # [N, A] float64, predicted for the whole request, one row in flight
     rewards: np.ndarray  # [N, A] float64
+    trained: np.ndarray  # [N, D] int8, of `drafters`: trained on the prompt 1, not 0, unknown -1
     spans: Mapping[str, slice]
     rounds: RoundTable
     costs: CostTable
@@ -65,6 +68,16 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def drafters(self) -> tuple[str, ...]:
+        """The arms' drafters without `none`, D."""
+        return drafters_of(self.arms)
+
+    @property
+    def seen(self) -> np.ndarray:
+        """[N] bool: whether any of the drafters was trained on the prompt."""
+        return np.asarray((self.trained == TRAINED).any(axis=1))
 
     def rows(self, chosen: np.ndarray) -> Dataset:
         """Return the prompts where a mask [N] is true, or those at some places [n]."""
@@ -141,6 +154,7 @@ def build_dataset(
         empty_per_token=rounds.num_empty() / after_first,
         seconds=seconds,
         rewards=rewards,
+        trained=_stack_trained(prompts, drafters_of(arms)),
         spans=prompts[0].spans or default_spans(features.shape[1]),
         rounds=rounds,
         costs=costs,
@@ -156,6 +170,19 @@ def default_spans(num_features: int) -> dict[str, slice]:
     """Return the blocks of the default encoders' features: hidden states, then statistics."""
     num_hidden = max(num_features - len(STATISTICS), 0)
     return {"target_hidden": slice(0, num_hidden), "text_stats": slice(num_hidden, num_features)}
+
+
+def drafters_of(arms: Sequence[str]) -> tuple[str, ...]:
+    """Return the drafters of arms, without `none`."""
+    return tuple(dict.fromkeys(name for name, _ in map(split_arm, arms) if name != NONE))
+
+
+def _stack_trained(prompts: Sequence[CollectedPrompt], drafters: Sequence[str]) -> np.ndarray:
+    """Return [N, D] int8: whether each drafter was trained on each prompt."""
+    return np.array(
+        [[int(p.trained_on.get(name, UNKNOWN)) for name in drafters] for p in prompts],
+        dtype=np.int8,
+    ).reshape(len(prompts), len(drafters))
 
 
 def _check_arms(arms: tuple[str, ...], prompts: Sequence[CollectedPrompt]) -> None:

@@ -249,6 +249,7 @@ def _reward_card(settings: LearnerSettings) -> RewardCard:
 def _held_out(report: EvaluationReport) -> dict[str, object]:
     return {
         "num_prompts": report.overall.num_prompts,
+        "exposure": asdict(report.exposure),
         "speedup": report.headline(),
         "fraction_of_oracle": report.fraction_of_oracle,
         "chosen": report.overall.chosen[POLICY].arms,
