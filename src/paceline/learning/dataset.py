@@ -93,6 +93,16 @@ class Dataset:
                 parts[field.name] = tuple(value[i] for i in places)
         return replace(self, **parts)  # type: ignore[arg-type]
 
+    def part(self, chosen: np.ndarray) -> Dataset:
+        """Return the same as `rows`, with the reward `speed` in units of the part's own mean time.
+
+        Parts that learn or judge on their own must not depend on one another's prompts.
+        """
+        part = self.rows(chosen)
+        if part.reward != "speed":
+            return part
+        return replace(part, rewards=savings(part.seconds, part.arms.index(NONE)))
+
     def situation(self, rows: int = 1) -> Situation:
         """Return the prompts' situation for choosers. rows: requests in flight."""
         return Situation(self.num_prompt, rows, self.objective, self.limits, self.prompts)
@@ -288,4 +298,4 @@ def split(dataset: Dataset, share: float) -> tuple[Dataset, Dataset]:
             f"of {len(dataset)} prompts {num_held_out} would be held out: too few are left to "
             "learn or to test on; collect more prompts or change learning.held_out"
         )
-    return dataset.rows(~held_out), dataset.rows(held_out)
+    return dataset.part(~held_out), dataset.part(held_out)

@@ -13,7 +13,8 @@ from paceline.config import LearningSection
 from paceline.contracts import Context, SamplingParams
 from paceline.errors import ArtefactError, StoreError
 from paceline.learning import train_policy
-from paceline.learning.learners import check_settings
+from paceline.learning.dataset import build_dataset, split
+from paceline.learning.learners import LEARNERS, check_settings
 from paceline.replay import rounds_of
 from paceline.selection import PolicyIdentity, feature_vector, load_policy
 from paceline.selection.artefact import read_card
@@ -131,9 +132,62 @@ def test_held_out_prompts_teach_nothing(prompts: list[CollectedPrompt], costs: C
     assert after.report.overall != before.report.overall
 
 
-def _held_out(prompts: list[CollectedPrompt], costs: CostTable) -> tuple[str, ...]:
-    from paceline.learning.dataset import build_dataset, split
+@pytest.mark.parametrize(
+    ("learner", "search"),
+    [(name, 0) for name in LEARNERS]
+    + [(name, 2) for name, learner in LEARNERS.items() if learner.search_space],
+)
+def test_nothing_is_chosen_on_held_out_prompts(
+    learner: str, search: int, prompts: list[CollectedPrompt], costs: CostTable
+) -> None:
+    """A planted leak: held-out prompts get the features, rounds and answers of others, cut in half.
 
+    Weights, settings, number of steps, the choice of a constant arm and every figure of the training
+    stay the same; what is said about the held-out prompts does not.
+    """
+    section = SETTINGS.model_copy(update={"learner": learner, "max_epochs": 8, "seeds": 2})
+    ids = _held_out(prompts, costs)
+    by_id = {p.id: p for p in prompts}
+    swapped = dict(zip(ids, np.random.default_rng(0).permutation(ids).tolist(), strict=True))
+
+    def leaked(prompt: CollectedPrompt) -> CollectedPrompt:
+        if prompt.id not in swapped:
+            return prompt
+        other = by_id[swapped[prompt.id]]
+        rounds = {
+            name: ReplayedDrafter(own.table[: 20 // (int(own.table[0, 1]) + 1)], everywhere=False)
+            for name, own in other.replays.items()
+        }
+        tokens = prompt.output_tokens[:21]
+        return replace(prompt, features=other.features, replays=rounds, output_tokens=tokens)
+
+    before, after = (
+        train_policy(p, costs, IDENTITY, list(ARMS), section, search=search)
+        for p in (prompts, [leaked(p) for p in prompts])
+    )
+
+    assert after.policy.chooser.kind == before.policy.chooser.kind
+    for name, array in before.policy.chooser.arrays().items():
+        assert np.array_equal(array, after.policy.chooser.arrays()[name]), name
+    assert (after.training, after.seeds, after.curve) == (
+        before.training,
+        before.seeds,
+        before.curve,
+    )
+    assert after.card.learner == before.card.learner
+    assert after.report.overall.strategies["oracle"] != before.report.overall.strategies["oracle"]
+
+
+def test_rewards_of_a_part_are_in_units_of_that_part(
+    prompts: list[CollectedPrompt], costs: CostTable
+) -> None:
+    data, _ = build_dataset(prompts, list(ARMS), costs, SETTINGS)
+    for part in split(data, SETTINGS.held_out):
+        saved = 1.0 - part.seconds.sum(axis=0) / part.seconds[:, 0].sum()
+        assert part.rewards.mean(axis=0) == pytest.approx(saved)
+
+
+def _held_out(prompts: list[CollectedPrompt], costs: CostTable) -> tuple[str, ...]:
     data, _ = build_dataset(prompts, list(ARMS), costs, SETTINGS)
     return split(data, SETTINGS.held_out)[1].ids
 

@@ -4,10 +4,10 @@ The **split-half ceiling** is for a choice that is made before decoding. The ora
 it picks the arm whose rounds happened to go well. Here each prompt's fastest arm is picked on one half
 of its answer's positions and priced on the other half, both ways, so chance in the half that picks
 earns nothing. Half of a short answer is little evidence, so the attainable speed may be somewhat above
-it, and is below the oracle's. The **per-round oracle** takes the arm of every round afterwards: the cheapest path
-through the positions, by dynamic programming from the end. Switching is free for it: no drafter's start
-is priced, and every drafter has read all text. Symbols: N prompts, A arms, D drafters, M positions of
-all prompts, K longest draft, C contexts.
+it, and is below the oracle's. The **per-round oracle** takes the arm of every round afterwards: the
+cheapest path through the positions, by dynamic programming from the end. Switching is free for it: no
+drafter's start is priced, and every drafter has read all text. Symbols: N prompts, A arms, D drafters,
+M positions of all prompts, K longest draft, C contexts.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def ceilings(data: Dataset, rows: int = 1) -> dict[str, np.ndarray]:
 
 
 def left_out(data: Dataset) -> list[str]:
-    """Return the drafters that the ceilings, if there are any, do not choose: not replayed everywhere."""
+    """Return the drafters that were not replayed everywhere, if others were: ceilings leave them out."""
     positions = data.rounds.positions
     if positions is None:
         return []

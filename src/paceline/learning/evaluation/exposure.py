@@ -89,7 +89,7 @@ def seen_by_training(
 
 def unseen_part(data: Dataset) -> Dataset:
     """Return the prompts that no drafter was trained on. Raises StoreError if too few are left."""
-    return data.rows(~seen_by_training(trained_by_drafter(data), len(data))[0])
+    return data.part(~seen_by_training(trained_by_drafter(data), len(data))[0])
 
 
 def trained_by_drafter(data: Dataset) -> dict[str, np.ndarray]:

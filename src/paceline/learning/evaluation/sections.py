@@ -207,7 +207,7 @@ class Evaluator:
                     f"without the task '{task}' {int((~own).sum())} prompts are left, at least "
                     f"{MIN_PROMPTS} are needed to learn from; collect more"
                 )
-            rest, test = data.rows(~own), data.rows(own)
+            rest, test = data.part(~own), data.part(own)
             report = self._report(rest, test, train(rest), 1)
             sections.append(Section("left_out", f"{task}, never seen", 1, report, task))
         return sections
