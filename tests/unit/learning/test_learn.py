@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from paceline.costs import CostTable
+    from paceline.learning.dataset import Dataset
     from paceline.store.records import CollectedPrompt
 
 D = 24
@@ -176,6 +177,43 @@ def test_nothing_is_chosen_on_held_out_prompts(
     )
     assert after.card.learner == before.card.learner
     assert after.report.overall.strategies["oracle"] != before.report.overall.strategies["oracle"]
+
+
+@pytest.mark.parametrize("learner", ["knn", "linucb", "policy_gradient"])
+def test_no_learner_is_given_a_held_out_prompt(
+    learner: str,
+    prompts: list[CollectedPrompt],
+    costs: CostTable,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Neither the search for settings nor the learning curve nor a seed's training."""
+    taken: list[set[str]] = []
+    kind = type(LEARNERS[learner])
+    fit = kind.fit
+
+    def record(self: Any, data: Dataset, settings: Any, on_progress: Any) -> Any:
+        taken.append(set(data.ids))
+        return fit(self, data, settings, on_progress)
+
+    monkeypatch.setattr(kind, "fit", record)
+    section = SETTINGS.model_copy(update={"learner": learner, "max_epochs": 4, "seeds": 2})
+    searched = 3 if LEARNERS[learner].search_space else 0
+
+    train_policy(
+        prompts,
+        costs,
+        IDENTITY,
+        list(ARMS),
+        section,
+        search=searched,
+        figure=tmp_path / "curves.png",
+    )
+
+    held_out = set(_held_out(prompts, costs))
+    assert len(taken) >= searched + 2 + 2
+    assert all(ids.isdisjoint(held_out) for ids in taken)
+    assert max(map(len, taken)) == len(prompts) - len(held_out)
 
 
 def test_rewards_of_a_part_are_in_units_of_that_part(
