@@ -82,6 +82,11 @@ def test_headline_figures_are_those_of_unseen_prompts(make: Callable[..., Datase
     assert report.headline()["oracle"] == alone.headline()["oracle"]
     assert (report.exposure.unseen, report.exposure.seen) == (25, 15)
     assert report.exposure.by_drafter == {"code": 15}
+    assert report.exposure.seen_by_policies == 15  # the same prompts here
+    assert alone.exposure.sentences() == [
+        "15 of the prompts that policies learned from were in a drafter's training, where the drafter "
+        "is faster than on new prompts"
+    ]
     assert json.loads(report.to_json())["seen"]["num_prompts"] == 15
     assert report.by_seed["policy"][0] == pytest.approx(
         report.overall.strategies["policy"].speedup.value

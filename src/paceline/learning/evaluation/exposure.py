@@ -28,13 +28,15 @@ class Exposure:
     """Numbers of held-out prompts by what the drafters were trained on.
 
     seen: prompts that at least one drafter was trained on; by_drafter: those of each such drafter.
-    unknown: by drafter the prompts for which that is not known; they count as unseen.
+    unknown: by drafter the prompts for which that is not known; they count as unseen. seen_by_policies:
+    seen prompts among those that the policies learned from.
     """
 
     unseen: int
     seen: int
     by_drafter: dict[str, int]
     unknown: dict[str, int]
+    seen_by_policies: int = 0
 
     def sentences(self) -> list[str]:
         """Return the counts in words; none if no drafter was trained on any prompt."""
@@ -44,6 +46,11 @@ class Exposure:
             said.append(
                 f"judged on {self.unseen} prompts that no drafter was trained on; on the other "
                 f"{self.seen} some were ({counts})"
+            )
+        if self.seen_by_policies:
+            said.append(
+                f"{self.seen_by_policies} of the prompts that policies learned from were in a drafter's "
+                "training, where the drafter is faster than on new prompts"
             )
         if self.unknown:
             total = self.unseen + self.seen
@@ -66,9 +73,7 @@ def seen_by_training(
     trained: by drafter [N], as in `Dataset.trained`. Raises StoreError if some drafter was trained on
     some of the prompts, and too few others are left.
     """
-    seen = np.zeros(num_prompts, dtype=bool)
-    for known in trained.values():
-        seen |= known == TRAINED
+    seen = _any_trained(trained, num_prompts)
     by_drafter = {name: int((known == TRAINED).sum()) for name, known in trained.items()}
     unknown = {name: int((known == UNKNOWN).sum()) for name, known in trained.items()}
     num_seen = int(seen.sum())
@@ -85,6 +90,19 @@ def seen_by_training(
         by_drafter={name: num for name, num in by_drafter.items() if num},
         unknown={name: num for name, num in unknown.items() if num},
     )
+
+
+def count_seen(trained: Mapping[str, np.ndarray]) -> int:
+    """Return the number of prompts that any drafter was trained on."""
+    num_prompts = len(next(iter(trained.values()), ()))
+    return int(_any_trained(trained, num_prompts).sum())
+
+
+def _any_trained(trained: Mapping[str, np.ndarray], num_prompts: int) -> np.ndarray:
+    seen = np.zeros(num_prompts, dtype=bool)
+    for known in trained.values():
+        seen |= known == TRAINED
+    return seen
 
 
 def unseen_part(data: Dataset) -> Dataset:

@@ -7,7 +7,7 @@ D tasks, B resamples.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from paceline.contracts import NONE
 from paceline.errors import StoreError
 from paceline.learning.evaluation.ceilings import SPLIT_HALF
-from paceline.learning.evaluation.exposure import seen_by_training
+from paceline.learning.evaluation.exposure import count_seen, seen_by_training
 from paceline.learning.evaluation.figures import (
     Comparison,
     SlowestTask,
@@ -142,7 +142,7 @@ def evaluate(
             for name, trained in policies.items()
         },
         known_first_lines=float(np.mean(known)) if known else None,
-        exposure=exposure,
+        exposure=replace(exposure, seen_by_policies=count_seen(train.trained)),
         seen=of_seen,
         notes=tuple(notes),
     )
