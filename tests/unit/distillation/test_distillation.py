@@ -25,6 +25,7 @@ from paceline.contracts import PromptRecord
 from paceline.distillation import DistillSettings, TrainingProgress, distill
 from paceline.distillation.batches import Example, collate, in_order, pack_epoch
 from paceline.distillation.head import losses_and_matches, weighted_cross_entropy
+from paceline.distillation.run import select_prompts
 from paceline.distillation.student import StudentShape, build_student, num_parameters, project
 from paceline.distillation.train import (
     DomainQuality,
@@ -482,6 +483,34 @@ def test_a_drafter_records_the_prompts_it_was_trained_on_and_no_others(
         expected = record_of.prompt in {r.prompt for r in trained}
         assert (record_of.prompt in record) == expected
     assert not any(r.prompt in record for r in read_prompts([pears]))
+
+
+def test_a_prompt_without_an_answer_is_not_recorded_as_trained_on(
+    pace: Pace, tmp_path: Path
+) -> None:
+    apples = write_prompts(tmp_path / "apples.jsonl", "apples", 30)
+    too_long = " ".join(["w1"] * 80)
+    ids = [f"long/{i}" for i in range(4)]
+    assert not all(is_validation(id, 0.2) for id in ids)
+    with apples.open("a", encoding="utf-8") as file:
+        for id in ids:
+            file.write(json.dumps({"id": id, "domain": "apples", "prompt": too_long}) + "\n")
+
+    distill(pace, [apples], tmp_path / "a", distill_settings(tmp_path))
+
+    record = TrainedOn.load(tmp_path / "a")
+    assert record is not None
+    assert too_long not in record
+    assert len(record) > 10
+
+
+def test_the_selection_for_training_is_capped_first_and_without_validation(tmp_path: Path) -> None:
+    apples = write_prompts(tmp_path / "apples.jsonl", "apples", 60)
+    settings = distill_settings(tmp_path, max_prompts={"apples": 25})
+    capped = take_by_hash(read_prompts([apples]), 25)
+    expected = [r for r in capped if not is_validation(r.id, 0.2)]
+    assert 0 < len(expected) < 25
+    assert select_prompts(apples, settings) == expected
 
 
 def test_the_answers_of_the_target_are_learned_and_not_the_prompts(
