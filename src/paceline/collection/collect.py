@@ -99,6 +99,7 @@ def collect_trajectories(
         for name, path in (outputs or {}).items()
     }
     missing = [prompt for prompt in given if prompt.id not in stored_ids]
+    texts = {prompt.id: prompt.prompt for prompt in prompts}
     settings = {
         "max_new_tokens": max_new_tokens,
         "samplings": [sampling_label(s).removeprefix("@") or "greedy" for s in samplings],
@@ -110,11 +111,12 @@ def collect_trajectories(
         run.decode(pool, missing, max_new_tokens)
         rows = read_trajectories(run.collection.trajectories)
         run.complete_features(rows)
+        run.record_training(rows, texts)
         num_replayed = run.replay(pool, rows)
         num_scored = run.score(pool, rows) if scores else {}
         num_outputs = run.decode_draft_outputs(pool, rows) if alignment else {}
     num_outputs |= {name: of_writer.save() for name, of_writer in external.items()}
-    card.write(rows, finished=True)
+    card.write(rows, finished=True, trained_on=run.num_trained_on)
     return CollectionReport(
         num_prompts=len(rows),
         num_present=len(given) - len(missing),
@@ -147,6 +149,7 @@ class _CollectionRun:
             for name, line in self.encoder.identities().items()
         }
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.num_trained_on: dict[str, dict[str, int] | None] = {}  # see `record_training`
 
     def check_stored(self, given: Sequence[EncodedPrompt]) -> list[Trajectory]:
         """Return the stored rows. Raises StoreError if a given id is stored with another prompt."""
@@ -197,6 +200,28 @@ class _CollectionRun:
         ]
         stores = {name: self.collection.replays(name, self._identities[name]) for name in names}
         return self._complete(pool, rows, stores, ReplayTask, "replay")
+
+    def record_training(self, rows: Sequence[Trajectory], texts: Mapping[str, str]) -> None:
+        """Record for each drafter whether it was trained on the prompts that its record lacks.
+
+        texts: prompt id -> its text. A prompt of an earlier run that is not given again has none, and a
+        drafter that does not know its training prompts has no record: both stay unknown.
+        `num_trained_on` gets the counts, None for such a drafter.
+        """
+        ids = list(dict.fromkeys(row.prompt_id for row in rows))
+        for name, drafter in self.pace.parts.drafters.items():
+            prompts = drafter.trained_on()
+            if name == NONE:
+                continue
+            if prompts is None:
+                self.num_trained_on[name] = None
+                continue
+            store = self.collection.trained_on(name, self._identities[name], prompts.digest())
+            stored = {row["id"]: row["trained_on"] for row in store.read().to_pylist()}
+            new = {id: texts[id] in prompts for id in ids if id in texts and id not in stored}
+            store.append([{"id": id, "trained_on": trained} for id, trained in new.items()])
+            known = stored | new
+            self.num_trained_on[name] = {"known": len(known), "trained_on": sum(known.values())}
 
     def score(self, pool: WorkerPool, rows: Sequence[Trajectory]) -> dict[str, int]:
         """Score every chain drafter on the rows that its store lacks; return their number by drafter."""

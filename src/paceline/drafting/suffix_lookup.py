@@ -20,6 +20,7 @@ from paceline.contracts import Drafts
 from paceline.drafting.base import Drafter
 from paceline.drafting.suffix_index import RowIndices, SuffixIndex, Tree
 from paceline.errors import ConfigError
+from paceline.store.trained_on import NOTHING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from paceline.contracts import RowView
     from paceline.drafting.base import BuildContext
     from paceline.drafting.suffix_index import Match
+    from paceline.store.trained_on import TrainedOn
 
 _END: Final = -1  # after every answer; it is no token, so no match crosses it
 
@@ -143,6 +145,9 @@ class SuffixLookup(Drafter):
             first = self._first_shared.pop(row.id, None)
             if self.shared is not None and first is not None:
                 self.shared.add(row.tokens[first:])
+
+    def trained_on(self) -> TrainedOn:
+        return NOTHING
 
     def identity(self) -> dict[str, object]:
         return {**super().identity(), **self.settings.model_dump()}

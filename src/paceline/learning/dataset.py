@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 MIN_PROMPTS: Final = 8
 _MIN_HELD_OUT: Final = 2
+TRAINED: Final = 1  # in `Dataset.trained`
+UNKNOWN: Final = -1
 _SPLIT: Final = "held out: "  # before an id that is hashed
 
 
@@ -59,6 +61,7 @@ class Dataset:
     proposed_per_token: np.ndarray  # [N, A] float64
     seconds: np.ndarray  # [N, A] float64, predicted for the whole request, one row in flight
     rewards: np.ndarray  # [N, A] float64
+    trained: np.ndarray  # [N, D] int8, of `drafters`: trained on the prompt 1, not 0, unknown -1
     spans: Mapping[str, slice]
     composed: tuple[int, ...]  # places of the cascades among the arms
     rounds: RoundTable
@@ -68,6 +71,16 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def drafters(self) -> tuple[str, ...]:
+        """The arms' drafters without `none`, D."""
+        return drafters_of(self.arms)
+
+    @property
+    def seen(self) -> np.ndarray:
+        """[N] bool: whether any of the drafters was trained on the prompt."""
+        return np.asarray((self.trained == TRAINED).any(axis=1))
 
     def rows(self, chosen: np.ndarray) -> Dataset:
         """Return the prompts where a mask [N] is true, or those at some places [n]."""
@@ -82,6 +95,16 @@ class Dataset:
             elif isinstance(value, tuple) and field.name not in ("arms", "composed"):
                 parts[field.name] = tuple(value[i] for i in places)
         return replace(self, **parts)  # type: ignore[arg-type]
+
+    def part(self, chosen: np.ndarray) -> Dataset:
+        """Return the same as `rows`, with the reward `speed` in units of the part's own mean time.
+
+        Parts that learn or judge on their own must not depend on one another's prompts.
+        """
+        part = self.rows(chosen)
+        if part.reward != "speed":
+            return part
+        return replace(part, rewards=savings(part.seconds, part.arms.index(NONE)))
 
     def situation(self, rows: int = 1) -> Situation:
         """Return the prompts' situation for choosers. rows: requests in flight."""
@@ -146,6 +169,7 @@ def build_dataset(
         proposed_per_token=rounds.num_proposed() / after_first,
         seconds=seconds,
         rewards=rewards,
+        trained=_stack_trained(prompts, drafters_of(arms)),
         spans=prompts[0].spans or default_spans(features.shape[1]),
         composed=rounds.composed,
         rounds=rounds,
@@ -162,6 +186,19 @@ def default_spans(num_features: int) -> dict[str, slice]:
     """Return the blocks of the default encoders' features: hidden states, then statistics."""
     num_hidden = max(num_features - len(STATISTICS), 0)
     return {"target_hidden": slice(0, num_hidden), "text_stats": slice(num_hidden, num_features)}
+
+
+def drafters_of(arms: Sequence[str]) -> tuple[str, ...]:
+    """Return the drafters of arms, without `none`."""
+    return tuple(dict.fromkeys(name for name, _ in map(split_arm, arms) if name != NONE))
+
+
+def _stack_trained(prompts: Sequence[CollectedPrompt], drafters: Sequence[str]) -> np.ndarray:
+    """Return [N, D] int8: whether each drafter was trained on each prompt."""
+    return np.array(
+        [[int(p.trained_on.get(name, UNKNOWN)) for name in drafters] for p in prompts],
+        dtype=np.int8,
+    ).reshape(len(prompts), len(drafters))
 
 
 def _check_arms(arms: tuple[str, ...], prompts: Sequence[CollectedPrompt]) -> None:
@@ -284,4 +321,4 @@ def split(dataset: Dataset, share: float) -> tuple[Dataset, Dataset]:
             f"of {len(dataset)} prompts {num_held_out} would be held out: too few are left to "
             "learn or to test on; collect more prompts or change learning.held_out"
         )
-    return dataset.rows(~held_out), dataset.rows(held_out)
+    return dataset.part(~held_out), dataset.part(held_out)

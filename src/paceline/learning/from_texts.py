@@ -19,9 +19,11 @@ from paceline.errors import ConfigError, StoreError
 from paceline.files import write_atomically
 from paceline.learning.dataset import (
     MIN_PROMPTS,
+    UNKNOWN,
     Dataset,
     check_rewards,
     default_spans,
+    drafters_of,
     split,
     stack_features,
 )
@@ -162,6 +164,7 @@ def text_dataset(
         ids=tuple(p.id for p in prompts),
         groups=tuple(p.prompt_id for p in prompts),
         domains=tuple(p.domain for p in prompts),
+        trained=np.full((N, len(drafters_of(arms))), UNKNOWN, dtype=np.int8),
         prompts=tuple(p.prompt_tokens for p in prompts),
         features=features,
         num_prompt=num_prompt,
@@ -170,6 +173,9 @@ def text_dataset(
         rounds_per_token=unknown,
         drafted_per_token=unknown,
         empty_per_token=unknown,
+        calls_per_token=unknown,
+        proposed_per_token=unknown,
+        composed=(),
         seconds=unknown,
         rewards=np.array([[_reward(p, arm, section) for arm in arms] for p in prompts]),
         spans=prompts[0].spans or default_spans(features.shape[1]),

@@ -17,7 +17,7 @@ from paceline.drafting.cascade.calibration import save_calibration
 from paceline.errors import ArtefactError, ConfigError, StoreError
 from paceline.files import write_atomically
 from paceline.learning.dataset import build_dataset, split
-from paceline.learning.evaluation import POLICY, EvaluationReport, evaluate_chooser
+from paceline.learning.evaluation import POLICY, EvaluationReport, evaluate_chooser, unseen_part
 from paceline.learning.learners import check_settings, find_learner
 from paceline.learning.learners.base import Fitted
 from paceline.learning.plot import plot, speed_by_prompts
@@ -136,8 +136,9 @@ def train_policy(
         notes.append(constant_note(chooser, held_out))
     report = evaluate_chooser(training_part, held_out, chooser, seed=settings.seed, notes=notes)
     if figure is not None:
-        points = speed_by_prompts(training_part, held_out, settings, on_progress)
-        plot(fitted.curve, points, held_out, settings.learner, figure)
+        unseen = unseen_part(held_out)
+        points = speed_by_prompts(training_part, unseen, settings, on_progress)
+        plot(fitted.curve, points, training_part, unseen, settings.learner, figure)
     encoders = identity.encoders or build_encoder(identity.hidden_size).identities()
     training = asdict(fitted.summary) | {"seeds": asdict(seeds), "held_out": _held_out(report)}
     reward = reward_card(settings)
@@ -261,6 +262,7 @@ def reward_card(settings: LearnerSettings) -> RewardCard:
 def _held_out(report: EvaluationReport) -> dict[str, object]:
     return {
         "num_prompts": report.overall.num_prompts,
+        "exposure": asdict(report.exposure),
         "speedup": report.headline(),
         "fraction_of_oracle": report.fraction_of_oracle,
         "chosen": report.overall.chosen[POLICY].arms,

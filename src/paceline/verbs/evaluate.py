@@ -15,6 +15,7 @@ from paceline.learning.evaluation import (
     Contender,
     Evaluation,
     Evaluator,
+    in_other_words,
     train_contenders,
 )
 from paceline.models.detokenizer import Detokenizer
@@ -94,6 +95,7 @@ def evaluate(
         _check_alike(collection, other, folder)
         others[name] = priced(other)[0]
     data, found_notes = priced(collection)
+    others = {name: in_other_words(data, other) for name, other in others.items()}
     train, held_out = split(data, settings.held_out)
     contenders = contenders or trained(train)
     evaluator = Evaluator(

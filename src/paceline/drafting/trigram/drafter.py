@@ -24,6 +24,7 @@ from paceline.drafting.trigram.table import (
     load_table,
     read_facts,
 )
+from paceline.store.trained_on import NOTHING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from paceline.drafting.base import BuildContext
     from paceline.drafting.trigram.search import Learned
     from paceline.models.vocabulary import Vocabulary
+    from paceline.store.trained_on import TrainedOn
 
 
 @dataclass(slots=True)
@@ -132,6 +134,9 @@ class TrigramTree(Drafter):
     def identity(self) -> dict[str, object]:
         settings = self.settings.model_dump(exclude={"table", "preset"})
         return {**super().identity(), **settings, "table": self._table_hash}
+
+    def trained_on(self) -> TrainedOn | None:
+        return NOTHING if self._table_hash is None else None
 
     def num_bytes(self) -> int:
         own = {id(state.learned): state.learned for state in self._rows.values()}
