@@ -209,7 +209,8 @@ def test_the_preset_sets_omitted_settings() -> None:
         "released",
         150,
     )
-    assert not released.share
+    assert released.share
+    assert not TrigramTreeSettings(preset="released", share=False).share
     assert TrigramTreeSettings(preset="released").num_draft_tokens == 64
 
 
