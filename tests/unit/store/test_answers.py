@@ -183,7 +183,7 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path, text: str) -> None:
     write(tmp_path)
     manifest_path(tmp_path).write_text(text)
 
-    with pytest.raises(StoreError, match="damaged index of answers.*delete this folder"):
+    with pytest.raises(StoreError, match=r"damaged index of answers.*delete this folder"):
         opened(tmp_path)
 
 
@@ -199,7 +199,9 @@ def test_sizes_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
 def test_answers_of_another_tokenizer_or_target_are_refused(tmp_path: Path) -> None:
     write(tmp_path)
 
-    with pytest.raises(StoreError, match=r"another tokenizer \(tokenizer\).*\(other\).*name another"):
+    with pytest.raises(
+        StoreError, match=r"another tokenizer \(tokenizer\).*\(other\).*name another"
+    ):
         open_answers(tmp_path, "other")
     with pytest.raises(StoreError, match=r"another target \(target\).*\(other\)"):
         open_answers(tmp_path, "tokenizer", "other")
