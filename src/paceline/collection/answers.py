@@ -31,7 +31,7 @@ def build_answers(
 
     rows: the trajectories, the oldest first. At most the configured number of tokens is kept.
     """
-    answers = [Answer(row.prompt_id, row.output_tokens) for row in rows]
+    answers = [Answer(row.prompt_id, row.output_tokens, row.prompt_tokens) for row in rows]
 
     def add_table(unfinished: Path, index: AnswerIndex) -> None:
         write_answer_table(unfinished, index)

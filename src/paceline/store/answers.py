@@ -5,7 +5,8 @@
         tokens.npy  [N] int32             answers one after the other, END after each
         order.npy   [N] int32             the places of tokens, see `contexts.sort_by_context`
         starts.npy  [D+1] int64           answer d is tokens[starts[d] : starts[d+1] - 1]
-        groups.npy  [D] uint64            `group_of` the prompt's id
+        groups.npy  [D] uint64            hash of the prompt's id
+        prompts.npy [D] uint64            hash of the prompt's tokens
         trigrams.table                    see `drafting.trigram.answer_table`
 
 A folder is written under another name first; the manifest is replaced last. The arrays are mapped, so
@@ -44,14 +45,20 @@ _ARRAYS: Final[dict[str, np.dtype[Any]]] = {
     "order": np.dtype("<i4"),
     "starts": np.dtype("<i8"),
     "groups": np.dtype("<u8"),
+    "prompts": np.dtype("<u8"),
 }
 
 
 class Answer(NamedTuple):
-    """The target's answer to a prompt. group: the prompt's id, which all its samplings share."""
+    """The target's answer to a prompt.
+
+    group: the prompt's id, which all its samplings share. prompt: its tokens; an empty one equals no
+    other.
+    """
 
     group: str
     tokens: Sequence[int]
+    prompt: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,21 +82,25 @@ class AnswerIndex(NamedTuple):
     order: np.ndarray
     starts: np.ndarray
     groups: np.ndarray
+    prompts: np.ndarray
 
     def num_bytes(self) -> int:
         return sum(getattr(self, name).nbytes for name in _ARRAYS)
 
     def spans_of(self, group: str) -> list[tuple[int, int]]:
-        """Return the first and last place (exclusive) of each answer to a prompt, with its mark."""
-        answers = np.flatnonzero(self.groups == group_of(group))
+        """Return the first and last place (exclusive) of each answer to a prompt, with its mark.
+
+        group: the prompt's id. The same prompt under other ids is the same prompt.
+        """
+        is_own = self.groups == _hash(group.encode())
+        answers = np.flatnonzero(is_own | np.isin(self.prompts, self.prompts[is_own]))
         return list(
             zip(self.starts[answers].tolist(), self.starts[answers + 1].tolist(), strict=True)
         )
 
 
-def group_of(prompt_id: str) -> np.uint64:
-    """Return the 64-bit hash of a prompt's id."""
-    return np.uint64(int.from_bytes(hashlib.sha256(prompt_id.encode()).digest()[:8], "little"))
+def _hash(data: bytes) -> np.uint64:
+    return np.uint64(int.from_bytes(hashlib.sha256(data).digest()[:8], "little"))
 
 
 def manifest_path(collection: Path) -> Path:
@@ -154,6 +165,7 @@ def _map(collection: Path, facts: AnswerFacts) -> AnswerIndex:
         "order": facts.num_tokens,
         "starts": facts.num_answers + 1,
         "groups": facts.num_answers,
+        "prompts": facts.num_answers,
     }
     arrays = {}
     for name, dtype in _ARRAYS.items():
@@ -247,5 +259,14 @@ def _concatenate(answers: Sequence[Answer]) -> dict[str, NDArray[Any]]:
     tokens = np.full(int(starts[-1]), END, dtype=np.int32)
     for start, answer in zip(starts.tolist(), answers, strict=False):
         tokens[start : start + len(answer.tokens)] = answer.tokens
-    groups = np.array([group_of(answer.group) for answer in answers], dtype=np.uint64)
-    return {"tokens": tokens, "starts": starts, "groups": groups}
+    groups = [_hash(answer.group.encode()) for answer in answers]
+    prompts = [
+        _hash(np.array(answer.prompt, dtype="<i4").tobytes()) if len(answer.prompt) else group
+        for answer, group in zip(answers, groups, strict=True)
+    ]
+    return {
+        "tokens": tokens,
+        "starts": starts,
+        "groups": np.array(groups, dtype=np.uint64),
+        "prompts": np.array(prompts, dtype=np.uint64),
+    }

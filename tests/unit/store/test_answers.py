@@ -17,7 +17,6 @@ from paceline.store.answers import (
     END,
     Answer,
     AnswerIndex,
-    group_of,
     manifest_path,
     open_answers,
     write_answers,
@@ -75,10 +74,23 @@ def test_the_index_holds_the_answers_and_whose_they_are(tmp_path: Path) -> None:
 
     assert index.tokens.tolist() == [5, 6, 7, END, END, 6, 7, 8, 9, END]
     assert index.starts.tolist() == [0, 4, 5, 10]
-    assert index.groups.tolist() == [group_of("a"), group_of("b"), group_of("a")]
     assert (index.facts.num_tokens, index.facts.num_answers, index.facts.num_dropped) == (10, 3, 0)
     assert index.spans_of("a") == [(0, 4), (5, 10)]
+    assert index.spans_of("b") == [(4, 5)]
     assert index.spans_of("c") == []
+
+
+def test_the_same_prompt_under_another_id_is_the_same_prompt(tmp_path: Path) -> None:
+    """A served prompt may have been collected, too."""
+    write(
+        tmp_path,
+        [Answer("p1", [1], (8, 9)), Answer("served", [2], (8, 9)), Answer("p2", [3], (8,))],
+    )
+
+    index = opened(tmp_path)
+
+    assert index.spans_of("p1") == index.spans_of("served") == [(0, 2), (2, 4)]
+    assert index.spans_of("p2") == [(4, 6)]
 
 
 def test_opening_maps_the_arrays_and_copies_none(tmp_path: Path) -> None:
@@ -156,7 +168,7 @@ def test_a_reader_takes_the_index_that_replaced_the_one_it_was_about_to_open(
     assert opened(tmp_path).tokens.tolist() == [1, END]
 
 
-@pytest.mark.parametrize("name", ["tokens", "order", "starts", "groups"])
+@pytest.mark.parametrize("name", ["tokens", "order", "starts", "groups", "prompts"])
 @pytest.mark.parametrize("harm", ["missing", "cut", "other", "empty"])
 def test_a_damaged_index_is_refused_with_the_remedy(tmp_path: Path, name: str, harm: str) -> None:
     write(tmp_path)
