@@ -10,9 +10,9 @@ since the last one, at the end of the text. First use is building a drafter in a
 and with compiled code on disk.
 
 The answers are pieces of each text of 50 to 400 tokens; a twentieth of their tokens is replaced at
-random. `answers` is a round with an index of as many tokens as `shared` has. The large index is of pieces
-of the own source: build is all of `write_answers`, with the tri-gram table; open is the first opening in
-a new process; match is the kernel's call for 32 tokens, the second time for the same tokens.
+random. `answers` is a round with an index of as many tokens as `shared` has. The large index is of the
+own source: build is all of `write_answers`, with the tri-gram table; open is the first opening in a new
+process; match is the kernel's call for 32 tokens, the second time for the same tokens.
 """
 
 from __future__ import annotations

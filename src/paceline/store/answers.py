@@ -1,6 +1,6 @@
 """The answers of a collection as one text with the order of its contexts, for drafters that look there.
 
-    <collection>/answers/manifest.json    the current folder, and what it was made with
+    <collection>/answers/index.json       the current folder, and what it was made with
                  answers/<content>/       named by its content:
         tokens.npy  [N] int32             answers one after the other, END after each
         order.npy   [N] int32             the places of tokens, see `contexts.sort_by_context`
@@ -38,7 +38,7 @@ END: Final = -1
 """The mark after an answer. It is no token, so no context crosses it."""
 
 _FORMAT: Final = "paceline answers 1"
-_MANIFEST: Final = "manifest.json"
+_MANIFEST: Final = "index.json"
 _UNFINISHED: Final = ".part"
 _ARRAYS: Final[dict[str, np.dtype[Any]]] = {
     "tokens": np.dtype("<i4"),
