@@ -98,7 +98,7 @@ class Answers:
             return ""
         return (
             f"drafter '{self._name}': no answers in {self._collection} yet, so it drafts without them; "
-            "run `paceline collect PROMPTS` with this folder as the store"
+            "`paceline collect PROMPTS`, with this folder as the store, adds them"
         )
 
     def num_bytes(self) -> int:
