@@ -295,7 +295,10 @@ def _by_replay(
     """Return the figures of every arm along the texts of plain decoding."""
     texts = {timing.prompt: timing.output_tokens for timing in plain}
     rounds = {
-        name: {p.id: replay_arm(pace, name, p.tokens, texts[p.id], max_new_tokens) for p in prompts}
+        name: {
+            p.id: replay_arm(pace, name, p.tokens, texts[p.id], max_new_tokens).table
+            for p in prompts
+        }
         for name in pace.parts.drafters
     }
     seconds = {

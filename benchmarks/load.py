@@ -209,7 +209,9 @@ class Predictions:
         key = arm, prompt.id
         if key not in self._rounds:
             text = self._answers[prompt.id]
-            self._rounds[key] = replay_arm(self._pace, arm, prompt.tokens, text, self._new_tokens)
+            self._rounds[key] = replay_arm(
+                self._pace, arm, prompt.tokens, text, self._new_tokens
+            ).table
         return self._rounds[key]
 
 

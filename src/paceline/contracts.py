@@ -171,7 +171,9 @@ class Drafts:
     each token's parent in a tree, below its own, -1 for the row's last token; None if all drafts are
     chains. A tree has no `probs`: the verifier samples from the target's distribution at each node.
     evidence: of a lookup, the class of the statistics behind each token, which tells how likely it is
-    accepted if its parent is. Entries from a row's length on are padding.
+    accepted if its parent is. chances: the probability that each token is accepted together with its
+    parents, as the drafter estimates it. proposed: of a cascade, the tokens that a model drafted for
+    each row, which decide the price of the proposal. Entries from a row's length on are padding.
     """
 
     tokens: Tensor  # [R, K] int64
@@ -179,6 +181,8 @@ class Drafts:
     probs: Tensor | None = None  # [R, K, V]
     parents: Tensor | None = None  # [R, K] int64
     evidence: np.ndarray | None = None  # [R, K] int64
+    chances: np.ndarray | None = None  # [R, K] float64
+    proposed: Sequence[int] | None = None  # R
 
 
 @dataclass(frozen=True, slots=True)

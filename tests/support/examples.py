@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from paceline.drafting.bridged_drafters import Bridge
+from paceline.drafting.cascade.drafter import Cascade
 from paceline.drafting.cross_vocabulary import CrossVocabulary
 from paceline.drafting.draft_length import StopSettings
 from paceline.drafting.draft_model import DraftModel
@@ -104,6 +105,11 @@ def _union(name: str, context: BuildContext) -> Drafter:
     return Union(name, parts)
 
 
+def _cascade(name: str, context: BuildContext) -> Drafter:
+    parts = {"suffix": _suffix_lookup("suffix", context), "near": _draft_model("near", context)}
+    return Cascade(name, parts)
+
+
 EXAMPLES: Final[Mapping[str, Make]] = MappingProxyType(
     {
         NoneDrafter.kind: lambda name, context: NoneDrafter(name),
@@ -114,6 +120,7 @@ EXAMPLES: Final[Mapping[str, Make]] = MappingProxyType(
         TrigramTree.kind: _trigram_tree,
         LayerSkip.kind: _layer_skip,
         Union.kind: _union,
+        Cascade.kind: _cascade,
     }
 )
 

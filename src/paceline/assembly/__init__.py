@@ -2,7 +2,13 @@
 
 from paceline.assembly.loading import build_controller, load, open_log, steps_to_policy
 from paceline.assembly.pace import Pace
-from paceline.assembly.parts import Parts, build, build_from_objects, policy_identity
+from paceline.assembly.parts import (
+    Parts,
+    build,
+    build_from_objects,
+    give_chances,
+    policy_identity,
+)
 
 __all__ = [
     "Pace",
@@ -10,6 +16,7 @@ __all__ = [
     "build",
     "build_controller",
     "build_from_objects",
+    "give_chances",
     "load",
     "open_log",
     "policy_identity",

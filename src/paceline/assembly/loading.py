@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from paceline.assembly.pace import Pace
-from paceline.assembly.parts import build, build_from_objects, policy_identity
+from paceline.assembly.parts import build, build_from_objects, give_chances, policy_identity
 from paceline.config import Config, GenerationDefaults, ModelSection, load_config
 from paceline.contracts import Completion, Context, Request, identity_of_arms, join_arm, split_arm
 from paceline.costs.table import CostTable
+from paceline.drafting.cascade.calibration import load_calibration
 from paceline.errors import ArtefactError, ConfigError, shorten
 from paceline.selection import (
     AdaptiveController,
@@ -64,7 +65,7 @@ def load(
     if generation_config is not None:
         update = {"generation_config": generation_config}
         parts.config = parts.config.model_copy(update=update)
-    _give_prices(parts)
+    parts.notes += _give_prices(parts)
     folder = Path(policy) if policy is not None else parts.config.paths.policy
     if not with_policy or (policy is None and target is not None):
         return Pace(parts, on_complete=open_log(parts))
@@ -121,6 +122,7 @@ def _with_policy(parts: Parts, folder: Path) -> Pace:
     )
     has_range = (folder / RANGE_FILE).is_file()
     training_range = TrainingRange.load(folder) if has_range else None
+    give_chances(parts, load_calibration(folder))
     controller = build_controller(parts, loaded.arms, objective=loaded.objective)
     on_complete = open_log(parts, training_range, read_card(folder).encoders)
     return Pace(parts, loaded.choose, controller, on_complete, loaded.notes)
@@ -161,22 +163,29 @@ def build_controller(
     )
 
 
-def _give_prices(parts: Parts) -> None:
-    """Give this machine's costs to the drafters that need them. Raises ArtefactError without costs."""
-    waiting = {name: d for name, d in parts.drafters.items() if d.wants_prices}
+def _give_prices(parts: Parts) -> list[str]:
+    """Give this machine's costs to the drafters that use them; return notes on those without.
+
+    Raises ArtefactError if a drafter cannot draft without costs.
+    """
+    waiting = {n: d for n, d in parts.drafters.items() if d.wants_prices or d.takes_prices}
     if not waiting:
-        return
+        return []
+    needy = [name for name, drafter in waiting.items() if drafter.wants_prices]
     try:
         costs = CostTable.load(parts.config.paths.costs)
         lines = identity_of_arms({n: d.identity() for n, d in waiting.items()})
         costs.check(waiting, lines, forwards=parts.forwards())
     except ArtefactError as error:
-        raise ArtefactError(
-            f"drafter '{next(iter(waiting))}' stops by expected gain, which needs this machine's "
-            f"costs: {error}, or set another 'stop'"
-        ) from error
+        if needy:
+            raise ArtefactError(
+                f"drafter '{needy[0]}' stops by expected gain, which needs this machine's "
+                f"costs: {error}, or set another 'stop'"
+            ) from error
+        return [f"{', '.join(waiting)}: draft by assumed prices: {error}"]
     for drafter in waiting.values():
         drafter.price(costs)
+    return []
 
 
 def open_log(

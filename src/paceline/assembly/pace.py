@@ -71,7 +71,7 @@ class Pace:
         forwards = {name: model.forward_note for name, model in self.parts.models().items()}
         slower = [f"forward of {name}: {note}" for name, note in forwards.items() if note]
         drafters = (d.note for d in self.parts.drafters.values() if d.note)
-        return [*self._notes, *target, *slower, *drafters]
+        return [*self._notes, *self.parts.notes, *target, *slower, *drafters]
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return a prompt's token ids: of a string as it is, of messages through the chat template.

@@ -13,6 +13,7 @@ import torch
 from paceline.contracts import AT, AUTO, NONE, identity_of_arms
 from paceline.costs.table import TARGET
 from paceline.drafting.base import BuildContext
+from paceline.drafting.cascade.drafter import Cascade
 from paceline.drafting.catalog import check_settings, find_kind
 from paceline.drafting.draft_model import DraftModel
 from paceline.drafting.none import NoneDrafter
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from paceline.config import Config
     from paceline.drafting.base import Drafter
+    from paceline.drafting.cascade.calibration import Calibration
 
     DraftSpec = PreTrainedModel | Drafter | tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -44,6 +46,7 @@ class Parts:
     tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary
     drafters: dict[str, Drafter]  # `none` first
+    notes: list[str] = field(default_factory=list)  # for the user, on how they were assembled
     detokenizer: Detokenizer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -143,6 +146,16 @@ def _draft_model(name: str, model: PreTrainedModel, parts: Parts) -> DraftModel:
         )
     check_packed_forward(wrapped)
     return DraftModel.from_model(name, wrapped, parts.build_context())
+
+
+def give_chances(parts: Parts, calibration: Calibration) -> None:
+    """Give the cascades the chances that were learned for their parts."""
+    for name, drafter in parts.drafters.items():
+        learned = calibration.get(name)
+        if isinstance(drafter, Cascade) and learned is not None:
+            names, chances = learned
+            if names == tuple(drafter.parts):
+                drafter.calibrate(chances)
 
 
 def policy_identity(parts: Parts) -> PolicyIdentity:

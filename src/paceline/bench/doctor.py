@@ -27,7 +27,7 @@ from paceline.models.forward_choice import forward_before_weights
 from paceline.models.loading import DTYPES, load_config, load_tokenizer, resolve_device
 from paceline.models.model_facts import cache_bytes_per_position, count_packed_bytes
 from paceline.models.vocabulary import Vocabulary
-from paceline.replay import price_stops, rounds_of
+from paceline.replay import price_rounds, rounds_of, stored_drafters
 from paceline.rewards import request_seconds
 from paceline.selection import PolicyIdentity, is_policy, load_policy
 from paceline.selection.artefact import read_card
@@ -257,15 +257,21 @@ def _predict_speedups(config: Config) -> tuple[dict[str, str], list[str]]:
         return {}, [f"no prediction: {error}"]
     try:
         names = [NONE, *config.drafters]
-        collection = load_collection(config.paths.store, names, encoders=())
+        collection = load_collection(config.paths.store, stored_drafters(config), encoders=())
     except StoreError as error:
         break_even, notes = _break_even(config, costs)
         return break_even, [f"break-even only: {error}", *notes]
     try:
-        prompts = price_stops(collection.prompts, config, costs)
+        prompts = price_rounds(collection.prompts, config, costs)
         total = {
             name: sum(
-                request_seconds(costs.seconds, name, len(p.prompt_tokens), rounds_of(p, name))
+                request_seconds(
+                    costs.seconds,
+                    name,
+                    len(p.prompt_tokens),
+                    rounds_of(p, name),
+                    proposed=None if name == NONE else p.replays[name].proposed,
+                )
                 for p in prompts
             )
             for name in names

@@ -201,7 +201,11 @@ class _CollectionRun:
 
     def replay(self, pool: WorkerPool, rows: Sequence[Trajectory]) -> dict[str, int]:
         """Replay every drafter on the rows that its store lacks; return their number by drafter."""
-        names = [name for name in self.pace.drafters if name != NONE]
+        names = [
+            name
+            for name, drafter in self.pace.parts.drafters.items()
+            if name != NONE and not drafter.composed
+        ]
         stores = {name: self.collection.replays(name, self._identities[name]) for name in names}
         return self._complete(pool, rows, stores, ReplayTask, "replay")
 

@@ -72,6 +72,9 @@ def _replay_row(parts: Parts, row: Trajectory, name: str) -> dict[str, Any]:
         "accepted": result.record.table[:, 1],
         "match": scores.match if scores else [],
         "confidence": scores.confidence if scores else [],
+        "evidence": [node.evidence for node in result.nodes],
+        "parents": [node.parent for node in result.nodes],
+        "kept": [node.kept for node in result.nodes],
     }
 
 

@@ -194,18 +194,25 @@ class SuffixLookup(Drafter):
         return sum(source.num_bytes() for source in sources if source is not None)
 
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
-        out = np.full((3, len(rows), self.num_draft_tokens), -1, dtype=np.int64)  # [3, R, K]
+        found, trees = self.grow_trees(rows, limits)
+        lengths = [tree.num_tokens for tree in trees]
+        tokens, parents, evidence = found[:, :, : max(lengths)]
+        drafts = Drafts(torch.from_numpy(tokens), lengths, evidence=evidence)
+        if any(tree.num_leaves > 1 for tree in trees):
+            drafts.parents = torch.from_numpy(parents)
+        return drafts
+
+    def grow_trees(
+        self, rows: Sequence[RowView], limits: Sequence[int]
+    ) -> tuple[np.ndarray, list[Tree]]:
+        """Return tokens, parents and evidence [3, R, K] int64 of the rows' drafts, and their sizes."""
+        out = np.full((3, len(rows), self.num_draft_tokens), -1, dtype=np.int64)
         own = self._rows.match_own(rows)
         trees = [
             self._draft(row, limit, own[i], out, i)
             for i, (row, limit) in enumerate(zip(rows, limits, strict=True))
         ]
-        lengths = [tree.num_tokens for tree in trees]
-        tokens, parents, evidence = out[:, :, : max(lengths)]
-        drafts = Drafts(torch.from_numpy(tokens), lengths, evidence=evidence)
-        if any(tree.num_leaves > 1 for tree in trees):
-            drafts.parents = torch.from_numpy(parents)
-        return drafts
+        return out, trees
 
     def _draft(
         self,

@@ -55,9 +55,12 @@ class Dataset:
     rounds_per_token: np.ndarray  # [N, A] float64
     drafted_per_token: np.ndarray  # [N, A] float64
     empty_per_token: np.ndarray  # [N, A] float64
+    calls_per_token: np.ndarray  # [N, A] float64, see `pricing.ArmRates`
+    proposed_per_token: np.ndarray  # [N, A] float64
     seconds: np.ndarray  # [N, A] float64, predicted for the whole request, one row in flight
     rewards: np.ndarray  # [N, A] float64
     spans: Mapping[str, slice]
+    composed: tuple[int, ...]  # places of the cascades among the arms
     rounds: RoundTable
     costs: CostTable
     objective: Objective
@@ -76,7 +79,7 @@ class Dataset:
                 parts[field.name] = value.rows(places)
             elif isinstance(value, np.ndarray):
                 parts[field.name] = value[places]
-            elif isinstance(value, tuple) and field.name != "arms":
+            elif isinstance(value, tuple) and field.name not in ("arms", "composed"):
                 parts[field.name] = tuple(value[i] for i in places)
         return replace(self, **parts)  # type: ignore[arg-type]
 
@@ -139,9 +142,12 @@ def build_dataset(
         rounds_per_token=rounds.num_rounds() / after_first,
         drafted_per_token=rounds.num_drafted() / after_first,
         empty_per_token=rounds.num_empty() / after_first,
+        calls_per_token=rounds.num_calls() / after_first,
+        proposed_per_token=rounds.num_proposed() / after_first,
         seconds=seconds,
         rewards=rewards,
         spans=prompts[0].spans or default_spans(features.shape[1]),
+        composed=rounds.composed,
         rounds=rounds,
         costs=costs,
         objective=settings.objective,
@@ -245,6 +251,11 @@ def check_learnable(dataset: Dataset) -> list[str]:
     if (rewards >= rewards.max(axis=1, keepdims=True))[:, winners[0]].all():
         return [f"'{dataset.arms[winners[0]]}' is best on every prompt: one arm would do"]
     return []
+
+
+def is_held_out(prompt: CollectedPrompt, share: float) -> bool:
+    """Return whether `split` puts a prompt into the held-out part."""
+    return is_validation(f"{_SPLIT}{prompt.prompt_id}", share)
 
 
 def split(dataset: Dataset, share: float) -> tuple[Dataset, Dataset]:

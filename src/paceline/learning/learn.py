@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from paceline.contracts import NONE, no_progress
+from paceline.drafting.cascade.calibration import save_calibration
 from paceline.errors import ArtefactError, ConfigError, StoreError
 from paceline.files import write_atomically
 from paceline.learning.dataset import build_dataset, split
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from paceline.config import LearningSection
     from paceline.contracts import Progress
     from paceline.costs.table import CostTable
+    from paceline.drafting.cascade.calibration import Calibration
     from paceline.learning.dataset import Dataset
     from paceline.learning.learners import Curve, Learner, LearnerSettings, Summary
     from paceline.selection.artefact import PolicyIdentity
@@ -74,6 +76,7 @@ class LearningResult:
     curve: Curve
     card: PolicyArtefact
     range: TrainingRange | None  # of features and acceptance; None where prompts are too few
+    calibration: Calibration  # of cascades
 
     def save(self, folder: Path | str) -> None:
         """Write the policy, and next to it the report as evaluation.json and the training range.
@@ -85,6 +88,7 @@ class LearningResult:
                 self.range.save(Path(folder))
             else:
                 (Path(folder) / RANGE_FILE).unlink(missing_ok=True)  # another policy's
+            save_calibration(Path(folder), self.calibration)
             write_atomically(Path(folder) / EVALUATION_FILE, self.report.to_json().encode())
         except OSError as error:
             raise ArtefactError(f"{folder}: cannot be written ({error})") from error
@@ -101,13 +105,15 @@ def train_policy(
     encode: FeatureEncoder | None = None,
     search: int = 0,
     figure: Path | None = None,
+    calibration: Calibration | None = None,
 ) -> LearningResult:
     """Train on the training part, evaluate on the held-out part.
 
     identity: the target, tokenizer and drafters of the policy; the collection and the cost table must
     have the same. arms: those to choose among, see `drafting.catalog.arms_of`. encode: gives the
     returned policy its features, by default the default encoders. search: number of trials of the
-    learner's options before the training. figure: the PNG to draw the learning curves into. Raises
+    learner's options before the training. figure: the PNG to draw the learning curves into.
+    calibration: of the cascades, saved with the policy. Raises
     ConfigError, StoreError or ArtefactError, each with what to change.
     """
     if figure is not None:
@@ -138,7 +144,9 @@ def train_policy(
     card = policy_card(identity, settings, encoders, reward, costs.hash(), training)
     policy = policy_of(chooser, encode.num_features, settings.objective, encode=encode)
     seen = _range(prompts, training_part, chooser)
-    return LearningResult(policy, report, fitted.summary, seeds, fitted.curve, card, seen)
+    return LearningResult(
+        policy, report, fitted.summary, seeds, fitted.curve, card, seen, calibration or {}
+    )
 
 
 def fit_seeds(

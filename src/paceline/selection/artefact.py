@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from paceline.costs import CostTable, Objective
     from paceline.selection.choosers import Chooser
 
-FORMAT_VERSION: Final = 4
+FORMAT_VERSION: Final = 5
 WEIGHTS_FILE: Final = "policy.safetensors"
 CARD_FILE: Final = "policy.json"
 _AGAIN: Final = "run `paceline learn`"

@@ -9,7 +9,7 @@ from paceline.contracts import no_progress
 from paceline.costs.table import CostTable
 from paceline.drafting.catalog import arms_of
 from paceline.errors import ConfigError, StoreError
-from paceline.learning.dataset import build_dataset, split
+from paceline.learning.dataset import build_dataset, is_held_out, split
 from paceline.learning.evaluation import (
     POLICY,
     Contender,
@@ -19,7 +19,7 @@ from paceline.learning.evaluation import (
 )
 from paceline.models.detokenizer import Detokenizer
 from paceline.models.loading import load_tokenizer
-from paceline.replay import price_stops
+from paceline.replay import calibrate, price_rounds, stored_drafters
 from paceline.selection import load_policy
 from paceline.selection.artefact import read_card
 from paceline.store.collection import load_collection
@@ -56,9 +56,9 @@ def evaluate(
     """
     _check(compare, encoders, seeds, loads, leave_one_task_out)
     seen = config.selection.encoders if compare else list(read_card(config.paths.policy).encoders)
-    collection = load_collection(config.paths.store, list(config.drafters), seen)
+    collection = load_collection(config.paths.store, stored_drafters(config), seen)
     costs = CostTable.load(config.paths.costs)
-    identity = identity_of(collection)
+    identity = identity_of(collection, config)
     costs.check(identity.drafters, identity.drafters, identity.target)
     settings, notes, contenders = config.learning, [], []
     arms = tuple(arms_of(config))
@@ -70,8 +70,12 @@ def evaluate(
         settings = settings.model_copy(update={"held_out": share})
         notes = list(policy.notes)
 
+    learned_from = [p for p in collection.prompts if not is_held_out(p, settings.held_out)]
+    calibration = calibrate(learned_from, config)
+
     def priced(found: LoadedCollection) -> tuple[Dataset, list[str]]:
-        return build_dataset(price_stops(found.prompts, config, costs), arms, costs, settings)
+        prompts = price_rounds(found.prompts, config, costs, calibration)
+        return build_dataset(prompts, arms, costs, settings)
 
     def trained(part: Dataset) -> list[Contender]:
         learners = compare or [settings.learner]
@@ -79,7 +83,7 @@ def evaluate(
 
     others = {}  # read first, so that an error shows before anything is trained
     for name, folder in (on or {}).items():
-        other = load_collection(folder, list(config.drafters), seen)
+        other = load_collection(folder, stored_drafters(config), seen)
         _check_alike(collection, other, folder)
         others[name] = priced(other)[0]
     data, found_notes = priced(collection)

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from paceline.assembly import Pace, build, build_controller
+from paceline.assembly import Pace, build, build_controller, give_chances
 from paceline.bench.profile import measure_cost_table
 from paceline.collection import collect_trajectories
 from paceline.contracts import no_progress
 from paceline.costs.table import CostTable
 from paceline.drafting.catalog import arms_of
 from paceline.learning import train_policy
+from paceline.learning.dataset import is_held_out
 from paceline.learning.learners import check_settings
-from paceline.replay import price_stops
+from paceline.replay import calibrate, price_rounds, stored_drafters, with_cascades
 from paceline.selection import PolicyIdentity
 from paceline.selection.encoders import build_encoder
 from paceline.store.collection import load_collection
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from paceline.collection import CollectionReport
     from paceline.config import Config, DrafterSection
     from paceline.contracts import Progress, PromptRecord
+    from paceline.drafting.cascade.calibration import Calibration
     from paceline.learning import LearningResult
     from paceline.store.collection import LoadedCollection
     from paceline.store.records import CollectedPrompt
@@ -92,11 +94,15 @@ def learn(
 
 @dataclass(frozen=True, slots=True)
 class PricedCollection:
-    """The prompts of a collection, priced with a cost table, and the identity of a policy for them."""
+    """The prompts of a collection, priced with a cost table, and the identity of a policy for them.
+
+    calibration: of cascades, from the prompts that are learned from.
+    """
 
     prompts: list[CollectedPrompt]
     costs: CostTable
     identity: PolicyIdentity
+    calibration: Calibration
 
 
 def load_priced(config: Config) -> PricedCollection:
@@ -106,10 +112,12 @@ def load_priced(config: Config) -> PricedCollection:
     """
     check_settings(config.learning)  # before anything is read
     encoders = config.selection.encoders
-    collection = load_collection(config.paths.store, list(config.drafters), encoders)
+    collection = load_collection(config.paths.store, stored_drafters(config), encoders)
     costs = CostTable.load(config.paths.costs)
-    prompts = price_stops(collection.prompts, config, costs)
-    return PricedCollection(prompts, costs, identity_of(collection))
+    learned_from = [p for p in collection.prompts if not is_held_out(p, config.learning.held_out)]
+    calibration = calibrate(learned_from, config)
+    prompts = price_rounds(collection.prompts, config, costs, calibration)
+    return PricedCollection(prompts, costs, identity_of(collection, config), calibration)
 
 
 def train(
@@ -130,17 +138,18 @@ def train(
         encode=build_encoder(priced.identity.hidden_size, config.selection),
         search=search,
         figure=figure,
+        calibration=priced.calibration,
     )
 
 
-def identity_of(collection: LoadedCollection) -> PolicyIdentity:
+def identity_of(collection: LoadedCollection, config: Config) -> PolicyIdentity:
     """Return the target, tokenizer and drafters that a policy of a collection is for."""
     made_with = collection.identity
     return PolicyIdentity(
         target=made_with.target,
         tokenizer=made_with.tokenizer,
         hidden_size=made_with.hidden_size,
-        drafters=made_with.arms,
+        drafters=with_cascades(made_with.arms, config),
         encoders=made_with.encoders,
     )
 
@@ -175,6 +184,7 @@ def prepare(
     stages = ("load", "collect", "profile", "learn")
     seconds = {name: marks[i + 1] - marks[i] for i, name in enumerate(stages)}
     parts, policy = pace.parts, learned.policy
+    give_chances(parts, learned.calibration)
     controller = build_controller(parts, policy.arms, costs, policy.objective)
     return Prepared(Pace(parts, policy.choose, controller), costs, learned, seconds)
 
