@@ -23,8 +23,8 @@ GenerationDefaults = Literal["auto", "none"]
 MAX_DRAFT_TOKENS: Final = 64
 """Maximum draft length of the schema, the cost table and CUDA's captured steps."""
 
-# settings of drafters that name a file of paceline's, relative to the YAML
-_FILE_SETTINGS: Final = ("table", "skip_set")
+# settings of drafters that name a file or folder of paceline's, relative to the YAML
+_FILE_SETTINGS: Final = ("table", "skip_set", "answers")
 _MISSPELLED: Final = 0.65  # likeness of two keys, by difflib, from which one is taken for the other
 
 
@@ -190,6 +190,14 @@ class PathsSection(Section):
     policy: Path = Path("runs/policy")
 
 
+class CollectionSection(Section):
+    """What `collect` keeps. answer_tokens: maximum number of tokens in the index of answers, from which
+    drafters draft; the oldest answers are dropped.
+    """
+
+    answer_tokens: int = Field(default=1 << 24, ge=1 << 16, lt=1 << 31)
+
+
 class LogSection(Section):
     """The decision log.
 
@@ -219,6 +227,7 @@ class Config(Section):
     learning: LearningSection = LearningSection()
     selection: SelectionSection = SelectionSection()
     paths: PathsSection = PathsSection()
+    collection: CollectionSection = CollectionSection()
     log: LogSection = LogSection()
     threads: int | None = Field(default=None, ge=1)
 

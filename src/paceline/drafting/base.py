@@ -152,6 +152,15 @@ class Drafter(ABC):
         finally:
             self.stops_early = before
 
+    @contextmanager
+    def without_answers_to(self, group: str) -> Iterator[None]:
+        """Draft in the block as if no answer to a prompt had been collected.
+
+        A drafter that uses collected answers is replayed and judged in this block, since a new prompt
+        has no collected answer. group: the prompt's id, which its wordings and samplings share.
+        """
+        yield
+
     def identity(self) -> dict[str, object]:
         """Return all that changes the drafts; a policy learned with another identity is refused."""
         return {"kind": self.kind, "num_draft_tokens": self.num_draft_tokens}

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from paceline.collection import CollectionReport
-    from paceline.config import Config
+    from paceline.config import Config, DrafterSection
     from paceline.contracts import Progress, PromptRecord
     from paceline.drafting.cascade.calibration import Calibration
     from paceline.learning import LearningResult, TextsResult
@@ -208,10 +208,29 @@ def prepare(
 
 
 def in_folder(config: Config, folder: Path) -> Config:
-    """Return the configuration with the paths of all results in one folder."""
-    names = {"store": "collection", "costs": "costs.json", "policy": "policy"}
+    """Return the configuration with the paths of all results in one folder.
+
+    Drafters that use collected answers use those of this folder.
+    """
+    names = {"costs": "costs.json", "policy": "policy"}
     paths = config.paths.model_copy(update={key: folder / name for key, name in names.items()})
-    return config.model_copy(update={"paths": paths})
+    return with_store(config.model_copy(update={"paths": paths}), folder / "collection")
+
+
+def with_store(config: Config, store: Path) -> Config:
+    """Return the configuration with another collection, whose answers its drafters use."""
+
+    def redirect(section: DrafterSection) -> DrafterSection:
+        if section.settings.get("answers") is None:
+            return section
+        return section.model_copy(update={"settings": {**section.settings, "answers": str(store)}})
+
+    return config.model_copy(
+        update={
+            "paths": config.paths.model_copy(update={"store": store}),
+            "drafters": {name: redirect(section) for name, section in config.drafters.items()},
+        }
+    )
 
 
 def _pace_of(config: Config | Pace) -> Pace:
