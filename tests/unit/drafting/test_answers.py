@@ -18,7 +18,8 @@ from paceline.drafting import answer_kernels
 from paceline.drafting.answers import Answers
 from paceline.drafting.base import BuildContext
 from paceline.drafting.draft_replay import SimpleRow
-from paceline.drafting.suffix_kernels import NUM_EVIDENCE, evidence_of
+from paceline.drafting.evidence import NUM_EVIDENCE
+from paceline.drafting.suffix_kernels import evidence_of
 from paceline.drafting.suffix_lookup import SuffixLookup, SuffixLookupSettings
 from paceline.drafting.trigram.answer_table import load_answer_table, write_answer_table
 from paceline.drafting.trigram.drafter import TrigramTree
@@ -328,8 +329,9 @@ def test_the_source_with_more_expected_tokens_wins_and_its_evidence_says_which(
         assert drafts.evidence is not None
         return drafts.tokens[0, :n].tolist(), set((drafts.evidence[0, :n] >= NUM_EVIDENCE).tolist())
 
-    # a longer match in the answers than in the row's own text, then an equally long one
-    assert evidence([2, 3, 9, 1, 2, 3]) == ([4, 5, 6], {True})
+    # a much longer match in the answers than in the row's own text, a longer and an equally long one
+    assert evidence([3, 9, 1, 2, 3]) == ([4, 5, 6], {True})
+    assert evidence([2, 3, 9, 1, 2, 3]) == ([9, 1], {False})
     assert evidence([1, 2, 3, 9, 9, 1, 2, 3]) == ([9, 9, 1], {False})
     # rows of a batch do not mix
     rows = [SimpleRow(tokens, 0, id=i) for i, tokens in enumerate([[7, 1, 2, 3], [0], [5, 9, 5]])]
