@@ -17,6 +17,7 @@ from paceline.contracts import identity_of_arms
 from paceline.drafting import answer_kernels
 from paceline.drafting.answers import Answers
 from paceline.drafting.base import BuildContext
+from paceline.drafting.cascade.drafter import Cascade
 from paceline.drafting.draft_replay import SimpleRow
 from paceline.drafting.evidence import NUM_EVIDENCE
 from paceline.drafting.suffix_kernels import evidence_of
@@ -282,6 +283,18 @@ def test_answers_are_drafted_unless_they_are_to_the_prompt(
         with pytest.raises(KeyError), one.without_answers_to("mine"):
             raise KeyError
         assert sorted(drafted(one, [7, 1, 2])) == [3, 4, 8, 9]
+
+
+def test_a_cascade_leaves_out_what_its_parts_leave_out(
+    context: BuildContext, tmp_path: Path
+) -> None:
+    collect(context, tmp_path, [Answer("mine", [1, 2, 3, 4, 5, 6]), Answer("b", [1, 7, 8, 9])])
+    cascade = Cascade("c", {"suffix": suffix_lookup(context, tmp_path)})
+
+    assert drafted(cascade, [7, 1, 2])[:1] == [3]
+    with cascade.without_answers_to("mine"):
+        assert drafted(cascade, [7, 1, 2]) == []
+    assert drafted(cascade, [7, 1, 2])[:1] == [3]
 
 
 @pytest.mark.parametrize("make", MAKERS)
