@@ -76,14 +76,33 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return options
 
 
-def load_timed_config(options: argparse.Namespace, dtype: str | None) -> Config:
-    """Load --config with --threads, for timed runs."""
-    return without_prefixes(configured(options.config, dtype, threads=options.threads))
+def load_timed_config(
+    options: argparse.Namespace, dtype: str | None, with_answers: bool = False
+) -> Config:
+    """Load --config with --threads, for timed runs.
+
+    with_answers: drafters may use collected answers; for programs that collect other prompts themselves.
+    """
+    config = without_prefixes(configured(options.config, dtype, threads=options.threads))
+    return config if with_answers else without_answers(config)
 
 
 def load_zoo(dtype: str, **settings: Any) -> Config:
     """Load the configuration of the bundled models, for timed runs."""
-    return without_prefixes(configured(Path("paceline.yaml"), dtype, **settings))
+    return without_answers(without_prefixes(configured(Path("paceline.yaml"), dtype, **settings)))
+
+
+def without_answers(config: Config) -> Config:
+    """Return the configuration with drafters that use no collected answers, which may be to the
+    prompts of a benchmark.
+    """
+    drafters = {
+        name: section.model_copy(
+            update={"settings": {k: v for k, v in section.settings.items() if k != "answers"}}
+        )
+        for name, section in config.drafters.items()
+    }
+    return config.model_copy(update={"drafters": drafters})
 
 
 def show_progress() -> AbstractContextManager[Progress]:

@@ -8,7 +8,13 @@ from paceline.assembly.loading import (
     steps_to_policy,
 )
 from paceline.assembly.pace import Pace
-from paceline.assembly.parts import Parts, build, build_from_objects, policy_identity
+from paceline.assembly.parts import (
+    Parts,
+    build,
+    build_from_objects,
+    give_chances,
+    policy_identity,
+)
 
 __all__ = [
     "Pace",
@@ -17,6 +23,7 @@ __all__ = [
     "build_controller",
     "build_from_objects",
     "find_round_seconds",
+    "give_chances",
     "load",
     "open_log",
     "policy_identity",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from paceline.costs import RoundSeconds
     from paceline.engine import RequestUpdate
     from paceline.engine.loop import Choose, OnComplete
-    from paceline.selection import AdaptiveController
+    from paceline.selection import AdaptiveController, UntrainedController
 
     Messages = Mapping[str, Any] | Sequence[Mapping[str, Any]]
     Prompt = str | Messages | Sequence[int] | np.ndarray | torch.Tensor
@@ -41,7 +41,7 @@ class Pace:
         self,
         parts: Parts,
         choose: Choose | None = None,
-        controller: AdaptiveController | None = None,
+        controller: AdaptiveController | UntrainedController | None = None,
         on_complete: OnComplete | None = None,
         notes: Sequence[str] = (),
         round_seconds: RoundSeconds | None = None,
@@ -77,7 +77,7 @@ class Pace:
         forwards = {name: model.forward_note for name, model in self.parts.models().items()}
         slower = [f"forward of {name}: {note}" for name, note in forwards.items() if note]
         drafters = (d.note for d in self.parts.drafters.values() if d.note)
-        return [*self._notes, *target, *slower, *drafters]
+        return [*self._notes, *self.parts.notes, *target, *slower, *drafters]
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return a prompt's token ids: of a string as it is, of messages through the chat template.

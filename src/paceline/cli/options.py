@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +42,7 @@ Objective = Annotated[
     typer.Option(help="throughput (default), latency, or a weight from 1 to 0 between them."),
 ]
 Plot = Annotated[Path | None, typer.Option(help="PNG file of a figure to write.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Use the text as it is, without a chat template.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
 Assignments = Annotated[
     list[str] | None,
@@ -91,6 +93,16 @@ def _number_or_name(text: str | None) -> float | str | None:
         return None if text is None else float(text)
     except ValueError:
         return text
+
+
+def messages_of(prompt: str, raw: bool, tokenizer: object) -> Any:
+    """Return a prompt, or the text from stdin for '-', as a user's message if there is a chat template.
+
+    raw: return the text as it is.
+    """
+    text = sys.stdin.read() if prompt == "-" else prompt
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    return text if raw or not has_template else [{"role": "user", "content": text}]
 
 
 def given(flags: dict[str, Any]) -> dict[str, Any]:

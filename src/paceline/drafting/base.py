@@ -8,7 +8,7 @@ seed and the position; no drafter keeps a generator.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from paceline.contracts import GREEDY
 from paceline.drafting.draft_replay import SimulatedReplay
+from paceline.store.trained_on import join
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from paceline.drafting.draft_replay import DraftReplay
     from paceline.models.language_model import LanguageModel
     from paceline.models.vocabulary import Tokenizer, Vocabulary
+    from paceline.store.trained_on import TrainedOn
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,10 @@ class Drafter(ABC):
     """True if replay asks for a round at every position, which gives the rounds of any schedule. False
     if a round depends on the rounds before it, or if a draft costs too much."""
     stops_early: bool = True  # rules may end a draft before its limit
+    composed: ClassVar[bool] = False
+    """True if its rounds follow from the replays of its parts, so that it is not replayed itself."""
+    takes_prices: ClassVar[bool] = False  # its drafts follow this machine's costs, if it gets them
+    rows_in_flight: int = 1  # with any drafter; the engine sets it before `propose`
     note: str = ""  # a remark for the user on how the drafter was built
 
     def __init__(self, name: str, num_draft_tokens: int) -> None:
@@ -95,6 +101,10 @@ class Drafter(ABC):
         Called between rounds until it returns True, so that a long prompt does not delay other rows.
         """
         return True
+
+    def longest_draft(self, row: RowView) -> int:
+        """Return the most tokens that a chain of the row can have now."""
+        return self.num_draft_tokens
 
     @abstractmethod
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
@@ -142,9 +152,31 @@ class Drafter(ABC):
         finally:
             self.stops_early = before
 
+    @contextmanager
+    def without_answers_to(self, group: str) -> Iterator[None]:
+        """Draft in the block as if no answer to a prompt had been collected.
+
+        A drafter that uses collected answers is replayed and judged in this block, since a new prompt
+        has no collected answer. By default the parts leave them out. group: the prompt's id, which its
+        wordings and samplings share.
+        """
+        with ExitStack() as stack:
+            for part in self.holders():
+                if part is not self:
+                    stack.enter_context(part.without_answers_to(group))
+            yield
+
     def identity(self) -> dict[str, object]:
         """Return all that changes the drafts; a policy learned with another identity is refused."""
         return {"kind": self.kind, "num_draft_tokens": self.num_draft_tokens}
+
+    def trained_on(self) -> TrainedOn | None:
+        """Return the prompts that the drafter was trained on; None if they are unknown.
+
+        By default those of its parts; they are unknown for a drafter without parts.
+        """
+        parts = [part for part in self.holders() if part is not self]
+        return join([part.trained_on() for part in parts]) if parts else None
 
     def num_bytes(self) -> int:
         """Return the bytes held now: weights and the state of all rows."""

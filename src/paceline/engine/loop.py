@@ -83,7 +83,6 @@ class Engine:
         self.target = target
         self.drafters = dict(drafters)
         self.choose = choose
-        self.why_no_policy = "none is loaded; give `load` one"
         self.on_complete = on_complete
         self.prefixes = PrefixStore(prefix_positions)
         self._detokenizer = Detokenizer.wrap(decode)
@@ -221,11 +220,10 @@ class Engine:
         if getattr(request, "checked_by", None) is self._check_mark:
             return request
         request = request if is_read else read_request(request)
-        may_change = self._controlled is not None
-        check_request(request, self.target, self.drafters, self._max_positions, may_change)
+        check_request(request, self.target, self.drafters, self._max_positions)
         if request.drafter == AUTO and self.choose is None:
             raise RequestError(
-                f"drafter 'auto' needs a policy: {self.why_no_policy}, or name a drafter: "
+                "drafter 'auto' needs a choice and none was loaded; name a drafter: "
                 f"{', '.join(self.drafters)}"
             )
         object.__setattr__(request, "checked_by", self._check_mark)
@@ -265,8 +263,7 @@ class Engine:
 
     def _fits(self, request: Request) -> bool:
         requests = [request, *(row.request for row in self._rows)]
-        may_change = self._controlled is not None
-        return fits(requests, self.target, self.drafters, self._max_positions, may_change)
+        return fits(requests, self.target, self.drafters, self._max_positions)
 
     def _take_new_weights(self) -> None:
         """Reload the target's weights after they changed in place, and fail the rows in flight.

@@ -84,6 +84,7 @@ def propose(rows: Sequence[Row], num_logits: int, budget: Budget | None = None) 
             groups.setdefault(id(row.drafter), []).append(i)
     for members in groups.values():
         began = perf_counter()
+        rows[members[0]].drafter.rows_in_flight = len(rows)
         asked = _ask([rows[i] for i in members], num_logits, budget)
         for i, draft in zip(members, asked, strict=True):
             drafts[i] = draft

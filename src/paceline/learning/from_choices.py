@@ -20,7 +20,7 @@ from paceline.config import DEFAULT_OBJECTIVE
 from paceline.contracts import NONE, no_progress, split_arm
 from paceline.costs.table import CostTable
 from paceline.errors import StoreError
-from paceline.learning.dataset import Dataset
+from paceline.learning.dataset import UNKNOWN, Dataset, drafters_of
 from paceline.learning.learn import EVALUATION_FILE, policy_card
 from paceline.learning.learners import check_settings, find_learner
 from paceline.learning.off_policy import (
@@ -177,8 +177,12 @@ def _dataset(
         rounds_per_token=unknown,
         drafted_per_token=unknown,
         empty_per_token=unknown,
+        calls_per_token=unknown,
+        proposed_per_token=unknown,
+        composed=(),
         seconds=unknown,
         rewards=rewards,
+        trained=np.full((n, len(drafters_of(arms))), UNKNOWN, dtype=np.int8),
         spans=encode.spans,
         rounds=RoundTable((), log.num_prompt, ()),
         costs=CostTable({}, []),

@@ -19,6 +19,8 @@ from paceline.learning.learners.base import (
     Summary,
     block_weights,
     cross_validate,
+    earned_unselected,
+    judged_groups,
     outcome_weights,
     outcomes_of,
     reduce,
@@ -54,7 +56,9 @@ class NeighboursLearner(Learner[LearnerSettings]):
             )
             on_progress("cross-validation", done + 1, len(counts))
         best = max(counts, key=lambda count: judged[count][0].mean())
-        earned, single = judged[best]
+        all_earned = np.stack([judged[count][0] for count in counts])  # [counts, n]
+        earned = earned_unselected(all_earned, all_earned, judged_groups(data, settings.seed))
+        single = judged[best][1]
         summary = Summary.judged(len(data), earned, single, {"num_neighbours": best})
         points = tuple((float(count), float(judged[count][0].mean())) for count in counts)
         chooser = _chooser(settings, best, data, rewards)
@@ -76,6 +80,7 @@ def _chooser(
         reduction(data.features[places]),
         outcomes_of(data)[places].astype(np.float32),
         min(count, len(places)),
+        np.array(data.composed, dtype=np.int64),
     )
 
 
@@ -83,6 +88,5 @@ def _average(data: Dataset, chooser: NeighboursChooser) -> NeighboursChooser:
     """Return a chooser of one point, which predicts the mean outcomes for every prompt."""
     outcomes = (outcome_weights(data) * outcomes_of(data)).mean(axis=0)
     point = np.zeros((1, chooser.reduction.num_components), dtype=np.float32)
-    return NeighboursChooser(
-        data.arms, chooser.reduction, point, outcomes[None].astype(np.float32), 1
-    )
+    outcomes = outcomes[None].astype(np.float32)
+    return NeighboursChooser(data.arms, chooser.reduction, point, outcomes, 1, chooser.composed)

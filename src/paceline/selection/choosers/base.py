@@ -17,6 +17,7 @@ import numpy as np
 
 from paceline.config import DEFAULT_OBJECTIVE
 from paceline.contracts import NONE
+from paceline.costs.pricing import ArmRates
 from paceline.errors import ArtefactError
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class Work(NamedTuple):
     rounds_per_token: np.ndarray  # [N, A]; 1 for `none`
     drafted_per_token: np.ndarray  # [N, A]; 0 for `none`
     empty_per_token: np.ndarray  # [N, A] rounds without a draft; 1 for `none`
+    calls_per_token: np.ndarray  # [N, A] proposals of the costly kind, see `pricing.ArmRates`
+    proposed_per_token: np.ndarray  # [N, A] their tokens
     num_tokens: np.ndarray  # [N] expected tokens of the answer
 
 
@@ -142,9 +145,13 @@ def price_work(
     return np.stack(
         [
             pricer.seconds_per_token(
-                work.rounds_per_token[i],
-                work.drafted_per_token[i],
-                work.empty_per_token[i],
+                ArmRates(
+                    work.rounds_per_token[i],
+                    work.drafted_per_token[i],
+                    work.empty_per_token[i],
+                    work.calls_per_token[i],
+                    work.proposed_per_token[i],
+                ),
                 float(context[i]),
                 situation.rows,
                 situation.objective,
