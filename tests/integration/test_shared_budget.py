@@ -60,7 +60,7 @@ def test_the_drafts_of_several_rows_are_cut_by_the_costs_of_the_configuration(
     assert all(r.drafted == 0 for c in found for r in c.rounds[:2])
     alone = cut.complete(prompts[0], **settings)
     assert alone.rounds[0].drafted > 1, "one row keeps its whole draft"
-    assert whole.notes == cut.notes == []
+    assert not any("verified whole" in note for note in [*whole.notes, *cut.notes])
 
 
 def test_without_a_cost_table_nothing_is_cut_and_nothing_is_said(
