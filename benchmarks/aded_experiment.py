@@ -134,7 +134,9 @@ def all_arms() -> list[TrigramArm]:
             clocked = update == "counts" or start == "both"
             settings = {"update": update, "num_draft_tokens": _BUDGET}
             arms.append(TrigramArm(f"{start}, {update}", start, settings, clocked))
-    return [*arms, TrigramArm("released preset", "both", {"preset": "released"}, True)]
+    # not shared as in the released code: every text is decoded several times
+    released = {"preset": "released", "share": False}
+    return [*arms, TrigramArm("released preset", "both", released, True)]
 
 
 def run(
@@ -293,7 +295,10 @@ def _by_replay(
     """Return the figures of every arm along the texts of plain decoding."""
     texts = {timing.prompt: timing.output_tokens for timing in plain}
     rounds = {
-        name: {p.id: replay_arm(pace, name, p.tokens, texts[p.id], max_new_tokens) for p in prompts}
+        name: {
+            p.id: replay_arm(pace, name, p.tokens, texts[p.id], max_new_tokens).table
+            for p in prompts
+        }
         for name in pace.parts.drafters
     }
     seconds = {

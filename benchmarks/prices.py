@@ -105,7 +105,8 @@ def compare(
     for number, prompt in enumerate(prompts, start=1):
         for arm in arms:
             completion = recorder.completions[arm, prompt.tokens]
-            rounds = replay_arm(pace, arm, prompt.tokens, completion.token_ids, new_tokens)
+            replayed = replay_arm(pace, arm, prompt.tokens, completion.token_ids, new_tokens)
+            rounds = replayed.table
             own = completion.seconds
             measured = {"prefill": own.prefill, "draft": own.draft, "verify": own.verify}
             measured["host"] = completion.seconds_total - sum(measured.values())
@@ -117,7 +118,9 @@ def compare(
                     arm=arm,
                     tokens=len(completion.token_ids),
                     rounds=len(rounds),
-                    predicted=request_seconds(costs.seconds, arm, len(prompt.tokens), rounds),
+                    predicted=request_seconds(
+                        costs.seconds, arm, len(prompt.tokens), rounds, proposed=replayed.proposed
+                    ),
                     clocked=seconds[arm, prompt.id],
                     predicted_parts=parts_of(costs, arm, len(prompt.tokens), rounds),
                     clocked_parts=measured,

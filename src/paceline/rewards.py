@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from rapidfuzz.distance import LCSseq, Levenshtein, Prefix
 
+from paceline.config import DEFAULT_OBJECTIVE
 from paceline.contracts import NONE, split_arm
 from paceline.costs.pricing import by_objective, prompt_seconds, round_seconds
 from paceline.costs.table import FORWARD, PROPOSE, TARGET
@@ -38,13 +39,14 @@ def request_seconds(
     num_prompt: int,
     rounds: NDArray[np.integer[Any]],
     rows: int = 1,
-    objective: Objective = "latency",
+    objective: Objective = DEFAULT_OBJECTIVE,
+    proposed: NDArray[np.integer[Any]] | None = None,
 ) -> float:
     """Return the predicted seconds of one request, from its prefill to its last token.
 
     rounds: [rounds, 2], drafted and accepted tokens. The choice of the arm is not priced. A request
     without rounds ended with the token of its prefill, and the engine starts no drafter for it.
-    `rows` and `objective` are those of `costs.pricing`.
+    `rows` and `objective` are those of `costs.pricing`. proposed: [rounds], see `round_seconds`.
     """
     drafter = split_arm(arm)[0] if len(rounds) else NONE
     drafted, accepted = rounds.reshape(-1, 2).T
@@ -53,7 +55,7 @@ def request_seconds(
     before = float(prompt_seconds(seconds, drafter, np.array([num_prompt]))[0])
 
     def price(num_drafting: int) -> float:
-        spent = round_seconds(seconds, drafter, drafted, context, rows, num_drafting)
+        spent = round_seconds(seconds, drafter, drafted, context, rows, num_drafting, proposed)
         return before + float(spent.sum())
 
     return by_objective(price, rows, objective)

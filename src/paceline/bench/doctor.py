@@ -27,7 +27,7 @@ from paceline.models.forward_choice import forward_before_weights
 from paceline.models.loading import DTYPES, load_config, load_tokenizer, resolve_device
 from paceline.models.model_facts import cache_bytes_per_position, count_packed_bytes
 from paceline.models.vocabulary import Vocabulary
-from paceline.replay import price_stops, rounds_of
+from paceline.replay import price_rounds, rounds_of, stored_drafters
 from paceline.rewards import request_seconds
 from paceline.selection import PolicyIdentity, is_policy, load_policy
 from paceline.selection.artefact import read_card
@@ -83,7 +83,7 @@ class DoctorReport:
     chat_template: bool
     drafters: list[DrafterCheck]
     notes: list[str] = field(default_factory=list)
-    why_not_auto: str | None = None  # None if no obstacle was found
+    why_no_policy: str | None = None  # None if no obstacle was found
 
     def facts_by_name(self) -> dict[str, ModelFacts]:
         """Return the facts of the target and of each drafter that is a model, by name."""
@@ -124,12 +124,12 @@ def doctor(config: Config) -> DoctorReport:
         check.predicted = predicted.get(name, "unknown")
         report.drafters.append(check)
     if not report.problems:
-        report.why_not_auto = _why_not_auto(config, vocabulary, report)
+        report.why_no_policy = _why_no_policy(config, vocabulary, report)
     return report
 
 
-def _why_not_auto(config: Config, vocabulary: Vocabulary, report: DoctorReport) -> str | None:
-    """Return the obstacle to `auto` that is visible before weights are read, or None."""
+def _why_no_policy(config: Config, vocabulary: Vocabulary, report: DoctorReport) -> str | None:
+    """Return the obstacle to the policy that is visible before weights are read, or None."""
     folder, path = config.paths.policy, config.paths.costs
     if not is_policy(folder):
         return steps_to_policy(config)
@@ -257,15 +257,21 @@ def _predict_speedups(config: Config) -> tuple[dict[str, str], list[str]]:
         return {}, [f"no prediction: {error}"]
     try:
         names = [NONE, *config.drafters]
-        collection = load_collection(config.paths.store, names, encoders=())
+        collection = load_collection(config.paths.store, stored_drafters(config), encoders=())
     except StoreError as error:
         break_even, notes = _break_even(config, costs)
         return break_even, [f"break-even only: {error}", *notes]
     try:
-        prompts = price_stops(collection.prompts, config, costs)
+        prompts = price_rounds(collection.prompts, config, costs)
         total = {
             name: sum(
-                request_seconds(costs.seconds, name, len(p.prompt_tokens), rounds_of(p, name))
+                request_seconds(
+                    costs.seconds,
+                    name,
+                    len(p.prompt_tokens),
+                    rounds_of(p, name),
+                    proposed=None if name == NONE else p.replays[name].proposed,
+                )
                 for p in prompts
             )
             for name in names

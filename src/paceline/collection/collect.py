@@ -1,4 +1,5 @@
-"""Collect prompts: decode each once with the target under each sampling, then replay every drafter.
+"""Collect prompts: decode each once with the target under each sampling, index the answers, then replay
+every drafter.
 
 Results go to the stores in small shards. A run that is stopped at any moment loses at most one shard's
 work, and the next run continues to the same rows as one that was never stopped. Stored results do not
@@ -13,6 +14,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
+from paceline.collection.answers import build_answers
 from paceline.collection.card import Card, describe_run
 from paceline.collection.draft_outputs import load_outputs
 from paceline.collection.replays import OutputTask, ReplayTask, ScoreTask
@@ -58,7 +60,8 @@ class CollectionReport:
     num_replayed: dict[str, int]  # rows, by drafter
     num_scored: dict[str, int]  # rows, by drafter, where scores were asked for
     num_draft_outputs: dict[str, int]  # prompts, by writer, where outputs were asked for
-    seconds: dict[str, float]  # decode, features, replay:DRAFTER, scores, outputs; of all workers
+    # decode, features, answers, replay:DRAFTER, scores, outputs; of all workers
+    seconds: dict[str, float]
 
 
 def collect_trajectories(
@@ -82,7 +85,8 @@ def collect_trajectories(
     sampling with a seed made from its own and the prompt's id. `alignment` adds each draft model's own
     outputs, `outputs` (name -> file) those of other models, both for the alignment reward. `scores` adds
     the closeness of each draft model's distributions to the target's. sources: the prompts' files, for
-    the card. on_progress counts prompts in the stages decode, features, replay, scores and outputs.
+    the card. on_progress counts prompts in the stages decode, features, answers, replay, scores and
+    outputs.
 
     Raises ConfigError on a repeated id, StoreError if the folder was made with another target,
     tokenizer or version, or stores another prompt under one of the ids.
@@ -112,6 +116,7 @@ def collect_trajectories(
         rows = read_trajectories(run.collection.trajectories)
         run.complete_features(rows)
         run.record_training(rows, texts)
+        run.index_answers(rows)
         num_replayed = run.replay(pool, rows)
         num_scored = run.score(pool, rows) if scores else {}
         num_outputs = run.decode_draft_outputs(pool, rows) if alignment else {}
@@ -191,9 +196,19 @@ class _CollectionRun:
                 self._on_progress("features", done, total)
         self.seconds["features"] += perf_counter() - began
 
+    def index_answers(self, rows: Sequence[Trajectory]) -> None:
+        """Renew the index of the answers, from which drafters may draft when they are replayed."""
+        began = perf_counter()
+        if build_answers(self.pace.parts, self.collection.folder, rows, self._on_progress):
+            self.seconds["answers"] += perf_counter() - began
+
     def replay(self, pool: WorkerPool, rows: Sequence[Trajectory]) -> dict[str, int]:
         """Replay every drafter on the rows that its store lacks; return their number by drafter."""
-        names = [name for name in self.pace.drafters if name != NONE]
+        names = [
+            name
+            for name, drafter in self.pace.parts.drafters.items()
+            if name != NONE and not drafter.composed
+        ]
         stores = {name: self.collection.replays(name, self._identities[name]) for name in names}
         return self._complete(pool, rows, stores, ReplayTask, "replay")
 

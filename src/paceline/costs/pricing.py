@@ -1,9 +1,10 @@
 """Prices: from a cost table to the seconds of rounds, of prompts and of arms per token.
 
-There are two objectives, and weights between them. `latency` is the seconds per token of one request
-that drafts while the other rows in flight decode plainly. `throughput` is the machine's seconds per
-token if all rows use the same arm. A weight between them (0 is latency, 1 is throughput) mixes the
-logarithms. With one row in flight both are the same. Prompts are priced as if prefilled one by one.
+There are two objectives, and weights between them. `throughput`, the default, is the machine's seconds
+per token if all rows use the same arm. `latency` is the seconds per token of one request that drafts
+while the other rows in flight decode plainly. With one row in flight both are the same; with several,
+`latency` does not charge a draft for slowing the other rows down. A weight between them (0 is latency, 1
+is throughput) mixes the logarithms. Prompts are priced as if prefilled one by one.
 
 This module knows no model and no policy. An arm is a drafter, perhaps at a draft length (`math@3`).
 Symbols: A arms, D drafters, C contexts, K the longest draft, P prompt lengths.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -66,16 +67,19 @@ def round_seconds(
     context: NDArray[Any],
     rows: int = 1,
     num_drafting: int = 1,
+    proposed: NDArray[np.integer[Any]] | None = None,
 ) -> NDArray[np.float64]:
     """Return the seconds of rounds, each with its draft, the target's forward and the engine's part.
 
     drafted: tokens that a row drafts in each round. context: tokens cached before each round; both
     are broadcast. `num_drafting` of the rows draft alike and share the seconds, the others draft
-    nothing.
+    nothing. proposed: the tokens that the proposals are priced by, if not all drafted ones: a cascade's
+    model did not draft those of its lookups.
     """
     total = np.asarray(seconds(TARGET, FORWARD, 1 + num_drafting * drafted, context, rows))
     total = total + np.asarray(seconds(ENGINE, ROUND, _ZERO, _ZERO, rows))
-    total = total + draft_seconds(seconds, drafter, drafted, context, num_drafting)
+    priced_by = drafted if proposed is None else proposed
+    total = total + draft_seconds(seconds, drafter, priced_by, context, num_drafting)
     shape = np.broadcast_shapes(drafted.shape, context.shape)
     priced: NDArray[np.float64] = np.broadcast_to(total / num_drafting, shape)
     return priced
@@ -116,6 +120,21 @@ def prompt_seconds(
 # --- live prices ----------------------------------------------------------------------------------
 
 
+class ArmRates(NamedTuple):
+    """The work of A arms per emitted token, [A] each.
+
+    Empty rounds draft nothing and are part of all rounds. calls, proposed: proposals of the costly
+    kind, and their tokens. A drafter's are its drafting rounds and drafted tokens; a cascade's are only
+    those of its models.
+    """
+
+    rounds: NDArray[np.float64]
+    drafted: NDArray[np.float64]
+    empty: NDArray[np.float64]
+    calls: NDArray[np.float64]
+    proposed: NDArray[np.float64]
+
+
 class ArmPricer:
     """Seconds per token of every arm, from the rounds and drafted tokens that it needs per token.
 
@@ -146,14 +165,13 @@ class ArmPricer:
         lengths = np.array(self._prompts)
         before = [prompt_seconds(costs.seconds, name, lengths) for name in self._drafters]
         self._before = np.stack(before, axis=1)  # [P, D]
-        self._rounds: dict[tuple[int, int], NDArray[np.float64]] = {}
+        self._free = self._drafter_of * (self._longest + 1)  # [A] a proposal of no token
+        self._surfaces: dict[tuple[int, int], tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
         self._surface(1, 1)
 
     def seconds_per_token(
         self,
-        rounds_per_token: NDArray[np.float64],
-        drafted_per_token: NDArray[np.float64],
-        empty_per_token: NDArray[np.float64],
+        rates: ArmRates,
         context: float,
         rows: int,
         objective: Objective,
@@ -162,42 +180,61 @@ class ArmPricer:
     ) -> NDArray[np.float64]:
         """Return the expected seconds per token [A]; prefill and start are spread over `num_tokens`.
 
-        rounds_per_token, drafted_per_token, empty_per_token: [A], per emitted token. Empty rounds
-        draft nothing and are part of all rounds. context: tokens cached before a typical round.
+        context: tokens cached before a typical round.
         """
-        empty = np.minimum(empty_per_token, rounds_per_token)
-        drafting = rounds_per_token - empty
-        drafted = np.minimum(drafted_per_token / np.maximum(drafting, 1e-12), self._longest)
-        fewer = np.minimum(drafted.astype(np.int64), self._longest - 1)
-        more = drafting * (drafted - fewer)  # the share of rounds that draft one more
-        less = drafting - more
-        nothing = self._drafter_of * (self._longest + 1)
-        place = nothing + fewer
+        empty = np.minimum(rates.empty, rates.rounds)
+        drafting = rates.rounds - empty
+        drafted = rates.drafted / np.maximum(drafting, 1e-12)
+        proposed = rates.proposed / np.maximum(rates.calls, 1e-12)
         before = (
             _interpolate(self._prompts, self._before, num_prompt)[self._drafter_of] / num_tokens
         )
 
         def price(num_drafting: int) -> NDArray[np.float64]:
-            plane = _interpolate(self._contexts, self._surface(rows, num_drafting), context)
-            total: NDArray[np.float64] = before + empty * plane[nothing]
-            total += less * plane[place] + more * plane[place + 1]
+            surfaces = self._surface(rows, num_drafting)
+            plain, draft = (_interpolate(self._contexts, s, context) for s in surfaces)
+            total: NDArray[np.float64] = (
+                before + empty * plain[0] + rates.rounds * draft[self._free]
+            )
+            total += drafting * _between(plain, 0, drafted, self._longest)
+            at_length = _between(draft, self._free, proposed, self._longest)
+            total += rates.calls * (at_length - draft[self._free])
             return total
 
         return by_objective(price, rows, objective)
 
-    def _surface(self, rows: int, num_drafting: int) -> NDArray[np.float64]:
-        """Return the seconds of rounds [C, D * (K + 1)], read from the table at the first call."""
-        surface = self._rounds.get((rows, num_drafting))
-        if surface is None:
+    def _surface(
+        self, rows: int, num_drafting: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return seconds by drafted tokens: of rounds without the proposal [C, K + 1], and of proposals
+        [C, D * (K + 1)]. They are read from the table at the first call.
+        """
+        found = self._surfaces.get((rows, num_drafting))
+        if found is None:
             contexts = np.array(self._contexts)[:, None]
             lengths = np.arange(self._longest + 1)[None, :]
+            seconds = self._costs.seconds
+            plain = round_seconds(seconds, NONE, lengths, contexts, rows, num_drafting)
             planes = [
-                round_seconds(self._costs.seconds, name, lengths, contexts, rows, num_drafting)
+                draft_seconds(seconds, name, lengths, contexts, num_drafting) / num_drafting
                 for name in self._drafters
             ]
-            surface = np.concatenate(planes, axis=1)
-            self._rounds[rows, num_drafting] = surface
-        return surface
+            found = self._surfaces[rows, num_drafting] = (plain, np.concatenate(planes, axis=1))
+        return found
+
+
+def _between(
+    values: NDArray[np.float64],
+    first: NDArray[np.int64] | int,
+    lengths: NDArray[np.float64],
+    longest: int,
+) -> NDArray[np.float64]:
+    """Return values [A] at lengths [A], linear between whole ones. Those of an arm begin at `first`."""
+    lengths = np.minimum(lengths, longest)
+    fewer = np.minimum(lengths.astype(np.int64), longest - 1)
+    place, more = first + fewer, lengths - fewer
+    between: NDArray[np.float64] = (1.0 - more) * values[place] + more * values[place + 1]
+    return between
 
 
 def _grid_points(first: int, measured: Iterable[int]) -> list[int]:

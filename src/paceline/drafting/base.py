@@ -69,6 +69,10 @@ class Drafter(ABC):
     """True if replay asks for a round at every position, which gives the rounds of any schedule. False
     if a round depends on the rounds before it, or if a draft costs too much."""
     stops_early: bool = True  # rules may end a draft before its limit
+    composed: ClassVar[bool] = False
+    """True if its rounds follow from the replays of its parts, so that it is not replayed itself."""
+    takes_prices: ClassVar[bool] = False  # its drafts follow this machine's costs, if it gets them
+    rows_in_flight: int = 1  # with any drafter; the engine sets it before `propose`
     note: str = ""  # a remark for the user on how the drafter was built
 
     def __init__(self, name: str, num_draft_tokens: int) -> None:
@@ -97,6 +101,10 @@ class Drafter(ABC):
         Called between rounds until it returns True, so that a long prompt does not delay other rows.
         """
         return True
+
+    def longest_draft(self, row: RowView) -> int:
+        """Return the most tokens that a chain of the row can have now."""
+        return self.num_draft_tokens
 
     @abstractmethod
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
@@ -143,6 +151,15 @@ class Drafter(ABC):
             yield
         finally:
             self.stops_early = before
+
+    @contextmanager
+    def without_answers_to(self, group: str) -> Iterator[None]:
+        """Draft in the block as if no answer to a prompt had been collected.
+
+        A drafter that uses collected answers is replayed and judged in this block, since a new prompt
+        has no collected answer. group: the prompt's id, which its wordings and samplings share.
+        """
+        yield
 
     def identity(self) -> dict[str, object]:
         """Return all that changes the drafts; a policy learned with another identity is refused."""

@@ -10,7 +10,7 @@ import torch
 from paceline.models.packing import Span
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -82,6 +82,17 @@ class CachedRows(dict[int, CachedRow]):
         while len(text) - state.num_cached > self._chunk:
             self.prepare(row_id, text, self._chunk)
         return list(text[state.num_cached :])
+
+    def read_all_but_last(self, fed: Mapping[int, list[int]]) -> None:
+        """Cache the tokens still to feed of some rows, by id, except the last of each: one forward."""
+        flat: list[int] = []
+        spans: list[Span] = []
+        for row_id, tokens in fed.items():
+            state = self[row_id]
+            flat += tokens[:-1]
+            spans.append(Span(state.slot, state.num_cached, len(tokens) - 1))
+            state.num_cached += len(tokens) - 1
+        self._model.forward(self.as_tensor(flat), spans)
 
     def keep(self, row_id: int, num_tokens: int) -> None:
         state = self[row_id]

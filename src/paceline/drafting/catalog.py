@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from paceline.config import parse
 from paceline.contracts import NONE, join_arm
 from paceline.drafting.base import Drafter
+from paceline.drafting.cascade.drafter import Cascade
 from paceline.drafting.cross_vocabulary import CrossVocabulary
 from paceline.drafting.draft_model import DraftModel
 from paceline.drafting.layer_skip import LayerSkip
@@ -37,6 +38,7 @@ _KINDS: Final[tuple[type[Drafter], ...]] = (
     TrigramTree,
     LayerSkip,
     Union,
+    Cascade,
 )
 CATALOG: Final = MappingProxyType({kind.kind: kind for kind in _KINDS})
 

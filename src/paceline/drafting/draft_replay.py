@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
@@ -61,10 +61,22 @@ class PositionScores:
     confidence: np.ndarray  # [T] float32
 
 
+class ReplayedNode(NamedTuple):
+    """One drafted token: the class of its evidence, its parent in the draft, whether it is right."""
+
+    evidence: int
+    parent: int
+    kept: bool
+
+
 class DraftReplay(ABC):
     """The rounds of one drafter along one trajectory."""
 
     scores: PositionScores | None = None
+    nodes: list[ReplayedNode] | None = None
+    """Of a lookup, every token of every round so far, one round after the other."""
+    proposed: list[int] | None = None
+    """Of a cascade, the tokens of every round so far that a model drafted."""
 
     @abstractmethod
     def round_at(self, position: int, limit: int) -> tuple[int, int]:
@@ -114,7 +126,20 @@ class SimulatedReplay(DraftReplay):
         if len(row.tokens) != end:
             raise DrafterError("changed row.tokens; copy them first")
         [draft] = read_drafts(drafts, [row], [limit], read_length(self._drafter))
-        return len(draft.tokens), count_accepted(draft.tokens, draft.parents, self._text[end:])
+        if drafts.proposed is not None:
+            self.proposed = [*(self.proposed or ()), drafts.proposed[0]]
+        path = accepted_path(draft.tokens, draft.parents, self._text[end:])
+        if drafts.evidence is not None:
+            parents = draft.parents or range(-1, len(draft.tokens) - 1)
+            of_tokens = drafts.evidence[0].tolist()
+            kept = set(path)
+            if self.nodes is None:
+                self.nodes = []
+            self.nodes += (
+                ReplayedNode(of_tokens[node], parent, node in kept)
+                for node, parent in enumerate(parents)
+            )
+        return len(draft.tokens), len(path)
 
     def close(self) -> None:
         if self._started:
@@ -184,15 +209,24 @@ def cache_text(
 def count_accepted(
     tokens: Sequence[int], parents: Sequence[int] | None, truth: Sequence[int]
 ) -> int:
-    """Return the number of draft tokens that are accepted by a target that writes `truth`.
+    """Return the number of draft tokens that are accepted by a target that writes `truth`."""
+    return len(accepted_path(tokens, parents, truth))
+
+
+def accepted_path(
+    tokens: Sequence[int], parents: Sequence[int] | None, truth: Sequence[int]
+) -> list[int]:
+    """Return the places of the draft tokens that are accepted by a target that writes `truth`.
 
     parents: as in `Drafts`, None for a chain. Of equal siblings the first is followed.
     """
     if parents is None:
         parents = range(-1, len(tokens) - 1)
-    last, depth = -1, 0
+    last = -1
+    path: list[int] = []
     for node, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
         # parents precede their children, so one pass follows the path
-        if depth < len(truth) and parent == last and token == truth[depth]:
-            last, depth = node, depth + 1
-    return depth
+        if len(path) < len(truth) and parent == last and token == truth[len(path)]:
+            last = node
+            path.append(node)
+    return path

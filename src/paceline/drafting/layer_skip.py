@@ -77,8 +77,11 @@ class _RowState:
 
     def learn(self, tokens: Sequence[int]) -> None:
         """Adapt the threshold to the accepted tokens of the last draft."""
-        accepted = count_accepted(self.draft, None, tokens[self.num_tokens :])
-        self.exit.update(len(self.draft), accepted, self.reached_limit)
+        written = tokens[self.num_tokens :]
+        accepted = count_accepted(self.draft, None, written)
+        # text that agrees up to its end: the engine has cut the draft, and the rest was not tried
+        drafted = accepted if accepted == len(written) else len(self.draft)
+        self.exit.update(drafted, accepted, self.reached_limit)
         self.draft = []
 
 

@@ -313,8 +313,9 @@ def grow(
 ) -> tuple[int, int, float]:
     """Write the likeliest continuations of a context as a tree.
 
-    Into tokens and parents [K] int64, and the class of each token's evidence [K] int64. Returns the number of nodes, of leaves and of expected accepted tokens, the sum of the nodes'
-    probabilities. Equally likely nodes are in the order of their parents, then the latest first.
+    Into tokens and parents [K] int64, and the class of each token's evidence [K] int64. Returns the
+    number of nodes, of leaves and of expected accepted tokens, the sum of the nodes' probabilities.
+    Equally likely nodes are in the order of their parents, then the latest first.
     """
     header, states, edges, _ = automaton
     most = len(tokens)

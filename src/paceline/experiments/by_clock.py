@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 from paceline.bench.timed import TimedPrompt, time_interleaved
 from paceline.contracts import no_progress, split_arm
 from paceline.replay.rounds import max_output, replay, walk
+from paceline.store.records import ReplayedDrafter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-
-    import numpy as np
 
     from paceline.assembly import Pace
     from paceline.bench.timed import Method, Timing
@@ -82,9 +81,11 @@ def time_methods(
 
 def replay_arm(
     pace: Pace, arm: str, tokens: Sequence[int], output: Sequence[int], max_new_tokens: int
-) -> np.ndarray:
-    """Return the [rounds, 2] drafted and accepted tokens of an arm along an output of the target."""
+) -> ReplayedDrafter:
+    """Return the consecutive rounds of an arm along an output of the target."""
     name, length = split_arm(arm)
     limit = max_output(max_new_tokens, len(tokens), pace.parts.target.context_length)
     replayed = replay(pace.parts.drafters[name], tokens, output, limit)
-    return replayed.rounds if replayed.ahead is None else walk(replayed.ahead, length)
+    if replayed.ahead is None:
+        return replayed.record
+    return ReplayedDrafter(walk(replayed.ahead, length), everywhere=False)

@@ -140,8 +140,10 @@ def _oracle(
         output = by_key[NONE, prompt.id].output_tokens
         seconds = {}
         for arm in arms:
-            rounds = replay_arm(pace, arm, prompt.tokens, output, max_new_tokens)
-            seconds[arm] = request_seconds(price, arm, len(prompt.tokens), rounds)
+            replayed = replay_arm(pace, arm, prompt.tokens, output, max_new_tokens)
+            seconds[arm] = request_seconds(
+                price, arm, len(prompt.tokens), replayed.table, proposed=replayed.proposed
+            )
         chosen = by_key[min(seconds, key=seconds.__getitem__), prompt.id]
         oracle.append(
             Timing(ORACLE, prompt.id, prompt.domain, chosen.seconds, chosen.output_tokens)

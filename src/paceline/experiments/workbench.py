@@ -26,7 +26,7 @@ from paceline.experiments.demo_prompts import demo_prompts
 from paceline.experiments.prompt_files import read_spec_bench, read_tasks
 from paceline.models.detokenizer import Detokenizer
 from paceline.models.loading import load_tokenizer
-from paceline.replay import price_stops
+from paceline.replay import price_rounds, stored_drafters
 from paceline.store import take_by_hash
 from paceline.store.collection import (
     LoadedCollection,
@@ -34,7 +34,7 @@ from paceline.store.collection import (
     open_trajectories,
     read_trajectories,
 )
-from paceline.verbs.pipeline import in_folder, profile
+from paceline.verbs.pipeline import in_folder, profile, with_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -115,10 +115,7 @@ class Workbench:
         """The configuration with all paths in the folder and without shared prompt beginnings."""
         read = self._source if isinstance(self._source, Config) else load_config(self._source)
         config = without_prefixes(in_folder(read, self.folder))
-        if self.store is None:
-            return config
-        paths = config.paths.model_copy(update={"store": self.store})
-        return config.model_copy(update={"paths": paths})
+        return config if self.store is None else with_store(config, self.store)
 
     def with_drafters(
         self, name: str, drafters: Mapping[str, DrafterSection], most: int
@@ -192,7 +189,7 @@ class Workbench:
             alignment=alignment,
             on_progress=self.on_progress,
         )
-        loaded = load_collection(store, list(self.config.drafters))
+        loaded = load_collection(store, stored_drafters(self.config))
         if prompts:
             wanted = {prompt.id for prompt in prompts}
         else:
@@ -215,8 +212,8 @@ class Workbench:
     def priced(
         self, prompts: Sequence[CollectedPrompt], costs: CostTable | None = None
     ) -> list[CollectedPrompt]:
-        """Return prompts with the rounds of drafters whose stop rule depends on prices."""
-        return price_stops(prompts, self.config, costs or self.costs)
+        """Return prompts with the rounds of drafters whose rounds depend on prices."""
+        return price_rounds(prompts, self.config, costs or self.costs)
 
     @cached_property
     def costs(self) -> CostTable:

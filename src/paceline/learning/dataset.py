@@ -57,10 +57,13 @@ class Dataset:
     rounds_per_token: np.ndarray  # [N, A] float64
     drafted_per_token: np.ndarray  # [N, A] float64
     empty_per_token: np.ndarray  # [N, A] float64
+    calls_per_token: np.ndarray  # [N, A] float64, see `pricing.ArmRates`
+    proposed_per_token: np.ndarray  # [N, A] float64
     seconds: np.ndarray  # [N, A] float64, predicted for the whole request, one row in flight
     rewards: np.ndarray  # [N, A] float64
     trained: np.ndarray  # [N, D] int8, of `drafters`: trained on the prompt 1, not 0, unknown -1
     spans: Mapping[str, slice]
+    composed: tuple[int, ...]  # places of the cascades among the arms
     rounds: RoundTable
     costs: CostTable
     objective: Objective
@@ -89,7 +92,7 @@ class Dataset:
                 parts[field.name] = value.rows(places)
             elif isinstance(value, np.ndarray):
                 parts[field.name] = value[places]
-            elif isinstance(value, tuple) and field.name != "arms":
+            elif isinstance(value, tuple) and field.name not in ("arms", "composed"):
                 parts[field.name] = tuple(value[i] for i in places)
         return replace(self, **parts)  # type: ignore[arg-type]
 
@@ -139,7 +142,7 @@ def build_dataset(
     """
     arms = tuple(arms)
     _check_arms(arms, prompts)
-    features = _stack_features(prompts)
+    features = stack_features(prompts)
     rounds = round_table(prompts, arms)
     seconds = rounds.seconds(costs.seconds, 1, settings.objective)
     notes: list[str] = []
@@ -162,10 +165,13 @@ def build_dataset(
         rounds_per_token=rounds.num_rounds() / after_first,
         drafted_per_token=rounds.num_drafted() / after_first,
         empty_per_token=rounds.num_empty() / after_first,
+        calls_per_token=rounds.num_calls() / after_first,
+        proposed_per_token=rounds.num_proposed() / after_first,
         seconds=seconds,
         rewards=rewards,
         trained=_stack_trained(prompts, drafters_of(arms)),
         spans=prompts[0].spans or default_spans(features.shape[1]),
+        composed=rounds.composed,
         rounds=rounds,
         costs=costs,
         objective=settings.objective,
@@ -208,7 +214,7 @@ def _check_arms(arms: tuple[str, ...], prompts: Sequence[CollectedPrompt]) -> No
         )
 
 
-def _stack_features(prompts: Sequence[CollectedPrompt]) -> np.ndarray:
+def stack_features(prompts: Sequence[CollectedPrompt]) -> np.ndarray:
     """Return features [N, F] float32. Raises StoreError if they differ in shape or are not finite."""
     width = prompts[0].features.shape
     for prompt in prompts:
@@ -239,6 +245,7 @@ def _alignment_rewards(
     drafters = dict.fromkeys(split_arm(arm)[0] for arm in arms)
     writing = {name for prompt in prompts for name in prompt.draft_outputs if name in drafters}
     silent = [name for name in drafters if name != NONE and name not in writing]
+    others = sorted({name for prompt in prompts for name in prompt.draft_outputs} - {*drafters})
     if not writing:
         raise StoreError(
             "the reward 'alignment' compares texts the drafters wrote on their own, and the "
@@ -265,6 +272,11 @@ def _alignment_rewards(
         f"'{name}' writes no text of its own in this collection: its similarity counts as 0"
         for name in silent
     ]
+    if others:
+        notes.append(
+            f"the texts of {', '.join(others)} are left out, since these drafters are not configured; "
+            "a configuration without drafters learns to choose among texts"
+        )
     return rewards, notes
 
 
@@ -273,6 +285,12 @@ def check_learnable(dataset: Dataset) -> list[str]:
     rewards = dataset.rewards
     if not np.isfinite(rewards).all() or not np.isfinite(dataset.seconds).all():
         raise StoreError("a predicted time is not a finite number; run `paceline profile` again")
+    return check_rewards(dataset)
+
+
+def check_rewards(dataset: Dataset) -> list[str]:
+    """Return a note if one arm is best everywhere. Raises StoreError if all arms are equally good."""
+    rewards = dataset.rewards
     if np.ptp(rewards, axis=1).max() <= 1e-9 * np.abs(rewards).max():
         raise StoreError(
             "every arm has the same reward on every prompt, so there is nothing to choose; add "
@@ -282,6 +300,11 @@ def check_learnable(dataset: Dataset) -> list[str]:
     if (rewards >= rewards.max(axis=1, keepdims=True))[:, winners[0]].all():
         return [f"'{dataset.arms[winners[0]]}' is best on every prompt: one arm would do"]
     return []
+
+
+def is_held_out(prompt: CollectedPrompt, share: float) -> bool:
+    """Return whether `split` puts a prompt into the held-out part."""
+    return is_validation(f"{_SPLIT}{prompt.prompt_id}", share)
 
 
 def split(dataset: Dataset, share: float) -> tuple[Dataset, Dataset]:

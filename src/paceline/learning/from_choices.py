@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from paceline.config import DEFAULT_OBJECTIVE
 from paceline.contracts import NONE, no_progress, split_arm
 from paceline.costs.table import CostTable
 from paceline.errors import StoreError
@@ -176,13 +177,16 @@ def _dataset(
         rounds_per_token=unknown,
         drafted_per_token=unknown,
         empty_per_token=unknown,
+        calls_per_token=unknown,
+        proposed_per_token=unknown,
+        composed=(),
         seconds=unknown,
         rewards=rewards,
         trained=np.full((n, len(drafters_of(arms))), UNKNOWN, dtype=np.int8),
         spans=encode.spans,
         rounds=RoundTable((), log.num_prompt, ()),
         costs=CostTable({}, []),
-        objective=0.0,
+        objective=DEFAULT_OBJECTIVE,
         reward="clocked",
     )
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from paceline.contracts import NONE, no_progress
+from paceline.drafting.cascade.calibration import save_calibration
 from paceline.errors import ArtefactError, ConfigError, StoreError
 from paceline.files import write_atomically
 from paceline.learning.dataset import build_dataset, split
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from paceline.config import LearningSection
     from paceline.contracts import Progress
     from paceline.costs.table import CostTable
+    from paceline.drafting.cascade.calibration import Calibration
     from paceline.learning.dataset import Dataset
     from paceline.learning.learners import Curve, Learner, LearnerSettings, Summary
     from paceline.selection.artefact import PolicyIdentity
@@ -74,6 +76,7 @@ class LearningResult:
     curve: Curve
     card: PolicyArtefact
     range: TrainingRange | None  # of features and acceptance; None where prompts are too few
+    calibration: Calibration  # of cascades
 
     def save(self, folder: Path | str) -> None:
         """Write the policy, and next to it the report as evaluation.json and the training range.
@@ -85,6 +88,7 @@ class LearningResult:
                 self.range.save(Path(folder))
             else:
                 (Path(folder) / RANGE_FILE).unlink(missing_ok=True)  # another policy's
+            save_calibration(Path(folder), self.calibration)
             write_atomically(Path(folder) / EVALUATION_FILE, self.report.to_json().encode())
         except OSError as error:
             raise ArtefactError(f"{folder}: cannot be written ({error})") from error
@@ -101,23 +105,25 @@ def train_policy(
     encode: FeatureEncoder | None = None,
     search: int = 0,
     figure: Path | None = None,
+    calibration: Calibration | None = None,
 ) -> LearningResult:
     """Train on the training part, evaluate on the held-out part.
 
     identity: the target, tokenizer and drafters of the policy; the collection and the cost table must
     have the same. arms: those to choose among, see `drafting.catalog.arms_of`. encode: gives the
     returned policy its features, by default the default encoders. search: number of trials of the
-    learner's options before the training. figure: the PNG to draw the learning curves into. Raises
+    learner's options before the training. figure: the PNG to draw the learning curves into.
+    calibration: of the cascades, saved with the policy. Raises
     ConfigError, StoreError or ArtefactError, each with what to change.
     """
     if figure is not None:
         import_figure()  # before the work is done rather than after
     settings = check_settings(section)
-    _check_reward(settings)
+    check_reward(settings)
     costs.check(identity.drafters, identity.drafters, identity.target)
     dataset, notes = build_dataset(prompts, arms, costs, settings)
     encode = encode or build_encoder(identity.hidden_size)
-    _check_features(dataset, identity, encode)
+    check_features(dataset, identity, encode)
     training_part, held_out = split(dataset, settings.held_out)
     if search:
         settings = search_settings(training_part, settings, search, on_progress)
@@ -127,7 +133,7 @@ def train_policy(
     if isinstance(chooser, PortableChooser):
         chooser.pricer = dataset.pricer()
     if fitted.summary.constant:
-        notes.append(_constant_note(chooser, held_out))
+        notes.append(constant_note(chooser, held_out))
     report = evaluate_chooser(training_part, held_out, chooser, seed=settings.seed, notes=notes)
     if figure is not None:
         unseen = unseen_part(held_out)
@@ -135,11 +141,13 @@ def train_policy(
         plot(fitted.curve, points, training_part, unseen, settings.learner, figure)
     encoders = identity.encoders or build_encoder(identity.hidden_size).identities()
     training = asdict(fitted.summary) | {"seeds": asdict(seeds), "held_out": _held_out(report)}
-    reward = _reward_card(settings)
+    reward = reward_card(settings)
     card = policy_card(identity, settings, encoders, reward, costs.hash(), training)
     policy = policy_of(chooser, encode.num_features, settings.objective, encode=encode)
     seen = _range(prompts, training_part, chooser)
-    return LearningResult(policy, report, fitted.summary, seeds, fitted.curve, card, seen)
+    return LearningResult(
+        policy, report, fitted.summary, seeds, fitted.curve, card, seen, calibration or {}
+    )
 
 
 def fit_seeds(
@@ -182,7 +190,8 @@ def _average(fits: Sequence[Fitted]) -> Fitted | None:
     return None if merged is None else Fitted(merged, best.summary, best.curve)
 
 
-def _check_reward(settings: LearnerSettings) -> None:
+def check_reward(settings: LearnerSettings) -> None:
+    """Raise ConfigError if the learner cannot learn from the reward."""
     if settings.reward != "speed" and find_learner(settings.learner).predicts_work:
         raise ConfigError(
             f"the learner '{settings.learner}' predicts acceptance, which is priced in seconds alone; "
@@ -190,7 +199,8 @@ def _check_reward(settings: LearnerSettings) -> None:
         )
 
 
-def _check_features(dataset: Dataset, identity: PolicyIdentity, encode: FeatureEncoder) -> None:
+def check_features(dataset: Dataset, identity: PolicyIdentity, encode: FeatureEncoder) -> None:
+    """Raise StoreError unless the collection's features are those that `encode` computes."""
     lines = encode.identities()
     stale = [name for name, line in identity.encoders.items() if lines.get(name, line) != line]
     if stale:
@@ -228,7 +238,8 @@ def _range(
     )
 
 
-def _constant_note(chooser: Chooser, data: Dataset) -> str:
+def constant_note(chooser: Chooser, data: Dataset) -> str:
+    """Return the note that a chooser takes no notice of the features."""
     preferred = chooser.preferences(data.features, data.situation()).argmax(axis=1)
     arms = list(dict.fromkeys(chooser.arms[place] for place in preferred))
     return (
@@ -237,7 +248,8 @@ def _constant_note(chooser: Chooser, data: Dataset) -> str:
     )
 
 
-def _reward_card(settings: LearnerSettings) -> RewardCard:
+def reward_card(settings: LearnerSettings) -> RewardCard:
+    """Return the reward of a policy that was learned with these settings."""
     aligned = settings.reward == "alignment"
     return RewardCard(
         kind=settings.reward,

@@ -8,21 +8,27 @@ Symbols: N prompts, A arms, D drafters, M positions of all prompts, R rounds of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from paceline.compiled import compiled
+from paceline.config import DEFAULT_OBJECTIVE
 from paceline.contracts import NONE, split_arm
-from paceline.costs.pricing import by_objective, prompt_seconds, round_seconds
+from paceline.costs.pricing import (
+    by_objective,
+    draft_seconds,
+    prompt_seconds,
+    round_seconds,
+)
 from paceline.replay import rounds_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from paceline.costs.pricing import Objective, SecondsFn
-    from paceline.store.records import CollectedPrompt
+    from paceline.store.records import CollectedPrompt, ReplayedDrafter
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +38,7 @@ class ArmRounds:
     drafted: np.ndarray  # [R] int16
     emitted: np.ndarray  # [R] int32, tokens emitted before the round
     offsets: np.ndarray  # [N + 1] int64
+    proposed: np.ndarray | None = None  # [R] int16, of a cascade; see `pricing.ArmRates`
 
     def sums(self, values: np.ndarray) -> np.ndarray:
         """Return the sums [N] over each prompt's rounds of values [R]."""
@@ -41,7 +48,8 @@ class ArmRounds:
     def rows(self, places: np.ndarray) -> ArmRounds:
         """Return the same for some of the prompts. places: [n]."""
         chosen, offsets = _slices(self.offsets, places)
-        return ArmRounds(self.drafted[chosen], self.emitted[chosen], offsets)
+        proposed = None if self.proposed is None else self.proposed[chosen]
+        return ArmRounds(self.drafted[chosen], self.emitted[chosen], offsets, proposed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +72,17 @@ class Positions:
 
 @dataclass(frozen=True, slots=True)
 class RoundTable:
-    """All arms' rounds on N prompts. positions: None where nothing was replayed everywhere."""
+    """All arms' rounds on N prompts, with one row in flight.
+
+    positions: None where nothing was replayed everywhere. replays: of the arms whose rounds depend on
+    the load, by place, a replay per prompt.
+    """
 
     arms: tuple[str, ...]  # A
     num_prompt: np.ndarray  # [N]
     by_arm: tuple[ArmRounds, ...]  # A
     positions: Positions | None = None
+    replays: Mapping[int, tuple[ReplayedDrafter, ...]] = field(default_factory=dict)
 
     def num_rounds(self) -> np.ndarray:
         """Return the rounds, [N, A] int64."""
@@ -83,18 +96,44 @@ class RoundTable:
         """Return the rounds without a draft, [N, A] float64."""
         return np.stack([own.sums(own.drafted == 0) for own in self.by_arm], axis=1)
 
+    def num_calls(self) -> np.ndarray:
+        """Return the proposals of the costly kind, [N, A] float64."""
+        return np.stack([own.sums(_proposed(own) > 0) for own in self.by_arm], axis=1)
+
+    def num_proposed(self) -> np.ndarray:
+        """Return the tokens of these proposals, [N, A] float64."""
+        return np.stack([own.sums(_proposed(own)) for own in self.by_arm], axis=1)
+
+    @property
+    def composed(self) -> tuple[int, ...]:
+        """Places of the cascades among the arms."""
+        return tuple(i for i, own in enumerate(self.by_arm) if own.proposed is not None)
+
     def rows(self, places: np.ndarray) -> RoundTable:
         """Return the same for some of the prompts. places: [n]."""
         by_arm = tuple(own.rows(places) for own in self.by_arm)
         positions = None if self.positions is None else self.positions.rows(places)
-        return RoundTable(self.arms, self.num_prompt[places], by_arm, positions)
+        replays = {
+            place: tuple(own[i] for i in places.tolist()) for place, own in self.replays.items()
+        }
+        return RoundTable(self.arms, self.num_prompt[places], by_arm, positions, replays)
 
-    def seconds(self, seconds: SecondsFn, rows: int = 1, objective: Objective = 0.0) -> np.ndarray:
+    def _at(self, rows: int) -> list[ArmRounds]:
+        """Return each arm's rounds with `rows` requests in flight."""
+        by_arm = list(self.by_arm)
+        for place, own in self.replays.items() if rows > 1 else ():
+            walked = [replay.under_load(rows) for replay in own if replay.under_load is not None]
+            by_arm[place] = _join([w.table for w in walked], [w.proposed for w in walked])
+        return by_arm
+
+    def seconds(
+        self, seconds: SecondsFn, rows: int = 1, objective: Objective = DEFAULT_OBJECTIVE
+    ) -> np.ndarray:
         """Return the predicted seconds of each whole request, [N, A], as `rewards.request_seconds`."""
         return np.stack(
             [
                 self._seconds_of(arm, own, seconds, rows, objective)
-                for arm, own in zip(self.arms, self.by_arm, strict=True)
+                for arm, own in zip(self.arms, self._at(rows), strict=True)
             ],
             axis=1,
         )
@@ -112,10 +151,14 @@ class RoundTable:
         contexts = np.arange(int(context.max(initial=0)) + 1)
 
         def price(num_drafting: int) -> np.ndarray:
-            grid = round_seconds(
-                seconds, drafter, lengths[:, None], contexts[None], rows, num_drafting
-            )
-            return np.asarray(before + own.sums(grid[own.drafted, context]))
+            shape = lengths[:, None], contexts[None]
+            if own.proposed is None:
+                grid = round_seconds(seconds, drafter, *shape, rows, num_drafting)
+                return np.asarray(before + own.sums(grid[own.drafted, context]))
+            plain = round_seconds(seconds, NONE, *shape, rows, num_drafting)
+            draft = draft_seconds(seconds, drafter, *shape, num_drafting) / num_drafting
+            spent = plain[own.drafted, context] + draft[own.proposed, context]
+            return np.asarray(before + own.sums(spent))
 
         whole: np.ndarray = by_objective(price, rows, objective)
         return whole
@@ -125,8 +168,8 @@ def round_table(prompts: Sequence[CollectedPrompt], arms: Sequence[str]) -> Roun
     """Return every arm's rounds on collected prompts. Raises StoreError if an arm was not replayed."""
     num_prompt = np.array([len(p.prompt_tokens) for p in prompts])
     flat: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-    by_arm = []
-    for arm in arms:
+    by_arm, composed = [], {}
+    for place, arm in enumerate(arms):
         drafter, length = split_arm(arm)
         replays = [p.replays.get(drafter) for p in prompts]
         if all(replay is not None and replay.everywhere for replay in replays):
@@ -134,9 +177,13 @@ def round_table(prompts: Sequence[CollectedPrompt], arms: Sequence[str]) -> Roun
                 flat[drafter] = _flatten([r.table for r in replays if r is not None])
             by_arm.append(ArmRounds(*_walk_all(*flat[drafter], length or _ANY_LENGTH)))
         else:
-            by_arm.append(_join([rounds_of(p, arm) for p in prompts]))
+            proposed = [None if replay is None else replay.proposed for replay in replays]
+            by_arm.append(_join([rounds_of(p, arm) for p in prompts], proposed))
+            known = tuple(r for r in replays if r is not None and r.under_load is not None)
+            if len(known) == len(prompts):
+                composed[place] = known
     positions = _positions(flat, prompts) if flat else None
-    return RoundTable(tuple(arms), num_prompt, tuple(by_arm), positions)
+    return RoundTable(tuple(arms), num_prompt, tuple(by_arm), positions, composed)
 
 
 _ANY_LENGTH = 2**14  # longer than any draft
@@ -170,14 +217,20 @@ def _flatten(tables: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.n
     return np.ascontiguousarray(table[:, 0]), np.ascontiguousarray(table[:, 1]), offsets
 
 
-def _join(rounds: Sequence[np.ndarray]) -> ArmRounds:
-    """Return the arm's rounds from those of each prompt, [rounds, 2]."""
+def _proposed(own: ArmRounds) -> np.ndarray:
+    return own.drafted if own.proposed is None else own.proposed
+
+
+def _join(rounds: Sequence[np.ndarray], proposed: Sequence[np.ndarray | None]) -> ArmRounds:
+    """Return the arm's rounds from those of each prompt, [rounds, 2]. proposed: [rounds] of each."""
     offsets = np.concatenate(([0], np.cumsum([len(own) for own in rounds])))
     flat = np.concatenate(rounds).reshape(-1, 2)
     ends = np.concatenate([np.cumsum(own[:, 1] + 1) for own in rounds])
     # the prefill emits the first token
     emitted = 1 + ends - (flat[:, 1] + 1)
-    return ArmRounds(flat[:, 0].astype(np.int16), emitted.astype(np.int32), offsets)
+    known = [own for own in proposed if own is not None]
+    joined = np.concatenate(known).astype(np.int16) if len(known) == len(rounds) else None
+    return ArmRounds(flat[:, 0].astype(np.int16), emitted.astype(np.int32), offsets, joined)
 
 
 @compiled

@@ -1,7 +1,8 @@
-"""Rounds of arms whose stop rule depends on prices, from scores that were stored without prices.
+"""Rounds of arms that depend on prices, from replays that were stored without prices.
 
-A collection stores such an arm's rounds at full length and its scores by position; here its rule ends
-each draft by a cost table. This module knows no model.
+`composed` has those of cascades. Of an arm that stops by expected gain a collection stores the rounds
+at full length and the scores by position; here its rule ends each draft by a cost table. This module
+knows no model.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from paceline.drafting.catalog import check_settings
 from paceline.drafting.chain_replay import ChainReplay
 from paceline.drafting.draft_length import ExpectedGainStop, StopSettings
 from paceline.drafting.draft_replay import PositionScores
+from paceline.replay.composed import calibrate, compose
 from paceline.replay.rounds import look_ahead
 from paceline.store.records import ReplayedDrafter
 
@@ -23,8 +25,25 @@ if TYPE_CHECKING:
 
     from paceline.config import Config
     from paceline.costs.table import CostTable
+    from paceline.drafting.cascade.calibration import Calibration
     from paceline.drafting.draft_length import StopRule
     from paceline.store.records import CollectedPrompt
+
+
+def price_rounds(
+    prompts: Sequence[CollectedPrompt],
+    config: Config,
+    costs: CostTable,
+    calibration: Calibration | None = None,
+) -> list[CollectedPrompt]:
+    """Return the prompts with the rounds of all arms that follow from prices.
+
+    calibration: the chances of cascades' parts, by default those of these prompts.
+    """
+    stopped = price_stops(prompts, config, costs)
+    if calibration is None:
+        calibration = calibrate(stopped, config)
+    return compose(stopped, config, costs, calibration)
 
 
 def price_stops(

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from paceline.drafting.base import Drafter
-    from paceline.drafting.draft_replay import DraftReplay, PositionScores
+    from paceline.drafting.draft_replay import DraftReplay, PositionScores, ReplayedNode
     from paceline.models.language_model import LanguageModel
     from paceline.store.records import CollectedPrompt
 
@@ -42,13 +42,15 @@ class Replay:
     rounds: np.ndarray  # [rounds, 2] int64: drafted, accepted, at the drafter's full length
     ahead: np.ndarray | None  # [T - 1, 2], see `look_ahead`; None if rounds depend on earlier ones
     scores: PositionScores | None  # of chain drafters
+    nodes: Sequence[ReplayedNode] = ()  # of lookups: every token of `ahead`
+    proposed: np.ndarray | None = None  # [rounds] of cascades, see `ReplayedDrafter`
 
     @property
     def record(self) -> ReplayedDrafter:
         """The record that a collection stores."""
         if self.ahead is not None:
             return ReplayedDrafter(self.ahead, everywhere=True)
-        return ReplayedDrafter(self.rounds, everywhere=False)
+        return ReplayedDrafter(self.rounds, everywhere=False, proposed=self.proposed)
 
 
 def max_output(max_new_tokens: int, num_prompt: int, context_length: int) -> int:
@@ -162,11 +164,17 @@ def replay(
         try:
             if not drafter.replays_everywhere:
                 rounds = simulate(draft_replay, len(trajectory), max_total_output)
-                return Replay(rounds, None, draft_replay.scores)
+                proposed = draft_replay.proposed
+                return Replay(
+                    rounds,
+                    None,
+                    draft_replay.scores,
+                    proposed=None if proposed is None else np.array(proposed, dtype=np.int64),
+                )
             ahead = look_ahead(draft_replay, len(trajectory), max_total_output)
         finally:
             draft_replay.close()
-    return Replay(walk(ahead), ahead, draft_replay.scores)
+    return Replay(walk(ahead), ahead, draft_replay.scores, draft_replay.nodes or ())
 
 
 def _table(rounds: Sequence[tuple[int, int]]) -> np.ndarray:

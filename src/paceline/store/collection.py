@@ -29,7 +29,7 @@ from paceline.store.layout import (
     list_names,
     store_folder,
 )
-from paceline.store.records import CollectedPrompt, ReplayedDrafter
+from paceline.store.records import CollectedPrompt, DraftNodes, ReplayedDrafter
 from paceline.store.shards import ShardStore
 
 if TYPE_CHECKING:
@@ -148,6 +148,7 @@ def load_collection(
                 if row.prompt_id in by_id
             },
             scores={drafter.name: drafter.scores[i] for drafter in drafters},
+            nodes={d.name: d.nodes[i] for d in drafters if d.nodes is not None},
             sampling=row.sampling,
             spans=spans,
             trained_on={
@@ -212,6 +213,7 @@ class _Drafter(NamedTuple):
     identity: str
     replays: list[ReplayedDrafter]
     scores: list[tuple[np.ndarray, np.ndarray]]  # match, confidence
+    nodes: list[DraftNodes] | None  # of a lookup
 
 
 class _Reader:
@@ -252,7 +254,13 @@ class _Reader:
                     "the trajectory collected here; delete it and run `paceline collect PROMPTS` again"
                 )
         scores = list(zip(columns["match"], columns["confidence"], strict=True))
-        return _Drafter(name, str(identity["arm"]), replays, scores)
+        drafted = zip(*(columns[key] for key in ("evidence", "parents", "kept")), strict=True)
+        nodes = [
+            DraftNodes(replay.table[:, 0].astype(np.int64), *values)
+            for replay, values in zip(replays, drafted, strict=True)
+        ]
+        has_nodes = any(len(own.evidence) for own in nodes)
+        return _Drafter(name, str(identity["arm"]), replays, scores, nodes if has_nodes else None)
 
     def read_outputs(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """Return writer -> prompt id -> output tokens, for the prompts that the writer answered."""

@@ -63,6 +63,10 @@ SCHEMAS: Final = {
             "accepted": pa.list_(pa.int16()),
             "match": pa.list_(pa.bool_()),  # [T]; empty for drafters that are not chains
             "confidence": _NUMBERS,  # as `match`
+            # of lookups: a value per drafted token, all positions after each other; see `DraftNodes`
+            "evidence": pa.list_(pa.uint8()),
+            "parents": pa.list_(pa.int16()),
+            "kept": pa.list_(pa.bool_()),
         }
     ),
     SCORES: pa.schema({"id": pa.string(), "ratio": _NUMBERS, "overlap": _NUMBERS}),  # [T]

@@ -5,14 +5,12 @@ Symbols: T output tokens, F features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from paceline.contracts import GREEDY, SamplingParams
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 def sampling_label(sampling: SamplingParams) -> str:
@@ -34,11 +32,37 @@ class ReplayedDrafter:
     """The drafted and accepted tokens of one drafter along one trajectory, at its full draft length.
 
     everywhere: the table has the round that would start at each position 1 to T - 1 (tokens emitted so
-    far); otherwise it has consecutive rounds from the first position on.
+    far); otherwise it has consecutive rounds from the first position on. proposed: for each round the
+    tokens that the price of the proposal depends on, if these are not all drafted ones. under_load: of
+    rounds that follow from prices, returns those with a number of rows in flight.
     """
 
     table: np.ndarray  # [T - 1, 2] or [rounds, 2] int
     everywhere: bool
+    proposed: np.ndarray | None = None  # [rounds] int
+    under_load: Callable[[int], ReplayedDrafter] | None = field(
+        default=None, compare=False, repr=False
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class DraftNodes:
+    """A lookup's drafts at every position of an output, their tokens one position after the other.
+
+    lengths: tokens of each draft. evidence: the class of each token. parents: its parent's place in its
+    own draft, -1 for none. kept: whether it equals the output, together with its parents.
+    """
+
+    lengths: np.ndarray  # [T - 1] int
+    evidence: np.ndarray  # [sum of lengths] int
+    parents: np.ndarray  # as evidence
+    kept: np.ndarray  # as evidence, bool
+
+    def is_tested(self) -> np.ndarray:
+        """Return whether each token's parents equal the output, so that the token decides."""
+        first = np.repeat(np.cumsum(self.lengths) - self.lengths, self.lengths)
+        tested: np.ndarray = (self.parents < 0) | self.kept[first + np.maximum(self.parents, 0)]
+        return tested
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +79,7 @@ class CollectedPrompt:
     draft_outputs: dict[str, tuple[int, ...]]  # drafter -> its own greedy output, if collected
     # drafter -> (match, confidence) by position, of chains; see drafting's PositionScores
     scores: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    nodes: dict[str, DraftNodes] = field(default_factory=dict)  # by lookup drafter
     sampling: SamplingParams = GREEDY
     spans: Mapping[str, slice] = field(default_factory=dict)  # encoder -> its part of the features
     # drafter -> whether it was trained on this prompt; without an entry that is unknown

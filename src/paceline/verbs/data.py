@@ -21,7 +21,7 @@ from paceline.drafting.catalog import arms_of
 from paceline.errors import ArtefactError
 from paceline.learning.rounds import round_table
 from paceline.plotting import import_figure
-from paceline.replay import price_stops, rounds_of
+from paceline.replay import price_rounds, rounds_of, stored_drafters, with_cascades
 from paceline.store.collection import load_collection, read_overlaps
 from paceline.store.records import sampling_label
 
@@ -88,11 +88,13 @@ def data(config: Config) -> DataReport:
     """
     collection = load_collection(config.paths.store, encoders=())
     collected = {name: line for name, line in collection.identity.arms.items() if name != NONE}
+    missing = [name for name in stored_drafters(config) if name not in collected]
     notes = [
         f"'{name}' is configured and not in the collection; `paceline collect PROMPTS` adds it"
-        for name in config.drafters
-        if name not in collected
+        for name in missing
     ]
+    if not missing:
+        collected = with_cascades(collected, config)
     arms = [arm for arm in arms_of(config) if split_arm(arm)[0] in {NONE, *collected}]
     costs, prompts = None, collection.prompts
     try:
@@ -100,7 +102,8 @@ def data(config: Config) -> DataReport:
         # a drafter that is no longer configured has no price
         priced = {name: line for name, line in collected.items() if name in config.drafters}
         costs.check(priced, priced)
-        prompts = price_stops(prompts, config, costs)
+        if not missing:
+            prompts = price_rounds(prompts, config, costs)
     except ArtefactError as error:
         costs = None
         notes.append(f"the fastest drafters are not known: {error}")

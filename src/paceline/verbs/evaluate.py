@@ -9,7 +9,7 @@ from paceline.contracts import no_progress
 from paceline.costs.table import CostTable
 from paceline.drafting.catalog import arms_of
 from paceline.errors import ConfigError, StoreError
-from paceline.learning.dataset import build_dataset, split
+from paceline.learning.dataset import build_dataset, is_held_out, split
 from paceline.learning.evaluation import (
     POLICY,
     Contender,
@@ -20,11 +20,12 @@ from paceline.learning.evaluation import (
 )
 from paceline.models.detokenizer import Detokenizer
 from paceline.models.loading import load_tokenizer
-from paceline.replay import price_stops
+from paceline.replay import calibrate, price_rounds, stored_drafters
 from paceline.selection import load_policy
 from paceline.selection.artefact import read_card
 from paceline.store.collection import load_collection
 from paceline.verbs.pipeline import identity_of
+from paceline.verbs.texts import check_options, evaluate_texts, evaluates_texts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from paceline.config import Config
     from paceline.contracts import Progress
     from paceline.learning.dataset import Dataset
+    from paceline.learning.text_report import TextReport
     from paceline.store.collection import LoadedCollection
 
 
@@ -46,20 +48,25 @@ def evaluate(
     on: Mapping[str, Path] | None = None,
     leave_one_task_out: bool = False,
     on_progress: Progress = no_progress,
-) -> Evaluation:
+) -> Evaluation | TextReport:
     """Price the collection and compare policies with other ways to choose, on held-out prompts.
 
     compare: learners to train on the training part, with each of `encoders` (None: all that were
     collected, (): none) and this number of `seeds`; without learners, the saved policy is evaluated.
     loads: numbers of rows in flight. on: folders of other collections by name. leave_one_task_out:
     also train on all tasks but one and test on that one, with the compared learners or the
-    configuration's. Raises ConfigError, StoreError or ArtefactError with the remedy.
+    configuration's. A policy for drafters known by their texts is judged by its reward, see
+    `verbs.texts`. Raises ConfigError, StoreError or ArtefactError with the remedy.
     """
     _check(compare, encoders, seeds, loads, leave_one_task_out)
+    if evaluates_texts(config, compare):
+        has_others = bool(on) or leave_one_task_out
+        check_options(seeds, loads, has_others, list(encoders) != [None])
+        return evaluate_texts(config, compare, on_progress)
     seen = config.selection.encoders if compare else list(read_card(config.paths.policy).encoders)
-    collection = load_collection(config.paths.store, list(config.drafters), seen)
+    collection = load_collection(config.paths.store, stored_drafters(config), seen)
     costs = CostTable.load(config.paths.costs)
-    identity = identity_of(collection)
+    identity = identity_of(collection, config)
     costs.check(identity.drafters, identity.drafters, identity.target)
     settings, notes, contenders = config.learning, [], []
     arms = tuple(arms_of(config))
@@ -71,8 +78,12 @@ def evaluate(
         settings = settings.model_copy(update={"held_out": share})
         notes = list(policy.notes)
 
+    learned_from = [p for p in collection.prompts if not is_held_out(p, settings.held_out)]
+    calibration = calibrate(learned_from, config)
+
     def priced(found: LoadedCollection) -> tuple[Dataset, list[str]]:
-        return build_dataset(price_stops(found.prompts, config, costs), arms, costs, settings)
+        prompts = price_rounds(found.prompts, config, costs, calibration)
+        return build_dataset(prompts, arms, costs, settings)
 
     def trained(part: Dataset) -> list[Contender]:
         learners = compare or [settings.learner]
@@ -80,7 +91,7 @@ def evaluate(
 
     others = {}  # read first, so that an error shows before anything is trained
     for name, folder in (on or {}).items():
-        other = load_collection(folder, list(config.drafters), seen)
+        other = load_collection(folder, stored_drafters(config), seen)
         _check_alike(collection, other, folder)
         others[name] = priced(other)[0]
     data, found_notes = priced(collection)

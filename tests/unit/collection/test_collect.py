@@ -478,7 +478,7 @@ def test_progress_counts_prompts_to_the_end(
         pace, records, tmp_path,
         on_progress=lambda stage, done, total: seen.setdefault(stage, []).append((done, total)),
     )  # fmt: skip
-    assert list(seen) == ["decode", "features", "replay", "outputs"]
+    assert list(seen) == ["decode", "features", "answers", "replay", "outputs"]
     assert seen["decode"] == seen["replay"] == [(i, 10) for i in range(1, 11)]
     assert seen["outputs"][-1] == (10, 10)
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from paceline.config import LearningSection
 from paceline.contracts import split_arm
 from paceline.costs import ArmPricer, CostTable, Measurement, Objective
 from paceline.costs.pricing import by_objective, prompt_seconds, round_seconds
@@ -134,7 +135,7 @@ def test_objectives_are_ordered_and_mixed(arm: str, num_prompt: int, rows: int) 
     rounds = np.array([(length, min(length, 1))] * 7)
     own = {o: request_seconds(TABLE.seconds, arm, num_prompt, rounds, rows, o) for o in OBJECTIVES}
     alone = request_seconds(TABLE.seconds, arm, num_prompt, rounds)
-    more = request_seconds(TABLE.seconds, arm, num_prompt, rounds, rows + 1)
+    more = request_seconds(TABLE.seconds, arm, num_prompt, rounds, rows + 1, "latency")
     if rows == 1:
         assert set(own.values()) == {alone}
     # neighbours cost a request time, and save the machine some
@@ -142,6 +143,16 @@ def test_objectives_are_ordered_and_mixed(arm: str, num_prompt: int, rows: int) 
     assert alone <= own["latency"]
     assert own[0.3] == pytest.approx(own["latency"] ** 0.7 * own["throughput"] ** 0.3)
     assert own["throughput"] * (1 - 1e-12) <= own[0.5] <= own[0.3] <= own["latency"] * (1 + 1e-12)
+
+
+def test_the_machines_tokens_per_second_are_the_default() -> None:
+    rounds = np.array([(4, 1)] * 7)
+
+    found = request_seconds(TABLE.seconds, "math", 64, rounds, 8)
+
+    assert found == request_seconds(TABLE.seconds, "math", 64, rounds, 8, "throughput")
+    assert found < request_seconds(TABLE.seconds, "math", 64, rounds, 8, "latency")
+    assert LearningSection().objective == "throughput"
 
 
 def test_a_round_is_charged_by_hand() -> None:

@@ -53,6 +53,7 @@ def pace(tmp_path_factory: pytest.TempPathFactory) -> Pace:
         "prompt_lookup": {"min_ngram": 1},
         "layer_skip": {"skip_mlp": [1], "num_draft_tokens": 5, "stop": "fixed"},
         "union": {"parts": ["prompt_lookup", "draft_model"]},
+        "cascade": {"parts": ["suffix_lookup", "draft_model"]},
     }
     # a kind that is not named here is tested with its defaults
     drafters = {k: DrafterSection(kind=k, settings=needed.get(k, {})) for k in CATALOG if k != NONE}

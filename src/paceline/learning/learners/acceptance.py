@@ -5,7 +5,7 @@ one kind of prompt to another and hardly vary within a kind, so a linear fit wou
 is fitted instead, by least squares: a softmax gate over a few kinds, each with its own outcomes,
 averaged over several gates with different initial values. Prices enter only where cross-validation
 judges the choices. Symbols: N prompts, B of them in a minibatch, Z components, M kinds, E gates, A
-arms, O = 3 A + 1 outcomes, L loads.
+arms, O outcomes, L loads.
 """
 
 from __future__ import annotations
@@ -143,8 +143,9 @@ class MixtureTraining:
 
 
 def _chooser(data: Dataset, reduction: Reduction, *learned: np.ndarray) -> AcceptanceChooser:
-    arrays = (array.astype(np.float32) for array in learned)
-    return AcceptanceChooser(data.arms, reduction, *arrays)
+    gates, biases, kinds, low, high = (array.astype(np.float32) for array in learned)
+    composed = np.array(data.composed, dtype=np.int64)
+    return AcceptanceChooser(data.arms, reduction, gates, biases, kinds, low, high, composed)
 
 
 @dataclass(slots=True)

@@ -264,24 +264,27 @@ def earned_by(
 
 
 def outcomes_of(data: Dataset) -> np.ndarray:
-    """Return [N, 3 A + 1] what portable choosers predict.
+    """Return [N, O] what portable choosers predict.
 
-    These are the rates of rounds, of drafted tokens and of rounds without a draft, and the logarithm of
-    the number of tokens after the first.
+    These are the rates of rounds, of drafted tokens and of rounds without a draft; of cascades the
+    rates of a model's calls and of their tokens; and the logarithm of the number of tokens after the
+    first.
     """
     tokens = np.log(np.maximum(data.num_tokens - 1, 1))[:, None]
-    rates = (data.rounds_per_token, data.drafted_per_token, data.empty_per_token)
+    rates = [data.rounds_per_token, data.drafted_per_token, data.empty_per_token]
+    composed = list(data.composed)
+    rates += [data.calls_per_token[:, composed], data.proposed_per_token[:, composed]]
     return np.hstack([*rates, tokens])
 
 
 def outcome_weights(data: Dataset) -> np.ndarray:
-    """Return the weights [N, 3 A + 1] of outcomes, with mean 1 per outcome.
+    """Return the weights [N, O] of outcomes, with mean 1 per outcome.
 
     The rates of a prompt weigh in proportion to its tokens, since the seconds of all prompts add up in
     that proportion; all lengths weigh the same.
     """
     tokens = np.maximum(data.num_tokens - 1, 1).astype(np.float64)
-    weights = np.repeat((tokens / tokens.mean())[:, None], 3 * len(data.arms) + 1, axis=1)
+    weights = np.repeat((tokens / tokens.mean())[:, None], outcomes_of(data).shape[1], axis=1)
     weights[:, -1] = 1.0
     return weights
 

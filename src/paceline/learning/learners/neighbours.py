@@ -80,6 +80,7 @@ def _chooser(
         reduction(data.features[places]),
         outcomes_of(data)[places].astype(np.float32),
         min(count, len(places)),
+        np.array(data.composed, dtype=np.int64),
     )
 
 
@@ -87,6 +88,5 @@ def _average(data: Dataset, chooser: NeighboursChooser) -> NeighboursChooser:
     """Return a chooser of one point, which predicts the mean outcomes for every prompt."""
     outcomes = (outcome_weights(data) * outcomes_of(data)).mean(axis=0)
     point = np.zeros((1, chooser.reduction.num_components), dtype=np.float32)
-    return NeighboursChooser(
-        data.arms, chooser.reduction, point, outcomes[None].astype(np.float32), 1
-    )
+    outcomes = outcomes[None].astype(np.float32)
+    return NeighboursChooser(data.arms, chooser.reduction, point, outcomes, 1, chooser.composed)

@@ -3,8 +3,8 @@
 Training finds the kinds and the arms' outcomes on each. A gate gives each kind a share, and the
 prediction is the mean of the kinds' outcomes with these shares. So for any prompt it stays within
 the range seen in training. The kinds are no task labels: only the arms' outcomes define them. Symbols: N
-prompts, F features, Z components, M kinds, E gates of an ensemble, A arms, O = 3 A + 1
-outcomes.
+prompts, F features, Z components, M kinds, E gates of an ensemble, A arms, C cascades among them,
+O = 3 A + 2 C + 1 outcomes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from paceline.selection.choosers.base import Arrays, Facts
 
-_ARRAYS = ("gates", "biases", "kinds", "low", "high")
+_ARRAYS = ("gates", "biases", "kinds", "low", "high", "composed")
 
 
 class AcceptanceChooser(PortableChooser):
@@ -29,8 +29,9 @@ class AcceptanceChooser(PortableChooser):
 
     outcomes = mean over E of softmax(components @ gate + bias) @ kinds, clipped to a range.
 
-    The outcomes are rounds, drafted tokens and rounds without a draft, per token and arm, and the
-    logarithm of the number of tokens after the first.
+    The outcomes are rounds, drafted tokens and rounds without a draft, per token and arm; calls of a
+    model and their tokens, per token and cascade; and the logarithm of the number of tokens after the
+    first.
     """
 
     kind: ClassVar[str] = "acceptance"
@@ -44,14 +45,16 @@ class AcceptanceChooser(PortableChooser):
         kinds: np.ndarray,  # [E, M, O]
         low: np.ndarray,  # [O] the smallest in training
         high: np.ndarray,  # [O] the largest
+        composed: np.ndarray,  # [C] int64, places of the cascades
     ) -> None:
         self.arms = tuple(arms)
         self.reduction = reduction
         self.gates, self.biases, self.kinds = gates, biases, kinds
-        self.low, self.high = low, high
+        self.low, self.high, self.composed = low, high, composed
         E, Z, M = gates.shape
-        O = 3 * len(self.arms) + 1  # noqa: E741
-        expected = ((E, reduction.num_components, M), (E, M), (E, M, O), (O,), (O,))
+        O = num_outcomes(self.arms, composed)  # noqa: E741
+        C = len(composed)
+        expected = ((E, reduction.num_components, M), (E, M), (E, M, O), (O,), (O,), (C,))
         found = tuple(getattr(self, name).shape for name in _ARRAYS)
         if found != expected:
             raise ValueError(f"arrays {found} where {expected} are expected")
@@ -59,7 +62,7 @@ class AcceptanceChooser(PortableChooser):
         self._gate = np.ascontiguousarray(gates.transpose(1, 0, 2).reshape(Z, E * M))
 
     def work(self, features: np.ndarray, situation: Situation) -> Work:
-        return as_work(self.outcomes(features), situation)
+        return as_work(self.outcomes(features), situation, len(self.arms), self.composed)
 
     def outcomes(self, features: np.ndarray) -> np.ndarray:
         """Return the predicted outcomes, [N, O] float64."""
@@ -80,18 +83,35 @@ class AcceptanceChooser(PortableChooser):
             np.concatenate([getattr(chooser, name) for chooser in choosers])
             for name in ("gates", "biases", "kinds")
         )
-        return cls(first.arms, first.reduction, gates, biases, kinds, first.low, first.high)
+        return cls(
+            first.arms, first.reduction, gates, biases, kinds, first.low, first.high, first.composed
+        )
 
     @classmethod
     def restore(cls, arms: Sequence[str], arrays: Arrays, facts: Facts) -> AcceptanceChooser:
         return cls(arms, Reduction.restore(arrays), *(arrays[name] for name in _ARRAYS))
 
 
-def as_work(outcomes: np.ndarray, situation: Situation) -> Work:
-    """Return outcomes [N, 3 A + 1] by name. The expected length is at most the situation's limit."""
-    A = outcomes.shape[1] // 3
+def num_outcomes(arms: Sequence[str], composed: np.ndarray) -> int:
+    """Return O. Raises ValueError for a place that is no arm's. composed: [C] places of cascades."""
+    if not all(0 <= place < len(arms) for place in composed.tolist()):
+        raise ValueError("a cascade's place is not among the arms")
+    return 3 * len(arms) + 2 * len(composed) + 1
+
+
+def as_work(
+    outcomes: np.ndarray, situation: Situation, num_arms: int, composed: np.ndarray
+) -> Work:
+    """Return outcomes [N, O] by name. The expected length is at most the situation's limit.
+
+    composed: [C] places of cascades among the arms.
+    """
+    A, C = num_arms, len(composed)
     num_tokens = np.exp(outcomes[:, -1])
     if situation.limits is not None:
         num_tokens = np.minimum(num_tokens, np.maximum(situation.limits - 1, 1))
     rounds, drafted, empty = outcomes[:, :A], outcomes[:, A : 2 * A], outcomes[:, 2 * A : 3 * A]
-    return Work(rounds, drafted, empty, num_tokens)
+    calls, proposed = np.maximum(rounds - empty, 0.0), drafted.copy()
+    calls[:, composed] = outcomes[:, 3 * A : 3 * A + C]
+    proposed[:, composed] = outcomes[:, 3 * A + C : 3 * A + 2 * C]
+    return Work(rounds, drafted, empty, calls, proposed, num_tokens)

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 
+from paceline.config import DEFAULT_OBJECTIVE
 from paceline.contracts import NONE
+from paceline.costs.pricing import ArmRates
 from paceline.errors import ArtefactError
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ class Situation:
 
     num_prompt: np.ndarray  # [N] int
     rows: int = 1
-    objective: Objective = 0.0
+    objective: Objective = DEFAULT_OBJECTIVE
     limits: np.ndarray | None = None  # [N] int
     prompts: Sequence[Sequence[int]] = ()
 
@@ -52,6 +54,8 @@ class Work(NamedTuple):
     rounds_per_token: np.ndarray  # [N, A]; 1 for `none`
     drafted_per_token: np.ndarray  # [N, A]; 0 for `none`
     empty_per_token: np.ndarray  # [N, A] rounds without a draft; 1 for `none`
+    calls_per_token: np.ndarray  # [N, A] proposals of the costly kind, see `pricing.ArmRates`
+    proposed_per_token: np.ndarray  # [N, A] their tokens
     num_tokens: np.ndarray  # [N] expected tokens of the answer
 
 
@@ -141,9 +145,13 @@ def price_work(
     return np.stack(
         [
             pricer.seconds_per_token(
-                work.rounds_per_token[i],
-                work.drafted_per_token[i],
-                work.empty_per_token[i],
+                ArmRates(
+                    work.rounds_per_token[i],
+                    work.drafted_per_token[i],
+                    work.empty_per_token[i],
+                    work.calls_per_token[i],
+                    work.proposed_per_token[i],
+                ),
                 float(context[i]),
                 situation.rows,
                 situation.objective,

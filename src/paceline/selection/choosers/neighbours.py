@@ -1,6 +1,6 @@
 """A chooser that predicts each arm's outcomes from the nearest prompts; priced live.
 
-Symbols: N prompts, P points (the prompts learned from), Z components, A arms, O = 3 A + 1 outcomes.
+Symbols: N prompts, P points (the prompts learned from), Z components, A arms, O outcomes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from paceline.selection.choosers.acceptance import as_work
+from paceline.selection.choosers.acceptance import as_work, num_outcomes
 from paceline.selection.choosers.base import PortableChooser, Situation, Work
 from paceline.selection.choosers.reduction import Reduction
 
@@ -34,13 +34,14 @@ class NeighboursChooser(PortableChooser):
         points: np.ndarray,  # [P, Z] float32
         outcomes: np.ndarray,  # [P, O] float32
         num_neighbours: int,
+        composed: np.ndarray,  # [C] int64, places of the cascades
     ) -> None:
         self.arms = tuple(arms)
         self.reduction = reduction
         self.points, self.outcomes = points, outcomes
-        self.num_neighbours = num_neighbours
+        self.num_neighbours, self.composed = num_neighbours, composed
         P = len(points)
-        expected = ((P, reduction.num_components), (P, 3 * len(self.arms) + 1))
+        expected = ((P, reduction.num_components), (P, num_outcomes(self.arms, composed)))
         if (points.shape, outcomes.shape) != expected or not 1 <= num_neighbours <= P:
             raise ValueError(
                 f"arrays {points.shape}, {outcomes.shape} where {expected} are expected"
@@ -52,7 +53,7 @@ class NeighboursChooser(PortableChooser):
         tokens = np.exp(near[:, :, -1:])
         mean = (tokens * near).sum(axis=1) / tokens.sum(axis=1)
         mean[:, -1] = near[:, :, -1].mean(axis=1)
-        return as_work(mean, situation)
+        return as_work(mean, situation, len(self.arms), self.composed)
 
     def nearest(self, features: np.ndarray) -> np.ndarray:
         """Return the indices of the nearest points, [N, num_neighbours] in no order."""
@@ -62,7 +63,8 @@ class NeighboursChooser(PortableChooser):
         return np.asarray(np.argpartition(distances, k - 1, axis=1)[:, :k])
 
     def arrays(self) -> dict[str, np.ndarray]:
-        return self.reduction.arrays() | {"points": self.points, "outcomes": self.outcomes}
+        own = {"points": self.points, "outcomes": self.outcomes, "composed": self.composed}
+        return self.reduction.arrays() | own
 
     def facts(self) -> dict[str, object]:
         return {"num_neighbours": self.num_neighbours}
@@ -71,4 +73,5 @@ class NeighboursChooser(PortableChooser):
     def restore(cls, arms: Sequence[str], arrays: Arrays, facts: Facts) -> NeighboursChooser:
         reduction = Reduction.restore(arrays)
         num_neighbours = int(str(facts["num_neighbours"]))
-        return cls(arms, reduction, arrays["points"], arrays["outcomes"], num_neighbours)
+        points, outcomes = arrays["points"], arrays["outcomes"]
+        return cls(arms, reduction, points, outcomes, num_neighbours, arrays["composed"])
