@@ -172,10 +172,9 @@ class Drafts:
     each token's parent in a tree, below its own, -1 for the row's last token; None if all drafts are
     chains. A tree has no `probs`: the verifier samples from the target's distribution at each node.
     evidence: of a lookup, the class of the statistics behind each token, which tells how likely it is
-    accepted if its parent is. chances: the probability that each token is accepted, its parents
-    included, so none exceeds its parent's; the engine shares its budget of verified tokens by it, except
-    for tokens drawn from `probs`. proposed: of a cascade, the tokens that a model drafted for each row,
-    which decide the price of the proposal. Entries from a row's length on are padding.
+    accepted if its parent is. chances: the probability that each token is accepted with its parents, by
+    which rows share a budget, except for tokens drawn from `probs`. proposed: of a cascade, the tokens
+    that a model drafted for each row, which decide the price. Entries after a row's length are padding.
     """
 
     tokens: Tensor  # [R, K] int64
