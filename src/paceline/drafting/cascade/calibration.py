@@ -139,8 +139,16 @@ class _ArmChances(BaseModel):
     prospects: list[list[list[float]]]
 
     def as_chances(self) -> Chances:
-        tables = np.array(self.tables, dtype=np.float64).reshape(-1, NUM_CLASSES)
-        prospects = np.array(self.prospects, dtype=np.float64).reshape(-1, NUM_BINS, 2)
+        num_lookups = len(self.tables)
+        num_models = len(self.parts) - num_lookups
+        tables, prospects = (np.array(own, np.float64) for own in (self.tables, self.prospects))
+        if num_models == 0:
+            prospects = prospects.reshape(-1, NUM_BINS, 2)  # a list without models has no shape
+        expected = ((num_lookups, NUM_CLASSES), (num_models, NUM_BINS, 2))
+        if num_lookups < 1 or (tables.shape, prospects.shape) != expected:
+            raise ValueError(
+                f"chances {tables.shape}, {prospects.shape} do not fit {len(self.parts)} parts"
+            )
         for values in (tables, prospects):
             if not ((values > 0.0) & (values <= 1.0)).all():
                 raise ValueError("a chance is not above 0 and at most 1")
