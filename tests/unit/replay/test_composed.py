@@ -81,9 +81,10 @@ def chances_of(parts: Sequence[str], seed: int = 0) -> Chances:
     rng = np.random.default_rng(seed)
     models = [name for name in parts if part_seconds(name)]
     L, M = len(parts) - len(models), len(models)
-    return Chances(
-        rng.uniform(0.1, 0.8, (L, kernels.NUM_CLASSES)),
-        rng.uniform(0.35, 0.95, (M, kernels.NUM_BINS, 2)),
+    return replace(
+        Chances.assumed(L, M),
+        tables=rng.uniform(0.1, 0.8, (L, kernels.NUM_CLASSES)),
+        prospects=rng.uniform(0.35, 0.95, (M, kernels.NUM_BINS, 2)),
     )
 
 
@@ -204,13 +205,13 @@ class Turns:
 
         def counted(*given: Any) -> Any:
             answer = choose(*given)
-            part, length, _, branches = answer
+            part, length, _, branches = answer[:4]
             chosen = ["nothing", *cascade.parts][part + 1 if length else 0]
             self.counts[chosen] += 1
             self.trees += branches
             return answer
 
-        namespace = SimpleNamespace(choose=counted, learn=cascade._kernels.learn)
+        namespace = SimpleNamespace(**vars(cascade._kernels) | {"choose": counted})
         monkeypatch.setattr(cascade, "_kernels", namespace)
 
 
@@ -266,7 +267,8 @@ def lower_limits(cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> None:
 def learning(change: Callable[[Cascade, Any], Callable[..., None]]) -> Callable[..., None]:
     def plant(cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> None:
         own = cascade._kernels
-        namespace = SimpleNamespace(choose=own.choose, learn=change(cascade, own.learn))
+        changed = {"learn": change(cascade, own.learn)}
+        namespace = SimpleNamespace(**vars(own) | changed)
         monkeypatch.setattr(cascade, "_kernels", namespace)
 
     return plant

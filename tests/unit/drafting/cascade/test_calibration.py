@@ -63,7 +63,10 @@ def draw_replays(seed: int, L: int, M: int, N: int) -> list[PartReplays]:
         drafted = rng.integers(0, 5, (M, T - 1))
         accepted = np.minimum(rng.integers(0, drafted + 1), left)
         nodes = [draw_nodes(rng, T - 1) for _ in range(L)]
-        replays.append(PartReplays(nodes, drafted, accepted, rng.choice([0.1, 1.0], M)))
+        weight = rng.choice([0.1, 1.0], M)
+        replays.append(
+            PartReplays(nodes=nodes, drafted=drafted, accepted=accepted, weight=weight)
+        )
     return replays
 
 
@@ -123,7 +126,9 @@ def test_a_part_that_is_always_right_gets_a_chance_near_one_and_the_other_near_z
     zeros, ones = np.zeros(300, dtype=np.int64), np.ones(300, dtype=np.int64)
     nodes = [DraftNodes(ones, zeros + 7, zeros - 1, np.full(300, kept)) for kept in (True, False)]
     accepted = np.stack([np.minimum(3, np.arange(300, 0, -1)), zeros])
-    replay = PartReplays(nodes, np.full((2, 300), 3), accepted, np.ones(2))
+    replay = PartReplays(
+        nodes=nodes, drafted=np.full((2, 300), 3), accepted=accepted, weight=np.ones(2)
+    )
 
     chances = fit_chances([replay], 2, 2)
 

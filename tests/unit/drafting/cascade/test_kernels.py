@@ -33,7 +33,8 @@ class Question(NamedTuple):
     def answer(self) -> tuple[int, int, int, bool, np.ndarray]:
         width = max(self.evidence.shape[1], len(self.verifying))
         chances = np.zeros((len(self.seen), width))
-        return (*kernels.choose(*self, chances), chances)
+        part, length, sure, branches = kernels.choose(*self, chances)[:4]
+        return part, length, sure, branches, chances
 
 
 def draw_question(seed: int, L: int, M: int, K: int, W: int) -> Question:
