@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from paceline.drafting.cached_rows import CachedRow
     from paceline.drafting.draft_replay import DraftReplay
     from paceline.models.language_model import LanguageModel
+    from paceline.models.packing import ChainEnds
 
 
 class DraftModelSettings(ModelSection, StopSettings):
@@ -219,6 +220,82 @@ class DraftModel(Drafter):
         tokens, lengths = pad_drafts(drafts, torch.device("cpu"))
         return Drafts(tokens, lengths, None if probs is None else probs[:, : tokens.shape[1]])
 
+    def draft_while_sure(
+        self, rows: Sequence[RowView], limits: Sequence[int], ends: ChainEnds
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Return greedy chains of rows, and their tokens' probabilities.
+
+        A chain has at most its limit of tokens, and ends where `ends` says so or later, since rows are
+        drafted together. limits: as `longest_draft` allows.
+        """
+        texts = [self._text(row) for row in rows]
+        fed = {
+            i: self._states.catch_up(row.id, text)
+            for i, (row, text) in enumerate(zip(rows, texts, strict=True))
+        }
+        if self.shares_ids and self.model.drafts_sure_chains:
+            spans, flat, states = self._ready(rows, fed)
+            chains, sure = self.model.draft_sure_chain(
+                flat, spans, max(limits), self._num_tokens, ends
+            )
+            for state, text, chain in zip(states, texts, chains, strict=True):
+                state.num_cached, state.drafted = len(text), chain[:-1]
+        else:
+            chains, sure = self._step_while_sure(rows, texts, fed, max(limits), ends)
+        pairs = list(zip(limits, chains, sure, strict=True))
+        return [c[:n] for n, c, _ in pairs], [s[:n] for n, _, s in pairs]
+
+    def _step_while_sure(
+        self,
+        rows: Sequence[RowView],
+        texts: Sequence[Sequence[int]],
+        fed: dict[int, list[int]],
+        longest: int,
+        ends: ChainEnds,
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Do as `draft_while_sure`, one forward per token."""
+        states = [self._states[row.id] for row in rows]
+        chains: list[list[int]] = [[] for _ in rows]
+        sure: list[list[float]] = [[] for _ in rows]
+        hopes = [1.0] * len(rows)
+        everyone = sorted(range(len(rows)), key=lambda i: states[i].slot)
+        for step in range(longest):
+            logits = self._forward([states[i] for i in everyone], fed, everyone)
+            probabilities, tokens = logits.float().softmax(dim=-1).max(dim=-1)
+            pairs = zip(tokens.tolist(), probabilities.tolist(), strict=True)
+            for i, (token, probability) in zip(everyone, pairs, strict=True):
+                if step == 0:
+                    states[i].num_cached = len(texts[i])
+                else:
+                    states[i].drafted.extend(fed[i])
+                fed[i] = [self._own_id(token)]
+                chains[i].append(token)
+                sure[i].append(probability)
+                place = min(int(probability * len(ends.chances)), len(ends.chances) - 1)
+                hopes[i] *= ends.chances[place]
+            if all(hope < least for hope, least in zip(hopes, ends.least, strict=True)):
+                break
+        return chains, sure
+
+    def _ready(
+        self, rows: Sequence[RowView], fed: dict[int, list[int]]
+    ) -> tuple[list[Span], list[int], list[CachedRow]]:
+        """Return (spans, tokens, states) of rows for one call; a row that is late is read first.
+
+        fed: each row's tokens that are not cached yet, by its place in `rows`; changed for late rows.
+        """
+        late = {i: tokens for i, tokens in fed.items() if len(tokens) > 2}
+        if late:
+            self._states.read_all_but_last({rows[i].id: tokens for i, tokens in late.items()})
+            fed |= {i: tokens[-1:] for i, tokens in late.items()}
+        flat: list[int] = []
+        spans: list[Span] = []
+        states = [self._states[rows[i].id] for i in fed]
+        for state, new in zip(states, fed.values(), strict=True):
+            flat += new
+            spans.append(Span(state.slot, state.num_cached, len(new)))
+        return spans, self._states.as_known(flat), states
+
     def _draft_chains(
         self,
         rows: Sequence[RowView],
@@ -242,17 +319,7 @@ class DraftModel(Drafter):
         num_steps = max(lengths)
         if max(len(rows[i].tokens) for i in fed) + num_steps - 1 > self._states.max_positions:
             return None
-        late = {i: tokens for i, tokens in fed.items() if len(tokens) > 2}
-        if late:
-            self._states.read_all_but_last({rows[i].id: tokens for i, tokens in late.items()})
-            fed |= {i: tokens[-1:] for i, tokens in late.items()}
-        flat: list[int] = []
-        spans: list[Span] = []
-        states = [self._states[rows[i].id] for i in fed]
-        for state, new in zip(states, fed.values(), strict=True):
-            flat += new
-            spans.append(Span(state.slot, state.num_cached, len(new)))
-        flat = self._states.as_known(flat)
+        spans, flat, states = self._ready(rows, fed)
         chains = self.model.draft_chain(flat, spans, num_steps, self._num_tokens, draws)
         if chains is None:
             return None

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from paceline.models.interfaces import BatchCache, BatchForward, KVCache
-    from paceline.models.packing import Draw, Span
+    from paceline.models.packing import ChainEnds, Draw, Span
     from paceline.models.sublayers import LayerSubset
 
 
@@ -240,6 +240,11 @@ class LanguageModel:
         """Whether `draft_chain` may be called."""
         return self._static is not None or self._compiled is not None
 
+    @property
+    def drafts_sure_chains(self) -> bool:
+        """Whether `draft_sure_chain` may be called."""
+        return self._compiled is not None
+
     def draft_chain(
         self,
         tokens: Sequence[int],
@@ -265,6 +270,23 @@ class LanguageModel:
         drafted = self._static.draft(torch.tensor(tokens), spans, num_drafted, num_tokens)
         chains: list[list[int]] | None = None if drafted is None else drafted.tolist()
         return chains
+
+    def draft_sure_chain(
+        self,
+        tokens: Sequence[int],
+        spans: Sequence[Span],
+        num_drafted: int,
+        num_tokens: int,
+        ends: ChainEnds,
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Return (greedy chains [R, k], their tokens' probabilities), k <= K steps long, by one call.
+
+        It ends where `ends` says so for all rows. Otherwise as `draft_chain`. May be called if
+        `drafts_sure_chains`.
+        """
+        assert self._compiled is not None
+        assert isinstance(self.cache, PackedRows)
+        return self._compiled.sure_chain(tokens, spans, self.cache, num_drafted, num_tokens, ends)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Return logits [..., V] of final hidden states [..., D]."""

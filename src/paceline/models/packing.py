@@ -52,6 +52,16 @@ class Draw(NamedTuple):
     temperature: float
 
 
+class ChainEnds(NamedTuple):
+    """When the chains of one call end: once the chances of a row's tokens multiply to less than `least`.
+
+    chances: of a token by its probability, 16 classes of equal width. least: per row.
+    """
+
+    chances: tuple[float, ...]
+    least: Sequence[float]
+
+
 @dataclass(slots=True)
 class Run:
     """Neighbouring slots with equal widths: one attention call."""

@@ -19,6 +19,7 @@ from paceline.drafting.cascade.calibration import Chances, PartReplays, fit_chan
 from paceline.drafting.cascade.drafter import Cascade, CascadeSettings
 from paceline.drafting.cascade.prices import BUCKET, read_prices
 from paceline.drafting.catalog import check_settings
+from paceline.drafting.draft_length import StopSettings
 from paceline.drafting.suffix_lookup import SuffixLookupSettings
 from paceline.errors import StoreError
 from paceline.store.records import DraftNodes, ReplayedDrafter
@@ -40,6 +41,7 @@ class CascadeParts:
     name: str
     lookups: tuple[str, ...]
     models: tuple[str, ...]
+    sure: tuple[bool, ...]  # of the models: whether their own probabilities end their chains
     num_draft_tokens: int
 
     @property
@@ -57,7 +59,10 @@ def cascades_of(config: Config) -> list[CascadeParts]:
                 p for p in own.parts if isinstance(settings.get(p), SuffixLookupSettings)
             )
             models = tuple(p for p in own.parts if p not in lookups)
-            found.append(CascadeParts(name, lookups, models, own.num_draft_tokens))
+            sure = tuple(
+                isinstance(s := settings.get(m), StopSettings) and s.stop == "fixed" for m in models
+            )
+            found.append(CascadeParts(name, lookups, models, sure, own.num_draft_tokens))
     return found
 
 
@@ -171,8 +176,10 @@ def walk_cascade(
         lengths,
         replays.drafted,
         replays.accepted,
+        replays.sure,
         chances.tables,
         chances.prospects,
+        chances.if_sure,
         prices.verifying,
         prices.drafting,
         prices.reading,
@@ -192,8 +199,22 @@ def part_replays(prompt: CollectedPrompt, cascade: CascadeParts, weight: np.ndar
         nodes=[_nodes_of(prompt, lookup) for lookup in cascade.lookups],
         drafted=np.ascontiguousarray(stacked[..., 0]),
         accepted=np.ascontiguousarray(stacked[..., 1]),
+        sure=_probabilities(prompt, cascade, shape[:2]),
         weight=weight,
     )
+
+
+def _probabilities(
+    prompt: CollectedPrompt, cascade: CascadeParts, shape: tuple[int, int]
+) -> np.ndarray:
+    """Return each model's probability for its token at every position, -1 where it is not used."""
+    sure = np.full(shape, -1.0)
+    # a chain that is drawn with the judge's noise does not end by its probabilities
+    for place, model in enumerate(cascade.models) if prompt.sampling.temperature == 0.0 else ():
+        confidence = prompt.scores.get(model, (None, np.zeros(0)))[1][1:]
+        if cascade.sure[place] and len(confidence):
+            sure[place, : len(confidence)] = confidence[: shape[1]]
+    return sure
 
 
 def _replay_of(prompt: CollectedPrompt, part: str) -> ReplayedDrafter:

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from paceline.config import explain
-from paceline.drafting.cascade.kernels import NUM_BINS, NUM_CLASSES, bins_of
+from paceline.drafting.cascade.kernels import NUM_BINS, NUM_CLASSES, NUM_SURE, bins_of
 from paceline.errors import ArtefactError
 from paceline.files import write_atomically
 
@@ -53,15 +53,23 @@ def assumed_lookup_chances() -> NDArray[np.float64]:
 
 @dataclass(frozen=True, slots=True)
 class Chances:
-    """A cascade's calibrated chances. tables: [L, NUM_CLASSES]; prospects: [M, NUM_BINS, 2]."""
+    """A cascade's calibrated chances.
+
+    tables: [L, NUM_CLASSES]; prospects: [M, NUM_BINS, 2]; if_sure: [M, NUM_SURE] by a model's own
+    probability.
+    """
 
     tables: NDArray[np.float64]
     prospects: NDArray[np.float64]
+    if_sure: NDArray[np.float64]
 
     @classmethod
     def assumed(cls, num_lookups: int, num_models: int) -> Chances:
         tables = np.tile(assumed_lookup_chances(), (num_lookups, 1))
-        return cls(tables, np.tile(np.array(_UNKNOWN_MODEL), (num_models, NUM_BINS, 1)))
+        prospects = np.tile(np.array(_UNKNOWN_MODEL), (num_models, NUM_BINS, 1))
+        # a model's probability is its chance
+        middles = (np.arange(NUM_SURE) + 0.5) / NUM_SURE
+        return cls(tables, prospects, np.tile(middles, (num_models, 1)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +77,14 @@ class PartReplays:
     """The replays of a cascade's parts along one output of T tokens.
 
     nodes: [L] the lookups' drafts at each position. accepted, drafted: [M, T - 1] of the models, at
-    full length. weight: of the models' tokens, [M].
+    full length. sure: [M, T - 1] the models' probabilities along the output, below 0 if not known.
+    weight: of the models' tokens, [M].
     """
 
     nodes: Sequence[DraftNodes]
     drafted: NDArray[np.int64]
     accepted: NDArray[np.int64]
+    sure: NDArray[np.float64]
     weight: NDArray[np.float64]
 
 
@@ -107,7 +117,22 @@ def fit_chances(replays: Sequence[PartReplays], num_lookups: int, num_models: in
     whole = good.sum(axis=1, keepdims=True) + _PRIOR_WEIGHT * assumed.prospects[:, :1]
     whole = whole / (tried.sum(axis=1, keepdims=True) + _PRIOR_WEIGHT)
     prospects = (good + _PRIOR_WEIGHT * whole) / (tried + _PRIOR_WEIGHT)
-    return Chances(tables, prospects)
+    return Chances(tables, prospects, _fit_if_sure(replays, assumed.if_sure))
+
+
+def _fit_if_sure(
+    replays: Sequence[PartReplays], assumed: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return the share of right tokens by the model's probability for them, [M, NUM_SURE]."""
+    seen, right = np.zeros((2, *assumed.shape))
+    for replay in replays:
+        for model, sure in enumerate(replay.sure):
+            known = sure >= 0.0
+            classes = np.minimum((sure[known] * NUM_SURE).astype(np.int64), NUM_SURE - 1)
+            np.add.at(seen[model], classes, 1.0)
+            np.add.at(right[model], classes, replay.accepted[model][known] > 0)
+    fitted: NDArray[np.float64] = (right + _PRIOR_WEIGHT * assumed) / (seen + _PRIOR_WEIGHT)
+    return fitted
 
 
 def bins_along(
@@ -137,22 +162,21 @@ class _ArmChances(BaseModel):
     parts: tuple[str, ...]
     tables: list[list[float]]
     prospects: list[list[list[float]]]
+    if_sure: list[list[float]]
 
     def as_chances(self) -> Chances:
         num_lookups = len(self.tables)
         num_models = len(self.parts) - num_lookups
-        tables, prospects = (np.array(own, np.float64) for own in (self.tables, self.prospects))
-        if num_models == 0:
-            prospects = prospects.reshape(-1, NUM_BINS, 2)  # a list without models has no shape
-        expected = ((num_lookups, NUM_CLASSES), (num_models, NUM_BINS, 2))
-        if num_lookups < 1 or (tables.shape, prospects.shape) != expected:
-            raise ValueError(
-                f"chances {tables.shape}, {prospects.shape} do not fit {len(self.parts)} parts"
-            )
-        for values in (tables, prospects):
+        arrays = [np.array(own, np.float64) for own in (self.tables, self.prospects, self.if_sure)]
+        shapes = [(num_lookups, NUM_CLASSES), (num_models, NUM_BINS, 2), (num_models, NUM_SURE)]
+        if num_models == 0:  # lists without models have no shape
+            arrays[1:] = [own.reshape(0, *shape[1:]) for own, shape in zip(arrays[1:], shapes[1:], strict=True)]
+        if num_lookups < 1 or [own.shape for own in arrays] != shapes:
+            raise ValueError(f"chances do not fit the {len(self.parts)} parts")
+        for values in arrays:
             if not ((values > 0.0) & (values <= 1.0)).all():
                 raise ValueError("a chance is not above 0 and at most 1")
-        return Chances(tables, prospects)
+        return Chances(*arrays)
 
 
 class _CalibrationFile(BaseModel):
@@ -170,7 +194,10 @@ def save_calibration(folder: Path, calibration: Calibration) -> None:
     file = _CalibrationFile(
         cascades={
             arm: _ArmChances(
-                parts=parts, tables=chances.tables.tolist(), prospects=chances.prospects.tolist()
+                parts=parts,
+                tables=chances.tables.tolist(),
+                prospects=chances.prospects.tolist(),
+                if_sure=chances.if_sure.tolist(),
             )
             for arm, (parts, chances) in calibration.items()
         }

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -24,9 +24,11 @@ from paceline.drafting.base import Drafter, Needs
 from paceline.drafting.cascade.calibration import Chances
 from paceline.drafting.cascade.prices import Prices, assumed_prices, read_prices
 from paceline.drafting.contract import blaming, read_drafts, read_length
+from paceline.drafting.draft_model import DraftModel
 from paceline.drafting.draft_replay import CachedReplay, SimpleRow
 from paceline.drafting.suffix_lookup import SuffixLookup
 from paceline.errors import ConfigError
+from paceline.models.packing import ChainEnds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -68,6 +70,16 @@ class _State:
     base: np.ndarray | None = None  # [n] chances by class
 
 
+class _Wish(NamedTuple):
+    """A row that a model is asked for: its place, the longest chain, and the prices of lengths."""
+
+    row: int
+    longest: int
+    least: float  # hope
+    verifying: np.ndarray  # [W + 1]
+    drafting: np.ndarray  # [W + 1]
+
+
 class Cascade(Drafter):
     """Lookups first, then models. The parts are arms themselves."""
 
@@ -100,7 +112,7 @@ class Cascade(Drafter):
             same_vocabulary=any(n.same_vocabulary for n in needs),
             target_weights=any(n.target_weights for n in needs),
         )
-        self.chances = Chances.assumed(len(self.lookups), len(self.models))
+        self.calibrate(Chances.assumed(len(self.lookups), len(self.models)))
         self._costs: CostTable | None = None
         self._prices: dict[int, Prices] = {}  # by rows in flight
         self._states: dict[int, _State] = {}
@@ -125,6 +137,7 @@ class Cascade(Drafter):
     def calibrate(self, chances: Chances) -> None:
         """Take chances that were learned from replay, lookups and models in the order of `parts`."""
         self.chances = chances
+        self._if_sure = [tuple(table) for table in chances.if_sure.tolist()]
 
     def _prices_at(self, rows: int) -> Prices:
         prices = self._prices.get(rows)
@@ -173,7 +186,7 @@ class Cascade(Drafter):
         out = np.full((2, len(rows), width), -1, dtype=np.int64)  # tokens, parents
         chances = np.zeros((len(rows), width))
         sizes, is_tree = [0] * len(rows), False
-        asked: dict[int, list[tuple[int, int]]] = {}  # model -> (row, tokens)
+        asked: dict[int, list[_Wish]] = {}  # by model
         rooms = np.zeros(len(self.models), dtype=np.int64)
         of_parts = np.zeros((len(self.parts), width))
         models = list(self.models.values())
@@ -187,12 +200,13 @@ class Cascade(Drafter):
                 rooms[:] = [model.longest_draft(row) for model in models]
                 unread = [num_tokens - 1 - read for read in state.read]
                 drafting = drafting + (prices.reading * unread)[:, None]
-            part, length, sure, branches = kernels.choose(
+            part, length, bin_here, branches, least = kernels.choose(
                 found[2, :, i], found[1, :, i], lengths[:, i], limits[i], self.chances.tables,
                 self.chances.prospects, state.seen, verifying, drafting, rooms, of_parts,
             )  # fmt: skip
             if not self.stops_early and models:
-                part, length = L, min(limits[i], self.num_draft_tokens, int(rooms[0]))
+                part, least = L, 0.0
+                length = min(limits[i], self.num_draft_tokens, int(rooms[0]))
             state.part, state.num_tokens = part if length else -1, num_tokens
             if not length:
                 continue
@@ -206,20 +220,22 @@ class Cascade(Drafter):
                 state.base = table[found[2, part, i, :length]]
                 continue
             model = part - L
-            state.base = self.chances.prospects[model, sure]  # of the first token and of others
+            state.base = self.chances.prospects[model, bin_here]  # of the first token and of others
             state.read[model] = num_tokens - 1
-            asked.setdefault(model, []).append((i, length))
-        for model, members in asked.items():
-            self._ask(model, members, rows, out, sizes)
+            longest = length
+            if self._is_sure(models[model], row):
+                longest = min(limits[i], self.num_draft_tokens, int(rooms[model]))
+            wish = _Wish(i, longest, least, verifying, drafting[model])
+            asked.setdefault(model, []).append(wish)
+        proposed = [0] * len(rows)
+        for model, wishes in asked.items():
+            self._ask(models[model], model, wishes, rows, out, chances, sizes, proposed)
         longest = max(sizes)
         drafts = Drafts(
             torch.from_numpy(out[0, :, :longest]),
             sizes,
             chances=chances[:, :longest],
-            proposed=[
-                size if self._states[row.id].part >= L else 0
-                for row, size in zip(rows, sizes, strict=True)
-            ],
+            proposed=proposed,
         )
         if is_tree:
             drafts.parents = torch.from_numpy(out[1, :, :longest])
@@ -238,28 +254,72 @@ class Cascade(Drafter):
             lengths[place] = [tree.num_tokens for tree in trees]
         return found, lengths
 
+    def _is_sure(self, model: Drafter, row: RowView) -> bool:
+        """Return whether the model's own probabilities end its chain for the row."""
+        is_greedy = row.sampling.method != "invariant"
+        return is_greedy and isinstance(model, DraftModel) and model.stop.stop == "fixed"
+
     def _ask(
         self,
+        part: Drafter,
         model: int,
-        members: Sequence[tuple[int, int]],
+        wishes: Sequence[_Wish],
         rows: Sequence[RowView],
         out: np.ndarray,
+        chances: np.ndarray,
         sizes: list[int],
+        proposed: list[int],
     ) -> None:
-        """Write a model's chains for some rows into tokens and parents [2, R, W], and their sizes."""
-        name, part = list(self.models.items())[model]
-        own = [_for_parts(rows[i]) for i, _ in members]
-        limits = [length for _, length in members]
-        with blaming(name, "part"):
-            drafts = read_drafts(part.propose(own, limits), own, limits, read_length(part))
-        for (i, _), draft in zip(members, drafts, strict=True):
-            state, size = self._states[rows[i].id], len(draft.tokens)
-            sizes[i] = size
-            out[0, i, :size] = draft.tokens
-            out[1, i, :size] = range(-1, size - 1) if draft.parents is None else draft.parents
+        """Write a model's chains for some rows: tokens and parents [2, R, W], chances [R, W], sizes."""
+        sure_of: dict[bool, list[_Wish]] = {True: [], False: []}
+        for wish in wishes:
+            sure_of[self._is_sure(part, rows[wish.row])].append(wish)
+        chains: list[tuple[_Wish, list[int]]] = []
+        if plain := sure_of[False]:
+            own, limits = [_for_parts(rows[w.row]) for w in plain], [w.longest for w in plain]
+            with blaming(part.name, "part"):
+                drafts = read_drafts(part.propose(own, limits), own, limits, read_length(part))
+            chains += [(wish, draft.tokens) for wish, draft in zip(plain, drafts, strict=True)]
+            for wish, draft in zip(plain, drafts, strict=True):
+                proposed[wish.row] = len(draft.tokens)
+        if sure_of[True]:
+            chains += self._ask_sure(part, model, sure_of[True], rows, chances, proposed)
+        for wish, tokens in chains:
+            state, size = self._states[rows[wish.row].id], len(tokens)
+            sizes[wish.row] = size
+            out[0, wish.row, :size] = tokens
+            out[1, wish.row, :size] = np.arange(-1, size - 1)
             assert state.base is not None
-            state.nodes = out[:, i, :size]
+            state.nodes = out[:, wish.row, :size]
             state.base = state.base[np.minimum(np.arange(size), 1)]
+            if not size:
+                state.part = -1
+
+    def _ask_sure(
+        self,
+        part: Any,
+        model: int,
+        wishes: Sequence[_Wish],
+        rows: Sequence[RowView],
+        chances: np.ndarray,
+        proposed: list[int],
+    ) -> list[tuple[_Wish, list[int]]]:
+        """Return the chains of a model that ends them by its own probabilities, cut where it pays."""
+        table = self.chances.if_sure[model]
+        ends = ChainEnds(self._if_sure[model], [wish.least for wish in wishes])
+        own, limits = [_for_parts(rows[w.row]) for w in wishes], [w.longest for w in wishes]
+        with blaming(part.name, "part"):
+            drafted, sure = part.draft_while_sure(own, limits, ends)
+        chains = []
+        for wish, tokens, probabilities in zip(wishes, drafted, sure, strict=True):
+            size = proposed[wish.row] = len(tokens)
+            if self.stops_early:
+                size = self._kernels.cut_chain(
+                    np.array(probabilities), table, wish.verifying, wish.drafting[size],
+                    chances[wish.row],
+                )  # fmt: skip
+            chains.append((wish, tokens[:size]))
+        return chains
 
     def _learn(self, state: _State, row: RowView, num_tokens: int) -> None:
         """Count the last draft's tokens by what was written instead."""

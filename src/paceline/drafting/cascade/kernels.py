@@ -5,10 +5,13 @@ accepted together with its parents, in the seconds that the round takes. The rul
 length with the most expected tokens per second. Engine and replay call the same functions.
 
 A chance is calibrated from replay by the token's *class*, and multiplied by a factor for what the
-part has shown in this request. A lookup's classes are those of its evidence; a model's are the *bins*
-of how sure the lookups are, since a text that a lookup can continue is easy for a model, too. Symbols: L
-lookups, M models, P = L + M parts in this order, K nodes of a lookup's draft, W the longest draft, T
-output tokens, C buckets of contexts.
+part has shown in this request. A lookup's classes are those of its evidence; a model's, before it is
+asked, are the *bins* of how sure the lookups are, since a text that a lookup can continue is easy for a
+model, too. While a model drafts, its own probabilities tell more: its chain ends where a further token
+costs more than it promises, and the end that does not pay is cut off.
+
+Symbols: L lookups, M models, P = L + M parts in this order, K nodes of a lookup's draft, W the longest
+draft, T output tokens, C buckets of contexts.
 """
 
 from __future__ import annotations
@@ -22,6 +25,9 @@ from paceline.compiled import compiled
 NUM_CLASSES: Final = 256  # of evidence: in the row's own text, and in answers to others
 NUM_BINS: Final = 8
 """Bins of how sure the lookups are: 0 without any draft, then by the chance of the best first token."""
+
+NUM_SURE: Final = 16
+"""Classes of a drafted token by its model's probability for it, of equal width."""
 
 MAX_CHANCE: Final = 0.98
 EXPECTED, ACCEPTED = 0, 1
@@ -79,8 +85,11 @@ def choose(
     drafting: np.ndarray,
     rooms: np.ndarray,
     chances: np.ndarray,
-) -> tuple[int, int, int, bool]:
-    """Return (part, tokens to draft, bin, whether they branch) of the round; part -1 drafts nothing.
+) -> tuple[int, int, int, bool, float]:
+    """Return (part, tokens to draft, bin, whether they branch, least hope) of the round.
+
+    Part -1 drafts nothing. A model may go on while the chance of all its tokens is at least the least
+    hope, see `least_hope`.
 
     evidence, parents: [L, K] of the lookups' drafts, of lengths [L]. tables: [L, NUM_CLASSES].
     prospects: [M, NUM_BINS, 2] chances of a model's first token and of each further one. seen: [P, 2].
@@ -114,7 +123,55 @@ def choose(
     branches = False
     for node in range(length if 0 <= part < len(lengths) else 0):
         branches |= parents[part, node] != node - 1
-    return part, length, sure, branches
+    least = 0.0
+    if part >= len(lengths):
+        model = part - len(lengths)
+        factor = factor_of(seen[part], _MODEL_WEIGHT)
+        following = min(MAX_CHANCE, prospects[model, sure, 1] * factor)
+        least = least_hope(best, following, verifying, drafting[model], length)
+    return part, length, sure, branches, least
+
+
+@compiled
+def least_hope(
+    rate: float, following: float, verifying: np.ndarray, drafting: np.ndarray, length: int
+) -> float:
+    """Return the chance of a chain's tokens below which a further one does not pay.
+
+    rate: expected tokens per second of the round. following: the chance of a further token. verifying,
+    drafting: [W + 1]. length: about how long the chain is.
+    """
+    last = len(verifying) - 1
+    shorter = min(length, last - 1)
+    more = verifying[shorter + 1] - verifying[shorter] + drafting[last] / last
+    hope: float = min(rate * max(more, 0.0) / following, 1.0)
+    return hope
+
+
+@compiled
+def sure_class(sure: float) -> int:
+    """Return the class of a model's probability."""
+    return min(int(sure * NUM_SURE), NUM_SURE - 1)
+
+
+@compiled
+def cut_chain(
+    sure: np.ndarray, table: np.ndarray, verifying: np.ndarray, spent: float, chances: np.ndarray
+) -> int:
+    """Return the number of a chain's tokens to verify for the most expected tokens per second.
+
+    sure: [n <= W] its tokens' probabilities. table: [NUM_SURE] chances. spent: seconds of the draft.
+    chances: receives P_i.
+    """
+    length, best = 0, 1.0 / (verifying[0] + spent)
+    chance, expected = 1.0, 1.0
+    for k in range(len(sure)):
+        chance *= min(MAX_CHANCE, table[sure_class(sure[k])])
+        chances[k] = chance
+        expected += chance
+        if expected > best * (verifying[k + 1] + spent):
+            length, best = k + 1, expected / (verifying[k + 1] + spent)
+    return length
 
 
 @compiled
@@ -153,8 +210,10 @@ def walk(
     lengths: np.ndarray,
     drafted: np.ndarray,
     accepted: np.ndarray,
+    sure: np.ndarray,
     tables: np.ndarray,
     prospects: np.ndarray,
+    chances_if_sure: np.ndarray,
     verifying: np.ndarray,
     drafting: np.ndarray,
     reading: np.ndarray,
@@ -162,12 +221,14 @@ def walk(
     max_total_output: int,
     bucket: int,
 ) -> np.ndarray:
-    """Return the rounds of a cascade along an output, [rounds, 4] int64.
+    """Return the rounds of a cascade along an output, [rounds, 3] int64.
 
-    The columns are drafted tokens, accepted ones, tokens drafted by a model, and the model's place + 1.
+    The columns are drafted tokens, accepted ones, and tokens that a model drafted.
     evidence, parents, kept: [L, T - 1, K] of the lookups' drafts at each position; kept: whether the
     node equals the output, with its parents. lengths: [L, T - 1]. drafted, accepted: [M, T - 1] of the
-    models at full length. tables, prospects: as in `choose`. verifying: [C, W + 1] and drafting: [C, M,
+    models at full length. sure: [M, T - 1] their probabilities along the output; below 0 where a model's
+    chain has the length that was chosen. chances_if_sure: [M, NUM_SURE]. tables, prospects: as in
+    `choose`. verifying: [C, W + 1] and drafting: [C, M,
     W + 1], by contexts of `bucket` tokens. reading: [M] seconds per token that a model has not read.
     """
     L, num_positions, K = evidence.shape
@@ -177,7 +238,7 @@ def walk(
     read = np.zeros(M, dtype=np.int64)  # position up to which each model has read
     priced = np.zeros((M, drafting.shape[2]))
     rooms = np.zeros(M, dtype=np.int64)
-    rounds = np.zeros((num_positions, 4), dtype=np.int64)
+    rounds = np.zeros((num_positions, 3), dtype=np.int64)
     count = place = 0
     while place < num_positions:
         # `place` is a position less 1: so many tokens were emitted after the prefill's own
@@ -186,7 +247,7 @@ def walk(
         for model in range(M):
             priced[model] = drafting[at, model] + reading[model] * (place - read[model])
             rooms[model] = drafted[model, place]
-        part, length, sure, _ = choose(
+        part, length, bin_here, _, least = choose(
             evidence[:, place], parents[:, place], lengths[:, place], limit, tables, prospects,
             seen, verifying[at], priced, rooms, chances,
         )  # fmt: skip
@@ -199,17 +260,45 @@ def walk(
         elif part >= L:
             model = part - L
             read[model] = place
+            rounds[count, 2] = length
+            if sure[model, place] >= 0.0:
+                longest = min(limit, rooms[model], verifying.shape[1] - 1)
+                along = _draft_along(sure[model], place, longest, chances_if_sure[model], least)
+                rounds[count, 2] = len(along)
+                length = cut_chain(
+                    along, chances_if_sure[model], verifying[at], priced[model, len(along)],
+                    chances[part],
+                )  # fmt: skip
             right = min(length, accepted[model, place])
-            rounds[count, 2], rounds[count, 3] = length, model + 1
             for k in range(min(right + 1, length)):
                 if place + k < num_positions:
-                    seen[part, EXPECTED] += prospects[model, sure, min(k, 1)]
+                    seen[part, EXPECTED] += prospects[model, bin_here, min(k, 1)]
             seen[part, ACCEPTED] += right
         right = min(right, num_positions - place)
         rounds[count, 0], rounds[count, 1] = length, right
         count += 1
         place += right + 1
     return rounds[:count].copy()
+
+
+@compiled
+def _draft_along(
+    sure: np.ndarray, place: int, longest: int, table: np.ndarray, least: float
+) -> np.ndarray:
+    """Return the probabilities of the tokens that a model drafts before its hope is too small.
+
+    sure: [T - 1] along the output, which a chain leaves at its first wrong token; after the output's
+    end the last one is repeated.
+    """
+    along = np.empty(longest)
+    hope, count = 1.0, 0
+    while count < longest:
+        along[count] = sure[min(place + count, len(sure) - 1)]
+        hope *= table[sure_class(along[count])]
+        count += 1
+        if hope < least:
+            break
+    return along[:count]
 
 
 @compiled

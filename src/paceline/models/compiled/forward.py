@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from paceline.models.packing import Draw, Span
+    from paceline.models.packing import ChainEnds, Draw, Span
     from paceline.models.sublayers import LayerSubset
 
 
@@ -115,6 +115,31 @@ class CompiledForward:
             job.run(limit=num_tokens)
             flat = job.integers(t.CHAIN, len(spans) * num_drafted)
         return [flat[i : i + num_drafted] for i in range(0, len(flat), num_drafted)]
+
+    def sure_chain(
+        self,
+        tokens: Sequence[int],
+        spans: Sequence[Span],
+        cache: PackedRows,
+        num_drafted: int,
+        num_tokens: int,
+        ends: ChainEnds,
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Return (chains, their tokens' probabilities) of the most likely ids, up to the steps' end.
+
+        All rows take the steps of the row that ends last.
+        """
+        picked = [end - 1 for end in itertools.accumulate(span.width for span in spans)]
+        rows = len(spans)
+        with borrowed() as lent:
+            job = Job(self._runnable, lent)
+            job.pack(tokens, spans, None, cache, picked, num_drafted, ends=ends)
+            job.run(limit=num_tokens)
+            flat = job.integers(t.CHAIN, rows * num_drafted)
+            sure = job.floats(t.SURENESS, rows * num_drafted)
+            [ended] = job.integers(t.ENDING, 1)
+        steps, firsts = ended or num_drafted, range(0, rows * num_drafted, num_drafted)
+        return [flat[i : i + steps] for i in firsts], [sure[i : i + steps] for i in firsts]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [..., V] float32 of final hidden states [..., D]."""

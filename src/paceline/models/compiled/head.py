@@ -5,7 +5,7 @@ Symbols: P picked places, of which logits are wanted.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from paceline.models.compiled.memory import (
     get_int,
     load,
     load_bf16,
+    put_atomic,
     put_f32,
     put_field,
     put_int,
@@ -29,9 +30,11 @@ from paceline.models.compiled.sharing import in_pieces
 from paceline.models.compiled.tables import (
     BEST,
     CHAIN,
+    CHANCES,
     CHOICES,
     COLDNESS_F,
     DRAWN_AT,
+    ENDING,
     EPSILON_F,
     FINAL_NORM,
     FIRST,
@@ -40,9 +43,11 @@ from paceline.models.compiled.tables import (
     HIDDEN,
     HIDDEN_OUT,
     HIDDEN_ROOM,
+    HOPE_F,
     IDS,
     INPUTS,
     LAYERS,
+    LEAST_HOPE_F,
     LIMIT,
     LOGIT_CAP_F,
     LOGIT_SCALE_F,
@@ -56,22 +61,28 @@ from paceline.models.compiled.tables import (
     START,
     STEPS,
     STREAM,
+    SURENESS,
     TOKENS,
     VOCABULARY_GROUPS,
+    WEIGHS,
     WIDTH,
 )
 from paceline.models.compiled.vectors import (
     compiled,
+    exp,
     first_bit,
     has_nan,
     lanes_equal,
     larger,
     max_lanes,
     splat,
+    sum_lanes,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+_NEGLIGIBLE: Final = np.float32(-20)  # logits so far below the largest have no weight
 
 
 def make_final_norm(dtype: str, rows: Rows) -> Callable[..., Any]:
@@ -145,6 +156,16 @@ def _note_best(tile, best, first_id):
 
 
 @compiled
+def _note_mass(tile, best):
+    """Write next to the largest of 64 logits, at `best`, the sum of exp(logit - largest)."""
+    most, mass = splat(get_f32(best)), splat(np.float32(0))
+    for at in range(0, 64, 16):
+        mass = mass + exp(load(tile + 4 * at) - most)
+    # a group of which no id may be chosen has no largest logit
+    put_f32(best + 4, sum_lanes(mass) if get_f32(best) > np.float32(-np.inf) else np.float32(0))
+
+
+@compiled
 def _scale_logits(model, tile, target):
     """Scale and cap 64 logits in place, and copy them to an address unless it is 0."""
     scale, cap = splat(float_field(model, LOGIT_SCALE_F)), float_field(model, LOGIT_CAP_F)
@@ -192,6 +213,8 @@ def make_head(multiply: Callable[..., Any], rows: Rows, word: int) -> Callable[.
                 note_winner(span, at, note, 64 * group)
             else:
                 _note_best(at, note, 64 * group)
+                if field(job, WEIGHS) != 0:
+                    _note_mass(at, note)
 
     return in_pieces(head_piece)
 
@@ -213,6 +236,33 @@ def _choose(job, groups, place):
 
 
 @compiled
+def _sureness(job, groups, place):
+    """Return the probability of the most likely id of a place, 0 if it is not finite."""
+    picked, best = field(job, NUM_PICKED), field(job, BEST)
+    most, mass = get_f32(best + 16 * place), np.float32(0)
+    for group in range(1, groups):
+        most = max(most, get_f32(best + 16 * (group * picked + place)))
+    for group in range(groups):
+        note = best + 16 * (group * picked + place)
+        behind = get_f32(note) - most
+        if behind > _NEGLIGIBLE:
+            mass += get_f32(note + 4) * np.exp(behind)
+    return np.float32(1) / mass if mass > np.float32(0) else np.float32(0)
+
+
+@compiled
+def _weigh(job, groups, place, step):
+    """Note how sure a row's new token is; return whether its chain has ended."""
+    span = field(job, SPANS) + 8 * SPAN_SIZE * place
+    sure = _sureness(job, groups, place)
+    put_f32(field(job, SURENESS) + 4 * (place * field(job, STEPS) + step), sure)
+    at = min(int(sure * np.float32(CHANCES)), CHANCES - 1)
+    hope = float_field(span, HOPE_F) * get_f32(field(job, ENDING) + 8 * (1 + at))
+    put_f32(span + 8 * HOPE_F, hope)
+    return hope < float_field(span, LEAST_HOPE_F)
+
+
+@compiled
 def _begin_step(job):
     """Make each row's chosen id the token of the next step of a chain."""
     for row in range(field(job, ROWS)):
@@ -230,12 +280,16 @@ def _begin_step(job):
 
 @compiled
 def _choose_piece(job, model, step, private, piece, is_first):
-    steps = field(job, STEPS)
+    steps, has_ended = field(job, STEPS), field(job, WEIGHS) != 0
     for place in range(field(job, NUM_PICKED)):
         found = _choose(job, field(model, VOCABULARY_GROUPS), place)
         put_int(field(job, CHOICES) + 8 * place, found)
         if steps > 0:
             put_int(field(job, CHAIN) + 8 * (place * steps + step), found)
+        if field(job, WEIGHS) != 0:
+            has_ended = _weigh(job, field(model, VOCABULARY_GROUPS), place, step) and has_ended
+    if has_ended:
+        put_atomic(field(job, ENDING), step + 1)
     if steps > 0:
         _begin_step(job)
 

@@ -7,6 +7,7 @@ W tokens of a tree.
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from paceline.models.compiled.cache import PackedRows
     from paceline.models.compiled.team import Lent
     from paceline.models.compiled.weights import PackedModel
-    from paceline.models.packing import Draw, Span
+    from paceline.models.packing import ChainEnds, Draw, Span
     from paceline.models.sublayers import LayerSubset
 
 _SCORE_UNIT: Final = 256  # positions; rows of scores are rounded up to it
@@ -50,6 +51,7 @@ class _Shape(NamedTuple):
     queries: int  # of a piece of attention
     score_room: int
     width: int  # of the widest tree, else 0
+    weighs: bool = False  # whether a chain may end by its tokens' probabilities
 
 
 class _Layout:
@@ -75,10 +77,12 @@ class _Layout:
             t.BEST: model.logit_room // 64 * shape.picked * 16,
             t.CHOICES: shape.picked * 8,
             t.CHAIN: shape.rows * shape.steps * 8,
+            t.SURENESS: shape.rows * shape.steps * 4 if shape.weighs else 0,
             t.IDS: shape.tokens * 8,
             t.POSITIONS: shape.tokens * 8,
             t.PICKED: shape.picked * 8,
             t.SPANS: shape.rows * t.SPAN_SIZE * 8,
+            t.ENDING: (1 + t.CHANCES) * 8 if shape.weighs else 0,
             t.SKIPPED: 2 * model.num_layers * 8,
             t.SCRATCH: self.scratch_stride * shape.threads,
         }
@@ -150,10 +154,11 @@ class Job:
         steps: int = 0,
         skip: LayerSubset | None = None,
         draws: Sequence[Draw | None] | None = None,
+        ends: ChainEnds | None = None,
     ) -> None:
         """Write the rows of a forward. picked: places of which logits are wanted.
 
-        draws: of the rows of a chain; None for the most likely tokens.
+        draws: of the rows of a chain; None for the most likely tokens. ends: of such a chain.
         """
         packed, more = self._packed, max(0, steps - 1)
         numbers: list[int] = []
@@ -174,7 +179,10 @@ class Job:
             else:
                 positions.extend(range(span.start, stop))
             draw = _GREEDY if draws is None else _draw_fields(draws[i])
-            numbers += (first, span.width, span.start, *cache.place(span.slot), *draw, address)
+            least = 0 if ends is None else float_bits(ends.least[i])
+            numbers += (
+                first, span.width, span.start, *cache.place(span.slot), *draw, address, _ONE, least,
+            )  # fmt: skip
             first += span.width
             longest, widest = max(longest, stop + more), max(widest, span.width)
         packed.reserve_positions(longest)
@@ -182,10 +190,13 @@ class Job:
         queries = (self._runnable.query_tokens if splits else widest) * packed.groups
         room = rounded(longest, _SCORE_UNIT)
         shape = _Shape(
-            first, len(spans), len(picked), steps, _num_threads(), queries, room, widest_tree
-        )
+            first, len(spans), len(picked), steps, _num_threads(), queries, room, widest_tree,
+            ends is not None,
+        )  # fmt: skip
         flags = () if skip is None else _flags(skip, packed.num_layers)
-        layout = self._place(shape, (*tokens, *positions, *picked, *numbers, *flags))
+        ending = () if ends is None else (0, *_bits_of(ends.chances))
+        layout = self._place(shape, (*tokens, *positions, *picked, *numbers, *ending, *flags))
+        self._weighs = int(ends is not None)
         self._head = (
             packed.address, self._runnable.run_address, first, len(spans), len(picked), steps,
             room, layout.scratch_stride, int(splits), self._runnable.query_tokens,
@@ -195,6 +206,7 @@ class Job:
     def pack_hidden(self, places: int) -> None:
         """Ask for the logits of given final hidden states, which `run` takes."""
         layout = self._place(_Shape(0, 0, places, 0, _num_threads(), 0, 0, 0), range(places))
+        self._weighs = 0
         self._head = (
             self._packed.address, self._runnable.run_address, 0, 0, places, 0,
             0, layout.scratch_stride, 0, 1, 0, 0,
@@ -216,6 +228,13 @@ class Job:
         found: list[int] = self._lent.workspace.integers[at : at + count].tolist()
         return found
 
+    def floats(self, field: int, count: int) -> list[float]:
+        """Return float32 numbers that the job has written."""
+        at = self._layout.at[field] // 4
+        written = self._lent.workspace.integers.view(np.float32)[at : at + count]
+        found: list[float] = written.tolist()
+        return found
+
     def run(
         self, hidden: Tensor | None = None, logits: Tensor | None = None, limit: int | None = None
     ) -> None:
@@ -231,6 +250,7 @@ class Job:
             0 if hidden is None else hidden.data_ptr(),
             0 if logits is None else logits.data_ptr(),
             self._packed.num_logits if limit is None else limit,
+            self._weighs,
             *self._layout.addresses(workspace.base),
         )
         self._lent.run(self._threads)
@@ -249,7 +269,13 @@ def paths_of(parents: Sequence[int]) -> list[list[int]]:
     return paths
 
 
+@lru_cache(maxsize=64)
+def _bits_of(chances: tuple[float, ...]) -> tuple[int, ...]:
+    return tuple(map(float_bits, chances))
+
+
 _GREEDY: Final = (0, 0, 0)
+_ONE: Final = float_bits(1.0)
 
 
 def _draw_fields(draw: Draw | None) -> tuple[int, int, int]:

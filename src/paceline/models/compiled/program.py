@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from paceline.models.compiled.amx import configure_tiles, release_tiles
 from paceline.models.compiled.head import choose_phase, make_final_norm, make_head
 from paceline.models.compiled.layer import make_layer
-from paceline.models.compiled.memory import field, put_field
+from paceline.models.compiled.memory import field, get_atomic, put_field
 from paceline.models.compiled.phases import (
     CHOOSE_PHASE,
     END_PHASES,
@@ -26,6 +26,7 @@ from paceline.models.compiled.rows import make_rows
 from paceline.models.compiled.sharing import phase_bytes
 from paceline.models.compiled.tables import (
     COUNTERS,
+    ENDING,
     LAYER_SIZE,
     LAYER_TABLE,
     LAYERS,
@@ -36,6 +37,7 @@ from paceline.models.compiled.tables import (
     THREADS,
     TILE_CONFIG,
     TOKENS,
+    WEIGHS,
 )
 from paceline.models.compiled.vectors import compiled
 
@@ -101,7 +103,7 @@ def _make_steps(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
                 and run_layers(job, model, layers, phase + size, size, thread, tag)
                 and run_end(job, model, step, end, size, thread, tag)
             )
-            if not is_on:
+            if not is_on or (field(job, WEIGHS) != 0 and get_atomic(field(job, ENDING)) != 0):
                 return
             phase = end + END_PHASES * size
             # of the thread's own table: a further step of a chain has a token per row

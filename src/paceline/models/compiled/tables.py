@@ -87,6 +87,7 @@ def rounded(number: int, unit: int) -> int:
     HIDDEN_OUT,  # address for final hidden states [N, HIDDEN_ROOM] in the dtype of the model, or 0
     LOGITS,  # address for float32 [NUM_PICKED, VOCABULARY_GROUPS * 64], or 0
     LIMIT,  # ids below it may be chosen
+    WEIGHS,  # whether a chain's probabilities are wanted, and may end it
     # addresses of its buffers
     STREAM,  # float32 [N, HIDDEN_ROOM], the residual stream
     INPUTS,  # inputs of the next product [N, HIDDEN_ROOM]
@@ -97,10 +98,12 @@ def rounded(number: int, unit: int) -> int:
     BEST,  # (float32, int64) by group and place: the largest logit and its id
     CHOICES,  # int64 [NUM_PICKED]: the most likely ids, -1 where they are not finite
     CHAIN,  # int64 [ROWS, STEPS], the drafted ids
+    SURENESS,  # float32 [ROWS, STEPS], their probabilities, if WEIGHS
     IDS,  # int64 [N], the tokens' ids
     POSITIONS,  # int64 [N]
     PICKED,  # int64 [NUM_PICKED]
     SPANS,  # ROWS tables
+    ENDING,  # int64: the steps done when all rows had ended, else 0; then CHANCES in lower halves
     SKIPPED,  # int64 [2 * LAYERS]: 1 where attention, and then the MLP, is left out
     SCRATCH,  # of the first thread
     # what belongs to the workspace
@@ -111,7 +114,9 @@ def rounded(number: int, unit: int) -> int:
     CURRENT,  # address of the running job's tag, 0 while the table is being written
     COPIES,  # address of a copy of this table for each thread
     JOB_SIZE,
-) = range(37)
+) = range(40)
+CHANCES: Final = 16
+"""Classes of a drafted token by its probability; each has a chance of acceptance."""
 COPY_BYTES: Final = rounded(8 * JOB_SIZE, 64)
 FIRST_BUFFER: Final = STREAM
 NUM_BUFFERS: Final = SCRATCH - STREAM + 1
@@ -127,5 +132,7 @@ NUM_BUFFERS: Final = SCRATCH - STREAM + 1
     DRAWN_AT,  # position in the text of the token that a step draws
     COLDNESS_F,  # 1 / temperature; 0: the most likely token
     PATHS,  # address of int64 [WIDTH, WIDTH + 1]: number of ancestors and their places; 0: a chain
+    HOPE_F,  # product of the chances of its drafted tokens, if WEIGHS
+    LEAST_HOPE_F,  # below it the row's chain has ended
     SPAN_SIZE,
-) = range(10)
+) = range(12)

@@ -20,7 +20,7 @@ from paceline.drafting.cascade.calibration import (
     load_calibration,
     save_calibration,
 )
-from paceline.drafting.cascade.kernels import NUM_BINS, NUM_CLASSES
+from paceline.drafting.cascade.kernels import NUM_BINS, NUM_CLASSES, NUM_SURE
 from paceline.errors import ArtefactError
 from paceline.store.records import DraftNodes
 
@@ -65,7 +65,10 @@ def draw_replays(seed: int, L: int, M: int, N: int) -> list[PartReplays]:
         nodes = [draw_nodes(rng, T - 1) for _ in range(L)]
         weight = rng.choice([0.1, 1.0], M)
         replays.append(
-            PartReplays(nodes=nodes, drafted=drafted, accepted=accepted, weight=weight)
+            PartReplays(
+                nodes=nodes, drafted=drafted, accepted=accepted, weight=weight,
+                sure=np.where(rng.random((M, T - 1)) < 0.2, -1.0, rng.random((M, T - 1))),
+            )  # fmt: skip
         )
     return replays
 
@@ -102,6 +105,16 @@ def count_model(replays: Sequence[PartReplays], model: int, tables: np.ndarray) 
     return counts
 
 
+def count_sure(replays: Sequence[PartReplays], model: int) -> np.ndarray:
+    """Count by the model's probability all tokens of the output, and those it has right."""
+    counts = np.zeros((2, NUM_SURE))
+    for replay in replays:
+        for sure, accepted in zip(replay.sure[model], replay.accepted[model], strict=True):
+            if sure >= 0:
+                counts[:, int(16 * sure)] += (1, accepted > 0)
+    return counts
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 2), st.integers(0, 2), st.integers(0, 12))
 def test_chances_are_counted_tokens_and_assumed_ones(seed: int, L: int, M: int, N: int) -> None:
@@ -120,6 +133,9 @@ def test_chances_are_counted_tokens_and_assumed_ones(seed: int, L: int, M: int, 
         of_all = of_all / (tried.sum(axis=0) + PRIOR)
         expected = (right + PRIOR * of_all) / (tried + PRIOR)
         assert chances.prospects[model] == pytest.approx(expected)
+        seen, right = count_sure(replays, model)
+        expected = (right + PRIOR * assumed.if_sure[model]) / (seen + PRIOR)
+        assert chances.if_sure[model] == pytest.approx(expected)
 
 
 def test_a_part_that_is_always_right_gets_a_chance_near_one_and_the_other_near_zero() -> None:
@@ -127,7 +143,8 @@ def test_a_part_that_is_always_right_gets_a_chance_near_one_and_the_other_near_z
     nodes = [DraftNodes(ones, zeros + 7, zeros - 1, np.full(300, kept)) for kept in (True, False)]
     accepted = np.stack([np.minimum(3, np.arange(300, 0, -1)), zeros])
     replay = PartReplays(
-        nodes=nodes, drafted=np.full((2, 300), 3), accepted=accepted, weight=np.ones(2)
+        nodes=nodes, drafted=np.full((2, 300), 3), accepted=accepted, weight=np.ones(2),
+        sure=np.tile(np.array([[0.99], [0.5]]), (1, 300)),
     )
 
     chances = fit_chances([replay], 2, 2)
@@ -135,6 +152,7 @@ def test_a_part_that_is_always_right_gets_a_chance_near_one_and_the_other_near_z
     assert chances.tables[0, 7] > 0.97 and chances.tables[1, 7] < 0.02
     sure = bins_along(nodes, chances.tables, 300)[0]
     assert (chances.prospects[0, sure] > 0.97).all() and chances.prospects[1, sure, 0] < 0.02
+    assert chances.if_sure[0, -1] > 0.97 and chances.if_sure[1, NUM_SURE // 2] < 0.02
 
 
 def test_assumed_chances_are_chances_and_rise_with_the_evidence() -> None:
@@ -147,8 +165,10 @@ def test_assumed_chances_are_chances_and_rise_with_the_evidence() -> None:
     assert (np.diff(own, axis=0) > 0).all()
     assert (np.diff(own, axis=1) >= 0).all()
     assert (np.diff(own, axis=2) > 0).all()
-    prospects = Chances.assumed(1, 2).prospects
-    assert prospects.shape == (2, NUM_BINS, 2) and ((prospects > 0) & (prospects <= 1)).all()
+    assumed = Chances.assumed(1, 2)
+    assert assumed.prospects.shape == (2, NUM_BINS, 2) and assumed.if_sure.shape == (2, NUM_SURE)
+    for values in (assumed.prospects, assumed.if_sure):
+        assert ((values > 0) & (values <= 1)).all()
 
 
 # --- on disk --------------------------------------------------------------------------------------
@@ -178,6 +198,7 @@ def test_saved_chances_are_read_to_the_last_bit(saved: Path) -> None:
     assert parts == PARTS
     assert chances.tables.tolist() == expected.tables.tolist()
     assert chances.prospects.tolist() == expected.prospects.tolist()
+    assert chances.if_sure.tolist() == expected.if_sure.tolist()
 
 
 def test_a_policy_without_cascades_has_an_empty_calibration(tmp_path: Path) -> None:
@@ -217,6 +238,8 @@ MODEL = [[0.5, 0.5]] * NUM_BINS
         {"tables": []},  # fewer than the parts: the rule would read beyond the end
         {"tables": [FULL, FULL]},
         {"prospects": [MODEL]},
+        {"if_sure": [[0.5] * NUM_SURE]},
+        {"if_sure": [[0.5] * NUM_SURE, [0.0] * NUM_SURE]},
         {"parts": ["lookup", "near"]},
         {"parts": "lookup"},
         {"more": 1},
