@@ -77,7 +77,11 @@ def cost_table(reading: float = 0.05) -> CostTable:
 
 
 def chances_of(parts: Sequence[str], seed: int = 0) -> Chances:
-    """Draw chances that do not fit the parts, so that what these show in a request matters."""
+    """Draw chances that do not fit the parts, so that what these show in a request matters.
+
+    A model's chance is the same at every probability, since replay does not know the probabilities of a
+    chain beyond its first wrong token.
+    """
     rng = np.random.default_rng(seed)
     models = [name for name in parts if part_seconds(name)]
     L, M = len(parts) - len(models), len(models)
@@ -85,6 +89,7 @@ def chances_of(parts: Sequence[str], seed: int = 0) -> Chances:
         Chances.assumed(L, M),
         tables=rng.uniform(0.1, 0.8, (L, kernels.NUM_CLASSES)),
         prospects=rng.uniform(0.35, 0.95, (M, kernels.NUM_BINS, 2)),
+        if_sure=np.tile(rng.uniform(0.6, 0.9, (M, 1)), kernels.NUM_SURE),
     )
 
 
@@ -114,16 +119,18 @@ class Bench:
         """Return what a collection would hold. spare: tokens more than the parts may really draft."""
         prompt = self.pace.encode(text)
         limit = max_output(num, len(prompt), CONTEXT) + spare
-        replays, nodes = {}, {}
+        replays, nodes, scores = {}, {}, {}
         for name, drafter in self.pace.parts.drafters.items():
             if not drafter.composed and name != "none":
                 found = replay(drafter, prompt, output, limit, sampling=sampling)
                 replays[name] = found.record
+                if found.scores is not None:
+                    scores[name] = (found.scores.match, found.scores.confidence)
                 if isinstance(drafter, SuffixLookup):
                     nodes[name] = as_nodes(found.record, found.nodes)
         return CollectedPrompt(
-            text, "", tuple(prompt), tuple(output), num, np.zeros(1), replays, {}, nodes=nodes,
-            sampling=sampling,
+            text, "", tuple(prompt), tuple(output), num, np.zeros(1), replays, {}, scores,
+            nodes, sampling=sampling,
         )  # fmt: skip
 
     def walked(self, name: str, prompt: CollectedPrompt) -> ReplayedDrafter:
@@ -159,7 +166,8 @@ def bench() -> Bench:
         cascade.price(costs)
         cascade.calibrate(chances_of(own))
         parts.drafters[name] = cascade
-        found[name] = CascadeParts(name, tuple(cascade.lookups), tuple(cascade.models), W)
+        lookups, models = tuple(cascade.lookups), tuple(cascade.models)
+        found[name] = CascadeParts(name, lookups, models, (True,) * len(models), W)
     return Bench(Pace(parts), found)
 
 
@@ -229,6 +237,27 @@ def test_all_parts_take_turns_in_these_rounds(
     assert turns.trees > 5
     assert any(r.accepted == r.drafted > 0 for r in rounds)
     assert any(0 < r.accepted < r.drafted for r in rounds)
+
+
+def test_rounds_with_chances_by_probability_are_close(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond a chain's first wrong token replay takes the probabilities along the text instead."""
+    cascade = bench.cascade("one")
+    before = cascade.chances
+    given = replace(before, if_sure=Chances.assumed(1, 1).if_sure)
+    cascade.calibrate(given)
+    try:
+        walked, real = [], []
+        for text in PROMPTS:
+            completion = bench.complete("one", text, 400, GREEDY)
+            prompt = bench.collected(text, completion.token_ids, 400, GREEDY)
+            walked += bench.walked("one", prompt).table.tolist()
+            real += rounds_of(completion)
+    finally:
+        cascade.calibrate(before)
+    assert len(walked) == pytest.approx(len(real), rel=0.03)
+    assert sum(d for d, _ in walked) == pytest.approx(sum(d for d, _ in real), rel=0.1)
 
 
 def test_rounds_are_walked_again_under_load(bench: Bench) -> None:
