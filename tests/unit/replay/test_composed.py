@@ -71,7 +71,9 @@ def cost_table(reading: float = 0.05) -> CostTable:
     cells += [Measurement("target", "prefill", n, 0, 1, 1 + 0.1 * n) for n in (1, 512)]
     for name in ("near", "far", "short", *CASCADES):
         own = part_seconds(name)
-        cells += [Measurement(name, "propose", t, 0, n, 0.02 + own * t) for t in (0, W) for n in (1, 4)]
+        cells += [
+            Measurement(name, "propose", t, 0, n, 0.02 + own * t) for t in (0, W) for n in (1, 4)
+        ]
         cells += [Measurement(name, "start", n, 0, 1, 0.1 + reading * n) for n in (1, 512)]
     return CostTable({}, cells)
 
@@ -148,9 +150,7 @@ def bench() -> Bench:
     target = tiny_model(std=0.1, context=CONTEXT)
     short = perturbed(target, 0.12)
     short.config.max_position_embeddings = SHORT_CONTEXT
-    config = Config(
-        target=ModelSection(model="in memory"), engine=EngineSection(prefill_chunk=16)
-    )
+    config = Config(target=ModelSection(model="in memory"), engine=EngineSection(prefill_chunk=16))
     drafters = {
         "near": perturbed(target, 0.1),
         "far": perturbed(target, 0.2),
@@ -453,7 +453,7 @@ def test_a_part_without_a_replay_is_named(bench: Bench) -> None:
 def test_a_lookup_without_its_evidence_is_named(bench: Bench) -> None:
     prompt = replace(a_prompt(bench), nodes={})
 
-    with pytest.raises(StoreError, match="'wide' .* no evidence .*delete this replay and run"):
+    with pytest.raises(StoreError, match=r"'wide' .* no evidence .*delete this replay and run"):
         compose([prompt], config_of(bench, "one"), cost_table(), {})
 
 

@@ -170,7 +170,10 @@ class _ArmChances(BaseModel):
         arrays = [np.array(own, np.float64) for own in (self.tables, self.prospects, self.if_sure)]
         shapes = [(num_lookups, NUM_CLASSES), (num_models, NUM_BINS, 2), (num_models, NUM_SURE)]
         if num_models == 0:  # lists without models have no shape
-            arrays[1:] = [own.reshape(0, *shape[1:]) for own, shape in zip(arrays[1:], shapes[1:], strict=True)]
+            arrays[1:] = [
+                own.reshape(0, *shape[1:])
+                for own, shape in zip(arrays[1:], shapes[1:], strict=True)
+            ]
         if num_lookups < 1 or [own.shape for own in arrays] != shapes:
             raise ValueError(f"chances do not fit the {len(self.parts)} parts")
         for values in arrays:

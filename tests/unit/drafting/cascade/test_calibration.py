@@ -66,9 +66,12 @@ def draw_replays(seed: int, L: int, M: int, N: int) -> list[PartReplays]:
         weight = rng.choice([0.1, 1.0], M)
         replays.append(
             PartReplays(
-                nodes=nodes, drafted=drafted, accepted=accepted, weight=weight,
+                nodes=nodes,
+                drafted=drafted,
+                accepted=accepted,
+                weight=weight,
                 sure=np.where(rng.random((M, T - 1)) < 0.2, -1.0, rng.random((M, T - 1))),
-            )  # fmt: skip
+            )
         )
     return replays
 
@@ -143,7 +146,10 @@ def test_a_part_that_is_always_right_gets_a_chance_near_one_and_the_other_near_z
     nodes = [DraftNodes(ones, zeros + 7, zeros - 1, np.full(300, kept)) for kept in (True, False)]
     accepted = np.stack([np.minimum(3, np.arange(300, 0, -1)), zeros])
     replay = PartReplays(
-        nodes=nodes, drafted=np.full((2, 300), 3), accepted=accepted, weight=np.ones(2),
+        nodes=nodes,
+        drafted=np.full((2, 300), 3),
+        accepted=accepted,
+        weight=np.ones(2),
         sure=np.tile(np.array([[0.99], [0.5]]), (1, 300)),
     )
 

@@ -77,7 +77,10 @@ class _Priced(ScriptedDrafter):
     [
         (["near"], r"'c': none of its parts near is a suffix_lookup; name one first"),
         (["words", "near"], "none of its parts words, near is a suffix_lookup"),
-        (["suffix", "mear"], r"'c': its part 'mear' is not a drafter configured before it; there are"),
+        (
+            ["suffix", "mear"],
+            r"'c': its part 'mear' is not a drafter configured before it; there are",
+        ),
         (["suffix", NONE], "its part 'none' is not a drafter configured before it"),
         (["suffix", "union"], r"its part 'union' \(union\) cannot be a part; parts are"),
         (["suffix", "trigram"], r"its part 'trigram' \(trigram_tree\) cannot be a part"),

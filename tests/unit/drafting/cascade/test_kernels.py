@@ -176,7 +176,9 @@ def test_of_equal_parts_the_lookup_drafts_and_of_equal_models_the_first() -> Non
     assert free._replace(lengths=np.array([3])).answer()[:2] == (0, 3)
 
 
-@pytest.mark.parametrize(("limit", "room", "expected"), [(0, 6, 0), (2, 6, 2), (6, 1, 1), (6, 6, 6)])
+@pytest.mark.parametrize(
+    ("limit", "room", "expected"), [(0, 6, 0), (2, 6, 2), (6, 1, 1), (6, 6, 6)]
+)
 def test_a_model_drafts_within_the_limit_and_its_room(limit: int, room: int, expected: int) -> None:
     q = flat(1, 6, limit=limit, rooms=np.array([room]))
 
@@ -241,7 +243,8 @@ def test_bins_of_many_positions_are_those_of_each(seed: int, L: int, K: int) -> 
 
 
 @pytest.mark.parametrize(
-    ("chance", "expected"), [(0.001, 1), (0.142, 1), (0.143, 2), (0.5, 4), (0.857, 6), (0.99, 7), (1.0, 7)]
+    ("chance", "expected"),
+    [(0.001, 1), (0.142, 1), (0.143, 2), (0.5, 4), (0.857, 6), (0.99, 7), (1.0, 7)],
 )  # fmt: skip
 def test_bins_are_sevenths_of_the_best_chance(chance: float, expected: int) -> None:
     q = flat(0, 2, lengths=np.array([1]), tables=np.full((1, NUM_CLASSES), chance))

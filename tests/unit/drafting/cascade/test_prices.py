@@ -82,7 +82,9 @@ def test_reading_costs_what_a_longer_start_costs() -> None:
 
 def test_reading_never_earns_seconds() -> None:
     cells = [m for m in costs().measurements if (m.subject, m.operation) != ("near", "start")]
-    cells += [Measurement("near", "start", n, 0, 1, seconds) for n, seconds in ((1, 0.3), (512, 0.1))]
+    cells += [
+        Measurement("near", "start", n, 0, 1, seconds) for n, seconds in ((1, 0.3), (512, 0.1))
+    ]
 
     assert read_prices(CostTable({}, cells), "both", ["near"], LONGEST).reading.tolist() == [0.0]
 
