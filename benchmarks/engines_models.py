@@ -51,7 +51,7 @@ def zoo_weights(
     folder: Path, options: argparse.Namespace, learned: Sequence[PromptRecord]
 ) -> Weights:
     """Return the bundled target; learn a policy for each precision, or resume with it."""
-    config = load_timed_config(options, "bfloat16")
+    config = load_timed_config(options, "bfloat16", with_answers=True)
     configs = {}
     for precision in PRECISIONS:
         own = in_folder(with_precision(config, precision), folder / precision)

@@ -29,7 +29,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from result_pages import page, save, table
-from timed_setup import complete, count_steps, make_parser, messages, parse, show_progress
+from timed_setup import (
+    complete,
+    count_steps,
+    load_prompts,
+    make_parser,
+    messages,
+    parse,
+    show_progress,
+)
 
 from paceline.assembly import Pace, Parts, build_controller, policy_identity
 from paceline.bench.circumstances import circumstances
@@ -38,13 +46,10 @@ from paceline.cli.options import configured
 from paceline.config import SelectionSection
 from paceline.contracts import AUTO, NONE, Drafts
 from paceline.drafting.base import Drafter
-from paceline.experiments.demo_prompts import demo_prompts
-from paceline.experiments.prompt_files import TASKS
 from paceline.learning.evaluation.bootstrap import interval, resample
 from paceline.plotting import import_figure
 from paceline.selection import Policy, load_policy
 from paceline.selection.choosers import RandomChooser
-from paceline.store import read_prompts
 from paceline.verbs.pipeline import in_folder, load_priced, prepare, train
 
 if TYPE_CHECKING:
@@ -358,7 +363,8 @@ def main() -> None:
 def measure(options: argparse.Namespace, work: Path, report: Progress) -> dict[str, Any]:
     """Collect, profile and learn in `work`, then run both streams."""
     config = configured(options.config, options.dtype, threads=options.threads)
-    collected, timed = load_prompts(options)
+    num = max(options.per_task, options.shift)
+    collected, timed = load_prompts(options.collect, num, options.data)
     prepared = prepare(
         in_folder(config, work), collected, options.max_new_tokens, on_progress=report
     )
@@ -377,22 +383,6 @@ def measure(options: argparse.Namespace, work: Path, report: Progress) -> dict[s
         "cases": run_mixed(options, mix, prepared, policy, report),
         "shift": run_shifting(options, shift, prepared, report),
     }
-
-
-def load_prompts(options: argparse.Namespace) -> tuple[list[PromptRecord], list[PromptRecord]]:
-    """Return prompts to learn from and prompts of the streams; none is in both."""
-    num = max(options.per_task, options.shift)
-    if options.data is None:
-        # only 72 of math and of translation are bundled; the streams then repeat themselves
-        return demo_prompts(options.collect, min(num, 72 - options.collect))
-    collected: list[PromptRecord] = []
-    timed: list[PromptRecord] = []
-    for task in TASKS:
-        of_task = read_prompts([options.data / f"{task}.jsonl"])
-        chosen = random.Random(0).sample(of_task, min(len(of_task), options.collect + num))
-        collected += chosen[: options.collect]
-        timed += chosen[options.collect :]
-    return collected, timed
 
 
 def take(records: Sequence[PromptRecord], num: int) -> list[PromptRecord]:

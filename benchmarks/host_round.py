@@ -1,10 +1,11 @@
 """The host's part of a round: all that is computed around the forwards.
 
-    python benchmarks/host_round.py [--repeats 9] [--tokens 256]
+    python benchmarks/host_round.py [--repeats 9] [--tokens 256] [--budget]
 
 The engine runs whole requests, and the forwards of target and drafter are replaced by a look-up in a
 prepared text, whose time is subtracted. The text repeats its phrases with random changes, so drafts are
 accepted in part. A figure is the least of several means over the rounds with all rows, after prefill.
+With --budget the rows share a budget of verified tokens, by prices at which a part of the drafts is cut.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from result_pages import describe_run, page, save, table
 from timed_setup import count_steps, load_zoo, make_parser, parse, show_progress
 
 from paceline.contracts import NONE, Request
+from paceline.costs import CostTable, Measurement, RoundSeconds
 from paceline.drafting.draft_model import DraftModel
 from paceline.drafting.none import NoneDrafter
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
@@ -123,12 +125,28 @@ def make_drafters(script: Script, num_ids: int) -> dict[str, Callable[[], Drafte
     }
 
 
+def made_up_prices() -> RoundSeconds:
+    """Return prices at which a token that is likelier right than wrong is worth its verification."""
+    cells = [Measurement("target", "prefill", PROMPT, 0, 1, 0.01)]
+    for n in ROWS:
+        cells.append(Measurement("engine", "round", 0, 0, n, 0.0))
+        cells += [
+            Measurement("target", "forward", 1 + k, 0, n, 1e-3 * (n + 0.5 * k)) for k in (0, 200)
+        ]
+    return RoundSeconds(CostTable({}, cells))
+
+
 def rounds(
-    target: LanguageModel, drafter: Drafter, script: Script, num_rows: int, num_tokens: int
+    target: LanguageModel,
+    drafter: Drafter,
+    script: Script,
+    num_rows: int,
+    num_tokens: int,
+    prices: RoundSeconds | None,
 ) -> tuple[list[float], float]:
     """Return the seconds of each round with all rows, and the mean tokens per row and round."""
     drafters = {NONE: NoneDrafter(), drafter.name: drafter}
-    engine = Engine(target, drafters, lambda ids: "", max_rows=num_rows)
+    engine = Engine(target, drafters, lambda ids: "", max_rows=num_rows, round_seconds=prices)
     for i in range(num_rows):
         prompt = tuple(script.text[: PROMPT + 5 * i])
         engine.submit(Request(str(i), prompt, num_tokens, drafter=drafter.name))
@@ -145,7 +163,9 @@ def rounds(
     return found, emitted / (len(found) + WARM_UP) / num_rows
 
 
-def measure(repeats: int, num_tokens: int, report: Progress) -> list[dict[str, Any]]:
+def measure(
+    repeats: int, num_tokens: int, prices: RoundSeconds | None, report: Progress
+) -> list[dict[str, Any]]:
     """Return the rows of the table."""
     config = load_zoo("bfloat16")
     target = load_language_model(config.target, "target")
@@ -158,7 +178,9 @@ def measure(repeats: int, num_tokens: int, report: Progress) -> list[dict[str, A
     for _ in range(repeats):
         for name, drafter in kinds.items():
             for num_rows in ROWS:
-                seconds, lengths[name] = rounds(target, drafter, script, num_rows, num_tokens)
+                seconds, lengths[name] = rounds(
+                    target, drafter, script, num_rows, num_tokens, prices
+                )
                 found.setdefault((name, num_rows), []).append(mean(seconds))
         on_turn()
     return [
@@ -180,11 +202,14 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--budget", action="store_true", help="cut drafts of several rows")
     options = parse(parser)
     with show_progress() as report:
-        rows = measure(options.repeats, options.tokens, report)
+        prices = made_up_prices() if options.budget else None
+        rows = measure(options.repeats, options.tokens, prices, report)
     facts = describe_run(
-        f"Microseconds per round around the forwards, zoo target; least of {options.repeats} means."
+        f"Microseconds per round around the forwards, zoo target; least of {options.repeats} means"
+        f"{', with a shared budget' if options.budget else ''}."
     )
     text = "\n".join([*page("The host's part of a round", facts), *table(rows, COLUMNS)]) + "\n"
     save(options.out, "host_round", text, {"circumstances": facts, "rows": rows})

@@ -1,354 +1,304 @@
-"""At how many rows in flight do shorter drafts, or none, become the better arm? On the bundled models.
+"""How fast is `auto` with 1 to 16 rows in flight, next to plain decoding and to fixed arms?
 
-    python benchmarks/load.py [--rows 1 2 4 8 16] [--per-task 8] [--dtype bfloat16]
+    python benchmarks/load.py [--rows 1 2 4 8 16] [--turns 6] [--dtype bfloat16] [--uncut]
 
-Two figures by the clock, each next to the cost table's prediction. Throughput: a number of rows is kept
-in flight and all use the method; tokens per second while all of them are. Latency: one request after
-another uses the method while the other rows decode plainly all the time; milliseconds per token of these
-requests. `specialist` is the drafter named like a prompt's task, at several draft lengths. Prompts come
-task by task, so that most rows in flight share their drafter, as the price for throughput assumes.
-`auto` is the policy of the configuration, if there is one that fits it. Predictions are replays of each
-arm on the output of `none`.
+Collects, profiles and learns first, in a temporary folder. Then every turn decodes one queue of prompts
+of all tasks, mixed, with every method in random order: `--requests-per-row` requests for each row in
+flight, all submitted at once, prefill and choice included. The methods:
+
+    none          plain decoding
+    suffix        a lookup in the text so far (`--arms` names other fixed arms)
+    best model    the draft model, at a draft length, that is predicted to take the least time for the
+                  collected prompts at this number of rows
+    auto          the learned policy's choice for each request
+
+Drafts of several rows are cut to the shared budget; `--uncut` also runs each method without it. A ratio
+is one of tokens per second on the same prompts; its 95% interval is a bootstrap over turns. The best
+fixed arm is the fastest one on the turns themselves, which favours it.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
-from queue import SimpleQueue
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from result_pages import describe_run, page, save, table
+import numpy as np
+from result_pages import count_drafts, describe_run, page, save, table
 from timed_setup import (
     count_steps,
+    load_prompts,
     load_timed_config,
     make_parser,
     parse,
     show_progress,
 )
 
-from paceline.assembly import Pace, build, policy_identity
-from paceline.bench.profile import measure_cost_table
-from paceline.bench.timed import TimedPrompt
-from paceline.contracts import AUTO, NONE, join_arm
-from paceline.costs import CostTable
-from paceline.experiments.by_clock import encode_prompts, replay_arm
-from paceline.experiments.demo_prompts import demo_prompts
-from paceline.rewards import request_seconds
-from paceline.selection import is_policy, load_policy
+from paceline.assembly import Pace, Parts
+from paceline.contracts import AUTO, NONE, split_arm
+from paceline.costs import RoundSeconds
+from paceline.drafting.catalog import arms_of
+from paceline.drafting.draft_model import DraftModel
+from paceline.experiments.by_clock import encode_prompts
+from paceline.learning.dataset import build_dataset
+from paceline.learning.evaluation.bootstrap import Interval, interval, resample
+from paceline.plotting import import_figure
+from paceline.verbs.pipeline import in_folder, load_priced, prepare
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from paceline.bench.timed import TimedPrompt
     from paceline.contracts import Completion, Progress
-    from paceline.costs import Objective
-    from paceline.engine import RequestUpdate
+    from paceline.verbs.pipeline import Prepared
 
-SPECIALIST = "specialist"
-BACKGROUND_TOKENS = 512  # of each plain row in the background, so that prefills are rare
-OBJECTIVES: tuple[Objective, ...] = ("latency", 0.5, "throughput")
-ArmOf = Callable[[TimedPrompt], str]  # the arm that a method uses for a prompt
+BEST_MODEL = "best model"
+UNCUT = ", uncut"
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One method at one number of rows. Throughput in tokens/s, latency in seconds per token."""
+@dataclass(slots=True)
+class Method:
+    """One way to decode at one number of rows, and its turns."""
 
-    method: str
+    name: str
     rows: int
-    throughput: float
-    latency: float
-    predicted_throughput: float | None  # None where the policy chooses the arms
-    predicted_latency: float | None
+    arm: str
+    pace: Pace
+    seconds: list[float] = field(default_factory=list)  # per turn
+    tokens: list[int] = field(default_factory=list)  # per turn
+    completions: list[Completion] = field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of all turns over their seconds."""
+        return sum(self.tokens) / sum(self.seconds)
+
+    def run(self, prompts: Sequence[TimedPrompt], max_new_tokens: int) -> None:
+        """Decode one turn's prompts, all submitted at once."""
+        requests = [
+            self.pace.request(
+                list(prompt.tokens), id=str(i), drafter=self.arm, max_new_tokens=max_new_tokens,
+                generation_config="none",
+            )
+            for i, prompt in enumerate(prompts)
+        ]  # fmt: skip
+        began = perf_counter()
+        done = list(self.pace.stream(requests))
+        self.seconds.append(perf_counter() - began)
+        self.tokens.append(sum(len(c.token_ids) for c in done))
+        self.completions += done
 
 
 # --- methods --------------------------------------------------------------------------------------
 
 
-def methods_of(pace: Pace, lengths: Sequence[int]) -> dict[str, ArmOf]:
-    """Return plain decoding, the specialists at each length and their own, lookup, and the policy."""
-    drafters = pace.parts.drafters
-
-    def specialist(prompt: TimedPrompt, length: int | None = None) -> str:
-        name = prompt.domain if prompt.domain in drafters else NONE
-        if name == NONE or length is None or length >= drafters[name].num_draft_tokens:
-            return name
-        return join_arm(name, length)
-
-    found: dict[str, ArmOf] = {NONE: lambda prompt: NONE}
-    for length in lengths:
-        found[join_arm(SPECIALIST, length)] = lambda p, length=length: specialist(p, length)  # type: ignore[misc]
-    found[SPECIALIST] = specialist
-    if "lookup" in drafters:
-        found["lookup"] = lambda prompt: "lookup"
-    if pace.engine.choose is not None:
-        found[AUTO] = lambda prompt: AUTO
-    return found
+def best_models(prepared: Prepared, rows: Sequence[int]) -> dict[int, str]:
+    """Return for each number of rows the draft model's arm with the least predicted time."""
+    parts = prepared.pace.parts
+    models = [n for n, d in parts.drafters.items() if isinstance(d, DraftModel)]
+    arms = [arm for arm in arms_of(parts.config) if split_arm(arm)[0] in models]
+    if not arms:
+        return {}
+    priced = load_priced(parts.config)
+    data, _ = build_dataset(priced.prompts, [NONE, *arms], prepared.costs, parts.config.learning)
+    totals = {n: data.seconds_for(n).sum(axis=0)[1:] for n in rows}
+    return {n: arms[int(total.argmin())] for n, total in totals.items()}
 
 
-def load_pace(options: argparse.Namespace) -> Pace:
-    """Load the models, with room for all rows, and the policy if the configuration has one."""
-    config = load_timed_config(options, options.dtype)
-    engine = config.engine.model_copy(update={"max_rows": max(options.rows)})
-    parts = build(config.model_copy(update={"engine": engine}))
-    folder = parts.config.paths.policy
-    policy = None
-    if is_policy(folder):
-        costs = CostTable.load(parts.config.paths.costs)
-        policy = load_policy(folder, policy_identity(parts), costs, parts.config.selection)
-    return Pace(parts, policy.choose if policy is not None else None)
+def make_methods(
+    prepared: Prepared, rows: int, fixed: Sequence[str], model: str | None, with_uncut: bool
+) -> list[Method]:
+    """Return the methods at a number of rows, each with an engine of that many rows."""
+    policy = prepared.learned.policy
+    arms = {NONE: NONE, **{arm: arm for arm in fixed}}
+    arms |= {} if model is None else {BEST_MODEL: model}
+    arms[AUTO] = AUTO
+    p = prepared.pace.parts
+    engine = p.config.engine.model_copy(update={"max_rows": rows})
+    config = p.config.model_copy(update={"engine": engine})
+
+    def pace(round_seconds: RoundSeconds | None) -> Pace:
+        parts = Parts(config, p.target, p.tokenizer, p.vocabulary, p.drafters)
+        return Pace(parts, policy.choose, round_seconds=round_seconds)
+
+    # an engine of one row cuts nothing
+    cut = pace(RoundSeconds(prepared.costs) if rows > 1 else None)
+    methods = [Method(name, rows, arm, cut) for name, arm in arms.items()]
+    if with_uncut and rows > 1:
+        whole = pace(None)
+        others = [(name, arm) for name, arm in arms.items() if name != NONE]
+        methods += [Method(name + UNCUT, rows, arm, whole) for name, arm in others]
+    return methods
 
 
 # --- by the clock ---------------------------------------------------------------------------------
 
 
-class Load:
-    """A number of requests in flight, and the tokens and seconds they take."""
-
-    def __init__(self, pace: Pace, new_tokens: int) -> None:
-        self._pace, self._new_tokens = pace, new_tokens
-        self._mail: SimpleQueue[RequestUpdate] = SimpleQueue()  # of all requests
-
-    def throughput(self, arm: ArmOf, prompts: Sequence[TimedPrompt], rows: int) -> float:
-        """Return tokens per second from the first prefill until fewer rows than `rows` are left."""
-        waiting, in_flight = deque(prompts), set[int]()
-        tokens, began = 0, perf_counter()
-        while True:
-            while waiting and len(in_flight) < rows:
-                prompt = waiting.popleft()
-                in_flight.add(self._submit(arm(prompt), prompt))
-            if not waiting and len(in_flight) < rows:
-                break
-            news = self._mail.get()
-            tokens += len(news.new_tokens)
-            if news.completion is not None:
-                in_flight.discard(news.ticket)
-        spent = perf_counter() - began
-        self._clear(in_flight)
-        return tokens / spent
-
-    def latency(
-        self, arm: ArmOf, prompts: Sequence[TimedPrompt], rows: int
-    ) -> tuple[float, list[Completion]]:
-        """Decode requests one at a time while rows - 1 plain ones run; return their seconds per token
-        and their answers.
-        """
-        plain = cycle(prompts)
-        background = {self._submit_plain(next(plain)) for _ in range(rows - 1)}
-        started: set[int] = set()
-        while started != background:
-            news = self._mail.get()
-            started |= {news.ticket} if news.new_tokens else set()
-        done: list[Completion] = []
-        for prompt in prompts:
-            own = self._submit(arm(prompt), prompt)
-            answered = False
-            while not answered:
-                news = self._mail.get()
-                if news.completion is None:
-                    continue
-                answered = news.ticket == own
-                if answered:
-                    done.append(news.completion)
-                else:
-                    background.remove(news.ticket)
-                    background.add(self._submit_plain(next(plain)))
-        self._clear(background)
-        return sum(c.seconds_total for c in done) / sum(len(c.token_ids) for c in done), done
-
-    def _submit(self, arm: str, prompt: TimedPrompt) -> int:
-        return self._send(prompt, drafter=arm, max_new_tokens=self._new_tokens)
-
-    def _submit_plain(self, prompt: TimedPrompt) -> int:
-        return self._send(prompt, drafter=NONE, max_new_tokens=BACKGROUND_TOKENS, ignore_eos=True)
-
-    def _send(self, prompt: TimedPrompt, **settings: Any) -> int:
-        request = self._pace.request(list(prompt.tokens), generation_config="none", **settings)
-        return self._pace.driver.submit(request, self._mail.put)
-
-    def _clear(self, tickets: set[int]) -> None:
-        """Cancel requests and wait until their rows are free."""
-        for ticket in tickets:
-            self._pace.driver.cancel(ticket)
-        left = set(tickets)
-        while left:
-            news = self._mail.get()
-            if news.completion is not None:
-                left.discard(news.ticket)
+def measure(
+    methods: Mapping[int, Sequence[Method]],
+    prompts: Sequence[TimedPrompt],
+    options: argparse.Namespace,
+    report: Progress,
+) -> None:
+    """Run every turn of every number of rows with its methods, in random order."""
+    order = random.Random(0)
+    total = sum(map(len, methods.values())) * options.turns
+    on_run = count_steps(report, "by the clock", total)
+    for own in methods.values():  # compiles, and reads every drafter's weights
+        for method in own:
+            method.run(prompts[: method.rows], 8)
+            method.seconds.clear()
+            method.tokens.clear()
+            method.completions.clear()
+    queues = {rows: cycle(prompts) for rows in methods}
+    for _ in range(options.turns):
+        for rows in order.sample(list(methods), len(methods)):
+            queue = list(islice(queues[rows], options.requests_per_row * rows))
+            for method in order.sample(list(methods[rows]), len(methods[rows])):
+                method.run(queue, options.max_new_tokens)
+                on_run()
 
 
-# --- predicted ------------------------------------------------------------------------------------
+def ratio(method: Method, other: Method) -> Interval:
+    """Return the method's tokens per second over the other's, paired by turn."""
+    columns = np.array([method.tokens, method.seconds, other.tokens, other.seconds]).T  # [T, 4]
+    sampled = resample(columns, [""] * len(columns), seed=0)
+
+    def ratios(sums: np.ndarray) -> np.ndarray:  # [..., 4]
+        return np.asarray(sums[..., 0] / sums[..., 1] / (sums[..., 2] / sums[..., 3]))
+
+    return interval(float(ratios(sampled.sums)[0]), ratios(sampled.drawn)[:, 0])
 
 
-class Predictions:
-    """Predicted seconds of arms on prompts whose plain answers are known."""
-
-    def __init__(
-        self, pace: Pace, costs: CostTable, answers: dict[str, Sequence[int]], new_tokens: int
-    ) -> None:
-        self._pace, self._costs = pace, costs
-        self._answers, self._new_tokens = answers, new_tokens
-        self._rounds: dict[tuple[str, str], Any] = {}
-
-    def per_token(
-        self, arm_of: ArmOf, prompts: Sequence[TimedPrompt], rows: int, objective: Objective
-    ) -> float:
-        """Return seconds per token over all prompts."""
-        total = 0.0
-        for p in prompts:
-            arm, length = arm_of(p), len(p.tokens)
-            rounds = self._rounds_of(arm, p)
-            total += request_seconds(self._costs.seconds, arm, length, rounds, rows, objective)
-        return total / sum(len(self._answers[p.id]) for p in prompts)
-
-    def _rounds_of(self, arm: str, prompt: TimedPrompt) -> Any:
-        key = arm, prompt.id
-        if key not in self._rounds:
-            text = self._answers[prompt.id]
-            self._rounds[key] = replay_arm(
-                self._pace, arm, prompt.tokens, text, self._new_tokens
-            ).table
-        return self._rounds[key]
-
-
-def best_lengths(
-    predictions: Predictions, pace: Pace, prompts: Sequence[TimedPrompt], most_rows: int
-) -> dict[str, list[int]]:
-    """Return objective -> the specialists' best draft length at 1, 2, ... rows; 0 is `none`."""
-    tasks = {p.domain for p in prompts}
-    lengths = [d.num_draft_tokens for name, d in pace.parts.drafters.items() if name in tasks]
-    longest = max(lengths, default=0)
-    methods = methods_of(pace, range(1, longest + 1))
-    arms = [methods[NONE], *(methods[join_arm(SPECIALIST, k)] for k in range(1, longest + 1))]
-
-    def best(rows: int, objective: Objective) -> int:
-        seconds = [predictions.per_token(arm, prompts, rows, objective) for arm in arms]
-        return seconds.index(min(seconds))
-
+def summarize(methods: Sequence[Method]) -> dict[str, Any]:
+    """Return the figures of one number of rows."""
+    by_name = {method.name: method for method in methods}
+    auto = by_name[AUTO]
+    fixed = [m for m in methods if m.arm not in (NONE, AUTO) and UNCUT not in m.name]
+    best = max([by_name[NONE], *fixed], key=lambda method: method.tokens_per_second)
+    ratios = {
+        "auto / none": ratio(auto, by_name[NONE]),
+        "auto / best fixed": ratio(auto, best),
+        **{
+            f"{m.name.removesuffix(UNCUT)}: cut / uncut": ratio(by_name[m.name.removesuffix(UNCUT)], m)
+            for m in methods
+            if UNCUT in m.name
+        },
+    }  # fmt: skip
     return {
-        str(objective): [best(rows, objective) for rows in range(1, most_rows + 1)]
-        for objective in OBJECTIVES
+        "rows": auto.rows,
+        "best_fixed": best.name,
+        "best_model": by_name[BEST_MODEL].arm if BEST_MODEL in by_name else None,
+        "tokens_per_second": {m.name: m.tokens_per_second for m in methods},
+        "rounds_drafted_accepted": {m.name: count_drafts(m.completions) for m in methods},
+        "ratios": {name: [r.value, r.low, r.high] for name, r in ratios.items()},
     }
 
 
-# --- the whole ------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 
-def measure(
-    pace: Pace, costs: CostTable, prompts: Sequence[TimedPrompt], options: argparse.Namespace,
-    report: Progress,
-) -> tuple[list[Point], dict[str, list[int]]]:  # fmt: skip
-    """Return a point per method and number of rows, and the predicted best draft lengths."""
-    load = Load(pace, options.max_new_tokens)
-    _, plain = load.latency(lambda prompt: NONE, prompts, 1)  # warms up, and gives the answers
-    answers = {p.id: c.token_ids for p, c in zip(prompts, plain, strict=True)}
-    predictions = Predictions(pace, costs, answers, options.max_new_tokens)
-    methods = methods_of(pace, options.draft_lengths)
-    on_method = count_steps(report, "by the clock", len(methods) * len(options.rows))
-    points = []
-    for rows in options.rows:
-        many = list(islice(cycle(prompts), max(len(prompts), options.requests_per_row * rows)))
-        many.sort(key=lambda prompt: prompt.domain)
-        for name in random.Random(rows).sample(list(methods), len(methods)):
-            arm = methods[name]
-            throughput, latency = load.throughput(arm, many, rows), load.latency(arm, prompts, rows)
-            predicted = None, None
-            if name != AUTO:
-                per_token = predictions.per_token
-                predicted = (
-                    1 / per_token(arm, prompts, rows, "throughput"),
-                    per_token(arm, prompts, rows, "latency"),
-                )
-            points.append(Point(name, rows, throughput, latency[0], *predicted))
-            on_method()
-    points.sort(key=lambda p: (list(methods).index(p.method), p.rows))
-    return points, best_lengths(predictions, pace, prompts, max(options.rows))
-
-
-def markdown(points: Sequence[Point], best: dict[str, list[int]], facts: dict[str, Any]) -> str:
+def markdown(found: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
     """Return the page."""
-    rows = sorted({point.rows for point in points})
-    methods: dict[str, dict[str, str]] = {}
-    for point in points:
-        cells = methods.setdefault(point.method, {"method": point.method})
-        n, latency = point.rows, point.predicted_latency
-        predicted = "-", "-"
-        if point.predicted_throughput is not None and latency is not None:
-            predicted = f"{point.predicted_throughput:.0f}", f"{1e3 * latency:.2f}"
-        cells[f"throughput{n}"] = f"{point.throughput:.0f} / {predicted[0]}"
-        cells[f"latency{n}"] = f"{1e3 * point.latency:.2f} / {predicted[1]}"
     lines = page("More rows in flight", facts)
-    for key, title in (
-        ("throughput", "Tokens/s of all rows together"),
-        ("latency", "Milliseconds per token of one request among plain rows"),
-    ):
-        columns = {f"{n} rows" if n > 1 else "1 row": f"{{{key}{n}}}" for n in rows}
-        lines += [f"{title}, by the clock / predicted:", ""]
-        lines += [*table(methods.values(), {"method": "{method}", **columns}), ""]
-    lines += ["Predicted best draft length of the specialists by rows in flight (0 is `none`):", ""]
-    columns = {str(n + 1): f"{{lengths[{n}]}}" for n in range(len(best["latency"]))}
-    rows_of_best = ({"objective": name, "lengths": lengths} for name, lengths in best.items())
-    lines += table(rows_of_best, {"objective": "{objective}", **columns})
+
+    def rows_of(key: str, template: str) -> list[dict[str, Any]]:
+        names = list(dict.fromkeys(name for one in found for name in one[key]))
+        cells = [
+            {
+                one["rows"]: template.format(one[key][name]) if name in one[key] else "-"
+                for one in found
+            }
+            for name in names
+        ]
+        return [{"name": name, "cells": own} for name, own in zip(names, cells, strict=True)]
+
+    columns = {
+        f"{one['rows']} rows" if one["rows"] > 1 else "1 row": f"{{cells[{one['rows']}]}}"
+        for one in found
+    }
+    lines += ["Tokens/s of all rows together:", ""]
+    lines += table(rows_of("tokens_per_second", "{:.0f}"), {"method": "{name}", **columns})
+    lines += ["", "Ratios of tokens/s with 95% intervals:", ""]
+    lines += table(
+        rows_of("ratios", "{0[0]:.3f} ({0[1]:.3f} to {0[2]:.3f})"), {"ratio": "{name}", **columns}
+    )
+    lines += ["", "Rounds, drafted (verified) and accepted tokens:", ""]
+    lines += table(
+        rows_of("rounds_drafted_accepted", "{0[0]}, {0[1]}, {0[2]}"),
+        {"method": "{name}", **columns},
+    )
+    lines += ["", "The best fixed arm, and the best model by prediction:", ""]
+    lines += [
+        f"- {one['rows']} rows: {one['best_fixed']}; {one['best_model'] or 'no draft model'}"
+        for one in found
+    ]
     return "\n".join(lines) + "\n"
 
 
-def draw(points: Sequence[Point], best: dict[str, list[int]], path: Path) -> None:
-    """Draw clocked points on predicted lines, for both figures, and the best draft lengths."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(14, 4.6), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    for i, name in enumerate(dict.fromkeys(point.method for point in points)):
-        own = [point for point in points if point.method == name]
-        rows = [point.rows for point in own]
-        left.plot(rows, [p.throughput for p in own], "o", color=f"C{i}", label=name)
-        middle.plot(rows, [1e3 * p.latency for p in own], "o", color=f"C{i}", label=name)
-        if name != AUTO:
-            left.plot(rows, [p.predicted_throughput for p in own], color=f"C{i}")
-            middle.plot(rows, [1e3 * (p.predicted_latency or 0) for p in own], color=f"C{i}")
-    left.set(title="all rows use the method", xlabel="rows in flight", ylabel="tokens/s")
-    middle.set(
-        title="one request, the others plain", xlabel="rows in flight", ylabel="ms per token"
-    )
-    left.legend(fontsize=8, title="points clocked, lines predicted")
-    for objective, lengths in best.items():
-        right.step(range(1, len(lengths) + 1), lengths, where="mid", label=objective)
-    right.set(title="best draft length (0: none)", xlabel="rows in flight", ylim=(-0.2, None))
+def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw tokens/s of every method, and the ratios of `auto`."""
+    figure = import_figure()(figsize=(10, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    rows = [one["rows"] for one in found]
+    for name in found[-1]["tokens_per_second"]:
+        own = [one["tokens_per_second"].get(name) for one in found]
+        left.plot(rows, [np.nan if x is None else x for x in own], "o-", label=name)
+    left.set(title="all rows together", xlabel="rows in flight", ylabel="tokens/s")
+    left.legend(fontsize=8)
+    for name in ("auto / none", "auto / best fixed"):
+        values = np.array([one["ratios"][name] for one in found])  # [rows, 3]
+        spread = np.abs(values[:, 1:] - values[:, :1]).T
+        right.errorbar(rows, values[:, 0], yerr=spread, fmt="o-", capsize=3, label=name)
+    right.axhline(1.0, color="0.3", linewidth=0.8, linestyle=":")
+    right.set(title="ratios with 95% intervals", xlabel="rows in flight")
     right.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
-    """Profile the machine, then time every method at every number of rows."""
-    parser = make_parser(__doc__, per_task=8)
-    parser.add_argument("--skip-per-task", type=int, default=48, help="prompts left for learning")
+    """Prepare a policy, then time every method at every number of rows."""
+    parser = make_parser(__doc__, per_task=40)
+    parser.add_argument("--collect", type=int, default=24, help="prompts per task to learn from")
+    parser.add_argument("--data", type=Path, help="folder of JSONL files, else the demo's prompts")
+    parser.add_argument("--work", type=Path, help="keeps collection and costs between runs")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--requests-per-row", type=int, default=4, help="at least, for throughput")
-    parser.add_argument("--draft-lengths", type=int, nargs="*", default=[1, 2, 3])
+    parser.add_argument("--arms", nargs="*", default=["suffix"], help="fixed arms")
+    parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument("--requests-per-row", type=int, default=4)
+    parser.add_argument("--uncut", action="store_true", help="also without the shared budget")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--profile-seconds", type=float, default=10.0)
     options = parse(parser)
-    _, timed = demo_prompts(options.skip_per_task, options.per_task)
-    with show_progress() as report:
-        pace = load_pace(options)
-        costs = measure_cost_table(pace, report, options.profile_seconds)
-        points, best = measure(pace, costs, encode_prompts(pace, timed), options, report)
+    if options.turns < 2:
+        parser.error("--turns must be at least 2: intervals are over turns")
+    collected, timed = load_prompts(options.collect, options.per_task, options.data)
+    with tempfile.TemporaryDirectory() as folder, show_progress() as report:
+        config = in_folder(load_timed_config(options, options.dtype), options.work or Path(folder))
+        engine = config.engine.model_copy(update={"max_rows": max(options.rows)})
+        config = config.model_copy(update={"engine": engine})
+        prepared = prepare(config, collected, options.max_new_tokens, on_progress=report)
+        models = best_models(prepared, options.rows)
+        methods = {
+            rows: make_methods(prepared, rows, options.arms, models.get(rows), options.uncut)
+            for rows in options.rows
+        }
+        prompts = encode_prompts(prepared.pace, timed)
+        random.Random(0).shuffle(prompts)
+        measure(methods, prompts, options, report)
+        found = [summarize(own) for own in methods.values()]
     facts = describe_run(
-        f"Target in {options.dtype}, greedy, {options.per_task} prompts of each task, at most "
-        f"{options.max_new_tokens} new tokens; for throughput at least {options.requests_per_row} "
-        "requests for each row in flight, prefill included."
+        f"Target in {options.dtype}, greedy, {len(prompts)} prompts of all tasks, at most "
+        f"{options.max_new_tokens} new tokens; {options.turns} turns of {options.requests_per_row} "
+        f"requests for each row in flight; policy {prepared.learned.policy.id}, objective "
+        f"{config.learning.objective}."
     )
-    result = {
-        "circumstances": facts,
-        "points": [{name: getattr(p, name) for name in Point.__slots__} for p in points],
-        "best_lengths": best,
-    }
-    save(options.out, "load", markdown(points, best, facts), result)
-    draw(points, best, options.out / "load.png")
+    save(options.out, "load", markdown(found, facts), {"circumstances": facts, "loads": found})
+    draw(found, options.out / "load.png")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +17,16 @@ from paceline.cli.options import configured
 from paceline.cli.progress import progress
 from paceline.config import Config, EngineSection, ModelSection
 from paceline.experiments.by_clock import without_prefixes
+from paceline.experiments.demo_prompts import demo_prompts
+from paceline.experiments.prompt_files import TASKS
+from paceline.store import read_prompts
 from paceline.testing.tokenizers import byte_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from paceline.contracts import Completion, Progress
+    from paceline.contracts import Completion, Progress, PromptRecord
 
 
 def llama_shape(
@@ -72,19 +76,59 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return options
 
 
-def load_timed_config(options: argparse.Namespace, dtype: str | None) -> Config:
-    """Load --config with --threads, for timed runs."""
-    return without_prefixes(configured(options.config, dtype, threads=options.threads))
+def load_timed_config(
+    options: argparse.Namespace, dtype: str | None, with_answers: bool = False
+) -> Config:
+    """Load --config with --threads, for timed runs.
+
+    with_answers: drafters may use collected answers; for programs that collect other prompts themselves.
+    """
+    config = without_prefixes(configured(options.config, dtype, threads=options.threads))
+    return config if with_answers else without_answers(config)
 
 
 def load_zoo(dtype: str, **settings: Any) -> Config:
     """Load the configuration of the bundled models, for timed runs."""
-    return without_prefixes(configured(Path("paceline.yaml"), dtype, **settings))
+    return without_answers(without_prefixes(configured(Path("paceline.yaml"), dtype, **settings)))
+
+
+def without_answers(config: Config) -> Config:
+    """Return the configuration with drafters that use no collected answers, which may be to the
+    prompts of a benchmark.
+    """
+    drafters = {
+        name: section.model_copy(
+            update={"settings": {k: v for k, v in section.settings.items() if k != "answers"}}
+        )
+        for name, section in config.drafters.items()
+    }
+    return config.model_copy(update={"drafters": drafters})
 
 
 def show_progress() -> AbstractContextManager[Progress]:
     """Return a context that shows progress on the terminal."""
     return progress(Console())
+
+
+def load_prompts(
+    num_collected: int, num_timed: int, data: Path | None
+) -> tuple[list[PromptRecord], list[PromptRecord]]:
+    """Return prompts to learn from and prompts to time, per task; none is in both.
+
+    data: folder of JSONL files, one per task; None takes the demo's prompts.
+    """
+    if data is None:
+        # only 72 of math and of translation are bundled
+        return demo_prompts(num_collected, min(num_timed, 72 - num_collected))
+    collected: list[PromptRecord] = []
+    timed: list[PromptRecord] = []
+    for task in TASKS:
+        of_task = read_prompts([data / f"{task}.jsonl"])
+        num = min(len(of_task), num_collected + num_timed)
+        chosen = random.Random(0).sample(of_task, num)
+        collected += chosen[:num_collected]
+        timed += chosen[num_collected:]
+    return collected, timed
 
 
 def messages(prompt: str) -> list[dict[str, str]]:

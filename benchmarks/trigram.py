@@ -72,7 +72,6 @@ def time_drafts(table: Table, text: list[int], places: list[int], **given: Any) 
     compiled, learned = TreeSearch(table, s), Learned(s.max_pairs)
     rule = kernels.Rule(kernels.COUNTS, s.update_step, s.update_cap, s.decay, s.prior)
     twin = ReferenceStatistics(as_dictionary(table), rule, s.max_pairs)
-    explore = kernels.exploration(s.c1, s.c2, s.iterations).tolist()
     search = {"mcts": kernels.MCTS, "greedy": kernels.GREEDY, "full": kernels.FULL}[s.search]
     row = SimpleRow(text[: places[0]], places[0])
     tri.start([row])
@@ -90,8 +89,8 @@ def time_drafts(table: Table, text: list[int], places: list[int], **given: Any) 
             twin.learn(text, before, place)
             ends, most = (text[place - 2], text[place - 1]), s.num_draft_tokens
             arguments = (search, s.depth, s.iterations, s.paths, most, ends, s.seed, place)
-            assert reference_tree(twin, explore, *arguments) == (tokens, parents)
-            twins.append(time_fastest(lambda a=arguments: reference_tree(twin, explore, *a)))
+            assert reference_tree(twin, (s.c1, s.c2), *arguments) == (tokens, parents)
+            twins.append(time_fastest(lambda a=arguments: reference_tree(twin, (s.c1, s.c2), *a)))
         before = place
     return {
         "nodes": median(nodes),

@@ -80,7 +80,7 @@ def measure(dtype: str, options: argparse.Namespace) -> list[Timing]:
     collected, timed = demo_prompts(options.collect_per_task, options.per_task)
     with tempfile.TemporaryDirectory() as folder, show_progress() as report:
         prepared = prepare(
-            in_folder(load_timed_config(options, dtype), Path(folder)),
+            in_folder(load_timed_config(options, dtype, with_answers=True), Path(folder)),
             collected,
             options.max_new_tokens,
             lambda stage, done, total: report(f"{dtype}: {stage}", done, total),

@@ -27,6 +27,7 @@ _NAMES = {
     "paceline.verbs.evaluate": ("evaluate",),
     "paceline.verbs.from_log": ("learn_from_log",),
     "paceline.verbs.pipeline": ("collect", "learn", "profile"),
+    "paceline.verbs.route": ("Router", "load_router", "route"),
     "paceline.verbs.trigrams": ("build_trigrams",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
@@ -44,6 +45,7 @@ __all__ = [
     "Pace",
     "PacelineError",
     "PromptRecord",
+    "Router",
     "RowView",
     "SimulatedReplay",
     "build_trigrams",
@@ -59,10 +61,12 @@ __all__ = [
     "learn_from_log",
     "load",
     "load_config",
+    "load_router",
     "pad_drafts",
     "profile",
     "read_decisions",
     "read_prompts",
+    "route",
     "search_layers",
 ]
 
@@ -84,6 +88,7 @@ if TYPE_CHECKING:
     from paceline.verbs.evaluate import evaluate
     from paceline.verbs.from_log import learn_from_log
     from paceline.verbs.pipeline import collect, learn, profile
+    from paceline.verbs.route import Router, load_router, route
     from paceline.verbs.trigrams import build_trigrams
 
 

@@ -23,8 +23,8 @@ GenerationDefaults = Literal["auto", "none"]
 MAX_DRAFT_TOKENS: Final = 64
 """Maximum draft length of the schema, the cost table and CUDA's captured steps."""
 
-# settings of drafters that name a file of paceline's, relative to the YAML
-_FILE_SETTINGS: Final = ("table", "skip_set")
+# settings of drafters that name a file or folder of paceline's, relative to the YAML
+_FILE_SETTINGS: Final = ("table", "skip_set", "answers")
 _MISSPELLED: Final = 0.65  # likeness of two keys, by difflib, from which one is taken for the other
 
 
@@ -87,6 +87,9 @@ class EngineSection(Section):
     max_drafter_mb: float | None = Field(default=None, ge=0)
 
 
+DEFAULT_OBJECTIVE: Final = "throughput"
+
+
 class LearningSection(Section):
     """How a policy is learned; `docs/learning.md` describes each learner.
 
@@ -94,10 +97,12 @@ class LearningSection(Section):
     trains, see `paceline.learning.learners`.
 
     draft_lengths: lengths at which a drafter is an arm in addition to its own, where drafts nest. alpha
-    weighs similarity, by `metric`, against cost in the alignment reward. objective: what is to be
-    fast, this request, the machine, or a weight between (0 latency, 1 throughput). loads: rows in
-    flight for which a chooser with built-in prices is trained and portable ones are judged. held_out:
-    share of the prompts that the report is made on. seeds: number of trainings, from `seed` on.
+    weighs similarity, by `metric`, against cost in the alignment reward. text_costs: seconds per token
+    over the target's, of drafters that are known by their texts alone. objective: what is to be fast
+    while several rows are in flight, the machine, this request, or a weight between (0 latency, 1
+    throughput); see `costs.pricing`. loads: rows in flight for which a chooser with built-in prices is
+    trained and portable ones are judged. held_out: share of the prompts that the report is made on.
+    seeds: number of trainings, from `seed` on.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -116,8 +121,9 @@ class LearningSection(Section):
     reward: Literal["speed", "alignment"] = "speed"
     alpha: float = Field(default=0.5, ge=0.0, le=1.0)
     metric: Literal["rouge_1", "rouge_l", "edit", "prefix"] = "rouge_l"
+    text_costs: dict[str, Annotated[float, Field(ge=0.0, allow_inf_nan=False)]] = {}
     objective: Literal["latency", "throughput"] | Annotated[float, Field(ge=0.0, le=1.0)] = (
-        "latency"
+        DEFAULT_OBJECTIVE
     )
     loads: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 2, 4, 8, 16), min_length=1)
     held_out: float = Field(default=0.25, gt=0.0, lt=1.0)
@@ -184,6 +190,14 @@ class PathsSection(Section):
     policy: Path = Path("runs/policy")
 
 
+class CollectionSection(Section):
+    """What `collect` keeps. answer_tokens: maximum number of tokens in the index of answers, from which
+    drafters draft; the oldest answers are dropped.
+    """
+
+    answer_tokens: int = Field(default=1 << 24, ge=1 << 16, lt=1 << 31)
+
+
 class LogSection(Section):
     """The decision log.
 
@@ -213,6 +227,7 @@ class Config(Section):
     learning: LearningSection = LearningSection()
     selection: SelectionSection = SelectionSection()
     paths: PathsSection = PathsSection()
+    collection: CollectionSection = CollectionSection()
     log: LogSection = LogSection()
     threads: int | None = Field(default=None, ge=1)
 

@@ -23,6 +23,7 @@ SamplingMethod = Literal["greedy", "residual", "block", "invariant"]
 PenaltyScope = Literal["all", "output"]  # all: prompt and output
 NONE: Final = "none"
 AUTO: Final = "auto"
+TEXT_ONLY: Final = "written elsewhere"  # identity line of a drafter known by its texts alone
 AT: Final = "@"  # between drafter and draft length in an arm's name
 DEFAULT_NEW_TOKENS: Final = 256  # max_new_tokens if neither the call nor the model sets it
 
@@ -171,9 +172,10 @@ class Drafts:
     each token's parent in a tree, below its own, -1 for the row's last token; None if all drafts are
     chains. A tree has no `probs`: the verifier samples from the target's distribution at each node.
     evidence: of a lookup, the class of the statistics behind each token, which tells how likely it is
-    accepted if its parent is. chances: the probability that each token is accepted together with its
-    parents, as the drafter estimates it. proposed: of a cascade, the tokens that a model drafted for
-    each row, which decide the price of the proposal. Entries from a row's length on are padding.
+    accepted if its parent is. chances: the probability that each token is accepted, its parents
+    included, so none exceeds its parent's; the engine shares its budget of verified tokens by it, except
+    for tokens drawn from `probs`. proposed: of a cascade, the tokens that a model drafted for each row,
+    which decide the price of the proposal. Entries from a row's length on are padding.
     """
 
     tokens: Tensor  # [R, K] int64
@@ -229,8 +231,8 @@ class RoundReport(NamedTuple):
     """One round of a controlled row, after its commit.
 
     context: tokens in the target's cache before the round. rows: in the batch. room: tokens that may
-    still be emitted. The seconds are the row's share: of starting its drafter since the last round, of
-    drafting, of the rest, and of shadow drafts.
+    still be emitted. num_drafted: tokens that all rows drafted in the round. The seconds are the row's
+    share: of starting its drafter since the last round, of drafting, of the rest, and of shadow drafts.
     """
 
     arm: str
@@ -244,6 +246,7 @@ class RoundReport(NamedTuple):
     draft_seconds: float
     other_seconds: float
     shadow_seconds: float = 0.0
+    num_drafted: int = 0
 
 
 # --- answered requests ----------------------------------------------------------------------------

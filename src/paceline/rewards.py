@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from rapidfuzz.distance import LCSseq, Levenshtein, Prefix
 
+from paceline.config import DEFAULT_OBJECTIVE
 from paceline.contracts import NONE, split_arm
 from paceline.costs.pricing import by_objective, prompt_seconds, round_seconds
 from paceline.costs.table import FORWARD, PROPOSE, TARGET
@@ -38,7 +39,7 @@ def request_seconds(
     num_prompt: int,
     rounds: NDArray[np.integer[Any]],
     rows: int = 1,
-    objective: Objective = "latency",
+    objective: Objective = DEFAULT_OBJECTIVE,
     proposed: NDArray[np.integer[Any]] | None = None,
 ) -> float:
     """Return the predicted seconds of one request, from its prefill to its last token.

@@ -18,7 +18,11 @@ SOURCE = ROOT / "src" / "paceline"
 MAX_LINES = 350
 
 # numba's cache does not see changes in other modules, and a Triton kernel is one piece.
-COMPILED_KERNELS = {"drafting/trigram/kernels.py", "models/cuda/paged_attention.py"}
+COMPILED_KERNELS = {
+    "drafting/suffix_kernels.py",
+    "drafting/trigram/kernels.py",
+    "models/cuda/paged_attention.py",
+}
 
 # A docstring of a function starts with a verb in the imperative.
 NO_VERB = re.compile(

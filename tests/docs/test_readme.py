@@ -44,7 +44,7 @@ def test_there_are_python_blocks_and_commands_to_run() -> None:
     assert len(BLOCKS) == 3
     assert {*COMMANDS} == {
         *("doctor", "collect", "profile", "learn", "evaluate", "generate", "distill"),
-        *("layer-search", "drafters", "data", "experiment"),
+        *("layer-search", "drafters", "data", "experiment", "route"),
     }
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -21,10 +21,11 @@ from support.examples import OTHER_KINDS, add_examples
 from support.judging import JudgedDrafts, judge_block, judge_residual
 from support.random_controller import RandomController
 
+import paceline.engine.budget
 from paceline import noise
 from paceline.assembly import Pace, Parts, build_from_objects
 from paceline.config import Config, EngineSection, ModelSection
-from paceline.contracts import Decision, Request, SamplingParams
+from paceline.contracts import Decision, Drafts, Request, SamplingParams
 from paceline.drafting.draft_model import DraftModel
 from paceline.drafting.none import NoneDrafter
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
@@ -473,6 +474,157 @@ def test_a_watch_that_switches_by_what_was_right_moves_no_mass(small_target: Lan
     distribution = law_of_three_tokens(small_target, prompt, params)
     for axes in ((), (0,), (2,), (0, 1)):
         assert chi_square(counts.sum(axes).ravel(), distribution.sum(axes).ravel()) > ALPHA
+
+
+# --- the budget of verified tokens -----------------------------------------------------------------
+
+
+class RisingSeconds:
+    """A round's seconds: 1, then more for each drafted token."""
+
+    def __init__(self, steps: Sequence[float]) -> None:
+        """steps: of the first tokens; the last one is that of all others."""
+        self._steps = steps
+
+    def up_to(self, rows: int, context: int, num_drafted: int) -> np.ndarray:
+        steps = [*self._steps, *[self._steps[-1]] * num_drafted][:num_drafted]
+        return np.cumsum([1.0, *steps])
+
+
+class Stopping(DraftModel):
+    """A draft model that ends a draft after its first token if that is one of half of all tokens."""
+
+    def propose(self, rows: Sequence[Any], limits: Sequence[int]) -> Drafts:
+        whole = super().propose(rows, limits)
+        tokens: list[list[int]] = whole.tokens.tolist()
+        lengths = [
+            min(n, 1) if n and tokens[i][0] < SMALL_V // 2 else n
+            for i, n in enumerate(whole.lengths)
+        ]
+        return Drafts(whole.tokens, lengths, whole.probs)
+
+
+def counts_with_budget(
+    target: LanguageModel,
+    arm: str,
+    params: SamplingParams,
+    seconds: RisingSeconds,
+    max_rows: int,
+    num_requests: int = NUM_REQUESTS,
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Return the counts of the first three tokens [V, V, V], and of (whole, cut) drafts."""
+    drafters = small_drafters(target)
+    near = LanguageModel(perturbed(target.model, 0.2), "stopping")
+    drafters["stopping"] = Stopping("stopping", near, 3, SMALL_V, SMALL_V)
+    prices: Any = seconds
+    engine = Engine(target, drafters, decode=str, max_rows=max_rows, round_seconds=prices)
+    budget: Any = engine._budget
+    whole, cut = 0, 0
+
+    def counting(rows: Sequence[Any], drafts: list[Any], own: Any = budget.cut) -> list[Any]:
+        nonlocal whole, cut
+        kept: list[Any] = own(rows, drafts)
+        for before, after in zip(drafts, kept, strict=True):
+            if before.tokens:
+                whole += len(after.tokens) == len(before.tokens)
+                cut += len(after.tokens) < len(before.tokens)
+        return kept
+
+    budget.cut = counting
+    requests = [
+        Request(str(i), BUDGET_PROMPT, 5, replace(params, seed=1_000 + i), drafter=arm)
+        for i in range(num_requests)
+    ]
+    counts = np.zeros((SMALL_V, SMALL_V, SMALL_V), dtype=np.int64)
+    for completion in Driver(engine).generate(requests):
+        counts[tuple(completion.token_ids[:3])] += 1
+    return counts, (whole, cut)
+
+
+BUDGET_PROMPT = (3, 7, 1, 3)
+SLOPED = RisingSeconds([0.004])  # per token, of about a hundred rows
+FIRST_IS_DEAR = RisingSeconds([0.6, 0.0])  # so one token does not pay, and several do
+
+
+def least_p_value(counts: np.ndarray, distribution: np.ndarray) -> float:
+    return min(
+        chi_square(counts.sum(axes).ravel(), distribution.sum(axes).ravel())
+        for axes in ((), (0,), (2,), (0, 1))
+    )
+
+
+def of_drawn_tokens(row: Any, draft: Any) -> list[float]:
+    """Return chances that a leaking budget takes from the drawn tokens' own probabilities."""
+    own = draft.probs[range(len(draft.tokens)), draft.tokens]
+    found: list[float] = (own * 2).clamp(max=1.0).cumprod(0).tolist()
+    return found
+
+
+def of_drawn_length(row: Any, draft: Any) -> list[float]:
+    """Return chances of the tokens that were drawn, where a drafter stops by what it draws."""
+    found: list[float] = row.in_use.acceptance.chances(None, len(draft.tokens))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("arm", "method"),
+    [
+        ("near", "residual"),
+        ("near", "block"),
+        ("random", "residual"),
+        ("lookup", "residual"),
+        ("near", "invariant"),
+    ],
+)
+def test_the_budget_moves_no_mass(small_target: LanguageModel, arm: str, method: str) -> None:
+    params = SamplingParams(1.2, top_k=7, min_p=0.02, method=method)
+
+    counts, drafts = counts_with_budget(small_target, arm, params, SLOPED, max_rows=100)
+
+    distribution = law_of_three_tokens(small_target, BUDGET_PROMPT, params)
+    assert least_p_value(counts, distribution) > ALPHA
+    assert min(drafts) > 100, "some drafts are cut, others are not"
+
+
+def test_the_budget_moves_no_mass_where_a_drafter_stops_by_what_it_draws(
+    small_target: LanguageModel,
+) -> None:
+    params = SamplingParams(1.2, top_k=7, min_p=0.02, method="residual")
+
+    counts, drafts = counts_with_budget(
+        small_target, "stopping", params, FIRST_IS_DEAR, 2, 3 * NUM_REQUESTS
+    )
+
+    distribution = law_of_three_tokens(small_target, BUDGET_PROMPT, params)
+    assert least_p_value(counts, distribution) > ALPHA
+    assert min(drafts) > 100
+
+
+@pytest.mark.parametrize(
+    ("leak", "arm", "seconds", "max_rows", "times"),
+    [
+        (of_drawn_tokens, "near", SLOPED, 100, 1),
+        (of_drawn_length, "stopping", FIRST_IS_DEAR, 2, 3),
+    ],
+)
+def test_a_budget_that_reads_what_was_drawn_is_seen(
+    small_target: LanguageModel,
+    monkeypatch: pytest.MonkeyPatch,
+    leak: Any,
+    arm: str,
+    seconds: RisingSeconds,
+    max_rows: int,
+    times: int,
+) -> None:
+    params = SamplingParams(1.2, top_k=7, min_p=0.02, method="residual")
+    monkeypatch.setattr(paceline.engine.budget, "_chances", leak)
+
+    counts, _ = counts_with_budget(
+        small_target, arm, params, seconds, max_rows, times * NUM_REQUESTS
+    )
+
+    distribution = law_of_three_tokens(small_target, BUDGET_PROMPT, params)
+    assert least_p_value(counts, distribution) < ALPHA
 
 
 # --- a seed is a text -----------------------------------------------------------------------------

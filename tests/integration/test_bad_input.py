@@ -79,7 +79,7 @@ def pace() -> Pace:
         ({"num_beams": 4}, ["'num_beams' is not supported", "max_new_tokens"]),
         ({"num_beams": 4}, ["'num_beams' is not supported"]),
         ({"drafter": "smal"}, ["unknown drafter 'smal'", "none, small"]),
-        ({"drafter": "auto"}, ["'auto' needs a policy", "none, small"]),
+        ({"drafter": "auto"}, ["'auto' needs a choice", "none, small"]),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )

@@ -133,7 +133,7 @@ def test_the_main_job_runs_verb_by_verb(
     card["encoders"]["text_stats"] = "version=0, features=6"
     path.write_text(json.dumps(card))
     capsys.readouterr()
-    assert run(monkeypatch, "generate", prompt, "-c", config, *limit) == 2
+    assert run(monkeypatch, "generate", prompt, "-c", config, *limit) == 0
     assert "another encoder 'text_stats'" in capsys.readouterr().err
 
 
@@ -233,7 +233,7 @@ BAD_REQUESTS = [
     (("generate", "hello", "--top-p", "0.5"), "top_p given with temperature 0"),
     (("generate", "hello", "--temperature", "-1"), "temperature must be"),
     (("generate", "hello", "-d", "maths"), "unknown drafter 'maths'"),
-    (("generate", "hello", "-d", "auto"), "paceline learn"),
+    (("generate", "hello", "--policy", "nowhere"), "paceline learn"),
     (("generate", "hello", "--sampling", "magic"), "sampling must be"),
     (("generate", "word " * 1100, "-d", "none"), "context holds 1024"),
     (("collect", "no-such.jsonl"), "no-such.jsonl"),

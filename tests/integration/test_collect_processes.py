@@ -14,11 +14,11 @@ import yaml
 from support import HANGS
 
 from paceline.collection.card import CARD_JSON, CARD_MD
-from paceline.config import load_config
+from paceline.config import DrafterSection, load_config
 from paceline.store import load_collection, read_prompts
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
-from paceline.verbs.pipeline import collect
+from paceline.verbs.pipeline import collect, with_store
 
 NUM_KILLS = 6
 NUM_PROMPTS = 40
@@ -130,8 +130,8 @@ def test_a_run_killed_at_random_moments_ends_with_the_files_of_an_uninterrupted_
             for id in pq.read_table(shard).column("id").to_pylist()
         ]
         num_prompts = sum(bool(i % 9) for i in range(1, NUM_PROMPTS + 1))
-        # drafters answer a prompt once for all samplings
-        once = manifest.parent.parent.name == "outputs"
+        # drafters answer a prompt, and were trained on it or not, once for all samplings
+        once = manifest.parent.parent.name in ("outputs", "trained_on")
         assert len(ids) == len(set(ids)) == (num_prompts if once else 2 * num_prompts), manifest
     assert len(load_collection(tmp_path / "killed").prompts) == 2 * num_prompts
     runs = json.loads((tmp_path / "killed" / CARD_JSON).read_text())["runs"]
@@ -139,13 +139,16 @@ def test_a_run_killed_at_random_moments_ends_with_the_files_of_an_uninterrupted_
 
 
 def test_two_processes_leave_the_same_files_as_one(config: Path, tmp_path: Path) -> None:
+    """Also where a drafter uses the answers, whose index is built after the processes have started."""
     settings = load_config(config)
+    suffix = DrafterSection(kind="suffix_lookup", settings={"answers": "of this store"})
+    drafters = {**settings.drafters, "suffix": suffix}
+    settings = settings.model_copy(update={"drafters": drafters})
     records = read_prompts([tmp_path / "prompts.jsonl"])
     seen: dict[int, list[tuple[str, int, int]]] = {1: [], 2: []}
     for workers, told in seen.items():
-        paths = settings.paths.model_copy(update={"store": tmp_path / str(workers)})
         collect(
-            settings.model_copy(update={"paths": paths}), records, 8, alignment=True,
+            with_store(settings, tmp_path / str(workers)), records, 8, alignment=True,
             on_progress=lambda *step, told=told: told.append(step),
             scores=True, workers=workers,
         )  # fmt: skip

@@ -96,7 +96,11 @@ def test_the_configuration_turns_it_on(tmp_path: Path) -> None:
     pace = paceline.load(path)
     assert not list((tmp_path / "served").iterdir())
     pace.complete("hello", drafter="none", max_new_tokens=3)
-    assert len(read_decisions(tmp_path / "served").decisions) == 1
+    pace.complete("hello", max_new_tokens=3)  # without a policy
+    named, untrained = read_decisions(tmp_path / "served").decisions
+    assert (named.arm, untrained.arm, untrained.policy) == ("none", "suffix", "untrained")
+    # the header names what is configured, so that a drafter that was added makes no difference
+    assert list(untrained.header.drafters) == ["none"]
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from transformers import (
     TextStreamer,
 )
 
+import paceline
 from paceline.assembly import Pace, build_from_objects
 from paceline.config import Config, EngineSection, ModelSection
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
@@ -545,13 +546,24 @@ def test_for_an_assistant_of_another_width_the_message_shows_how_to_compare_toke
         )
 
 
+def test_without_a_policy_a_pace_uses_its_only_drafter_or_a_lookup(llama: PreTrainedModel) -> None:
+    inputs = batch(9) | {"do_sample": False, "max_new_tokens": 8, "return_dict_in_generate": True}
+    expected = llama.generate(**inputs)
+    for drafters, policy in (({"noisy": perturbed(llama, 0.05)}, "fixed"), ({}, "untrained")):
+        pace = paceline.load(target=llama, tokenizer=byte_tokenizer(), drafters=drafters)
+        found = llama.generate(**inputs, custom_generate=hf.generate, pace=pace)
+        assert torch.equal(found.sequences, expected.sequences)
+        wanted = next(iter(drafters), "suffix")
+        assert {(c.decision.arm, c.decision.policy) for c in found.completions} == {
+            (wanted, policy)
+        }
+
+
 def test_two_drafters_without_a_policy_need_a_choice(llama: PreTrainedModel) -> None:
     lookup = PromptLookup("lookup", PromptLookupSettings())
     drafters = {"lookup": lookup, "noisy": perturbed(llama, 0.05)}
     inputs = batch(9) | {"do_sample": False, "max_new_tokens": 8}
-    with pytest.raises(
-        RequestError, match=r"chooses among lookup, noisy \(.*name one with drafter="
-    ):
+    with pytest.raises(RequestError, match=r"chooses among lookup, noisy; name one with drafter="):
         llama.generate(**inputs, custom_generate=hf.generate, drafters=drafters)
     expected = llama.generate(**inputs)
     for name in itertools.chain(drafters, ["none"]):

@@ -80,7 +80,7 @@ def test_a_peft_model_in_memory_writes_what_it_writes_with_transformers() -> Non
         completion = pace.complete(PROMPT, drafter=arm, max_new_tokens=32)
         assert completion.token_ids == expected
         assert greedy(adapted, custom_generate=hf.generate, pace=pace, drafter=arm) == expected
-    assert completion.block_efficiency > 1.5
+        assert arm != "noisy" or completion.block_efficiency > 1.5
     base = paceline.load(target=tiny_model("llama"), tokenizer=byte_tokenizer())
     assert pace.parts.target.fingerprint() != base.parts.target.fingerprint()
 
@@ -110,7 +110,7 @@ def test_an_adapter_of_the_configuration_is_merged_and_runs_compiled(saved: Path
     for arm in pace.drafters:
         completion = pace.complete(PROMPT, drafter=arm, max_new_tokens=32)
         assert completion.token_ids == expected
-    assert {r.accepted for r in completion.rounds[:-1]} == {3}
+        assert arm != "itself" or {r.accepted for r in completion.rounds[:-1]} == {3}
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_an_offloaded_model_runs_where_accelerate_brings_it(tmp_path: Path, whol
         completion = pace.complete(PROMPT, drafter=arm, max_new_tokens=32)
         assert completion.token_ids == expected
         assert greedy(model, custom_generate=hf.generate, pace=pace, drafter=arm) == expected
-    assert completion.block_efficiency > 1.5
+        assert arm != "noisy" or completion.block_efficiency > 1.5
     assert len(target.fingerprint()) == 16
 
 

@@ -1,7 +1,11 @@
-"""A small drafter of every kind in the catalogue, for exactness tests: registering is testing."""
+"""A small drafter of every kind in the catalogue, and variants, for exactness tests: registering is
+testing.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
@@ -14,11 +18,14 @@ from paceline.drafting.layer_skip import LayerSkip, LayerSkipSettings
 from paceline.drafting.none import NoneDrafter
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
 from paceline.drafting.suffix_lookup import SuffixLookup, SuffixLookupSettings
+from paceline.drafting.trigram.answer_table import write_answer_table
 from paceline.drafting.trigram.drafter import TrigramTree
 from paceline.drafting.trigram.settings import TrigramTreeSettings
 from paceline.drafting.union import Union
 from paceline.models.language_model import LanguageModel
+from paceline.store.answers import Answer, write_answers
 from paceline.testing.tiny_models import perturbed
+from support.reference import greedy_reference
 from support.relabelled import relabelled
 
 if TYPE_CHECKING:
@@ -52,6 +59,30 @@ def _suffix_lookup(name: str, context: BuildContext) -> Drafter:
 def _trigram_tree(name: str, context: BuildContext) -> Drafter:
     """Return a drafter without a table, which learns each row's text."""
     return TrigramTree(name, TrigramTreeSettings(search="mcts", num_draft_tokens=8, depth=3))
+
+
+def _suffix_answers(name: str, context: BuildContext) -> Drafter:
+    with TemporaryDirectory() as folder:
+        settings = SuffixLookupSettings(num_draft_tokens=6, length_offset=3, answers=Path(folder))
+        _collect(settings.answers, context)
+        return SuffixLookup.build(name, settings, context)
+
+
+def _trigram_answers(name: str, context: BuildContext) -> Drafter:
+    with TemporaryDirectory() as folder:
+        settings = TrigramTreeSettings(depth=3, answers=Path(folder))
+        _collect(settings.answers, context)
+        return TrigramTree.build(name, settings, context)
+
+
+def _collect(folder: Path | None, context: BuildContext) -> None:
+    """Write the index of some greedy answers, which stays mapped when the folder is gone."""
+    assert folder is not None
+    prompts = [tuple(text.encode()) for text in ("a", "to be", "spam, spam and", "0 1 2 3")]
+    model = context.target.model
+    answers = [Answer(str(p), greedy_reference(model, p, 30).tokens) for p in prompts]
+    made_with = context.vocabulary.hash(), context.target.fingerprint()
+    write_answers(folder, answers, *made_with, 1000, write_answer_table)
 
 
 def _layer_skip(name: str, context: BuildContext) -> Drafter:
@@ -94,12 +125,17 @@ EXAMPLES: Final[Mapping[str, Make]] = MappingProxyType(
 )
 
 
-# kinds other than `none` and the draft models, which tests build themselves
-OTHER_KINDS: Final = tuple(k for k in EXAMPLES if k not in (NoneDrafter.kind, DraftModel.kind))
+_VARIANTS: Final[Mapping[str, Make]] = MappingProxyType(
+    {"suffix_answers": _suffix_answers, "trigram_answers": _trigram_answers}
+)
+_MAKERS: Final = {**EXAMPLES, **_VARIANTS}
+
+# all but `none` and the draft models, which tests build themselves
+OTHER_KINDS: Final = tuple(k for k in _MAKERS if k not in (NoneDrafter.kind, DraftModel.kind))
 
 
 def add_examples(parts: Parts) -> Parts:
-    """Add a drafter of each other kind, named as its kind; return the parts."""
+    """Add a drafter of each other kind, named as its kind, and the variants; return the parts."""
     for kind in OTHER_KINDS:
-        parts.drafters[kind] = EXAMPLES[kind](kind, parts.build_context())
+        parts.drafters[kind] = _MAKERS[kind](kind, parts.build_context())
     return parts

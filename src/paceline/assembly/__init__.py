@@ -1,6 +1,12 @@
 """The composition root: configuration to running engine. The only room that imports every part."""
 
-from paceline.assembly.loading import build_controller, load, open_log, steps_to_policy
+from paceline.assembly.loading import (
+    build_controller,
+    find_round_seconds,
+    load,
+    open_log,
+    steps_to_policy,
+)
 from paceline.assembly.pace import Pace
 from paceline.assembly.parts import (
     Parts,
@@ -16,6 +22,7 @@ __all__ = [
     "build",
     "build_controller",
     "build_from_objects",
+    "find_round_seconds",
     "give_chances",
     "load",
     "open_log",

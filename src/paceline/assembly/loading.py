@@ -7,10 +7,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from paceline.assembly.pace import Pace
-from paceline.assembly.parts import build, build_from_objects, give_chances, policy_identity
-from paceline.config import Config, GenerationDefaults, ModelSection, load_config
-from paceline.contracts import Completion, Context, Request, identity_of_arms, join_arm, split_arm
-from paceline.costs.table import CostTable
+from paceline.assembly.parts import (
+    build,
+    build_from_objects,
+    give_chances,
+    policy_identity,
+    untrained_lookup,
+)
+from paceline.config import DEFAULT_OBJECTIVE, Config, GenerationDefaults, ModelSection, load_config
+from paceline.contracts import (
+    AUTO,
+    NONE,
+    Completion,
+    Context,
+    Request,
+    identity_of_arms,
+    join_arm,
+    split_arm,
+)
+from paceline.costs import RoundSeconds
+from paceline.costs.table import TARGET, CostTable
 from paceline.drafting.cascade.calibration import load_calibration
 from paceline.errors import ArtefactError, ConfigError, shorten
 from paceline.selection import (
@@ -18,6 +34,7 @@ from paceline.selection import (
     Arm,
     Guard,
     TablePrices,
+    UntrainedController,
     is_policy,
     load_policy,
 )
@@ -51,7 +68,8 @@ def load(
     `tokenizer` and `drafters`. policy: the folder of a learned policy, by default the configuration's,
     if there is one; a named policy that cannot be used raises ArtefactError. If the configuration's
     policy cannot be used (made for other models, without this machine's costs, damaged), `notes` says
-    why. Without a policy, requests must name a drafter; `with_policy=False` loads none.
+    why. Without a policy, drafter `auto` is the first `suffix_lookup`, or one that is added, and `none`
+    where it does not pay by the clock. With `with_policy=False`, requests must name a drafter.
     generation_config: `auto` or `none`, overrides the configuration; see `Pace.request`.
 
     Raises ConfigError, ModelError or VocabularyError for parts that cannot be used, and ArtefactError
@@ -66,17 +84,23 @@ def load(
         update = {"generation_config": generation_config}
         parts.config = parts.config.model_copy(update=update)
     parts.notes += _give_prices(parts)
+    from_file = target is None or policy is not None  # the costs, with the policy or configuration
+    round_seconds, notes = find_round_seconds(parts) if from_file else (None, [])
     folder = Path(policy) if policy is not None else parts.config.paths.policy
-    if not with_policy or (policy is None and target is not None):
-        return Pace(parts, on_complete=open_log(parts))
+    if not with_policy:
+        log = open_log(parts)
+        return Pace(parts, on_complete=log, notes=notes, round_seconds=round_seconds)
+    if policy is None and target is not None:
+        reason = "`paceline learn` makes one, and load(policy=...) takes it"
+        return _without_policy(parts, reason, notes, round_seconds)
     if policy is None and not is_policy(folder):
-        return _without_policy(parts, steps_to_policy(parts.config))
+        return _without_policy(parts, steps_to_policy(parts.config), notes, round_seconds)
     try:
-        return _with_policy(parts, folder)
+        return _with_policy(parts, folder, notes, round_seconds)
     except ArtefactError as error:
         if policy is not None:
             raise
-        return _without_policy(parts, str(error), [f"no policy is used: {error}"])
+        return _without_policy(parts, str(error), notes, round_seconds)
 
 
 def _build(
@@ -96,10 +120,37 @@ def _build(
     return build(config if isinstance(config, Config) else load_config(config))
 
 
-def _without_policy(parts: Parts, reason: str, notes: Sequence[str] = ()) -> Pace:
-    pace = Pace(parts, on_complete=open_log(parts), notes=notes)
-    pace.engine.why_no_policy = reason
-    return pace
+def find_round_seconds(
+    parts: Parts, costs: CostTable | None = None
+) -> tuple[RoundSeconds | None, list[str]]:
+    """Return the prices of this machine's rounds, if there are any, and a note if they are unusable.
+
+    costs: by default read from the configuration's path.
+    """
+    path = parts.config.paths.costs
+    if parts.config.engine.max_rows == 1 or (costs is None and not path.is_file()):
+        return None, []
+    forwards = {TARGET: parts.forwards()[TARGET]}
+    try:
+        costs = costs or CostTable.load(path)
+        costs.check((), target=parts.target.fingerprint(), forwards=forwards)
+        return RoundSeconds(costs), []
+    except ArtefactError as error:
+        return None, [f"drafts are verified whole while several rows are in flight: {error}"]
+
+
+def _without_policy(
+    parts: Parts, reason: str, notes: Sequence[str], round_seconds: RoundSeconds | None
+) -> Pace:
+    """Assemble parts with a lookup as drafter `auto`. reason: there is no policy."""
+    on_complete = open_log(parts)  # whose header names the configured drafters alone
+    lookup = untrained_lookup(parts)
+    controller = UntrainedController(lookup)
+    note = (
+        f"no policy is used: {reason}. Until then '{AUTO}' is drafter '{lookup}', and '{NONE}' where "
+        "that does not pay by the clock; a learned policy chooses among all drafters"
+    )
+    return Pace(parts, controller.choose, controller, on_complete, [note, *notes], round_seconds)
 
 
 def steps_to_policy(config: Config) -> str:
@@ -113,7 +164,9 @@ def steps_to_policy(config: Config) -> str:
     return f"there is none in {paths.policy} yet; run {', then '.join(steps)}"
 
 
-def _with_policy(parts: Parts, folder: Path) -> Pace:
+def _with_policy(
+    parts: Parts, folder: Path, notes: Sequence[str], round_seconds: RoundSeconds | None
+) -> Pace:
     """Assemble parts with a folder's policy. Raises ArtefactError if it does not fit them."""
     path = parts.config.paths.costs
     costs = CostTable.load(path) if path.is_file() else None
@@ -125,14 +178,15 @@ def _with_policy(parts: Parts, folder: Path) -> Pace:
     give_chances(parts, load_calibration(folder))
     controller = build_controller(parts, loaded.arms, objective=loaded.objective)
     on_complete = open_log(parts, training_range, read_card(folder).encoders)
-    return Pace(parts, loaded.choose, controller, on_complete, loaded.notes)
+    notes = [*loaded.notes, *notes]
+    return Pace(parts, loaded.choose, controller, on_complete, notes, round_seconds)
 
 
 def build_controller(
     parts: Parts,
     arms: Sequence[str],
     costs: CostTable | None = None,
-    objective: Objective = 0.0,
+    objective: Objective = DEFAULT_OBJECTIVE,
 ) -> AdaptiveController | None:
     """Return the controller of the configuration's `selection`, or None if it asks for none.
 

@@ -6,7 +6,7 @@ This module knows no engine, policy or costs.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -17,6 +17,7 @@ from paceline.drafting.cascade.drafter import Cascade
 from paceline.drafting.catalog import check_settings, find_kind
 from paceline.drafting.draft_model import DraftModel
 from paceline.drafting.none import NoneDrafter
+from paceline.drafting.suffix_lookup import SuffixLookup, SuffixLookupSettings
 from paceline.errors import ConfigError
 from paceline.models.detokenizer import Detokenizer
 from paceline.models.language_model import LanguageModel
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     DraftSpec = PreTrainedModel | Drafter | tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
+BUILT_IN: Final = "suffix"
+
+
 @dataclass(slots=True)
 class Parts:
     """Loaded models and drafters, before an engine drives them."""
@@ -47,6 +51,7 @@ class Parts:
     vocabulary: Vocabulary
     drafters: dict[str, Drafter]  # `none` first
     notes: list[str] = field(default_factory=list)  # for the user, on how they were assembled
+    built_in: str | None = None  # the drafter that neither a configuration nor a caller named
     detokenizer: Detokenizer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -156,6 +161,23 @@ def give_chances(parts: Parts, calibration: Calibration) -> None:
             names, chances = learned
             if names == tuple(drafter.parts):
                 drafter.calibrate(chances)
+
+
+def untrained_lookup(parts: Parts) -> str:
+    """Return the drafter that `auto` is without a policy: the first `suffix_lookup`.
+
+    If there is none, one with default settings is added as `suffix`, or under another name if that
+    is taken.
+    """
+    for name, drafter in parts.drafters.items():
+        if isinstance(drafter, SuffixLookup):
+            return name
+    name = BUILT_IN
+    while name in parts.drafters:
+        name = f"built-in-{name}"
+    parts.drafters[name] = SuffixLookup(name, SuffixLookupSettings())
+    parts.built_in = name
+    return name
 
 
 def policy_identity(parts: Parts) -> PolicyIdentity:

@@ -83,7 +83,7 @@ class DoctorReport:
     chat_template: bool
     drafters: list[DrafterCheck]
     notes: list[str] = field(default_factory=list)
-    why_not_auto: str | None = None  # None if no obstacle was found
+    why_no_policy: str | None = None  # None if no obstacle was found
 
     def facts_by_name(self) -> dict[str, ModelFacts]:
         """Return the facts of the target and of each drafter that is a model, by name."""
@@ -124,12 +124,12 @@ def doctor(config: Config) -> DoctorReport:
         check.predicted = predicted.get(name, "unknown")
         report.drafters.append(check)
     if not report.problems:
-        report.why_not_auto = _why_not_auto(config, vocabulary, report)
+        report.why_no_policy = _why_no_policy(config, vocabulary, report)
     return report
 
 
-def _why_not_auto(config: Config, vocabulary: Vocabulary, report: DoctorReport) -> str | None:
-    """Return the obstacle to `auto` that is visible before weights are read, or None."""
+def _why_no_policy(config: Config, vocabulary: Vocabulary, report: DoctorReport) -> str | None:
+    """Return the obstacle to the policy that is visible before weights are read, or None."""
     folder, path = config.paths.policy, config.paths.costs
     if not is_policy(folder):
         return steps_to_policy(config)

@@ -18,6 +18,7 @@ from paceline.cli.learn import learn
 from paceline.cli.next_steps import ResumingVerb, Verb
 from paceline.cli.paraphrase import paraphrase
 from paceline.cli.profile import profile
+from paceline.cli.route import route
 from paceline.cli.trigram import trigram
 
 app = typer.Typer(
@@ -38,6 +39,7 @@ _VERBS = (
     data,
     learn,
     evaluate,
+    route,
     paraphrase,
     distill,
     layer_search,

@@ -97,7 +97,10 @@ def collect(
     if result.too_long:
         say(console, f"{len(result.too_long)} prompts do not fit the context and were left out")
     _print_seconds(console, result)
-    say(console, "next: `paceline profile`, then `paceline learn`")
+    if written and not settings.drafters:
+        say(console, "next: `paceline learn --reward alignment --learner reinforce`")
+    else:
+        say(console, "next: `paceline profile`, then `paceline learn`")
 
 
 def _samplings(

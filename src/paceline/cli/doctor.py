@@ -67,7 +67,11 @@ def doctor(
     if report.problems:
         raise typer.Exit(2)
     say(console, "each named drafter can be used with this configuration")
-    if report.why_not_auto is None:
-        say(console, f"drafter '{AUTO}' can be used: the policy was learned for these drafters")
+    if report.why_no_policy is None:
+        say(console, f"drafter '{AUTO}' is the policy's choice: it was learned for these drafters")
     else:
-        say(console, f"drafter '{AUTO}' cannot be used, it needs a policy: {report.why_not_auto}")
+        say(
+            console,
+            f"drafter '{AUTO}' is a lookup, and none where that does not pay; no policy can be used: "
+            f"{report.why_no_policy}",
+        )

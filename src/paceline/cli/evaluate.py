@@ -45,11 +45,14 @@ def evaluate(
     from rich.console import Console
 
     from paceline.cli.progress import progress
+    from paceline.errors import ConfigError
     from paceline.learning.evaluation import parse_encoders
     from paceline.learning.evaluation.plot import plot as draw
     from paceline.learning.evaluation.tables import show
+    from paceline.learning.text_report import TextReport, show_texts
     from paceline.plotting import import_figure
     from paceline.verbs.evaluate import evaluate as run_evaluate
+    from paceline.verbs.texts import evaluates_texts
 
     if plot is not None:
         import_figure()  # fails before the work is done
@@ -57,12 +60,15 @@ def evaluate(
     settings = options.configured(config, store=store, costs=costs, policy=policy)
     settings = options.learning_with(settings, objective=objective)
     loads = _numbers(rows)
+    learners = [name.strip() for name in compare.split(",") if name.strip()]
+    if plot is not None and evaluates_texts(settings, learners):
+        raise ConfigError("the plot shows speeds, which texts do not have; remove --plot")
     folders = options.named("--on", on, "NAME=FOLDER")
     console = Console()
     with progress(Console(stderr=True)) as report:
         found = run_evaluate(
             settings,
-            compare=[name.strip() for name in compare.split(",") if name.strip()],
+            compare=learners,
             encoders=parse_encoders(encoders) if encoders else [None],
             seeds=seeds,
             loads=loads,
@@ -70,10 +76,13 @@ def evaluate(
             leave_one_task_out=leave_one_task_out,
             on_progress=report,
         )
-    if plot is not None:
+    if plot is not None and not isinstance(found, TextReport):
         draw(found, plot)
     if as_json:
         console.print_json(found.to_json())
+        return
+    if isinstance(found, TextReport):
+        show_texts(console, found)
         return
     show(console, found)
     if plot is not None:

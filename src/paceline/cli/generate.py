@@ -47,9 +47,7 @@ def generate(
     ] = None,
     sampling: Annotated[str, typer.Option(help="auto, residual, block or invariant.")] = "auto",
     stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be repeated.")] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Use the text as it is, without a chat template.")
-    ] = False,
+    raw: options.Raw = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print the cost.")] = False,
     as_json: options.AsJson = False,
     costs: options.Costs = None,
@@ -60,17 +58,12 @@ def generate(
     threads: options.Threads = None,
 ) -> None:
     """Complete a prompt with the drafter that the policy picks, or with a named one."""
-    import sys
-
     from rich.console import Console
 
     from paceline.assembly import load
 
     settings = options.configured(config, dtype, device, threads, exact, costs=costs)
     pace = load(settings, policy=policy)
-    text = sys.stdin.read() if prompt == "-" else prompt
-    has_template = getattr(pace.parts.tokenizer, "chat_template", None) is not None
-    messages: Any = text if raw or not has_template else [{"role": "user", "content": text}]
     asked = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -81,6 +74,7 @@ def generate(
         "stop": stop or None,
     }
     given: dict[str, Any] = {name: v for name, v in asked.items() if v is not None}
+    messages = options.messages_of(prompt, raw, pace.parts.tokenizer)
     completion = pace.complete(messages, drafter=drafter, sampling=sampling, **given)
     for note in pace.notes:
         say(Console(stderr=True), f"note: {note}")

@@ -10,7 +10,7 @@ from paceline.cli import options
 from paceline.cli.next_steps import say
 
 if TYPE_CHECKING:
-    from paceline.learning import LearningResult
+    from paceline.learning import LearningResult, TextsResult
 
 
 def learn(
@@ -47,8 +47,9 @@ def learn(
 
     from paceline.cli.progress import progress
     from paceline.errors import ConfigError
-    from paceline.learning import LearningResult
+    from paceline.learning import ChoicesResult, LearningResult, TextsResult
     from paceline.learning.evaluation.tables import show_report
+    from paceline.learning.text_report import show_texts
     from paceline.verbs.from_log import learn_from_log
     from paceline.verbs.pipeline import learn as run_learn
 
@@ -71,6 +72,7 @@ def learn(
     console = Console()
     notes: list[str] = []
     verdict = None
+    learned: LearningResult | TextsResult | ChoicesResult
     with progress(console) as report:
         if from_log:
             learned, verdict, notes = learn_from_log(settings, report)
@@ -80,6 +82,9 @@ def learn(
         say(console, f"note: of the log, {note}")
     if isinstance(learned, LearningResult):
         show_report(console, learned.report)
+    if isinstance(learned, TextsResult):
+        show_texts(console, learned.report)
+    if not isinstance(learned, ChoicesResult):
         for line in _facts(learned):
             say(console, line)
     else:
@@ -94,11 +99,13 @@ def learn(
         say(console, f"against the policy in use: {verdict.reason}")
     kept = verdict is not None and not verdict.adopt
     say(console, f"{'kept' if kept else 'written'}: {settings.paths.policy}")
+    if isinstance(learned, TextsResult):
+        say(console, "next: `paceline route PROMPT`")
     if plot is not None and not from_log:
         say(console, f"written: {plot}")
 
 
-def _facts(learned: LearningResult) -> list[str]:
+def _facts(learned: LearningResult | TextsResult) -> list[str]:
     lines = []
     found = learned.training.settings
     if found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,8 @@ import typer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from transformers import PreTrainedTokenizerBase
 
     from paceline.config import Config, LearningSection
 
@@ -37,9 +40,11 @@ Store = Annotated[Path | None, typer.Option(help="Folder of the collection.")]
 Costs = Annotated[Path | None, typer.Option(help="File of the cost table.")]
 Policy = Annotated[Path | None, typer.Option(help="Folder of the policy.")]
 Objective = Annotated[
-    str | None, typer.Option(help="latency, throughput, or a weight from 0 to 1 between them.")
+    str | None,
+    typer.Option(help="throughput (default), latency, or a weight from 1 to 0 between them."),
 ]
 Plot = Annotated[Path | None, typer.Option(help="PNG file of a figure to write.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Use the text as it is, without a chat template.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
 Assignments = Annotated[
     list[str] | None,
@@ -90,6 +95,16 @@ def _number_or_name(text: str | None) -> float | str | None:
         return None if text is None else float(text)
     except ValueError:
         return text
+
+
+def messages_of(prompt: str, raw: bool, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Return a prompt, or the text from stdin for '-', as a user's message if there is a chat template.
+
+    raw: return the text as it is.
+    """
+    text = sys.stdin.read() if prompt == "-" else prompt
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    return text if raw or not has_template else [{"role": "user", "content": text}]
 
 
 def given(flags: dict[str, Any]) -> dict[str, Any]:

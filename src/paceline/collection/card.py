@@ -14,6 +14,7 @@ from collections import Counter
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -23,7 +24,7 @@ from paceline.files import write_atomically
 from paceline.store.records import sampling_label
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from paceline.assembly import Pace
     from paceline.selection.encoders import FeatureEncoder
@@ -55,10 +56,24 @@ class Card:
             "encoders": encoder.identities(),
         }
 
-    def write(self, rows: Sequence[Trajectory], finished: bool) -> None:
-        """Replace both files."""
+    def write(
+        self,
+        rows: Sequence[Trajectory],
+        finished: bool,
+        trained_on: Mapping[str, Mapping[str, int] | None] = MappingProxyType({}),
+    ) -> None:
+        """Replace both files.
+
+        trained_on: by drafter the number of prompts that it was trained on, and of those where that is
+        known; None where it is known of none.
+        """
         runs = [*self._earlier_runs, {**self._run, "finished": finished}]
-        facts = {**self._facts, "rows": _count_rows(rows), "runs": runs}
+        facts = {
+            **self._facts,
+            "rows": _count_rows(rows),
+            "trained_on": dict(trained_on),
+            "runs": runs,
+        }
         as_json = json.dumps(facts, indent=1, ensure_ascii=False)
         write_atomically(self._folder / CARD_JSON, as_json.encode())
         write_atomically(self._folder / CARD_MD, _render_page(facts).encode())
@@ -122,6 +137,12 @@ def _read_runs(folder: Path) -> list[dict[str, Any]]:
     return list(runs) if isinstance(runs, list) else []
 
 
+def _count_trained(counts: Mapping[str, int] | None) -> str:
+    if counts is None:
+        return "not known"
+    return f"{counts['trained_on']:,} of {counts['known']:,}"
+
+
 def _render_page(facts: dict[str, Any]) -> str:
     target = facts["target"]
     lines = [
@@ -140,6 +161,8 @@ def _render_page(facts: dict[str, Any]) -> str:
     for title in ("drafters", "encoders"):
         lines += ["", f"## {title.capitalize()}", ""]
         lines += [f"- `{name}`: {line}" for name, line in facts[title].items()]
+    lines += ["", "## Prompts that drafters were trained on", ""]
+    lines += [f"- `{name}`: {_count_trained(c)}" for name, c in facts["trained_on"].items()]
     lines += ["", "## Runs", ""]
     for run in facts["runs"]:
         files = ", ".join(f"{f['file']} (sha256 {f['sha256'][:12]})" for f in run["prompt_files"])

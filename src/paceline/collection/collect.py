@@ -1,4 +1,5 @@
-"""Collect prompts: decode each once with the target under each sampling, then replay every drafter.
+"""Collect prompts: decode each once with the target under each sampling, index the answers, then replay
+every drafter.
 
 Results go to the stores in small shards. A run that is stopped at any moment loses at most one shard's
 work, and the next run continues to the same rows as one that was never stopped. Stored results do not
@@ -13,6 +14,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
+from paceline.collection.answers import build_answers
 from paceline.collection.card import Card, describe_run
 from paceline.collection.draft_outputs import load_outputs
 from paceline.collection.replays import OutputTask, ReplayTask, ScoreTask
@@ -58,7 +60,8 @@ class CollectionReport:
     num_replayed: dict[str, int]  # rows, by drafter
     num_scored: dict[str, int]  # rows, by drafter, where scores were asked for
     num_draft_outputs: dict[str, int]  # prompts, by writer, where outputs were asked for
-    seconds: dict[str, float]  # decode, features, replay:DRAFTER, scores, outputs; of all workers
+    # decode, features, answers, replay:DRAFTER, scores, outputs; of all workers
+    seconds: dict[str, float]
 
 
 def collect_trajectories(
@@ -82,7 +85,8 @@ def collect_trajectories(
     sampling with a seed made from its own and the prompt's id. `alignment` adds each draft model's own
     outputs, `outputs` (name -> file) those of other models, both for the alignment reward. `scores` adds
     the closeness of each draft model's distributions to the target's. sources: the prompts' files, for
-    the card. on_progress counts prompts in the stages decode, features, replay, scores and outputs.
+    the card. on_progress counts prompts in the stages decode, features, answers, replay, scores and
+    outputs.
 
     Raises ConfigError on a repeated id, StoreError if the folder was made with another target,
     tokenizer or version, or stores another prompt under one of the ids.
@@ -99,6 +103,7 @@ def collect_trajectories(
         for name, path in (outputs or {}).items()
     }
     missing = [prompt for prompt in given if prompt.id not in stored_ids]
+    texts = {prompt.id: prompt.prompt for prompt in prompts}
     settings = {
         "max_new_tokens": max_new_tokens,
         "samplings": [sampling_label(s).removeprefix("@") or "greedy" for s in samplings],
@@ -110,11 +115,13 @@ def collect_trajectories(
         run.decode(pool, missing, max_new_tokens)
         rows = read_trajectories(run.collection.trajectories)
         run.complete_features(rows)
+        run.record_training(rows, texts)
+        run.index_answers(rows)
         num_replayed = run.replay(pool, rows)
         num_scored = run.score(pool, rows) if scores else {}
         num_outputs = run.decode_draft_outputs(pool, rows) if alignment else {}
     num_outputs |= {name: of_writer.save() for name, of_writer in external.items()}
-    card.write(rows, finished=True)
+    card.write(rows, finished=True, trained_on=run.num_trained_on)
     return CollectionReport(
         num_prompts=len(rows),
         num_present=len(given) - len(missing),
@@ -147,6 +154,7 @@ class _CollectionRun:
             for name, line in self.encoder.identities().items()
         }
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.num_trained_on: dict[str, dict[str, int] | None] = {}  # see `record_training`
 
     def check_stored(self, given: Sequence[EncodedPrompt]) -> list[Trajectory]:
         """Return the stored rows. Raises StoreError if a given id is stored with another prompt."""
@@ -188,6 +196,12 @@ class _CollectionRun:
                 self._on_progress("features", done, total)
         self.seconds["features"] += perf_counter() - began
 
+    def index_answers(self, rows: Sequence[Trajectory]) -> None:
+        """Renew the index of the answers, from which drafters may draft when they are replayed."""
+        began = perf_counter()
+        if build_answers(self.pace.parts, self.collection.folder, rows, self._on_progress):
+            self.seconds["answers"] += perf_counter() - began
+
     def replay(self, pool: WorkerPool, rows: Sequence[Trajectory]) -> dict[str, int]:
         """Replay every drafter on the rows that its store lacks; return their number by drafter."""
         names = [
@@ -197,6 +211,28 @@ class _CollectionRun:
         ]
         stores = {name: self.collection.replays(name, self._identities[name]) for name in names}
         return self._complete(pool, rows, stores, ReplayTask, "replay")
+
+    def record_training(self, rows: Sequence[Trajectory], texts: Mapping[str, str]) -> None:
+        """Record for each drafter whether it was trained on the prompts that its record lacks.
+
+        texts: prompt id -> its text. A prompt of an earlier run that is not given again has none, and a
+        drafter that does not know its training prompts has no record: both stay unknown.
+        `num_trained_on` gets the counts, None for such a drafter.
+        """
+        ids = list(dict.fromkeys(row.prompt_id for row in rows))
+        for name, drafter in self.pace.parts.drafters.items():
+            prompts = drafter.trained_on()
+            if name == NONE:
+                continue
+            if prompts is None:
+                self.num_trained_on[name] = None
+                continue
+            store = self.collection.trained_on(name, self._identities[name], prompts.digest())
+            stored = {row["id"]: row["trained_on"] for row in store.read().to_pylist()}
+            new = {id: texts[id] in prompts for id in ids if id in texts and id not in stored}
+            store.append([{"id": id, "trained_on": trained} for id, trained in new.items()])
+            known = stored | new
+            self.num_trained_on[name] = {"known": len(known), "trained_on": sum(known.values())}
 
     def score(self, pool: WorkerPool, rows: Sequence[Trajectory]) -> dict[str, int]:
         """Score every chain drafter on the rows that its store lacks; return their number by drafter."""

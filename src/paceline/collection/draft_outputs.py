@@ -11,6 +11,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from paceline.contracts import TEXT_ONLY
 from paceline.errors import ConfigError, StoreError
 from paceline.store.prompts import read_json_lines
 
@@ -65,7 +66,7 @@ def load_outputs(
             f"{path}: no output to {', '.join(missing[:_MAX_SHOWN])}{more}; every collected prompt "
             "needs one"
         )
-    store = collection.outputs(writer, "written elsewhere")
+    store = collection.outputs(writer, TEXT_ONLY)
     stored = {row["id"]: row["output_tokens"] for row in store.read().to_pylist()}
     changed = next((id for id in wanted if stored.get(id, outputs[id]) != outputs[id]), None)
     if changed is not None:

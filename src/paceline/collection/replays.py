@@ -1,6 +1,7 @@
 """Replay every drafter along every trajectory, and decode the draft models' own outputs.
 
-Stored results do not depend on costs. Each drafter has its own store, so that one added later is
+Stored results do not depend on costs, and no drafter sees a collected answer to the prompt that it is
+replayed on. Each drafter has its own store, so that one added later is
 replayed without decoding. Scores against the target's distributions need one more pass of the target
 over every text, so they have their own store and are computed only on request.
 Symbols: T output tokens, V the target's logits width.
@@ -60,8 +61,9 @@ class ReplayTask(_DrafterTask):
 def _replay_row(parts: Parts, row: Trajectory, name: str) -> dict[str, Any]:
     limit = max_output(row.max_new_tokens, len(row.prompt_tokens), parts.target.context_length)
     text = row.prompt_tokens, row.output_tokens
-    with blaming(name):
-        result = replay(parts.drafters[name], *text, limit, sampling=row.sampling)
+    drafter = parts.drafters[name]
+    with blaming(name), drafter.without_answers_to(row.prompt_id):
+        result = replay(drafter, *text, limit, sampling=row.sampling)
     scores = result.scores
     return {
         "id": row.id,

@@ -1,9 +1,10 @@
 """Prices: from a cost table to the seconds of rounds, of prompts and of arms per token.
 
-There are two objectives, and weights between them. `latency` is the seconds per token of one request
-that drafts while the other rows in flight decode plainly. `throughput` is the machine's seconds per
-token if all rows use the same arm. A weight between them (0 is latency, 1 is throughput) mixes the
-logarithms. With one row in flight both are the same. Prompts are priced as if prefilled one by one.
+There are two objectives, and weights between them. `throughput`, the default, is the machine's seconds
+per token if all rows use the same arm. `latency` is the seconds per token of one request that drafts
+while the other rows in flight decode plainly. With one row in flight both are the same; with several,
+`latency` does not charge a draft for slowing the other rows down. A weight between them (0 is latency, 1
+is throughput) mixes the logarithms. Prompts are priced as if prefilled one by one.
 
 This module knows no model and no policy. An arm is a drafter, perhaps at a draft length (`math@3`).
 Symbols: A arms, D drafters, C contexts, K the longest draft, P prompt lengths.

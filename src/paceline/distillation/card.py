@@ -112,7 +112,7 @@ def card(facts: Mapping[str, Any]) -> str:
         _training_paragraph(facts),
         f"```\n{facts['command']}\n```",
         "`docs/data.md` describes how to rebuild the prompt files. Settings, history and versions are\n"
-        "in `training.json`.",
+        "in `training.json`, hashes of the prompts trained on in `trained_on.npy`.",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -1,7 +1,8 @@
 """`distill`: from prompt files to a drafter's folder.
 
 Decodes the target's missing answers, trains a student on the answers, evaluates the saved student and
-writes transformers' format with a card. Unfinished work is in `<out>.part`.
+writes transformers' format with a card and the hashes of the prompts that it was trained on. Unfinished
+work is in `<out>.part`.
 """
 
 from __future__ import annotations
@@ -37,13 +38,14 @@ from paceline.distillation.train import (
 from paceline.errors import ConfigError
 from paceline.files import write_atomically
 from paceline.models.loading import quiet_transformers
-from paceline.store import is_validation, read_prompts, take_by_hash
+from paceline.store import TrainedOn, is_validation, read_prompts, take_by_hash, training_part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel
 
+    from paceline.contracts import PromptRecord
     from paceline.distillation.batches import Example
     from paceline.distillation.settings import DistillSettings
 
@@ -114,6 +116,9 @@ def distill(
     facts = _facts(pace, trained, others, examples, settings, report, result)
     write_atomically(made / _TRAINING, (json.dumps(facts, indent=1) + "\n").encode())
     write_atomically(made / "README.md", card(facts).encode())
+    answered = {example.id for example in examples}
+    selected = [r for path in data for r in select_prompts(path, settings)]
+    TrainedOn.of(r.prompt for r in selected if r.id in answered).save(made)
     _publish(made, out)
     shutil.rmtree(part)
     return report
@@ -155,6 +160,12 @@ def _read(
 
     decode_outputs(pace, prompts, store, settings.max_new_tokens, on_done=on_done)
     return DataFile(path.stem, read_examples(store, prompts), read_sources(path))
+
+
+def select_prompts(path: Path, settings: DistillSettings) -> list[PromptRecord]:
+    """Return the prompts of a data file that a distillation with these settings trains on."""
+    records, limit = read_prompts([path]), settings.cap_of(Path(path).stem)
+    return training_part(records, limit, settings.validation_share)
 
 
 def _split(files: Sequence[DataFile], share: float) -> tuple[list[Example], list[Example]]:

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from paceline.contracts import GREEDY
 from paceline.drafting.draft_replay import SimulatedReplay
+from paceline.store.trained_on import join
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from paceline.drafting.draft_replay import DraftReplay
     from paceline.models.language_model import LanguageModel
     from paceline.models.vocabulary import Tokenizer, Vocabulary
+    from paceline.store.trained_on import TrainedOn
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +152,26 @@ class Drafter(ABC):
         finally:
             self.stops_early = before
 
+    @contextmanager
+    def without_answers_to(self, group: str) -> Iterator[None]:
+        """Draft in the block as if no answer to a prompt had been collected.
+
+        A drafter that uses collected answers is replayed and judged in this block, since a new prompt
+        has no collected answer. group: the prompt's id, which its wordings and samplings share.
+        """
+        yield
+
     def identity(self) -> dict[str, object]:
         """Return all that changes the drafts; a policy learned with another identity is refused."""
         return {"kind": self.kind, "num_draft_tokens": self.num_draft_tokens}
+
+    def trained_on(self) -> TrainedOn | None:
+        """Return the prompts that the drafter was trained on; None if they are unknown.
+
+        By default those of its parts; they are unknown for a drafter without parts.
+        """
+        parts = [part for part in self.holders() if part is not self]
+        return join([part.trained_on() for part in parts]) if parts else None
 
     def num_bytes(self) -> int:
         """Return the bytes held now: weights and the state of all rows."""

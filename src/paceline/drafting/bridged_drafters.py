@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from paceline.drafting.draft_length import StopSettings
     from paceline.models.language_model import LanguageModel
     from paceline.models.vocabulary import Tokenizer
+    from paceline.store.trained_on import TrainedOn
 
 Level = Literal["same", "shared", "text"]
 
@@ -221,6 +222,9 @@ class ThroughText(Drafter):
         self._specials = special_pairs(bridge.target, bridge.own)
         self._target_specials = {own: token for token, own in self._specials.items()}
         self._rows: dict[int, _OwnRow] = {}
+
+    def trained_on(self) -> TrainedOn | None:
+        return self.model.trained_on
 
     def start(self, rows: Sequence[RowView]) -> None:
         for row in rows:

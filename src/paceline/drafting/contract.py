@@ -36,6 +36,8 @@ _CALLS_PER_PIECE: Final = 64
 
 _MASS_ERROR: Final = 0.01  # of the sum of a distribution in half precision
 
+_CHANCE_ERROR: Final = 1e-6  # by which rounding may lift a token's chance above its parent's
+
 _INTEGERS: Final = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
 
 
@@ -58,6 +60,7 @@ class Draft:
     tokens: list[int]
     parents: list[int] | None = None  # index of the token each one follows, -1 for the row's last
     probs: Tensor | None = None  # [k, V] of a stochastic chain, float32
+    chances: list[float] | None = None  # as in `Drafts`; none exceeds its parent's
 
 
 @contextmanager
@@ -181,6 +184,8 @@ def read_drafts(
                 raise DrafterError(f"proposed a tree {deepest} deep where {limits[i]} was allowed")
     elif proposed.probs is not None and num_logits is not None:
         _read_probs(proposed.probs, rows, drafts, width, num_logits)
+    if proposed.chances is not None:
+        _read_chances(proposed.chances, drafts, width)
     return drafts
 
 
@@ -230,6 +235,29 @@ def tree_depth(parents: Sequence[int]) -> int:
             )
         levels.append(levels[parent + 1] + 1)
     return max(levels)
+
+
+def _read_chances(given: Any, drafts: Sequence[Draft], width: int) -> None:
+    if not isinstance(given, np.ndarray) or given.dtype.kind != "f":
+        kind = given.dtype if isinstance(given, np.ndarray) else shown(given)
+        raise DrafterError(f"chances must be an array of floats, got {kind}")
+    shape = given.shape
+    if len(shape) != 2 or shape[0] != len(drafts) or shape[1] < width:
+        raise DrafterError(
+            f"chances must have the shape [{len(drafts)}, {width}], rows and width, got {list(shape)}"
+        )
+    for draft, chances in zip(drafts, given[:, :width].tolist(), strict=True):
+        own: list[float] = []
+        for k, chance in enumerate(chances[: len(draft.tokens)]):
+            parent = k - 1 if draft.parents is None else draft.parents[k]
+            above = own[parent] if parent >= 0 else 1.0
+            if not 0.0 <= chance <= above + _CHANCE_ERROR:  # NaN fails, too
+                raise DrafterError(
+                    f"proposed token {k} with a chance of {chance:.4g}; it must be between 0 and its "
+                    f"parent's, {above:.4g}"
+                )
+            own.append(min(chance, above))
+        draft.chances = own
 
 
 def _read_probs(

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from paceline.drafting.draft_replay import DraftReplay
     from paceline.models.language_model import LanguageModel
     from paceline.models.packing import ChainEnds
+    from paceline.store.trained_on import TrainedOn
 
 
 class DraftModelSettings(ModelSection, StopSettings):
@@ -125,6 +126,9 @@ class DraftModel(Drafter):
         stop = self.stop.stop_identity()
         weights = {} if self.model.weights == "own" else {"weights": self.model.weights}
         return {**super().identity(), "model": self.model.fingerprint(), **weights, **stop}
+
+    def trained_on(self) -> TrainedOn | None:
+        return self.model.trained_on
 
     def num_bytes(self) -> int:
         return self.model.num_bytes() + self.model.packed_bytes + self.model.cache.num_bytes()

@@ -28,6 +28,7 @@ from paceline.errors import ConfigError
 from paceline.models.packing import Span
 from paceline.models.self_checks import check_sublayers
 from paceline.models.sublayers import LayerSubset
+from paceline.store.trained_on import NOTHING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from paceline.drafting.draft_replay import DraftReplay
     from paceline.models.language_model import LanguageModel
     from paceline.models.vocabulary import Vocabulary
+    from paceline.store.trained_on import TrainedOn
 
 
 class LayerSkipSettings(ThresholdSettings):
@@ -75,8 +77,11 @@ class _RowState:
 
     def learn(self, tokens: Sequence[int]) -> None:
         """Adapt the threshold to the accepted tokens of the last draft."""
-        accepted = count_accepted(self.draft, None, tokens[self.num_tokens :])
-        self.exit.update(len(self.draft), accepted, self.reached_limit)
+        written = tokens[self.num_tokens :]
+        accepted = count_accepted(self.draft, None, written)
+        # text that agrees up to its end: the engine has cut the draft, and the rest was not tried
+        drafted = accepted if accepted == len(written) else len(self.draft)
+        self.exit.update(drafted, accepted, self.reached_limit)
         self.draft = []
 
 
@@ -125,6 +130,9 @@ class LayerSkip(Drafter):
             "skip_mlp": _as_text(self.subset.mlp),
             **rule,
         }
+
+    def trained_on(self) -> TrainedOn | None:
+        return NOTHING if self.settings.skip_set is None else None
 
     def start(self, rows: Sequence[RowView]) -> None:
         for row in rows:

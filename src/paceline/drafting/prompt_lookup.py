@@ -18,11 +18,13 @@ from paceline.config import MAX_DRAFT_TOKENS, Section
 from paceline.contracts import Drafts
 from paceline.drafting.base import Drafter, pad_drafts
 from paceline.drafting.suffix_index import RowIndices
+from paceline.store.trained_on import NOTHING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from paceline.contracts import RowView
+    from paceline.store.trained_on import TrainedOn
 
 
 class PromptLookupSettings(Section):
@@ -51,6 +53,9 @@ class PromptLookup(Drafter):
 
     def identity(self) -> dict[str, object]:
         return {**super().identity(), **self.settings.model_dump()}
+
+    def trained_on(self) -> TrainedOn:
+        return NOTHING
 
     def start(self, rows: Sequence[RowView]) -> None:
         self._rows.start(rows)

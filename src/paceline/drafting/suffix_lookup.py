@@ -1,14 +1,16 @@
 """A drafter of the most frequent continuations of the text's own suffix, as a tree.
 
-The drafter needs no model and no training. It is fast where answers repeat the prompt, themselves or,
-with `share`, earlier answers. The longest earlier match of the suffix is the context; a longer match
-gives a longer draft. After SuffixDecoding (arXiv 2411.04975), on a suffix automaton instead of suffix
-trees. `drafting.draft_length` has the rules of a draft's length, in order. Symbols: R rows, K =
-num_draft_tokens.
+The drafter needs no model and no training. It is fast where answers repeat the prompt, themselves,
+earlier answers (`share`) or collected ones (`answers`). The longest earlier match of the suffix is the
+context; a longer match gives a longer draft. After SuffixDecoding (arXiv 2411.04975), on a suffix
+automaton instead of suffix trees. `drafting.draft_length` has the rules of a draft's length, in order.
+Symbols: R rows, K = num_draft_tokens.
 """
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -17,16 +19,22 @@ from pydantic import ConfigDict, Field, model_validator
 
 from paceline.config import MAX_DRAFT_TOKENS, Section
 from paceline.contracts import Drafts
+from paceline.drafting.answers import check_answers, find_answers, require_answers
 from paceline.drafting.base import Drafter
 from paceline.drafting.suffix_index import RowIndices, SuffixIndex, Tree
 from paceline.errors import ConfigError
+from paceline.store.contexts import MAX_CONTEXT
+from paceline.store.trained_on import NOTHING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from paceline.contracts import RowView
+    from paceline.drafting.answers import Answers
     from paceline.drafting.base import BuildContext
     from paceline.drafting.suffix_index import Match
+    from paceline.models.vocabulary import Vocabulary
+    from paceline.store.trained_on import TrainedOn
 
 _END: Final = -1  # after every answer; it is no token, so no match crosses it
 
@@ -40,6 +48,7 @@ class SuffixLookupSettings(Section):
 
     share: match answers to earlier requests as well, at most their last `shared_tokens` tokens.
     tenant: the owner of these answers; drafters of one tenant share them.
+    answers: folder of a collection, whose answers are matched as well, in up to 32 tokens.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -54,6 +63,7 @@ class SuffixLookupSettings(Section):
     share: bool = False
     tenant: str = ""
     shared_tokens: int = Field(default=2**18, ge=1024, le=2**24)
+    answers: Path | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> SuffixLookupSettings:
@@ -113,11 +123,23 @@ class SuffixLookup(Drafter):
     Settings = SuffixLookupSettings
 
     def __init__(
-        self, name: str, settings: SuffixLookupSettings, shared: SharedText | None = None
+        self,
+        name: str,
+        settings: SuffixLookupSettings,
+        shared: SharedText | None = None,
+        answers: Answers | None = None,
     ) -> None:
-        """shared: the tenant's earlier answers; by default a new text if the settings share."""
+        """shared: the tenant's earlier answers; by default a new text if the settings share. answers: of
+        the settings' collection.
+        """
         super().__init__(name, settings.num_draft_tokens)
+        require_answers(name, settings.answers, answers)
+        # imported here because numba takes a second to import
+        from paceline.drafting.answer_kernels import match_and_grow
+
+        self._match_and_grow = match_and_grow
         self.settings = settings
+        self._answers = answers
         self.shared = shared
         if shared is None and settings.share:
             self.shared = SharedText(settings.max_match, settings.shared_tokens)
@@ -125,10 +147,30 @@ class SuffixLookup(Drafter):
         self._first_shared: dict[int, int] = {}  # row id -> index of the first token to share
 
     @classmethod
+    def check(cls, name: str, settings: SuffixLookupSettings, vocabulary: Vocabulary) -> None:
+        check_answers(settings.answers, vocabulary)
+
+    @classmethod
     def build(cls, name: str, settings: Any, context: BuildContext) -> SuffixLookup:
-        return cls(name, settings, _find_shared_text(name, settings, context.drafters))
+        shared = _find_shared_text(name, settings, context.drafters)
+        return cls(name, settings, shared, find_answers(name, settings.answers, context))
+
+    @property
+    def note(self) -> str:  # type: ignore[override] # it changes when there are answers
+        """The remark that there are no answers yet."""
+        return "" if self._answers is None else self._answers.note
+
+    @contextmanager
+    def without_answers_to(self, group: str) -> Iterator[None]:
+        if self._answers is None:
+            yield
+            return
+        with self._answers.without(group):
+            yield
 
     def start(self, rows: Sequence[RowView]) -> None:
+        if self._answers is not None:
+            self._answers.refresh()
         self._rows.start(rows)
         for row in rows:
             # from the last token on, the row grows while this drafter serves it
@@ -144,11 +186,17 @@ class SuffixLookup(Drafter):
             if self.shared is not None and first is not None:
                 self.shared.add(row.tokens[first:])
 
+    def trained_on(self) -> TrainedOn:
+        return NOTHING
+
     def identity(self) -> dict[str, object]:
-        return {**super().identity(), **self.settings.model_dump()}
+        # the folder is no part of it: a collection grows, and moves with its files
+        used = {"answers": True} if self.settings.answers is not None else {}
+        return {**super().identity(), **self.settings.model_dump(exclude={"answers"}), **used}
 
     def num_bytes(self) -> int:
-        return self._rows.num_bytes() + (0 if self.shared is None else self.shared.num_bytes())
+        sources = (self._rows, self.shared, self._answers)
+        return sum(source.num_bytes() for source in sources if source is not None)
 
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
         found, trees = self.grow_trees(rows, limits)
@@ -166,39 +214,81 @@ class SuffixLookup(Drafter):
         out = np.full((3, len(rows), self.num_draft_tokens), -1, dtype=np.int64)
         own = self._rows.match_own(rows)
         trees = [
-            self._draft(row, limit, own[i], out[:, i])
+            self._draft(row, limit, own[i], out, i)
             for i, (row, limit) in enumerate(zip(rows, limits, strict=True))
         ]
         return out, trees
 
     def _draft(
-        self, row: RowView, limit: int, own: tuple[SuffixIndex, Match], out: np.ndarray
+        self,
+        row: RowView,
+        limit: int,
+        own: tuple[SuffixIndex, Match],
+        out: np.ndarray,
+        number: int,
     ) -> Tree:
-        """Write a row's draft into `out` [3, K]: tokens, parents, evidence. own: the match in its text.
+        """Write a row's draft into out[:, number] [3, R, K]: tokens, parents, evidence.
 
-        Of the row's own text and the shared ones, the draft with the most expected tokens is kept.
+        own: the match in its text. Of the row's own text, the shared and the collected answers, the
+        draft with the most expected tokens is kept, of equals the first.
         """
         best = Tree(0, 0, 0.0)
         if limit < 1:
             return best
-        sources = [own]
+        best = self._draft_of_index(*own, limit, best, out, number)
         if self.shared is not None:
-            sources += self.shared.match(row.tokens)
-        for index, match in sources:
-            longest = self._max_length(match)
-            if longest <= best.expected:
-                continue  # it cannot expect more
-            # the best draft so far stays in `out` until a better one is known
-            into = np.empty_like(out) if best.num_tokens else out
-            tree = index.grow(
-                match, self.settings.min_match, limit, self.settings.paths,
-                self.settings.min_probability, *into[:, :longest],
-            )  # fmt: skip
-            if tree.expected > best.expected:
-                best = tree
-                if into is not out:
-                    out[:, : best.num_tokens] = into[:, : best.num_tokens]
+            for index, match in self.shared.match(row.tokens):
+                best = self._draft_of_index(index, match, limit, best, out, number)
+        if self._answers is not None and self._answers.index is not None:
+            best = self._draft_of_answers(row.tokens, limit, best, out, number)
         return best
+
+    def _draft_of_index(
+        self,
+        index: SuffixIndex,
+        match: Match,
+        limit: int,
+        best: Tree,
+        out: np.ndarray,
+        number: int,
+    ) -> Tree:
+        """Write the draft of an index if it is better than the best so far; return the better one."""
+        longest = self._max_length(match)
+        if longest <= best.expected:
+            return best  # it cannot expect more
+        # the best draft so far stays in `out` until a better one is known
+        own = out[:, number]
+        into = np.empty_like(own) if best.num_tokens else own
+        tree = index.grow(
+            match, self.settings.min_match, limit, self.settings.paths,
+            self.settings.min_probability, *into[:, :longest],
+        )  # fmt: skip
+        if tree.expected <= best.expected:
+            return best
+        if into is not own:
+            own[:, : tree.num_tokens] = into[:, : tree.num_tokens]
+        return tree
+
+    def _draft_of_answers(
+        self, tokens: Sequence[int], limit: int, best: Tree, out: np.ndarray, number: int
+    ) -> Tree:
+        """Write the draft of the collected answers if it is better; return the better one."""
+        assert self._answers is not None and self._answers.index is not None
+        index, settings = self._answers.index, self.settings
+        into, row = (np.empty_like(out[:, :1]), 0) if best.num_tokens else (out, number)
+        tree = Tree(
+            *self._match_and_grow(
+                index.tokens, index.order, self._answers.left_out,
+                np.array(tokens[-min(settings.max_match, MAX_CONTEXT) :], dtype=np.int32),
+                settings.min_match, settings.length_factor, settings.length_offset,
+                limit, settings.paths, settings.min_probability, best.expected, into, row,
+            )
+        )  # fmt: skip
+        if tree.expected <= best.expected:
+            return best
+        if into is not out:
+            out[:, number, : tree.num_tokens] = into[:, 0, : tree.num_tokens]
+        return tree
 
     def _max_length(self, match: Match) -> int:
         """Return the maximum number of tokens to draft after a match."""

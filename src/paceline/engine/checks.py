@@ -13,7 +13,7 @@ from paceline.drafting.contract import blaming, read_length
 from paceline.errors import DrafterError, RequestError, shorten
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
     from paceline.contracts import Request
     from paceline.drafting.base import Drafter
@@ -26,12 +26,10 @@ def check_request(
     target: LanguageModel,
     drafters: Mapping[str, Drafter],
     max_positions: int | None = None,
-    may_change: bool = False,
 ) -> None:
     """Raise RequestError if a request that fits the schema cannot be served here.
 
-    max_positions: the maximum number of positions of the target's cache. may_change: as in
-    `num_positions`.
+    max_positions: the maximum number of positions of the target's cache.
     """
     num_prompt, context = len(request.prompt_tokens), target.context_length
     if num_prompt == 0:
@@ -53,7 +51,7 @@ def check_request(
             f"{shorten(request.max_new_tokens)} tokens{_cut(target)}",
             stacklevel=2,
         )
-    needed = target.cache.rounded(num_positions(request, context, drafters, may_change))
+    needed = target.cache.rounded(num_positions(request, context, drafters))
     if max_positions is not None and needed > max_positions:
         raise RequestError(
             f"the request may need {needed} positions, the engine's cache holds {max_positions}; "
@@ -103,17 +101,31 @@ _MAX_DRAFT_POSITIONS: Final = 1024
 """Maximum number of positions for a draft in addition to the row's own."""
 
 
-def num_positions(
-    request: Request, context_length: int, drafters: Mapping[str, Drafter], may_change: bool = False
-) -> int:
+def num_positions(request: Request, context_length: int, drafters: Mapping[str, Drafter]) -> int:
     """Return the maximum number of cache positions of a request, those of a draft included.
 
-    may_change: whether any drafter may draft for it, not only the one it names.
+    Any drafter may draft for a request with drafter `auto`, only the named one for another.
     """
-    named = request.drafter != AUTO and not may_change
     name = request.drafter.partition(AT)[0]
-    others = [drafters[name]] if named and name in drafters else drafters.values()
+    others = [drafters[name]] if name in drafters else drafters.values()
     return max_total(request, context_length) + max(map(_draft_positions, others), default=0)
+
+
+def fits(
+    requests: Sequence[Request],
+    target: LanguageModel,
+    drafters: Mapping[str, Drafter],
+    max_positions: int | None,
+) -> bool:
+    """Return whether the target's cache has room for one more row, with all requests at their longest.
+
+    requests: those in flight and the new one.
+    """
+    if max_positions is None or len(requests) == 1:
+        return True  # `check_request` has compared one row alone with the bound
+    context, cache = target.context_length, target.cache
+    longest = max(num_positions(r, context, drafters) for r in requests)
+    return cache.num_slots_with_one_more * cache.rounded(longest) <= max_positions
 
 
 def _draft_positions(drafter: Drafter) -> int:

@@ -11,12 +11,13 @@ import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-from paceline.errors import ENDS_ALL, DrafterError
+from paceline.errors import ENDS_ALL, DrafterError, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import TracebackType
 
+    from paceline.contracts import Request
     from paceline.engine.rows import Row
 
 MOST_FAILURES: Final = 3
@@ -85,6 +86,22 @@ def warn(message: str) -> None:
         warnings.warn(message, stacklevel=3)
     except Warning as error:
         traceback.print_exception(error)
+
+
+class CompletionFailures:
+    """The failures of an engine's `on_complete`, of which the first becomes a warning."""
+
+    def __init__(self) -> None:
+        self._has_warned = False
+
+    def warn(self, request: Request, error: BaseException) -> None:
+        """Warn that `on_complete` fails, the first time only. Requests continue."""
+        if not self._has_warned:
+            self._has_warned = True
+            warn(
+                f"on_complete failed for request '{request.id}' ({describe(error)}), so its record of "
+                "completed requests is incomplete; requests go on, and later failures are not reported"
+            )
 
 
 class DisabledDrafters:

@@ -159,13 +159,14 @@ class ControlledRows:
 
         The last round of a row is reported too: its costs count for later requests.
         """
+        num_drafted = sum(row.rounds[-1].drafted for row in rows if row.error is None)
         for row in rows:
             start = starts.get(row.id)
             if start is None or row.error is not None:
                 continue
             arm = None
             with contained(lambda error, row=row: self._fail(row, error)):  # type: ignore[misc]
-                arm = self._report(row, start, len(rows))
+                arm = self._report(row, start, len(rows), num_drafted)
                 if arm is not None:
                     check_arm(arm, self._seats.drafters, ArtefactError)
             if row.finish_reason is not None or arm is None or arm == row.arm:
@@ -178,7 +179,7 @@ class ControlledRows:
         if row.finish_reason is None:
             row.fail(_CONTROLLER, error)
 
-    def _report(self, row: Row, start: _RoundStart, num_rows: int) -> str | None:
+    def _report(self, row: Row, start: _RoundStart, num_rows: int, num_drafted: int) -> str | None:
         began = perf_counter()
         outcomes = self._compare_shadows(row)
         stats = row.rounds[-1]
@@ -201,6 +202,7 @@ class ControlledRows:
             shadow_seconds=start.shadow,
             draft_seconds=row.seconds.draft - start.draft,
             other_seconds=row.seconds.verify + row.seconds.commit - start.other,
+            num_drafted=num_drafted,
         )
         self._reported[row.id] = row.seconds.draft
         arm = self.controller.after_round(row.id, report)

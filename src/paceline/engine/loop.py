@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from paceline.contracts import AUTO, NONE, Decision, Request, Seconds
-from paceline.engine.checks import check_arm, check_request, max_total, num_positions
-from paceline.engine.containment import contained, warn
+from paceline.engine.budget import Budget
+from paceline.engine.checks import check_arm, check_request, fits, max_total
+from paceline.engine.containment import CompletionFailures, contained
 from paceline.engine.control import ControlledRows
 from paceline.engine.endings import final_text
 from paceline.engine.prefill import Prefill
@@ -22,7 +23,7 @@ from paceline.engine.prefixes import PrefixStore
 from paceline.engine.rows import RequestUpdate, Row
 from paceline.engine.seats import Seats
 from paceline.engine.step import run_round
-from paceline.errors import ArtefactError, QueueFullError, RequestError, describe
+from paceline.errors import ArtefactError, QueueFullError, RequestError
 from paceline.models.detokenizer import Detokenizer
 from paceline.requests import read_request
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from paceline.contracts import Completion, Context
+    from paceline.costs.round_seconds import RoundSeconds
     from paceline.drafting.base import Drafter
     from paceline.engine.control import ArmController
     from paceline.models.language_model import LanguageModel
@@ -64,6 +66,7 @@ class Engine:
         max_drafter_mb: float | None = None,
         on_complete: OnComplete | None = None,
         controller: ArmController | None = None,
+        round_seconds: RoundSeconds | None = None,
     ) -> None:
         """Bound the models' caches.
 
@@ -75,11 +78,11 @@ class Engine:
         no drafter. on_complete: called with every request that has ended, its completion, and the
         policy's context if a policy chose; its first exception becomes a warning, later ones are
         ignored. controller: may change the decision of `choose`, and the arm after every round.
+        round_seconds: prices of this machine, by which the drafts of several rows are cut.
         """
         self.target = target
         self.drafters = dict(drafters)
         self.choose = choose
-        self.why_no_policy = "none is loaded; give `load` one"
         self.on_complete = on_complete
         self.prefixes = PrefixStore(prefix_positions)
         self._detokenizer = Detokenizer.wrap(decode)
@@ -96,7 +99,8 @@ class Engine:
         self._ended: list[RequestUpdate] = []  # since the last step reported
         self._seats = Seats(self.drafters, self._rows, prefill_chunk, max_drafter_mb)
         self._controlled = None if controller is None else ControlledRows(controller, self._seats)
-        self._has_warned = False  # that `on_complete` fails
+        self._budget = None if round_seconds is None else Budget(round_seconds)
+        self._completion_failures = CompletionFailures()
         self._check_mark = object()  # marks the requests that were checked here
 
     # --- step by step -----------------------------------------------------------------------------
@@ -203,7 +207,7 @@ class Engine:
         starts = {} if self._controlled is None else self._controlled.before_round(rows)
         rows = [row for row in rows if row.finish_reason is None]
         if rows:
-            run_round(rows, self.target, self._detokenizer)
+            run_round(rows, self.target, self._detokenizer, self._budget)
         if starts and self._controlled is not None:
             self._controlled.after_round(rows, starts)
 
@@ -216,11 +220,10 @@ class Engine:
         if getattr(request, "checked_by", None) is self._check_mark:
             return request
         request = request if is_read else read_request(request)
-        may_change = self._controlled is not None
-        check_request(request, self.target, self.drafters, self._max_positions, may_change)
+        check_request(request, self.target, self.drafters, self._max_positions)
         if request.drafter == AUTO and self.choose is None:
             raise RequestError(
-                f"drafter 'auto' needs a policy: {self.why_no_policy}, or name a drafter: "
+                "drafter 'auto' needs a choice and none was loaded; name a drafter: "
                 f"{', '.join(self.drafters)}"
             )
         object.__setattr__(request, "checked_by", self._check_mark)
@@ -259,14 +262,8 @@ class Engine:
             self._rows.sort(key=lambda row: row.slot)
 
     def _fits(self, request: Request) -> bool:
-        """Return whether the target's cache has room for another row, with all rows at their longest."""
-        if self._max_positions is None or not self._rows:
-            return True  # `check_request` has compared one row alone with the bound
-        context, may_change = self.target.context_length, self._controlled is not None
-        requests = (request, *(row.request for row in self._rows))
-        longest = max(num_positions(r, context, self.drafters, may_change) for r in requests)
-        cache = self.target.cache
-        return cache.num_slots_with_one_more * cache.rounded(longest) <= self._max_positions
+        requests = [request, *(row.request for row in self._rows)]
+        return fits(requests, self.target, self.drafters, self._max_positions)
 
     def _take_new_weights(self) -> None:
         """Reload the target's weights after they changed in place, and fail the rows in flight.
@@ -295,11 +292,20 @@ class Engine:
     def _decide(self, row: Row) -> Decision:
         if row.request.drafter != AUTO or self.choose is None:
             return Decision(arm=row.request.drafter)
-        row.context = row.make_context(len(self._rows), self._detokenizer)
+        row.context = row.make_context(self._num_together(), self._detokenizer)
         decision = self._seats.check(self.choose(row.context))
         if self._controlled is not None:
             decision = self._seats.check(self._controlled.begin(row, row.context, decision))
         return decision
+
+    def _num_together(self) -> int:
+        """Return the number of rows that will decode together: those in flight and those that the next
+        step admits.
+        """
+        num_rows = sum(row.finish_reason is None for row in self._rows)
+        if self._waiting and self._fits(self._waiting[0].request):
+            num_rows = min(num_rows + len(self._waiting), self._max_rows)
+        return num_rows
 
     # --- the end ----------------------------------------------------------------------------------
 
@@ -332,14 +338,5 @@ class Engine:
         new = row.output[row.num_reported :]
         self._ended.append(RequestUpdate(row.id, new, completion, row.cause))
         if self.on_complete is not None:
-            with contained(lambda error: self._warn_once(row.request, error)):
+            with contained(lambda error: self._completion_failures.warn(row.request, error)):
                 self.on_complete(row.request, completion, row.context)
-
-    def _warn_once(self, request: Request, error: BaseException) -> None:
-        """Warn that `on_complete` fails, the first time only. Requests continue."""
-        if not self._has_warned:
-            self._has_warned = True
-            warn(
-                f"on_complete failed for request '{request.id}' ({describe(error)}), so its record of "
-                "completed requests is incomplete; requests go on, and later failures are not reported"
-            )

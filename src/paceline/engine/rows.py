@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from paceline.contracts import NONE, Completion, Context, Decision, RoundStats, Seconds, split_arm
+from paceline.engine.acceptance import Acceptance
 from paceline.engine.endings import StopFinder
 from paceline.engine.prefixes import PromptHidden
 from paceline.errors import describe
@@ -39,6 +40,7 @@ class StartedDrafter:
 
     is_prepared: bool = False
     num_pieces: int = 0  # calls of `prepare`
+    acceptance: Acceptance = field(default_factory=Acceptance)  # of its drafts in this row
 
 
 @dataclass(slots=True, eq=False)
@@ -58,7 +60,7 @@ class Row:
     drafter: Drafter
     arm: str = NONE  # in use; the decision has the chosen one
     num_cached: int = 0  # leading positions of the slot that hold this row
-    num_draft_tokens: int = 0  # of its drafter, read in the last round
+    num_draft_tokens: int = 0  # of its drafter, read in the last round; fewer if the draft was cut
     in_use: StartedDrafter = field(default_factory=StartedDrafter)  # the arm's drafter
     started: dict[str, StartedDrafter] = field(default_factory=dict)  # the one in use and others
     excluded: set[str] = field(default_factory=set)  # drafters that failed or found no memory

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from paceline.engine.budget import Budget
     from paceline.engine.rows import Row
     from paceline.models.detokenizer import Detokenizer
     from paceline.models.language_model import LanguageModel
@@ -34,19 +35,33 @@ if TYPE_CHECKING:
 _stats_of: Final = lru_cache(maxsize=1024)(RoundStats)  # equal rounds share one record
 
 
-def run_round(rows: Sequence[Row], target: LanguageModel, detokenizer: Detokenizer) -> None:
-    """Draft, judge, commit. Afterwards a row that ended has a finish reason."""
-    drafts = propose(rows, target.num_logits)
+def run_round(
+    rows: Sequence[Row],
+    target: LanguageModel,
+    detokenizer: Detokenizer,
+    budget: Budget | None = None,
+) -> None:
+    """Draft, cut, judge, commit. Afterwards a row that ended has a finish reason.
+
+    budget: cuts the drafts of several rows; None verifies them whole.
+    """
+    started = perf_counter()
+    proposed = drafts = propose(rows, target.num_logits)
     if any(row.finish_reason is not None for row in rows):
         alive = [i for i, row in enumerate(rows) if row.finish_reason is None]
-        rows, drafts = [rows[i] for i in alive], [drafts[i] for i in alive]
+        rows, proposed = [rows[i] for i in alive], [drafts[i] for i in alive]
         if not rows:
             return
+        drafts = proposed
     began = perf_counter()
+    if budget is not None:
+        drafts = budget.cut(rows, proposed)
     scores = verify(rows, drafts, target)
     verdicts = judge(rows, drafts, scores)
     judged = perf_counter()
     commit(rows, drafts, verdicts, target, scores, detokenizer)
+    if budget is not None:
+        budget.learn(rows, proposed, drafts, verdicts, began - started)
     verifying, committing = (judged - began) / len(rows), (perf_counter() - judged) / len(rows)
     for row in rows:
         seconds = row.seconds

@@ -34,7 +34,7 @@ from paceline.store.collection import (
     open_trajectories,
     read_trajectories,
 )
-from paceline.verbs.pipeline import in_folder, profile
+from paceline.verbs.pipeline import in_folder, profile, with_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -115,10 +115,7 @@ class Workbench:
         """The configuration with all paths in the folder and without shared prompt beginnings."""
         read = self._source if isinstance(self._source, Config) else load_config(self._source)
         config = without_prefixes(in_folder(read, self.folder))
-        if self.store is None:
-            return config
-        paths = config.paths.model_copy(update={"store": self.store})
-        return config.model_copy(update={"paths": paths})
+        return config if self.store is None else with_store(config, self.store)
 
     def with_drafters(
         self, name: str, drafters: Mapping[str, DrafterSection], most: int

@@ -139,7 +139,8 @@ def _make_pace(
             num_draft_tokens=lookup_tokens, min_ngram=1, max_ngram=ngram
         )
         drafters["prompt_lookup"] = PromptLookup("prompt_lookup", settings)
-    pace = load(target=model, tokenizer=_IdTokenizer(width), drafters=drafters)  # type: ignore[arg-type]
+    tokenizer: Any = _IdTokenizer(width)
+    pace = load(target=model, tokenizer=tokenizer, drafters=drafters, with_policy=False)
     for name, source in sources.items():
         config: Any = getattr(source, "generation_config", None)
         num_tokens = getattr(config, "num_assistant_tokens", None)

@@ -30,6 +30,7 @@ from paceline.integrations.generation_settings import (
     read_settings,
     refuse_other_decoding,
 )
+from paceline.selection import UntrainedController
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -83,9 +84,9 @@ def generate(
 
     pace: made by `paceline.load(target=model, ...)`. Without one, a pace is made from `drafters`,
     `assistant_model=` or `prompt_lookup_num_tokens=` and cached on the model. drafter: the arm of all
-    rows; by default the policy's choice, or the only drafter. seed: of sampling, by default drawn
-    from torch's generator, so `set_seed` works. Returns [B, L + n] as `generate` does, or a
-    `GenerateOutput` with `return_dict_in_generate`.
+    rows; by default the policy's choice, without a policy the only drafter, else `auto`. seed: of
+    sampling, by default drawn from torch's generator, so `set_seed` works. Returns [B, L + n] as
+    `generate` does, or a `GenerateOutput` with `return_dict_in_generate`.
 
     Raises RequestError for a setting that is not supported, ConfigError for a pace or drafter that
     does not fit the model, DecodingError if a row fails.
@@ -162,14 +163,12 @@ def _given_inputs(
 def _arm(pace: Pace, drafter: str | None) -> str:
     if drafter is not None:
         return drafter
-    if pace.engine.choose is not None:
+    is_untrained = isinstance(pace.controller, UntrainedController)
+    others = [name for name in pace.drafters if name not in (NONE, pace.parts.built_in)]
+    if pace.engine.choose is not None and not (is_untrained and len(others) == 1):
         return AUTO
-    others = [name for name in pace.drafters if name != NONE]
     if len(others) > 1:
-        raise RequestError(
-            f"no policy chooses among {', '.join(others)} ({pace.engine.why_no_policy}); name one with "
-            "drafter="
-        )
+        raise RequestError(f"no policy chooses among {', '.join(others)}; name one with drafter=")
     return others[0] if others else NONE
 
 

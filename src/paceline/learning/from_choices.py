@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from paceline.config import DEFAULT_OBJECTIVE
 from paceline.contracts import NONE, no_progress, split_arm
 from paceline.costs.table import CostTable
 from paceline.drafting.cascade.calibration import CALIBRATION_FILE, save_calibration
 from paceline.errors import StoreError
-from paceline.learning.dataset import Dataset
+from paceline.learning.dataset import UNKNOWN, Dataset, drafters_of
 from paceline.learning.learn import EVALUATION_FILE, policy_card
 from paceline.learning.learners import check_settings, find_learner
 from paceline.learning.off_policy import (
@@ -184,10 +185,11 @@ def _dataset(
         composed=(),
         seconds=unknown,
         rewards=rewards,
+        trained=np.full((n, len(drafters_of(arms))), UNKNOWN, dtype=np.int8),
         spans=encode.spans,
         rounds=RoundTable((), log.num_prompt, ()),
         costs=CostTable({}, []),
-        objective=0.0,
+        objective=DEFAULT_OBJECTIVE,
         reward="clocked",
     )
 

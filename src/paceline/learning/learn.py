@@ -17,7 +17,7 @@ from paceline.drafting.cascade.calibration import save_calibration
 from paceline.errors import ArtefactError, ConfigError, StoreError
 from paceline.files import write_atomically
 from paceline.learning.dataset import build_dataset, split
-from paceline.learning.evaluation import POLICY, EvaluationReport, evaluate_chooser
+from paceline.learning.evaluation import POLICY, EvaluationReport, evaluate_chooser, unseen_part
 from paceline.learning.learners import check_settings, find_learner
 from paceline.learning.learners.base import Fitted
 from paceline.learning.plot import plot, speed_by_prompts
@@ -119,11 +119,11 @@ def train_policy(
     if figure is not None:
         import_figure()  # before the work is done rather than after
     settings = check_settings(section)
-    _check_reward(settings)
+    check_reward(settings)
     costs.check(identity.drafters, identity.drafters, identity.target)
     dataset, notes = build_dataset(prompts, arms, costs, settings)
     encode = encode or build_encoder(identity.hidden_size)
-    _check_features(dataset, identity, encode)
+    check_features(dataset, identity, encode)
     training_part, held_out = split(dataset, settings.held_out)
     if search:
         settings = search_settings(training_part, settings, search, on_progress)
@@ -133,14 +133,15 @@ def train_policy(
     if isinstance(chooser, PortableChooser):
         chooser.pricer = dataset.pricer()
     if fitted.summary.constant:
-        notes.append(_constant_note(chooser, held_out))
+        notes.append(constant_note(chooser, held_out))
     report = evaluate_chooser(training_part, held_out, chooser, seed=settings.seed, notes=notes)
     if figure is not None:
-        points = speed_by_prompts(training_part, held_out, settings, on_progress)
-        plot(fitted.curve, points, held_out, settings.learner, figure)
+        unseen = unseen_part(held_out)
+        points = speed_by_prompts(training_part, unseen, settings, on_progress)
+        plot(fitted.curve, points, training_part, unseen, settings.learner, figure)
     encoders = identity.encoders or build_encoder(identity.hidden_size).identities()
     training = asdict(fitted.summary) | {"seeds": asdict(seeds), "held_out": _held_out(report)}
-    reward = _reward_card(settings)
+    reward = reward_card(settings)
     card = policy_card(identity, settings, encoders, reward, costs.hash(), training)
     policy = policy_of(chooser, encode.num_features, settings.objective, encode=encode)
     seen = _range(prompts, training_part, chooser)
@@ -189,7 +190,8 @@ def _average(fits: Sequence[Fitted]) -> Fitted | None:
     return None if merged is None else Fitted(merged, best.summary, best.curve)
 
 
-def _check_reward(settings: LearnerSettings) -> None:
+def check_reward(settings: LearnerSettings) -> None:
+    """Raise ConfigError if the learner cannot learn from the reward."""
     if settings.reward != "speed" and find_learner(settings.learner).predicts_work:
         raise ConfigError(
             f"the learner '{settings.learner}' predicts acceptance, which is priced in seconds alone; "
@@ -197,7 +199,8 @@ def _check_reward(settings: LearnerSettings) -> None:
         )
 
 
-def _check_features(dataset: Dataset, identity: PolicyIdentity, encode: FeatureEncoder) -> None:
+def check_features(dataset: Dataset, identity: PolicyIdentity, encode: FeatureEncoder) -> None:
+    """Raise StoreError unless the collection's features are those that `encode` computes."""
     lines = encode.identities()
     stale = [name for name, line in identity.encoders.items() if lines.get(name, line) != line]
     if stale:
@@ -235,7 +238,8 @@ def _range(
     )
 
 
-def _constant_note(chooser: Chooser, data: Dataset) -> str:
+def constant_note(chooser: Chooser, data: Dataset) -> str:
+    """Return the note that a chooser takes no notice of the features."""
     preferred = chooser.preferences(data.features, data.situation()).argmax(axis=1)
     arms = list(dict.fromkeys(chooser.arms[place] for place in preferred))
     return (
@@ -244,7 +248,8 @@ def _constant_note(chooser: Chooser, data: Dataset) -> str:
     )
 
 
-def _reward_card(settings: LearnerSettings) -> RewardCard:
+def reward_card(settings: LearnerSettings) -> RewardCard:
+    """Return the reward of a policy that was learned with these settings."""
     aligned = settings.reward == "alignment"
     return RewardCard(
         kind=settings.reward,
@@ -257,6 +262,7 @@ def _reward_card(settings: LearnerSettings) -> RewardCard:
 def _held_out(report: EvaluationReport) -> dict[str, object]:
     return {
         "num_prompts": report.overall.num_prompts,
+        "exposure": asdict(report.exposure),
         "speedup": report.headline(),
         "fraction_of_oracle": report.fraction_of_oracle,
         "chosen": report.overall.chosen[POLICY].arms,

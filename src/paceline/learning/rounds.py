@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from paceline.compiled import compiled
+from paceline.config import DEFAULT_OBJECTIVE
 from paceline.contracts import NONE, split_arm
 from paceline.costs.pricing import (
     by_objective,
@@ -46,23 +47,41 @@ class ArmRounds:
 
     def rows(self, places: np.ndarray) -> ArmRounds:
         """Return the same for some of the prompts. places: [n]."""
-        begins, counts = self.offsets[places], np.diff(self.offsets)[places]
-        offsets = np.concatenate(([0], np.cumsum(counts)))
-        chosen = np.arange(offsets[-1]) + np.repeat(begins - offsets[:-1], counts)
+        chosen, offsets = _slices(self.offsets, places)
         proposed = None if self.proposed is None else self.proposed[chosen]
         return ArmRounds(self.drafted[chosen], self.emitted[chosen], offsets, proposed)
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """The round that would begin at each position, of the drafters that were replayed everywhere.
+
+    Those of prompt i begin at `offsets[i]`; the first is after one emitted token. `none` is among them.
+    """
+
+    drafters: tuple[str, ...]  # D
+    drafted: np.ndarray  # [D, M] int16, at full length
+    accepted: np.ndarray  # [D, M] int16
+    offsets: np.ndarray  # [N + 1] int64
+
+    def rows(self, places: np.ndarray) -> Positions:
+        """Return the same for some of the prompts. places: [n]."""
+        chosen, offsets = _slices(self.offsets, places)
+        return Positions(self.drafters, self.drafted[:, chosen], self.accepted[:, chosen], offsets)
 
 
 @dataclass(frozen=True, slots=True)
 class RoundTable:
     """All arms' rounds on N prompts, with one row in flight.
 
-    replays: of the arms whose rounds depend on the load, by place, a replay per prompt.
+    positions: None where nothing was replayed everywhere. replays: of the arms whose rounds depend on
+    the load, by place, a replay per prompt.
     """
 
     arms: tuple[str, ...]  # A
     num_prompt: np.ndarray  # [N]
     by_arm: tuple[ArmRounds, ...]  # A
+    positions: Positions | None = None
     replays: Mapping[int, tuple[ReplayedDrafter, ...]] = field(default_factory=dict)
 
     def num_rounds(self) -> np.ndarray:
@@ -93,10 +112,11 @@ class RoundTable:
     def rows(self, places: np.ndarray) -> RoundTable:
         """Return the same for some of the prompts. places: [n]."""
         by_arm = tuple(own.rows(places) for own in self.by_arm)
+        positions = None if self.positions is None else self.positions.rows(places)
         replays = {
             place: tuple(own[i] for i in places.tolist()) for place, own in self.replays.items()
         }
-        return RoundTable(self.arms, self.num_prompt[places], by_arm, replays)
+        return RoundTable(self.arms, self.num_prompt[places], by_arm, positions, replays)
 
     def _at(self, rows: int) -> list[ArmRounds]:
         """Return each arm's rounds with `rows` requests in flight."""
@@ -107,7 +127,9 @@ class RoundTable:
                 by_arm[place] = _join([w.table for w in walked], [w.proposed for w in walked])
         return by_arm
 
-    def seconds(self, seconds: SecondsFn, rows: int = 1, objective: Objective = 0.0) -> np.ndarray:
+    def seconds(
+        self, seconds: SecondsFn, rows: int = 1, objective: Objective = DEFAULT_OBJECTIVE
+    ) -> np.ndarray:
         """Return the predicted seconds of each whole request, [N, A], as `rewards.request_seconds`."""
         return np.stack(
             [
@@ -162,10 +184,32 @@ def round_table(prompts: Sequence[CollectedPrompt], arms: Sequence[str]) -> Roun
             known = tuple(r for r in replays if r is not None and r.under_load is not None)
             if len(known) == len(prompts):
                 composed[place] = known
-    return RoundTable(tuple(arms), num_prompt, tuple(by_arm), composed)
+    positions = _positions(flat, prompts) if flat else None
+    return RoundTable(tuple(arms), num_prompt, tuple(by_arm), positions, composed)
 
 
 _ANY_LENGTH = 2**14  # longer than any draft
+
+
+def _positions(
+    flat: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], prompts: Sequence[CollectedPrompt]
+) -> Positions:
+    """Return the rounds at every position. flat: drafter -> drafted, accepted, offsets."""
+    lengths = [max(len(prompt.output_tokens) - 1, 0) for prompt in prompts]
+    nothing = np.zeros(sum(lengths), dtype=np.int16)
+    return Positions(
+        drafters=(NONE, *flat),
+        drafted=np.stack([nothing, *(drafted for drafted, _, _ in flat.values())]),
+        accepted=np.stack([nothing, *(accepted for _, accepted, _ in flat.values())]),
+        offsets=np.concatenate(([0], np.cumsum(lengths))),
+    )
+
+
+def _slices(offsets: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (places of the values, offsets) of some of the prompts. places: [n] prompts."""
+    begins, counts = offsets[places], np.diff(offsets)[places]
+    kept = np.concatenate(([0], np.cumsum(counts)))
+    return np.arange(kept[-1]) + np.repeat(begins - kept[:-1], counts), kept
 
 
 def _flatten(tables: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from paceline.models.interfaces import BatchCache, BatchForward, KVCache
     from paceline.models.packing import ChainEnds, Draw, Span
     from paceline.models.sublayers import LayerSubset
+    from paceline.store.trained_on import TrainedOn
 
 
 class LanguageModel:
@@ -85,6 +86,7 @@ class LanguageModel:
         self.visibility = look_at(model, self.context_length, self.device)
         self._required = forward, exact, weights
         self.weights = weights
+        self.trained_on: TrainedOn | None = None  # its training prompts, None: unknown
         self._read_weights()
         self.cache: KVCache = self._new_cache()
 

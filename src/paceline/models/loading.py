@@ -20,6 +20,7 @@ from paceline.errors import ModelError
 from paceline.models.language_model import LanguageModel
 from paceline.models.peft_adapters import merge_adapter
 from paceline.models.self_checks import check_packed_forward
+from paceline.store.trained_on import TrainedOn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -139,6 +140,8 @@ def load_language_model(section: ModelSection, name: str, exact: bool = False) -
             model = merge_adapter(model, section.adapter)
     language_model = LanguageModel(model, name, section.forward, exact, weights=section.weights)
     check_packed_forward(language_model)
+    if section.adapter is None:
+        language_model.trained_on = TrainedOn.load(section.model)
     return language_model
 
 

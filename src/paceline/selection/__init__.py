@@ -16,6 +16,7 @@ from paceline.selection.features import feature_vector
 from paceline.selection.guard import Guard
 from paceline.selection.policies import Policy
 from paceline.selection.round_prices import RoundPrices, TablePrices
+from paceline.selection.untrained import UntrainedController
 
 __all__ = [
     "AdaptiveController",
@@ -26,6 +27,7 @@ __all__ = [
     "PolicyIdentity",
     "RoundPrices",
     "TablePrices",
+    "UntrainedController",
     "feature_vector",
     "is_policy",
     "load_policy",

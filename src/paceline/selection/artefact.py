@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from paceline.config import explain
-from paceline.contracts import NONE, split_arm
+from paceline.config import DEFAULT_OBJECTIVE, explain
+from paceline.contracts import NONE, TEXT_ONLY, split_arm
 from paceline.costs.pricing import ArmPricer
 from paceline.errors import ArtefactError
 from paceline.files import write_atomically
@@ -88,7 +88,7 @@ class PolicyArtefact(BaseModel):
     arms: list[str]
     chooser: str
     facts: dict[str, Any] = {}
-    objective: Literal["latency", "throughput"] | float = 0.0
+    objective: Literal["latency", "throughput"] | float = DEFAULT_OBJECTIVE
     reward: RewardCard
     costs: str
     learner: dict[str, Any]
@@ -160,7 +160,7 @@ def load_policy(
 def policy_of(
     chooser: Chooser,
     num_features: int,
-    objective: Objective = 0.0,
+    objective: Objective = DEFAULT_OBJECTIVE,
     notes: Sequence[str] = (),
     encode: FeatureEncoder | None = None,
 ) -> Policy:
@@ -196,6 +196,11 @@ def read_card(folder: Path) -> PolicyArtefact:
         return PolicyArtefact.model_validate(raw)
     except ValidationError as error:
         raise ArtefactError(f"{path}: {explain(PolicyArtefact, error)}; {_AGAIN}") from error
+
+
+def text_drafters(card: PolicyArtefact) -> list[str]:
+    """Return the drafters that a policy knows by their texts alone, which cannot draft here."""
+    return [name for name, line in card.drafters.items() if line == TEXT_ONLY]
 
 
 def _chooser(card: PolicyArtefact, path: Path) -> Chooser:
@@ -239,6 +244,13 @@ def _check_identity(card: PolicyArtefact, expect: PolicyIdentity, where: str) ->
     _check_equal("tokenizer", expect.tokenizer, card.tokenizer, where)
     _check_equal("hidden size", expect.hidden_size, card.hidden_size, where)
     expected, found = expect.drafters, card.drafters
+    elsewhere = text_drafters(card)
+    if not set(elsewhere) <= set(expected):
+        raise ArtefactError(
+            f"{where}: the policy chooses among drafters that it knows by their texts alone "
+            f"({', '.join(elsewhere)}), so they cannot draft here; `paceline route PROMPT` asks it for "
+            f"its choice; to decode, configure drafters and {_AGAIN}"
+        )
     if set(found) != set(expected):
         missing = sorted(set(expected) - set(found))
         extra = sorted(set(found) - set(expected))
@@ -251,7 +263,7 @@ def _check_identity(card: PolicyArtefact, expect: PolicyIdentity, where: str) ->
     for name, line in expected.items():
         _check_equal(f"drafter '{name}'", line, found[name], where)
     unknown = sorted({arm for arm in card.arms if split_arm(arm)[0] not in found})
-    if unknown or NONE not in card.arms:
+    if unknown or not (elsewhere or NONE in card.arms):
         raise ArtefactError(
             f"{where}: damaged, its arms {', '.join(card.arms)} are not of its drafters; {_AGAIN}"
         )

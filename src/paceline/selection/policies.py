@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from paceline.config import DEFAULT_OBJECTIVE
 from paceline.contracts import Context, Decision
 from paceline.errors import ArtefactError, ConfigError
 from paceline.selection.choosers import PortableChooser, Situation
@@ -43,7 +44,7 @@ class Policy:
         id: str,
         *,
         seed: int = 0,
-        objective: Objective = 0.0,
+        objective: Objective = DEFAULT_OBJECTIVE,
         encode: Encode = feature_vector,
         num_features: int | None = None,
         notes: Sequence[str] = (),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 
+from paceline.config import DEFAULT_OBJECTIVE
 from paceline.contracts import NONE
 from paceline.costs.pricing import by_objective, draft_seconds, round_seconds, start_seconds
 
@@ -53,7 +54,10 @@ class TablePrices:
     bucket: Final = 64
 
     def __init__(
-        self, costs: CostTable, lengths: Mapping[str, int], objective: Objective = "latency"
+        self,
+        costs: CostTable,
+        lengths: Mapping[str, int],
+        objective: Objective = DEFAULT_OBJECTIVE,
     ) -> None:
         """lengths: drafter -> K."""
         self._costs = costs

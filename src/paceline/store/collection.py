@@ -23,6 +23,7 @@ from paceline.store.layout import (
     REPLAYS,
     SCHEMAS,
     SCORES,
+    TRAINED_ON,
     TRAJECTORIES,
     Trajectory,
     list_names,
@@ -96,6 +97,10 @@ class Collection:
         """Open the outputs of a drafter or any other model, by prompt id; an output may be empty."""
         return self._open(OUTPUTS, writer, {"arm": identity})
 
+    def trained_on(self, drafter: str, identity: str, prompts: str) -> ShardStore:
+        """Open the record of the prompts that a drafter was trained on. prompts: hash of all of them."""
+        return self._open(TRAINED_ON, drafter, {"arm": identity, "prompts": prompts})
+
     def _open(self, kind: str, name: str, made_with: dict[str, Any]) -> ShardStore:
         folder = store_folder(self.folder, kind, name)
         remedy = "collect into a new folder"
@@ -127,6 +132,7 @@ def load_collection(
     names = list_names(folder, REPLAYS) if arms is None else arms
     drafters = [reader.read_drafter(name) for name in names if name != NONE]
     outputs = reader.read_outputs()
+    trained_on = {d.name: reader.read_trained_on(d) for d in drafters}
     prompts = [
         CollectedPrompt(
             id=row.id,
@@ -145,6 +151,11 @@ def load_collection(
             nodes={d.name: d.nodes[i] for d in drafters if d.nodes is not None},
             sampling=row.sampling,
             spans=spans,
+            trained_on={
+                name: by_id[row.prompt_id]
+                for name, by_id in trained_on.items()
+                if row.prompt_id in by_id
+            },
         )
         for i, row in enumerate(rows)
     ]
@@ -259,6 +270,23 @@ class _Reader:
             pairs = zip(columns["id"], columns["output_tokens"], strict=True)
             outputs[writer] = {id: tuple(tokens.tolist()) for id, tokens in pairs}
         return outputs
+
+    def read_trained_on(self, drafter: _Drafter) -> dict[str, bool]:
+        """Return prompt id -> whether the drafter was trained on it, where that is known.
+
+        Raises StoreError if the record is of another drafter than the replays.
+        """
+        where = store_folder(self._folder, TRAINED_ON, drafter.name)
+        if not where.is_dir():
+            return {}
+        store = self._open(TRAINED_ON, drafter.name)
+        if store.identity.get("arm") != drafter.identity:
+            raise StoreError(
+                f"{where}: is the record of another drafter '{drafter.name}' than the one replayed; "
+                "delete it and run `paceline collect PROMPTS` again"
+            )
+        columns = _read_columns(store)
+        return dict(zip(columns["id"], columns["trained_on"], strict=True))
 
     def _read(self, kind: str, name: str) -> tuple[Columns, dict[str, Any]]:
         """Return (columns, identity) of a store that must cover all trajectories."""

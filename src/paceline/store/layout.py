@@ -5,6 +5,7 @@
                  replays/<drafter>        the drafter's rounds along each trajectory
                  scores/<drafter>         closeness of its distributions to the target's
                  outputs/<name>           the text of a drafter, or of any other model, to each prompt
+                 trained_on/<drafter>     whether the drafter was trained on each prompt
 
 Rows are joined by id. Knows neither models nor costs. Symbols: T output tokens, F features.
 """
@@ -29,6 +30,7 @@ FEATURES: Final = "features"
 REPLAYS: Final = "replays"
 SCORES: Final = "scores"
 OUTPUTS: Final = "outputs"
+TRAINED_ON: Final = "trained_on"
 
 _TOKENS: Final = pa.list_(pa.int32())
 _NUMBERS: Final = pa.list_(pa.float32())
@@ -69,6 +71,7 @@ SCHEMAS: Final = {
     ),
     SCORES: pa.schema({"id": pa.string(), "ratio": _NUMBERS, "overlap": _NUMBERS}),  # [T]
     OUTPUTS: pa.schema({"id": pa.string(), "output_tokens": _TOKENS}),  # id: the prompt's own
+    TRAINED_ON: pa.schema({"id": pa.string(), "trained_on": pa.bool_()}),  # id: the prompt's own
 }
 
 

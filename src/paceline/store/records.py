@@ -82,6 +82,8 @@ class CollectedPrompt:
     nodes: dict[str, DraftNodes] = field(default_factory=dict)  # by lookup drafter
     sampling: SamplingParams = GREEDY
     spans: Mapping[str, slice] = field(default_factory=dict)  # encoder -> its part of the features
+    # drafter -> whether it was trained on this prompt; without an entry that is unknown
+    trained_on: Mapping[str, bool] = field(default_factory=dict)
 
     @property
     def prompt_id(self) -> str:

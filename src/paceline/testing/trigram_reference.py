@@ -1,17 +1,18 @@
 """The readable twin of `drafting/trigram/kernels.py`, in plain Python: dictionaries, lists, objects.
 
-Gives exactly the same trees, to the last bit of every score. Tests and benchmarks compare the two.
+Gives the same trees. Tests and benchmarks compare the two. The numbers and formulas of ADED (arXiv
+2407.12021 and its released code) are written down here once more, so that a mistake in one twin shows.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import log, sqrt
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from paceline.drafting.trigram.kernels import COUNTS, FULL, MCTS, Rule
-from paceline.drafting.trigram.table import MAX_SUCCESSORS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     Successors = list[tuple[int, float]]  # the heaviest first
 
 _WORD = 2**64 - 1
+_ROOM = 16  # successors of a learned pair; the paper prunes a table to 12
 
 
 def float32(x: float) -> float:
@@ -87,7 +89,7 @@ class ReferenceStatistics:
     def _raise_weight(self, successors: Successors, token: int) -> None:
         at = next((j for j, (t, _) in enumerate(successors) if t == token), len(successors))
         if at == len(successors):
-            if len(successors) == MAX_SUCCESSORS:
+            if len(successors) == _ROOM:
                 successors.pop()
                 at -= 1
             successors.append((token, 0.0))
@@ -148,7 +150,7 @@ class Tree:
 
 def reference_tree(
     statistics: ReferenceStatistics,
-    explore: Sequence[float],
+    puct: tuple[float, float],
     search: int,
     depth: int,
     iterations: int,
@@ -158,11 +160,15 @@ def reference_tree(
     seed: int,
     position: int,
 ) -> tuple[list[int], list[int]]:
-    """Return (tokens, parents) of the draft; arguments as in `kernels.grow_tree`."""
+    """Return (tokens, parents) of the draft after a pair.
+
+    puct: the constants c1 and c2. position: number of tokens before the draft. The others are those of
+    `kernels.Search`.
+    """
     root = Node(pair, None, 0)
     tree = Tree(statistics, [root])
     if search == MCTS:
-        run_search(tree, explore, max(1, depth - 1), iterations, seed, position)
+        run_search(tree, puct, max(1, depth - 1), iterations, seed, position)
         drafted = most_visited(tree, depth, paths, most)
     else:
         drafted = best_first(tree, search == FULL, depth, most)
@@ -173,7 +179,7 @@ def reference_tree(
 
 def run_search(
     tree: Tree,
-    explore: Sequence[float],
+    puct: tuple[float, float],
     levels: int,
     iterations: int,
     seed: int,
@@ -189,7 +195,7 @@ def run_search(
             children = tree.expand(node) if node.children is None else node.children
             if not children:
                 break
-            node = choose(node, children, explore)
+            node = choose(node, children, *puct)
             value += node.weight
             if is_leaf:
                 break
@@ -228,14 +234,20 @@ def sum_in_order(successors: Successors) -> float:
     return total
 
 
-def choose(parent: Node, children: Sequence[Node], explore: Sequence[float]) -> Node:
-    def score(node: Node) -> float:
-        if not node.visits:
-            return float("inf")
-        share = node.weight / (1 + node.visits)
-        return node.value / node.visits + explore[parent.visits] * share
+def choose(parent: Node, children: Sequence[Node], c1: float, c2: float) -> Node:
+    """Return the child with the largest PUCT score, the first of equals."""
+    return max(children, key=lambda node: puct_score(node, parent.visits, c1, c2))
 
-    return max(children, key=score)  # the first of equals
+
+def puct_score(node: Node, parent_visits: int, c1: float, c2: float) -> float:
+    """Return V / n + (c1 + ln((N + c2 + 1) / c2)) p sqrt(N) / (1 + n); infinity before any visit.
+
+    Symbols: value V, visits n, prior probability p of the node, N visits of its parent.
+    """
+    if node.visits == 0:
+        return float("inf")
+    exploration = (c1 + log((parent_visits + c2 + 1) / c2)) * sqrt(parent_visits)
+    return node.value / node.visits + exploration * (node.weight / (1 + node.visits))
 
 
 def most_visited(tree: Tree, depth: int, paths: int, most: int) -> list[Node]:

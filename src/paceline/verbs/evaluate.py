@@ -15,6 +15,7 @@ from paceline.learning.evaluation import (
     Contender,
     Evaluation,
     Evaluator,
+    in_other_words,
     train_contenders,
 )
 from paceline.models.detokenizer import Detokenizer
@@ -24,6 +25,7 @@ from paceline.selection import load_policy
 from paceline.selection.artefact import read_card
 from paceline.store.collection import load_collection
 from paceline.verbs.pipeline import identity_of
+from paceline.verbs.texts import check_options, evaluate_texts, evaluates_texts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from paceline.config import Config
     from paceline.contracts import Progress
     from paceline.learning.dataset import Dataset
+    from paceline.learning.text_report import TextReport
     from paceline.store.collection import LoadedCollection
 
 
@@ -45,16 +48,21 @@ def evaluate(
     on: Mapping[str, Path] | None = None,
     leave_one_task_out: bool = False,
     on_progress: Progress = no_progress,
-) -> Evaluation:
+) -> Evaluation | TextReport:
     """Price the collection and compare policies with other ways to choose, on held-out prompts.
 
     compare: learners to train on the training part, with each of `encoders` (None: all that were
     collected, (): none) and this number of `seeds`; without learners, the saved policy is evaluated.
     loads: numbers of rows in flight. on: folders of other collections by name. leave_one_task_out:
     also train on all tasks but one and test on that one, with the compared learners or the
-    configuration's. Raises ConfigError, StoreError or ArtefactError with the remedy.
+    configuration's. A policy for drafters known by their texts is judged by its reward, see
+    `verbs.texts`. Raises ConfigError, StoreError or ArtefactError with the remedy.
     """
     _check(compare, encoders, seeds, loads, leave_one_task_out)
+    if evaluates_texts(config, compare):
+        has_others = bool(on) or leave_one_task_out
+        check_options(seeds, loads, has_others, list(encoders) != [None])
+        return evaluate_texts(config, compare, on_progress)
     seen = config.selection.encoders if compare else list(read_card(config.paths.policy).encoders)
     collection = load_collection(config.paths.store, stored_drafters(config), seen)
     costs = CostTable.load(config.paths.costs)
@@ -87,6 +95,7 @@ def evaluate(
         _check_alike(collection, other, folder)
         others[name] = priced(other)[0]
     data, found_notes = priced(collection)
+    others = {name: in_other_words(data, other) for name, other in others.items()}
     train, held_out = split(data, settings.held_out)
     contenders = contenders or trained(train)
     evaluator = Evaluator(

@@ -19,6 +19,7 @@ from paceline.drafting.catalog import arms_of
 from paceline.errors import ArtefactError, ConfigError
 from paceline.learning import learn_from_choices
 from paceline.learning.dataset import build_dataset, split
+from paceline.learning.evaluation import unseen_part
 from paceline.learning.learners import check_settings
 from paceline.learning.rollout import Replayed, adopt, not_compared
 from paceline.selection import is_policy, load_policy
@@ -85,7 +86,7 @@ def _learn_if_better(
     verdict = None if why_not is None else not_compared(len(priced.prompts), why_not)
     if current is not None:
         dataset, _ = build_dataset(priced.prompts, arms_of(config), priced.costs, config.learning)
-        _, held_out = split(dataset, config.learning.held_out)
+        held_out = unseen_part(split(dataset, config.learning.held_out)[1])
         verdict = adopt(Replayed(_seconds(current, held_out), _seconds(learned.policy, held_out)))
     if verdict is None or verdict.adopt:
         learned.save(config.paths.policy)

@@ -39,7 +39,7 @@ from paceline.files import write_atomically
 from paceline.replay import rounds_of, target_distributions
 from paceline.selection.encoders import TargetHidden, build_encoder
 from paceline.selection.features import feature_vector
-from paceline.store import ShardStore, load_collection
+from paceline.store import ShardStore, TrainedOn, load_collection
 from paceline.store.collection import read_overlaps
 from paceline.store.layout import TRAJECTORIES
 from paceline.testing.tokenizers import byte_tokenizer
@@ -355,6 +355,56 @@ def test_a_broken_output_is_named_by_its_line(
         read_outputs(pace, path)
 
 
+def trained(pace: Pace, prompts: dict[str, list[str] | None]) -> Pace:
+    """Give drafters a record of these training prompts; None: it is not known."""
+    for name, texts in prompts.items():
+        record = None if texts is None else TrainedOn.of(texts)
+        pace.parts.drafters[name].trained_on = lambda record=record: record  # type: ignore[method-assign]
+    return pace
+
+
+def test_each_prompt_records_which_drafters_were_trained_on_it(
+    make_pace: Callable[..., Pace], records: list[PromptRecord], tmp_path: Path
+) -> None:
+    """Also prompts and drafters that a later run adds; what nobody can know stays unknown."""
+    pace = trained(make_pace(), {"near": None})
+    run(pace, records[:4], tmp_path, samplings=(GREEDY, SamplingParams(0.8, method="invariant")))
+    marked = {p.id: dict(p.trained_on) for p in load_collection(tmp_path).prompts}
+    assert len(marked) == 8
+    assert all(found == {"lookup": False} for found in marked.values())
+    facts = json.loads((tmp_path / CARD_JSON).read_text())
+    assert facts["trained_on"] == {"near": None, "lookup": {"known": 4, "trained_on": 0}}
+    assert "- `near`: not known" in (tmp_path / CARD_MD).read_text()
+
+    learned = [records[1].prompt + "  ", records[6].prompt]
+    run(trained(pace, {"near": learned}), records[1:8], tmp_path)
+    marked = {p.prompt_id: dict(p.trained_on) for p in load_collection(tmp_path).prompts}
+    of_near = {id: found.get("near") for id, found in marked.items()}
+    assert of_near[records[0].id] is None
+    assert {id for id, seen in of_near.items() if seen} == {records[1].id, records[6].id}
+    assert [id for id, seen in of_near.items() if seen is None] == [records[0].id]
+    card = (tmp_path / CARD_MD).read_text()
+    assert "- `near`: 2 of 6" in card
+
+    run(pace, records, tmp_path)
+    marked = {p.prompt_id: dict(p.trained_on) for p in load_collection(tmp_path).prompts}
+    assert {id for id, found in marked.items() if found["near"]} == {records[1].id, records[6].id}
+    with pytest.raises(StoreError, match=r"was made with prompts .* delete .*trained_on"):
+        run(trained(pace, {"near": learned[:1]}), records, tmp_path)
+
+
+def test_the_training_record_of_another_drafter_is_refused(
+    make_pace: Callable[..., Pace], records: list[PromptRecord], tmp_path: Path
+) -> None:
+    run(make_pace(), records[:3], tmp_path)
+    manifest = tmp_path / "trained_on" / "lookup" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["identity"]["arm"] = "another"
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(StoreError, match="another drafter 'lookup' than the one replayed; delete"):
+        load_collection(tmp_path)
+
+
 def test_the_card_tells_of_every_run(
     pace: Pace, records: list[PromptRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -428,7 +478,7 @@ def test_progress_counts_prompts_to_the_end(
         pace, records, tmp_path,
         on_progress=lambda stage, done, total: seen.setdefault(stage, []).append((done, total)),
     )  # fmt: skip
-    assert list(seen) == ["decode", "features", "replay", "outputs"]
+    assert list(seen) == ["decode", "features", "answers", "replay", "outputs"]
     assert seen["decode"] == seen["replay"] == [(i, 10) for i in range(1, 11)]
     assert seen["outputs"][-1] == (10, 10)
 

@@ -48,6 +48,7 @@ def test_relative_paths_are_relative_to_the_file(
         "drafters:\n"
         "  near: {kind: draft_model, settings: {model: models/small}}\n"
         "  far: {kind: draft_model, settings: {model: org/small}}\n"
+        "  suffix: {kind: suffix_lookup, settings: {answers: collected}}\n"
         "paths: {store: collected}\n",
     )
     monkeypatch.chdir(tmp_path)
@@ -58,6 +59,7 @@ def test_relative_paths_are_relative_to_the_file(
     assert config.target.model == str(folder / "models" / "big")
     assert config.drafters["near"].settings["model"] == str(folder / "models" / "small")
     assert config.drafters["far"].settings["model"] == "org/small"  # a hub name is not a path
+    assert config.drafters["suffix"].settings["answers"] == str(folder / "collected")
     assert config.paths.store == folder / "collected"
     assert config.paths.policy == folder / "runs" / "policy"
 

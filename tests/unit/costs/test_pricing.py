@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from paceline.config import LearningSection
 from paceline.contracts import split_arm
 from paceline.costs import ArmPricer, CostTable, Measurement, Objective
 from paceline.costs.pricing import ArmRates, by_objective, prompt_seconds, round_seconds
@@ -137,7 +138,7 @@ def test_objectives_are_ordered_and_mixed(arm: str, num_prompt: int, rows: int) 
     rounds = np.array([(length, min(length, 1))] * 7)
     own = {o: request_seconds(TABLE.seconds, arm, num_prompt, rounds, rows, o) for o in OBJECTIVES}
     alone = request_seconds(TABLE.seconds, arm, num_prompt, rounds)
-    more = request_seconds(TABLE.seconds, arm, num_prompt, rounds, rows + 1)
+    more = request_seconds(TABLE.seconds, arm, num_prompt, rounds, rows + 1, "latency")
     if rows == 1:
         assert set(own.values()) == {alone}
     # neighbours cost a request time, and save the machine some
@@ -178,6 +179,16 @@ def test_a_cascades_proposals_are_priced_by_the_tokens_of_its_models(
     else:
         relative = 1e-9 if objective in ("latency", "throughput") else 1e-6
         assert live * num_tokens == pytest.approx(exact, rel=relative)
+
+
+def test_the_machines_tokens_per_second_are_the_default() -> None:
+    rounds = np.array([(4, 1)] * 7)
+
+    found = request_seconds(TABLE.seconds, "math", 64, rounds, 8)
+
+    assert found == request_seconds(TABLE.seconds, "math", 64, rounds, 8, "throughput")
+    assert found < request_seconds(TABLE.seconds, "math", 64, rounds, 8, "latency")
+    assert LearningSection().objective == "throughput"
 
 
 def test_a_round_is_charged_by_hand() -> None:

@@ -25,6 +25,7 @@ from paceline.contracts import PromptRecord
 from paceline.distillation import DistillSettings, TrainingProgress, distill
 from paceline.distillation.batches import Example, collate, in_order, pack_epoch
 from paceline.distillation.head import losses_and_matches, weighted_cross_entropy
+from paceline.distillation.run import select_prompts
 from paceline.distillation.student import StudentShape, build_student, num_parameters, project
 from paceline.distillation.train import (
     DomainQuality,
@@ -38,7 +39,7 @@ from paceline.errors import ConfigError, StoreError
 from paceline.models.language_model import LanguageModel
 from paceline.models.self_checks import check_packed_forward
 from paceline.models.vocabulary import Vocabulary
-from paceline.store import is_validation, take_by_hash
+from paceline.store import TrainedOn, is_validation, read_prompts, take_by_hash
 from paceline.testing.tiny_models import tiny_model
 
 if TYPE_CHECKING:
@@ -243,6 +244,60 @@ def test_loss_falls_and_matches_rise_on_a_tiny_set(tmp_path: Path) -> None:
     assert after.num_tokens == sum(e.num_output for e in examples)
 
 
+def losses_by_part(model: LlamaForCausalLM, examples: list[Example]) -> tuple[float, float]:
+    """Return the mean losses of (prompt tokens, answer tokens)."""
+    batch = collate(examples, prompt_weight=0.5)
+    with torch.inference_mode():
+        head = model.get_output_embeddings().weight
+        losses, _ = losses_and_matches(hidden_states(model, batch), head, batch.targets)
+    of_prompt = batch.weights < 1
+    return float(losses[of_prompt].mean()), float(losses[~of_prompt].mean())
+
+
+@pytest.mark.parametrize("prompt_weight", [0.0, 1.0])
+def test_a_student_learns_answers_and_prompts_only_as_far_as_they_weigh(
+    prompt_weight: float, tmp_path: Path
+) -> None:
+    """Prompts count up by one and answers by seven, so the one does not teach the other.
+
+    A loss on prompts instead of answers, or on both, shows in the loss of the wrong part.
+    """
+    random = np.random.default_rng(0)
+    examples = []
+    for i in range(80):
+        prompt = (random.integers(VOCAB) + np.arange(7)) % VOCAB
+        answer = (prompt[-1] + 7 * np.arange(1, 8)) % VOCAB
+        tokens = np.concatenate([prompt, answer]).astype(np.int64)
+        examples.append(Example(f"d/{i}", "d", tokens, len(prompt)))
+    model = student()
+    prompts_before, answers_before = losses_by_part(model, examples)
+    settings = tiny_settings(epochs=12.0, prompt_weight=prompt_weight)
+    train(model, examples, examples, settings, tmp_path / "c.pt")
+    prompts, answers = losses_by_part(model, examples)
+
+    assert answers < 0.5 * answers_before
+    if prompt_weight == 0.0:
+        assert prompts > 0.95 * prompts_before
+    else:
+        assert prompts < 0.5 * prompts_before
+
+
+def test_the_loss_of_a_step_is_the_mean_weighted_by_part(tmp_path: Path) -> None:
+    examples, model = texts(8, seed=2), student()
+    settings = tiny_settings(epochs=1.0, batch_tokens=1000, prompt_weight=0.25, autocast=False)
+    batch = collate(examples, 0.25)
+    with torch.inference_mode():
+        head = model.get_output_embeddings().weight
+        losses, _ = losses_and_matches(hidden_states(model, batch), head, batch.targets)
+    expected = float((losses * batch.weights).sum() / batch.weights.sum())
+    assert expected != pytest.approx(float(losses.mean()), rel=1e-4)
+
+    seen: list[float] = []
+    train(model, examples, examples, settings, tmp_path / "c.pt", lambda p: seen.append(p.loss))
+
+    assert seen == [pytest.approx(expected, rel=1e-5)]
+
+
 def test_a_trained_student_has_the_weights_of_its_best_validation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,6 +463,80 @@ def test_distill_writes_a_drafter_that_loads_and_describes_itself(
     ):
         assert word in readme, word
     assert str(tmp_path) not in readme + json.dumps(facts)
+
+
+def test_a_drafter_records_the_prompts_it_was_trained_on_and_no_others(
+    pace: Pace, tmp_path: Path
+) -> None:
+    apples = write_prompts(tmp_path / "apples.jsonl", "apples", 40)
+    pears = write_prompts(tmp_path / "pears.jsonl", "pears", 40)
+    settings = distill_settings(tmp_path, max_prompts={"apples": 30})
+    report = distill(pace, [apples], tmp_path / "a", settings, also_measure=[pears])
+    record = TrainedOn.load(tmp_path / "a")
+    assert record is not None
+
+    given = read_prompts([apples])
+    trained = [r for r in take_by_hash(given, 30) if not is_validation(r.id, 0.2)]
+    assert len(trained) == report.num_examples
+    assert 0 < len(record) <= report.num_examples
+    for record_of in given:  # validation prompts and those beyond the cap are unseen
+        expected = record_of.prompt in {r.prompt for r in trained}
+        assert (record_of.prompt in record) == expected
+    assert not any(r.prompt in record for r in read_prompts([pears]))
+
+
+def test_a_prompt_without_an_answer_is_not_recorded_as_trained_on(
+    pace: Pace, tmp_path: Path
+) -> None:
+    apples = write_prompts(tmp_path / "apples.jsonl", "apples", 30)
+    too_long = " ".join(["w1"] * 80)
+    ids = [f"long/{i}" for i in range(4)]
+    assert not all(is_validation(id, 0.2) for id in ids)
+    with apples.open("a", encoding="utf-8") as file:
+        for id in ids:
+            file.write(json.dumps({"id": id, "domain": "apples", "prompt": too_long}) + "\n")
+
+    distill(pace, [apples], tmp_path / "a", distill_settings(tmp_path))
+
+    record = TrainedOn.load(tmp_path / "a")
+    assert record is not None
+    assert too_long not in record
+    assert len(record) > 10
+
+
+def test_the_selection_for_training_is_capped_first_and_without_validation(tmp_path: Path) -> None:
+    apples = write_prompts(tmp_path / "apples.jsonl", "apples", 60)
+    settings = distill_settings(tmp_path, max_prompts={"apples": 25})
+    capped = take_by_hash(read_prompts([apples]), 25)
+    expected = [r for r in capped if not is_validation(r.id, 0.2)]
+    assert 0 < len(expected) < 25
+    assert select_prompts(apples, settings) == expected
+
+
+def test_the_answers_of_the_target_are_learned_and_not_the_prompts(
+    pace: Pace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each text is a prompt as the target reads it, followed by the target's own answer."""
+    apples = write_prompts(tmp_path / "apples.jsonl", "apples", 30)
+    taken: list[Example] = []
+
+    def capture(student: object, examples: list[Example], *rest: object) -> None:
+        taken.extend(examples)
+        raise KilledError
+
+    monkeypatch.setattr("paceline.distillation.run.train", capture)
+    with pytest.raises(KilledError):
+        distill(pace, [apples], tmp_path / "a", distill_settings(tmp_path))
+
+    prompts = {record.id: record.prompt for record in read_prompts([apples])}
+    assert len(taken) > 10
+    for example in taken:
+        message = [{"role": "user", "content": prompts[example.id]}]
+        answer = pace.complete(
+            message, max_new_tokens=6, drafter="none", generation_config="none"
+        ).token_ids
+        assert example.tokens[: example.num_prompt].tolist() == list(pace.encode(message))
+        assert example.tokens[example.num_prompt :].tolist() == answer
 
 
 def test_of_other_tasks_only_validation_prompts_are_answered(pace: Pace, tmp_path: Path) -> None:

@@ -417,7 +417,7 @@ def test_a_configured_drafter_reports_its_level(
         (foreign, ThroughText, "cut alike: drafts text"),
     ]:
         config = config_of(target, own)
-        pace = load(config)
+        pace = load(config, with_policy=False)
 
         drafter = pace.parts.drafters["small"]
         assert type(drafter) is cls

@@ -205,6 +205,72 @@ def test_choose_sees_the_prefill_and_the_load(chunk: int) -> None:
     assert done[0].decision == Decision("wrong", 0.25, {"wrong": 1.0}, "mine")
 
 
+def loads_of(
+    engine: Engine, contexts: Sequence[Context], arrivals: Sequence[Sequence[Request]]
+) -> list[int]:
+    """Submit one group of requests before each step, and decode; return the loads that were seen."""
+    left = list(arrivals)
+    while left or engine.has_work:
+        for one in left.pop(0) if left else ():
+            engine.submit(one)
+        engine.step()
+    return [context.rows_in_flight for context in contexts]
+
+
+def asking(max_rows: int, **settings: int) -> tuple[Engine, list[Context]]:
+    contexts: list[Context] = []
+
+    def choose(context: Context) -> Decision:
+        contexts.append(context)
+        return Decision("none")
+
+    arms = {"none": NoneDrafter()}
+    target = LanguageModel(MODEL, "target")
+    return Engine(target, arms, decode, choose, max_rows=max_rows, **settings), contexts
+
+
+@pytest.mark.parametrize("chunk", [512, 5])
+def test_the_load_is_the_number_of_rows_that_decode_together(chunk: int) -> None:
+    """Every request of a batch, the first one too, sees the rows that have a seat."""
+    engine, contexts = asking(3, prefill_chunk=chunk)
+    batch = [request(str(i), 10, "auto") for i in range(5)]
+
+    loads = loads_of(engine, contexts, [batch])
+
+    assert loads[:3] == [3, 3, 3]
+    assert len(loads) == 5 and loads[4] == 2
+
+
+def test_a_row_that_ended_with_its_prefill_is_no_load() -> None:
+    engine, contexts = asking(4)
+
+    loads = loads_of(engine, contexts, [[request("a", 10, "auto"), request("b", 1, "auto")]])
+
+    assert loads == [1]
+
+
+def test_requests_that_arrive_during_a_prefill_are_part_of_the_load() -> None:
+    """They are admitted before the next round."""
+    engine, contexts = asking(4)
+    score = engine._prefill.step
+
+    def step(rows: Sequence[object]) -> object:
+        if not contexts and engine.num_waiting == 0:
+            engine.submit(request("b", 10, "auto"))
+        return score(rows)
+
+    engine._prefill.step = step  # type: ignore[assignment, method-assign]
+
+    assert loads_of(engine, contexts, [[request("a", 10, "auto")]]) == [2, 2]
+
+
+def test_a_request_that_must_wait_for_memory_is_no_load() -> None:
+    engine, contexts = asking(4, max_positions=64)
+    long = [request(str(i), 40, "auto") for i in range(2)]
+
+    assert loads_of(engine, contexts, [long]) == [1, 1]
+
+
 def test_requests_that_name_a_drafter_are_not_asked_about() -> None:
     def choose(context: Context) -> Decision:
         raise AssertionError("asked")

@@ -161,6 +161,10 @@ def with_probs(probs: Any, k: int = 2) -> Callable[[int], Drafts]:
     return lambda r: Drafts(ints(r, k), [k] * r, probs)
 
 
+def with_chances(chances: Any, k: int = 2) -> Callable[[int], Drafts]:
+    return lambda r: Drafts(ints(r, k), [k] * r, chances=chances)
+
+
 HUGE = 100_000
 
 PROPOSALS: dict[str, tuple[Callable[[int], Any], str]] = {
@@ -230,6 +234,24 @@ PROPOSALS: dict[str, tuple[Callable[[int], Any], str]] = {
     "probabilities of other rows": (with_probs(torch.full((2, 2, V), 1 / V)), "[2, 2, "),
     "whole probabilities": (with_probs(ints(1, 2, V)), "tensor of floats, got torch.int64"),
     "listed probabilities": (with_probs([[[1.0]]]), "probs must be a tensor of floats, got [[["),
+    "listed chances": (with_chances([[0.5, 0.5]]), "chances must be an array of floats, got [["),
+    "whole chances": (with_chances(np.ones((1, 2), int)), "array of floats, got int64"),
+    "narrow chances": (with_chances(np.ones((1, 1))), "the shape [1, 2], rows and width, got [1, 1]"),
+    "chances of other rows": (with_chances(np.ones((2, 2))), "got [2, 2]"),
+    "1-D chances": (with_chances(np.ones(2)), "got [2]"),
+    "nan chances": (with_chances(np.array([[0.5, np.nan]])), "token 1 with a chance of nan"),
+    "negative chances": (with_chances(np.array([[-0.5, 0.1]])), "token 0 with a chance of -0.5"),
+    "chances above 1": (with_chances(np.array([[1.5, 0.1]])), "between 0 and its parent's, 1"),
+    "rising chances": (with_chances(np.array([[0.5, 0.6]])), "between 0 and its parent's, 0.5"),
+    "chances that rise in a tree": (
+        lambda r: Drafts(
+            ints(r, 3),
+            [3] * r,
+            parents=torch.tensor([[-1, -1, 0]]),
+            chances=np.array([[0.2, 0.9, 0.8]]),
+        ),
+        "token 2 with a chance of 0.8; it must be between 0 and its parent's, 0.2",
+    ),
 }  # fmt: skip
 
 
@@ -302,6 +324,12 @@ WELCOME: dict[str, Callable[[Drafts], Drafts]] = {
     ),
     "not contiguous": lambda d: Drafts(d.tokens.repeat_interleave(2, dim=1)[:, ::2], d.lengths),
     "nothing at all": lambda d: Drafts(d.tokens[:, :0], [0] * len(d.lengths)),
+    "chances": lambda d: Drafts(
+        d.tokens, d.lengths, chances=np.full((len(d.lengths), 9), 0.5, dtype=np.float32)
+    ),
+    "no chance": lambda d: Drafts(
+        d.tokens, d.lengths, chances=np.zeros((len(d.lengths), d.tokens.shape[1]))
+    ),
 }
 
 

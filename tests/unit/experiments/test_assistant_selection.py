@@ -13,14 +13,18 @@ import yaml
 
 import paceline
 from paceline.bench import measure_cost_table
+from paceline.config import LearningSection
 from paceline.contracts import NONE
-from paceline.costs import CostTable
+from paceline.costs import CostTable, Measurement
 from paceline.experiments.assistant_selection import new_machine, number_of_examples
-from paceline.experiments.assistant_selection.learned import Drafting
+from paceline.experiments.assistant_selection.learned import Drafting, Study
 from paceline.experiments.assistant_selection.number_of_examples import reached
 from paceline.experiments.assistant_selection.self_drafting import skip_sets
 from paceline.experiments.catalog import EXPERIMENTS
 from paceline.experiments.workbench import SMOKE, Workbench
+from paceline.learning.dataset import Dataset, build_dataset
+from paceline.learning.learners.neighbours import NeighboursLearner
+from paceline.store.records import CollectedPrompt, ReplayedDrafter
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
 from paceline.verbs import pipeline
@@ -28,7 +32,6 @@ from paceline.verbs import pipeline
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from paceline.costs import Measurement
     from paceline.selection.choosers import Situation
 
 TASKS = ("translation", "math", "code", "summary")
@@ -184,6 +187,63 @@ def test_more_examples_are_drawn_from_the_training_part(place: Place) -> None:
     *_, largest = sizes
     assert int(largest) == found["settings"]["prompts to learn from"] < 4 * 8
     assert all(speed > 0 for speeds in sizes.values() for speed in speeds)
+
+
+def test_the_curve_by_number_of_examples_is_judged_on_held_out_prompts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`code` is right on all training prompts and wrong on the held-out ones, so a policy is slow there.
+
+    A curve of training prompts would show its gain.
+    """
+    study = Study(None, LearningSection(), priced_prompts(40, 4), priced_prompts(12, 0, first=40))  # type: ignore[arg-type]
+    taken: list[tuple[str, ...]] = []
+    fit = NeighboursLearner.fit
+
+    def record(self: Any, data: Dataset, *rest: Any) -> Any:
+        taken.append(data.ids)
+        return fit(self, data, *rest)
+
+    monkeypatch.setattr(NeighboursLearner, "fit", record)
+    found = [
+        number_of_examples._speedup(study, "knn", size, draw)
+        for size, draw in ((20, 0), (20, 1), (40, 0))
+    ]
+
+    code = np.eye(2)[[1] * 12]
+    assert study.held_out.speedup(code) < 0.9 < 1.5 < study.train.speedup(np.eye(2)[[1] * 40])
+    assert found == [pytest.approx(study.held_out.speedup(code))] * 3
+    assert list(map(len, taken)) == [20, 20, 40]
+    assert taken[0] != taken[1]
+    for ids in taken:
+        assert set(ids) <= set(study.train.ids)
+        assert len(set(ids)) == len(ids)
+
+
+def priced_prompts(num: int, accepted: int, first: int = 0) -> Dataset:
+    """Return prompts on which `code` drafts four tokens per round and gets `accepted` of them."""
+    figures = [("target", "prefill", 1.0), ("target", "forward", 1.0), ("engine", "round", 0.1)]
+    figures += [("code", "start", 0.1), ("code", "propose", 0.6)]
+    costs = CostTable({}, [Measurement(s, o, 1, 0, 1, seconds) for s, o, seconds in figures])
+    rng = np.random.default_rng(first)
+    prompts = [
+        CollectedPrompt(
+            id=f"p{first + i}",
+            domain="",
+            prompt_tokens=(1, 2, 3),
+            output_tokens=tuple(range(41)),
+            max_new_tokens=41,
+            features=rng.normal(size=8).astype(np.float32),
+            replays={
+                "code": ReplayedDrafter(
+                    np.tile([[4, accepted - (i == 0)]], (40, 1)).clip(min=0), everywhere=True
+                )
+            },
+            draft_outputs={},
+        )
+        for i in range(num)
+    ]
+    return build_dataset(prompts, (NONE, "code"), costs, LearningSection())[0]
 
 
 def test_a_policy_without_none_never_takes_it(place: Place) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from paceline.config import DrafterSection, load_config
 from paceline.errors import ConfigError
 from paceline.experiments import workbench
 from paceline.experiments.prompt_files import read_tasks
@@ -106,6 +107,18 @@ def test_everything_lies_in_its_folder_and_no_prefill_is_spared(
     assert {path.parent for path in (found.paths.store, found.paths.costs, found.paths.policy)} == {
         tmp_path / "work"
     }
+
+
+def test_drafters_use_the_answers_of_the_workbenchs_own_collection(
+    config: Path, tmp_path: Path
+) -> None:
+    """Others may hold the prompts that are timed."""
+    suffix = DrafterSection(kind="suffix_lookup", settings={"answers": "elsewhere"})
+    other = load_config(config).model_copy(update={"drafters": {"suffix": suffix}})
+    for store in (None, tmp_path / "given"):
+        found = Workbench(other, tmp_path / "work", store=store).config
+        assert found.paths.store == (store or tmp_path / "work" / "collection")
+        assert found.drafters["suffix"].settings["answers"] == str(found.paths.store)
 
 
 def test_settings_say_when_figures_mean_nothing(config: Path, tmp_path: Path) -> None:

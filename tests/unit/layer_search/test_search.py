@@ -93,6 +93,84 @@ def test_the_process_improves_on_the_design() -> None:
     assert min(drawn) > best
 
 
+Bits = tuple[bool, ...]
+
+
+def distance(one: Bits, other: Bits) -> int:
+    return sum(a != b for a, b in zip(one, other, strict=True))
+
+
+def tried_around(optimum: Bits, hidden: tuple[Bits, ...], seed: int) -> dict[Bits, float]:
+    """Return trials whose values grow with the distance to an optimum, none of them near `hidden`.
+
+    The design is complete: each bit alone, and growing sets that begin with the bits that the optimum
+    lacks, so that they lead away from it.
+    """
+    num_bits, draws = len(optimum), random.Random(seed)
+    weights = [draws.uniform(0.8, 1.2) for _ in optimum]
+
+    def value(bits: Bits) -> float:
+        flipped = (a != b for a, b in zip(bits, optimum, strict=True))
+        return sum(w for w, differs in zip(weights, flipped, strict=True) if differs)
+
+    order = sorted(range(num_bits), key=lambda i: optimum[i])
+    tried = {
+        tuple(i == k for i in range(num_bits)): 4.0 + 0.01 * place for place, k in enumerate(order)
+    }
+    for share in (0.125, 0.25, 0.375, 0.5, 0.625, 0.75):
+        chosen = set(order[: max(2, round(share * num_bits))])
+        together = tuple(i in chosen for i in range(num_bits))
+        tried[together] = value(together)
+    others = [
+        bits
+        for bits in itertools.product((False, True), repeat=num_bits)
+        if all(distance(bits, point) > 1 for point in hidden)
+    ]
+    for bits in random.Random(0).sample(others, 34):
+        tried.setdefault(bits, value(bits))
+    return tried
+
+
+def test_the_model_finds_an_optimum_that_no_small_step_reaches() -> None:
+    """No trial is within one flip of the optimum, so one flip of the best trial does not reach it."""
+    distances = []
+    for seed in range(5):
+        places = set(random.Random(seed).sample(range(8), 4))
+        optimum = tuple(i in places for i in range(8))
+        tried = tried_around(optimum, (optimum,), seed)
+        best = min(tried, key=lambda bits: tried[bits])
+        assert distance(best, optimum) > 1
+        proposed = next_subset(tried, 8, seed)
+        assert proposed is not None
+        assert proposed not in tried
+        distances.append(distance(proposed, optimum))
+    # of the 256 subsets one is the optimum and eight are next to it
+    assert max(distances) <= 1
+    assert distances.count(0) >= 2
+
+
+def test_a_proposal_depends_on_all_trials_and_not_on_the_best_alone() -> None:
+    """Two histories with the same subsets, number, seed and best trial, and other values elsewhere."""
+    for seed in range(2):
+        one = (True, True, True, True, False, False, False, False)
+        other = (True, True, False, False, True, True, False, False)
+        middle = (True, True, True, False, True, False, False, False)
+        histories = [tried_around(optimum, (one, other), seed) for optimum in (one, other)]
+        keys = list(dict.fromkeys(bits for history in histories for bits in history))
+        proposals = []
+        for optimum in (one, other):
+            tried = {bits: float(distance(bits, optimum)) for bits in keys}
+            for k in range(8):  # the design's order is that of the first history
+                alone = tuple(i == k for i in range(8))
+                tried[alone] = histories[0][alone]
+            tried[middle] = 1.5
+            assert min(tried, key=lambda bits: tried[bits]) == middle
+            proposals.append(next_subset(tried, 8, seed))
+        found = [distance(p, optimum) for p, optimum in zip(proposals, (one, other), strict=True)]  # type: ignore[arg-type]
+        assert max(found) <= 1
+        assert proposals[0] != proposals[1]
+
+
 def test_an_interrupted_search_continues_as_an_uninterrupted_one(
     pace: Pace, costs: CostTable, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from paceline.costs import CostTable, Measurement
-from paceline.learning.dataset import Dataset, default_spans
+from paceline.learning.dataset import Dataset, default_spans, drafters_of
 from paceline.learning.rounds import RoundTable
 from paceline.store.records import CollectedPrompt, ReplayedDrafter
 
@@ -111,6 +111,7 @@ def tabled() -> Callable[..., Dataset]:
             "composed": (),
             "seconds": np.ones((N, A)),
             "rewards": np.ones((N, A)),
+            "trained": np.zeros((N, len(drafters_of(arms))), dtype=np.int8),
             "spans": default_spans(features.shape[1]),
             "rounds": RoundTable(tuple(arms), np.full(N, 3), ()),
             "costs": CostTable({}, []),

@@ -162,6 +162,18 @@ def test_an_arm_without_a_text_has_similarity_zero_and_a_note(
     assert data.rewards[:, 2] == pytest.approx(0.25 * 0.0 + 0.75 * saved)
 
 
+def test_texts_of_drafters_that_are_not_configured_are_left_out(
+    prompts: list[CollectedPrompt], costs: CostTable
+) -> None:
+    writing = [with_outputs(p, "code", "lookup") for p in prompts]
+    data, _ = build_dataset(writing, ARMS, costs, ALIGNMENT)
+    more = [with_outputs(p, "code", "lookup", "black-box") for p in prompts]
+    found, notes = build_dataset(more, ARMS, costs, ALIGNMENT)
+
+    assert np.array_equal(found.rewards, data.rewards)
+    assert any("the texts of black-box are left out" in note for note in notes)
+
+
 def test_an_order_of_arms_is_kept(prompts: list[CollectedPrompt], costs: CostTable) -> None:
     data, _ = build_dataset(prompts, ARMS, costs, SPEED)
     turned, _ = build_dataset(prompts, ARMS[::-1], costs, SPEED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -13,7 +13,8 @@ from paceline.config import LearningSection
 from paceline.contracts import Context, SamplingParams
 from paceline.errors import ArtefactError, StoreError
 from paceline.learning import train_policy
-from paceline.learning.learners import check_settings
+from paceline.learning.dataset import build_dataset, split
+from paceline.learning.learners import LEARNERS, check_settings
 from paceline.replay import rounds_of
 from paceline.selection import PolicyIdentity, feature_vector, load_policy
 from paceline.selection.artefact import read_card
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from paceline.costs import CostTable
+    from paceline.learning.dataset import Dataset
     from paceline.store.records import CollectedPrompt
 
 D = 24
@@ -131,9 +133,99 @@ def test_held_out_prompts_teach_nothing(prompts: list[CollectedPrompt], costs: C
     assert after.report.overall != before.report.overall
 
 
-def _held_out(prompts: list[CollectedPrompt], costs: CostTable) -> tuple[str, ...]:
-    from paceline.learning.dataset import build_dataset, split
+@pytest.mark.parametrize(
+    ("learner", "search"),
+    [(name, 0) for name in LEARNERS]
+    + [(name, 2) for name, learner in LEARNERS.items() if learner.search_space],
+)
+def test_nothing_is_chosen_on_held_out_prompts(
+    learner: str, search: int, prompts: list[CollectedPrompt], costs: CostTable
+) -> None:
+    """A planted leak: held-out prompts get the features, rounds and answers of others, cut in half.
 
+    Weights, settings, number of steps, the choice of a constant arm and every figure of the training
+    stay the same; what is said about the held-out prompts does not.
+    """
+    section = SETTINGS.model_copy(update={"learner": learner, "max_epochs": 8, "seeds": 2})
+    ids = _held_out(prompts, costs)
+    by_id = {p.id: p for p in prompts}
+    swapped = dict(zip(ids, np.random.default_rng(0).permutation(ids).tolist(), strict=True))
+
+    def leaked(prompt: CollectedPrompt) -> CollectedPrompt:
+        if prompt.id not in swapped:
+            return prompt
+        other = by_id[swapped[prompt.id]]
+        rounds = {
+            name: ReplayedDrafter(own.table[: 20 // (int(own.table[0, 1]) + 1)], everywhere=False)
+            for name, own in other.replays.items()
+        }
+        tokens = prompt.output_tokens[:21]
+        return replace(prompt, features=other.features, replays=rounds, output_tokens=tokens)
+
+    before, after = (
+        train_policy(p, costs, IDENTITY, list(ARMS), section, search=search)
+        for p in (prompts, [leaked(p) for p in prompts])
+    )
+
+    assert after.policy.chooser.kind == before.policy.chooser.kind
+    for name, array in before.policy.chooser.arrays().items():
+        assert np.array_equal(array, after.policy.chooser.arrays()[name]), name
+    assert (after.training, after.seeds, after.curve) == (
+        before.training,
+        before.seeds,
+        before.curve,
+    )
+    assert after.card.learner == before.card.learner
+    assert after.report.overall.strategies["oracle"] != before.report.overall.strategies["oracle"]
+
+
+@pytest.mark.parametrize("learner", ["knn", "linucb", "policy_gradient"])
+def test_no_learner_is_given_a_held_out_prompt(
+    learner: str,
+    prompts: list[CollectedPrompt],
+    costs: CostTable,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Neither the search for settings nor the learning curve nor a seed's training."""
+    taken: list[set[str]] = []
+    kind = type(LEARNERS[learner])
+    fit = kind.fit
+
+    def record(self: Any, data: Dataset, settings: Any, on_progress: Any) -> Any:
+        taken.append(set(data.ids))
+        return fit(self, data, settings, on_progress)
+
+    monkeypatch.setattr(kind, "fit", record)
+    section = SETTINGS.model_copy(update={"learner": learner, "max_epochs": 4, "seeds": 2})
+    searched = 3 if LEARNERS[learner].search_space else 0
+
+    train_policy(
+        prompts,
+        costs,
+        IDENTITY,
+        list(ARMS),
+        section,
+        search=searched,
+        figure=tmp_path / "curves.png",
+    )
+
+    held_out = set(_held_out(prompts, costs))
+    assert len(taken) >= searched + 2 + 2
+    assert all(ids.isdisjoint(held_out) for ids in taken)
+    assert max(map(len, taken)) == len(prompts) - len(held_out)
+
+
+def test_rewards_of_a_part_are_in_units_of_that_part(
+    prompts: list[CollectedPrompt], costs: CostTable
+) -> None:
+    data, _ = build_dataset(prompts, list(ARMS), costs, SETTINGS)
+    for part in split(data, SETTINGS.held_out):
+        saved = 1.0 - part.seconds.sum(axis=0) / part.seconds[:, 0].sum()
+        assert part.rewards.mean(axis=0) == pytest.approx(saved)
+
+
+def _held_out(prompts: list[CollectedPrompt], costs: CostTable) -> tuple[str, ...]:
     data, _ = build_dataset(prompts, list(ARMS), costs, SETTINGS)
     return split(data, SETTINGS.held_out)[1].ids
 

@@ -96,7 +96,7 @@ def generated(model: Any, tokens: list[int]) -> list[int]:
 
 
 def loaded(model: Any) -> Pace:
-    return load(target=model, tokenizer=byte_tokenizer(), drafters={})
+    return load(target=model, tokenizer=byte_tokenizer(), drafters={}, with_policy=False)
 
 
 @pytest.mark.parametrize("make", [qwen2_moe, phimoe, afmoe], ids=lambda f: f.__name__)

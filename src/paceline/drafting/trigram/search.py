@@ -49,7 +49,6 @@ class TreeSearch:
     """Learning and drafting on a table, with the settings of one drafter."""
 
     def __init__(self, table: Table, settings: TrigramTreeSettings) -> None:
-        self.table = table
         self.settings = s = settings
         kind = kernels.RELEASED if s.update == "released" else kernels.COUNTS
         self._rule = kernels.Rule(kind, s.update_step, s.update_cap, s.decay, s.prior)
@@ -57,16 +56,17 @@ class TreeSearch:
         search = kernels.Search(
             _SEARCHES[s.search], s.depth, s.iterations, s.paths, s.num_draft_tokens, s.seed
         )
-        self._arrays, self._rule_numbers, self._search = (
-            tuple(table),
-            tuple(self._rule),
-            tuple(search),
-        )
+        self._rule_numbers, self._search = tuple(self._rule), tuple(search)
+        self.use(table)
         # compile now, or read compiled code from disk, instead of in the first request
         learned = Learned(s.max_pairs)
         self.learn(learned, [0, 0, 0])
         learned.make_room(_MIN_PAIRS)
         self.draft(learned, [0, 0], 1)
+
+    def use(self, table: Table) -> None:
+        """Draft from another table. Pairs that were learned already keep their statistics."""
+        self.table, self._arrays = table, tuple(table)
 
     def learn(self, learned: Learned, text: Sequence[int]) -> None:
         """Learn every tri-gram of a piece of text."""

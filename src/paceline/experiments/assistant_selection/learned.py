@@ -14,7 +14,7 @@ import numpy as np
 from paceline.contracts import NONE
 from paceline.experiments.findings import SHARE, Panel, Series, columns
 from paceline.learning.dataset import build_dataset, split
-from paceline.learning.evaluation import Contender, Evaluator, train_contenders
+from paceline.learning.evaluation import Contender, Evaluator, train_contenders, unseen_part
 from paceline.selection.choosers import Chooser, PortableChooser
 
 if TYPE_CHECKING:
@@ -45,7 +45,10 @@ PREDICTED: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """Priced prompts under a set of arms, in a training part and a held-out part."""
+    """Priced prompts under a set of arms, in a training part and a held-out part.
+
+    No drafter was trained on a prompt of the held-out part.
+    """
 
     bench: Workbench
     settings: LearningSection
@@ -70,7 +73,8 @@ class Study:
         if bench.sizes.smoke:  # of few prompts, a share by hash may be empty
             third = np.arange(len(data)) % 3 == 0
             return cls(bench, settings, data.rows(~third), data.rows(third))
-        return cls(bench, settings, *split(data, settings.held_out))
+        train, held_out = split(data, settings.held_out)
+        return cls(bench, settings, train, unseen_part(held_out))
 
     def contenders(self, learners: Sequence[str], seeds: int = 1) -> list[Contender]:
         """Train policies on the training part."""

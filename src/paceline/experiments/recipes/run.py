@@ -14,6 +14,7 @@ from paceline.drafting.catalog import check_settings
 from paceline.errors import ConfigError, ModelError
 from paceline.experiments.prompt_files import read_spec_bench
 from paceline.experiments.workbench import SPEC_BENCH, Workbench
+from paceline.learning import Evaluation
 from paceline.models.loading import load_config
 from paceline.store import read_prompts, take_by_hash
 from paceline.verbs.evaluate import evaluate
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     from paceline.contracts import Progress, PromptRecord
     from paceline.experiments.recipes.schema import Recipe
-    from paceline.learning import Evaluation
 
 
 def run_recipe(
@@ -39,7 +39,9 @@ def run_recipe(
     _check_models(recipe)
     prompts = _prompts(recipe, Workbench(config, folder, data))
     prepare(config, prompts, recipe.workload.new_tokens, on_progress)
-    return evaluate(config)
+    found = evaluate(config)
+    assert isinstance(found, Evaluation)  # a recipe has drafters
+    return found
 
 
 def configuration(recipe: Recipe, folder: Path) -> Config:

@@ -6,6 +6,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any, Final
 
 from paceline.contracts import NONE
+from paceline.learning.evaluation.ceilings import CEILINGS
 from paceline.learning.evaluation.strategies import ORACLE
 from paceline.plotting import import_figure
 
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from paceline.learning.evaluation.report import EvaluationReport, Figures
+    from paceline.learning.evaluation.figures import Figures
+    from paceline.learning.evaluation.report import EvaluationReport
     from paceline.learning.evaluation.sections import Evaluation, Section
 
 _POLICY: Final = "#1a7f37"
@@ -64,7 +66,7 @@ def _draw(axes: Any, section: Section) -> None:
         speed = figures.speedup
         axes.plot([speed.low, speed.high], [place, place], color=colour, linewidth=2)
         axes.plot(speed.value, place, "o", color=colour, markersize=5)
-        if name in report.slowest and name != ORACLE and len(report.by_domain) > 1:
+        if name in report.slowest and name not in (ORACLE, *CEILINGS) and len(report.by_domain) > 1:
             slowest = report.slowest[name]
             axes.plot(slowest.speedup.value, place, "|", color=colour, markersize=11)
     oracle = report.overall.strategies[ORACLE].speedup.value

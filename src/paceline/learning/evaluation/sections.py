@@ -16,7 +16,9 @@ import numpy as np
 from paceline.contracts import NONE
 from paceline.errors import StoreError
 from paceline.learning.dataset import MIN_PROMPTS
+from paceline.learning.evaluation.ceilings import CEILINGS, ceilings, left_out
 from paceline.learning.evaluation.contenders import Contender
+from paceline.learning.evaluation.exposure import trained_by_drafter
 from paceline.learning.evaluation.report import SLOWEST, EvaluationReport, evaluate
 from paceline.learning.evaluation.strategies import BEST_SINGLE, FIRST_LINE, POLICY, Outcomes
 
@@ -205,7 +207,7 @@ class Evaluator:
                     f"without the task '{task}' {int((~own).sum())} prompts are left, at least "
                     f"{MIN_PROMPTS} are needed to learn from; collect more"
                 )
-            rest, test = data.rows(~own), data.rows(own)
+            rest, test = data.part(~own), data.part(own)
             report = self._report(rest, test, train(rest), 1)
             sections.append(Section("left_out", f"{task}, never seen", 1, report, task))
         return sections
@@ -221,11 +223,11 @@ class Evaluator:
         lines = FirstLines(train.prompts, self._decode)
         return evaluate(
             _outcomes(train, rows, lines),
-            _outcomes(test, rows, lines),
+            _outcomes(test, rows, lines, judged=True),
             {contender.name: contender.distributions(test, rows) for contender in contenders},
             choose_seconds={c.name: c.choose_seconds(test) for c in contenders},
             seed=self._seed,
-            notes=[*self._notes, *notes],
+            notes=[*self._notes, *notes, *_ceiling_notes(test)],
         )
 
 
@@ -236,15 +238,28 @@ def evaluate_chooser(
     policy = Contender(POLICY, (chooser,))
     return evaluate(
         _outcomes(train, 1),
-        _outcomes(held_out, 1),
+        _outcomes(held_out, 1, judged=True),
         {POLICY: policy.distributions(held_out)},
         choose_seconds={POLICY: policy.choose_seconds(held_out)},
         seed=seed,
-        notes=notes,
+        notes=[*notes, *_ceiling_notes(held_out)],
     )
 
 
-def _outcomes(data: Dataset, rows: int, lines: FirstLines | None = None) -> Outcomes:
+def _ceiling_notes(data: Dataset) -> list[str]:
+    names = left_out(data)
+    if not names:
+        return []
+    return [
+        f"the {' and the '.join(CEILINGS)} do not choose {', '.join(names)}: replay knows the rounds of "
+        "these drafters only in order"
+    ]
+
+
+def _outcomes(
+    data: Dataset, rows: int, lines: FirstLines | None = None, judged: bool = False
+) -> Outcomes:
+    """Return the outcomes of a part. judged: with the ceilings, which nothing is fitted to."""
     return Outcomes(
         arms=data.arms,
         domains=data.domains,
@@ -252,4 +267,6 @@ def _outcomes(data: Dataset, rows: int, lines: FirstLines | None = None) -> Outc
         rewards=data.rewards_for(rows),
         num_tokens=data.num_tokens,
         first_lines=lines.of(data.prompts) if lines is not None else (),
+        ceilings=ceilings(data, rows) if judged else {},
+        trained=trained_by_drafter(data),
     )

@@ -1,13 +1,14 @@
 """The ways of choosing that a policy is compared with, and what each chooses.
 
 The best single arm, the best arm per task and the best arm per first line are fitted on the training
-part, as a policy is. The oracle knows the fastest arm of each request afterwards. Task labels are used
-for the strategy that knows them and for tables only. Symbols: N prompts, A arms.
+part, as a policy is. The oracle knows the fastest arm of each request afterwards; `ceilings` has two
+more bounds. Task labels are used for the strategy that knows them and for tables only. Symbols: N
+prompts, A arms.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -31,7 +32,9 @@ BASELINES: Final = (BEST_SINGLE, PER_TASK, FIRST_LINE)
 class Outcomes:
     """The result of every arm for each of N prompts, under one load.
 
-    first_lines: of the prompts; without them there is no strategy by first line.
+    first_lines: of the prompts; without them there is no strategy by first line. ceilings: seconds [N]
+    of bounds that choose no single arm, see `ceilings`. trained: by drafter [N] whether it was trained
+    on the prompt, as in `Dataset.trained`.
     """
 
     arms: tuple[str, ...]  # A
@@ -40,9 +43,25 @@ class Outcomes:
     rewards: np.ndarray  # [N, A] float64
     num_tokens: np.ndarray  # [N] int64, emitted
     first_lines: tuple[str, ...] = ()  # N
+    ceilings: Mapping[str, np.ndarray] = field(default_factory=dict)
+    trained: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.domains)
+
+    def rows(self, mask: np.ndarray) -> Outcomes:
+        """Return the prompts where a mask [N] is true."""
+        places = np.flatnonzero(mask)
+        return Outcomes(
+            self.arms,
+            tuple(self.domains[i] for i in places),
+            self.seconds[mask],
+            self.rewards[mask],
+            self.num_tokens[mask],
+            tuple(self.first_lines[i] for i in places) if self.first_lines else (),
+            {name: seconds[mask] for name, seconds in self.ceilings.items()},
+            {name: known[mask] for name, known in self.trained.items()},
+        )
 
 
 @dataclass(frozen=True, slots=True)

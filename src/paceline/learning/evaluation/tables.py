@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from paceline.contracts import NONE
+from paceline.learning.evaluation.ceilings import CEILINGS
 from paceline.learning.evaluation.strategies import ORACLE
 from paceline.terminal import BandedTable
 
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from paceline.learning.evaluation.bootstrap import Interval
-    from paceline.learning.evaluation.report import Chosen, EvaluationReport, Figures
+    from paceline.learning.evaluation.figures import Chosen, Figures
+    from paceline.learning.evaluation.report import EvaluationReport
     from paceline.learning.evaluation.sections import Evaluation, Section
 
 _MOST_NAMED: Final = 4  # drafters, and draft lengths
@@ -41,8 +43,14 @@ def show_report(
     report: EvaluationReport,
     title: str = f"predicted speed-up over {NONE}, held-out prompts",
 ) -> None:
-    """Print all strategies over all prompts, the strategies by task, and the policies' choices."""
+    """Print all strategies over all prompts, the strategies by task, and the policies' choices.
+
+    The figures are those of prompts that no drafter was trained on. If there are others, a column has
+    their speed-ups.
+    """
     console.print(_strategies(report, title))
+    for sentence in report.exposure.sentences():
+        console.print(f"- {sentence}", markup=False, highlight=False)
     if len(report.by_domain) > 1:
         console.print(_by_task(report))
     for policy in report.policies:
@@ -53,26 +61,27 @@ def show_report(
 
 
 def _strategies(report: EvaluationReport, title: str) -> BandedTable:
-    overall = report.overall
+    overall, seen = report.overall, report.seen
     shown = BandedTable(title=title)
-    shown.add_column(f"{overall.num_prompts} prompts")
-    for name in (
-        "speed-up (95%)",
-        "of oracle",
-        "regret ms",
-        "fastest",
-        "within 2%",
-        "slowest task",
-    ):
+    shown.add_column(f"{overall.num_prompts} {'prompts' if seen is None else 'unseen prompts'}")
+    names = ["speed-up (95%)", "of oracle", "regret ms", "fastest", "within 2%", "slowest task"]
+    if seen is not None:  # next to the speed-up on unseen prompts
+        names.insert(1, f"on {seen.num_prompts} seen in training")
+    for name in names:
         shown.add_column(name, justify="right")
+
+    def cells(figures: Figures, on_seen: Figures | None) -> list[str]:
+        first, *others = _cells(figures)
+        return [first, *([] if on_seen is None else [_interval(on_seen.speedup)]), *others]
+
     for name, figures in overall.arms.items():
-        shown.add_row(name, *_cells(figures), "")
+        shown.add_row(name, *cells(figures, None if seen is None else seen.arms[name]), "")
     shown.add_section()
     for name, figures in overall.strategies.items():
         slowest = report.slowest[name]
         shown.add_row(
             _shown(name, report),
-            *_cells(figures),
+            *cells(figures, None if seen is None else seen.strategies[name]),
             f"{slowest.task} {_interval(slowest.speedup)}".strip(),
             style="bold green" if name in report.policies else "",
         )
@@ -92,8 +101,8 @@ def _cells(figures: Figures) -> list[str]:
         _interval(figures.speedup),
         f"{figures.of_oracle:.1%}",
         f"{1e3 * figures.regret_seconds.value:.1f}",
-        f"{figures.accuracy:.0%}",
-        f"{figures.near:.0%}",
+        "" if figures.accuracy is None else f"{figures.accuracy:.0%}",
+        "" if figures.near is None else f"{figures.near:.0%}",
     ]
 
 
@@ -115,17 +124,22 @@ def _by_task(report: EvaluationReport) -> BandedTable:
 
 def _sections(sections: Sequence[Section]) -> BandedTable:
     names = list(dict.fromkeys(n for s in sections for n in s.report.overall.strategies))
-    names = [*(name for name in names if name != ORACLE), ORACLE]
+    last = [name for name in (ORACLE, *CEILINGS) if name in names]
+    names = [*(name for name in names if name not in last), *last]
+    some_seen = any(section.report.seen is not None for section in sections)
     policies = {policy for section in sections for policy in section.report.policies}
     shown = BandedTable(title=f"speed-up over {NONE} by section")
     shown.add_column("section")
-    shown.add_column("prompts", justify="right")
+    shown.add_column("unseen" if some_seen else "prompts", justify="right")
+    if some_seen:
+        shown.add_column("seen", justify="right")
     for name in names:
         shown.add_column(name, justify="right", style="bold green" if name in policies else "")
     for section in sections:
-        overall = section.report.overall
+        overall, exposure = section.report.overall, section.report.exposure
+        counts = [str(overall.num_prompts), *([str(exposure.seen)] if some_seen else [])]
         cells = (_speed(overall.strategies, name, name in policies) for name in names)
-        shown.add_row(section.title, str(overall.num_prompts), *cells)
+        shown.add_row(section.title, *counts, *cells)
     return shown
 
 

@@ -18,6 +18,7 @@ from paceline.config import LearningSection, parse
 from paceline.errors import StoreError
 from paceline.selection.choosers import Chooser, FixedChooser, PortableChooser, Reduction
 from paceline.selection.features import standardisation, standardise
+from paceline.store import is_validation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from paceline.learning.dataset import Dataset
 
 NUM_FOLDS: Final = 5
+_HALF: Final = "half: "  # before a name that is hashed
 _WIDE_BLOCK: Final = 16  # features; a block with more is one source with many outputs
 CROSS_VALIDATE_UP_TO: Final = 1000  # prompts; beyond, one fold is large enough to judge by
 
@@ -39,6 +41,8 @@ class LearnerSettings(LearningSection):
 @dataclass(frozen=True, slots=True)
 class Summary:
     """The result of a training, judged on prompts of the training part that were not learned from.
+
+    Nor did they choose what they judge: see `earned_unselected`.
 
     score: the mean reward there, over the trained loads. gain: its difference to the best single
     arm's, `gain_error` the standard error. constant: the chooser is the best single arm, because the
@@ -203,6 +207,41 @@ def cross_validate(
         earned.append(earned_by(chooser, data.rows(own), rewards[:, own], settings))
         single.append(rewards[np.arange(len(best))[:, None], own, best[:, None]].mean(axis=0))
     return np.concatenate(earned), np.concatenate(single)
+
+
+def judged_groups(data: Dataset, seed: int) -> list[str]:
+    """Return the prompts' names in the order in which `judged_folds` judges their rows."""
+    return [data.groups[i] for _, own in judged_folds(data, seed) for i in own]
+
+
+def earned_unselected(
+    earned: np.ndarray,
+    scores: np.ndarray,
+    groups: Sequence[str],
+    pick: Callable[[np.ndarray], int] = lambda means: int(means.argmax()),
+) -> np.ndarray:
+    """Return rewards [n], each of the candidate that other prompts chose.
+
+    The best of many candidates looks better than it is on the prompts that chose it. So each half of the
+    prompts is judged under the candidate of the other half. earned, scores: [candidates, n]; pick:
+    chooses a candidate by the mean scores.
+    """
+    half = np.array([is_validation(f"{_HALF}{group}", 0.5) for group in groups])  # [n]
+    if half.all() or not half.any():
+        return np.asarray(earned[pick(scores.mean(axis=1))])
+    found = np.empty(earned.shape[1])
+    for own in (half, ~half):
+        found[own] = earned[pick(scores[:, ~own].mean(axis=1)), own]
+    return found
+
+
+def first_best(scores: np.ndarray, least_gain: float) -> int:
+    """Return the place of the last score that exceeds all before it by `least_gain`. scores: [n]."""
+    best, highest = 0, -np.inf
+    for place, score in enumerate(scores.tolist()):
+        if score > highest + least_gain:
+            best, highest = place, score
+    return best
 
 
 def earned_by(

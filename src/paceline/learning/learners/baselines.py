@@ -16,6 +16,7 @@ from paceline.learning.learners.base import (
     LearnerSettings,
     Summary,
     best_single,
+    earned_unselected,
     gain_over_single,
     make_folds,
     rewards_by_load,
@@ -70,8 +71,10 @@ class FirstLineLearner(Learner[LearnerSettings]):
         earned = {length: _cross_validate(data, settings.seed, length) for length in _LENGTHS}
         length = max(_LENGTHS, key=lambda candidate: earned[candidate].mean())
         single = data.rewards[:, data.rewards.mean(axis=0).argmax()]
-        gain, error = gain_over_single(earned[length], single)
-        score = float(earned[length].mean())
+        all_earned = np.stack(list(earned.values()))  # [lengths, N]
+        judged = earned_unselected(all_earned, all_earned, data.groups)
+        gain, error = gain_over_single(judged, single)
+        score = float(judged.mean())
         summary = Summary(len(data), len(data), score, gain, error, False, {"length": length})
         return Fitted(_table(data, length), summary, Curve("prompts"))
 

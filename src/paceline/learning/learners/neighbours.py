@@ -19,6 +19,8 @@ from paceline.learning.learners.base import (
     Summary,
     block_weights,
     cross_validate,
+    earned_unselected,
+    judged_groups,
     outcome_weights,
     outcomes_of,
     reduce,
@@ -54,7 +56,9 @@ class NeighboursLearner(Learner[LearnerSettings]):
             )
             on_progress("cross-validation", done + 1, len(counts))
         best = max(counts, key=lambda count: judged[count][0].mean())
-        earned, single = judged[best]
+        all_earned = np.stack([judged[count][0] for count in counts])  # [counts, n]
+        earned = earned_unselected(all_earned, all_earned, judged_groups(data, settings.seed))
+        single = judged[best][1]
         summary = Summary.judged(len(data), earned, single, {"num_neighbours": best})
         points = tuple((float(count), float(judged[count][0].mean())) for count in counts)
         chooser = _chooser(settings, best, data, rewards)

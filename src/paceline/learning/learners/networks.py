@@ -26,7 +26,10 @@ from paceline.learning.learners.base import (
     Summary,
     best_single,
     block_weights,
+    earned_unselected,
+    first_best,
     judged_folds,
+    judged_groups,
     rewards_by_load,
 )
 from paceline.selection.choosers import NetworkChooser, PolicyNetwork
@@ -286,8 +289,10 @@ class NetworkLearner(Learner[NetworkSettings]):
         best = rewards.mean(axis=1).argmax(axis=1)  # [L]
         single = [fold.rewards[np.arange(len(best)), :, best].mean(axis=0) for fold in folds]
         judged = _Judged(0, np.zeros(1), np.concatenate(single), Curve("epochs"))
-        best_score, epoch = -np.inf, 0
-        points: list[tuple[float, float]] = []
+        epoch = 0
+        all_scores: list[np.ndarray] = []  # [n] by epoch
+        all_earned: list[np.ndarray] = []
+        means: list[float] = []
         while epoch < settings.max_epochs and epoch - judged.num_epochs < settings.patience:
             epoch += 1
             scores, earned = [], []
@@ -296,14 +301,20 @@ class NetworkLearner(Learner[NetworkSettings]):
                 score_of_fold, greedy = fold.judge()
                 scores.append(score_of_fold)
                 earned.append(greedy)
-            score = float(np.concatenate(scores).mean())
-            points.append((epoch, float(np.concatenate(earned).mean())))
-            if score > best_score + least_gain:
-                best_score = score
-                judged.num_epochs, judged.earned = epoch, np.concatenate(earned)
+            all_scores.append(np.concatenate(scores))
+            means.append(float(all_scores[-1].mean()))
+            all_earned.append(np.concatenate(earned))
+            judged.num_epochs = 1 + first_best(np.array(means), least_gain)
             on_progress("cross-validation", epoch, settings.max_epochs)
         on_progress("cross-validation", epoch, epoch)
-        judged.curve = Curve("epochs", tuple(points))
+        judged.earned = earned_unselected(
+            np.stack(all_earned),
+            np.stack(all_scores),
+            judged_groups(data, settings.seed),
+            lambda means: first_best(means, least_gain),
+        )
+        points = tuple((float(i + 1), float(own.mean())) for i, own in enumerate(all_earned))
+        judged.curve = Curve("epochs", points)
         return judged
 
     def _make_folds(
@@ -323,7 +334,7 @@ class _Judged:
     """The best epoch, and the rewards on prompts not learned from."""
 
     num_epochs: int
-    earned: np.ndarray  # [n] at the best epoch
+    earned: np.ndarray  # [n] at the epoch that is best on other prompts
     single: np.ndarray  # [n] of the best single arm
     curve: Curve
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 
+from paceline.config import DEFAULT_OBJECTIVE
 from paceline.contracts import NONE
 from paceline.costs.pricing import ArmRates
 from paceline.errors import ArtefactError
@@ -39,7 +40,7 @@ class Situation:
 
     num_prompt: np.ndarray  # [N] int
     rows: int = 1
-    objective: Objective = 0.0
+    objective: Objective = DEFAULT_OBJECTIVE
     limits: np.ndarray | None = None  # [N] int
     prompts: Sequence[Sequence[int]] = ()
 

@@ -14,6 +14,7 @@ from support.reference import greedy_reference
 from paceline.assembly import Pace, build, build_from_objects
 from paceline.config import Config, EngineSection, ModelSection, parse
 from paceline.contracts import identity_of_arms
+from paceline.drafting.base import BuildContext
 from paceline.drafting.catalog import check_settings
 from paceline.drafting.draft_replay import SimpleRow
 from paceline.drafting.trigram.build import build_table
@@ -156,6 +157,45 @@ def test_requests_that_share_see_each_others_text_even_after_they_ended() -> Non
     assert tree(tri, other)[0][0] == 3
 
 
+def test_drafters_share_by_tenant(tmp_path: Path) -> None:
+    build_table(
+        [TokenSequences("x", [[1, 2, 7]])], tmp_path / "t", Vocabulary.of(byte_tokenizer()).hash()
+    )
+    built: dict[str, Any] = {}
+    vocabulary = Vocabulary.of(byte_tokenizer())
+    context = BuildContext(None, None, vocabulary, built)  # type: ignore[arg-type] - not used
+
+    def build_tri(name: str, **settings: Any) -> TrigramTree:
+        built[name] = TrigramTree.build(name, TrigramTreeSettings(**settings), context)
+        return built[name]
+
+    mine = build_tri("a", share=True, tenant="one")
+    others = build_tri("b", share=True, tenant="two")
+    also_mine = build_tri("c", share=True, tenant="one", search="full", depth=2)
+    alone = build_tri("d")
+    one = row(TEXT, 0)
+    ready(mine, one)
+    mine.finish([one])
+
+    assert mine.common is also_mine.common and mine.common is not others.common
+    expected = {"a": True, "b": False, "c": True, "d": False}
+    for tri in (mine, others, also_mine, alone):
+        other = row([1, 2], 1)
+        ready(tri, other)
+        assert bool(tree(tri, other)[0]) == expected[tri.name]
+    for settings in (
+        {"decay": 0.5},
+        {"max_pairs": 5},
+        {"update": "released"},
+        {"table": tmp_path / "t"},
+    ):
+        with pytest.raises(
+            ConfigError, match=rf"shares its statistics with 'a', so its {min(settings)}"
+        ):
+            build_tri("e", share=True, tenant="one", **settings)
+    assert mine.identity() != others.identity()
+
+
 def test_a_restarted_row_is_read_from_its_beginning() -> None:
     """Its text may have grown while another drafter served it."""
     tri = drafter()
@@ -209,7 +249,8 @@ def test_the_preset_sets_omitted_settings() -> None:
         "released",
         150,
     )
-    assert not released.share
+    assert released.share
+    assert not TrigramTreeSettings(preset="released", share=False).share
     assert TrigramTreeSettings(preset="released").num_draft_tokens == 64
 
 
@@ -220,6 +261,10 @@ def test_the_preset_sets_omitted_settings() -> None:
         ({"num_draft_tokens": 65}, ["num_draft_tokens", "65"]),
         ({"itertions": 3}, ["itertions", "iterations"]),
         ({"decay": 0}, ["decay"]),
+        ({"tenant": "me"}, ["tenant needs share: true"]),
+        ({"table": "t", "answers": "a"}, ["'table' and 'answers'", "remove one"]),
+        ({"answers": "a", "share": True}, ["to its own prompt; set share: false"]),
+        ({"answers": "a", "preset": "released"}, ["set share: false"]),
     ],
 )
 def test_wrong_settings_are_named(settings: dict[str, Any], words: list[str]) -> None:

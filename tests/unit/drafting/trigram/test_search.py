@@ -78,7 +78,7 @@ class Twins:
         s = self.settings
         reference = reference_tree(
             self.reference,
-            kernels.exploration(s.c1, s.c2, s.iterations).tolist(),
+            (s.c1, s.c2),
             {"mcts": kernels.MCTS, "greedy": kernels.GREEDY, "full": kernels.FULL}[s.search],
             min(limit, s.depth),
             s.iterations,
