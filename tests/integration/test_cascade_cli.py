@@ -109,7 +109,7 @@ def test_a_cascade_passes_through_all_verbs(
         for arm in ("none", "both", "auto")
     }
     assert len(texts) == 1
-    assert "both" in said("evaluate", *given, "--compare", "acceptance", "--load", "4")
+    assert "both" in said("evaluate", *given, "--compare", "acceptance", "--rows", "1,4")
 
 
 def test_mistakes_are_one_line(

@@ -450,6 +450,16 @@ def test_a_part_without_a_replay_is_named(bench: Bench) -> None:
             broken([without], config)
 
 
+def test_a_part_of_a_kind_that_is_not_replayed_everywhere_is_named(bench: Bench) -> None:
+    """Collecting again would not help."""
+    prompt = a_prompt(bench)
+    partly = ReplayedDrafter(prompt.replays["near"].table[::2], everywhere=False)
+    broken = replace(prompt, replays=prompt.replays | {"near": partly})
+
+    with pytest.raises(StoreError, match=r"part 'near' .* some positions only.*take it out"):
+        calibrate([broken], config_of(bench, "one"))
+
+
 def test_a_lookup_without_its_evidence_is_named(bench: Bench) -> None:
     prompt = replace(a_prompt(bench), nodes={})
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.drafting.cascade import kernels
-from paceline.drafting.cascade.kernels import MAX_CHANCE, NUM_BINS, NUM_CLASSES
+from paceline.drafting.cascade.kernels import MAX_CHANCE, NUM_BINS, NUM_CLASSES, NUM_SURE
 from paceline.drafting.draft_replay import accepted_path
 
 LOOKUP_WEIGHT, MODEL_WEIGHT = 12.0, 6.0  # observations of an average part
@@ -227,6 +227,38 @@ def test_tokens_beyond_the_draft_are_padding() -> None:
     kernels.learn(tokens, parents, np.full(3, 0.5), 1, np.array([5, 5, 5]), seen)
 
     assert seen.tolist() == [0.5, 1.0]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 8))
+def test_a_drafted_chain_is_cut_where_its_tokens_per_second_are_most(seed: int, n: int) -> None:
+    """What the chain has cost is spent, whatever its length."""
+    rng = np.random.default_rng(seed)
+    sure, table = rng.random(n), np.sort(rng.uniform(0.05, 1.0, NUM_SURE))
+    verifying = 1.0 + np.cumsum(rng.choice([0.0, 0.1, 0.6], 9))
+    spent = float(rng.uniform(0, 1))
+    found = np.zeros(9)
+
+    length = kernels.cut_chain(sure, table, verifying, spent, found)
+
+    chances = np.cumprod([min(MAX_CHANCE, table[int(NUM_SURE * p)]) for p in sure])
+    rates = [(1 + chances[:k].sum()) / (verifying[k] + spent) for k in range(n + 1)]
+    assert rates[length] == pytest.approx(max(rates), rel=1e-12)
+    assert all(rate < rates[length] * (1 + 1e-12) for rate in rates[:length])
+    assert found[:n] == pytest.approx(chances)
+
+
+def test_a_sure_probability_is_in_the_last_class() -> None:
+    assert [kernels.sure_class(p) for p in (0.0, 0.0625, 0.999, 1.0)] == [0, 1, 15, 15]
+
+
+def test_the_least_hope_is_where_a_further_token_earns_its_seconds() -> None:
+    """Of 2 tokens per second, 0.1 s for a further token are worth a chance of 0.2 that it counts."""
+    verifying, drafting = 1.0 + 0.06 * np.arange(7), 0.04 * np.arange(7)
+
+    assert kernels.least_hope(2.0, 0.8, verifying, drafting, 3) == pytest.approx(0.2 / 0.8)
+    assert kernels.least_hope(2.0, 0.1, verifying, drafting, 3) == 1.0
+    assert kernels.least_hope(2.0, 0.8, np.ones(7), np.zeros(7), 6) == 0.0
 
 
 @settings(max_examples=100, deadline=None)
