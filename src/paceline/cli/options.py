@@ -11,8 +11,6 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import PreTrainedTokenizerBase
-
     from paceline.config import Config, LearningSection
 
 ConfigFile = Annotated[
@@ -97,7 +95,7 @@ def _number_or_name(text: str | None) -> float | str | None:
         return text
 
 
-def messages_of(prompt: str, raw: bool, tokenizer: PreTrainedTokenizerBase) -> Any:
+def messages_of(prompt: str, raw: bool, tokenizer: object) -> Any:
     """Return a prompt, or the text from stdin for '-', as a user's message if there is a chat template.
 
     raw: return the text as it is.

@@ -14,7 +14,8 @@ from typing import Final
 import numpy as np
 
 from paceline.compiled import compiled
-from paceline.drafting.suffix_kernels import NUM_EVIDENCE, evidence_of, wide
+from paceline.drafting.evidence import NUM_EVIDENCE
+from paceline.drafting.suffix_kernels import evidence_of, wide
 from paceline.store.contexts import MAX_CONTEXT
 
 FOLLOWED: Final = 64

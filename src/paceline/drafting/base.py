@@ -8,7 +8,7 @@ seed and the position; no drafter keeps a generator.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -157,9 +157,14 @@ class Drafter(ABC):
         """Draft in the block as if no answer to a prompt had been collected.
 
         A drafter that uses collected answers is replayed and judged in this block, since a new prompt
-        has no collected answer. group: the prompt's id, which its wordings and samplings share.
+        has no collected answer. By default the parts leave them out. group: the prompt's id, which its
+        wordings and samplings share.
         """
-        yield
+        with ExitStack() as stack:
+            for part in self.holders():
+                if part is not self:
+                    stack.enter_context(part.without_answers_to(group))
+            yield
 
     def identity(self) -> dict[str, object]:
         """Return all that changes the drafts; a policy learned with another identity is refused."""

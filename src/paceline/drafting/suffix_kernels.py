@@ -40,9 +40,6 @@ SCANNED: Final = 32
 # candidates of a tree  [C, 7] int32
 _TOKEN, _PARENT, _STATE, _LENGTH, _LEVEL, _NEXT, _EVIDENCE = range(7)
 
-NUM_EVIDENCE: Final = 128
-"""Number of evidence classes, see `evidence_of`."""
-
 
 # --- edges ----------------------------------------------------------------------------------------
 
@@ -363,6 +360,24 @@ def grow(
         expected += probability
         num_nodes += 1
         best = wide(fields[best, _NEXT])
+
+
+@compiled
+def expected_tokens(
+    parents: np.ndarray, evidence: np.ndarray, num_nodes: int, chances: np.ndarray
+) -> float:
+    """Return the number of a draft's tokens that are expected to be accepted.
+
+    parents, evidence: [>= num_nodes]. chances: by class, of a token whose parent is accepted.
+    """
+    along = np.empty(num_nodes)
+    expected = 0.0
+    for node in range(num_nodes):
+        along[node] = chances[evidence[node]]
+        if parents[node] >= 0:
+            along[node] *= along[parents[node]]
+        expected += along[node]
+    return expected
 
 
 @compiled

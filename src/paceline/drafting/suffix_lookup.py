@@ -21,6 +21,7 @@ from paceline.config import MAX_DRAFT_TOKENS, Section
 from paceline.contracts import Drafts
 from paceline.drafting.answers import check_answers, find_answers, require_answers
 from paceline.drafting.base import Drafter
+from paceline.drafting.evidence import NUM_EVIDENCE, assumed_chances
 from paceline.drafting.suffix_index import RowIndices, SuffixIndex, Tree
 from paceline.errors import ConfigError
 from paceline.store.contexts import MAX_CONTEXT
@@ -136,8 +137,10 @@ class SuffixLookup(Drafter):
         require_answers(name, settings.answers, answers)
         # imported here because numba takes a second to import
         from paceline.drafting.answer_kernels import match_and_grow
+        from paceline.drafting.suffix_kernels import expected_tokens
 
         self._match_and_grow = match_and_grow
+        self._expected_tokens = expected_tokens
         self.settings = settings
         self._answers = answers
         self.shared = shared
@@ -238,7 +241,7 @@ class SuffixLookup(Drafter):
         best = self._draft_of_index(*own, limit, best, out, number)
         if self.shared is not None:
             for index, match in self.shared.match(row.tokens):
-                best = self._draft_of_index(index, match, limit, best, out, number)
+                best = self._draft_of_index(index, match, limit, best, out, number, NUM_EVIDENCE)
         if self._answers is not None and self._answers.index is not None:
             best = self._draft_of_answers(row.tokens, limit, best, out, number)
         return best
@@ -251,8 +254,12 @@ class SuffixLookup(Drafter):
         best: Tree,
         out: np.ndarray,
         number: int,
+        first_class: int = 0,
     ) -> Tree:
-        """Write the draft of an index if it is better than the best so far; return the better one."""
+        """Write the draft of an index if it is better than the best so far; return the better one.
+
+        first_class: of the evidence of its source.
+        """
         longest = self._max_length(match)
         if longest <= best.expected:
             return best  # it cannot expect more
@@ -263,6 +270,8 @@ class SuffixLookup(Drafter):
             match, self.settings.min_match, limit, self.settings.paths,
             self.settings.min_probability, *into[:, :longest],
         )  # fmt: skip
+        into[2, : tree.num_tokens] += first_class
+        tree = self._weighed(tree, into)
         if tree.expected <= best.expected:
             return best
         if into is not own:
@@ -284,11 +293,17 @@ class SuffixLookup(Drafter):
                 limit, settings.paths, settings.min_probability, best.expected, into, row,
             )
         )  # fmt: skip
+        tree = self._weighed(tree, into[:, row])
         if tree.expected <= best.expected:
             return best
         if into is not out:
             out[:, number, : tree.num_tokens] = into[:, 0, : tree.num_tokens]
         return tree
+
+    def _weighed(self, tree: Tree, found: np.ndarray) -> Tree:
+        """Return a tree with the expected tokens by its evidence. found: tokens, parents, evidence."""
+        expected = self._expected_tokens(found[1], found[2], tree.num_tokens, assumed_chances())
+        return tree._replace(expected=expected)
 
     def _max_length(self, match: Match) -> int:
         """Return the maximum number of tokens to draft after a match."""

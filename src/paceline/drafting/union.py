@@ -235,13 +235,6 @@ class Union(Drafter):
                 stack.enter_context(part.at_full_length())
             yield
 
-    @contextmanager
-    def without_answers_to(self, group: str) -> Iterator[None]:
-        with ExitStack() as stack:
-            for part in self.parts.values():
-                stack.enter_context(part.without_answers_to(group))
-            yield
-
     def identity(self) -> dict[str, object]:
         parts = identity_of_arms({name: part.identity() for name, part in self.parts.items()})
         return {**super().identity(), "parts": parts}

@@ -157,3 +157,15 @@ def test_adapt_may_be_a_bare_off(tmp_path: Path, written: str) -> None:
 
 def test_selection_is_not_adaptive_by_default() -> None:
     assert not Config(target=ModelSection(model="x")).selection.is_adaptive
+
+
+def test_the_bundled_lookup_drafts_from_the_answers_that_collect_leaves() -> None:
+    config = load_config(Path(__file__).parents[3] / "paceline.yaml")
+
+    assert config.drafters["suffix"].settings["answers"] == str(config.paths.store)
+
+
+def test_the_bound_of_the_index_of_answers_is_checked(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, MINIMAL)).collection.answer_tokens == 1 << 24
+    message = message_of(tmp_path, MINIMAL + "collection: {answer_tokens: 10}\n")
+    assert "'collection.answer_tokens'" in message and "got 10" in message

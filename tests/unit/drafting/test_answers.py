@@ -17,8 +17,10 @@ from paceline.contracts import identity_of_arms
 from paceline.drafting import answer_kernels
 from paceline.drafting.answers import Answers
 from paceline.drafting.base import BuildContext
+from paceline.drafting.cascade.drafter import Cascade
 from paceline.drafting.draft_replay import SimpleRow
-from paceline.drafting.suffix_kernels import NUM_EVIDENCE, evidence_of
+from paceline.drafting.evidence import NUM_EVIDENCE
+from paceline.drafting.suffix_kernels import evidence_of
 from paceline.drafting.suffix_lookup import SuffixLookup, SuffixLookupSettings
 from paceline.drafting.trigram.answer_table import load_answer_table, write_answer_table
 from paceline.drafting.trigram.drafter import TrigramTree
@@ -283,6 +285,18 @@ def test_answers_are_drafted_unless_they_are_to_the_prompt(
         assert sorted(drafted(one, [7, 1, 2])) == [3, 4, 8, 9]
 
 
+def test_a_cascade_leaves_out_what_its_parts_leave_out(
+    context: BuildContext, tmp_path: Path
+) -> None:
+    collect(context, tmp_path, [Answer("mine", [1, 2, 3, 4, 5, 6]), Answer("b", [1, 7, 8, 9])])
+    cascade = Cascade("c", {"suffix": suffix_lookup(context, tmp_path)})
+
+    assert drafted(cascade, [7, 1, 2])[:1] == [3]
+    with cascade.without_answers_to("mine"):
+        assert drafted(cascade, [7, 1, 2]) == []
+    assert drafted(cascade, [7, 1, 2])[:1] == [3]
+
+
 @pytest.mark.parametrize("make", MAKERS)
 def test_an_index_is_used_from_the_next_request_on(
     context: BuildContext, tmp_path: Path, make: Any
@@ -328,8 +342,9 @@ def test_the_source_with_more_expected_tokens_wins_and_its_evidence_says_which(
         assert drafts.evidence is not None
         return drafts.tokens[0, :n].tolist(), set((drafts.evidence[0, :n] >= NUM_EVIDENCE).tolist())
 
-    # a longer match in the answers than in the row's own text, then an equally long one
-    assert evidence([2, 3, 9, 1, 2, 3]) == ([4, 5, 6], {True})
+    # a much longer match in the answers than in the row's own text, a longer and an equally long one
+    assert evidence([3, 9, 1, 2, 3]) == ([4, 5, 6], {True})
+    assert evidence([2, 3, 9, 1, 2, 3]) == ([9, 1], {False})
     assert evidence([1, 2, 3, 9, 9, 1, 2, 3]) == ([9, 9, 1], {False})
     # rows of a batch do not mix
     rows = [SimpleRow(tokens, 0, id=i) for i, tokens in enumerate([[7, 1, 2, 3], [0], [5, 9, 5]])]

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.drafting.draft_replay import SimpleRow
+from paceline.drafting.evidence import NUM_EVIDENCE
 from paceline.drafting.suffix_index import Match, RowIndices, SuffixIndex
-from paceline.drafting.suffix_kernels import NUM_EVIDENCE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -206,9 +206,10 @@ def test_of_own_and_shared_text_the_draft_with_more_expected_tokens_wins() -> No
     drafter = lookup(share=True)
     answer(drafter, [0], [1, 2, 3, 4, 5, 6])
 
-    # the row's own text has 3 4 after a shorter match
-    assert drafted(propose(drafter, [2, 3, 9, 1, 2, 3]))[0] == [4, 5, 6]
-    # equally good: its own text wins
+    # the row's own text has only 9 after a much shorter match
+    assert drafted(propose(drafter, [3, 9, 1, 2, 3]))[0] == [4, 5, 6]
+    # a match in its own text says more than a somewhat longer one in others
+    assert drafted(propose(drafter, [2, 3, 9, 1, 2, 3]))[0] == [9, 1]
     assert drafted(propose(drafter, [1, 2, 3, 9, 9, 1, 2, 3]))[0] == [9, 9, 1]
     assert drafted(propose(drafter, [1, 2, 3, 9, 9, 1, 2, 3], limit=2))[0] == [9, 9]
 

@@ -1,8 +1,8 @@
 """The chances that a cascade's tokens are accepted, learned from replay.
 
 A lookup has a chance per class of evidence, a model one per bin and place; see `kernels`. Before
-anything is learned, a formula gives the lookups' chances and every model has the same. The module knows
-no drafter. Symbols: L lookups, M models, T output tokens, K nodes.
+anything is learned, a formula gives the lookups' chances (`evidence`) and every model has the same. The
+module knows no drafter. Symbols: L lookups, M models, T output tokens, K nodes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from paceline.config import explain
-from paceline.drafting.cascade.kernels import NUM_BINS, NUM_CLASSES, NUM_SURE, bins_of
+from paceline.drafting.cascade.kernels import NUM_BINS, NUM_SURE, bins_of
+from paceline.drafting.evidence import NUM_CLASSES, assumed_chances
 from paceline.errors import ArtefactError
 from paceline.files import write_atomically
 
@@ -31,24 +32,6 @@ CALIBRATION_FILE: Final = "calibration.json"
 _UNKNOWN_MODEL: Final = (0.5, 0.7)
 # observations that the chances before any replay count as
 _PRIOR_WEIGHT: Final = 4.0
-# classes of evidence in one source, see `suffix_kernels.evidence_of`
-_LENGTHS: Final = (1.0, 2.0, 3.0, 4.0, 5.5, 8.0, 12.0, 20.0)
-_TOTALS: Final = (1.0, 2.0, 4.0, 8.0)
-_SHARES: Final = (0.25, 0.55, 0.85, 1.0)
-
-
-def assumed_lookup_chances() -> NDArray[np.float64]:
-    """Return [NUM_CLASSES] chances before any replay.
-
-    A context of l tokens that occurred once is continued alike with a chance of 1 - 0.64 / l^0.8, and
-    the chance of another continuation falls with the number of occurrences, up to 4 of them; a token
-    with the share s of them has s^1.5 of the chance. Fitted to replays of suffix lookup on translations,
-    word problems, code and summaries.
-    """
-    length, total, share = np.meshgrid(_LENGTHS, _TOTALS, _SHARES, indexing="ij")
-    missing = 0.64 / length**0.8 / np.minimum(total, 4.0)
-    own = ((1.0 - missing) * share**1.5).ravel()
-    return np.tile(own, NUM_CLASSES // len(own))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +48,7 @@ class Chances:
 
     @classmethod
     def assumed(cls, num_lookups: int, num_models: int) -> Chances:
-        tables = np.tile(assumed_lookup_chances(), (num_lookups, 1))
+        tables = np.tile(assumed_chances(), (num_lookups, 1))
         prospects = np.tile(np.array(_UNKNOWN_MODEL), (num_models, NUM_BINS, 1))
         # a model's probability is its chance
         middles = (np.arange(NUM_SURE) + 0.5) / NUM_SURE

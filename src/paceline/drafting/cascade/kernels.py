@@ -22,7 +22,6 @@ import numpy as np
 
 from paceline.compiled import compiled
 
-NUM_CLASSES: Final = 256  # of evidence: in the row's own text, and in answers to others
 NUM_BINS: Final = 8
 """Bins of how sure the lookups are: 0 without any draft, then by the chance of the best first token."""
 
