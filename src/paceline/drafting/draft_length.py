@@ -8,7 +8,8 @@
 3. The drafter's own limits: `num_draft_tokens`, and
    - draft_model, cross_vocabulary: the free positions of its cache (`DraftModel.propose`),
    - suffix_lookup: a factor times the length of the match (`SuffixLookup._max_length`),
-   - trigram_tree: `depth` levels; union: the nodes most likely to be accepted (`merge`).
+   - trigram_tree: `depth` levels; union: the nodes most likely to be accepted (`merge`),
+   - cascade: the length with the most expected tokens per second (`cascade.kernels`).
 4. The stop rule, asked between two tokens (this module): `FixedLength`, `ConfidenceStop` and
    `ExpectedGainStop` for draft models, `AdaptiveThreshold` for layer_skip. Lookups and searches end
    where they find no token, or none that is likely enough.

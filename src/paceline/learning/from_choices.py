@@ -19,6 +19,7 @@ import numpy as np
 from paceline.config import DEFAULT_OBJECTIVE
 from paceline.contracts import NONE, no_progress, split_arm
 from paceline.costs.table import CostTable
+from paceline.drafting.cascade.calibration import CALIBRATION_FILE, save_calibration
 from paceline.errors import StoreError
 from paceline.learning.dataset import UNKNOWN, Dataset, drafters_of
 from paceline.learning.learn import EVALUATION_FILE, policy_card
@@ -71,9 +72,11 @@ class ChoicesResult:
     notes: list[str]
 
     def save(self, folder: Path) -> None:
-        """Write the policy, and its training range next to it."""
+        """Write the policy and its training range. The chances of cascades stay as they are."""
         self.range.save(folder)
         (folder / EVALUATION_FILE).unlink(missing_ok=True)  # of the policy that was there
+        if not (folder / CALIBRATION_FILE).is_file():
+            save_calibration(folder, {})  # cascades draft by the chances that are assumed
         save_policy(folder, self.policy.chooser, self.card)
 
 

@@ -123,7 +123,8 @@ class RoundTable:
         by_arm = list(self.by_arm)
         for place, own in self.replays.items() if rows > 1 else ():
             walked = [replay.under_load(rows) for replay in own if replay.under_load is not None]
-            by_arm[place] = _join([w.table for w in walked], [w.proposed for w in walked])
+            if walked:
+                by_arm[place] = _join([w.table for w in walked], [w.proposed for w in walked])
         return by_arm
 
     def seconds(
@@ -147,7 +148,8 @@ class RoundTable:
             prompt_seconds(seconds, name, self.num_prompt) for name in ("none", drafter)
         )
         before = np.where(np.diff(own.offsets) > 0, started, none)  # [N]
-        lengths = np.arange(int(own.drafted.max(initial=0)) + 1)
+        longest = max(own.drafted.max(initial=0), _proposed(own).max(initial=0))
+        lengths = np.arange(int(longest) + 1)
         contexts = np.arange(int(context.max(initial=0)) + 1)
 
         def price(num_drafting: int) -> np.ndarray:

@@ -220,7 +220,12 @@ def _probabilities(
 
 def _replay_of(prompt: CollectedPrompt, part: str) -> ReplayedDrafter:
     found = prompt.replays.get(part)
-    if found is None or not found.everywhere:
+    if found is not None and not found.everywhere:
+        raise StoreError(
+            f"a cascade's part '{part}' has a replay at some positions only, as its kind has; a policy "
+            "cannot be learned with it: take it out of the cascade's parts"
+        )
+    if found is None:
         raise StoreError(
             f"a cascade's part '{part}' has no replay at every position of '{prompt.id}'; run "
             "`paceline collect PROMPTS` again with this configuration"

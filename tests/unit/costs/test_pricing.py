@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from paceline.config import LearningSection
 from paceline.contracts import split_arm
 from paceline.costs import ArmPricer, CostTable, Measurement, Objective
-from paceline.costs.pricing import by_objective, prompt_seconds, round_seconds
+from paceline.costs.pricing import ArmRates, by_objective, prompt_seconds, round_seconds
 from paceline.errors import ArtefactError, ConfigError
 from paceline.rewards import request_seconds
 
@@ -100,7 +100,9 @@ def test_live_prices_are_those_of_the_table(
     most = [share * length for (_, share, _), length in zip(needs, lengths, strict=True)]
     drafted = (rounds - empty) * most
     situation = (context, rows, objective, num_tokens, num_prompt)
-    live = PRICER.seconds_per_token(rounds, drafted, empty, *situation)
+    live = PRICER.seconds_per_token(
+        ArmRates(rounds, drafted, empty, rounds - empty, drafted), *situation
+    )
     direct = [
         table_seconds_per_token(arm, rounds[i], drafted[i], empty[i], *situation)
         for i, arm in enumerate(ARMS)
@@ -122,8 +124,9 @@ def test_exact_and_live_prices_agree_on_a_request_of_full_and_empty_rounds(
     exact = request_seconds(flat.seconds, arm, 64, rounds, rows, objective) / num_tokens
     one_arm = ArmPricer(flat, [arm])
     num_empty = int((rounds[:, 0] == 0).sum())
-    per_token = (np.array([n / num_tokens]) for n in (17, 10 * length, num_empty))
-    (live,) = one_arm.seconds_per_token(*per_token, 70.0, rows, objective, num_tokens, 64)
+    counts = (17, 10 * length, num_empty, 17 - num_empty, 10 * length)
+    rates = ArmRates(*(np.array([n / num_tokens]) for n in counts))
+    (live,) = one_arm.seconds_per_token(rates, 70.0, rows, objective, num_tokens, 64)
     assert live == pytest.approx(
         exact, rel=1e-9 if objective in ("latency", "throughput") else 1e-6
     )
@@ -143,6 +146,39 @@ def test_objectives_are_ordered_and_mixed(arm: str, num_prompt: int, rows: int) 
     assert alone <= own["latency"]
     assert own[0.3] == pytest.approx(own["latency"] ** 0.7 * own["throughput"] ** 0.3)
     assert own["throughput"] * (1 - 1e-12) <= own[0.5] <= own[0.3] <= own["latency"] * (1 + 1e-12)
+
+
+@given(
+    st.integers(0, 12), st.integers(0, 12), st.integers(0, 6), st.sampled_from([1, 4, 7]),
+    st.sampled_from(OBJECTIVES),
+)  # fmt: skip
+def test_a_cascades_proposals_are_priced_by_the_tokens_of_its_models(
+    by_lookup: int, by_model: int, num_empty: int, rows: int, objective: Objective
+) -> None:
+    """Rounds of a lookup draft 3 tokens, those of a model 5, at the price of a proposal of 0 and 5."""
+    flat = CostTable({}, [m for m in TABLE.measurements if m.context in (0, 32)])
+    kinds = [(3, 1, 0)] * by_lookup + [(5, 2, 5)] * by_model + [(0, 0, 0)] * num_empty
+    rounds = np.array(kinds, dtype=np.int64).reshape(-1, 3)
+    num_tokens = 1 + int((rounds[:, 1] + 1).sum())
+    exact = request_seconds(
+        flat.seconds, "code", 64, rounds[:, :2], rows, objective, proposed=rounds[:, 2]
+    )
+    drafted = rounds[:, 0].sum()
+    counts = (len(rounds), drafted, num_empty, by_model, 5 * by_model)
+    rates = ArmRates(*(np.array([n / num_tokens]) for n in counts))
+
+    (live,) = ArmPricer(flat, ["code"]).seconds_per_token(
+        rates, 70.0, rows, objective, num_tokens, 64
+    )
+
+    if not len(rounds):
+        return  # without a round nothing was started
+    if by_lookup and by_model:
+        # a mean draft is priced between whole ones, and verification is not linear in the tokens
+        assert live * num_tokens == pytest.approx(exact, rel=0.05)
+    else:
+        relative = 1e-9 if objective in ("latency", "throughput") else 1e-6
+        assert live * num_tokens == pytest.approx(exact, rel=relative)
 
 
 def test_the_machines_tokens_per_second_are_the_default() -> None:

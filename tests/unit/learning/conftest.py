@@ -106,7 +106,7 @@ def tabled() -> Callable[..., Dataset]:
             "rounds_per_token": np.ones((N, A)),
             "drafted_per_token": np.zeros((N, A)),
             "empty_per_token": np.ones((N, A)),
-            "calls_per_token": np.ones((N, A)),
+            "calls_per_token": np.zeros((N, A)),
             "proposed_per_token": np.zeros((N, A)),
             "composed": (),
             "seconds": np.ones((N, A)),

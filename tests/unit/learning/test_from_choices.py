@@ -10,6 +10,7 @@ import pytest
 
 from paceline.config import LearningSection
 from paceline.contracts import SamplingParams, Seconds
+from paceline.drafting.cascade.calibration import load_calibration
 from paceline.errors import StoreError
 from paceline.learning.from_choices import MIN_CHOICES, NO_PRICES, learn_from_choices
 from paceline.selection import PolicyIdentity, load_policy
@@ -92,6 +93,7 @@ def test_the_arm_that_is_fast_is_learned_from_what_was_tried(tmp_path: Path) -> 
 
     assert learned.card.reward.kind == "clocked" and learned.card.costs == NO_PRICES
     learned.save(tmp_path)
+    assert load_calibration(tmp_path) == {}  # cascades draft by assumed chances
     assert load_policy(tmp_path, IDENTITY).id == learned.policy.id
 
 

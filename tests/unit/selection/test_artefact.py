@@ -59,7 +59,7 @@ def portable() -> AcceptanceChooser:
     kinds[:, :, [len(NAMES) * i + NAMES.index("none") for i in range(3)]] = (1.0, 0.0, 1.0)
     shapes = [(F,), (F,), (F, 4), (4,), (1, 4, 3), (1, 3)]
     arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
-    ends = (np.zeros(O, np.float32), np.ones(O, np.float32))
+    ends = (np.zeros(O, np.float32), np.ones(O, np.float32), np.zeros(0, np.int64))
     return AcceptanceChooser(
         NAMES, Reduction(*arrays[:4]), *arrays[4:], kinds.astype(np.float32), *ends
     )
@@ -126,7 +126,7 @@ def test_the_card_names_everything_that_the_policy_was_learned_with(folder: Path
     found = read_card(folder)
 
     assert found == card(weights_sha256=found.weights_sha256)
-    assert found.format_version == 4
+    assert found.format_version == 5
 
 
 def test_only_the_two_files_are_left(folder: Path) -> None:
@@ -230,7 +230,7 @@ def torn(folder: Path) -> None:
             edited(encoders={"text_stats": "version=99, features=6"}),
             ["encoder 'text_stats'", "expected version=1", "found version=99"],
         ),
-        (edited(format_version=1), ["format version", "expected 4", "found 1"]),
+        (edited(format_version=4), ["format version", "expected 5", "found 4", "paceline learn"]),
         (edited(format_version=None), ["format version", "found None"]),
         (edited(arms=None), [CARD_FILE, "'arms' is missing"]),
         (edited(arms=["none", "math@2"]), ["damaged", "none, math@2 are not of its drafters"]),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from paceline.costs import CostTable, Measurement
-from paceline.costs.pricing import ArmPricer
+from paceline.costs.pricing import ArmPricer, ArmRates
 from paceline.errors import ArtefactError
 from paceline.selection.choosers import (
     CHOOSERS,
@@ -27,7 +28,11 @@ from paceline.selection.choosers import (
 )
 from paceline.selection.features import CLIP
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 ARMS = ("none", "code@2", "code")
+COMPOSED = np.array([2])  # as if `code` were a cascade
 F, Z, A, H = 6, 3, 3, 4
 RNG = np.random.default_rng(0)
 FEATURES = RNG.normal(size=(7, F)).astype(np.float32)
@@ -52,17 +57,18 @@ def reduction() -> Reduction:
 
 
 def acceptance(seed: int = 1) -> AcceptanceChooser:
-    M, E, O = 5, 2, 3 * A + 1  # noqa: E741
+    M, E, O = 5, 2, 3 * A + 2 * len(COMPOSED) + 1  # noqa: E741
     gates, biases = arrays((E, Z, M), (E, M), seed=seed)
     kinds = np.random.default_rng(seed).uniform(0.2, 1.0, size=(E, M, O)).astype(np.float32)
     low, high = np.full(O, 0.1, np.float32), np.full(O, 0.9, np.float32)
-    return AcceptanceChooser(ARMS, reduction(), gates, biases, kinds, low, high)
+    return AcceptanceChooser(ARMS, reduction(), gates, biases, kinds, low, high, COMPOSED)
 
 
 def neighbours() -> NeighboursChooser:
     points = reduction()(RNG.normal(size=(9, F)).astype(np.float32))
-    outcomes = np.random.default_rng(2).uniform(0.2, 1.0, size=(9, 3 * A + 1)).astype(np.float32)
-    return NeighboursChooser(ARMS, reduction(), points, outcomes, 4)
+    O = 3 * A + 2 * len(COMPOSED) + 1  # noqa: E741
+    outcomes = np.random.default_rng(2).uniform(0.2, 1.0, size=(9, O)).astype(np.float32)
+    return NeighboursChooser(ARMS, reduction(), points, outcomes, 4, COMPOSED)
 
 
 def prices() -> CostTable:
@@ -160,7 +166,7 @@ def test_outcomes_are_the_gates_mean_of_kinds() -> None:
     chooser = acceptance()
     for i, vector in enumerate(FEATURES):
         inputs = chooser.reduction(vector[None])[0]
-        expected = np.zeros(3 * A + 1)
+        expected = np.zeros(3 * A + 3)
         for gate, bias, kinds in zip(chooser.gates, chooser.biases, chooser.kinds, strict=True):
             shares = softmax(inputs @ gate + bias)
             expected += sum(s * k for s, k in zip(shares, kinds, strict=True)) / 2
@@ -189,6 +195,27 @@ def test_the_nearest_points_speak() -> None:
     assert work.drafted_per_token[0] == pytest.approx(expected[A : 2 * A])
     assert work.empty_per_token[0] == pytest.approx(expected[2 * A : 3 * A])
     assert work.num_tokens[0] == pytest.approx(np.exp(near[:, -1].mean()))
+    # a drafter's proposals are its drafting rounds, a cascade's are predicted
+    assert work.calls_per_token[0, :2] == pytest.approx(
+        np.maximum(expected[:2] - expected[2 * A : 2 * A + 2], 0), abs=1e-6
+    )
+    assert work.proposed_per_token[0, :2] == pytest.approx(expected[A : A + 2])
+    assert work.calls_per_token[0, 2] == pytest.approx(expected[3 * A])
+    assert work.proposed_per_token[0, 2] == pytest.approx(expected[3 * A + 1])
+
+
+@pytest.mark.parametrize("make", [acceptance, neighbours])
+def test_places_of_cascades_are_saved_and_checked(make: Callable[[], Chooser]) -> None:
+    chooser = make()
+    arrays, facts = chooser.arrays(), chooser.facts()
+
+    again = CHOOSERS[chooser.kind].restore(ARMS, arrays, facts)
+
+    assert again.composed.tolist() == [2]  # type: ignore[attr-defined]
+    for wrong, words in (([3], "place is not among"), ([-1], "place is not among"), ([], "arrays")):
+        changed = arrays | {"composed": np.array(wrong, dtype=np.int64)}
+        with pytest.raises(ValueError, match=words):
+            CHOOSERS[chooser.kind].restore(ARMS, changed, facts)
 
 
 def test_preferences_of_a_portable_chooser_are_speeds_over_none() -> None:
@@ -201,7 +228,7 @@ def test_preferences_of_a_portable_chooser_are_speeds_over_none() -> None:
     seconds = chooser.seconds_per_token(FEATURES, told)
     for i in range(7):
         expected = chooser.pricer.seconds_per_token(
-            *(rates[i] for rates in work[:3]), 20.5, 1, 0.0, 1.0, 20
+            ArmRates(*(rates[i] for rates in work[:5])), 20.5, 1, 0.0, 1.0, 20
         )
         assert seconds[i] == pytest.approx(expected)
     preferences = chooser.preferences(FEATURES, told)

@@ -151,13 +151,21 @@ class _ArmChances(BaseModel):
     if_sure: list[list[float]]
 
     def as_chances(self) -> Chances:
-        tables = np.array(self.tables, dtype=np.float64).reshape(-1, NUM_CLASSES)
-        prospects = np.array(self.prospects, dtype=np.float64).reshape(-1, NUM_BINS, 2)
-        if_sure = np.array(self.if_sure, dtype=np.float64).reshape(-1, NUM_SURE)
-        for values in (tables, prospects, if_sure):
+        num_lookups = len(self.tables)
+        num_models = len(self.parts) - num_lookups
+        arrays = [np.array(own, np.float64) for own in (self.tables, self.prospects, self.if_sure)]
+        shapes = [(num_lookups, NUM_CLASSES), (num_models, NUM_BINS, 2), (num_models, NUM_SURE)]
+        if num_models == 0:  # lists without models have no shape
+            arrays[1:] = [
+                own.reshape(0, *shape[1:])
+                for own, shape in zip(arrays[1:], shapes[1:], strict=True)
+            ]
+        if num_lookups < 1 or [own.shape for own in arrays] != shapes:
+            raise ValueError(f"chances do not fit the {len(self.parts)} parts")
+        for values in arrays:
             if not ((values > 0.0) & (values <= 1.0)).all():
                 raise ValueError("a chance is not above 0 and at most 1")
-        return Chances(tables, prospects, if_sure)
+        return Chances(*arrays)
 
 
 class _CalibrationFile(BaseModel):
