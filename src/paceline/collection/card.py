@@ -161,7 +161,8 @@ def _render_page(facts: dict[str, Any]) -> str:
     for title in ("drafters", "encoders"):
         lines += ["", f"## {title.capitalize()}", ""]
         lines += [f"- `{name}`: {line}" for name, line in facts[title].items()]
-    lines += ["", "## Prompts that drafters were trained on", ""]
+    if facts["trained_on"]:  # known when the run has finished
+        lines += ["", "## Prompts that drafters were trained on", ""]
     lines += [f"- `{name}`: {_count_trained(c)}" for name, c in facts["trained_on"].items()]
     lines += ["", "## Runs", ""]
     for run in facts["runs"]:

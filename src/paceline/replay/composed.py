@@ -16,8 +16,9 @@ import numpy as np
 from paceline.contracts import identity_of_arms
 from paceline.drafting.cascade import kernels
 from paceline.drafting.cascade.calibration import Chances, PartReplays, fit_chances, stack_nodes
-from paceline.drafting.cascade.drafter import Cascade, CascadeSettings
+from paceline.drafting.cascade.drafter import Cascade
 from paceline.drafting.cascade.prices import BUCKET, read_prices
+from paceline.drafting.cascade.settings import CascadeSettings
 from paceline.drafting.catalog import check_settings
 from paceline.drafting.draft_length import StopSettings
 from paceline.drafting.suffix_lookup import SuffixLookupSettings

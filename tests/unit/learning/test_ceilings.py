@@ -77,7 +77,7 @@ def random_prompt(rng: np.random.Generator, id: str, positions: int) -> Collecte
 def dataset(
     prompts: Sequence[CollectedPrompt], arms: Sequence[str] = ARMS, **costs: float
 ) -> Dataset:
-    return build_dataset(prompts, arms, table(**costs), LearningSection())[0]
+    return build_dataset(prompts, arms, table(**costs), LearningSection(objective="latency"))[0]
 
 
 def cheapest(

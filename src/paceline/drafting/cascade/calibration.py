@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from paceline.config import explain
-from paceline.drafting.cascade.kernels import NUM_BINS, NUM_SURE, bins_of
+from paceline.drafting.cascade.classes import NUM_BINS, NUM_SURE
 from paceline.drafting.evidence import NUM_CLASSES, assumed_chances
 from paceline.errors import ArtefactError
 from paceline.files import write_atomically
@@ -122,6 +122,9 @@ def bins_along(
     nodes: Sequence[DraftNodes], tables: NDArray[np.float64], num_positions: int
 ) -> NDArray[np.int64]:
     """Return the bin [T - 1] of every position, by the lookups' drafts there."""
+    # imported here because numba takes a second to import
+    from paceline.drafting.cascade.kernels import bins_of
+
     evidence, parents, _, lengths = stack_nodes(nodes, num_positions)
     return bins_of(evidence, parents, lengths, tables)
 

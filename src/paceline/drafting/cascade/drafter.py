@@ -12,23 +12,20 @@ from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 
-from paceline.config import MAX_DRAFT_TOKENS, Section
-from paceline.contracts import GREEDY, NONE, Drafts, identity_of_arms
+from paceline.contracts import GREEDY, Drafts, identity_of_arms
 from paceline.drafting.base import Drafter, Needs
 from paceline.drafting.cascade.calibration import Chances
+from paceline.drafting.cascade.chains import Chain, Wish, draft_chains, ends_by_itself
 from paceline.drafting.cascade.prices import Prices, assumed_prices, read_prices
-from paceline.drafting.contract import blaming, read_drafts, read_length
-from paceline.drafting.draft_model import DraftModel
+from paceline.drafting.cascade.settings import CascadeSettings, find_parts
+from paceline.drafting.contract import blaming
 from paceline.drafting.draft_replay import CachedReplay, SimpleRow
 from paceline.drafting.suffix_lookup import SuffixLookup
-from paceline.errors import ConfigError
-from paceline.models.packing import ChainEnds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -42,21 +39,6 @@ if TYPE_CHECKING:
     from paceline.models.language_model import LanguageModel
 
 
-class CascadeSettings(Section):
-    """Settings. parts: drafters configured before, at least one of them a `suffix_lookup`.
-    num_draft_tokens: maximum tokens of a draft.
-    """
-
-    parts: tuple[str, ...] = Field(min_length=1)
-    num_draft_tokens: int = Field(default=16, ge=1, le=MAX_DRAFT_TOKENS)
-
-    @model_validator(mode="after")
-    def _parts_differ(self) -> CascadeSettings:
-        if len(set(self.parts)) < len(self.parts):
-            raise ValueError(f"a part is named twice: {', '.join(self.parts)}")
-        return self
-
-
 @dataclass(slots=True)
 class _State:
     """What the parts have shown in one row, and the draft of its last round."""
@@ -68,16 +50,6 @@ class _State:
     part: int = -1  # that drafted it
     nodes: np.ndarray | None = None  # [2, n] its tokens and parents
     base: np.ndarray | None = None  # [n] chances by class
-
-
-class _Wish(NamedTuple):
-    """A row that a model is asked for: its place, the longest chain, and the prices of lengths."""
-
-    row: int
-    longest: int
-    least: float  # hope
-    verifying: np.ndarray  # [W + 1]
-    drafting: np.ndarray  # [W + 1]
 
 
 class Cascade(Drafter):
@@ -120,12 +92,7 @@ class Cascade(Drafter):
 
     @classmethod
     def build(cls, name: str, settings: CascadeSettings, context: BuildContext) -> Cascade:
-        parts = {part: _part(name, part, context.drafters) for part in settings.parts}
-        if not any(isinstance(part, SuffixLookup) for part in parts.values()):
-            raise ConfigError(
-                f"drafter '{name}': none of its parts {', '.join(parts)} is a suffix_lookup; name one "
-                "first, or use the parts alone"
-            )
+        parts = find_parts(name, settings, context.drafters)
         return cls(name, parts, settings.num_draft_tokens, context.target)
 
     # --- prices and chances -----------------------------------------------------------------------
@@ -184,16 +151,14 @@ class Cascade(Drafter):
         prices = self._prices_at(max(self.rows_in_flight, len(rows)))
         width = max(self._width, self.num_draft_tokens)
         out = np.full((2, len(rows), width), -1, dtype=np.int64)  # tokens, parents
-        chances = np.zeros((len(rows), width))
-        sizes, is_tree = [0] * len(rows), False
-        asked: dict[int, list[_Wish]] = {}  # by model
+        chances = np.zeros((len(rows), len(self.parts), width))
+        sizes, proposed, is_tree = [0] * len(rows), [0] * len(rows), False
+        wishes: list[list[Wish]] = [[] for _ in self.models]
         rooms = np.zeros(len(self.models), dtype=np.int64)
-        of_parts = np.zeros((len(self.parts), width))
         models = list(self.models.values())
         L = len(self.lookups)
         for i, row in enumerate(rows):
-            state = self._states[row.id]
-            num_tokens = len(row.tokens)
+            state, num_tokens = self._states[row.id], len(row.tokens)
             self._learn(state, row, num_tokens)
             verifying, drafting = prices.at(num_tokens - 1)
             if models:
@@ -202,39 +167,39 @@ class Cascade(Drafter):
                 drafting = drafting + (prices.reading * unread)[:, None]
             part, length, bin_here, branches, least = kernels.choose(
                 found[2, :, i], found[1, :, i], lengths[:, i], limits[i], self.chances.tables,
-                self.chances.prospects, state.seen, verifying, drafting, rooms, of_parts,
+                self.chances.prospects, state.seen, verifying, drafting, rooms, chances[i],
             )  # fmt: skip
             if not self.stops_early and models:
                 part, least = L, 0.0
                 length = min(limits[i], self.num_draft_tokens, int(rooms[0]))
             state.part, state.num_tokens = part if length else -1, num_tokens
+            chances[i, 0] = chances[i, part]
             if not length:
                 continue
-            chances[i, :length] = of_parts[part, :length]
             if part < L:
                 out[:, i, :length] = found[:2, part, i, :length]
                 sizes[i] = length
                 is_tree |= branches
-                table = self.chances.tables[part]
                 state.nodes = out[:, i, :length]
-                state.base = table[found[2, part, i, :length]]
+                state.base = self.chances.tables[part][found[2, part, i, :length]]
                 continue
             model = part - L
             state.base = self.chances.prospects[model, bin_here]  # of the first token and of others
             state.read[model] = num_tokens - 1
-            longest = length
-            if self._is_sure(models[model], row):
-                longest = min(limits[i], self.num_draft_tokens, int(rooms[model]))
-            wish = _Wish(i, longest, least, verifying, drafting[model])
-            asked.setdefault(model, []).append(wish)
-        proposed = [0] * len(rows)
-        for model, wishes in asked.items():
-            self._ask(models[model], model, wishes, rows, out, chances, sizes, proposed)
+            if ends_by_itself(models[model], row):
+                length = min(limits[i], self.num_draft_tokens, int(rooms[model]))
+            wishes[model].append(
+                Wish(i, _for_parts(row), length, least, verifying, drafting[model], chances[i, 0])
+            )
+        for model, own in enumerate(wishes):
+            for chain in self._draft_chains(models[model], model, own):
+                sizes[chain.place], proposed[chain.place] = len(chain.tokens), chain.num_drafted
+                self._keep(rows[chain.place], chain, out[:, chain.place])
         longest = max(sizes)
         drafts = Drafts(
             torch.from_numpy(out[0, :, :longest]),
             sizes,
-            chances=chances[:, :longest],
+            chances=chances[:, 0, :longest],
             proposed=proposed,
         )
         if is_tree:
@@ -254,72 +219,20 @@ class Cascade(Drafter):
             lengths[place] = [tree.num_tokens for tree in trees]
         return found, lengths
 
-    def _is_sure(self, model: Drafter, row: RowView) -> bool:
-        """Return whether the model's own probabilities end its chain for the row."""
-        is_greedy = row.sampling.method != "invariant"
-        return is_greedy and isinstance(model, DraftModel) and model.stop.stop == "fixed"
+    def _draft_chains(self, part: Drafter, model: int, wishes: Sequence[Wish]) -> list[Chain]:
+        if not wishes:
+            return []
+        cut = self._kernels.cut_chain if self.stops_early else None
+        return draft_chains(part, wishes, self._if_sure[model], cut)
 
-    def _ask(
-        self,
-        part: Drafter,
-        model: int,
-        wishes: Sequence[_Wish],
-        rows: Sequence[RowView],
-        out: np.ndarray,
-        chances: np.ndarray,
-        sizes: list[int],
-        proposed: list[int],
-    ) -> None:
-        """Write a model's chains for some rows: tokens and parents [2, R, W], chances [R, W], sizes."""
-        sure_of: dict[bool, list[_Wish]] = {True: [], False: []}
-        for wish in wishes:
-            sure_of[self._is_sure(part, rows[wish.row])].append(wish)
-        chains: list[tuple[_Wish, list[int]]] = []
-        if plain := sure_of[False]:
-            own, limits = [_for_parts(rows[w.row]) for w in plain], [w.longest for w in plain]
-            with blaming(part.name, "part"):
-                drafts = read_drafts(part.propose(own, limits), own, limits, read_length(part))
-            chains += [(wish, draft.tokens) for wish, draft in zip(plain, drafts, strict=True)]
-            for wish, draft in zip(plain, drafts, strict=True):
-                proposed[wish.row] = len(draft.tokens)
-        if sure_of[True]:
-            chains += self._ask_sure(part, model, sure_of[True], rows, chances, proposed)
-        for wish, tokens in chains:
-            state, size = self._states[rows[wish.row].id], len(tokens)
-            sizes[wish.row] = size
-            out[0, wish.row, :size] = tokens
-            out[1, wish.row, :size] = np.arange(-1, size - 1)
-            assert state.base is not None
-            state.nodes = out[:, wish.row, :size]
-            state.base = state.base[np.minimum(np.arange(size), 1)]
-            if not size:
-                state.part = -1
-
-    def _ask_sure(
-        self,
-        part: Any,
-        model: int,
-        wishes: Sequence[_Wish],
-        rows: Sequence[RowView],
-        chances: np.ndarray,
-        proposed: list[int],
-    ) -> list[tuple[_Wish, list[int]]]:
-        """Return the chains of a model that ends them by its own probabilities, cut where it pays."""
-        table = self.chances.if_sure[model]
-        ends = ChainEnds(self._if_sure[model], [wish.least for wish in wishes])
-        own, limits = [_for_parts(rows[w.row]) for w in wishes], [w.longest for w in wishes]
-        with blaming(part.name, "part"):
-            drafted, sure = part.draft_while_sure(own, limits, ends)
-        chains = []
-        for wish, tokens, probabilities in zip(wishes, drafted, sure, strict=True):
-            size = proposed[wish.row] = len(tokens)
-            if self.stops_early:
-                size = self._kernels.cut_chain(
-                    np.array(probabilities), table, wish.verifying, wish.drafting[size],
-                    chances[wish.row],
-                )  # fmt: skip
-            chains.append((wish, tokens[:size]))
-        return chains
+    def _keep(self, row: RowView, chain: Chain, out: np.ndarray) -> None:
+        """Write a model's chain into tokens and parents [2, W], and keep it for `_learn`."""
+        state, size = self._states[row.id], len(chain.tokens)
+        out[0, :size], out[1, :size] = chain.tokens, np.arange(-1, size - 1)
+        assert state.base is not None
+        state.nodes, state.base = out[:, :size], state.base[np.minimum(np.arange(size), 1)]
+        if not size:
+            state.part = -1
 
     def _learn(self, state: _State, row: RowView, num_tokens: int) -> None:
         """Count the last draft's tokens by what was written instead."""
@@ -382,20 +295,3 @@ def _for_parts(row: RowView) -> RowView:
     if row.sampling.method in ("greedy", "invariant"):
         return row
     return SimpleRow(row.tokens, row.num_prompt, row.slot, row.id, num_cached=row.num_cached)
-
-
-def _part(name: str, part: str, drafters: Mapping[str, Drafter]) -> Drafter:
-    """Return a configured part. Raises ConfigError if it is missing or does not fit in a cascade."""
-    drafter = drafters.get(part)
-    if drafter is None or part == NONE:
-        known = ", ".join(other for other in drafters if other != NONE) or "none"
-        raise ConfigError(
-            f"drafter '{name}': its part '{part}' is not a drafter configured before it; there "
-            f"are: {known}"
-        )
-    if drafter.wants_prices or not (isinstance(drafter, SuffixLookup) or drafter.nests):
-        raise ConfigError(
-            f"drafter '{name}': its part '{part}' ({drafter.kind}) cannot be a part; parts are "
-            "suffix_lookup and drafters of chains whose length does not depend on prices"
-        )
-    return drafter

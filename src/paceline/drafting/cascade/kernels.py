@@ -21,12 +21,7 @@ from typing import Final
 import numpy as np
 
 from paceline.compiled import compiled
-
-NUM_BINS: Final = 8
-"""Bins of how sure the lookups are: 0 without any draft, then by the chance of the best first token."""
-
-NUM_SURE: Final = 16
-"""Classes of a drafted token by its model's probability for it, of equal width."""
+from paceline.drafting.cascade.classes import NUM_BINS, NUM_SURE
 
 MAX_CHANCE: Final = 0.98
 EXPECTED, ACCEPTED = 0, 1
@@ -240,7 +235,7 @@ def walk(
     rounds = np.zeros((num_positions, 3), dtype=np.int64)
     count = place = 0
     while place < num_positions:
-        # `place` is a position less 1: so many tokens were emitted after the prefill's own
+        # `place` tokens were emitted after the prefill's own; the position is one higher
         limit = max(0, max_total_output - place - 2)
         at = min((num_prompt + place) // bucket, len(verifying) - 1)
         for model in range(M):
