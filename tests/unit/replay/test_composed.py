@@ -21,6 +21,7 @@ from paceline.drafting.cascade import kernels
 from paceline.drafting.cascade.calibration import Chances, fit_chances
 from paceline.drafting.cascade.drafter import Cascade, CascadeSettings
 from paceline.drafting.cascade.prices import Prices, read_prices
+from paceline.drafting.evidence import NUM_CLASSES
 from paceline.drafting.suffix_lookup import SuffixLookup, SuffixLookupSettings
 from paceline.errors import StoreError
 from paceline.replay import max_output, replay
@@ -89,7 +90,7 @@ def chances_of(parts: Sequence[str], seed: int = 0) -> Chances:
     L, M = len(parts) - len(models), len(models)
     return replace(
         Chances.assumed(L, M),
-        tables=rng.uniform(0.1, 0.8, (L, kernels.NUM_CLASSES)),
+        tables=rng.uniform(0.1, 0.8, (L, NUM_CLASSES)),
         prospects=rng.uniform(0.35, 0.95, (M, kernels.NUM_BINS, 2)),
         if_sure=np.tile(rng.uniform(0.6, 0.9, (M, 1)), kernels.NUM_SURE),
     )

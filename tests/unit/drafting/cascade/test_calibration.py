@@ -14,13 +14,13 @@ from paceline.drafting.cascade.calibration import (
     CALIBRATION_FILE,
     Chances,
     PartReplays,
-    assumed_lookup_chances,
     bins_along,
     fit_chances,
     load_calibration,
     save_calibration,
 )
-from paceline.drafting.cascade.kernels import NUM_BINS, NUM_CLASSES, NUM_SURE
+from paceline.drafting.cascade.kernels import NUM_BINS, NUM_SURE
+from paceline.drafting.evidence import NUM_CLASSES, assumed_chances
 from paceline.errors import ArtefactError
 from paceline.store.records import DraftNodes
 
@@ -162,15 +162,16 @@ def test_a_part_that_is_always_right_gets_a_chance_near_one_and_the_other_near_z
 
 
 def test_assumed_chances_are_chances_and_rise_with_the_evidence() -> None:
-    chances = assumed_lookup_chances()
+    chances = assumed_chances()
 
     assert chances.shape == (NUM_CLASSES,)
     assert ((chances > 0) & (chances <= 1)).all()
-    own = chances[: NUM_CLASSES // 2].reshape(8, 4, 4)  # length of the match, occurrences, share
-    assert chances[NUM_CLASSES // 2 :].tolist() == own.ravel().tolist()
-    assert (np.diff(own, axis=0) > 0).all()
-    assert (np.diff(own, axis=1) >= 0).all()
-    assert (np.diff(own, axis=2) > 0).all()
+    own, others = chances.reshape(2, 8, 4, 4)  # length of the match, occurrences, share
+    assert (others < own).all()
+    for source in (own, others):
+        assert (np.diff(source, axis=0) > 0).all()
+        assert (np.diff(source, axis=1) >= 0).all()
+        assert (np.diff(source, axis=2) > 0).all()
     assumed = Chances.assumed(1, 2)
     assert assumed.prospects.shape == (2, NUM_BINS, 2) and assumed.if_sure.shape == (2, NUM_SURE)
     for values in (assumed.prospects, assumed.if_sure):

@@ -15,8 +15,9 @@ from paceline.contracts import NONE
 from paceline.drafting.base import BuildContext
 from paceline.drafting.cascade.calibration import Chances
 from paceline.drafting.cascade.drafter import Cascade, CascadeSettings
-from paceline.drafting.cascade.kernels import NUM_BINS, NUM_CLASSES
+from paceline.drafting.cascade.kernels import NUM_BINS
 from paceline.drafting.catalog import check_settings
+from paceline.drafting.evidence import NUM_CLASSES
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
 from paceline.drafting.suffix_lookup import SuffixLookup, SuffixLookupSettings
 from paceline.drafting.trigram.drafter import TrigramTree

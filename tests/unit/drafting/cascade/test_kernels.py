@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.drafting.cascade import kernels
-from paceline.drafting.cascade.kernels import MAX_CHANCE, NUM_BINS, NUM_CLASSES, NUM_SURE
+from paceline.drafting.cascade.kernels import MAX_CHANCE, NUM_BINS, NUM_SURE
 from paceline.drafting.draft_replay import accepted_path
+from paceline.drafting.evidence import NUM_CLASSES
 
 LOOKUP_WEIGHT, MODEL_WEIGHT = 12.0, 6.0  # observations of an average part
 
