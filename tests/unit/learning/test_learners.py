@@ -163,6 +163,26 @@ def test_held_out_prompts_get_nearly_what_the_oracle_gets(name: str) -> None:
     assert fitted.summary.gain > fitted.summary.gain_error
 
 
+def test_prompts_unlike_those_in_training_get_the_best_single_arm() -> None:
+    train, held_out = data(), data(60, seed=1)
+    chooser = fit("acceptance", train).chooser
+    assert isinstance(chooser, AcceptanceChooser)
+    chooser.pricer = train.pricer()
+    # the same kinds of prompt, in a direction in which no training prompt varies alone
+    rng = np.random.default_rng(7)
+    away = 20.0 * rng.choice([-1.0, 1.0], size=46).astype(np.float32)
+    strange = replace(held_out, features=held_out.features + away)
+
+    assert chooser.reduction.familiarity(held_out.features).mean() > 0.9
+    assert (chooser.reduction.familiarity(strange.features) == 0.0).all()
+    # the arm with the least seconds by the average work, whatever the prompt
+    work = chooser.work(strange.features, strange.situation())
+    assert np.ptp(work.rounds_per_token, axis=0).max() < 1e-6
+    taken = chooser.preferences(strange.features, strange.situation()).argmax(axis=1)
+    assert {ARMS[place] for place in taken} == {ARMS[train.seconds.sum(axis=0).argmin()]}
+    assert len(set(chooser.preferences(held_out.features, held_out.situation()).argmax(axis=1))) > 1
+
+
 @pytest.mark.parametrize("name", ["acceptance", "knn", "reinforce", "fixed"])
 def test_under_load_another_arm_is_taken(name: str) -> None:
     held_out = data(60, seed=1)

@@ -57,11 +57,13 @@ def portable() -> AcceptanceChooser:
     kinds = rng.uniform(0.2, 0.8, size=(1, 3, O))
     kinds[:, :, 2 * len(NAMES) : -1] = 0.0  # every round drafts, of `none` none does
     kinds[:, :, [len(NAMES) * i + NAMES.index("none") for i in range(3)]] = (1.0, 0.0, 1.0)
-    shapes = [(F,), (F,), (F, 4), (4,), (1, 4, 3), (1, 3)]
+    shapes = [(F,), (F,), (F, 4), (4,), (F,), (1, 4, 3), (1, 3)]
     arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
-    ends = (np.zeros(O, np.float32), np.ones(O, np.float32), np.zeros(0, np.int64))
+    low, high = np.zeros(O, np.float32), np.ones(O, np.float32)
+    ends = (low, high, high, np.zeros(0, np.int64))
+    everywhere = np.full(2, 1e30, np.float32)
     return AcceptanceChooser(
-        NAMES, Reduction(*arrays[:4]), *arrays[4:], kinds.astype(np.float32), *ends
+        NAMES, Reduction(*arrays[:5], everywhere), *arrays[5:], kinds.astype(np.float32), *ends
     )
 
 

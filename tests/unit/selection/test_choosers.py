@@ -53,7 +53,8 @@ def network(seed: int = 1) -> PolicyNetwork:
 
 
 def reduction() -> Reduction:
-    return Reduction(*arrays((F,), (F,), (F, Z), (Z,)))
+    everywhere = np.full(2, 1e30, np.float32)
+    return Reduction(*arrays((F,), (F,), (F, Z), (Z,), (F,)), everywhere)
 
 
 def acceptance(seed: int = 1) -> AcceptanceChooser:
@@ -61,7 +62,9 @@ def acceptance(seed: int = 1) -> AcceptanceChooser:
     gates, biases = arrays((E, Z, M), (E, M), seed=seed)
     kinds = np.random.default_rng(seed).uniform(0.2, 1.0, size=(E, M, O)).astype(np.float32)
     low, high = np.full(O, 0.1, np.float32), np.full(O, 0.9, np.float32)
-    return AcceptanceChooser(ARMS, reduction(), gates, biases, kinds, low, high, COMPOSED)
+    average = np.full(O, 0.5, np.float32)
+    ends = (low, high, average, COMPOSED)
+    return AcceptanceChooser(ARMS, reduction(), gates, biases, kinds, *ends)
 
 
 def neighbours() -> NeighboursChooser:

@@ -24,6 +24,7 @@ from paceline.learning.learners.base import (
     LearnerSettings,
     Summary,
     block_weights,
+    bounded,
     earned_by,
     judged_folds,
     outcome_weights,
@@ -70,6 +71,8 @@ class MixtureTraining:
         weights = block_weights(data.spans, data.features.shape[1], _WIDE)
         num_components = int(np.clip(len(data) // _PROMPTS_PER_COMPONENT, *_COMPONENTS))
         self._reduction = reduce(data.features, weights, num_components)
+        if stream == _FINAL:
+            self._reduction = bounded(self._reduction, data, settings.seed)
         inputs = self._reduction(data.features)  # [N, Z]
         self._size = _NORM / max(float(np.sqrt((inputs**2).sum(axis=1).mean())), 1e-12)
         outcomes = outcomes_of(data)
@@ -127,6 +130,7 @@ class MixtureTraining:
             self.kinds.numpy() * self._spread + self._mean,
             self._low,
             self._high,
+            self._mean,
         )
 
     def average(self) -> AcceptanceChooser:
@@ -139,13 +143,16 @@ class MixtureTraining:
             self._mean[None, None],
             self._low,
             self._high,
+            self._mean,
         )
 
 
 def _chooser(data: Dataset, reduction: Reduction, *learned: np.ndarray) -> AcceptanceChooser:
-    gates, biases, kinds, low, high = (array.astype(np.float32) for array in learned)
+    gates, biases, kinds, low, high, average = (array.astype(np.float32) for array in learned)
     composed = np.array(data.composed, dtype=np.int64)
-    return AcceptanceChooser(data.arms, reduction, gates, biases, kinds, low, high, composed)
+    return AcceptanceChooser(
+        data.arms, reduction, gates, biases, kinds, low, high, average, composed
+    )
 
 
 @dataclass(slots=True)
@@ -166,10 +173,10 @@ class _Fold:
 class AcceptanceLearner(Learner[AcceptanceSettings]):
     """Trains for a fixed number of steps.
 
-    A few kinds do not follow noise, so stopping early gains nothing, and a noisy judgement should not
-    decide when to stop. Cross-validation measures the gain. Unless the gain is larger than its standard
-    error, every prompt gets the average prediction, and with it the arm that is best on average at the
-    current prices.
+    A prompt unlike those in training gets the average prediction, and with it the arm that is best on
+    average at the current prices. A few kinds do not follow noise, so stopping early gains nothing, and
+    a noisy judgement should not decide when to stop. Cross-validation measures the gain. Unless the gain
+    is larger than its standard error, every prompt gets the average prediction.
     """
 
     name = "acceptance"

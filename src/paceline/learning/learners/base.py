@@ -8,7 +8,7 @@ arms, L loads.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Final, Generic, TypeVar
 
 import numpy as np
@@ -289,6 +289,10 @@ def outcome_weights(data: Dataset) -> np.ndarray:
     return weights
 
 
+_EVERYWHERE: Final = np.full(2, np.finfo(np.float32).max)
+_NEAR: Final = 0.99  # share of prompts like those in training that count as near
+_FAR: Final = 1.1  # times the distance of the near ones
+
 # --- features as learners read them: standardised, weighted by block, reduced to components ---------
 
 
@@ -325,4 +329,22 @@ def reduce(features: np.ndarray, weights: np.ndarray, num_components: int) -> Re
         scale=scale,
         basis=(weights[:, None] * basis).astype(np.float32),
         centre=(pca.mean_ @ basis).astype(np.float32),
+        weights=weights,
+        bounds=_EVERYWHERE,
     )
+
+
+def bounded(reduction: Reduction, data: Dataset, seed: int) -> Reduction:
+    """Return a reduction of the data's features that tells prompts unlike the data's from others.
+
+    How far new prompts of the same kind lie from all directions is measured in folds: reduced by the
+    others' directions, all but the last percent of them are near.
+    """
+    distances = [
+        reduce(data.features[rest], reduction.weights, reduction.num_components).distance(
+            data.features[own]
+        )
+        for rest, own in make_folds(data.groups, seed)
+    ]
+    near = np.quantile(np.concatenate(distances), _NEAR)
+    return replace(reduction, bounds=np.array([near, _FAR * near], dtype=np.float32))

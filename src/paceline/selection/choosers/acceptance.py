@@ -2,9 +2,11 @@
 
 Training finds the kinds and the arms' outcomes on each. A gate gives each kind a share, and the
 prediction is the mean of the kinds' outcomes with these shares. So for any prompt it stays within
-the range seen in training. The kinds are no task labels: only the arms' outcomes define them. Symbols: N
-prompts, F features, Z components, M kinds, E gates of an ensemble, A arms, C cascades among them,
-O = 3 A + 2 C + 1 outcomes.
+the range seen in training. A prompt unlike all of those gets the average of the training prompts: what
+the gate says of it would be a guess. The kinds are no task labels: only the arms' outcomes define them.
+
+Symbols: N prompts, F features, Z components, M kinds, E gates of an ensemble, A arms, C cascades among
+them, O = 3 A + 2 C + 1 outcomes.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
     from paceline.selection.choosers.base import Arrays, Facts
 
-_ARRAYS = ("gates", "biases", "kinds", "low", "high", "composed")
+_ARRAYS = ("gates", "biases", "kinds", "low", "high", "average", "composed")
 
 
 class AcceptanceChooser(PortableChooser):
@@ -45,16 +47,18 @@ class AcceptanceChooser(PortableChooser):
         kinds: np.ndarray,  # [E, M, O]
         low: np.ndarray,  # [O] the smallest in training
         high: np.ndarray,  # [O] the largest
+        average: np.ndarray,  # [O] over the training prompts
         composed: np.ndarray,  # [C] int64, places of the cascades
     ) -> None:
         self.arms = tuple(arms)
         self.reduction = reduction
         self.gates, self.biases, self.kinds = gates, biases, kinds
-        self.low, self.high, self.composed = low, high, composed
+        self.low, self.high = low, high
+        self.average, self.composed = average, composed
         E, Z, M = gates.shape
         O = num_outcomes(self.arms, composed)  # noqa: E741
         C = len(composed)
-        expected = ((E, reduction.num_components, M), (E, M), (E, M, O), (O,), (O,), (C,))
+        expected = ((E, reduction.num_components, M), (E, M), (E, M, O), (O,), (O,), (O,), (C,))
         found = tuple(getattr(self, name).shape for name in _ARRAYS)
         if found != expected:
             raise ValueError(f"arrays {found} where {expected} are expected")
@@ -69,8 +73,9 @@ class AcceptanceChooser(PortableChooser):
         E, M = self.biases.shape
         logits = (self.reduction(features) @ self._gate).reshape(-1, E, M) + self.biases
         shares = softmax(logits).reshape(-1, E * M) / E
-        mixed = shares @ self.kinds.reshape(E * M, -1)
-        return np.asarray(np.clip(mixed, self.low, self.high))
+        mixed = np.clip(shares @ self.kinds.reshape(E * M, -1), self.low, self.high)
+        familiar = self.reduction.familiarity(features)[:, None]
+        return np.asarray(familiar * mixed + (1.0 - familiar) * self.average)
 
     def arrays(self) -> dict[str, np.ndarray]:
         return self.reduction.arrays() | {name: getattr(self, name) for name in _ARRAYS}
@@ -83,9 +88,8 @@ class AcceptanceChooser(PortableChooser):
             np.concatenate([getattr(chooser, name) for chooser in choosers])
             for name in ("gates", "biases", "kinds")
         )
-        return cls(
-            first.arms, first.reduction, gates, biases, kinds, first.low, first.high, first.composed
-        )
+        ends = first.low, first.high, first.average, first.composed
+        return cls(first.arms, first.reduction, gates, biases, kinds, *ends)
 
     @classmethod
     def restore(cls, arms: Sequence[str], arrays: Arrays, facts: Facts) -> AcceptanceChooser:
