@@ -268,9 +268,9 @@ def _part(name: str, part: str, drafters: Mapping[str, Drafter]) -> Drafter:
             f"drafter '{name}': its part '{part}' is a union; name that one's parts instead: "
             f"{', '.join(drafter.parts)}"
         )
-    if drafter.wants_prices:
+    if drafter.wants_prices or drafter.takes_prices:
         raise ConfigError(
             f"drafter '{name}': its part '{part}' drafts by prices, and a union's replay must not "
-            "depend on them; set another 'stop' for the part"
+            "depend on them; set another 'stop' for the part, or name a cascade's parts"
         )
     return drafter

@@ -299,9 +299,12 @@ def test_parts_must_be_configured_drafters(pace: Pace) -> None:
         build(pace, ["near", "all"])
 
 
-def test_a_part_that_drafts_by_prices_is_refused(pace: Pace) -> None:
+@pytest.mark.parametrize("attribute", ["wants_prices", "takes_prices"])
+def test_a_part_that_drafts_by_prices_is_refused(pace: Pace, attribute: str) -> None:
     class Priced(ScriptedDrafter):
-        wants_prices = True
+        pass
+
+    setattr(Priced, attribute, True)
 
     with pytest.raises(ConfigError, match="'dear' drafts by prices"):
         build(pace, ["near", "dear"], dear=Priced("dear", lambda text, limit: []))
