@@ -10,7 +10,7 @@ import torch
 from paceline.models.packing import Span
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
@@ -83,12 +83,31 @@ class CachedRows(dict[int, CachedRow]):
             self.prepare(row_id, text, self._chunk)
         return list(text[state.num_cached :])
 
-    def read_all_but_last(self, fed: Mapping[int, list[int]]) -> None:
-        """Cache the tokens still to feed of some rows, by id, except the last of each: one forward."""
+    def ready(
+        self, row_ids: Sequence[int], fed: dict[int, list[int]]
+    ) -> tuple[list[int], list[Span]]:
+        """Return the tokens to feed and their spans, at most two tokens per row as a round leaves them.
+
+        row_ids: of the rows in `fed`, in its order. fed: tokens of each that are not cached yet. A row
+        with more of them is read first, and only its last token is left in `fed`.
+        """
+        of_late = [(i, row_id) for i, row_id in zip(fed, row_ids, strict=True) if len(fed[i]) > 2]
+        if of_late:
+            self._read_all_but_last([(self[row_id], fed[i]) for i, row_id in of_late])
+            fed |= {i: fed[i][-1:] for i, _ in of_late}
         flat: list[int] = []
         spans: list[Span] = []
-        for row_id, tokens in fed.items():
+        for row_id, new in zip(row_ids, fed.values(), strict=True):
             state = self[row_id]
+            flat += new
+            spans.append(Span(state.slot, state.num_cached, len(new)))
+        return self.as_known(flat), spans
+
+    def _read_all_but_last(self, late: Sequence[tuple[CachedRow, list[int]]]) -> None:
+        """Cache the tokens still to feed of some rows, except the last of each: one forward."""
+        flat: list[int] = []
+        spans: list[Span] = []
+        for state, tokens in late:
             flat += tokens[:-1]
             spans.append(Span(state.slot, state.num_cached, len(tokens) - 1))
             state.num_cached += len(tokens) - 1

@@ -26,7 +26,8 @@ from paceline.drafting.draft_length import (
     make_rule,
 )
 from paceline.drafting.draft_replay import SimulatedReplay
-from paceline.drafting.drawing import draw, empty_probs
+from paceline.drafting.drawing import draw, draws_of, empty_probs, is_chain_drawn
+from paceline.drafting.sure_chains import step_while_sure
 from paceline.models.cache import BLOCK
 from paceline.models.loading import load_language_model, load_tokenizer
 from paceline.models.packing import Draw, Span
@@ -233,72 +234,26 @@ class DraftModel(Drafter):
         drafted together. limits: as `longest_draft` allows.
         """
         texts = [self._text(row) for row in rows]
+        states = [self._states[row.id] for row in rows]
         fed = {
             i: self._states.catch_up(row.id, text)
             for i, (row, text) in enumerate(zip(rows, texts, strict=True))
         }
+        # every row takes the steps of the longest chain, and each step needs a position
+        room = self._states.max_positions + 1 - max(map(len, texts))
+        steps = min(max(limits), room)
         if self.shares_ids and self.model.drafts_sure_chains:
-            spans, flat, states = self._ready(rows, fed)
-            chains, sure = self.model.draft_sure_chain(
-                flat, spans, max(limits), self._num_tokens, ends
-            )
+            flat, spans = self._states.ready([row.id for row in rows], fed)
+            chains, sure = self.model.draft_sure_chain(flat, spans, steps, self._num_tokens, ends)
             for state, text, chain in zip(states, texts, chains, strict=True):
                 state.num_cached, state.drafted = len(text), chain[:-1]
         else:
-            chains, sure = self._step_while_sure(rows, texts, fed, max(limits), ends)
+            chains, sure = step_while_sure(
+                lambda places: self._forward([states[i] for i in places], fed, list(places)),
+                states, fed, list(map(len, texts)), self._own_id, steps, ends,
+            )  # fmt: skip
         pairs = list(zip(limits, chains, sure, strict=True))
         return [c[:n] for n, c, _ in pairs], [s[:n] for n, _, s in pairs]
-
-    def _step_while_sure(
-        self,
-        rows: Sequence[RowView],
-        texts: Sequence[Sequence[int]],
-        fed: dict[int, list[int]],
-        longest: int,
-        ends: ChainEnds,
-    ) -> tuple[list[list[int]], list[list[float]]]:
-        """Do as `draft_while_sure`, one forward per token."""
-        states = [self._states[row.id] for row in rows]
-        chains: list[list[int]] = [[] for _ in rows]
-        sure: list[list[float]] = [[] for _ in rows]
-        hopes = [1.0] * len(rows)
-        everyone = sorted(range(len(rows)), key=lambda i: states[i].slot)
-        for step in range(longest):
-            logits = self._forward([states[i] for i in everyone], fed, everyone)
-            probabilities, tokens = logits.float().softmax(dim=-1).max(dim=-1)
-            pairs = zip(tokens.tolist(), probabilities.tolist(), strict=True)
-            for i, (token, probability) in zip(everyone, pairs, strict=True):
-                if step == 0:
-                    states[i].num_cached = len(texts[i])
-                else:
-                    states[i].drafted.extend(fed[i])
-                fed[i] = [self._own_id(token)]
-                chains[i].append(token)
-                sure[i].append(probability)
-                place = min(int(probability * len(ends.chances)), len(ends.chances) - 1)
-                hopes[i] *= ends.chances[place]
-            if all(hope < least for hope, least in zip(hopes, ends.least, strict=True)):
-                break
-        return chains, sure
-
-    def _ready(
-        self, rows: Sequence[RowView], fed: dict[int, list[int]]
-    ) -> tuple[list[Span], list[int], list[CachedRow]]:
-        """Return (spans, tokens, states) of rows for one call; a row that is late is read first.
-
-        fed: each row's tokens that are not cached yet, by its place in `rows`; changed for late rows.
-        """
-        late = {i: tokens for i, tokens in fed.items() if len(tokens) > 2}
-        if late:
-            self._states.read_all_but_last({rows[i].id: tokens for i, tokens in late.items()})
-            fed |= {i: tokens[-1:] for i, tokens in late.items()}
-        flat: list[int] = []
-        spans: list[Span] = []
-        states = [self._states[rows[i].id] for i in fed]
-        for state, new in zip(states, fed.values(), strict=True):
-            flat += new
-            spans.append(Span(state.slot, state.num_cached, len(new)))
-        return spans, self._states.as_known(flat), states
 
     def _draft_chains(
         self,
@@ -316,14 +271,15 @@ class DraftModel(Drafter):
             return None
         draws: list[Draw | None] | None = None
         if any(row.sampling.method != "greedy" for row in rows):
-            if not all(map(_is_chain_drawn, rows)):
+            if not all(map(is_chain_drawn, rows)):
                 return None
-            draws = _draws_of([rows[i] for i in fed])
+            draws = draws_of([rows[i] for i in fed])
         # every row takes the steps of the longest draft, and each step needs a position
         num_steps = max(lengths)
         if max(len(rows[i].tokens) for i in fed) + num_steps - 1 > self._states.max_positions:
             return None
-        spans, flat, states = self._ready(rows, fed)
+        flat, spans = self._states.ready([rows[i].id for i in fed], fed)
+        states = [self._states[rows[i].id] for i in fed]
         chains = self.model.draft_chain(flat, spans, num_steps, self._num_tokens, draws)
         if chains is None:
             return None
@@ -384,21 +340,3 @@ class DraftModel(Drafter):
                 return self._over_target(self.model.unembed(hidden[picked])).float()
         finally:
             self.model.release(slot)
-
-
-def _is_chain_drawn(row: RowView) -> bool:
-    """Return whether a model may draw the row's draft without the host: no logit is left out first."""
-    s = row.sampling
-    whole = s.top_k == 0 and s.top_p >= 1.0 and s.min_p == 0.0
-    return s.method == "greedy" or (s.method == "invariant" and whole)
-
-
-def _draws_of(rows: Sequence[RowView]) -> list[Draw | None] | None:
-    """Return the draws of the rows' next tokens; None if all rows are greedy."""
-    draws = [
-        None
-        if row.sampling.method == "greedy"
-        else Draw(row.sampling.seed, len(row.tokens), row.sampling.temperature)
-        for row in rows
-    ]
-    return draws if any(draw is not None for draw in draws) else None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 import paceline.noise as noise
+from paceline.models.packing import Draw
 from paceline.models.scores import most_likely
 from paceline.warping import warp
 
@@ -76,3 +77,21 @@ def draw_along(q: Tensor, seed: int, start: int) -> Tensor:
     """Return the tokens [T] that `invariant` sampling draws from q [T, V'] at positions from `start`."""
     drawn = [noise.draw(row, seed, start + i, noise.TARGET) for i, row in enumerate(q)]
     return torch.tensor(drawn, dtype=torch.int64)
+
+
+def is_chain_drawn(row: RowView) -> bool:
+    """Return whether a model may draw the row's draft without the host: no logit is left out first."""
+    s = row.sampling
+    whole = s.top_k == 0 and s.top_p >= 1.0 and s.min_p == 0.0
+    return s.method == "greedy" or (s.method == "invariant" and whole)
+
+
+def draws_of(rows: Sequence[RowView]) -> list[Draw | None] | None:
+    """Return the draws of the rows' next tokens; None if all rows are greedy."""
+    draws = [
+        None
+        if row.sampling.method == "greedy"
+        else Draw(row.sampling.seed, len(row.tokens), row.sampling.temperature)
+        for row in rows
+    ]
+    return draws if any(draw is not None for draw in draws) else None

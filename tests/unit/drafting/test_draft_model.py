@@ -13,6 +13,7 @@ from paceline import noise
 from paceline.contracts import SamplingParams
 from paceline.drafting.draft_model import DraftModel
 from paceline.models.language_model import LanguageModel
+from paceline.models.packing import ChainEnds, Span
 from paceline.testing.tiny_models import tiny_model
 from paceline.warping import warp
 
@@ -255,3 +256,45 @@ def test_new_rows_reuse_the_slots_of_finished_ones() -> None:
 
 def test_finishing_a_row_that_never_started_is_harmless() -> None:
     draft_model().finish([FakeRow(0, [1])])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_sure_chains_are_greedy_chains_with_their_probabilities_up_to_their_end(
+    architecture: str,
+) -> None:
+    rows = [FakeRow(0, [3, 1, 4, 1, 5]), FakeRow(1, [9, 2, 6])]
+    drafter = draft_model(architecture)
+    start(drafter, rows)
+    with torch.inference_mode():
+        whole, sure = drafter.draft_while_sure(rows, [4, 3], ChainEnds((0.5,) * 16, (0.0, 0.0)))
+        assert [len(chain) for chain in whole] == [4, 3]
+        for row, chain, probabilities in zip(rows, whole, sure, strict=True):
+            assert chain == fresh(row, len(chain), architecture=architecture)[0]
+            for k, probability in enumerate(probabilities):
+                text = torch.tensor([*row.tokens, *chain[:k]])
+                slot = drafter.model.acquire()
+                hidden = drafter.model.forward(text, [Span(slot, 0, len(text))])
+                logits = drafter.model.unembed(hidden[-1:]).float()
+                drafter.model.release(slot)
+                assert probability == pytest.approx(float(logits.softmax(-1).max()), abs=1e-5)
+        # 0.5, 0.25: the first row has ended after two tokens, both after three
+        ended, _ = drafter.draft_while_sure(rows, [4, 4], ChainEnds((0.5,) * 16, (0.3, 0.2)))
+    assert ended == [fresh(row, 4, architecture=architecture)[0][:3] for row in rows]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_sure_chains_of_a_batch_stay_within_the_context_of_the_longest_row(
+    architecture: str,
+) -> None:
+    context = 32
+    full, short = FakeRow(0, [i % VOCABULARY for i in range(context - 1)]), FakeRow(1, [7, 8])
+    drafter = draft_model(architecture, context)
+    start(drafter, [full, short])
+    limits = [drafter.longest_draft(full), drafter.longest_draft(short)]
+    assert limits == [2, 4]
+    with torch.inference_mode():
+        chains, _ = drafter.draft_while_sure(
+            [full, short], limits, ChainEnds((1.0,) * 16, (0.0, 0.0))
+        )
+    assert chains[0] == fresh(full, 2, architecture=architecture, context=context)[0]
+    assert chains[1] == fresh(short, 4, architecture=architecture, context=context)[0][:2]
