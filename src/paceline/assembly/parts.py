@@ -154,13 +154,15 @@ def _draft_model(name: str, model: PreTrainedModel, parts: Parts) -> DraftModel:
 
 
 def give_chances(parts: Parts, calibration: Calibration) -> None:
-    """Give the cascades the chances that were learned for their parts."""
+    """Give the cascades the chances that were learned for their parts.
+
+    Cascades of other parts keep the assumed chances; a policy that was learned with other parts is
+    refused before.
+    """
     for name, drafter in parts.drafters.items():
-        learned = calibration.get(name)
-        if isinstance(drafter, Cascade) and learned is not None:
-            names, chances = learned
-            if names == tuple(drafter.parts):
-                drafter.calibrate(chances)
+        names, chances = calibration.get(name, ((), None))
+        if isinstance(drafter, Cascade) and chances is not None and names == tuple(drafter.parts):
+            drafter.calibrate(chances)
 
 
 def untrained_lookup(parts: Parts) -> str:

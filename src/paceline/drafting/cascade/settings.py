@@ -53,9 +53,11 @@ def _find_part(name: str, part: str, drafters: Mapping[str, Drafter]) -> Drafter
             f"drafter '{name}': its part '{part}' is not a drafter configured before it; there "
             f"are: {known}"
         )
-    if drafter.wants_prices or not (isinstance(drafter, SuffixLookup) or drafter.nests):
+    is_chain = drafter.nests and drafter.replays_everywhere
+    if drafter.wants_prices or not (isinstance(drafter, SuffixLookup) or is_chain):
         raise ConfigError(
             f"drafter '{name}': its part '{part}' ({drafter.kind}) cannot be a part; parts are "
-            "suffix_lookup and drafters of chains whose length does not depend on prices"
+            "suffix_lookup and chains that can be replayed at every position and need no prices, such "
+            "as draft_model with stop: fixed"
         )
     return drafter

@@ -86,7 +86,7 @@ class _Priced(ScriptedDrafter):
         (["suffix", "union"], r"its part 'union' \(union\) cannot be a part; parts are"),
         (["suffix", "trigram"], r"its part 'trigram' \(trigram_tree\) cannot be a part"),
         (["suffix", "both"], r"its part 'both' \(cascade\) cannot be a part"),
-        (["suffix", "priced"], r"its part 'priced' .* cannot be a part; .* depend on prices"),
+        (["suffix", "priced"], r"its part 'priced' .* cannot be a part; .* need no prices"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(parts: Parts, names: list[str], words: str) -> None:
