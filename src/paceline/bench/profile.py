@@ -259,9 +259,7 @@ def _all_workloads(parts: Parts, grid: Grid, rows: Sequence[Row]) -> list[Worklo
         workloads += [partial(one_row, context) for context in grid.contexts_of_drafts]
         if more := grid.rows[1:]:
             ends = sorted({1, longest})
-            workloads.append(
-                partial(time_drafts, parts, arm, ends, more, rows, grid.contexts[0])
-            )
+            workloads.append(partial(time_drafts, parts, arm, ends, more, rows, grid.contexts[0]))
     workloads += [partial(time_rounds, parts, driver, name, 1) for name in [NONE, *arms][:2]]
     workloads += [partial(time_rounds, parts, driver, NONE, num) for num in grid.rows[1:]]
     return workloads
