@@ -1,8 +1,9 @@
-"""Workloads for the cost table: the work of a round, on rows without a request, timed piece by piece.
+"""Workloads for the cost table: rounds of the engine on rows without a request, timed by their parts.
 
-A workload prepares its rows once and then times several cells of the table. Texts are random ids. In
-every other repeat they are a few ids again and again, so that lookup drafters find something to
-propose. This module knows no prompts and no statistics. A width is 1 + drafted tokens.
+A workload prepares its rows once and then times several cells of the table. A cell repeats its round, as
+a request does, and the first time does not count. Texts are random ids. In every other repeat they are a
+few ids again and again, so that lookup drafters find something to propose. This module knows no prompts
+and no statistics. A width is 1 + drafted tokens.
 """
 
 from __future__ import annotations

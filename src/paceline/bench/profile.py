@@ -75,7 +75,7 @@ def measure_cost_table(
             partial(on_progress, "profile"),
             BUDGET if budget is None else budget,
         )
-    measured = _without_refusals(_with_slower_verification(cells))
+    measured = _without_refusals(with_slower_verification(cells))
     return CostTable(fingerprint(parts), sorted(measured, key=_PLACE))
 
 
@@ -126,7 +126,7 @@ def _plan(
     return runs
 
 
-def _with_slower_verification(cells: Mapping[Cell, float]) -> list[Measurement]:
+def with_slower_verification(cells: Mapping[Cell, float]) -> list[Measurement]:
     """Return the measurements, where a proposal's seconds include those that it adds to verification.
 
     After a drafter ran, less of the target is in the processor's caches than after a plain round.
