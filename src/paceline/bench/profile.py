@@ -129,7 +129,9 @@ def _plan(
 def with_slower_verification(cells: Mapping[Cell, float]) -> list[Measurement]:
     """Return the measurements, where a proposal's seconds include those that it adds to verification.
 
-    After a drafter ran, less of the target is in the processor's caches than after a plain round.
+    After a drafter ran, less of the target is in the processor's caches than after a plain round. The
+    ratio is the median over an arm's lengths and contexts, because each is one of two noisy figures.
+    Rounds with and without a draft, and of one row and of several, have ratios of their own.
     """
     measured = [
         Measurement(*cell, seconds=seconds)
@@ -137,11 +139,16 @@ def with_slower_verification(cells: Mapping[Cell, float]) -> list[Measurement]:
         if cell[1] != VERIFY_AFTER
     ]
     plain = CostTable({}, (m for m in measured if (m.subject, m.operation) == (TARGET, FORWARD)))
+    ratios: dict[tuple[str, bool, bool], list[float]] = defaultdict(list)
+    for (arm, operation, tokens, context, rows), seconds in cells.items():
+        if operation == VERIFY_AFTER:
+            alone = plain.seconds(TARGET, FORWARD, 1 + rows * tokens, context, rows)
+            ratios[arm, tokens > 0, rows > 1].append(seconds / alone)
     for i, m in enumerate(measured):
-        verifying = cells.get((m.subject, VERIFY_AFTER, m.tokens, m.context, m.rows))
-        if m.operation == PROPOSE and verifying is not None:
+        if m.operation == PROPOSE:
             alone = plain.seconds(TARGET, FORWARD, 1 + m.rows * m.tokens, m.context, m.rows)
-            measured[i] = replace(m, seconds=m.seconds + max(0.0, verifying - alone))
+            slower = median(ratios[m.subject, m.tokens > 0, m.rows > 1])
+            measured[i] = replace(m, seconds=m.seconds + max(0.0, slower - 1.0) * alone)
     return measured
 
 

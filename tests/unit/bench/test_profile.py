@@ -143,15 +143,19 @@ def test_a_context_beyond_the_drafters_own_is_not_priced(table: CostTable) -> No
 
 
 def test_a_proposal_costs_what_it_adds_to_verification() -> None:
-    forwards: dict[Cell, float] = {("target", "forward", w, 32, 1): float(w) for w in (1, 5)}
-    drafts: dict[Cell, float] = {("near", "propose", k, 32, 1): 0.5 for k in (0, 2, 4)}
+    """A median of 10% with a draft, whatever an interrupted cell says, and nothing without a draft."""
+    lengths = (0, 1, 2, 4)
+    forwards: dict[Cell, float] = {("target", "forward", 1 + k, 32, 1): 1.0 + k for k in lengths}
+    drafts: dict[Cell, float] = {("near", "propose", k, 32, 1): 0.5 for k in lengths}
     after: dict[Cell, float] = {
-        ("near", VERIFY_AFTER, k, 32, 1): seconds for k, seconds in ((0, 0.9), (2, 3.25), (4, 7.0))
+        ("near", VERIFY_AFTER, k, 32, 1): (1.0 + k) * slower
+        for k, slower in zip(lengths, (0.9, 1.1, 9.0, 1.05), strict=True)
     }
 
     table = CostTable({}, with_slower_verification(forwards | drafts | after))
 
-    assert [table.seconds("near", "propose", k, 32) for k in (0, 2, 4)] == [0.5, 0.75, 2.5]
+    prices = [table.seconds("near", "propose", k, 32) for k in lengths]
+    assert prices == pytest.approx([0.5, 0.7, 0.8, 1.0])
     assert {m.operation for m in table.measurements} == {"forward", "propose"}
 
 
