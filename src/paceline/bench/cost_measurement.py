@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     Times = list[tuple[Cell, float]]  # seconds of each cell
     Workload = Callable[[int, random.Random], Times]  # of a repeat's number and a random order
 
-VERIFY_AFTER: Final = "verify after"  # verification in the rounds of a drafter's proposals
+SLOWDOWN: Final = "slowdown"  # of verification after a drafter's proposal: a ratio, not seconds
 SKIPPING: Final = "skipping"  # the subject of forwards that leave sub-layers out
 _PERIOD: Final = 7
 _ENGINE_TOKENS: Final = 32
@@ -72,9 +72,7 @@ def time_forwards(
     for shape in order.sample(shapes, len(shapes)):
         cell = (TARGET, FORWARD, 1 + sum(shape), context, len(shape))
         with _shortened(rows[: len(shape)], context) as shortened:
-            for row, length in zip(shortened, shape, strict=True):
-                row.drafter, row.arm = drafter, drafter.name if length else NONE
-                row.max_total = len(row.tokens) + 1 + length
+            _use(drafter, shortened, shape)
             for timed in _repeated(len(shape)):
                 _, spent = _run_round(parts, shortened)
                 if timed:
@@ -94,6 +92,13 @@ class _RandomDrafts(Drafter):
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
         drafts = [_text(self._parts, limit, self._order) for limit in limits]
         return Drafts(*pad_drafts(drafts, torch.device("cpu")))
+
+
+def _use(drafter: Drafter, rows: Sequence[Row], lengths: Sequence[int]) -> None:
+    """Let each row draft up to its length with a drafter in its next round."""
+    for row, length in zip(rows, lengths, strict=True):
+        row.drafter, row.arm = drafter, drafter.name if length else NONE
+        row.max_total = len(row.tokens) + 1 + length
 
 
 def _repeated(num_rows: int) -> Iterator[bool]:
@@ -197,9 +202,9 @@ def time_drafts(
 ) -> Times:
     """Time a drafter's start, then its part of rounds of every length for each number of rows.
 
-    The cells VERIFY_AFTER are the seconds of verification in these rounds. row_counts: ascending; the
-    start is a cell only of one row alone. Texts grow by a token per round. cached: rows of the target,
-    whose slots the drafter's rows take; the text there is another, which costs the same.
+    The cells SLOWDOWN compare verification in these rounds with that of random drafts. row_counts:
+    ascending; the start is a cell only of one row alone. Texts grow by a token per round. cached: rows
+    of the target, whose slots the drafter's rows take; the text there is another, which costs the same.
     """
     rounds = max(len(list(_repeated(num))) for num in row_counts)
     longest = context + 3 + len(lengths) * len(row_counts) * rounds
@@ -212,9 +217,13 @@ def time_drafts(
         for num in row_counts:
             for length in order.sample(lengths, len(lengths)):
                 for timed in _repeated(num):
-                    measured = _time_draft(parts, arm, rows[:num], length, context)
-                    times += measured if timed else []
+                    drafted, drafting, verifying = _draft(parts, arm, rows[:num], length)
+                    if timed:
+                        times.append(((arm, PROPOSE, drafted, context, num), drafting))
                     _append_tokens(rows, texts)
+                # in the same moment, so that other work on the machine slows both alike
+                alone = _verify_alone(parts, rows[:num], drafted, order)
+                times.append(((arm, SLOWDOWN, drafted, context, num), verifying / alone))
     return times
 
 
@@ -243,23 +252,28 @@ def _started(
         drafter.finish(rows)
 
 
-def _time_draft(parts: Parts, arm: str, rows: Sequence[Row], length: int, context: int) -> Times:
-    """Run a round in which rows draft up to `length` tokens; return its cells."""
+def _draft(parts: Parts, arm: str, rows: Sequence[Row], length: int) -> tuple[int, float, float]:
+    """Run a round in which rows draft up to `length` tokens with their drafter.
+
+    Returns the tokens that each row drafted, and the seconds of drafting and verifying.
+    """
     for row in rows:
+        row.drafter, row.arm, row.rounds = parts.drafters[arm], arm, []
         row.max_total = len(row.tokens) + 1 + length
-        row.rounds = []
-    with rows[0].drafter.at_full_length():
+    with parts.drafters[arm].at_full_length():
         drafting, verifying = _run_round(parts, rows)
-    drafted = round(sum(row.rounds[0].drafted for row in rows) / len(rows))
-    place = drafted, context, len(rows)
-    return [((arm, PROPOSE, *place), drafting), ((arm, VERIFY_AFTER, *place), verifying)]
+    return round(sum(row.rounds[0].drafted for row in rows) / len(rows)), drafting, verifying
+
+
+def _verify_alone(parts: Parts, rows: Sequence[Row], length: int, order: random.Random) -> float:
+    """Return the seconds of verification of random drafts, where no drafter ran just before."""
+    _use(_RandomDrafts(parts, order), rows, [length] * len(rows))
+    _run_round(parts, rows)
+    return _run_round(parts, rows)[1]
 
 
 def _evict_weights(parts: Parts, cached: Row) -> None:
-    """Run a forward of the target, as before a drafter's prefill.
-
-    It evicts a small drafter's weights from the processor's caches.
-    """
+    """Run a forward of the target, which evicts a drafter's weights, as before its prefill."""
     verify([cached], [Draft([])], parts.target)
     _synchronize(parts)
 

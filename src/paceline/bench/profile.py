@@ -21,7 +21,7 @@ from paceline.assembly import Pace, Parts
 from paceline.bench.circumstances import cpu_capability, cpu_model
 from paceline.bench.cost_measurement import (
     ROUNDS_PER_LENGTH,
-    VERIFY_AFTER,
+    SLOWDOWN,
     cached_rows,
     plain_driver,
     time_drafts,
@@ -130,25 +130,21 @@ def with_slower_verification(cells: Mapping[Cell, float]) -> list[Measurement]:
     """Return the measurements, where a proposal's seconds include those that it adds to verification.
 
     After a drafter ran, less of the target is in the processor's caches than after a plain round. The
-    ratio is the median over an arm's lengths and contexts, because each is one of two noisy figures.
+    ratio is the median over an arm's lengths and contexts, because single ones are noisy.
     Rounds with and without a draft, and of one row and of several, have ratios of their own.
     """
-    measured = [
-        Measurement(*cell, seconds=seconds)
-        for cell, seconds in cells.items()
-        if cell[1] != VERIFY_AFTER
-    ]
-    plain = CostTable({}, (m for m in measured if (m.subject, m.operation) == (TARGET, FORWARD)))
-    ratios: dict[tuple[str, bool, bool], list[float]] = defaultdict(list)
-    for (arm, operation, tokens, context, rows), seconds in cells.items():
-        if operation == VERIFY_AFTER:
-            alone = plain.seconds(TARGET, FORWARD, 1 + rows * tokens, context, rows)
-            ratios[arm, tokens > 0, rows > 1].append(seconds / alone)
+    measured, ratios = [], defaultdict(list)
+    for (subject, operation, tokens, context, rows), value in cells.items():
+        if operation == SLOWDOWN:
+            ratios[subject, tokens > 0, rows > 1].append(value)
+        else:
+            measured.append(Measurement(subject, operation, tokens, context, rows, value))
+    table = CostTable({}, measured)
     for i, m in enumerate(measured):
         if m.operation == PROPOSE:
-            alone = plain.seconds(TARGET, FORWARD, 1 + m.rows * m.tokens, m.context, m.rows)
-            slower = median(ratios[m.subject, m.tokens > 0, m.rows > 1])
-            measured[i] = replace(m, seconds=m.seconds + max(0.0, slower - 1.0) * alone)
+            added = max(0.0, median(ratios[m.subject, m.tokens > 0, m.rows > 1]) - 1.0)
+            alone = table.seconds(TARGET, FORWARD, 1 + m.rows * m.tokens, m.context, m.rows)
+            measured[i] = replace(m, seconds=m.seconds + added * alone)
     return measured
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from paceline.assembly import Pace, build_from_objects
-from paceline.bench.cost_measurement import VERIFY_AFTER
+from paceline.bench.cost_measurement import SLOWDOWN
 from paceline.bench.profile import measure_cost_table, with_slower_verification
 from paceline.config import Config, ModelSection
 from paceline.contracts import identity_of_arms
@@ -147,12 +147,12 @@ def test_a_proposal_costs_what_it_adds_to_verification() -> None:
     lengths = (0, 1, 2, 4)
     forwards: dict[Cell, float] = {("target", "forward", 1 + k, 32, 1): 1.0 + k for k in lengths}
     drafts: dict[Cell, float] = {("near", "propose", k, 32, 1): 0.5 for k in lengths}
-    after: dict[Cell, float] = {
-        ("near", VERIFY_AFTER, k, 32, 1): (1.0 + k) * slower
-        for k, slower in zip(lengths, (0.9, 1.1, 9.0, 1.05), strict=True)
+    ratios: dict[Cell, float] = {
+        ("near", SLOWDOWN, k, 32, 1): ratio
+        for k, ratio in zip(lengths, (0.9, 1.1, 9.0, 1.05), strict=True)
     }
 
-    table = CostTable({}, with_slower_verification(forwards | drafts | after))
+    table = CostTable({}, with_slower_verification(forwards | drafts | ratios))
 
     prices = [table.seconds("near", "propose", k, 32) for k in lengths]
     assert prices == pytest.approx([0.5, 0.7, 0.8, 1.0])
