@@ -209,7 +209,8 @@ class Grid:
         widths = {w for w in _WIDTHS if w <= longest + 1} | {1 + k for k in lengths}
         context = parts.target.context_length
         # a workload's text grows by a token per round
-        room = context - longest - ROUNDS_PER_LENGTH * (1 + len(_DRAFTS)) - 2
+        growth = ROUNDS_PER_LENGTH * (1 + len(_DRAFTS))
+        room = context - longest - growth - 2
         contexts = [c for c in _CONTEXTS if c <= room] or [max(1, room)]
         limit = min(context, _LONGEST_PROMPT)
         prompts = [n for n in _PROMPTS if n < limit] + [limit]
@@ -218,7 +219,7 @@ class Grid:
         engine = parts.config.engine
         most = engine.max_rows
         if engine.max_positions is not None:
-            most = max(1, min(most, engine.max_positions // (max(contexts) + longest + 1)))
+            most = max(1, min(most, engine.max_positions // (max(contexts) + growth + longest + 1)))
         rows = sorted({r for r in _ROWS if r <= most} | {min(most, _ROWS[-1])})
         return cls(prompts, contexts, sorted(widths), rows, of_rows)
 
