@@ -56,6 +56,11 @@ def median_error(pairs: Iterable[tuple[float, float]]) -> float:
     return median(abs(predicted / clocked - 1.0) for predicted, clocked in pairs)
 
 
+def median_bias(pairs: Iterable[tuple[float, float]]) -> float:
+    """Return the median of (predicted - clocked) / clocked over (predicted, clocked)."""
+    return median(predicted / clocked - 1.0 for predicted, clocked in pairs)
+
+
 def bias(pairs: Sequence[tuple[float, float]]) -> float:
     """Return the sum of the predicted over the sum of the clocked seconds, less one."""
     return sum(p for p, _ in pairs) / sum(c for _, c in pairs) - 1.0

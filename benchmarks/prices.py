@@ -3,10 +3,11 @@
     python benchmarks/prices.py [--per-task 8] [--dtypes bfloat16 float32] [--repeats 3]
 
 The machine is profiled, then every arm decodes every prompt by the clock: batch 1, one process,
-interleaved, seconds end to end. Every arm's drafter is then replayed on the text that the arm itself
-wrote, and the table prices the rounds. This tests only the prices: neither acceptance nor the texts,
-which in bfloat16 may differ between arms. Arms are the configuration's drafters at their own length and
-at --draft-lengths.
+interleaved, seconds end to end. Then the machine is profiled again: the prices are the means of both
+tables. Every arm's drafter is replayed on the text that the arm itself wrote, and the table prices the
+rounds. This tests only the prices: neither acceptance nor the texts, which in bfloat16 may differ
+between arms. Arms are the configuration's drafters at their own length and at --draft-lengths, and a
+cascade of the drafters --cascade.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from agreement import Ranking, bias, median_error, ranking
+from agreement import Ranking, bias, median_bias, median_error, ranking
+from drift import drift_between, mean_of
 from result_pages import describe_run, page, save, table
 from timed_setup import (
     load_timed_config,
@@ -30,6 +32,7 @@ from timed_setup import (
 from paceline.assembly import Pace, build
 from paceline.bench.profile import measure_cost_table
 from paceline.bench.timed import TimedPrompt
+from paceline.config import DrafterSection
 from paceline.contracts import NONE, join_arm, split_arm
 from paceline.costs.pricing import prompt_seconds
 from paceline.experiments.by_clock import (
@@ -42,8 +45,10 @@ from paceline.experiments.demo_prompts import demo_prompts
 from paceline.rewards import request_seconds
 
 if TYPE_CHECKING:
-    from paceline.contracts import Progress
+    from paceline.config import Config
+    from paceline.contracts import Completion, Progress
     from paceline.costs import CostTable
+    from paceline.store.records import ReplayedDrafter
 
 PARTS = ("prefill", "draft", "verify", "host")
 
@@ -74,15 +79,28 @@ def arms_of(pace: Pace, lengths: Sequence[int]) -> list[str]:
     return arms
 
 
-def parts_of(costs: CostTable, arm: str, num_prompt: int, rounds: Any) -> dict[str, float]:
+def with_cascade(config: Config, parts: Sequence[str]) -> Config:
+    """Return the configuration with a cascade of these of its drafters; unchanged without parts."""
+    if not parts:
+        return config
+    section = DrafterSection(kind="cascade", settings={"parts": list(parts)})
+    drafters = {**config.drafters, "+".join(parts): section}
+    return config.model_copy(update={"drafters": drafters})
+
+
+def parts_of(
+    costs: CostTable, arm: str, num_prompt: int, replayed: ReplayedDrafter
+) -> dict[str, float]:
     """Return the predicted seconds by the engine's own parts."""
     name = split_arm(arm)[0]
+    rounds = replayed.table
     drafted, accepted = rounds.T
+    proposed = drafted if replayed.proposed is None else replayed.proposed
     context = num_prompt + np.cumsum(accepted + 1) - (accepted + 1)
     prefill, begun = (
         float(prompt_seconds(costs.seconds, d, np.array([num_prompt]))[0]) for d in (NONE, name)
     )
-    draft = 0.0 if name == NONE else float(costs.seconds(name, "propose", drafted, context).sum())
+    draft = 0.0 if name == NONE else float(costs.seconds(name, "propose", proposed, context).sum())
     return {
         "prefill": prefill,
         "draft": begun - prefill + draft,
@@ -92,24 +110,34 @@ def parts_of(costs: CostTable, arm: str, num_prompt: int, rounds: Any) -> dict[s
 
 
 def compare(
-    pace: Pace, costs: CostTable, arms: Sequence[str], prompts: Sequence[TimedPrompt],
+    pace: Pace, arms: Sequence[str], prompts: Sequence[TimedPrompt],
     options: argparse.Namespace, dtype: str, report: Progress,
-) -> list[Run]:  # fmt: skip
-    """Return a run per arm and prompt, predicted and by the clock."""
+) -> tuple[list[Run], float]:  # fmt: skip
+    """Return a run per arm and prompt, predicted and by the clock, and the drift of the machine."""
+
+    def profile(when: str) -> CostTable:
+        return measure_cost_table(
+            pace,
+            lambda stage, done, total: report(f"{dtype}, {stage} {when}", done, total),
+            options.profile_seconds,
+        )
+
+    before = profile("before")
+    for drafter in pace.parts.drafters.values():
+        drafter.price(before)
     new_tokens, repeats = options.max_new_tokens, options.repeats
     recorder = RecordingMethods(pace, max_new_tokens=new_tokens)
     methods = {arm: recorder.method(arm) for arm in arms}
     timings = time_methods(methods, prompts, repeats, f"{dtype}, by the clock", report)
     seconds = {(timing.method, timing.prompt): timing.seconds for timing in timings}
+    after = profile("after")
+    costs = mean_of(before, after)
     runs = []
     for number, prompt in enumerate(prompts, start=1):
         for arm in arms:
             completion = recorder.completions[arm, prompt.tokens]
             replayed = replay_arm(pace, arm, prompt.tokens, completion.token_ids, new_tokens)
-            rounds = replayed.table
-            own = completion.seconds
-            measured = {"prefill": own.prefill, "draft": own.draft, "verify": own.verify}
-            measured["host"] = completion.seconds_total - sum(measured.values())
+            num_prompt, proposed = len(prompt.tokens), replayed.proposed
             runs.append(
                 Run(
                     dtype=dtype,
@@ -117,17 +145,24 @@ def compare(
                     prompt=prompt.id,
                     arm=arm,
                     tokens=len(completion.token_ids),
-                    rounds=len(rounds),
+                    rounds=len(replayed.table),
                     predicted=request_seconds(
-                        costs.seconds, arm, len(prompt.tokens), rounds, proposed=replayed.proposed
+                        costs.seconds, arm, num_prompt, replayed.table, proposed=proposed
                     ),
                     clocked=seconds[arm, prompt.id],
-                    predicted_parts=parts_of(costs, arm, len(prompt.tokens), rounds),
-                    clocked_parts=measured,
+                    predicted_parts=parts_of(costs, arm, num_prompt, replayed),
+                    clocked_parts=clocked_parts(completion),
                 )
             )
         report(f"{dtype}, replay and price", number, len(prompts))
-    return runs
+    return runs, drift_between(before, after)
+
+
+def clocked_parts(completion: Completion) -> dict[str, float]:
+    """Return the clocked seconds by the engine's own parts."""
+    own = completion.seconds
+    parts = {"prefill": own.prefill, "draft": own.draft, "verify": own.verify}
+    return {**parts, "host": completion.seconds_total - sum(parts.values())}
 
 
 # --- summaries and pages --------------------------------------------------------------------------
@@ -161,6 +196,7 @@ def summarise(runs: Sequence[Run]) -> dict[str, Any]:
         by_arm[arm] = {
             "median_error": median_error(pairs_of(own)),
             "bias": bias(pairs_of(own)),
+            "median_bias": median_bias(pairs_of(own)),
             "milliseconds": {
                 part: [
                     1e3 * sum(parts[part] for parts in side) / len(own)
@@ -172,6 +208,7 @@ def summarise(runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "median_error": median_error(pairs_of(runs)),
         "bias": bias(pairs_of(runs)),
+        "median_bias": median_bias(pairs_of(runs)),
         "runs": len(runs),
         "arms": by_arm,
         "ranking": {task: _ranking_facts(found) for task, found in by_task.items()},
@@ -193,6 +230,8 @@ def markdown(found: dict[str, dict[str, Any]], facts: dict[str, Any]) -> str:
             "runs": "{runs}",
             "median absolute error": "{median_error:.1%}",
             "bias": "{bias:+.1%}",
+            "median signed error": "{median_bias:+.1%}",
+            "drift of the machine": "{drift:+.1%}",
             "pairs of arms told apart": "{ranking_of_all[pairs]}",
             "of them in order": "{ranking_of_all[right]}",
             "Kendall's tau": "{ranking_of_all[tau]:.2f}",
@@ -203,7 +242,10 @@ def markdown(found: dict[str, dict[str, Any]], facts: dict[str, Any]) -> str:
         "Pairs are counted within a task, where one arm is predicted to be at least 5% slower than the "
         "other: " + "; ".join(_by_task(dtype, own) for dtype, own in found.items()) + ".",
         "",
-        "By arm; a part is its milliseconds per prompt, predicted / clocked.",
+        "The bias compares sums of seconds, the median signed error single requests, so that a few that "
+        "were interrupted do not decide it. By arm; a part is its milliseconds per prompt, predicted / "
+        "clocked. The predicted prefill includes the host's work once per request, the predicted draft "
+        "the seconds that it adds to verification.",
         "",
     ]
     part = "{{milliseconds[{0}][0]:.1f}} / {{milliseconds[{0}][1]:.1f}}"
@@ -218,6 +260,7 @@ def markdown(found: dict[str, dict[str, Any]], facts: dict[str, Any]) -> str:
             "arm": "{arm}",
             "median absolute error": "{median_error:.1%}",
             "bias": "{bias:+.1%}",
+            "median signed error": "{median_bias:+.1%}",
             **{name: part.format(name) for name in PARTS},
         },
     )
@@ -257,28 +300,36 @@ def main() -> None:
     parser = make_parser(__doc__, per_task=8)
     parser.add_argument("--skip-per-task", type=int, default=48, help="prompts left for learning")
     parser.add_argument("--draft-lengths", type=int, nargs="*", default=[1, 2])
+    parser.add_argument(
+        "--cascade",
+        nargs="*",
+        default=["suffix", "general"],
+        help="drafters that are the parts of one more arm",
+    )
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--profile-seconds", type=float, default=10.0)
     options = parse(parser)
     _, timed = demo_prompts(options.skip_per_task, options.per_task)
     runs: list[Run] = []
+    drifts: dict[str, float] = {}
     with show_progress() as report:
         for dtype in options.dtypes:
-            pace = Pace(build(load_timed_config(options, dtype)))
-            costs = measure_cost_table(
-                pace,
-                lambda stage, done, total, dtype=dtype: report(f"{dtype}, {stage}", done, total),
-                options.profile_seconds,
-            )
+            config = with_cascade(load_timed_config(options, dtype), options.cascade)
+            pace = Pace(build(config))
             arms = arms_of(pace, options.draft_lengths)
-            runs += compare(pace, costs, arms, encode_prompts(pace, timed), options, dtype, report)
+            prompts = encode_prompts(pace, timed)
+            own, drifts[dtype] = compare(pace, arms, prompts, options, dtype, report)
+            runs += own
     facts = describe_run(
         f"Greedy, batch 1, {options.per_task} prompts of each task, at most {options.max_new_tokens} "
-        f"new tokens, median of {options.repeats} interleaved runs, seconds end to end; one profile of "
-        f"{options.profile_seconds:g} s before the runs of each dtype."
+        f"new tokens, median of {options.repeats} interleaved runs, seconds end to end; a profile of "
+        f"{options.profile_seconds:g} s before the runs of each dtype and one after."
     )
-    found = {d: summarise([run for run in runs if run.dtype == d]) for d in options.dtypes}
+    found = {
+        d: {**summarise([run for run in runs if run.dtype == d]), "drift": drifts[d]}
+        for d in options.dtypes
+    }
     result = {"circumstances": facts, **found, "by_run": [asdict(run) for run in runs]}
     save(options.out, "prices", markdown(found, facts), result)
     draw(runs, options.out / "prices.png")

@@ -1,8 +1,9 @@
-"""Workloads for the cost table: the work of a round, on rows without a request, timed piece by piece.
+"""Workloads for the cost table: rounds of the engine on rows without a request, timed by their parts.
 
-A workload prepares its rows once and then times several cells of the table. Texts are random ids. In
-every other repeat they are a few ids again and again, so that lookup drafters find something to
-propose. This module knows no prompts and no statistics. A width is 1 + drafted tokens.
+A workload prepares its rows once and then times several cells of the table. A cell repeats its round, as
+a request does, and the first time does not count. Texts are random ids. In every other repeat they are a
+few ids again and again, so that lookup drafters find something to propose. This module knows no prompts
+and no statistics. A width is 1 + drafted tokens.
 """
 
 from __future__ import annotations
@@ -15,22 +16,25 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from paceline.contracts import NONE, Request
+from paceline.config import MAX_DRAFT_TOKENS
+from paceline.contracts import NONE, Drafts, Request, Seconds
 from paceline.costs.table import ENGINE, FORWARD, PREFILL, PROPOSE, ROUND, START, TARGET
+from paceline.drafting.base import Drafter, pad_drafts
 from paceline.drafting.contract import Draft, blaming, prepare_all
 from paceline.drafting.draft_replay import cache_text
 from paceline.engine import Driver, Engine
+from paceline.engine.openmp import release_pool
 from paceline.engine.rows import Row
-from paceline.engine.step import propose, verify
+from paceline.engine.step import run_round, verify
 from paceline.errors import DrafterError
+from paceline.models.detokenizer import Detokenizer
 from paceline.models.packing import Span
-from paceline.verification import judge
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from paceline.assembly import Parts
-    from paceline.drafting.base import Drafter
+    from paceline.contracts import RowView
     from paceline.engine.loop import Choose
     from paceline.models.language_model import LanguageModel
     from paceline.models.sublayers import LayerSubset
@@ -39,9 +43,13 @@ if TYPE_CHECKING:
     Times = list[tuple[Cell, float]]  # seconds of each cell
     Workload = Callable[[int, random.Random], Times]  # of a repeat's number and a random order
 
+SLOWDOWN: Final = "slowdown"  # of verification after a drafter's proposal: a ratio, not seconds
 SKIPPING: Final = "skipping"  # the subject of forwards that leave sub-layers out
 _PERIOD: Final = 7
-_ENGINE_TOKENS: Final = 16
+_ENGINE_TOKENS: Final = 32
+_TIMED_ROUNDS: Final = 2  # of one row, for each cell of a workload
+ROUNDS_PER_LENGTH: Final = 1 + _TIMED_ROUNDS
+_NO_TEXT: Final = Detokenizer.wrap(lambda tokens: "")
 
 
 # --- the target -----------------------------------------------------------------------------------
@@ -55,19 +63,67 @@ def time_forwards(
     repeat: int,
     order: random.Random,
 ) -> Times:
-    """Time verification as in a round: forward, unembedding and judging of all rows' tokens.
+    """Time verification in whole rounds: forward, unembedding and judging of all rows' tokens.
 
-    shapes: for each cell the tokens that each of the first rows drafts.
+    shapes: for each cell the tokens that each of the first rows drafts. Drafts are random ids.
     """
+    drafter = _RandomDrafts(parts, order)
     times: Times = []
     for shape in order.sample(shapes, len(shapes)):
+        cell = (TARGET, FORWARD, 1 + sum(shape), context, len(shape))
         with _shortened(rows[: len(shape)], context) as shortened:
-            chains = [Draft(_text(parts, length, order)) for length in shape]
-            began = perf_counter()
-            judge(shortened, chains, verify(shortened, chains, parts.target))
-            cell = (TARGET, FORWARD, 1 + sum(shape), context, len(shape))
-            times.append((cell, perf_counter() - began))
+            _use(drafter, shortened, shape)
+            for timed in _repeated(len(shape)):
+                _, spent = _run_round(parts, shortened)
+                if timed:
+                    times.append((cell, spent))
     return times
+
+
+class _RandomDrafts(Drafter):
+    """Random drafts as long as the limit, for rounds whose verification is timed."""
+
+    kind = "random"
+
+    def __init__(self, parts: Parts, order: random.Random) -> None:
+        super().__init__("random", MAX_DRAFT_TOKENS)
+        self._parts, self._order = parts, order
+
+    def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
+        drafts = [_text(self._parts, limit, self._order) for limit in limits]
+        return Drafts(*pad_drafts(drafts, torch.device("cpu")))
+
+
+def _use(drafter: Drafter, rows: Sequence[Row], lengths: Sequence[int]) -> None:
+    """Let each row draft up to its length with a drafter in its next round."""
+    for row, length in zip(rows, lengths, strict=True):
+        row.drafter, row.arm = drafter, drafter.name if length else NONE
+        row.max_total = len(row.tokens) + 1 + length
+
+
+def _repeated(num_rows: int) -> Iterator[bool]:
+    """Yield for each round of a cell whether it is timed; the first is not."""
+    yield False
+    for _ in range(_TIMED_ROUNDS if num_rows == 1 else 1):
+        yield True
+
+
+def _run_round(parts: Parts, rows: Sequence[Row]) -> tuple[float, float]:
+    """Run a round of the engine and remove its tokens; return the seconds of drafting and verifying.
+
+    Raises DrafterError if a drafter fails.
+    """
+    before = [(len(row.tokens), row.num_cached) for row in rows]
+    for row in rows:
+        row.seconds = Seconds()
+    run_round(rows, parts.target, _NO_TEXT)
+    error = next((row.error for row in rows if row.error is not None), None)
+    if error is not None:
+        raise DrafterError(error)
+    for row, (num_tokens, num_cached) in zip(rows, before, strict=True):
+        del row.tokens[num_tokens:]
+        row.num_cached, row.finish_reason = num_cached, None
+    return sum(row.seconds.draft for row in rows), sum(row.seconds.verify for row in rows)
 
 
 def time_skipping(
@@ -100,16 +156,18 @@ def _shortened(rows: Sequence[Row], context: int) -> Iterator[Sequence[Row]]:
         row.tokens, row.num_cached = row.tokens[: context + 1], context
     yield rows
     for row, (text, num_cached) in zip(rows, whole, strict=True):
-        row.tokens, row.num_cached = text, num_cached
+        row.tokens, row.num_cached, row.arm = text, num_cached, NONE
 
 
 def time_prefill(
     parts: Parts, driver: Driver, num_prompt: int, repeat: int, order: random.Random
 ) -> Times:
-    """Time the target's prefill of a prompt."""
+    """Time a request of one token: the target's prefill, and the host's work once per request."""
     request = Request("", tuple(_text(parts, num_prompt, order)), 1, drafter=NONE)
-    (completion,) = driver.generate([request])
-    return [((TARGET, PREFILL, num_prompt, 0, 1), completion.seconds.prefill)]
+    release_pool()  # of this thread, whose workers would disturb the driver's
+    began = perf_counter()
+    list(driver.generate([request]))
+    return [((TARGET, PREFILL, num_prompt, 0, 1), perf_counter() - began)]
 
 
 def time_rounds(
@@ -121,6 +179,7 @@ def time_rounds(
         Request("", tuple(_text(parts, num_prompt, order)), _ENGINE_TOKENS, drafter=arm)
         for _ in range(num_rows)
     ]
+    release_pool()
     with parts.drafters[arm].at_full_length():
         done = list(driver.generate(requests))
     work = sum(c.seconds.total - c.seconds.commit for c in done)
@@ -136,17 +195,19 @@ def time_drafts(
     arm: str,
     lengths: Sequence[int],
     row_counts: Sequence[int],
-    cached: Row,
+    cached: Sequence[Row],
     context: int,
     repeat: int,
     order: random.Random,
 ) -> Times:
-    """Time a drafter's start, then drafts of every length for each number of rows.
+    """Time a drafter's start, then its part of rounds of every length for each number of rows.
 
-    row_counts: ascending; the start is a cell only of one row alone. Texts grow by a token between
-    two drafts. cached: a row of the target, see `_evict_weights`.
+    The cells SLOWDOWN compare verification in these rounds with that of random drafts. row_counts:
+    ascending; the start is a cell only of one row alone. Texts grow by a token per round. cached: rows
+    of the target, whose slots the drafter's rows take; the text there is another, which costs the same.
     """
-    longest = context + 3 + len(lengths) * len(row_counts)
+    rounds = max(len(list(_repeated(num))) for num in row_counts)
+    longest = context + 3 + len(lengths) * len(row_counts) * rounds
     period = None if repeat % 2 else _PERIOD
     texts = [_text(parts, longest, order, period) for _ in range(row_counts[-1])]
     times: Times = []
@@ -155,24 +216,31 @@ def time_drafts(
             times.append(((arm, START, context, 0, 1), seconds))
         for num in row_counts:
             for length in order.sample(lengths, len(lengths)):
-                drafted, spent = _propose(parts, rows[:num], length, cached)
-                times.append(((arm, PROPOSE, drafted, context, num), spent))
-                _append_tokens(parts, rows, texts)
+                for timed in _repeated(num):
+                    drafted, drafting, verifying = _draft(parts, arm, rows[:num], length)
+                    if timed:
+                        times.append(((arm, PROPOSE, drafted, context, num), drafting))
+                    _append_tokens(rows, texts)
+                # in the same moment, so that other work on the machine slows both alike
+                alone = _verify_alone(parts, rows[:num], drafted, order)
+                times.append(((arm, SLOWDOWN, drafted, context, num), verifying / alone))
     return times
 
 
 @contextmanager
 def _started(
-    parts: Parts, drafter: Drafter, texts: Sequence[list[int]], context: int, cached: Row
+    parts: Parts,
+    drafter: Drafter,
+    texts: Sequence[list[int]],
+    context: int,
+    cached: Sequence[Row],
 ) -> Iterator[tuple[list[Row], float]]:
     """Start a drafter on the beginnings of texts; give its rows and the seconds of its prefill."""
     rows = [_row(drafter, text[: context + 1], -1 - i) for i, text in enumerate(texts)]
     try:
-        for row in rows:
-            if drafter.needs.target_weights:
-                row.slot = parts.target.acquire()
-                _cache(parts, row, len(row.tokens) - 1)
-        _evict_weights(parts, cached)
+        for row, other in zip(rows, cached, strict=False):
+            row.slot, row.num_cached = other.slot, context
+        _evict_weights(parts, cached[0])
         began = perf_counter()
         for row in rows:
             with blaming(row.drafter_name):
@@ -182,41 +250,38 @@ def _started(
         yield rows, perf_counter() - began
     finally:
         drafter.finish(rows)
-        for row in rows:
-            if row.slot >= 0:
-                parts.target.release(row.slot)
 
 
-def _propose(parts: Parts, rows: list[Row], length: int, cached: Row) -> tuple[int, float]:
-    """Propose once for all rows; return the drafted tokens per row and the seconds."""
+def _draft(parts: Parts, arm: str, rows: Sequence[Row], length: int) -> tuple[int, float, float]:
+    """Run a round in which rows draft up to `length` tokens with their drafter.
+
+    Returns the tokens that each row drafted, and the seconds of drafting and verifying.
+    """
     for row in rows:
+        row.drafter, row.arm, row.rounds = parts.drafters[arm], arm, []
         row.max_total = len(row.tokens) + 1 + length
-    _evict_weights(parts, cached)
-    with rows[0].drafter.at_full_length():
-        began = perf_counter()
-        drafted = [len(draft.tokens) for draft in propose(rows, parts.target.num_logits)]
-        spent = perf_counter() - began
-    error = next((row.error for row in rows if row.error is not None), None)
-    if error is not None:
-        raise DrafterError(error)
-    return round(sum(drafted) / len(rows)), spent
+    with parts.drafters[arm].at_full_length():
+        drafting, verifying = _run_round(parts, rows)
+    return round(sum(row.rounds[0].drafted for row in rows) / len(rows)), drafting, verifying
+
+
+def _verify_alone(parts: Parts, rows: Sequence[Row], length: int, order: random.Random) -> float:
+    """Return the seconds of verification of random drafts, where no drafter ran just before."""
+    _use(_RandomDrafts(parts, order), rows, [length] * len(rows))
+    _run_round(parts, rows)
+    return _run_round(parts, rows)[1]
 
 
 def _evict_weights(parts: Parts, cached: Row) -> None:
-    """Run a forward of the target, as between two drafts.
-
-    It evicts a small drafter's weights from the processor's caches. Without it the drafter would
-    seem a third cheaper than it is.
-    """
+    """Run a forward of the target, which evicts a drafter's weights, as before its prefill."""
     verify([cached], [Draft([])], parts.target)
     _synchronize(parts)
 
 
-def _append_tokens(parts: Parts, rows: Sequence[Row], texts: Sequence[Sequence[int]]) -> None:
+def _append_tokens(rows: Sequence[Row], texts: Sequence[Sequence[int]]) -> None:
     for row, text in zip(rows, texts, strict=True):
         row.tokens.append(text[len(row.tokens)])
-        if row.drafter.needs.target_weights:
-            _cache(parts, row, row.num_cached + 1)
+        row.num_cached += 1
 
 
 # --- engine, rows and texts -------------------------------------------------------------------------

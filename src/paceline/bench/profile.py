@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
 from statistics import median
@@ -20,6 +20,8 @@ import torch
 from paceline.assembly import Pace, Parts
 from paceline.bench.circumstances import cpu_capability, cpu_model
 from paceline.bench.cost_measurement import (
+    ROUNDS_PER_LENGTH,
+    SLOWDOWN,
     cached_rows,
     plain_driver,
     time_drafts,
@@ -28,11 +30,11 @@ from paceline.bench.cost_measurement import (
     time_rounds,
 )
 from paceline.contracts import NONE, identity_of_arms, no_progress
-from paceline.costs.table import PROPOSE, CostTable, Measurement
+from paceline.costs.table import FORWARD, PROPOSE, TARGET, CostTable, Measurement
 from paceline.models.language_model import LanguageModel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from paceline.bench.cost_measurement import Cell, Workload
     from paceline.contracts import Progress
@@ -46,7 +48,7 @@ _PLACE: Final = attrgetter("subject", "operation", "rows", "context", "tokens")
 _PROMPTS: Final = (16, 64, 128, 256, 512)  # and the limit of the context
 _LONGEST_PROMPT: Final = 1024  # longer ones follow from the table's last segment
 _CONTEXTS: Final = (32, 128, 384, 768)
-_WIDTHS: Final = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 24, 32, 48, 65)
+_WIDTHS: Final = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 17, 24, 33, 48, 65)
 _DRAFTS: Final = (0, 1, 2, 4, 8, 16, 32, 64)
 # batches are measured more coarsely: a packed forward costs by its tokens, whichever rows they are of
 _ROWS: Final = (1, 2, 4, 8, 16)
@@ -73,8 +75,8 @@ def measure_cost_table(
             partial(on_progress, "profile"),
             BUDGET if budget is None else budget,
         )
-    measured = [Measurement(*cell, seconds=seconds) for cell, seconds in cells.items()]
-    return CostTable(fingerprint(parts), sorted(_without_refusals(measured), key=_PLACE))
+    measured = _without_refusals(with_slower_verification(cells))
+    return CostTable(fingerprint(parts), sorted(measured, key=_PLACE))
 
 
 def measure_cells(
@@ -122,6 +124,28 @@ def _plan(
         order.shuffle(chosen)
         runs += [(repeat, workload) for workload in chosen]
     return runs
+
+
+def with_slower_verification(cells: Mapping[Cell, float]) -> list[Measurement]:
+    """Return the measurements, where a proposal's seconds include those that it adds to verification.
+
+    After a drafter ran, less of the target is in the processor's caches than after a plain round. The
+    ratio is the median over an arm's lengths and contexts, because single ones are noisy.
+    Rounds with and without a draft, and of one row and of several, have ratios of their own.
+    """
+    measured, ratios = [], defaultdict(list)
+    for (subject, operation, tokens, context, rows), value in cells.items():
+        if operation == SLOWDOWN:
+            ratios[subject, tokens > 0, rows > 1].append(value)
+        else:
+            measured.append(Measurement(subject, operation, tokens, context, rows, value))
+    table = CostTable({}, measured)
+    for i, m in enumerate(measured):
+        if m.operation == PROPOSE:
+            added = max(0.0, median(ratios[m.subject, m.tokens > 0, m.rows > 1]) - 1.0)
+            alone = table.seconds(TARGET, FORWARD, 1 + m.rows * m.tokens, m.context, m.rows)
+            measured[i] = replace(m, seconds=m.seconds + added * alone)
+    return measured
 
 
 def _without_refusals(measured: Sequence[Measurement]) -> list[Measurement]:
@@ -184,8 +208,9 @@ class Grid:
         longest = max(lengths)
         widths = {w for w in _WIDTHS if w <= longest + 1} | {1 + k for k in lengths}
         context = parts.target.context_length
-        # between two drafts of a workload its text grows by a token
-        room = context - longest - len(_DRAFTS) - 2
+        # a workload's text grows by a token per round
+        growth = ROUNDS_PER_LENGTH * (1 + len(_DRAFTS))
+        room = context - longest - growth - 2
         contexts = [c for c in _CONTEXTS if c <= room] or [max(1, room)]
         limit = min(context, _LONGEST_PROMPT)
         prompts = [n for n in _PROMPTS if n < limit] + [limit]
@@ -194,7 +219,7 @@ class Grid:
         engine = parts.config.engine
         most = engine.max_rows
         if engine.max_positions is not None:
-            most = max(1, min(most, engine.max_positions // (max(contexts) + longest + 1)))
+            most = max(1, min(most, engine.max_positions // (max(contexts) + growth + longest + 1)))
         rows = sorted({r for r in _ROWS if r <= most} | {min(most, _ROWS[-1])})
         return cls(prompts, contexts, sorted(widths), rows, of_rows)
 
@@ -234,13 +259,11 @@ def _all_workloads(parts: Parts, grid: Grid, rows: Sequence[Row]) -> list[Worklo
     for arm, drafter in arms.items():
         longest = drafter.num_draft_tokens
         lengths = sorted({k for k in _DRAFTS if k <= longest} | {longest})
-        one_row = partial(time_drafts, parts, arm, lengths, [1], rows[0])
+        one_row = partial(time_drafts, parts, arm, lengths, [1], rows)
         workloads += [partial(one_row, context) for context in grid.contexts_of_drafts]
         if more := grid.rows[1:]:
             ends = sorted({1, longest})
-            workloads.append(
-                partial(time_drafts, parts, arm, ends, more, rows[0], grid.contexts[0])
-            )
+            workloads.append(partial(time_drafts, parts, arm, ends, more, rows, grid.contexts[0]))
     workloads += [partial(time_rounds, parts, driver, name, 1) for name in [NONE, *arms][:2]]
     workloads += [partial(time_rounds, parts, driver, NONE, num) for num in grid.rows[1:]]
     return workloads

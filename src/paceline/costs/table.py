@@ -2,10 +2,10 @@
 
 This module knows no model and no clock. The work, by (subject, operation):
 
-    target, prefill   tokens = prompt length, from an empty cache to the first token
+    target, prefill   tokens = prompt length, of a request of one token, the host's part included
     target, forward   tokens = 1 + drafted by all rows together; unembedding and judging included
     <arm>, start      tokens = prompt length: the drafter's own prefill
-    <arm>, propose    tokens = drafted by each row
+    <arm>, propose    tokens = drafted by each row; with what it adds to the forward after it
     engine, round     host seconds per round that are not in the lines above, tokens = 0
 
 `context` is the number of tokens cached before the work, `rows` the number of requests that share it;

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from paceline.assembly import Pace, build_from_objects
-from paceline.bench.profile import measure_cost_table
+from paceline.bench.cost_measurement import SLOWDOWN
+from paceline.bench.profile import measure_cost_table, with_slower_verification
 from paceline.config import Config, ModelSection
 from paceline.contracts import identity_of_arms
 from paceline.costs import CostTable
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from paceline.bench.cost_measurement import Cell
     from paceline.contracts import Drafts, RowView
 
 CONTEXT = 256
@@ -138,6 +140,23 @@ def test_a_context_beyond_the_drafters_own_is_not_priced(table: CostTable) -> No
     assert {context for _, context, _ in cells(table, "short", "propose")} == {32}
     silent = {(0, 32, 1), (0, 128, 1), *((0, 32, rows) for rows in (2, 4, 8))}
     assert cells(table, "silent", "propose") == silent
+
+
+def test_a_proposal_costs_what_it_adds_to_verification() -> None:
+    """A median of 10% with a draft, whatever an interrupted cell says, and nothing without a draft."""
+    lengths = (0, 1, 2, 4)
+    forwards: dict[Cell, float] = {("target", "forward", 1 + k, 32, 1): 1.0 + k for k in lengths}
+    drafts: dict[Cell, float] = {("near", "propose", k, 32, 1): 0.5 for k in lengths}
+    ratios: dict[Cell, float] = {
+        ("near", SLOWDOWN, k, 32, 1): ratio
+        for k, ratio in zip(lengths, (0.9, 1.1, 9.0, 1.05), strict=True)
+    }
+
+    table = CostTable({}, with_slower_verification(forwards | drafts | ratios))
+
+    prices = [table.seconds("near", "propose", k, 32) for k in lengths]
+    assert prices == pytest.approx([0.5, 0.7, 0.8, 1.0])
+    assert {m.operation for m in table.measurements} == {"forward", "propose"}
 
 
 def test_measuring_leaves_no_trace(pace: Pace, table: CostTable) -> None:
