@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paceline.config import DrafterSection
 from paceline.errors import ConfigError
+from paceline.models.loading import quiet_transformers
 from paceline.store.trained_on import NOTHING, TRAINED_ON
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def write_copy(model: str, folder: Path, layers: Sequence[int]) -> None:
 
     Raises ConfigError if the architecture keeps its layers elsewhere than in `model.layers`.
     """
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    with quiet_transformers():
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     stack = getattr(getattr(loaded, "model", None), "layers", None)
     if not isinstance(stack, torch.nn.ModuleList):
         raise ConfigError(
@@ -54,8 +56,9 @@ def write_copy(model: str, folder: Path, layers: Sequence[int]) -> None:
     if types is not None:
         loaded.config.layer_types = [types[i] for i in layers]
     folder.mkdir(parents=True, exist_ok=True)
-    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
-    loaded.save_pretrained(folder)
+    with quiet_transformers():
+        AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+        loaded.save_pretrained(folder)
     NOTHING.save(folder)
 
 
