@@ -292,12 +292,14 @@ def test_every_category_is_left_out_once(place: Place) -> None:
 def test_skip_sets_become_arms(place: Place) -> None:
     found = run(place, "self-drafting")
     sets = {row["set"]: row for row in cells(found, 1)}
-    searched = {"searched", *(f"searched-{task}" for task in TASKS)}
-    assert set(sets) == {*sets_by_hand(2), *searched}
+    assert set(sets) == {*sets_by_hand(2), "searched"}
     assert all(row["tokens per round"] >= 1.0 for row in sets.values())
-    assert {name for name, row in sets.items() if row["in its search"] != "by hand"} == searched
-    for name in searched:
-        assert found["facts"]["sets"][name]["attention"] or found["facts"]["sets"][name]["mlp"]
+    saved = json.loads((place.work / "self-drafting" / "skip-set.json").read_text())
+    of_search = found["facts"]["sets"]["searched"]
+    assert (of_search["attention"], of_search["mlp"]) == (
+        saved["skip_attention"],
+        saved["skip_mlp"],
+    )
     groups = found["facts"]["reports"]
     assert list(groups) == ["sets and `none`", "and the other drafters"]
     alone, among = (set(report["overall"]["arms"]) for report in groups.values())
@@ -305,28 +307,26 @@ def test_skip_sets_become_arms(place: Place) -> None:
     assert alone < among and "lookup" in {arm.partition("@")[0] for arm in among}
 
 
-def test_sets_are_searched_on_prompts_that_are_never_collected(
+def test_a_set_is_searched_on_prompts_that_are_never_collected(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = Workbench(place.config, place.work, place.data, SMOKE)
-    searched_on: list[list[tuple[int, ...]]] = []
+    searched_on: list[tuple[int, ...]] = []
     search = searched_sets.search_layers
 
     def record(pace: Any, prompts: Any, *rest: Any, **settings: Any) -> Any:
-        searched_on.append([tuple(prompt) for prompt in prompts])
+        searched_on.extend(tuple(prompt) for prompt in prompts)
         return search(pace, prompts, *rest, **settings)
 
     monkeypatch.setattr(searched_sets, "search_layers", record)
-    found = searched_sets.search_sets(bench, tmp_path, DRAFT_TOKENS)
+    report = searched_sets.search_set(bench, tmp_path / "set.json", DRAFT_TOKENS)
     collected = {
         tuple(bench.pace.encode([{"role": "user", "content": record.prompt}]))
         for record in bench.prompts.collected
     }
-    assert len(collected) == 4 * 8
-    assert [len(prompts) for prompts in searched_on] == [4, 1, 1, 1, 1]
-    assert not collected & {prompt for prompts in searched_on for prompt in prompts}
-    prices = {json.loads(one.path.read_text())["costs"] for one in found.values()}
-    assert len(prices) == 1
+    assert len(collected) == 4 * 8 and len(searched_on) == 4
+    assert not collected & set(searched_on)
+    assert len(report.trials) == 3 and (tmp_path / "set.json").is_file()
 
 
 @pytest.mark.parametrize("num_layers", [2, 3, 10, 32])

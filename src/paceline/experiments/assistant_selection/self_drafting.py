@@ -1,6 +1,6 @@
 """The target as its own drafter: sets of sub-layers to skip as arms, alone and next to other drafters.
 
-Two sets are chosen by hand, from the middle of the stack; the others are found by `layer-search` on
+Two sets are chosen by hand, from the middle of the stack; the third is found by `layer-search` on
 prompts that no set is judged on. The question is whether a policy limits the loss where a set does not
 pay, and whether a set is worth choosing where draft models and lookups are arms too.
 """
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from paceline.config import DrafterSection
 from paceline.contracts import NONE
-from paceline.drafting.skip_set import SkipSet
 from paceline.experiments.assistant_selection.learned import (
     BEST_SINGLE,
     ORACLE,
@@ -27,21 +26,22 @@ from paceline.experiments.assistant_selection.learned import (
     speedup,
     ways_table,
 )
-from paceline.experiments.assistant_selection.searched_sets import TRIALS, search_sets
+from paceline.experiments.assistant_selection.searched_sets import search_set
 from paceline.experiments.findings import SHARE, SPEED, Findings, Panel, Table, columns
 from paceline.models.sublayers import LayerSubset
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-    from paceline.experiments.assistant_selection.searched_sets import SearchedSet
     from paceline.experiments.findings import Column, Value
     from paceline.experiments.workbench import Workbench
+    from paceline.layer_search import SearchReport
     from paceline.learning.evaluation import EvaluationReport
     from paceline.store.records import CollectedPrompt
 
 LEARNERS: Final = ("acceptance", "policy_gradient")
 FOLDER: Final = "self-drafting"
+SEARCHED: Final = "searched"
 DRAFT_TOKENS: Final = 4
 HELD_OUT: Final = 0.5
 
@@ -75,31 +75,31 @@ def sets_by_hand(num_layers: int) -> dict[str, LayerSubset]:
 
 def run(bench: Workbench) -> Findings:
     sets = sets_by_hand(bench.pace.parts.target.num_layers)
-    searched = search_sets(bench, bench.folder / FOLDER / "skip-sets", DRAFT_TOKENS)
+    path = bench.folder / FOLDER / "skip-set.json"
+    search = search_set(bench, path, DRAFT_TOKENS)
     drafters = dict(bench.config.drafters)
     for name, by_hand in sets.items():
         skipped = {"skip_attention": sorted(by_hand.attention), "skip_mlp": sorted(by_hand.mlp)}
         drafters[name] = _layer_skip(**skipped)
-    for name, found in searched.items():
-        sets[name] = SkipSet.load(found.path).subset
-        drafters[name] = _layer_skip(skip_set=str(found.path))
+    sets[SEARCHED] = search.best.subset
+    drafters[SEARCHED] = _layer_skip(skip_set=str(path))
     within = bench.with_drafters(FOLDER, drafters)
     prompts = within.collection.prompts
     alone = _judge(within, prompts, sets)
     among = _judge(within, prompts, drafters)
     groups = {f"sets and `{NONE}`": alone, "and the other drafters": among}
     return Findings(
-        tables=[_ways_table(groups, sets), _sets_table(alone, among, sets, searched)],
+        tables=[_ways_table(groups, sets), _sets_table(alone, among, sets, search)],
         panels=[_panel(alone, sets), _ways_panel(groups)],
         settings=within.settings() | {"held-out prompts": alone.report.overall.num_prompts},
-        remarks=_remarks(alone, among, sets, searched),
+        remarks=_remarks(alone, among, sets),
         facts={
             "reports": {name: judged.report for name, judged in groups.items()},
             "sets": {
                 name: {"attention": sorted(subset.attention), "mlp": sorted(subset.mlp)}
                 for name, subset in sets.items()
             },
-            "searches": {name: found.report.trials for name, found in searched.items()},
+            "trials of the search": search.trials,
         },
     )
 
@@ -143,35 +143,31 @@ def _sets_table(
     alone: _Judged,
     among: _Judged,
     sets: Mapping[str, LayerSubset],
-    searched: Mapping[str, SearchedSet],
+    search: SearchReport,
 ) -> Table:
     report, held_out = alone.report, alone.study.held_out
     heads = columns("set", "attention skipped", "MLP skipped", ("tokens per round", "{:.2f}"))
-    heads += columns("in its search", "speed-up when always used")
+    heads += columns("speed-up when always used")
     heads += columns(*((task, SPEED) for task in report.by_domain))
     heads += columns(("chosen among the sets", SHARE), ("among all drafters", SHARE))
     rows: list[list[Value]] = []
     for name, subset in sets.items():
         rounds = held_out.rounds_per_token[:, held_out.arms.index(name)].mean()
         row: list[Value] = [name, _layers(subset.attention), _layers(subset.mlp)]
-        row += [float(1.0 / rounds), _in_search(searched.get(name))]
-        row += [interval(report.overall.arms[name].speedup)]
+        row += [float(1.0 / rounds), interval(report.overall.arms[name].speedup)]
         row += [part.arms[name].speedup.value for part in report.by_domain.values()]
         row += [share(judged.report, judged.policy, name) for judged in (alone, among)]
         rows.append(row)
     explanation = (
-        f"Each set used for all requests, overall and by task. A search tried {TRIALS} sets at most, on "
-        "prompts that are not judged on; its speed-up is that on its own prompts, without their prefill."
+        f"Each set used for all requests, overall and by task. The search tried {len(search.trials)} "
+        f"sets on prompts that are not judged on; there, `{SEARCHED}` reaches "
+        f"{search.speedup(search.best):.2f}x without prefill."
     )
     return Table("The sets", explanation, heads, rows)
 
 
 def _layers(layers: Collection[int]) -> str:
     return " ".join(map(str, sorted(layers))) or "none"
-
-
-def _in_search(found: SearchedSet | None) -> str:
-    return "by hand" if found is None else f"{found.report.speedup(found.report.best):.2f}x"
 
 
 def _panel(alone: _Judged, sets: Collection[str]) -> Panel:
@@ -190,28 +186,20 @@ def _ways_panel(groups: Mapping[str, _Judged]) -> Panel:
     return speed_panel("ways of choosing", series)
 
 
-def _remarks(
-    alone: _Judged,
-    among: _Judged,
-    sets: Mapping[str, LayerSubset],
-    searched: Mapping[str, SearchedSet],
-) -> list[str]:
+def _remarks(alone: _Judged, among: _Judged, sets: Mapping[str, LayerSubset]) -> list[str]:
     report = alone.report
     speeds = {name: report.overall.arms[name].speedup.value for name in sets}
-    by_hand = [name for name in sets if name not in searched]
-    best, hand = (max(names, key=lambda n: speeds[n]) for names in (searched, by_hand))
-    worst = min(speeds, key=lambda n: speeds[n])
+    by_hand = {name: speed for name, speed in speeds.items() if name != SEARCHED}
     slowest = report.slowest[alone.policy]
-    policy = speedup(among.report, among.policy)
+    listed = ", ".join(f"{speed:.2f}x (`{name}`)" for name, speed in by_hand.items())
     return [
-        f"Used for all requests, the best searched set reaches {speeds[best]:.2f}x (`{best}`), the best "
-        f"set by hand {speeds[hand]:.2f}x (`{hand}`), and the slowest of all sets {speeds[worst]:.2f}x "
-        f"(`{worst}`).",
+        f"Used for all requests, the searched set reaches {speeds[SEARCHED]:.2f}x; those chosen by hand "
+        f"reach {listed}.",
         f"Among the sets and `{NONE}`, the policy reaches {speedup(report, alone.policy):.2f}x and "
         f"chooses `{NONE}` for {share(report, alone.policy, NONE):.0%}; its slowest task is "
         f"{slowest.task}, {interval(slowest.speedup)}. Without `{NONE}` it reaches "
         f"{speedup(report, alone.forced):.2f}x, the oracle {speedup(report, ORACLE):.2f}x.",
-        f"Next to the draft models and lookups, the policy reaches {policy:.2f}x and chooses a set for "
-        f"{_share_of(among.report, among.policy, sets):.0%}, the oracle for "
+        f"Next to the other drafters, the policy reaches {speedup(among.report, among.policy):.2f}x and "
+        f"chooses a set for {_share_of(among.report, among.policy, sets):.0%}, the oracle for "
         f"{_share_of(among.report, ORACLE, sets):.0%} of the prompts.",
     ]
