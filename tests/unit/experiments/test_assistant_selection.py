@@ -27,6 +27,7 @@ from paceline.experiments.assistant_selection.number_of_examples import reached
 from paceline.experiments.assistant_selection.self_drafting import DRAFT_TOKENS, sets_by_hand
 from paceline.experiments.catalog import EXPERIMENTS
 from paceline.experiments.workbench import SMOKE, Workbench
+from paceline.layer_search import search_layers
 from paceline.learning.dataset import Dataset, build_dataset
 from paceline.learning.learners.neighbours import NeighboursLearner
 from paceline.store.records import CollectedPrompt, ReplayedDrafter
@@ -312,11 +313,10 @@ def test_a_set_is_searched_on_prompts_that_are_never_collected(
 ) -> None:
     bench = Workbench(place.config, place.work, place.data, SMOKE)
     searched_on: list[tuple[int, ...]] = []
-    search = searched_sets.search_layers
 
     def record(pace: Any, prompts: Any, *rest: Any, **settings: Any) -> Any:
         searched_on.extend(tuple(prompt) for prompt in prompts)
-        return search(pace, prompts, *rest, **settings)
+        return search_layers(pace, prompts, *rest, **settings)
 
     monkeypatch.setattr(searched_sets, "search_layers", record)
     report = searched_sets.search_set(bench, tmp_path / "set.json", DRAFT_TOKENS)
