@@ -132,7 +132,7 @@ class _AlphaPolicy:
             "shares": self.shares,
             "similarity": self.similarity,
             "cost score": self.cost_score,
-            "report": self.report,
+            "speed-up": self.report.overall.strategies[self.name].speedup,
         }
 
 
