@@ -302,7 +302,7 @@ def test_skip_sets_become_arms(place: Place) -> None:
         saved["skip_mlp"],
     )
     groups = found["facts"]["reports"]
-    assert list(groups) == ["sets and `none`", "and the other drafters"]
+    assert list(groups) == ["sets and `none`", "all drafters"]
     alone, among = (set(report["overall"]["arms"]) for report in groups.values())
     assert alone == {NONE, *sets}
     assert alone < among and "lookup" in {arm.partition("@")[0] for arm in among}

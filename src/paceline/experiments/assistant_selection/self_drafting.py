@@ -87,12 +87,12 @@ def run(bench: Workbench) -> Findings:
     prompts = within.collection.prompts
     alone = _judge(within, prompts, sets)
     among = _judge(within, prompts, drafters)
-    groups = {f"sets and `{NONE}`": alone, "and the other drafters": among}
+    groups = {f"sets and `{NONE}`": alone, "all drafters": among}
     return Findings(
         tables=[_ways_table(groups, sets), _sets_table(alone, among, sets, search)],
         panels=[_panel(alone, sets), _ways_panel(groups)],
         settings=within.settings() | {"held-out prompts": alone.report.overall.num_prompts},
-        remarks=_remarks(alone, among, sets),
+        remarks=_remarks(alone, among, sets, search),
         facts={
             "reports": {name: judged.report for name, judged in groups.items()},
             "sets": {
@@ -160,8 +160,7 @@ def _sets_table(
         rows.append(row)
     explanation = (
         f"Each set used for all requests, overall and by task. The search tried {len(search.trials)} "
-        f"sets on prompts that are not judged on; there, `{SEARCHED}` reaches "
-        f"{search.speedup(search.best):.2f}x without prefill."
+        "sets on prompts that are not judged on."
     )
     return Table("The sets", explanation, heads, rows)
 
@@ -186,15 +185,18 @@ def _ways_panel(groups: Mapping[str, _Judged]) -> Panel:
     return speed_panel("ways of choosing", series)
 
 
-def _remarks(alone: _Judged, among: _Judged, sets: Mapping[str, LayerSubset]) -> list[str]:
+def _remarks(
+    alone: _Judged, among: _Judged, sets: Mapping[str, LayerSubset], search: SearchReport
+) -> list[str]:
     report = alone.report
     speeds = {name: report.overall.arms[name].speedup.value for name in sets}
     by_hand = {name: speed for name, speed in speeds.items() if name != SEARCHED}
     slowest = report.slowest[alone.policy]
     listed = ", ".join(f"{speed:.2f}x (`{name}`)" for name, speed in by_hand.items())
     return [
-        f"Used for all requests, the searched set reaches {speeds[SEARCHED]:.2f}x; those chosen by hand "
-        f"reach {listed}.",
+        f"Used for all requests, the searched set reaches {speeds[SEARCHED]:.2f}x "
+        f"({search.speedup(search.best):.2f}x on the prompts of the search); those chosen by hand reach "
+        f"{listed}.",
         f"Among the sets and `{NONE}`, the policy reaches {speedup(report, alone.policy):.2f}x and "
         f"chooses `{NONE}` for {share(report, alone.policy, NONE):.0%}; its slowest task is "
         f"{slowest.task}, {interval(slowest.speedup)}. Without `{NONE}` it reaches "
