@@ -6,10 +6,11 @@ continues. Knows no question and no policy.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -23,7 +24,7 @@ from paceline.drafting.catalog import arms_of
 from paceline.errors import ArtefactError, ConfigError
 from paceline.experiments.by_clock import without_prefixes
 from paceline.experiments.demo_prompts import demo_prompts
-from paceline.experiments.prompt_files import read_spec_bench, read_tasks
+from paceline.experiments.prompt_files import PromptSets, read_spec_bench, read_tasks
 from paceline.models.detokenizer import Detokenizer
 from paceline.models.loading import load_tokenizer
 from paceline.replay import price_rounds, stored_drafters
@@ -34,6 +35,7 @@ from paceline.store.collection import (
     open_trajectories,
     read_trajectories,
 )
+from paceline.store.trained_on import join
 from paceline.verbs.pipeline import in_folder, profile, with_store
 
 if TYPE_CHECKING:
@@ -42,12 +44,14 @@ if TYPE_CHECKING:
 
     from paceline.config import DrafterSection
     from paceline.contracts import Progress
+    from paceline.store import TrainedOn
     from paceline.store.records import CollectedPrompt
 
     T = TypeVar("T")
 
 DEFAULT_PROMPTS: Final = 40
 SPEC_BENCH: Final = "spec_bench.jsonl"
+_LEFT_OUT: Final = "prompts left out because a drafter was trained on them"
 _SMOKE_QUESTIONS: Final = 6  # of Spec-Bench, per category
 
 
@@ -69,13 +73,6 @@ class Sizes:
 
 
 SMOKE: Final = Sizes(prompts=8, timed=1, max_new_tokens=12, profile_seconds=0.0)
-
-
-class PromptSets(NamedTuple):
-    """Prompts to collect and learn from, and others to time, which no policy has seen."""
-
-    collected: list[PromptRecord]
-    timed: list[PromptRecord]
 
 
 class Workbench:
@@ -118,20 +115,22 @@ class Workbench:
         return config if self.store is None else with_store(config, self.store)
 
     def with_drafters(
-        self, name: str, drafters: Mapping[str, DrafterSection], most: int
+        self, name: str, drafters: Mapping[str, DrafterSection], most: int | None = None
     ) -> Workbench:
         """Return a workbench with other drafters, at most this number of prompts per task, and files
         of its own in a sub-folder.
         """
         config = self.config.model_copy(update={"drafters": dict(drafters)})
-        sizes = replace(self.sizes, prompts=min(most, self.sizes.prompts or DEFAULT_PROMPTS))
+        num_prompts = self.sizes.prompts or DEFAULT_PROMPTS
+        sizes = replace(self.sizes, prompts=min(num_prompts, most or num_prompts))
         return Workbench(config, self.folder / name, self.data, sizes, self.on_progress)
 
     @cached_property
     def prompts(self) -> PromptSets:
         """A number of prompts per task, by hash of id, so that more prompts include the fewer.
 
-        With a given store there is none to collect, and those to time are not among its own.
+        Of a data folder, only prompts that no drafter was trained on. With a given store there is none
+        to collect, and those to time are not among its own.
         """
         in_store: set[str] = set()
         num_collected = self.sizes.prompts or 0
@@ -139,12 +138,20 @@ class Workbench:
             in_store = {row.prompt_id for row in read_trajectories(open_trajectories(self.store))}
             num_collected = 0
         if self.data is not None:
-            return PromptSets(*read_tasks(self.data, num_collected, self.sizes.timed, in_store))
+            return read_tasks(self.data, num_collected, self.sizes.timed, in_store, self.trained_on)
         try:
             collected, timed = demo_prompts(num_collected, self.sizes.timed)
         except ValueError as error:
             raise ConfigError(f"{error}; name a folder with more prompts with --data") from error
         return PromptSets(collected, [prompt for prompt in timed if prompt.id not in in_store])
+
+    @cached_property
+    def trained_on(self) -> TrainedOn:
+        """The prompts that a drafter is known to have been trained on."""
+        records = [drafter.trained_on() for drafter in self.pace.parts.drafters.values()]
+        found = join([record for record in records if record is not None])
+        assert found is not None  # no record is unknown
+        return found
 
     @cached_property
     def spec_bench(self) -> list[PromptRecord]:
@@ -260,17 +267,28 @@ class Workbench:
         """
         used: dict[str, str | int]
         if prompts is None:
-            used = {"prompts a task": self.sizes.prompts or "all of the store"}
-            used |= {"timed prompts a task": self.sizes.timed}
+            used = {"prompts per task": self._prompts_per_task()}
+            used |= {"timed prompts per task": self.sizes.timed}
+            if self.data is not None and self.store is None:
+                used |= {_LEFT_OUT: self.prompts.num_left_out}
         else:
             used = {"prompts": len(prompts)}
         return {
             "dtype": str(self.pace.parts.target.dtype).removeprefix("torch."),
             **used,
-            "most new tokens": self.sizes.max_new_tokens,
+            "maximum new tokens": self.sizes.max_new_tokens,
             "prompts from": "the demo" if self.data is None else "the data folder",
             **({"smoke run": "its figures mean nothing"} if self.sizes.smoke else {}),
         }
+
+    def _prompts_per_task(self) -> str | int:
+        """Return the number of collected prompts per task, by task where some have fewer."""
+        if self.sizes.prompts is None:
+            return "all of the store"
+        counts = Counter(prompt.domain for prompt in self.prompts.collected)
+        if all(count == self.sizes.prompts for count in counts.values()):
+            return self.sizes.prompts
+        return ", ".join(f"{task} {count}" for task, count in counts.items())
 
 
 def _of_each(prompts: Sequence[PromptRecord], num: int) -> list[PromptRecord]:

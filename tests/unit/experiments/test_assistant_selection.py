@@ -16,12 +16,18 @@ from paceline.bench import measure_cost_table
 from paceline.config import LearningSection
 from paceline.contracts import NONE
 from paceline.costs import CostTable, Measurement
-from paceline.experiments.assistant_selection import new_machine, number_of_examples
+from paceline.experiments.assistant_selection import (
+    alignment_or_size,
+    new_machine,
+    number_of_examples,
+    searched_sets,
+)
 from paceline.experiments.assistant_selection.learned import Drafting, Study
 from paceline.experiments.assistant_selection.number_of_examples import reached
-from paceline.experiments.assistant_selection.self_drafting import skip_sets
+from paceline.experiments.assistant_selection.self_drafting import DRAFT_TOKENS, sets_by_hand
 from paceline.experiments.catalog import EXPERIMENTS
 from paceline.experiments.workbench import SMOKE, Workbench
+from paceline.layer_search import search_layers
 from paceline.learning.dataset import Dataset, build_dataset
 from paceline.learning.learners.neighbours import NeighboursLearner
 from paceline.store.records import CollectedPrompt, ReplayedDrafter
@@ -36,6 +42,7 @@ if TYPE_CHECKING:
 
 TASKS = ("translation", "math", "code", "summary")
 DRAFTERS = (*TASKS, "general", "general-4m")
+SLOWER = {"general-4m": 1.5, "half-target": 2.5, "most-of-target": 4.0, "int8-target": 3.0}
 LEARNED = [name for name in EXPERIMENTS if name != "published-timings"]
 
 
@@ -130,6 +137,7 @@ def _steady(m: Measurement) -> float:
     if m.subject == "engine":
         return 1e-4
     per_token = {"forward": 5e-5, "prefill": 1e-5, "start": 2e-6, "propose": 2e-4}[m.operation]
+    per_token *= SLOWER.get(m.subject, 1.0)
     return (1e-3 if m.subject == "target" else 0.0) + per_token * (m.tokens + m.rows - 1)
 
 
@@ -166,19 +174,26 @@ def test_specialists_are_compared_on_the_prompts_of_their_tasks(place: Place) ->
 
 
 def test_every_choice_of_an_alpha_is_a_drafter(place: Place) -> None:
-    """Cost alone never chooses the most expensive drafter, whatever the similarity."""
+    """Cost alone never chooses an expensive drafter, and the whole target's copy has its very text."""
     found = run(place, "alignment-or-size")
     rows = cells(found)
     assert len(rows) == 4 * 5
     for row in rows:
-        assert sum(row[f"to `{name}`"] for name in ("code", "general", "general-4m")) == (
-            pytest.approx(1.0)
-        )
+        assert sum(row[f"to `{name}`"] for name in alignment_or_size.DRAFTERS) == pytest.approx(1.0)
     assert {row["similarity"] for row in rows} == {"rouge_1", "rouge_l", "edit", "prefix"}
-    scores = {row["drafter"]: row["cost score"] for row in cells(found, 1)}
-    cheap, dear = 1 - 0.15 / 1.02, 1 - 0.25 / 1.02
-    assert scores == pytest.approx({"code": cheap, "general": cheap, "general-4m": dear})
-    assert all(row["to `general-4m`"] == 0.0 for row in rows if row["alpha"] == 0.0)
+    drafters = {row["drafter"]: row for row in cells(found, 1)}
+    scores = {name: row["cost score"] for name, row in drafters.items()}
+    assert scores == pytest.approx(
+        {name: 1 - 2e-4 * SLOWER.get(name, 1.0) / 1.05e-3 for name in alignment_or_size.DRAFTERS}
+    )
+    for row in rows:
+        at_zero = [name for name in scores if row["alpha"] == 0.0 and row[f"to `{name}`"]]
+        assert all(scores[name] == max(scores.values()) for name in at_zero)
+    whole = drafters["int8-target"]
+    assert whole["edit"] > max(drafters[name]["edit"] for name in ("general", "half-target"))
+    for row in rows:
+        chosen = sum(row[f"to `{name}`"] * score for name, score in scores.items())
+        assert row["mean cost score"] == pytest.approx(chosen)
 
 
 def test_more_examples_are_drawn_from_the_training_part(place: Place) -> None:
@@ -277,18 +292,48 @@ def test_every_category_is_left_out_once(place: Place) -> None:
 
 def test_skip_sets_become_arms(place: Place) -> None:
     found = run(place, "self-drafting")
-    assert {row["set"] for row in cells(found, 1)} == set(skip_sets(2))
-    assert all(row["tokens per round"] >= 1.0 for row in cells(found, 1))
+    sets = {row["set"]: row for row in cells(found, 1)}
+    assert set(sets) == {*sets_by_hand(2), "searched"}
+    assert all(row["tokens per round"] >= 1.0 for row in sets.values())
+    saved = json.loads((place.work / "self-drafting" / "skip-set.json").read_text())
+    of_search = found["facts"]["sets"]["searched"]
+    assert (of_search["attention"], of_search["mlp"]) == (
+        saved["skip_attention"],
+        saved["skip_mlp"],
+    )
+    groups = found["facts"]["reports"]
+    assert list(groups) == ["sets and `none`", "all drafters"]
+    alone, among = (set(report["overall"]["arms"]) for report in groups.values())
+    assert alone == {NONE, *sets}
+    assert alone < among and "lookup" in {arm.partition("@")[0] for arm in among}
+
+
+def test_a_set_is_searched_on_prompts_that_are_never_collected(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Workbench(place.config, place.work, place.data, SMOKE)
+    searched_on: list[tuple[int, ...]] = []
+
+    def record(pace: Any, prompts: Any, *rest: Any, **settings: Any) -> Any:
+        searched_on.extend(tuple(prompt) for prompt in prompts)
+        return search_layers(pace, prompts, *rest, **settings)
+
+    monkeypatch.setattr(searched_sets, "search_layers", record)
+    report = searched_sets.search_set(bench, tmp_path / "set.json", DRAFT_TOKENS)
+    collected = {
+        tuple(bench.pace.encode([{"role": "user", "content": record.prompt}]))
+        for record in bench.prompts.collected
+    }
+    assert len(collected) == 4 * 8 and len(searched_on) == 4
+    assert not collected & set(searched_on)
+    assert len(report.trials) == 3 and (tmp_path / "set.json").is_file()
 
 
 @pytest.mark.parametrize("num_layers", [2, 3, 10, 32])
-def test_skip_sets_fit_any_depth(num_layers: int) -> None:
-    sets = skip_sets(num_layers)
-    skipped = {name: len(attention) + len(mlp) for name, (attention, mlp) in sets.items()}
-    assert all(0 < count <= 2 * num_layers for count in skipped.values())
-    for attention, mlp in sets.values():
-        assert set(attention) | set(mlp) <= set(range(1, num_layers))
-    assert skipped["skip-quarter"] <= skipped["skip-half"] <= skipped["skip-most"]
+def test_sets_by_hand_fit_any_depth(num_layers: int) -> None:
+    quarter, half = sets_by_hand(num_layers).values()
+    assert quarter.attention == quarter.mlp <= half.attention == half.mlp
+    assert quarter.attention and half.attention <= set(range(1, num_layers))
 
 
 def test_rewards_are_judged_by_the_same_speeds(place: Place) -> None:

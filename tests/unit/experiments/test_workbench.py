@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 
 from paceline.config import DrafterSection, load_config
 from paceline.errors import ConfigError
 from paceline.experiments import workbench
 from paceline.experiments.prompt_files import read_tasks
 from paceline.experiments.workbench import SMOKE, Sizes, Workbench
+from paceline.store import TrainedOn, read_prompts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,9 +24,11 @@ def ids(prompts: list[Any]) -> set[str]:
     return {prompt.id for prompt in prompts}
 
 
-def test_a_larger_number_of_prompts_has_the_smaller_one_in_it(data: Path, tmp_path: Path) -> None:
+def test_a_larger_number_of_prompts_has_the_smaller_one_in_it(
+    config: Path, data: Path, tmp_path: Path
+) -> None:
     small, large = (
-        Workbench("unused.yaml", tmp_path, data, Sizes(prompts=n, timed=3)).prompts for n in (2, 9)
+        Workbench(config, tmp_path, data, Sizes(prompts=n, timed=3)).prompts for n in (2, 9)
     )
     assert len(small.collected) == 8 and len(large.collected) == 36
     assert ids(small.collected) < ids(large.collected)
@@ -32,14 +37,16 @@ def test_a_larger_number_of_prompts_has_the_smaller_one_in_it(data: Path, tmp_pa
     assert {prompt.domain for prompt in small.timed} == {"translation", "math", "code", "summary"}
 
 
-def test_too_many_prompts_or_a_missing_task_is_one_line(data: Path, tmp_path: Path) -> None:
+def test_too_many_prompts_or_a_missing_task_is_one_line(
+    config: Path, data: Path, tmp_path: Path
+) -> None:
     with pytest.raises(
         ConfigError, match=r"translation.jsonl: 13 prompts are needed, but it has 12"
     ):
-        _ = Workbench("unused.yaml", tmp_path, data, Sizes(prompts=10, timed=3)).prompts
+        _ = Workbench(config, tmp_path, data, Sizes(prompts=10, timed=3)).prompts
     (data / "math.jsonl").unlink()
     with pytest.raises(ConfigError, match=r"no math\.jsonl in this data folder"):
-        _ = Workbench("unused.yaml", tmp_path, data, Sizes(prompts=2, timed=1)).prompts
+        _ = Workbench(config, tmp_path, data, Sizes(prompts=2, timed=1)).prompts
     with pytest.raises(ConfigError, match=r"only .* exist; name a folder with more prompts"):
         _ = Workbench("unused.yaml", tmp_path, None, Sizes(prompts=500)).prompts
 
@@ -50,11 +57,45 @@ def test_without_a_folder_the_demo_gives_the_prompts(tmp_path: Path) -> None:
 
 
 def test_prompts_that_are_elsewhere_are_neither_collected_nor_timed(data: Path) -> None:
-    collected, timed = read_tasks(data, 2, 3)
+    collected, timed, _ = read_tasks(data, 2, 3)
     elsewhere = ids(timed) | ids(collected)
-    others, later = read_tasks(data, 2, 3, elsewhere)
-    assert len(others) == 8 and len(later) == 12
+    others, later, num_left_out = read_tasks(data, 2, 3, elsewhere)
+    assert len(others) == 8 and len(later) == 12 and num_left_out == 0
     assert not (ids(others) | ids(later)) & elsewhere
+
+
+def all_prompts(data: Path, task: str) -> list[str]:
+    return [record.prompt for record in read_prompts([data / f"{task}.jsonl"])]
+
+
+def test_prompts_that_a_drafter_was_trained_on_are_left_out_and_counted(
+    config: Path, data: Path, tmp_path: Path
+) -> None:
+    """Code has 9 prompts left: 3 to time and 6 to collect, fewer than the other tasks."""
+    raw = yaml.safe_load(config.read_text())
+    trained = tmp_path / "trained"
+    shutil.copytree(raw["drafters"]["near"]["settings"]["model"], trained)
+    seen = all_prompts(data, "code")[:3]
+    TrainedOn.of([f"  {seen[0]}", *seen[1:]]).save(trained)
+    raw["drafters"]["trained"] = {"kind": "draft_model", "settings": {"model": str(trained)}}
+    config.write_text(yaml.safe_dump(raw))
+
+    bench = Workbench(config, tmp_path / "work", data, Sizes(prompts=8, timed=3))
+    every = {
+        prompt.prompt for kind in (bench.prompts.collected, bench.prompts.timed) for prompt in kind
+    }
+    assert len(every) == 3 * 11 + 9
+    assert not every & set(seen)
+    settings = bench.settings()
+    assert settings["prompts left out because a drafter was trained on them"] == 3
+    assert settings["prompts per task"] == "translation 8, math 8, code 6, summary 8"
+
+    TrainedOn.of(all_prompts(data, "code")[:9]).save(trained)
+    bench = Workbench(config, tmp_path / "work", data, Sizes(prompts=8, timed=3))
+    with pytest.raises(
+        ConfigError, match=r"code.jsonl: drafters were trained on all but 3 of its 12"
+    ):
+        _ = bench.prompts
 
 
 def test_spec_bench_is_read_by_first_turns(data: Path, tmp_path: Path) -> None:

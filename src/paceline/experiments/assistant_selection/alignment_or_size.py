@@ -1,6 +1,7 @@
 """Effect of alpha in the published reward: the better aligned drafter, or the cheaper one?
 
-Three drafters of one and four million parameters; the reward `alignment` at five weights with four
+Drafters from a tenth of the target's size to all of it: two trained draft models, and copies of the
+target with few layers, with most layers, and in int8. The reward `alignment` at five weights with four
 similarities. `none` is excluded: similarity alone would always choose the target itself.
 """
 
@@ -21,36 +22,62 @@ from paceline.experiments.assistant_selection.learned import (
     unrewarding_none,
 )
 from paceline.experiments.findings import SHARE, SPEED, Findings, Panel, Series, Table, columns
+from paceline.experiments.target_copies import copy_drafter, outer_layers
 from paceline.rewards import METRICS, cost_score, token_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from paceline.config import DrafterSection
     from paceline.costs.table import CostTable
     from paceline.experiments.findings import Value
     from paceline.experiments.workbench import Workbench
     from paceline.store.records import CollectedPrompt
 
-DRAFTERS: Final = ("code", "general", "general-4m")
+TRAINED: Final = ("general", "general-4m")
+COPIES: Final = ("half-target", "most-of-target", "int8-target")
+DRAFTERS: Final = (*TRAINED, *COPIES)  # from the cheapest to the most expensive
+FOLDER: Final = "alignment-or-size"
+COPY_TOKENS: Final = 4
+HELD_OUT: Final = 0.5
 ALPHAS: Final = (0.0, 0.25, 0.5, 0.75, 1.0)
 LEARNER: Final = "policy_gradient"
 
 
 def run(bench: Workbench) -> Findings:
-    arms = bench.arms(DRAFTERS, own_lengths=True)
-    prompts = bench.aligned.prompts
+    within = bench.with_drafters(FOLDER, _drafters(bench))
+    arms = within.arms(DRAFTERS, own_lengths=True)
+    prompts = within.aligned.prompts
     cells: dict[str, dict[float, _AlphaPolicy]] = {}
     pairs = [(metric, alpha) for metric in METRICS for alpha in ALPHAS]
-    for metric, alpha in bench.track("learn at every alpha", pairs):
-        cell = _AlphaPolicy(bench, prompts, arms, metric, alpha)
+    for metric, alpha in within.track("learn at every alpha", pairs):
+        cell = _AlphaPolicy(within, prompts, arms, metric, alpha)
         cells.setdefault(metric, {})[alpha] = cell
+    num_held_out = cells["rouge_l"][0.0].report.overall.num_prompts
     return Findings(
-        tables=[_alpha_table(cells), _drafters_table(bench.costs, prompts, cells["rouge_l"][0.0])],
+        tables=[_alpha_table(cells), _drafters_table(within.costs, prompts, cells["rouge_l"][0.0])],
         panels=[_shares_panel(cells["rouge_l"]), _speed_panel(cells)],
-        settings=bench.settings(),
+        settings=within.settings() | {"held-out prompts": num_held_out},
         remarks=_remarks(cells),
         facts={m: {str(a): cell.facts() for a, cell in of.items()} for m, of in cells.items()},
     )
+
+
+def _drafters(bench: Workbench) -> dict[str, DrafterSection]:
+    """Return the trained draft models of the configuration, and copies of the target."""
+    bench.arms(TRAINED)  # raises if one is not configured
+    num_layers = bench.pace.parts.target.num_layers
+    kept = {
+        "half-target": outer_layers(num_layers, max(num_layers // 2, 1)),
+        "most-of-target": outer_layers(num_layers, max(num_layers * 4 // 5, 1)),
+        "int8-target": list(range(num_layers)),
+    }
+    drafters = {name: bench.config.drafters[name] for name in TRAINED}
+    for name, layers in kept.items():
+        folder = bench.folder / FOLDER / "models" / name
+        more = {"weights": "int8"} if name == "int8-target" else {}
+        drafters[name] = copy_drafter(bench.config.target, folder, layers, COPY_TOKENS, **more)
+    return drafters
 
 
 class _AlphaPolicy:
@@ -65,7 +92,15 @@ class _AlphaPolicy:
         alpha: float,
     ) -> None:
         study = unrewarding_none(
-            Study.of(bench, prompts, arms, reward="alignment", alpha=alpha, metric=metric)
+            Study.of(
+                bench,
+                prompts,
+                arms,
+                reward="alignment",
+                alpha=alpha,
+                metric=metric,
+                held_out=HELD_OUT,
+            )
         )
         (trained,) = study.contenders([LEARNER])
         policy = always_drafting(trained, study.held_out)
@@ -77,6 +112,8 @@ class _AlphaPolicy:
             [held[id] for id in study.held_out.ids], study.held_out.arms, metric
         )
         self.similarity = float((distribution * similar).sum(axis=1).mean())
+        scores = _cost_scores(bench.costs, study.held_out.arms, prompts)
+        self.cost_score = float((distribution @ scores).mean())
 
     @property
     def shares(self) -> dict[str, float]:
@@ -91,7 +128,12 @@ class _AlphaPolicy:
         return self.report.overall.strategies[self.name].speedup.value
 
     def facts(self) -> dict[str, Any]:
-        return {"shares": self.shares, "similarity": self.similarity, "report": self.report}
+        return {
+            "shares": self.shares,
+            "similarity": self.similarity,
+            "cost score": self.cost_score,
+            "speed-up": self.report.overall.strategies[self.name].speedup,
+        }
 
 
 def _similarities(
@@ -107,20 +149,31 @@ def _similarities(
     )
 
 
+def _cost_scores(
+    costs: CostTable, arms: Sequence[str], prompts: Sequence[CollectedPrompt]
+) -> np.ndarray:
+    """Return the [A] cost score of each arm at the mean context; 0 for `none`."""
+    context = int(np.mean([len(p.prompt_tokens) + len(p.output_tokens) / 2 for p in prompts]))
+    t_target = token_seconds(costs.seconds, NONE, context)
+    return np.array([cost_score(token_seconds(costs.seconds, a, context), t_target) for a in arms])
+
+
 def _alpha_table(cells: Mapping[str, Mapping[float, _AlphaPolicy]]) -> Table:
     heads = columns("similarity", ("alpha", "{:.2f}"))
     heads += columns(*((f"to `{name}`", SHARE) for name in DRAFTERS))
-    heads += columns(("mean similarity", "{:.3f}"), "speed-up over none")
+    heads += columns(("mean similarity", "{:.3f}"), ("mean cost score", "{:.3f}"))
+    heads += columns("speed-up over none")
     rows: list[list[Value]] = []
     for metric, of in cells.items():
         for alpha, cell in of.items():
             row: list[Value] = [metric, alpha, *cell.shares.values(), cell.similarity]
+            row += [cell.cost_score]
             rows.append([*row, interval(cell.report.overall.strategies[cell.name].speedup)])
     explanation = (
         "alpha is the weight of the similarity of a drafter's own text to the target's; 1 - alpha is "
         "the weight of the share of the target's time per token that it saves. "
         f"`{LEARNER}` on that reward, each drafter at its own draft length, `none` excluded; shares of "
-        f"held-out prompts, and the mean similarity of the chosen drafters' texts. {PREDICTED}"
+        f"held-out prompts, and the means of both terms over the chosen drafters. {PREDICTED}"
     )
     return Table("Choices by alpha", explanation, heads, rows)
 
@@ -130,18 +183,17 @@ def _drafters_table(
 ) -> Table:
     heads = columns("drafter", ("cost score", "{:.3f}"), *((m, "{:.3f}") for m in METRICS))
     heads += columns(("speed-up over none", SPEED))
-    context = int(np.mean([len(p.prompt_tokens) + len(p.output_tokens) / 2 for p in prompts]))
-    t_target = token_seconds(costs.seconds, NONE, context)
+    scores = _cost_scores(costs, DRAFTERS, prompts)
     similar = {metric: _similarities(prompts, DRAFTERS, metric).mean(axis=0) for metric in METRICS}
     rows: list[list[Value]] = []
     for place, name in enumerate(DRAFTERS):
-        row: list[Value] = [name]
-        row.append(cost_score(token_seconds(costs.seconds, name, context), t_target))
+        row: list[Value] = [name, float(scores[place])]
         row += [float(similar[metric][place]) for metric in METRICS]
         rows.append([*row, cell.report.overall.arms[name].speedup.value])
     explanation = (
         "The two terms of the reward, as means over all prompts, and the speed-up of each drafter when "
-        "all requests get it."
+        "all requests get it. half-target and most-of-target are the target with half and with four "
+        f"fifths of its layers, not trained further; copies of the target draft {COPY_TOKENS} tokens."
     )
     return Table("The drafters", explanation, heads, rows)
 
