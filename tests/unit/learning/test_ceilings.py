@@ -14,7 +14,13 @@ from paceline.costs import CostTable, Measurement
 from paceline.costs.pricing import prompt_seconds, round_seconds
 from paceline.learning.dataset import Dataset, build_dataset
 from paceline.learning.evaluation import evaluate_chooser
-from paceline.learning.evaluation.ceilings import PER_ROUND, SPLIT_HALF, ceilings, left_out
+from paceline.learning.evaluation.ceilings import (
+    PER_ROUND,
+    SPLIT_HALF,
+    ceilings,
+    left_out,
+    per_round,
+)
 from paceline.learning.evaluation.strategies import ORACLE, POLICY
 from paceline.selection.choosers import FixedChooser
 from paceline.store.records import CollectedPrompt, ReplayedDrafter
@@ -110,6 +116,28 @@ def test_the_per_round_oracle_is_the_best_of_all_schedules(rows: int) -> None:
         assert seconds == pytest.approx(prefill + cheapest(prompt, ARMS, costs, rows, 0))
     assert (found <= data.seconds_for(rows).min(axis=1) + 1e-9).all()
     assert (found < 0.95 * data.seconds_for(rows).min(axis=1)).any()  # there is something to find
+
+
+@pytest.mark.parametrize("among", [("lookup",), ("code",), ()])
+def test_the_per_round_oracle_of_some_drafters_takes_no_other(among: tuple[str, ...]) -> None:
+    rng = np.random.default_rng(5)
+    prompts = [random_prompt(rng, f"p{i}", i % 8) for i in range(24)]
+    data = dataset(prompts)
+    arms = [arm for arm in ARMS if split_arm(arm)[0] in ("none", *among)]
+    costs = table()
+
+    found = per_round(data, among)
+
+    for prompt, seconds, num in zip(prompts, found, data.num_prompt, strict=True):
+        prefill = float(prompt_seconds(costs.seconds, "none", np.array([num]))[0])
+        assert seconds == pytest.approx(prefill + cheapest(prompt, arms, costs, 1, 0))
+    assert (found > ceilings(data)[PER_ROUND] + 1e-6).any()
+
+
+def test_the_per_round_oracle_refuses_a_drafter_without_replays_everywhere() -> None:
+    data = dataset([random_prompt(np.random.default_rng(6), f"p{i}", 8) for i in range(12)])
+    with pytest.raises(ValueError, match="not replayed at every position: cascade"):
+        per_round(data, ["lookup", "cascade"])
 
 
 def test_a_ceiling_of_some_prompts_is_that_of_the_same_prompts_among_all() -> None:

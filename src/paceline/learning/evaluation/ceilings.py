@@ -6,8 +6,9 @@ of its answer's positions and priced on the other half, both ways, so chance in 
 earns nothing. Half of a short answer is little evidence, so the attainable speed may be somewhat above
 it, and is below the oracle's. The **per-round oracle** takes the arm of every round afterwards: the
 cheapest path through the positions, by dynamic programming from the end. Switching is free for it: no
-drafter's start is priced, and every drafter has read all text. Symbols: N prompts, A arms, D drafters,
-M positions of all prompts, K longest draft, C contexts.
+drafter's start is priced, and every drafter has read all text. `per_round` gives it for a few of the
+drafters, for example those of one cascade. Symbols: N prompts, A arms, D drafters, M positions of all
+prompts, K longest draft, C contexts.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from paceline.compiled import compiled
-from paceline.contracts import split_arm
+from paceline.contracts import NONE, split_arm
 from paceline.costs.pricing import by_objective, prompt_seconds, round_seconds
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from paceline.learning.dataset import Dataset
     from paceline.learning.rounds import Positions
 
@@ -39,22 +42,46 @@ def ceilings(data: Dataset, rows: int = 1) -> dict[str, np.ndarray]:
     positions = data.rounds.positions
     if positions is None:
         return {}
-    arms = [arm for arm in data.arms if split_arm(arm)[0] in positions.drafters]
-    named = [split_arm(arm) for arm in arms]
-    drafter_of = np.array([positions.drafters.index(name) for name, _ in named])
-    longest = np.array([length or _ANY_LENGTH for _, length in named])
-    prices = _round_prices(data, positions, rows)
-    walked = (positions.drafted, positions.accepted, positions.offsets, data.num_prompt)
+    walked = _arguments(data, positions, positions.drafters, rows)
     before = np.stack(
         [prompt_seconds(data.costs.seconds, name, data.num_prompt) for name in positions.drafters],
         axis=1,
     )  # [N, D]
-    halves, counts = _price_halves(*walked, drafter_of, longest, prices)
-    best = _price_best_paths(*walked, drafter_of, longest, prices)
+    halves, counts = _price_halves(*walked)
+    best = _price_best_paths(*walked)
     return {
-        SPLIT_HALF: _split_half(before, drafter_of, halves, counts),
+        SPLIT_HALF: _split_half(before, walked[4], halves, counts),
         PER_ROUND: before[:, 0] + best,
     }
+
+
+def per_round(data: Dataset, among: Collection[str], rows: int = 1) -> np.ndarray:
+    """Return the predicted seconds [N] of whole requests under the per-round oracle of some drafters.
+
+    among: drafters whose arms it may take, in addition to `none`. Raises ValueError for a drafter
+    that was not replayed at every position.
+    """
+    positions = data.rounds.positions
+    known = () if positions is None else positions.drafters
+    lacking = [name for name in among if name not in known]
+    if positions is None or lacking:
+        raise ValueError(f"not replayed at every position: {', '.join(lacking) or 'any drafter'}")
+    walked = _arguments(data, positions, {NONE, *among}, rows)
+    plain = prompt_seconds(data.costs.seconds, NONE, data.num_prompt)
+    return np.asarray(plain + _price_best_paths(*walked))
+
+
+def _arguments(
+    data: Dataset, positions: Positions, among: Collection[str], rows: int
+) -> tuple[np.ndarray, ...]:
+    """Return the arguments of the kernels for the arms of some drafters."""
+    named = [split_arm(arm) for arm in data.arms]
+    kept = [(name, length) for name, length in named if name in among]
+    drafter_of = np.array([positions.drafters.index(name) for name, _ in kept])
+    longest = np.array([length or _ANY_LENGTH for _, length in kept])
+    prices = _round_prices(data, positions, rows)
+    walked = (positions.drafted, positions.accepted, positions.offsets, data.num_prompt)
+    return (*walked, drafter_of, longest, prices)
 
 
 def left_out(data: Dataset) -> list[str]:
