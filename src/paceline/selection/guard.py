@@ -110,9 +110,13 @@ class RequestLosses:
 
 
 class Guard:
-    """The records of all arms, kept across requests."""
+    """The records of all arms, kept across requests.
 
-    def __init__(self) -> None:
+    allowed_loss: plain rounds that any request may lose before it continues without its arm.
+    """
+
+    def __init__(self, allowed_loss: float = MIN_ALLOWED_LOSS) -> None:
+        self._allowed = allowed_loss
         self.clock = PlainRoundClock()
         self._records: dict[str, ArmRecord] = {}
         self._num_requests = 0
@@ -195,7 +199,7 @@ class Guard:
     def _allowed_loss(self, losses: RequestLosses, arm: str) -> float:
         record = self._records.get(arm)
         is_trusted = record is not None and record.score < -GAINS
-        allowed = max(MIN_ALLOWED_LOSS, ALLOWED_LOSS * losses.expected_rounds)
+        allowed = max(self._allowed, ALLOWED_LOSS * losses.expected_rounds)
         return allowed * (TRUST if is_trusted else 1.0)
 
     # --- for the user -----------------------------------------------------------------------------

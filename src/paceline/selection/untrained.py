@@ -29,6 +29,9 @@ _NEEDED: Final = 8  # plain rounds before a price is known
 _KEPT: Final = 15  # plain rounds whose median is the price
 _EVERY: Final = 200  # drafted rounds after which a plain round is due
 _EXPECTED_TOKENS: Final = 64.0  # of an answer
+# plain rounds that a request may lose: a lookup finds little in the first tokens of an answer, which are
+# new text, and gains later; whether it pays is judged over requests
+_ALLOWED_LOSS: Final = 10.0
 
 
 @dataclass(slots=True)
@@ -71,7 +74,7 @@ class UntrainedController:
 
     def __init__(self, lookup: str, guard: Guard | None = None) -> None:
         self.lookup = lookup
-        self.guard = guard or Guard()
+        self.guard = guard or Guard(_ALLOWED_LOSS)
         self._plain: dict[tuple[int, int], _PlainRounds] = {}
         self._requests: dict[int, _LookupRequest] = {}
 
