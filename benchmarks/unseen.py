@@ -89,7 +89,7 @@ SPEC_BENCH_FILE = "spec_bench.jsonl"
 
 
 class Clock:
-    """Timed runs of arms and of drafter `auto`, which may be several paces'. It keeps all completions."""
+    """Timed runs of arms and of `auto`, which may be several paces'. It keeps all completions."""
 
     def __init__(self, auto: Mapping[str, Pace], max_new_tokens: int, turns: int) -> None:
         """auto: method -> the pace whose drafter `auto` it is; the first one also runs the arms."""
@@ -102,7 +102,7 @@ class Clock:
     def run(
         self, arms: Mapping[str, str], prompts: Sequence[TimedPrompt], stage: str, report: Progress
     ) -> list[Timing]:
-        """Time the arms and `auto` on prompts. arms: method -> arm; methods of one arm share its runs."""
+        """Time the arms and `auto` on prompts. arms: method -> arm; methods of one arm share runs."""
         first = next(iter(self._recorders.values()))
         methods = {arm: first.method(arm) for arm in arms.values()}
         methods |= {
@@ -318,7 +318,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def run_all(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """Measure every dtype; return all figures and the methods whose texts differ from those of `none`."""
+    """Measure every dtype; return all figures and the methods whose texts differ from `none`'s."""
     runs, notes = [], []
     with show_progress() as report:
         for dtype in options.dtypes:
@@ -334,7 +334,7 @@ def run_all(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], 
         for run in runs
         for line in [
             *differing(run["methods"]),
-            *sum((r["differing"] for r in run["left_out"]), []),
+            *(method for r in run["left_out"] for method in r["differing"]),
         ]
     ]
     return {"circumstances": describe_run(setting), "notes": notes, "runs": runs}, wrong

@@ -1,4 +1,4 @@
-"""Predicted speeds of policies, single arms and ceilings on prompts that were replayed, for `unseen.py`."""
+"""Predicted speeds of policies, single arms and ceilings on replayed prompts, for `unseen.py`."""
 
 from __future__ import annotations
 

@@ -240,17 +240,17 @@ def _left_out(run: Entry) -> list[str]:
         for row in run["left_out"]
     ]
     said = (
-        "Tasks that nothing was learned from: the policy and the best single arms are of the other three "
-        "tasks, and the lookup has their answers alone. On the three tasks that the policy learned from, "
-        "the lookup was replayed with the answers of all four."
+        "Tasks that nothing was learned from: the policy and the best single arms are of the other "
+        "three tasks, and the lookup has their answers alone. On the three tasks that the policy "
+        "learned from, the lookup was replayed with the answers of all four."
     )
     return [said, "", *table(rows, columns), ""]
 
 
 def _predicted(run: Entry) -> list[str]:
     lines = [
-        "Predicted speed over `none` on the same prompts by replay, next to the clocked one. The arms of "
-        "each column are chosen, and its policy learned, at its own prices.",
+        "Predicted speed over `none` on the same prompts by replay, next to the clocked one. The arms "
+        "of each column are chosen, and its policy learned, at its own prices.",
         "",
     ]
     clocked = {row["method"]: row["over_none"] for row in run["methods"]}
@@ -271,7 +271,8 @@ def _predicted(run: Entry) -> list[str]:
         )
         lines += [*table(rows, columns), "", f"Predicted speed of the policy over: {over}.", ""]
         lines += [
-            f"Best arms: without cascades `{priced['arms']['simple']}`, of all `{priced['arms']['single']}`.",
+            f"Best arms: without cascades `{priced['arms']['simple']}`, "
+            f"of all `{priced['arms']['single']}`.",
             "",
         ]
     return lines
