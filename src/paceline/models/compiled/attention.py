@@ -133,7 +133,7 @@ def make_sum_values(heads: Heads, product: Callable[..., Any]) -> Callable[..., 
     It adds the values of positions first to stop - 1, multiplied by rows of weights, to sums
     [rows, value_room]. words: of a block of values. stride: bytes between rows of weights.
     """
-    word, size = heads.word, heads.size
+    word, size = heads.word, heads.input_size
 
     @compiled
     def sum_values(values, words, value_room, weights, stride, first, stop, sums, fresh, rows):
@@ -176,7 +176,7 @@ def make_attention(product: Callable[..., Any], heads: Heads, rows: Rows) -> Cal
     product. product: of keys' and values' dtype. rows: of the inputs of the next product. scratch: an
     address; see `attention_bytes`. index: of the layer.
     """
-    word, size, put_query = heads.word, heads.size, heads.put_query
+    word, size, put_query = heads.word, heads.input_size, heads.put_query
     find, put_weights = heads.find, make_softmax(heads.put_lanes)
     sum_values, put_outputs = make_sum_values(heads, product), make_put_outputs(rows)
     attend_paths = make_tree_sums(heads, sum_values, put_outputs)

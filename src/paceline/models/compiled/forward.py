@@ -18,6 +18,7 @@ from paceline.models.compiled.family import facts_of
 from paceline.models.compiled.jobs import Job, Runnable
 from paceline.models.compiled.native import run_address
 from paceline.models.compiled.processor import kernels
+from paceline.models.compiled.rows import inputs_of
 from paceline.models.compiled.team import borrowed
 from paceline.models.compiled.weights import PackedModel
 from paceline.models.scores import Scores
@@ -50,8 +51,9 @@ class CompiledForward:
         """
         dtype = str(model.dtype).removeprefix("torch.")
         kind = dtype if weights == "own" else weights
-        self.packed = PackedModel(*facts_of(model, windows, num_positions), kind)
         self.kernels = kernels()
+        inputs = inputs_of(self.kernels, kind)
+        self.packed = PackedModel(*facts_of(model, windows, num_positions), kind, inputs)
         self._runnable = Runnable(self.packed, run_address(self.kernels, dtype, kind))
 
     def new_cache(self) -> PackedRows:

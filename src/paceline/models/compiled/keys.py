@@ -21,8 +21,9 @@ from paceline.models.compiled.memory import (
     put_f32,
     store,
     store_bf16,
+    store_widened,
 )
-from paceline.models.compiled.rows import norm_in_place, turn
+from paceline.models.compiled.rows import inputs_of, norm_in_place, turn
 from paceline.models.compiled.tables import (
     ANGLE_TABLES,
     ANGLES,
@@ -56,14 +57,17 @@ GROUP: Final = 64  # positions; products with keys end at its multiples
 class Heads(NamedTuple):
     """Functions, compiled by numba, that find and write keys, values and queries of one dtype.
 
+    Queries and the weights of the softmax are inputs of products, of the kind `rows.inputs_of` tells.
+
     find(model, span, head, index): the addresses of a head's keys and values in layer `index`.
-    put_lanes(row, at, lanes): round 16 numbers into a row, from number `at` on.
+    put_lanes(row, at, lanes): round 16 numbers into a row of inputs, from number `at` on.
     store_keys(job, model, layer, span, head, first, stop, index): cache tokens first to stop - 1 of a
     row. put_query(job, model, layer, packed, head, target): norm, rotate and round a packed token's
     query into the row at address `target`.
     """
 
-    size: int  # bytes of a number
+    size: int  # bytes of a cached number
+    input_size: int  # bytes of an input
     word: int  # numbers of a word
     find: Callable[..., Any]
     put_lanes: Callable[..., Any]
@@ -101,9 +105,9 @@ def projected_head(job, model, packed, head):
     return field(job, PROJECTED) + 4 * (packed * heads + head) * field(model, HEAD_ROOM)
 
 
-def make_heads(dtype: str) -> Heads:
+def make_heads(kernels: str, dtype: str) -> Heads:
     """Return the functions for keys and values of `bfloat16` or `float32`."""
-    half = dtype == "bfloat16"
+    half, inputs = dtype == "bfloat16", inputs_of(kernels, dtype)
     word = 2 if half else 1
     size = 4 // word
 
@@ -115,11 +119,22 @@ def make_heads(dtype: str) -> Heads:
         layer = field(span, STORAGE) + index * heads * (key_bytes + value_bytes)
         return layer + head * key_bytes, layer + heads * key_bytes + head * value_bytes
 
-    @compiled
-    def put_lanes(row, at, lanes):
-        if half:
+    if inputs == "bfloat16":
+
+        @compiled
+        def put_lanes(row, at, lanes):
             store_bf16(row + 2 * at, lanes)
-        else:
+
+    elif inputs == "widened":
+
+        @compiled
+        def put_lanes(row, at, lanes):
+            store_widened(row + 4 * at, lanes)
+
+    else:
+
+        @compiled
+        def put_lanes(row, at, lanes):
             store(row + 4 * at, lanes)
 
     @compiled
@@ -129,13 +144,12 @@ def make_heads(dtype: str) -> Heads:
         for at in range(0, field(model, HEAD_ROOM), 16):
             put_lanes(target, at, load(query + 4 * at))
 
-    store_keys = _make_store_keys(half, find, put_lanes)
-    return Heads(size, word, find, put_lanes, store_keys, put_query)
+    input_size = 2 if inputs == "bfloat16" else 4
+    store_keys = _make_store_keys(half, find)
+    return Heads(size, input_size, word, find, put_lanes, store_keys, put_query)
 
 
-def _make_store_keys(
-    half: bool, find: Callable[..., Any], put_lanes: Callable[..., Any]
-) -> Callable[..., Any]:
+def _make_store_keys(half: bool, find: Callable[..., Any]) -> Callable[..., Any]:
     """Return `store_keys`; see `Heads`."""
     word = 2 if half else 1
     size = 4 // word
@@ -144,7 +158,7 @@ def _make_store_keys(
     def store_key(keys, key, position, room):
         if half:  # rounded where it stands, so that words can be copied
             for at in range(0, room, 16):
-                put_lanes(key, at, load(key + 4 * at))
+                store_bf16(key + 2 * at, load(key + 4 * at))
         place = keys + (position // 16 * (room // word)) * 64 + position % 16 * 4
         for at in range(room // word):
             copy_word(place + 64 * at, key + 4 * at)

@@ -127,7 +127,7 @@ def make_attention_phases(
 
     dtype: of keys and values. rows: of the inputs of the next product.
     """
-    heads = make_heads(dtype)
+    heads = make_heads(kernels, dtype)
     store_keys = heads.store_keys
     attend = make_attention(make_product(kernels, dtype), heads, rows)
 

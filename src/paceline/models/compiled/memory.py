@@ -59,6 +59,13 @@ def store_bf16(builder: Any, address: Any, value: Any) -> None:
     store_value(builder, address, builder.trunc(_bf16_bits(builder, value, V16I), V16H), 2)
 
 
+@define(NONE, INT, FLOATS)
+def store_widened(builder: Any, address: Any, value: Any) -> None:
+    """Store 16 float32 numbers rounded to the nearest bfloat16, ties to even."""
+    bits = builder.shl(_bf16_bits(builder, value, V16I), ir.Constant(V16I, [16] * LANES))
+    store_value(builder, address, builder.bitcast(bits, V16F), 4)
+
+
 def _bf16_bits(builder: Any, value: Any, kind: Any) -> Any:
     """Return the bits of the nearest bfloat16 in the low half of I32 or V16I."""
 

@@ -18,18 +18,21 @@ from paceline.models.compiled.int8 import (
     widened_int8,
 )
 from paceline.models.compiled.memory import load, store
+from paceline.models.compiled.rows import inputs_of
 from paceline.models.compiled.tiles import (
     BLOCK_BYTES,
+    DOT_BF16,
+    FLOAT32,
     GROUP,
     NARROW,
+    NARROW_WIDENED,
     WIDE,
+    WIDE_WIDENED,
+    WIDENED_BF16,
     TilesBySize,
     TileShape,
-    dot_bf16,
     emit_tile,
-    float32,
     make_slab,
-    widened_bf16,
 )
 from paceline.models.compiled.vectors import compiled
 
@@ -43,15 +46,20 @@ AHEAD: Final = 2048  # bytes of a block that are read before they are needed
 ROOM_ROWS: Final = 32  # rows of buffers are rounded up to it, for AMX
 
 
-def _tiles_for(kernels: str, weights: str) -> tuple[Callable[..., None], TilesBySize]:
-    """Return the function that emits a tile, and the tiles' shapes; arguments as in `make_product`."""
+def _tiles_for(kernels: str, weights: str) -> tuple[Callable[..., None], TilesBySize, int]:
+    """Return the function that emits a tile, the tiles' shapes, and the bytes of a word of inputs.
+
+    Arguments as in `make_product`.
+    """
     is_wide = kernels in ("amx", "avx512_bf16", "avx512")
     if weights == "int8":
         step = dot_vnni if kernels in ("amx", "avx512_bf16") else widened_int8
-        return partial(emit_int8_tile, step), WIDE_INT8 if is_wide else NARROW_INT8
-    of_bf16 = dot_bf16 if kernels == "avx512_bf16" else widened_bf16
-    step = float32 if weights == "float32" else of_bf16
-    return partial(emit_tile, step), WIDE if is_wide else NARROW
+        return partial(emit_int8_tile, step), WIDE_INT8 if is_wide else NARROW_INT8, 4
+    if inputs_of(kernels, weights) == "widened":
+        shapes = WIDE_WIDENED if is_wide else NARROW_WIDENED
+        return partial(emit_tile, WIDENED_BF16), shapes, WIDENED_BF16.input_bytes
+    sums = FLOAT32 if weights == "float32" else DOT_BF16
+    return partial(emit_tile, sums), WIDE if is_wide else NARROW, sums.input_bytes
 
 
 def make_product(kernels: str, weights: str) -> Callable[..., Any]:
@@ -59,13 +67,16 @@ def make_product(kernels: str, weights: str) -> Callable[..., Any]:
 
     It computes the group of 64 outputs at address w: float32 sums [rows, 64] at `out`, beginning with
     what is there unless `fresh`. Strides are bytes. With AMX, inputs and sums have room for whole
-    tiles of 16 rows. kernels: see `processor`; weights: `bfloat16`, `float32` or `int8`.
+    tiles of 16 rows. kernels: see `processor`; weights: `bfloat16`, `float32` or `int8`. Inputs are of
+    the kind that `rows.inputs_of` tells.
     """
     if kernels == "amx" and weights == "bfloat16":
         return _amx_product()
-    emit, shapes = _tiles_for(kernels, weights)
+    emit, shapes, input_bytes = _tiles_for(kernels, weights)
     multiply_few = _make_few(make_slab(emit, shapes.few), shapes.few)
-    multiply_many = _make_many(make_slab(emit, shapes.many), shapes.many, weights != "int8")
+    multiply_many = _make_many(
+        make_slab(emit, shapes.many), shapes.many, 0 if weights == "int8" else input_bytes
+    )
     few = shapes.few.rows
 
     @compiled
@@ -104,19 +115,19 @@ def _make_few(slab: Any, shape: TileShape) -> Callable[..., Any]:
     return multiply_few
 
 
-def _make_many(slab: Any, shape: TileShape, in_parts: bool) -> Callable[..., Any]:
+def _make_many(slab: Any, shape: TileShape, input_bytes: int) -> Callable[..., Any]:
     """Return a product for more rows, in slabs of equal numbers of them.
 
     While slabs pass over some blocks, each reads its share of the following ones into the cache, so
-    memory is busy all the time. in_parts: whether sums may be continued, so that a part of long blocks
-    stays in the cache for all slabs.
+    memory is busy all the time. input_bytes: of a word's inputs, if sums may be continued, so that a
+    part of long blocks stays in the cache for all slabs; else 0.
     """
     most, blocks = shape
 
     @compiled
     def multiply_many(w, block_stride, x, x_stride, words, out, out_stride, fresh, rows):
         slabs = (rows + most - 1) // most
-        part = PART_WORDS if in_parts and slabs > 1 else words
+        part = PART_WORDS if input_bytes and slabs > 1 else words
         for begin in range(0, words, part):
             count, zero = min(part, words - begin), fresh if begin == 0 else 0
             for first in range(0, GROUP, blocks):
@@ -125,7 +136,7 @@ def _make_many(slab: Any, shape: TileShape, in_parts: bool) -> Callable[..., Any
                 for k in range(slabs):
                     left = slabs - k
                     number = (rows - done + left - 1) // left
-                    at, to = x + done * x_stride + 4 * begin, sums + done * out_stride
+                    at, to = x + done * x_stride + input_bytes * begin, sums + done * out_stride
                     slab(
                         of,
                         block_stride,

@@ -22,7 +22,7 @@ from paceline.models.compiled.phases import (
 )
 from paceline.models.compiled.products import make_multiply
 from paceline.models.compiled.residual import make_embed_phase
-from paceline.models.compiled.rows import make_rows
+from paceline.models.compiled.rows import inputs_of, make_rows
 from paceline.models.compiled.sharing import phase_bytes
 from paceline.models.compiled.tables import (
     COUNTERS,
@@ -66,7 +66,7 @@ def make_run(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
 
 def _make_steps(kernels: str, dtype: str, weights: str) -> Callable[..., Any]:
     """Return run_steps(job, thread, tag): a forward, or the steps of a chain."""
-    multiply, rows = make_multiply(kernels, weights), make_rows(weights)
+    multiply, rows = make_multiply(kernels, weights), make_rows(inputs_of(kernels, weights))
     word = {"bfloat16": 2, "float32": 1, "int8": 4}[weights]  # inputs of a word
     embed_phase = make_embed_phase(dtype)
     run_layer = make_layer(kernels, dtype, multiply, rows, word)

@@ -20,6 +20,7 @@ from paceline.models.compiled.memory import (
     store,
     store_bf16,
     store_int8,
+    store_widened,
 )
 from paceline.models.compiled.vectors import (
     compiled,
@@ -39,7 +40,17 @@ if TYPE_CHECKING:
 
 
 # bytes of 32 inputs in a row, by their kind; of int8 with their scale and sum
-BYTES_OF_32: Final = {"bfloat16": 64, "float32": 128, "int8": 40}
+BYTES_OF_32: Final = {"bfloat16": 64, "widened": 128, "float32": 128, "int8": 40}
+
+
+def inputs_of(kernels: str, weights: str) -> str:
+    """Return the kind of inputs that a product takes: that of its weights, or `widened`.
+
+    Widened inputs are bfloat16 numbers held as float32, since a processor without products of bfloat16
+    reads them faster. kernels: see `processor`.
+    """
+    is_widened = weights == "bfloat16" and kernels in ("avx512", "generic")
+    return "widened" if is_widened else weights
 
 
 class Rows(NamedTuple):
@@ -136,7 +147,7 @@ def activate(x, kind):
 
 
 def make_rows(kind: str) -> Rows:
-    """Return the row operations for inputs of `bfloat16`, `float32` or `int8`.
+    """Return the row operations for inputs of `bfloat16`, `widened`, `float32` or `int8`.
 
     A row of int8 holds its bytes, then a float32 scale and an int32 sum for each 32 of them.
     """
@@ -152,6 +163,13 @@ def make_rows(kind: str) -> Rows:
         def put_inputs(row, room, column, first, second):
             store_bf16(row + 2 * column, first)
             store_bf16(row + 2 * column + 32, second)
+
+    elif kind == "widened":
+
+        @compiled
+        def put_inputs(row, room, column, first, second):
+            store_widened(row + 4 * column, first)
+            store_widened(row + 4 * column + 64, second)
 
     elif kind == "float32":
 

@@ -62,39 +62,71 @@ class TilesBySize(NamedTuple):
 
 WIDE: Final = TilesBySize(TileShape(6, 4), TileShape(14, 2))  # 32 registers of 512 bits
 NARROW: Final = TilesBySize(TileShape(1, 4), TileShape(6, 1))  # 16 of 256 bits, or 32 of 128
+# weights that are widened take more registers
+WIDE_WIDENED: Final = TilesBySize(TileShape(5, 4), TileShape(12, 2))
+NARROW_WIDENED: Final = TilesBySize(TileShape(2, 2), TileShape(6, 1))
 
 
 # --- one word's step: sums += weights * inputs -----------------------------------------------
 
 
-def dot_bf16(builder: Any, sums: Any, weights: Any, word: Any) -> Any:
+class Step(NamedTuple):
+    """The products of one word of a tile.
+
+    add(builder, sums, weights, inputs) returns sums with the products of the words of blocks, `weights`,
+    and of the rows at the addresses `inputs`. input_bytes: of a word's inputs.
+    """
+
+    add: Callable[[Any, Grid, list[Any], list[Any]], Grid]
+    input_bytes: int = 4
+
+
+def _add_dots(builder: Any, sums: Grid, weights: list[Any], inputs: list[Any]) -> Grid:
     """Multiply pairs of bfloat16 with the processor's own instruction."""
     name = "llvm.x86.avx512bf16.dpbf16ps.512"
     dot = declared(builder, name, V16F, [V16F, V32B, V32B])
-    pair = builder.bitcast(broadcast(builder, word, V16I), V32B)
-    return builder.call(dot, [sums, builder.bitcast(weights, V32B), pair])
+    new = []
+    for row, at in zip(sums, inputs, strict=True):
+        word = load_value(builder, at, I32, 4)
+        pair = builder.bitcast(broadcast(builder, word, V16I), V32B)
+        new.append(
+            [
+                builder.call(dot, [total, builder.bitcast(w, V32B), pair])
+                for total, w in zip(row, weights, strict=True)
+            ]
+        )
+    return new
 
 
-def widened_bf16(builder: Any, sums: Any, weights: Any, word: Any) -> Any:
-    """Multiply pairs of bfloat16 as float32, the even input first."""
+def _add_widened(builder: Any, sums: Grid, weights: list[Any], inputs: list[Any]) -> Grid:
+    """Multiply pairs of bfloat16 as float32, the even inputs first; rows hold them as float32."""
 
-    def halves(value: Any, kind: Any) -> tuple[Any, Any]:
-        def number(n: int) -> ir.Constant:
-            return ir.Constant(kind, n if kind is I32 else [n] * LANES)
+    def number(n: int) -> ir.Constant:
+        return ir.Constant(V16I, [n] * LANES)
 
-        return builder.shl(value, number(16)), builder.and_(value, number(-65536))
-
-    w_even, w_odd = (builder.bitcast(half, V16F) for half in halves(weights, V16I))
-    x_even, x_odd = (
-        broadcast(builder, builder.bitcast(half, F32), V16F) for half in halves(word, I32)
-    )
-    return fused(builder, w_odd, x_odd, fused(builder, w_even, x_even, sums))
+    even = [builder.shl(w, number(16)) for w in weights]
+    sums = _add_numbers(builder, sums, even, inputs)
+    odd = [builder.and_(w, number(-65536)) for w in weights]
+    return _add_numbers(builder, sums, odd, [builder.add(at, const(4)) for at in inputs])
 
 
-def float32(builder: Any, sums: Any, weights: Any, word: Any) -> Any:
+def _add_numbers(builder: Any, sums: Grid, weights: list[Any], inputs: list[Any]) -> Grid:
     """Multiply one float32 of each output."""
-    x = broadcast(builder, builder.bitcast(word, F32), V16F)
-    return fused(builder, builder.bitcast(weights, V16F), x, sums)
+    new = []
+    for row, at in zip(sums, inputs, strict=True):
+        x = broadcast(builder, load_value(builder, at, F32, 4), V16F)
+        new.append(
+            [
+                fused(builder, builder.bitcast(w, V16F), x, total)
+                for total, w in zip(row, weights, strict=True)
+            ]
+        )
+    return new
+
+
+DOT_BF16: Final = Step(_add_dots)
+WIDENED_BF16: Final = Step(_add_widened, input_bytes=8)
+FLOAT32: Final = Step(_add_numbers)
 
 
 # --- tiles ----------------------------------------------------------------------------------------
@@ -145,11 +177,8 @@ def store_sums(builder: Any, places: Grid, sums: Grid) -> None:
             store_value(builder, place, number, 4)
 
 
-def emit_tile(step: Any, builder: Any, values: Any, rows: int, blocks: int) -> None:
-    """Emit the loop over the words.
-
-    values: see `make_slab`. step(builder, sums, weights, word) adds the products of one word.
-    """
+def emit_tile(step: Step, builder: Any, values: Any, rows: int, blocks: int) -> None:
+    """Emit the loop over the words. values: see `make_slab`."""
     weights, block_stride, x, x_stride, words, _, _, fresh, *_ = values
     places = sum_places(builder, values, rows, blocks)
     w_at = spaced(builder, weights, block_stride, blocks)
@@ -165,13 +194,10 @@ def emit_tile(step: Any, builder: Any, values: Any, rows: int, blocks: int) -> N
     for block, sums in ((begin, zeros(rows, blocks)), (resume, before)):
         at.add_incoming(const(0), block)
         enter(totals, sums, block)
-    w_offset, x_offset = builder.mul(at, const(BLOCK_BYTES)), builder.mul(at, const(4))
+    w_offset, x_offset = (builder.mul(at, const(size)) for size in (BLOCK_BYTES, step.input_bytes))
     loaded = [load_value(builder, builder.add(w, w_offset), V16I, 64) for w in w_at]
     fetch_ahead(builder, values, blocks, at)
-    new = []
-    for row, of_row in zip(totals, x_at, strict=True):
-        word = load_value(builder, builder.add(of_row, x_offset), I32, 4)
-        new.append([step(builder, total, w, word) for total, w in zip(row, loaded, strict=True)])
+    new = step.add(builder, totals, loaded, [builder.add(row, x_offset) for row in x_at])
     following = builder.add(at, const(1))
     at.add_incoming(following, builder.block)
     enter(totals, new, builder.block)

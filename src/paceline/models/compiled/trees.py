@@ -67,7 +67,7 @@ def make_tree_sums(
     It sums the values of tokens first to stop - 1 and writes their outputs. base: the first position
     with a weight. values, weights, sums, totals: addresses as in `attention.py`; scratch follows them.
     """
-    word, size = heads.word, heads.size
+    word, size, input_size = heads.word, heads.size, heads.input_size
     half = word == 2
 
     @compiled
@@ -119,7 +119,7 @@ def make_tree_sums(
             for at in range(0, groups * value_room, 16):
                 store(own + 4 * at, load(sums + 4 * (row * value_room + at)))
             top, fresh = up_to(start - common + depth, UNIT), 0 if common > base else 1
-            at = weights + row * stride + common * size
+            at = weights + row * stride + common * input_size
             sum_values(tail, tail_words, value_room, at, stride, 0, top, own, fresh, groups)
             packed = field(span, FIRST) + token
             put_outputs(job, model, packed, head, own, totals + 4 * row)

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 GROUP: Final = 64
 HEAD_UNIT: Final = 32
 _LANES: Final = 16
+LINE: Final = 64  # bytes
+_PIECE: Final = 1 << 25  # bytes
 
 # a thread that is late may read a table after its model is gone, so the tables stay, a few kilobytes
 _TABLES: Final[list[np.ndarray]] = []
@@ -96,12 +98,45 @@ def _renew_lock() -> None:
 os.register_at_fork(after_in_child=_renew_lock)
 
 
+class Arena:
+    """Copies of tensors in large pieces of memory, which the system can map by huge pages.
+
+    A small page has an entry of its own in the processor's tables, and a forward reads thousands of
+    them; numpy asks for huge pages where an array is large.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: list[np.ndarray] = []
+        self._left = self._at = 0
+        self.num_bytes = 0
+
+    def keep(self, tensor: Tensor) -> int:
+        """Copy a tensor and return the copy's address, a multiple of 64."""
+        size = rounded(tensor.nbytes, LINE)
+        if size > self._left:
+            # pages that are never written take no memory
+            self._pieces.append(np.empty(max(size, _PIECE) + LINE, np.uint8))
+            start = self._pieces[-1].ctypes.data
+            self._at = rounded(start, LINE)
+            self._left = max(size, _PIECE)
+        offset = self._at - self._pieces[-1].ctypes.data
+        self._pieces[-1][offset : offset + tensor.nbytes] = (
+            tensor.flatten().view(torch.uint8).numpy()
+        )
+        address = self._at
+        self._at, self._left = self._at + size, self._left - size
+        self.num_bytes += tensor.nbytes
+        return address
+
+
 class PackedModel:
     """The packed weights of a model and the address of its table."""
 
-    def __init__(self, facts: Facts, layers: Sequence[LayerFacts], weights: str) -> None:
-        """weights: `bfloat16` or `float32`, the model's own dtype, or `int8`."""
-        self.facts, self.weights = facts, weights
+    def __init__(
+        self, facts: Facts, layers: Sequence[LayerFacts], weights: str, inputs: str
+    ) -> None:
+        """weights: `bfloat16` or `float32`, the model's own dtype, or `int8`. inputs: of products."""
+        self.facts, self.weights, self._inputs = facts, weights, inputs
         self._pack = pack_int8 if weights == "int8" else pack
         self.groups = facts.heads // facts.kv_heads
         self.room = rounded(facts.hidden_size, GROUP)
@@ -113,7 +148,7 @@ class PackedModel:
         self.outputs = (facts.heads + 2 * facts.kv_heads) * self.head_room
         self.dtype = facts.embedding.dtype
         self.num_layers = len(layers)
-        self._kept: list[Tensor] = [facts.embedding]
+        self._arena = Arena()
         self._angles = torch.empty(0)
         self._old_angles: list[Tensor] = []  # another thread's job may still read them
         self._table = np.zeros(t.MODEL_SIZE, np.int64)
@@ -128,8 +163,7 @@ class PackedModel:
         """Return a tensor's address and keep it; 0 for None."""
         if tensor is None:
             return 0
-        self._kept.append(tensor)
-        return int(tensor.data_ptr())
+        return self._arena.keep(tensor)
 
     def _row(self, numbers: Tensor | None, size: int) -> int:
         return self._address(None if numbers is None else padded_row(numbers, size))
@@ -211,7 +245,7 @@ class PackedModel:
 
     def row_bytes(self, room: int) -> int:
         """Return the bytes of a row of inputs; see `rows.make_rows`."""
-        return room // 32 * BYTES_OF_32[self.weights]
+        return room // 32 * BYTES_OF_32[self._inputs]
 
     def cache_shape(self) -> CacheShape:
         """Return the sizes of the model's keys and values."""
@@ -221,4 +255,4 @@ class PackedModel:
     @property
     def num_bytes(self) -> int:
         """Bytes of the packed weights."""
-        return sum(tensor.nbytes for tensor in self._kept[1:])
+        return self._arena.num_bytes
