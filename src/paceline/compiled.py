@@ -2,19 +2,29 @@
 
 Compiled code is cached on disk next to the source, or in the user's cache folder if the package is
 read-only. The cache is renewed when its own file changes, not when a called function changes, so
-functions that call each other belong in one module.
+functions that call each other belong in one module, or name the other modules (`entry`).
+
+numba examines every array of a call, which costs microseconds, more where other work has emptied the
+processor's caches. An entry takes whole numbers, some of them addresses of arrays, and costs one.
 """
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numba
+from numba import types
+from numba.extending import intrinsic
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import ModuleType
 
 F = TypeVar("F", bound="Callable[..., Any]")
+
+carray: Any = vars(numba)["carray"]  # an array at a pointer
 
 
 def compiled(function: F) -> F:
@@ -34,3 +44,44 @@ def inlined(function: F) -> F:
     the function itself.
     """
     return cast("F", numba.njit(inline="always", error_model="numpy")(function))
+
+
+def entry(
+    make: Callable[[int], Callable[..., int]], num_arguments: int, calls: tuple[ModuleType, ...]
+) -> Callable[..., int]:
+    """Return a compiled function of int64 arguments and result that Python calls directly.
+
+    make(version) returns the function; it must use `version`, which tells numba's cache whether it is
+    of the present code of `calls`, the modules of the compiled functions that it calls.
+    """
+    digest = hashlib.sha256()
+    for module in calls:
+        assert module.__file__ is not None
+        digest.update(Path(module.__file__).read_bytes())
+    function = make(int.from_bytes(digest.digest()[:7], "little") | 1)
+    signature = types.int64(*[types.int64] * num_arguments)
+    machine: Any
+    try:
+        machine = numba.cfunc(signature, cache=True, error_model="numpy")(function)
+    except RuntimeError:  # no folder for the cache: it is compiled once per process
+        machine = numba.cfunc(signature, error_model="numpy")(function)
+    called: Any = machine.ctypes
+    called.kept = machine  # the code lives as long as the object
+    return cast("Callable[..., int]", called)
+
+
+def _pointer_to(kind: Any) -> Any:
+    """Return an intrinsic that makes an address, int64, a pointer for `numba.carray`."""
+    pointer_type: Any = types.CPointer(kind)  # type: ignore[no-untyped-call]
+
+    @intrinsic
+    def pointer(typingctx, address):  # type: ignore[no-untyped-def]
+        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            return builder.inttoptr(values[0], context.get_value_type(pointer_type))
+
+        return pointer_type(types.int64), codegen
+
+    return pointer
+
+
+int64_at, int32_at, float64_at = map(_pointer_to, (types.int64, types.int32, types.float64))

@@ -177,10 +177,10 @@ class Drafts:
     that a model drafted for each row, which decide the price. Entries after a row's length are padding.
     """
 
-    tokens: Tensor  # [R, K] int64
+    tokens: Tensor | np.ndarray  # [R, K] int64
     lengths: Sequence[int]  # R
     probs: Tensor | None = None  # [R, K, V]
-    parents: Tensor | None = None  # [R, K] int64
+    parents: Tensor | np.ndarray | None = None  # [R, K] int64
     evidence: np.ndarray | None = None  # [R, K] int64
     chances: np.ndarray | None = None  # [R, K] float64
     proposed: Sequence[int] | None = None  # R

@@ -141,7 +141,3 @@ def compile_kernels() -> None:
     suffix = np.array([1], dtype=np.int32)
     answer_kernels.ranks_of(tokens, order, 0, 2)
     answer_kernels.occurrences(tokens, order, _NONE_LEFT_OUT, suffix)
-    out = np.empty((3, 1, 2), dtype=np.int64)
-    answer_kernels.match_and_grow(
-        tokens, order, _NONE_LEFT_OUT, suffix, 1, 2.0, 0.0, 4, 2, 0.1, 0.0, out, 0
-    )

@@ -38,7 +38,12 @@ _MASS_ERROR: Final = 0.01  # of the sum of a distribution in half precision
 
 _CHANCE_ERROR: Final = 1e-6  # by which rounding may lift a token's chance above its parent's
 
-_INTEGERS: Final = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
+_INTEGERS: Final = frozenset(
+    (
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+        *map(np.dtype, ("int64", "int32", "int16", "int8", "uint8")),
+    )
+)
 
 
 class Proposer(Protocol):
@@ -207,8 +212,8 @@ def _lengths(given: Any, num_rows: int) -> list[int]:
 
 def _read_ids(what: str, given: Any, num_rows: int, width: int) -> list[list[int]]:
     """Return the first `width` columns of an integer array [R, K]."""
-    if not isinstance(given, Tensor):
-        raise DrafterError(f"{what} must be a tensor, got {shown(given)}")
+    if not isinstance(given, Tensor | np.ndarray):
+        raise DrafterError(f"{what} must be a tensor or an array, got {shown(given)}")
     if given.dtype not in _INTEGERS:
         raise DrafterError(f"{what} must be int64, got {given.dtype}")
     shape = given.shape

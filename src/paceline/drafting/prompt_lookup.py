@@ -71,10 +71,11 @@ class PromptLookup(Drafter):
 
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
         min_ngram, most = self.settings.min_ngram, self.num_draft_tokens
-        drafts = [
-            _copy(row.tokens, match.source, min(limit, most)) if match.length >= min_ngram else []
-            for row, limit, (_, match) in zip(rows, limits, self._rows.match_own(rows), strict=True)
-        ]
+        drafts: list[list[int]] = []
+        for row, limit in zip(rows, limits, strict=True):
+            match = self._rows.match_own(row)
+            is_long = match.length >= min_ngram
+            drafts.append(_copy(row.tokens, match.source, min(limit, most)) if is_long else [])
         return Drafts(*pad_drafts(drafts, torch.device("cpu")))
 
 

@@ -7,6 +7,8 @@ row's new tokens when it is asked. This module knows no models.
 from __future__ import annotations
 
 from functools import cache
+from itertools import chain
+from struct import pack_into
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from paceline.contracts import RowView
 
 _MIN_CAPACITY: Final = 128  # tokens
-_NO_TOKENS: Final = np.empty(0, dtype=np.int32)
 
 
 class Match(NamedTuple):
@@ -42,8 +43,8 @@ class Tree(NamedTuple):
 class SuffixIndex:
     """A suffix automaton of one text. Contexts of up to `max_match` tokens are counted.
 
-    num_tokens: tokens indexed so far. capacity: number of tokens to reserve room for; the index grows if
-    needed.
+    num_tokens: tokens of the text so far. address: of the table of its arrays, which moves when the
+    index grows. capacity: number of tokens to reserve room for.
     """
 
     def __init__(self, max_match: int, capacity: int = 0) -> None:
@@ -59,17 +60,24 @@ class SuffixIndex:
 
     def _allocate(self, capacity: int) -> None:
         self._capacity = capacity
+        self._text = np.empty(capacity, dtype=np.int32)
         self._states = np.empty((2 * capacity + 2, 5), dtype=np.int32)
         self._edges = np.empty((3 * capacity + 2, 6), dtype=np.int32)
         # a power of two, 4/3 to 8/3 of the maximum number of edges
         self._table = np.full(1 << (4 * capacity - 1).bit_length(), -1, dtype=np.int32)
         self._automaton = (self._header, self._states, self._edges, self._table)
+        # in the order of `suffix_entry.INDEX_SIZE`
+        sized = ((array.ctypes.data, len(array)) for array in self._automaton[1:])
+        numbers = (self._header.ctypes.data, *chain(*sized), self._text.ctypes.data)
+        self._addresses = np.array(numbers, dtype=np.int64)
+        self.address: int = self._addresses.ctypes.data
 
     def _make_room(self, num_tokens: int) -> None:
         if num_tokens <= self._capacity:
             return
-        kernels, states, edges = self._kernels, self._states, self._edges
+        kernels, text, states, edges = self._kernels, self._text, self._states, self._edges
         self._allocate(num_tokens * 3 // 2)
+        self._text[: self.num_tokens] = text[: self.num_tokens]
         num_states, num_edges = self._header[[kernels.NUM_STATES, kernels.NUM_EDGES]].tolist()
         self._states[:num_states] = states[:num_states]
         self._edges[:num_edges] = edges[:num_edges]
@@ -77,20 +85,25 @@ class SuffixIndex:
 
     def extend(self, tokens: Sequence[int] | np.ndarray) -> None:
         """Append tokens [n] to the text."""
-        self._make_room(self.num_tokens + len(tokens))
-        self._kernels.extend(self._automaton, np.array(tokens, dtype=np.int32))
-        self.num_tokens += len(tokens)
+        first = self.num_tokens
+        self.write(tokens)
+        self._kernels.extend(self._automaton, self._text[first : self.num_tokens])
+
+    def write(self, tokens: Sequence[int] | np.ndarray) -> None:
+        """Write tokens [n] behind the text, for a call of compiled code that reads them."""
+        num_tokens = self.num_tokens + len(tokens)
+        self._make_room(num_tokens)
+        # much faster than numpy with a few numbers
+        pack_into(f"{len(tokens)}i", self._text.data, 4 * self.num_tokens, *tokens)
+        self.num_tokens = num_tokens
 
     def match_own(self) -> Match:
         """Return the longest suffix of the text that occurs earlier, with its latest occurrence."""
-        return self.extend_and_match(_NO_TOKENS, 0, 0)
-
-    def extend_and_match(self, tokens: np.ndarray, first: int, last: int) -> Match:
-        """Append tokens[first:last] int32 to the text; return as `match_own`."""
-        num_tokens = self.num_tokens + last - first
-        self._make_room(num_tokens)
-        self.num_tokens = num_tokens
-        return Match(*self._kernels.extend_and_match(self._automaton, tokens, first, last))
+        num_read = int(self._header[self._kernels.NUM_TOKENS])
+        found = self._kernels.extend_and_match(
+            self._automaton, self._text, num_read, self.num_tokens
+        )
+        return Match(*found)
 
     def match(self, suffix: np.ndarray) -> Match:
         """Return the longest suffix of other tokens [n <= max_match] int32 that occurs in the text."""
@@ -126,7 +139,7 @@ class SuffixIndex:
 
     def num_bytes(self) -> int:
         """Return the bytes of the arrays, with their unused room."""
-        return sum(array.nbytes for array in self._automaton)
+        return self._text.nbytes + sum(array.nbytes for array in self._automaton)
 
 
 class RowIndices:
@@ -147,31 +160,25 @@ class RowIndices:
 
     def prepare(self, row: RowView, max_tokens: int) -> bool:
         """Read up to `max_tokens` more tokens of a row; return True when none is left."""
-        index = self._index(row)
+        index = self.index(row)
         index.extend(row.tokens[index.num_tokens : index.num_tokens + max_tokens])
         return index.num_tokens == len(row.tokens)
 
-    def match_own(self, rows: Sequence[RowView]) -> list[tuple[SuffixIndex, Match]]:
-        """Return each row's index with its `match_own`, after reading the rows' new tokens."""
-        indices = [self._index(row) for row in rows]
-        new: list[int] = []
-        ends: list[int] = []
-        for row, index in zip(rows, indices, strict=True):
-            new += row.tokens[index.num_tokens :]
-            ends.append(len(new))
-        # one array for all rows, since it costs as much as one call of machine code
-        tokens = np.array(new, dtype=np.int32)
-        found: list[tuple[SuffixIndex, Match]] = []
-        first = 0
-        for index, last in zip(indices, ends, strict=True):
-            found.append((index, index.extend_and_match(tokens, first, last)))
-            first = last
-        return found
+    def written(self, row: RowView) -> SuffixIndex:
+        """Return a row's index with the row's new tokens behind its text, see `SuffixIndex.write`."""
+        index = self.index(row)
+        index.write(row.tokens[index.num_tokens :])
+        return index
+
+    def match_own(self, row: RowView) -> Match:
+        """Return the `SuffixIndex.match_own` of a row, after reading its new tokens."""
+        return self.written(row).match_own()
 
     def num_bytes(self) -> int:
         return sum(index.num_bytes() for index in self._by_row.values())
 
-    def _index(self, row: RowView) -> SuffixIndex:
+    def index(self, row: RowView) -> SuffixIndex:
+        """Return a row's index, which may be empty."""
         index = self._by_row.get(row.id)
         if index is None:
             index = SuffixIndex(self._max_match, len(row.tokens) * 3 // 2)

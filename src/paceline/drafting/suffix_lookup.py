@@ -13,27 +13,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-import torch
 from pydantic import ConfigDict, Field, model_validator
 
 from paceline.config import MAX_DRAFT_TOKENS, Section
 from paceline.contracts import Drafts
 from paceline.drafting.answers import check_answers, find_answers, require_answers
 from paceline.drafting.base import Drafter
-from paceline.drafting.evidence import NUM_EVIDENCE, assumed_chances
-from paceline.drafting.suffix_index import RowIndices, SuffixIndex, Tree
+from paceline.drafting.suffix_index import RowIndices, SuffixIndex
 from paceline.errors import ConfigError
-from paceline.store.contexts import MAX_CONTEXT
 from paceline.store.trained_on import NOTHING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    import numpy as np
+
     from paceline.contracts import RowView
     from paceline.drafting.answers import Answers
     from paceline.drafting.base import BuildContext
-    from paceline.drafting.suffix_index import Match
+    from paceline.drafting.suffix_entry import SourceTable
     from paceline.models.vocabulary import Vocabulary
     from paceline.store.trained_on import TrainedOn
 
@@ -94,6 +92,7 @@ class SharedText:
         self._max_match = max_match
         self._room = max_tokens // 2  # of one index
         self.parts = [self._empty()]
+        self.version = 0  # changes with the parts
 
     def _empty(self) -> SuffixIndex:
         # allocated at full size, so that growing never copies
@@ -106,12 +105,8 @@ class SharedText:
         answer = [*tokens[-(self._room - 1) :], _END]
         if self.parts[0].num_tokens + len(answer) > self._room:
             self.parts = [self._empty(), self.parts[0]]
+            self.version += 1
         self.parts[0].extend(answer)
-
-    def match(self, tokens: Sequence[int]) -> list[tuple[SuffixIndex, Match]]:
-        """Return each part with the longest suffix of a row's tokens that occurs in it."""
-        suffix = np.array(tokens[-self._max_match :], dtype=np.int32)
-        return [(part, part.match(suffix)) for part in self.parts]
 
     def num_bytes(self) -> int:
         return sum(part.num_bytes() for part in self.parts)
@@ -136,11 +131,11 @@ class SuffixLookup(Drafter):
         super().__init__(name, settings.num_draft_tokens)
         require_answers(name, settings.answers, answers)
         # imported here because numba takes a second to import
-        from paceline.drafting.answer_kernels import match_and_grow
-        from paceline.drafting.suffix_kernels import expected_tokens
+        from paceline.drafting import suffix_entry
 
-        self._match_and_grow = match_and_grow
-        self._expected_tokens = expected_tokens
+        self._entry = suffix_entry
+        self._sources: SourceTable | None = None
+        self._out = suffix_entry.new_drafts(0, self.num_draft_tokens)
         self.settings = settings
         self._answers = answers
         self.shared = shared
@@ -202,114 +197,47 @@ class SuffixLookup(Drafter):
         return sum(source.num_bytes() for source in sources if source is not None)
 
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
-        found, trees = self.grow_trees(rows, limits)
-        lengths = [tree.num_tokens for tree in trees]
-        tokens, parents, evidence = found[:, :, : max(lengths)]
-        drafts = Drafts(torch.from_numpy(tokens), lengths, evidence=evidence)
-        if any(tree.num_leaves > 1 for tree in trees):
-            drafts.parents = torch.from_numpy(parents)
-        return drafts
+        found, lengths, branches = self.grow_trees(rows, limits)
+        tokens, parents, evidence = found.transpose(1, 0, 2)[:, :, : max(lengths)]
+        return Drafts(tokens, lengths, parents=parents if branches else None, evidence=evidence)
 
     def grow_trees(
         self, rows: Sequence[RowView], limits: Sequence[int]
-    ) -> tuple[np.ndarray, list[Tree]]:
-        """Return tokens, parents and evidence [3, R, K] int64 of the rows' drafts, and their sizes."""
-        out = np.full((3, len(rows), self.num_draft_tokens), -1, dtype=np.int64)
-        own = self._rows.match_own(rows)
-        trees = [
-            self._draft(row, limit, own[i], out, i)
-            for i, (row, limit) in enumerate(zip(rows, limits, strict=True))
-        ]
-        return out, trees
+    ) -> tuple[np.ndarray, list[int], bool]:
+        """Return tokens, parents and evidence [R, 3, K] int64 of the rows' drafts, and their lengths.
 
-    def _draft(
-        self,
-        row: RowView,
-        limit: int,
-        own: tuple[SuffixIndex, Match],
-        out: np.ndarray,
-        number: int,
-    ) -> Tree:
-        """Write a row's draft into out[:, number] [3, R, K]: tokens, parents, evidence.
-
-        own: the match in its text. Of the row's own text, the shared and the collected answers, the
-        draft with the most expected tokens is kept, of equals the first.
+        The array is the drafter's own, valid until the next call. The last value is whether a draft has
+        several paths.
         """
-        best = Tree(0, 0, 0.0)
-        if limit < 1:
-            return best
-        best = self._draft_of_index(*own, limit, best, out, number)
-        if self.shared is not None:
-            for index, match in self.shared.match(row.tokens):
-                best = self._draft_of_index(index, match, limit, best, out, number, NUM_EVIDENCE)
-        if self._answers is not None and self._answers.index is not None:
-            best = self._draft_of_answers(row.tokens, limit, best, out, number)
-        return best
+        if len(self._out) < len(rows):
+            self._out = self._entry.new_drafts(2 * len(rows), self.num_draft_tokens)
+            self._out_at: int = self._out.ctypes.data
+        lengths, branches, at = [], False, self._out_at
+        for row, limit in zip(rows, limits, strict=True):
+            length, num_leaves = self.grow_tree(row, limit, at, self.num_draft_tokens)
+            lengths.append(length)
+            branches |= num_leaves > 1
+            at += self._out.strides[0]
+        return self._out[: len(rows)], lengths, branches
 
-    def _draft_of_index(
-        self,
-        index: SuffixIndex,
-        match: Match,
-        limit: int,
-        best: Tree,
-        out: np.ndarray,
-        number: int,
-        first_class: int = 0,
-    ) -> Tree:
-        """Write the draft of an index if it is better than the best so far; return the better one.
+    def grow_tree(self, row: RowView, limit: int, out: int, room: int) -> tuple[int, int]:
+        """Read a row's new tokens and write its draft; return its numbers of nodes and of leaves.
 
-        first_class: of the evidence of its source.
+        out: address of [3, room] int64, room >= K, receives tokens, parents and evidence.
         """
-        longest = self._max_length(match)
-        if longest <= best.expected:
-            return best  # it cannot expect more
-        # the best draft so far stays in `out` until a better one is known
-        own = out[:, number]
-        into = np.empty_like(own) if best.num_tokens else own
-        tree = index.grow(
-            match, self.settings.min_match, limit, self.settings.paths,
-            self.settings.min_probability, *into[:, :longest],
-        )  # fmt: skip
-        into[2, : tree.num_tokens] += first_class
-        tree = self._weighed(tree, into)
-        if tree.expected <= best.expected:
-            return best
-        if into is not own:
-            own[:, : tree.num_tokens] = into[:, : tree.num_tokens]
-        return tree
-
-    def _draft_of_answers(
-        self, tokens: Sequence[int], limit: int, best: Tree, out: np.ndarray, number: int
-    ) -> Tree:
-        """Write the draft of the collected answers if it is better; return the better one."""
-        assert self._answers is not None and self._answers.index is not None
-        index, settings = self._answers.index, self.settings
-        into, row = (np.empty_like(out[:, :1]), 0) if best.num_tokens else (out, number)
-        tree = Tree(
-            *self._match_and_grow(
-                index.tokens, index.order, self._answers.left_out,
-                np.array(tokens[-min(settings.max_match, MAX_CONTEXT) :], dtype=np.int32),
-                settings.min_match, settings.length_factor, settings.length_offset,
-                limit, settings.paths, settings.min_probability, best.expected, into, row,
+        sources, index = self._sources, self._rows.written(row)
+        if sources is None or sources.is_stale():
+            sources = self._sources = self._entry.SourceTable(
+                self.settings, self.num_draft_tokens, self.shared, self._answers
             )
-        )  # fmt: skip
-        tree = self._weighed(tree, into[:, row])
-        if tree.expected <= best.expected:
-            return best
-        if into is not out:
-            out[:, number, : tree.num_tokens] = into[:, 0, : tree.num_tokens]
-        return tree
+        found = self._entry.draft_row(
+            index.address, sources.address, index.num_tokens, limit, out, room
+        )
+        return found % self._entry.LEAVES, found // self._entry.LEAVES
 
-    def _weighed(self, tree: Tree, found: np.ndarray) -> Tree:
-        """Return a tree with the expected tokens by its evidence. found: tokens, parents, evidence."""
-        expected = self._expected_tokens(found[1], found[2], tree.num_tokens, assumed_chances())
-        return tree._replace(expected=expected)
-
-    def _max_length(self, match: Match) -> int:
-        """Return the maximum number of tokens to draft after a match."""
-        settings = self.settings
-        longest = settings.length_factor * match.length + settings.length_offset
-        return int(max(0, min(self.num_draft_tokens, longest)))
+    def index_address(self, row: RowView) -> int:
+        """Return the address of the index of a row's text, see `suffix_entry`."""
+        return self._rows.index(row).address
 
 
 def _find_shared_text(

@@ -118,4 +118,4 @@ def count_packed_bytes(model: PreTrainedModel, weights: str) -> int:
             if buffer is not None:  # small, and read while the weights are packed
                 module._buffers[key] = torch.zeros(buffer.shape, dtype=buffer.dtype)
     windows = dict.fromkeys(range(model.config.get_text_config().num_hidden_layers))
-    return PackedModel(*facts_of(model, windows, 1), kind).num_bytes
+    return PackedModel(*facts_of(model, windows, 1), kind, inputs=kind).num_bytes

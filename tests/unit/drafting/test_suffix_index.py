@@ -232,7 +232,7 @@ def test_a_match_at_the_end_of_the_text_continues_periodically() -> None:
 def test_num_bytes_counts_every_array_and_grows_with_the_text() -> None:
     index = SuffixIndex(4)
     before = index.num_bytes()
-    held = (index._header, index._states, index._edges, index._table)
+    held = (index._header, index._text, index._states, index._edges, index._table)
     assert before == sum(array.nbytes for array in held)
 
     index.extend(range(10_000))
@@ -257,23 +257,24 @@ def test_a_row_is_read_up_to_its_end_after_a_pause() -> None:
         for row in rows:
             row.tokens += [choose.randrange(3) for _ in range(choose.randrange(1, 5))]
         for row in choose.sample(rows, 2):
-            [(index, found)] = indices.match_own([row])
+            found, index = indices.match_own(row), indices.index(row)
             assert index.num_tokens == len(row.tokens)
             assert found == index.match_own()
             assert_same_tree(index, 5, found, row.tokens, row.tokens, 6)
-        for row, (index, found) in zip(rows, indices.match_own(rows), strict=True):
+        for row in rows:
+            found = indices.match_own(row)
             assert found == index_of(row.tokens, 5).match_own()
-            assert index.num_tokens == len(row.tokens)
+            assert indices.index(row).num_tokens == len(row.tokens)
 
 
 def test_an_id_that_starts_again_is_another_text() -> None:
     indices = RowIndices(5)
     first, second = row_of(-2, [1, 2, 3, 1, 2, 3]), row_of(-2, [4, 4, 4])
     indices.start([first])
-    indices.match_own([first])
+    indices.match_own(first)
     indices.start([second])
 
-    [(_, found)] = indices.match_own([second])
+    found = indices.match_own(second)
     assert found == index_of(second.tokens, 5).match_own()
 
 
@@ -287,7 +288,7 @@ def test_preparing_reads_a_long_prompt_in_pieces() -> None:
 
     assert done == [False, False, False, True]
     assert indices.num_bytes() > 0
-    [(_, found)] = indices.match_own([row])
+    found = indices.match_own(row)
     assert found.source == 50
     indices.finish([row, row_of(8)])
     assert indices.num_bytes() == 0

@@ -7,7 +7,6 @@ that the comparison would see them.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +19,8 @@ from paceline.costs import CostTable, Measurement
 from paceline.drafting.cascade import kernels
 from paceline.drafting.cascade.calibration import Chances, fit_chances
 from paceline.drafting.cascade.drafter import Cascade, CascadeSettings
+from paceline.drafting.cascade.entry import RowState
+from paceline.drafting.cascade.fields import BRANCHES, DRAFTED, DRAFTED_AT, PART
 from paceline.drafting.cascade.prices import Prices, read_prices
 from paceline.drafting.evidence import NUM_CLASSES
 from paceline.drafting.suffix_lookup import SuffixLookup, SuffixLookupSettings
@@ -210,18 +211,15 @@ class Turns:
     def __init__(self, cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> None:
         self.counts = dict.fromkeys(["nothing", *cascade.parts], 0)
         self.trees = 0
-        choose = cascade._kernels.choose
+        choose = cascade._choose
 
-        def counted(*given: Any) -> Any:
-            answer = choose(*given)
-            part, length, _, branches = answer[:4]
-            chosen = ["nothing", *cascade.parts][part + 1 if length else 0]
-            self.counts[chosen] += 1
-            self.trees += branches
-            return answer
+        def counted(table: Any, row: Any, state: RowState, limit: int) -> int:
+            part = choose(table, row, state, limit)
+            self.counts[["nothing", *cascade.parts][part + 1]] += 1
+            self.trees += state.fields.item(BRANCHES)
+            return part
 
-        namespace = SimpleNamespace(**vars(cascade._kernels) | {"choose": counted})
-        monkeypatch.setattr(cascade, "_kernels", namespace)
+        monkeypatch.setattr(cascade, "_choose", counted)
 
 
 @pytest.mark.parametrize("name", CASCADES)
@@ -294,45 +292,41 @@ def lower_limits(cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def learning(change: Callable[[Cascade, Any], Callable[..., None]]) -> Callable[..., None]:
+def before_choosing(
+    change: Callable[[Cascade, Any, RowState], None],
+) -> Callable[[Cascade, pytest.MonkeyPatch], None]:
+    """Plant a change of a row's state before the cascade learns and chooses."""
+
     def plant(cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> None:
-        own = cascade._kernels
-        changed = {"learn": change(cascade, own.learn)}
-        namespace = SimpleNamespace(**vars(own) | changed)
-        monkeypatch.setattr(cascade, "_kernels", namespace)
+        choose = cascade._choose
+
+        def changed(table: Any, row: Any, state: RowState, limit: int) -> int:
+            if state.fields[PART] >= 0:
+                change(cascade, row, state)
+            return choose(table, row, state, limit)
+
+        monkeypatch.setattr(cascade, "_choose", changed)
 
     return plant
 
 
-def counting_twice(cascade: Cascade, learn: Any) -> Callable[..., None]:
-    def twice(*given: Any) -> None:
-        written, seen = given[-2:]
-        before = seen.copy()
-        learn(*given)
-        with_last = seen - before
-        # the outcome of the last token that the text decides on, once more
-        if len(written) > 1:
-            seen[:] = before
-            learn(*given[:-2], written[:-1], seen)
-            seen += with_last - (seen - before) + with_last - (seen - before)
-
-    return twice
+def counting_twice(cascade: Cascade, row: Any, state: RowState) -> None:
+    """Count the outcome of the last token that the text decides on once more."""
+    size, begin = state.fields[DRAFTED], state.fields[DRAFTED_AT]
+    written = np.array(row.tokens[begin : begin + size + 1])
+    if len(written) > 1:
+        seen = np.zeros((2, 2))
+        for counts, text in zip(seen, (written, written[:-1]), strict=True):
+            kernels.learn(*state.nodes, state.base, size, text, counts)
+        state.seen[state.fields[PART]] += seen[0] - seen[1]
 
 
-def ignoring(kind: str) -> Callable[[Cascade, Any], Callable[..., None]]:
+def ignoring(kind: str) -> Callable[[Cascade, Any, RowState], None]:
     """Leave the factors of the lookups or of the models as they are."""
 
-    def change(cascade: Cascade, learn: Any) -> Callable[..., None]:
-        places = range(len(cascade.lookups))
-
-        def ignorant(*given: Any) -> None:
-            seen = given[-1]
-            (state,) = cascade._states.values()
-            is_lookup = any(np.shares_memory(seen, state.seen[place]) for place in places)
-            if is_lookup != (kind == "lookups"):
-                learn(*given)
-
-        return ignorant
+    def change(cascade: Cascade, row: Any, state: RowState) -> None:
+        if (state.fields[PART] < len(cascade.lookups)) == (kind == "lookups"):
+            state.fields[PART] = -1
 
     return change
 
@@ -342,6 +336,7 @@ def forgetting_to_read(cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> Non
     prices = cascade._prices_at(1)
     free = replace(prices, reading=np.zeros_like(prices.reading))
     monkeypatch.setattr(cascade, "_prices", {1: free})
+    monkeypatch.setattr(cascade, "_tables", {})
 
 
 def never_having_read(cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,7 +345,7 @@ def never_having_read(cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> None
 
     def forgetful(rows: Any, limits: Any) -> Any:
         for state in cascade._states.values():
-            state.read = [rows[0].num_prompt] * len(state.read)
+            state.read[:] = rows[0].num_prompt
         return propose(rows, limits)
 
     monkeypatch.setattr(cascade, "propose", forgetful)
@@ -358,9 +353,9 @@ def never_having_read(cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> None
 
 FAULTS = {
     "a wrong limit": lower_limits,
-    "the last outcome counted twice": learning(counting_twice),
-    "a lookup's factor that stays": learning(ignoring("lookups")),
-    "a model's factor that stays": learning(ignoring("models")),
+    "the last outcome counted twice": before_choosing(counting_twice),
+    "a lookup's factor that stays": before_choosing(ignoring("lookups")),
+    "a model's factor that stays": before_choosing(ignoring("models")),
     "tokens that are read for free": forgetting_to_read,
     "a model that never has read": never_having_read,
 }

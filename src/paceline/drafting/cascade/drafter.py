@@ -11,19 +11,17 @@ cascade.
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import torch
 
 from paceline.contracts import GREEDY, Drafts, identity_of_arms
 from paceline.drafting.base import Drafter, Needs
 from paceline.drafting.cascade.calibration import Chances
 from paceline.drafting.cascade.chains import Chain, Wish, draft_chains, ends_by_itself
+from paceline.drafting.cascade.fields import BRANCHES, DRAFTED, LENGTH, PART
 from paceline.drafting.cascade.prices import Prices, assumed_prices, read_prices
 from paceline.drafting.cascade.settings import CascadeSettings, find_parts
-from paceline.drafting.contract import blaming
 from paceline.drafting.draft_replay import CachedReplay, SimpleRow
 from paceline.drafting.suffix_lookup import SuffixLookup
 
@@ -35,21 +33,9 @@ if TYPE_CHECKING:
     from paceline.contracts import RowView, SamplingParams
     from paceline.costs.table import CostTable
     from paceline.drafting.base import BuildContext
+    from paceline.drafting.cascade.entry import CascadeTable, RowState
     from paceline.drafting.draft_replay import DraftReplay
     from paceline.models.language_model import LanguageModel
-
-
-@dataclass(slots=True)
-class _State:
-    """What the parts have shown in one row, and the draft of its last round."""
-
-    seen: np.ndarray  # [L + M, 2]
-    read: list[int]  # [M] tokens that each model has read
-    num_prepared: int = 0  # parts whose prefill is complete
-    num_tokens: int = 0  # of the row at the last draft
-    part: int = -1  # that drafted it
-    nodes: np.ndarray | None = None  # [2, n] its tokens and parents
-    base: np.ndarray | None = None  # [n] chances by class
 
 
 class Cascade(Drafter):
@@ -70,10 +56,10 @@ class Cascade(Drafter):
     ) -> None:
         """target: for the replay of parts that draft with its weights."""
         # imported here because numba takes a second to import
-        from paceline.drafting.cascade import kernels
+        from paceline.drafting.cascade import entry
 
         super().__init__(name, num_draft_tokens)
-        self._kernels = kernels
+        self._entry = entry
         self._target = target
         lookups = {n: part for n, part in parts.items() if isinstance(part, SuffixLookup)}
         self.lookups: dict[str, SuffixLookup] = lookups
@@ -84,11 +70,13 @@ class Cascade(Drafter):
             same_vocabulary=any(n.same_vocabulary for n in needs),
             target_weights=any(n.target_weights for n in needs),
         )
-        self.calibrate(Chances.assumed(len(self.lookups), len(self.models)))
         self._costs: CostTable | None = None
         self._prices: dict[int, Prices] = {}  # by rows in flight
-        self._states: dict[int, _State] = {}
-        self._width = max(lookup.num_draft_tokens for lookup in self.lookups.values())  # K
+        self._tables: dict[tuple[int, bool], CascadeTable] = {}
+        self._states: dict[int, RowState] = {}
+        longest = (lookup.num_draft_tokens for lookup in self.lookups.values())
+        self._width = max(num_draft_tokens, *longest)  # K
+        self.calibrate(Chances.assumed(len(self.lookups), len(self.models)))
 
     @classmethod
     def build(cls, name: str, settings: CascadeSettings, context: BuildContext) -> Cascade:
@@ -100,10 +88,12 @@ class Cascade(Drafter):
     def price(self, costs: CostTable) -> None:
         self._costs = costs
         self._prices.clear()
+        self._tables.clear()
 
     def calibrate(self, chances: Chances) -> None:
         """Take chances that were learned from replay, lookups and models in the order of `parts`."""
         self.chances = chances
+        self._tables.clear()
         self._if_sure = [tuple(table) for table in chances.if_sure.tolist()]
 
     def _prices_at(self, rows: int) -> Prices:
@@ -117,13 +107,25 @@ class Cascade(Drafter):
             self._prices[rows] = prices
         return prices
 
+    def _table(self, rows: int) -> CascadeTable:
+        """Return chances and prices with a number of rows in flight, for machine code."""
+        key = rows, self.stops_early
+        table = self._tables.get(key)
+        if table is None:
+            sizes = len(self.lookups), len(self.models), self.num_draft_tokens, self._width
+            prices = self._prices_at(rows)
+            table = self._entry.CascadeTable(sizes, self.chances, prices, self.stops_early)
+            self._tables[key] = table
+        return table
+
     # --- rows -------------------------------------------------------------------------------------
 
     def start(self, rows: Sequence[RowView]) -> None:
         for row in rows:
-            self._states[row.id] = _State(
-                np.zeros((len(self.parts), 2)), [len(row.tokens) - 1] * len(self.models)
-            )
+            self._states[row.id] = self._entry.RowState(
+                len(self.lookups), len(self.models), self._width, self.num_draft_tokens,
+                num_read=len(row.tokens) - 1,
+            )  # fmt: skip
         seen = [_for_parts(row) for row in rows]
         for part in self.parts.values():
             part.start(seen)
@@ -146,107 +148,74 @@ class Cascade(Drafter):
     # --- drafting ---------------------------------------------------------------------------------
 
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
-        kernels = self._kernels
-        found, lengths = self._look_up(rows, limits)  # [3, L, R, K], [L, R]
-        prices = self._prices_at(max(self.rows_in_flight, len(rows)))
-        width = max(self._width, self.num_draft_tokens)
-        out = np.full((2, len(rows), width), -1, dtype=np.int64)  # tokens, parents
-        chances = np.zeros((len(rows), len(self.parts), width))
+        table = self._table(max(self.rows_in_flight, len(rows)))
+        out = np.full((2, len(rows), self._width), -1, dtype=np.int64)  # tokens, parents
         sizes, proposed, is_tree = [0] * len(rows), [0] * len(rows), False
         wishes: list[list[Wish]] = [[] for _ in self.models]
-        rooms = np.zeros(len(self.models), dtype=np.int64)
-        models = list(self.models.values())
         L = len(self.lookups)
-        for i, row in enumerate(rows):
-            state, num_tokens = self._states[row.id], len(row.tokens)
-            self._learn(state, row, num_tokens)
-            verifying, drafting = prices.at(num_tokens - 1)
-            if models:
-                rooms[:] = [model.longest_draft(row) for model in models]
-                unread = [num_tokens - 1 - read for read in state.read]
-                drafting = drafting + (prices.reading * unread)[:, None]
-            part, length, bin_here, branches, least = kernels.choose(
-                found[2, :, i], found[1, :, i], lengths[:, i], limits[i], self.chances.tables,
-                self.chances.prospects, state.seen, verifying, drafting, rooms, chances[i],
-            )  # fmt: skip
-            if not self.stops_early and models:
-                part, least = L, 0.0
-                length = min(limits[i], self.num_draft_tokens, int(rooms[0]))
-            state.part, state.num_tokens = part if length else -1, num_tokens
-            chances[i, 0] = chances[i, part]
-            if not length:
-                continue
-            if part < L:
-                out[:, i, :length] = found[:2, part, i, :length]
-                sizes[i] = length
-                is_tree |= branches
-                state.nodes = out[:, i, :length]
-                state.base = self.chances.tables[part][found[2, part, i, :length]]
-                continue
-            model = part - L
-            state.base = self.chances.prospects[model, bin_here]  # of the first token and of others
-            state.read[model] = num_tokens - 1
-            if ends_by_itself(models[model], row):
-                length = min(limits[i], self.num_draft_tokens, int(rooms[model]))
-            wishes[model].append(
-                Wish(i, _for_parts(row), length, least, verifying, drafting[model], chances[i, 0])
-            )
-        for model, own in enumerate(wishes):
-            for chain in self._draft_chains(models[model], model, own):
-                sizes[chain.place], proposed[chain.place] = len(chain.tokens), chain.num_drafted
-                self._keep(rows[chain.place], chain, out[:, chain.place])
+        for i, (row, limit) in enumerate(zip(rows, limits, strict=True)):
+            state = self._states[row.id]
+            part = self._choose(table, row, state, limit)
+            if part >= L:
+                model = list(self.models.values())[part - L]
+                length = state.fields.item(LENGTH)
+                if ends_by_itself(model, row):
+                    length = min(limit, self.num_draft_tokens, state.rooms.item(part - L))
+                wishes[part - L].append(Wish(i, _for_parts(row), length, state.least))
+            elif part >= 0:
+                sizes[i] = length = state.fields.item(LENGTH)
+                out[:, i, :length] = state.nodes[:, :length]
+                is_tree |= bool(state.fields.item(BRANCHES))
+        for own, model, if_sure in zip(wishes, self.models.values(), self._if_sure, strict=True):
+            for chain in draft_chains(model, own, if_sure) if own else ():
+                row, i = rows[chain.place], chain.place
+                sizes[i], proposed[i] = self._cut(table, row, chain), len(chain.tokens)
+                out[:, i, : sizes[i]] = self._states[row.id].nodes[:, : sizes[i]]
         longest = max(sizes)
-        drafts = Drafts(
-            torch.from_numpy(out[0, :, :longest]),
-            sizes,
-            chances=chances[:, 0, :longest],
-            proposed=proposed,
-        )
+        drafts = Drafts(out[0, :, :longest], sizes, proposed=proposed)
+        if len(rows) > 1 or self.rows_in_flight > 1:  # for the budget that rows share
+            drafts.chances = self._chances(rows, sizes)
         if is_tree:
-            drafts.parents = torch.from_numpy(out[1, :, :longest])
+            drafts.parents = out[1, :, :longest]
         return drafts
 
-    def _look_up(
-        self, rows: Sequence[RowView], limits: Sequence[int]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the lookups' tokens, parents and evidence [3, L, R, K], and lengths [L, R]."""
-        found = np.zeros((3, len(self.lookups), len(rows), self._width), dtype=np.int64)
-        lengths = np.zeros((len(self.lookups), len(rows)), dtype=np.int64)
-        for place, (name, lookup) in enumerate(self.lookups.items()):
-            with blaming(name, "part"):
-                arrays, trees = lookup.grow_trees(rows, limits)
-            found[:, place, :, : arrays.shape[2]] = arrays
-            lengths[place] = [tree.num_tokens for tree in trees]
-        return found, lengths
-
-    def _draft_chains(self, part: Drafter, model: int, wishes: Sequence[Wish]) -> list[Chain]:
-        if not wishes:
-            return []
-        cut = self._kernels.cut_chain if self.stops_early else None
-        return draft_chains(part, wishes, self._if_sure[model], cut)
-
-    def _keep(self, row: RowView, chain: Chain, out: np.ndarray) -> None:
-        """Write a model's chain into tokens and parents [2, W], and keep it for `_learn`."""
-        state, size = self._states[row.id], len(chain.tokens)
-        out[0, :size], out[1, :size] = chain.tokens, np.arange(-1, size - 1)
-        assert state.base is not None
-        state.nodes, state.base = out[:, :size], state.base[np.minimum(np.arange(size), 1)]
-        if not size:
-            state.part = -1
-
-    def _learn(self, state: _State, row: RowView, num_tokens: int) -> None:
-        """Count the last draft's tokens by what was written instead."""
-        if state.part < 0 or state.nodes is None or state.base is None:
-            return
-        size = state.nodes.shape[1]
-        written = np.array(
-            row.tokens[state.num_tokens : min(num_tokens, state.num_tokens + size + 1)],
-            dtype=np.int64,
+    def _choose(self, table: CascadeTable, row: RowView, state: RowState, limit: int) -> int:
+        """Return the part that drafts for a row, -1 for none, after asking the lookups."""
+        num_tokens, at, room, lengths = len(row.tokens), state.drafts_at, self._width, []
+        for lookup in self.lookups.values():
+            lengths.append(lookup.grow_tree(row, limit, at, room)[0])
+            at += state.draft_bytes
+        state.lengths[:] = lengths
+        if self.models:
+            state.rooms[:] = [model.longest_draft(row) for model in self.models.values()]
+        index = next(iter(self.lookups.values())).index_address(row)
+        return self._entry.choose_row(
+            table.address, state.whole_at, state.other_at, state.drafts_at, index, num_tokens, limit
         )
-        self._kernels.learn(
-            state.nodes[0], state.nodes[1], state.base, size, written, state.seen[state.part]
+
+    def _cut(self, table: CascadeTable, row: RowView, chain: Chain) -> int:
+        """Write a model's chain into the row's state, without the end that does not pay; return its
+        length.
+        """
+        state, length = self._states[row.id], len(chain.tokens)
+        state.nodes[0, :length] = chain.tokens
+        if chain.sure is None or not self.stops_early:
+            state.fields[[LENGTH, DRAFTED]] = length
+            state.fields[PART] = state.fields[PART] if length else -1
+            return length
+        state.sure[:length] = chain.sure
+        return self._entry.cut_row(
+            table.address, state.whole_at, state.other_at, len(row.tokens), length
         )
-        state.part = -1
+
+    def _chances(self, rows: Sequence[RowView], sizes: Sequence[int]) -> np.ndarray:
+        """Return the chance of every token of the drafts, [R, K]."""
+        chances = np.zeros((len(rows), max(sizes)))
+        for i, (row, length) in enumerate(zip(rows, sizes, strict=True)):
+            if length:
+                state = self._states[row.id]
+                chances[i, :length] = state.chances[state.fields.item(PART), :length]
+        return chances
 
     # --- replay, identity, memory -----------------------------------------------------------------
 

@@ -111,7 +111,10 @@ class Arena:
         self.num_bytes = 0
 
     def keep(self, tensor: Tensor) -> int:
-        """Copy a tensor and return the copy's address, a multiple of 64."""
+        """Copy a tensor and return the copy's address, a multiple of 64; 0 for one without data."""
+        self.num_bytes += tensor.nbytes
+        if tensor.is_meta:
+            return 0
         size = rounded(tensor.nbytes, LINE)
         if size > self._left:
             # pages that are never written take no memory
@@ -125,7 +128,6 @@ class Arena:
         )
         address = self._at
         self._at, self._left = self._at + size, self._left - size
-        self.num_bytes += tensor.nbytes
         return address
 
 
