@@ -73,8 +73,6 @@ class SuffixIndex:
         self.address: int = self._addresses.ctypes.data
 
     def _make_room(self, num_tokens: int) -> None:
-        if num_tokens <= self._capacity:
-            return
         kernels, text, states, edges = self._kernels, self._text, self._states, self._edges
         self._allocate(num_tokens * 3 // 2)
         self._text[: self.num_tokens] = text[: self.num_tokens]
@@ -92,7 +90,8 @@ class SuffixIndex:
     def write(self, tokens: Sequence[int] | np.ndarray) -> None:
         """Write tokens [n] behind the text, for a call of compiled code that reads them."""
         num_tokens = self.num_tokens + len(tokens)
-        self._make_room(num_tokens)
+        if num_tokens > self._capacity:
+            self._make_room(num_tokens)
         # much faster than numpy with a few numbers
         pack_into(f"{len(tokens)}i", self._text.data, 4 * self.num_tokens, *tokens)
         self.num_tokens = num_tokens
@@ -166,7 +165,8 @@ class RowIndices:
 
     def written(self, row: RowView) -> SuffixIndex:
         """Return a row's index with the row's new tokens behind its text, see `SuffixIndex.write`."""
-        index = self.index(row)
+        # asked for in every round, so with few calls
+        index = self._by_row.get(row.id) or self.index(row)
         index.write(row.tokens[index.num_tokens :])
         return index
 

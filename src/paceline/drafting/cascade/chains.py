@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 class Wish(NamedTuple):
     """A row that a model is asked for.
 
-    place: of the row in the round. longest: maximum tokens. least: the chance of all tokens below which
-    the chain ends.
+    place: of the row in the round. model: place among the models. longest: maximum tokens. least: the
+    chance of all tokens below which the chain ends.
     """
 
     place: int
+    model: int
     row: RowView
     longest: int
     least: float

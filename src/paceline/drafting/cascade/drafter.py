@@ -65,6 +65,7 @@ class Cascade(Drafter):
         self.lookups: dict[str, SuffixLookup] = lookups
         self.models = {n: part for n, part in parts.items() if n not in lookups}
         self.parts: dict[str, Drafter] = {**self.lookups, **self.models}
+        self._lookups, self._models = list(self.lookups.values()), list(self.models.values())
         needs = [part.needs for part in self.parts.values()]
         self.needs = Needs(  # type: ignore[misc] # the parts of an instance decide
             same_vocabulary=any(n.same_vocabulary for n in needs),
@@ -149,73 +150,69 @@ class Cascade(Drafter):
 
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
         table = self._table(max(self.rows_in_flight, len(rows)))
-        out = np.full((2, len(rows), self._width), -1, dtype=np.int64)  # tokens, parents
-        sizes, proposed, is_tree = [0] * len(rows), [0] * len(rows), False
-        wishes: list[list[Wish]] = [[] for _ in self.models]
-        L = len(self.lookups)
-        for i, (row, limit) in enumerate(zip(rows, limits, strict=True)):
-            state = self._states[row.id]
+        states = [self._states[row.id] for row in rows]
+        sizes, proposed, is_tree, L = [0] * len(rows), [0] * len(rows), False, len(self.lookups)
+        wishes: list[Wish] = []
+        for i, (row, state, limit) in enumerate(zip(rows, states, limits, strict=True)):
             part = self._choose(table, row, state, limit)
-            if part >= L:
-                model = list(self.models.values())[part - L]
-                length = state.fields.item(LENGTH)
-                if ends_by_itself(model, row):
-                    length = min(limit, self.num_draft_tokens, state.rooms.item(part - L))
-                wishes[part - L].append(Wish(i, _for_parts(row), length, state.least))
-            elif part >= 0:
-                sizes[i] = length = state.fields.item(LENGTH)
-                out[:, i, :length] = state.nodes[:, :length]
-                is_tree |= bool(state.fields.item(BRANCHES))
-        for own, model, if_sure in zip(wishes, self.models.values(), self._if_sure, strict=True):
-            for chain in draft_chains(model, own, if_sure) if own else ():
-                row, i = rows[chain.place], chain.place
-                sizes[i], proposed[i] = self._cut(table, row, chain), len(chain.tokens)
-                out[:, i, : sizes[i]] = self._states[row.id].nodes[:, : sizes[i]]
+            length, branches = state.fields[LENGTH : BRANCHES + 1].tolist()
+            if part < L:
+                sizes[i] = length
+                is_tree |= branches > 0
+                continue
+            if ends_by_itself(self._models[part - L], row):
+                length = min(limit, self.num_draft_tokens, state.rooms.item(part - L))
+            wishes.append(Wish(i, part - L, _for_parts(row), length, state.least))
+        for model in {wish.model for wish in wishes}:
+            own = [wish for wish in wishes if wish.model == model]
+            for chain in draft_chains(self._models[model], own, self._if_sure[model]):
+                i = chain.place
+                sizes[i], proposed[i] = (
+                    self._cut(table, rows[i], states[i], chain),
+                    len(chain.tokens),
+                )
         longest = max(sizes)
-        drafts = Drafts(out[0, :, :longest], sizes, proposed=proposed)
-        if len(rows) > 1 or self.rows_in_flight > 1:  # for the budget that rows share
-            drafts.chances = self._chances(rows, sizes)
+        # [2, R, K] tokens and parents
+        nodes = (
+            states[0].nodes[:, None] if len(rows) == 1 else np.stack([s.nodes for s in states], 1)
+        )
+        drafts = Drafts(nodes[0, :, :longest], sizes, proposed=proposed)
+        if self.rows_in_flight > 1 or len(rows) > 1:  # for the budget that rows share
+            drafts.chances = np.stack(
+                [state.chances[max(0, state.fields.item(PART)), :longest] for state in states]
+            )
         if is_tree:
-            drafts.parents = out[1, :, :longest]
+            drafts.parents = nodes[1, :, :longest]
         return drafts
 
     def _choose(self, table: CascadeTable, row: RowView, state: RowState, limit: int) -> int:
         """Return the part that drafts for a row, -1 for none, after asking the lookups."""
-        num_tokens, at, room, lengths = len(row.tokens), state.drafts_at, self._width, []
-        for lookup in self.lookups.values():
-            lengths.append(lookup.grow_tree(row, limit, at, room)[0])
+        num_tokens, at, room = len(row.tokens), state.drafts_at, self._width
+        for i, lookup in enumerate(self._lookups):
+            state.lengths[i] = lookup.grow_tree(row, limit, at, room)[0]
             at += state.draft_bytes
-        state.lengths[:] = lengths
-        if self.models:
-            state.rooms[:] = [model.longest_draft(row) for model in self.models.values()]
-        index = next(iter(self.lookups.values())).index_address(row)
+        for i, model in enumerate(self._models):
+            state.rooms[i] = model.longest_draft(row)
         return self._entry.choose_row(
-            table.address, state.whole_at, state.other_at, state.drafts_at, index, num_tokens, limit
-        )
+            table.address, state.whole_at, state.other_at, state.drafts_at,
+            self._lookups[0].index_address(row), num_tokens, limit,
+        )  # fmt: skip
 
-    def _cut(self, table: CascadeTable, row: RowView, chain: Chain) -> int:
-        """Write a model's chain into the row's state, without the end that does not pay; return its
+    def _cut(self, table: CascadeTable, row: RowView, state: RowState, chain: Chain) -> int:
+        """Write a model's chain into a row's state, without the end that does not pay; return its
         length.
         """
-        state, length = self._states[row.id], len(chain.tokens)
+        length = len(chain.tokens)
         state.nodes[0, :length] = chain.tokens
         if chain.sure is None or not self.stops_early:
             state.fields[[LENGTH, DRAFTED]] = length
-            state.fields[PART] = state.fields[PART] if length else -1
+            if not length:
+                state.fields[PART] = -1
             return length
         state.sure[:length] = chain.sure
         return self._entry.cut_row(
             table.address, state.whole_at, state.other_at, len(row.tokens), length
         )
-
-    def _chances(self, rows: Sequence[RowView], sizes: Sequence[int]) -> np.ndarray:
-        """Return the chance of every token of the drafts, [R, K]."""
-        chances = np.zeros((len(rows), max(sizes)))
-        for i, (row, length) in enumerate(zip(rows, sizes, strict=True)):
-            if length:
-                state = self._states[row.id]
-                chances[i, :length] = state.chances[state.fields.item(PART), :length]
-        return chances
 
     # --- replay, identity, memory -----------------------------------------------------------------
 
