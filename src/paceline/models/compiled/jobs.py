@@ -218,8 +218,8 @@ class Job:
         self._layout = layout = self._runnable.layout(shape)
         self._threads = shape.threads
         workspace.reserve(layout.num_bytes, layout.counter_bytes)
-        at = layout.at[t.IDS] // 8
-        workspace.integers[at : at + len(integers)] = integers
+        # faster than numpy, which reads the numbers one by one, too
+        _struct_of(len(integers)).pack_into(workspace.integers.data, layout.at[t.IDS], *integers)
         return layout
 
     def integers(self, field: int, count: int) -> list[int]:
@@ -254,6 +254,11 @@ class Job:
             *self._layout.addresses(workspace.base),
         )
         self._lent.run(self._threads)
+
+
+@lru_cache(maxsize=_MAX_LAYOUTS)
+def _struct_of(count: int) -> struct.Struct:
+    return struct.Struct(f"{count}q")
 
 
 def _num_threads() -> int:
