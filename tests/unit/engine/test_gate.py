@@ -107,6 +107,11 @@ def test_the_added_verification_is_charged() -> None:
     assert not all(Rounds(per_token=0.085).run(60, 0.0, accepted=1))
 
 
+def test_call_and_verification_are_charged_together() -> None:
+    assert all(Rounds(per_token=0.045).run(60, 0.2, accepted=1))
+    assert not all(Rounds(per_token=0.055).run(60, 0.2, accepted=1))
+
+
 def test_rows_share_a_call() -> None:
     """A call that one row cannot repay is repaid by four."""
     alone, shared = Rounds(num_own=1, num_rows=8), Rounds(num_own=4, num_rows=8)
@@ -128,7 +133,7 @@ def test_a_change_of_the_text_is_noticed_in_a_trial() -> None:
     rounds = Rounds()
     assert sum(rounds.run(100, 0.1, accepted=0)) < 20
 
-    called = rounds.run(200, 0.1, accepted=2)
+    called = rounds.run(200, 0.2, accepted=1)
 
     first = places(called)[0]
     assert first <= 64
@@ -157,17 +162,20 @@ MODEL = tiny_model("llama", context=256)
 TEXT = [*PROMPT, *greedy_reference(MODEL, PROMPT, LENGTH).tokens]
 
 
-def decode_with(drafter: ScriptedDrafter, num_rows: int) -> list[Any]:
-    """Return the completions of as many requests as rows, priced so that tokens are worth seconds."""
+def decode_with(drafter: ScriptedDrafter, *lengths: int) -> list[Any]:
+    """Return the completions of requests of these lengths, decoded together.
+
+    Rounds are priced at a second, so that a call, clocked at less, pays if any of its tokens is right.
+    """
     prices: Any = Seconds(0.0)
     engine = Engine(
         LanguageModel(MODEL, "target"),
         {"none": NoneDrafter(), drafter.name: drafter},
         decode=str,
-        max_rows=num_rows,
+        max_rows=len(lengths),
         round_seconds=prices,
     )
-    requests = [Request(str(i), PROMPT, LENGTH, drafter=drafter.name) for i in range(num_rows)]
+    requests = [Request(str(n), PROMPT, n, drafter=drafter.name) for n in lengths]
     return list(Driver(engine).generate(requests))
 
 
@@ -178,7 +186,7 @@ def wrong() -> ScriptedDrafter:
 def test_eight_rows_stop_asking_a_wrong_drafter_and_try_it_again() -> None:
     drafter = wrong()
 
-    done = decode_with(drafter, 8)
+    done = decode_with(drafter, *[LENGTH] * 8)
 
     assert all([*PROMPT, *c.token_ids] == TEXT for c in done)
     # 119 rounds: 8 first calls, and trials after 16, 32 and 64 rounds without one
@@ -192,20 +200,21 @@ def test_eight_rows_stop_asking_a_wrong_drafter_and_try_it_again() -> None:
 def test_a_right_drafter_is_asked_in_every_round() -> None:
     drafter = ScriptedDrafter("right", copying(TEXT), num_draft_tokens=2)
 
-    done = decode_with(drafter, 8)
+    done = decode_with(drafter, *[LENGTH] * 8)
 
     assert all([*PROMPT, *c.token_ids] == TEXT for c in done)
     assert all(r.drafted == 2 for c in done for r in c.rounds[:-2])
 
 
 def test_one_row_alone_is_always_asked() -> None:
-    drafter = wrong()
-
-    [done] = decode_with(drafter, 1)
+    """From the end of the other request on."""
+    _, done = decode_with(wrong(), 40, LENGTH)
 
     assert [*PROMPT, *done.token_ids] == TEXT
+    is_asked = [r.drafted > 0 for r in done.rounds]
+    assert not any(is_asked[30:39])
     # the last round has no room for a draft
-    assert all(r.drafted > 0 for r in done.rounds[:-1])
+    assert all(is_asked[39:-1])
 
 
 @pytest.mark.parametrize("num_rows", [2, 8])
