@@ -110,6 +110,8 @@ class Context:
     request_id: str = ""  # for logs; never a feature
     text: Callable[[], str] | None = None  # the prompt's text, decoded when called
     max_new_tokens: int | None = None  # of the answer, if known
+    # drafter (or none) -> other rows that use it now, without those whose arm is not chosen yet
+    drafters_in_flight: Mapping[str, int] = field(default_factory=dict)
 
 
 @lru_cache(maxsize=1024)
@@ -261,9 +263,7 @@ class Decision:
     propensity: float = 1.0
     scores: dict[str, float] = field(default_factory=dict)
     policy: str = "fixed"
-    features: np.ndarray | None = field(
-        default=None, compare=False, repr=False
-    )  # [F] of the policy
+    features: np.ndarray | None = field(default=None, compare=False, repr=False)  # [F]
     seconds_per_token: dict[str, float] = field(default_factory=dict)  # predicted, per arm
     seconds_in_rounds: dict[str, float] = field(default_factory=dict)  # without prefill and start
 

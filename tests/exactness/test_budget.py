@@ -22,6 +22,7 @@ from paceline.contracts import Decision, Drafts
 from paceline.drafting.base import Drafter, pad_drafts
 from paceline.drafting.layer_skip import LayerSkip, LayerSkipSettings
 from paceline.engine.budget import Budget
+from paceline.engine.gate import Gate
 from paceline.testing.scripted import ScriptedTree
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
@@ -224,6 +225,50 @@ def test_a_controller_sees_cut_drafts_and_moves_no_text(parts: Parts) -> None:
     cut = [outcome for outcome in own if outcome.drafted == outcome.accepted]
     assert len(cut) > 5
     assert not any(outcome.ended for outcome in cut)
+
+
+class RandomGate(Gate):
+    """A gate that calls a drafter now and then, so that rows catch up by any number of tokens."""
+
+    def __init__(self) -> None:
+        prices: Any = ChangingSeconds()
+        super().__init__(prices)
+        self._random = random.Random(1)
+        self.admitted: list[bool] = []
+
+    def admits(self, own: Sequence[Row], num_rows: int) -> bool:
+        self.admitted.append(bool(super().admits(own, num_rows) and self._random.random() < 0.5))
+        return self.admitted[-1]
+
+
+def gated_at_random() -> tuple[CountingBudget, RandomGate]:
+    budget, gate = CountingBudget(), RandomGate()
+    budget.gate = gate
+    return budget, gate
+
+
+@pytest.mark.parametrize("arm", ["mixed", *ARMS])
+def test_greedy_text_is_the_targets_whenever_a_drafter_is_called(parts: Parts, arm: str) -> None:
+    budget, gate = gated_at_random()
+    arms = ["none", *ARMS] if arm == "mixed" else [arm]
+
+    assert_greedy(parts, texts_of(pace_of(parts, 8, budget), arms, 16))
+
+    assert budget.most_rows == 8
+    assert any(gate.admitted) and not all(gate.admitted)
+
+
+@pytest.mark.parametrize("make", [gated_at_random, lambda: (CountingBudget(), None)])
+def test_a_seed_gives_one_text_whenever_a_drafter_is_called(parts: Parts, make: Any) -> None:
+    arms = [arm for arm in ARMS if arm != "right trees"]
+    settings = {"temperature": 0.8, "top_p": 0.95, "seed": 3, "sampling": "invariant"}
+    budget, _ = make()
+    plain = dict(texts_of(pace_of(parts, 1, None), ["none"], len(PROMPTS), **settings))
+
+    found = texts_of(pace_of(parts, 8, budget), arms, 2 * len(arms), **settings)
+
+    assert [tokens for _, tokens in found] == [plain[prompt] for prompt, _ in found]
+    assert budget.most_rows == 8
 
 
 def test_one_row_drafts_as_without_a_budget(parts: Parts) -> None:

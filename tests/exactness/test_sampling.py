@@ -30,6 +30,7 @@ from paceline.drafting.draft_model import DraftModel
 from paceline.drafting.none import NoneDrafter
 from paceline.drafting.prompt_lookup import PromptLookup, PromptLookupSettings
 from paceline.engine import Driver, Engine
+from paceline.engine.gate import Gate
 from paceline.models.language_model import LanguageModel
 from paceline.testing.tiny_models import perturbed, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
@@ -504,6 +505,13 @@ class Stopping(DraftModel):
         return Drafts(whole.tokens, lengths, whole.probs)
 
 
+class OpenGate(Gate):
+    """A gate that lets every drafter be called, so that the cut alone decides."""
+
+    def admits(self, own: Sequence[Any], num_rows: int) -> bool:
+        return super().admits(own, num_rows) or True
+
+
 def counts_with_budget(
     target: LanguageModel,
     arm: str,
@@ -511,6 +519,7 @@ def counts_with_budget(
     seconds: RisingSeconds,
     max_rows: int,
     num_requests: int = NUM_REQUESTS,
+    gate: type[Gate] = OpenGate,
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """Return the counts of the first three tokens [V, V, V], and of (whole, cut) drafts."""
     drafters = small_drafters(target)
@@ -531,6 +540,7 @@ def counts_with_budget(
         return kept
 
     budget.cut = counting
+    budget.gate = gate(prices)
     requests = [
         Request(str(i), BUDGET_PROMPT, 5, replace(params, seed=1_000 + i), drafter=arm)
         for i in range(num_requests)
@@ -598,6 +608,26 @@ def test_the_budget_moves_no_mass_where_a_drafter_stops_by_what_it_draws(
     distribution = law_of_three_tokens(small_target, BUDGET_PROMPT, params)
     assert least_p_value(counts, distribution) > ALPHA
     assert min(drafts) > 100
+
+
+@pytest.mark.parametrize("method", ["residual", "block"])
+def test_the_gate_moves_no_mass(small_target: LanguageModel, method: str) -> None:
+    """Drafters are called now and then, as earlier rounds decide."""
+    params = SamplingParams(1.2, top_k=7, min_p=0.02, method=method)
+    admitted: list[bool] = []
+
+    class Counting(Gate):
+        def admits(self, own: Sequence[Any], num_rows: int) -> bool:
+            admitted.append(super().admits(own, num_rows))
+            return admitted[-1]
+
+    counts, _ = counts_with_budget(
+        small_target, "near", params, RisingSeconds([0.25]), 2, gate=Counting
+    )
+
+    distribution = law_of_three_tokens(small_target, BUDGET_PROMPT, params)
+    assert least_p_value(counts, distribution) > ALPHA
+    assert min(admitted.count(True), admitted.count(False)) > 100
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,10 @@ while the other rows in flight decode plainly. With one row in flight both are t
 `latency` does not charge a draft for slowing the other rows down. A weight between them (0 is latency, 1
 is throughput) mixes the logarithms. Prompts are priced as if prefilled one by one.
 
+Every row waits for every drafter that is called in a round. Where the other rows' drafters are known,
+`ArmPricer` therefore charges a row with what its proposal adds to the calls of that round: little in a
+batch of rows with the same drafter, a whole call for a drafter that no other row uses.
+
 This module knows no model and no policy. An arm is a drafter, perhaps at a draft length (`math@3`).
 Symbols: A arms, D drafters, C contexts, K the longest draft, P prompt lengths.
 """
@@ -14,6 +18,7 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -23,7 +28,7 @@ from paceline.costs.table import ENGINE, FORWARD, PREFILL, PROPOSE, ROUND, START
 from paceline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from numpy.typing import ArrayLike, NDArray
 
@@ -36,6 +41,7 @@ SecondsFn = Callable[[str, str, "NDArray[Any]", "NDArray[Any]", int], "ArrayLike
 
 _BEYOND: Final = (2, 4, 8, 16)  # a grid reaches this many times the longest measured context
 _ZERO: Final = np.zeros((), dtype=np.int64)
+_NOBODY: Final[Mapping[str, int]] = MappingProxyType({})
 
 
 # --- from table to price --------------------------------------------------------------------------
@@ -166,8 +172,10 @@ class ArmPricer:
         before = [prompt_seconds(costs.seconds, name, lengths) for name in self._drafters]
         self._before = np.stack(before, axis=1)  # [P, D]
         self._free = self._drafter_of * (self._longest + 1)  # [A] a proposal of no token
-        self._surfaces: dict[tuple[int, int], tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
-        self._surface(1, 1)
+        self._rounds: dict[tuple[int, int], NDArray[np.float64]] = {}
+        self._proposals: dict[tuple[str, int, int], NDArray[np.float64]] = {}
+        self._without_proposal(1, 1)
+        self._of_proposals(_NOBODY, 1)
 
     def seconds_per_token(
         self,
@@ -177,10 +185,19 @@ class ArmPricer:
         objective: Objective,
         num_tokens: float,
         num_prompt: float,
+        others: Mapping[str, int] = _NOBODY,
     ) -> NDArray[np.float64]:
         """Return the expected seconds per token [A]; prefill and start are spread over `num_tokens`.
 
-        context: tokens cached before a typical round.
+        context: tokens cached before a typical round. others: drafter -> the other rows that use it,
+        `none` included. Other rows that are in none of the counts are assumed to take this row's arm,
+        so without counts all rows share one proposal. With `latency` the counts have no effect.
+
+        The engine's tokens per second are (S + t) / (T + d): S tokens and T seconds of the other rows'
+        round, t tokens and d seconds that this row adds. If each row is charged an equal share of the
+        shared forward and what its own proposal adds, the charges of all rows sum to T + d. So the arm
+        with the fewest charged seconds per token is close to the best one as long as the rows are about
+        as fast as each other, and the other rows' tokens need not be known.
         """
         empty = np.minimum(rates.empty, rates.rounds)
         drafting = rates.rounds - empty
@@ -191,8 +208,12 @@ class ArmPricer:
         )
 
         def price(num_drafting: int) -> NDArray[np.float64]:
-            surfaces = self._surface(rows, num_drafting)
-            plain, draft = (_interpolate(self._contexts, s, context) for s in surfaces)
+            known = others if num_drafting == rows else _NOBODY
+            together = max(1, num_drafting - sum(known.values()))
+            plain = _interpolate(
+                self._contexts, self._without_proposal(rows, num_drafting), context
+            )
+            draft = _interpolate(self._contexts, self._of_proposals(known, together), context)
             total: NDArray[np.float64] = (
                 before + empty * plain[0] + rates.rounds * draft[self._free]
             )
@@ -203,24 +224,47 @@ class ArmPricer:
 
         return by_objective(price, rows, objective)
 
-    def _surface(
-        self, rows: int, num_drafting: int
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return seconds by drafted tokens: of rounds without the proposal [C, K + 1], and of proposals
-        [C, D * (K + 1)]. They are read from the table at the first call.
+    def _without_proposal(self, rows: int, num_drafting: int) -> NDArray[np.float64]:
+        """Return seconds of rounds without the proposal, by drafted tokens [C, K + 1].
+
+        They are read from the table at the first call.
         """
-        found = self._surfaces.get((rows, num_drafting))
+        found = self._rounds.get((rows, num_drafting))
         if found is None:
-            contexts = np.array(self._contexts)[:, None]
-            lengths = np.arange(self._longest + 1)[None, :]
+            contexts, lengths = self._grid()
             seconds = self._costs.seconds
-            plain = round_seconds(seconds, NONE, lengths, contexts, rows, num_drafting)
-            planes = [
-                draft_seconds(seconds, name, lengths, contexts, num_drafting) / num_drafting
-                for name in self._drafters
-            ]
-            found = self._surfaces[rows, num_drafting] = (plain, np.concatenate(planes, axis=1))
+            found = round_seconds(seconds, NONE, lengths, contexts, rows, num_drafting)
+            self._rounds[rows, num_drafting] = found
         return found
+
+    def _of_proposals(self, others: Mapping[str, int], together: int) -> NDArray[np.float64]:
+        """Return seconds that a row's proposal adds to a round, by drafted tokens [C, D * (K + 1)].
+
+        others: drafter -> rows that share the call anyway. together: rows that join it alike, this one
+        included.
+        """
+        planes = [self._plane(name, others.get(name, 0), together) for name in self._drafters]
+        return np.concatenate(planes, axis=1)
+
+    def _plane(self, drafter: str, num_users: int, together: int) -> NDArray[np.float64]:
+        """Return what each of `together` rows adds to a call for `num_users` rows, [C, K + 1]."""
+        found = self._proposals.get((drafter, num_users, together))
+        if found is None:
+            contexts, lengths = self._grid()
+
+            def call(rows: int) -> NDArray[np.float64]:
+                return draft_seconds(self._costs.seconds, drafter, lengths, contexts, rows)
+
+            found = call(num_users + together)
+            if num_users:
+                # in a noisy table a call for more rows may seem shorter
+                found = np.maximum(found - call(num_users), 0.0)
+            found = self._proposals[drafter, num_users, together] = found / together
+        return found
+
+    def _grid(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return contexts [C, 1] and drafted tokens [1, K + 1]."""
+        return np.array(self._contexts)[:, None], np.arange(self._longest + 1)[None, :]
 
 
 def _between(

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from paceline.contracts import NONE
 from paceline.drafting.contract import Draft
+from paceline.engine.gate import Gate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,9 +33,13 @@ _NEWEST: Final = 0.1  # weight of a round's seconds of drafting in their mean
 
 
 class Budget:
-    """The cut of a round's drafts, by prices of this machine."""
+    """The cut of a round's drafts, by prices of this machine.
+
+    gate: decides before the drafts which drafters are called.
+    """
 
     def __init__(self, seconds: RoundSeconds) -> None:
+        self.gate = Gate(seconds)
         self._seconds = seconds
         self._likeliest_cut = (
             0.0  # chance of a token that the last round did not keep; 0 without one
@@ -68,7 +72,7 @@ class Budget:
                 chances += _chances(row, draft)
             ends.append(len(chances))
             context += row.num_cached
-            num_drafting += row.arm != NONE
+            num_drafting += row.is_asked
         total = len(chances)
         if not total:
             return drafts
@@ -97,7 +101,7 @@ class Budget:
         """Learn from a judged round. drafts: as proposed. drafting: seconds of all rows' proposals."""
         num_drafting = 0
         for row, draft, cut, verdict in zip(rows, drafts, verified, verdicts, strict=True):
-            num_drafting += row.arm != NONE
+            num_drafting += row.is_asked
             is_estimated = draft.chances is not None and draft.probs is None
             if draft.tokens and not is_estimated and verdict.error is None:
                 row.in_use.acceptance.learn(draft, cut, verdict)

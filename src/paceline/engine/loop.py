@@ -20,7 +20,7 @@ from paceline.engine.control import ControlledRows
 from paceline.engine.endings import final_text
 from paceline.engine.prefill import Prefill
 from paceline.engine.prefixes import PrefixStore
-from paceline.engine.rows import RequestUpdate, Row
+from paceline.engine.rows import RequestUpdate, Row, count_drafters
 from paceline.engine.seats import Seats
 from paceline.engine.step import run_round
 from paceline.errors import ArtefactError, QueueFullError, RequestError
@@ -292,7 +292,8 @@ class Engine:
     def _decide(self, row: Row) -> Decision:
         if row.request.drafter != AUTO or self.choose is None:
             return Decision(arm=row.request.drafter)
-        row.context = row.make_context(self._num_together(), self._detokenizer)
+        others = count_drafters(other for other in self._rows if other is not row)
+        row.context = row.make_context(self._num_together(), others, self._detokenizer)
         decision = self._seats.check(self.choose(row.context))
         if self._controlled is not None:
             decision = self._seats.check(self._controlled.begin(row, row.context, decision))

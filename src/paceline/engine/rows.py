@@ -11,14 +11,23 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from paceline.contracts import NONE, Completion, Context, Decision, RoundStats, Seconds, split_arm
+from paceline.contracts import (
+    AUTO,
+    NONE,
+    Completion,
+    Context,
+    Decision,
+    RoundStats,
+    Seconds,
+    split_arm,
+)
 from paceline.engine.acceptance import Acceptance
 from paceline.engine.endings import StopFinder
 from paceline.engine.prefixes import PromptHidden
 from paceline.errors import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from paceline.contracts import FinishReason, Request, SamplingParams
     from paceline.drafting.base import Drafter
@@ -61,6 +70,7 @@ class Row:
     arm: str = NONE  # in use; the decision has the chosen one
     num_cached: int = 0  # leading positions of the slot that hold this row
     num_draft_tokens: int = 0  # of its drafter, read in the last round; fewer by the budget
+    is_asked: bool = False  # whether its drafter is called in this round
     in_use: StartedDrafter = field(default_factory=StartedDrafter)  # the arm's drafter
     started: dict[str, StartedDrafter] = field(default_factory=dict)  # the one in use and others
     excluded: set[str] = field(default_factory=set)  # drafters that failed or found no memory
@@ -186,7 +196,12 @@ class Row:
             tokens[-1:] = last
         return False
 
-    def make_context(self, rows_in_flight: int, detokenizer: Detokenizer) -> Context:
+    def make_context(
+        self,
+        rows_in_flight: int,
+        drafters_in_flight: Mapping[str, int],
+        detokenizer: Detokenizer,
+    ) -> Context:
         """Return the policy's input for a prefilled row."""
         hidden = self.prompt_hidden
         assert hidden.total is not None and hidden.last is not None
@@ -199,6 +214,7 @@ class Row:
             request_id=self.request.id,
             text=lambda: detokenizer.decode(self.request.prompt_tokens),
             max_new_tokens=self.request.max_new_tokens,
+            drafters_in_flight=drafters_in_flight,
         )
 
     def completion(self, text: str, weights: str) -> Completion:
@@ -221,3 +237,17 @@ class Row:
             switches=self.switches,
             weights=weights,
         )
+
+
+def count_drafters(rows: Iterable[Row]) -> dict[str, int]:
+    """Return the number of rows per drafter, `none` included, of the rows whose drafter is known."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        if row.finish_reason is not None:
+            continue
+        # before its choice, a row that names a drafter is known to get it
+        arm = row.arm if row.started else row.request.drafter
+        if arm != AUTO:
+            name = split_arm(arm)[0]
+            counts[name] = counts.get(name, 0) + 1
+    return counts

@@ -62,6 +62,8 @@ def run_round(
     commit(rows, drafts, verdicts, target, scores, detokenizer)
     if budget is not None:
         budget.learn(rows, proposed, drafts, verdicts, began - started)
+        if len(rows) > 1:
+            budget.gate.learn(rows, drafts, verdicts, began - started)
     verifying, committing = (judged - began) / len(rows), (perf_counter() - judged) / len(rows)
     for row in rows:
         seconds = row.seconds
@@ -75,22 +77,30 @@ def run_round(
 def propose(rows: Sequence[Row], num_logits: int, budget: Budget | None = None) -> list[Draft]:
     """Return each row's draft; every drafter is called once for all its rows.
 
-    budget: limits drafts to a useful length.
+    budget: limits drafts to a useful length, and calls no drafter that its gate does not admit.
     """
     drafts = [Draft([]) for _ in rows]
     groups: dict[int, list[int]] = {}  # by identity, since a drafter may define hash and equality
     for i, row in enumerate(rows):
-        if row.arm != NONE:
+        row.is_asked = row.arm != NONE
+        if row.is_asked:
             groups.setdefault(id(row.drafter), []).append(i)
     for members in groups.values():
+        own = [rows[i] for i in members]
+        if budget is not None and not budget.gate.admits(own, len(rows)):
+            for row in own:
+                row.is_asked, row.num_draft_tokens = False, 0
+            continue
         began = perf_counter()
-        rows[members[0]].drafter.rows_in_flight = len(rows)
-        asked = _ask([rows[i] for i in members], num_logits, budget)
-        for i, draft in zip(members, asked, strict=True):
+        drafter = own[0].drafter
+        drafter.rows_in_flight = len(rows)
+        for i, draft in zip(members, _ask(own, num_logits, budget), strict=True):
             drafts[i] = draft
-        spent = (perf_counter() - began) / len(members)
-        for i in members:
-            rows[i].seconds.draft += spent
+        spent = perf_counter() - began
+        if budget is not None:
+            budget.gate.learn_call(drafter, spent)
+        for row in own:
+            row.seconds.draft += spent / len(own)
     return drafts
 
 

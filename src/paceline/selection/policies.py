@@ -110,6 +110,7 @@ class Policy:
             objective=self.objective,
             limits=None if limit is None else np.array([limit]),
             prompts=(context.prompt_tokens,),
+            drafters_in_flight=context.drafters_in_flight,
         )
 
 

@@ -236,6 +236,90 @@ def test_under_load_an_expensive_width_reverses_the_choice() -> None:
     assert speed[8, "throughput"] == pytest.approx(2 / 5.1)
 
 
+# --- the other rows' drafters ---------------------------------------------------------------------
+
+
+def priced(
+    arms: list[str], rows: int, others: dict[str, int], objective: Objective = "throughput"
+) -> dict[str, float]:
+    """Return seconds per token of arms that draft three tokens in each of two rounds per token.
+
+    A call takes 5 seconds and 1 more per row and drafted token, a forward 10.
+    """
+    cells = [Measurement("target", "prefill", 1, 0, 1, 0.0)]
+    for name in ("math", "code"):
+        cells.append(Measurement(name, "start", 1, 0, 1, 0.0))
+        cells += [
+            Measurement(name, "propose", k, 0, n, 5.0 + n * k) for k in (1, 4) for n in (1, 8)
+        ]
+    for n in (1, 8):
+        cells.append(Measurement("engine", "round", 0, 0, n, 0.0))
+        cells += [Measurement("target", "forward", k, 0, n, 10.0) for k in (1, 99)]
+    does = np.array([float(arm != "none") for arm in arms])
+    twice, six, never = 2 * np.ones(len(arms)), 6 * does, 2 * (1 - does)
+    rates = ArmRates(twice, six, never, 2 * does, six)
+    pricer = ArmPricer(CostTable({}, cells), arms)
+    found = pricer.seconds_per_token(rates, 9, rows, objective, np.inf, 5, others)
+    return dict(zip(arms, found.tolist(), strict=True))
+
+
+def test_a_drafter_in_use_costs_a_row_what_it_adds_to_the_call() -> None:
+    """Four rows: three tokens more in the call for three others, or a call of its own."""
+    arms = ["none", "math", "math@3", "code"]
+    shared = 2 * 10 / 4  # two forwards by four rows
+
+    found = priced(arms, 4, {"math": 2, "none": 1})
+
+    assert found == pytest.approx(
+        {"none": shared, "math": shared + 2 * 3, "math@3": shared + 2 * 3, "code": shared + 2 * 8}
+    )
+
+
+def test_rows_without_a_choice_are_assumed_to_share_the_call() -> None:
+    arms = ["math", "code"]
+
+    unknown = priced(arms, 4, {})
+    assert unknown == pytest.approx(dict.fromkeys(arms, 2 * (10 + 5 + 4 * 3) / 4))
+    # this row and another that has not chosen yet
+    half = priced(arms, 4, {"math": 2})
+    assert half == pytest.approx({"math": 2 * (10 / 4 + 3), "code": 2 * (10 / 4 + (5 + 6) / 2)})
+
+
+def test_what_rows_are_charged_is_the_whole_round() -> None:
+    """If each is charged for joining those before it."""
+    joined = ["math", "code", "math", "math", "none", "code"]
+    seconds = 0.0
+    for i, arm in enumerate(joined):
+        others = {name: joined[:i].count(name) for name in joined}
+        others["none"] += len(joined) - 1 - i
+        seconds += priced(["none", "math", "code"], len(joined), others)[arm] / 2
+
+    assert seconds == pytest.approx(10 + (5 + 3 * 3) + (5 + 2 * 3))
+
+
+def test_with_latency_the_other_rows_decode_plainly() -> None:
+    arms = ["math", "code"]
+
+    alone = priced(arms, 4, {}, "latency")
+
+    assert priced(arms, 4, {"math": 3}, "latency") == alone
+    shared, mixed = priced(arms, 4, {"math": 3}), priced(arms, 4, {"math": 3}, 0.5)
+    assert mixed["code"] == pytest.approx((alone["code"] * shared["code"]) ** 0.5)
+
+
+def test_a_call_that_seems_shorter_for_more_rows_is_free_at_best() -> None:
+    cells = [m for m in TABLE.measurements if m.subject != "math" or m.operation != "propose"]
+    cells += [Measurement("math", "propose", 4, 0, rows, 1.0 / rows) for rows in (1, 4)]
+    pricer = ArmPricer(CostTable({}, cells), ["none", "math"])
+    one, nothing = np.ones(2), np.zeros(2)
+
+    none, math = pricer.seconds_per_token(
+        ArmRates(one, nothing, one, nothing, nothing), 60, 4, "throughput", np.inf, 64, {"math": 3}
+    )
+
+    assert math == none
+
+
 def test_missing_drafters_and_invalid_objectives_raise() -> None:
     with pytest.raises(ArtefactError, match="chat not measured"):
         ArmPricer(TABLE, ["none", "chat@2"])

@@ -38,6 +38,7 @@ def row(acceptance: float = 0.6, allowed: int = 8, arm: str = "math") -> Any:
     """A row whose drafter's tokens were right with this frequency."""
     return SimpleNamespace(
         arm=arm,
+        is_asked=arm != "none",
         num_cached=100,
         draft_limit=allowed,
         num_draft_tokens=allowed,

@@ -241,6 +241,34 @@ def test_the_load_is_the_number_of_rows_that_decode_together(chunk: int) -> None
     assert len(loads) == 5 and loads[4] == 2
 
 
+def test_choose_sees_the_drafters_of_the_other_rows() -> None:
+    """Those in use and those that a request names, without rows that have ended or not chosen yet."""
+    contexts: list[Context] = []
+
+    def choose(context: Context) -> Decision:
+        contexts.append(context)
+        return Decision(f"wrong@{len(contexts)}")
+
+    wrong, other = (
+        ScriptedDrafter(name, lambda tokens, limit: [0] * limit) for name in ("wrong", "other")
+    )
+    engine = engine_with(wrong, other, max_rows=5, choose=choose)
+    for id, drafter, n in (
+        ("a", "other@2", 9), ("b", "auto", 9), ("c", "auto", 9), ("d", "none", 9), ("e", "none", 1),
+    ):  # fmt: skip
+        engine.submit(request(id, n, drafter))
+    engine.step()
+    engine.submit(request("f", 9, "auto"))
+    engine.step()
+
+    assert [dict(context.drafters_in_flight) for context in contexts] == [
+        {"other": 1, "none": 1},
+        {"other": 1, "none": 1, "wrong": 1},
+        {"other": 1, "none": 1, "wrong": 2},
+    ]
+    assert [context.rows_in_flight for context in contexts] == [4, 4, 5]
+
+
 def test_a_row_that_ended_with_its_prefill_is_no_load() -> None:
     engine, contexts = asking(4)
 

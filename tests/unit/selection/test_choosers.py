@@ -240,6 +240,21 @@ def test_preferences_of_a_portable_chooser_are_speeds_over_none() -> None:
     assert np.array_equal(chooser.scores(preferences), preferences)
 
 
+def test_a_portable_chooser_is_priced_with_the_drafters_in_flight() -> None:
+    """A drafter that the other rows use becomes cheaper than one that they do not use."""
+    chooser = acceptance()
+    calls = [Measurement("code", "propose", t, 0, 4, 0.12 * t) for t in (0, 4)]
+    chooser.pricer = ArmPricer(CostTable({}, [*prices().measurements, *calls]), ARMS)
+
+    def seconds(**drafters: int) -> np.ndarray:
+        told = situation(rows=4, objective="throughput", drafters_in_flight=drafters)
+        return chooser.seconds_per_token(FEATURES, told)
+
+    of_code = [i for i, arm in enumerate(ARMS) if arm.startswith("code")]
+    assert (seconds(code=3)[:, of_code] < seconds(none=3)[:, of_code]).all()
+    assert np.array_equal(seconds(code=3)[:, 0], seconds(none=3)[:, 0])
+
+
 def test_without_prices_a_portable_chooser_says_what_to_do() -> None:
     with pytest.raises(ArtefactError, match="run `paceline profile`"):
         acceptance().preferences(FEATURES, situation())

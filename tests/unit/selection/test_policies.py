@@ -109,7 +109,7 @@ def test_the_chooser_gets_features_and_situation() -> None:
             raise NotImplementedError
 
     asking = Asking()
-    asked = replace(context(3, rows_in_flight=5), max_new_tokens=70)
+    asked = replace(context(3, rows_in_flight=5), max_new_tokens=70, drafters_in_flight={"math": 3})
     Policy(asking, "x", objective="throughput").choose(asked)
 
     features, situation = asking.asked
@@ -117,6 +117,7 @@ def test_the_chooser_gets_features_and_situation() -> None:
     assert (situation.num_prompt.tolist(), situation.rows) == ([30], 5)
     assert (situation.objective, situation.limits.tolist()) == ("throughput", [70])
     assert list(situation.prompts[0]) == list(asked.prompt_tokens)
+    assert situation.drafters_in_flight == {"math": 3}
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
@@ -36,6 +36,8 @@ class Situation:
 
     rows: requests in flight, this one included. objective: see `costs.pricing`. limits: the maximum
     number of tokens of each answer, if known. prompts: the tokens, for choosers that read them.
+    drafters_in_flight: as in `Context`; empty in learning and evaluation, where the other rows are
+    unknown and priced as if they all took the same arm.
     """
 
     num_prompt: np.ndarray  # [N] int
@@ -43,6 +45,7 @@ class Situation:
     objective: Objective = DEFAULT_OBJECTIVE
     limits: np.ndarray | None = None  # [N] int
     prompts: Sequence[Sequence[int]] = ()
+    drafters_in_flight: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.num_prompt)
@@ -157,6 +160,7 @@ def price_work(
                 situation.objective,
                 float(work.num_tokens[i]) if whole else math.inf,
                 int(situation.num_prompt[i]),
+                situation.drafters_in_flight,
             )
             for i in range(len(situation))
         ]
