@@ -1,15 +1,17 @@
 """Python functions over flat arrays, compiled to machine code.
 
 Compiled code is cached on disk next to the source, or in the user's cache folder if the package is
-read-only. The cache is renewed when its own file changes, not when a called function changes, so
-functions that call each other belong in one module, or name the other modules (`entry`).
+read-only. The cache is renewed when its own file changes, not when a called function changes. So
+functions that call each other belong in one module; an `entry` names the other modules.
 
 numba examines every array of a call, which costs microseconds, more where other work has emptied the
-processor's caches. An entry takes whole numbers, some of them addresses of arrays, and costs one.
+processor's caches. An entry takes whole numbers, some of them addresses of arrays, and costs about one
+microsecond per call.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -52,7 +54,7 @@ def entry(
     """Return a compiled function of int64 arguments and result that Python calls directly.
 
     make(version) returns the function; it must use `version`, which tells numba's cache whether it is
-    of the present code of `calls`, the modules of the compiled functions that it calls.
+    of the present code of `calls`, the modules whose compiled functions or constants it uses.
     """
     digest = hashlib.sha256()
     for module in calls:
@@ -65,7 +67,9 @@ def entry(
         machine = numba.cfunc(signature, cache=True, error_model="numpy")(function)
     except RuntimeError:  # no folder for the cache: it is compiled once per process
         machine = numba.cfunc(signature, error_model="numpy")(function)
-    called: Any = machine.ctypes
+    kind = ctypes.PYFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * num_arguments)
+    # it keeps the interpreter's lock: waiting for it again may take longer than the call
+    called: Any = kind(machine.address)
     called.kept = machine  # the code lives as long as the object
     return cast("Callable[..., int]", called)
 

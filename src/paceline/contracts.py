@@ -110,7 +110,7 @@ class Context:
     request_id: str = ""  # for logs; never a feature
     text: Callable[[], str] | None = None  # the prompt's text, decoded when called
     max_new_tokens: int | None = None  # of the answer, if known
-    # drafter (or none) -> other rows that use it now, without those whose arm is not chosen yet
+    # drafter, or none -> number of other rows; rows without a choice yet are not counted
     drafters_in_flight: Mapping[str, int] = field(default_factory=dict)
 
 

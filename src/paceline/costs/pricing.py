@@ -1,10 +1,11 @@
 """Prices: from a cost table to the seconds of rounds, of prompts and of arms per token.
 
-There are two objectives, and weights between them. `throughput`, the default, is the machine's seconds
-per token if all rows use the same arm. `latency` is the seconds per token of one request that drafts
-while the other rows in flight decode plainly. With one row in flight both are the same; with several,
-`latency` does not charge a draft for slowing the other rows down. A weight between them (0 is latency, 1
-is throughput) mixes the logarithms. Prompts are priced as if prefilled one by one.
+There are two objectives, and weights between them. `throughput`, the default, is the machine's
+seconds per token. All rows are assumed to use the same arm, unless the other rows' drafters are
+known. `latency` is the seconds per token of one request that drafts while the other rows in flight
+decode plainly. With one row in flight both are the same; with several, `latency` does not charge a
+draft for slowing the other rows down. A weight between them (0 is latency, 1 is throughput) mixes
+the logarithms. Prompts are priced as if prefilled one by one.
 
 Every row waits for every drafter that is called in a round. Where the other rows' drafters are known,
 `ArmPricer` therefore charges a row with what its proposal adds to the calls of that round: little in a

@@ -131,7 +131,7 @@ def require_answers(name: str, collection: Path | None, answers: Answers | None)
 
 @cache
 def compile_kernels() -> None:
-    """Run every kernel once, so that the first request does not wait for the compiler."""
+    """Compile the kernels that Python calls, so that the first request does not wait."""
     from paceline.drafting import answer_kernels
 
     tokens = np.array([1, END], dtype=np.int32)

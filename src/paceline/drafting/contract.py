@@ -213,7 +213,7 @@ def _lengths(given: Any, num_rows: int) -> list[int]:
 def _read_ids(what: str, given: Any, num_rows: int, width: int) -> list[list[int]]:
     """Return the first `width` columns of an integer array [R, K]."""
     if not isinstance(given, Tensor | np.ndarray):
-        raise DrafterError(f"{what} must be a tensor or an array, got {shown(given)}")
+        raise DrafterError(f"{what} must be a torch tensor or a numpy array, got {shown(given)}")
     if given.dtype not in _INTEGERS:
         raise DrafterError(f"{what} must be int64, got {given.dtype}")
     shape = given.shape

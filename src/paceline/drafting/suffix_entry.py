@@ -69,10 +69,10 @@ def _automaton_at(index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nd
 
 
 @compiled
-def _longest(numbers: np.ndarray, length: int) -> int:
+def _longest(numbers: np.ndarray, length: int, most: int) -> int:
     """Return the maximum number of tokens to draft after a match."""
     longest = numbers[LENGTH_FACTOR] * length + numbers[LENGTH_OFFSET]
-    return int(max(0.0, min(numbers[NUM_DRAFT_TOKENS], longest)))
+    return int(max(0.0, min(float(most), longest)))
 
 
 @compiled
@@ -87,11 +87,11 @@ def _grow_from(
     first_class: int,
     out: np.ndarray,
 ) -> tuple[int, int, float]:
-    """Write an index's draft into out [3, K]: nodes, leaves, expected tokens; none that is no better.
+    """Write an index's draft into out [3, K]; return its nodes, leaves and expected tokens.
 
-    first_class: of the evidence of its source.
+    Zeros if it cannot beat `best`. first_class: of the evidence of its source.
     """
-    longest = _longest(numbers, length)
+    longest = _longest(numbers, length, out.shape[1])
     if longest <= best:
         return 0, 0, 0.0  # it cannot expect more
     nodes, leaves, _ = grow(
@@ -124,8 +124,8 @@ def _make_draft_row(version: int) -> Callable[..., int]:
         state, length, _ = extend_and_match(automaton, text, header[NUM_TOKENS], num_tokens)
         if limit < 1 or version == 0:
             return 0
-        K = int(numbers[NUM_DRAFT_TOKENS])
-        tree = carray(int64_at(out), (3, room))
+        K = min(int(numbers[NUM_DRAFT_TOKENS]), room)
+        tree = carray(int64_at(out), (3, room))[:, :K]
         nodes, leaves, best = _grow_from(
             index, state, length, numbers, limit, 0.0, chances, 0, tree
         )
@@ -214,7 +214,7 @@ class SourceTable:
         self.address: int = fields.ctypes.data
 
     def is_stale(self) -> bool:
-        """Return whether the shared texts or the answers are others now."""
+        """Return whether the shared texts or the answers have changed since the table was made."""
         return _versions(self._shared, self._answers) != self._made_of
 
 

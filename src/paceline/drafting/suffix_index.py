@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 from itertools import chain
 from struct import pack_into
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
@@ -30,14 +30,6 @@ class Match(NamedTuple):
     state: int
     length: int
     source: int = -1
-
-
-class Tree(NamedTuple):
-    """The size of a draft that `SuffixIndex.grow` wrote."""
-
-    num_tokens: int
-    num_leaves: int
-    expected: float  # number of accepted tokens, estimated from the counts
 
 
 class SuffixIndex:
@@ -66,7 +58,7 @@ class SuffixIndex:
         # a power of two, 4/3 to 8/3 of the maximum number of edges
         self._table = np.full(1 << (4 * capacity - 1).bit_length(), -1, dtype=np.int32)
         self._automaton = (self._header, self._states, self._edges, self._table)
-        # in the order of `suffix_entry.INDEX_SIZE`
+        # in the order of the index table in `suffix_entry`
         sized = ((array.ctypes.data, len(array)) for array in self._automaton[1:])
         numbers = (self._header.ctypes.data, *chain(*sized), self._text.ctypes.data)
         self._addresses = np.array(numbers, dtype=np.int64)
@@ -88,7 +80,7 @@ class SuffixIndex:
         self._kernels.extend(self._automaton, self._text[first : self.num_tokens])
 
     def write(self, tokens: Sequence[int] | np.ndarray) -> None:
-        """Write tokens [n] behind the text, for a call of compiled code that reads them."""
+        """Write tokens [n] after the text without indexing them, which compiled code does later."""
         num_tokens = self.num_tokens + len(tokens)
         if num_tokens > self._capacity:
             self._make_room(num_tokens)
@@ -103,38 +95,6 @@ class SuffixIndex:
             self._automaton, self._text, num_read, self.num_tokens
         )
         return Match(*found)
-
-    def match(self, suffix: np.ndarray) -> Match:
-        """Return the longest suffix of other tokens [n <= max_match] int32 that occurs in the text."""
-        return Match(*self._kernels.match(self._automaton, suffix))
-
-    def grow(
-        self,
-        match: Match,
-        min_match: int,
-        depth: int,
-        paths: int,
-        min_probability: float,
-        tokens: np.ndarray,
-        parents: np.ndarray,
-        evidence: np.ndarray,
-    ) -> Tree:
-        """Write the likeliest continuations of a match into tokens, parents and evidence [K] int64.
-
-        The evidence of a token is its class by `suffix_kernels.evidence_of`.
-
-        A token's probability is the product, along its path, of its count after its context over the
-        count of all tokens there. The best token is added first, until there are K tokens or none is
-        left with at least `min_probability`, at most `depth` deep, on at most `paths` paths. A context
-        that nothing followed, because the text ends there, is shortened from the left until something
-        did; below `min_match` tokens the path ends.
-        """
-        return Tree(
-            *self._kernels.grow(
-                self._automaton, match.state, match.length,
-                min_match, depth, paths, min_probability, tokens, parents, evidence,
-            )
-        )  # fmt: skip
 
     def num_bytes(self) -> int:
         """Return the bytes of the arrays, with their unused room."""
@@ -163,8 +123,8 @@ class RowIndices:
         index.extend(row.tokens[index.num_tokens : index.num_tokens + max_tokens])
         return index.num_tokens == len(row.tokens)
 
-    def written(self, row: RowView) -> SuffixIndex:
-        """Return a row's index with the row's new tokens behind its text, see `SuffixIndex.write`."""
+    def write_new(self, row: RowView) -> SuffixIndex:
+        """Write a row's new tokens after its index's text, and return the index."""
         # asked for in every round, so with few calls
         index = self._by_row.get(row.id) or self.index(row)
         index.write(row.tokens[index.num_tokens :])
@@ -172,7 +132,7 @@ class RowIndices:
 
     def match_own(self, row: RowView) -> Match:
         """Return the `SuffixIndex.match_own` of a row, after reading its new tokens."""
-        return self.written(row).match_own()
+        return self.write_new(row).match_own()
 
     def num_bytes(self) -> int:
         return sum(index.num_bytes() for index in self._by_row.values())
@@ -188,11 +148,7 @@ class RowIndices:
 
 @cache
 def compile_kernels() -> None:
-    """Run every kernel once, so that the first request does not wait for the compiler."""
+    """Compile the kernels that Python calls, so that the first request does not wait."""
     index = SuffixIndex(2)
     index.extend(range(_MIN_CAPACITY + 1))
-    index.extend([0, 1])
-    own: Any = index.match_own()
-    for match in (own, index.match(np.array([0, 1], dtype=np.int32))):
-        out = np.empty((3, 4), dtype=np.int64)
-        index.grow(match, 1, 4, 2, 0.1, *out)
+    index.match_own()

@@ -26,8 +26,6 @@ from paceline.store.trained_on import NOTHING
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    import numpy as np
-
     from paceline.contracts import RowView
     from paceline.drafting.answers import Answers
     from paceline.drafting.base import BuildContext
@@ -135,7 +133,7 @@ class SuffixLookup(Drafter):
 
         self._entry = suffix_entry
         self._sources: SourceTable | None = None
-        self._out = suffix_entry.new_drafts(0, self.num_draft_tokens)
+        self._out, self._out_at = suffix_entry.new_drafts(0, self.num_draft_tokens), 0
         self.settings = settings
         self._answers = answers
         self.shared = shared
@@ -197,35 +195,25 @@ class SuffixLookup(Drafter):
         return sum(source.num_bytes() for source in sources if source is not None)
 
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
-        found, lengths, branches = self.grow_trees(rows, limits)
-        tokens, parents, evidence = found.transpose(1, 0, 2)[:, :, : max(lengths)]
-        return Drafts(tokens, lengths, parents=parents if branches else None, evidence=evidence)
-
-    def grow_trees(
-        self, rows: Sequence[RowView], limits: Sequence[int]
-    ) -> tuple[np.ndarray, list[int], bool]:
-        """Return tokens, parents and evidence [R, 3, K] int64 of the rows' drafts, and their lengths.
-
-        The array is the drafter's own, valid until the next call. The last value is whether a draft has
-        several paths.
-        """
         if len(self._out) < len(rows):
             self._out = self._entry.new_drafts(2 * len(rows), self.num_draft_tokens)
-            self._out_at: int = self._out.ctypes.data
+            self._out_at = self._out.ctypes.data
         lengths, branches, at = [], False, self._out_at
         for row, limit in zip(rows, limits, strict=True):
-            length, num_leaves = self.grow_tree(row, limit, at, self.num_draft_tokens)
+            length, num_leaves = self.grow_tree(row, limit, at, self._out.shape[2])
             lengths.append(length)
             branches |= num_leaves > 1
             at += self._out.strides[0]
-        return self._out[: len(rows)], lengths, branches
+        # [R, K] each; the array is written again in the next round
+        tokens, parents, evidence = self._out[: len(rows), :, : max(lengths)].transpose(1, 0, 2)
+        return Drafts(tokens, lengths, parents=parents if branches else None, evidence=evidence)
 
     def grow_tree(self, row: RowView, limit: int, out: int, room: int) -> tuple[int, int]:
         """Read a row's new tokens and write its draft; return its numbers of nodes and of leaves.
 
         out: address of [3, room] int64, room >= K, receives tokens, parents and evidence.
         """
-        sources, index = self._sources, self._rows.written(row)
+        sources, index = self._sources, self._rows.write_new(row)
         if sources is None or sources.is_stale():
             sources = self._sources = self._entry.SourceTable(
                 self.settings, self.num_draft_tokens, self.shared, self._answers

@@ -7,7 +7,7 @@ call lowers them. A drafter that is not called has a short trial after 16 rounds
 that a change of the text is noticed. If the load changes, the next round's decision follows it.
 
 For exact sampling, nothing that is drawn in a round may decide whether it is verified. The gate decides
-before a round's first draw, by earlier rounds alone. A row that is not asked decodes plainly for a
+by earlier rounds alone; no draw of this round changes it. A row that is not asked decodes plainly for a
 round, and its drafter reads the tokens written since at its next call.
 """
 
@@ -29,11 +29,10 @@ if TYPE_CHECKING:
 _FIRST_CALLS: Final = 8  # of a drafter, before it is judged
 _TRIAL_CALLS: Final = 3
 _FIRST_WAIT, _LONGEST_WAIT = 16, 256  # rounds without a call before a trial
-_MEMORY: Final = 0.9  # weight of earlier rounds, per round
+_MEMORY: Final = 0.9  # weight of earlier calls per call, and of earlier rounds per round
 _KEPT_IN_TRIAL: Final = 0.2  # weight of the calls before a trial
-_TIMED_CALLS: Final = (
-    5  # whose median is the price of a call, so that an interruption does not count
-)
+# the median of these calls is the price; one interruption does not count
+_TIMED_CALLS: Final = 5
 
 
 @dataclass(slots=True)
@@ -44,7 +43,7 @@ class _Record:
     accepted: float = 0.0  # draft tokens of these rows
     verified: float = 0.0
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_TIMED_CALLS))
-    num_unjudged: int = _FIRST_CALLS  # coming calls that are made whatever they cost
+    num_unjudged: int = _FIRST_CALLS  # next calls that are made without a decision
     num_skipped: int = 0  # rounds since the last call
     wait: int = _FIRST_WAIT
 
@@ -54,22 +53,20 @@ class _Record:
         self.accepted *= weight
         self.verified *= weight
 
-    def call(self) -> bool:
-        """Count a call that is about to be made. Returns True."""
+    def count_call(self) -> None:
+        """Count a call that is about to be made."""
         self.num_skipped = 0
         self.weigh(_MEMORY)
-        return True
 
 
 class Gate:
-    """The decision which drafters are called in a round of several rows."""
+    """The rule that decides which drafters are called in a round of several rows."""
 
     def __init__(self, seconds: RoundSeconds) -> None:
         self._seconds = seconds
         self._records: dict[int, _Record] = {}  # by identity, since a drafter may define equality
-        self._spent = self._emitted = (
-            0.0  # seconds and tokens of all rows, weighted sums over rounds
-        )
+        # weighted sums over rounds, of all rows
+        self._spent, self._emitted = 0.0, 0.0  # seconds, tokens
         self._num_verified = 0  # draft tokens of the last round
 
     def admits(self, own: Sequence[Row], num_rows: int) -> bool:
@@ -80,17 +77,17 @@ class Gate:
             record = self._records[key] = _Record()
         if record.num_unjudged:
             record.num_unjudged -= 1
-            return record.call()
-        if not record.num_rows or self._pays(record, own, num_rows):
+        elif not record.num_rows or self._pays(record, own, num_rows):
             record.wait = _FIRST_WAIT
-            return record.call()
-        record.num_skipped += 1
-        if record.num_skipped <= record.wait:
-            return False
-        record.wait = min(2 * record.wait, _LONGEST_WAIT)
-        record.num_unjudged = _TRIAL_CALLS - 1
-        record.weigh(_KEPT_IN_TRIAL)
-        return record.call()
+        else:
+            record.num_skipped += 1
+            if record.num_skipped <= record.wait:
+                return False
+            record.wait = min(2 * record.wait, _LONGEST_WAIT)
+            record.num_unjudged = _TRIAL_CALLS - 1
+            record.weigh(_KEPT_IN_TRIAL)
+        record.count_call()
+        return True
 
     def _pays(self, record: _Record, own: Sequence[Row], num_rows: int) -> bool:
         share = len(own) / record.num_rows
@@ -99,8 +96,9 @@ class Gate:
         if worth <= call * self._emitted:  # so the price of verification need not be read
             return False
         verified = record.verified * share
-        # all drafters share the price of the last round's tokens
-        together = max(self._num_verified, int(verified) + 1)
+        # all drafters share the price of all tokens; the last round lacks those of a skipped drafter
+        added = int(verified) + 1
+        together = max(added, self._num_verified + (added if record.num_skipped else 0))
         context = sum(row.num_cached for row in own) // len(own)
         seconds = self._seconds.up_to(num_rows, context, together)
         verifying = float(seconds[together] - seconds[0]) * verified / together

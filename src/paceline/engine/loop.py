@@ -78,7 +78,8 @@ class Engine:
         no drafter. on_complete: called with every request that has ended, its completion, and the
         policy's context if a policy chose; its first exception becomes a warning, later ones are
         ignored. controller: may change the decision of `choose`, and the arm after every round.
-        round_seconds: prices of this machine, by which the drafts of several rows are cut.
+        round_seconds: prices of this machine, by which drafts of several rows are cut and drafters that
+        do not pay are not called.
         """
         self.target = target
         self.drafters = dict(drafters)

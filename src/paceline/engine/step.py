@@ -43,7 +43,8 @@ def run_round(
 ) -> None:
     """Draft, cut, judge, commit. Afterwards a row that ended has a finish reason.
 
-    budget: cuts the drafts of several rows; None verifies them whole.
+    budget: cuts the drafts of several rows, and its gate skips drafters that do not pay; None does
+    neither.
     """
     started = perf_counter()
     proposed = drafts = propose(rows, target.num_logits, budget if len(rows) > 1 else None)
@@ -62,8 +63,6 @@ def run_round(
     commit(rows, drafts, verdicts, target, scores, detokenizer)
     if budget is not None:
         budget.learn(rows, proposed, drafts, verdicts, began - started)
-        if len(rows) > 1:
-            budget.gate.learn(rows, drafts, verdicts, began - started)
     verifying, committing = (judged - began) / len(rows), (perf_counter() - judged) / len(rows)
     for row in rows:
         seconds = row.seconds
@@ -75,7 +74,9 @@ def run_round(
 
 
 def propose(rows: Sequence[Row], num_logits: int, budget: Budget | None = None) -> list[Draft]:
-    """Return each row's draft; every drafter is called once for all its rows.
+    """Return each row's draft, empty for a row that is not asked.
+
+    Each drafter is called at most once for all its rows.
 
     budget: limits drafts to a useful length, and calls no drafter that its gate does not admit.
     """

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from paceline.drafting import suffix_kernels
 from paceline.drafting.draft_replay import SimpleRow
 from paceline.drafting.evidence import NUM_EVIDENCE
 from paceline.drafting.suffix_index import Match, RowIndices, SuffixIndex
@@ -111,11 +112,12 @@ def index_of(text: list[int], max_match: int, pieces: int = 1) -> SuffixIndex:
 def grown(index: SuffixIndex, found: Match, num_tokens: int, **how: float) -> tuple[object, ...]:
     tokens, parents, evidence = np.full((3, num_tokens), -7, dtype=np.int64)
     how = {"min_match": 1, "depth": 64, "paths": 64, "min_probability": 0.0, **how}
-    tree = index.grow(found, tokens=tokens, parents=parents, evidence=evidence, **how)
-    assert set(tokens[tree.num_tokens :]) | set(parents[tree.num_tokens :]) <= {-7}
-    assert set(evidence[: tree.num_tokens]) <= set(range(NUM_EVIDENCE))
-    n = tree.num_tokens
-    return tokens[:n].tolist(), parents[:n].tolist(), tree.num_leaves, tree.expected
+    n, num_leaves, expected = suffix_kernels.grow(
+        index._automaton, found.state, found.length, *how.values(), tokens, parents, evidence
+    )
+    assert set(tokens[n:]) | set(parents[n:]) <= {-7}
+    assert set(evidence[:n]) <= set(range(NUM_EVIDENCE))
+    return tokens[:n].tolist(), parents[:n].tolist(), num_leaves, expected
 
 
 def assert_same_tree(
@@ -185,7 +187,8 @@ def test_another_texts_suffix_is_matched_and_continued_as_well(
 ) -> None:
     index = index_of(text, max_match)
 
-    found = index.match(np.array(other[-max_match:], dtype=np.int32))
+    suffix = np.array(other[-max_match:], dtype=np.int32)
+    found = Match(*suffix_kernels.match(index._automaton, suffix))
 
     assert found.length == len(longest_context(text, other, max_match))
     assert_same_tree(index, max_match, found, text, other, num_tokens)

@@ -181,11 +181,11 @@ PROPOSALS: dict[str, tuple[Callable[[int], Any], str]] = {
     "3-D tokens": (chain(ints(1, 1, 1)), "must have the shape [rows, width], got [1, 1, 1]"),
     "1-D tokens": (chain(ints(1)), "must have the shape [rows, width], got [1]"),
     "0-D tokens": (chain(ints()), "must have the shape [rows, width], got []"),
-    "listed tokens": (chain([[1]]), "tokens must be a tensor"),
+    "listed tokens": (chain([[1]]), "tokens must be a torch tensor or a numpy array"),
     "numpy fractions": (chain(np.zeros((1, 1))), "tokens must be int64, got float64"),
     "unsigned tokens": (chain(np.zeros((1, 1), dtype=np.uint64)), "tokens must be int64, got uint64"),
     "one row of numpy": (chain(np.zeros(1, dtype=np.int64)), r"[rows, width], got [1]"),
-    "no tokens": (chain(None), "tokens must be a tensor or an array, got None"),
+    "no tokens": (chain(None), "tokens must be a torch tensor or a numpy array, got None"),
     "tokens without numbers": (chain(ints(1, 1).to("meta")), "meta"),
     "fewer rows of tokens": (chain(ints(0, 1)), "proposed for 0 rows instead of 1"),
     "more rows of tokens": (chain(ints(3, 1)), "proposed for 3 rows instead of 1"),
@@ -222,7 +222,7 @@ PROPOSALS: dict[str, tuple[Callable[[int], Any], str]] = {
     ),
     "listed parents": (
         lambda r: Drafts(ints(r, 1), [1] * r, parents=[[-1]]),
-        "parents must be a tensor",
+        "parents must be a torch tensor or a numpy array",
     ),
     "a tree with too many nodes": (tree(*[-1] * 5), "5 tokens where 4 were allowed"),
     "a tree with probabilities": (

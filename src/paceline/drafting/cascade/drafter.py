@@ -4,8 +4,8 @@ Lookups are asked first, since they cost almost nothing. A model is asked where 
 the best lookup's draft and more than no draft; how much it promises follows from replay, from how sure
 the lookups are, and from what it has shown in this request (`kernels`). A model that is not asked reads
 nothing; it catches up when it is asked again. Parts draft greedily, under `invariant` sampling with the
-judge's noise. Symbols: R rows, L lookups, M models, K the longest draft of a lookup, W that of the
-cascade.
+judge's noise. Symbols: R rows, L lookups, M models, W the
+longest chain of a model, K the longest draft of any part.
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ class Cascade(Drafter):
         self._tables: dict[tuple[int, bool], CascadeTable] = {}
         self._states: dict[int, RowState] = {}
         longest = (lookup.num_draft_tokens for lookup in self.lookups.values())
+        # fixed here, since machine code writes to arrays of these sizes
+        self._longest_chain = num_draft_tokens  # W
         self._width = max(num_draft_tokens, *longest)  # K
         self.calibrate(Chances.assumed(len(self.lookups), len(self.models)))
 
@@ -102,9 +104,9 @@ class Cascade(Drafter):
         if prices is None:
             names = tuple(self.models)
             if self._costs is None:
-                prices = assumed_prices(len(names), self.num_draft_tokens)
+                prices = assumed_prices(len(names), self._longest_chain)
             else:
-                prices = read_prices(self._costs, self.name, names, self.num_draft_tokens, rows)
+                prices = read_prices(self._costs, self.name, names, self._longest_chain, rows)
             self._prices[rows] = prices
         return prices
 
@@ -113,7 +115,7 @@ class Cascade(Drafter):
         key = rows, self.stops_early
         table = self._tables.get(key)
         if table is None:
-            sizes = len(self.lookups), len(self.models), self.num_draft_tokens, self._width
+            sizes = len(self.lookups), len(self.models), self._longest_chain, self._width
             prices = self._prices_at(rows)
             table = self._entry.CascadeTable(sizes, self.chances, prices, self.stops_early)
             self._tables[key] = table
@@ -124,7 +126,7 @@ class Cascade(Drafter):
     def start(self, rows: Sequence[RowView]) -> None:
         for row in rows:
             self._states[row.id] = self._entry.RowState(
-                len(self.lookups), len(self.models), self._width, self.num_draft_tokens,
+                len(self.lookups), len(self.models), self._width, self._longest_chain,
                 num_read=len(row.tokens) - 1,
             )  # fmt: skip
         seen = [_for_parts(row) for row in rows]
@@ -161,16 +163,14 @@ class Cascade(Drafter):
                 is_tree |= branches > 0
                 continue
             if ends_by_itself(self._models[part - L], row):
-                length = min(limit, self.num_draft_tokens, state.rooms.item(part - L))
+                length = min(limit, self._longest_chain, state.rooms.item(part - L))
             wishes.append(Wish(i, part - L, _for_parts(row), length, state.least))
         for model in {wish.model for wish in wishes}:
             own = [wish for wish in wishes if wish.model == model]
             for chain in draft_chains(self._models[model], own, self._if_sure[model]):
                 i = chain.place
-                sizes[i], proposed[i] = (
-                    self._cut(table, rows[i], states[i], chain),
-                    len(chain.tokens),
-                )
+                sizes[i] = self._cut(table, rows[i], states[i], chain)
+                proposed[i] = len(chain.tokens)
         longest = max(sizes)
         # [2, R, K] tokens and parents
         nodes = (

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from paceline.compiled import carray, compiled, entry, float64_at, int32_at, int64_at
-from paceline.drafting import suffix_entry
-from paceline.drafting.cascade import classes, kernels
+from paceline.drafting import evidence, suffix_entry
+from paceline.drafting.cascade import classes, fields, kernels, prices
 from paceline.drafting.cascade.classes import NUM_BINS, NUM_SURE
 from paceline.drafting.cascade.fields import (
     BIN,
@@ -56,12 +56,12 @@ LEAST: Final = 0  # of a row's other numbers
 
 
 def whole_numbers(L: int, M: int, K: int) -> dict[str, int]:
-    """Return the numbers of int64 of a row's parts, in their order; see `RowState`."""
+    """Return the sizes of the sections of a row's int64 numbers, in order; see `RowState`."""
     return {"fields": NUM_FIELDS, "lengths": L, "read": M, "rooms": M, "nodes": 2 * K}
 
 
 def other_numbers(L: int, M: int, K: int, W: int) -> dict[str, int]:
-    """Return the numbers of float64 of a row's parts, in their order; see `RowState`."""
+    """Return the sizes of the sections of a row's float64 numbers, in order; see `RowState`."""
     P = L + M
     return {
         "least": 1, "seen": 2 * P, "base": K, "chances": P * K, "priced": M * (W + 1), "sure": W,
@@ -69,7 +69,7 @@ def other_numbers(L: int, M: int, K: int, W: int) -> dict[str, int]:
 
 
 class RowState:
-    """What the parts have shown in one row, and its last draft, where machine code finds them.
+    """Counts of a row's parts and its last draft, laid out for machine code.
 
     seen: [P, 2]. read: [M] tokens that each model has read. lengths: [L] of the lookups' drafts of this
     round, which are written to `drafts` [L, 3, K] at `drafts_at`, `draft_bytes` apart. rooms: [M] tokens
@@ -110,7 +110,15 @@ class CascadeTable:
     def __init__(
         self, sizes: tuple[int, int, int, int], chances: Chances, prices: Prices, stops_early: bool
     ) -> None:
-        """sizes: L, M, W, K."""
+        """sizes: L, M, W, K. Machine code checks no bounds, so the arrays must fit them."""
+        L, M, W, _ = sizes
+        assert chances.tables.shape == (L, NUM_CLASSES)
+        assert chances.prospects.shape == (M, NUM_BINS, 2) and chances.if_sure.shape == (
+            M,
+            NUM_SURE,
+        )
+        assert prices.verifying.shape[1:] == (W + 1,) and prices.reading.shape == (M,)
+        assert prices.drafting.shape == (len(prices.verifying), M, W + 1)
         self._kept = [
             np.ascontiguousarray(array, dtype=np.float64)
             for array in (
@@ -127,8 +135,23 @@ class CascadeTable:
 
 
 @compiled
-def _parts_of(numbers: np.ndarray, begin: int, rows: int, columns: int) -> np.ndarray:
+def _places(P: int, M: int, K: int, W: int) -> tuple[int, int, int, int]:
+    """Return where base, chances, priced and sure begin, in the order of `other_numbers`."""
+    base = 1 + 2 * P
+    chances = base + K
+    priced = chances + P * K
+    return base, chances, priced, priced + M * (W + 1)
+
+
+@compiled
+def _table_in(numbers: np.ndarray, begin: int, rows: int, columns: int) -> np.ndarray:
     return numbers[begin : begin + rows * columns].reshape(rows, columns)
+
+
+@compiled
+def _bucket_of(num_tokens: int, num_buckets: int) -> int:
+    """Return the place of a row's context among the prices."""
+    return min((num_tokens - 1) // BUCKET, num_buckets - 1)
 
 
 @compiled
@@ -144,24 +167,24 @@ def _make_choose_row(version: int) -> Callable[..., int]:
         t = carray(int64_at(table), TABLE_SIZE)
         L, M, W, K = t[LOOKUPS], t[MODELS], t[LONGEST_CHAIN], t[WIDTH]
         P = L + M
-        fields = carray(int64_at(whole), NUM_FIELDS + L + 2 * M + 2 * K)
-        numbers = carray(float64_at(other), 1 + 2 * P + K + P * K + M * (W + 1))
-        lengths = fields[NUM_FIELDS : NUM_FIELDS + L]
-        read = fields[NUM_FIELDS + L : NUM_FIELDS + L + M]
-        rooms = fields[NUM_FIELDS + L + M : NUM_FIELDS + L + 2 * M]
-        nodes = _parts_of(fields, NUM_FIELDS + L + 2 * M, 2, K)
-        seen = _parts_of(numbers, 1, P, 2)
-        base = numbers[1 + 2 * P : 1 + 2 * P + K]
-        chances = _parts_of(numbers, 1 + 2 * P + K, P, K)
-        priced = _parts_of(numbers, 1 + 2 * P + K + P * K, M, W + 1)
+        own = carray(int64_at(whole), NUM_FIELDS + L + 2 * M + 2 * K)
+        lengths = own[NUM_FIELDS : NUM_FIELDS + L]
+        read = own[NUM_FIELDS + L : NUM_FIELDS + L + M]
+        rooms = own[NUM_FIELDS + L + M : NUM_FIELDS + L + 2 * M]
+        nodes = _table_in(own, NUM_FIELDS + L + 2 * M, 2, K)
+        of_base, of_chances, of_priced, of_sure = _places(P, M, K, W)
+        numbers = carray(float64_at(other), of_sure)
+        seen, base = _table_in(numbers, 1, P, 2), numbers[of_base:of_chances]
+        chances = _table_in(numbers, of_chances, P, K)
+        priced = _table_in(numbers, of_priced, M, W + 1)
         tables = carray(float64_at(t[TABLES]), (L, NUM_CLASSES))
         prospects = carray(float64_at(t[PROSPECTS]), (M, NUM_BINS, 2))
-        if fields[PART] >= 0:
+        if own[PART] >= 0:
             text = carray(int32_at(carray(int64_at(index), INDEX_SIZE)[TEXT]), num_tokens)
-            size, begin = fields[DRAFTED], fields[DRAFTED_AT]
+            size, begin = own[DRAFTED], own[DRAFTED_AT]
             written = text[begin : min(num_tokens, begin + size + 1)]
-            learn(nodes[0], nodes[1], base, size, written, seen[fields[PART]])
-        at = min((num_tokens - 1) // BUCKET, t[CONTEXTS] - 1)
+            learn(nodes[0], nodes[1], base, size, written, seen[own[PART]])
+        at = _bucket_of(num_tokens, t[CONTEXTS])
         verifying = carray(float64_at(t[VERIFYING]), (t[CONTEXTS], W + 1))[at]
         drafting = carray(float64_at(t[DRAFTING]), (t[CONTEXTS], M, W + 1))[at]
         reading = carray(float64_at(t[READING]), M)
@@ -188,8 +211,8 @@ def _make_choose_row(version: int) -> Callable[..., int]:
             for k in range(K):
                 nodes[1, k], base[k] = k - 1, prospects[part - L, sure, min(k, 1)]
         numbers[LEAST] = least
-        fields[PART], fields[LENGTH], fields[BRANCHES] = part, length, branches
-        fields[BIN], fields[DRAFTED_AT], fields[DRAFTED] = sure, num_tokens, length
+        own[PART], own[LENGTH], own[BRANCHES] = part, length, branches
+        own[BIN], own[DRAFTED_AT], own[DRAFTED] = sure, num_tokens, length
         return part
 
     return choose_row
@@ -200,26 +223,26 @@ def _make_cut_row(version: int) -> Callable[..., int]:
         t = carray(int64_at(table), TABLE_SIZE)
         L, M, W, K = t[LOOKUPS], t[MODELS], t[LONGEST_CHAIN], t[WIDTH]
         P = L + M
-        fields = carray(int64_at(whole), NUM_FIELDS)
-        of_chances = 1 + 2 * P + K
-        numbers = carray(float64_at(other), of_chances + P * K + M * (W + 1) + W)
-        model = fields[PART] - L
-        chances = _parts_of(numbers, of_chances, P, K)[fields[PART]]
-        priced = _parts_of(numbers, of_chances + P * K, M, W + 1)[model]
-        sure = numbers[of_chances + P * K + M * (W + 1) :][:drafted]
-        at = min((num_tokens - 1) // BUCKET, t[CONTEXTS] - 1)
+        own = carray(int64_at(whole), NUM_FIELDS)
+        _, of_chances, of_priced, of_sure = _places(P, M, K, W)
+        numbers = carray(float64_at(other), of_sure + W)
+        model = own[PART] - L
+        chances = _table_in(numbers, of_chances, P, K)[own[PART]]
+        priced = _table_in(numbers, of_priced, M, W + 1)[model]
+        sure = numbers[of_sure : of_sure + drafted]
+        at = _bucket_of(num_tokens, t[CONTEXTS])
         verifying = carray(float64_at(t[VERIFYING]), (t[CONTEXTS], W + 1))[at]
         if_sure = carray(float64_at(t[IF_SURE]), (M, NUM_SURE))[model]
         length = cut_chain(sure, if_sure, verifying, priced[drafted], chances)
         if length == 0 or version == 0:
-            fields[PART] = -1
-        fields[LENGTH] = fields[DRAFTED] = length
+            own[PART] = -1
+        own[LENGTH] = own[DRAFTED] = length
         return length
 
     return cut_row
 
 
-_CALLS: Final = (kernels, classes, suffix_entry)
+_CALLS: Final = (kernels, classes, fields, prices, evidence, suffix_entry)
 choose_row: Callable[..., int] = entry(_make_choose_row, 7, _CALLS)
 """choose_row(table, whole, other, drafts, index, num_tokens, limit): chooses a row's part, -1 for none.
 

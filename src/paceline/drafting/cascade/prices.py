@@ -39,11 +39,6 @@ class Prices:
     drafting: NDArray[np.float64]
     reading: NDArray[np.float64]
 
-    def at(self, context: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return (verifying [W + 1], drafting [M, W + 1]) at a number of cached tokens."""
-        bucket = min(context // BUCKET, len(self.verifying) - 1)
-        return self.verifying[bucket], self.drafting[bucket]
-
 
 def assumed_prices(num_models: int, longest: int) -> Prices:
     """Return prices in units of a round without a draft, for a machine that was not measured.

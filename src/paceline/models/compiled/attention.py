@@ -133,11 +133,11 @@ def make_sum_values(heads: Heads, product: Callable[..., Any]) -> Callable[..., 
     It adds the values of positions first to stop - 1, multiplied by rows of weights, to sums
     [rows, value_room]. words: of a block of values. stride: bytes between rows of weights.
     """
-    word, size = heads.word, heads.input_size
+    word, input_size = heads.word, heads.input_size
 
     @compiled
     def sum_values(values, words, value_room, weights, stride, first, stop, sums, fresh, rows):
-        at, count = weights + first * size, (stop - first) // word
+        at, count = weights + first * input_size, (stop - first) // word
         for group in range(0, value_room, 64):
             block = values + (group // 16 * words + first // word) * 64
             to = sums + 4 * group
@@ -176,7 +176,7 @@ def make_attention(product: Callable[..., Any], heads: Heads, rows: Rows) -> Cal
     product. product: of keys' and values' dtype. rows: of the inputs of the next product. scratch: an
     address; see `attention_bytes`. index: of the layer.
     """
-    word, size, put_query = heads.word, heads.input_size, heads.put_query
+    word, input_size, put_query = heads.word, heads.input_size, heads.put_query
     find, put_weights = heads.find, make_softmax(heads.put_lanes)
     sum_values, put_outputs = make_sum_values(heads, product), make_put_outputs(rows)
     attend_paths = make_tree_sums(heads, sum_values, put_outputs)
@@ -188,7 +188,7 @@ def make_attention(product: Callable[..., Any], heads: Heads, rows: Rows) -> Cal
         words = room // word
         for at in range(base // GROUP * GROUP // 16, up_to(end, GROUP) // 16, 4):
             block, to = keys + at * words * 64, scores + 64 * at
-            product(block, words * 64, queries, room * size, words, to, stride, 1, rows)
+            product(block, words * 64, queries, room * input_size, words, to, stride, 1, rows)
 
     @compiled
     def weigh(job, layer, span, first, stop, groups, base, top, scores, weights, totals):
@@ -223,7 +223,7 @@ def make_attention(product: Callable[..., Any], heads: Heads, rows: Rows) -> Cal
         packed = field(span, FIRST)
         for row in range(rows):
             token, of_head = packed + first + row // groups, head * groups + row % groups
-            put_query(job, model, layer, token, of_head, queries + row * room * size)
+            put_query(job, model, layer, token, of_head, queries + row * room * input_size)
         base, end = seen_positions(span, field(layer, WINDOW), first, stop)
         score_keys(job, model, keys, base, end, queries, scores, rows)
         top = up_to(end, UNIT)

@@ -218,7 +218,7 @@ class Job:
         self._layout = layout = self._runnable.layout(shape)
         self._threads = shape.threads
         workspace.reserve(layout.num_bytes, layout.counter_bytes)
-        # faster than numpy, which reads the numbers one by one, too
+        # faster than assigning to a numpy slice, which converts the numbers one by one
         _struct_of(len(integers)).pack_into(workspace.integers.data, layout.at[t.IDS], *integers)
         return layout
 

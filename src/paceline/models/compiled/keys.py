@@ -119,23 +119,12 @@ def make_heads(kernels: str, dtype: str) -> Heads:
         layer = field(span, STORAGE) + index * heads * (key_bytes + value_bytes)
         return layer + head * key_bytes, layer + heads * key_bytes + head * value_bytes
 
-    if inputs == "bfloat16":
+    store_inputs = {"bfloat16": store_bf16, "widened": store_widened, "float32": store}[inputs]
+    input_size = 2 if inputs == "bfloat16" else 4
 
-        @compiled
-        def put_lanes(row, at, lanes):
-            store_bf16(row + 2 * at, lanes)
-
-    elif inputs == "widened":
-
-        @compiled
-        def put_lanes(row, at, lanes):
-            store_widened(row + 4 * at, lanes)
-
-    else:
-
-        @compiled
-        def put_lanes(row, at, lanes):
-            store(row + 4 * at, lanes)
+    @compiled
+    def put_lanes(row, at, lanes):
+        store_inputs(row + input_size * at, lanes)
 
     @compiled
     def put_query(job, model, layer, packed, head, target):
@@ -144,7 +133,6 @@ def make_heads(kernels: str, dtype: str) -> Heads:
         for at in range(0, field(model, HEAD_ROOM), 16):
             put_lanes(target, at, load(query + 4 * at))
 
-    input_size = 2 if inputs == "bfloat16" else 4
     store_keys = _make_store_keys(half, find)
     return Heads(size, input_size, word, find, put_lanes, store_keys, put_query)
 

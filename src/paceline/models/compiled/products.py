@@ -74,9 +74,8 @@ def make_product(kernels: str, weights: str) -> Callable[..., Any]:
         return _amx_product()
     emit, shapes, input_bytes = _tiles_for(kernels, weights)
     multiply_few = _make_few(make_slab(emit, shapes.few), shapes.few)
-    multiply_many = _make_many(
-        make_slab(emit, shapes.many), shapes.many, 0 if weights == "int8" else input_bytes
-    )
+    slab = make_slab(emit, shapes.many)
+    multiply_many = _make_many(slab, shapes.many, input_bytes, weights != "int8")
     few = shapes.few.rows
 
     @compiled
@@ -115,19 +114,19 @@ def _make_few(slab: Any, shape: TileShape) -> Callable[..., Any]:
     return multiply_few
 
 
-def _make_many(slab: Any, shape: TileShape, input_bytes: int) -> Callable[..., Any]:
+def _make_many(slab: Any, shape: TileShape, input_bytes: int, in_parts: bool) -> Callable[..., Any]:
     """Return a product for more rows, in slabs of equal numbers of them.
 
     While slabs pass over some blocks, each reads its share of the following ones into the cache, so
-    memory is busy all the time. input_bytes: of a word's inputs, if sums may be continued, so that a
-    part of long blocks stays in the cache for all slabs; else 0.
+    memory is busy all the time. input_bytes: of a word's inputs. in_parts: whether sums may be
+    continued, so that a part of long blocks stays in the cache for all slabs.
     """
     most, blocks = shape
 
     @compiled
     def multiply_many(w, block_stride, x, x_stride, words, out, out_stride, fresh, rows):
         slabs = (rows + most - 1) // most
-        part = PART_WORDS if input_bytes and slabs > 1 else words
+        part = PART_WORDS if in_parts and slabs > 1 else words
         for begin in range(0, words, part):
             count, zero = min(part, words - begin), fresh if begin == 0 else 0
             for first in range(0, GROUP, blocks):

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 GROUP: Final = 64
 HEAD_UNIT: Final = 32
 _LANES: Final = 16
-LINE: Final = 64  # bytes
-_PIECE: Final = 1 << 25  # bytes
+LINE: Final = 64  # bytes of a cache line
+_PIECE: Final = 1 << 25  # minimum bytes of an arena's piece
 
 # a thread that is late may read a table after its model is gone, so the tables stay, a few kilobytes
 _TABLES: Final[list[np.ndarray]] = []
@@ -137,7 +137,10 @@ class PackedModel:
     def __init__(
         self, facts: Facts, layers: Sequence[LayerFacts], weights: str, inputs: str
     ) -> None:
-        """weights: `bfloat16` or `float32`, the model's own dtype, or `int8`. inputs: of products."""
+        """weights: `bfloat16` or `float32`, the model's own dtype, or `int8`.
+
+        inputs: the kind of the products' inputs, see `rows.inputs_of`.
+        """
         self.facts, self.weights, self._inputs = facts, weights, inputs
         self._pack = pack_int8 if weights == "int8" else pack
         self.groups = facts.heads // facts.kv_heads

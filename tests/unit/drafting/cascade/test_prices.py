@@ -7,6 +7,7 @@ import pytest
 
 from paceline.costs import CostTable, Measurement
 from paceline.costs.pricing import round_seconds
+from paceline.drafting.cascade import entry
 from paceline.drafting.cascade.prices import BUCKET, assumed_prices, read_prices
 from paceline.errors import ArtefactError
 
@@ -42,9 +43,10 @@ def test_a_price_is_a_rows_share_at_the_middle_of_its_bucket(rows: int, context:
     table = costs()
     prices = read_prices(table, "both", ["near", "far"], LONGEST, rows)
 
-    verifying, drafting = prices.at(context)
-
-    bucket = min(context // BUCKET, len(prices.verifying) - 1)
+    # a row's tokens are one more than those that are cached
+    bucket = entry._bucket_of(context + 1, len(prices.verifying))
+    assert bucket == min(context // BUCKET, len(prices.verifying) - 1)
+    verifying, drafting = prices.verifying[bucket], prices.drafting[bucket]
     middle = bucket * BUCKET + BUCKET // 2
     for n in range(LONGEST + 1):
         forward = table.seconds("target", "forward", 1 + n * rows, middle, rows)
@@ -101,7 +103,7 @@ def test_a_part_that_was_not_measured_is_named(subject: str) -> None:
 def test_assumed_prices_rise_with_the_tokens(num_models: int) -> None:
     prices = assumed_prices(num_models, 16)
 
-    verifying, drafting = prices.at(12345)
+    verifying, drafting = prices.verifying[0], prices.drafting[0]
     assert verifying.shape == (17,) and drafting.shape == (num_models, 17)
     assert (verifying >= 1.0).all() and (np.diff(verifying) > 0).all()
     assert (drafting[:, 0] == 0).all() and (np.diff(drafting) > 0).all()
