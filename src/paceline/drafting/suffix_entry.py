@@ -27,10 +27,10 @@ from paceline.store import contexts
 from paceline.store.contexts import MAX_CONTEXT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from paceline.drafting.answers import Answers
-    from paceline.drafting.suffix_lookup import SharedText, SuffixLookupSettings
+    from paceline.drafting.shared_text import SharedText
 
 # an index  [8] int64: addresses of its arrays and their lengths, see `SuffixIndex`
 HEADER, STATES, NUM_STATES, EDGES, NUM_EDGES, TABLE, TABLE_SIZE, TEXT, INDEX_SIZE = range(9)
@@ -178,11 +178,11 @@ class SourceTable:
 
     def __init__(
         self,
-        settings: SuffixLookupSettings,
-        num_draft_tokens: int,
+        numbers: Sequence[float],
         shared: SharedText | None,
         answers: Answers | None,
     ) -> None:
+        """numbers: the settings from NUM_DRAFT_TOKENS to MIN_PROBABILITY."""
         self._shared, self._answers, self._made_of = shared, answers, _versions(shared, answers)
         parts = [] if shared is None else shared.parts
         index = None if answers is None else answers.index
@@ -194,22 +194,16 @@ class SourceTable:
             nothing if index is None else index.order,
             nothing if answers is None else answers.left_out,
             assumed_chances(),
-            np.array(
-                [
-                    num_draft_tokens, settings.min_match, settings.length_factor,
-                    settings.length_offset, settings.paths, settings.min_probability,
-                ],
-                dtype=np.float64,
-            ),
-        )  # fmt: skip
-        of_parts, _, tokens, order, left_out, chances, numbers = self._kept
+            np.array(numbers, dtype=np.float64),
+        )
+        of_parts, _, tokens, order, left_out, chances, of_settings = self._kept
         fields = np.zeros(SOURCES_SIZE, dtype=np.int64)
         fields[[SHARED, NUM_SHARED]] = of_parts.ctypes.data, len(parts)
         if index is not None:
             fields[[TOKENS, NUM_ANSWERED]] = tokens.ctypes.data, len(tokens)
             fields[[ORDER, LEFT_OUT]] = order.ctypes.data, left_out.ctypes.data
             fields[NUM_LEFT_OUT] = len(left_out)
-        fields[[CHANCES, NUMBERS]] = chances.ctypes.data, numbers.ctypes.data
+        fields[[CHANCES, NUMBERS]] = chances.ctypes.data, of_settings.ctypes.data
         self._fields = fields
         self.address: int = fields.ctypes.data
 
