@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from paceline.compiled import carray, compiled, entry, float64_at, int32_at, int64_at
+from paceline.compiled import carray, compiled, entry, float64_at, int32_at, int64_at, uncached
 from paceline.drafting import answer_kernels, evidence, suffix_kernels
 from paceline.drafting.answer_kernels import match_and_grow
 from paceline.drafting.evidence import NUM_CLASSES, NUM_EVIDENCE, assumed_chances
@@ -75,7 +75,7 @@ def _longest(numbers: np.ndarray, length: int, most: int) -> int:
     return int(max(0.0, min(float(most), longest)))
 
 
-@compiled
+@uncached
 def _grow_from(
     index: int,
     state: int,
@@ -183,7 +183,8 @@ class SourceTable:
         shared: SharedText | None,
         answers: Answers | None,
     ) -> None:
-        self._shared, self._answers, self._made_of = shared, answers, _versions(shared, answers)
+        self._shared, self._answers = shared, answers
+        self._made_of = self._versions(num_draft_tokens)
         parts = [] if shared is None else shared.parts
         index = None if answers is None else answers.index
         nothing = np.empty(0, dtype=np.int32)
@@ -213,13 +214,13 @@ class SourceTable:
         self._fields = fields
         self.address: int = fields.ctypes.data
 
-    def is_stale(self) -> bool:
-        """Return whether the shared texts or the answers have changed since the table was made."""
-        return _versions(self._shared, self._answers) != self._made_of
+    def is_stale(self, num_draft_tokens: int) -> bool:
+        """Return whether this number, the shared texts or the answers differ from the table's."""
+        return self._versions(num_draft_tokens) != self._made_of
 
-
-def _versions(shared: SharedText | None, answers: Answers | None) -> tuple[int, int]:
-    return (
-        -1 if shared is None else shared.version,
-        -1 if answers is None else answers.version,
-    )
+    def _versions(self, num_draft_tokens: int) -> tuple[int, int, int]:
+        return (
+            num_draft_tokens,
+            -1 if self._shared is None else self._shared.version,
+            -1 if self._answers is None else self._answers.version,
+        )
