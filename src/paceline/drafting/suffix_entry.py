@@ -27,10 +27,10 @@ from paceline.store import contexts
 from paceline.store.contexts import MAX_CONTEXT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from paceline.drafting.answers import Answers
-    from paceline.drafting.suffix_lookup import SharedText, SuffixLookupSettings
+    from paceline.drafting.suffix_index import SharedText
 
 # an index  [8] int64: addresses of its arrays and their lengths, see `SuffixIndex`
 HEADER, STATES, NUM_STATES, EDGES, NUM_EDGES, TABLE, TABLE_SIZE, TEXT, INDEX_SIZE = range(9)
@@ -178,11 +178,12 @@ class SourceTable:
 
     def __init__(
         self,
-        settings: SuffixLookupSettings,
         num_draft_tokens: int,
+        others: Sequence[float],
         shared: SharedText | None,
         answers: Answers | None,
     ) -> None:
+        """others: the settings after NUM_DRAFT_TOKENS, in order."""
         self._shared, self._answers = shared, answers
         self._made_of = self._versions(num_draft_tokens)
         parts = [] if shared is None else shared.parts
@@ -195,14 +196,8 @@ class SourceTable:
             nothing if index is None else index.order,
             nothing if answers is None else answers.left_out,
             assumed_chances(),
-            np.array(
-                [
-                    num_draft_tokens, settings.min_match, settings.length_factor,
-                    settings.length_offset, settings.paths, settings.min_probability,
-                ],
-                dtype=np.float64,
-            ),
-        )  # fmt: skip
+            np.array([num_draft_tokens, *others], dtype=np.float64),
+        )
         of_parts, _, tokens, order, left_out, chances, numbers = self._kept
         fields = np.zeros(SOURCES_SIZE, dtype=np.int64)
         fields[[SHARED, NUM_SHARED]] = of_parts.ctypes.data, len(parts)

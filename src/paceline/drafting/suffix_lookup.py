@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -19,7 +19,7 @@ from paceline.config import MAX_DRAFT_TOKENS, Section
 from paceline.contracts import Drafts
 from paceline.drafting.answers import check_answers, find_answers, require_answers
 from paceline.drafting.base import Drafter
-from paceline.drafting.suffix_index import RowIndices, SuffixIndex
+from paceline.drafting.suffix_index import RowIndices, SharedText
 from paceline.errors import ConfigError
 from paceline.store.trained_on import NOTHING
 
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from paceline.drafting.suffix_entry import SourceTable
     from paceline.models.vocabulary import Vocabulary
     from paceline.store.trained_on import TrainedOn
-
-_END: Final = -1  # after every answer; it is no token, so no match crosses it
 
 
 class SuffixLookupSettings(Section):
@@ -75,39 +73,6 @@ class SuffixLookupSettings(Section):
         if unused and not self.share:
             raise ValueError(f"{min(unused)} needs share: true")
         return self
-
-
-class SharedText:
-    """The answers to earlier requests as one bounded text; the oldest are dropped first.
-
-    Two suffix indices alternate: one is being filled, the other is full or does not exist yet. When the
-    first is full as well, the older one is dropped as a whole. So the answers kept are
-    between half of the bound and all of it, and no request waits for an index to be rebuilt. parts: the
-    indices to search; the first is the one being filled.
-    """
-
-    def __init__(self, max_match: int, max_tokens: int) -> None:
-        self._max_match = max_match
-        self._room = max_tokens // 2  # of one index
-        self.parts = [self._empty()]
-        self.version = 0  # changes with the parts
-
-    def _empty(self) -> SuffixIndex:
-        # allocated at full size, so that growing never copies
-        return SuffixIndex(self._max_match, self._room)
-
-    def add(self, tokens: Sequence[int]) -> None:
-        """Keep an answer, or its end if it is longer than an index."""
-        if not tokens:
-            return
-        answer = [*tokens[-(self._room - 1) :], _END]
-        if self.parts[0].num_tokens + len(answer) > self._room:
-            self.parts = [self._empty(), self.parts[0]]
-            self.version += 1
-        self.parts[0].extend(answer)
-
-    def num_bytes(self) -> int:
-        return sum(part.num_bytes() for part in self.parts)
 
 
 class SuffixLookup(Drafter):
@@ -216,8 +181,14 @@ class SuffixLookup(Drafter):
         sources, index = self._sources, self._rows.write_new(row)
         if sources is None or sources.is_stale(self.num_draft_tokens):
             sources = self._sources = self._entry.SourceTable(
-                self.settings, self.num_draft_tokens, self.shared, self._answers
-            )
+                self.num_draft_tokens,
+                (
+                    self.settings.min_match, self.settings.length_factor,
+                    self.settings.length_offset, self.settings.paths, self.settings.min_probability,
+                ),
+                self.shared,
+                self._answers,
+            )  # fmt: skip
         found = self._entry.draft_row(
             index.address, sources.address, index.num_tokens, limit, out, room
         )
