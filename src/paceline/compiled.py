@@ -48,6 +48,14 @@ def inlined(function: F) -> F:
     return cast("F", numba.njit(inline="always", error_model="numpy")(function))
 
 
+def uncached(function: F) -> F:
+    """Return `function` compiled anew with each entry that calls it.
+
+    So it may use other modules, whose changes a cache of its own would not notice.
+    """
+    return cast("F", numba.njit(error_model="numpy")(function))
+
+
 def entry(
     make: Callable[[int], Callable[..., int]], num_arguments: int, calls: tuple[ModuleType, ...]
 ) -> Callable[..., int]:

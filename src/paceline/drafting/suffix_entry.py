@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from paceline.compiled import carray, compiled, entry, float64_at, int32_at, int64_at
+from paceline.compiled import carray, compiled, entry, float64_at, int32_at, int64_at, uncached
 from paceline.drafting import answer_kernels, evidence, suffix_kernels
 from paceline.drafting.answer_kernels import match_and_grow
 from paceline.drafting.evidence import NUM_CLASSES, NUM_EVIDENCE, assumed_chances
@@ -75,7 +75,7 @@ def _longest(numbers: np.ndarray, length: int, most: int) -> int:
     return int(max(0.0, min(float(most), longest)))
 
 
-@compiled
+@uncached
 def _grow_from(
     index: int,
     state: int,
@@ -178,12 +178,14 @@ class SourceTable:
 
     def __init__(
         self,
-        numbers: Sequence[float],
+        num_draft_tokens: int,
+        others: Sequence[float],
         shared: SharedText | None,
         answers: Answers | None,
     ) -> None:
-        """numbers: the settings from NUM_DRAFT_TOKENS to MIN_PROBABILITY."""
-        self._shared, self._answers, self._made_of = shared, answers, _versions(shared, answers)
+        """others: the settings after NUM_DRAFT_TOKENS, in order."""
+        self._shared, self._answers = shared, answers
+        self._made_of = self._versions(num_draft_tokens)
         parts = [] if shared is None else shared.parts
         index = None if answers is None else answers.index
         nothing = np.empty(0, dtype=np.int32)
@@ -194,26 +196,26 @@ class SourceTable:
             nothing if index is None else index.order,
             nothing if answers is None else answers.left_out,
             assumed_chances(),
-            np.array(numbers, dtype=np.float64),
+            np.array([num_draft_tokens, *others], dtype=np.float64),
         )
-        of_parts, _, tokens, order, left_out, chances, of_settings = self._kept
+        of_parts, _, tokens, order, left_out, chances, numbers = self._kept
         fields = np.zeros(SOURCES_SIZE, dtype=np.int64)
         fields[[SHARED, NUM_SHARED]] = of_parts.ctypes.data, len(parts)
         if index is not None:
             fields[[TOKENS, NUM_ANSWERED]] = tokens.ctypes.data, len(tokens)
             fields[[ORDER, LEFT_OUT]] = order.ctypes.data, left_out.ctypes.data
             fields[NUM_LEFT_OUT] = len(left_out)
-        fields[[CHANCES, NUMBERS]] = chances.ctypes.data, of_settings.ctypes.data
+        fields[[CHANCES, NUMBERS]] = chances.ctypes.data, numbers.ctypes.data
         self._fields = fields
         self.address: int = fields.ctypes.data
 
-    def is_stale(self) -> bool:
-        """Return whether the shared texts or the answers have changed since the table was made."""
-        return _versions(self._shared, self._answers) != self._made_of
+    def is_stale(self, num_draft_tokens: int) -> bool:
+        """Return whether this number, the shared texts or the answers differ from the table's."""
+        return self._versions(num_draft_tokens) != self._made_of
 
-
-def _versions(shared: SharedText | None, answers: Answers | None) -> tuple[int, int]:
-    return (
-        -1 if shared is None else shared.version,
-        -1 if answers is None else answers.version,
-    )
+    def _versions(self, num_draft_tokens: int) -> tuple[int, int, int]:
+        return (
+            num_draft_tokens,
+            -1 if self._shared is None else self._shared.version,
+            -1 if self._answers is None else self._answers.version,
+        )

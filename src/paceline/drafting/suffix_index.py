@@ -51,12 +51,14 @@ class SuffixIndex:
         self._kernels.clear(self._automaton)
 
     def _allocate(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._text = np.empty(capacity, dtype=np.int32)
-        self._states = np.empty((2 * capacity + 2, 5), dtype=np.int32)
-        self._edges = np.empty((3 * capacity + 2, 6), dtype=np.int32)
+        text = np.empty(capacity, dtype=np.int32)
+        states = np.empty((2 * capacity + 2, 5), dtype=np.int32)
+        edges = np.empty((3 * capacity + 2, 6), dtype=np.int32)
         # a power of two, 4/3 to 8/3 of the maximum number of edges
-        self._table = np.full(1 << (4 * capacity - 1).bit_length(), -1, dtype=np.int32)
+        table = np.full(1 << (4 * capacity - 1).bit_length(), -1, dtype=np.int32)
+        # all or none: without memory for one of them, the addresses must not outlive their arrays
+        self._capacity = capacity
+        self._text, self._states, self._edges, self._table = text, states, edges, table
         self._automaton = (self._header, self._states, self._edges, self._table)
         # in the order of the index table in `suffix_entry`
         sized = ((array.ctypes.data, len(array)) for array in self._automaton[1:])

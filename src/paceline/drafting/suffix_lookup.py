@@ -161,7 +161,7 @@ class SuffixLookup(Drafter):
         return sum(source.num_bytes() for source in sources if source is not None)
 
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
-        if len(self._out) < len(rows):
+        if len(self._out) < len(rows) or self._out.shape[2] != self.num_draft_tokens:
             self._out = self._entry.new_drafts(2 * len(rows), self.num_draft_tokens)
             self._out_at = self._out.ctypes.data
         lengths, branches, at = [], False, self._out_at
@@ -177,17 +177,19 @@ class SuffixLookup(Drafter):
     def grow_tree(self, row: RowView, limit: int, out: int, room: int) -> tuple[int, int]:
         """Read a row's new tokens and write its draft; return its numbers of nodes and of leaves.
 
-        out: address of [3, room] int64, room >= K, receives tokens, parents and evidence.
+        out: address of [3, room] int64, receives at most `room` tokens, their parents and evidence.
         """
         sources, index = self._sources, self._rows.write_new(row)
-        if sources is None or sources.is_stale():
-            own = self.settings
-            numbers = (
-                self.num_draft_tokens, own.min_match, own.length_factor, own.length_offset,
-                own.paths, own.min_probability,
+        if sources is None or sources.is_stale(self.num_draft_tokens):
+            sources = self._sources = self._entry.SourceTable(
+                self.num_draft_tokens,
+                (
+                    self.settings.min_match, self.settings.length_factor,
+                    self.settings.length_offset, self.settings.paths, self.settings.min_probability,
+                ),
+                self.shared,
+                self._answers,
             )  # fmt: skip
-            sources = self._entry.SourceTable(numbers, self.shared, self._answers)
-            self._sources = sources
         found = self._entry.draft_row(
             index.address, sources.address, index.num_tokens, limit, out, room
         )

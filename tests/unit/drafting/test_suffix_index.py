@@ -281,6 +281,28 @@ def test_an_id_that_starts_again_is_another_text() -> None:
     assert found == index_of(second.tokens, 5).match_own()
 
 
+def test_a_text_for_which_there_was_no_memory_is_read_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    row = row_of(0, [1, 2, 3] * 20)
+    indices = RowIndices(5)
+    indices.start([row])
+    indices.match_own(row)
+    row.tokens += [1, 2, 4] * 200
+    before = indices.num_bytes()
+
+    def fail(*args: object, **settings: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as full:
+        full.setattr(np, "full", fail)  # the last of the arrays
+        with pytest.raises(MemoryError):
+            indices.match_own(row)
+
+    assert indices.num_bytes() == before  # machine code has the addresses of these arrays
+    assert indices.match_own(row) == index_of(row.tokens, 5).match_own()
+
+
 def test_preparing_reads_a_long_prompt_in_pieces() -> None:
     row = row_of(0, list(range(50)) * 2)
     indices = RowIndices(5)

@@ -188,11 +188,12 @@ class Cascade(Drafter):
     def _choose(self, table: CascadeTable, row: RowView, state: RowState, limit: int) -> int:
         """Return the part that drafts for a row, -1 for none, after asking the lookups."""
         num_tokens, at, room = len(row.tokens), state.drafts_at, self._width
+        most = self.num_draft_tokens  # it may have been lowered
         for i, lookup in enumerate(self._lookups):
-            state.lengths[i] = lookup.grow_tree(row, limit, at, room)[0]
+            state.lengths[i] = min(lookup.grow_tree(row, limit, at, room)[0], most)
             at += state.draft_bytes
         for i, model in enumerate(self._models):
-            state.rooms[i] = model.longest_draft(row)
+            state.rooms[i] = min(model.longest_draft(row), most)
         return self._entry.choose_row(
             table.address, state.whole_at, state.other_at, state.drafts_at,
             self._lookups[0].index_address(row), num_tokens, limit,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from paceline.compiled import carray, compiled, entry, float64_at, int32_at, int64_at
+from paceline.compiled import carray, compiled, entry, float64_at, int32_at, int64_at, uncached
 from paceline.drafting import evidence, suffix_entry
 from paceline.drafting.cascade import classes, fields, kernels, prices
 from paceline.drafting.cascade.classes import NUM_BINS, NUM_SURE
@@ -148,7 +148,7 @@ def _table_in(numbers: np.ndarray, begin: int, rows: int, columns: int) -> np.nd
     return numbers[begin : begin + rows * columns].reshape(rows, columns)
 
 
-@compiled
+@uncached
 def _bucket_of(num_tokens: int, num_buckets: int) -> int:
     """Return the place of a row's context among the prices."""
     return min((num_tokens - 1) // BUCKET, num_buckets - 1)

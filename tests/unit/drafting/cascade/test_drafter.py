@@ -222,6 +222,40 @@ def own_drafts(
     return found
 
 
+@pytest.mark.parametrize("part", ["suffix", "near"])
+def test_fewer_draft_tokens_hold_from_the_next_round_on(
+    parts: Parts, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cascade = parts.drafters["both"]
+    assert isinstance(cascade, Cascade)
+    pace, before, proposed = Pace(parts), cascade.chances, cascade.propose
+    chances = only(parts, 0)
+    if part == "suffix":
+        chances = replace(only(parts, -1), tables=np.full((1, NUM_CLASSES), 0.9))
+    lengths: list[int] = []
+
+    def watched(rows: Sequence[Any], limits: Sequence[int]) -> Any:
+        drafts = proposed(rows, limits)
+        lengths.extend(drafts.lengths)
+        if drafts.lengths[0] > 2:
+            cascade.num_draft_tokens = 2
+        return drafts
+
+    settings = {"max_new_tokens": 40, "ignore_eos": True}
+    plain = pace.complete(PROMPTS[1], drafter=NONE, **settings)
+    monkeypatch.setattr(cascade, "propose", watched)
+    monkeypatch.setattr(cascade, "num_draft_tokens", cascade.num_draft_tokens)
+    cascade.calibrate(chances)
+    try:
+        done = pace.complete(PROMPTS[1], drafter="both", **settings)
+    finally:
+        cascade.calibrate(before)
+
+    assert done.token_ids == plain.token_ids
+    first = next(i for i, length in enumerate(lengths) if length > 2)
+    assert max(lengths[first + 1 :]) == 2
+
+
 def test_models_may_alternate_in_every_round(parts: Parts) -> None:
     """Each has unread tokens whenever it is asked, and the text is the target's."""
     cascade = parts.drafters["both"]
