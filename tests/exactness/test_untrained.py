@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from support.reference import greedy_reference
 
@@ -35,7 +36,7 @@ class WrongLookup(SuffixLookup):
             [(row.tokens[-1] + 1) % 250] * min(4, limit)
             for row, limit in zip(rows, limits, strict=True)
         ]
-        drafts.tokens = drafts.tokens.new_tensor([line + [-1] * (4 - len(line)) for line in wrong])
+        drafts.tokens = np.array([line + [-1] * (4 - len(line)) for line in wrong])
         drafts.lengths = [len(line) for line in wrong]
         drafts.parents = drafts.evidence = None
         return drafts

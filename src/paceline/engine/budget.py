@@ -107,8 +107,6 @@ class Budget:
                 row.in_use.acceptance.learn(draft, cut, verdict)
         if num_drafting:
             self._drafting += _NEWEST * (drafting / num_drafting - self._drafting)
-        if len(rows) > 1:
-            self.gate.learn(rows, verified, verdicts, drafting)
 
 
 def _chances(row: Row, draft: Draft) -> list[float]:

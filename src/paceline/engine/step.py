@@ -63,6 +63,8 @@ def run_round(
     commit(rows, drafts, verdicts, target, scores, detokenizer)
     if budget is not None:
         budget.learn(rows, proposed, drafts, verdicts, began - started)
+        if len(rows) > 1:
+            budget.gate.learn(rows, drafts, verdicts, began - started)
     verifying, committing = (judged - began) / len(rows), (perf_counter() - judged) / len(rows)
     for row in rows:
         seconds = row.seconds
