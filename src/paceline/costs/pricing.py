@@ -239,7 +239,7 @@ class ArmPricer:
         return found
 
     def _of_proposals(self, others: Mapping[str, int], together: int) -> NDArray[np.float64]:
-        """Return seconds that a row's proposal adds to a round, by drafted tokens [C, D * (K + 1)].
+        """Return the seconds that a row's proposal adds to a round, [C, D * (K + 1)] by drafted tokens.
 
         others: drafter -> rows that share the call anyway. together: rows that join it alike, this one
         included.

@@ -163,8 +163,8 @@ draft_row: Callable[..., int] = entry(
 )
 """draft_row(index, sources, num_tokens, limit, out, room): reads the row up to `num_tokens` and drafts.
 
-index, sources: addresses of the tables. limit: maximum depth. out: address of [3, room] int64 with
-room >= K, receives tokens, parents and evidence. Returns LEAVES * leaves + nodes.
+index, sources: addresses of the tables. limit: maximum depth. out: address of [3, room] int64, receives
+at most `room` tokens, their parents and evidence. Returns LEAVES * leaves + nodes.
 """
 
 

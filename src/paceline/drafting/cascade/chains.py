@@ -46,7 +46,7 @@ def ends_by_itself(part: Drafter, row: RowView) -> bool:
 def draft_chains(part: Drafter, wishes: Sequence[Wish], if_sure: tuple[float, ...]) -> list[Chain]:
     """Return a model's chains for some rows, in no order.
 
-    if_sure: chances by the model's probability for a token.
+    if_sure: chance that a token is accepted, by the class of the model's probability for it.
     """
     by_itself = [wish for wish in wishes if ends_by_itself(part, wish.row)]
     others = [wish for wish in wishes if not ends_by_itself(part, wish.row)]

@@ -4,8 +4,8 @@ Lookups are asked first, since they cost almost nothing. A model is asked where 
 the best lookup's draft and more than no draft; how much it promises follows from replay, from how sure
 the lookups are, and from what it has shown in this request (`kernels`). A model that is not asked reads
 nothing; it catches up when it is asked again. Parts draft greedily, under `invariant` sampling with the
-judge's noise. Symbols: R rows, L lookups, M models, W the
-longest chain of a model, K the longest draft of any part.
+judge's noise. Symbols: R rows, L lookups, M models, W the longest chain of a model, K the longest draft
+of any part.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ class Cascade(Drafter):
         return drafts
 
     def _choose(self, table: CascadeTable, row: RowView, state: RowState, limit: int) -> int:
-        """Return the part that drafts for a row, -1 for none, after asking the lookups."""
+        """Ask the lookups, then return the part that drafts for a row, -1 for none."""
         num_tokens, at, room = len(row.tokens), state.drafts_at, self._width
         most = self.num_draft_tokens  # it may have been lowered
         for i, lookup in enumerate(self._lookups):
@@ -200,9 +200,7 @@ class Cascade(Drafter):
         )  # fmt: skip
 
     def _cut(self, table: CascadeTable, row: RowView, state: RowState, chain: Chain) -> int:
-        """Write a model's chain into a row's state, without the end that does not pay; return its
-        length.
-        """
+        """Write a model's chain into a row's state, up to where it pays; return that length."""
         length = len(chain.tokens)
         state.nodes[0, :length] = chain.tokens
         if chain.sure is None or not self.stops_early:

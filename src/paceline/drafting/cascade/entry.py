@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     TABLE_SIZE,
 ) = range(13)
 
-LEAST: Final = 0  # of a row's other numbers
+LEAST: Final = 0  # place of `RowState.least` in a row's float64 numbers
 
 
 def whole_numbers(L: int, M: int, K: int) -> dict[str, int]:
@@ -113,11 +113,10 @@ class CascadeTable:
         """sizes: L, M, W, K. Machine code checks no bounds, so the arrays must fit them."""
         L, M, W, _ = sizes
         assert chances.tables.shape == (L, NUM_CLASSES)
-        assert chances.prospects.shape == (M, NUM_BINS, 2) and chances.if_sure.shape == (
-            M,
-            NUM_SURE,
-        )
-        assert prices.verifying.shape[1:] == (W + 1,) and prices.reading.shape == (M,)
+        assert chances.prospects.shape == (M, NUM_BINS, 2)
+        assert chances.if_sure.shape == (M, NUM_SURE)
+        assert prices.verifying.shape[1:] == (W + 1,)
+        assert prices.reading.shape == (M,)
         assert prices.drafting.shape == (len(prices.verifying), M, W + 1)
         self._kept = [
             np.ascontiguousarray(array, dtype=np.float64)
@@ -150,7 +149,7 @@ def _table_in(numbers: np.ndarray, begin: int, rows: int, columns: int) -> np.nd
 
 @uncached
 def _bucket_of(num_tokens: int, num_buckets: int) -> int:
-    """Return the place of a row's context among the prices."""
+    """Return the bucket of contexts whose prices a row of this many tokens has."""
     return min((num_tokens - 1) // BUCKET, num_buckets - 1)
 
 
