@@ -27,7 +27,8 @@ from paceline.distillation.card import (
     read_sources,
 )
 from paceline.distillation.outputs import decode_outputs, open_outputs, read_examples
-from paceline.distillation.student import SHAPES, build_student, num_parameters
+from paceline.distillation.settings import SHAPES
+from paceline.distillation.student import build_student, num_parameters
 from paceline.distillation.train import (
     DomainQuality,
     Training,

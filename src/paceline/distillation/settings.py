@@ -1,37 +1,122 @@
-"""The settings of a distillation: the strict schema of its flags, card and checkpoint."""
+"""The settings of a distillation: the strict schema of its flags, configuration section and card."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Final, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from paceline.config import Section
+
+LossName = Literal[
+    "cross_entropy",
+    "kl",
+    "reverse_kl",
+    "jensen_shannon",
+    "tvd",
+    "tvd++",
+    "negative_log_acceptance",
+    "lk_hybrid",
+]
+
+
+class StudentShape(Section):
+    """The sizes of a student, which decide its speed."""
+
+    num_layers: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    mlp_size: int = Field(ge=1)
+    num_heads: int = Field(ge=1)
+    num_kv_heads: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> StudentShape:
+        if self.hidden_size % self.num_heads or self.hidden_size // self.num_heads % 2:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not an even number times num_heads {self.num_heads}"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        return self
+
+
+def _shape(layers: int, hidden: int, mlp: int, heads: int, kv_heads: int) -> StudentShape:
+    return StudentShape(
+        num_layers=layers,
+        hidden_size=hidden,
+        mlp_size=mlp,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+    )
+
+
+SHAPES: Final = {"small": _shape(2, 128, 384, 4, 2), "medium": _shape(3, 256, 640, 4, 2)}
+
+
+class AnswerSampling(Section):
+    """How the target samples one answer per prompt. The default is greedy."""
+
+    temperature: float = Field(default=0.0, ge=0.0, le=2.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
 
 
 class DistillSettings(Section):
     """Settings of one distillation.
 
-    max_prompts: cap on the prompts of every data file, or per file by its name without suffix; prompts
-    with the lowest hashes of their ids are used. prompt_weight: of a prompt's token in the loss, where
-    an answer's token has weight 1. batch_tokens: padded tokens per batch.
+    Student. size: a named shape; `shape`: another one; `start_from`: a folder with a student to go on
+    from; `target_layers`: layers of the target that the student copies, with the target's width and
+    embedding. embedding_init: of a student from scratch.
+
+    Phase 1. pretrain_text: files of text; pretrain_tokens: tokens of it to learn before the answers, 0
+    skips the phase.
+
+    Phase 2. max_prompts: cap on the prompts of every data file, or per file by its name without suffix;
+    prompts with the lowest hashes of their ids are used. samplings: each prompt is answered once with
+    each. outputs: folder of the answers, which several distillations share.
+
+    Phase 3. text_share: share of the steps that learn `pretrain_text` instead of answers. loss: see
+    `losses`. teacher: `cached` reads the target's `teacher_top_k` largest probabilities per position
+    from `outputs`, `live` runs the target on each batch and uses all probabilities.
+    teacher_temperature: of the target's distribution. prompt_weight: of a prompt's token in the loss,
+    where an answer's token has weight 1. batch_tokens: padded tokens per batch; accumulate: batches per
+    step. ema_decay: of the moving average of the weights, which is validated and saved; 0 has none.
     """
 
     size: Literal["small", "medium"] = "small"
+    shape: StudentShape | None = None
+    start_from: Path | None = None
+    target_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        default=None, min_length=1
+    )
     embedding_init: Literal["svd", "random"] = "svd"
+
+    pretrain_text: tuple[Path, ...] = ()
+    pretrain_tokens: int = Field(default=0, ge=0)
+
     max_prompts: int | dict[str, int] | None = None
     max_new_tokens: int = Field(default=256, ge=1)
+    samplings: tuple[AnswerSampling, ...] = Field(default=(AnswerSampling(),), min_length=1)
     outputs: Path = Path("runs/outputs")
     validation_share: float = Field(default=0.04, gt=0.0, lt=1.0)
+
+    text_share: float = Field(default=0.0, ge=0.0, lt=1.0)
+    loss: LossName = "cross_entropy"
+    teacher: Literal["cached", "live"] = "cached"
+    teacher_top_k: int = Field(default=32, ge=1)
+    teacher_temperature: float = Field(default=1.0, gt=0.0)
     prompt_weight: float = Field(default=0.2, ge=0.0, le=1.0)
     epochs: float = Field(default=8.0, gt=0.0)
     batch_tokens: int = Field(default=2048, ge=1)
+    accumulate: int = Field(default=1, ge=1)
     learning_rate: float = Field(default=3e-3, gt=0.0)
     final_learning_rate: float = Field(default=0.02, ge=0.0, le=1.0)  # share of the peak
     warmup_share: float = Field(default=0.03, ge=0.0, lt=1.0)
     weight_decay: float = Field(default=0.05, ge=0.0)
     max_gradient_norm: float = Field(default=1.0, gt=0.0)
+    ema_decay: float = Field(default=0.0, ge=0.0, lt=1.0)
     autocast: bool = True
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the saved weights
     validate_every: float = Field(default=0.5, gt=0.0)  # epochs

@@ -8,7 +8,6 @@ Symbols: V vocabulary, D student's hidden size, T target's hidden size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
@@ -20,26 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from paceline.distillation.settings import StudentShape
+
 _STD: Final = 0.02  # of initial weights
-
-
-@dataclass(frozen=True, slots=True)
-class StudentShape:
-    """The sizes of a student, which decide its speed."""
-
-    num_layers: int
-    hidden_size: int
-    mlp_size: int
-    num_heads: int
-    num_kv_heads: int
-
-
-SHAPES: Final = {
-    "small": StudentShape(num_layers=2, hidden_size=128, mlp_size=384, num_heads=4, num_kv_heads=2),
-    "medium": StudentShape(
-        num_layers=3, hidden_size=256, mlp_size=640, num_heads=4, num_kv_heads=2
-    ),
-}
 
 
 def student_config(target: Any, shape: StudentShape) -> LlamaConfig:

@@ -26,7 +26,8 @@ from paceline.distillation import DistillSettings, TrainingProgress, distill
 from paceline.distillation.batches import Example, collate, in_order, pack_epoch
 from paceline.distillation.head import losses_and_matches, weighted_cross_entropy
 from paceline.distillation.run import select_prompts
-from paceline.distillation.student import StudentShape, build_student, num_parameters, project
+from paceline.distillation.settings import StudentShape
+from paceline.distillation.student import build_student, num_parameters, project
 from paceline.distillation.train import (
     DomainQuality,
     hidden_states,
