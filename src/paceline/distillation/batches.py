@@ -7,7 +7,7 @@ of (seed, epoch). Knows no model. Symbols: B texts per batch, T their padded len
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -45,6 +45,10 @@ class Batch:
     weights: Tensor  # [n] float32
     examples: Tensor  # [n] int64, index of the text, 0 to B - 1
 
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
 
 def pack_epoch(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:
     """Return an epoch's batches as text indices: each text once, at most `batch_tokens` padded tokens.
@@ -78,6 +82,17 @@ def in_order(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     return _fill(members, lengths, batch_tokens)
 
 
+def first_learned(example: Example, prompt_weight: float) -> int:
+    """Return the first position whose next token is learned."""
+    return 0 if prompt_weight > 0 else max(0, example.num_prompt - 1)
+
+
+def total_weight(example: Example, prompt_weight: float) -> float:
+    """Return the sum of a text's weights in the loss."""
+    num_answer = len(example.tokens) - max(1, example.num_prompt)
+    return num_answer + prompt_weight * max(0, example.num_prompt - 1)
+
+
 def collate(examples: Sequence[Example], prompt_weight: float) -> Batch:
     """Return one padded batch of texts. A text's last token is learned but not an input."""
     width = max(len(e.tokens) for e in examples) - 1
@@ -86,7 +101,7 @@ def collate(examples: Sequence[Example], prompt_weight: float) -> Batch:
     for i, example in enumerate(examples):
         num_inputs = len(example.tokens) - 1
         tokens[i, :num_inputs] = example.tokens[:-1]
-        first = 0 if prompt_weight > 0 else max(0, example.num_prompt - 1)
+        first = first_learned(example, prompt_weight)
         weight = np.full(num_inputs - first, prompt_weight, dtype=np.float32)
         weight[max(0, example.num_prompt - 1 - first) :] = 1.0
         places.append(i * width + np.arange(first, num_inputs))

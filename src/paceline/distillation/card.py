@@ -1,19 +1,14 @@
-"""The description in a drafter's folder: README.md for people, training.json for programs.
+"""The card of a drafter, README.md in its folder, in the format of the Hugging Face Hub.
 
-All of it is computed from the run. Knows no training.
+All of it is computed from the run's facts (`facts`). Knows no training.
 """
 
 from __future__ import annotations
 
 import json
-import platform
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-
-import torch
-import transformers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,63 +53,46 @@ def command_line(data: list[str], out: str, settings: DistillSettings, measure: 
     return " \\\n  ".join(words)
 
 
-def circumstances(threads: int) -> dict[str, Any]:
-    """Return the machine and the versions of a training."""
-    return {
-        "device": "cpu",
-        "processor": processor_name(),
-        "threads": threads,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "paceline": version("paceline"),
-    }
-
-
-def processor_name() -> str:
-    """Return the CPU's name from /proc on Linux, elsewhere from Python."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def quality_table(quality: Mapping[str, Any], trained: list[str]) -> str:
-    """Return the validation per domain as a Markdown table."""
-    lines = ["| task | trained on it | match rate | loss (nats/token) | tokens |"]
-    lines.append("|---|---|---|---|---|")
-    for domain, figures in quality.items():
-        mark = "yes" if domain in trained else "no"
-        lines.append(
-            f"| {domain} | {mark} | {figures['match_rate']:.3f} | {figures['loss']:.3f} | "
-            f"{figures['num_tokens']:,} |"
-        )
-    return "\n".join(lines)
+_LOSSES: Final[Mapping[str, str]] = {
+    "cross_entropy": "cross-entropy on the target's tokens",
+    "kl": "forward KL divergence",
+    "reverse_kl": "reverse KL divergence",
+    "jensen_shannon": "Jensen-Shannon divergence",
+    "tvd": "total variation distance",
+    "tvd++": "TVD++ (arXiv 2403.00858), rewards standardised over the batch",
+    "tvd++_position": "TVD++ (arXiv 2403.00858), rewards standardised per position",
+    "negative_log_acceptance": "negative log acceptance (arXiv 2602.23881)",
+    "lk_hybrid": "hybrid of KL divergence and total variation (arXiv 2602.23881)",
+}
+_LENGTHS: Final = ("3", "5")  # draft lengths of the block efficiency
 
 
 def card(facts: Mapping[str, Any]) -> str:
     """Return the README.md of a drafter's folder."""
-    front = f"---\nlicense: {facts['license']}\n---\n\n" if facts["license"] else ""
     parts = [
-        f"{front}# {facts['name']}: a drafter for speculative decoding",
+        _front_matter(facts) + f"# {facts['name']}: a drafter for speculative decoding",
         *_model_paragraphs(facts),
         "## Training text",
         *_text_paragraphs(facts),
-        "## Validation",
-        "Match rate: the share of answer positions where the drafter's greedy token equals the\n"
-        "target's (greedy acceptance per position), on prompts that were not used in training.\n"
-        "Weights as saved, products in float32.",
-        quality_table(facts["quality"], facts["trained_domains"]),
+        "## Acceptance",
+        *_measure_paragraphs(facts),
         "## How it was trained",
-        _training_paragraph(facts),
+        *_training_paragraphs(facts),
         f"```\n{facts['command']}\n```",
         "`docs/data.md` describes how to rebuild the prompt files. Settings, history and versions are\n"
-        "in `training.json`, hashes of the prompts trained on in `trained_on.npy`.",
+        "in `training.json`, the curves in `training.png`, hashes of the prompts trained on in\n"
+        "`trained_on.npy`.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(facts: Mapping[str, Any]) -> str:
+    """Return the metadata that the Hub reads."""
+    lines = ["library_name: transformers", "pipeline_tag: text-generation"]
+    if facts["license"]:
+        lines.insert(0, f"license: {facts['license']}")
+    lines += ["tags:", "- speculative-decoding", "- draft-model"]
+    return "\n".join(["---", *lines, "---"]) + "\n\n"
 
 
 def _model_paragraphs(facts: Mapping[str, Any]) -> list[str]:
@@ -122,9 +100,9 @@ def _model_paragraphs(facts: Mapping[str, Any]) -> list[str]:
     return [
         f"Proposes tokens for the target it was distilled from (weights `{facts['target']}`,\n"
         f"tokenizer `{facts['tokenizer']}`, also in this folder). Not a model to be used alone.",
-        f"Llama architecture: {model['layers']} layers, hidden {model['hidden']}, MLP"
-        f" {model['mlp']}, {model['heads']} heads with {model['kv_heads']} key-value\nheads, tied"
-        f" embeddings, vocabulary {model['vocabulary']:,}, context {model['context']:,};"
+        f"{model['architecture']}: {model['layers']} layers, hidden {model['hidden']}, MLP"
+        f" {model['mlp']}, {model['heads']} heads with {model['kv_heads']} key-value\nheads,"
+        f" vocabulary {model['vocabulary']:,}, context {model['context']:,};"
         f" {model['parameters']:,} parameters, {facts['settings']['dtype']}.",
     ]
 
@@ -132,37 +110,120 @@ def _model_paragraphs(facts: Mapping[str, Any]) -> list[str]:
 def _text_paragraphs(facts: Mapping[str, Any]) -> list[str]:
     settings, tokens = facts["settings"], facts["tokens"]
     lines = [
-        f"| {name} | {file['texts']:,} | {'; '.join(s['source'] for s in file['sources'])} | "
+        f"| {name} | {file['prompts']:,} | {file['answers']:,} | "
+        f"{'; '.join(s['source'] for s in file['sources'])} | "
         f"{'; '.join(s['license'] for s in file['sources'])} |"
         for name, file in facts["data"].items()
     ]
     terms = "The prompts have the licences above."
     if facts["license"]:
         terms = f"Licence of the weights: {facts['license']}. {terms}"
+    part = (
+        "Prompts for collecting and for judging (12 % by hash of id, and every prompt with the text of\n"
+        "one of them) are not trained on."
+        if settings["part"] == "training"
+        else "Prompts of all parts were used."
+    )
     return [
-        f"The target wrote every answer (greedy, {facts['outputs_dtype']}, at most"
-        f" {settings['max_new_tokens']} tokens);\nno reference answer was used. Prompts whose id"
-        f" hashes into the lowest {settings['validation_share']:.0%} are\nfor validation only;"
-        f" the other {facts['examples']:,} texts have {tokens['output']:,} tokens of answers and"
-        f" {tokens['prompt']:,} of prompts.",
-        "\n".join(["| prompts | texts | source | licence |", "|---|---|---|---|", *lines]),
+        f"The target wrote every answer ({_samplings(settings)}, {facts['outputs_dtype']}, at most"
+        f" {settings['max_new_tokens']} tokens);\nno reference answer was used as an answer. {part} Of"
+        f" the others, {settings['validation_share']:.0%} are for\nvalidation; {facts['examples']:,}"
+        f" answers have {tokens['output']:,} tokens, and their prompts {tokens['prompt']:,}.",
+        "\n".join(
+            ["| file | prompts | answers | source | licence |", "|---|---|---|---|---|", *lines]
+        ),
         terms,
     ]
 
 
-def _training_paragraph(facts: Mapping[str, Any]) -> str:
+def _samplings(settings: Mapping[str, Any]) -> str:
+    names = []
+    for sampling in settings["samplings"]:
+        if sampling["temperature"] == 0:
+            names.append("greedy")
+        else:
+            top_p = f" with top-p {sampling['top_p']:g}" if sampling["top_p"] < 1 else ""
+            names.append(f"temperature {sampling['temperature']:g}{top_p}")
+    return ", ".join(names)
+
+
+def _measure_paragraphs(facts: Mapping[str, Any]) -> list[str]:
+    """Return the measures per task on validation prompts."""
+    measures = facts["measures"]
+    priced = "measured prices of this model and its target" if measures["is_priced"] else (
+        "the share of parameters alone, as for memory-bound speed-up"
+    )
+    lines = [
+        "| task | trained on it | match rate | acceptance | tau, K = 3 | tau, K = 5 | MBSU, K = 3 | "
+        "speed-up |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for task, own in measures["domains"].items():
+        mark = "yes" if task in facts["trained_domains"] else "no"
+        taus = " | ".join(f"{own['block_efficiency'][k]:.2f}" for k in _LENGTHS)
+        lines.append(
+            f"| {task} | {mark} | {own['match_rate']:.3f} | {own['acceptance']:.3f} | {taus} | "
+            f"{own['mbsu'][_LENGTHS[0]]:.2f} | {own['predicted_speedup']:.2f} |"
+        )
+    return [
+        "On prompts that were not used in training. Match rate: the share of positions where the\n"
+        "drafter's greedy token is the target's. Acceptance: the mean of sum min(p, q), the chance that a\n"
+        "sampled token is accepted. Block efficiency tau: tokens per target forward, greedy, drafts of K\n"
+        "tokens. MBSU: memory-bound speed-up. Speed-up: predicted over plain decoding at the best K, from\n"
+        f"{priced}. Weights as saved, products in float32.",
+        "\n".join(lines),
+    ]
+
+
+def _training_paragraphs(facts: Mapping[str, Any]) -> list[str]:
     settings, where = facts["settings"], facts["circumstances"]
-    start = "the target's, projected" if settings["embedding_init"] == "svd" else "random"
     arithmetic = "bfloat16 autocast" if settings["autocast"] else "float32"
-    return (
-        "Sequence-level distillation (Kim & Rush 2016, arXiv 1606.07947): cross-entropy on the\n"
-        f"target's tokens, with weight {settings['prompt_weight']:g} on the prompt's. AdamW, peak"
-        f" learning rate {settings['learning_rate']:g}, cosine with\nwarm-up; the initial embedding"
-        f" was {start}. {settings['epochs']:g} passes, {facts['steps']:,} steps of at most"
-        f" {settings['batch_tokens']:,} tokens;\nweights of step {facts['best_step']:,}, the best"
-        f" on validation.\n\n{facts['cpu_seconds']:,.0f} s of CPU time, {facts['seconds']:,.0f} s"
-        f" of wall-clock time, perhaps with other work on the machine:\n{where['processor']},"
+    average = f"; weights averaged with decay {settings['ema_decay']:g}"
+    text = (
+        f" {settings['text_share']:.0%} of the steps learned pre-training text."
+        if settings["text_share"]
+        else ""
+    )
+    return [
+        f"{_start(settings)}Alignment: {_LOSSES[settings['loss']]}, with weight"
+        f" {settings['prompt_weight']:g} on the prompt's tokens{_teacher(settings)}.{text}",
+        f"AdamW, peak learning rate {settings['learning_rate']:g}, cosine with warm-up"
+        f"{average if settings['ema_decay'] else ''}. {settings['epochs']:g} passes over the"
+        f" answers,\n{facts['steps']:,} steps of at most"
+        f" {settings['batch_tokens'] * settings['accumulate']:,} tokens; the weights are those of step"
+        f" {facts['best_step']:,}, which have the\nbest predicted speed-up on validation prompts.",
+        f"{facts['cpu_seconds']:,.0f} s of CPU time, {facts['seconds']:,.0f} s of wall-clock time,"
+        f" perhaps with other work on the machine:\n{where['device']}, {where['processor']},"
         f" {where['threads']} thread(s), {arithmetic}, torch {where['torch']}, transformers"
         f" {where['transformers']},\npaceline {where['paceline']}, Python {where['python']},"
-        f" seed {settings['seed']}."
+        f" seed {settings['seed']}.",
+    ]
+
+
+def _start(settings: Mapping[str, Any]) -> str:
+    """Return how the student began, with a space after it."""
+    if settings["start_from"] is not None:
+        start = f"Started from `{settings['start_from']}`. "
+    elif settings["target_layers"] is not None:
+        layers = ", ".join(map(str, settings["target_layers"]))
+        start = f"Started as layers {layers} of the target. "
+    elif settings["embedding_init"] == "svd":
+        start = "Started at random; the embedding is the target's, projected. "
+    else:
+        start = "Started at random. "
+    if settings["pretrain_tokens"]:
+        names = ", ".join(settings["pretrain_text"])
+        start += f"Pre-trained on {settings['pretrain_tokens']:,} tokens of {names}. "
+    return start
+
+
+def _teacher(settings: Mapping[str, Any]) -> str:
+    if settings["loss"] == "cross_entropy":
+        return ""
+    which = (
+        "all of its probabilities"
+        if settings["teacher"] == "live"
+        else f"its {settings['teacher_top_k']} largest probabilities and the rest"
     )
+    heat = settings["teacher_temperature"]
+    return f", from {which}" + (f" at temperature {heat:g}" if heat != 1 else "")

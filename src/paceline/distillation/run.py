@@ -1,78 +1,75 @@
-"""`distill`: from prompt files to a drafter's folder.
+"""`distill`: from prompt files to a drafter's folder, in three phases that a killed run continues.
 
-Decodes the target's missing answers, trains a student on the answers, evaluates the saved student and
-writes transformers' format with a card and the hashes of the prompts that it was trained on. Unfinished
-work is in `<out>.part`.
+Phase 1 pre-trains a student on text, phase 2 decodes the target's missing answers and its distributions
+along them, phase 3 aligns the student with the target (arXiv 2403.00858). The saved student is
+measured and written in transformers' format with a card and the hashes of the prompts that it was
+trained on. Unfinished work is in `<out>.part`.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock, Timeout
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from paceline.assembly import Pace, build
 from paceline.config import Config
-from paceline.distillation.card import (
-    PromptSource,
-    card,
-    circumstances,
-    command_line,
-    read_sources,
+from paceline.distillation.card import card
+from paceline.distillation.curves import EventLog, plot_curves
+from paceline.distillation.distributions import (
+    LiveDistributions,
+    open_distributions,
+    read_distributions,
+    store_distributions,
 )
-from paceline.distillation.outputs import decode_outputs, open_outputs, read_examples
-from paceline.distillation.settings import SHAPES
-from paceline.distillation.student import build_student, num_parameters
-from paceline.distillation.train import (
-    DomainQuality,
-    Training,
-    TrainingProgress,
-    measure_quality,
-    train,
-)
+from paceline.distillation.facts import make_facts
+from paceline.distillation.measures import AnswerMatches, Measures, measure
+from paceline.distillation.outputs import open_target
+from paceline.distillation.preparation import prepare_texts
+from paceline.distillation.replays import replay_validation, with_losses
+from paceline.distillation.student import make_student, num_parameters
+from paceline.distillation.train import Lesson, Trainer, TrainingProgress, start_accelerator
 from paceline.errors import ConfigError
 from paceline.files import write_atomically
 from paceline.models.loading import quiet_transformers
-from paceline.store import TrainedOn, is_validation, read_prompts, take_by_hash, training_part
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from accelerate import Accelerator
     from transformers import PreTrainedModel
 
-    from paceline.contracts import PromptRecord
+    from paceline.assembly import Pace
     from paceline.distillation.batches import Example
+    from paceline.distillation.checkpoints import Training
+    from paceline.distillation.preparation import TrainingTexts
+    from paceline.distillation.prices import Prices
+    from paceline.distillation.replays import TextReplay
     from paceline.distillation.settings import DistillSettings
+    from paceline.distillation.train import Distributions
 
-_TRAINING = "training.json"
+    OnProgress = Callable[[TrainingProgress], None]
+
+TRAINING = "training.json"
 
 
 @dataclass(frozen=True, slots=True)
 class DistillReport:
-    """The drafter of a distillation and its quality on validation prompts."""
+    """The drafter of a distillation and its measures on validation prompts."""
 
     out: Path
     num_parameters: int
     num_examples: int
-    quality: dict[str, DomainQuality]  # by domain, of the weights as saved
-    steps: int
+    measures: Measures  # of the weights as saved, on the tasks trained on and the other ones
+    steps: int  # of the alignment
     best_step: int
-    seconds: float  # of training
-
-
-@dataclass(frozen=True, slots=True)
-class DataFile:
-    """A prompt file and the target's answers to its prompts."""
-
-    name: str
-    examples: list[Example]
-    sources: list[PromptSource]
+    seconds: float  # of both trainings
 
 
 def distill(
@@ -80,105 +77,189 @@ def distill(
     data: Sequence[Path],
     out: Path,
     settings: DistillSettings,
-    on_progress: Callable[[TrainingProgress], None] = lambda progress: None,
+    on_progress: OnProgress = lambda progress: None,
     also_measure: Sequence[Path] = (),
+    prices: Prices | None = None,
 ) -> DistillReport:
     """Train a drafter for the target on the prompts of `data` and write it to `out`.
 
-    also_measure: prompt files of other tasks, whose validation prompts are evaluated only. The same
-    call continues a killed run. Raises ConfigError for data or an `out` that cannot be used,
-    StoreError for answers of another target.
+    also_measure: prompt files of other tasks, whose validation prompts are evaluated only. prices: of
+    the student on this machine (`verbs.distillation`); the best weights are those with the largest
+    predicted speed-up at these prices, and without them with the largest memory-bound speed-up at the
+    share of the target's parameters. The same call continues a killed run.
+
+    Raises ConfigError for data, settings or an `out` that cannot be used, for a loss that is not finite
+    and where another process trains in the same folder; StoreError for answers of another target.
     """
+    data, also_measure = [Path(p) for p in data], [Path(p) for p in also_measure]
     _check(data, also_measure, out)
     pace = pace_or_config
     if isinstance(pace, Config):
-        pace = Pace(build(pace))
+        pace = open_target(pace, settings.answers_drafter)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    trained = [_read(pace, path, settings, on_progress) for path in data]
-    examples, validation = _split(trained, settings.validation_share)
-    target: PreTrainedModel = pace.parts.target.model
-    student = build_student(target, SHAPES[settings.size], settings.embedding_init, settings.seed)
     part = out.with_name(out.name + ".part")
-    result = train(student, examples, validation, settings, part / "checkpoint.pt", on_progress)
-    made = part / "model"
-    _save(student, pace, made, settings)
-    others = [
-        _read(pace, path, settings, on_progress, only_validation=True)
-        for path in also_measure
-        if Path(path) not in map(Path, data)
-    ]
-    unseen = validation + [e for file in others for e in file.examples]
-    quality = measure_quality(_load(made), unseen)
-    report = DistillReport(
-        out, num_parameters(student), len(examples), quality,
-        result.history[-1]["step"], result.best_step, result.seconds,
-    )  # fmt: skip
-    facts = _facts(pace, trained, others, examples, settings, report, result)
-    write_atomically(made / _TRAINING, (json.dumps(facts, indent=1) + "\n").encode())
-    write_atomically(made / "README.md", card(facts).encode())
-    answered = {example.id for example in examples}
-    selected = [r for path in data for r in select_prompts(path, settings)]
-    TrainedOn.of(r.prompt for r in selected if r.id in answered).save(made)
-    _publish(made, out)
-    shutil.rmtree(part)
+    accelerator = start_accelerator(pace.parts.target.device.type == "cpu")
+    with _locked(part, accelerator):
+        run = _Run(pace, settings, part, accelerator, on_progress, prices)
+        report = run.train(data, also_measure, out)
+        if accelerator.is_main_process:
+            _publish(part / "model", out)
+            shutil.rmtree(part)
+        accelerator.wait_for_everyone()
     return report
+
+
+class _Run:
+    """One distillation: its models, its texts and its unfinished work."""
+
+    def __init__(
+        self,
+        pace: Pace,
+        settings: DistillSettings,
+        part: Path,
+        accelerator: Accelerator,
+        on_progress: OnProgress,
+        prices: Prices | None,
+    ) -> None:
+        self.pace, self.settings, self.part = pace, settings, part
+        self.accelerator, self.prices = accelerator, prices
+        self.is_main = accelerator.is_main_process
+        self.on_progress = on_progress if self.is_main else _say_nothing
+        self.student = make_student(pace.parts.target, settings)
+        own = num_parameters(self.student)
+        self.ratio = own / num_parameters(pace.parts.target.model)
+        self.phases: list[Training] = []
+
+    def train(self, data: Sequence[Path], also_measure: Sequence[Path], out: Path) -> DistillReport:
+        """Run the phases, save and measure the student, and describe it in its folder."""
+        # the first process writes what all of them read
+        with self.accelerator.main_process_first():
+            texts = prepare_texts(self.pace, data, also_measure, self.settings, self._report)
+            distributions = self._distributions(texts)
+        lesson = Lesson(texts.training, texts.plain, distributions)
+        if self.settings.pretrain_tokens:
+            self._phase(lesson, texts.validation, self.settings.pretrain_tokens)
+        self._phase(lesson, texts.validation, 0)
+        made = self.part / "model"
+        if self.is_main:
+            _save(self.student, self.pace, made, self.settings)
+        self.accelerator.wait_for_everyone()
+        measures = self._measure(replay_validation(_load(made), texts.unseen, distributions))
+        report = DistillReport(
+            out,
+            num_parameters(self.student),
+            len(texts.training),
+            measures,
+            self.phases[-1].step,
+            self.phases[-1].best_step,
+            sum(phase.seconds for phase in self.phases),
+        )
+        if self.is_main:
+            self._describe(made, texts, report)
+        return report
+
+    def _report(self, phase: str, done: int, total: int) -> None:
+        self.on_progress(TrainingProgress(phase, done, total))
+
+    def _distributions(self, texts: TrainingTexts) -> Distributions:
+        """Return the target's distributions along the texts, after computing the missing ones."""
+        settings, target = self.settings, self.pace.parts.target
+        if settings.teacher == "live":
+            return LiveDistributions.of(target, settings.teacher_temperature)
+        wanted = [(file.folder, file.learned_by(settings.loss)) for file in texts.files]
+        wanted += [(file.folder, file.validation) for file in texts.measured]
+        total, stores, before = sum(len(own) for _, own in wanted), [], 0
+        for folder, examples in wanted:
+            store = open_distributions(folder, target, settings)
+            store_distributions(target, examples, store, self._counter(before, total))
+            before += len(examples)
+            stores.append(store)
+        every = [example for _, own in wanted for example in own]
+        return read_distributions(stores, every, settings.prompt_weight)
+
+    def _counter(self, before: int, total: int) -> Callable[[int], None]:
+        return lambda done: self._report("distributions", before + done, total)
+
+    def _phase(self, lesson: Lesson, validation: Sequence[Example], pretrain_tokens: int) -> None:
+        """Train the student in one phase, from its checkpoint if there is one."""
+        settings, part = self.settings, self.part
+        path = part / ("pretrain.pt" if pretrain_tokens else "align.pt")
+        before = self.phases[-1].step if self.phases else 0
+        trainer = Trainer(
+            self.student, lesson, settings, path, self.accelerator, pretrain_tokens
+        )
+        events = EventLog(part / "events", before + trainer.training.step) if self.is_main else None
+
+        def validate(student: PreTrainedModel) -> tuple[float, dict[str, Any]]:
+            replays = replay_validation(student, validation, lesson.distributions)
+            measures = self._measure(replays)
+            figures = with_losses(measures.to_history(), replays)
+            return measures.mean.predicted_speedup, figures
+
+        def on_validated(entry: dict[str, Any]) -> None:
+            if events is not None:
+                events.add({**entry, "step": before + entry["step"]})
+
+        self.phases.append(trainer.run(validate, self.on_progress, on_validated))
+        if events is not None:
+            events.close()
+
+    def _measure(self, replays: Sequence[TextReplay]) -> Measures:
+        answers = AnswerMatches.of(
+            [r.matches.numpy() for r in replays],
+            [r.example.domain for r in replays],
+            [r.accepted.numpy() for r in replays],
+        )
+        return measure(answers, self.ratio, self.prices and self.prices.round_costs)
+
+    def _describe(self, made: Path, texts: TrainingTexts, report: DistillReport) -> None:
+        """Write the card, the figures, their curves and the record of the prompts."""
+        facts = make_facts(self.pace, self.student, texts, self.settings, report, self.phases)
+        write_atomically(made / TRAINING, (json.dumps(facts, indent=1) + "\n").encode())
+        write_atomically(made / "README.md", card(facts).encode())
+        plot_curves(facts["history"], made / "training.png", report.out.name)
+        shutil.copytree(self.part / "events", made / "events")
+        texts.trained_on.save(made)
+
+
+def _say_nothing(progress: TrainingProgress) -> None:
+    """Report for the processes that do not."""
+
+
+@contextmanager
+def _locked(part: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Hold the folder of the unfinished work. Raises ConfigError if another process does."""
+    if not accelerator.is_main_process:
+        yield
+        return
+    part.mkdir(parents=True, exist_ok=True)
+    # next to the folder, which is removed at the end
+    lock = FileLock(part.with_name(part.name + ".lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise ConfigError(
+            f"{part}: another process trains there; wait for it or name another folder to write"
+        ) from error
+    with lock:
+        yield
 
 
 def _check(data: Sequence[Path], also_measure: Sequence[Path], out: Path) -> None:
     if not data:
         raise ConfigError("name at least one file of prompts")
-    names = [Path(path).stem for path in data]
+    names = [path.stem for path in data]
     if len(set(names)) < len(names):
         raise ConfigError(
             f"two data files have the same name, which is their answers' name too: {', '.join(names)}; "
             "rename one"
         )
     for path in [*data, *also_measure]:
-        if not Path(path).is_file():
+        if not path.is_file():
             raise ConfigError(f"{path}: no such file of prompts; correct the path")
-    if out.exists() and not (out / _TRAINING).is_file():
+    if out.exists() and not (out / TRAINING).is_file():
         raise ConfigError(f"{out}: exists and is not a distilled drafter; name another folder")
-
-
-def _read(
-    pace: Pace,
-    path: Path,
-    settings: DistillSettings,
-    on_progress: Callable[[TrainingProgress], None],
-    only_validation: bool = False,
-) -> DataFile:
-    """Return the answers to a file's prompts, after decoding the missing ones."""
-    path = Path(path)
-    prompts = take_by_hash(read_prompts([path]), settings.cap_of(path.stem))
-    if only_validation:
-        prompts = [r for r in prompts if is_validation(r.id, settings.validation_share)]
-    store = open_outputs(pace, settings.outputs / path.stem, settings.max_new_tokens)
-    count = itertools.count(1)
-
-    def on_done() -> None:
-        on_progress(TrainingProgress("decode", next(count), len(prompts)))
-
-    decode_outputs(pace, prompts, store, settings.max_new_tokens, on_done=on_done)
-    return DataFile(path.stem, read_examples(store, prompts), read_sources(path))
-
-
-def select_prompts(path: Path, settings: DistillSettings) -> list[PromptRecord]:
-    """Return the prompts of a data file that a distillation with these settings trains on."""
-    records, limit = read_prompts([path]), settings.cap_of(Path(path).stem)
-    return training_part(records, limit, settings.validation_share)
-
-
-def _split(files: Sequence[DataFile], share: float) -> tuple[list[Example], list[Example]]:
-    texts = [e for file in files for e in file.examples]
-    validation = [e for e in texts if is_validation(e.id, share)]
-    examples = [e for e in texts if not is_validation(e.id, share)]
-    if not examples:
-        raise ConfigError(
-            f"no text to train on: {len(texts)} prompts have an answer, {len(validation)} of them for "
-            "validation; give more prompts or a smaller validation_share"
-        )
-    return examples, validation
 
 
 def _save(student: PreTrainedModel, pace: Pace, folder: Path, settings: DistillSettings) -> None:
@@ -201,76 +282,6 @@ def _load(folder: Path) -> PreTrainedModel:
     with quiet_transformers():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model
-
-
-def _facts(
-    pace: Pace,
-    trained: Sequence[DataFile],
-    others: Sequence[DataFile],
-    examples: Sequence[Example],
-    settings: DistillSettings,
-    report: DistillReport,
-    result: Training,
-) -> dict[str, Any]:
-    out = report.out
-    return {
-        **_drafter_facts(pace, settings, report),
-        **_text_facts(trained, examples),
-        "quality": {domain: asdict(q) for domain, q in report.quality.items()},
-        "steps": report.steps,
-        "best_step": report.best_step,
-        "seconds": round(result.seconds, 1),
-        "cpu_seconds": round(result.cpu_seconds, 1),
-        "circumstances": circumstances(torch.get_num_threads()),
-        "command": command_line(
-            [file.name for file in trained],
-            out.name if out.is_absolute() else out.as_posix(),
-            settings,
-            [file.name for file in others],
-        ),
-        "settings": settings.model_dump(mode="json", exclude={"outputs"}),
-        "history": result.history,
-    }
-
-
-def _drafter_facts(pace: Pace, settings: DistillSettings, report: DistillReport) -> dict[str, Any]:
-    shape = SHAPES[settings.size]
-    target = pace.parts.target
-    return {
-        "name": report.out.name,
-        "license": settings.license,
-        "target": target.fingerprint(),
-        "tokenizer": pace.parts.vocabulary.hash(),
-        "outputs_dtype": str(target.dtype).removeprefix("torch."),
-        "model": {
-            "layers": shape.num_layers,
-            "hidden": shape.hidden_size,
-            "mlp": shape.mlp_size,
-            "heads": shape.num_heads,
-            "kv_heads": shape.num_kv_heads,
-            "vocabulary": target.num_logits,
-            "context": target.context_length,
-            "parameters": report.num_parameters,
-        },
-    }
-
-
-def _text_facts(trained: Sequence[DataFile], examples: Sequence[Example]) -> dict[str, Any]:
-    return {
-        "data": {
-            file.name: {
-                "texts": len(file.examples),
-                "sources": [asdict(source) for source in file.sources],
-            }
-            for file in trained
-        },
-        "trained_domains": sorted({e.domain for file in trained for e in file.examples}),
-        "examples": len(examples),
-        "tokens": {
-            "output": sum(e.num_output for e in examples),
-            "prompt": sum(e.num_prompt for e in examples),
-        },
-    }
 
 
 def _publish(made: Path, out: Path) -> None:

@@ -16,6 +16,7 @@ LossName = Literal[
     "jensen_shannon",
     "tvd",
     "tvd++",
+    "tvd++_position",
     "negative_log_acceptance",
     "lk_hybrid",
 ]
@@ -124,6 +125,14 @@ class DistillSettings(Section):
     threads: int | None = Field(default=None, ge=1)
     seed: int = 0
     license: str = "apache-2.0"  # of the weights, for the card
+
+    @model_validator(mode="after")
+    def _check_text(self) -> DistillSettings:
+        if (self.pretrain_tokens or self.text_share) and not self.pretrain_text:
+            raise ValueError(
+                "'pretrain_tokens' and 'text_share' need files of text; name them in 'pretrain_text'"
+            )
+        return self
 
     def cap_of(self, name: str) -> int | None:
         """Return the cap on the prompts of a data file, by its name without suffix."""

@@ -2,24 +2,34 @@
 
 Vocabulary, context, rope and end token are the target's. The tied embedding can start as the target's
 own, projected to its D strongest singular directions and whitened, so that tokens with similar
-embeddings in the target start similar. Knows no data and no training.
+embeddings in the target start similar. A student can also start from a checkpoint or from layers of the
+target. Knows no data and no training.
 Symbols: V vocabulary, D student's hidden size, T target's hidden size.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from paceline.errors import ConfigError
+from paceline.distillation.settings import SHAPES
+from paceline.errors import ConfigError, shorten
+from paceline.models.loading import quiet_transformers
+from paceline.models.sublayers import find_layers
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from paceline.distillation.settings import StudentShape
+    from paceline.distillation.settings import DistillSettings, StudentShape
+    from paceline.models.language_model import LanguageModel
 
 _STD: Final = 0.02  # of initial weights
 
@@ -88,6 +98,86 @@ def project(embedding: Tensor, width: int) -> Tensor:
     # equal scale in every direction, or a few strong ones would dominate
     projected = projected / squares[-width:].flip(-1).clamp(min=1e-12).sqrt()
     return projected * (_STD / projected.std())
+
+
+def make_student(target: LanguageModel, settings: DistillSettings) -> PreTrainedModel:
+    """Return the student that a training starts from, float32 on the CPU.
+
+    It goes on from `start_from`, copies `target_layers`, or is new. Raises ConfigError if the settings
+    contradict each other or do not fit the target.
+    """
+    model: PreTrainedModel = target.model
+    own_shape = settings.start_from is not None or settings.target_layers is not None
+    if settings.start_from is not None and settings.target_layers is not None:
+        raise ConfigError("'start_from' and 'target_layers' both begin a student; remove one")
+    if own_shape and settings.shape is not None:
+        raise ConfigError("'shape' is of a new student; remove it, or start_from and target_layers")
+    if settings.start_from is not None:
+        return _load_student(settings.start_from, target)
+    if settings.target_layers is not None:
+        return copy_layers(model, settings.target_layers)
+    shape = settings.shape or SHAPES[settings.size]
+    return build_student(model, shape, settings.embedding_init, settings.seed)
+
+
+def _load_student(folder: Path, target: LanguageModel) -> PreTrainedModel:
+    """Return a folder's model. Raises ConfigError if it cannot be loaded or has other logits."""
+    try:
+        with quiet_transformers():
+            student: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32
+            )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"start_from {folder}: not a causal LM ({shorten(error)})") from error
+    width = student.get_output_embeddings().weight.shape[0]
+    if width != target.num_logits:
+        raise ConfigError(
+            f"start_from {folder}: has {width} logits, the target {target.num_logits}; start from a "
+            "model with the target's tokenizer"
+        )
+    _check_head(student, folder)
+    return student
+
+
+def _check_head(student: PreTrainedModel, folder: Path) -> None:
+    """Raise ConfigError unless the logits are products of hidden states and the head's weight."""
+    tokens = torch.arange(min(8, student.config.get_text_config().vocab_size))[None]
+    head = student.get_output_embeddings().weight
+    with torch.inference_mode():
+        hidden = student.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        own = student(input_ids=tokens, use_cache=False).logits
+    if not torch.allclose(hidden @ head.T, own, atol=1e-3):
+        raise ConfigError(
+            f"start_from {folder}: {type(student).__name__} scales, caps or shifts its logits, which "
+            "training does not do; start from another architecture, such as Llama or Qwen"
+        )
+
+
+def copy_layers(target: PreTrainedModel, indices: Sequence[int]) -> PreTrainedModel:
+    """Return a float32 copy of the target with the decoder layers of these indices, in this order.
+
+    Raises ConfigError for an index that the target does not have.
+    """
+    config = target.config.get_text_config()
+    num_layers = config.num_hidden_layers
+    if bad := [i for i in indices if i >= num_layers]:
+        raise ConfigError(f"target_layers: {bad[0]} is not one of the target's {num_layers} layers")
+    student = copy.deepcopy(target).float().cpu()
+    owner, attribute = find_layers(student.base_model, num_layers, "the target")
+    layers = getattr(owner, attribute)
+    chosen = nn.ModuleList(copy.deepcopy(layers[i]) for i in indices)
+    for place, layer in enumerate(chosen):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = place  # type: ignore[assignment]  # of the KV cache
+    setattr(owner, attribute, chosen)
+    own = student.config.get_text_config()
+    own.num_hidden_layers = len(indices)
+    if getattr(own, "layer_types", None):
+        own.layer_types = [config.layer_types[i] for i in indices]
+    for parameter in student.parameters():
+        parameter.requires_grad_(True)
+    return student
 
 
 def num_parameters(model: PreTrainedModel) -> int:

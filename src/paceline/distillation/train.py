@@ -1,138 +1,313 @@
-"""Sequence-level distillation: next-token cross-entropy on text that the target wrote.
+"""The training loop: a student learns the target's answers, or text.
 
-Kim & Rush 2016 (arXiv 1606.07947), with target-generated data for drafters as in arXiv 2403.00858.
-The loss on greedy answers is a proxy for the match rate: the share of positions where the student's
-argmax is the target's token, which is its acceptance under greedy verification. A killed run
-continues from its checkpoint to the same weights. Knows no target, tokenizer or store.
+Alignment follows arXiv 2403.00858: a loss between the target's and the student's distributions along
+the target's own answers. What counts is not the loss but the acceptance, so the best weights are those
+with the best score on validation texts. A killed run continues from its checkpoint to the same
+weights. Runs on a CPU, a GPU or, started by `accelerate launch`, on several. Knows no tokenizer and no
+store.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import math
+import signal
+import threading
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import nn
 
-from paceline.distillation.batches import Batch, Example, collate, in_order, pack_epoch
-from paceline.distillation.head import losses_and_matches, weighted_cross_entropy
+from paceline.distillation.batches import collate
+from paceline.distillation.checkpoints import Checkpoint, Training, signature
+from paceline.distillation.distributions import hidden_states
+from paceline.distillation.objective import sliced_loss
+from paceline.distillation.schedule import learning_rate, plan_steps, plan_text
+from paceline.distillation.teachers import TextTeacher
 from paceline.errors import ConfigError
-from paceline.files import write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from torch import Tensor
+    from accelerate import Accelerator
     from transformers import PreTrainedModel
 
+    from paceline.distillation.batches import Batch, Example
+    from paceline.distillation.objective import Totals
+    from paceline.distillation.schedule import PlannedStep
     from paceline.distillation.settings import DistillSettings
+    from paceline.distillation.teachers import Teacher
+
+_SMOOTHING = 0.95  # of the reported loss, over about twenty steps
+
+
+class Distributions(Protocol):
+    """The target's distributions of any batch of answers."""
+
+    def teacher(self, batch: Batch, examples: Sequence[Example]) -> Teacher:
+        """Return those at the batch's learned positions."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """The texts of one training, and the distributions to learn. None: the texts' own tokens."""
+
+    answers: Sequence[Example]
+    texts: Sequence[Example] = ()  # for pre-training
+    distributions: Distributions | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingProgress:
-    """One step of a distillation. `match_rate` is the last validation's mean over domains."""
+    """One step of a distillation. `figures` are those of the last validation."""
 
-    phase: str  # decode | train
+    phase: str  # decode | distributions | pretrain | align
     step: int
     total: int
     loss: float = math.nan
-    match_rate: float = math.nan
+    tokens_per_second: float = math.nan
+    figures: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class DomainQuality:
-    """The validation of a student on one domain's answers."""
+class Objective(nn.Module):
+    """A student and the loss of a batch, as one module that can be spread over processes."""
 
-    loss: float  # nats per token
-    match_rate: float  # greedy acceptance per position
-    num_tokens: int
+    def __init__(self, student: PreTrainedModel, settings: DistillSettings) -> None:
+        super().__init__()
+        self.student = student
+        self._settings = settings
 
-
-@dataclass(slots=True)
-class Training:
-    """The state of a run; all of it is in the checkpoint."""
-
-    step: int = 0
-    loss: float = math.nan  # smoothed over about twenty steps
-    seconds: float = 0.0  # wall-clock
-    cpu_seconds: float = 0.0  # of all threads, independent of other work on the machine
-    best_step: int = -1
-    best_match: float = -1.0
-    best_weights: dict[str, Tensor] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def last_match(self) -> float:
-        """The last validation's mean match rate, NaN before the first."""
-        return self.history[-1]["match_rate"] if self.history else math.nan
+    def forward(self, batch: Batch, teacher: Teacher, of_answers: bool) -> Totals:
+        """Return the weighted sums over the batch."""
+        settings = self._settings
+        device = batch.tokens.device.type
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=settings.autocast):
+            hidden = hidden_states(self.student, batch)
+        head = self.student.get_output_embeddings().weight
+        dtype = torch.bfloat16 if settings.autocast else torch.float32
+        loss = settings.loss if of_answers else "cross_entropy"
+        return sliced_loss(hidden.float(), head, batch.weights, teacher, loss, dtype)
 
 
-def train(
-    student: PreTrainedModel,
-    examples: Sequence[Example],
-    validation: Sequence[Example],
-    settings: DistillSettings,
-    checkpoint: Path,
-    on_progress: Callable[[TrainingProgress], None] = lambda progress: None,
-) -> Training:
-    """Train a student in place up to the weights of its best validation; return the run's state.
+def start_accelerator(on_cpu: bool) -> Accelerator:
+    """Return accelerate's view of the devices and processes. Raises ConfigError without accelerate."""
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise ConfigError(
+            "training needs accelerate; install it with: pip install 'paceline[train]'"
+        ) from error
+    return Accelerator(cpu=on_cpu)
 
-    Deterministic: batches are a function of (seed, epoch). Raises ConfigError if `checkpoint` belongs
-    to another run or cannot be read, or if there is no validation text.
-    """
-    plan = plan_batches(examples, settings)
-    optimizer = _optimizer(student, settings)
-    made_for = _signature(student, examples, settings)
-    training = _resume(checkpoint, made_for, student, optimizer)
-    every = max(1, round(settings.validate_every * len(plan) / settings.epochs))
-    clock, cpu_clock = time.perf_counter(), time.process_time()
-    while training.step < len(plan):
-        batch = collate([examples[i] for i in plan[training.step]], settings.prompt_weight)
-        rate = learning_rate(training.step, len(plan), settings)
-        loss = _update(student, optimizer, batch, rate, settings)
-        previous = training.loss if training.step else loss
-        training.loss = 0.95 * previous + 0.05 * loss
+
+class Trainer:
+    """One training of a student. `run` continues from the checkpoint, if there is one."""
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        lesson: Lesson,
+        settings: DistillSettings,
+        checkpoint: Path,
+        accelerator: Accelerator,
+        pretrain_tokens: int = 0,
+    ) -> None:
+        """pretrain_tokens: learn this number of tokens of text alone, instead of the answers."""
+        self.student, self.lesson, self.settings = student, lesson, settings
+        self.accelerator = accelerator
+        self.phase = "pretrain" if pretrain_tokens else "align"
+        per_step = settings.accumulate * accelerator.num_processes
+        if pretrain_tokens:
+            steps = math.ceil(pretrain_tokens / (settings.batch_tokens * per_step))
+            self.plan = plan_text(lesson.texts, steps, settings, per_step)
+        else:
+            self.plan = plan_steps(lesson.answers, lesson.texts, settings, per_step)
+        self.optimizer = _optimizer(student, settings)
+        made_for = signature(
+            student, [*lesson.answers, *lesson.texts], settings, accelerator.num_processes
+        )
+        self._file = Checkpoint(checkpoint, f"{self.phase} {made_for}")
+        self.training = self._file.load(student, self.optimizer)
+        self._objective, self._optimizer = accelerator.prepare(
+            Objective(student, settings), self.optimizer
+        )
+
+    def run(
+        self,
+        validate: Callable[[PreTrainedModel], tuple[float, dict[str, Any]]],
+        on_progress: Callable[[TrainingProgress], None] = lambda progress: None,
+        on_validated: Callable[[dict[str, Any]], None] = lambda entry: None,
+    ) -> Training:
+        """Train up to the weights of the best validation; return the run's state.
+
+        validate: returns a score, of which more is better, and the figures of the history's entry.
+        Raises ConfigError if a loss is not finite or a checkpoint cannot be written; the last one stays.
+        """
+        settings, training, total = self.settings, self.training, len(self.plan)
+        epochs = 1.0 if self.phase == "pretrain" else settings.epochs
+        every = max(1, round(settings.validate_every * total / epochs))
+        clock = _Clock(training)
+        with _deferred_interrupt() as interrupted:
+            while training.step < total:
+                self._step(self.plan[training.step])
+                ends = training.step == total
+                if training.step % every == 0 or ends:
+                    self._validate(validate, clock.tokens_per_second())
+                    if training.history:  # of the first process only
+                        on_validated(training.history[-1])
+                if training.step % settings.checkpoint_every == 0 or ends or interrupted():
+                    clock.stop()
+                    self._save()
+                if interrupted():
+                    raise KeyboardInterrupt
+                on_progress(self._progress(clock.tokens_per_second()))
+        if training.best_weights:
+            self.student.load_state_dict(training.best_weights)
+        self.student.eval()
+        return training
+
+    def _step(self, step: PlannedStep) -> None:
+        """Update the weights once."""
+        accelerator, settings, training = self.accelerator, self.settings, self.training
+        rate = learning_rate(training.step, len(self.plan), settings)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._objective.train()
+        mine = step.batches[accelerator.process_index :: accelerator.num_processes]
+        total = torch.zeros((), device=accelerator.device)
+        for i, members in enumerate(mine):
+            ends = i == len(mine) - 1
+            with nullcontext() if ends else accelerator.no_sync(self._objective):
+                part = self._loss(step, members)
+                # processes are averaged, so each sums to the number of processes
+                accelerator.backward(part * accelerator.num_processes)
+            total += part.detach()
+        loss = float(accelerator.reduce(total, "sum"))
+        if not math.isfinite(loss):
+            self._stop_at_bad_loss(loss)
+        accelerator.clip_grad_norm_(self.student.parameters(), settings.max_gradient_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        training.loss = (
+            loss if not training.step else (_SMOOTHING * training.loss + (1 - _SMOOTHING) * loss)
+        )
         training.step += 1
-        if training.step % every == 0 or training.step == len(plan):
-            _validate(student, validation, training)
-        if training.step % settings.checkpoint_every == 0 or training.step == len(plan):
-            now, cpu_now = time.perf_counter(), time.process_time()
-            training.seconds += now - clock
-            training.cpu_seconds += cpu_now - cpu_clock
-            clock, cpu_clock = now, cpu_now
-            _save(checkpoint, made_for, student, optimizer, training)
-        figures = training.loss, training.last_match
-        on_progress(TrainingProgress("train", training.step, len(plan), *figures))
-    student.load_state_dict(training.best_weights)
-    student.eval()
-    return training
+        self._average()
+
+    def _loss(self, step: PlannedStep, members: list[int]) -> torch.Tensor:
+        """Return the part of a batch in the step's weighted mean loss."""
+        lesson, settings = self.lesson, self.settings
+        source = lesson.answers if step.of_answers else lesson.texts
+        examples = [source[i] for i in members]
+        prompt_weight = settings.prompt_weight if step.of_answers else 1.0
+        batch = collate(examples, prompt_weight).to(self.accelerator.device)
+        self.training.tokens += sum(len(e.tokens) - 1 for e in examples)
+        teacher: Teacher = TextTeacher(batch.targets)
+        if step.of_answers and lesson.distributions is not None:
+            teacher = lesson.distributions.teacher(batch, examples)
+        totals: Totals = self._objective(batch, teacher, step.of_answers)
+        return totals.loss / step.weight
+
+    def _stop_at_bad_loss(self, loss: float) -> None:
+        kept = self._file.path
+        state = f"the last checkpoint is kept in {kept}" if kept.exists() else "no checkpoint yet"
+        raise ConfigError(
+            f"the loss of step {self.training.step + 1} is {loss}; {state}: choose a learning_rate "
+            f"below {self.settings.learning_rate:g} and run the command again"
+        )
+
+    # --- moving average, validation, checkpoint -------------------------------------------------
+
+    def _average(self) -> None:
+        decay, training = self.settings.ema_decay, self.training
+        if not decay:
+            return
+        weights = self.student.state_dict()
+        if not training.average:
+            training.average = {name: weight.clone() for name, weight in weights.items()}
+            return
+        # the first averages follow the weights quickly
+        decay = min(decay, (1 + training.step) / (10 + training.step))
+        for name, weight in weights.items():
+            training.average[name].lerp_(weight.to(training.average[name].device), 1 - decay)
+
+    def _validate(
+        self,
+        validate: Callable[[PreTrainedModel], tuple[float, dict[str, Any]]],
+        tokens_per_second: float,
+    ) -> None:
+        training, student = self.training, self.student
+        if self.accelerator.is_main_process:
+            own = {name: weight.clone() for name, weight in student.state_dict().items()}
+            averaged = training.average or own
+            student.load_state_dict(averaged)
+            student.eval()
+            score, figures = validate(student)
+            student.load_state_dict(own)
+            facts = {"phase": self.phase, "step": training.step, "tokens": training.tokens}
+            facts |= {"train_loss": round(training.loss, 4), "score": round(score, 5)}
+            facts |= {"tokens_per_second": round(tokens_per_second)}
+            training.history.append(facts | figures)
+            if score > training.best_score:
+                training.best_score, training.best_step = score, training.step
+                training.best_weights = {n: w.detach().cpu().clone() for n, w in averaged.items()}
+        self.accelerator.wait_for_everyone()
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            self._file.save(self.student, self.optimizer, self.training)
+
+    def _progress(self, tokens_per_second: float) -> TrainingProgress:
+        training = self.training
+        figures = training.history[-1] if training.history else None
+        return TrainingProgress(
+            self.phase, training.step, len(self.plan), training.loss, tokens_per_second, figures
+        )
 
 
-def plan_batches(examples: Sequence[Example], settings: DistillSettings) -> list[list[int]]:
-    """Return the batches of all epochs as text indices; the last epoch may be a part of one."""
-    # the last token is not an input
-    lengths = [len(example.tokens) - 1 for example in examples]
-    plan: list[list[int]] = []
-    for epoch in range(math.ceil(settings.epochs)):
-        batches = pack_epoch(lengths, settings.batch_tokens, settings.seed, epoch)
-        share = min(1.0, settings.epochs - epoch)
-        plan += batches[: max(1, round(share * len(batches)))]
-    return plan
+class _Clock:
+    """Adds the seconds of a run to its state."""
+
+    def __init__(self, training: Training) -> None:
+        self._training = training
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+        self._began, self._tokens = self._wall, training.tokens
+
+    def stop(self) -> None:
+        """Add the seconds since the last call."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        self._training.seconds += wall - self._wall
+        self._training.cpu_seconds += cpu - self._cpu
+        self._wall, self._cpu = wall, cpu
+
+    def tokens_per_second(self) -> float:
+        """Return the mean since the start of this process."""
+        seconds = max(1e-9, time.perf_counter() - self._began)
+        return (self._training.tokens - self._tokens) / seconds
 
 
-def learning_rate(step: int, total: int, settings: DistillSettings) -> float:
-    """Return a step's rate: a linear warm-up, then a half cosine down to its final share."""
-    warmup = round(settings.warmup_share * total)
-    if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    low = settings.final_learning_rate
-    share = low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
-    return settings.learning_rate * share
+@contextmanager
+def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C wait for the end of a step, so that its state can be saved."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def ask(number: int, frame: Any) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)  # the second one ends at once
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _optimizer(student: PreTrainedModel, settings: DistillSettings) -> torch.optim.AdamW:
@@ -143,140 +318,3 @@ def _optimizer(student: PreTrainedModel, settings: DistillSettings) -> torch.opt
         {"params": vectors, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
-
-
-def hidden_states(student: PreTrainedModel, batch: Batch) -> Tensor:
-    """Return the final hidden states [n, D] at the batch's places."""
-    states = student.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
-    return states.flatten(0, 1)[batch.places]
-
-
-def _update(
-    student: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    rate: float,
-    settings: DistillSettings,
-) -> float:
-    """Update the weights once at a learning rate; return the batch's weighted mean loss."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    student.train()
-    dtype = torch.bfloat16 if settings.autocast else torch.float32
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.autocast):
-        hidden = hidden_states(student, batch)
-    head = student.get_output_embeddings().weight
-    weights = batch.weights / batch.weights.sum()
-    loss = weighted_cross_entropy(hidden.float(), head, batch.targets, weights, dtype)
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(student.parameters(), settings.max_gradient_norm)
-    optimizer.step()
-    return loss.item()
-
-
-@torch.inference_mode()
-def measure_quality(
-    student: PreTrainedModel, examples: Sequence[Example]
-) -> dict[str, DomainQuality]:
-    """Return the quality per domain, on the target's output tokens only."""
-    student.eval()
-    head = student.get_output_embeddings().weight
-    sums: dict[str, list[float]] = {}
-    for members in in_order([len(e.tokens) for e in examples], 4096):
-        batch = collate([examples[i] for i in members], prompt_weight=0.0)
-        hidden = hidden_states(student, batch)
-        losses, matches = losses_and_matches(hidden.to(head.dtype), head, batch.targets)
-        for place, i in enumerate(members):
-            own = batch.examples == place
-            total = sums.setdefault(examples[i].domain, [0.0, 0, 0])
-            total[0] += losses[own].double().sum().item()
-            total[1] += int(matches[own].sum())
-            total[2] += int(own.sum())
-    return {
-        domain: DomainQuality(loss / n, match / n, int(n))
-        for domain, (loss, match, n) in sorted(sums.items())
-        if n
-    }
-
-
-def _validate(student: PreTrainedModel, validation: Sequence[Example], training: Training) -> None:
-    by_domain = measure_quality(student, validation)
-    if not by_domain:
-        raise ConfigError(
-            "no prompt is in the validation part; give more data or a larger validation_share"
-        )
-    # every domain has the same weight, whatever its number of tokens
-    match = sum(q.match_rate for q in by_domain.values()) / len(by_domain)
-    training.history.append(
-        {
-            "step": training.step,
-            "train_loss": round(training.loss, 4),
-            "match_rate": round(match, 4),
-            "domains": {
-                d: {"loss": round(q.loss, 4), "match_rate": round(q.match_rate, 4)}
-                for d, q in by_domain.items()
-            },
-        }
-    )
-    if match > training.best_match:
-        training.best_match, training.best_step = match, training.step
-        training.best_weights = {k: v.clone() for k, v in student.state_dict().items()}
-
-
-def _signature(
-    student: PreTrainedModel, examples: Sequence[Example], settings: DistillSettings
-) -> str:
-    """Return a hash of the settings, texts and student's shapes that a checkpoint depends on."""
-    relevant = settings.model_dump_json(
-        exclude={"outputs", "threads", "checkpoint_every", "license", "dtype", "max_prompts"}
-    )
-    digest = hashlib.sha256(relevant.encode())
-    for example in examples:
-        digest.update(example.id.encode() + example.tokens.tobytes())
-    for name, weight in student.named_parameters():
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-    return digest.hexdigest()[:16]
-
-
-def _save(
-    path: Path,
-    made_for: str,
-    student: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    training: Training,
-) -> None:
-    buffer = io.BytesIO()
-    torch.save(
-        {
-            "made_for": made_for,
-            "student": student.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "training": {name: getattr(training, name) for name in Training.__slots__},
-        },
-        buffer,
-    )
-    write_atomically(path, buffer.getvalue())
-
-
-def _resume(
-    path: Path, made_for: str, student: PreTrainedModel, optimizer: torch.optim.Optimizer
-) -> Training:
-    """Return the state of a killed run after loading its weights, or a new state.
-
-    Raises ConfigError if the checkpoint cannot be read or belongs to another run.
-    """
-    if not path.exists():
-        return Training()
-    try:
-        saved = torch.load(path, weights_only=True)
-    except Exception as error:
-        raise ConfigError(f"{path}: cannot be read; delete it to train from the start") from error
-    if saved["made_for"] != made_for:
-        raise ConfigError(
-            f"{path}: this unfinished run has other settings or other texts; use those, or delete the "
-            "file to train from the start"
-        )
-    student.load_state_dict(saved["student"])
-    optimizer.load_state_dict(saved["optimizer"])
-    return Training(**saved["training"])

@@ -64,7 +64,7 @@ class SubLayers:
     """The sub-layers of a transformers model, found by name; ModelError if they are not found."""
 
     def __init__(self, body: nn.Module, num_layers: int, name: str) -> None:
-        self.owner, self.attribute = _find_layers(body, num_layers, name)
+        self.owner, self.attribute = find_layers(body, num_layers, name)
         layers: Any = getattr(self.owner, self.attribute)
         self._layers = [_find_sublayers(layer, name) for layer in layers]
         self._silent = {m: _silent(m, True) for layer in self._layers for m in layer.attention}
@@ -134,7 +134,7 @@ def _silent(module: nn.Module, is_attention: bool) -> Callable[..., Any]:
     return _silence_pair if is_attention else _silence
 
 
-def _find_layers(body: nn.Module, num_layers: int, name: str) -> tuple[nn.Module, str]:
+def find_layers(body: nn.Module, num_layers: int, name: str) -> tuple[nn.Module, str]:
     """Return the module that owns the list of decoder layers, and the attribute's name."""
     for owner in body.modules():
         for attribute, child in owner.named_children():

@@ -1,0 +1,184 @@
+"""The target's distributions along its answers: stored once, or computed for each batch.
+
+Stored are the k most probable tokens per learned position, in Parquet next to the answers; several
+students share them. Symbols: n learned positions, k tokens per position, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from paceline.distillation.batches import collate, first_learned, in_order
+from paceline.distillation.teachers import LiveTeacher, StoredTeacher
+from paceline.errors import ConfigError
+from paceline.models.output_head import OutputHead
+from paceline.store import ShardStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from paceline.distillation.batches import Batch, Example
+    from paceline.distillation.settings import DistillSettings
+    from paceline.models.language_model import LanguageModel
+
+_KIND: Final = "distributions"
+_SCHEMA: Final = pa.schema(
+    [("id", pa.string()), ("token_ids", pa.binary()), ("probabilities", pa.binary())]
+)
+_ID, _PROBABILITY = np.dtype("<i4"), np.dtype("<f2")
+_BATCH_TOKENS: Final = 4096
+_SHARD: Final = 256  # texts
+
+
+@dataclass(frozen=True, slots=True)
+class LiveDistributions:
+    """The target itself, which runs on each batch."""
+
+    model: PreTrainedModel
+    unembed: Callable[[Tensor], Tensor]
+    temperature: float
+
+    @classmethod
+    def of(cls, target: LanguageModel, temperature: float) -> LiveDistributions:
+        """Return the distributions of a target at a temperature."""
+        return cls(target.model, OutputHead(target.model, target.name), temperature)
+
+    @torch.inference_mode()
+    def teacher(self, batch: Batch, examples: Sequence[Example]) -> LiveTeacher:
+        """Return the distributions at a batch's learned positions."""
+        hidden = hidden_states(self.model, batch.to(self.model.device))
+        return LiveTeacher(hidden, self.unembed, self.temperature, batch.tokens.device)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredDistributions:
+    """The stored tokens and probabilities of texts, in memory."""
+
+    ids: Tensor  # [N, k] int32, of all texts one after the other
+    probabilities: Tensor  # [N, k] float16
+    places: Mapping[str, slice]  # of each text's id
+
+    def teacher(self, batch: Batch, examples: Sequence[Example]) -> StoredTeacher:
+        """Return the distributions at a batch's learned positions."""
+        device = batch.tokens.device
+        counts = torch.bincount(batch.examples, minlength=len(examples)).tolist()
+        parts = []
+        for example, count in zip(examples, counts, strict=True):
+            end = self.places[example.id].stop
+            # the learned positions are a text's last ones
+            parts.append(slice(end - count, end))
+        ids = torch.cat([self.ids[part] for part in parts])
+        probabilities = torch.cat([self.probabilities[part] for part in parts])
+        return StoredTeacher(ids.to(device), probabilities.to(device))
+
+
+def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return a causal LM's final hidden states [n, D] at the batch's learned positions."""
+    states = model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
+    return states.flatten(0, 1)[batch.places]
+
+
+def open_distributions(
+    folder: Path, target: LanguageModel, settings: DistillSettings
+) -> ShardStore:
+    """Return the store of a target's distributions.
+
+    folder: of the answers. Other settings have other stores in it. Raises ConfigError if the target has
+    no `teacher_top_k` tokens and a rest, StoreError for another target's.
+    """
+    top_k, temperature = settings.teacher_top_k, settings.teacher_temperature
+    if top_k >= target.num_logits:
+        raise ConfigError(
+            f"teacher_top_k {top_k} is not below the target's {target.num_logits} tokens; choose a "
+            "smaller one, or teacher 'live', which uses all"
+        )
+    with_prompts = settings.prompt_weight > 0
+    name = f"top-{top_k}" + (f"-t{temperature:g}" if temperature != 1 else "")
+    identity = {
+        "target": target.fingerprint(),
+        "top_k": top_k,
+        "temperature": temperature,
+        "with_prompts": with_prompts,
+    }
+    where = folder / "distributions" / (name + ("-prompts" if with_prompts else ""))
+    return ShardStore(where, _KIND, _SCHEMA, identity, "delete this folder; it is computed again")
+
+
+def store_distributions(
+    target: LanguageModel,
+    examples: Sequence[Example],
+    store: ShardStore,
+    on_done: Callable[[int], None] = lambda num_texts: None,
+) -> None:
+    """Compute and store the distributions of the texts that the store lacks. Resumes."""
+    top_k, temperature = store.identity["top_k"], store.identity["temperature"]
+    weight = 1.0 if store.identity["with_prompts"] else 0.0
+    stored = store.ids()
+    missing = [example for example in examples if example.id not in stored]
+    live = LiveDistributions.of(target, temperature)
+    for first in range(0, len(missing), _SHARD):
+        shard = missing[first : first + _SHARD]
+        rows = []
+        for members in in_order([len(e.tokens) for e in shard], _BATCH_TOKENS):
+            part = [shard[i] for i in members]
+            rows += list(_rows(live, part, weight, top_k))
+            on_done(len(part))
+        store.append(rows)
+
+
+def _rows(
+    live: LiveDistributions, examples: Sequence[Example], prompt_weight: float, top_k: int
+) -> Iterator[dict[str, Any]]:
+    batch = collate(examples, prompt_weight)
+    teacher = live.teacher(batch, examples)
+    ids, probabilities = [], []
+    with torch.inference_mode():
+        for part in torch.arange(len(batch.targets)).split(512):
+            _, p = teacher.buckets(slice(int(part[0]), int(part[-1]) + 1))
+            top = p.topk(top_k)
+            ids.append(top.indices.cpu())
+            probabilities.append(top.values.cpu())
+    all_ids = torch.cat(ids).numpy().astype(_ID)
+    all_probabilities = torch.cat(probabilities).numpy().astype(_PROBABILITY)
+    owners = batch.examples.numpy()
+    for i, example in enumerate(examples):
+        own = owners == i
+        yield {
+            "id": example.id,
+            "token_ids": all_ids[own].tobytes(),
+            "probabilities": all_probabilities[own].tobytes(),
+        }
+
+
+def read_distributions(
+    stores: Sequence[ShardStore], examples: Sequence[Example]
+) -> StoredDistributions:
+    """Return the stored distributions of texts. The stores have the same settings."""
+    wanted = {example.id for example in examples}
+    ids, probabilities, places, place = [], [], {}, 0
+    for store in stores:
+        table = store.read()
+        tokens, shares = table.column("token_ids"), table.column("probabilities")
+        for i, name in enumerate(table.column("id").to_pylist()):
+            if name not in wanted or name in places:
+                continue
+            count = len(tokens[i].as_buffer()) // _ID.itemsize
+            ids.append(np.frombuffer(tokens[i].as_buffer(), _ID))
+            probabilities.append(np.frombuffer(shares[i].as_buffer(), _PROBABILITY))
+            places[name] = (place, place + count)
+            place += count
+    width = stores[0].identity["top_k"]
+    return StoredDistributions(
+        torch.from_numpy(np.concatenate(ids).reshape(-1, width)),
+        torch.from_numpy(np.concatenate(probabilities).reshape(-1, width)),
+        {name: slice(first // width, end // width) for name, (first, end) in places.items()},
+    )

@@ -1,0 +1,142 @@
+"""The facts of a distillation, for the drafter's `training.json` and its card. Knows no training."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from paceline.distillation.card import command_line
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel
+
+    from paceline.assembly import Pace
+    from paceline.distillation.checkpoints import Training
+    from paceline.distillation.preparation import TrainingTexts
+    from paceline.distillation.run import DistillReport
+    from paceline.distillation.settings import DistillSettings
+
+_SHARE_DIGITS = 4
+
+
+def make_facts(
+    pace: Pace,
+    student: PreTrainedModel,
+    texts: TrainingTexts,
+    settings: DistillSettings,
+    report: DistillReport,
+    phases: Sequence[Training],
+) -> dict[str, Any]:
+    """Return plain values: the models, texts, measures, settings and circumstances of a run."""
+    out, target = report.out, pace.parts.target
+    return {
+        "name": out.name,
+        "license": settings.license,
+        "target": target.fingerprint(),
+        "tokenizer": pace.parts.vocabulary.hash(),
+        "outputs_dtype": str(target.dtype).removeprefix("torch."),
+        "model": _model_facts(student, report.num_parameters),
+        **_text_facts(texts),
+        "measures": report.measures.to_history(),
+        "steps": report.steps,
+        "best_step": report.best_step,
+        "tokens_read": sum(phase.tokens for phase in phases),
+        "seconds": round(report.seconds, 1),
+        "cpu_seconds": round(sum(phase.cpu_seconds for phase in phases), 1),
+        "circumstances": circumstances(str(student.device), torch.get_num_threads()),
+        "command": command_line(
+            [file.name for file in texts.files],
+            out.name if out.is_absolute() else out.as_posix(),
+            settings,
+            [file.name for file in texts.measured],
+        ),
+        "settings": _settings_facts(settings),
+        "history": join_histories(phases),
+    }
+
+
+def _settings_facts(settings: DistillSettings) -> dict[str, Any]:
+    """Return the settings without the folders of this machine."""
+    facts = settings.model_dump(mode="json", exclude={"outputs"})
+    if settings.start_from is not None:
+        facts["start_from"] = settings.start_from.name
+    facts["pretrain_text"] = [path.name for path in settings.pretrain_text]
+    return facts
+
+
+def _model_facts(student: PreTrainedModel, num_parameters: int) -> dict[str, Any]:
+    config = student.config.get_text_config()
+    return {
+        "architecture": type(student).__name__,
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "mlp": config.intermediate_size,
+        "heads": config.num_attention_heads,
+        "kv_heads": getattr(config, "num_key_value_heads", config.num_attention_heads),
+        "vocabulary": config.vocab_size,
+        "context": config.max_position_embeddings,
+        "parameters": num_parameters,
+    }
+
+
+def _text_facts(texts: TrainingTexts) -> dict[str, Any]:
+    training = texts.training
+    return {
+        "data": {
+            file.name: {
+                "prompts": len(file.answered),
+                "answers": len(file.training),
+                "validation": len(file.validation),
+                "sources": [asdict(source) for source in file.sources],
+            }
+            for file in texts.files
+        },
+        "trained_domains": sorted({example.domain for example in training}),
+        "examples": len(training),
+        "tokens": {
+            "output": sum(example.num_output for example in training),
+            "prompt": sum(example.num_prompt for example in training),
+            "text": sum(len(example.tokens) for example in texts.plain),
+        },
+    }
+
+
+def join_histories(phases: Sequence[Training]) -> list[dict[str, Any]]:
+    """Return the validations of all phases, with steps counted through them."""
+    joined, before = [], 0
+    for phase in phases:
+        joined += [{**entry, "step": before + entry["step"]} for entry in phase.history]
+        before += phase.step
+    return joined
+
+
+def circumstances(device: str, threads: int) -> dict[str, Any]:
+    """Return the machine and the versions of a training."""
+    return {
+        "device": device,
+        "processor": processor_name(),
+        "threads": threads,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "paceline": version("paceline"),
+    }
+
+
+def processor_name() -> str:
+    """Return the CPU's name from /proc on Linux, elsewhere from Python."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,157 @@
+"""The texts of a distillation: the target's answers, validation answers, and plain text.
+
+Decodes the answers that are missing. Knows no student.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from paceline.distillation.card import read_sources
+from paceline.distillation.outputs import (
+    answered_prompts,
+    decode_outputs,
+    open_outputs,
+    read_examples,
+)
+from paceline.distillation.prompts import choose_prompts
+from paceline.distillation.settings import AnswerSampling
+from paceline.distillation.texts import learned_prompts, read_texts
+from paceline.errors import ConfigError
+from paceline.store import TrainedOn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from paceline.assembly import Pace
+    from paceline.contracts import Progress, PromptRecord
+    from paceline.distillation.batches import Example
+    from paceline.distillation.card import PromptSource
+    from paceline.distillation.prompts import PromptFile
+    from paceline.distillation.settings import DistillSettings, LossName
+
+_GREEDY = (AnswerSampling(),)
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """A prompt file and the target's answers to its prompts."""
+
+    name: str
+    folder: Path  # of the answers
+    training: list[Example]
+    validation: list[Example]
+    sources: list[PromptSource]
+    answered: list[PromptRecord]  # the prompts of `training`
+
+    def learned_by(self, loss: LossName) -> list[Example]:
+        """Return the texts whose distributions are needed: cross-entropy learns from the text alone."""
+        return self.validation if loss == "cross_entropy" else [*self.training, *self.validation]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingTexts:
+    """The texts of a distillation. measured: files of other tasks, whose validation is measured only."""
+
+    files: list[DataFile]
+    measured: list[DataFile]
+    plain: list[Example] = field(default_factory=list)  # pre-training text
+    trained_on: TrainedOn = field(default_factory=lambda: TrainedOn.of([]))
+
+    @property
+    def training(self) -> list[Example]:
+        """The answers to train on, of all files."""
+        return [e for file in self.files for e in file.training]
+
+    @property
+    def validation(self) -> list[Example]:
+        """The answers to validate on, of the files that are trained on."""
+        return [e for file in self.files for e in file.validation]
+
+    @property
+    def unseen(self) -> list[Example]:
+        """The validation answers of all files."""
+        return [e for file in (*self.files, *self.measured) for e in file.validation]
+
+
+def prepare_texts(
+    pace: Pace,
+    data: Sequence[Path],
+    also_measure: Sequence[Path],
+    settings: DistillSettings,
+    on_progress: Progress,
+) -> TrainingTexts:
+    """Return the texts of a distillation after decoding the missing answers.
+
+    Raises ConfigError without a text to train or to validate on, or for a file that cannot be read;
+    StoreError for answers of another target.
+    """
+    chosen = choose_prompts(data, settings, also_measure)
+    files = [_answer(pace, file, settings, on_progress) for file in chosen.files]
+    measured = [_answer(pace, file, settings, on_progress) for file in chosen.measured]
+    plain: list[Example] = []
+    learned = [record.prompt for file in files for record in file.answered]
+    if settings.pretrain_text:
+        plain = _read_plain(pace, files, settings, chosen.may_learn)
+        learned += learned_prompts(settings.pretrain_text, chosen.may_learn)
+    texts = TrainingTexts(files, measured, plain, TrainedOn.of(learned))
+    if not texts.training or not texts.validation:
+        raise ConfigError(
+            f"{len(texts.training)} answers to train on and {len(texts.validation)} to validate on: "
+            "both are needed; give more prompts or another validation_share"
+        )
+    return texts
+
+
+def _answer(
+    pace: Pace, file: PromptFile, settings: DistillSettings, on_progress: Progress
+) -> DataFile:
+    """Return a file's answers, after decoding the missing ones."""
+    folder = settings.outputs / file.name
+    store = open_outputs(pace, folder, settings.max_new_tokens)
+
+    def decode(prompts: list[PromptRecord], samplings: Sequence[AnswerSampling]) -> None:
+        decode_outputs(
+            pace,
+            prompts,
+            samplings,
+            store,
+            settings.max_new_tokens,
+            settings.answers_drafter,
+            on_done=_reporter(on_progress, f"answers {file.name}"),
+        )
+
+    decode(file.training, settings.samplings)
+    decode(file.validation, _GREEDY)
+    training = read_examples(store, file.training, settings.samplings)
+    return DataFile(
+        file.name,
+        folder,
+        training,
+        read_examples(store, file.validation, _GREEDY),
+        read_sources(file.path),
+        answered_prompts(training, file.training, settings.samplings),
+    )
+
+
+def _reporter(on_progress: Progress, stage: str) -> Callable[[int, int], None]:
+    return lambda done, total: on_progress(stage, done, total)
+
+
+def _read_plain(
+    pace: Pace, files: Sequence[DataFile], settings: DistillSettings, may_learn: TrainedOn
+) -> list[Example]:
+    """Return the tokens of text that pre-training or the mixture needs, whichever are more."""
+    answers = sum(len(e.tokens) for file in files for e in file.training) * settings.epochs
+    mixed = math.ceil(answers * settings.text_share / (1 - settings.text_share))
+    return read_texts(
+        settings.pretrain_text,
+        pace.encode,
+        pace.parts.target.context_length,
+        max(settings.pretrain_tokens, mixed),
+        settings.seed,
+        may_learn,
+    )
