@@ -22,6 +22,9 @@ def print_suggestions(found: Suggestions, console: Console) -> None:
     if found.trained:
         console.print(_trained(found))
         console.print(_larger(found))
+    if found.other_targets:
+        names = ", ".join(found.other_targets)
+        say(console, f"note: left out, since trained for another target: {names}")
     for doubt in found.doubts:
         say(console, f"note: {doubt}")
     say(

@@ -111,10 +111,14 @@ class TrainedDrafter:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Suggestions:
-    """The suggested shapes, smallest first, and the trained drafters of the configuration."""
+    """The suggested shapes, smallest first, and the trained drafters of the configuration.
+
+    other_targets: trained drafters that are left out, since they were trained for another target.
+    """
 
     shapes: tuple[SuggestedShape, ...]
     trained: tuple[TrainedDrafter, ...] = ()
+    other_targets: tuple[str, ...] = ()
 
     def larger_than(self, drafter: TrainedDrafter) -> list[SuggestedShape]:
         """Return the shapes with more parameters than a trained drafter."""
@@ -245,10 +249,22 @@ def _shape(text: Any, depth: int, heads: int, width: int) -> StudentShape:
 # --- trained drafters -----------------------------------------------------------------------------
 
 
-def read_match_rate(folder: Path | str) -> float | None:
-    """Return a distilled drafter's mean match rate on the validation prompts of its own tasks.
+@dataclass(frozen=True, slots=True)
+class RecordedQuality:
+    """The validation of a distilled drafter in its folder.
 
-    None if the folder has no training.json with a validation. Raises ArtefactError if it is damaged.
+    match_rate: mean over the tasks it was trained on. target: the fingerprint of the target that wrote
+    the answers, empty if it is not recorded.
+    """
+
+    match_rate: float
+    target: str
+
+
+def read_quality(folder: Path | str) -> RecordedQuality | None:
+    """Return the validation in a drafter's training.json, None without one.
+
+    Raises ArtefactError if the file is damaged.
     """
     path = Path(folder) / "training.json"
     if not path.is_file():
@@ -258,6 +274,7 @@ def read_match_rate(folder: Path | str) -> float | None:
         quality = facts.get("quality") or {}
         tasks: Sequence[str] = [t for t in facts.get("trained_domains", quality) if t in quality]
         rates = [float(quality[task]["match_rate"]) for task in tasks]
+        target = str(facts.get("target", ""))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtefactError(f"{path}: cannot be read ({error}); copy it again") from error
-    return sum(rates) / len(rates) if rates else None
+    return RecordedQuality(sum(rates) / len(rates), target) if rates else None

@@ -32,7 +32,7 @@ from paceline.distillation.suggest import (
     Suggestions,
     TrainedDrafter,
     check_vocabulary,
-    read_match_rate,
+    read_quality,
     shapes_for,
 )
 from paceline.drafting.draft_length import StopSettings
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from paceline.config import Config, DrafterSection
     from paceline.contracts import Progress
     from paceline.distillation.settings import StudentShape
+    from paceline.distillation.suggest import RecordedQuality
 
 _STUDENT: Final = "student"
 _DRAFTS: Final = (1, 4, 16)  # drafted tokens to measure; a proposal is nearly linear between them
@@ -76,21 +77,25 @@ def measure_prices(
 def suggest_shapes(config: Config, on_progress: Progress = no_progress) -> Suggestions:
     """Return student shapes for the configuration's target, with measured prices.
 
-    Draft models of the configuration that `distill` has trained are measured, too. Raises ConfigError
+    Draft models of the configuration that `distill` has trained for this target are measured, too; other
+    drafters need not exist. Raises ConfigError
     for a target that has no smaller student, or whose vocabulary a student cannot have.
     """
-    rates = {name: _match_rate(own) for name, own in config.drafters.items()}
-    named = {name: own for name, own in config.drafters.items() if rates[name] is not None}
+    recorded = {name: _quality_of(own) for name, own in config.drafters.items()}
+    distilled = {name: quality for name, quality in recorded.items() if quality is not None}
+    named = {name: config.drafters[name] for name in distilled}
     parts = build(config.model_copy(update={"drafters": named}))
+    written_by = parts.target.fingerprint()
+    others = [n for n, q in distilled.items() if q.target not in ("", written_by)]
+    rates = {n: q.match_rate for n, q in distilled.items() if n not in others}
     target: PreTrainedModel = parts.target.model
     check_vocabulary(target.config, parts.target.num_logits, parts.vocabulary.num_tokens)
     shapes = shapes_for(target.config)
-    total = len(named) + len(shapes)
+    total = len(rates) + len(shapes)
     trained, suggested = [], []
-    for name in named:
+    for name, rate in rates.items():
         model: Any = parts.drafters[name]
         prices = _measure(parts, name, model.model)
-        rate = rates[name] or 0.0
         trained.append(TrainedDrafter(name, num_parameters(model.model.model), rate, prices))
         on_progress("measure shapes", len(trained), total)
     for shape in shapes:
@@ -99,14 +104,14 @@ def suggest_shapes(config: Config, on_progress: Progress = no_progress) -> Sugge
         suggested.append(SuggestedShape(shape, num_parameters(student.model), prices))
         on_progress("measure shapes", len(trained) + len(suggested), total)
     suggested.sort(key=lambda own: own.num_parameters)
-    return Suggestions(tuple(suggested), tuple(trained))
+    return Suggestions(tuple(suggested), tuple(trained), tuple(others))
 
 
-def _match_rate(section: DrafterSection) -> float | None:
+def _quality_of(section: DrafterSection) -> RecordedQuality | None:
     model = section.settings.get("model")
     if section.kind != _DRAFT_MODEL or not isinstance(model, str):
         return None
-    return read_match_rate(model)
+    return read_quality(model)
 
 
 def _parts_of(source: Config | Pace | Parts) -> Parts:

@@ -107,7 +107,11 @@ def test_a_single_validation_is_visible(tmp_path: Path, drawn: list[Figure]) -> 
 
 
 def test_an_entry_without_a_figure_has_no_point() -> None:
-    history = [{"step": 1, "acceptance": None}, {"step": 2, "acceptance": float("nan")}, {"step": 3}]
+    history = [
+        {"step": 1, "acceptance": None},
+        {"step": 2, "acceptance": float("nan")},
+        {"step": 3},
+    ]
     history += [{"step": 4, "acceptance": 0.25, "domains": {"a": {"acceptance": 0.5}}}]
     assert points(history, "acceptance") == ([4], [0.25])
     assert points(history, "acceptance", task="a") == ([4], [0.5])

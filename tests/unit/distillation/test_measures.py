@@ -17,7 +17,6 @@ from paceline.costs.table import CostTable, Measurement
 from paceline.distillation.comparison import MEAN, compare, measure_intervals
 from paceline.distillation.measures import (
     AnswerMatches,
-    count_rounds,
     measure,
     memory_bound_costs,
     tally,
@@ -75,11 +74,11 @@ def test_rounds_are_those_of_replay_to_the_end_of_the_text(
     assert counts.rounds[0, 0] == max(len(match) - 1, 0) == counts.emitted[0]
 
 
-def test_a_run_of_matches_ends_with_its_answer() -> None:
-    """Two answers in one array: the matches of the second are not accepted in the first."""
-    apart = count_rounds(np.array([0, 1, 1] * 2, dtype=bool), np.array([0, 3, 6]), 4)
-    alone = count_rounds(np.array([0, 1, 1], dtype=bool), np.array([0, 3]), 4)
-    assert apart.tolist() == alone.tolist() * 2
+def test_each_answer_is_counted_by_its_own_matches() -> None:
+    answers: list[Bits] = [[False, True, True, True], [], [True], [True, False, False], [False] * 2]
+    together = tally(answers_of(*answers), 4).rounds
+    assert together[:, 2].tolist() == [1, 0, 0, 2, 1]
+    assert together.tolist() == [tally(answers_of(own), 4).rounds[0].tolist() for own in answers]
 
 
 @pytest.mark.parametrize("num_draft_tokens", [1, 2, 4])
@@ -185,9 +184,7 @@ def table() -> CostTable:
     cells = [("target", "forward", n, 1.0 + 0.1 * n) for n in (1, 5, 9)]
     cells += [("small", "propose", k, 0.05 + 0.2 * k) for k in (1, 4, 8)]
     cells += [("engine", "round", 0, 0.3)]
-    return CostTable(
-        {}, [Measurement(s, o, n, 64, 1, seconds) for s, o, n, seconds in cells]
-    )
+    return CostTable({}, [Measurement(s, o, n, 64, 1, seconds) for s, o, n, seconds in cells])
 
 
 def test_prices_of_a_table_are_those_of_rounds() -> None:
@@ -258,7 +255,9 @@ def test_the_difficulty_of_answers_cancels_in_a_comparison() -> None:
 def test_the_mean_of_a_comparison_weighs_tasks_alike() -> None:
     tasks = ["long"] * 40 + ["short"] * 10
     before = drawn([0.5] * 50, 30, 3, tasks)
-    bits = [before.match[a:b].copy() for a, b in zip(before.starts, before.starts[1:], strict=False)]
+    bits = [
+        before.match[a:b].copy() for a, b in zip(before.starts, before.starts[1:], strict=False)
+    ]
     for own in bits[40:]:
         own[:] = True
     rise = compare(before, AnswerMatches.of(bits, tasks), 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,10 +30,11 @@ from paceline.distillation.suggest import (
     check_vocabulary,
     independent_efficiency,
     needed_acceptance,
-    read_match_rate,
+    read_quality,
     shapes_for,
 )
 from paceline.errors import ArtefactError, ConfigError
+from paceline.models.language_model import LanguageModel
 from paceline.testing.tiny_models import ARCHITECTURES, tiny_model
 from paceline.testing.tokenizers import byte_tokenizer
 from paceline.verbs.distillation import measure_prices, suggest_shapes
@@ -174,13 +176,18 @@ def test_the_match_rate_of_a_drafter_is_of_the_tasks_it_was_trained_on(tmp_path:
     """A specialist is not chosen for the others, which are in the file, too."""
     quality = {"a": {"match_rate": 0.8}, "b": {"match_rate": 0.6}, "c": {"match_rate": 0.1}}
     facts = {"quality": quality, "trained_domains": ["a", "b"]}
-    assert read_match_rate(write_training(tmp_path, facts)) == pytest.approx(0.7)
-    assert read_match_rate(write_training(tmp_path, {"quality": {}})) is None
-    assert read_match_rate(tmp_path / "elsewhere") is None
-    assert read_match_rate(ROOT / "zoo" / "draft-code") == pytest.approx(0.8747, abs=1e-4)
+    found = read_quality(write_training(tmp_path, {**facts, "target": "abc"}))
+    assert found is not None
+    assert found.match_rate == pytest.approx(0.7)
+    assert found.target == "abc"
+    assert read_quality(write_training(tmp_path, {"quality": {}})) is None
+    assert read_quality(tmp_path / "elsewhere") is None
+    bundled = read_quality(ROOT / "zoo" / "draft-code")
+    assert bundled is not None
+    assert bundled.match_rate == pytest.approx(0.8747, abs=1e-4)
     for damaged in ([], {"quality": {"a": {}}, "trained_domains": ["a"]}):
         with pytest.raises(ArtefactError, match=r"training\.json: cannot be read"):
-            read_match_rate(write_training(tmp_path, damaged))
+            read_quality(write_training(tmp_path, damaged))
 
 
 def suggested(layers: int, hidden: int, parameters: int, step: float) -> SuggestedShape:
@@ -247,8 +254,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name, model in (("target", target), ("student", student)):
         model.save_pretrained(made / name)
         byte_tokenizer().save_pretrained(made / name)
-    quality = {"a": {"match_rate": 0.6}}
-    write_training(made / "student", {"quality": quality, "trained_domains": ["a"]})
+    facts = {"quality": {"a": {"match_rate": 0.6}}, "trained_domains": ["a"]}
+    written_by = LanguageModel(target, "target").fingerprint()
+    write_training(made / "student", {**facts, "target": written_by})
+    shutil.copytree(made / "student", made / "foreign")
+    write_training(made / "foreign", {**facts, "target": "another"})
     return made
 
 
@@ -258,6 +268,9 @@ def configuration(folder: Path) -> Config:
         target=ModelSection(model=str(folder / "target")),
         drafters={
             "trained": DrafterSection(kind="draft_model", settings=drafter),
+            "foreign": DrafterSection(
+                kind="draft_model", settings={"model": str(folder / "foreign")}
+            ),
             # is not loaded
             "unknown": DrafterSection(kind="draft_model", settings={"model": "no-such-folder"}),
             "lookup": DrafterSection(kind="prompt_lookup"),
@@ -273,6 +286,7 @@ def test_shapes_and_trained_drafters_are_measured(folder: Path) -> None:
     total = len(found.shapes) + 1
 
     assert [own.name for own in found.trained] == ["trained"]
+    assert found.other_targets == ("foreign",)
     assert found.trained[0].match_rate == 0.6
     assert seen == [(i + 1, total) for i in range(total)]
     sizes = [own.num_parameters for own in found.shapes]
@@ -308,14 +322,23 @@ def test_the_prices_of_a_shape_are_of_a_student_of_that_shape(
 
 
 def test_the_command_prints_the_suggestions(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = tmp_path / "paceline.yaml"
     path.write_text(configuration(folder).model_dump_json())  # JSON is YAML
     monkeypatch.setenv("COLUMNS", "80")
     assert run(monkeypatch, "--suggest", "-c", path) == 0
     out = capsys.readouterr().out
-    for words in ("student shapes for this target", "to break even", "trained", "must reach"):
+    for words in (
+        "student shapes for this target",
+        "to break even",
+        "trained",
+        "must reach",
+        "foreign",
+    ):
         assert words in out
 
 
