@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from paceline.cli import options
 from paceline.cli.next_steps import say
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from paceline.config import Config
+
 
 def distill(
     data: Annotated[
-        list[Path], typer.Argument(help="JSONL files with id, domain and prompt on each line.")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder of the drafter to write.")],
+        list[Path] | None,
+        typer.Argument(help="JSONL files with id, domain and prompt on each line."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the drafter to write.")] = None,
     config: options.ConfigFile = options.DEFAULT_CONFIG,
     size: Annotated[str, typer.Option(help="small (1.4 M parameters) or medium (4 M).")] = "small",
     epochs: Annotated[float | None, typer.Option(help="Passes over the answers.")] = None,
@@ -26,9 +32,29 @@ def distill(
         typer.Option(help="Also measure on the validation prompts of this file; may be repeated."),
     ] = None,
     setting: options.Assignments = None,
+    suggest: Annotated[
+        bool,
+        typer.Option(
+            "--suggest",
+            help="Only measure student shapes on this machine and show the acceptance that each needs.",
+        ),
+    ] = False,
 ) -> None:
     """Decode prompts with the target, then train a drafter to predict the answers. Resumes."""
     from rich.console import Console
+
+    from paceline.errors import ConfigError
+
+    if suggest and (data or out is not None):
+        raise ConfigError("--suggest trains nothing; remove it, or the files of prompts and --out")
+    if suggest:
+        _suggest(options.configured(config, threads=threads), Console())
+        return
+    if not data or out is None:
+        raise ConfigError(
+            "distill needs files of prompts and --out FOLDER; `paceline distill --suggest` shows "
+            "student shapes without them"
+        )
 
     from paceline.cli.progress import progress
     from paceline.config import parse
@@ -67,3 +93,14 @@ def distill(
         )
     console.print(table)
     say(console, f"written: {result.out}, {result.num_parameters / 1e6:.2f} M parameters")
+
+
+def _suggest(config: Config, console: Console) -> None:
+    """Measure student shapes for the target and print them."""
+    from paceline.cli.progress import progress
+    from paceline.cli.suggestions import print_suggestions
+    from paceline.verbs.distillation import suggest_shapes
+
+    with progress(console) as report:
+        found = suggest_shapes(config, report)
+    print_suggestions(found, console)

@@ -1,0 +1,170 @@
+"""Intervals of a drafter's measures over answers, and of the difference between two drafters.
+
+A bootstrap resamples the answers of each task. Two drafters are read on the same draws, so the
+difficulty of an answer cancels. Tasks have equal weight in the mean. Knows no model.
+Symbols: B resamples, N answers of a task, K draft length.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from paceline.distillation.measures import tally
+from paceline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from paceline.distillation.measures import AnswerMatches
+
+MEAN: Final = "mean"
+"""The entry of the mean over tasks."""
+COVERAGE: Final = 0.95
+_RESAMPLES: Final = 2000  # B
+_BLOCK: Final = 250  # resamples drawn at once, to bound the memory
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A figure and its 95% interval, which is infinite where a task has a single answer."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def is_gain(self) -> bool:
+        """Whether the whole interval is above 0: of a difference, a rise with confidence."""
+        return self.low > 0.0
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} (95%: {self.low:.3f} to {self.high:.3f})"
+
+
+@dataclass(frozen=True, slots=True)
+class Intervals:
+    """Intervals of a drafter's measures, or of the rise from one drafter to another.
+
+    acceptance: under sampling, None if it is unknown.
+    """
+
+    match_rate: Interval
+    acceptance: Interval | None
+    block_efficiency: Interval
+
+
+def measure_intervals(
+    answers: AnswerMatches, num_draft_tokens: int, seed: int = 0
+) -> dict[str, Intervals]:
+    """Return the intervals of a drafter's measures by task, and of their mean under `MEAN`.
+
+    num_draft_tokens: K of the block efficiency. Raises ConfigError as `compare` does.
+    """
+    return _intervals([answers], num_draft_tokens, seed)
+
+
+def compare(
+    before: AnswerMatches, after: AnswerMatches, num_draft_tokens: int, seed: int = 0
+) -> dict[str, Intervals]:
+    """Return the rise from `before` to `after` by task, and its mean over tasks under `MEAN`.
+
+    Both are of the same answers in the same order. num_draft_tokens: K of the block efficiency. Raises
+    ConfigError if the answers differ, or if no answer of a task has two tokens.
+    """
+    if before.tasks != after.tasks or not np.array_equal(before.starts, after.starts):
+        raise ConfigError(
+            f"drafters are compared on the same answers; one has {len(before.tasks)} answers of "
+            f"{len(before.match)} tokens, the other {len(after.tasks)} of {len(after.match)}"
+        )
+    return _intervals([before, after], num_draft_tokens, seed)
+
+
+def _intervals(
+    drafters: Sequence[AnswerMatches], num_draft_tokens: int, seed: int
+) -> dict[str, Intervals]:
+    tasks = drafters[0].tasks
+    if not tasks:
+        raise ConfigError("no answer to compare on; give more validation prompts")
+    columns = [_columns(own, num_draft_tokens) for own in drafters]
+    random = np.random.default_rng(seed)
+    figures: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
+    for task in sorted(set(tasks)):
+        own = np.array([name == task for name in tasks])
+        figures[task] = _resample([part[own] for part in columns], random)
+        if np.isnan(figures[task][0][[0, 2]]).any():
+            raise ConfigError(
+                f"task '{task}': no answer of it has two tokens, so no round starts; leave it out"
+            )
+    values = np.mean([value for value, _ in figures.values()], axis=0)
+    draws = np.mean([drawn for _, drawn in figures.values()], axis=0)
+    return {
+        name: _read(value, drawn)
+        for name, (value, drawn) in {**figures, MEAN: (values, draws)}.items()
+    }
+
+
+def _columns(answers: AnswerMatches, num_draft_tokens: int) -> NDArray[np.float64]:
+    """Return the counts that figures are ratios of, [N, 5]."""
+    counts = tally(answers, num_draft_tokens)
+    found = (counts.positions, counts.matches, counts.overlap, counts.emitted)
+    return np.column_stack([*found, counts.rounds[:, num_draft_tokens]]).astype(np.float64)
+
+
+def _resample(
+    columns: Sequence[NDArray[np.float64]], random: np.random.Generator
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return three figures [3] and their resamples [B, 3]: of one drafter, or the second's rise.
+
+    columns: [N, 5] of each drafter.
+    """
+    num = len(columns[0])
+    parts = []
+    for done in range(0, _RESAMPLES, _BLOCK):
+        times = _times(random, num, min(_BLOCK, _RESAMPLES - done))
+        parts.append(_difference([_figures(times @ own) for own in columns]))
+    value = _difference([_figures(own.sum(axis=0)) for own in columns])
+    # a resample of N answers varies less than N new ones, by N - 1 over N
+    spread = math.sqrt(num / (num - 1)) if num > 1 else math.nan
+    return value, value + spread * (np.concatenate(parts) - value)
+
+
+def _times(random: np.random.Generator, num: int, resamples: int) -> NDArray[np.float64]:
+    """Return [resamples, N] how often each resample has each answer."""
+    places = random.integers(0, num, (resamples, num)) + num * np.arange(resamples)[:, None]
+    counts = np.bincount(places.ravel(), minlength=resamples * num)
+    return counts.reshape(resamples, num).astype(np.float64)
+
+
+def _figures(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return match rate, acceptance and block efficiency [..., 3] of sums [..., 5]."""
+    positions, matches, overlap, emitted, rounds = np.moveaxis(sums, -1, 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.stack([matches / positions, overlap / positions, emitted / rounds], axis=-1)
+
+
+def _difference(figures: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    return figures[0] if len(figures) == 1 else figures[1] - figures[0]
+
+
+def _read(value: NDArray[np.float64], draws: NDArray[np.float64]) -> Intervals:
+    match_rate, acceptance, block_efficiency = (
+        _interval(float(own), draws[:, place]) for place, own in enumerate(value)
+    )
+    known = None if math.isnan(acceptance.value) else acceptance
+    return Intervals(match_rate, known, block_efficiency)
+
+
+def _interval(value: float, draws: NDArray[np.float64]) -> Interval:
+    """Return a figure's interval. A resample without a round has no block efficiency."""
+    known = draws[~np.isnan(draws)]
+    if not len(known):
+        return Interval(value, -math.inf, math.inf)
+    tail = (1.0 - COVERAGE) / 2
+    low, high = np.quantile(known, (tail, 1.0 - tail))
+    return Interval(value, float(low), float(high))

@@ -1,0 +1,162 @@
+"""Prices and shapes of students that are not trained yet, measured on this machine.
+
+A student of a shape is built with random weights, since its speed does not depend on their values, and
+timed with the workloads of the cost table on a reduced grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from paceline.assembly import Pace, Parts, build
+from paceline.bench.cost_measurement import (
+    ROUNDS_PER_LENGTH,
+    cached_rows,
+    plain_driver,
+    time_drafts,
+    time_forwards,
+    time_rounds,
+)
+from paceline.bench.profile import measure_cells, with_slower_verification
+from paceline.contracts import NONE, no_progress
+from paceline.costs.table import CostTable
+from paceline.distillation.measures import LONGEST
+from paceline.distillation.prices import CONTEXT, Prices
+from paceline.distillation.student import build_student, num_parameters
+from paceline.distillation.suggest import (
+    SuggestedShape,
+    Suggestions,
+    TrainedDrafter,
+    check_vocabulary,
+    read_quality,
+    shapes_for,
+)
+from paceline.drafting.draft_length import StopSettings
+from paceline.drafting.draft_model import DraftModel
+from paceline.drafting.none import NoneDrafter
+from paceline.errors import ConfigError
+from paceline.models.language_model import LanguageModel
+from paceline.models.loading import DTYPES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel
+
+    from paceline.config import Config, DrafterSection
+    from paceline.contracts import Progress
+    from paceline.distillation.settings import StudentShape
+    from paceline.distillation.suggest import RecordedQuality
+
+_STUDENT: Final = "student"
+_DRAFTS: Final = (1, 4, 16)  # drafted tokens to measure; a proposal is nearly linear between them
+_WIDTHS: Final = (1, 2, 3, 5, 9, 17)
+_REPEATS: Final = 5  # of every workload: single proposals of small models are noisy
+_DRAFT_MODEL: Final = "draft_model"
+
+
+def measure_prices(
+    source: Config | Pace | Parts,
+    shape: StudentShape,
+    dtype: str = "bfloat16",
+    on_progress: Progress = no_progress,
+) -> Prices:
+    """Return the prices of a new student of the target, measured in a few seconds for a small target.
+
+    dtype: of the student's weights. Raises ConfigError for a target without room for a draft.
+    """
+    parts = _parts_of(source)
+    student = _new_student(parts, shape, dtype)
+    return _measure(parts, _STUDENT, student, partial(on_progress, "measure student"))
+
+
+def suggest_shapes(config: Config, on_progress: Progress = no_progress) -> Suggestions:
+    """Return student shapes for the configuration's target, with measured prices.
+
+    Draft models of the configuration that `distill` has trained for this target are measured, too; other
+    drafters need not exist. Raises ConfigError
+    for a target that has no smaller student, or whose vocabulary a student cannot have.
+    """
+    recorded = {name: _quality_of(own) for name, own in config.drafters.items()}
+    distilled = {name: quality for name, quality in recorded.items() if quality is not None}
+    named = {name: config.drafters[name] for name in distilled}
+    parts = build(config.model_copy(update={"drafters": named}))
+    written_by = parts.target.fingerprint()
+    others = [n for n, q in distilled.items() if q.target not in ("", written_by)]
+    rates = {n: q.match_rate for n, q in distilled.items() if n not in others}
+    target: PreTrainedModel = parts.target.model
+    check_vocabulary(target.config, parts.target.num_logits, parts.vocabulary.num_tokens)
+    shapes = shapes_for(target.config)
+    total = len(rates) + len(shapes)
+    trained, suggested = [], []
+    for name, rate in rates.items():
+        model: Any = parts.drafters[name]
+        prices = _measure(parts, name, model.model)
+        trained.append(TrainedDrafter(name, num_parameters(model.model.model), rate, prices))
+        on_progress("measure shapes", len(trained), total)
+    for shape in shapes:
+        student = _new_student(parts, shape, "bfloat16")
+        prices = _measure(parts, _STUDENT, student)
+        suggested.append(SuggestedShape(shape, num_parameters(student.model), prices))
+        on_progress("measure shapes", len(trained) + len(suggested), total)
+    suggested.sort(key=lambda own: own.num_parameters)
+    return Suggestions(tuple(suggested), tuple(trained), tuple(others))
+
+
+def _quality_of(section: DrafterSection) -> RecordedQuality | None:
+    model = section.settings.get("model")
+    if section.kind != _DRAFT_MODEL or not isinstance(model, str):
+        return None
+    return read_quality(model)
+
+
+def _parts_of(source: Config | Pace | Parts) -> Parts:
+    if isinstance(source, Pace):
+        return source.parts
+    # the drafters of the configuration need not exist
+    return (
+        source if isinstance(source, Parts) else build(source.model_copy(update={"drafters": {}}))
+    )
+
+
+def _new_student(parts: Parts, shape: StudentShape, dtype: str) -> LanguageModel:
+    student = build_student(parts.target.model, shape, "random", seed=0)
+    placed: Any = student.to(DTYPES[dtype])  # type: ignore[arg-type]
+    return LanguageModel(placed.to(parts.target.device), _STUDENT)
+
+
+def _measure(
+    parts: Parts,
+    arm: str,
+    model: LanguageModel,
+    on_run: Callable[[int, int], None] = lambda done, total: None,
+) -> Prices:
+    """Return the prices of a model that drafts for the target."""
+    longest = min(LONGEST, parts.target.context_length // 4, model.context_length // 4)
+    lengths = sorted({length for length in _DRAFTS if length < longest} | {longest})
+    widths = sorted({width for width in _WIDTHS if width <= longest} | {1 + longest})
+    # a workload's text grows by a token per round
+    growth = ROUNDS_PER_LENGTH * (1 + len(lengths)) + longest + 2
+    context = min(CONTEXT, parts.target.context_length - growth, model.context_length - growth)
+    if longest < 1 or context < 1:
+        raise ConfigError(
+            f"the target's context of {parts.target.context_length} tokens has no room to measure a "
+            f"draft, which takes {growth + 1}; use a target with a longer context"
+        )
+    stop = StopSettings(num_draft_tokens=longest)
+    drafter = DraftModel.from_model(arm, model, parts.build_context(), stop)
+    own = replace(parts, drafters={NONE: NoneDrafter(), arm: drafter})
+    driver = plain_driver(own, max_rows=1)
+    with torch.inference_mode(), cached_rows(own, [context]) as rows:
+        workloads = [
+            partial(time_forwards, own, rows, context, [[width - 1] for width in widths]),
+            partial(time_drafts, own, arm, lengths, [1], rows, context),
+            partial(time_rounds, own, driver, NONE, 1),
+        ]
+        cells = measure_cells(workloads, on_run, fewest=_REPEATS)
+    table = CostTable({}, with_slower_verification(cells))
+    return Prices.from_table(table, arm, longest, context)
