@@ -15,7 +15,6 @@ _NAMES = {
     "paceline.bench": ("doctor", "drafters"),
     "paceline.config": ("Config", "load_config"),
     "paceline.contracts": ("GREEDY", "Completion", "Drafts", "PromptRecord", "RowView"),
-    "paceline.distillation": ("distill",),
     "paceline.drafting.base": ("BuildContext", "Drafter", "Needs", "pad_drafts"),
     "paceline.drafting.draft_replay": ("DraftReplay", "SimulatedReplay"),
     "paceline.errors": ("ConfigError", "PacelineError"),
@@ -24,6 +23,7 @@ _NAMES = {
     "paceline.layer_search": ("search_layers",),
     "paceline.store": ("read_decisions", "read_prompts"),
     "paceline.verbs.data": ("data",),
+    "paceline.verbs.distillation": ("distill", "suggest_shapes"),
     "paceline.verbs.evaluate": ("evaluate",),
     "paceline.verbs.from_log": ("learn_from_log",),
     "paceline.verbs.pipeline": ("collect", "learn", "profile"),
@@ -68,6 +68,7 @@ __all__ = [
     "read_prompts",
     "route",
     "search_layers",
+    "suggest_shapes",
 ]
 
 if TYPE_CHECKING:
@@ -76,7 +77,6 @@ if TYPE_CHECKING:
     from paceline.bench.drafters import drafters
     from paceline.config import Config, load_config
     from paceline.contracts import GREEDY, Completion, Drafts, PromptRecord, RowView
-    from paceline.distillation import distill
     from paceline.drafting.base import BuildContext, Drafter, Needs, pad_drafts
     from paceline.drafting.draft_replay import DraftReplay, SimulatedReplay
     from paceline.errors import ConfigError, PacelineError
@@ -85,6 +85,7 @@ if TYPE_CHECKING:
     from paceline.layer_search import search_layers
     from paceline.store import read_decisions, read_prompts
     from paceline.verbs.data import data
+    from paceline.verbs.distillation import distill, suggest_shapes
     from paceline.verbs.evaluate import evaluate
     from paceline.verbs.from_log import learn_from_log
     from paceline.verbs.pipeline import collect, learn, profile

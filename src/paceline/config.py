@@ -25,6 +25,8 @@ MAX_DRAFT_TOKENS: Final = 64
 
 # settings of drafters that name a file or folder of paceline's, relative to the YAML
 _FILE_SETTINGS: Final = ("table", "skip_set", "answers")
+# keys of the section `distillation` that name files or folders
+_DISTILLATION_FILES: Final = ("data", "measure", "out", "outputs", "pretrain_text", "start_from")
 _MISSPELLED: Final = 0.65  # likeness of two keys, by difflib, from which one is taken for the other
 
 
@@ -215,8 +217,8 @@ class Config(Section):
     exact: refuse a target that the compiled forward cannot run. On that forward each token's bits
     depend only on its own request, so the text is equal for every drafter and batch, in bfloat16, too.
     generation_config: `auto` takes defaults of requests from the target's own generation configuration
-    (penalties, lengths, sampling and so on), `none` only the tokens that end an answer. threads: of
-    torch.
+    (penalties, lengths, sampling and so on), `none` only the tokens that end an answer. distillation:
+    what to train a drafter on and how, checked by `paceline distill`. threads: of torch.
     """
 
     target: ModelSection
@@ -229,6 +231,7 @@ class Config(Section):
     paths: PathsSection = PathsSection()
     collection: CollectionSection = CollectionSection()
     log: LogSection = LogSection()
+    distillation: dict[str, Any] = Field(default_factory=dict)
     threads: int | None = Field(default=None, ge=1)
 
 
@@ -305,6 +308,15 @@ def anchor(config: Config, folder: Path) -> Config:
                 settings[key] = str(folder / settings[key])
         return section.model_copy(update={"settings": settings})
 
+    def anchored(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [anchored(item) for item in value]
+        return str(folder / value) if isinstance(value, str | Path) else value
+
+    distillation = {
+        key: anchored(value) if key in _DISTILLATION_FILES else value
+        for key, value in config.distillation.items()
+    }
     target = {"model": model_path(config.target.model)}
     if config.target.adapter is not None:
         target["adapter"] = model_path(config.target.adapter)
@@ -317,6 +329,7 @@ def anchor(config: Config, folder: Path) -> Config:
             "selection": selection,
             "target": config.target.model_copy(update=target),
             "drafters": {name: drafter(d) for name, d in config.drafters.items()},
+            "distillation": distillation,
             "paths": PathsSection(
                 store=folder / paths.store, costs=folder / paths.costs, policy=folder / paths.policy
             ),

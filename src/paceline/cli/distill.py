@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,11 @@ from paceline.cli.next_steps import say
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from paceline.cli.progress import Report
     from paceline.config import Config
+    from paceline.distillation.measures import Measures
+    from paceline.distillation.train import TrainingProgress
+    from paceline.terminal import BandedTable
 
 
 def distill(
@@ -23,7 +28,12 @@ def distill(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the drafter to write.")] = None,
     config: options.ConfigFile = options.DEFAULT_CONFIG,
-    size: Annotated[str, typer.Option(help="small (1.4 M parameters) or medium (4 M).")] = "small",
+    size: Annotated[
+        str | None, typer.Option(help="small (1.4 M parameters for the bundled target) or medium.")
+    ] = None,
+    loss: Annotated[
+        str | None, typer.Option(help="What to minimise; docs/distillation.md lists the losses.")
+    ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the answers.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights and order.")] = None,
     threads: options.Threads = None,
@@ -40,59 +50,88 @@ def distill(
         ),
     ] = False,
 ) -> None:
-    """Decode prompts with the target, then train a drafter to predict the answers. Resumes."""
+    """Answer prompts with the target, then align a drafter with it. Resumes.
+
+    Flags override the section `distillation` of the configuration.
+    """
     from rich.console import Console
 
     from paceline.errors import ConfigError
 
     if suggest and (data or out is not None):
         raise ConfigError("--suggest trains nothing; remove it, or the files of prompts and --out")
+    configured = options.configured(config, threads=threads)
     if suggest:
-        _suggest(options.configured(config, threads=threads), Console())
+        _suggest(configured, Console())
         return
-    if not data or out is None:
-        raise ConfigError(
-            "distill needs files of prompts and --out FOLDER; `paceline distill --suggest` shows "
-            "student shapes without them"
-        )
 
+    from paceline.distillation import DistillationSection
     from paceline.cli.progress import progress
     from paceline.config import parse
-    from paceline.distillation import DistillSettings
-    from paceline.distillation import distill as run_distill
-    from paceline.distillation.train import TrainingProgress
-    from paceline.terminal import BandedTable
+    from paceline.verbs.distillation import distill as run_distill
 
-    flags = {"size": size, "epochs": epochs, "seed": seed, "threads": threads}
-    raw = options.given(flags) | options.assigned(setting)
-    settings = parse(DistillSettings, raw, "distill")
+    flags = {"size": size, "loss": loss, "epochs": epochs, "seed": seed, "threads": threads}
+    raw = configured.distillation | options.given(flags) | options.assigned(setting)
+    section = parse(DistillationSection, raw, "distill")
     console = Console()
     with progress(console) as report:
-
-        def on_progress(step: TrainingProgress) -> None:
-            report(step.phase, step.step, step.total)
-
         result = run_distill(
-            # only the target is used, so the drafters of the configuration need not exist yet
-            options.configured(config).model_copy(update={"drafters": {}}),
-            data,
-            out,
-            settings,
-            on_progress,
-            also_measure=measure or (),
+            configured.model_copy(update={"distillation": raw}),
+            data or section.data,
+            out or section.out,
+            section.settings(),
+            _Follower(console, report),
+            measure or section.measure,
         )
-    table = BandedTable(title="validation prompts")
-    for column in ("task", "tokens", "match rate", "loss"):
-        table.add_column(column, justify="left" if column == "task" else "right")
-    for domain, quality in result.quality.items():
-        table.add_row(
-            domain,
-            str(quality.num_tokens),
-            f"{quality.match_rate:.3f}",
-            f"{quality.loss:.3f}",
-        )
-    console.print(table)
+    console.print(measures_table(result.measures, "validation prompts"))
     say(console, f"written: {result.out}, {result.num_parameters / 1e6:.2f} M parameters")
+
+
+class _Follower:
+    """Draws the steps of a training as a bar, and prints a line per validation."""
+
+    def __init__(self, console: Console, report: Report) -> None:
+        self._console, self._report = console, report
+        self._shown: tuple[str, int] | None = None
+
+    def __call__(self, step: TrainingProgress) -> None:
+        loss = "" if math.isnan(step.loss) else f"loss {step.loss:.3f}"
+        self._report(step.phase, step.step, step.total, loss)
+        figures = step.figures
+        if figures is None or self._shown == (step.phase, figures["step"]):
+            return
+        self._shown = (step.phase, figures["step"])
+        tau = figures["block_efficiency"].get("3", math.nan)
+        self._console.print(
+            f"{step.phase} {figures['step']:,}: loss {figures['train_loss']:.3f}, match "
+            f"{figures['match_rate']:.3f}, tau {tau:.2f} at K=3, speed-up "
+            f"{figures['predicted_speedup']:.2f}; {step.tokens_per_second:,.0f} tokens/s",
+            highlight=False,
+        )
+
+
+def measures_table(measures: Measures, title: str) -> BandedTable:
+    """Return a drafter's measures per task."""
+    from paceline.terminal import BandedTable
+
+    length = "3"
+    table = BandedTable(title=title)
+    for column in ("task", "answers", "match rate", "acceptance", "tau, K=3", "MBSU, K=3", "speed-up"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    figures = measures.to_history()
+    for task, own in measures.tasks.items():
+        row = figures["domains"][task]
+        accepted = row["acceptance"]
+        table.add_row(
+            task,
+            str(own.num_answers),
+            f"{own.match_rate:.3f}",
+            "-" if accepted is None else f"{accepted:.3f}",
+            f"{row['block_efficiency'][length]:.2f}",
+            f"{row['mbsu'][length]:.2f}",
+            f"{row['predicted_speedup']:.2f}",
+        )
+    return table
 
 
 def _suggest(config: Config, console: Console) -> None:

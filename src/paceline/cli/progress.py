@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
+from typing import Protocol
 
 import rich.progress
 from rich.console import Console
@@ -17,11 +18,17 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from paceline.contracts import Progress
+
+class Report(Protocol):
+    """A `Progress` that may show a figure next to its stage's name."""
+
+    def __call__(self, stage: str, done: int, total: int, figure: str = "") -> None:
+        """Show how far a stage is."""
+        ...
 
 
 @contextmanager
-def progress(console: Console) -> Iterator[Progress]:
+def progress(console: Console) -> Iterator[Report]:
     """Yield a function `report(stage, done, total)` that draws one bar per stage.
 
     Where the output is not a terminal, it prints a line at the beginning and the end of each stage.
@@ -34,7 +41,7 @@ def progress(console: Console) -> Iterator[Progress]:
 
 
 @contextmanager
-def _bars(console: Console) -> Iterator[Progress]:
+def _bars(console: Console) -> Iterator[Report]:
     bars = rich.progress.Progress(
         TextColumn("{task.description:<28}"),
         BarColumn(bar_width=32),
@@ -45,20 +52,21 @@ def _bars(console: Console) -> Iterator[Progress]:
     )
     tasks: dict[str, TaskID] = {}
 
-    def report(stage: str, done: int, total: int) -> None:
+    def report(stage: str, done: int, total: int, figure: str = "") -> None:
         if stage not in tasks:
             tasks[stage] = bars.add_task(stage, total=total)
-        bars.update(tasks[stage], completed=done, total=total)
+        name = f"{stage}, {figure}" if figure else stage
+        bars.update(tasks[stage], completed=done, total=total, description=name)
 
     with bars:
         yield report
 
 
-def _lines(console: Console) -> Progress:
+def _lines(console: Console) -> Report:
     began: dict[str, float] = {}
     ended: set[str] = set()
 
-    def report(stage: str, done: int, total: int) -> None:
+    def report(stage: str, done: int, total: int, figure: str = "") -> None:
         if stage not in began:
             began[stage] = perf_counter()
             console.print(f"{stage} ...", highlight=False)

@@ -1,1 +1,7 @@
 """DISTIL: train drafters on text that the target itself wrote."""
+
+from paceline.distillation.run import DistillReport, distill
+from paceline.distillation.settings import DistillationSection, DistillSettings
+from paceline.distillation.train import TrainingProgress
+
+__all__ = ["DistillReport", "DistillSettings", "DistillationSection", "TrainingProgress", "distill"]

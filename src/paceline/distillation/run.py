@@ -92,7 +92,7 @@ def distill(
     and where another process trains in the same folder; StoreError for answers of another target.
     """
     data, also_measure = [Path(p) for p in data], [Path(p) for p in also_measure]
-    _check(data, also_measure, out)
+    check_paths(data, also_measure, out)
     pace = pace_or_config
     if isinstance(pace, Config):
         pace = open_target(pace, settings.answers_drafter)
@@ -246,7 +246,9 @@ def _locked(part: Path, accelerator: Accelerator) -> Iterator[None]:
         yield
 
 
-def _check(data: Sequence[Path], also_measure: Sequence[Path], out: Path) -> None:
+def check_paths(data: Sequence[Path], also_measure: Sequence[Path], out: Path) -> None:
+    """Raise ConfigError unless the files can be read and the folder can be written."""
+    data, also_measure = [Path(p) for p in data], [Path(p) for p in also_measure]
     if not data:
         raise ConfigError("name at least one file of prompts")
     names = [path.stem for path in data]

@@ -139,3 +139,20 @@ class DistillSettings(Section):
         if isinstance(self.max_prompts, dict):
             return self.max_prompts.get(name)
         return self.max_prompts
+
+
+class DistillationSection(DistillSettings):
+    """The section `distillation` of a configuration: a whole distillation.
+
+    data: prompt files to train on; measure: prompt files of other tasks, whose validation prompts are
+    measured as well; out: the folder of the drafter.
+    """
+
+    data: tuple[Path, ...] = ()
+    measure: tuple[Path, ...] = ()
+    out: Path | None = None
+
+    def settings(self) -> DistillSettings:
+        """Return the settings alone."""
+        own = self.model_dump(exclude={"data", "measure", "out"}, exclude_unset=True)
+        return DistillSettings.model_validate(own)

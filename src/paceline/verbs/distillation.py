@@ -1,7 +1,7 @@
-"""Prices and shapes of students that are not trained yet, measured on this machine.
+"""Drafters are trained, and shapes for them suggested, at prices that are measured on this machine.
 
-A student of a shape is built with random weights, since its speed does not depend on their values, and
-timed with the workloads of the cost table on a reduced grid.
+A student's speed does not depend on its weights' values, so it is timed before it is trained, with the
+workloads of the cost table on a reduced grid.
 """
 
 from __future__ import annotations
@@ -22,11 +22,16 @@ from paceline.bench.cost_measurement import (
     time_rounds,
 )
 from paceline.bench.profile import measure_cells, with_slower_verification
+from paceline.config import parse
 from paceline.contracts import NONE, no_progress
 from paceline.costs.table import CostTable
 from paceline.distillation.measures import LONGEST
+from paceline.distillation.outputs import open_target
 from paceline.distillation.prices import CONTEXT, Prices
-from paceline.distillation.student import build_student, num_parameters
+from paceline.distillation.run import check_paths
+from paceline.distillation.run import distill as run_distill
+from paceline.distillation.settings import DistillationSection
+from paceline.distillation.student import build_student, make_student, num_parameters
 from paceline.distillation.suggest import (
     SuggestedShape,
     Suggestions,
@@ -35,6 +40,7 @@ from paceline.distillation.suggest import (
     read_quality,
     shapes_for,
 )
+from paceline.distillation.train import TrainingProgress
 from paceline.drafting.draft_length import StopSettings
 from paceline.drafting.draft_model import DraftModel
 from paceline.drafting.none import NoneDrafter
@@ -43,13 +49,15 @@ from paceline.models.language_model import LanguageModel
 from paceline.models.loading import DTYPES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from transformers import PreTrainedModel
 
     from paceline.config import Config, DrafterSection
     from paceline.contracts import Progress
-    from paceline.distillation.settings import StudentShape
+    from paceline.distillation.run import DistillReport
+    from paceline.distillation.settings import DistillSettings, StudentShape
     from paceline.distillation.suggest import RecordedQuality
 
 _STUDENT: Final = "student"
@@ -59,18 +67,49 @@ _REPEATS: Final = 5  # of every workload: single proposals of small models are n
 _DRAFT_MODEL: Final = "draft_model"
 
 
-def measure_prices(
-    source: Config | Pace | Parts,
-    shape: StudentShape,
-    dtype: str = "bfloat16",
-    on_progress: Progress = no_progress,
-) -> Prices:
-    """Return the prices of a new student of the target, measured in a few seconds for a small target.
+def distill(
+    source: Config | Pace,
+    data: Sequence[Path] = (),
+    out: Path | None = None,
+    settings: DistillSettings | None = None,
+    on_progress: Callable[[TrainingProgress], None] = lambda progress: None,
+    also_measure: Sequence[Path] = (),
+) -> DistillReport:
+    """Train a drafter for the target, and keep the weights that are fastest at this machine's prices.
 
-    dtype: of the student's weights. Raises ConfigError for a target without room for a draft.
+    What is not given is read from the configuration's section `distillation`. The same call continues a
+    killed run. `distillation.run.distill` lists the errors and what is written; it also runs alone,
+    without prices.
+    """
+    config = source.parts.config if isinstance(source, Pace) else source
+    section = parse(DistillationSection, config.distillation, "distillation")
+    settings = settings or section.settings()
+    data, also_measure = data or section.data, also_measure or section.measure
+    out = out or section.out
+    if not data or out is None:
+        raise ConfigError(
+            "distillation needs prompt files and a folder to write; name them as arguments or as 'data' "
+            "and 'out' of the section 'distillation'"
+        )
+    check_paths(data, also_measure, out)
+    pace = source if isinstance(source, Pace) else open_target(source, settings.answers_drafter)
+
+    def report(stage: str, done: int, total: int) -> None:
+        on_progress(TrainingProgress(stage, done, total))
+
+    prices = measure_prices(pace, settings, report)
+    return run_distill(pace, data, out, settings, on_progress, also_measure, prices)
+
+
+def measure_prices(
+    source: Config | Pace | Parts, settings: DistillSettings, on_progress: Progress = no_progress
+) -> Prices:
+    """Return the prices of the student that these settings make, measured in a few seconds.
+
+    Raises ConfigError for settings that make no student, or a target without room for a draft.
     """
     parts = _parts_of(source)
-    student = _new_student(parts, shape, dtype)
+    student = _placed(parts, make_student(parts.target, settings), settings.dtype)
     return _measure(parts, _STUDENT, student, partial(on_progress, "measure student"))
 
 
@@ -124,7 +163,10 @@ def _parts_of(source: Config | Pace | Parts) -> Parts:
 
 
 def _new_student(parts: Parts, shape: StudentShape, dtype: str) -> LanguageModel:
-    student = build_student(parts.target.model, shape, "random", seed=0)
+    return _placed(parts, build_student(parts.target.model, shape, "random", seed=0), dtype)
+
+
+def _placed(parts: Parts, student: PreTrainedModel, dtype: str) -> LanguageModel:
     placed: Any = student.to(DTYPES[dtype])  # type: ignore[arg-type]
     return LanguageModel(placed.to(parts.target.device), _STUDENT)
 
