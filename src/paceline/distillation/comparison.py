@@ -79,8 +79,9 @@ def compare(
     """
     if before.tasks != after.tasks or not np.array_equal(before.starts, after.starts):
         raise ConfigError(
-            f"drafters are compared on the same answers, tasks and order; one has {len(before.tasks)} answers of "
-            f"{len(before.match)} tokens, the other {len(after.tasks)} of {len(after.match)}"
+            "drafters are compared on the same answers, tasks and order; one has "
+            f"{len(before.tasks)} answers of {len(before.match)} tokens, the other "
+            f"{len(after.tasks)} of {len(after.match)}"
         )
     return _intervals([before, after], num_draft_tokens, seed)
 
