@@ -75,12 +75,13 @@ def compare(
     """Return the rise from `before` to `after` by task, and its mean over tasks under `MEAN`.
 
     Both are of the same answers in the same order. num_draft_tokens: K of the block efficiency. Raises
-    ConfigError if the answers differ, or if no answer of a task has two tokens.
+    ConfigError if the answers differ, or if none has a token.
     """
     if before.tasks != after.tasks or not np.array_equal(before.starts, after.starts):
         raise ConfigError(
-            f"drafters are compared on the same answers; one has {len(before.tasks)} answers of "
-            f"{len(before.match)} tokens, the other {len(after.tasks)} of {len(after.match)}"
+            "drafters are compared on the same answers, tasks and order; one has "
+            f"{len(before.tasks)} answers of {len(before.match)} tokens, the other "
+            f"{len(after.tasks)} of {len(after.match)}"
         )
     return _intervals([before, after], num_draft_tokens, seed)
 
@@ -88,19 +89,16 @@ def compare(
 def _intervals(
     drafters: Sequence[AnswerMatches], num_draft_tokens: int, seed: int
 ) -> dict[str, Intervals]:
-    tasks = drafters[0].tasks
-    if not tasks:
-        raise ConfigError("no answer to compare on; give more validation prompts")
     columns = [_columns(own, num_draft_tokens) for own in drafters]
+    has_tokens = columns[0][:, 0] > 0
+    if not has_tokens.any():
+        raise ConfigError("no answer to compare on; give more validation prompts")
+    tasks = np.array(drafters[0].tasks, dtype=str)
     random = np.random.default_rng(seed)
     figures: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
-    for task in sorted(set(tasks)):
-        own = np.array([name == task for name in tasks])
+    for task in map(str, np.unique(tasks[has_tokens])):
+        own = (tasks == task) & has_tokens
         figures[task] = _resample([part[own] for part in columns], random)
-        if np.isnan(figures[task][0][[0, 2]]).any():
-            raise ConfigError(
-                f"task '{task}': no answer of it has two tokens, so no round starts; leave it out"
-            )
     values = np.mean([value for value, _ in figures.values()], axis=0)
     draws = np.mean([drawn for _, drawn in figures.values()], axis=0)
     return {
@@ -145,7 +143,9 @@ def _figures(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return match rate, acceptance and block efficiency [..., 3] of sums [..., 5]."""
     positions, matches, overlap, emitted, rounds = np.moveaxis(sums, -1, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.stack([matches / positions, overlap / positions, emitted / rounds], axis=-1)
+        # where no round starts, tau is 1, as in the engine
+        tau = np.where(rounds > 0, emitted / rounds, 1.0)
+        return np.stack([matches / positions, overlap / positions, tau], axis=-1)
 
 
 def _difference(figures: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
@@ -161,10 +161,9 @@ def _read(value: NDArray[np.float64], draws: NDArray[np.float64]) -> Intervals:
 
 
 def _interval(value: float, draws: NDArray[np.float64]) -> Interval:
-    """Return a figure's interval. A resample without a round has no block efficiency."""
-    known = draws[~np.isnan(draws)]
-    if not len(known):
+    """Return a figure's interval; that of a single answer is not a number."""
+    if np.isnan(draws).any():
         return Interval(value, -math.inf, math.inf)
     tail = (1.0 - COVERAGE) / 2
-    low, high = np.quantile(known, (tail, 1.0 - tail))
+    low, high = np.quantile(draws, (tail, 1.0 - tail))
     return Interval(value, float(low), float(high))

@@ -132,7 +132,8 @@ def measure(
     parameter_ratio: c. round_costs: [K + 1], the seconds of a round with k drafted tokens in units of a
     plain round (`Prices.round_costs`); they decide K. Without them speed-ups are MBSU, which assumes
     that a forward costs by the parameters that it reads, and K is `longest`; `Measures.is_priced` says
-    so. Raises ConfigError if there is no answer, or none of a task has two tokens.
+    so. A task whose answers have one token has no round, block efficiency 1 and speed-up 1, as in the
+    engine; one without any token is left out. Raises ConfigError if no answer has a token.
     """
     if round_costs is not None:
         longest = len(round_costs) - 1
@@ -143,20 +144,18 @@ def measure(
     for task in sorted(set(answers.tasks)):
         own = np.array([name == task for name in answers.tasks])
         rounds, positions = counts.rounds[own].sum(axis=0), counts.positions[own].sum()
-        if not rounds[0]:
-            raise ConfigError(
-                f"task '{task}': no answer of it has two tokens, so no round starts; give it longer "
-                "answers or leave it out"
-            )
-        tau = counts.emitted[own].sum() / rounds
+        if not positions:
+            continue
+        drafts = rounds[0] > 0
+        tau = counts.emitted[own].sum() / rounds if drafts else np.ones(len(costs))
         tasks[task] = TaskMeasures(
             num_answers=int(own.sum()),
             num_tokens=int(positions),
             match_rate=float(counts.matches[own].sum() / positions),
             acceptance=float(counts.overlap[own].sum() / positions),
             block_efficiency=tau,
-            mbsu=tau / memory_bound,
-            speedups=tau / costs,
+            mbsu=tau / memory_bound if drafts else tau,
+            speedups=tau / costs if drafts else tau,
         )
     if not tasks:
         raise ConfigError("no answer to measure on; give more validation prompts")

@@ -116,9 +116,9 @@ def measure_prices(
 def suggest_shapes(config: Config, on_progress: Progress = no_progress) -> Suggestions:
     """Return student shapes for the configuration's target, with measured prices.
 
-    Draft models of the configuration that `distill` has trained for this target are measured, too; other
-    drafters need not exist. Raises ConfigError
-    for a target that has no smaller student, or whose vocabulary a student cannot have.
+    Draft models of the configuration that `distill` has trained for this target are measured, too;
+    other drafters need not exist. Raises ConfigError for a target that has no smaller student, or whose
+    vocabulary a student cannot have.
     """
     recorded = {name: _quality_of(own) for name, own in config.drafters.items()}
     distilled = {name: quality for name, quality in recorded.items() if quality is not None}

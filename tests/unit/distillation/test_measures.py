@@ -168,11 +168,25 @@ def test_a_history_entry_is_plain_json_with_every_task() -> None:
     assert read["is_priced"] is False
 
 
-def test_answers_without_a_round_are_refused() -> None:
-    with pytest.raises(ConfigError, match="task 'b': no answer of it has two tokens"):
-        measure(answers_of([True] * 3, [True], [], tasks="abb"), 0.1)
-    with pytest.raises(ConfigError, match="no answer to measure on"):
-        measure(AnswerMatches.of([], []), 0.1)
+def test_a_task_without_a_round_neither_gains_nor_ends_a_training() -> None:
+    """Answers of one token are the prefill's; answers of none are no answers."""
+    answers = answers_of([True] * 3, [True], [False], [], tasks="abbc")
+    found = measure(answers, 0.1)
+    assert sorted(found.tasks) == ["a", "b"]
+    assert found.tasks["b"].match_rate == 0.5
+    assert found.tasks["b"].block_efficiency.tolist() == [1.0] * 17
+    assert found.tasks["b"].predicted_speedup == 1.0
+    rise = compare(answers, answers, 4)
+    assert sorted(rise) == ["a", "b", MEAN]
+    assert rise["b"].block_efficiency.value == 0.0
+
+
+def test_answers_without_a_token_are_refused() -> None:
+    for answers in (answers_of([]), AnswerMatches.of([], [])):
+        with pytest.raises(ConfigError, match="no answer to measure on"):
+            measure(answers, 0.1)
+        with pytest.raises(ConfigError, match="no answer to compare on"):
+            compare(answers, answers, 4)
     with pytest.raises(ValueError, match="2 answers have 1 tasks"):
         AnswerMatches.of([np.ones(2, dtype=bool)] * 2, ["t"])
 
@@ -281,9 +295,7 @@ def test_acceptance_under_sampling_is_compared_where_it_is_known() -> None:
 
 
 def test_drafters_are_compared_on_the_same_answers_only() -> None:
-    with pytest.raises(ConfigError, match="compared on the same answers"):
+    with pytest.raises(ConfigError, match="compared on the same answers, tasks and order"):
         compare(answers_of([True] * 3), answers_of([True] * 4), 4)
-    with pytest.raises(ConfigError, match="compared on the same answers"):
+    with pytest.raises(ConfigError, match="compared on the same answers, tasks and order"):
         compare(answers_of([True] * 3, tasks="a"), answers_of([True] * 3, tasks="b"), 4)
-    with pytest.raises(ConfigError, match="has two tokens"):
-        compare(answers_of([True]), answers_of([True]), 4)
