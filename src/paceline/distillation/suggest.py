@@ -271,7 +271,8 @@ def read_quality(folder: Path | str) -> RecordedQuality | None:
         return None
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-        quality = facts.get("quality") or {}
+        # "quality" in the records of earlier versions
+        quality = facts.get("measures", {}).get("domains") or facts.get("quality") or {}
         tasks: Sequence[str] = [t for t in facts.get("trained_domains", quality) if t in quality]
         rates = [float(quality[task]["match_rate"]) for task in tasks]
         target = str(facts.get("target", ""))
