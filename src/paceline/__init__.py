@@ -22,7 +22,7 @@ _NAMES = {
     "paceline.experiments.catalog": ("experiment",),
     "paceline.experiments.demo_job": ("demo",),
     "paceline.layer_search": ("search_layers",),
-    "paceline.store": ("read_decisions", "read_prompts"),
+    "paceline.store": ("read_decisions", "read_prompts", "take_part"),
     "paceline.verbs.data": ("data",),
     "paceline.verbs.evaluate": ("evaluate",),
     "paceline.verbs.from_log": ("learn_from_log",),
@@ -68,6 +68,7 @@ __all__ = [
     "read_prompts",
     "route",
     "search_layers",
+    "take_part",
 ]
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ if TYPE_CHECKING:
     from paceline.experiments.catalog import experiment
     from paceline.experiments.demo_job import demo
     from paceline.layer_search import search_layers
-    from paceline.store import read_decisions, read_prompts
+    from paceline.store import read_decisions, read_prompts, take_part
     from paceline.verbs.data import data
     from paceline.verbs.evaluate import evaluate
     from paceline.verbs.from_log import learn_from_log

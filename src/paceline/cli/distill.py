@@ -47,8 +47,7 @@ def distill(
             report(step.phase, step.step, step.total)
 
         result = run_distill(
-            # only the target is used, so the drafters of the configuration need not exist yet
-            options.configured(config).model_copy(update={"drafters": {}}),
+            options.configured(config),
             data,
             out,
             settings,

@@ -7,7 +7,6 @@ work is in `<out>.part`.
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from paceline.assembly import Pace, build
+from paceline.assembly import Pace
 from paceline.config import Config
 from paceline.distillation.card import (
     PromptSource,
@@ -26,8 +25,15 @@ from paceline.distillation.card import (
     command_line,
     read_sources,
 )
-from paceline.distillation.outputs import decode_outputs, open_outputs, read_examples
-from paceline.distillation.settings import SHAPES
+from paceline.distillation.outputs import (
+    answered_prompts,
+    decode_outputs,
+    open_outputs,
+    open_target,
+    read_examples,
+)
+from paceline.distillation.prompts import choose_prompts
+from paceline.distillation.settings import SHAPES, AnswerSampling
 from paceline.distillation.student import build_student, num_parameters
 from paceline.distillation.train import (
     DomainQuality,
@@ -39,7 +45,7 @@ from paceline.distillation.train import (
 from paceline.errors import ConfigError
 from paceline.files import write_atomically
 from paceline.models.loading import quiet_transformers
-from paceline.store import TrainedOn, is_validation, read_prompts, take_by_hash, training_part
+from paceline.store import TrainedOn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -48,6 +54,7 @@ if TYPE_CHECKING:
 
     from paceline.contracts import PromptRecord
     from paceline.distillation.batches import Example
+    from paceline.distillation.prompts import PromptFile
     from paceline.distillation.settings import DistillSettings
 
 _TRAINING = "training.json"
@@ -72,7 +79,13 @@ class DataFile:
 
     name: str
     examples: list[Example]
+    validation: list[Example]
     sources: list[PromptSource]
+    answered: list[PromptRecord]  # the prompts of `examples`
+
+    @property
+    def texts(self) -> list[Example]:
+        return [*self.examples, *self.validation]
 
 
 def distill(
@@ -92,23 +105,20 @@ def distill(
     _check(data, also_measure, out)
     pace = pace_or_config
     if isinstance(pace, Config):
-        pace = Pace(build(pace))
+        pace = open_target(pace, settings.answers_drafter)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    trained = [_read(pace, path, settings, on_progress) for path in data]
-    examples, validation = _split(trained, settings.validation_share)
+    chosen = choose_prompts(data, settings, also_measure)
+    trained = [_read(pace, file, settings, on_progress) for file in chosen.files]
+    examples, validation = _join(trained)
     target: PreTrainedModel = pace.parts.target.model
     student = build_student(target, SHAPES[settings.size], settings.embedding_init, settings.seed)
     part = out.with_name(out.name + ".part")
     result = train(student, examples, validation, settings, part / "checkpoint.pt", on_progress)
     made = part / "model"
     _save(student, pace, made, settings)
-    others = [
-        _read(pace, path, settings, on_progress, only_validation=True)
-        for path in also_measure
-        if Path(path) not in map(Path, data)
-    ]
-    unseen = validation + [e for file in others for e in file.examples]
+    others = [_read(pace, file, settings, on_progress) for file in chosen.measured]
+    unseen = validation + [e for file in others for e in file.validation]
     quality = measure_quality(_load(made), unseen)
     report = DistillReport(
         out, num_parameters(student), len(examples), quality,
@@ -117,9 +127,7 @@ def distill(
     facts = _facts(pace, trained, others, examples, settings, report, result)
     write_atomically(made / _TRAINING, (json.dumps(facts, indent=1) + "\n").encode())
     write_atomically(made / "README.md", card(facts).encode())
-    answered = {example.id for example in examples}
-    selected = [r for path in data for r in select_prompts(path, settings)]
-    TrainedOn.of(r.prompt for r in selected if r.id in answered).save(made)
+    TrainedOn.of(r.prompt for file in trained for r in file.answered).save(made)
     _publish(made, out)
     shutil.rmtree(part)
     return report
@@ -143,39 +151,40 @@ def _check(data: Sequence[Path], also_measure: Sequence[Path], out: Path) -> Non
 
 def _read(
     pace: Pace,
-    path: Path,
+    file: PromptFile,
     settings: DistillSettings,
     on_progress: Callable[[TrainingProgress], None],
-    only_validation: bool = False,
 ) -> DataFile:
     """Return the answers to a file's prompts, after decoding the missing ones."""
-    path = Path(path)
-    prompts = take_by_hash(read_prompts([path]), settings.cap_of(path.stem))
-    if only_validation:
-        prompts = [r for r in prompts if is_validation(r.id, settings.validation_share)]
-    store = open_outputs(pace, settings.outputs / path.stem, settings.max_new_tokens)
-    count = itertools.count(1)
+    store = open_outputs(pace, settings.outputs / file.name, settings.max_new_tokens)
+    greedy = (AnswerSampling(),)
+    for prompts, samplings in ((file.training, settings.samplings), (file.validation, greedy)):
+        decode_outputs(
+            pace,
+            prompts,
+            samplings,
+            store,
+            settings.max_new_tokens,
+            settings.answers_drafter,
+            on_done=lambda done, total: on_progress(TrainingProgress("decode", done, total)),
+        )
+    examples = read_examples(store, file.training, settings.samplings)
+    return DataFile(
+        file.name,
+        examples,
+        read_examples(store, file.validation, greedy),
+        read_sources(file.path),
+        answered_prompts(examples, file.training, settings.samplings),
+    )
 
-    def on_done() -> None:
-        on_progress(TrainingProgress("decode", next(count), len(prompts)))
 
-    decode_outputs(pace, prompts, store, settings.max_new_tokens, on_done=on_done)
-    return DataFile(path.stem, read_examples(store, prompts), read_sources(path))
-
-
-def select_prompts(path: Path, settings: DistillSettings) -> list[PromptRecord]:
-    """Return the prompts of a data file that a distillation with these settings trains on."""
-    records, limit = read_prompts([path]), settings.cap_of(Path(path).stem)
-    return training_part(records, limit, settings.validation_share)
-
-
-def _split(files: Sequence[DataFile], share: float) -> tuple[list[Example], list[Example]]:
-    texts = [e for file in files for e in file.examples]
-    validation = [e for e in texts if is_validation(e.id, share)]
-    examples = [e for e in texts if not is_validation(e.id, share)]
+def _join(files: Sequence[DataFile]) -> tuple[list[Example], list[Example]]:
+    """Return the examples of all files to train on, and those to validate on."""
+    examples = [e for file in files for e in file.examples]
+    validation = [e for file in files for e in file.validation]
     if not examples:
         raise ConfigError(
-            f"no text to train on: {len(texts)} prompts have an answer, {len(validation)} of them for "
+            f"no text to train on: {len(validation)} prompts have an answer, all of them for "
             "validation; give more prompts or a smaller validation_share"
         )
     return examples, validation
@@ -259,12 +268,12 @@ def _text_facts(trained: Sequence[DataFile], examples: Sequence[Example]) -> dic
     return {
         "data": {
             file.name: {
-                "texts": len(file.examples),
+                "texts": len(file.texts),
                 "sources": [asdict(source) for source in file.sources],
             }
             for file in trained
         },
-        "trained_domains": sorted({e.domain for file in trained for e in file.examples}),
+        "trained_domains": sorted({e.domain for e in examples}),
         "examples": len(examples),
         "tokens": {
             "output": sum(e.num_output for e in examples),
