@@ -176,7 +176,7 @@ class _Run:
             before += len(examples)
             stores.append(store)
         every = [example for _, own in wanted for example in own]
-        return read_distributions(stores, every, settings.prompt_weight)
+        return read_distributions(stores, every)
 
     def _counter(self, before: int, total: int) -> Callable[[int], None]:
         return lambda done: self._report("distributions", before + done, total)
@@ -186,9 +186,7 @@ class _Run:
         settings, part = self.settings, self.part
         path = part / ("pretrain.pt" if pretrain_tokens else "align.pt")
         before = self.phases[-1].step if self.phases else 0
-        trainer = Trainer(
-            self.student, lesson, settings, path, self.accelerator, pretrain_tokens
-        )
+        trainer = Trainer(self.student, lesson, settings, path, self.accelerator, pretrain_tokens)
         events = EventLog(part / "events", before + trainer.training.step) if self.is_main else None
 
         def validate(student: PreTrainedModel) -> tuple[float, dict[str, Any]]:
@@ -211,7 +209,8 @@ class _Run:
             [r.example.domain for r in replays],
             [r.accepted.numpy() for r in replays],
         )
-        return measure(answers, self.ratio, self.prices and self.prices.round_costs)
+        costs = None if self.prices is None else self.prices.round_costs
+        return measure(answers, self.ratio, costs)
 
     def _describe(self, made: Path, texts: TrainingTexts, report: DistillReport) -> None:
         """Write the card, the figures, their curves and the record of the prompts."""
