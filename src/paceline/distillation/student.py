@@ -146,7 +146,8 @@ def _check_head(student: PreTrainedModel, folder: Path) -> None:
     with torch.inference_mode():
         hidden = student.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         own = student(input_ids=tokens, use_cache=False).logits
-    if not torch.allclose(hidden @ head.T, own, atol=1e-3):
+        is_product = torch.allclose(hidden @ head.T, own, atol=1e-3)
+    if not is_product:
         raise ConfigError(
             f"start_from {folder}: {type(student).__name__} scales, caps or shifts its logits, which "
             "training does not do; start from another architecture, such as Llama or Qwen"
