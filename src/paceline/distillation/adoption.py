@@ -95,13 +95,14 @@ def with_section(card: str, entries: Sequence[Mapping[str, Any]]) -> str:
     section = "\n\n".join(
         [
             HEADING,
-            "Trained further on requests that the target served: their prompts and the target's answers,\n"
-            "as token ids from a decision log. This folder holds none of them as text, but weights can\n"
-            "repeat what they were trained on. Other sections are of the weights before.",
+            "Trained further on requests that the target served: their prompts and the target's\n"
+            "answers, as token ids from a decision log. This folder holds none of them as text, but\n"
+            "weights can repeat what they were trained on. Other sections are of the weights before.",
             _table(entries),
-            "Held-out requests: one per conversation, whose prompts were not trained on. Block efficiency\n"
-            "tau: tokens per target forward with drafts of K tokens, of a drafter that proposes its most\n"
-            "likely token. Acceptance: the mean of sum min(p, q). Rises are paired, with 95 % intervals.",
+            "Held-out requests: one per conversation, whose prompts were not trained on. Block\n"
+            "efficiency tau: tokens per target forward with drafts of K tokens, of a drafter that\n"
+            "proposes its most likely token. Acceptance: the mean of sum min(p, q). Rises are paired,\n"
+            "with 95 % intervals.",
         ]
     )
     own = re.compile(rf"^{re.escape(HEADING)}$.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)

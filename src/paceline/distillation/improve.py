@@ -9,10 +9,9 @@ Symbols: K the drafter's draft length.
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import shutil
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,7 +25,7 @@ from paceline.distillation.adoption import (
     publish,
     weight_files,
 )
-from paceline.distillation.comparison import Interval, Intervals, compare, measure_intervals
+from paceline.distillation.comparison import compare, measure_intervals
 from paceline.distillation.distributions import (
     LiveDistributions,
     open_distributions,
@@ -34,15 +33,10 @@ from paceline.distillation.distributions import (
     store_distributions,
 )
 from paceline.distillation.facts import circumstances
-from paceline.distillation.logged import (
-    SERVED,
-    num_conversations,
-    prompt_key,
-    read_requests,
-    split_by_prompt,
-)
+from paceline.distillation.improve_report import ImproveReport
+from paceline.distillation.improve_texts import TextRecord, add_data, read_log
+from paceline.distillation.logged import SERVED, prompt_key
 from paceline.distillation.measures import LONGEST, AnswerMatches, measure
-from paceline.distillation.preparation import prepare_texts
 from paceline.distillation.prompt_texts import PromptReader
 from paceline.distillation.replays import replay_validation, with_losses
 from paceline.distillation.run import locked
@@ -62,7 +56,8 @@ if TYPE_CHECKING:
     from paceline.assembly import Pace
     from paceline.distillation.batches import Example
     from paceline.distillation.improve_settings import ImproveSettings
-    from paceline.distillation.logged import LogSplit
+    from paceline.distillation.improve_texts import ImproveTexts
+    from paceline.distillation.prompt_texts import PromptText
     from paceline.distillation.replays import TextReplay
     from paceline.distillation.train import Distributions
     from paceline.store import LoggedDecision
@@ -79,33 +74,6 @@ class DrafterFolder:
     name: str
     folder: Path
     num_draft_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class ImproveReport:
-    """The result of an improvement.
-
-    out: the folder with the new weights, None if they were not adopted. kept: the folder with the
-    weights before. counts: answers to train on (`training`), of them from prompt files (`data`), to
-    validate on and held out; conversations of the log. left_out: reason -> number of logged requests.
-    The intervals are of the held-out requests.
-    """
-
-    drafter: str
-    num_draft_tokens: int
-    out: Path | None
-    kept: Path | None
-    counts: dict[str, int]
-    before: Intervals
-    after: Intervals
-    rise: Intervals
-    left_out: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def is_adopted(self) -> bool:
-        """Whether the new weights are used from now on, or written to a folder of their own."""
-        return self.out is not None
 
 
 def improve(
@@ -142,34 +110,8 @@ def improve(
             pace, replace(drafter, folder=folder), settings, part, accelerator, on_progress
         )
         report = run.finish() or run.train(decisions, out, [Path(path) for path in data])
-        shutil.rmtree(part)
-    part.with_name(part.name + ".lock").unlink(missing_ok=True)
+        run.remove()
     return report
-
-
-@dataclass(slots=True)
-class _Texts:
-    """The texts of an improvement. data: answers of prompt files, by the folder of their answers."""
-
-    split: LogSplit
-    left_out: dict[str, int]
-    conversations: int
-    data: dict[Path, list[Example]] = field(default_factory=dict)
-    data_prompts: TrainedOn = field(default_factory=lambda: TrainedOn.of([]))
-
-    @property
-    def training(self) -> list[Example]:
-        return [*self.split.training, *(e for own in self.data.values() for e in own)]
-
-    @property
-    def counts(self) -> dict[str, int]:
-        return {
-            "training": len(self.training),
-            "data": sum(map(len, self.data.values())),
-            "validation": len(self.split.validation),
-            "held_out": len(self.split.held_out),
-            "conversations": self.conversations,
-        }
 
 
 class _Improvement:
@@ -194,7 +136,7 @@ class _Improvement:
         """Publish the weights that a killed run has adopted; return None if there are none."""
         if not (self.adopted / _RESULT).is_file():
             return None
-        report = _read_report((self.adopted / _RESULT).read_text(encoding="utf-8"))
+        report = ImproveReport.from_json((self.adopted / _RESULT).read_text(encoding="utf-8"))
         assert report.kept is not None
         publish(self.adopted, self.drafter.folder, report.kept)
         return report
@@ -206,7 +148,7 @@ class _Improvement:
         student = make_student(self.pace.parts.target, self.settings)
         texts = self._texts(decisions, student)
         if data and self.settings.data_share:
-            self._add_data(texts, data)
+            add_data(texts, self.pace, data, self.settings, self._report)
         distributions = self._distributions(texts)
         held_out, folder = texts.split.held_out, self.drafter.folder
         before = replay_validation(load_float32(folder), held_out, distributions)
@@ -222,71 +164,45 @@ class _Improvement:
     def _report(self, phase: str, done: int, total: int) -> None:
         self.on_progress(TrainingProgress(phase, done, total))
 
+    def remove(self) -> None:
+        """Remove the unfinished work."""
+        shutil.rmtree(self.part)
+        with suppress(OSError):  # some systems keep a file that is in use
+            self.part.with_name(self.part.name + ".lock").unlink()
+
     # --- texts ----------------------------------------------------------------------------------
 
-    def _texts(self, decisions: Sequence[LoggedDecision], student: PreTrainedModel) -> _Texts:
+    def _texts(self, decisions: Sequence[LoggedDecision], student: PreTrainedModel) -> ImproveTexts:
         """Return the log's texts in parts. Raises ConfigError if they are too few."""
-        target, settings = self.pace.parts.target, self.settings
-        own = student.config.get_text_config().max_position_embeddings
-        context = min(target.context_length, own)
-        tokenizer = self.pace.parts.vocabulary.hash()
-        read = read_requests(decisions, target.fingerprint(), tokenizer, context)
-        examples = self._frozen(read.examples)
-        split = split_by_prompt(
-            examples, settings.held_out, settings.validation_share, self._may_judge
-        )
-        texts = _Texts(split, read.left_out, num_conversations(examples))
-        _check_numbers(texts, len(decisions), settings)
-        return texts
-
-    def _may_judge(self, example: Example) -> bool:
-        return self.trained_on is None or self._text(example) not in self.trained_on
-
-    def _text(self, example: Example) -> str:
-        return self.reader.read(example.tokens[: example.num_prompt].tolist()).text
-
-    def _frozen(self, examples: list[Example]) -> list[Example]:
-        """Return the texts that a killed run had; a log grows, and its checkpoint would not fit."""
-        path = self.part / "texts.json"
-        digest = hashlib.sha256(self.pace.parts.target.fingerprint().encode())
+        target = self.pace.parts.target
+        digest = hashlib.sha256(target.fingerprint().encode())
         for file in weight_files(self.drafter.folder):
             digest.update(file.read_bytes())
-        by_id = {example.id: example for example in examples}
-        if path.is_file():
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            if saved["models"] == digest.hexdigest() and by_id.keys() >= set(saved["ids"]):
-                return [by_id[id] for id in saved["ids"]]
-        for name in self.part.iterdir():  # of another drafter, target or log
-            shutil.rmtree(name) if name.is_dir() else name.unlink()
-        saved = {"models": digest.hexdigest(), "ids": list(by_id)}
-        write_atomically(path, json.dumps(saved).encode())
-        return examples
+        own = student.config.get_text_config().max_position_embeddings
+        context = min(target.context_length, own)
+        record = TextRecord(self.part, digest.digest())
+        try:
+            return read_log(self.pace, decisions, self.settings, context, self._may_judge, record)
+        except ConfigError:
+            self.remove()
+            raise
 
-    def _add_data(self, texts: _Texts, data: Sequence[Path]) -> None:
-        """Add answers of prompt files, up to their share of the tokens, without held-out prompts."""
-        share = self.settings.data_share
-        logged = sum(len(example.tokens) for example in texts.split.training)
-        room = int(logged * share / (1 - share))
-        judged = {prompt_key(e) for e in (*texts.split.held_out, *texts.split.validation)}
-        prepared = prepare_texts(self.pace, data, (), self.settings, self._report)
-        texts.data_prompts = prepared.trained_on
-        pairs = [(e, file.folder) for file in prepared.files for e in file.training]
-        # all files have a share, whatever their order
-        for example, folder in sorted(pairs, key=lambda pair: hashlib.sha256(pair[0].id.encode()).digest()):
-            if room < len(example.tokens):
-                break
-            if prompt_key(example) not in judged:
-                texts.data.setdefault(folder, []).append(example)
-                room -= len(example.tokens)
+    def _may_judge(self, example: Example) -> bool:
+        return self.trained_on is None or self._prompt(example).text not in self.trained_on
 
-    def _distributions(self, texts: _Texts) -> Distributions:
+    def _prompt(self, example: Example) -> PromptText:
+        return self.reader.read(example.tokens[: example.num_prompt].tolist())
+
+    def _distributions(self, texts: ImproveTexts) -> Distributions:
         """Return the target's distributions along the texts, after computing the missing ones."""
         settings, target = self.settings, self.pace.parts.target
         if settings.teacher == "live":
             return LiveDistributions.of(target, settings.teacher_temperature)
         judged = [*texts.split.validation, *texts.split.held_out]
         learns_text = settings.loss == "cross_entropy"  # which reads no distribution
-        wanted = {self.part / "answers": judged if learns_text else [*judged, *texts.split.training]}
+        wanted = {
+            self.part / "answers": judged if learns_text else [*judged, *texts.split.training]
+        }
         if not learns_text:
             wanted |= texts.data
         total, before, stores = sum(map(len, wanted.values())), 0, []
@@ -296,14 +212,16 @@ class _Improvement:
             before += len(examples)
             stores.append(store)
         every = [example for own in wanted.values() for example in own]
-        return read_distributions(stores, every, settings.prompt_weight)
+        return read_distributions(stores, every)
 
     def _counter(self, before: int, total: int) -> Callable[[int], None]:
         return lambda done: self._report("distributions", before + done, total)
 
     # --- training and judging -------------------------------------------------------------------
 
-    def _align(self, student: PreTrainedModel, texts: _Texts, distributions: Distributions) -> None:
+    def _align(
+        self, student: PreTrainedModel, texts: ImproveTexts, distributions: Distributions
+    ) -> None:
         """Train the student, which has the weights of the best validation afterwards."""
         length = self.drafter.num_draft_tokens
         ratio = num_parameters(student) / num_parameters(self.pace.parts.target.model)
@@ -314,13 +232,15 @@ class _Improvement:
             figures = with_losses(measures.to_history(), replays)
             return float(measures.mean.block_efficiency[length]), figures
 
-        lesson = Lesson(texts.training, (), distributions)
+        # cross-entropy learns the texts' own tokens
+        learned = None if self.settings.loss == "cross_entropy" else distributions
+        lesson = Lesson(texts.training, (), learned)
         path = self.part / "align.pt"
         trainer = Trainer(student, lesson, self.settings, path, self.accelerator)
         trainer.run(validate, self.on_progress)
 
     def _judge(
-        self, texts: _Texts, before: Sequence[TextReplay], after: Sequence[TextReplay]
+        self, texts: ImproveTexts, before: Sequence[TextReplay], after: Sequence[TextReplay]
     ) -> ImproveReport:
         length = self.drafter.num_draft_tokens
         old, new = _matches(before), _matches(after)
@@ -339,7 +259,7 @@ class _Improvement:
     # --- adoption -------------------------------------------------------------------------------
 
     def _adopt(
-        self, report: ImproveReport, texts: _Texts, made: Path, out: Path | None
+        self, report: ImproveReport, texts: ImproveTexts, made: Path, out: Path | None
     ) -> ImproveReport:
         """Describe the new weights and put them in their place."""
         folder = self.drafter.folder
@@ -351,12 +271,12 @@ class _Improvement:
             out.parent.mkdir(parents=True, exist_ok=True)
             made.replace(out)
             return report
-        write_atomically(made / _RESULT, json.dumps(asdict(report), default=str).encode())
+        write_atomically(made / _RESULT, report.to_json().encode())
         made.replace(self.adopted)  # from here on, a killed run is finished by the next one
         publish(self.adopted, folder, kept)
         return report
 
-    def _prompts(self, texts: _Texts) -> tuple[TrainedOn | None, list[str]]:
+    def _prompts(self, texts: ImproveTexts) -> tuple[TrainedOn | None, list[str]]:
         """Return the record of all prompts trained on, and notes about it; None if it is unknown."""
         if self.trained_on is None:
             return None, [
@@ -364,7 +284,7 @@ class _Improvement:
                 "written either"
             ]
         keys = {prompt_key(e): e for e in texts.split.training}
-        read = [self.reader.read(e.tokens[: e.num_prompt].tolist()) for e in keys.values()]
+        read = [self._prompt(example) for example in keys.values()]
         logged = TrainedOn.of(prompt.text for prompt in read)
         data = texts.data_prompts if texts.data else None
         record = join([self.trained_on, logged, *([data] if data is not None else [])])
@@ -380,7 +300,6 @@ class _Improvement:
 
     def _entry(self, report: ImproveReport) -> dict[str, Any]:
         """Return the facts of an adopted improvement, without texts and folders."""
-        facts = json.loads(json.dumps(asdict(report)["rise"]))
         settings = self.settings.model_dump(mode="json", exclude_unset=True)
         unnamed = ("outputs", "start_from", "threads")
         return {
@@ -390,31 +309,12 @@ class _Improvement:
             "counts": report.counts,
             "before": asdict(report.before),
             "after": asdict(report.after),
-            "rise": facts,
+            "rise": asdict(report.rise),
             "settings": {k: v for k, v in settings.items() if k not in unnamed},
             "circumstances": circumstances(
                 str(self.pace.parts.target.device), torch.get_num_threads()
             ),
         }
-
-
-def _check_numbers(texts: _Texts, num_logged: int, settings: ImproveSettings) -> None:
-    """Raise ConfigError if the log has too few texts for any part."""
-    counts, least = texts.counts, settings.least_held_out
-    why = "; ".join(f"{count} {reason}" for reason, count in texts.left_out.items())
-    ignored = f" ({why})" if why else ""
-    if not counts["conversations"]:
-        raise ConfigError(
-            f"none of {num_logged} logged requests can train a drafter{ignored or ': the log is empty'}"
-        )
-    if counts["held_out"] < least or not counts["training"] or not counts["validation"]:
-        needed = math.ceil(least / settings.held_out)
-        raise ConfigError(
-            f"the log has {counts['conversations']} different prompts or conversations to use{ignored}: "
-            f"{counts['training']} answers to train on, {counts['validation']} to validate on and "
-            f"{counts['held_out']} held out, where 1, 1 and {least} are needed; about {needed} prompts "
-            f"are enough at held_out {settings.held_out:g}: serve more, then run the command again"
-        )
 
 
 def _matches(replays: Sequence[TextReplay]) -> AnswerMatches:
@@ -423,13 +323,3 @@ def _matches(replays: Sequence[TextReplay]) -> AnswerMatches:
         [r.example.domain for r in replays],
         [r.accepted.numpy() for r in replays],
     )
-
-
-def _read_report(text: str) -> ImproveReport:
-    raw = json.loads(text)
-    for name in ("before", "after", "rise"):
-        figures = {k: v and Interval(**v) for k, v in raw[name].items()}
-        raw[name] = Intervals(**figures)
-    for name in ("out", "kept"):
-        raw[name] = raw[name] and Path(raw[name])
-    return ImproveReport(**raw)

@@ -62,8 +62,8 @@ def read_requests(
         if reason is not None:
             left_out[reason] += 1
             continue
-        tokens = np.array([*decision.prompt_tokens, *decision.output_tokens], dtype=np.int64)
-        num_prompt = len(decision.prompt_tokens)
+        prompt, output = decision.prompt_tokens or (), decision.output_tokens or ()
+        tokens, num_prompt = np.array([*prompt, *output], dtype=np.int64), len(prompt)
         example = Example(_id(tokens, num_prompt), SERVED, tokens[:context], num_prompt)
         texts.setdefault(example.id, example)
     return LoggedTexts(list(texts.values()), dict(left_out))
@@ -110,11 +110,11 @@ def num_conversations(examples: Sequence[Example]) -> int:
 def _conversations(examples: Sequence[Example]) -> dict[bytes, list[Example]]:
     """Return first prompt -> texts whose prompts begin with it."""
     found: dict[bytes, list[Example]] = {}
-    first = None
+    first = b""
     # a prompt's continuations follow it in this order
     for key, example in sorted(((prompt_key(e), e) for e in examples), key=lambda pair: pair[0]):
-        goes_on = first is not None and key.startswith(first)
-        if not goes_on or (key != first and len(first) < _SHORTEST_START * _TOKEN.itemsize):
+        is_long = len(first) >= _SHORTEST_START * _TOKEN.itemsize
+        if not (is_long and key.startswith(first)):
             first = key
         found.setdefault(first, []).append(example)
     return found

@@ -87,7 +87,7 @@ def distill(
         torch.set_num_threads(settings.threads)
     part = out.with_name(out.name + ".part")
     accelerator = start_accelerator(pace.parts.target.device.type == "cpu")
-    with _locked(part, accelerator):
+    with locked(part, accelerator):
         run = _Run(pace, settings, part, accelerator, on_progress, prices)
         report = run.train(data, also_measure, out)
         if accelerator.is_main_process:
@@ -214,7 +214,7 @@ def _say_nothing(progress: TrainingProgress) -> None:
 
 
 @contextmanager
-def _locked(part: Path, accelerator: Accelerator) -> Iterator[None]:
+def locked(part: Path, accelerator: Accelerator) -> Iterator[None]:
     """Hold the folder of the unfinished work. Raises ConfigError if another process does."""
     if not accelerator.is_main_process:
         yield
