@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from paceline.config import Config, EngineSection, ModelSection
 from paceline.experiments.by_clock import without_prefixes
 from paceline.experiments.demo_prompts import demo_prompts
 from paceline.experiments.prompt_files import TASKS
-from paceline.store import read_prompts
+from paceline.store import read_prompts, take_part_of_files
 from paceline.testing.tokenizers import byte_tokenizer
 
 if TYPE_CHECKING:
@@ -120,14 +119,10 @@ def load_prompts(
     if data is None:
         # only 72 of math and of translation are bundled
         return demo_prompts(num_collected, min(num_timed, 72 - num_collected))
-    collected: list[PromptRecord] = []
-    timed: list[PromptRecord] = []
-    for task in TASKS:
-        of_task = read_prompts([data / f"{task}.jsonl"])
-        num = min(len(of_task), num_collected + num_timed)
-        chosen = random.Random(0).sample(of_task, num)
-        collected += chosen[:num_collected]
-        timed += chosen[num_collected:]
+    files = [read_prompts([data / f"{task}.jsonl"]) for task in TASKS]
+    to_collect, to_time = (take_part_of_files(files, part) for part in ("collection", "judging"))
+    collected = [record for of_task in to_collect for record in of_task[:num_collected]]
+    timed = [record for of_task in to_time for record in of_task[:num_timed]]
     return collected, timed
 
 

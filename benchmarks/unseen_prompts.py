@@ -10,9 +10,9 @@ from paceline.drafting.draft_model import DraftModel
 from paceline.drafting.suffix_lookup import SuffixLookup
 from paceline.errors import ConfigError
 from paceline.experiments.prompt_files import TASKS
-from paceline.store import TrainedOn, is_collection, read_prompts, take_by_hash
+from paceline.store import TrainedOn, is_collection, read_prompts, take_part_of_files
 from paceline.store.collection import open_trajectories, read_trajectories
-from paceline.store.trained_on import hash_prompt, join
+from paceline.store.trained_on import join
 
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence
@@ -25,7 +25,8 @@ CASCADE = "cascade"
 
 
 class UnseenPrompts(NamedTuple):
-    """Prompts of each task to collect and others to time, and the number of unseen ones by task."""
+    """Prompts of each task to collect and others to time, and the number of unseen ones of
+    both parts by task."""
 
     collected: list[PromptRecord]
     timed: list[PromptRecord]
@@ -35,45 +36,35 @@ class UnseenPrompts(NamedTuple):
 def read_unseen(
     folder: Path, trained: Container[str], num_collected: int, num_timed: int
 ) -> UnseenPrompts:
-    """Return the prompts of a data folder's tasks that are not in `trained`.
+    """Return the prompts of a data folder's tasks that are not in `trained`, of the part to collect and
+    of the part to time.
 
-    A task with fewer prompts gives the number to time, and has the rest collected. Raises ConfigError
+    A task with fewer prompts than are to be collected has all of its part collected. Raises ConfigError
     if a file is missing or has too few unseen prompts.
     """
+    files = [_read_task(folder, task) for task in TASKS]
     found = UnseenPrompts([], [], {})
-    for task in TASKS:
-        path = folder / f"{task}.jsonl"
-        if not path.is_file():
-            raise ConfigError(
-                f"{folder}: no {path.name} in this data folder; name another by --data"
-            )
-        unseen = [record for record in read_prompts([path]) if record.prompt not in trained]
-        collected, timed = split_by_hash(unseen, num_collected, num_timed)
+    to_collect, to_time = (take_part_of_files(files, part) for part in ("collection", "judging"))
+    for task, first, second in zip(TASKS, to_collect, to_time, strict=True):
+        collected = [record for record in first if record.prompt not in trained]
+        timed = [record for record in second if record.prompt not in trained]
         if len(timed) < num_timed or not collected:
             raise ConfigError(
-                f"{path}: no drafter was trained on {len(collected) + len(timed)} of its prompts, "
-                f"which is too few to time {num_timed} and collect others; lower --per-task"
+                f"{folder / task}.jsonl: no drafter was trained on {len(timed)} of the prompts to time "
+                f"and {len(collected)} of those to collect, which is too few to time {num_timed} and "
+                "collect others; lower --per-task"
             )
-        found.collected.extend(collected)
-        found.timed.extend(timed)
-        found.num_unseen[task] = len({hash_prompt(record.prompt) for record in unseen})
+        found.collected.extend(collected[:num_collected])
+        found.timed.extend(timed[:num_timed])
+        found.num_unseen[task] = len(collected) + len(timed)
     return found
 
 
-def split_by_hash(
-    records: Sequence[PromptRecord], num_collected: int, num_timed: int
-) -> tuple[list[PromptRecord], list[PromptRecord]]:
-    """Return prompts to collect and others to time, from opposite ends by hash of id.
-
-    Of prompts with one text only the first is used, so that no text is in both. Where there are too few
-    for both, the number to collect is lower.
-    """
-    by_text = {
-        hash_prompt(record.prompt): record for record in reversed(take_by_hash(records, None))
-    }
-    ranked = take_by_hash(list(by_text.values()), None)
-    first_timed = max(len(ranked) - num_timed, 0)
-    return ranked[: min(num_collected, first_timed)], ranked[first_timed:]
+def _read_task(folder: Path, task: str) -> list[PromptRecord]:
+    path = folder / f"{task}.jsonl"
+    if not path.is_file():
+        raise ConfigError(f"{folder}: no {path.name} in this data folder; name another by --data")
+    return read_prompts([path])
 
 
 def trained_on(config: Config) -> TrainedOn:

@@ -21,7 +21,7 @@ _NAMES = {
     "paceline.experiments.catalog": ("experiment",),
     "paceline.experiments.demo_job": ("demo",),
     "paceline.layer_search": ("search_layers",),
-    "paceline.store": ("read_decisions", "read_prompts"),
+    "paceline.store": ("read_decisions", "read_prompts", "take_part"),
     "paceline.verbs.data": ("data",),
     "paceline.verbs.distillation": ("distill", "suggest_shapes"),
     "paceline.verbs.evaluate": ("evaluate",),
@@ -69,6 +69,7 @@ __all__ = [
     "route",
     "search_layers",
     "suggest_shapes",
+    "take_part",
 ]
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ if TYPE_CHECKING:
     from paceline.experiments.catalog import experiment
     from paceline.experiments.demo_job import demo
     from paceline.layer_search import search_layers
-    from paceline.store import read_decisions, read_prompts
+    from paceline.store import read_decisions, read_prompts, take_part
     from paceline.verbs.data import data
     from paceline.verbs.distillation import distill, suggest_shapes
     from paceline.verbs.evaluate import evaluate

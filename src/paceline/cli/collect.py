@@ -29,6 +29,7 @@ def collect(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Number of prompts to take, by hash of id.")
     ] = None,
+    part: options.Part = "all",
     temperature: Annotated[
         list[float] | None,
         typer.Option(help="Temperature of the answers, 0 is greedy; may be repeated."),
@@ -75,7 +76,8 @@ def collect(
     filters = {"top_p": top_p, "top_k": top_k, "min_p": min_p}
     samplings = _samplings(temperature or [0.0], filters, seed)
     written = options.named("--outputs", outputs, "NAME=FILE")
-    records = take_by_hash(read_prompts(prompts, fields, bad.append if skip_bad else None), limit)
+    found = read_prompts(prompts, fields, bad.append if skip_bad else None)
+    records = take_by_hash(options.taken_part(found, part), limit)
     console = Console()
     if bad:
         say(console, f"{len(bad)} broken rows were left out; the first of them:")

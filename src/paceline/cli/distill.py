@@ -65,9 +65,9 @@ def distill(
         _suggest(configured, Console())
         return
 
-    from paceline.distillation import DistillationSection
     from paceline.cli.progress import progress
     from paceline.config import parse
+    from paceline.distillation import DistillationSection
     from paceline.verbs.distillation import distill as run_distill
 
     flags = {"size": size, "loss": loss, "epochs": epochs, "seed": seed, "threads": threads}
@@ -116,7 +116,15 @@ def measures_table(measures: Measures, title: str) -> BandedTable:
 
     length = "3"
     table = BandedTable(title=title)
-    for column in ("task", "answers", "match rate", "acceptance", "tau, K=3", "MBSU, K=3", "speed-up"):
+    for column in (
+        "task",
+        "answers",
+        "match rate",
+        "acceptance",
+        "tau, K=3",
+        "MBSU, K=3",
+        "speed-up",
+    ):
         table.add_column(column, justify="left" if column == "task" else "right")
     figures = measures.to_history()
     for task, own in measures.tasks.items():

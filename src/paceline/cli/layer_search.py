@@ -30,6 +30,7 @@ def layer_search(
         Path | None, typer.Option(help="Cost file of an earlier search. Default: next to --out.")
     ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Number of development prompts.")] = 8,
+    part: options.Part = "all",
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Maximum number of new tokens.")
     ] = None,
@@ -54,7 +55,7 @@ def layer_search(
     flags = {"objective": objective, "max_new_tokens": max_new_tokens, "seed": seed}
     raw = options.given(flags) | options.assigned(setting)
     settings = parse(SearchSettings, raw, "layer-search")
-    records = take_by_hash(read_prompts(data), prompts)
+    records = take_by_hash(options.taken_part(read_prompts(data), part), prompts)
     table = CostTable.load(costs) if costs is not None else None
     # only the target is used, so the drafters of the configuration need not exist yet
     chosen = options.configured(config, dtype, device, threads).model_copy(update={"drafters": {}})

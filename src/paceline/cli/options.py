@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from paceline.config import Config, LearningSection
+    from paceline.contracts import PromptRecord
 
 ConfigFile = Annotated[
     Path, typer.Option("--config", "-c", help="YAML file that names target, drafters and settings.")
@@ -40,6 +41,9 @@ Policy = Annotated[Path | None, typer.Option(help="Folder of the policy.")]
 Objective = Annotated[
     str | None,
     typer.Option(help="throughput (default), latency, or a weight from 1 to 0 between them."),
+]
+Part = Annotated[
+    str, typer.Option(help="Part of the prompts: training, collection, judging or all.")
 ]
 Plot = Annotated[Path | None, typer.Option(help="PNG file of a figure to write.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Use the text as it is, without a chat template.")]
@@ -103,6 +107,24 @@ def messages_of(prompt: str, raw: bool, tokenizer: object) -> Any:
     text = sys.stdin.read() if prompt == "-" else prompt
     has_template = getattr(tokenizer, "chat_template", None) is not None
     return text if raw or not has_template else [{"role": "user", "content": text}]
+
+
+def taken_part(records: Sequence[PromptRecord], part: str) -> list[PromptRecord]:
+    """Return the prompts of a part. Raises ConfigError on another name, or if it has no prompt."""
+    from typing import cast, get_args
+
+    from paceline.errors import ConfigError
+    from paceline.store import Part, take_part
+
+    if part not in get_args(Part):
+        raise ConfigError(f"--part '{part}': must be one of {', '.join(get_args(Part))}")
+    taken = take_part(records, cast("Part", part))
+    if records and not taken:
+        raise ConfigError(
+            f"--part {part}: none of the {len(records)} prompts is in it; give more prompts or "
+            "--part all"
+        )
+    return taken
 
 
 def given(flags: dict[str, Any]) -> dict[str, Any]:

@@ -18,12 +18,7 @@ from paceline.collection.answers import build_answers
 from paceline.collection.card import Card, describe_run
 from paceline.collection.draft_outputs import load_outputs
 from paceline.collection.replays import OutputTask, ReplayTask, ScoreTask
-from paceline.collection.trajectories import (
-    DecodeTask,
-    EncodedPrompt,
-    encode_prompts,
-    seed_sampling,
-)
+from paceline.collection.trajectories import DecodeTask, EncodedPrompt, encode_prompts
 from paceline.collection.workers import open_pool
 from paceline.contracts import GREEDY, NONE, identity_of_arms, no_progress
 from paceline.drafting.draft_model import DraftModel
@@ -32,7 +27,7 @@ from paceline.requests import check_sampling
 from paceline.selection.encoders import TargetHidden, kept_encoders
 from paceline.store import Collection
 from paceline.store.collection import read_trajectories
-from paceline.store.records import sampling_label
+from paceline.store.records import sampling_label, seed_sampling
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -8,8 +8,7 @@ request ended first. Knows no drafters and no costs.
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,6 @@ from paceline.contracts import NONE, Context, Decision, Request
 from paceline.errors import DecodingError, StoreError
 from paceline.selection.encoders import TargetHidden
 from paceline.store.layout import Trajectory
-from paceline.store.records import sampling_label
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,17 +38,6 @@ class EncodedPrompt:
     domain: str
     tokens: tuple[int, ...]
     sampling: SamplingParams
-
-
-def seed_sampling(prompt_id: str, sampling: SamplingParams) -> tuple[str, SamplingParams]:
-    """Return (the row's id, the sampling with the prompt's own seed)."""
-    label = sampling_label(sampling)
-    if not label:
-        return prompt_id, sampling
-    key = f"{sampling.seed}\0{prompt_id}\0{label}".encode()
-    seed = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 2
-    # noise keyed by seed and position gives the same text for every arm
-    return prompt_id + label, replace(sampling, seed=seed, method="invariant")
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,8 +150,10 @@ def _samplings(settings: Mapping[str, Any]) -> str:
 def _measure_paragraphs(facts: Mapping[str, Any]) -> list[str]:
     """Return the measures per task on validation prompts."""
     measures = facts["measures"]
-    priced = "measured prices of this model and its target" if measures["is_priced"] else (
-        "the share of parameters alone, as for memory-bound speed-up"
+    priced = (
+        "measured prices of this model and its target"
+        if measures["is_priced"]
+        else ("the share of parameters alone, as for memory-bound speed-up")
     )
     lines = [
         "| task | trained on it | match rate | acceptance | tau, K = 3 | tau, K = 5 | MBSU, K = 3 | "
@@ -167,10 +169,10 @@ def _measure_paragraphs(facts: Mapping[str, Any]) -> list[str]:
         )
     return [
         "On prompts that were not used in training. Match rate: the share of positions where the\n"
-        "drafter's greedy token is the target's. Acceptance: the mean of sum min(p, q), the chance that a\n"
-        "sampled token is accepted. Block efficiency tau: tokens per target forward, greedy, drafts of K\n"
-        "tokens. MBSU: memory-bound speed-up. Speed-up: predicted over plain decoding at the best K, from\n"
-        f"{priced}. Weights as saved, products in float32.",
+        "drafter's greedy token is the target's. Acceptance: the mean of sum min(p, q), the chance\n"
+        "that a sampled token is accepted. Block efficiency tau: tokens per target forward, greedy,\n"
+        "drafts of K tokens. MBSU: memory-bound speed-up. Speed-up: predicted over plain decoding at\n"
+        f"the best K, from {priced}. Weights as saved,\nproducts in float32.",
         "\n".join(lines),
     ]
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +27,8 @@ from paceline.distillation.distributions import (
     read_distributions,
     store_distributions,
 )
-from paceline.distillation.facts import make_facts
-from paceline.distillation.measures import AnswerMatches, Measures, measure
+from paceline.distillation.facts import DistillReport, make_facts
+from paceline.distillation.measures import AnswerMatches, measure
 from paceline.distillation.outputs import open_target
 from paceline.distillation.preparation import prepare_texts
 from paceline.distillation.replays import replay_validation, with_losses
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
     from paceline.assembly import Pace
     from paceline.distillation.batches import Example
     from paceline.distillation.checkpoints import Training
+    from paceline.distillation.measures import Measures
     from paceline.distillation.preparation import TrainingTexts
     from paceline.distillation.prices import Prices
     from paceline.distillation.replays import TextReplay
@@ -57,19 +57,6 @@ if TYPE_CHECKING:
     OnProgress = Callable[[TrainingProgress], None]
 
 TRAINING = "training.json"
-
-
-@dataclass(frozen=True, slots=True)
-class DistillReport:
-    """The drafter of a distillation and its measures on validation prompts."""
-
-    out: Path
-    num_parameters: int
-    num_examples: int
-    measures: Measures  # of the weights as saved, on the tasks trained on and the other ones
-    steps: int  # of the alignment
-    best_step: int
-    seconds: float  # of both trainings
 
 
 def distill(
@@ -176,7 +163,7 @@ class _Run:
             before += len(examples)
             stores.append(store)
         every = [example for _, own in wanted for example in own]
-        return read_distributions(stores, every, settings.prompt_weight)
+        return read_distributions(stores, every)
 
     def _counter(self, before: int, total: int) -> Callable[[int], None]:
         return lambda done: self._report("distributions", before + done, total)
@@ -186,9 +173,7 @@ class _Run:
         settings, part = self.settings, self.part
         path = part / ("pretrain.pt" if pretrain_tokens else "align.pt")
         before = self.phases[-1].step if self.phases else 0
-        trainer = Trainer(
-            self.student, lesson, settings, path, self.accelerator, pretrain_tokens
-        )
+        trainer = Trainer(self.student, lesson, settings, path, self.accelerator, pretrain_tokens)
         events = EventLog(part / "events", before + trainer.training.step) if self.is_main else None
 
         def validate(student: PreTrainedModel) -> tuple[float, dict[str, Any]]:
@@ -211,7 +196,8 @@ class _Run:
             [r.example.domain for r in replays],
             [r.accepted.numpy() for r in replays],
         )
-        return measure(answers, self.ratio, self.prices and self.prices.round_costs)
+        costs = None if self.prices is None else self.prices.round_costs
+        return measure(answers, self.ratio, costs)
 
     def _describe(self, made: Path, texts: TrainingTexts, report: DistillReport) -> None:
         """Write the card, the figures, their curves and the record of the prompts."""

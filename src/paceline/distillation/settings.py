@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from paceline.config import Section
+from paceline.contracts import GREEDY, SamplingParams
+from paceline.requests.values import MIN_TEMPERATURE
+from paceline.store.records import sampling_label
 
 LossName = Literal[
     "cross_entropy",
@@ -58,10 +61,30 @@ SHAPES: Final = {"small": _shape(2, 128, 384, 4, 2), "medium": _shape(3, 256, 64
 
 
 class AnswerSampling(Section):
-    """How the target samples one answer per prompt. The default is greedy."""
+    """How the target samples one answer per prompt. The default, temperature 0, is greedy."""
 
     temperature: float = Field(default=0.0, ge=0.0, le=2.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+
+    @model_validator(mode="after")
+    def _check(self) -> AnswerSampling:
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise ValueError(
+                f"temperature {self.temperature:g} is neither 0 (greedy) nor at least "
+                f"{MIN_TEMPERATURE:g}"
+            )
+        if self.temperature == 0 and self.top_p < 1:
+            raise ValueError(
+                f"top_p {self.top_p:g} has no effect at temperature 0, which is greedy; set a "
+                "temperature above 0 or remove it"
+            )
+        return self
+
+    def params(self) -> SamplingParams:
+        """Return the sampling of a request, before it has a seed."""
+        if self.temperature == 0:
+            return GREEDY
+        return SamplingParams(self.temperature, top_p=self.top_p, method="invariant")
 
 
 class DistillSettings(Section):
@@ -71,12 +94,16 @@ class DistillSettings(Section):
     from; `target_layers`: layers of the target that the student copies, with the target's width and
     embedding. embedding_init: of a student from scratch.
 
-    Phase 1. pretrain_text: files of text; pretrain_tokens: tokens of it to learn before the answers, 0
-    skips the phase.
+    Phase 1. pretrain_text: files of text, see `texts`; pretrain_tokens: tokens of it to learn before the
+    answers, 0 skips the phase.
 
-    Phase 2. max_prompts: cap on the prompts of every data file, or per file by its name without suffix;
-    prompts with the lowest hashes of their ids are used. samplings: each prompt is answered once with
-    each. outputs: folder of the answers, which several distillations share.
+    Phase 2. part: `training` leaves out the prompts that are kept for collecting and judging (see
+    `store.splits`), `all` uses every prompt. max_prompts: cap on the prompts of every data file, or per
+    file by its name without suffix; prompts with the lowest hashes of their ids are used. samplings:
+    each prompt is answered once with each; validation prompts are answered greedily. outputs: folder of
+    the answers, which several distillations share. answers_drafter: the configured drafter that speeds
+    up answering, or `none`; by default a suffix lookup, and `none` where that does not pay by the clock.
+    The answers are the target's own with any drafter.
 
     Phase 3. text_share: share of the steps that learn `pretrain_text` instead of answers. loss: see
     `losses`. teacher: `cached` reads the target's `teacher_top_k` largest probabilities per position
@@ -97,10 +124,12 @@ class DistillSettings(Section):
     pretrain_text: tuple[Path, ...] = ()
     pretrain_tokens: int = Field(default=0, ge=0)
 
+    part: Literal["training", "all"] = "training"
     max_prompts: int | dict[str, int] | None = None
     max_new_tokens: int = Field(default=256, ge=1)
     samplings: tuple[AnswerSampling, ...] = Field(default=(AnswerSampling(),), min_length=1)
     outputs: Path = Path("runs/outputs")
+    answers_drafter: str | None = None
     validation_share: float = Field(default=0.04, gt=0.0, lt=1.0)
 
     text_share: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -133,6 +162,17 @@ class DistillSettings(Section):
                 "'pretrain_tokens' and 'text_share' need files of text; name them in 'pretrain_text'"
             )
         return self
+
+    @field_validator("samplings")
+    @classmethod
+    def _check_samplings(cls, samplings: tuple[AnswerSampling, ...]) -> tuple[AnswerSampling, ...]:
+        labels = [sampling_label(sampling.params()).removeprefix("@") for sampling in samplings]
+        twice = sorted({label or "greedy" for label in labels if labels.count(label) > 1})
+        if twice:
+            raise ValueError(
+                f"'{twice[0]}' is given twice, and a prompt is answered once with each; remove one"
+            )
+        return samplings
 
     def cap_of(self, name: str) -> int | None:
         """Return the cap on the prompts of a data file, by its name without suffix."""

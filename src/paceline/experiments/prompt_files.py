@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from paceline.contracts import PromptRecord
 from paceline.errors import ConfigError
-from paceline.store import read_prompts, take_by_hash
+from paceline.store import read_prompts, take_part_of_files
 from paceline.store.trained_on import NOTHING
 
 if TYPE_CHECKING:
     from collections.abc import Collection
     from pathlib import Path
 
-    from paceline.store import TrainedOn
+    from paceline.store import Part, TrainedOn
 
 TASKS: Final = ("translation", "math", "code", "summary")
 
@@ -36,39 +36,48 @@ def read_tasks(
     without: Collection[str] = (),
     trained_on: TrainedOn = NOTHING,
 ) -> PromptSets:
-    """Return prompts per task to collect and others to time, from opposite ends by hash of id.
+    """Return prompts per task to collect and others to time, of the parts for these two uses.
 
     without: ids to leave out. trained_on: prompts to leave out; a task of which too few others are left
-    gives all of them. Raises ConfigError if a file is missing or has too few prompts to begin with, or
-    none besides those to time.
+    to collect gives all of them. Raises ConfigError if a file is missing, if its parts have too few
+    prompts to begin with, or none to collect or too few to time that are new to all drafters.
     """
-    collected: list[PromptRecord] = []
-    timed: list[PromptRecord] = []
+    files = [_read_task(folder, task) for task in TASKS]
+    found: dict[Part, list[PromptRecord]] = {}
     num_left_out = 0
-    for task in TASKS:
-        path = folder / f"{task}.jsonl"
-        if not path.is_file():
-            raise ConfigError(
-                f"{folder}: no {path.name} in this data folder; it needs "
-                f"{', '.join(f'{name}.jsonl' for name in TASKS)}"
-            )
-        records = [record for record in read_prompts([path]) if record.id not in without]
-        if len(records) < num_collected + num_timed:
-            raise ConfigError(
-                f"{path}: {num_collected + num_timed} prompts are needed, but it has {len(records)}"
-            )
-        unseen = [record for record in records if record.prompt not in trained_on]
-        num_left_out += len(records) - len(unseen)
-        if len(unseen) < min(num_collected, 1) + num_timed:
-            raise ConfigError(
-                f"{path}: drafters were trained on all but {len(unseen)} of its {len(records)} prompts; "
-                "add prompts to the file"
-            )
-        ranked = take_by_hash(unseen, None)
-        first_timed = len(ranked) - num_timed
-        collected += ranked[: min(num_collected, first_timed)]
-        timed += ranked[first_timed:]
-    return PromptSets(collected, timed, num_left_out)
+    needs: list[tuple[Part, int, int]] = [
+        ("collection", num_collected, min(num_collected, 1)),
+        ("judging", num_timed, num_timed),
+    ]
+    for part, needed, least in needs:
+        found[part] = []
+        for task, of_part in zip(TASKS, take_part_of_files(files, part), strict=True):
+            where = f"{folder / f'{task}.jsonl'}: "
+            given = [record for record in of_part if record.id not in without]
+            unseen = [record for record in given if record.prompt not in trained_on]
+            if len(given) < needed:
+                raise ConfigError(
+                    f"{where}{needed} prompts of the part '{part}' are needed, but it has "
+                    f"{len(given)}; add prompts to the file"
+                )
+            if len(unseen) < least:
+                raise ConfigError(
+                    f"{where}drafters were trained on all but {len(unseen)} of the {len(given)} "
+                    f"prompts of its part '{part}'; add prompts to the file"
+                )
+            num_left_out += len(given) - len(unseen)
+            found[part] += unseen[:needed]
+    return PromptSets(found["collection"], found["judging"], num_left_out)
+
+
+def _read_task(folder: Path, task: str) -> list[PromptRecord]:
+    path = folder / f"{task}.jsonl"
+    if not path.is_file():
+        raise ConfigError(
+            f"{folder}: no {path.name} in this data folder; it needs "
+            f"{', '.join(f'{name}.jsonl' for name in TASKS)}"
+        )
+    return read_prompts([path])
 
 
 def read_spec_bench(path: Path) -> list[PromptRecord]:

@@ -2,14 +2,9 @@
 
 from paceline.store.collection import Collection, is_collection, load_collection
 from paceline.store.decisions import DecisionLog, LoggedDecision, LogHeader, read_decisions
-from paceline.store.prompts import (
-    PromptFields,
-    is_validation,
-    read_prompts,
-    take_by_hash,
-    training_part,
-)
+from paceline.store.prompts import PromptFields, read_prompts, take_by_hash
 from paceline.store.shards import ShardStore
+from paceline.store.splits import Part, is_validation, part_of, take_part, take_part_of_files
 from paceline.store.trained_on import TrainedOn
 
 __all__ = [
@@ -17,14 +12,17 @@ __all__ = [
     "DecisionLog",
     "LogHeader",
     "LoggedDecision",
+    "Part",
     "PromptFields",
     "ShardStore",
     "TrainedOn",
     "is_collection",
     "is_validation",
     "load_collection",
+    "part_of",
     "read_decisions",
     "read_prompts",
     "take_by_hash",
-    "training_part",
+    "take_part",
+    "take_part_of_files",
 ]

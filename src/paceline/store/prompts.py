@@ -210,19 +210,6 @@ def _number_rows(path: str, batches: Iterable[pa.RecordBatch]) -> Rows:
 # --- parts of a list of prompts -------------------------------------------------------------------
 
 
-def is_validation(id: str, share: float) -> bool:
-    """Return whether an id is in the validation part, by its hash: the order of lines is irrelevant."""
-    digest = hashlib.sha256(id.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
-
-
 def take_by_hash(prompts: Sequence[PromptRecord], limit: int | None) -> list[PromptRecord]:
     """Return the `limit` prompts with the lowest hashes of ids: the order of lines is irrelevant."""
     return sorted(prompts, key=lambda r: hashlib.sha256(r.id.encode()).digest())[:limit]
-
-
-def training_part(
-    prompts: Sequence[PromptRecord], limit: int | None, share: float
-) -> list[PromptRecord]:
-    """Return the prompts to train on: those of a cap that are not in the validation part."""
-    return [r for r in take_by_hash(prompts, limit) if not is_validation(r.id, share)]

@@ -5,8 +5,9 @@ Symbols: T output tokens, F features.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -25,6 +26,17 @@ def sampling_label(sampling: SamplingParams) -> str:
     parts += [f"p{sampling.top_p:g}"] if sampling.top_p < 1.0 else []
     parts += [f"m{sampling.min_p:g}"] if sampling.min_p else []
     return "@" + ",".join(parts)
+
+
+def seed_sampling(prompt_id: str, sampling: SamplingParams) -> tuple[str, SamplingParams]:
+    """Return (the row's id, the sampling with the prompt's own seed)."""
+    label = sampling_label(sampling)
+    if not label:
+        return prompt_id, sampling
+    key = f"{sampling.seed}\0{prompt_id}\0{label}".encode()
+    seed = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 2
+    # noise keyed by seed and position gives the same text for every arm
+    return prompt_id + label, replace(sampling, seed=seed, method="invariant")
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,7 +68,9 @@ class TrainedOn:
     def __len__(self) -> int:
         return len(self.hashes)
 
-    def __contains__(self, prompt: str) -> bool:
+    def __contains__(self, prompt: object) -> bool:
+        if not isinstance(prompt, str):
+            return False
         place = int(np.searchsorted(self.hashes, wanted := hash_prompt(prompt)))
         return place < len(self.hashes) and int(self.hashes[place]) == wanted
 

@@ -10,22 +10,28 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, pre_tokenizers
+from paceline.distillation.head import losses_and_matches, weighted_cross_entropy
+from support.distillation import (
+    VOCAB,
+    KilledError,
+    distill_settings,
+    tiny_settings,
+    tiny_target,
+    tiny_tokenizer,
+    write_prompts,
+)
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
 )
 
 from paceline.assembly import Pace, build_from_objects
 from paceline.config import Config, ModelSection
 from paceline.contracts import PromptRecord
-from paceline.distillation import DistillSettings, TrainingProgress, distill
+from paceline.distillation import TrainingProgress, distill
 from paceline.distillation.batches import Example, collate, in_order, pack_epoch
-from paceline.distillation.head import losses_and_matches, weighted_cross_entropy
-from paceline.distillation.run import select_prompts
+from paceline.distillation.prompts import choose_prompts
 from paceline.distillation.settings import StudentShape
 from paceline.distillation.student import build_student, num_parameters, project
 from paceline.distillation.train import (
@@ -40,38 +46,17 @@ from paceline.errors import ConfigError, StoreError
 from paceline.models.language_model import LanguageModel
 from paceline.models.self_checks import check_packed_forward
 from paceline.models.vocabulary import Vocabulary
-from paceline.store import TrainedOn, is_validation, read_prompts, take_by_hash
-from paceline.testing.tiny_models import tiny_model
+from paceline.store import TrainedOn, is_validation, part_of, read_prompts, take_by_hash, take_part
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-VOCAB = 40
 TINY = StudentShape(num_layers=2, hidden_size=16, mlp_size=24, num_heads=2, num_kv_heads=1)
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
-
-
-def tiny_target() -> PreTrainedModel:
-    return tiny_model(
-        seed=3, vocab_size=VOCAB, context=64, std=0.5, eos_token_id=0, pad_token_id=1,
-        tie_word_embeddings=True, hidden_size=24, num_hidden_layers=1,
-    )  # fmt: skip
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<end>", "<pad>", "<unk>", *(f"w{i}" for i in range(VOCAB - 3))]
-    model = models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
-    inner = Tokenizer(model)
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<end>", pad_token="<pad>", unk_token="<unk>"
-    )
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    return tokenizer
 
 
 def student(seed: int = 0) -> LlamaForCausalLM:
@@ -87,17 +72,6 @@ def texts(count: int, seed: int = 0, domain: str = "d") -> list[Example]:
         tokens = (random.integers(VOCAB) + 7 * np.arange(num_prompt + num_output)) % VOCAB
         examples.append(Example(f"{domain}/{i}", domain, tokens.astype(np.int64), num_prompt))
     return examples
-
-
-def tiny_settings(**changes: object) -> DistillSettings:
-    plain = {
-        "epochs": 3.0,
-        "batch_tokens": 64,
-        "checkpoint_every": 2,
-        "validate_every": 1.0,
-        "learning_rate": 1e-2,
-    }
-    return DistillSettings.model_validate({**plain, **changes})
 
 
 # --- student --------------------------------------------------------------------------------------
@@ -319,10 +293,6 @@ def test_a_trained_student_has_the_weights_of_its_best_validation(
         assert torch.equal(weight, seen[1][name]), name
 
 
-class KilledError(Exception):
-    """A kill between two steps."""
-
-
 def killer(step: int) -> Callable[[TrainingProgress], None]:
     def kill(progress: TrainingProgress) -> None:
         if progress.step == step:
@@ -386,10 +356,10 @@ def test_split_and_cap_do_not_depend_on_the_order_of_lines() -> None:
     assert forward == backward
     assert forward == take_by_hash(records, 900)[:300]
 
-    share = sum(is_validation(r.id, 0.1) for r in records) / len(records)
-    assert 0.08 < share < 0.12
-    # a cap selects the lowest hashes, so its validation prompts are those of every cap
-    assert {r.id for r in records if is_validation(r.id, 0.1)} <= {r.id for r in forward}
+    # the validation share of a cap is that of all prompts
+    for some in (records, forward):
+        share = sum(is_validation(r.id, 0.1) for r in some) / len(some)
+        assert 0.07 < share < 0.13
 
 
 # --- the verb -------------------------------------------------------------------------------------
@@ -399,35 +369,6 @@ def test_split_and_cap_do_not_depend_on_the_order_of_lines() -> None:
 def pace() -> Pace:
     config = Config(target=ModelSection(model="unused"))
     return Pace(build_from_objects(tiny_target(), tiny_tokenizer(), {}, config))
-
-
-def write_prompts(path: Path, domain: str, count: int) -> Path:
-    random = np.random.default_rng(len(domain))
-    lines = [
-        json.dumps(
-            {
-                "id": f"{domain}/{i}",
-                "domain": domain,
-                "prompt": " ".join(f"w{w}" for w in random.integers(0, VOCAB - 3, 5)),
-                "source": f"{domain} book",
-                "license": "MIT",
-            }
-        )
-        for i in range(count)
-    ]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-def distill_settings(tmp_path: Path, **changes: object) -> DistillSettings:
-    return tiny_settings(
-        embedding_init="random",
-        outputs=str(tmp_path / "outputs"),
-        max_new_tokens=6,
-        validation_share=0.2,
-        epochs=1.0,
-        **changes,
-    )
 
 
 def test_distill_writes_a_drafter_that_loads_and_describes_itself(
@@ -477,7 +418,8 @@ def test_a_drafter_records_the_prompts_it_was_trained_on_and_no_others(
     assert record is not None
 
     given = read_prompts([apples])
-    trained = [r for r in take_by_hash(given, 30) if not is_validation(r.id, 0.2)]
+    capped = take_by_hash(take_part(given, "training"), 30)
+    trained = [r for r in capped if not is_validation(r.id, 0.2)]
     assert len(trained) == report.num_examples
     assert 0 < len(record) <= report.num_examples
     for record_of in given:  # validation prompts and those beyond the cap are unseen
@@ -492,7 +434,7 @@ def test_a_prompt_without_an_answer_is_not_recorded_as_trained_on(
     apples = write_prompts(tmp_path / "apples.jsonl", "apples", 30)
     too_long = " ".join(["w1"] * 80)
     ids = [f"long/{i}" for i in range(4)]
-    assert not all(is_validation(id, 0.2) for id in ids)
+    assert any(part_of(id) == "training" and not is_validation(id, 0.2) for id in ids)
     with apples.open("a", encoding="utf-8") as file:
         for id in ids:
             file.write(json.dumps({"id": id, "domain": "apples", "prompt": too_long}) + "\n")
@@ -508,10 +450,17 @@ def test_a_prompt_without_an_answer_is_not_recorded_as_trained_on(
 def test_the_selection_for_training_is_capped_first_and_without_validation(tmp_path: Path) -> None:
     apples = write_prompts(tmp_path / "apples.jsonl", "apples", 60)
     settings = distill_settings(tmp_path, max_prompts={"apples": 25})
-    capped = take_by_hash(read_prompts([apples]), 25)
+    records = read_prompts([apples])
+    capped = take_by_hash(take_part(records, "training"), 25)
     expected = [r for r in capped if not is_validation(r.id, 0.2)]
     assert 0 < len(expected) < 25
-    assert select_prompts(apples, settings) == expected
+    (file,) = choose_prompts([apples], settings).files
+    assert file.training == expected
+    assert {r.id for r in capped} == {r.id for r in file.training + file.validation}
+
+    every = settings.model_copy(update={"part": "all", "max_prompts": None})
+    (file,) = choose_prompts([apples], every).files
+    assert {r.id for r in records} == {r.id for r in file.training + file.validation}
 
 
 def test_the_answers_of_the_target_are_learned_and_not_the_prompts(
@@ -546,14 +495,16 @@ def test_of_other_tasks_only_validation_prompts_are_answered(pace: Pace, tmp_pat
     settings = distill_settings(tmp_path)
     seen: list[TrainingProgress] = []
     distill(pace, [apples], tmp_path / "a", settings, seen.append, also_measure=[pears])
-    expected = sum(is_validation(f"pears/{i}", 0.2) for i in range(30))
-    assert 0 < expected < 30
-    assert sum(p.phase == "decode" for p in seen) == 30 + expected
+    pears_read = take_part(read_prompts([pears]), "training")
+    num_apples = len(take_part(read_prompts([apples]), "training"))
+    expected = sum(is_validation(r.id, 0.2) for r in pears_read)
+    assert 0 < expected < len(pears_read)
+    assert sum(p.phase == "decode" for p in seen) == num_apples + expected
 
     # answers are stored: the second drafter decodes only the missing ones
     seen.clear()
     distill(pace, [pears], tmp_path / "b", settings, seen.append, also_measure=[apples])
-    assert sum(p.phase == "decode" for p in seen) == 30 - expected
+    assert sum(p.phase == "decode" for p in seen) == len(pears_read) - expected
 
 
 def test_answers_of_another_target_or_limit_are_refused(pace: Pace, tmp_path: Path) -> None:

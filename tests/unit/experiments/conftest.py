@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 import yaml
+from support.prompt_files import write_task
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-
-PROMPTS = 12  # of each task
 
 
 @pytest.fixture(scope="session")
@@ -41,11 +40,7 @@ def data(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
     folder.mkdir()
     for task in ("translation", "math", "code", "summary"):
-        lines = [
-            json.dumps({"id": f"{task}/{i}", "domain": task, "prompt": f"{task} {i}: " + "ab " * i})
-            for i in range(PROMPTS)
-        ]
-        (folder / f"{task}.jsonl").write_text("\n".join(lines) + "\n")
+        write_task(folder, task)
     questions = [
         {"question_id": i, "category": "qa", "turns": [f"what is {i}?", "and then?"]}
         for i in range(24)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pytest
 import yaml
+from support.prompt_files import write_task
 
 import paceline
 from paceline.bench import measure_cost_table
@@ -87,11 +88,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     data = root / "data"
     data.mkdir()
     for task in TASKS:
-        lines = [
-            json.dumps({"id": f"{task}/{i}", "domain": task, "prompt": f"{task} {i}: " + "ab " * i})
-            for i in range(12)
-        ]
-        (data / f"{task}.jsonl").write_text("\n".join(lines) + "\n")
+        write_task(data, task)
     questions = [
         json.dumps({"question_id": i, "category": f"c{i % 3}", "turns": [f"what is {i}?"]})
         for i in range(18)

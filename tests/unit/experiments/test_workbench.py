@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
+from support.prompt_files import ids_of_part, write_task
 
 from paceline.config import DrafterSection, load_config
 from paceline.errors import ConfigError
 from paceline.experiments import workbench
 from paceline.experiments.prompt_files import read_tasks
 from paceline.experiments.workbench import SMOKE, Sizes, Workbench
-from paceline.store import TrainedOn, read_prompts
+from paceline.store import TrainedOn, part_of, read_prompts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,9 +43,11 @@ def test_too_many_prompts_or_a_missing_task_is_one_line(
     config: Path, data: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        ConfigError, match=r"translation.jsonl: 13 prompts are needed, but it has 12"
+        ConfigError, match=r"translation.jsonl: 11 prompts of the part 'collection' .* has 10;"
     ):
-        _ = Workbench(config, tmp_path, data, Sizes(prompts=10, timed=3)).prompts
+        _ = Workbench(config, tmp_path, data, Sizes(prompts=11, timed=3)).prompts
+    with pytest.raises(ConfigError, match=r"translation.jsonl: 7 .* 'judging' .* has 6; add"):
+        _ = Workbench(config, tmp_path, data, Sizes(prompts=10, timed=7)).prompts
     (data / "math.jsonl").unlink()
     with pytest.raises(ConfigError, match=r"no math\.jsonl in this data folder"):
         _ = Workbench(config, tmp_path, data, Sizes(prompts=2, timed=1)).prompts
@@ -71,11 +75,12 @@ def all_prompts(data: Path, task: str) -> list[str]:
 def test_prompts_that_a_drafter_was_trained_on_are_left_out_and_counted(
     config: Path, data: Path, tmp_path: Path
 ) -> None:
-    """Code has 9 prompts left: 3 to time and 6 to collect, fewer than the other tasks."""
+    """Code has 7 prompts left to collect, fewer than the other tasks, and 5 to time."""
     raw = yaml.safe_load(config.read_text())
     trained = tmp_path / "trained"
     shutil.copytree(raw["drafters"]["near"]["settings"]["model"], trained)
-    seen = all_prompts(data, "code")[:3]
+    of_code = all_prompts(data, "code")  # 10 to collect, 6 to time
+    seen = [*of_code[:3], of_code[-1]]
     TrainedOn.of([f"  {seen[0]}", *seen[1:]]).save(trained)
     raw["drafters"]["trained"] = {"kind": "draft_model", "settings": {"model": str(trained)}}
     config.write_text(yaml.safe_dump(raw))
@@ -84,18 +89,36 @@ def test_prompts_that_a_drafter_was_trained_on_are_left_out_and_counted(
     every = {
         prompt.prompt for kind in (bench.prompts.collected, bench.prompts.timed) for prompt in kind
     }
-    assert len(every) == 3 * 11 + 9
+    assert len(every) == 3 * 11 + 10
     assert not every & set(seen)
     settings = bench.settings()
-    assert settings["prompts left out because a drafter was trained on them"] == 3
-    assert settings["prompts per task"] == "translation 8, math 8, code 6, summary 8"
+    assert settings["prompts left out because a drafter was trained on them"] == 4
+    assert settings["prompts per task"] == "translation 8, math 8, code 7, summary 8"
 
-    TrainedOn.of(all_prompts(data, "code")[:9]).save(trained)
-    bench = Workbench(config, tmp_path / "work", data, Sizes(prompts=8, timed=3))
-    with pytest.raises(
-        ConfigError, match=r"code.jsonl: drafters were trained on all but 3 of its 12"
-    ):
-        _ = bench.prompts
+    for learned, left, part in ((of_code[:10], "0 of the 10", "coll"), (of_code[12:], "2", "jud")):
+        TrainedOn.of(learned).save(trained)
+        bench = Workbench(config, tmp_path / "work", data, Sizes(prompts=8, timed=3))
+        with pytest.raises(
+            ConfigError, match=rf"code.jsonl: .* trained on all but {left} .* part '{part}"
+        ):
+            _ = bench.prompts
+
+
+def test_collected_and_timed_prompts_are_of_their_parts_and_share_no_text(data: Path) -> None:
+    """The file of math also has a prompt that translation times, with an id to collect."""
+    for task in ("translation", "code", "summary"):
+        write_task(data, task, num_collection=11)
+    (twin,) = read_tasks(data, 0, 1).timed[:1]
+    extra = {"id": ids_of_part("collection", 11, "math")[-1], "prompt": f" {twin.prompt}"}
+    with (data / "math.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(extra) + "\n")
+
+    found = read_tasks(data, 10, 6)
+    assert {part_of(r.id) for r in found.collected} == {"collection"}
+    assert {part_of(r.id) for r in found.timed} == {"judging"}
+    assert len(found.collected) == 40 and len(found.timed) == 24
+    with pytest.raises(ConfigError, match=r"math.jsonl: 11 .* but it has 10;"):
+        read_tasks(data, 11, 6)
 
 
 def test_spec_bench_is_read_by_first_turns(data: Path, tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""The prompts of a distillation: which are trained on, and which validate.
+
+The prompt files of the data, of the other tasks that are measured and of the pre-training text are
+split together, so that no text is both trained on and judged, whatever file it is in. Knows no target.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from paceline.distillation.texts import is_prompt_file
+from paceline.store import (
+    TrainedOn,
+    is_validation,
+    read_prompts,
+    take_by_hash,
+    take_part_of_files,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from paceline.contracts import PromptRecord
+    from paceline.distillation.settings import DistillSettings
+
+
+class PromptFile(NamedTuple):
+    """The prompts of one file, up to its cap."""
+
+    name: str  # the file's, without suffix
+    path: Path
+    training: list[PromptRecord]  # none if the file is only measured
+    validation: list[PromptRecord]
+
+
+class PromptChoice(NamedTuple):
+    """The prompts of all files of a distillation.
+
+    may_learn: texts of the prompts of all files, beyond the caps too, whose references pre-training may
+    read.
+    """
+
+    files: list[PromptFile]
+    measured: list[PromptFile]
+    may_learn: TrainedOn
+
+
+def choose_prompts(
+    data: Sequence[Path], settings: DistillSettings, also_measure: Sequence[Path] = ()
+) -> PromptChoice:
+    """Return the prompts of the files to train on and of those to measure on as well.
+
+    Each file has the prompts of `settings.part` with the lowest hashes up to its cap; validation takes
+    its share of them. Raises ConfigError on a file that cannot be read.
+    """
+    named = [Path(path) for path in data]
+    others = [path for path in map(Path, also_measure) if path not in named]
+    # a file that is also trained or measured on is there already
+    texts = [
+        path
+        for path in settings.pretrain_text
+        if path not in (*named, *others) and is_prompt_file(path)
+    ]
+    paths = [*named, *others, *texts]
+    parts = take_part_of_files([read_prompts([path]) for path in paths], settings.part)
+    chosen = [
+        _split(path, records, settings, is_measured=i >= len(named))
+        for i, (path, records) in enumerate(zip(paths, parts, strict=True))
+    ]
+    share = settings.validation_share
+    held_out = TrainedOn.of(r.prompt for part in parts for r in part if is_validation(r.id, share))
+    may_learn = TrainedOn.of(r.prompt for part in parts for r in part if r.prompt not in held_out)
+    end = len(named) + len(others)
+    return PromptChoice(chosen[: len(named)], chosen[len(named) : end], may_learn)
+
+
+def _split(
+    path: Path, records: Sequence[PromptRecord], settings: DistillSettings, is_measured: bool
+) -> PromptFile:
+    capped = take_by_hash(records, settings.cap_of(path.stem))
+    validation = [r for r in capped if is_validation(r.id, settings.validation_share)]
+    kept = {r.id for r in validation}
+    training = [] if is_measured else [r for r in capped if r.id not in kept]
+    return PromptFile(path.stem, path, training, validation)
