@@ -21,7 +21,13 @@ def main(folder: Path, accumulate: int, num_texts: int) -> None:
 
     torch.set_num_threads(1)
     accelerator = start_accelerator(on_cpu=True)
-    settings = tiny_settings(loss="kl", accumulate=accumulate, autocast=False, learning_rate=1e-3)
+    settings = tiny_settings(
+        loss="kl",
+        accumulate=accumulate,
+        autocast=False,
+        learning_rate=1e-3,
+        max_gradient_norm=1e9,  # a clipped gradient would have the same length at any scale
+    )
     student, lesson = new_student(), Lesson(rule_texts(num_texts), distributions=SmoothedText())
     trainer = Trainer(student, lesson, settings, folder / "checkpoint.pt", accelerator)
     losses: list[float] = []
@@ -30,6 +36,8 @@ def main(folder: Path, accumulate: int, num_texts: int) -> None:
     if accelerator.is_main_process:
         facts = {"losses": losses, "tokens": result.tokens, "steps": result.step}
         facts |= {"processes": accelerator.num_processes, "best_step": result.best_step}
+        moments = [state["exp_avg"] for state in trainer.optimizer.state.values()]
+        facts["moments"] = float(torch.cat([m.flatten() for m in moments]).norm())
         facts["last_batches"] = len(trainer.plan[-1].batches)
         (folder / "facts.json").write_text(json.dumps(facts))
         torch.save(student.state_dict(), folder / "weights.pt")

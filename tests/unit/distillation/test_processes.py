@@ -46,6 +46,8 @@ def test_two_processes_train_nearly_the_weights_of_one(tmp_path: Path) -> None:
     assert one["tokens"] == two["tokens"]
     assert one["best_step"] == two["best_step"]
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    # AdamW's steps do not depend on the gradients' scale, which its moments show
+    assert two["moments"] == pytest.approx(one["moments"], rel=1e-3)
     weights = [
         torch.cat([w.flatten() for w in torch.load(tmp_path / name / "weights.pt").values()])
         for name in ("one", "two")
