@@ -1,6 +1,7 @@
 """DISTIL: train drafters on text that the target itself wrote."""
 
-from paceline.distillation.run import DistillReport, distill
+from paceline.distillation.facts import DistillReport
+from paceline.distillation.run import distill
 from paceline.distillation.settings import DistillationSection, DistillSettings
 from paceline.distillation.train import TrainingProgress
 

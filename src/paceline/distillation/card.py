@@ -44,6 +44,10 @@ def command_line(data: list[str], out: str, settings: DistillSettings, measure: 
     words.append(f"--out {out}")
     words += [f"--measure data/{name}.jsonl" for name in measure]
     changed = settings.model_dump(exclude={"outputs"}, exclude_defaults=True, mode="json")
+    if settings.pretrain_text:
+        changed["pretrain_text"] = [f"data/{path.name}" for path in settings.pretrain_text]
+    if settings.start_from is not None:
+        changed["start_from"] = settings.start_from.name
     for name, value in {"size": settings.size, **changed}.items():
         if name in _FLAGS:
             words.append(f"--{name} {value}")
@@ -119,16 +123,16 @@ def _text_paragraphs(facts: Mapping[str, Any]) -> list[str]:
     if facts["license"]:
         terms = f"Licence of the weights: {facts['license']}. {terms}"
     part = (
-        "Prompts for collecting and for judging (12 % by hash of id, and every prompt with the text of\n"
-        "one of them) are not trained on."
+        "The prompts for collecting\nand for judging, 12 % by hash of id and every other prompt with the"
+        " text of one of them,\nare not trained on."
         if settings["part"] == "training"
-        else "Prompts of all parts were used."
+        else "Prompts of\nall parts were used."
     )
     return [
         f"The target wrote every answer ({_samplings(settings)}, {facts['outputs_dtype']}, at most"
-        f" {settings['max_new_tokens']} tokens);\nno reference answer was used as an answer. {part} Of"
-        f" the others, {settings['validation_share']:.0%} are for\nvalidation; {facts['examples']:,}"
-        f" answers have {tokens['output']:,} tokens, and their prompts {tokens['prompt']:,}.",
+        f" {settings['max_new_tokens']} tokens);\nno reference answer was learned as one. {part} Of the"
+        f" others, {settings['validation_share']:.0%} are for validation.\nThe {facts['examples']:,}"
+        f" answers have {tokens['output']:,} tokens, their prompts {tokens['prompt']:,}.",
         "\n".join(
             ["| file | prompts | answers | source | licence |", "|---|---|---|---|---|", *lines]
         ),
@@ -187,10 +191,10 @@ def _training_paragraphs(facts: Mapping[str, Any]) -> list[str]:
         else ""
     )
     return [
-        f"{_start(settings)}Alignment: {_LOSSES[settings['loss']]}, with weight"
+        f"{_start(settings)}Alignment with the target:\n{_LOSSES[settings['loss']]}, with weight"
         f" {settings['prompt_weight']:g} on the prompt's tokens{_teacher(settings)}.{text}",
         f"AdamW, peak learning rate {settings['learning_rate']:g}, cosine with warm-up"
-        f"{average if settings['ema_decay'] else ''}. {settings['epochs']:g} passes over the"
+        f"{average if settings['ema_decay'] else ''}. {settings['epochs']:g} pass(es) over the"
         f" answers,\n{facts['steps']:,} steps of at most"
         f" {settings['batch_tokens'] * settings['accumulate']:,} tokens; the weights are those of step"
         f" {facts['best_step']:,}, which have the\nbest predicted speed-up on validation prompts.",
@@ -228,4 +232,4 @@ def _teacher(settings: Mapping[str, Any]) -> str:
         else f"its {settings['teacher_top_k']} largest probabilities and the rest"
     )
     heat = settings["teacher_temperature"]
-    return f", from {which}" + (f" at temperature {heat:g}" if heat != 1 else "")
+    return f",\nfrom {which}" + (f" at temperature {heat:g}" if heat != 1 else "")

@@ -6,7 +6,7 @@ import hashlib
 import io
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -24,8 +24,17 @@ if TYPE_CHECKING:
     from paceline.distillation.settings import DistillSettings
 
 # settings that a run may be continued with after a change
-_FREE: frozenset[str] = frozenset(
-    {"outputs", "threads", "checkpoint_every", "license", "dtype", "max_prompts", "learning_rate"}
+_FREE: Final = frozenset(
+    {
+        "answers_drafter",
+        "checkpoint_every",
+        "dtype",
+        "learning_rate",
+        "license",
+        "max_prompts",
+        "outputs",
+        "threads",
+    }
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,22 @@ if TYPE_CHECKING:
 
     from paceline.assembly import Pace
     from paceline.distillation.checkpoints import Training
+    from paceline.distillation.measures import Measures
     from paceline.distillation.preparation import TrainingTexts
-    from paceline.distillation.run import DistillReport
     from paceline.distillation.settings import DistillSettings
 
-_SHARE_DIGITS = 4
+
+@dataclass(frozen=True, slots=True)
+class DistillReport:
+    """The drafter of a distillation and its measures on validation prompts."""
+
+    out: Path
+    num_parameters: int
+    num_examples: int
+    measures: Measures  # of the weights as saved, on the tasks trained on and the other ones
+    steps: int  # of the alignment
+    best_step: int
+    seconds: float  # of both trainings
 
 
 def make_facts(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +27,8 @@ from paceline.distillation.distributions import (
     read_distributions,
     store_distributions,
 )
-from paceline.distillation.facts import make_facts
-from paceline.distillation.measures import AnswerMatches, Measures, measure
+from paceline.distillation.facts import DistillReport, make_facts
+from paceline.distillation.measures import AnswerMatches, measure
 from paceline.distillation.outputs import open_target
 from paceline.distillation.preparation import prepare_texts
 from paceline.distillation.replays import replay_validation, with_losses
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
     from paceline.assembly import Pace
     from paceline.distillation.batches import Example
     from paceline.distillation.checkpoints import Training
+    from paceline.distillation.measures import Measures
     from paceline.distillation.preparation import TrainingTexts
     from paceline.distillation.prices import Prices
     from paceline.distillation.replays import TextReplay
@@ -57,19 +57,6 @@ if TYPE_CHECKING:
     OnProgress = Callable[[TrainingProgress], None]
 
 TRAINING = "training.json"
-
-
-@dataclass(frozen=True, slots=True)
-class DistillReport:
-    """The drafter of a distillation and its measures on validation prompts."""
-
-    out: Path
-    num_parameters: int
-    num_examples: int
-    measures: Measures  # of the weights as saved, on the tasks trained on and the other ones
-    steps: int  # of the alignment
-    best_step: int
-    seconds: float  # of both trainings
 
 
 def distill(

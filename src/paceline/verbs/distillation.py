@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
     from paceline.config import Config, DrafterSection
     from paceline.contracts import Progress
-    from paceline.distillation.run import DistillReport
+    from paceline.distillation.facts import DistillReport
     from paceline.distillation.settings import DistillSettings, StudentShape
     from paceline.distillation.suggest import RecordedQuality
 

@@ -142,7 +142,7 @@ def test_distill_trains_and_validates_on_greedy_continuations(
 def test_answers_are_the_targets_own_with_and_without_a_drafter(
     pace: Pace, prompts: list[PromptRecord], tmp_path: Path, drafter: str | None
 ) -> None:
-    """A drafter that changed the text, or a seed that is not the prompt's, would show."""
+    """A drafter that changed the text, or a seed that depends on the batch, would show."""
     stored = rows(decode(pace, prompts, tmp_path / "o", drafter=drafter))
     assert len(stored) == len(prompts) * len(ALL)
     alone = rows(decode(pace, prompts[3:4], tmp_path / "p", ALL[::-1], drafter="none"))
@@ -151,6 +151,15 @@ def test_answers_are_the_targets_own_with_and_without_a_drafter(
     sampled = [row for row in stored.values() if row["temperature"]]
     assert {(row["temperature"], row["top_p"]) for row in sampled} == {(0.9, 1.0), (0.9, 0.6)}
     assert len({tuple(row["output_tokens"]) for row in sampled}) > len(prompts)
+
+
+def test_the_seed_of_an_answer_is_its_prompts_own(pace: Pace, tmp_path: Path) -> None:
+    """One seed for all prompts would give prompts with one text one answer."""
+    given = [PromptRecord(f"twin/{i}", "", "w1 w2 w3") for i in range(6)]
+    stored = rows(decode(pace, given, tmp_path / "o", (GREEDY, WARM)))
+    for label, least, most in (("", 1, 1), ("@t0.9", 4, 6)):
+        answers = {tuple(stored[record.id + label]["output_tokens"]) for record in given}
+        assert least <= len(answers) <= most
 
 
 def test_the_default_drafter_drafts(pace: Pace) -> None:
