@@ -56,7 +56,7 @@ def experiment(
     ] = None,
     collect_docs: Annotated[
         bool,
-        typer.Option("--collect-docs", help="Write the results into the experiments' page."),
+        typer.Option("--collect-docs", help="Write the results into their page again."),
     ] = False,
     recipe: Annotated[
         Path | None, typer.Option(help="A recipe at the papers' own scale to run instead.")
@@ -82,10 +82,7 @@ def experiment(
         _print_list(console)
         return
     if collect_docs:
-        from paceline.experiments.page import collect_docs as write_page
-
-        page = write_page(*([] if out is None else [out]))
-        say(console, f"written: {page}")
+        say(console, f"written: {_collect_docs(name, out, budget)}")
         return
     if recipe is not None:
         if name is not None or any(
@@ -114,6 +111,16 @@ def experiment(
     for remark in done.findings.remarks:
         console.print(f"- {remark}", markup=False, highlight=False)
     say(console, f"written: {', '.join(map(str, done.files))}")
+
+
+def _collect_docs(name: str | None, out: Path | None, budget: str | None) -> Path:
+    """Write the page of an experiment, or of those on choosing the assistant, from their results."""
+    from paceline.experiments import page
+    from paceline.experiments.catalog import ALIGNMENT, ALIGNMENT_OUT, OUT, find_experiment
+
+    if name is not None and find_experiment(name) is ALIGNMENT:
+        return page.collect_alignment(out or ALIGNMENT_OUT, budget or "small")
+    return page.collect_docs(out or OUT)
 
 
 def _print_list(console: Console) -> None:

@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 _SMOOTHING = 0.95  # of the reported loss, over about twenty steps
 
 
+class DivergedError(ConfigError):
+    """The loss of a training is not finite."""
+
+
 class Distributions(Protocol):
     """The target's distributions of any batch of answers."""
 
@@ -145,7 +149,8 @@ class Trainer:
         """Train up to the weights of the best validation; return the run's state.
 
         validate: returns a score, of which more is better, and the figures of the history's entry.
-        Raises ConfigError if a loss is not finite or a checkpoint cannot be written; the last one stays.
+        Raises DivergedError if a loss is not finite, ConfigError if a checkpoint cannot be written; the
+        last one stays.
         """
         settings, training, total = self.settings, self.training, len(self.plan)
         epochs = 1.0 if self.phase == "pretrain" else settings.epochs
@@ -215,7 +220,7 @@ class Trainer:
     def _stop_at_bad_loss(self, loss: float) -> None:
         kept = self._file.path
         state = f"the last checkpoint is kept in {kept}" if kept.exists() else "no checkpoint yet"
-        raise ConfigError(
+        raise DivergedError(
             f"the loss of step {self.training.step + 1} is {loss}; {state}: choose a learning_rate "
             f"below {self.settings.learning_rate:g} and run the command again"
         )

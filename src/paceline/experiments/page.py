@@ -8,7 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from paceline.experiments.catalog import EXPERIMENTS, OUT
+from paceline.experiments.catalog import ALIGNMENT_OUT, EXPERIMENTS, OUT
+from paceline.experiments.direct_alignment.page import write_page
+from paceline.experiments.direct_alignment.plan import find_budget
 from paceline.experiments.marked_pages import replace_between
 
 if TYPE_CHECKING:
@@ -34,6 +36,15 @@ def collect_docs(out: Path | str = OUT) -> Path:
     ]
     replace_between(page, BEGIN, END, "\n".join(parts))
     return page
+
+
+def collect_alignment(out: Path | str = ALIGNMENT_OUT, budget: str = "small") -> Path:
+    """Write the page of `direct-alignment` again from a folder of its results, and return the page.
+
+    Raises ConfigError if results of the budget are missing.
+    """
+    _, files = write_page(Path(out), find_budget(budget))
+    return files[0]
 
 
 def _overview(found: dict[str, str]) -> str:

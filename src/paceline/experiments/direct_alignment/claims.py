@@ -118,7 +118,7 @@ def short_falls(outcome: Outcome) -> list[str]:
 
 
 def _runs(outcome: Outcome) -> list[dict[str, object]]:
-    return [line for line in outcome.results.lines if line["kind"] == "run"]
+    return [line for line in outcome.results.lines if line["kind"] == "run" and "commit" in line]
 
 
 # --- single findings ------------------------------------------------------------------------------

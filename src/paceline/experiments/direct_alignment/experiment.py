@@ -93,8 +93,12 @@ class _Comparison:
         plan, results = self._plan, self._results
         self._train("runs: learning rates", plan.sweep())
         rates = tune(plan, results)
-        tuned = Tuned(rates, BASELINE)  # the best loss is known after this stage
-        self._train("runs: losses", plan.of_losses(tuned))
+        while True:
+            # the best loss is known after this stage
+            self._train("runs: losses", plan.of_losses(Tuned(rates, BASELINE)))
+            if (again := tune(plan, results)) == rates:
+                break
+            rates = again  # a seed diverged
         tuned = Tuned(rates, choose_best(plan, results, rates))
         self._train("runs: data", plan.of_data(tuned))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from paceline.distillation.comparison import MEAN, Interval, Intervals
+from paceline.errors import ConfigError
 from paceline.experiments.direct_alignment.intervals import rises
 from paceline.experiments.direct_alignment.plan import BASELINE, LENGTHS, Plan, Tuned
 
@@ -24,13 +26,23 @@ LONGEST = LENGTHS[-1]
 
 
 def tune(plan: Plan, results: Results) -> dict[LossName, float]:
-    """Return the rate of each loss that is best on validation answers, with the sweep's seed."""
+    """Return the rate of each loss that is best on validation answers, with the sweep's seed.
+
+    A rate at which a run of any seed diverged is not chosen. Raises ConfigError if there is no other.
+    """
+    own = plan.budget
 
     def score(loss: LossName, rate: float) -> float:
+        lines = [results.find(plan.of_loss(loss, rate, seed)) for seed in range(own.seeds)]
+        if any(line is not None and line.get("diverged") for line in lines):
+            return -math.inf
         return float(results.of(plan.of_loss(loss, rate, 0))["validation"])
 
-    own = plan.budget
-    return {loss: max(own.rates, key=lambda rate: score(loss, rate)) for loss in own.losses}
+    rates = {loss: max(own.rates, key=lambda rate: score(loss, rate)) for loss in own.losses}
+    for loss, rate in rates.items():
+        if score(loss, rate) == -math.inf:
+            raise ConfigError(f"the loss {loss} diverged at every rate; add smaller rates")
+    return rates
 
 
 def choose_best(plan: Plan, results: Results, rates: dict[LossName, float]) -> LossName:

@@ -68,7 +68,7 @@ def write_page(folder: Path, budget: Budget) -> tuple[Findings, list[Path]]:
 def _circumstances(outcome: Outcome, folder: str) -> str:
     """Return a paragraph on the models, the texts and the machine."""
     shared, budget = outcome.shared, outcome.plan.budget
-    runs = [line for line in outcome.results.lines if line["kind"] == "run"]
+    runs = [line for line in outcome.results.lines if line["kind"] == "run" and "seconds" in line]
     where = shared["circumstances"]
     seconds = sum(line["seconds"] for line in runs)
     numbers = ", ".join(f"{task} {num:,}" for task, num in shared["num_answers"].items())

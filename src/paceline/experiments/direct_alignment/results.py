@@ -46,12 +46,17 @@ class Results:
         return next((x for x in self.lines if x["kind"] == RUN and x["run"] == wanted), None)
 
     def of(self, run: Run) -> Line:
-        """Return the line of a run. Raises ConfigError if it is not finished."""
+        """Return the line of a run. Raises ConfigError if it is not finished, or if it diverged."""
         found = self.find(run)
         if found is None:
             raise ConfigError(
                 f"{self.path}: the run of {run.loss} with seed {run.seed} ({run.id}) is missing; run "
                 "the experiment again, which continues"
+            )
+        if found.get("diverged"):
+            raise ConfigError(
+                f"{self.path}: the run of {run.loss} at rate {run.learning_rate:g} with seed "
+                f"{run.seed} ({run.id}) diverged, so it has no measures"
             )
         return found
 
@@ -62,7 +67,7 @@ class Results:
     def add(self, kind: str, facts: Mapping[str, Any]) -> Line:
         """Append a line to the file."""
         line = {"kind": kind, "materials": self.materials, **facts}
-        self._all.append(line)
+        self._all = [*read_lines(self.path), line]  # with those of other materials
         text = "".join(
             json.dumps(own, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
             for own in self._all

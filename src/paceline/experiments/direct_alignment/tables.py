@@ -103,8 +103,8 @@ def sweep(outcome: Outcome) -> Table:
         rows.append([loss, *(outcome.mean([run], "validation") for run in runs)])
     return Table(
         "Learning rates",
-        "Predicted speed-up on validation answers, one seed. No judged answer takes part in the "
-        "choice.",
+        "Predicted speed-up on validation answers, one seed; a dash is a run that diverged. No judged "
+        "answer takes part in the choice.",
         columns("loss", *((f"{rate:g}", SPEED) for rate in budget.rates)),
         rows,
     )

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from paceline.bench.circumstances import cpu_model
 from paceline.distillation.measures import AnswerMatches, measure
 from paceline.distillation.replays import replay_validation
-from paceline.distillation.train import Lesson, Trainer, start_accelerator
+from paceline.distillation.train import DivergedError, Lesson, Trainer, start_accelerator
 from paceline.errors import ConfigError
 from paceline.experiments.direct_alignment.plan import LENGTHS
 from paceline.experiments.direct_alignment.results import pack
@@ -66,7 +66,10 @@ def new_student(seed: int) -> str:
 
 
 def train(run: Run, shop: Workshop) -> dict[str, Any]:
-    """Make a run and return its facts for the results. Raises ConfigError as `Trainer` does."""
+    """Make a run and return its facts for the results, `diverged` alone if its loss was not finite.
+
+    Raises ConfigError as `Trainer` does.
+    """
     materials = shop.materials
     pretrains = run.phase == "pretrain"
     answers = [] if pretrains else materials.training(run)
@@ -86,7 +89,10 @@ def train(run: Run, shop: Workshop) -> dict[str, Any]:
         replays = replay_validation(student, materials.validation, materials.distributions)
         return _measure(replays, shop).mean.predicted_speedup, {}
 
-    training = trainer.run(validate)
+    try:
+        training = trainer.run(validate)
+    except DivergedError:
+        return {"run": run.model_dump(mode="json"), "diverged": True}
     made = shop.student(name_of(run))
     save_student(trainer.student, made, "bfloat16")
     return {

@@ -6,12 +6,15 @@ A student of the comparison is too small to gain from a second thread, so runs s
 from __future__ import annotations
 
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from paceline.collection.workers import exit_with_parent
+from paceline.errors import PacelineError
 from paceline.experiments.direct_alignment import materials, training
 
 if TYPE_CHECKING:
@@ -29,7 +32,8 @@ def train_all(
 ) -> Iterator[tuple[Run, dict[str, Any]]]:
     """Yield each run and its facts when it is finished.
 
-    saved: the file of the materials, which the workers read. Raises ConfigError as `train` does.
+    saved: the file of the materials, which the workers read. Raises ConfigError as `train` does,
+    PacelineError if a worker process ends.
     """
     if workers == 1 or len(runs) < 2:
         with one_thread():
@@ -38,16 +42,20 @@ def train_all(
         return
     # forked processes would have threads in unknown states
     context = get_context("spawn")
-    with ProcessPoolExecutor(
+    pool = ProcessPoolExecutor(
         min(workers, len(runs)), context, _begin, (saved, _without_texts(shop))
-    ) as pool:
+    )
+    try:
         waiting = {pool.submit(_train, run): run for run in runs}
-        try:
-            for done in as_completed(waiting):
-                yield waiting[done], done.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for done in as_completed(waiting):
+            yield waiting[done], done.result()
+    except BrokenProcessPool as error:
+        raise PacelineError(
+            "a worker process ended, perhaps for lack of memory; finished runs are stored: run it "
+            "again, with fewer workers"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager
@@ -70,6 +78,7 @@ def _without_texts(shop: Workshop) -> dict[str, Any]:
 def _begin(saved: Path, fields: dict[str, Any]) -> None:
     """Prepare a worker process."""
     global _shop
+    exit_with_parent()
     torch.set_num_threads(1)
     _shop = training.Workshop(materials=materials.load(saved), **fields)
 

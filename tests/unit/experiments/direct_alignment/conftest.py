@@ -12,9 +12,10 @@ import yaml
 import paceline
 from paceline.experiments.prompt_files import TASKS
 from paceline.store import is_validation, part_of
+from paceline.testing.tiny_models import tiny_model
+from paceline.testing.tokenizers import byte_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from paceline.experiments.catalog import Finished
@@ -67,16 +68,13 @@ def write_data(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory, save_tiny_models: Callable[[int], Path]) -> Place:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     root = tmp_path_factory.mktemp("alignment")
-    raw = {
-        "target": {
-            "model": str(save_tiny_models(160) / "target"),
-            "dtype": "float32",
-            "device": "cpu",
-        },
-        "threads": 1,
-    }
+    # weights so wide that the target is sure of its tokens, as a trained one is
+    tiny_model(std=0.5, context=160).save_pretrained(root / "target")
+    byte_tokenizer().save_pretrained(root / "target")
+    target = {"model": str(root / "target"), "dtype": "float32", "device": "cpu"}
+    raw = {"target": target, "threads": 1}
     (root / "paceline.yaml").write_text(yaml.safe_dump(raw))
     data = write_data(root / "data")
     return Place(root / "paceline.yaml", data, root / "work", root / "out")
