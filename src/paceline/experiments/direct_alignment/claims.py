@@ -43,8 +43,7 @@ def claims(outcome: Outcome) -> Table:
         ),
         (
             "FastDraft (arXiv 2411.11055): losses on the target's distributions bring no clear "
-            "gain "
-            "over cross-entropy on its answers",
+            "gain over cross-entropy on its answers",
             "notes",
             _over_cross_entropy(outcome),
         ),
@@ -53,8 +52,7 @@ def claims(outcome: Outcome) -> Table:
     return Table(
         "Claims and findings",
         "arXiv 2403.00858, and FastDraft where it is named. Figures of the paper are those of "
-        "its target "
-        "(Llama 2 Chat 7B) and its data; only directions can be compared.",
+        "its target (Llama 2 Chat 7B) and its data; only directions can be compared.",
         columns("claim", "read in", "found here"),
         rows,
     )
@@ -73,8 +71,8 @@ def remarks(outcome: Outcome) -> list[str]:
     ]
     first = (
         f"`{tuned.best}`, the best other loss on validation answers, has tau "
-        f"{outcome.tau(best):.2f} at "
-        f"K = {LONGEST} against {outcome.tau(base):.2f} of `{BASELINE}`: {signed(rise)}. "
+        f"{outcome.tau(best):.2f} at K = {LONGEST} against {outcome.tau(base):.2f} of "
+        f"`{BASELINE}`: {signed(rise)}. "
     )
     names = ", ".join(f"`{loss}`" for loss in clear)
     first += f"Clear gains over `{BASELINE}`: {names or 'none'}."
@@ -92,18 +90,15 @@ def short_falls(outcome: Outcome) -> list[str]:
     ]
     found = [
         f"Short trainings: {budget.tokens:,} tokens per run, and {budget.pretrain_tokens:,} of "
-        "pre-training, where third parties report 600 B for the paper's; the order of losses "
-        "may differ "
-        "in longer ones.",
+        "pre-training, where third parties report 600 B for the paper's; the order of losses may "
+        "differ in longer ones.",
         "The students are pre-trained on text of the four tasks, not on general text, so "
-        "`pre-trained "
-        "only` knows the task that is left out.",
+        "`pre-trained only` knows the task that is left out.",
     ]
     if at_edge:
         found.append(
-            f"The chosen rate of {', '.join(at_edge)} is at an end of the sweep; a better one "
-            "may be "
-            "beyond it."
+            f"The chosen rate of {', '.join(at_edge)} is at an end of the sweep; a better one may "
+            "be beyond it."
         )
     if len(plan.seeds) == 1:
         found.append("The parts on data have one seed: their intervals are over answers alone.")

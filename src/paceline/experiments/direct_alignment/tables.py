@@ -61,13 +61,11 @@ def losses(outcome: Outcome) -> Table:
     return Table(
         "Losses",
         f"Each loss at the learning rate that is best on validation answers, {budget.tokens:,} "
-        "tokens "
-        f"per run, means over {budget.seeds} seeds and {len(TASKS)} tasks. Match rate: share of "
-        "positions where the drafter's most likely token is the target's. Acceptance: mean of "
-        "sum min(p, q). tau: tokens per target forward with drafts of K tokens, greedy. MBSU: "
-        f"tau / (1 + c K), with c = {outcome.ratio:.3f} of the parameters. Rise: over "
-        f"`{BASELINE}` with "
-        "the same seeds and answers, 95% interval over seeds and answers.",
+        f"tokens per run, means over {budget.seeds} seeds and {len(TASKS)} tasks. Match rate: "
+        "share of positions where the drafter's most likely token is the target's. Acceptance: "
+        "mean of sum min(p, q). tau: tokens per target forward with drafts of K tokens, greedy. "
+        f"MBSU: tau / (1 + c K), with c = {outcome.ratio:.3f} of the parameters. Rise: over "
+        f"`{BASELINE}` with the same seeds and answers, 95% interval over seeds and answers.",
         heads,
         rows,
     )
@@ -99,8 +97,8 @@ def sweep(outcome: Outcome) -> Table:
     budget = outcome.plan.budget
     rows: list[list[Value]] = []
     for loss in budget.losses:
-        runs = [outcome.plan.of_loss(loss, rate, 0) for rate in budget.rates]
-        rows.append([loss, *(outcome.mean([run], "validation") for run in runs)])
+        lines = [outcome.results.find(outcome.plan.of_loss(loss, r, 0)) for r in budget.rates]
+        rows.append([loss, *(line and line.get("validation") for line in lines)])
     return Table(
         "Learning rates",
         "Predicted speed-up on validation answers, one seed; a dash is a run that diverged. No judged "
@@ -132,11 +130,9 @@ def answers(outcome: Outcome) -> Table:
     return Table(
         "Greedy and sampled answers",
         f"Trained on the target's greedy answers to {plan.budget.sampled:,} prompts, on answers "
-        "to the "
-        f"same prompts sampled at temperature {SAMPLED}, or on both, with equally many tokens "
-        "per run. "
-        "Judged along greedy answers; the last two columns are along sampled answers to the same "
-        "prompts. Acceptance is at temperature 1.",
+        f"to the same prompts sampled at temperature {SAMPLED}, or on both, with equally many "
+        "tokens per run. Judged along greedy answers; the last two columns are along sampled "
+        "answers to the same prompts. Acceptance is at temperature 1.",
         heads,
         rows,
     )
@@ -163,9 +159,8 @@ def left_out(outcome: Outcome) -> Table:
         "A task left out",
         f"tau at K = {LONGEST} on the task that is left out. The student is pre-trained on "
         f"{plan.budget.pretrain_tokens:,} tokens of the data's own prompts and references of all "
-        "four "
-        "tasks, which the target did not write, and then trained on the target's answers of three "
-        "tasks, or of all four. 95% intervals over "
+        "four tasks, which the target did not write, and then trained on the target's answers of "
+        "three tasks, or of all four. 95% intervals over "
         + ("seeds and answers." if len(plan.seeds) > 1 else "answers; one seed."),
         heads,
         rows,
@@ -191,8 +186,7 @@ def specialists(outcome: Outcome) -> Table:
     return Table(
         "Specialist and generalist",
         f"tau at K = {LONGEST}, loss `{tuned.best}`. Both have the same size and read as many "
-        "tokens; the "
-        "specialist reads the answers of one task, so it reads each more often.",
+        "tokens; the specialist reads the answers of one task, so it reads each more often.",
         heads,
         rows,
     )
@@ -218,8 +212,7 @@ def numbers(outcome: Outcome) -> Table:
     return Table(
         "Number of answers",
         f"Loss `{tuned.best}`, equally many tokens per run: fewer answers are read more often. "
-        "Last column: "
-        f"the difference of tau at K = {LONGEST} to the run on all answers.",
+        f"Last column: the difference of tau at K = {LONGEST} to the run on all answers.",
         heads,
         rows,
     )
@@ -245,11 +238,10 @@ def clocked(outcome: Outcome) -> Table | None:
     return Table(
         "By the clock",
         f"Students of one seed decode {line['prompts']} judging prompts, interleaved with plain "
-        "decoding "
-        "(`none`) in one process: greedy, one request at a time, at most "
-        f"{line['max_new_tokens']} tokens, "
-        "prefill included, 95% interval over prompts. Predicted: from the judged answers and the "
-        "measured prices of rounds, without the prefill.",
+        "decoding (`none`) in one process: greedy, one request at a time, at most "
+        f"{line['max_new_tokens']} tokens, prefill included, 95% interval over prompts. "
+        "Predicted: from the judged answers and the measured prices of rounds, without the "
+        "prefill.",
         heads,
         rows,
     )
@@ -267,11 +259,9 @@ def teachers(outcome: Outcome) -> Table | None:
     return Table(
         "Stored and live target distributions",
         f"Tokens per second of training with `{line['loss']}`, one thread, {line['tokens']:,} "
-        "tokens. "
-        f"`cached` reads the target's {line['top_k']} most probable tokens per position, `live` "
-        "runs the "
-        "target on each batch and uses all probabilities. Storing them once runs at "
-        f"{line['storing']:,.0f} tokens per second and takes {line['bytes_per_token']:,.0f} "
+        f"tokens. `cached` reads the target's {line['top_k']} most probable tokens per position, "
+        "`live` runs the target on each batch and uses all probabilities. Storing them once runs "
+        f"at {line['storing']:,.0f} tokens per second and takes {line['bytes_per_token']:,.0f} "
         "bytes per token.",
         columns("teacher", ("tokens per second", "{:,.0f}"), ("per CPU second", "{:,.0f}")),
         rows,
@@ -294,14 +284,10 @@ def noise(outcome: Outcome) -> Table | None:
     return Table(
         "Noise of sampled gradients",
         f"The gradient of the output head from tokens drawn from q, on {line['positions']} "
-        "positions with "
-        f"the p and q of a trained student and its target, {line['draws']} draws; the mean "
-        "reward is "
-        f"{line['mean_reward']:.2f}. Noise: variance over the squared norm of the exact "
-        "gradient. Cosine: "
-        "of a draw with the exact gradient. The trainings above sum over the vocabulary and "
-        "have none "
-        "of this noise.",
+        f"positions with the p and q of a trained student and its target, {line['draws']} draws; "
+        f"the mean reward is {line['mean_reward']:.2f}. Noise: variance over the squared norm of "
+        "the exact gradient. Cosine: of a draw with the exact gradient. The trainings above sum "
+        "over the vocabulary and have none of this noise.",
         heads,
         rows,
     )

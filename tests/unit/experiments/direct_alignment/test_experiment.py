@@ -21,6 +21,7 @@ from paceline.experiments.direct_alignment.outcome import Outcome
 from paceline.experiments.direct_alignment.page import BEGIN, END, write_page
 from paceline.experiments.direct_alignment.plan import SMOKE, Plan, Run
 from paceline.experiments.direct_alignment.results import Results, read_lines
+from paceline.experiments.direct_alignment.tables import sweep
 from paceline.experiments.prompt_files import TASKS
 from paceline.store import part_of
 
@@ -201,20 +202,23 @@ def test_two_workers_find_the_same(place: Place, finished: Finished, tmp_path: P
 
 
 def test_a_rate_that_diverges_is_not_chosen(
-    place: Place, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Place, finished: Finished, tmp_path: Path
 ) -> None:
     outcome = outcome_of(place)
     best = outcome.tuned.rates["kl"]
     path = tmp_path / "results.jsonl"
     lines = []
     for line in read_lines(place.out / "results.jsonl"):
-        if line["kind"] == "run" and line["run"]["loss"] == "kl" and line["run"]["seed"] == 1:
+        run = line.get("run", {})
+        if run.get("phase") == "align" and run["loss"] == "kl" and run["learning_rate"] == best:
             line = {key: line[key] for key in ("kind", "materials", "run")} | {"diverged": True}
         lines.append(json.dumps(line) + "\n")
     path.write_text("".join(lines))
     changed = Outcome(outcome.plan, Results(path, outcome.results.materials))
     with pytest.raises(ConfigError, match="is missing"):
         _ = changed.tuned  # the other rate has one seed so far
+    row = next(row for row in sweep(changed).rows if row[0] == "kl")
+    assert row[1 + SMOKE.rates.index(best)] is None and None in row and row.count(None) == 1
     rates = experiment.tune(outcome.plan, changed.results)
     assert rates["kl"] != best and rates["cross_entropy"] == outcome.tuned.rates["cross_entropy"]
 
