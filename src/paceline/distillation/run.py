@@ -121,7 +121,7 @@ class _Run:
     def train(self, data: Sequence[Path], also_measure: Sequence[Path], out: Path) -> DistillReport:
         """Run the phases, save and measure the student, and describe it in its folder."""
         # the first process writes what all of them read
-        with self.accelerator.main_process_first():
+        with self.accelerator.main_process_first(), _alone(self.settings.outputs):
             texts = prepare_texts(self.pace, data, also_measure, self.settings, self._report)
             distributions = self._distributions(texts)
         lesson = Lesson(texts.training, texts.plain, distributions)
