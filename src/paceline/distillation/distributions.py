@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from paceline.distillation.batches import collate, in_order
+from paceline.distillation.batches import collate, first_learned, in_order
 from paceline.distillation.teachers import LiveTeacher, StoredTeacher
 from paceline.errors import ConfigError, StoreError
 from paceline.models.output_head import OutputHead
