@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from paceline.distillation.batches import Example
 from paceline.distillation.replays import replay_validation
 from paceline.distillation.settings import DistillSettings, StudentShape
 from paceline.distillation.student import build_student
 from paceline.distillation.train import Lesson, Trainer, start_accelerator
 from paceline.testing.tiny_models import tiny_model
-
-from paceline.distillation.batches import Example
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -165,14 +165,15 @@ def _rows(
 
 
 def read_distributions(
-    stores: Sequence[ShardStore], examples: Sequence[Example], prompt_weight: float
+    stores: Sequence[ShardStore], examples: Sequence[Example]
 ) -> StoredDistributions:
     """Return the stored distributions of texts. The stores have the same settings.
 
     Raises StoreError for a text with another number of positions, which was stored for another answer.
     """
+    identity = stores[0].identity
+    width, prompt_weight = identity["top_k"], float(identity["with_prompts"])
     wanted = {e.id: len(e.tokens) - 1 - first_learned(e, prompt_weight) for e in examples}
-    width = stores[0].identity["top_k"]
     ids, probabilities, places, place = [], [], {}, 0
     for store in stores:
         table = store.read()

@@ -213,6 +213,12 @@ def _say_nothing(progress: TrainingProgress) -> None:
     """Report for the processes that do not."""
 
 
+def _alone(outputs: Path) -> FileLock:
+    """Return a lock of the answers, for which other distillations that share them wait."""
+    outputs.mkdir(parents=True, exist_ok=True)
+    return FileLock(outputs / "answers.lock")
+
+
 @contextmanager
 def locked(part: Path, accelerator: Accelerator) -> Iterator[None]:
     """Hold the folder of the unfinished work. Raises ConfigError if another process does."""

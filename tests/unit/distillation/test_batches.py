@@ -44,7 +44,11 @@ def test_answer_tokens_have_weight_1_and_prompt_tokens_the_prompt_weight() -> No
 
 
 def test_the_weight_of_a_text_is_that_of_its_positions() -> None:
-    examples = [*rule_texts(30), Example("a", "d", np.arange(5), 0), Example("b", "d", np.ones(1), 1)]
+    examples = [
+        *rule_texts(30),
+        Example("a", "d", np.arange(5), 0),
+        Example("b", "d", np.ones(1), 1),
+    ]
     for prompt_weight in (0.0, 0.2, 1.0):
         batch = collate(examples, prompt_weight)
         for i, example in enumerate(examples):

@@ -1,4 +1,4 @@
-"""The target's distributions along texts: at the right positions, stored or live, resumed and checked."""
+"""The target's distributions along texts: at the right positions, stored or live, resumed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def stored(
 ) -> StoredDistributions:
     store = open_distributions(folder, target, settings)
     store_distributions(target, examples, store)
-    return read_distributions([store], examples, settings.prompt_weight)
+    return read_distributions([store], examples)
 
 
 def own_softmax(
@@ -111,7 +111,7 @@ def test_all_stored_tokens_but_one_have_nearly_the_loss_of_the_live_target(
 ) -> None:
     examples = rule_texts(12)
     settings = tiny_settings(teacher_top_k=VOCAB - 1)
-    batch = collate(examples, settings.prompt_weight)
+    batch = collate(examples)
     teachers = [
         stored(target, examples, tmp_path, settings).teacher(batch, examples),
         LiveDistributions.of(target, 1.0).teacher(batch, examples),
@@ -162,7 +162,7 @@ def test_a_killed_computation_goes_on_with_the_missing_texts(
     assert seen[-1] == 18
     assert seen == sorted(seen)
     assert store.num_rows == 18
-    resumed = read_distributions([store], examples, settings.prompt_weight)
+    resumed = read_distributions([store], examples)
     for example in examples:
         ours, theirs = resumed.places[example.id], whole.places[example.id]
         assert torch.equal(resumed.ids[ours], whole.ids[theirs])
@@ -179,9 +179,9 @@ def test_texts_of_several_stores_are_read_together(target: LanguageModel, tmp_pa
         stores.append(open_distributions(tmp_path / name, target, settings))
         store_distributions(target, examples, stores[-1])
     part = [second[3], first[2]]
-    found = read_distributions(stores, part, settings.prompt_weight)
+    found = read_distributions(stores, part)
     assert set(found.places) == {example.id for example in part}
-    batch = collate(part, settings.prompt_weight)
+    batch = collate(part)
     ids, _ = found.teacher(batch, part).buckets(EVERYTHING)
     expected = torch.cat([own_softmax(target, e, 1) for e in part]).topk(5).indices
     assert ids is not None
@@ -206,7 +206,7 @@ def test_other_settings_have_other_stores(target: LanguageModel, tmp_path: Path)
 def test_distributions_of_another_target_are_refused(target: LanguageModel, tmp_path: Path) -> None:
     open_distributions(tmp_path, target, tiny_settings())
     other = LanguageModel(tiny_model(vocab_size=VOCAB, context=64), "other")
-    with pytest.raises(StoreError, match="was made with target .* delete this folder; it is comp"):
+    with pytest.raises(StoreError, match=r"was made with target .* delete this folder; it is comp"):
         open_distributions(tmp_path, other, tiny_settings())
 
 
@@ -218,10 +218,12 @@ def test_distributions_of_another_answer_to_the_prompt_are_refused(
     longer = Example(examples[2].id, "d", np.arange(30), examples[2].num_prompt)
     store = open_distributions(tmp_path, target, settings)
     with pytest.raises(StoreError, match=r"positions of 'd/2', whose text has 29; delete this"):
-        read_distributions([store], [examples[0], longer], settings.prompt_weight)
+        read_distributions([store], [examples[0], longer])
 
 
 def test_more_tokens_than_the_target_has_are_refused(target: LanguageModel, tmp_path: Path) -> None:
     for top_k in (VOCAB, VOCAB + 1):
-        with pytest.raises(ConfigError, match=f"teacher_top_k {top_k} is not below the target's 40"):
+        with pytest.raises(
+            ConfigError, match=f"teacher_top_k {top_k} is not below the target's 40"
+        ):
             open_distributions(tmp_path, target, tiny_settings(teacher_top_k=top_k))
