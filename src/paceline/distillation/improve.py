@@ -212,7 +212,7 @@ class _Improvement:
             before += len(examples)
             stores.append(store)
         every = [example for own in wanted.values() for example in own]
-        return read_distributions(stores, every, settings.prompt_weight)
+        return read_distributions(stores, every)
 
     def _counter(self, before: int, total: int) -> Callable[[int], None]:
         return lambda done: self._report("distributions", before + done, total)
