@@ -54,7 +54,10 @@ class Distributions(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """The texts of one training, and the distributions to learn. None: the texts' own tokens."""
+    """The texts of one training, and the distributions that all losses but cross-entropy learn.
+
+    Without distributions they learn the texts' own tokens.
+    """
 
     answers: Sequence[Example]
     texts: Sequence[Example] = ()  # for pre-training
@@ -216,7 +219,8 @@ class Trainer:
         prompt_weight = settings.prompt_weight if step.of_answers else 1.0
         batch = collate(examples, prompt_weight).to(self.accelerator.device)
         teacher: Teacher = TextTeacher(batch.targets)
-        if step.of_answers and lesson.distributions is not None:
+        learns_text = not step.of_answers or settings.loss == "cross_entropy"
+        if not learns_text and lesson.distributions is not None:
             teacher = lesson.distributions.teacher(batch, examples)
         totals: Totals = self._objective(batch, teacher, step.of_answers)
         return totals.loss / step.weight
