@@ -26,6 +26,7 @@ _NAMES = {
     "paceline.verbs.distillation": ("distill", "suggest_shapes"),
     "paceline.verbs.evaluate": ("evaluate",),
     "paceline.verbs.from_log": ("learn_from_log",),
+    "paceline.verbs.improvement": ("improve_drafter",),
     "paceline.verbs.pipeline": ("collect", "learn", "profile"),
     "paceline.verbs.route": ("Router", "load_router", "route"),
     "paceline.verbs.trigrams": ("build_trigrams",),
@@ -57,6 +58,7 @@ __all__ = [
     "drafters",
     "evaluate",
     "experiment",
+    "improve_drafter",
     "learn",
     "learn_from_log",
     "load",
@@ -89,6 +91,7 @@ if TYPE_CHECKING:
     from paceline.verbs.distillation import distill, suggest_shapes
     from paceline.verbs.evaluate import evaluate
     from paceline.verbs.from_log import learn_from_log
+    from paceline.verbs.improvement import improve_drafter
     from paceline.verbs.pipeline import collect, learn, profile
     from paceline.verbs.route import Router, load_router, route
     from paceline.verbs.trigrams import build_trigrams

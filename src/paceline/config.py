@@ -204,7 +204,8 @@ class LogSection(Section):
     """The decision log.
 
     folder: of the log files; None logs nothing. tokens: `off` writes no token of a prompt or an answer;
-    `ids` writes token ids, so that `paceline learn --from-log` can replay every drafter.
+    `ids` writes token ids, so that `paceline learn --from-log` can replay every drafter and
+    `paceline distill --from-log` can train one.
     """
 
     folder: Path | None = None

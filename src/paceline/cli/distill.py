@@ -49,6 +49,16 @@ def distill(
             help="Only measure student shapes on this machine and show the acceptance that each needs.",
         ),
     ] = False,
+    from_log: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DRAFTER",
+            help="Train this drafter further on served requests; adopt it if acceptance rises.",
+        ),
+    ] = None,
+    log: Annotated[
+        Path | None, typer.Option(help="Folder of the decision log, instead of log.folder.")
+    ] = None,
 ) -> None:
     """Answer prompts with the target, then align a drafter with it. Resumes.
 
@@ -58,11 +68,28 @@ def distill(
 
     from paceline.errors import ConfigError
 
-    if suggest and (data or out is not None):
-        raise ConfigError("--suggest trains nothing; remove it, or the files of prompts and --out")
+    if suggest and (data or out is not None or from_log is not None):
+        raise ConfigError(
+            "--suggest trains nothing; remove it, or the files of prompts, --out and --from-log"
+        )
+    if log is not None and from_log is None:
+        raise ConfigError("--log is read by --from-log; name a drafter with it, or remove --log")
     configured = options.configured(config, threads=threads)
     if suggest:
         _suggest(configured, Console())
+        return
+    if from_log is not None:
+        from paceline.cli.improvement import improve
+
+        if measure:
+            raise ConfigError("--measure is of a new drafter; remove it or --from-log")
+        flags: dict[str, object] = {"size": size, "loss": loss, "epochs": epochs, "seed": seed}
+        flags |= {"threads": threads, **options.assigned(setting)}
+        console = Console()
+        improve(
+            configured, from_log, log, out, data or [], flags, console,
+            lambda report: _Follower(console, report),
+        )  # fmt: skip
         return
 
     from paceline.cli.progress import progress

@@ -89,16 +89,10 @@ def _select(
 
 
 def _why_not(decision: LoggedDecision, target: str, tokenizer: str, context: int) -> str | None:
-    if (decision.header.target, decision.header.tokenizer) != (target, tokenizer):
-        return "were served by another target"
-    if decision.prompt_tokens is None or not decision.output_tokens:
-        return "have no token ids (log.tokens: ids keeps them)"
-    if decision.finish_reason not in ("stop", "length"):
-        return "did not finish"
+    if reason := decision.why_no_text(target, tokenizer, context):
+        return reason
     if decision.sampling.temperature > 0 or decision.has_rules:
         return "were sampled, or had rules for the logits"
-    if decision.num_prompt >= context:
-        return "fill the target's context with the prompt"
     return None
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from paceline.distillation.batches import collate, in_order
+from paceline.distillation.batches import collate, first_learned, in_order
 from paceline.distillation.teachers import LiveTeacher, StoredTeacher
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, StoreError
 from paceline.models.output_head import OutputHead
 from paceline.store import ShardStore
 
@@ -119,11 +119,15 @@ def store_distributions(
     store: ShardStore,
     on_done: Callable[[int], None] = lambda num_texts: None,
 ) -> None:
-    """Compute and store the distributions of the texts that the store lacks. Resumes."""
+    """Compute and store the distributions of the texts that the store lacks. Resumes.
+
+    on_done: receives the number of texts done so far, with those that were stored before.
+    """
     top_k, temperature = store.identity["top_k"], store.identity["temperature"]
     weight = 1.0 if store.identity["with_prompts"] else 0.0
     stored = store.ids()
     missing = [example for example in examples if example.id not in stored]
+    done = len(examples) - len(missing)
     live = LiveDistributions.of(target, temperature)
     for first in range(0, len(missing), _SHARD):
         shard = missing[first : first + _SHARD]
@@ -131,7 +135,8 @@ def store_distributions(
         for members in in_order([len(e.tokens) for e in shard], _BATCH_TOKENS):
             part = [shard[i] for i in members]
             rows += list(_rows(live, part, weight, top_k))
-            on_done(len(part))
+            done += len(part)
+            on_done(done)
         store.append(rows)
 
 
@@ -162,8 +167,13 @@ def _rows(
 def read_distributions(
     stores: Sequence[ShardStore], examples: Sequence[Example]
 ) -> StoredDistributions:
-    """Return the stored distributions of texts. The stores have the same settings."""
-    wanted = {example.id for example in examples}
+    """Return the stored distributions of texts. The stores have the same settings.
+
+    Raises StoreError for a text with another number of positions, which was stored for another answer.
+    """
+    identity = stores[0].identity
+    width, prompt_weight = identity["top_k"], float(identity["with_prompts"])
+    wanted = {e.id: len(e.tokens) - 1 - first_learned(e, prompt_weight) for e in examples}
     ids, probabilities, places, place = [], [], {}, 0
     for store in stores:
         table = store.read()
@@ -172,11 +182,15 @@ def read_distributions(
             if name not in wanted or name in places:
                 continue
             count = len(tokens[i].as_buffer()) // _ID.itemsize
+            if count != wanted[name] * width:
+                raise StoreError(
+                    f"{store.folder}: has {count // width} positions of {name!r}, whose text has "
+                    f"{wanted[name]}; delete this folder; it is computed again"
+                )
             ids.append(np.frombuffer(tokens[i].as_buffer(), _ID))
             probabilities.append(np.frombuffer(shares[i].as_buffer(), _PROBABILITY))
             places[name] = (place, place + count)
             place += count
-    width = stores[0].identity["top_k"]
     return StoredDistributions(
         torch.from_numpy(np.concatenate(ids).reshape(-1, width)),
         torch.from_numpy(np.concatenate(probabilities).reshape(-1, width)),

@@ -130,7 +130,8 @@ def _standardising_factor(weighted_reward: Tensor, weights: Tensor) -> Tensor:
     Tokens count with q, positions with their weights. The mean cancels: over the whole vocabulary the
     gradient of E_q[constant] is 0.
     """
-    mean = weighted_reward / weights.sum()
+    # a batch without a learned position has no gradient
+    mean = weighted_reward / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
     return (mean * (1 - mean)).clamp(min=_LEAST_DEVIATION**2).rsqrt().to(weights.dtype)
 
 

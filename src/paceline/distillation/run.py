@@ -87,7 +87,7 @@ def distill(
         torch.set_num_threads(settings.threads)
     part = out.with_name(out.name + ".part")
     accelerator = start_accelerator(pace.parts.target.device.type == "cpu")
-    with _locked(part, accelerator):
+    with locked(part, accelerator):
         run = _Run(pace, settings, part, accelerator, on_progress, prices)
         report = run.train(data, also_measure, out)
         if accelerator.is_main_process:
@@ -121,7 +121,7 @@ class _Run:
     def train(self, data: Sequence[Path], also_measure: Sequence[Path], out: Path) -> DistillReport:
         """Run the phases, save and measure the student, and describe it in its folder."""
         # the first process writes what all of them read
-        with self.accelerator.main_process_first():
+        with self.accelerator.main_process_first(), _alone(self.settings.outputs):
             texts = prepare_texts(self.pace, data, also_measure, self.settings, self._report)
             distributions = self._distributions(texts)
         lesson = Lesson(texts.training, texts.plain, distributions)
@@ -213,8 +213,14 @@ def _say_nothing(progress: TrainingProgress) -> None:
     """Report for the processes that do not."""
 
 
+def _alone(outputs: Path) -> FileLock:
+    """Return a lock of the answers, for which other distillations that share them wait."""
+    outputs.mkdir(parents=True, exist_ok=True)
+    return FileLock(outputs / "answers.lock")
+
+
 @contextmanager
-def _locked(part: Path, accelerator: Accelerator) -> Iterator[None]:
+def locked(part: Path, accelerator: Accelerator) -> Iterator[None]:
     """Hold the folder of the unfinished work. Raises ConfigError if another process does."""
     if not accelerator.is_main_process:
         yield

@@ -67,6 +67,7 @@ class LiveTeacher:
     temperature: float
     device: torch.device  # of the student
 
+    @torch.no_grad()
     def buckets(self, part: slice) -> tuple[Tensor | None, Tensor]:
         """Return all probabilities."""
         logits = self.unembed(self.hidden[part]).float()

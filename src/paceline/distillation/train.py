@@ -45,7 +45,7 @@ _SMOOTHING = 0.95  # of the reported loss, over about twenty steps
 
 
 class DivergedError(ConfigError):
-    """The loss of a training is not finite."""
+    """The loss or the gradient of a training is not finite."""
 
 
 class Distributions(Protocol):
@@ -58,7 +58,10 @@ class Distributions(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """The texts of one training, and the distributions to learn. None: the texts' own tokens."""
+    """The texts of one training, and the distributions that all losses but cross-entropy learn.
+
+    Without distributions they learn the texts' own tokens.
+    """
 
     answers: Sequence[Example]
     texts: Sequence[Example] = ()  # for pre-training
@@ -149,8 +152,9 @@ class Trainer:
         """Train up to the weights of the best validation; return the run's state.
 
         validate: returns a score, of which more is better, and the figures of the history's entry.
-        Raises DivergedError if a loss is not finite, ConfigError if a checkpoint cannot be written; the
-        last one stays.
+        Raises DivergedError if a loss or gradient is not finite, ConfigError if a checkpoint cannot be
+        written; the last one stays. Ctrl-C saves a checkpoint after the step and raises
+        KeyboardInterrupt.
         """
         settings, training, total = self.settings, self.training, len(self.plan)
         epochs = 1.0 if self.phase == "pretrain" else settings.epochs
@@ -164,12 +168,15 @@ class Trainer:
                     self._validate(validate, clock.tokens_per_second())
                     if training.history:  # of the first process only
                         on_validated(training.history[-1])
-                if training.step % settings.checkpoint_every == 0 or ends or interrupted():
+                stops = self._in_any_process(interrupted())
+                if training.step % settings.checkpoint_every == 0 or ends or stops:
                     clock.stop()
                     self._save()
-                if interrupted():
+                if stops:
                     raise KeyboardInterrupt
                 on_progress(self._progress(clock.tokens_per_second()))
+            if self._in_any_process(interrupted()):  # during the last report
+                raise KeyboardInterrupt
         if training.best_weights:
             self.student.load_state_dict(training.best_weights)
         self.student.eval()
@@ -181,49 +188,67 @@ class Trainer:
         rate = learning_rate(training.step, len(self.plan), settings)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        self._objective.train()
+        self._objective.eval()  # dropout would make a resumed run differ
         mine = step.batches[accelerator.process_index :: accelerator.num_processes]
+        # all processes synchronise: one without a batch computes another's, which counts nothing
+        share = 1.0 if mine else 0.0
+        mine = mine or step.batches[:1]
         total = torch.zeros((), device=accelerator.device)
         for i, members in enumerate(mine):
             ends = i == len(mine) - 1
             with nullcontext() if ends else accelerator.no_sync(self._objective):
-                part = self._loss(step, members)
+                part = self._loss(step, members) * share
                 # processes are averaged, so each sums to the number of processes
                 accelerator.backward(part * accelerator.num_processes)
             total += part.detach()
         loss = float(accelerator.reduce(total, "sum"))
-        if not math.isfinite(loss):
-            self._stop_at_bad_loss(loss)
-        accelerator.clip_grad_norm_(self.student.parameters(), settings.max_gradient_norm)
+        self._check_finite("loss", loss)
+        norm = accelerator.clip_grad_norm_(self.student.parameters(), settings.max_gradient_norm)
+        # or the next checkpoint would hold weights that are not numbers
+        self._check_finite("gradient", float(norm))
         self._optimizer.step()
         self._optimizer.zero_grad()
         training.loss = (
             loss if not training.step else (_SMOOTHING * training.loss + (1 - _SMOOTHING) * loss)
         )
         training.step += 1
+        source = self._source(step)
+        training.tokens += sum(len(source[i].tokens) - 1 for batch in step.batches for i in batch)
         self._average()
 
     def _loss(self, step: PlannedStep, members: list[int]) -> torch.Tensor:
         """Return the part of a batch in the step's weighted mean loss."""
         lesson, settings = self.lesson, self.settings
-        source = lesson.answers if step.of_answers else lesson.texts
+        source = self._source(step)
         examples = [source[i] for i in members]
         prompt_weight = settings.prompt_weight if step.of_answers else 1.0
         batch = collate(examples, prompt_weight).to(self.accelerator.device)
-        self.training.tokens += sum(len(e.tokens) - 1 for e in examples)
         teacher: Teacher = TextTeacher(batch.targets)
-        if step.of_answers and lesson.distributions is not None:
+        learns_text = not step.of_answers or settings.loss == "cross_entropy"
+        if not learns_text and lesson.distributions is not None:
             teacher = lesson.distributions.teacher(batch, examples)
         totals: Totals = self._objective(batch, teacher, step.of_answers)
         return totals.loss / step.weight
 
-    def _stop_at_bad_loss(self, loss: float) -> None:
+    def _source(self, step: PlannedStep) -> Sequence[Example]:
+        return self.lesson.answers if step.of_answers else self.lesson.texts
+
+    def _check_finite(self, what: str, value: float) -> None:
+        """Raise DivergedError if a step's value is not finite."""
+        if math.isfinite(value):
+            return
         kept = self._file.path
         state = f"the last checkpoint is kept in {kept}" if kept.exists() else "no checkpoint yet"
         raise DivergedError(
-            f"the loss of step {self.training.step + 1} is {loss}; {state}: choose a learning_rate "
-            f"below {self.settings.learning_rate:g} and run the command again"
+            f"the {what} of step {self.training.step + 1} is {value}; {state}: choose a "
+            f"learning_rate below {self.settings.learning_rate:g} and run the command again"
         )
+
+    def _in_any_process(self, flag: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return flag
+        flags = torch.tensor(float(flag), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flags, "sum"))
 
     # --- moving average, validation, checkpoint -------------------------------------------------
 

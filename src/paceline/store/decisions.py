@@ -81,6 +81,23 @@ class LoggedDecision:
     prompt_tokens: tuple[int, ...] | None
     output_tokens: tuple[int, ...] | None
 
+    def why_no_text(self, target: str, tokenizer: str, context: int) -> str | None:
+        """Return the reason why this is no whole text of a target, as words after a number of requests.
+
+        target: its fingerprint; tokenizer: its hash; context: positions that the prompt must not fill.
+        """
+        if self.header.target != target:
+            return "were served by another target"
+        if self.header.tokenizer != tokenizer:
+            return "were served with another tokenizer"
+        if self.prompt_tokens is None or not self.output_tokens:
+            return "have no token ids (log.tokens: ids keeps them)"
+        if self.finish_reason not in ("stop", "length"):
+            return "did not finish"
+        if self.num_prompt >= context:
+            return "fill the context with the prompt"
+        return None
+
 
 class LoadedDecisions(NamedTuple):
     """Decisions in the order of writing, and a note on each part that could not be read."""
