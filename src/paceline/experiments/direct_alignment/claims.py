@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from paceline.experiments.findings import Source, Value
 
 _PLAIN_LOSS = "tvd"
+_APART = 0.15  # of a prediction from the clock, relative
 
 
 def claims(outcome: Outcome) -> Table:
@@ -102,6 +103,7 @@ def short_falls(outcome: Outcome) -> list[str]:
         )
     if len(plan.seeds) == 1:
         found.append("The parts on data have one seed: their intervals are over answers alone.")
+    found += _doubts(outcome)
     commits = sorted({str(line["commit"]) for line in _runs(outcome)})
     processors = sorted({str(line["processor"]) for line in _runs(outcome)})
     if len(commits) > 1 or len(processors) > 1:
@@ -110,6 +112,24 @@ def short_falls(outcome: Outcome) -> list[str]:
             f"{len(processors)} kinds of processor."
         )
     return found
+
+
+def _doubts(outcome: Outcome) -> list[str]:
+    """Return a doubt about the predicted speed-ups where the clock disagrees."""
+    line = outcome.results.of_kind("clock")
+    students = {} if line is None else line["students"]
+    apart = {
+        loss: own["predicted"] / own["speedup"][0]
+        for loss, own in students.items()
+        if abs(own["predicted"] / own["speedup"][0] - 1) > _APART
+    }
+    if not apart:
+        return []
+    ratios = f"{min(apart.values()):.2f} to {max(apart.values()):.2f}"
+    return [
+        f"The predicted speed-ups are {ratios} times those by the clock, which count the prefill, and "
+        "their prices may have been measured while other work ran; trust tau and the clock."
+    ]
 
 
 def _runs(outcome: Outcome) -> list[dict[str, object]]:

@@ -98,7 +98,7 @@ def sweep(outcome: Outcome) -> Table:
     rows: list[list[Value]] = []
     for loss in budget.losses:
         lines = [outcome.results.find(outcome.plan.of_loss(loss, r, 0)) for r in budget.rates]
-        rows.append([loss, *(line and line.get("validation") for line in lines)])
+        rows.append([loss, *(None if line is None else line.get("validation") for line in lines)])
     return Table(
         "Learning rates",
         "Predicted speed-up on validation answers, one seed; a dash is a run that diverged. No judged "

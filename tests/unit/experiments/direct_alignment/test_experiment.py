@@ -103,6 +103,19 @@ def test_runs_learn_and_differ(place: Place, finished: Finished) -> None:
     assert len(accepted) > 0.8 * len(runs_of(place.out))
 
 
+def test_cross_entropy_learns_the_text_and_kl_the_distributions(
+    place: Place, finished: Finished
+) -> None:
+    """Given the distributions, cross-entropy would be the divergence under another name."""
+    outcome = outcome_of(place)
+    found = [
+        outcome.results.of(outcome.plan.of_loss(loss, rate, 0))["accepted"]
+        for loss in ("cross_entropy", "kl")
+        for rate in SMOKE.rates
+    ]
+    assert all(a != b for i, a in enumerate(found) for b in found[:i])
+
+
 def test_judged_prompts_are_learned_by_no_run(place: Place, finished: Finished) -> None:
     outcome = outcome_of(place)
     materials = load(place.work / "direct-alignment" / "texts.pt")
@@ -157,6 +170,8 @@ def test_a_second_call_trains_nothing_and_writes_the_same_page(
     monkeypatch.setattr(training, "train", fail)
     monkeypatch.setattr(experiment, "time_students", fail)
     monkeypatch.setattr(experiment, "measure_prices", fail)
+    monkeypatch.setattr(experiment, "measure_noise", fail)
+    monkeypatch.setattr(experiment, "time_teachers", fail)
     place.run()
     assert page.read_text() == before
     assert (place.out / "results.jsonl").read_text() == lines
