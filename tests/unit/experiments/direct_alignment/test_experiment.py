@@ -74,6 +74,9 @@ def test_every_run_of_the_plan_has_one_line(place: Place, finished: Finished) ->
     assert {Run.model_validate(line["run"]) for line in lines} == planned
     for line in lines:
         assert set(line["tasks"]) == set(TASKS)
+        trained = line["settings"]
+        for name in ("loss", "learning_rate", "seed"):
+            assert trained[name] == line["run"][name] or line["run"]["phase"] == "pretrain"
         assert line["processor"] and line["commit"] and line["threads"] == 1
         # a run reads its tokens up to a part of a batch
         assert abs(line["tokens"] - line["run"]["tokens"]) <= 2 * SMOKE.batch_tokens
