@@ -124,10 +124,12 @@ class _Run:
         with self.accelerator.main_process_first(), _alone(self.settings.outputs):
             texts = prepare_texts(self.pace, data, also_measure, self.settings, self._report)
             distributions = self._distributions(texts)
-        lesson = Lesson(texts.training, texts.plain, distributions)
+        # cross-entropy learns the texts' own tokens
+        learned = None if self.settings.loss == "cross_entropy" else distributions
+        lesson = Lesson(texts.training, texts.plain, learned)
         if self.settings.pretrain_tokens:
-            self._phase(lesson, texts.validation, self.settings.pretrain_tokens)
-        self._phase(lesson, texts.validation, 0)
+            self._phase(lesson, texts.validation, distributions, self.settings.pretrain_tokens)
+        self._phase(lesson, texts.validation, distributions)
         made = self.part / "model"
         if self.is_main:
             _save(self.student, self.pace, made, self.settings)
@@ -168,7 +170,13 @@ class _Run:
     def _counter(self, before: int, total: int) -> Callable[[int], None]:
         return lambda done: self._report("distributions", before + done, total)
 
-    def _phase(self, lesson: Lesson, validation: Sequence[Example], pretrain_tokens: int) -> None:
+    def _phase(
+        self,
+        lesson: Lesson,
+        validation: Sequence[Example],
+        distributions: Distributions,
+        pretrain_tokens: int = 0,
+    ) -> None:
         """Train the student in one phase, from its checkpoint if there is one."""
         settings, part = self.settings, self.part
         path = part / ("pretrain.pt" if pretrain_tokens else "align.pt")
@@ -177,7 +185,7 @@ class _Run:
         events = EventLog(part / "events", before + trainer.training.step) if self.is_main else None
 
         def validate(student: PreTrainedModel) -> tuple[float, dict[str, Any]]:
-            replays = replay_validation(student, validation, lesson.distributions)
+            replays = replay_validation(student, validation, distributions)
             measures = self._measure(replays)
             figures = with_losses(measures.to_history(), replays)
             return measures.mean.predicted_speedup, figures
