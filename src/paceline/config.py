@@ -26,7 +26,15 @@ MAX_DRAFT_TOKENS: Final = 64
 # settings of drafters that name a file or folder of paceline's, relative to the YAML
 _FILE_SETTINGS: Final = ("table", "skip_set", "answers")
 # keys of the section `distillation` that name files or folders
-_DISTILLATION_FILES: Final = ("data", "measure", "out", "outputs", "pretrain_text", "start_from")
+_DISTILLATION_FILES: Final = (
+    "data",
+    "events",
+    "measure",
+    "out",
+    "outputs",
+    "pretrain_text",
+    "start_from",
+)
 _MISSPELLED: Final = 0.65  # likeness of two keys, by difflib, from which one is taken for the other
 
 

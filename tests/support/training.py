@@ -9,10 +9,11 @@ import torch
 
 from paceline.distillation.batches import Example
 from paceline.distillation.replays import replay_validation
-from paceline.distillation.settings import DistillSettings, StudentShape
+from paceline.distillation.settings import StudentShape
 from paceline.distillation.student import build_student
+from paceline.distillation.teachers import LiveTeacher
 from paceline.distillation.train import Lesson, Trainer, start_accelerator
-from paceline.testing.tiny_models import tiny_model
+from support.distillation import VOCAB, KilledError, tiny_target
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -20,45 +21,35 @@ if TYPE_CHECKING:
 
     from transformers import LlamaForCausalLM, PreTrainedModel
 
+    from paceline.distillation.batches import Batch
     from paceline.distillation.checkpoints import Training
+    from paceline.distillation.settings import DistillSettings
     from paceline.distillation.train import TrainingProgress
 
-VOCAB = 40
 TINY = StudentShape(num_layers=2, hidden_size=16, mlp_size=24, num_heads=2, num_kv_heads=1)
-
-
-def tiny_target(**settings: Any) -> PreTrainedModel:
-    plain = {"eos_token_id": 0, "pad_token_id": 1, "tie_word_embeddings": True}
-    sizes = {"hidden_size": 24, "num_hidden_layers": 1}
-    return tiny_model(
-        seed=3, vocab_size=VOCAB, context=64, std=0.5, **{**plain, **sizes, **settings}
-    )
 
 
 def new_student(seed: int = 0) -> LlamaForCausalLM:
     return build_student(tiny_target(), TINY, "random", seed)
 
 
-def rule_texts(count: int, seed: int = 0, domain: str = "d") -> list[Example]:
-    """Return texts of a learnable rule: each token is a function of the previous one."""
+def rule_texts(count: int, seed: int = 0, domain: str = "d", step: int = 7) -> list[Example]:
+    """Return texts of a learnable rule: each token is the previous one and `step`."""
     random = np.random.default_rng(seed)
     examples = []
     for i in range(count):
         num_prompt, num_output = int(random.integers(1, 6)), int(random.integers(1, 12))
-        tokens = (random.integers(VOCAB) + 7 * np.arange(num_prompt + num_output)) % VOCAB
+        tokens = (random.integers(VOCAB) + step * np.arange(num_prompt + num_output)) % VOCAB
         examples.append(Example(f"{domain}/{i}", domain, tokens.astype(np.int64), num_prompt))
     return examples
 
 
-def tiny_settings(**changes: object) -> DistillSettings:
-    plain = {
-        "epochs": 3.0,
-        "batch_tokens": 64,
-        "checkpoint_every": 2,
-        "validate_every": 1.0,
-        "learning_rate": 1e-2,
-    }
-    return DistillSettings.model_validate({**plain, **changes})
+class SmoothedText:
+    """Distributions with nine tenths on the text's token and the rest on all tokens alike."""
+
+    def teacher(self, batch: Batch, examples: Sequence[Example]) -> LiveTeacher:
+        p = torch.nn.functional.one_hot(batch.targets, VOCAB) * 0.9 + 0.1 / VOCAB
+        return LiveTeacher(p.log(), lambda hidden: hidden, 1.0, batch.tokens.device)
 
 
 def trainer(
@@ -94,10 +85,6 @@ def same_weights(a: PreTrainedModel, b: PreTrainedModel) -> bool:
     """Return whether two models of one configuration have the same bits."""
     pairs = zip(a.state_dict().items(), b.state_dict().items(), strict=True)
     return all(m == n and torch.equal(v, w) for (m, v), (n, w) in pairs)
-
-
-class KilledError(Exception):
-    """A kill between two steps."""
 
 
 def killer(step: int) -> Callable[[TrainingProgress], None]:

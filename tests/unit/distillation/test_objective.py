@@ -1,4 +1,4 @@
-"""The loss through the output head, slice by slice, against plain logits; a student's figures."""
+"""The loss through the output head, slice by slice, against plain logits; memory; figures."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from support.training import rule_texts, tiny_settings
+from support.distillation import tiny_settings
+from support.training import rule_texts
 
 from paceline.distillation.batches import total_weight
 from paceline.distillation.schedule import learning_rate, plan_steps, plan_text

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from support.training import TINY, VOCAB, new_student, same_weights, tiny_settings, tiny_target
+from support.distillation import VOCAB, tiny_settings, tiny_target
+from support.training import TINY, new_student, same_weights
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from paceline.distillation.student import (

@@ -1,0 +1,281 @@
+"""The verb `distill` on a tiny target: which prompts are answered, learned and recorded."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from support.distillation import (
+    KilledError,
+    distill_settings,
+    tiny_target,
+    tiny_tokenizer,
+    write_prompts,
+)
+from support.training import without_speed
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from paceline.assembly import Pace, build_from_objects
+from paceline.config import Config, ModelSection
+from paceline.contracts import PromptRecord
+from paceline.distillation import TrainingProgress, distill
+from paceline.distillation.prompts import choose_prompts
+from paceline.distillation.student import num_parameters
+from paceline.distillation.train import Lesson
+from paceline.errors import ConfigError, StoreError
+from paceline.models.language_model import LanguageModel
+from paceline.models.self_checks import check_packed_forward
+from paceline.models.vocabulary import Vocabulary
+from paceline.store import TrainedOn, is_validation, part_of, read_prompts, take_by_hash, take_part
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from paceline.distillation.batches import Example
+    from paceline.distillation.settings import DistillSettings
+
+
+# --- choice of prompts ----------------------------------------------------------------------------
+
+
+def test_split_and_cap_do_not_depend_on_the_order_of_lines() -> None:
+    records = [PromptRecord(f"p/{i}", "d", "x") for i in range(2000)]
+    forward, backward = take_by_hash(records, 300), take_by_hash(records[::-1], 300)
+    assert forward == backward
+    assert forward == take_by_hash(records, 900)[:300]
+
+    # the validation share of a cap is that of all prompts
+    for some in (records, forward):
+        share = sum(is_validation(r.id, 0.1) for r in some) / len(some)
+        assert 0.07 < share < 0.13
+
+
+# --- the verb -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pace() -> Pace:
+    config = Config(target=ModelSection(model="unused"))
+    return Pace(build_from_objects(tiny_target(), tiny_tokenizer(), {}, config))
+
+
+def test_distill_writes_a_drafter_that_loads_and_describes_itself(
+    pace: Pace, tmp_path: Path
+) -> None:
+    apples = write_prompts(tmp_path / "apples.jsonl", "apples", 40)
+    pears = write_prompts(tmp_path / "pears.jsonl", "pears", 40)
+    seen: list[TrainingProgress] = []
+    out = tmp_path / "zoo" / "draft"
+    settings = distill_settings(tmp_path, max_prompts={"apples": 30})
+    report = distill(pace, [apples], out, settings, seen.append, also_measure=[pears])
+
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == torch.bfloat16
+    assert model.generation_config.eos_token_id == 0
+    check_packed_forward(LanguageModel(model, "draft"))
+    assert Vocabulary.of(AutoTokenizer.from_pretrained(out)) == pace.parts.vocabulary
+    assert set(report.measures.tasks) == {"apples", "pears"}
+    assert report.num_parameters == num_parameters(model)
+    assert {p.phase for p in seen} == {"answers apples", "answers pears", "distributions", "align"}
+    assert [p for p in seen if p.phase == "align"][-1].step == report.steps
+    assert not out.with_name("draft.part").exists()
+
+    facts = json.loads((out / "training.json").read_text())
+    readme = (out / "README.md").read_text()
+    assert facts["examples"] == report.num_examples < 30
+    capped = take_by_hash(take_part(read_prompts([apples]), "training"), 30)
+    own = facts["data"]["apples"]
+    assert own["prompts"] == own["answers"] == report.num_examples
+    assert own["prompts"] + own["validation"] == len(capped)
+    for word in (
+        "apples book",
+        "MIT",
+        "apache-2.0",
+        "| pears | no |",
+        """'max_prompts={"apples": 30}'""",
+    ):
+        assert word in readme, word
+    assert str(tmp_path) not in readme + json.dumps(facts)
+
+
+def all_phases(tmp_path: Path, **changes: object) -> DistillSettings:
+    """Return settings with every phase. The text is of other words than the prompts."""
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{i * 3 % 37}" for i in range(400)), encoding="utf-8")
+    plain = {"pretrain_text": [str(text)], "pretrain_tokens": 300, "text_share": 0.3, "loss": "kl"}
+    return distill_settings(tmp_path, **{**plain, "teacher_top_k": 8, **changes})
+
+
+@pytest.mark.parametrize(("phase", "step"), [("pretrain", 3), ("align", 1), ("align", 3)])
+def test_a_killed_distillation_ends_with_the_same_drafter(
+    phase: str, step: int, pace: Pace, tmp_path: Path
+) -> None:
+    """The phases before the killed one are not trained again."""
+    apples = write_prompts(tmp_path / "apples.jsonl", "apples", 40)
+    settings = all_phases(tmp_path, ema_decay=0.5)
+    distill(pace, [apples], tmp_path / "whole", settings)
+
+    def kill(progress: TrainingProgress) -> None:
+        if (progress.phase, progress.step) == (phase, step):
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        distill(pace, [apples], tmp_path / "part", settings, kill)
+    assert not (tmp_path / "part").exists()
+    seen: list[TrainingProgress] = []
+    distill(pace, [apples], tmp_path / "part", settings, seen.append)
+
+    steps = [p.step for p in seen if p.phase == phase]
+    assert steps[0] == step // 2 * 2 + 1
+    assert ("pretrain" in {p.phase for p in seen}) == (phase == "pretrain")
+    whole, part = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("whole", "part"))
+    assert whole == part
+    histories = [
+        without_speed(json.loads((tmp_path / n / "training.json").read_text())["history"])
+        for n in ("whole", "part")
+    ]
+    assert histories[0] == histories[1]
+
+
+@pytest.mark.parametrize("changes", [{}, {"teacher": "live"}, {"target_layers": [0]}], ids=str)
+def test_every_phase_makes_a_drafter_that_loads(
+    changes: dict[str, object], pace: Pace, tmp_path: Path
+) -> None:
+    apples = write_prompts(tmp_path / "apples.jsonl", "apples", 40)
+    seen: list[TrainingProgress] = []
+    report = distill(pace, [apples], tmp_path / "a", all_phases(tmp_path, **changes), seen.append)
+    expected = {"answers apples", "pretrain", "align"}
+    if "teacher" not in changes:
+        expected.add("distributions")
+        last = [p for p in seen if p.phase == "distributions"][-1]
+        assert last.step == last.total > 20
+    assert {p.phase for p in seen} == expected
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    check_packed_forward(LanguageModel(model, "draft"))
+    assert 0 < report.measures.mean.acceptance <= 1
+
+
+def test_a_drafter_records_the_prompts_it_was_trained_on_and_no_others(
+    pace: Pace, tmp_path: Path
+) -> None:
+    apples = write_prompts(tmp_path / "apples.jsonl", "apples", 40)
+    pears = write_prompts(tmp_path / "pears.jsonl", "pears", 40)
+    settings = distill_settings(tmp_path, max_prompts={"apples": 30})
+    report = distill(pace, [apples], tmp_path / "a", settings, also_measure=[pears])
+    record = TrainedOn.load(tmp_path / "a")
+    assert record is not None
+
+    given = read_prompts([apples])
+    capped = take_by_hash(take_part(given, "training"), 30)
+    trained = [r for r in capped if not is_validation(r.id, 0.2)]
+    assert len(trained) == report.num_examples
+    assert 0 < len(record) <= report.num_examples
+    for record_of in given:  # validation prompts and those beyond the cap are unseen
+        expected = record_of.prompt in {r.prompt for r in trained}
+        assert (record_of.prompt in record) == expected
+    assert not any(r.prompt in record for r in read_prompts([pears]))
+
+
+def test_a_prompt_without_an_answer_is_not_recorded_as_trained_on(
+    pace: Pace, tmp_path: Path
+) -> None:
+    apples = write_prompts(tmp_path / "apples.jsonl", "apples", 30)
+    too_long = " ".join(["w1"] * 80)
+    ids = [f"long/{i}" for i in range(4)]
+    assert any(part_of(id) == "training" and not is_validation(id, 0.2) for id in ids)
+    with apples.open("a", encoding="utf-8") as file:
+        for id in ids:
+            file.write(json.dumps({"id": id, "domain": "apples", "prompt": too_long}) + "\n")
+
+    distill(pace, [apples], tmp_path / "a", distill_settings(tmp_path))
+
+    record = TrainedOn.load(tmp_path / "a")
+    assert record is not None
+    assert too_long not in record
+    assert len(record) > 10
+
+
+def test_the_selection_for_training_is_capped_first_and_without_validation(tmp_path: Path) -> None:
+    apples = write_prompts(tmp_path / "apples.jsonl", "apples", 60)
+    settings = distill_settings(tmp_path, max_prompts={"apples": 25})
+    records = read_prompts([apples])
+    capped = take_by_hash(take_part(records, "training"), 25)
+    expected = [r for r in capped if not is_validation(r.id, 0.2)]
+    assert 0 < len(expected) < 25
+    (file,) = choose_prompts([apples], settings).files
+    assert file.training == expected
+    assert {r.id for r in capped} == {r.id for r in file.training + file.validation}
+
+    every = settings.model_copy(update={"part": "all", "max_prompts": None})
+    (file,) = choose_prompts([apples], every).files
+    assert {r.id for r in records} == {r.id for r in file.training + file.validation}
+
+
+def test_the_answers_of_the_target_are_learned_and_not_the_prompts(
+    pace: Pace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each text is a prompt as the target reads it, followed by the target's own answer."""
+    apples = write_prompts(tmp_path / "apples.jsonl", "apples", 30)
+    taken: list[Example] = []
+
+    def capture(student: object, lesson: Lesson, *rest: object) -> None:
+        taken.extend(lesson.answers)
+        raise KilledError
+
+    monkeypatch.setattr("paceline.distillation.run.Trainer", capture)
+    with pytest.raises(KilledError):
+        distill(pace, [apples], tmp_path / "a", distill_settings(tmp_path))
+
+    prompts = {record.id: record.prompt for record in read_prompts([apples])}
+    assert len(taken) > 10
+    for example in taken:
+        message = [{"role": "user", "content": prompts[example.id]}]
+        answer = pace.complete(
+            message, max_new_tokens=6, drafter="none", generation_config="none"
+        ).token_ids
+        assert example.tokens[: example.num_prompt].tolist() == list(pace.encode(message))
+        assert example.tokens[example.num_prompt :].tolist() == answer
+
+
+def test_of_other_tasks_only_validation_prompts_are_answered(pace: Pace, tmp_path: Path) -> None:
+    apples = write_prompts(tmp_path / "apples.jsonl", "apples", 30)
+    pears = write_prompts(tmp_path / "pears.jsonl", "pears", 30)
+    settings = distill_settings(tmp_path)
+    seen: list[TrainingProgress] = []
+    distill(pace, [apples], tmp_path / "a", settings, seen.append, also_measure=[pears])
+    pears_read = take_part(read_prompts([pears]), "training")
+    num_apples = len(take_part(read_prompts([apples]), "training"))
+    expected = sum(is_validation(r.id, 0.2) for r in pears_read)
+    assert 0 < expected < len(pears_read)
+    assert sum(p.phase.startswith("answers") for p in seen) == num_apples + expected
+
+    # answers are stored: the second drafter decodes only the missing ones
+    seen.clear()
+    distill(pace, [pears], tmp_path / "b", settings, seen.append, also_measure=[apples])
+    assert sum(p.phase.startswith("answers") for p in seen) == len(pears_read) - expected
+
+
+def test_answers_of_another_target_or_limit_are_refused(pace: Pace, tmp_path: Path) -> None:
+    apples = write_prompts(tmp_path / "apples.jsonl", "apples", 30)
+    distill(pace, [apples], tmp_path / "a", distill_settings(tmp_path))
+    other = distill_settings(tmp_path).model_copy(update={"max_new_tokens": 5})
+    with pytest.raises(StoreError, match="max_new_tokens 6, now it is 5"):
+        distill(pace, [apples], tmp_path / "b", other)
+
+
+def test_mistakes_are_found_before_decoding(pace: Pace, tmp_path: Path) -> None:
+    apples = write_prompts(tmp_path / "apples.jsonl", "apples", 3)
+    settings = distill_settings(tmp_path)
+    with pytest.raises(ConfigError, match="at least one file"):
+        distill(pace, [], tmp_path / "a", settings)
+    with pytest.raises(ConfigError, match="no such file of prompts"):
+        distill(pace, [tmp_path / "plums.jsonl"], tmp_path / "a", settings)
+    with pytest.raises(ConfigError, match="same name"):
+        distill(pace, [apples, apples], tmp_path / "a", settings)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    with pytest.raises(ConfigError, match="is not a distilled drafter"):
+        distill(pace, [apples], precious, settings)
+    assert not (tmp_path / "outputs").exists()
