@@ -78,8 +78,8 @@ class TrainingTexts:
     def notes(self) -> list[str]:
         """What the user should know about the texts."""
         return [
-            f"{file.name}: {file.num_left_out} prompts were left out, which fill the target's context or "
-            "have no answer"
+            f"{file.name}: {file.num_left_out} prompts were left out, which fill the context or have "
+            "no answer"
             for file in self.files
             if file.num_left_out
         ]
