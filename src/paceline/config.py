@@ -26,7 +26,15 @@ MAX_DRAFT_TOKENS: Final = 64
 # settings of drafters that name a file or folder of paceline's, relative to the YAML
 _FILE_SETTINGS: Final = ("table", "skip_set", "answers")
 # keys of the section `distillation` that name files or folders
-_DISTILLATION_FILES: Final = ("data", "measure", "out", "outputs", "pretrain_text", "start_from")
+_DISTILLATION_FILES: Final = (
+    "data",
+    "events",
+    "measure",
+    "out",
+    "outputs",
+    "pretrain_text",
+    "start_from",
+)
 _MISSPELLED: Final = 0.65  # likeness of two keys, by difflib, from which one is taken for the other
 
 
@@ -204,7 +212,8 @@ class LogSection(Section):
     """The decision log.
 
     folder: of the log files; None logs nothing. tokens: `off` writes no token of a prompt or an answer;
-    `ids` writes token ids, so that `paceline learn --from-log` can replay every drafter.
+    `ids` writes token ids, so that `paceline learn --from-log` can replay every drafter and
+    `paceline distill --from-log` can train one.
     """
 
     folder: Path | None = None

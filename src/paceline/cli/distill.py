@@ -111,6 +111,8 @@ def distill(
             measure or section.measure,
         )
     console.print(measures_table(result.measures, "validation prompts"))
+    for note in result.notes:
+        console.print(f"- {note}", highlight=False)
     say(console, f"written: {result.out}, {result.num_parameters / 1e6:.2f} M parameters")
 
 

@@ -24,7 +24,8 @@ def experiment(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of NAME.md, .json and .png. Default: docs/experiments/assistant-selection."
+            help="Folder of the results. Default: docs/experiments/assistant-selection, for "
+            "direct-alignment docs/experiments/direct-alignment."
         ),
     ] = None,
     config: options.ConfigFile = options.DEFAULT_CONFIG,
@@ -46,9 +47,16 @@ def experiment(
         Path | None,
         typer.Option(help="An existing collection to use instead of the working folder's."),
     ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Size of direct-alignment: small (default) or full.")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes of direct-alignment that train at the same time."),
+    ] = None,
     collect_docs: Annotated[
         bool,
-        typer.Option("--collect-docs", help="Write the results into the experiments' page."),
+        typer.Option("--collect-docs", help="Write the results into their page again."),
     ] = False,
     recipe: Annotated[
         Path | None, typer.Option(help="A recipe at the papers' own scale to run instead.")
@@ -74,13 +82,12 @@ def experiment(
         _print_list(console)
         return
     if collect_docs:
-        from paceline.experiments.page import collect_docs as write_page
-
-        page = write_page(*([] if out is None else [out]))
-        say(console, f"written: {page}")
+        say(console, f"written: {_collect_docs(name, out, budget)}")
         return
     if recipe is not None:
-        if name is not None or any((out, prompts, smoke, store, dtype, device, threads)):
+        if name is not None or any(
+            (out, prompts, smoke, store, budget, workers, dtype, device, threads)
+        ):
             raise ConfigError(
                 "a recipe defines its own run; with --recipe, give no other flag than --dry-run, --data "
                 "and --folder"
@@ -97,22 +104,34 @@ def experiment(
     overridden = any(value is not None for value in (dtype, device, threads))
     chosen = options.configured(config, dtype, device, threads) if overridden else config
     with progress(console) as report:
-        done = run_experiment(name, out, chosen, data, prompts, smoke, folder, report, store)
+        done = run_experiment(
+            name, out, chosen, data, prompts, smoke, folder, report, store, budget, workers
+        )
     _print_table(console, done.findings.tables[0])
     for remark in done.findings.remarks:
         console.print(f"- {remark}", markup=False, highlight=False)
     say(console, f"written: {', '.join(map(str, done.files))}")
 
 
+def _collect_docs(name: str | None, out: Path | None, budget: str | None) -> Path:
+    """Write the page of an experiment, or of those on choosing the assistant, from their results."""
+    from paceline.experiments import page
+    from paceline.experiments.catalog import ALIGNMENT, ALIGNMENT_OUT, OUT, find_experiment
+
+    if name is not None and find_experiment(name) is ALIGNMENT:
+        return page.collect_alignment(out or ALIGNMENT_OUT, budget or "small")
+    return page.collect_docs(out or OUT)
+
+
 def _print_list(console: Console) -> None:
-    from paceline.experiments.catalog import EXPERIMENTS
+    from paceline.experiments.catalog import QUESTIONS
     from paceline.terminal import PROSE, BandedTable
 
     shown = BandedTable()
     shown.add_column("name")
     for head in ("question", "the paper's claim"):
         shown.add_column(head, overflow=PROSE)
-    for found in EXPERIMENTS.values():
+    for found in QUESTIONS.values():
         shown.add_row(found.name, found.title, str(found.claim or "none; the question is our own"))
     console.print(shown)
 

@@ -64,11 +64,11 @@ def print_report(found: ImproveReport, console: Console) -> None:
             f"not adopted: the rise of block efficiency is {_rise(rise)}, and its interval must be "
             f"above 0; drafter '{found.drafter}' is as before. More requests narrow the interval",
         )
-    for note in found.notes:
-        say(console, f"note: {note}")
-    if found.is_adopted:
+    else:
         say(console, f"adopted: block efficiency rises by {_rise(rise)}")
         say(console, f"written: {found.out}; the weights before are in {found.kept}")
+    for note in found.notes:
+        say(console, f"note: {note}")
 
 
 def _table(found: ImproveReport) -> BandedTable:

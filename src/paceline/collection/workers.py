@@ -105,14 +105,14 @@ def open_pool(pace: Pace, workers: int) -> Iterator[WorkerPool]:
         yield WorkerPool(pace, None, 1)
         return
     spawn = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_exit_with_parent)
+    executor = ProcessPoolExecutor(workers, mp_context=spawn, initializer=exit_with_parent)
     try:
         yield WorkerPool(pace, executor, workers)
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _exit_with_parent() -> None:
+def exit_with_parent() -> None:
     """End this worker when its parent ends; otherwise it would wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None

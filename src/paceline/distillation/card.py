@@ -43,7 +43,7 @@ def command_line(data: list[str], out: str, settings: DistillSettings, measure: 
     words = ["paceline distill", *(f"data/{name}.jsonl" for name in data)]
     words.append(f"--out {out}")
     words += [f"--measure data/{name}.jsonl" for name in measure]
-    changed = settings.model_dump(exclude={"outputs"}, exclude_defaults=True, mode="json")
+    changed = settings.model_dump(exclude={"outputs", "events"}, exclude_defaults=True, mode="json")
     if settings.pretrain_text:
         changed["pretrain_text"] = [f"data/{path.name}" for path in settings.pretrain_text]
     if settings.start_from is not None:

@@ -29,6 +29,7 @@ _FREE: Final = frozenset(
         "answers_drafter",
         "checkpoint_every",
         "dtype",
+        "events",
         "learning_rate",
         "license",
         "max_prompts",

@@ -36,6 +36,7 @@ class DistillReport:
     steps: int  # of the alignment
     best_step: int
     seconds: float  # of both trainings
+    notes: list[str]  # for the user
 
 
 def make_facts(
@@ -76,7 +77,7 @@ def make_facts(
 
 def _settings_facts(settings: DistillSettings) -> dict[str, Any]:
     """Return the settings without the folders of this machine."""
-    facts = settings.model_dump(mode="json", exclude={"outputs"})
+    facts = settings.model_dump(mode="json", exclude={"outputs", "events"})
     if settings.start_from is not None:
         facts["start_from"] = settings.start_from.name
     facts["pretrain_text"] = [path.name for path in settings.pretrain_text]

@@ -24,6 +24,7 @@ OF_A_NEW_DRAFTER: Final = (
 
 OF_THE_COURSE: Final = (
     "epochs",
+    "batch_tokens",
     "learning_rate",
     "final_learning_rate",
     "warmup_share",
@@ -48,6 +49,7 @@ class ImproveSettings(DistillSettings):
 
     validation_share: float = Field(default=0.1, gt=0.0, lt=1.0)
     epochs: float = Field(default=3.0, gt=0.0)
+    batch_tokens: int = Field(default=512, ge=1)  # a log is small, and needs steps
     learning_rate: float = Field(default=3e-4, gt=0.0)
     warmup_share: float = Field(default=0.1, ge=0.0, lt=1.0)
 

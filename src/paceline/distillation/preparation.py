@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from transformers import PreTrainedModel
+
     from paceline.assembly import Pace
     from paceline.contracts import Progress, PromptRecord
     from paceline.distillation.batches import Example
@@ -46,6 +48,7 @@ class DataFile:
     validation: list[Example]
     sources: list[PromptSource]
     answered: list[PromptRecord]  # the prompts of `training`
+    num_left_out: int  # prompts without an answer
 
     def learned_by(self, loss: LossName) -> list[Example]:
         """Return the texts whose distributions are needed: cross-entropy learns from the text alone."""
@@ -70,6 +73,16 @@ class TrainingTexts:
     def validation(self) -> list[Example]:
         """The answers to validate on, of the files that are trained on."""
         return [e for file in self.files for e in file.validation]
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know about the texts."""
+        return [
+            f"{file.name}: {file.num_left_out} prompts were left out, which fill the context or have "
+            "no answer"
+            for file in self.files
+            if file.num_left_out
+        ]
 
     @property
     def unseen(self) -> list[Example]:
@@ -127,14 +140,23 @@ def _answer(
     decode(file.training, settings.samplings)
     decode(file.validation, _GREEDY)
     training = read_examples(store, file.training, settings.samplings)
-    return DataFile(
-        file.name,
-        folder,
-        training,
-        read_examples(store, file.validation, _GREEDY),
-        read_sources(file.path),
-        answered_prompts(training, file.training, settings.samplings),
-    )
+    validation = read_examples(store, file.validation, _GREEDY)
+    answered = answered_prompts(training, file.training, settings.samplings)
+    left_out = len(file.training) - len(answered) + len(file.validation) - len(validation)
+    sources = read_sources(file.path)
+    return DataFile(file.name, folder, training, validation, sources, answered, left_out)
+
+
+def check_lengths(student: PreTrainedModel, texts: TrainingTexts) -> None:
+    """Raise ConfigError if a text is longer than the student's context."""
+    context = student.config.get_text_config().max_position_embeddings
+    lengths = [len(example.tokens) - 1 for example in (*texts.training, *texts.unseen)]
+    if too_long := sum(length > context for length in lengths):
+        raise ConfigError(
+            f"{too_long} of {len(lengths)} texts are longer than the student's context of {context} "
+            f"tokens, the longest has {max(lengths)}; start from a student with a longer context, or "
+            "lower max_new_tokens and leave out long prompts"
+        )
 
 
 def _reporter(on_progress: Progress, stage: str) -> Callable[[int, int], None]:

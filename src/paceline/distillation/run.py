@@ -30,9 +30,9 @@ from paceline.distillation.distributions import (
 from paceline.distillation.facts import DistillReport, make_facts
 from paceline.distillation.measures import AnswerMatches, measure
 from paceline.distillation.outputs import open_target
-from paceline.distillation.preparation import prepare_texts
+from paceline.distillation.preparation import check_lengths, prepare_texts
 from paceline.distillation.replays import replay_validation, with_losses
-from paceline.distillation.student import make_student, num_parameters
+from paceline.distillation.student import check_tokenizer, make_student, num_parameters
 from paceline.distillation.train import Lesson, Trainer, TrainingProgress, start_accelerator
 from paceline.errors import ConfigError
 from paceline.files import write_atomically
@@ -88,7 +88,7 @@ def distill(
     part = out.with_name(out.name + ".part")
     accelerator = start_accelerator(pace.parts.target.device.type == "cpu")
     with locked(part, accelerator):
-        run = _Run(pace, settings, part, accelerator, on_progress, prices)
+        run = _Run(pace, settings, part, accelerator, on_progress, prices, out.name)
         report = run.train(data, also_measure, out)
         if accelerator.is_main_process:
             _publish(part / "model", out)
@@ -108,11 +108,13 @@ class _Run:
         accelerator: Accelerator,
         on_progress: OnProgress,
         prices: Prices | None,
+        name: str,
     ) -> None:
         self.pace, self.settings, self.part = pace, settings, part
-        self.accelerator, self.prices = accelerator, prices
+        self.accelerator, self.prices, self.name = accelerator, prices, name
         self.is_main = accelerator.is_main_process
         self.on_progress = on_progress if self.is_main else _say_nothing
+        check_tokenizer(settings.start_from, pace.parts.vocabulary)
         self.student = make_student(pace.parts.target, settings)
         own = num_parameters(self.student)
         self.ratio = own / num_parameters(pace.parts.target.model)
@@ -123,11 +125,14 @@ class _Run:
         # the first process writes what all of them read
         with self.accelerator.main_process_first(), _alone(self.settings.outputs):
             texts = prepare_texts(self.pace, data, also_measure, self.settings, self._report)
+            check_lengths(self.student, texts)
             distributions = self._distributions(texts)
-        lesson = Lesson(texts.training, texts.plain, distributions)
+        # cross-entropy learns the texts' own tokens
+        learned = None if self.settings.loss == "cross_entropy" else distributions
+        lesson = Lesson(texts.training, texts.plain, learned)
         if self.settings.pretrain_tokens:
-            self._phase(lesson, texts.validation, self.settings.pretrain_tokens)
-        self._phase(lesson, texts.validation, 0)
+            self._phase(lesson, texts.validation, distributions, self.settings.pretrain_tokens)
+        self._phase(lesson, texts.validation, distributions)
         made = self.part / "model"
         if self.is_main:
             _save(self.student, self.pace, made, self.settings)
@@ -141,6 +146,7 @@ class _Run:
             self.phases[-1].step,
             self.phases[-1].best_step,
             sum(phase.seconds for phase in self.phases),
+            texts.notes,
         )
         if self.is_main:
             self._describe(made, texts, report)
@@ -168,16 +174,22 @@ class _Run:
     def _counter(self, before: int, total: int) -> Callable[[int], None]:
         return lambda done: self._report("distributions", before + done, total)
 
-    def _phase(self, lesson: Lesson, validation: Sequence[Example], pretrain_tokens: int) -> None:
+    def _phase(
+        self,
+        lesson: Lesson,
+        validation: Sequence[Example],
+        distributions: Distributions,
+        pretrain_tokens: int = 0,
+    ) -> None:
         """Train the student in one phase, from its checkpoint if there is one."""
         settings, part = self.settings, self.part
         path = part / ("pretrain.pt" if pretrain_tokens else "align.pt")
         before = self.phases[-1].step if self.phases else 0
         trainer = Trainer(self.student, lesson, settings, path, self.accelerator, pretrain_tokens)
-        events = EventLog(part / "events", before + trainer.training.step) if self.is_main else None
+        events = self._open_events(before + trainer.training.step)
 
         def validate(student: PreTrainedModel) -> tuple[float, dict[str, Any]]:
-            replays = replay_validation(student, validation, lesson.distributions)
+            replays = replay_validation(student, validation, distributions)
             measures = self._measure(replays)
             figures = with_losses(measures.to_history(), replays)
             return measures.mean.predicted_speedup, figures
@@ -189,6 +201,13 @@ class _Run:
         self.phases.append(trainer.run(validate, self.on_progress, on_validated))
         if events is not None:
             events.close()
+
+    def _open_events(self, step: int) -> EventLog | None:
+        """Return the log for TensorBoard, from a step on; None in other processes or without one."""
+        folder = self.settings.events
+        if folder is None or not self.is_main:
+            return None
+        return EventLog(folder / self.name, step)
 
     def _measure(self, replays: Sequence[TextReplay]) -> Measures:
         answers = AnswerMatches.of(
@@ -205,7 +224,6 @@ class _Run:
         write_atomically(made / TRAINING, (json.dumps(facts, indent=1) + "\n").encode())
         write_atomically(made / "README.md", card(facts).encode())
         plot_curves(facts["history"], made / "training.png", report.out.name)
-        shutil.copytree(self.part / "events", made / "events")
         texts.trained_on.save(made)
 
 

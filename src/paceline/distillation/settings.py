@@ -151,6 +151,7 @@ class DistillSettings(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the saved weights
     validate_every: float = Field(default=0.5, gt=0.0)  # epochs
     checkpoint_every: int = Field(default=200, ge=1)  # steps
+    events: Path | None = Path("runs/events")
     threads: int | None = Field(default=None, ge=1)
     seed: int = 0
     license: str = "apache-2.0"  # of the weights, for the card

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from paceline.distillation.settings import SHAPES
 from paceline.errors import ConfigError, shorten
 from paceline.models.loading import quiet_transformers
 from paceline.models.output_head import OutputHead
 from paceline.models.sublayers import find_layers
+from paceline.models.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -122,6 +123,24 @@ def make_student(target: LanguageModel, settings: DistillSettings) -> PreTrained
         return copy_layers(model, settings.target_layers)
     shape = settings.shape or SHAPES[settings.size]
     return build_student(model, shape, settings.embedding_init, settings.seed)
+
+
+def check_tokenizer(folder: Path | None, vocabulary: Vocabulary) -> None:
+    """Raise ConfigError unless a student's folder has the target's tokenizer. None: a new student."""
+    if folder is None:
+        return
+    try:
+        own = Vocabulary.of(AutoTokenizer.from_pretrained(folder))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"start_from {folder}: its tokenizer cannot be read ({shorten(error)}); copy the target's "
+            "tokenizer into the folder if the model was trained with it"
+        ) from error
+    if own.hash() != vocabulary.hash():
+        raise ConfigError(
+            f"start_from {folder}: has another tokenizer than the target; start from a model with the "
+            "target's tokenizer, or train a new student"
+        )
 
 
 def _load_student(folder: Path, target: LanguageModel) -> PreTrainedModel:

@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 _SMOOTHING = 0.95  # of the reported loss, over about twenty steps
 
 
+class DivergedError(ConfigError):
+    """The loss or the gradient of a training is not finite."""
+
+
 class Distributions(Protocol):
     """The target's distributions of any batch of answers."""
 
@@ -148,8 +152,9 @@ class Trainer:
         """Train up to the weights of the best validation; return the run's state.
 
         validate: returns a score, of which more is better, and the figures of the history's entry.
-        Raises ConfigError if a loss or gradient is not finite or a checkpoint cannot be written; the
-        last one stays. Ctrl-C saves a checkpoint after the step and raises KeyboardInterrupt.
+        Raises DivergedError if a loss or gradient is not finite, ConfigError if a checkpoint cannot be
+        written; the last one stays. Ctrl-C saves a checkpoint after the step and raises
+        KeyboardInterrupt.
         """
         settings, training, total = self.settings, self.training, len(self.plan)
         epochs = 1.0 if self.phase == "pretrain" else settings.epochs
@@ -229,12 +234,12 @@ class Trainer:
         return self.lesson.answers if step.of_answers else self.lesson.texts
 
     def _check_finite(self, what: str, value: float) -> None:
-        """Raise ConfigError if a step's value is not finite."""
+        """Raise DivergedError if a step's value is not finite."""
         if math.isfinite(value):
             return
         kept = self._file.path
         state = f"the last checkpoint is kept in {kept}" if kept.exists() else "no checkpoint yet"
-        raise ConfigError(
+        raise DivergedError(
             f"the {what} of step {self.training.step + 1} is {value}; {state}: choose a "
             f"learning_rate below {self.settings.learning_rate:g} and run the command again"
         )

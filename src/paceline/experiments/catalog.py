@@ -22,7 +22,12 @@ from paceline.experiments.assistant_selection import (
     self_drafting,
     two_specialists,
 )
-from paceline.experiments.findings import Claim, Experiment
+from paceline.experiments.direct_alignment.experiment import compare_alignments
+from paceline.experiments.direct_alignment.page import NAME as ALIGNMENT_NAME
+from paceline.experiments.direct_alignment.page import TITLE as ALIGNMENT_TITLE
+from paceline.experiments.direct_alignment.plan import SMOKE as SMOKE_BUDGET
+from paceline.experiments.direct_alignment.plan import find_budget
+from paceline.experiments.findings import Claim, Experiment, Question
 from paceline.experiments.report import write_report
 from paceline.experiments.workbench import SMOKE, Sizes, Workbench
 from paceline.plotting import import_figure
@@ -35,6 +40,7 @@ if TYPE_CHECKING:
     from paceline.experiments.findings import Findings
 
 OUT: Final = Path("docs/experiments/assistant-selection")
+ALIGNMENT_OUT: Final = Path("docs/experiments/direct-alignment")
 FOLDER: Final = Path("runs/experiments")
 
 
@@ -118,22 +124,36 @@ _ALL: Final = (
     ),
 )
 EXPERIMENTS: Final[Mapping[str, Experiment]] = MappingProxyType({e.name: e for e in _ALL})
+"""Those of the page on choosing the assistant."""
+ALIGNMENT: Final = Question(
+    ALIGNMENT_NAME,
+    ALIGNMENT_TITLE,
+    Claim(
+        text="a drafter that is trained with TVD++ on the target's own answers reaches up to 2.3 tokens "
+        "per target forward (arXiv 2403.00858)",
+        source="abstract",
+    ),
+)
+QUESTIONS: Final[Mapping[str, Question]] = MappingProxyType(
+    {**EXPERIMENTS, ALIGNMENT_NAME: ALIGNMENT}
+)
+"""All experiments."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
     """A finished experiment: its findings and the files of its report."""
 
-    experiment: Experiment
+    experiment: Question
     findings: Findings
     files: list[Path]
 
 
-def find_experiment(name: str) -> Experiment:
+def find_experiment(name: str) -> Question:
     """Return an experiment by name. Raises ConfigError with the nearest name if there is none."""
-    if name not in EXPERIMENTS:
-        raise ConfigError(f"there is no experiment '{name}'{suggest_name(name, EXPERIMENTS)}")
-    return EXPERIMENTS[name]
+    if name not in QUESTIONS:
+        raise ConfigError(f"there is no experiment '{name}'{suggest_name(name, QUESTIONS)}")
+    return QUESTIONS[name]
 
 
 def experiment(
@@ -146,15 +166,22 @@ def experiment(
     folder: Path | str | None = None,
     on_progress: Progress = no_progress,
     store: Path | str | None = None,
+    budget: str | None = None,
+    workers: int | None = None,
 ) -> Finished:
     """Run an experiment and write its report; all experiments share the collection in `folder`.
 
     out: folder of NAME.md, NAME.json and NAME.png. data: folder of prompt files and published figures.
     prompts: number of prompts per task, by default all of a given `store`. store: an existing
     collection to use instead of the folder's own. smoke: tiny sizes that only show that it works, with
-    other folders for its files. Raises ConfigError if there is no such experiment or a file is missing.
+    other folders for its files.
+
+    `direct-alignment` takes no `prompts` but a budget, `small` or `full`, and a number of processes that
+    train at the same time; its `store` is a folder of the target's answers, its `out` that of the
+    results, and the page is next to it. Raises ConfigError if there is no such experiment, if a file is
+    missing or if the experiment does not take a parameter.
     """
-    found = find_experiment(name)
+    question = find_experiment(name)
     import_figure()  # fails before the work is done
     where = Path(folder) if folder is not None else FOLDER
     if smoke and folder is None:
@@ -170,8 +197,31 @@ def experiment(
         on_progress,
         None if store is None else Path(store),
     )
+    if question is ALIGNMENT:
+        return _compare_alignments(bench, out, prompts, budget, workers)
+    if budget is not None or workers is not None:
+        raise ConfigError(f"'{name}' has no budget and no workers; remove them")
+    found = EXPERIMENTS[name]
     findings = found.run(bench)
     if (doubt := bench.doubt()) is not None:
         findings.remarks.append(f"The cost table is in doubt: {doubt}.")
     to = Path(out) if out is not None else (where / "reports" if smoke else OUT)
     return Finished(found, findings, write_report(found, findings, circumstances(), to))
+
+
+def _compare_alignments(
+    bench: Workbench,
+    out: Path | str | None,
+    prompts: int | None,
+    budget: str | None,
+    workers: int | None,
+) -> Finished:
+    if prompts is not None:
+        raise ConfigError(f"'{ALIGNMENT_NAME}' has its prompts from its budget; remove prompts")
+    if budget is not None and bench.sizes.smoke:
+        raise ConfigError("a smoke run has its own budget; remove one of both")
+    chosen = SMOKE_BUDGET if bench.sizes.smoke else find_budget(budget or "small")
+    default = bench.folder / "reports" / ALIGNMENT_NAME if bench.sizes.smoke else ALIGNMENT_OUT
+    to = default if out is None else Path(out)
+    findings, files = compare_alignments(bench, chosen, workers or 1, to)
+    return Finished(ALIGNMENT, findings, files)

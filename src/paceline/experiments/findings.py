@@ -112,10 +112,16 @@ class Findings:
 
 
 @dataclass(frozen=True, slots=True)
-class Experiment:
-    """A question, the paper's answer (None: the paper does not ask), and the function that answers."""
+class Question:
+    """The question of an experiment, and the paper's answer (None: the paper does not ask)."""
 
     name: str
     title: str
     claim: Claim | None
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment(Question):
+    """A question, and the function that answers it."""
+
     run: Callable[[Workbench], Findings]

@@ -8,9 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from paceline.errors import ConfigError
-from paceline.experiments.catalog import EXPERIMENTS, OUT
-from paceline.files import write_atomically
+from paceline.experiments.catalog import ALIGNMENT_OUT, EXPERIMENTS, OUT
+from paceline.experiments.direct_alignment.page import write_page
+from paceline.experiments.direct_alignment.plan import find_budget
+from paceline.experiments.marked_pages import replace_between
 
 if TYPE_CHECKING:
     from paceline.experiments.findings import Experiment
@@ -27,23 +28,23 @@ def collect_docs(out: Path | str = OUT) -> Path:
     """
     folder = Path(out)
     page = folder.with_name(f"{folder.name}.md")
-    try:
-        text = page.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{page}: cannot be read ({error})") from error
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ConfigError(f"{page}: it must have the lines '{BEGIN}' and '{END}'")
     reports = {name: folder / f"{name}.md" for name in EXPERIMENTS}
     found = {n: r.read_text(encoding="utf-8") if r.is_file() else "" for n, r in reports.items()}
     parts = [_overview(found)]
     parts += [
         _section(EXPERIMENTS[name], text, folder.name) for name, text in found.items() if text
     ]
-    body = "\n".join(parts)
-    write_atomically(page, f"{before}{BEGIN}\n\n{body}\n{END}{after}".encode())
+    replace_between(page, BEGIN, END, "\n".join(parts))
     return page
+
+
+def collect_alignment(out: Path | str = ALIGNMENT_OUT, budget: str = "small") -> Path:
+    """Write the page of `direct-alignment` again from a folder of its results, and return the page.
+
+    Raises ConfigError if results of the budget are missing.
+    """
+    _, files = write_page(Path(out), find_budget(budget))
+    return files[0]
 
 
 def _overview(found: dict[str, str]) -> str:

@@ -58,13 +58,14 @@ def markdown(experiment: Experiment, findings: Findings, facts: Mapping[str, str
     if experiment.claim is not None:
         lines += [f"The paper: {experiment.claim}.", ""]
     lines += [f"{headline(facts)} {shown[:1].upper()}{shown[1:]}. `{facts['command']}`", ""]
-    lines += [line for found in findings.tables for line in _table(found)]
+    lines += [line for found in findings.tables for line in table_lines(found)]
     lines += [*(f"- {remark}" for remark in findings.remarks), ""]
     lines += [f"![{experiment.title}]({experiment.name}.png)"]
     return "\n".join(lines) + "\n"
 
 
-def _table(table: Table) -> list[str]:
+def table_lines(table: Table) -> list[str]:
+    """Return the lines of a section with a table."""
     lines = [f"## {table.title}", "", table.explanation, ""]
     lines += ["| " + " | ".join(column.name for column in table.columns) + " |"]
     lines += ["|" + "---|" * len(table.columns)]

@@ -117,6 +117,8 @@ def _next_steps(config: Config, drafter: str, out: Path | None) -> list[str]:
     notes = []
     if out is not None:
         notes.append(f"to use the new weights, set drafters.{drafter}.settings.model to {out}")
+    else:
+        notes.append("a running server keeps the weights that it loaded until it is started again")
     paths = config.paths
     made = []
     if is_collection(paths.store):
