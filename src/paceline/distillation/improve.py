@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -167,8 +166,6 @@ class _Improvement:
     def remove(self) -> None:
         """Remove the unfinished work."""
         shutil.rmtree(self.part)
-        with suppress(OSError):  # some systems keep a file that is in use
-            self.part.with_name(self.part.name + ".lock").unlink()
 
     # --- texts ----------------------------------------------------------------------------------
 

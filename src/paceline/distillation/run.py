@@ -244,8 +244,7 @@ def locked(part: Path, accelerator: Accelerator) -> Iterator[None]:
         yield
         return
     part.mkdir(parents=True, exist_ok=True)
-    # next to the folder, which is removed at the end
-    lock = FileLock(part.with_name(part.name + ".lock"))
+    lock = FileLock(part / "lock")  # removed with the folder at the end
     try:
         lock.acquire(blocking=False)
     except Timeout as error:

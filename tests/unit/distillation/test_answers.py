@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from paceline.distillation.train import Lesson
+
 GREEDY = AnswerSampling()
 WARM = AnswerSampling(temperature=0.9)
 NUCLEUS = AnswerSampling(temperature=0.9, top_p=0.6)
@@ -120,11 +122,11 @@ def test_distill_trains_and_validates_on_greedy_continuations(
     settings = distill_settings(tmp_path).model_copy(update={"max_new_tokens": NEW_TOKENS})
     taken: list[list[Example]] = []
 
-    def capture(student: object, examples: list[Example], held: list[Example], *_: object) -> None:
-        taken.extend([examples, held])
+    def capture(run: object, lesson: Lesson, validation: list[Example], *_: object) -> None:
+        taken.extend([list(lesson.answers), validation])
         raise KilledError
 
-    monkeypatch.setattr("paceline.distillation.run.train", capture)
+    monkeypatch.setattr("paceline.distillation.run._Run._phase", capture)
     with pytest.raises(KilledError):
         distill(pace, [apples], tmp_path / "a", settings)
 

@@ -20,7 +20,7 @@ from paceline.cli import main
 from paceline.cli.suggestions import print_suggestions
 from paceline.config import Config, DrafterSection, ModelSection
 from paceline.distillation.prices import Prices
-from paceline.distillation.settings import StudentShape
+from paceline.distillation.settings import DistillSettings, StudentShape
 from paceline.distillation.student import build_student, num_parameters, student_config
 from paceline.distillation.suggest import (
     SuggestedShape,
@@ -311,7 +311,8 @@ def test_the_prices_of_a_shape_are_of_a_student_of_that_shape(
 
     monkeypatch.setattr("paceline.verbs.distillation.time_drafts", capture)
     shape = StudentShape(num_layers=3, hidden_size=32, mlp_size=96, num_heads=2, num_kv_heads=1)
-    prices = measure_prices(configuration(folder), shape, "float32")
+    settings = DistillSettings(shape=shape, dtype="float32", embedding_init="random")
+    prices = measure_prices(configuration(folder), settings)
 
     assert len(timed) > 3
     [model] = {id(drafter): drafter.model for drafter in timed}.values()
@@ -350,7 +351,7 @@ def test_files_and_suggestions_exclude_each_other(
     assert "--suggest trains nothing" in capsys.readouterr().err
     for arguments in (("prompts.jsonl",), ("--out", tmp_path / "made")):
         assert run(monkeypatch, *arguments) == 2
-        assert "needs files of prompts and --out FOLDER" in capsys.readouterr().err
+        assert "needs prompt files and a folder to write" in capsys.readouterr().err
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> object:
