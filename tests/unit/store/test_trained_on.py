@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from paceline.distillation import DistillSettings
+from paceline.distillation.prompts import choose_prompts
 from paceline.errors import ArtefactError
+from paceline.experiments.prompt_files import TASKS
 from paceline.store import TrainedOn, part_of, read_prompts, take_by_hash
 from paceline.store.trained_on import NOTHING, TRAINED_ON, join
 
@@ -73,12 +75,18 @@ def test_a_bundled_drafter_has_a_record_no_longer_than_its_training(name: str) -
 def test_the_record_of_a_bundled_drafter_is_what_its_training_selects(name: str) -> None:
     facts = json.loads((ZOO / name / "training.json").read_text())
     settings = DistillSettings.model_validate(facts["settings"])
-    selected = [
-        record
-        for file in facts["data"]
-        for record in take_by_hash(read_prompts([DATA / f"{file}.jsonl"]), settings.cap_of(file))
-        if part_of(record.id) != "judging"  # these validated the training
-    ]
+    files = [DATA / f"{file}.jsonl" for file in facts["data"]]
+    others = [DATA / f"{task}.jsonl" for task in TASKS if task not in facts["data"]]
+    if "part" in facts["settings"]:
+        chosen = choose_prompts(files, settings, others)
+        selected = [record for file in chosen.files for record in file.training]
+    else:  # trained before prompts were split into parts
+        selected = [
+            record
+            for path in files
+            for record in take_by_hash(read_prompts([path]), settings.cap_of(path.stem))
+            if part_of(record.id) != "judging"  # these validated the training
+        ]
     found = TrainedOn.load(ZOO / name)
 
     assert len(selected) == facts["examples"]
