@@ -101,10 +101,12 @@ def plot_curves(history: Sequence[Entry], path: Path, title: str = "") -> None:
 
 def _draw_tasks(axes: Any, history: Sequence[Entry], *keys: str) -> None:
     """Draw a curve per task, each task in its colour of all panels, and the mean in black."""
-    for place, task in enumerate(tasks_of(history)):
+    tasks = tasks_of(history)
+    for place, task in enumerate(tasks):
         steps, values = points(history, *keys, task=task)
         _plot(axes, steps, values, color=f"C{place % 10}", label=task, linewidth=1.3)
-    _draw(axes, history, *keys, label="mean over tasks")
+    if len(tasks) != 1:
+        _draw(axes, history, *keys, label="mean over tasks")
 
 
 def _draw(axes: Any, history: Sequence[Entry], *keys: str, label: str, style: str = "-") -> None:
