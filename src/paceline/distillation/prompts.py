@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from paceline.distillation.texts import is_prompt_file
+from paceline.errors import ConfigError
 from paceline.store import (
     TrainedOn,
     is_validation,
@@ -73,6 +74,24 @@ def choose_prompts(
     may_learn = TrainedOn.of(r.prompt for part in parts for r in part if r.prompt not in held_out)
     end = len(named) + len(others)
     return PromptChoice(chosen[: len(named)], chosen[len(named) : end], may_learn)
+
+
+def check_prompts(
+    data: Sequence[Path], settings: DistillSettings, also_measure: Sequence[Path] = ()
+) -> None:
+    """Raise ConfigError unless there are prompts to train on and to validate on.
+
+    It reads the files before anything is loaded or measured.
+    """
+    files = choose_prompts(data, settings, also_measure).files
+    training = sum(len(file.training) for file in files)
+    validation = sum(len(file.validation) for file in files)
+    if not training or not validation:
+        raise ConfigError(
+            f"the files have {training} prompts to train on and {validation} to validate on in the "
+            f"part '{settings.part}': both are needed; give more prompts, part 'all', or another "
+            "validation_share"
+        )
 
 
 def _split(

@@ -129,6 +129,8 @@ def check_tokenizer(folder: Path | None, vocabulary: Vocabulary) -> None:
     """Raise ConfigError unless a student's folder has the target's tokenizer. None: a new student."""
     if folder is None:
         return
+    if not folder.is_dir():
+        raise ConfigError(f"start_from {folder}: no such folder; correct the path")
     try:
         own = Vocabulary.of(AutoTokenizer.from_pretrained(folder))
     except (OSError, ValueError) as error:

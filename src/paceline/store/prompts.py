@@ -126,8 +126,8 @@ def _read_rows(path: str, fields: PromptFields) -> Rows:
 def read_json_lines(path: Path | str) -> Rows:
     """Yield (FILE:LINE, value) per line; the value is a ValueError where the line is not JSON."""
     # not splitlines(): JSON strings may hold other line ends
-    lines = Path(path).read_bytes().rstrip(b"\n").split(b"\n")
-    for number, line in enumerate(lines, start=1):
+    content = Path(path).read_bytes().rstrip(b"\n")
+    for number, line in enumerate(content.split(b"\n") if content else (), start=1):
         try:
             raw = json.loads(line.decode())
         except ValueError as error:

@@ -28,10 +28,16 @@ from paceline.costs.table import CostTable
 from paceline.distillation.measures import LONGEST
 from paceline.distillation.outputs import open_target
 from paceline.distillation.prices import CONTEXT, Prices
+from paceline.distillation.prompts import check_prompts
 from paceline.distillation.run import check_paths
 from paceline.distillation.run import distill as run_distill
 from paceline.distillation.settings import DistillationSection
-from paceline.distillation.student import build_student, make_student, num_parameters
+from paceline.distillation.student import (
+    build_student,
+    check_tokenizer,
+    make_student,
+    num_parameters,
+)
 from paceline.distillation.suggest import (
     SuggestedShape,
     Suggestions,
@@ -92,11 +98,13 @@ def distill(
             "and 'out' of the section 'distillation'"
         )
     check_paths(data, also_measure, out)
+    check_prompts(data, settings, also_measure)
     pace = source if isinstance(source, Pace) else open_target(source, settings.answers_drafter)
 
     def report(stage: str, done: int, total: int) -> None:
         on_progress(TrainingProgress(stage, done, total))
 
+    check_tokenizer(settings.start_from, pace.parts.vocabulary)
     prices = measure_prices(pace, settings, report)
     return run_distill(pace, data, out, settings, on_progress, also_measure, prices)
 
