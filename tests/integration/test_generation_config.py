@@ -18,6 +18,7 @@ from paceline.cli import main
 from paceline.collection.trajectories import DecodeTask, EncodedPrompt
 from paceline.contracts import GREEDY, PromptRecord
 from paceline.distillation.outputs import decode_outputs, open_outputs, read_examples
+from paceline.distillation.settings import AnswerSampling
 from paceline.errors import ConfigError, RequestError
 from paceline.integrations import hf
 from paceline.layer_search.subset_replay import decode
@@ -453,8 +454,9 @@ def test_collection_distillation_and_layer_search_stay_greedy_and_without_rules(
 
     store = open_outputs(pace, tmp_path, 16)
     prompts = [PromptRecord("a", "d", PROMPT)]
-    decode_outputs(pace, prompts, store, 16)
-    (example,) = read_examples(store, prompts)
+    greedy = (AnswerSampling(),)
+    decode_outputs(pace, prompts, greedy, store, 16)
+    (example,) = read_examples(store, prompts, greedy)
     assert example.tokens[example.num_prompt :].tolist() == PLAIN
 
     task = DecodeTask([EncodedPrompt("a", "d", tuple(IDS), GREEDY)], 16)

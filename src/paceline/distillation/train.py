@@ -324,10 +324,11 @@ class _Clock:
 def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
     """Let the first Ctrl-C wait for the end of a step, so that its state can be saved."""
     asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGINT)
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or before in (signal.SIG_IGN, None):  # ignored: a job in the background
         yield asked.is_set
         return
-    before = signal.getsignal(signal.SIGINT)
 
     def ask(number: int, frame: Any) -> None:
         asked.set()

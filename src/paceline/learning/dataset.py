@@ -18,7 +18,7 @@ from paceline.learning.rounds import round_table
 from paceline.rewards import alignments, savings
 from paceline.selection.choosers import Situation
 from paceline.selection.features import STATISTICS
-from paceline.store import is_validation
+from paceline.store import hash_share
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -304,7 +304,7 @@ def check_rewards(dataset: Dataset) -> list[str]:
 
 def is_held_out(prompt: CollectedPrompt, share: float) -> bool:
     """Return whether `split` puts a prompt into the held-out part."""
-    return is_validation(f"{_SPLIT}{prompt.prompt_id}", share)
+    return hash_share(f"{_SPLIT}{prompt.prompt_id}") < share
 
 
 def split(dataset: Dataset, share: float) -> tuple[Dataset, Dataset]:
@@ -314,7 +314,7 @@ def split(dataset: Dataset, share: float) -> tuple[Dataset, Dataset]:
     if a part would have too few prompts.
     """
     # not by the id's own hash: prompts are often selected by it, and then all are in one part
-    held_out = np.array([is_validation(f"{_SPLIT}{group}", share) for group in dataset.groups])
+    held_out = np.array([hash_share(f"{_SPLIT}{group}") < share for group in dataset.groups])
     num_held_out = int(held_out.sum())
     if num_held_out < _MIN_HELD_OUT or len(dataset) - num_held_out < MIN_PROMPTS - _MIN_HELD_OUT:
         raise StoreError(

@@ -4,7 +4,14 @@ from paceline.store.collection import Collection, is_collection, load_collection
 from paceline.store.decisions import DecisionLog, LoggedDecision, LogHeader, read_decisions
 from paceline.store.prompts import PromptFields, read_prompts, take_by_hash
 from paceline.store.shards import ShardStore
-from paceline.store.splits import Part, is_validation, part_of, take_part, take_part_of_files
+from paceline.store.splits import (
+    Part,
+    hash_share,
+    is_validation,
+    part_of,
+    take_part,
+    take_part_of_files,
+)
 from paceline.store.trained_on import TrainedOn
 
 __all__ = [
@@ -16,6 +23,7 @@ __all__ = [
     "PromptFields",
     "ShardStore",
     "TrainedOn",
+    "hash_share",
     "is_collection",
     "is_validation",
     "load_collection",

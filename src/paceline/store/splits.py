@@ -25,14 +25,14 @@ _BELOW: Final[dict[Part, float]] = {"judging": 0.04, "collection": 0.12, "traini
 """The parts in the order in which they keep a text, and the least upper bound of their hashes."""
 
 
-def _hash(text: str) -> float:
-    """Return a number from 0 to 1."""
+def hash_share(text: str) -> float:
+    """Return a number from 0 to 1 that depends on the text alone and is spread evenly."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def part_of(id: str) -> Part:
     """Return the part of an id: `judging` has 4 % of all ids, `collection` 8 %, `training` the rest."""
-    number = _hash(id)
+    number = hash_share(id)
     # a hash of 2**64 - 1 is rounded to 1
     return next((part for part, below in _BELOW.items() if number < below), "training")
 
@@ -43,7 +43,7 @@ def is_validation(id: str, share: float) -> bool:
     This hash is independent of the one that `part_of` and `take_by_hash` use, so that every part and
     every cap has the same share.
     """
-    return _hash(f"validation/{id}") < share
+    return hash_share(f"validation/{id}") < share
 
 
 def take_part(records: Sequence[PromptRecord], part: Part) -> list[PromptRecord]:

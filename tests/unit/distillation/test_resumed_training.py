@@ -29,7 +29,7 @@ from paceline.errors import ConfigError
 from paceline.testing.tiny_models import tiny_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from paceline.distillation.batches import Batch, Example
@@ -146,6 +146,14 @@ class InStep:
         if self._left == 0:
             self._act()
         return SmoothedText().teacher(batch, examples)
+
+
+@pytest.fixture(autouse=True)
+def default_ctrl_c() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, also where the tests run as a job in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def press_ctrl_c() -> None:
@@ -300,3 +308,12 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
     run(resumed, VALIDATION)
     assert same_weights(whole, student)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.pt", "whole.pt"]
+
+
+def test_a_job_that_ignores_ctrl_c_goes_on_ignoring_it(tmp_path: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    lesson = Lesson(ANSWERS, TEXTS, InStep(1, press_ctrl_c))
+    trained = trainer(new_student(), lesson, tiny_settings(loss="kl"), tmp_path / "c")
+    run(trained, VALIDATION)
+    assert trained.training.step == len(trained.plan)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

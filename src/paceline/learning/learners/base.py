@@ -18,7 +18,7 @@ from paceline.config import LearningSection, parse
 from paceline.errors import StoreError
 from paceline.selection.choosers import Chooser, FixedChooser, PortableChooser, Reduction
 from paceline.selection.features import standardisation, standardise
-from paceline.store import is_validation
+from paceline.store import hash_share
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -226,7 +226,7 @@ def earned_unselected(
     prompts is judged under the candidate of the other half. earned, scores: [candidates, n]; pick:
     chooses a candidate by the mean scores.
     """
-    half = np.array([is_validation(f"{_HALF}{group}", 0.5) for group in groups])  # [n]
+    half = np.array([hash_share(f"{_HALF}{group}") < 0.5 for group in groups])  # [n]
     if half.all() or not half.any():
         return np.asarray(earned[pick(scores.mean(axis=1))])
     found = np.empty(earned.shape[1])
