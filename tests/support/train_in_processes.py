@@ -6,6 +6,7 @@ Arguments: folder, batches per step of each process, number of texts.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -41,7 +42,9 @@ def main(folder: Path, accumulate: int, num_texts: int) -> None:
         facts["last_batches"] = len(trainer.plan[-1].batches)
         (folder / "facts.json").write_text(json.dumps(facts))
         torch.save(student.state_dict(), folder / "weights.pt")
-    accelerator.end_training()
+    accelerator.wait_for_everyone()
+    # gloo's threads may wait for a process that has ended, so the group is not taken down
+    os._exit(0)
 
 
 if __name__ == "__main__":

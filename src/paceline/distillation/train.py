@@ -10,10 +10,8 @@ store.
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,13 +21,14 @@ from torch import nn
 from paceline.distillation.batches import collate
 from paceline.distillation.checkpoints import Checkpoint, Training, signature
 from paceline.distillation.distributions import hidden_states
+from paceline.distillation.interrupts import deferred_interrupt
 from paceline.distillation.objective import sliced_loss
 from paceline.distillation.schedule import learning_rate, plan_steps, plan_text
 from paceline.distillation.teachers import TextTeacher
 from paceline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from accelerate import Accelerator
@@ -160,7 +159,7 @@ class Trainer:
         epochs = 1.0 if self.phase == "pretrain" else settings.epochs
         every = max(1, round(settings.validate_every * total / epochs))
         clock = _Clock(training)
-        with _deferred_interrupt() as interrupted:
+        with deferred_interrupt() as interrupted:
             while training.step < total:
                 self._step(self.plan[training.step])
                 ends = training.step == total
@@ -318,27 +317,6 @@ class _Clock:
         """Return the mean since the start of this process."""
         seconds = max(1e-9, time.perf_counter() - self._began)
         return (self._training.tokens - self._tokens) / seconds
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Let the first Ctrl-C wait for the end of a step, so that its state can be saved."""
-    asked = threading.Event()
-    before = signal.getsignal(signal.SIGINT)
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or before in (signal.SIG_IGN, None):  # ignored: a job in the background
-        yield asked.is_set
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, before)  # the second one ends at once
-
-    signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _optimizer(student: PreTrainedModel, settings: DistillSettings) -> torch.optim.AdamW:

@@ -29,7 +29,7 @@ def train(folder: Path, processes: int, accumulate: int) -> dict[str, Any]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*launch, *arguments],
-        env=environment, cwd=folder, capture_output=True, text=True, timeout=600, check=False,
+        env=environment, cwd=folder, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     facts: dict[str, Any] = json.loads((folder / "facts.json").read_text())

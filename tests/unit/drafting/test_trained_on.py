@@ -114,4 +114,4 @@ def test_the_bundled_drafters_know_their_prompts() -> None:
     section = ModelSection(model=str(ZOO / "draft-math"), device="cpu")
     found = load_language_model(section, "math").trained_on
     assert found is not None
-    assert len(found) == 4716
+    assert len(found) == 5990
