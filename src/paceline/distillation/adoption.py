@@ -12,7 +12,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
 from transformers import AutoModelForCausalLM
 
 from paceline.errors import ArtefactError, ConfigError
@@ -56,13 +55,6 @@ def make_candidate(folder: Path, student: PreTrainedModel, made: Path) -> None:
         student.to(stored).save_pretrained(weights, max_shard_size=_ONE_FILE)  # type: ignore[arg-type]
     (weights / WEIGHTS).replace(made / WEIGHTS)
     shutil.rmtree(weights)
-
-
-def load_float32(folder: Path) -> PreTrainedModel:
-    """Return a folder's model, its weights as saved."""
-    with quiet_transformers():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model
 
 
 def describe(made: Path, entry: Mapping[str, Any], trained_on: TrainedOn | None) -> None:

@@ -7,6 +7,7 @@ students share them. Symbols: n learned positions, k tokens per position, V voca
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from paceline.contracts import Progress
     from paceline.distillation.batches import Batch, Example
     from paceline.distillation.settings import DistillSettings
     from paceline.models.language_model import LanguageModel
@@ -196,3 +198,29 @@ def read_distributions(
         torch.from_numpy(np.concatenate(probabilities).reshape(-1, width)),
         {name: slice(first // width, end // width) for name, (first, end) in places.items()},
     )
+
+
+def gather_distributions(
+    target: LanguageModel,
+    texts: Sequence[tuple[Path, Sequence[Example]]],
+    settings: DistillSettings,
+    on_progress: Progress,
+) -> StoredDistributions:
+    """Return the distributions along the texts of several folders, after computing the missing ones.
+
+    Raises ConfigError and StoreError as `open_distributions` and `read_distributions` do.
+    """
+    total = sum(len(examples) for _, examples in texts)
+    stores: list[ShardStore] = []
+    before = 0
+    for folder, examples in texts:
+        store = open_distributions(folder, target, settings)
+        report = partial(_report_after, on_progress, before, total)
+        store_distributions(target, examples, store, report)
+        before += len(examples)
+        stores.append(store)
+    return read_distributions(stores, [example for _, own in texts for example in own])
+
+
+def _report_after(on_progress: Progress, before: int, total: int, done: int) -> None:
+    on_progress("distributions", before + done, total)

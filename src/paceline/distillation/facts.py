@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
+from paceline.bench.circumstances import cpu_model
 from paceline.distillation.card import command_line
 
 if TYPE_CHECKING:
@@ -134,21 +135,10 @@ def circumstances(device: str, threads: int) -> dict[str, Any]:
     """Return the machine and the versions of a training."""
     return {
         "device": device,
-        "processor": processor_name(),
+        "processor": cpu_model(),
         "threads": threads,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "paceline": version("paceline"),
     }
-
-
-def processor_name() -> str:
-    """Return the CPU's name from /proc on Linux, elsewhere from Python."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -19,27 +19,21 @@ import torch
 from paceline.distillation.adoption import (
     describe,
     free_name,
-    load_float32,
     make_candidate,
     publish,
     weight_files,
 )
 from paceline.distillation.comparison import compare, measure_intervals
-from paceline.distillation.distributions import (
-    LiveDistributions,
-    open_distributions,
-    read_distributions,
-    store_distributions,
-)
+from paceline.distillation.distributions import LiveDistributions, gather_distributions
 from paceline.distillation.facts import circumstances
 from paceline.distillation.improve_report import ImproveReport
 from paceline.distillation.improve_texts import TextRecord, add_data, read_log
 from paceline.distillation.logged import SERVED, prompt_key
-from paceline.distillation.measures import LONGEST, AnswerMatches, measure
+from paceline.distillation.measures import LONGEST, measure
 from paceline.distillation.prompt_texts import PromptReader
-from paceline.distillation.replays import replay_validation, with_losses
+from paceline.distillation.replays import matches_of, replay_validation, with_losses
 from paceline.distillation.run import locked
-from paceline.distillation.student import make_student, num_parameters
+from paceline.distillation.student import load_float32, make_student, num_parameters
 from paceline.distillation.train import Lesson, Trainer, TrainingProgress, start_accelerator
 from paceline.errors import ConfigError
 from paceline.files import write_atomically
@@ -202,17 +196,7 @@ class _Improvement:
         }
         if not learns_text:
             wanted |= texts.data
-        total, before, stores = sum(map(len, wanted.values())), 0, []
-        for folder, examples in wanted.items():
-            store = open_distributions(folder, target, settings)
-            store_distributions(target, examples, store, self._counter(before, total))
-            before += len(examples)
-            stores.append(store)
-        every = [example for own in wanted.values() for example in own]
-        return read_distributions(stores, every)
-
-    def _counter(self, before: int, total: int) -> Callable[[int], None]:
-        return lambda done: self._report("distributions", before + done, total)
+        return gather_distributions(target, list(wanted.items()), settings, self._report)
 
     # --- training and judging -------------------------------------------------------------------
 
@@ -225,7 +209,7 @@ class _Improvement:
 
         def validate(student: PreTrainedModel) -> tuple[float, dict[str, Any]]:
             replays = replay_validation(student, texts.split.validation, distributions)
-            measures = measure(_matches(replays), ratio, longest=max(LONGEST, length))
+            measures = measure(matches_of(replays), ratio, longest=max(LONGEST, length))
             figures = with_losses(measures.to_history(), replays)
             return float(measures.mean.block_efficiency[length]), figures
 
@@ -240,7 +224,7 @@ class _Improvement:
         self, texts: ImproveTexts, before: Sequence[TextReplay], after: Sequence[TextReplay]
     ) -> ImproveReport:
         length = self.drafter.num_draft_tokens
-        old, new = _matches(before), _matches(after)
+        old, new = matches_of(before), matches_of(after)
         return ImproveReport(
             drafter=self.drafter.name,
             num_draft_tokens=length,
@@ -312,11 +296,3 @@ class _Improvement:
                 str(self.pace.parts.target.device), torch.get_num_threads()
             ),
         }
-
-
-def _matches(replays: Sequence[TextReplay]) -> AnswerMatches:
-    return AnswerMatches.of(
-        [r.matches.numpy() for r in replays],
-        [r.example.domain for r in replays],
-        [r.accepted.numpy() for r in replays],
-    )

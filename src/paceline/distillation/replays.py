@@ -13,6 +13,7 @@ import torch
 
 from paceline.distillation.batches import collate, in_order
 from paceline.distillation.distributions import hidden_states
+from paceline.distillation.measures import AnswerMatches
 from paceline.distillation.objective import judge
 from paceline.distillation.teachers import TextTeacher
 
@@ -66,6 +67,15 @@ def replay_validation(
                 figures.accepted[own].cpu(),
             )
     return [found[i] for i in range(len(examples))]
+
+
+def matches_of(replays: Sequence[TextReplay]) -> AnswerMatches:
+    """Return the matches of replayed texts, whose tasks are their domains."""
+    return AnswerMatches.of(
+        [r.matches.numpy() for r in replays],
+        [r.example.domain for r in replays],
+        [r.accepted.numpy() for r in replays],
+    )
 
 
 def with_losses(figures: dict[str, Any], replays: Sequence[TextReplay]) -> dict[str, Any]:

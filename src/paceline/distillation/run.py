@@ -16,23 +16,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock, Timeout
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from paceline.config import Config
 from paceline.distillation.card import card
 from paceline.distillation.curves import EventLog, plot_curves
-from paceline.distillation.distributions import (
-    LiveDistributions,
-    open_distributions,
-    read_distributions,
-    store_distributions,
-)
+from paceline.distillation.distributions import LiveDistributions, gather_distributions
 from paceline.distillation.facts import DistillReport, make_facts
-from paceline.distillation.measures import AnswerMatches, measure
+from paceline.distillation.measures import measure
 from paceline.distillation.outputs import open_target
 from paceline.distillation.preparation import check_lengths, prepare_texts
-from paceline.distillation.replays import replay_validation, with_losses
-from paceline.distillation.student import check_tokenizer, make_student, num_parameters
+from paceline.distillation.replays import matches_of, replay_validation, with_losses
+from paceline.distillation.student import (
+    check_tokenizer,
+    load_float32,
+    make_student,
+    num_parameters,
+)
 from paceline.distillation.train import Lesson, Trainer, TrainingProgress, start_accelerator
 from paceline.errors import ConfigError
 from paceline.files import write_atomically
@@ -137,7 +137,7 @@ class _Run:
         if self.is_main:
             _save(self.student, self.pace, made, self.settings)
         self.accelerator.wait_for_everyone()
-        measures = self._measure(replay_validation(_load(made), texts.unseen, distributions))
+        measures = self._measure(replay_validation(load_float32(made), texts.unseen, distributions))
         report = DistillReport(
             out,
             num_parameters(self.student),
@@ -162,17 +162,7 @@ class _Run:
             return LiveDistributions.of(target, settings.teacher_temperature)
         wanted = [(file.folder, file.learned_by(settings.loss)) for file in texts.files]
         wanted += [(file.folder, file.validation) for file in texts.measured]
-        total, stores, before = sum(len(own) for _, own in wanted), [], 0
-        for folder, examples in wanted:
-            store = open_distributions(folder, target, settings)
-            store_distributions(target, examples, store, self._counter(before, total))
-            before += len(examples)
-            stores.append(store)
-        every = [example for _, own in wanted for example in own]
-        return read_distributions(stores, every)
-
-    def _counter(self, before: int, total: int) -> Callable[[int], None]:
-        return lambda done: self._report("distributions", before + done, total)
+        return gather_distributions(target, wanted, settings, self._report)
 
     def _phase(
         self,
@@ -210,13 +200,8 @@ class _Run:
         return EventLog(folder / self.name, step)
 
     def _measure(self, replays: Sequence[TextReplay]) -> Measures:
-        answers = AnswerMatches.of(
-            [r.matches.numpy() for r in replays],
-            [r.example.domain for r in replays],
-            [r.accepted.numpy() for r in replays],
-        )
         costs = None if self.prices is None else self.prices.round_costs
-        return measure(answers, self.ratio, costs)
+        return measure(matches_of(replays), self.ratio, costs)
 
     def _describe(self, made: Path, texts: TrainingTexts, report: DistillReport) -> None:
         """Write the card, the figures, their curves and the record of the prompts."""
@@ -287,12 +272,6 @@ def _save(student: PreTrainedModel, pace: Pace, folder: Path, settings: DistillS
     with quiet_transformers():
         student.save_pretrained(folder)
     pace.parts.tokenizer.save_pretrained(folder)
-
-
-def _load(folder: Path) -> PreTrainedModel:
-    with quiet_transformers():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model
 
 
 def _publish(made: Path, out: Path) -> None:

@@ -145,13 +145,17 @@ def check_tokenizer(folder: Path | None, vocabulary: Vocabulary) -> None:
         )
 
 
+def load_float32(folder: Path) -> PreTrainedModel:
+    """Return a folder's causal LM, its weights as saved. Raises OSError or ValueError without one."""
+    with quiet_transformers():
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model
+
+
 def _load_student(folder: Path, target: LanguageModel) -> PreTrainedModel:
     """Return a folder's model. Raises ConfigError if it cannot be loaded or has other logits."""
     try:
-        with quiet_transformers():
-            student: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32
-            )
+        student = load_float32(folder)
     except (OSError, ValueError) as error:
         raise ConfigError(f"start_from {folder}: not a causal LM ({shorten(error)})") from error
     width = student.get_output_embeddings().weight.shape[0]

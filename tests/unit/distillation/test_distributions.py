@@ -15,6 +15,7 @@ from paceline.distillation.batches import Example, collate
 from paceline.distillation.distributions import (
     LiveDistributions,
     StoredDistributions,
+    gather_distributions,
     hidden_states,
     open_distributions,
     read_distributions,
@@ -170,6 +171,25 @@ def test_a_killed_computation_goes_on_with_the_missing_texts(
         assert torch.equal(resumed.probabilities[ours], whole.probabilities[theirs])
 
     store_distributions(target, examples, store, killer_after(0))  # nothing is missing
+
+
+def test_progress_counts_through_all_folders_up_to_the_number_of_texts(
+    target: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("paceline.distillation.distributions._BATCH_TOKENS", 32)  # several reports
+    texts = [
+        (tmp_path / "a", rule_texts(9)),
+        (tmp_path / "b", rule_texts(7, seed=1, domain="e")),
+    ]
+    seen: list[tuple[str, int, int]] = []
+    settings = tiny_settings(teacher_top_k=5)
+    found = gather_distributions(target, texts, settings, lambda *report: seen.append(report))
+    done = [count for _, count, _ in seen]
+    assert {(stage, total) for stage, _, total in seen} == {("distributions", 16)}
+    assert len(done) > 4
+    assert done == sorted(set(done))
+    assert (9 in done, done[-1]) == (True, 16)
+    assert set(found.places) == {e.id for _, examples in texts for e in examples}
 
 
 def test_texts_of_several_stores_are_read_together(target: LanguageModel, tmp_path: Path) -> None:

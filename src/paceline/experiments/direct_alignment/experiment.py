@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from paceline.bench.circumstances import circumstances, commit
 from paceline.distillation.outputs import open_target
-from paceline.distillation.student import make_student, num_parameters
+from paceline.distillation.student import load_float32, make_student, num_parameters
 from paceline.errors import ConfigError
 from paceline.experiments.direct_alignment.clock import time_students
 from paceline.experiments.direct_alignment.gradients import measure_noise
@@ -26,7 +26,6 @@ from paceline.experiments.direct_alignment.results import SHARED, Results
 from paceline.experiments.direct_alignment.teacher_costs import time_teachers
 from paceline.experiments.direct_alignment.training import (
     Workshop,
-    load_student,
     name_of,
     new_student,
     save_student,
@@ -116,7 +115,7 @@ class _Comparison:
             return
         self._train("runs: students", list(students.values()), with_weights=True)
         if "gradients" in wanted:
-            student = load_student(shop.student(name_of(students[BASELINE])))
+            student = load_float32(shop.student(name_of(students[BASELINE])))
             found = measure_noise(target, student, shop.materials.judging, budget.gradient_draws)
             self._results.add("gradients", {**found, "student": BASELINE})
         if "clock" in wanted:

@@ -13,11 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from paceline.distillation.distributions import (
-    open_distributions,
-    read_distributions,
-    store_distributions,
-)
+from paceline.distillation.distributions import gather_distributions
 from paceline.distillation.outputs import decode_outputs, open_outputs, read_examples
 from paceline.distillation.prompts import choose_prompts
 from paceline.distillation.settings import AnswerSampling
@@ -216,17 +212,7 @@ class _Maker:
 
     def distributions(self, examples: Sequence[Example]) -> StoredDistributions:
         """Return the target's distributions along texts, after computing the missing ones."""
-        settings, target = self._settings, self._pace.parts.target
-        stores, done = [], 0
-
-        def count(num_texts: int) -> None:
-            nonlocal done
-            done += num_texts
-            self._report("distributions", done, len(examples))
-
-        for task in TASKS:
-            own = [example for example in examples if example.domain == task]
-            store = open_distributions(settings.outputs / task, target, settings)
-            store_distributions(target, own, store, count)
-            stores.append(store)
-        return read_distributions(stores, examples)
+        outputs = self._settings.outputs
+        texts = [(outputs / task, [e for e in examples if e.domain == task]) for task in TASKS]
+        target = self._pace.parts.target
+        return gather_distributions(target, texts, self._settings, self._report)

@@ -12,9 +12,10 @@ from paceline.distillation.distributions import (
     open_distributions,
     store_distributions,
 )
+from paceline.distillation.student import load_float32
 from paceline.distillation.train import Lesson, Trainer, start_accelerator
-from paceline.experiments.direct_alignment.training import load_student, new_student
-from paceline.experiments.direct_alignment.workers import one_thread
+from paceline.experiments.direct_alignment.training import new_student
+from paceline.learning.learners.networks import one_thread
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,7 +84,7 @@ def _train(
     """Return the seconds and the CPU seconds of one pass."""
     changes = {"loss": _LOSS, "epochs": 1.0, "checkpoint_every": 10**9, "validate_every": 1.0}
     trainer = Trainer(
-        load_student(shop.student(new_student(0))),
+        load_float32(shop.student(new_student(0))),
         Lesson(texts, (), teacher),
         shop.materials.settings.model_copy(update=changes),
         file,

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from paceline.bench.circumstances import cpu_model
-from paceline.distillation.measures import AnswerMatches, measure
-from paceline.distillation.replays import replay_validation
+from paceline.distillation.measures import measure
+from paceline.distillation.replays import matches_of, replay_validation
+from paceline.distillation.student import load_float32
 from paceline.distillation.train import DivergedError, Lesson, Trainer, start_accelerator
 from paceline.errors import ConfigError
 from paceline.experiments.direct_alignment.plan import LENGTHS
@@ -77,7 +77,7 @@ def train(run: Run, shop: Workshop) -> dict[str, Any]:
     start = _start(run, shop)
     lesson = Lesson(answers, materials.plain if pretrains else (), materials.distributions)
     trainer = Trainer(
-        load_student(start),
+        load_float32(start),
         lesson,
         settings,
         shop.checkpoint(run),
@@ -99,7 +99,7 @@ def train(run: Run, shop: Workshop) -> dict[str, Any]:
         "run": run.model_dump(mode="json"),
         "settings": settings.model_dump(mode="json", exclude={"outputs", "threads", "license"}),
         "num_answers": len(answers),
-        **_judge(load_student(made), shop),
+        **_judge(load_float32(made), shop),
         **_facts(training, shop),
     }
 
@@ -107,13 +107,6 @@ def train(run: Run, shop: Workshop) -> dict[str, Any]:
 def name_of(run: Run) -> str:
     """Return the name of a run's student."""
     return f"pretrained-{run.seed}" if run.phase == "pretrain" else run.id
-
-
-def load_student(folder: Path) -> PreTrainedModel:
-    """Return a saved student in float32."""
-    with quiet_transformers():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model
 
 
 def save_student(
@@ -126,15 +119,6 @@ def save_student(
         student.to(DTYPES[dtype]).save_pretrained(part)  # type: ignore[arg-type]
     shutil.rmtree(folder, ignore_errors=True)
     part.replace(folder)
-
-
-def matches_of(replays: Sequence[TextReplay]) -> AnswerMatches:
-    """Return the matches of replayed texts."""
-    return AnswerMatches.of(
-        [r.matches.numpy() for r in replays],
-        [r.example.domain for r in replays],
-        [r.accepted.numpy() for r in replays],
-    )
 
 
 def _start(run: Run, shop: Workshop) -> Path:

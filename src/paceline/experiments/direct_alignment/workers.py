@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ import torch
 from paceline.collection.workers import exit_with_parent
 from paceline.errors import PacelineError
 from paceline.experiments.direct_alignment import materials, training
+from paceline.learning.learners.networks import one_thread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -56,17 +56,6 @@ def train_all(
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute with one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _without_texts(shop: Workshop) -> dict[str, Any]:
