@@ -18,6 +18,7 @@ from paceline.distillation.batches import collate, first_learned, in_order
 from paceline.distillation.teachers import LiveTeacher, StoredTeacher
 from paceline.errors import ConfigError, StoreError
 from paceline.models.output_head import OutputHead
+from paceline.models.packing import Span
 from paceline.store import ShardStore
 
 if TYPE_CHECKING:
@@ -45,19 +46,22 @@ _SHARD: Final = 256  # texts
 class LiveDistributions:
     """The target itself, which runs on each batch."""
 
-    model: PreTrainedModel
-    unembed: Callable[[Tensor], Tensor]
+    hidden: Callable[[Batch], Tensor]  # [n, D] at the learned positions
+    unembed: Callable[[Tensor], Tensor]  # [m, D] -> [m, V]
     temperature: float
 
     @classmethod
     def of(cls, target: LanguageModel, temperature: float) -> LiveDistributions:
         """Return the distributions of a target at a temperature."""
-        return cls(target.model, OutputHead(target.model, target.name), temperature)
+        if target.forward_kind == "compiled":
+            return cls(partial(_compiled_hidden, target), target.unembed, temperature)
+        model = target.model
+        return cls(partial(hidden_states, model), OutputHead(model, target.name), temperature)
 
     @torch.inference_mode()
     def teacher(self, batch: Batch, examples: Sequence[Example]) -> LiveTeacher:
         """Return the distributions at a batch's learned positions."""
-        hidden = hidden_states(self.model, batch.to(self.model.device))
+        hidden = self.hidden(batch)
         return LiveTeacher(hidden, self.unembed, self.temperature, batch.tokens.device)
 
 
@@ -85,8 +89,22 @@ class StoredDistributions:
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Return a causal LM's final hidden states [n, D] at the batch's learned positions."""
+    batch = batch.to(model.device)
     states = model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
     return states.flatten(0, 1)[batch.places]
+
+
+def _compiled_hidden(target: LanguageModel, batch: Batch) -> Tensor:
+    """Return the same of a target's compiled forward, several times as fast as torch on a CPU."""
+    num_rows, width = batch.tokens.shape
+    slots = [target.acquire() for _ in range(num_rows)]
+    try:
+        # padding comes last in a row, so no learned position sees it
+        spans = [Span(slot, 0, width, prefill=True) for slot in slots]
+        return target.forward(batch.tokens.flatten(), spans)[batch.places]
+    finally:
+        for slot in slots:
+            target.release(slot)
 
 
 def open_distributions(

@@ -33,7 +33,13 @@ from paceline.distillation.student import (
     make_student,
     num_parameters,
 )
-from paceline.distillation.train import Lesson, Trainer, TrainingProgress, start_accelerator
+from paceline.distillation.train import (
+    Lesson,
+    Trainer,
+    TrainingProgress,
+    choose_arithmetic,
+    start_accelerator,
+)
 from paceline.errors import ConfigError
 from paceline.files import write_atomically
 from paceline.models.loading import quiet_transformers
@@ -110,6 +116,7 @@ class _Run:
         prices: Prices | None,
         name: str,
     ) -> None:
+        settings = choose_arithmetic(settings, accelerator.device)
         self.pace, self.settings, self.part = pace, settings, part
         self.accelerator, self.prices, self.name = accelerator, prices, name
         self.is_main = accelerator.is_main_process

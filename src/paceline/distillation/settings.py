@@ -111,6 +111,8 @@ class DistillSettings(Section):
     teacher_temperature: of the target's distribution. prompt_weight: of a prompt's token in the loss,
     where an answer's token has weight 1. batch_tokens: padded tokens per batch; accumulate: batches per
     step. ema_decay: of the moving average of the weights, which is validated and saved; 0 has none.
+    autocast: products in bfloat16; by default where the device has instructions for them, since they
+    are slow elsewhere.
     """
 
     size: Literal["small", "medium"] = "small"
@@ -147,7 +149,7 @@ class DistillSettings(Section):
     weight_decay: float = Field(default=0.05, ge=0.0)
     max_gradient_norm: float = Field(default=1.0, gt=0.0)
     ema_decay: float = Field(default=0.0, ge=0.0, lt=1.0)
-    autocast: bool = True
+    autocast: bool | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the saved weights
     validate_every: float = Field(default=0.5, gt=0.0)  # epochs
     checkpoint_every: int = Field(default=200, ge=1)  # steps

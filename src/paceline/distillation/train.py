@@ -26,6 +26,7 @@ from paceline.distillation.objective import sliced_loss
 from paceline.distillation.schedule import learning_rate, plan_steps, plan_text
 from paceline.distillation.teachers import TextTeacher
 from paceline.errors import ConfigError
+from paceline.models.compiled.processor import available
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -91,7 +92,7 @@ class Objective(nn.Module):
         """Return the weighted sums over the batch."""
         settings = self._settings
         device = batch.tokens.device.type
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=settings.autocast):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=bool(settings.autocast)):
             hidden = hidden_states(self.student, batch)
         head = self.student.get_output_embeddings().weight
         dtype = torch.bfloat16 if settings.autocast else torch.float32
@@ -110,6 +111,17 @@ def start_accelerator(on_cpu: bool) -> Accelerator:
     return Accelerator(cpu=on_cpu)
 
 
+def choose_arithmetic(settings: DistillSettings, device: torch.device) -> DistillSettings:
+    """Return the settings with `autocast` decided: on where the device multiplies bfloat16 itself."""
+    if settings.autocast is not None:
+        return settings
+    if device.type == "cuda":
+        has_products = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_products = device.type == "cpu" and not {"amx", "avx512_bf16"}.isdisjoint(available())
+    return settings.model_copy(update={"autocast": has_products})
+
+
 class Trainer:
     """One training of a student. `run` continues from the checkpoint, if there is one."""
 
@@ -123,6 +135,7 @@ class Trainer:
         pretrain_tokens: int = 0,
     ) -> None:
         """pretrain_tokens: learn this number of tokens of text alone, instead of the answers."""
+        settings = choose_arithmetic(settings, accelerator.device)
         self.student, self.lesson, self.settings = student, lesson, settings
         self.accelerator = accelerator
         self.phase = "pretrain" if pretrain_tokens else "align"

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 EVERYTHING = slice(0, None)
 
 
-@pytest.fixture(scope="module")
-def target() -> LanguageModel:
-    return LanguageModel(tiny_target(), "target")
+@pytest.fixture(scope="module", params=["compiled", "transformers"])
+def target(request: pytest.FixtureRequest) -> LanguageModel:
+    return LanguageModel(tiny_target(), "target", request.param)
 
 
 def stored(
@@ -106,6 +106,10 @@ def test_rows_of_a_batch_are_those_of_its_positions(
     torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-6)
     # a slice of rows is a slice of the result
     torch.testing.assert_close(live.buckets(slice(3, 6))[1], whole[3:6])
+    slots = [target.acquire() for _ in part]
+    assert sorted(slots) == list(range(len(part))), "the rows of the batch were not released"
+    for slot in slots:
+        target.release(slot)
 
 
 def test_all_stored_tokens_but_one_have_nearly_the_loss_of_the_live_target(

@@ -25,8 +25,9 @@ from paceline.distillation.losses import LOSSES
 from paceline.distillation.objective import judge
 from paceline.distillation.replays import replay_validation, with_losses
 from paceline.distillation.schedule import plan_steps
+from paceline.distillation.settings import DistillSettings
 from paceline.distillation.teachers import TextTeacher
-from paceline.distillation.train import Lesson
+from paceline.distillation.train import Lesson, choose_arithmetic
 from paceline.models.language_model import LanguageModel
 
 if TYPE_CHECKING:
@@ -392,3 +393,23 @@ def test_a_validation_leaves_the_training_as_it_is(tmp_path: Path) -> None:
     ends = [weights for progress, weights in last if progress.step == progress.total]
     assert len(ends) == 2
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.parametrize(
+    ("kernels", "wanted"),
+    [
+        (("amx", "avx512", "generic"), True),
+        (("avx512_bf16", "avx512", "generic"), True),
+        (("avx512", "generic"), False),
+        (("generic",), False),
+    ],
+)
+def test_bfloat16_is_the_default_only_where_the_processor_multiplies_it(
+    kernels: tuple[str, ...], wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("paceline.distillation.train.available", lambda: kernels)
+    chosen = choose_arithmetic(DistillSettings(), torch.device("cpu"))
+    assert chosen.autocast is wanted
+    for given in (True, False):
+        kept = choose_arithmetic(DistillSettings(autocast=given), torch.device("cpu"))
+        assert kept.autocast is given

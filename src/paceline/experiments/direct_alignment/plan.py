@@ -85,7 +85,7 @@ class Budget:
             warmup_share=0.03,
             weight_decay=0.05,
             max_gradient_norm=1.0,
-            autocast=True,
+            autocast=False,  # the same arithmetic on every processor
             dtype="bfloat16",
         )
 
