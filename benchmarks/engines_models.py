@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from paceline.contracts import PromptRecord
 
 DRAFTER: Final = "general"
-TIMED_DRAFTERS: Final = ("math", DRAFTER)  # both of 1.4 M parameters
+TIMED_DRAFTERS: Final = ("math", DRAFTER)  # a specialist and the one for all tasks
 ARMS: Final = (NONE, AUTO, "suffix", "lookup", f"{DRAFTER}@4")
 PRECISIONS: Final = ("bfloat16", "int8")
 VOCABULARY, CONTEXT = 8192, 2048  # of the random model; the tokenizer is the zoo's

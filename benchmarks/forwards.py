@@ -43,7 +43,7 @@ CALLS: Final = 5  # of a cell per turn
 CHAIN: Final = 8  # steps over which a drafter's is averaged
 READ_BYTES: Final = 2**30
 PRECISIONS: Final = {"zoo": ("bfloat16", "int8", "float32"), "0.3b": ("bfloat16", "int8")}
-DRAFTERS: Final = ("math", "general")  # both of 1.4 M parameters
+DRAFTERS: Final = ("math", "general")  # a specialist and the one for all tasks
 
 
 @dataclass

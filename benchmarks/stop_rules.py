@@ -1,6 +1,6 @@
 """When should a drafter stop? Fixed lengths against the stop rules, by replay on the bundled models.
 
-    python benchmarks/stop_rules.py [--per-task 20] [--drafters general,general-4m,code]
+    python benchmarks/stop_rules.py [--per-task 20] [--drafters general,code]
 
 The target decodes each prompt once (greedy); each drafter scores each output in one pass and is timed
 for the cost table. Every rule's rounds and predicted speed follow from these without decoding again.
@@ -176,7 +176,7 @@ def markdown(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
 def main() -> None:
     """Compare the stop rules of every drafter."""
     parser = make_parser(__doc__, per_task=20, max_new_tokens=128)
-    parser.add_argument("--drafters", default="general,general-4m,code", help="arms, by comma")
+    parser.add_argument("--drafters", default="general,code", help="arms, by comma")
     parser.add_argument("--longest", type=int, default=16, help="maximum draft length in tokens")
     parser.add_argument("--profile-seconds", type=float, default=30.0)
     parser.add_argument("--dtype", default=None, help="of the target")

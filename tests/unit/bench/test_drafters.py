@@ -67,13 +67,13 @@ def test_memory_is_weights_plus_one_row() -> None:
     found = drafters(
         config(
             math=draft_model("draft-math"),
-            wide=draft_model("draft-general-4m"),
+            wide=draft_model("target"),
             lookup={"kind": "prompt_lookup"},
         ),
         memory=True,
     )
     held = arms(found)
-    for arm, name in (("math", "draft-math"), ("wide", "draft-general-4m")):
+    for arm, name in (("math", "draft-math"), ("wide", "target")):
         facts = model_facts(ModelSection(model=str(ZOO / name), dtype="float32"))
         assert facts.packed_bytes >= facts.weight_bytes  # of the tied models too
         assert held[arm].weight_bytes == facts.weight_bytes + facts.packed_bytes

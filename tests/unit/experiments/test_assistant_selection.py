@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from paceline.selection.choosers import Situation
 
 TASKS = ("translation", "math", "code", "summary")
-DRAFTERS = (*TASKS, "general", "general-4m")
-SLOWER = {"general-4m": 1.5, "half-target": 2.5, "most-of-target": 4.0, "int8-target": 3.0}
+DRAFTERS = (*TASKS, "general", "slow-general")
+SLOWER = {"slow-general": 1.5, "half-target": 2.5, "most-of-target": 4.0, "int8-target": 3.0}
 LEARNED = [name for name in EXPERIMENTS if name != "published-timings"]
 
 
@@ -58,7 +58,7 @@ class Place(NamedTuple):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """Write a target, drafters named as the bundled ones, and a data folder."""
+    """Write a target, drafters named as the bundled ones, one more for all tasks, and a data folder."""
     root = tmp_path_factory.mktemp("experiments")
     target = tiny_model(std=0.1, context=128)
     models = {"target": target}
@@ -108,7 +108,7 @@ def write_prices(place: Place) -> None:
 
 def price(m: Measurement) -> float:
     if m.operation == "propose":
-        return {"lookup": 0.01, "general-4m": 0.25}.get(m.subject, 0.15) * m.tokens
+        return {"lookup": 0.01, "slow-general": 0.25}.get(m.subject, 0.15) * m.tokens
     return {"forward": 1.0 + 0.02 * m.tokens, "prefill": 1.0, "start": 0.2}.get(m.operation, 0.1)
 
 
@@ -284,7 +284,7 @@ def test_every_category_is_left_out_once(place: Place) -> None:
     assert {r["num_train"] for r in left_out.values()} == {12}  # the two others, six of each
     assert all(set(r["by_domain"]) == {name} for name, r in left_out.items())
     shown = {arm.partition("@")[0] for arm in left_out["c0"]["overall"]["arms"]}
-    assert shown == {NONE, "general", "general-4m", "lookup"}
+    assert shown == {NONE, "general", "slow-general", "lookup"}
 
 
 def test_skip_sets_become_arms(place: Place) -> None:
@@ -440,14 +440,14 @@ def test_a_given_store_is_used_and_its_prompts_are_not_timed(place: Place, tmp_p
 
 def test_a_missing_drafter_is_one_line(place: Place, tmp_path: Path) -> None:
     raw = yaml.safe_load(place.config.read_text())
-    del raw["drafters"]["general-4m"]
+    general = raw["drafters"].pop("general")
     path = tmp_path / "paceline.yaml"
     path.write_text(yaml.safe_dump(raw))
-    with pytest.raises(paceline.ConfigError, match="needs a drafter 'general-4m', and the"):
+    with pytest.raises(paceline.ConfigError, match="needs a drafter 'general', and the"):
         paceline.experiment(
             "alignment-or-size", tmp_path, path, place.data, smoke=True, folder=tmp_path
         )
-    raw["drafters"] = {"general": raw["drafters"]["general"]}
+    raw["drafters"] = {"general": general}
     path.write_text(yaml.safe_dump(raw))
     with pytest.raises(paceline.ConfigError, match="two drafters that are named after tasks"):
         paceline.experiment(

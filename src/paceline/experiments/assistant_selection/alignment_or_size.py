@@ -1,7 +1,7 @@
 """Effect of alpha in the published reward: the better aligned drafter, or the cheaper one?
 
-Drafters from a tenth of the target's size to all of it: two trained draft models, and copies of the
-target with few layers, with most layers, and in int8. The reward `alignment` at five weights with four
+Drafters from a tenth of the target's size to all of it: a trained draft model, and copies of the target
+with few layers, with most layers, and in int8. The reward `alignment` at five weights with four
 similarities. `none` is excluded: similarity alone would always choose the target itself.
 """
 
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from paceline.experiments.workbench import Workbench
     from paceline.store.records import CollectedPrompt
 
-TRAINED: Final = ("general", "general-4m")
+TRAINED: Final = "general"
 COPIES: Final = ("half-target", "most-of-target", "int8-target")
-DRAFTERS: Final = (*TRAINED, *COPIES)  # from the cheapest to the most expensive
+DRAFTERS: Final = (TRAINED, *COPIES)  # from the cheapest to the most expensive
 FOLDER: Final = "alignment-or-size"
 COPY_TOKENS: Final = 4
 HELD_OUT: Final = 0.5
@@ -64,15 +64,15 @@ def run(bench: Workbench) -> Findings:
 
 
 def _drafters(bench: Workbench) -> dict[str, DrafterSection]:
-    """Return the trained draft models of the configuration, and copies of the target."""
-    bench.arms(TRAINED)  # raises if one is not configured
+    """Return the trained draft model of the configuration, and copies of the target."""
+    bench.arms([TRAINED])  # raises if it is not configured
     num_layers = bench.pace.parts.target.num_layers
     kept = {
         "half-target": outer_layers(num_layers, max(num_layers // 2, 1)),
         "most-of-target": outer_layers(num_layers, max(num_layers * 4 // 5, 1)),
         "int8-target": list(range(num_layers)),
     }
-    drafters = {name: bench.config.drafters[name] for name in TRAINED}
+    drafters = {TRAINED: bench.config.drafters[TRAINED]}
     for name, layers in kept.items():
         folder = bench.folder / FOLDER / "models" / name
         more = {"weights": "int8"} if name == "int8-target" else {}
