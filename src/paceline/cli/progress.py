@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Protocol
+from typing import Final, Protocol
 
 import rich.progress
 from rich.console import Console
@@ -17,6 +17,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+_SECONDS: Final = 60.0  # between two lines of a stage
 
 
 class Report(Protocol):
@@ -31,7 +33,8 @@ class Report(Protocol):
 def progress(console: Console) -> Iterator[Report]:
     """Yield a function `report(stage, done, total)` that draws one bar per stage.
 
-    Where the output is not a terminal, it prints a line at the beginning and the end of each stage.
+    Where the output is not a terminal, it prints a line at the beginning and the end of each stage, and
+    one a minute in between.
     """
     if console.is_terminal:
         with _bars(console) as report:
@@ -64,15 +67,21 @@ def _bars(console: Console) -> Iterator[Report]:
 
 def _lines(console: Console) -> Report:
     began: dict[str, float] = {}
+    printed: dict[str, float] = {}
     ended: set[str] = set()
 
     def report(stage: str, done: int, total: int, figure: str = "") -> None:
+        now = perf_counter()
         if stage not in began:
-            began[stage] = perf_counter()
+            began[stage] = printed[stage] = now
             console.print(f"{stage} ...", highlight=False)
+        spent = now - began[stage]
         if done >= total and stage not in ended:
             ended.add(stage)
-            spent = perf_counter() - began[stage]
             console.print(f"{stage}: {done} in {spent:.1f} s", highlight=False)
+        elif done < total and now - printed[stage] >= _SECONDS:
+            printed[stage] = now
+            more = f", {figure}" if figure else ""
+            console.print(f"{stage}: {done} of {total}, {spent:.0f} s{more}", highlight=False)
 
     return report
