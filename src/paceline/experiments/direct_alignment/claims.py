@@ -1,20 +1,19 @@
-"""The paper's claims next to what was found, and what falls short. Knows no model and no file "
-"format."""
+"""The paper's claims next to the findings, and the limits of these. Knows no model and no format."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from paceline.distillation.comparison import MEAN
-from paceline.experiments.direct_alignment.outcome import LONGEST, is_clear, signed
+from paceline.experiments.direct_alignment.outcome import LONGEST, signed
 from paceline.experiments.direct_alignment.plan import BASELINE, PAPER, compared_without_task
 from paceline.experiments.findings import SOURCES, Table, columns
 from paceline.experiments.prompt_files import TASKS
 
 if TYPE_CHECKING:
-    from paceline.distillation.comparison import Interval
     from paceline.experiments.direct_alignment.outcome import Outcome
     from paceline.experiments.findings import Source, Value
+    from paceline.intervals import Interval
 
 _PLAIN_LOSS = "tvd"
 _APART = 0.15  # of a prediction from the clock, relative
@@ -140,9 +139,9 @@ def _runs(outcome: Outcome) -> list[dict[str, object]]:
 
 
 def _word(own: Interval) -> str:
-    if not is_clear(own):
+    if not own.is_clear:
         return "no clear difference"
-    return "clearly better" if own.low > 0 else "clearly worse"
+    return "clearly better" if own.is_gain else "clearly worse"
 
 
 def _variance(outcome: Outcome) -> str:
