@@ -33,7 +33,7 @@ CARD: Final = "README.md"
 HEADING: Final = "## Improved on logged requests"
 
 _WEIGHT_FILES: Final = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*")
-_ONE_FILE: Final = "100000GB"
+_ONE_FILE: Final = "100000GB"  # a shard that no drafter fills
 # the record of prompts first: after a kill it may list too many, never too few
 _IN_ORDER: Final = (TRAINED_ON, WEIGHTS, IMPROVEMENTS, CARD)
 
@@ -95,7 +95,7 @@ def with_section(card: str, entries: Sequence[Mapping[str, Any]]) -> str:
             "Held-out requests: one per conversation, whose prompts were not trained on. Block\n"
             "efficiency tau: tokens per target forward with drafts of K tokens, of a drafter that\n"
             "proposes its most likely token. Acceptance: the mean of sum min(p, q). Rises are paired,\n"
-            "with 95 % intervals.",
+            "with 95% intervals.",
         ]
     )
     own = re.compile(rf"^{re.escape(HEADING)}$.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)

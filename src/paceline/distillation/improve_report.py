@@ -33,7 +33,7 @@ class ImproveReport:
 
     @property
     def is_adopted(self) -> bool:
-        """Whether the new weights are used from now on, or written to a folder of their own."""
+        """Whether the new weights replaced the old ones or were written to a folder of their own."""
         return self.out is not None
 
     def to_json(self) -> str:
