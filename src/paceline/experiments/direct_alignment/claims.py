@@ -33,7 +33,7 @@ def claims(outcome: Outcome) -> Table:
         (
             "a drafter of 115 M, 1.64% of its target",
             "abstract",
-            f"{outcome.ratio:.1%} of the target's parameters here: drafts are relatively dearer",
+            f"{outcome.ratio:.1%} of the target's parameters here: a draft costs relatively more",
         ),
         (
             "on translation, which was not trained on, every fine-tuned drafter was worse than the "
@@ -59,7 +59,7 @@ def claims(outcome: Outcome) -> Table:
 
 
 def remarks(outcome: Outcome) -> list[str]:
-    """Return the answers in a line each; the first one is the main result."""
+    """Return the findings, a line each: the main result, then the limits."""
     tuned = outcome.tuned
     base, best = outcome.of_loss(BASELINE), outcome.of_loss(tuned.best)
     rise = outcome.rise(base, best)[MEAN].block_efficiency
@@ -76,11 +76,11 @@ def remarks(outcome: Outcome) -> list[str]:
     )
     names = ", ".join(f"`{loss}`" for loss in clear)
     first += f"Clear gains over `{BASELINE}`: {names or 'none'}."
-    return [first, *short_falls(outcome)]
+    return [first, *limits(outcome)]
 
 
-def short_falls(outcome: Outcome) -> list[str]:
-    """Return what this comparison cannot say."""
+def limits(outcome: Outcome) -> list[str]:
+    """Return the limits of the comparison, a sentence or two each."""
     plan, tuned = outcome.plan, outcome.tuned
     budget = plan.budget
     at_edge = [

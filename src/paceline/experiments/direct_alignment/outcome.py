@@ -74,7 +74,7 @@ class Outcome:
 
     @cached_property
     def shared(self) -> Line:
-        """What all runs share."""
+        """The line of what all runs share."""
         found = self.results.of_kind("shared")
         assert found is not None  # the first line
         return found
