@@ -45,8 +45,9 @@ from paceline.costs import RoundSeconds
 from paceline.drafting.catalog import arms_of
 from paceline.drafting.draft_model import DraftModel
 from paceline.experiments.by_clock import encode_prompts
+from paceline.intervals import Interval
 from paceline.learning.dataset import build_dataset
-from paceline.learning.evaluation.bootstrap import Interval, interval, resample
+from paceline.learning.evaluation.bootstrap import interval, resample
 from paceline.plotting import import_figure
 from paceline.verbs.pipeline import in_folder, load_priced, prepare
 

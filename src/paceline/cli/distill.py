@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def distill(
     data: Annotated[
         list[Path] | None,
-        typer.Argument(help="JSONL files with id, domain and prompt on each line."),
+        typer.Argument(help="JSONL or Parquet files with id, domain and prompt in each row."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the drafter to write.")] = None,
     config: options.ConfigFile = options.DEFAULT_CONFIG,

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from paceline.config import Config
-    from paceline.distillation.comparison import Interval, Intervals
+    from paceline.distillation.comparison import MeasureIntervals
     from paceline.distillation.improve_report import ImproveReport
     from paceline.distillation.train import TrainingProgress
+    from paceline.intervals import Interval
     from paceline.terminal import BandedTable
 
     Follow = Callable[[TrainingProgress], None]
@@ -61,11 +62,11 @@ def print_report(found: ImproveReport, console: Console) -> None:
     if not found.is_adopted:
         say(
             console,
-            f"not adopted: the rise of block efficiency is {_rise(rise)}, and its interval must be "
+            f"not adopted: the rise of block efficiency is {rise.signed()}, and its interval must be "
             f"above 0; drafter '{found.drafter}' is as before. More requests narrow the interval",
         )
     else:
-        say(console, f"adopted: block efficiency rises by {_rise(rise)}")
+        say(console, f"adopted: block efficiency rises by {rise.signed()}")
         say(console, f"written: {found.out}; the weights before are in {found.kept}")
     for note in found.notes:
         say(console, f"note: {note}")
@@ -77,7 +78,7 @@ def _table(found: ImproveReport) -> BandedTable:
     table = BandedTable(title=f"drafter '{found.drafter}' on held-out requests")
     for column in ("", "before", "after", "rise (95%)"):
         table.add_column(column, justify="right" if column else "left")
-    rows: dict[str, Callable[[Intervals], Interval | None]] = {
+    rows: dict[str, Callable[[MeasureIntervals], Interval | None]] = {
         f"block efficiency, K={found.num_draft_tokens}": lambda own: own.block_efficiency,
         "match rate": lambda own: own.match_rate,
         "acceptance": lambda own: own.acceptance,
@@ -85,9 +86,5 @@ def _table(found: ImproveReport) -> BandedTable:
     for name, read in rows.items():
         before, after, rise = read(found.before), read(found.after), read(found.rise)
         if before is not None and after is not None and rise is not None:
-            table.add_row(name, f"{before.value:.3f}", f"{after.value:.3f}", _rise(rise))
+            table.add_row(name, f"{before.value:.3f}", f"{after.value:.3f}", rise.signed())
     return table
-
-
-def _rise(figure: Interval) -> str:
-    return f"{figure.value:+.3f} ({figure.low:+.3f} to {figure.high:+.3f})"

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from paceline.errors import ArtefactError, ConfigError
 from paceline.files import write_atomically
+from paceline.intervals import Interval
 from paceline.models.loading import quiet_transformers
 from paceline.store.trained_on import TRAINED_ON
 
@@ -32,7 +33,7 @@ CARD: Final = "README.md"
 HEADING: Final = "## Improved on logged requests"
 
 _WEIGHT_FILES: Final = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*")
-_ONE_FILE: Final = "100000GB"
+_ONE_FILE: Final = "100000GB"  # a shard that no drafter fills
 # the record of prompts first: after a kill it may list too many, never too few
 _IN_ORDER: Final = (TRAINED_ON, WEIGHTS, IMPROVEMENTS, CARD)
 
@@ -94,7 +95,7 @@ def with_section(card: str, entries: Sequence[Mapping[str, Any]]) -> str:
             "Held-out requests: one per conversation, whose prompts were not trained on. Block\n"
             "efficiency tau: tokens per target forward with drafts of K tokens, of a drafter that\n"
             "proposes its most likely token. Acceptance: the mean of sum min(p, q). Rises are paired,\n"
-            "with 95 % intervals.",
+            "with 95% intervals.",
         ]
     )
     own = re.compile(rf"^{re.escape(HEADING)}$.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
@@ -112,19 +113,14 @@ def _table(entries: Sequence[Mapping[str, Any]]) -> str:
         counts, rise = entry["counts"], entry["rise"]
         before, after = (entry[when]["block_efficiency"]["value"] for when in ("before", "after"))
         rises = " | ".join(
-            _interval(rise[name]) for name in ("block_efficiency", "match_rate", "acceptance")
+            "-" if rise[name] is None else Interval(**rise[name]).signed()
+            for name in ("block_efficiency", "match_rate", "acceptance")
         )
         lines.append(
             f"| {i} | {counts['training']:,} answers | {counts['held_out']:,} | "
             f"{entry['num_draft_tokens']} | {before:.3f} | {after:.3f} | {rises} |"
         )
     return "\n".join(lines)
-
-
-def _interval(figure: Mapping[str, float] | None) -> str:
-    if figure is None:
-        return "-"
-    return f"{figure['value']:+.3f} ({figure['low']:+.3f} to {figure['high']:+.3f})"
 
 
 # --- publishing -----------------------------------------------------------------------------------

@@ -10,10 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import pyarrow.parquet as pq
+
+from paceline.store.prompts import read_json_lines
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from paceline.distillation.settings import DistillSettings
+
+
+_SOURCE: Final = ("source", "license")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +33,19 @@ class PromptSource:
 
 def read_sources(path: Path) -> list[PromptSource]:
     """Return the distinct `source` and `license` entries of a prompt file, which may have none."""
-    found = set()
-    # not splitlines(): JSON strings may contain other Unicode line ends
-    for line in Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n"):
-        raw = json.loads(line)
-        if raw.get("source"):
-            found.add(PromptSource(str(raw["source"]), str(raw.get("license", "not stated"))))
+    found = {
+        PromptSource(str(row["source"]), str(row.get("license") or "not stated"))
+        for row in _read_rows(Path(path))
+        if row.get("source")
+    }
     return sorted(found, key=lambda s: (s.source, s.license))
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".parquet":
+        named = pq.read_schema(path).names
+        return pq.read_table(path, columns=[n for n in _SOURCE if n in named]).to_pylist()
+    return [row for _, row in read_json_lines(path)]
 
 
 _FLAGS: Final = ("size", "epochs", "seed", "threads")  # other settings use --set
@@ -123,16 +136,17 @@ def _text_paragraphs(facts: Mapping[str, Any]) -> list[str]:
     if facts["license"]:
         terms = f"Licence of the weights: {facts['license']}. {terms}"
     part = (
-        "The prompts for collecting\nand for judging, 12 % by hash of id and every other prompt with the"
-        " text of one of them,\nare not trained on."
+        "The prompts for collecting\nand judging are not used: 12% of all ids, by hash, and other"
+        " prompts with their texts."
         if settings["part"] == "training"
-        else "Prompts of\nall parts were used."
+        else "Prompts of\nall parts are used."
     )
     return [
         f"The target wrote every answer ({_samplings(settings)}, {facts['outputs_dtype']}, at most"
-        f" {settings['max_new_tokens']} tokens);\nno reference answer was learned as one. {part} Of the"
-        f" others, {settings['validation_share']:.0%} are for validation.\nThe {facts['examples']:,}"
-        f" answers have {tokens['output']:,} tokens, their prompts {tokens['prompt']:,}.",
+        f" {settings['max_new_tokens']} tokens);\nno reference was learned as an answer. {part} Of the"
+        f" prompts\nused, {settings['validation_share']:.0%} are for validation."
+        f" The {facts['examples']:,} answers have {tokens['output']:,} tokens, their prompts"
+        f" {tokens['prompt']:,}.",
         "\n".join(
             ["| file | prompts | answers | source | licence |", "|---|---|---|---|---|", *lines]
         ),
@@ -157,7 +171,7 @@ def _measure_paragraphs(facts: Mapping[str, Any]) -> list[str]:
     priced = (
         "measured prices of this model and its target"
         if measures["is_priced"]
-        else ("the share of parameters alone, as for memory-bound speed-up")
+        else "the share of parameters alone, as for memory-bound speed-up"
     )
     lines = [
         "| task | trained on it | match rate | acceptance | tau, K = 3 | tau, K = 5 | MBSU, K = 3 | "
@@ -207,7 +221,7 @@ def _training_paragraphs(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _start(settings: Mapping[str, Any]) -> str:
-    """Return how the student began, with a space after it."""
+    """Return sentences on the student's first weights, with a space after them."""
     if settings["start_from"] is not None:
         start = f"Started from `{settings['start_from']}`. "
     elif settings["target_layers"] is not None:
@@ -231,5 +245,5 @@ def _teacher(settings: Mapping[str, Any]) -> str:
         if settings["teacher"] == "live"
         else f"its {settings['teacher_top_k']} largest probabilities and the rest"
     )
-    heat = settings["teacher_temperature"]
-    return f",\nfrom {which}" + (f" at temperature {heat:g}" if heat != 1 else "")
+    temperature = settings["teacher_temperature"]
+    return f",\nfrom {which}" + (f" at temperature {temperature:g}" if temperature != 1 else "")

@@ -15,6 +15,7 @@ import numpy as np
 
 from paceline.distillation.measures import tally
 from paceline.errors import ConfigError
+from paceline.intervals import Interval, draw_counts, percentile_interval
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,30 +26,10 @@ if TYPE_CHECKING:
 
 MEAN: Final = "mean"
 """The entry of the mean over tasks."""
-COVERAGE: Final = 0.95
-_RESAMPLES: Final = 2000  # B
-_BLOCK: Final = 250  # resamples drawn at once, to bound the memory
 
 
 @dataclass(frozen=True, slots=True)
-class Interval:
-    """A figure and its 95% interval, which is infinite where a task has a single answer."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def is_gain(self) -> bool:
-        """Whether the whole interval is above 0: of a difference, a rise with confidence."""
-        return self.low > 0.0
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} (95%: {self.low:.3f} to {self.high:.3f})"
-
-
-@dataclass(frozen=True, slots=True)
-class Intervals:
+class MeasureIntervals:
     """Intervals of a drafter's measures, or of the rise from one drafter to another.
 
     acceptance: under sampling, None if it is unknown.
@@ -61,7 +42,7 @@ class Intervals:
 
 def measure_intervals(
     answers: AnswerMatches, num_draft_tokens: int, seed: int = 0
-) -> dict[str, Intervals]:
+) -> dict[str, MeasureIntervals]:
     """Return the intervals of a drafter's measures by task, and of their mean under `MEAN`.
 
     num_draft_tokens: K of the block efficiency. Raises ConfigError as `compare` does.
@@ -71,7 +52,7 @@ def measure_intervals(
 
 def compare(
     before: AnswerMatches, after: AnswerMatches, num_draft_tokens: int, seed: int = 0
-) -> dict[str, Intervals]:
+) -> dict[str, MeasureIntervals]:
     """Return the rise from `before` to `after` by task, and its mean over tasks under `MEAN`.
 
     Both are of the same answers in the same order. num_draft_tokens: K of the block efficiency. Raises
@@ -88,8 +69,8 @@ def compare(
 
 def _intervals(
     drafters: Sequence[AnswerMatches], num_draft_tokens: int, seed: int
-) -> dict[str, Intervals]:
-    columns = [_columns(own, num_draft_tokens) for own in drafters]
+) -> dict[str, MeasureIntervals]:
+    columns = [count_columns(own, num_draft_tokens) for own in drafters]
     has_tokens = columns[0][:, 0] > 0
     if not has_tokens.any():
         raise ConfigError("no answer to compare on; give more validation prompts")
@@ -102,13 +83,16 @@ def _intervals(
     values = np.mean([value for value, _ in figures.values()], axis=0)
     draws = np.mean([drawn for _, drawn in figures.values()], axis=0)
     return {
-        name: _read(value, drawn)
+        name: _to_intervals(value, drawn)
         for name, (value, drawn) in {**figures, MEAN: (values, draws)}.items()
     }
 
 
-def _columns(answers: AnswerMatches, num_draft_tokens: int) -> NDArray[np.float64]:
-    """Return the counts that figures are ratios of, [N, 5]."""
+def count_columns(answers: AnswerMatches, num_draft_tokens: int) -> NDArray[np.float64]:
+    """Return the counts that figures are ratios of, [N, 5].
+
+    They are an answer's positions, matches, sum of overlaps, tokens that rounds emit, and rounds.
+    """
     counts = tally(answers, num_draft_tokens)
     found = (counts.positions, counts.matches, counts.overlap, counts.emitted)
     return np.column_stack([*found, counts.rounds[:, num_draft_tokens]]).astype(np.float64)
@@ -122,21 +106,14 @@ def _resample(
     columns: [N, 5] of each drafter.
     """
     num = len(columns[0])
-    parts = []
-    for done in range(0, _RESAMPLES, _BLOCK):
-        times = _times(random, num, min(_BLOCK, _RESAMPLES - done))
-        parts.append(_difference([_figures(times @ own) for own in columns]))
+    parts = [
+        _difference([_figures(counts @ own) for own in columns])
+        for counts in draw_counts(random, num)
+    ]
     value = _difference([_figures(own.sum(axis=0)) for own in columns])
     # a resample of N answers varies less than N new ones, by N - 1 over N
     spread = math.sqrt(num / (num - 1)) if num > 1 else math.nan
     return value, value + spread * (np.concatenate(parts) - value)
-
-
-def _times(random: np.random.Generator, num: int, resamples: int) -> NDArray[np.float64]:
-    """Return [resamples, N] how often each resample has each answer."""
-    places = random.integers(0, num, (resamples, num)) + num * np.arange(resamples)[:, None]
-    counts = np.bincount(places.ravel(), minlength=resamples * num)
-    return counts.reshape(resamples, num).astype(np.float64)
 
 
 def _figures(sums: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -152,18 +129,16 @@ def _difference(figures: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
     return figures[0] if len(figures) == 1 else figures[1] - figures[0]
 
 
-def _read(value: NDArray[np.float64], draws: NDArray[np.float64]) -> Intervals:
+def _to_intervals(value: NDArray[np.float64], draws: NDArray[np.float64]) -> MeasureIntervals:
     match_rate, acceptance, block_efficiency = (
         _interval(float(own), draws[:, place]) for place, own in enumerate(value)
     )
     known = None if math.isnan(acceptance.value) else acceptance
-    return Intervals(match_rate, known, block_efficiency)
+    return MeasureIntervals(match_rate, known, block_efficiency)
 
 
 def _interval(value: float, draws: NDArray[np.float64]) -> Interval:
-    """Return a figure's interval; that of a single answer is not a number."""
+    """Return a figure's interval, infinite if a resample has no figure, as of a single answer."""
     if np.isnan(draws).any():
         return Interval(value, -math.inf, math.inf)
-    tail = (1.0 - COVERAGE) / 2
-    low, high = np.quantile(draws, (tail, 1.0 - tail))
-    return Interval(value, float(low), float(high))
+    return percentile_interval(value, draws)

@@ -100,7 +100,7 @@ def plot_curves(history: Sequence[Entry], path: Path, title: str = "") -> None:
 
 
 def _draw_tasks(axes: Any, history: Sequence[Entry], *keys: str) -> None:
-    """Draw a curve per task, each task in its colour of all panels, and the mean in black."""
+    """Draw a curve per task, in the task's colour of every panel, and the mean in black."""
     tasks = tasks_of(history)
     for place, task in enumerate(tasks):
         steps, values = points(history, *keys, task=task)
@@ -121,7 +121,7 @@ def _plot(axes: Any, steps: list[int], values: list[float], **look: Any) -> None
 
 
 def _finish(axes: Any, history: Sequence[Entry], is_labelled: bool) -> None:
-    """Mark the beginnings of phases, and remove what is not data."""
+    """Mark the beginnings of phases, and remove the frame."""
     axes.grid(color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -71,7 +71,7 @@ class StoredDistributions:
 
     ids: Tensor  # [N, k] int32, of all texts one after the other
     probabilities: Tensor  # [N, k] float16
-    places: Mapping[str, slice]  # of each text's id
+    places: Mapping[str, slice]  # id of a text -> its positions among the N
 
     def teacher(self, batch: Batch, examples: Sequence[Example]) -> StoredTeacher:
         """Return the distributions at a batch's learned positions."""
@@ -112,8 +112,8 @@ def open_distributions(
 ) -> ShardStore:
     """Return the store of a target's distributions.
 
-    folder: of the answers. Other settings have other stores in it. Raises ConfigError if the target has
-    no `teacher_top_k` tokens and a rest, StoreError for another target's.
+    folder: of the answers, with a store for each combination of settings. Raises ConfigError if
+    `teacher_top_k` is not below the target's number of tokens, StoreError for another target's store.
     """
     top_k, temperature = settings.teacher_top_k, settings.teacher_temperature
     if top_k >= target.num_logits:
@@ -189,7 +189,7 @@ def read_distributions(
 ) -> StoredDistributions:
     """Return the stored distributions of texts. The stores have the same settings.
 
-    Raises StoreError for a text with another number of positions, which was stored for another answer.
+    Raises StoreError if a text has another number of positions in a store: that is of another answer.
     """
     identity = stores[0].identity
     width, prompt_weight = identity["top_k"], float(identity["with_prompts"])

@@ -36,7 +36,7 @@ class DistillReport:
     measures: Measures  # of the weights as saved, on the tasks trained on and the other ones
     steps: int  # of the alignment
     best_step: int
-    seconds: float  # of both trainings
+    seconds: float  # of the pre-training and the alignment
     notes: list[str]  # for the user
 
 

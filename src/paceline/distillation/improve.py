@@ -1,7 +1,7 @@
 """`improve`: train a drafter further on served requests; adopt it where held-out acceptance rises.
 
 The drafter starts from its own weights. Held-out conversations, which neither train nor choose
-anything, judge it before and after: it is adopted if the whole 95 % interval of the rise of block
+anything, judge it before and after: it is adopted if the whole 95% interval of the rise of block
 efficiency is above 0, else nothing changes. Unfinished work is in `<folder>.improving`.
 Symbols: K the drafter's draft length.
 """
@@ -213,9 +213,7 @@ class _Improvement:
             figures = with_losses(measures.to_history(), replays)
             return float(measures.mean.block_efficiency[length]), figures
 
-        # cross-entropy learns the texts' own tokens
-        learned = None if self.settings.loss == "cross_entropy" else distributions
-        lesson = Lesson(texts.training, (), learned)
+        lesson = Lesson(texts.training, (), distributions)
         path = self.part / "align.pt"
         trainer = Trainer(student, lesson, self.settings, path, self.accelerator)
         trainer.run(validate, self.on_progress)

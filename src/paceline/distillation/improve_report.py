@@ -6,7 +6,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from paceline.distillation.comparison import Interval, Intervals
+from paceline.distillation.comparison import MeasureIntervals
+from paceline.intervals import Interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,15 +25,15 @@ class ImproveReport:
     out: Path | None
     kept: Path | None
     counts: dict[str, int]
-    before: Intervals
-    after: Intervals
-    rise: Intervals
+    before: MeasureIntervals
+    after: MeasureIntervals
+    rise: MeasureIntervals
     left_out: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
     def is_adopted(self) -> bool:
-        """Whether the new weights are used from now on, or written to a folder of their own."""
+        """Whether the new weights replaced the old ones or were written to a folder of their own."""
         return self.out is not None
 
     def to_json(self) -> str:
@@ -45,7 +46,7 @@ class ImproveReport:
         raw = json.loads(text)
         for name in ("before", "after", "rise"):
             figures = {k: v and Interval(**v) for k, v in raw[name].items()}
-            raw[name] = Intervals(**figures)
+            raw[name] = MeasureIntervals(**figures)
         for name in ("out", "kept"):
             raw[name] = raw[name] and Path(raw[name])
         return cls(**raw)

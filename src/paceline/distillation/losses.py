@@ -33,7 +33,7 @@ _ETA: Final = 3.0  # of the LK hybrid, as published
 
 
 def acceptance(p: Tensor, q: Tensor) -> Tensor:
-    """Return the chance [m] that a token drawn from q is accepted: sum_x min(p, q) = 1 - TVD."""
+    """Return the probability [m] that a token drawn from q is accepted: sum_x min(p, q) = 1 - TVD."""
     return torch.minimum(p, q).sum(dim=-1)
 
 
@@ -51,10 +51,10 @@ def reverse_kl(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def jensen_shannon(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (KL(p || m) + KL(q || m)) / 2 [m], where m = (p + q) / 2, and its slopes [m, B]."""
-    log_middle = _log((p + q) / 2)
-    terms = 0.5 * q * (_log(q) - log_middle)
-    values = (0.5 * p * (_log(p) - log_middle) + terms).sum(dim=-1)
+    """Return (KL(p || a) + KL(q || a)) / 2 [m], where a = (p + q) / 2, and its slopes [m, B]."""
+    log_average = _log((p + q) / 2)
+    terms = 0.5 * q * (_log(q) - log_average)
+    values = (0.5 * p * (_log(p) - log_average) + terms).sum(dim=-1)
     return values, terms
 
 
@@ -98,7 +98,7 @@ def lk_hybrid(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rewards(p: Tensor, q: Tensor) -> Tensor:
-    """Return r = 1[p > q] [m, B] as numbers: whether more of a token raises the acceptance."""
+    """Return r = 1[p > q] [m, B] as numbers: 1 where more of a token raises the acceptance."""
     return (p > q).to(q.dtype)
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LONGEST: Final = 16
-"""K unless a caller names another."""
+"""K, unless a caller names another."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -238,5 +238,5 @@ def _mean(tasks: Sequence[TaskMeasures]) -> TaskMeasures:
 
 
 def _by_length(values: NDArray[np.float64]) -> dict[str, float]:
-    """Return values of K from 1 by K, as JSON names them."""
+    """Return the values at K = 1 and more, by K as text."""
     return {str(k): round(float(value), 5) for k, value in enumerate(values) if k}

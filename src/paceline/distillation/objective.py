@@ -103,7 +103,10 @@ class _SliceStep(NamedTuple):
 
 
 def _differentiate(logits: Tensor, ids: Tensor | None, p: Tensor, loss: Loss) -> _SliceStep:
-    """Return the gradient by the logits, which it overwrites, and the values per position."""
+    """Return the gradient by the logits [m, V], which it overwrites, and the values per position.
+
+    ids: [m, k], or None for a bucket per token; p: [m, B], see `Teacher.buckets`.
+    """
     exps = logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()  # [m, V]
     if ids is None:
         q = exps / exps.sum(dim=-1, keepdim=True)

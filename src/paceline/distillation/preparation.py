@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from paceline.distillation.card import read_sources
@@ -23,7 +24,7 @@ from paceline.errors import ConfigError
 from paceline.store import TrainedOn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from transformers import PreTrainedModel
@@ -57,7 +58,7 @@ class DataFile:
 
 @dataclass(frozen=True, slots=True)
 class TrainingTexts:
-    """The texts of a distillation. measured: files of other tasks, whose validation is measured only."""
+    """The texts of a distillation. measured: files of other tasks, of which only validation is used."""
 
     files: list[DataFile]
     measured: list[DataFile]
@@ -76,7 +77,7 @@ class TrainingTexts:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know about the texts."""
+        """Notes for the user on prompts that were left out."""
         return [
             f"{file.name}: {file.num_left_out} prompts were left out, which fill the context or have "
             "no answer"
@@ -134,7 +135,7 @@ def _answer(
             store,
             settings.max_new_tokens,
             settings.answers_drafter,
-            on_done=_reporter(on_progress, f"answers {file.name}"),
+            on_done=partial(on_progress, f"answers {file.name}"),
         )
 
     decode(file.training, settings.samplings)
@@ -157,10 +158,6 @@ def check_lengths(student: PreTrainedModel, texts: TrainingTexts) -> None:
             f"tokens, the longest has {max(lengths)}; start from a student with a longer context, or "
             "lower max_new_tokens and leave out long prompts"
         )
-
-
-def _reporter(on_progress: Progress, stage: str) -> Callable[[int, int], None]:
-    return lambda done, total: on_progress(stage, done, total)
 
 
 def _read_plain(

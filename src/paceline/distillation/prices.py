@@ -1,6 +1,6 @@
 """Prices: the seconds of a target's forwards and of a drafter's proposals on this machine.
 
-They are those of one request at one context. Made from a cost table: an existing one, or one that was
+They are of one request at one context. Made from a cost table: an existing one, or one that was
 measured for a new student (`verbs.distillation.measure_prices`). This module knows no model and no
 clock. Symbols: K the longest draft.
 """
@@ -60,7 +60,7 @@ class Prices:
 
     @property
     def longest(self) -> int:
-        """K."""
+        """The longest draft, K."""
         return len(self.forwards) - 1
 
     @property

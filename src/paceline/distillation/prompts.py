@@ -38,8 +38,8 @@ class PromptFile(NamedTuple):
 class PromptChoice(NamedTuple):
     """The prompts of all files of a distillation.
 
-    may_learn: texts of the prompts of all files, beyond the caps too, whose references pre-training may
-    read.
+    may_learn: the prompts whose references pre-training may read. They are those of the part, beyond
+    the caps as well, that do not validate.
     """
 
     files: list[PromptFile]
@@ -50,7 +50,7 @@ class PromptChoice(NamedTuple):
 def choose_prompts(
     data: Sequence[Path], settings: DistillSettings, also_measure: Sequence[Path] = ()
 ) -> PromptChoice:
-    """Return the prompts of the files to train on and of those to measure on as well.
+    """Return the prompts of the files to train on and of the other files to measure on.
 
     Each file has the prompts of `settings.part` with the lowest hashes up to its cap; validation takes
     its share of them. Raises ConfigError on a file that cannot be read.
@@ -81,7 +81,7 @@ def check_prompts(
 ) -> None:
     """Raise ConfigError unless there are prompts to train on and to validate on.
 
-    It reads the files before anything is loaded or measured.
+    A caller reads the files twice by it, but before anything is loaded or measured.
     """
     files = choose_prompts(data, settings, also_measure).files
     training = sum(len(file.training) for file in files)

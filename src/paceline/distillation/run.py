@@ -1,7 +1,8 @@
 """`distill`: from prompt files to a drafter's folder, in three phases that a killed run continues.
 
 Phase 1 pre-trains a student on text, phase 2 decodes the target's missing answers and its distributions
-along them, phase 3 aligns the student with the target (arXiv 2403.00858). The saved student is
+along them, phase 3 aligns the student with the target (arXiv 2403.00858). Phase 2 runs first, since its
+validation answers choose the weights of both trainings. The saved student is
 measured and written in transformers' format with a card and the hashes of the prompts that it was
 trained on. Unfinished work is in `<out>.part`.
 """
@@ -130,13 +131,11 @@ class _Run:
     def train(self, data: Sequence[Path], also_measure: Sequence[Path], out: Path) -> DistillReport:
         """Run the phases, save and measure the student, and describe it in its folder."""
         # the first process writes what all of them read
-        with self.accelerator.main_process_first(), _alone(self.settings.outputs):
+        with self.accelerator.main_process_first(), _answers_lock(self.settings.outputs):
             texts = prepare_texts(self.pace, data, also_measure, self.settings, self._report)
             check_lengths(self.student, texts)
             distributions = self._distributions(texts)
-        # cross-entropy learns the texts' own tokens
-        learned = None if self.settings.loss == "cross_entropy" else distributions
-        lesson = Lesson(texts.training, texts.plain, learned)
+        lesson = Lesson(texts.training, texts.plain, distributions)
         if self.settings.pretrain_tokens:
             self._phase(lesson, texts.validation, distributions, self.settings.pretrain_tokens)
         self._phase(lesson, texts.validation, distributions)
@@ -220,11 +219,11 @@ class _Run:
 
 
 def _say_nothing(progress: TrainingProgress) -> None:
-    """Report for the processes that do not."""
+    """Ignore the progress of all processes but the first."""
 
 
-def _alone(outputs: Path) -> FileLock:
-    """Return a lock of the answers, for which other distillations that share them wait."""
+def _answers_lock(outputs: Path) -> FileLock:
+    """Return the lock of a folder of answers: distillations that share them wait for each other."""
     outputs.mkdir(parents=True, exist_ok=True)
     return FileLock(outputs / "answers.lock")
 

@@ -35,7 +35,7 @@ def plan_steps(
 ) -> list[PlannedStep]:
     """Return the steps of the alignment: `epochs` passes over the answers, mixed with text.
 
-    batches_per_step: accumulated ones times processes. Steps of text are spread evenly at the stated
+    batches_per_step: accumulated batches times processes. Steps of text are spread evenly at the stated
     share; the text starts again where it is too short.
     """
     weights = [total_weight(example, settings.prompt_weight) for example in answers]

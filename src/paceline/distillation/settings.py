@@ -61,7 +61,7 @@ SHAPES: Final = {"small": _shape(2, 128, 384, 4, 2), "medium": _shape(3, 256, 64
 
 
 class AnswerSampling(Section):
-    """How the target samples one answer per prompt. The default, temperature 0, is greedy."""
+    """The sampling of one answer per prompt. The default, temperature 0, is greedy."""
 
     temperature: float = Field(default=0.0, ge=0.0, le=2.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
@@ -90,8 +90,8 @@ class AnswerSampling(Section):
 class DistillSettings(Section):
     """Settings of one distillation.
 
-    Student. size: a named shape; `shape`: another one; `start_from`: a folder with a student to go on
-    from; `target_layers`: layers of the target that the student copies, with the target's width and
+    Student. size: a named shape; `shape`: another one; `start_from`: the folder of a model to train
+    further; `target_layers`: layers of the target that the student copies, with the target's width and
     embedding. embedding_init: of a student from scratch.
 
     Phase 1. pretrain_text: files of text, see `texts`; pretrain_tokens: tokens of it to learn before the

@@ -107,8 +107,8 @@ def project(embedding: Tensor, width: int) -> Tensor:
 def make_student(target: LanguageModel, settings: DistillSettings) -> PreTrainedModel:
     """Return the student that a training starts from, float32 on the CPU.
 
-    It goes on from `start_from`, copies `target_layers`, or is new. Raises ConfigError if the settings
-    contradict each other or do not fit the target.
+    It is the model in `start_from`, a copy of `target_layers`, or new. Raises ConfigError if the
+    settings contradict each other or do not fit the target.
     """
     model: PreTrainedModel = target.model
     own_shape = settings.start_from is not None or settings.target_layers is not None

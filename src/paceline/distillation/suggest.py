@@ -43,7 +43,7 @@ _MLP_RATIO: Final = (
 _MLP_STEP: Final = 32
 _LEAST_HEAD: Final = 16  # width of a head, unless the target's are narrower
 _LEAST_HIDDEN: Final = 16
-_OFF: Final = 0.1  # a hidden size may differ from the share of the target's by this part of it
+_TOLERANCE: Final = 0.1  # of a hidden size, relative to the wanted share of the target's
 _BISECTIONS: Final = 40
 _DISTURBED: Final = 1.5  # a shape that takes this many times as long as a larger one was disturbed
 
@@ -79,7 +79,7 @@ class SuggestedShape:
         return best_speedup(self.prices.round_costs, CEILING)[0]
 
     def times_slower(self, other: SuggestedShape) -> float:
-        """Return the seconds per drafted token over those of a shape at least as large, else 0."""
+        """Return seconds per drafted token over those of another shape, 0 if that is smaller."""
         mine, its = self.shape, other.shape
         if mine.num_layers > its.num_layers or mine.hidden_size > its.hidden_size:
             return 0.0
@@ -224,7 +224,7 @@ def _heads(text: Any, hidden: float) -> tuple[int, int]:
     width -= width % 2
     while True:
         heads = max(1, round(hidden / width))
-        is_close = abs(heads * width - hidden) <= _OFF * hidden
+        is_close = abs(heads * width - hidden) <= _TOLERANCE * hidden
         if is_close or width % 4 or width // 2 < _LEAST_HEAD:
             return heads, width
         width //= 2
@@ -251,7 +251,7 @@ def _shape(text: Any, depth: int, heads: int, width: int) -> StudentShape:
 
 @dataclass(frozen=True, slots=True)
 class RecordedQuality:
-    """The validation of a distilled drafter in its folder.
+    """The figures that a distilled drafter's folder records of its validation.
 
     match_rate: mean over the tasks it was trained on. target: the fingerprint of the target that wrote
     the answers, empty if it is not recorded.
@@ -262,7 +262,7 @@ class RecordedQuality:
 
 
 def read_quality(folder: Path | str) -> RecordedQuality | None:
-    """Return the validation in a drafter's training.json, None without one.
+    """Return the recorded figures of a drafter's validation, None without a `training.json`.
 
     Raises ArtefactError if the file is damaged.
     """

@@ -50,7 +50,10 @@ def read_texts(
     texts = _read_all(paths, may_learn)
     length = min(context, MAX_TOKENS)
     if length < 2:
-        raise ConfigError(f"a context of {context} tokens has no room to learn a token of text")
+        raise ConfigError(
+            f"a context of {context} tokens has no room to learn a token of text; use a target with a "
+            "longer context, or remove pretrain_text"
+        )
     examples: list[Example] = []
     order = np.random.default_rng(seed).permutation(len(texts))
     for i in order:
@@ -82,7 +85,7 @@ def learned_prompts(paths: Sequence[Path], may_learn: Container[str]) -> list[st
 def is_prompt_file(path: Path) -> bool:
     """Return whether a file holds prompts with references: it has no column `text`.
 
-    Raises ConfigError on a file that cannot be read, is empty or has other columns.
+    An empty file has none. Raises ConfigError on a file that cannot be read or has other columns.
     """
     path = Path(path)
     if path.suffix == ".txt":

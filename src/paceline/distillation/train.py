@@ -58,9 +58,9 @@ class Distributions(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """The texts of one training, and the distributions that all losses but cross-entropy learn.
+    """The texts of one training, and the target's distributions along its answers.
 
-    Without distributions they learn the texts' own tokens.
+    Cross-entropy learns the answers' own tokens instead; without distributions, every loss does.
     """
 
     answers: Sequence[Example]
@@ -72,7 +72,7 @@ class Lesson:
 class TrainingProgress:
     """One step of a distillation. `figures` are those of the last validation."""
 
-    phase: str  # decode | distributions | pretrain | align
+    phase: str  # measure student | answers NAME | distributions | pretrain | align
     step: int
     total: int
     loss: float = math.nan

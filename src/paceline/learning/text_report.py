@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from paceline.learning.evaluation.bootstrap import Interval, Resampled, interval, resample
+from paceline.learning.evaluation.bootstrap import Resampled, interval, resample
 from paceline.learning.evaluation.strategies import (
     BEST_SINGLE,
     ORACLE,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from paceline.config import LearningSection
+    from paceline.intervals import Interval
     from paceline.learning.dataset import Dataset
     from paceline.selection.choosers import Chooser
 

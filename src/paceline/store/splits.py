@@ -31,7 +31,7 @@ def hash_share(text: str) -> float:
 
 
 def part_of(id: str) -> Part:
-    """Return the part of an id: `judging` has 4 % of all ids, `collection` 8 %, `training` the rest."""
+    """Return the part of an id: `judging` has 4% of all ids, `collection` 8%, `training` the rest."""
     number = hash_share(id)
     # a hash of 2**64 - 1 is rounded to 1
     return next((part for part, below in _BELOW.items() if number < below), "training")

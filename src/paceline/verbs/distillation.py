@@ -1,4 +1,4 @@
-"""Drafters are trained, and shapes for them suggested, at prices that are measured on this machine.
+"""Train drafters, and suggest shapes for them, at prices that are measured on this machine.
 
 A student's speed does not depend on its weights' values, so it is timed before it is trained, with the
 workloads of the cost table on a reduced grid.
@@ -70,7 +70,6 @@ _STUDENT: Final = "student"
 _DRAFTS: Final = (1, 4, 16)  # drafted tokens to measure; a proposal is nearly linear between them
 _WIDTHS: Final = (1, 2, 3, 5, 9, 17)
 _REPEATS: Final = 5  # of every workload: single proposals of small models are noisy
-_DRAFT_MODEL: Final = "draft_model"
 
 
 def distill(
@@ -156,7 +155,7 @@ def suggest_shapes(config: Config, on_progress: Progress = no_progress) -> Sugge
 
 def _quality_of(section: DrafterSection) -> RecordedQuality | None:
     model = section.settings.get("model")
-    if section.kind != _DRAFT_MODEL or not isinstance(model, str):
+    if section.kind != DraftModel.kind or not isinstance(model, str):
         return None
     return read_quality(model)
 

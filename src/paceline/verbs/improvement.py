@@ -1,4 +1,4 @@
-"""A drafter of the configuration is trained further on the requests in its decision log."""
+"""Train a drafter of the configuration further on the requests of a decision log."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _find(config: Config, drafter: str) -> tuple[DraftModelSettings, Path]:
 
 
 def _next_steps(config: Config, drafter: str, out: Path | None) -> list[str]:
-    """Return what to do before the new weights are used fully."""
+    """Return the steps that remain until the new weights are used fully."""
     notes = []
     if out is not None:
         notes.append(f"to use the new weights, set drafters.{drafter}.settings.model to {out}")

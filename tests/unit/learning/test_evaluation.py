@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from paceline.errors import StoreError
-from paceline.learning.evaluation.bootstrap import RESAMPLES, interval, resample
+from paceline.intervals import RESAMPLES
+from paceline.learning.evaluation.bootstrap import interval, resample
 from paceline.learning.evaluation.report import EvaluationReport, evaluate
 from paceline.learning.evaluation.sections import FirstLines
 from paceline.learning.evaluation.strategies import (

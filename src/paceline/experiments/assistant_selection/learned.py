@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from paceline.costs.table import CostTable
     from paceline.experiments.findings import Column, Value
     from paceline.experiments.workbench import Workbench
+    from paceline.intervals import Interval
     from paceline.learning.dataset import Dataset
     from paceline.learning.evaluation import EvaluationReport
-    from paceline.learning.evaluation.bootstrap import Interval
     from paceline.selection.choosers import Situation
     from paceline.store.records import CollectedPrompt
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from paceline.experiments.findings import Value
     from paceline.experiments.workbench import Workbench
-    from paceline.learning.evaluation.bootstrap import Interval
+    from paceline.intervals import Interval
     from paceline.learning.streams import StreamMethod, StreamOutcome
     from paceline.store.records import CollectedPrompt
 

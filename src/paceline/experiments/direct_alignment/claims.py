@@ -1,20 +1,19 @@
-"""The paper's claims next to what was found, and what falls short. Knows no model and no file "
-"format."""
+"""The paper's claims next to the findings, and the limits of these. Knows no model and no format."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from paceline.distillation.comparison import MEAN
-from paceline.experiments.direct_alignment.outcome import LONGEST, is_clear, signed
+from paceline.experiments.direct_alignment.outcome import LONGEST, signed
 from paceline.experiments.direct_alignment.plan import BASELINE, PAPER, compared_without_task
 from paceline.experiments.findings import SOURCES, Table, columns
 from paceline.experiments.prompt_files import TASKS
 
 if TYPE_CHECKING:
-    from paceline.distillation.comparison import Interval
     from paceline.experiments.direct_alignment.outcome import Outcome
     from paceline.experiments.findings import Source, Value
+    from paceline.intervals import Interval
 
 _PLAIN_LOSS = "tvd"
 _APART = 0.15  # of a prediction from the clock, relative
@@ -34,7 +33,7 @@ def claims(outcome: Outcome) -> Table:
         (
             "a drafter of 115 M, 1.64% of its target",
             "abstract",
-            f"{outcome.ratio:.1%} of the target's parameters here: drafts are relatively dearer",
+            f"{outcome.ratio:.1%} of the target's parameters here: a draft costs relatively more",
         ),
         (
             "on translation, which was not trained on, every fine-tuned drafter was worse than the "
@@ -60,7 +59,7 @@ def claims(outcome: Outcome) -> Table:
 
 
 def remarks(outcome: Outcome) -> list[str]:
-    """Return the answers in a line each; the first one is the main result."""
+    """Return the findings, a line each: the main result, then the limits."""
     tuned = outcome.tuned
     base, best = outcome.of_loss(BASELINE), outcome.of_loss(tuned.best)
     rise = outcome.rise(base, best)[MEAN].block_efficiency
@@ -77,11 +76,11 @@ def remarks(outcome: Outcome) -> list[str]:
     )
     names = ", ".join(f"`{loss}`" for loss in clear)
     first += f"Clear gains over `{BASELINE}`: {names or 'none'}."
-    return [first, *short_falls(outcome)]
+    return [first, *limits(outcome)]
 
 
-def short_falls(outcome: Outcome) -> list[str]:
-    """Return what this comparison cannot say."""
+def limits(outcome: Outcome) -> list[str]:
+    """Return the limits of the comparison, a sentence or two each."""
     plan, tuned = outcome.plan, outcome.tuned
     budget = plan.budget
     at_edge = [
@@ -140,9 +139,9 @@ def _runs(outcome: Outcome) -> list[dict[str, object]]:
 
 
 def _word(own: Interval) -> str:
-    if not is_clear(own):
+    if not own.is_clear:
         return "no clear difference"
-    return "clearly better" if own.low > 0 else "clearly worse"
+    return "clearly better" if own.is_gain else "clearly worse"
 
 
 def _variance(outcome: Outcome) -> str:

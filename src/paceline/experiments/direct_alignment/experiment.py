@@ -25,7 +25,7 @@ from paceline.experiments.direct_alignment.plan import BASELINE, PAPER, Plan, Tu
 from paceline.experiments.direct_alignment.results import SHARED, Results
 from paceline.experiments.direct_alignment.teacher_costs import time_teachers
 from paceline.experiments.direct_alignment.training import (
-    Workshop,
+    RunContext,
     name_of,
     new_student,
     save_student,
@@ -55,7 +55,7 @@ def compare_alignments(
 
     out: folder of the results and the figure; the page is next to it. workers: processes that train at
     the same time. bench: its `store`, if given, is a folder of the target's answers as `distill` keeps
-    them in `outputs`. Raises ConfigError without the data folder, or if another process is at it.
+    them in `outputs`. Raises ConfigError without the data folder, or if another process runs it.
     """
     task_files(bench.data)  # before a model is loaded
     folder = bench.folder / FOLDER
@@ -65,8 +65,8 @@ def compare_alignments(
             pace, bench.data, bench.store or folder / "answers", budget, bench.on_progress
         )
         results = Results(out / RESULTS, materials.name)
-        shop = _open(pace, materials, results, budget, folder, bench)
-        comparison = _Comparison(bench, pace, shop, results, Plan(budget), workers)
+        context = _open(pace, materials, results, budget, folder, bench)
+        comparison = _Comparison(bench, pace, context, results, Plan(budget), workers)
         comparison.train()
         comparison.measure()
         return write_page(out, budget)
@@ -79,14 +79,14 @@ class _Comparison:
         self,
         bench: Workbench,
         pace: Pace,
-        shop: Workshop,
+        context: RunContext,
         results: Results,
         plan: Plan,
         workers: int,
     ) -> None:
-        self._bench, self._pace, self._shop = bench, pace, shop
+        self._bench, self._pace, self._context = bench, pace, context
         self._results, self._plan, self._workers = results, plan, workers
-        self._saved = shop.materials.save(shop.folder)
+        self._saved = context.materials.save(context.folder)
 
     def train(self) -> None:
         """Make the runs that the results lack."""
@@ -105,9 +105,9 @@ class _Comparison:
     def measure(self) -> None:
         """Measure what the results lack: teachers, gradients, and students by the clock."""
         outcome = Outcome(self._plan, self._results)
-        budget, shop, target = self._plan.budget, self._shop, self._pace.parts.target
+        budget, context, target = self._plan.budget, self._context, self._pace.parts.target
         if self._results.of_kind("teachers") is None:
-            self._results.add("teachers", time_teachers(target, shop, budget.cost_tokens))
+            self._results.add("teachers", time_teachers(target, context, budget.cost_tokens))
         losses = dict.fromkeys((BASELINE, PAPER, outcome.tuned.best))
         students = {loss: outcome.of_loss(loss)[0] for loss in losses}
         wanted = [kind for kind in ("gradients", "clock") if not self._results.of_kind(kind)]
@@ -115,8 +115,8 @@ class _Comparison:
             return
         self._train("runs: students", list(students.values()), with_weights=True)
         if "gradients" in wanted:
-            student = load_float32(shop.student(name_of(students[BASELINE])))
-            found = measure_noise(target, student, shop.materials.judging, budget.gradient_draws)
+            student = load_float32(context.student(name_of(students[BASELINE])))
+            found = measure_noise(target, student, context.materials.judging, budget.gradient_draws)
             self._results.add("gradients", {**found, "student": BASELINE})
         if "clock" in wanted:
             self._results.add("clock", self._clock(students))
@@ -128,16 +128,16 @@ class _Comparison:
 
         def is_missing(run: Run) -> bool:
             needs = with_weights or run in pretrainings
-            has_weights = self._shop.student(name_of(run)).is_dir()
+            has_weights = self._context.student(name_of(run)).is_dir()
             return self._results.find(run) is None or (needs and not has_weights)
 
         missing = [run for run in runs if is_missing(run)]
         done = len(runs) - len(missing)
         report(done, len(runs))
-        for run, facts in train_all(missing, self._shop, self._saved, self._workers):
+        for run, facts in train_all(missing, self._context, self._saved, self._workers):
             if self._results.find(run) is None:
                 self._results.add("run", facts)
-            self._shop.checkpoint(run).unlink(missing_ok=True)
+            self._context.checkpoint(run).unlink(missing_ok=True)
             done += 1
             report(done, len(runs))
 
@@ -145,10 +145,10 @@ class _Comparison:
         """Return the speeds of these students by loss."""
         own, named = self._plan.budget, {}
         for loss, run in students.items():
-            folder = self._shop.student(name_of(run))
+            folder = self._context.student(name_of(run))
             self._pace.parts.tokenizer.save_pretrained(folder)
             named[loss] = (folder, int(self._results.of(run)["mean"]["best_length"]))
-        judging = self._shop.materials.judging
+        judging = self._context.materials.judging
         chosen = [
             example
             for task in TASKS
@@ -169,14 +169,14 @@ def _open(
     budget: Budget,
     folder: Path,
     bench: Workbench,
-) -> Workshop:
+) -> RunContext:
     """Return what runs need, after measuring prices and making the untrained students."""
     target = pace.parts.target
     shared = results.of_kind(SHARED)
     if shared is None:
         costs = _measure_costs(pace, materials, bench)
         shared = results.add(SHARED, _shared(pace, materials, budget, costs))
-    shop = Workshop(
+    context = RunContext(
         materials,
         folder,
         np.array(shared["round_costs"]),
@@ -186,8 +186,8 @@ def _open(
     )
     for seed in range(max(budget.seeds, budget.data_seeds)):
         student = make_student(target, materials.settings.model_copy(update={"seed": seed}))
-        save_student(student, shop.student(new_student(seed)), "float32")
-    return shop
+        save_student(student, context.student(new_student(seed)), "float32")
+    return context
 
 
 def _measure_costs(pace: Pace, materials: Materials, bench: Workbench) -> np.ndarray:

@@ -3,7 +3,7 @@
 Runs are paired by seed and judged on the same answers. Two variances add up: that over the answers of
 a task, by linearising the ratios of sums, and that between the seeds. The interval is Student's with
 the degrees of freedom of Welch and Satterthwaite, since a few seeds say little about their variance.
-With one seed it is the interval of `distillation.comparison.compare`, without random draws.
+With one seed it is close to that of `distillation.comparison.compare`, without random draws.
 Symbols: S seeds, N answers of a task.
 """
 
@@ -13,11 +13,11 @@ import math
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.stats import t as student_t
 
-from paceline.distillation.comparison import COVERAGE, MEAN, Interval, Intervals
-from paceline.distillation.measures import tally
+from paceline.distillation.comparison import MEAN, MeasureIntervals, count_columns
 from paceline.errors import ConfigError
+from paceline.intervals import COVERAGE, Interval
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,7 +42,7 @@ class _Rises(NamedTuple):
 
 def rises(
     before: Sequence[AnswerMatches], after: Sequence[AnswerMatches], num_draft_tokens: int
-) -> dict[str, Intervals]:
+) -> dict[str, MeasureIntervals]:
     """Return the rise by task, and its mean over tasks under `MEAN`.
 
     before, after: a run per seed, in the same order of seeds. num_draft_tokens: K of the block
@@ -52,7 +52,7 @@ def rises(
     if len(before) != len(after) or any(own.tasks != first.tasks for own in (*before, *after)):
         raise ConfigError("drafters are compared with as many seeds and on the same answers")
     tasks = np.array(first.tasks)
-    columns = [[_columns(x, num_draft_tokens) for x in side] for side in (before, after)]
+    columns = [[count_columns(x, num_draft_tokens) for x in side] for side in (before, after)]
     has_tokens = columns[0][0][:, 0] > 0
     found = {}
     for task in map(str, np.unique(tasks[has_tokens])):
@@ -60,13 +60,6 @@ def rises(
         found[task] = _rise(*([x[own] for x in side] for side in columns))
     intervals = {task: _intervals([one]) for task, one in found.items()}
     return {**intervals, MEAN: _intervals(list(found.values()))}
-
-
-def _columns(answers: AnswerMatches, num_draft_tokens: int) -> Floats:
-    """Return the counts that figures are ratios of, [N, 5]."""
-    counts = tally(answers, num_draft_tokens)
-    found = (counts.positions, counts.matches, counts.overlap, counts.emitted)
-    return np.column_stack([*found, counts.rounds[:, num_draft_tokens]]).astype(np.float64)
 
 
 def _rise(before: Sequence[Floats], after: Sequence[Floats]) -> _Rises:
@@ -94,7 +87,7 @@ def _linearised(columns: Floats) -> tuple[Floats, Floats]:
     return np.array(values), np.stack(influences, axis=-1)
 
 
-def _intervals(tasks: Sequence[_Rises]) -> Intervals:
+def _intervals(tasks: Sequence[_Rises]) -> MeasureIntervals:
     """Return the intervals of the mean over tasks."""
     by_seed = np.mean([task.by_seed for task in tasks], axis=0)  # [S, 3]
     S, T = len(by_seed), len(tasks)
@@ -106,7 +99,7 @@ def _intervals(tasks: Sequence[_Rises]) -> Intervals:
     match_rate, acceptance, block_efficiency = (
         _interval(float(by_seed[:, i].mean()), variances[:, i], freedoms[:, 0]) for i in range(3)
     )
-    return Intervals(match_rate, acceptance, block_efficiency)
+    return MeasureIntervals(match_rate, acceptance, block_efficiency)
 
 
 def _interval(value: float, variances: Floats, freedoms: Floats) -> Interval:
@@ -116,5 +109,5 @@ def _interval(value: float, variances: Floats, freedoms: Floats) -> Interval:
     if not math.isfinite(total):
         return Interval(value, -math.inf, math.inf)
     freedom = total**2 / float((variances**2 / freedoms).sum())
-    half = float(student.ppf((1 + COVERAGE) / 2, freedom)) * math.sqrt(total)
+    half = float(student_t.ppf((1 + COVERAGE) / 2, freedom)) * math.sqrt(total)
     return Interval(value, value - half, value + half)

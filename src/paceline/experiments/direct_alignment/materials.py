@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -206,7 +207,7 @@ class _Maker:
             store,
             settings.max_new_tokens,
             settings.answers_drafter,
-            on_done=lambda done, total: self._report(stage, done, total),
+            on_done=partial(self._report, stage),
         )
         return read_examples(store, named, (sampling,))
 

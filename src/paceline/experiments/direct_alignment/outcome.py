@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from paceline.distillation.comparison import MEAN, Interval, Intervals
+from paceline.distillation.comparison import MEAN
 from paceline.errors import ConfigError
 from paceline.experiments.direct_alignment.intervals import rises
 from paceline.experiments.direct_alignment.plan import BASELINE, LENGTHS, Plan, Tuned
@@ -17,9 +17,11 @@ from paceline.experiments.direct_alignment.plan import BASELINE, LENGTHS, Plan, 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from paceline.distillation.comparison import MeasureIntervals
     from paceline.distillation.settings import LossName
     from paceline.experiments.direct_alignment.plan import Run
     from paceline.experiments.direct_alignment.results import Line, Results
+    from paceline.intervals import Interval
 
 LONGEST = LENGTHS[-1]
 """K of the block efficiency that runs are compared by."""
@@ -72,7 +74,7 @@ class Outcome:
 
     @cached_property
     def shared(self) -> Line:
-        """What all runs share."""
+        """The line of what all runs share."""
         found = self.results.of_kind("shared")
         assert found is not None  # the first line
         return found
@@ -104,7 +106,7 @@ class Outcome:
 
     def rise(
         self, before: Sequence[Run], after: Sequence[Run], length: int = LONGEST
-    ) -> dict[str, Intervals]:
+    ) -> dict[str, MeasureIntervals]:
         """Return the rise of the measures by task, and of their mean."""
         sides = [
             [self.results.matches(self.results.of(run)) for run in side] for side in (before, after)
@@ -113,12 +115,5 @@ class Outcome:
 
 
 def signed(own: Interval | None, digits: int = 3) -> str:
-    """Return a rise and its interval, such as `+0.012 (-0.003 to +0.027)`."""
-    if own is None:
-        return "–"
-    return f"{own.value:+.{digits}f} ({own.low:+.{digits}f} to {own.high:+.{digits}f})"
-
-
-def is_clear(own: Interval) -> bool:
-    """Return whether a rise or a fall is outside of chance: its interval does not contain 0."""
-    return own.low > 0 or own.high < 0
+    """Return a rise with its interval as text, a dash if there is none."""
+    return "–" if own is None else own.signed(digits)

@@ -25,6 +25,7 @@ LENGTHS: Final = (3, 5)
 """Draft lengths K of the tables."""
 SAMPLED: Final = 0.7
 """Temperature of the sampled answers."""
+# all but `tvd++_position`, a variant of `tvd++`
 _LOSSES: Final[tuple[LossName, ...]] = (
     "cross_entropy",
     "kl",
@@ -205,7 +206,7 @@ class Plan:
         return own.model_copy(update={"num_answers": self.budget.sampled, "answers": answers})
 
     def without_task(self, tuned: Tuned, loss: LossName, task: str | None, seed: int) -> Run:
-        """Return the run that goes on from the pre-training, on all tasks but one, or on all."""
+        """Return the run that follows the pre-training, on all tasks but one, or on all."""
         tasks = tuple(name for name in TASKS if name != task)
         own = self._run(loss, tuned.rates[loss], seed)
         return own.model_copy(update={"tasks": tasks, "start": "pretrained"})

@@ -1,4 +1,4 @@
-"""The findings of a finished comparison: tables. Knows no model and no file format."""
+"""The tables of a finished comparison. Knows no model and no file format."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def answers(outcome: Outcome) -> Table:
 
 
 def left_out(outcome: Outcome) -> Table:
-    """Return every task left out of the training, next to the pre-trained student."""
+    """Return trainings without each task on that task, next to the pre-trained student."""
     plan, tuned = outcome.plan, outcome.tuned
     before = [plan.pretrained(seed) for seed in plan.seeds]
     rows: list[list[Value]] = []

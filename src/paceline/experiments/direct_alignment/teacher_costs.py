@@ -22,22 +22,22 @@ if TYPE_CHECKING:
 
     from paceline.distillation.batches import Example
     from paceline.distillation.train import Distributions
-    from paceline.experiments.direct_alignment.training import Workshop
+    from paceline.experiments.direct_alignment.training import RunContext
     from paceline.models.language_model import LanguageModel
 
 _REPEATS: Final = 2
 _LOSS: Final = "kl"
 
 
-def time_teachers(target: LanguageModel, shop: Workshop, num_tokens: int) -> dict[str, Any]:
+def time_teachers(target: LanguageModel, context: RunContext, num_tokens: int) -> dict[str, Any]:
     """Return tokens per second of the same training with each teacher, one thread, in turns.
 
     `storing`: tokens per second of the pass that computes and stores the distributions.
     """
-    texts = _texts(shop, num_tokens)
+    texts = _texts(context, num_tokens)
     learned = sum(len(example.tokens) - 1 for example in texts)
     teachers: dict[str, Distributions] = {
-        "cached": shop.materials.distributions,
+        "cached": context.materials.distributions,
         "live": LiveDistributions.of(target, 1.0),
     }
     seconds = dict.fromkeys(teachers, 0.0)
@@ -46,15 +46,15 @@ def time_teachers(target: LanguageModel, shop: Workshop, num_tokens: int) -> dic
         for repeat in range(_REPEATS):
             for name, teacher in teachers.items():
                 file = Path(folder) / f"{name}-{repeat}.pt"
-                wall, cpu = _train(shop, texts, teacher, file)
+                wall, cpu = _train(context, texts, teacher, file)
                 seconds[name] += wall / _REPEATS
                 cpu_seconds[name] += cpu / _REPEATS
         began = time.perf_counter()
-        store = open_distributions(Path(folder), target, shop.materials.settings)
+        store = open_distributions(Path(folder), target, context.materials.settings)
         store_distributions(target, texts, store)
         storing = time.perf_counter() - began
         size = sum(file.stat().st_size for file in store.folder.rglob("*.parquet"))
-    top_k = shop.materials.settings.teacher_top_k
+    top_k = context.materials.settings.teacher_top_k
     return {
         "loss": _LOSS,
         "tokens": learned,
@@ -66,11 +66,11 @@ def time_teachers(target: LanguageModel, shop: Workshop, num_tokens: int) -> dic
     }
 
 
-def _texts(shop: Workshop, num_tokens: int) -> list[Example]:
+def _texts(context: RunContext, num_tokens: int) -> list[Example]:
     """Return answers of all tasks in turns, up to a number of tokens."""
     texts: list[Example] = []
     total = 0
-    for members in zip(*shop.materials.greedy.values(), strict=False):
+    for members in zip(*context.materials.greedy.values(), strict=False):
         if total >= num_tokens:
             break
         texts += members
@@ -79,16 +79,16 @@ def _texts(shop: Workshop, num_tokens: int) -> list[Example]:
 
 
 def _train(
-    shop: Workshop, texts: Sequence[Example], teacher: Distributions, file: Path
+    context: RunContext, texts: Sequence[Example], teacher: Distributions, file: Path
 ) -> tuple[float, float]:
     """Return the seconds and the CPU seconds of one pass."""
     changes = {"loss": _LOSS, "epochs": 1.0, "checkpoint_every": 10**9, "validate_every": 1.0}
     trainer = Trainer(
-        load_float32(shop.student(new_student(0))),
+        load_float32(context.student(new_student(0))),
         Lesson(texts, (), teacher),
-        shop.materials.settings.model_copy(update=changes),
+        context.materials.settings.model_copy(update=changes),
         file,
-        start_accelerator(shop.on_cpu),
+        start_accelerator(context.on_cpu),
     )
     training = trainer.run(lambda student: (0.0, {}))
     return training.seconds, training.cpu_seconds

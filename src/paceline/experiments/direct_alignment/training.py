@@ -41,8 +41,11 @@ _DIGITS: Final = 5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Workshop:
-    """What a run needs. round_costs: [K + 1] of a student, in units of a plain round."""
+class RunContext:
+    """The texts, folder and settings that all runs need.
+
+    round_costs: [K + 1] of a student, in units of a plain round.
+    """
 
     materials: Materials
     folder: Path
@@ -65,42 +68,42 @@ def new_student(seed: int) -> str:
     return f"new-{seed}"
 
 
-def train(run: Run, shop: Workshop) -> dict[str, Any]:
+def train(run: Run, context: RunContext) -> dict[str, Any]:
     """Make a run and return its facts for the results, `diverged` alone if its loss was not finite.
 
     Raises ConfigError as `Trainer` does.
     """
-    materials = shop.materials
+    materials = context.materials
     pretrains = run.phase == "pretrain"
     answers = [] if pretrains else materials.training(run)
-    settings = _settings(run, answers, shop)
-    start = _start(run, shop)
+    settings = _settings(run, answers, context)
+    start = _start(run, context)
     lesson = Lesson(answers, materials.plain if pretrains else (), materials.distributions)
     trainer = Trainer(
         load_float32(start),
         lesson,
         settings,
-        shop.checkpoint(run),
-        start_accelerator(shop.on_cpu),
+        context.checkpoint(run),
+        start_accelerator(context.on_cpu),
         run.tokens if pretrains else 0,
     )
 
     def validate(student: PreTrainedModel) -> tuple[float, dict[str, Any]]:
         replays = replay_validation(student, materials.validation, materials.distributions)
-        return _measure(replays, shop).mean.predicted_speedup, {}
+        return _measure(replays, context).mean.predicted_speedup, {}
 
     try:
         training = trainer.run(validate)
     except DivergedError:
         return {"run": run.model_dump(mode="json"), "diverged": True}
-    made = shop.student(name_of(run))
+    made = context.student(name_of(run))
     save_student(trainer.student, made, "bfloat16")
     return {
         "run": run.model_dump(mode="json"),
         "settings": settings.model_dump(mode="json", exclude={"outputs", "threads", "license"}),
         "num_answers": len(answers),
-        **_judge(load_float32(made), shop),
-        **_facts(training, shop),
+        **_judge(load_float32(made), context),
+        **_facts(training, context),
     }
 
 
@@ -121,11 +124,11 @@ def save_student(
     part.replace(folder)
 
 
-def _start(run: Run, shop: Workshop) -> Path:
+def _start(run: Run, context: RunContext) -> Path:
     """Return the student that a run begins with. Raises ConfigError if it was deleted."""
     if run.start == "new":
-        return shop.student(new_student(run.seed))
-    folder = shop.student(f"pretrained-{run.seed}")
+        return context.student(new_student(run.seed))
+    folder = context.student(f"pretrained-{run.seed}")
     if not folder.is_dir():
         raise ConfigError(
             f"{folder}: the pre-trained student is missing; remove the line of its run (phase "
@@ -134,7 +137,7 @@ def _start(run: Run, shop: Workshop) -> Path:
     return folder
 
 
-def _settings(run: Run, answers: Sequence[Example], shop: Workshop) -> DistillSettings:
+def _settings(run: Run, answers: Sequence[Example], context: RunContext) -> DistillSettings:
     """Return a run's settings: as many passes over its answers as its number of tokens takes."""
     per_epoch = sum(len(example.tokens) - 1 for example in answers)
     epochs = run.tokens / per_epoch if per_epoch else 1.0
@@ -143,21 +146,21 @@ def _settings(run: Run, answers: Sequence[Example], shop: Workshop) -> DistillSe
         "learning_rate": run.learning_rate,
         "seed": run.seed,
         "epochs": epochs,
-        "validate_every": epochs / shop.validations,
+        "validate_every": epochs / context.validations,
     }
-    return shop.materials.settings.model_copy(update=changes)
+    return context.materials.settings.model_copy(update=changes)
 
 
-def _measure(replays: Sequence[TextReplay], shop: Workshop) -> Measures:
-    return measure(matches_of(replays), shop.materials.parameter_ratio, shop.round_costs)
+def _measure(replays: Sequence[TextReplay], context: RunContext) -> Measures:
+    return measure(matches_of(replays), context.materials.parameter_ratio, context.round_costs)
 
 
-def _judge(student: PreTrainedModel, shop: Workshop) -> dict[str, Any]:
+def _judge(student: PreTrainedModel, context: RunContext) -> dict[str, Any]:
     """Return the measures on the judged answers, greedy and sampled."""
-    materials = shop.materials
+    materials = context.materials
     greedy = replay_validation(student, materials.judging, materials.distributions)
     sampled = replay_validation(student, materials.judging_sampled, materials.distributions)
-    measures, on_sampled = _measure(greedy, shop), _measure(sampled, shop)
+    measures, on_sampled = _measure(greedy, context), _measure(sampled, context)
     return {
         "mean": _plain(measures.mean),
         "tasks": {task: _plain(own) for task, own in measures.tasks.items()},
@@ -178,7 +181,7 @@ def _plain(own: TaskMeasures) -> dict[str, Any]:
     }
 
 
-def _facts(training: Training, shop: Workshop) -> dict[str, Any]:
+def _facts(training: Training, context: RunContext) -> dict[str, Any]:
     return {
         "validation": round(training.best_score, _DIGITS),
         "best_step": training.best_step,
@@ -188,6 +191,6 @@ def _facts(training: Training, shop: Workshop) -> dict[str, Any]:
         "cpu_seconds": round(training.cpu_seconds, 1),
         "threads": torch.get_num_threads(),
         "processor": cpu_model(),
-        "commit": shop.commit,
+        "commit": context.commit,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from paceline.experiments.direct_alignment.plan import Run
-    from paceline.experiments.direct_alignment.training import Workshop
+    from paceline.experiments.direct_alignment.training import RunContext
 
-_shop: Workshop | None = None  # of a worker process
+_context: RunContext | None = None  # of a worker process
 
 
 def train_all(
-    runs: Sequence[Run], shop: Workshop, saved: Path, workers: int
+    runs: Sequence[Run], context: RunContext, saved: Path, workers: int
 ) -> Iterator[tuple[Run, dict[str, Any]]]:
     """Yield each run and its facts when it is finished.
 
@@ -38,12 +38,12 @@ def train_all(
     if workers == 1 or len(runs) < 2:
         with one_thread():
             for run in runs:
-                yield run, training.train(run, shop)
+                yield run, training.train(run, context)
         return
     # forked processes would have threads in unknown states
-    context = get_context("spawn")
+    spawn = get_context("spawn")
     pool = ProcessPoolExecutor(
-        min(workers, len(runs)), context, _begin, (saved, _without_texts(shop))
+        min(workers, len(runs)), spawn, _begin, (saved, _without_texts(context))
     )
     try:
         waiting = {pool.submit(_train, run): run for run in runs}
@@ -58,20 +58,20 @@ def train_all(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _without_texts(shop: Workshop) -> dict[str, Any]:
-    """Return a workshop's other fields: a worker reads the texts itself."""
+def _without_texts(context: RunContext) -> dict[str, Any]:
+    """Return a context's other fields: a worker reads the texts itself."""
     names = ("folder", "round_costs", "validations", "on_cpu", "commit")
-    return {name: getattr(shop, name) for name in names}
+    return {name: getattr(context, name) for name in names}
 
 
 def _begin(saved: Path, fields: dict[str, Any]) -> None:
     """Prepare a worker process."""
-    global _shop
+    global _context
     exit_with_parent()
     torch.set_num_threads(1)
-    _shop = training.Workshop(materials=materials.load(saved), **fields)
+    _context = training.RunContext(materials=materials.load(saved), **fields)
 
 
 def _train(run: Run) -> dict[str, Any]:
-    assert _shop is not None  # set by `_begin`
-    return training.train(run, _shop)
+    assert _context is not None  # set by `_begin`
+    return training.train(run, _context)

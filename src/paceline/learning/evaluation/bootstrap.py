@@ -7,28 +7,16 @@ difficulty of a prompt cancels. Symbols: N prompts, B resamples, D tasks, S stra
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from paceline.intervals import RESAMPLES, draw_counts, percentile_interval
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-RESAMPLES: Final = 2000
-COVERAGE: Final = 0.95
-_BLOCK: Final = 250  # resamples drawn at once, to bound the memory
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A figure and its 95% bootstrap interval over prompts."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} (95%: {self.low:.3f} to {self.high:.3f})"
+    from paceline.intervals import Interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +43,8 @@ def resample(columns: np.ndarray, tasks: Sequence[str], seed: int) -> Resampled:
     spread = member[:, :, None] * np.column_stack([columns, np.ones(N)])[:, None, :]  # [N, D, S+1]
     flat = spread.reshape(N, D * (S + 1))
     rng = np.random.default_rng(seed)
-    drawn = np.concatenate(
-        [
-            _times(rng, N, min(_BLOCK, RESAMPLES - done)) @ flat
-            for done in range(0, RESAMPLES, _BLOCK)
-        ]
-    ).reshape(RESAMPLES, D, S + 1)
+    drawn = np.concatenate([counts @ flat for counts in draw_counts(rng, N)])
+    drawn = drawn.reshape(RESAMPLES, D, S + 1)
     total = flat.sum(axis=0).reshape(D, S + 1)
     return Resampled(
         tasks=tuple(map(str, names)),
@@ -71,19 +55,9 @@ def resample(columns: np.ndarray, tasks: Sequence[str], seed: int) -> Resampled:
     )
 
 
-def _times(rng: np.random.Generator, num: int, resamples: int) -> np.ndarray:
-    """Return [resamples, num] how often each resample holds each prompt."""
-    places = rng.integers(0, num, (resamples, num)) + num * np.arange(resamples)[:, None]
-    counts = np.bincount(places.ravel(), minlength=resamples * num)
-    return counts.reshape(resamples, num).astype(np.float64)
-
-
 def interval(value: float, draws: np.ndarray) -> Interval:
     """Return a figure's interval. draws: [B]; NaN, for a task that a resample lacks, is left out."""
-    known = draws[~np.isnan(draws)]
-    tail = (1.0 - COVERAGE) / 2
-    low, high = np.quantile(known, (tail, 1.0 - tail))
-    return Interval(float(value), float(low), float(high))
+    return percentile_interval(value, draws[~np.isnan(draws)])
 
 
 def divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from paceline.contracts import NONE, split_arm
-from paceline.learning.evaluation.bootstrap import Interval, Resampled, divide, interval, resample
+from paceline.learning.evaluation.bootstrap import Resampled, divide, interval, resample
 from paceline.learning.evaluation.strategies import ORACLE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from paceline.intervals import Interval
     from paceline.learning.evaluation.strategies import FittedStrategies, Outcomes
 
 NEAR: Final = 1.02

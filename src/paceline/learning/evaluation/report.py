@@ -36,7 +36,7 @@ from paceline.learning.evaluation.strategies import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from paceline.learning.evaluation.bootstrap import Interval
+    from paceline.intervals import Interval
     from paceline.learning.evaluation.exposure import Exposure
     from paceline.learning.evaluation.strategies import Outcomes
 

@@ -25,8 +25,8 @@ from paceline.learning.evaluation.strategies import BEST_SINGLE, FIRST_LINE, POL
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from paceline.intervals import Interval
     from paceline.learning.dataset import Dataset
-    from paceline.learning.evaluation.bootstrap import Interval
     from paceline.selection.choosers import Chooser
 
     Decode = Callable[[list[int]], str]

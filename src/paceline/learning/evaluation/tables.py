@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from paceline.learning.evaluation.bootstrap import Interval
+    from paceline.intervals import Interval
     from paceline.learning.evaluation.figures import Chosen, Figures
     from paceline.learning.evaluation.report import EvaluationReport
     from paceline.learning.evaluation.sections import Evaluation, Section
