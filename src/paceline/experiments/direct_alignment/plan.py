@@ -95,7 +95,7 @@ _TINY: Final = StudentShape(num_layers=1, hidden_size=16, mlp_size=24, num_heads
 BUDGETS: Final[Mapping[str, Budget]] = MappingProxyType(
     {
         "small": Budget(
-            "small", (1_000, 2_000, 5_000), sampled=2_000, tokens=750_000, pretrain_tokens=1_000_000
+            "small", (1_000, 2_000, 5_000), sampled=2_000, tokens=400_000, pretrain_tokens=600_000
         ),
         "full": Budget(
             "full",
