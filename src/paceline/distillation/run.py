@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     OnProgress = Callable[[TrainingProgress], None]
 
 TRAINING = "training.json"
+LOCK = "lock"  # of the folder of unfinished work
 
 
 def distill(
@@ -229,7 +230,7 @@ def locked(part: Path, accelerator: Accelerator) -> Iterator[None]:
         yield
         return
     part.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(part / "lock")  # removed with the folder at the end
+    lock = FileLock(part / LOCK)  # removed with the folder at the end
     try:
         lock.acquire(blocking=False)
     except Timeout as error:
