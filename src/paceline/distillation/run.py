@@ -32,11 +32,11 @@ from paceline.distillation.student import (
     load_float32,
     make_student,
     num_parameters,
+    save_model,
 )
 from paceline.distillation.train import Lesson, Trainer, TrainingProgress, start_accelerator
 from paceline.errors import ConfigError
 from paceline.files import write_atomically
-from paceline.models.loading import quiet_transformers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -270,13 +270,16 @@ def _save(student: PreTrainedModel, pace: Pace, folder: Path, settings: DistillS
         eos_token_id=end[0] if len(end) == 1 else end or None,
         pad_token_id=student.config.pad_token_id,
     )
-    with quiet_transformers():
-        student.save_pretrained(folder)
+    save_model(student, folder)
     pace.parts.tokenizer.save_pretrained(folder)
 
 
 def _publish(made: Path, out: Path) -> None:
+    """Put the finished folder in its place; an earlier drafter goes into the folder of the work."""
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.exists():
-        shutil.rmtree(out)
+        before = made.with_name("before")
+        shutil.rmtree(before, ignore_errors=True)
+        # a drafter that is removed file by file would be a damaged one after a kill
+        out.replace(before)
     made.replace(out)

@@ -13,6 +13,7 @@ import copy
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -150,6 +151,18 @@ def load_float32(folder: Path) -> PreTrainedModel:
     with quiet_transformers():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model
+
+
+def save_model(model: PreTrainedModel, folder: Path, **options: Any) -> None:
+    """Write a model as `save_pretrained` does. Raises ConfigError if the disk is full."""
+    try:
+        with quiet_transformers():
+            model.save_pretrained(folder, **options)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"{folder}: the weights cannot be written ({shorten(str(error))}); the training is kept: "
+            "make room and run the same command"
+        ) from error
 
 
 def _load_student(folder: Path, target: LanguageModel) -> PreTrainedModel:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from support.distillation import VOCAB, tiny_settings, tiny_target
 from support.training import TINY, new_student, same_weights
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
@@ -16,6 +17,7 @@ from paceline.distillation.student import (
     make_student,
     num_parameters,
     project,
+    save_model,
 )
 from paceline.errors import ConfigError
 from paceline.models.language_model import LanguageModel
@@ -195,3 +197,17 @@ def test_a_copys_cache_holds_its_own_layers(architecture: str) -> None:
 def test_layers_that_the_target_lacks_are_refused() -> None:
     with pytest.raises(ConfigError, match="target_layers: 2 is not one of the target's 2 layers"):
         copy_layers(model_of("llama"), [0, 2])
+
+
+@pytest.mark.parametrize(
+    "error", [SafetensorError("I/O error: No space left on device"), OSError(28, "No space left")]
+)
+def test_weights_that_a_full_disk_cannot_hold_are_an_error_with_advice(
+    error: Exception, tmp_path: Path
+) -> None:
+    class Full:
+        def save_pretrained(self, folder: Path, **options: Any) -> None:
+            raise error
+
+    with pytest.raises(ConfigError, match=r"cannot be written \(.*No space left.*: make room"):
+        save_model(Full(), tmp_path / "d")  # type: ignore[arg-type]
