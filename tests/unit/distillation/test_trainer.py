@@ -264,6 +264,15 @@ def total_weight_of(batch: list[int], examples: list[Example]) -> float:
     return sum(total_weight(examples[i], 0.0) for i in batch)
 
 
+def test_a_gradient_is_clipped_at_its_norm(tmp_path: Path) -> None:
+    settings = tiny_settings(epochs=1.0, batch_tokens=1000, max_gradient_norm=0.01)
+    trained = trainer(new_student(), rule_texts(8), settings, tmp_path / "c")
+    assert run(trained, rule_texts(3)).step == 1
+    moments = [state["exp_avg"].flatten() for state in trained.optimizer.state.values()]
+    # the first step's mean is a tenth of its gradient
+    assert float(torch.cat(moments).norm()) == pytest.approx(0.1 * 0.01, rel=1e-3)
+
+
 def test_tokens_are_those_that_the_student_read(tmp_path: Path) -> None:
     examples = rule_texts(30)
     training = run(trainer(new_student(), examples, tiny_settings(), tmp_path / "c"), examples)
