@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from transformers import GenerationConfig
@@ -112,7 +113,8 @@ class _Run:
         name: str,
     ) -> None:
         self.pace, self.settings, self.part = pace, settings, part
-        self.accelerator, self.prices, self.name = accelerator, prices, name
+        self.accelerator, self.name = accelerator, name
+        self.round_costs = None if prices is None else prices.round_costs
         self.is_main = accelerator.is_main_process
         self.on_progress = on_progress if self.is_main else _say_nothing
         check_tokenizer(settings.start_from, pace.parts.vocabulary)
@@ -125,7 +127,10 @@ class _Run:
         """Run the phases, save and measure the student, and describe it in its folder."""
         # the first process writes what all of them read
         with self.accelerator.main_process_first(), _alone(self.settings.outputs):
-            texts = prepare_texts(self.pace, data, also_measure, self.settings, self._report)
+            context = self.student.config.get_text_config().max_position_embeddings
+            texts = prepare_texts(
+                self.pace, data, also_measure, self.settings, self._report, context
+            )
             check_lengths(self.student, texts)
             distributions = self._distributions(texts)
         # cross-entropy learns the texts' own tokens
@@ -177,6 +182,7 @@ class _Run:
         path = part / ("pretrain.pt" if pretrain_tokens else "align.pt")
         before = self.phases[-1].step if self.phases else 0
         trainer = Trainer(self.student, lesson, settings, path, self.accelerator, pretrain_tokens)
+        self._keep_prices(trainer.training)
         events = self._open_events(before + trainer.training.step)
 
         def validate(student: PreTrainedModel) -> tuple[float, dict[str, Any]]:
@@ -193,6 +199,13 @@ class _Run:
         if events is not None:
             events.close()
 
+    def _keep_prices(self, training: Training) -> None:
+        """Go on with the prices of the run's beginning, or its scores could not be compared."""
+        if training.round_costs is not None:
+            self.round_costs = np.array(training.round_costs)
+        elif self.round_costs is not None:
+            training.round_costs = self.round_costs.tolist()
+
     def _open_events(self, step: int) -> EventLog | None:
         """Return the log for TensorBoard, from a step on; None in other processes or without one."""
         folder = self.settings.events
@@ -201,8 +214,7 @@ class _Run:
         return EventLog(folder / self.name, step)
 
     def _measure(self, replays: Sequence[TextReplay]) -> Measures:
-        costs = None if self.prices is None else self.prices.round_costs
-        return measure(matches_of(replays), self.ratio, costs)
+        return measure(matches_of(replays), self.ratio, self.round_costs)
 
     def _describe(self, made: Path, texts: TrainingTexts, report: DistillReport) -> None:
         """Write the card, the figures, their curves and the record of the prompts."""
