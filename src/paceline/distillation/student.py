@@ -134,7 +134,7 @@ def check_tokenizer(folder: Path | None, vocabulary: Vocabulary) -> None:
         raise ConfigError(f"start_from {folder}: no such folder; correct the path")
     try:
         own = Vocabulary.of(AutoTokenizer.from_pretrained(folder))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file raises almost any
         raise ConfigError(
             f"start_from {folder}: its tokenizer cannot be read ({shorten(error)}); copy the target's "
             "tokenizer into the folder if the model was trained with it"
@@ -169,7 +169,7 @@ def _load_student(folder: Path, target: LanguageModel) -> PreTrainedModel:
     """Return a folder's model. Raises ConfigError if it cannot be loaded or has other logits."""
     try:
         student = load_float32(folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file raises almost any
         raise ConfigError(f"start_from {folder}: not a causal LM ({shorten(error)})") from error
     width = student.get_output_embeddings().weight.shape[0]
     if width != target.num_logits:

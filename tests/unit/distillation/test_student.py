@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from safetensors import SafetensorError
-from support.distillation import VOCAB, tiny_settings, tiny_target
+from support.distillation import VOCAB, tiny_settings, tiny_target, tiny_tokenizer
 from support.training import TINY, new_student, same_weights
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from paceline.distillation.student import (
     build_student,
+    check_tokenizer,
     copy_layers,
     make_student,
     num_parameters,
@@ -22,6 +23,7 @@ from paceline.distillation.student import (
 from paceline.errors import ConfigError
 from paceline.models.language_model import LanguageModel
 from paceline.models.self_checks import check_packed_forward
+from paceline.models.vocabulary import Vocabulary
 from paceline.testing.tiny_models import tiny_model
 
 if TYPE_CHECKING:
@@ -211,3 +213,21 @@ def test_weights_that_a_full_disk_cannot_hold_are_an_error_with_advice(
 
     with pytest.raises(ConfigError, match=r"cannot be written \(.*No space left.*: make room"):
         save_model(Full(), tmp_path / "d")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [0, 100, -100])
+def test_a_damaged_checkpoint_is_named(size: int, tmp_path: Path) -> None:
+    new_student().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    with pytest.raises(ConfigError, match=r"start_from .*: not a causal LM"):
+        start_from(tmp_path, None)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "{", "\xff"])
+def test_a_damaged_tokenizer_of_a_checkpoint_is_named(content: str, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ConfigError, match=r"start_from .*: its tokenizer cannot be read"):
+        check_tokenizer(tmp_path, Vocabulary.of(tokenizer))
