@@ -16,7 +16,7 @@ from support.distillation import (
     tiny_tokenizer,
     write_prompts,
 )
-from support.training import without_speed
+from support.training import check_teacher, without_speed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paceline.assembly import Pace, build_from_objects
@@ -241,6 +241,29 @@ def test_the_answers_of_the_target_are_learned_and_not_the_prompts(
         ).token_ids
         assert example.tokens[: example.num_prompt].tolist() == list(pace.encode(message))
         assert example.tokens[example.num_prompt :].tolist() == answer
+
+
+@pytest.mark.parametrize("teacher", ["cached", "live"])
+def test_the_targets_distributions_at_the_temperature_are_learned(
+    teacher: str, pace: Pace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lessons: list[Lesson] = []
+
+    def capture(student: object, lesson: Lesson, *rest: object) -> None:
+        lessons.append(lesson)
+        raise KilledError
+
+    monkeypatch.setattr("paceline.distillation.run.Trainer", capture)
+    apples = write_prompts(tmp_path / "apples.jsonl", "apples", 30)
+    settings = distill_settings(
+        tmp_path, loss="kl", teacher=teacher, teacher_temperature=0.5, teacher_top_k=8
+    )
+    with pytest.raises(KilledError):
+        distill(pace, [apples], tmp_path / "a", settings)
+
+    [lesson] = lessons
+    assert lesson.distributions is not None
+    check_teacher(pace, lesson, settings)
 
 
 def test_of_other_tasks_only_validation_prompts_are_answered(pace: Pace, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.distillation import KilledError, tiny_target, tiny_tokenizer, write_prompts
 from support.logged import answer, header_of, logged, random_prompts
-from support.training import rule_texts
+from support.training import check_teacher, rule_texts
 from transformers import AutoModelForCausalLM
 
 from paceline.assembly import Pace, build_from_objects
@@ -28,6 +28,7 @@ from paceline.distillation.improve_texts import ImproveTexts, TextRecord, add_da
 from paceline.distillation.logged import SERVED, prompt_key, read_requests, split_by_prompt
 from paceline.distillation.settings import StudentShape
 from paceline.distillation.student import build_student
+from paceline.distillation.train import Lesson
 from paceline.errors import ConfigError
 from paceline.store import TrainedOn
 from paceline.verbs.improvement import improve_drafter, improve_settings
@@ -201,6 +202,24 @@ def test_weights_are_chosen_by_block_efficiency_at_the_drafters_length(
         improve(pace, drafter, requests(pace, random_prompts(80)), settings())
     [(score, figures)] = found
     assert score == pytest.approx(figures["block_efficiency"]["3"], abs=1e-4)
+
+
+def test_the_targets_distributions_are_learned_where_the_loss_needs_them(
+    pace: Pace, drafter: DrafterFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lessons: list[Lesson] = []
+
+    def capture(student: Any, lesson: Lesson, *rest: Any) -> None:
+        lessons.append(lesson)
+        raise KilledError
+
+    monkeypatch.setattr(improving, "Trainer", capture)
+    for loss in ("kl", "cross_entropy"):
+        own = settings(loss=loss, teacher_temperature=0.5)
+        with pytest.raises(KilledError):
+            improve(pace, drafter, requests(pace, random_prompts(80)), own)
+    check_teacher(pace, lessons[0], settings(teacher_temperature=0.5))
+    assert lessons[1].distributions is None
 
 
 def test_no_step_reads_a_held_out_text(

@@ -24,7 +24,7 @@ from paceline.distillation.distributions import LiveDistributions, hidden_states
 from paceline.distillation.losses import LOSSES
 from paceline.distillation.objective import judge
 from paceline.distillation.replays import replay_validation, with_losses
-from paceline.distillation.schedule import plan_steps
+from paceline.distillation.schedule import learning_rate, plan_steps
 from paceline.distillation.teachers import TextTeacher
 from paceline.distillation.train import Lesson
 from paceline.models.language_model import LanguageModel
@@ -262,6 +262,18 @@ def test_two_accumulated_batches_are_nearly_one_of_twice_the_size(
 
 def total_weight_of(batch: list[int], examples: list[Example]) -> float:
     return sum(total_weight(examples[i], 0.0) for i in batch)
+
+
+def test_each_step_has_its_learning_rate(tmp_path: Path) -> None:
+    settings, seen = tiny_settings(), []
+    trained = trainer(new_student(), rule_texts(30), settings, tmp_path / "c")
+
+    def note(progress: TrainingProgress) -> None:
+        seen.append([group["lr"] for group in trained.optimizer.param_groups])
+
+    run(trained, rule_texts(3), note)
+    total = len(trained.plan)
+    assert seen == [[learning_rate(step, total, settings)] * 2 for step in range(total)]
 
 
 def test_a_gradient_is_clipped_at_its_norm(tmp_path: Path) -> None:
