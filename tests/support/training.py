@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from paceline.distillation.batches import Example
+from paceline.distillation.batches import Example, collate
+from paceline.distillation.distributions import LiveDistributions
 from paceline.distillation.replays import replay_validation
 from paceline.distillation.settings import StudentShape
 from paceline.distillation.student import build_student
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from transformers import LlamaForCausalLM, PreTrainedModel
 
+    from paceline.assembly import Pace
     from paceline.distillation.batches import Batch
     from paceline.distillation.checkpoints import Training
     from paceline.distillation.settings import DistillSettings
@@ -74,6 +76,19 @@ def score_by_loss(examples: Sequence[Example]) -> Callable[[PreTrainedModel], tu
         return -float(losses.mean()), {"loss": float(losses.mean())}
 
     return validate
+
+
+def check_teacher(pace: Pace, lesson: Lesson, settings: DistillSettings) -> None:
+    """Compare the distributions that a lesson learns with those of the target at its temperature."""
+    assert lesson.distributions is not None
+    examples = lesson.answers[:5]
+    batch = collate(examples, settings.prompt_weight)
+    ids, found = lesson.distributions.teacher(batch, examples).buckets(slice(None))
+    target = LiveDistributions.of(pace.parts.target, settings.teacher_temperature)
+    _, expected = target.teacher(batch, examples).buckets(slice(None))
+    if ids is not None:  # the last bucket is of all other tokens
+        found, expected = found[:, :-1], expected.gather(1, ids)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
 
 
 def without_speed(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

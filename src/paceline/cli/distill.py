@@ -164,11 +164,14 @@ def measures_table(measures: Measures, title: str) -> BandedTable:
             str(own.num_answers),
             f"{own.match_rate:.3f}",
             "-" if accepted is None else f"{accepted:.3f}",
-            f"{row['block_efficiency'][length]:.2f}",
-            f"{row['mbsu'][length]:.2f}",
+            *(_at(row[name], length) for name in ("block_efficiency", "mbsu")),
             f"{row['predicted_speedup']:.2f}",
         )
     return table
+
+
+def _at(figures: dict[str, float], length: str) -> str:
+    return f"{figures[length]:.2f}" if length in figures else "-"  # prices of shorter drafts
 
 
 def _suggest(config: Config, console: Console) -> None:

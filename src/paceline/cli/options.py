@@ -133,11 +133,21 @@ def given(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def assigned(assignments: Sequence[str] | None) -> dict[str, Any]:
-    """Return the settings of `--set KEY=VALUE`, each value read as YAML."""
+    """Return the settings of `--set KEY=VALUE`. Raises ConfigError if a value is not YAML."""
     import yaml
 
-    pairs = named("--set", assignments, "KEY=VALUE")
-    return {key: yaml.safe_load(value) for key, value in pairs.items()}
+    from paceline.errors import ConfigError, shorten
+
+    found: dict[str, Any] = {}
+    for key, value in named("--set", assignments, "KEY=VALUE").items():
+        try:
+            found[key] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError) as error:
+            raise ConfigError(
+                f"--set {key}: {shorten(value)} is not YAML; close its brackets and quotes, and "
+                "quote it for the shell"
+            ) from error
+    return found
 
 
 def named(option: str, values: Sequence[str] | None, form: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from transformers import AutoModelForCausalLM
 
+from paceline.distillation.student import save_model
 from paceline.errors import ArtefactError, ConfigError
 from paceline.files import write_atomically
 from paceline.intervals import Interval
@@ -53,7 +54,7 @@ def make_candidate(folder: Path, student: PreTrainedModel, made: Path) -> None:
     shutil.copytree(folder, made, ignore=shutil.ignore_patterns(*_WEIGHT_FILES))
     with quiet_transformers():
         stored = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype
-        student.to(stored).save_pretrained(weights, max_shard_size=_ONE_FILE)  # type: ignore[arg-type]
+    save_model(student.to(stored), weights, max_shard_size=_ONE_FILE)  # type: ignore[arg-type]
     (weights / WEIGHTS).replace(made / WEIGHTS)
     shutil.rmtree(weights)
 

@@ -180,10 +180,10 @@ def _measure_paragraphs(facts: Mapping[str, Any]) -> list[str]:
     ]
     for task, own in measures["domains"].items():
         mark = "yes" if task in facts["trained_domains"] else "no"
-        taus = " | ".join(f"{own['block_efficiency'][k]:.2f}" for k in _LENGTHS)
+        taus = " | ".join(_at(own["block_efficiency"], k) for k in _LENGTHS)
         lines.append(
             f"| {task} | {mark} | {own['match_rate']:.3f} | {own['acceptance']:.3f} | {taus} | "
-            f"{own['mbsu'][_LENGTHS[0]]:.2f} | {own['predicted_speedup']:.2f} |"
+            f"{_at(own['mbsu'], _LENGTHS[0])} | {own['predicted_speedup']:.2f} |"
         )
     return [
         "On prompts that were not used in training. Match rate: the share of positions where the\n"
@@ -193,6 +193,11 @@ def _measure_paragraphs(facts: Mapping[str, Any]) -> list[str]:
         f"the best K, from {priced}. Weights as saved,\nproducts in float32.",
         "\n".join(lines),
     ]
+
+
+def _at(figures: Mapping[str, float], length: str) -> str:
+    """Return a figure at a draft length; prices may be of shorter drafts only."""
+    return f"{figures[length]:.2f}" if length in figures else "-"
 
 
 def _training_paragraphs(facts: Mapping[str, Any]) -> list[str]:

@@ -53,6 +53,8 @@ class Training:
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     average: dict[str, Tensor] = field(default_factory=dict)  # of the weights, if one is kept
     history: list[dict[str, Any]] = field(default_factory=list)
+    # at which the best weights are chosen, see `Prices.round_costs`; None without prices
+    round_costs: list[float] | None = None
 
 
 class Checkpoint:
@@ -94,11 +96,12 @@ class Checkpoint:
             return Training()
         try:
             saved = torch.load(self.path, weights_only=True, map_location="cpu")
+            made_for = saved["made_for"]
         except Exception as error:
             raise ConfigError(
                 f"{self.path}: cannot be read; delete it to train from the start"
             ) from error
-        if saved["made_for"] != self._made_for:
+        if made_for != self._made_for:
             raise ConfigError(
                 f"{self.path}: this unfinished run has other settings or other texts; use those, or "
                 "delete the file to train from the start"

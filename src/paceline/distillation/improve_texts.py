@@ -20,6 +20,7 @@ from paceline.distillation.logged import (
     split_by_prompt,
 )
 from paceline.distillation.preparation import prepare_texts
+from paceline.distillation.run import LOCK
 from paceline.errors import ConfigError
 from paceline.files import write_atomically
 from paceline.store import TrainedOn
@@ -128,10 +129,16 @@ class TextRecord:
         path = self._part / _RECORD
         by_id = {example.id: example for example in examples}
         if path.is_file():
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            if saved["models"] == self._models and by_id.keys() >= set(saved["ids"]):
-                return [by_id[id] for id in saved["ids"]]
+            try:
+                saved = json.loads(path.read_text(encoding="utf-8"))
+                models, ids = saved["models"], saved["ids"]
+            except (ValueError, KeyError, TypeError):
+                models, ids = "", []  # damaged: a new run
+            if models == self._models and by_id.keys() >= set(ids):
+                return [by_id[id] for id in ids]
         for old in self._part.iterdir():
+            if old.name == LOCK:  # held: another process would get a new one
+                continue
             shutil.rmtree(old) if old.is_dir() else old.unlink()
         record = {"models": self._models, "ids": list(by_id)}
         write_atomically(path, json.dumps(record).encode())

@@ -21,7 +21,7 @@ from paceline.config import Config
 from paceline.contracts import AUTO, NONE
 from paceline.distillation.batches import Example
 from paceline.drafting.suffix_lookup import SuffixLookup, SuffixLookupSettings
-from paceline.errors import ConfigError, shorten, suggest_name
+from paceline.errors import ConfigError, StoreError, shorten, suggest_name
 from paceline.selection import UntrainedController
 from paceline.store import ShardStore
 from paceline.store.records import seed_sampling
@@ -46,6 +46,7 @@ OUTPUT_SCHEMA = pa.schema(
     ]
 )
 _LOOKUP = "lookup"
+_REMEDY = "delete or rename this folder, or name another folder as 'outputs'"
 
 
 def open_outputs(pace: Pace, folder: Path, max_new_tokens: int) -> ShardStore:
@@ -58,8 +59,7 @@ def open_outputs(pace: Pace, folder: Path, max_new_tokens: int) -> ShardStore:
         "tokenizer": pace.parts.vocabulary.hash(),
         "max_new_tokens": max_new_tokens,
     }
-    remedy = "delete or rename this folder, or name another folder as 'outputs'"
-    return ShardStore(folder, KIND, OUTPUT_SCHEMA, identity, remedy)
+    return ShardStore(folder, KIND, OUTPUT_SCHEMA, identity, _REMEDY)
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -192,7 +192,8 @@ def decode_outputs(
     drafter: see `Answerer.of`. on_done: called after each answer with the number of answers of this
     call, so far and in total.
 
-    Raises ConfigError if the drafter is unknown, or if the ids of two answers are the same.
+    Raises ConfigError if the drafter is unknown, or if the ids of two answers are the same; StoreError
+    if a stored answer is to another prompt of the same id.
     """
     answerer = Answerer.of(pace, drafter)
     remaining = _encode_remaining(pace, prompts, samplings, store)
@@ -225,11 +226,20 @@ def _encode_remaining(
     samplings: Sequence[AnswerSampling],
     store: ShardStore,
 ) -> list[_Question]:
-    """Return the questions to decode, in order of length: rows of similar length end together."""
+    """Return the questions to decode, in order of length: rows of similar length end together.
+
+    Raises StoreError if a stored answer is to another prompt: its file or the chat template has changed.
+    """
     has_template = getattr(pace.parts.tokenizer, "chat_template", None) is not None
-    stored, asked = store.ids(), set()
+    table = store.read()
+    stored = dict(
+        zip(table.column("id").to_pylist(), _arrays(table.column("prompt_tokens")), strict=True)
+    )
+    asked: set[str] = set()
     remaining = []
     for record in prompts:
+        message: Any = {"role": "user", "content": record.prompt}
+        tokens = pace.encode([message] if has_template else record.prompt)
         missing = []
         for sampling in samplings:
             id, seeded = seed_sampling(record.id, sampling.params())
@@ -241,10 +251,11 @@ def _encode_remaining(
             asked.add(id)
             if id not in stored:
                 missing.append((id, seeded))
-        if not missing:
-            continue
-        message: Any = {"role": "user", "content": record.prompt}
-        tokens = pace.encode([message] if has_template else record.prompt)
+            elif not np.array_equal(stored[id], tokens):
+                raise StoreError(
+                    f"{store.folder}: its answer {shorten(id)} is to another prompt than the one with "
+                    f"this id now; {_REMEDY}"
+                )
         if len(tokens) < pace.parts.target.context_length:
             remaining += [_Question(id, record.domain, tokens, seeded) for id, seeded in missing]
     return sorted(remaining, key=lambda question: len(question.tokens))

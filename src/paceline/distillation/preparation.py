@@ -97,9 +97,11 @@ def prepare_texts(
     also_measure: Sequence[Path],
     settings: DistillSettings,
     on_progress: Progress,
+    context: int | None = None,
 ) -> TrainingTexts:
     """Return the texts of a distillation after decoding the missing answers.
 
+    context: of the student, if it is shorter than the target's; text for pre-training is cut at it.
     Raises ConfigError without a text to train or to validate on, or for a file that cannot be read;
     StoreError for answers of another target.
     """
@@ -109,7 +111,8 @@ def prepare_texts(
     plain: list[Example] = []
     learned = [record.prompt for file in files for record in file.answered]
     if settings.pretrain_text:
-        plain = _read_plain(pace, files, settings, chosen.may_learn)
+        longest = min(pace.parts.target.context_length, context or math.inf)
+        plain = _read_plain(pace, files, settings, chosen.may_learn, int(longest))
         learned += learned_prompts(settings.pretrain_text, chosen.may_learn)
     texts = TrainingTexts(files, measured, plain, TrainedOn.of(learned))
     if not texts.training or not texts.validation:
@@ -161,7 +164,11 @@ def check_lengths(student: PreTrainedModel, texts: TrainingTexts) -> None:
 
 
 def _read_plain(
-    pace: Pace, files: Sequence[DataFile], settings: DistillSettings, may_learn: TrainedOn
+    pace: Pace,
+    files: Sequence[DataFile],
+    settings: DistillSettings,
+    may_learn: TrainedOn,
+    context: int,
 ) -> list[Example]:
     """Return the tokens of text that pre-training or the mixture needs, whichever are more."""
     answers = sum(len(e.tokens) for file in files for e in file.training) * settings.epochs
@@ -169,7 +176,7 @@ def _read_plain(
     return read_texts(
         settings.pretrain_text,
         pace.encode,
-        pace.parts.target.context_length,
+        context,
         max(settings.pretrain_tokens, mixed),
         settings.seed,
         may_learn,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from paceline.distillation.texts import is_prompt_file
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, shorten
 from paceline.store import (
     TrainedOn,
     is_validation,
@@ -18,6 +18,7 @@ from paceline.store import (
     take_by_hash,
     take_part_of_files,
 )
+from paceline.store.trained_on import hash_prompt
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,7 +54,8 @@ def choose_prompts(
     """Return the prompts of the files to train on and of the other files to measure on.
 
     Each file has the prompts of `settings.part` with the lowest hashes up to its cap; validation takes
-    its share of them. Raises ConfigError on a file that cannot be read.
+    its share of them. Raises ConfigError on a file that cannot be read, or if one id belongs to the
+    prompts of two files.
     """
     named = [Path(path) for path in data]
     others = [path for path in map(Path, also_measure) if path not in named]
@@ -65,14 +67,17 @@ def choose_prompts(
     ]
     paths = [*named, *others, *texts]
     parts = take_part_of_files([read_prompts([path]) for path in paths], settings.part)
+    share = settings.validation_share
+    if settings.part == "all":  # other parts have every text once
+        parts = _without_twins(parts, share)
     chosen = [
         _split(path, records, settings, is_measured=i >= len(named))
         for i, (path, records) in enumerate(zip(paths, parts, strict=True))
     ]
-    share = settings.validation_share
     held_out = TrainedOn.of(r.prompt for part in parts for r in part if is_validation(r.id, share))
     may_learn = TrainedOn.of(r.prompt for part in parts for r in part if r.prompt not in held_out)
     end = len(named) + len(others)
+    _check_ids(chosen[:end])
     return PromptChoice(chosen[: len(named)], chosen[len(named) : end], may_learn)
 
 
@@ -92,6 +97,30 @@ def check_prompts(
             f"part '{settings.part}': both are needed; give more prompts, part 'all', or another "
             "validation_share"
         )
+
+
+def _without_twins(
+    files: Sequence[Sequence[PromptRecord]], share: float
+) -> list[list[PromptRecord]]:
+    """Return the prompts of each file without those to train on whose text also validates."""
+    held_out = {hash_prompt(r.prompt) for own in files for r in own if is_validation(r.id, share)}
+    return [
+        [r for r in own if is_validation(r.id, share) or hash_prompt(r.prompt) not in held_out]
+        for own in files
+    ]
+
+
+def _check_ids(files: Sequence[PromptFile]) -> None:
+    """Raise ConfigError if two prompts have one id, by which the texts of a training are told apart."""
+    seen: dict[str, tuple[str, Path]] = {}
+    for file in files:
+        for record in (*file.training, *file.validation):
+            prompt, path = seen.setdefault(record.id, (record.prompt, file.path))
+            if prompt != record.prompt:
+                raise ConfigError(
+                    f"the id {shorten(record.id)} belongs to two prompts, of {path} and {file.path}; "
+                    "rename one of them"
+                )
 
 
 def _split(

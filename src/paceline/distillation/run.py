@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from transformers import GenerationConfig
@@ -33,6 +34,7 @@ from paceline.distillation.student import (
     load_float32,
     make_student,
     num_parameters,
+    save_model,
 )
 from paceline.distillation.train import (
     Lesson,
@@ -43,7 +45,6 @@ from paceline.distillation.train import (
 )
 from paceline.errors import ConfigError
 from paceline.files import write_atomically
-from paceline.models.loading import quiet_transformers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     OnProgress = Callable[[TrainingProgress], None]
 
 TRAINING = "training.json"
+LOCK = "lock"  # of the folder of unfinished work
 
 
 def distill(
@@ -119,7 +121,8 @@ class _Run:
     ) -> None:
         settings = choose_arithmetic(settings, accelerator.device)
         self.pace, self.settings, self.part = pace, settings, part
-        self.accelerator, self.prices, self.name = accelerator, prices, name
+        self.accelerator, self.name = accelerator, name
+        self.round_costs = None if prices is None else prices.round_costs
         self.is_main = accelerator.is_main_process
         self.on_progress = on_progress if self.is_main else _say_nothing
         check_tokenizer(settings.start_from, pace.parts.vocabulary)
@@ -132,7 +135,10 @@ class _Run:
         """Run the phases, save and measure the student, and describe it in its folder."""
         # the first process writes what all of them read
         with self.accelerator.main_process_first(), _answers_lock(self.settings.outputs):
-            texts = prepare_texts(self.pace, data, also_measure, self.settings, self._report)
+            context = self.student.config.get_text_config().max_position_embeddings
+            texts = prepare_texts(
+                self.pace, data, also_measure, self.settings, self._report, context
+            )
             check_lengths(self.student, texts)
             distributions = self._distributions(texts)
         lesson = Lesson(texts.training, texts.plain, distributions)
@@ -182,6 +188,7 @@ class _Run:
         path = part / ("pretrain.pt" if pretrain_tokens else "align.pt")
         before = self.phases[-1].step if self.phases else 0
         trainer = Trainer(self.student, lesson, settings, path, self.accelerator, pretrain_tokens)
+        self._keep_prices(trainer.training)
         events = self._open_events(before + trainer.training.step)
 
         def validate(student: PreTrainedModel) -> tuple[float, dict[str, Any]]:
@@ -198,6 +205,13 @@ class _Run:
         if events is not None:
             events.close()
 
+    def _keep_prices(self, training: Training) -> None:
+        """Go on with the prices of the run's beginning, or its scores could not be compared."""
+        if training.round_costs is not None:
+            self.round_costs = np.array(training.round_costs)
+        elif self.round_costs is not None:
+            training.round_costs = self.round_costs.tolist()
+
     def _open_events(self, step: int) -> EventLog | None:
         """Return the log for TensorBoard, from a step on; None in other processes or without one."""
         folder = self.settings.events
@@ -206,8 +220,7 @@ class _Run:
         return EventLog(folder / self.name, step)
 
     def _measure(self, replays: Sequence[TextReplay]) -> Measures:
-        costs = None if self.prices is None else self.prices.round_costs
-        return measure(matches_of(replays), self.ratio, costs)
+        return measure(matches_of(replays), self.ratio, self.round_costs)
 
     def _describe(self, made: Path, texts: TrainingTexts, report: DistillReport) -> None:
         """Write the card, the figures, their curves and the record of the prompts."""
@@ -235,7 +248,7 @@ def locked(part: Path, accelerator: Accelerator) -> Iterator[None]:
         yield
         return
     part.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(part / "lock")  # removed with the folder at the end
+    lock = FileLock(part / LOCK)  # removed with the folder at the end
     try:
         lock.acquire(blocking=False)
     except Timeout as error:
@@ -275,13 +288,16 @@ def _save(student: PreTrainedModel, pace: Pace, folder: Path, settings: DistillS
         eos_token_id=end[0] if len(end) == 1 else end or None,
         pad_token_id=student.config.pad_token_id,
     )
-    with quiet_transformers():
-        student.save_pretrained(folder)
+    save_model(student, folder)
     pace.parts.tokenizer.save_pretrained(folder)
 
 
 def _publish(made: Path, out: Path) -> None:
+    """Put the finished folder in its place; an earlier drafter goes into the folder of the work."""
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.exists():
-        shutil.rmtree(out)
+        before = made.with_name("before")
+        shutil.rmtree(before, ignore_errors=True)
+        # a drafter that is removed file by file would be a damaged one after a kill
+        out.replace(before)
     made.replace(out)

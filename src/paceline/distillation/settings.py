@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from paceline.config import Section
 from paceline.contracts import GREEDY, SamplingParams
@@ -23,6 +23,9 @@ LossName = Literal[
     "negative_log_acceptance",
     "lk_hybrid",
 ]
+
+
+Cap = Annotated[int, Field(ge=0)]
 
 
 class StudentShape(Section):
@@ -115,6 +118,8 @@ class DistillSettings(Section):
     are slow elsewhere.
     """
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     size: Literal["small", "medium"] = "small"
     shape: StudentShape | None = None
     start_from: Path | None = None
@@ -127,7 +132,7 @@ class DistillSettings(Section):
     pretrain_tokens: int = Field(default=0, ge=0)
 
     part: Literal["training", "all"] = "training"
-    max_prompts: int | dict[str, int] | None = None
+    max_prompts: Cap | dict[str, Cap] | None = None
     max_new_tokens: int = Field(default=256, ge=1)
     samplings: tuple[AnswerSampling, ...] = Field(default=(AnswerSampling(),), min_length=1)
     outputs: Path = Path("runs/outputs")
@@ -138,7 +143,7 @@ class DistillSettings(Section):
     loss: LossName = "cross_entropy"
     teacher: Literal["cached", "live"] = "cached"
     teacher_top_k: int = Field(default=32, ge=1)
-    teacher_temperature: float = Field(default=1.0, gt=0.0)
+    teacher_temperature: float = Field(default=1.0, ge=MIN_TEMPERATURE)
     prompt_weight: float = Field(default=0.2, ge=0.0, le=1.0)
     epochs: float = Field(default=8.0, gt=0.0)
     batch_tokens: int = Field(default=2048, ge=1)
@@ -155,7 +160,7 @@ class DistillSettings(Section):
     checkpoint_every: int = Field(default=200, ge=1)  # steps
     events: Path | None = Path("runs/events")
     threads: int | None = Field(default=None, ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     license: str = "apache-2.0"  # of the weights, for the card
 
     @model_validator(mode="after")

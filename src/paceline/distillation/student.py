@@ -13,6 +13,7 @@ import copy
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -133,7 +134,7 @@ def check_tokenizer(folder: Path | None, vocabulary: Vocabulary) -> None:
         raise ConfigError(f"start_from {folder}: no such folder; correct the path")
     try:
         own = Vocabulary.of(AutoTokenizer.from_pretrained(folder))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file raises almost any
         raise ConfigError(
             f"start_from {folder}: its tokenizer cannot be read ({shorten(error)}); copy the target's "
             "tokenizer into the folder if the model was trained with it"
@@ -152,11 +153,23 @@ def load_float32(folder: Path) -> PreTrainedModel:
     return model
 
 
+def save_model(model: PreTrainedModel, folder: Path, **options: Any) -> None:
+    """Write a model as `save_pretrained` does. Raises ConfigError if the disk is full."""
+    try:
+        with quiet_transformers():
+            model.save_pretrained(folder, **options)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"{folder}: the weights cannot be written ({shorten(str(error))}); the training is kept: "
+            "make room and run the same command"
+        ) from error
+
+
 def _load_student(folder: Path, target: LanguageModel) -> PreTrainedModel:
     """Return a folder's model. Raises ConfigError if it cannot be loaded or has other logits."""
     try:
         student = load_float32(folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file raises almost any
         raise ConfigError(f"start_from {folder}: not a causal LM ({shorten(error)})") from error
     width = student.get_output_embeddings().weight.shape[0]
     if width != target.num_logits:

@@ -45,7 +45,8 @@ def read_texts(
     are read once. encode: text -> token ids of the target. may_learn: the prompts that may be trained
     on; others are left out with their references.
 
-    Raises ConfigError on a file that cannot be read, has no text, or has other columns.
+    Raises ConfigError on a file that cannot be read, has no text, or has other columns, and if no text
+    has a token to learn.
     """
     texts = _read_all(paths, may_learn)
     length = min(context, MAX_TOKENS)
@@ -55,6 +56,7 @@ def read_texts(
             "longer context, or remove pretrain_text"
         )
     examples: list[Example] = []
+    wants_text = max_tokens > 0
     order = np.random.default_rng(seed).permutation(len(texts))
     for i in order:
         if max_tokens < 1:
@@ -65,6 +67,10 @@ def read_texts(
             piece = tokens[first : first + length]
             examples.append(Example(f"text/{name}/{first}", DOMAIN, piece, num_prompt=1))
             max_tokens -= len(piece) - 1
+    if wants_text and not examples:
+        raise ConfigError(
+            "no text of pretrain_text has two tokens, so none can be learned; add others"
+        )
     return examples
 
 
@@ -171,6 +177,10 @@ def _check_row(where: str, row: Any) -> dict[str, str]:
     for key in keys:
         if not isinstance(row[key], str):
             raise ConfigError(f"{where}: '{key}' is not a text ({type(row[key]).__name__})")
+        try:
+            row[key].encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{where}: '{key}' holds half of a surrogate pair") from error
     return {key: row[key] for key in keys}
 
 

@@ -81,7 +81,10 @@ def _parse_record(raw: Any, fields: PromptFields) -> tuple[PromptRecord, bool]:
     prompt = _parse_prompt(raw[fields.prompt])
     id, domain = raw.get(fields.id), raw.get(fields.domain)
     name = hashlib.sha256(prompt.encode()).hexdigest()[:16] if id is None else str(id)
-    return PromptRecord(name, "" if domain is None else str(domain), prompt), id is not None
+    task = "" if domain is None else str(domain)
+    _check_characters("id", name)
+    _check_characters("domain", task)
+    return PromptRecord(name, task, prompt), id is not None
 
 
 def _parse_prompt(value: Any) -> str:
@@ -93,11 +96,16 @@ def _parse_prompt(value: Any) -> str:
         raise _BadRowError(f"the prompt is not a text ({type(value).__name__})")
     if not value:
         raise _BadRowError("the prompt is empty")
+    _check_characters("prompt", value)
+    return value
+
+
+def _check_characters(name: str, value: str) -> None:
+    """Raise _BadRowError for a text that no file can hold; JSON can spell it."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise _BadRowError("the prompt holds half of a surrogate pair") from error
-    return value
+        raise _BadRowError(f"the {name} holds half of a surrogate pair") from error
 
 
 # --- kinds of files -------------------------------------------------------------------------------

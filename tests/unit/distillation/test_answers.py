@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -245,6 +246,16 @@ def test_a_prompt_that_fills_the_context_has_no_answer(pace: Pace, tmp_path: Pat
 
 
 # --- mistakes -------------------------------------------------------------------------------------
+
+
+def test_stored_answers_to_other_prompts_of_the_same_ids_are_refused(
+    pace: Pace, prompts: list[PromptRecord], tmp_path: Path
+) -> None:
+    """Another file of the same name would be trained on the answers to this one."""
+    decode(pace, prompts[:2], tmp_path / "o", (GREEDY,))
+    changed = [prompts[0], replace(prompts[1], prompt="w1 w2")]
+    with pytest.raises(StoreError, match=r"is to another prompt .*; delete or rename this folder"):
+        decode(pace, changed, tmp_path / "o", (GREEDY,))
 
 
 def test_a_store_of_an_earlier_version_is_refused_with_a_way_out(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+import shutil
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from support.distillation import (
@@ -14,16 +16,19 @@ from support.distillation import (
     tiny_tokenizer,
     write_prompts,
 )
-from support.training import without_speed
+from support.training import check_teacher, without_speed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paceline.assembly import Pace, build_from_objects
 from paceline.config import Config, ModelSection
 from paceline.contracts import PromptRecord
 from paceline.distillation import TrainingProgress, distill
+from paceline.distillation.prices import Prices
 from paceline.distillation.prompts import choose_prompts
-from paceline.distillation.student import num_parameters
-from paceline.distillation.train import Lesson
+from paceline.distillation.run import _publish
+from paceline.distillation.settings import DistillSettings, StudentShape
+from paceline.distillation.student import build_student, num_parameters
+from paceline.distillation.train import Lesson, Trainer
 from paceline.errors import ConfigError, StoreError
 from paceline.models.language_model import LanguageModel
 from paceline.models.self_checks import check_packed_forward
@@ -34,7 +39,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from paceline.distillation.batches import Example
-    from paceline.distillation.settings import DistillSettings
 
 
 # --- choice of prompts ----------------------------------------------------------------------------
@@ -239,6 +243,29 @@ def test_the_answers_of_the_target_are_learned_and_not_the_prompts(
         assert example.tokens[example.num_prompt :].tolist() == answer
 
 
+@pytest.mark.parametrize("teacher", ["cached", "live"])
+def test_the_targets_distributions_at_the_temperature_are_learned(
+    teacher: str, pace: Pace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lessons: list[Lesson] = []
+
+    def capture(student: object, lesson: Lesson, *rest: object) -> None:
+        lessons.append(lesson)
+        raise KilledError
+
+    monkeypatch.setattr("paceline.distillation.run.Trainer", capture)
+    apples = write_prompts(tmp_path / "apples.jsonl", "apples", 30)
+    settings = distill_settings(
+        tmp_path, loss="kl", teacher=teacher, teacher_temperature=0.5, teacher_top_k=8
+    )
+    with pytest.raises(KilledError):
+        distill(pace, [apples], tmp_path / "a", settings)
+
+    [lesson] = lessons
+    assert lesson.distributions is not None
+    check_teacher(pace, lesson, settings)
+
+
 def test_of_other_tasks_only_validation_prompts_are_answered(pace: Pace, tmp_path: Path) -> None:
     apples = write_prompts(tmp_path / "apples.jsonl", "apples", 30)
     pears = write_prompts(tmp_path / "pears.jsonl", "pears", 30)
@@ -279,3 +306,142 @@ def test_mistakes_are_found_before_decoding(pace: Pace, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a distilled drafter"):
         distill(pace, [apples], precious, settings)
     assert not (tmp_path / "outputs").exists()
+
+
+def test_one_id_of_two_prompts_is_refused(tmp_path: Path) -> None:
+    """Distributions are found by id, so those of one text would be learned along another."""
+    paths, settings = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"], distill_settings(tmp_path)
+    for path, word in zip(paths, ("w1", "w2"), strict=True):
+        rows = [{"id": f"{i}", "domain": "d", "prompt": f"{word} w{i}"} for i in range(9)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for also_measure in ((), paths[1:]):
+        data = paths if not also_measure else paths[:1]
+        with pytest.raises(
+            ConfigError, match=r"belongs to two prompts, of .*a.jsonl and .*b.jsonl"
+        ):
+            choose_prompts(data, settings, also_measure)
+    shutil.copy(paths[0], paths[1])
+    everything = settings.model_copy(update={"part": "all"})
+    assert len(choose_prompts(paths, everything).files) == 2
+
+
+def test_a_text_that_validates_is_not_trained_on_under_another_id(tmp_path: Path) -> None:
+    """Part `all` has the texts as they are, also those that a file repeats."""
+    path, settings = tmp_path / "a.jsonl", distill_settings(tmp_path, part="all")
+    rows = [{"id": f"{i}", "domain": "d", "prompt": f"w{i % 10}  w1"} for i in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (file,) = choose_prompts([path], settings).files
+    training, validation = ({r.prompt for r in own} for own in (file.training, file.validation))
+    assert training and validation
+    assert not training & validation
+
+
+# --- prices ---------------------------------------------------------------------------------------
+
+
+def constant_prices(per_token: float) -> Prices:
+    """Return prices of drafts up to 4 tokens, each of which costs a share of a plain round."""
+    return Prices(np.ones(5), per_token * np.arange(5.0), 0.0, 64)
+
+
+def speedup_at(prices: Prices, figures: dict[str, Any]) -> float:
+    tau = figures["block_efficiency"]
+    return max(tau[str(k)] / prices.round_costs[k] for k in range(1, 5))
+
+
+def test_weights_are_chosen_by_the_speedup_at_the_prices(
+    pace: Pace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by the loss, and not by the parameters."""
+    found: list[tuple[float, dict[str, Any]]] = []
+
+    class Validating(Trainer):
+        def run(self, validate: Any, *rest: Any) -> Any:
+            found.append(validate(self.student))
+            raise KilledError
+
+    monkeypatch.setattr("paceline.distillation.run.Trainer", Validating)
+    apples, prices = write_prompts(tmp_path / "apples.jsonl", "apples", 40), constant_prices(0.3)
+    with pytest.raises(KilledError):
+        distill(pace, [apples], tmp_path / "a", distill_settings(tmp_path), prices=prices)
+    [(score, figures)] = found
+    assert figures["is_priced"]
+    assert score == pytest.approx(speedup_at(prices, figures), abs=1e-4)
+
+
+def test_a_continued_run_keeps_the_prices_of_its_beginning(pace: Pace, tmp_path: Path) -> None:
+    """Scores at other prices could not be compared with those before the kill."""
+    apples, out = write_prompts(tmp_path / "apples.jsonl", "apples", 40), tmp_path / "a"
+    settings = distill_settings(tmp_path).model_copy(update={"validate_every": 0.2})
+    first, second = constant_prices(0.1), constant_prices(0.9)
+
+    def kill(progress: TrainingProgress) -> None:
+        if (progress.phase, progress.step) == ("align", 3):
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        distill(pace, [apples], out, settings, kill, prices=first)
+    distill(pace, [apples], out, settings, prices=second)
+    facts = json.loads((out / "training.json").read_text())
+    for figures in (*facts["history"], facts["measures"]):
+        assert figures["predicted_speedup"] == pytest.approx(speedup_at(first, figures), abs=1e-4)
+
+
+# --- what is written ------------------------------------------------------------------------------
+
+
+def test_an_earlier_drafter_is_moved_and_not_removed_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill between two of its files would leave a damaged drafter, which is not replaced either."""
+    made, out, removed = tmp_path / "d.part" / "model", tmp_path / "d", []
+    for folder in (made, out):
+        folder.mkdir(parents=True)
+        (folder / "name").write_text(folder.name)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **options: removed.append(path))
+    _publish(made, out)
+    assert out not in removed
+    assert (out / "name").read_text() == "model"
+    assert (made.with_name("before") / "name").read_text() == "d"
+
+
+def test_text_is_cut_at_the_context_of_the_student(
+    pace: Pace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[Example] = []
+
+    def capture(student: object, lesson: Lesson, *rest: object) -> None:
+        taken.extend(lesson.texts)
+        raise KilledError
+
+    shape = StudentShape(num_layers=1, hidden_size=16, mlp_size=24, num_heads=2, num_kv_heads=1)
+    student = build_student(tiny_target(), shape, "random", seed=0)
+    student.config.max_position_embeddings = 20
+    student.save_pretrained(tmp_path / "start")
+    tiny_tokenizer().save_pretrained(tmp_path / "start")
+    monkeypatch.setattr("paceline.distillation.run.Trainer", capture)
+    settings = all_phases(tmp_path, start_from=str(tmp_path / "start"), loss="cross_entropy")
+    apples = write_prompts(tmp_path / "apples.jsonl", "apples", 40)
+    with pytest.raises(KilledError):
+        distill(pace, [apples], tmp_path / "a", settings)
+    assert max(len(example.tokens) for example in taken) == 20
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epochs": float("inf")},
+        {"validate_every": float("inf")},
+        {"learning_rate": float("inf")},
+        {"weight_decay": float("nan")},
+        {"seed": -1},
+        {"seed": 2**64},
+        {"max_prompts": -1},
+        {"max_prompts": {"apples": -1}},
+        {"teacher_temperature": 1e-30},
+    ],
+    ids=str,
+)
+def test_numbers_that_no_training_has_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(change))):
+        DistillSettings.model_validate(change)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from support.distillation import KilledError, tiny_target, tiny_tokenizer, write_prompts
 from support.logged import answer, header_of, logged, random_prompts
+from support.training import check_teacher, rule_texts
 from transformers import AutoModelForCausalLM
 
 from paceline.assembly import Pace, build_from_objects
@@ -20,12 +21,14 @@ from paceline.config import Config, LogSection, ModelSection
 from paceline.distillation import adoption
 from paceline.distillation import improve as improving
 from paceline.distillation.adoption import HEADING, IMPROVEMENTS, WEIGHTS, with_section
+from paceline.distillation.comparison import Interval, Intervals
 from paceline.distillation.improve import DrafterFolder, improve
 from paceline.distillation.improve_settings import ImproveSettings
-from paceline.distillation.improve_texts import ImproveTexts, add_data
-from paceline.distillation.logged import prompt_key, read_requests, split_by_prompt
+from paceline.distillation.improve_texts import ImproveTexts, TextRecord, add_data
+from paceline.distillation.logged import SERVED, prompt_key, read_requests, split_by_prompt
 from paceline.distillation.settings import StudentShape
 from paceline.distillation.student import build_student
+from paceline.distillation.train import Lesson
 from paceline.errors import ConfigError
 from paceline.store import TrainedOn
 from paceline.verbs.improvement import improve_drafter, improve_settings
@@ -171,6 +174,54 @@ def test_a_drafter_that_does_not_rise_on_held_out_requests_stays(
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+def test_a_rise_without_confidence_is_not_adopted(
+    pace: Pace, drafter: DrafterFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unsure = Interval(0.3, -0.01, 0.6)
+    sure = Interval(0.3, 0.1, 0.6)
+    rise = {SERVED: Intervals(sure, sure, unsure)}
+    monkeypatch.setattr(improving, "compare", lambda *rest: rise)
+    before = contents(drafter.folder)
+    report = improve(pace, drafter, requests(pace, random_prompts(80)), settings(epochs=0.1))
+    assert not report.is_adopted
+    assert contents(drafter.folder) == before
+
+
+def test_weights_are_chosen_by_block_efficiency_at_the_drafters_length(
+    pace: Pace, drafter: DrafterFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[tuple[float, dict[str, Any]]] = []
+
+    class Validating(improving.Trainer):  # type: ignore[name-defined, misc]
+        def run(self, validate: Any, *rest: Any) -> Any:
+            found.append(validate(self.student))
+            raise KilledError
+
+    monkeypatch.setattr(improving, "Trainer", Validating)
+    with pytest.raises(KilledError):
+        improve(pace, drafter, requests(pace, random_prompts(80)), settings())
+    [(score, figures)] = found
+    assert score == pytest.approx(figures["block_efficiency"]["3"], abs=1e-4)
+
+
+def test_the_targets_distributions_are_learned_where_the_loss_needs_them(
+    pace: Pace, drafter: DrafterFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lessons: list[Lesson] = []
+
+    def capture(student: Any, lesson: Lesson, *rest: Any) -> None:
+        lessons.append(lesson)
+        raise KilledError
+
+    monkeypatch.setattr(improving, "Trainer", capture)
+    for loss in ("kl", "cross_entropy"):
+        own = settings(loss=loss, teacher_temperature=0.5)
+        with pytest.raises(KilledError):
+            improve(pace, drafter, requests(pace, random_prompts(80)), own)
+    check_teacher(pace, lessons[0], settings(teacher_temperature=0.5))
+    assert lessons[1].distributions is None
+
+
 def test_no_step_reads_a_held_out_text(
     pace: Pace, drafter: DrafterFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +337,33 @@ def test_a_killed_run_leaves_the_drafter_and_continues_with_its_texts(
     improve(pace, drafter, grown, settings(), on_progress=follow)
     assert resumed[0] == 5  # the checkpoint is of step 4
     assert contents(drafter.folder)[WEIGHTS] == contents(whole.folder)[WEIGHTS]
+
+
+def test_a_second_process_is_refused_while_the_first_one_trains(
+    pace: Pace, drafter: DrafterFolder
+) -> None:
+    """Also after a new run has removed the files of an earlier one from the folder of its work."""
+    decisions = requests(pace, random_prompts(80))
+
+    def second(progress: Any) -> None:
+        if progress.phase == "align":
+            with pytest.raises(ConfigError, match="another process trains there"):
+                improve(pace, drafter, decisions, settings())
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        improve(pace, drafter, decisions, settings(), on_progress=second)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "\xff"])
+def test_a_damaged_record_of_texts_begins_a_new_run(content: str, tmp_path: Path) -> None:
+    (tmp_path / "texts.json").write_text(content, encoding="latin-1")
+    (tmp_path / "align.pt").write_bytes(b"of the damaged run")
+    (tmp_path / "lock").write_bytes(b"")
+    examples = rule_texts(3)
+    assert TextRecord(tmp_path, b"models").freeze(examples) == examples
+    assert {path.name for path in tmp_path.iterdir()} == {"texts.json", "lock"}
+    assert TextRecord(tmp_path, b"models").freeze(examples[::-1]) == examples
 
 
 @pytest.mark.parametrize("killed_at", ["kept", "trained_on.npy", WEIGHTS, IMPROVEMENTS])

@@ -6,20 +6,24 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from support.distillation import VOCAB, tiny_settings, tiny_target
+from safetensors import SafetensorError
+from support.distillation import VOCAB, tiny_settings, tiny_target, tiny_tokenizer
 from support.training import TINY, new_student, same_weights
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from paceline.distillation.student import (
     build_student,
+    check_tokenizer,
     copy_layers,
     make_student,
     num_parameters,
     project,
+    save_model,
 )
 from paceline.errors import ConfigError
 from paceline.models.language_model import LanguageModel
 from paceline.models.self_checks import check_packed_forward
+from paceline.models.vocabulary import Vocabulary
 from paceline.testing.tiny_models import tiny_model
 
 if TYPE_CHECKING:
@@ -195,3 +199,35 @@ def test_a_copys_cache_holds_its_own_layers(architecture: str) -> None:
 def test_layers_that_the_target_lacks_are_refused() -> None:
     with pytest.raises(ConfigError, match="target_layers: 2 is not one of the target's 2 layers"):
         copy_layers(model_of("llama"), [0, 2])
+
+
+@pytest.mark.parametrize(
+    "error", [SafetensorError("I/O error: No space left on device"), OSError(28, "No space left")]
+)
+def test_weights_that_a_full_disk_cannot_hold_are_an_error_with_advice(
+    error: Exception, tmp_path: Path
+) -> None:
+    class Full:
+        def save_pretrained(self, folder: Path, **options: Any) -> None:
+            raise error
+
+    with pytest.raises(ConfigError, match=r"cannot be written \(.*No space left.*: make room"):
+        save_model(Full(), tmp_path / "d")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [0, 100, -100])
+def test_a_damaged_checkpoint_is_named(size: int, tmp_path: Path) -> None:
+    new_student().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    with pytest.raises(ConfigError, match=r"start_from .*: not a causal LM"):
+        start_from(tmp_path, None)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "{", "\xff"])
+def test_a_damaged_tokenizer_of_a_checkpoint_is_named(content: str, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ConfigError, match=r"start_from .*: its tokenizer cannot be read"):
+        check_tokenizer(tmp_path, Vocabulary.of(tokenizer))

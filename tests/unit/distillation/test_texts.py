@@ -174,6 +174,8 @@ def test_files_that_cannot_be_used_are_named_with_the_reason(tmp_path: Path) -> 
             r"d.jsonl:2: 'text' is not a text \(int",
         ),
         (plain(tmp_path / "e.jsonl", '{"text": "x"}\n{"te'), "e.jsonl:2: not a JSON object"),
+        (plain(tmp_path / "s.jsonl", r'{"text": "\ud800"}'), "'text' holds half of a surrogate"),
+        (plain(tmp_path / "one.txt", "x"), "no text of pretrain_text has two tokens"),
         (plain(tmp_path / "f.parquet", "no table"), "f.parquet: cannot be read"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -24,7 +24,7 @@ from paceline.distillation.distributions import LiveDistributions, hidden_states
 from paceline.distillation.losses import LOSSES
 from paceline.distillation.objective import judge
 from paceline.distillation.replays import replay_validation, with_losses
-from paceline.distillation.schedule import plan_steps
+from paceline.distillation.schedule import learning_rate, plan_steps
 from paceline.distillation.settings import DistillSettings
 from paceline.distillation.teachers import TextTeacher
 from paceline.distillation.train import Lesson, choose_arithmetic
@@ -263,6 +263,27 @@ def test_two_accumulated_batches_are_nearly_one_of_twice_the_size(
 
 def total_weight_of(batch: list[int], examples: list[Example]) -> float:
     return sum(total_weight(examples[i], 0.0) for i in batch)
+
+
+def test_each_step_has_its_learning_rate(tmp_path: Path) -> None:
+    settings, seen = tiny_settings(), []
+    trained = trainer(new_student(), rule_texts(30), settings, tmp_path / "c")
+
+    def note(progress: TrainingProgress) -> None:
+        seen.append([group["lr"] for group in trained.optimizer.param_groups])
+
+    run(trained, rule_texts(3), note)
+    total = len(trained.plan)
+    assert seen == [[learning_rate(step, total, settings)] * 2 for step in range(total)]
+
+
+def test_a_gradient_is_clipped_at_its_norm(tmp_path: Path) -> None:
+    settings = tiny_settings(epochs=1.0, batch_tokens=1000, max_gradient_norm=0.01)
+    trained = trainer(new_student(), rule_texts(8), settings, tmp_path / "c")
+    assert run(trained, rule_texts(3)).step == 1
+    moments = [state["exp_avg"].flatten() for state in trained.optimizer.state.values()]
+    # the first step's mean is a tenth of its gradient
+    assert float(torch.cat(moments).norm()) == pytest.approx(0.1 * 0.01, rel=1e-3)
 
 
 def test_tokens_are_those_that_the_student_read(tmp_path: Path) -> None:

@@ -141,6 +141,8 @@ BROKEN = {
     '{"id": "x", "prompt": null}': "not a text",
     '{"id": "x", "prompt": 3}': "not a text",
     '{"id": "x", "prompt": "\\ud800"}': "surrogate",
+    '{"id": "\\ud800", "prompt": "x"}': "the id holds half of a surrogate",
+    '{"domain": "\\ud800", "prompt": "x"}': "the domain holds half of a surrogate",
     '{"id": "x", "prompt": [{"role": "assistant", "content": "hi"}]}': "role 'user'",
     '{"id": "a", "prompt": "again"}': "id 'a' occurs twice",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,18 @@ def test_a_write_that_dies_leaves_the_old_file(
     write_atomically(path, b"newer")
     assert path.read_bytes() == b"newer"
     assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's own error has no name, and a message without one helps nobody."""
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_atomically(tmp_path / "file", b"new")
+    assert caught.value.filename == str(tmp_path / "file")
 
 
 def test_what_was_made_otherwise_is_refused(tmp_path: Path) -> None:
