@@ -21,7 +21,7 @@ from paceline.config import Config, LogSection, ModelSection
 from paceline.distillation import adoption
 from paceline.distillation import improve as improving
 from paceline.distillation.adoption import HEADING, IMPROVEMENTS, WEIGHTS, with_section
-from paceline.distillation.comparison import Interval, Intervals
+from paceline.distillation.comparison import MeasureIntervals
 from paceline.distillation.improve import DrafterFolder, improve
 from paceline.distillation.improve_settings import ImproveSettings
 from paceline.distillation.improve_texts import ImproveTexts, TextRecord, add_data
@@ -30,6 +30,7 @@ from paceline.distillation.settings import StudentShape
 from paceline.distillation.student import build_student
 from paceline.distillation.train import Lesson
 from paceline.errors import ConfigError
+from paceline.intervals import Interval
 from paceline.store import TrainedOn
 from paceline.verbs.improvement import improve_drafter, improve_settings
 
@@ -179,7 +180,7 @@ def test_a_rise_without_confidence_is_not_adopted(
 ) -> None:
     unsure = Interval(0.3, -0.01, 0.6)
     sure = Interval(0.3, 0.1, 0.6)
-    rise = {SERVED: Intervals(sure, sure, unsure)}
+    rise = {SERVED: MeasureIntervals(sure, sure, unsure)}
     monkeypatch.setattr(improving, "compare", lambda *rest: rise)
     before = contents(drafter.folder)
     report = improve(pace, drafter, requests(pace, random_prompts(80)), settings(epochs=0.1))
