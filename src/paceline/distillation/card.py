@@ -179,7 +179,8 @@ def _measure_paragraphs(facts: Mapping[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for task, own in measures["domains"].items():
-        mark = "yes" if task in facts["trained_domains"] else "no"
+        earlier = "before" if task in facts.get("earlier_domains", ()) else "no"
+        mark = "yes" if task in facts["trained_domains"] else earlier
         taus = " | ".join(_at(own["block_efficiency"], k) for k in _LENGTHS)
         lines.append(
             f"| {task} | {mark} | {own['match_rate']:.3f} | {own['acceptance']:.3f} | {taus} | "

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import transformers
 
 from paceline.bench.circumstances import cpu_model
 from paceline.distillation.card import command_line
+from paceline.errors import ArtefactError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from paceline.distillation.measures import Measures
     from paceline.distillation.preparation import TrainingTexts
     from paceline.distillation.settings import DistillSettings
+
+TRAINING: Final = "training.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,23 @@ class DistillReport:
     notes: list[str]  # for the user
 
 
+def read_earlier_domains(start: Path | None) -> list[str]:
+    """Return the tasks that `start_from` was trained on, as far as its folder says.
+
+    Raises ArtefactError if its facts cannot be read.
+    """
+    path = None if start is None else start / TRAINING
+    if path is None or not path.is_file():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return sorted({*found["trained_domains"], *found.get("earlier_domains", ())})
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ArtefactError(
+            f"{path}: cannot be read ({error!r}); copy it again or remove it"
+        ) from error
+
+
 def make_facts(
     pace: Pace,
     student: PreTrainedModel,
@@ -47,8 +68,12 @@ def make_facts(
     settings: DistillSettings,
     report: DistillReport,
     phases: Sequence[Training],
+    earlier_domains: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return plain values: the models, texts, measures, settings and circumstances of a run."""
+    """Return plain values: the models, texts, measures, settings and circumstances of a run.
+
+    earlier_domains: tasks that the weights of `start_from` were trained on.
+    """
     out, target = report.out, pace.parts.target
     return {
         "name": out.name,
@@ -58,6 +83,7 @@ def make_facts(
         "outputs_dtype": str(target.dtype).removeprefix("torch."),
         "model": _model_facts(student, report.num_parameters),
         **_text_facts(texts),
+        "earlier_domains": list(earlier_domains),
         "measures": report.measures.to_history(),
         "steps": report.steps,
         "best_step": report.best_step,

@@ -24,7 +24,12 @@ from paceline.config import Config
 from paceline.distillation.card import card
 from paceline.distillation.curves import EventLog, plot_curves
 from paceline.distillation.distributions import LiveDistributions, gather_distributions
-from paceline.distillation.facts import DistillReport, make_facts
+from paceline.distillation.facts import (
+    TRAINING,
+    DistillReport,
+    make_facts,
+    read_earlier_domains,
+)
 from paceline.distillation.measures import measure
 from paceline.distillation.outputs import open_target
 from paceline.distillation.preparation import check_lengths, prepare_texts
@@ -45,6 +50,8 @@ from paceline.distillation.train import (
 )
 from paceline.errors import ConfigError
 from paceline.files import write_atomically
+from paceline.store import TrainedOn
+from paceline.store.trained_on import NOTHING, join
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -64,7 +71,6 @@ if TYPE_CHECKING:
 
     OnProgress = Callable[[TrainingProgress], None]
 
-TRAINING = "training.json"
 LOCK = "lock"  # of the folder of unfinished work
 
 
@@ -125,7 +131,10 @@ class _Run:
         self.round_costs = None if prices is None else prices.round_costs
         self.is_main = accelerator.is_main_process
         self.on_progress = on_progress if self.is_main else _say_nothing
-        check_tokenizer(settings.start_from, pace.parts.vocabulary)
+        start = settings.start_from
+        check_tokenizer(start, pace.parts.vocabulary)
+        self.earlier = None if start is None else TrainedOn.load(start)
+        self.earlier_domains = read_earlier_domains(start)
         self.student = make_student(pace.parts.target, settings)
         own = num_parameters(self.student)
         self.ratio = own / num_parameters(pace.parts.target.model)
@@ -224,11 +233,21 @@ class _Run:
 
     def _describe(self, made: Path, texts: TrainingTexts, report: DistillReport) -> None:
         """Write the card, the figures, their curves and the record of the prompts."""
-        facts = make_facts(self.pace, self.student, texts, self.settings, report, self.phases)
+        facts = make_facts(
+            self.pace,
+            self.student,
+            texts,
+            self.settings,
+            report,
+            self.phases,
+            self.earlier_domains,
+        )
         write_atomically(made / TRAINING, (json.dumps(facts, indent=1) + "\n").encode())
         write_atomically(made / "README.md", card(facts).encode())
         plot_curves(facts["history"], made / "training.png", report.out.name)
-        texts.trained_on.save(made)
+        record = join([texts.trained_on, self.earlier or NOTHING])
+        assert record is not None
+        record.save(made)
 
 
 def _say_nothing(progress: TrainingProgress) -> None:

@@ -29,7 +29,7 @@ from paceline.distillation.run import _publish
 from paceline.distillation.settings import DistillSettings, StudentShape
 from paceline.distillation.student import build_student, num_parameters
 from paceline.distillation.train import Lesson, Trainer
-from paceline.errors import ConfigError, StoreError
+from paceline.errors import ArtefactError, ConfigError, StoreError
 from paceline.models.language_model import LanguageModel
 from paceline.models.self_checks import check_packed_forward
 from paceline.models.vocabulary import Vocabulary
@@ -180,6 +180,35 @@ def test_a_drafter_records_the_prompts_it_was_trained_on_and_no_others(
         expected = record_of.prompt in {r.prompt for r in trained}
         assert (record_of.prompt in record) == expected
     assert not any(r.prompt in record for r in read_prompts([pears]))
+
+
+def test_a_drafter_that_starts_from_another_was_trained_on_its_prompts_too(
+    pace: Pace, tmp_path: Path
+) -> None:
+    files = {
+        name: write_prompts(tmp_path / f"{name}.jsonl", name, 40)
+        for name in ("apples", "pears", "plums")
+    }
+    settings = distill_settings(tmp_path)
+    records: list[set[int]] = [set()]
+    start = None
+    for name, path in files.items():
+        own = settings.model_copy(update={"start_from": start})
+        start = tmp_path / f"draft-{name}"
+        distill(pace, [path], start, own, also_measure=[p for p in files.values() if p != path])
+        found = TrainedOn.load(start)
+        assert found is not None
+        records.append(set(found.hashes.tolist()))
+        assert records[-2] < records[-1]
+        assert any(record.prompt in found for record in read_prompts([path]))
+    readme = (tmp_path / "draft-plums" / "README.md").read_text()
+    for row in ("| apples | before |", "| plums | yes |"):
+        assert row in readme
+
+    (tmp_path / "draft-plums" / "training.json").write_text("[]")
+    broken = settings.model_copy(update={"start_from": tmp_path / "draft-plums"})
+    with pytest.raises(ArtefactError, match=r"training\.json"):
+        distill(pace, [files["apples"]], tmp_path / "late", broken)
 
 
 def test_a_prompt_without_an_answer_is_not_recorded_as_trained_on(
