@@ -68,10 +68,14 @@ def distill(
 
     from paceline.errors import ConfigError
 
-    if suggest and (data or out is not None or from_log is not None):
-        raise ConfigError(
-            "--suggest trains nothing; remove it, or the files of prompts, --out and --from-log"
-        )
+    trained_by = {
+        "files of prompts": data, "--out": out, "--from-log": from_log, "--size": size, "--loss": loss,
+        "--epochs": epochs, "--seed": seed, "--measure": measure, "--set": setting,
+    }  # fmt: skip
+    if suggest and (
+        given := [name for name, value in trained_by.items() if value not in (None, [])]
+    ):
+        raise ConfigError(f"--suggest trains nothing; remove it, or {', '.join(given)}")
     if log is not None and from_log is None:
         raise ConfigError("--log is read by --from-log; name a drafter with it, or remove --log")
     configured = options.configured(config, threads=threads)

@@ -143,6 +143,27 @@ def _finish(axes: Any, history: Sequence[Entry], is_labelled: bool) -> None:
 # --- TensorBoard ----------------------------------------------------------------------------------
 
 
+def check_extras(has_events: bool) -> None:
+    """Raise ConfigError without what the figure, and the events if any, are written with.
+
+    Called before a training, which would otherwise end without them.
+    """
+    import_figure(EXTRA)
+    if has_events:
+        _import_writer()
+
+
+def _import_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            f"event files need TensorBoard; install it with: pip install 'paceline[{EXTRA}]', or set "
+            "events to null"
+        ) from error
+    return SummaryWriter
+
+
 class EventLog:
     """TensorBoard's event files of a training, written while it runs."""
 
@@ -152,13 +173,7 @@ class EventLog:
         first_step: of a continued training; events of the folder from there on are hidden. Raises
         ConfigError without TensorBoard.
         """
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ConfigError(
-                f"event files need TensorBoard; install it with: pip install 'paceline[{EXTRA}]'"
-            ) from error
-        self._writer: Any = SummaryWriter(str(folder), purge_step=first_step or None)
+        self._writer: Any = _import_writer()(str(folder), purge_step=first_step or None)
 
     def add(self, entry: Entry) -> None:
         """Write the figures of an entry of a history."""

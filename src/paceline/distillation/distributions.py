@@ -107,20 +107,25 @@ def _compiled_hidden(target: LanguageModel, batch: Batch) -> Tensor:
             target.release(slot)
 
 
+def check_top_k(target: LanguageModel, settings: DistillSettings) -> None:
+    """Raise ConfigError if a cached teacher would have as many tokens as the target or more."""
+    if settings.teacher == "cached" and settings.teacher_top_k >= target.num_logits:
+        raise ConfigError(
+            f"teacher_top_k {settings.teacher_top_k} is not below the target's {target.num_logits} "
+            "tokens; choose a smaller one, or teacher 'live', which uses all"
+        )
+
+
 def open_distributions(
     folder: Path, target: LanguageModel, settings: DistillSettings
 ) -> ShardStore:
     """Return the store of a target's distributions.
 
-    folder: of the answers, with a store for each combination of settings. Raises ConfigError if
-    `teacher_top_k` is not below the target's number of tokens, StoreError for another target's store.
+    folder: of the answers, with a store for each combination of settings. Raises ConfigError as
+    `check_top_k` does, StoreError for another target's store.
     """
+    check_top_k(target, settings)
     top_k, temperature = settings.teacher_top_k, settings.teacher_temperature
-    if top_k >= target.num_logits:
-        raise ConfigError(
-            f"teacher_top_k {top_k} is not below the target's {target.num_logits} tokens; choose a "
-            "smaller one, or teacher 'live', which uses all"
-        )
     with_prompts = settings.prompt_weight > 0
     name = f"top-{top_k}" + (f"-t{temperature:g}" if temperature != 1 else "")
     identity = {

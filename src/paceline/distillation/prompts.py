@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from paceline.distillation.texts import is_prompt_file
-from paceline.errors import ConfigError, shorten
+from paceline.errors import ConfigError, shorten, suggest_name
 from paceline.store import (
     TrainedOn,
     is_validation,
@@ -54,8 +54,8 @@ def choose_prompts(
     """Return the prompts of the files to train on and of the other files to measure on.
 
     Each file has the prompts of `settings.part` with the lowest hashes up to its cap; validation takes
-    its share of them. Raises ConfigError on a file that cannot be read, or if one id belongs to the
-    prompts of two files.
+    its share of them. Raises ConfigError on a file that cannot be read, on a cap of no file, or if one
+    id belongs to the prompts of two files.
     """
     named = [Path(path) for path in data]
     others = [path for path in map(Path, also_measure) if path not in named]
@@ -66,6 +66,7 @@ def choose_prompts(
         if path not in (*named, *others) and is_prompt_file(path)
     ]
     paths = [*named, *others, *texts]
+    _check_caps(paths, settings)
     parts = take_part_of_files([read_prompts([path]) for path in paths], settings.part)
     share = settings.validation_share
     if settings.part == "all":  # other parts have every text once
@@ -108,6 +109,18 @@ def _without_twins(
         [r for r in own if is_validation(r.id, share) or hash_prompt(r.prompt) not in held_out]
         for own in files
     ]
+
+
+def _check_caps(paths: Sequence[Path], settings: DistillSettings) -> None:
+    """Raise ConfigError if `max_prompts` names no file: a misspelt name would cap nothing."""
+    names = [path.stem for path in paths]
+    caps = settings.max_prompts if isinstance(settings.max_prompts, dict) else {}
+    for name in caps:
+        if name not in names:
+            raise ConfigError(
+                f"max_prompts names {shorten(name)}, which is none of the files"
+                f"{suggest_name(name, names)}; give the name of a file without its suffix"
+            )
 
 
 def _check_ids(files: Sequence[PromptFile]) -> None:

@@ -22,8 +22,8 @@ from transformers import GenerationConfig
 
 from paceline.config import Config
 from paceline.distillation.card import card
-from paceline.distillation.curves import EventLog, plot_curves
-from paceline.distillation.distributions import LiveDistributions, gather_distributions
+from paceline.distillation.curves import EventLog, check_extras, plot_curves
+from paceline.distillation.distributions import LiveDistributions, check_top_k, gather_distributions
 from paceline.distillation.facts import (
     TRAINING,
     DistillReport,
@@ -40,6 +40,7 @@ from paceline.distillation.student import (
     make_student,
     num_parameters,
     save_model,
+    save_tokenizer,
 )
 from paceline.distillation.train import (
     Lesson,
@@ -131,6 +132,9 @@ class _Run:
         self.round_costs = None if prices is None else prices.round_costs
         self.is_main = accelerator.is_main_process
         self.on_progress = on_progress if self.is_main else _say_nothing
+        if self.is_main:
+            check_extras(has_events=settings.events is not None)
+        check_top_k(pace.parts.target, settings)
         start = settings.start_from
         check_tokenizer(start, pace.parts.vocabulary)
         self.earlier = None if start is None else TrainedOn.load(start)
@@ -308,7 +312,7 @@ def _save(student: PreTrainedModel, pace: Pace, folder: Path, settings: DistillS
         pad_token_id=student.config.pad_token_id,
     )
     save_model(student, folder)
-    pace.parts.tokenizer.save_pretrained(folder)
+    save_tokenizer(pace.parts.tokenizer, folder)
 
 
 def _publish(made: Path, out: Path) -> None:

@@ -159,10 +159,22 @@ def save_model(model: PreTrainedModel, folder: Path, **options: Any) -> None:
         with quiet_transformers():
             model.save_pretrained(folder, **options)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"{folder}: the weights cannot be written ({shorten(str(error))}); the training is kept: "
-            "make room and run the same command"
-        ) from error
+        raise _unwritable(folder, "weights", error) from error
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer as `save_pretrained` does. Raises ConfigError if the disk is full."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # tokenizers raises the base class for a failed write
+        raise _unwritable(folder, "tokenizer", error) from error
+
+
+def _unwritable(folder: Path, what: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{folder}: the {what} cannot be written ({shorten(str(error))}); the training is kept: "
+        "make room and run the same command"
+    )
 
 
 def _load_student(folder: Path, target: LanguageModel) -> PreTrainedModel:

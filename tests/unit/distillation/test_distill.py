@@ -321,9 +321,12 @@ def test_answers_of_another_target_or_limit_are_refused(pace: Pace, tmp_path: Pa
         distill(pace, [apples], tmp_path / "b", other)
 
 
-def test_mistakes_are_found_before_decoding(pace: Pace, tmp_path: Path) -> None:
+def test_mistakes_are_found_before_decoding(
+    pace: Pace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     apples = write_prompts(tmp_path / "apples.jsonl", "apples", 3)
     settings = distill_settings(tmp_path)
+    with_events = distill_settings(tmp_path, events=tmp_path / "events")
     with pytest.raises(ConfigError, match="at least one file"):
         distill(pace, [], tmp_path / "a", settings)
     with pytest.raises(ConfigError, match="no such file of prompts"):
@@ -334,7 +337,22 @@ def test_mistakes_are_found_before_decoding(pace: Pace, tmp_path: Path) -> None:
     precious.mkdir()
     with pytest.raises(ConfigError, match="is not a distilled drafter"):
         distill(pace, [apples], precious, settings)
-    assert not (tmp_path / "outputs").exists()
+    with pytest.raises(ConfigError, match=r"max_prompts names 'aples'.*did you mean 'apples'"):
+        distill(
+            pace, [apples], tmp_path / "a", distill_settings(tmp_path, max_prompts={"aples": 9})
+        )
+    with pytest.raises(ConfigError, match="teacher_top_k 40000 is not below"):
+        distill(pace, [apples], tmp_path / "a", distill_settings(tmp_path, teacher_top_k=40_000))
+
+    def lack(*arguments: object) -> None:
+        raise ConfigError("pip install")
+
+    for missing in ("import_figure", "_import_writer"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"paceline.distillation.curves.{missing}", lack)
+            with pytest.raises(ConfigError, match="pip install"):
+                distill(pace, [apples], tmp_path / "a", with_events)
+    assert not list(tmp_path.glob("outputs/apples/*"))
 
 
 def test_one_id_of_two_prompts_is_refused(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from paceline.distillation.student import (
     num_parameters,
     project,
     save_model,
+    save_tokenizer,
 )
 from paceline.errors import ConfigError
 from paceline.models.language_model import LanguageModel
@@ -213,6 +214,15 @@ def test_weights_that_a_full_disk_cannot_hold_are_an_error_with_advice(
 
     with pytest.raises(ConfigError, match=r"cannot be written \(.*No space left.*: make room"):
         save_model(Full(), tmp_path / "d")  # type: ignore[arg-type]
+
+
+def test_a_tokenizer_that_a_full_disk_cannot_hold_is_an_error_with_advice(tmp_path: Path) -> None:
+    class Full:
+        def save_pretrained(self, folder: Path) -> None:
+            raise Exception("No space left on device (os error 28)")
+
+    with pytest.raises(ConfigError, match=r"tokenizer cannot be written.*make room"):
+        save_tokenizer(Full(), tmp_path / "d")
 
 
 @pytest.mark.parametrize("size", [0, 100, -100])

@@ -349,6 +349,9 @@ def test_files_and_suggestions_exclude_each_other(
     monkeypatch.setenv("COLUMNS", "400")
     assert run(monkeypatch, "--suggest", "prompts.jsonl") == 2
     assert "--suggest trains nothing" in capsys.readouterr().err
+    for ignored in (("--loss", "kl"), ("--set", "epochs=3"), ("--measure", "prompts.jsonl")):
+        assert run(monkeypatch, "--suggest", *ignored) == 2
+        assert f"remove it, or {ignored[0]}" in capsys.readouterr().err
     for arguments in (("prompts.jsonl",), ("--out", tmp_path / "made")):
         assert run(monkeypatch, *arguments) == 2
         assert "needs prompt files and a folder to write" in capsys.readouterr().err
