@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.utils import CONFIG_NAME
 
 from paceline.distillation.settings import SHAPES
 from paceline.errors import ConfigError, shorten
@@ -158,6 +159,9 @@ def save_model(model: PreTrainedModel, folder: Path, **options: Any) -> None:
     try:
         with quiet_transformers():
             model.save_pretrained(folder, **options)
+        mode = (folder / CONFIG_NAME).stat().st_mode
+        for weights in folder.glob("*.safetensors"):
+            weights.chmod(mode)  # safetensors lets the owner alone read them
     except (OSError, SafetensorError) as error:
         raise _unwritable(folder, "weights", error) from error
 

@@ -216,6 +216,12 @@ def test_weights_that_a_full_disk_cannot_hold_are_an_error_with_advice(
         save_model(Full(), tmp_path / "d")  # type: ignore[arg-type]
 
 
+def test_weights_may_be_read_by_whoever_may_read_the_configuration(tmp_path: Path) -> None:
+    save_model(new_student(), tmp_path)
+    modes = {path.name: path.stat().st_mode for path in tmp_path.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 def test_a_tokenizer_that_a_full_disk_cannot_hold_is_an_error_with_advice(tmp_path: Path) -> None:
     class Full:
         def save_pretrained(self, folder: Path) -> None:
