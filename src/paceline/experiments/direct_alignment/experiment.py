@@ -91,6 +91,7 @@ class _Comparison:
     def train(self) -> None:
         """Make the runs that the results lack."""
         plan, results = self._plan, self._results
+        self._train("runs: pre-training", plan.pretrainings())
         self._train("runs: learning rates", plan.sweep())
         rates = tune(plan, results)
         while True:

@@ -36,7 +36,7 @@ _LOSSES: Final[tuple[LossName, ...]] = (
     "negative_log_acceptance",
     "lk_hybrid",
 )
-_RATES: Final = (1e-3, 3e-3, 9e-3)
+_RATES: Final = (3e-4, 1e-3, 3e-3)
 _PRETRAINING_RATE: Final = 3e-3
 
 Answers = Literal["greedy", "sampled", "both"]
@@ -95,7 +95,7 @@ _TINY: Final = StudentShape(num_layers=1, hidden_size=16, mlp_size=24, num_heads
 BUDGETS: Final[Mapping[str, Budget]] = MappingProxyType(
     {
         "small": Budget(
-            "small", (1_000, 2_000, 5_000), sampled=2_000, tokens=400_000, pretrain_tokens=600_000
+            "small", (1_000, 2_000, 5_000), sampled=2_000, tokens=400_000, pretrain_tokens=2_000_000
         ),
         "full": Budget(
             "full",
@@ -149,8 +149,8 @@ def find_budget(name: str) -> Budget:
 class Run(Section):
     """One training of a student: all of its configuration that differs between runs of a budget.
 
-    num_answers: size of the pool of all tasks, of which the run has those of `tasks`. start: new
-    weights, or those of the pre-training with the same seed. tokens: read by the student.
+    An alignment begins with the weights of the pre-training of its seed. num_answers: size of the pool
+    of all tasks, of which the run has those of `tasks`. tokens: read by the student.
     """
 
     phase: Literal["pretrain", "align"] = "align"
@@ -160,7 +160,6 @@ class Run(Section):
     tasks: tuple[str, ...] = TASKS
     num_answers: int
     answers: Answers = "greedy"
-    start: Literal["new", "pretrained"] = "new"
     tokens: int
 
     @property
@@ -206,10 +205,10 @@ class Plan:
         return own.model_copy(update={"num_answers": self.budget.sampled, "answers": answers})
 
     def without_task(self, tuned: Tuned, loss: LossName, task: str | None, seed: int) -> Run:
-        """Return the run that follows the pre-training, on all tasks but one, or on all."""
+        """Return the run on all tasks but one, or on all."""
         tasks = tuple(name for name in TASKS if name != task)
         own = self._run(loss, tuned.rates[loss], seed)
-        return own.model_copy(update={"tasks": tasks, "start": "pretrained"})
+        return own.model_copy(update={"tasks": tasks})
 
     def specialist(self, tuned: Tuned, task: str, seed: int) -> Run:
         """Return the run on one task, with as many tokens as a run on all tasks."""
@@ -238,14 +237,17 @@ class Plan:
         """The seeds of the parts on data."""
         return range(self.budget.data_seeds)
 
+    def pretrainings(self) -> list[Run]:
+        """Return the first stage, with whose students all other runs begin."""
+        return [self.pretrained(s) for s in range(max(self.budget.seeds, self.budget.data_seeds))]
+
     def sweep(self) -> list[Run]:
-        """Return the first stage: every loss at every rate with one seed, and the pre-trainings."""
+        """Return the second stage: every loss at every rate with one seed."""
         own = self.budget
-        runs = [self.of_loss(loss, rate, 0) for loss in own.losses for rate in own.rates]
-        return [*runs, *(self.pretrained(seed) for seed in self.seeds)]
+        return [self.of_loss(loss, rate, 0) for loss in own.losses for rate in own.rates]
 
     def of_losses(self, tuned: Tuned) -> list[Run]:
-        """Return the second stage: every loss at its rate with every seed."""
+        """Return the third stage: every loss at its rate with every seed."""
         return [
             self.of_loss(loss, tuned.rates[loss], seed)
             for loss in self.budget.losses
@@ -253,7 +255,7 @@ class Plan:
         ]
 
     def of_data(self, tuned: Tuned) -> list[Run]:
-        """Return the third stage: the parts on data, each run once."""
+        """Return the fourth stage: the parts on data, each run once."""
         runs: list[Run] = []
         for seed in self.seeds:
             for loss in compared_on_answers(tuned):

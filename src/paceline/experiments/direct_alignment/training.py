@@ -126,7 +126,7 @@ def save_student(
 
 def _start(run: Run, context: RunContext) -> Path:
     """Return the student that a run begins with. Raises ConfigError if it was deleted."""
-    if run.start == "new":
+    if run.phase == "pretrain":
         return context.student(new_student(run.seed))
     folder = context.student(f"pretrained-{run.seed}")
     if not folder.is_dir():

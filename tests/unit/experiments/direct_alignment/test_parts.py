@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from paceline.distillation.batches import Example
 from paceline.distillation.comparison import MEAN, compare
 from paceline.distillation.measures import AnswerMatches
 from paceline.errors import ConfigError
+from paceline.experiments.direct_alignment import training
 from paceline.experiments.direct_alignment.gradients import measure_noise
 from paceline.experiments.direct_alignment.intervals import rises
 from paceline.experiments.direct_alignment.plan import (
@@ -76,8 +78,19 @@ def test_a_task_left_out_is_in_no_training_of_its_run() -> None:
     tuned = Tuned(dict.fromkeys(SMOKE.losses, 1e-3), "kl")
     for task in TASKS:
         run = plan.without_task(tuned, "kl", task, 0)
-        assert task not in run.tasks and len(run.tasks) == 3 and run.start == "pretrained"
+        assert task not in run.tasks and len(run.tasks) == 3
         assert plan.specialist(tuned, task, 0).tasks == (task,)
+
+
+def test_an_alignment_begins_with_the_pretrained_student_of_its_seed(tmp_path: Path) -> None:
+    context: Any = SimpleNamespace(student=lambda name: tmp_path / name)
+    (tmp_path / "pretrained-2").mkdir()
+    plan = Plan(SMOKE)
+    assert training._start(plan.pretrained(2), context) == tmp_path / "new-2"
+    assert training._start(plan.of_loss("kl", 1e-3, 2), context) == tmp_path / "pretrained-2"
+    with pytest.raises(ConfigError, match="pre-trained student is missing"):
+        training._start(plan.of_loss("kl", 1e-3, 1), context)
+    assert {run.seed for run in plan.pretrainings()} == set(range(SMOKE.seeds))
 
 
 # --- intervals ------------------------------------------------------------------------------------
