@@ -67,7 +67,7 @@ def begin_again(place: Place, folder: Path) -> Place:
 def test_every_run_of_the_plan_has_one_line(place: Place, finished: Finished) -> None:
     outcome = outcome_of(place)
     plan, tuned = outcome.plan, outcome.tuned
-    planned = {*plan.sweep(), *plan.of_losses(tuned), *plan.of_data(tuned)}
+    planned = {*plan.pretrainings(), *plan.sweep(), *plan.of_losses(tuned), *plan.of_data(tuned)}
     lines = [line for line in outcome.results.lines if line["kind"] == "run"]
 
     assert len(lines) == len(planned) == len(runs_of(place.out))
