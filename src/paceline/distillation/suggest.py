@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from paceline.distillation.facts import TRAINING
 from paceline.distillation.settings import StudentShape
 from paceline.errors import ArtefactError, ConfigError
 
@@ -266,7 +267,7 @@ def read_quality(folder: Path | str) -> RecordedQuality | None:
 
     Raises ArtefactError if the file is damaged.
     """
-    path = Path(folder) / "training.json"
+    path = Path(folder) / TRAINING
     if not path.is_file():
         return None
     try:

@@ -26,7 +26,7 @@ from paceline.distillation.objective import sliced_loss
 from paceline.distillation.schedule import learning_rate, plan_steps, plan_text
 from paceline.distillation.teachers import TextTeacher
 from paceline.errors import ConfigError
-from paceline.models.compiled.processor import available
+from paceline.models.compiled.processor import multiplies_bfloat16
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -118,7 +118,7 @@ def choose_arithmetic(settings: DistillSettings, device: torch.device) -> Distil
     if device.type == "cuda":
         has_products = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        has_products = device.type == "cpu" and not {"amx", "avx512_bf16"}.isdisjoint(available())
+        has_products = device.type == "cpu" and multiplies_bfloat16()
     return settings.model_copy(update={"autocast": has_products})
 
 

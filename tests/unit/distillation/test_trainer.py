@@ -428,7 +428,7 @@ def test_a_validation_leaves_the_training_as_it_is(tmp_path: Path) -> None:
 def test_bfloat16_is_the_default_only_where_the_processor_multiplies_it(
     kernels: tuple[str, ...], wanted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("paceline.distillation.train.available", lambda: kernels)
+    monkeypatch.setattr("paceline.models.compiled.processor.available", lambda: kernels)
     chosen = choose_arithmetic(DistillSettings(), torch.device("cpu"))
     assert chosen.autocast is wanted
     for given in (True, False):

@@ -185,9 +185,9 @@ def _open(
         target.device.type == "cpu",
         commit(),
     )
-    for seed in range(max(budget.seeds, budget.data_seeds)):
-        student = make_student(target, materials.settings.model_copy(update={"seed": seed}))
-        save_student(student, context.student(new_student(seed)), "float32")
+    for run in Plan(budget).pretrainings():
+        student = make_student(target, materials.settings.model_copy(update={"seed": run.seed}))
+        save_student(student, context.student(new_student(run.seed)), "float32")
     return context
 
 

@@ -48,6 +48,11 @@ def _tiles_allowed() -> bool:
     return ctypes.CDLL(None).syscall(_ARCH_PRCTL, *_REQUEST_TILES) == 0
 
 
+def multiplies_bfloat16() -> bool:
+    """Return whether this processor has instructions for products of bfloat16."""
+    return not {"amx", "avx512_bf16"}.isdisjoint(available())
+
+
 def kernels() -> str:
     """Return the kernels to use: those that PACELINE_KERNELS names, else the fastest.
 
