@@ -1,5 +1,7 @@
 """transformers' own forward, run on packed rows: the general twin of the lean forward.
 
+Of a model with an encoder it runs the decoder; `encoder_decoder.py` has the rest.
+
 transformers runs the model on one packed sequence [1, N]; only the attention registered here, under
 the name "paceline", and that of `own_attention.py` know the row of each token. The model and its weights
 are unchanged after a forward.
@@ -9,7 +11,8 @@ from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +20,16 @@ from transformers import AttentionInterface
 
 from paceline.errors import ModelError
 from paceline.models.attention import CURRENT
+from paceline.models.encoder_decoder import (
+    body_of,
+    inputs_of_body,
+    is_encoder_decoder,
+    num_layers_of,
+    told_positions,
+)
 from paceline.models.output_head import OutputHead
 from paceline.models.own_attention import OwnAttention
+from paceline.models.relative_bias import biases_of
 from paceline.models.sublayers import SubLayers
 from paceline.models.visibility import attention_named, configs_of
 
@@ -29,13 +40,15 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from paceline.models.interfaces import Batch
+    from paceline.models.interfaces import Batch, SourceBatch
+    from paceline.models.relative_bias import RelativeBias
     from paceline.models.sublayers import LayerSubset
+    from paceline.models.visibility import Visibility
 
 _NAME: Final = "paceline"
 
-# positions that each layer of the running model sees
-_WINDOWS: Final[ContextVar[Mapping[int, int | None]]] = ContextVar("paceline_windows")
+# what the attention of the running model is told by
+_SEEN: Final[ContextVar[_Seen]] = ContextVar("paceline_seen")
 
 # arguments of attention functions that do not change the result
 _HARMLESS: Final = frozenset(
@@ -45,52 +58,63 @@ _HARMLESS: Final = frozenset(
 )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What each layer sees: by its index, except the modules that attend to the source, by id."""
+
+    windows: Mapping[int, int | None]
+    cross_attentions: frozenset[int]
+    biases: Mapping[int, RelativeBias]
+
+
 class TransformersForward:
-    """Body and head of a causal LM whose attention goes through transformers' interface.
+    """Body and head of a model whose attention goes through transformers' interface.
 
     Models with attention code of their own are also supported if `own_attention.py` knows them.
     """
 
     kind: ClassVar[str] = "transformers"
 
-    def __init__(
-        self, model: PreTrainedModel, name: str, windows: Mapping[int, int | None]
-    ) -> None:
-        """windows: positions that each layer sees, see `visibility.py`.
-
-        Raises ModelError if the model has no output layer.
-        """
+    def __init__(self, model: PreTrainedModel, name: str, visibility: Visibility) -> None:
+        """Raises ModelError if the model has no output layer."""
         self._head = OutputHead(model, name)
-        self._windows = windows
-        self._body = model.base_model
+        self._seen = _Seen(
+            visibility.windows,
+            frozenset(map(id, visibility.cross_attentions.values())),
+            biases_of(visibility.attentions),
+        )
+        self._body = body_of(model)
         self._own_attention = OwnAttention(self._body)
+        self._inputs = inputs_of_body(model) | self._own_attention.inputs
+        self._has_encoder = is_encoder_decoder(model)
         self._name = name
         self._sublayers: SubLayers | None = None  # found when some are skipped first
-        text_config = model.config.get_text_config()
-        self._num_layers: int = text_config.num_hidden_layers
+        self._num_layers = num_layers_of(model)
         self._configs = configs_of(model)
 
     def hidden(self, tokens: Tensor, batch: Batch, skip: LayerSubset | None = None) -> Tensor:
         batch_token = CURRENT.set(batch)
-        windows_token = _WINDOWS.set(self._windows)
+        seen_token = _SEEN.set(self._seen)
+        inputs = self._inputs
+        if not self._has_encoder:
+            inputs = inputs | {"position_ids": batch.positions()[None]}
         try:
             with (
                 _evaluating(self._body),
                 attention_named(self._configs, _NAME),
                 self._own_attention.packed(),
+                self._told_positions(batch),
                 self._without(skip),
             ):
-                output = self._body(
-                    input_ids=tokens[None],
-                    position_ids=batch.positions()[None],
-                    use_cache=False,
-                    **self._own_attention.inputs,
-                )
+                output = self._body(input_ids=tokens[None], use_cache=False, **inputs)
         finally:
             CURRENT.reset(batch_token)
-            _WINDOWS.reset(windows_token)
+            _SEEN.reset(seen_token)
         hidden: Tensor = output.last_hidden_state
         return hidden[0]
+
+    def _told_positions(self, batch: Batch) -> AbstractContextManager[None]:
+        return told_positions(self._body, batch.positions) if self._has_encoder else nullcontext()
 
     def _without(self, skip: LayerSubset | None) -> AbstractContextManager[None]:
         if skip is None:
@@ -133,15 +157,22 @@ def packed_attention(
     transformers' eager and sdpa attention ignore. Raises ModelError for any other argument that might
     change the result.
     """
-    unknown = [k for k, v in kwargs.items() if v is not None and k not in _HARMLESS]
+    seen = _SEEN.get()
+    layer: Any = module.layer_idx
+    bias = seen.biases.get(layer)
+    harmless = _HARMLESS if bias is None else _HARMLESS | {"position_bias"}
+    unknown = [k for k, v in kwargs.items() if v is not None and k not in harmless]
     if unknown or attention_mask is not None:
         raise ModelError(
             f"{type(module).__name__} passes its attention {unknown or ['a mask']}, which the packed "
             "forward does not know"
         )
     scale = scaling if scaling is not None else query.shape[3] ** -0.5
-    layer: Any = module.layer_idx
-    window = _WINDOWS.get().get(layer, sliding_window)
+    batch = cast("SourceBatch", CURRENT.get())
+    if id(module) in seen.cross_attentions:
+        out = batch.attend_to_source(layer, query[0].transpose(0, 1), scale)
+        return out[None].contiguous(), None
+    window = seen.windows.get(layer, sliding_window)
     value_dim = value.shape[3]
     if value_dim > key.shape[3]:
         raise ModelError(
@@ -150,7 +181,7 @@ def packed_attention(
     # narrower values (multi-head latent attention) are padded to share a tensor with the keys
     value = F.pad(value, (0, key.shape[3] - value_dim))
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    out = CURRENT.get().attend(layer, q, torch.cat((k, v), dim=1), scale, window, softcap)
+    out = batch.attend(layer, q, torch.cat((k, v), dim=1), scale, window, softcap, bias)
     # contiguous, since some architectures `view` it
     return out[None, ..., :value_dim].contiguous(), None
 

@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Final
 import torch
 import torch.nn.functional as F
 
-from paceline.models.packing import build_biased_mask, build_mask, runs_of, store
+from paceline.models.packing import build_biased_mask, build_mask, mask_sources, runs_of, store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
+    from paceline.models.cache import RowCache
     from paceline.models.interfaces import Batch
-    from paceline.models.packing import ChainMasks, KeyBias, Run, Span
+    from paceline.models.packing import Bias, ChainMasks, Run, Span
 
 # the batch of the running forward, for attention that transformers' code calls
 CURRENT: Final[ContextVar[Batch]] = ContextVar("paceline_batch")
@@ -41,8 +42,12 @@ class RowBatch:
         device: torch.device,
         chain_masks: ChainMasks,
         parents: Sequence[Sequence[int] | None] | None = None,
+        sources: RowCache | None = None,
     ) -> None:
-        """storage_of: a layer and its new entries -> [slots, 2*Hkv, positions, D] with room for them."""
+        """storage_of: a layer and its new entries -> [slots, 2*Hkv, positions, D] with room for them.
+
+        sources: the cache of the rows' sources.
+        """
         self.runs = runs_of(spans, parents)
         last = self.runs[-1]
         self.num_tokens = last.first + len(last.slots) * last.width
@@ -50,6 +55,7 @@ class RowBatch:
         self._storage_of = storage_of
         self._device = device
         self._chain_masks = chain_masks
+        self._sources = sources
 
     def only_chain(self) -> range | None:
         run = self.runs[0]
@@ -78,7 +84,7 @@ class RowBatch:
         scale: float,
         window: int | None = None,
         cap: float | None = None,
-        bias: KeyBias | None = None,
+        bias: Bias | None = None,
     ) -> Tensor:
         num_heads, head_dim = query.shape[1], query.shape[2]
         num_kv_heads = key_value.shape[1] // 2
@@ -103,13 +109,30 @@ class RowBatch:
             outputs.append(out.reshape(rows * width, num_heads, head_dim))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
+    def attend_to_source(self, layer: int, query: Tensor, scale: float) -> Tensor:
+        assert self._sources is not None
+        storage = self._sources.layers[layer]
+        assert storage is not None
+        num_heads = query.shape[1]
+        outputs = []
+        for run in self.runs:
+            rows, width = len(run.slots), run.width
+            lengths = [self._sources.length(slot) for slot in run.slots]
+            cached = storage[run.slots.start : run.slots.stop].narrow(2, 0, max(lengths))
+            keys, values = cached.split(num_heads, dim=1)
+            q = query[run.first : run.first + rows * width].unflatten(0, (rows, width))
+            mask = mask_sources(lengths, query) if min(lengths) < max(lengths) else None
+            out = _attend(q.transpose(1, 2), keys, values, mask, scale, None)  # [R, H, W, D]
+            outputs.append(out.transpose(1, 2).flatten(0, 1))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
     def mask(
-        self, run: Run, window: int | None, groups: int, like: Tensor, bias: KeyBias | None = None
+        self, run: Run, window: int | None, groups: int, like: Tensor, bias: Bias | None = None
     ) -> Tensor | None:
         """Return [R, 1, G*W, L] additive, or None where every token may see everything.
 
-        window: number of positions that a token sees, its own included; None for all. bias: of the
-        keys, by head; with it the mask is [R, Hkv, G*W, L].
+        window: number of positions that a token sees, its own included; None for all. bias: by head;
+        with it the mask is [R, Hkv, G*W, L].
         """
         if window is not None and run.length <= window:
             window = None

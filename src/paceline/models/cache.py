@@ -35,9 +35,12 @@ class RowCache(Slots):
 
     stores_all_first: Final = False
 
-    def __init__(self, device: torch.device = _CPU, block: int = BLOCK) -> None:
-        """block: positions by which capacity grows."""
-        super().__init__()
+    def __init__(
+        self, device: torch.device = _CPU, block: int = BLOCK, has_sources: bool = False
+    ) -> None:
+        """block: positions by which capacity grows. has_sources: whether the model has an encoder."""
+        self.sources = RowCache(device, block) if has_sources else None
+        super().__init__(self.sources)
         self.block = block
         self.layers: list[Tensor | None] = []
         self._device = device
@@ -85,6 +88,8 @@ class RowCache(Slots):
             for storage in self.layers:
                 if storage is not None and slot < storage.shape[0]:
                     storage[slot].zero_()
+        if self.sources is not None:
+            self.sources.clear(slot)
 
     def extend(self, slot: int, num_positions: int) -> None:
         if num_positions > self._lengths[slot]:
@@ -99,12 +104,13 @@ class RowCache(Slots):
     ) -> tuple[Tensor, RowBatch]:
         for span in spans:
             self.extend(span.slot, span.start + span.width)
-        batch = RowBatch(spans, self.layer, self._device, self._chain_masks, parents)
+        masks = self._chain_masks
+        batch = RowBatch(spans, self.layer, self._device, masks, parents, self.sources)
         return tokens.to(self._device), batch
 
     def for_checks(self) -> RowCache:
         """Return an empty cache of small blocks, so that short texts cross them."""
-        return RowCache(self._device, _CHECK_BLOCK)
+        return RowCache(self._device, _CHECK_BLOCK, self.sources is not None)
 
     def layer(self, index: int, like: Tensor) -> Tensor:
         """Return the layer's storage, with room for all slots and the positions they need.
@@ -151,7 +157,8 @@ class RowCache(Slots):
 
     def num_bytes(self) -> int:
         """Return the bytes held now, by all slots together."""
-        return sum(storage.nbytes for storage in self.layers if storage is not None)
+        own = sum(storage.nbytes for storage in self.layers if storage is not None)
+        return own if self.sources is None else own + self.sources.num_bytes()
 
     def read(self, slot: int, start: int, stop: int) -> list[Tensor]:
         return [

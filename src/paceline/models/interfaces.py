@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from paceline.models.packing import KeyBias, Span
+    from paceline.models.packing import Bias, KeyBias, Span
     from paceline.models.sublayers import LayerSubset
 
 
@@ -51,6 +51,28 @@ class Batch(Protocol):
         """
 
 
+class SourceBatch(Batch, Protocol):
+    """A batch of rows that have a source."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key_value: Tensor,
+        scale: float,
+        window: int | None = None,
+        cap: float | None = None,
+        bias: Bias | None = None,
+    ) -> Tensor:
+        """As in `Batch`; the bias may be of the distances from the keys to the query (T5)."""
+
+    def attend_to_source(self, layer: int, query: Tensor, scale: float) -> Tensor:
+        """Return [N, H, D] attention outputs over the cached sources of the tokens' rows.
+
+        query: [N, H, D].
+        """
+
+
 class KVCache(Protocol):
     """The keys and values of all rows of one model; each row owns a slot from `acquire` to `release`.
 
@@ -68,9 +90,15 @@ class KVCache(Protocol):
     entries of positions [start, stop), [2 * Hkv, n, D] per layer, and write puts them back.
     copy_positions copies entries at the positions `source`, which ascend, to start, start + 1, ...
 
+    sources is the cache of what an encoder has made of the rows' sources, with the same slots; its
+    rows are acquired, released and cleared with these. None for a model without an encoder.
+
     for_checks returns the cache that self-checks feed: this
     one, or an empty one of small blocks.
     """
+
+    @property
+    def sources(self) -> KVCache | None: ...
 
     @property
     def num_rows(self) -> int: ...

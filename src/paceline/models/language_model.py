@@ -1,4 +1,7 @@
-"""A causal language model as the rest of paceline sees it: packed forward, unembed, row caches.
+"""A language model as the rest of paceline sees it: packed forward, unembed, row caches.
+
+A model with an encoder reads a row's source first, and its decoder's text begins with a token of its
+own; a causal model's text begins with the prompt.
 
 On a CPU the compiled forward runs the weights if it fits, elsewhere the lean one, transformers' own
 otherwise; each has its cache.
@@ -21,6 +24,7 @@ from paceline.models.compiled.forward import CompiledForward
 from paceline.models.cuda.batch import attention_kernel
 from paceline.models.cuda.graphs import StaticForward
 from paceline.models.cuda.paged_cache import PagedCache
+from paceline.models.encoder_decoder import Encoder, is_encoder_decoder, num_layers_of
 from paceline.models.forward_choice import ForwardChoice, Weights, choose_forward, not_on
 from paceline.models.lean import LeanForward
 from paceline.models.model_facts import (
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from paceline.models.encoder_decoder import Source
     from paceline.models.interfaces import BatchCache, BatchForward, KVCache
     from paceline.models.packing import ChainEnds, Draw, Span
     from paceline.models.sublayers import LayerSubset
@@ -76,11 +81,15 @@ class LanguageModel:
             raise ModelError(f"{name}: {type(model).__name__} is not supported: {reason}")
         config = model.config.get_text_config()
         self.context_length, self.context_note = context_length_of(config)
-        self.num_layers: int = config.num_hidden_layers
+        self.num_layers = num_layers_of(model)
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = _input_device(model)
         self._paged_cache: PagedCache | None = None
-        if self.device.type == "cuda" if paged is None else paged:
+        if paged and is_encoder_decoder(model):
+            raise ModelError(f"{name}: the paged cache has no place for a model's sources")
+        if paged is None:
+            paged = self.device.type == "cuda" and not is_encoder_decoder(model)
+        if paged:
             attention_kernel()  # so that a missing triton is reported now
             self._paged_cache = PagedCache(self.device)
         self.visibility = look_at(model, self.context_length, self.device)
@@ -110,7 +119,10 @@ class LanguageModel:
             if self._paged_cache is not None:
                 self._static = StaticForward(lean, self._paged_cache, self.context_length)
         else:
-            self._forward = TransformersForward(model, self.name, windows)
+            self._forward = TransformersForward(model, self.name, self.visibility)
+        self.encoder: Encoder | None = None
+        if is_encoder_decoder(model):
+            self.encoder = Encoder(model, self.name, self.visibility.cross_attentions)
         # of the body's output, which a small OPT projects down at its end
         self.hidden_size: int
         self.num_logits: int
@@ -121,7 +133,7 @@ class LanguageModel:
         """Return an empty cache for the forward."""
         if self._compiled is not None:
             return self._compiled.new_cache()
-        return self._paged_cache or RowCache(self.device)
+        return self._paged_cache or RowCache(self.device, has_sources=self.encoder is not None)
 
     @property
     def forward_kind(self) -> str:
@@ -171,6 +183,30 @@ class LanguageModel:
     def acquire(self) -> int:
         """Return a slot for a new row."""
         return self.cache.acquire()
+
+    def text_start(self, prompt: Sequence[int]) -> Sequence[int]:
+        """Return the tokens that the model's text has before the output of a request.
+
+        prompt: the request's. Those of a model with an encoder, which reads the prompt as its source,
+        are the decoder's first token; an encoder of features leaves the prompt to the decoder.
+        """
+        if self.encoder is None or self.encoder.reads_features:
+            return prompt
+        return (self.encoder.start,)
+
+    def begin(self, slot: int, source: Source, cache: KVCache | None = None) -> Tensor:
+        """Read the source of a new row; return the encoder's final hidden states [S, D].
+
+        For models with an encoder, once per row and before its first forward. source: token ids, or
+        the features that the encoder takes. cache: None for the model's own.
+        """
+        assert self.encoder is not None
+        cache = self.cache if cache is None else cache
+        assert cache.sources is not None
+        hidden = self.encoder.encode(source)
+        cache.sources.forget(slot)
+        cache.sources.write(slot, 0, self.encoder.entries(hidden))
+        return hidden
 
     def release(self, slot: int, damaged: bool = False) -> None:
         """Give a row's slot back; its cached text is lost.

@@ -19,15 +19,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _RECURRENT: Final = re.compile(r"mamba|linear|recurrent|conv|rwkv|lstm|ssm|delta|lightning")
-# for ALiBi, which has no last position: more positions than any cache holds
+# ALiBi and T5's relative positions have no last one: more positions than any cache holds
 _ENDLESS: Final = 1 << 20
+_WITHOUT_LAST: Final = frozenset({"bloom", "t5", "mt5", "umt5"})
 
 
 def why_not_packed(model: PreTrainedModel) -> str | None:
     """Return why a model cannot run on packed rows over a key-value cache, or None if its kind can."""
     config: Any = model.config
-    if getattr(config, "is_encoder_decoder", False):
-        return "it is an encoder-decoder model, and only causal (decoder-only) models are served"
     recurrent = _recurrent_layers(config.get_text_config())
     if recurrent or getattr(model, "_is_stateful", False):
         layers = f" ({', '.join(recurrent)})" if recurrent else ""
@@ -57,9 +56,14 @@ def context_length_of(config: Any) -> tuple[int, str | None]:
 
     config: of the text part. Raises ModelError if it names no length.
     """
-    names = ("max_position_embeddings", "max_seq_len", "seq_length")  # most models; MPT; Bloom
+    names = (
+        "max_position_embeddings",  # most models
+        "max_seq_len",  # MPT
+        "seq_length",  # Bloom
+        "max_target_positions",  # Whisper
+    )
     length = next((n for n in (getattr(config, name, None) for name in names) if n), None)
-    if length is None and config.model_type == "bloom":
+    if length is None and config.model_type in _WITHOUT_LAST:
         length = _ENDLESS
     if length is None or length < 1:
         raise ModelError(
@@ -92,14 +96,16 @@ def cache_bytes_per_position(config: Any, dtype: torch.dtype, is_compiled: bool 
 
     is_compiled: for the compiled forward, whose cache rounds the head size up.
     """
-    text = config.get_text_config()
+    text = config.get_text_config(decoder=True)
     heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None)
     if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
         heads = 1  # older Falcon, GPT BigCode
     heads = heads or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    size = getattr(text, "head_dim", None) or getattr(text, "d_kv", None)
+    size = size or text.hidden_size // text.num_attention_heads
     rooms = (rounded(size, HEAD_UNIT) + rounded(size, GROUP)) if is_compiled else 2 * size
-    return int(text.num_hidden_layers * heads * rooms * dtype.itemsize)
+    layers = getattr(text, "num_decoder_layers", None) or text.num_hidden_layers
+    return int(layers * heads * rooms * dtype.itemsize)
 
 
 def count_packed_bytes(model: PreTrainedModel, weights: str) -> int:

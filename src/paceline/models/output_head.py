@@ -1,6 +1,6 @@
 """Logits of hidden states as the model's own code makes them: scaled (Cohere), capped (Gemma 2).
 
-If the output layer alone gives the same bits, it is called alone. Otherwise the causal LM's own forward
+If the output layer alone gives the same bits, it is called alone. Otherwise the model's own forward
 runs with a body that returns the given hidden states, so that every step between body and logits runs.
 The model is not changed. Symbols: D hidden size, V logits width.
 """
@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from paceline.errors import ModelError
+from paceline.models.encoder_decoder import body_of, is_encoder_decoder
 from paceline.models.visibility import FAILURES
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class _BodyOutput:
-    """The output of a causal LM's body: hidden states, and None for everything else."""
+    """The output of a model's body: hidden states, and None for everything else."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
@@ -54,20 +55,27 @@ class _BodyReplacement:
 
 
 class _HeadOfForward:
-    """A causal LM's forward without its body. Not for two threads at once."""
+    """A model's forward without its body. Not for two threads at once."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         # the class's, since hooks replace the instance's
         self._forward = type(model).forward
         self._model = copy.copy(model)  # shares all modules and weights
         self._model._modules = dict(model._modules)
-        self._body = _BodyReplacement(model.base_model)
-        self._model._modules[model.base_model_prefix] = self._body  # type: ignore[assignment]
+        self._has_encoder = is_encoder_decoder(model)
+        # T5's base model is the model itself, and its decoder the body
+        is_base = model.base_model is model
+        self._body = _BodyReplacement(body_of(model) if is_base else model.base_model)
+        place = "decoder" if is_base else model.base_model_prefix
+        self._model._modules[place] = self._body  # type: ignore[assignment]
 
     def __call__(self, hidden: Tensor) -> Tensor:
         batch = hidden.reshape(1, -1, hidden.shape[-1])
         self._body.hidden = batch
-        output = self._forward(self._model, inputs_embeds=batch, use_cache=False)
+        inputs: dict[str, Any] = {"inputs_embeds": batch}
+        if self._has_encoder:
+            inputs = {"decoder_inputs_embeds": batch, "encoder_outputs": (batch,)}
+        output = self._forward(self._model, use_cache=False, **inputs)
         if not self._body.was_called:
             raise RuntimeError("it does not call its base model")
         logits: Tensor = output.logits
@@ -75,7 +83,7 @@ class _HeadOfForward:
 
 
 class OutputHead:
-    """The function from hidden states [..., D] to logits [..., V] of a causal LM."""
+    """The function from hidden states [..., D] to logits [..., V] of a model."""
 
     def __init__(self, model: PreTrainedModel, name: str) -> None:
         """Raises ModelError if the model has no output layer."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -21,6 +21,16 @@ if TYPE_CHECKING:
 
 # biases of keys, added to their scores: [L] positions -> [H, L]
 KeyBias: TypeAlias = Callable[[Tensor], Tensor]
+
+
+class DistanceBias(Protocol):
+    """Biases of scores by the distance from the key to the query."""
+
+    def by_distance(self, num_distances: int) -> Tensor:
+        """Return [H, at least num_distances] biases of distances 0, 1, ..."""
+
+
+Bias: TypeAlias = KeyBias | DistanceBias
 
 # positions; prompts share their prefill in blocks of this size
 PREFILL_BLOCK: Final = 64
@@ -146,32 +156,47 @@ def build_mask(run: Run, window: int | None, groups: int, like: Tensor) -> Tenso
 
 
 def build_biased_mask(
-    run: Run, window: int | None, groups: int, like: Tensor, bias: KeyBias
+    run: Run, window: int | None, groups: int, like: Tensor, bias: Bias
 ) -> Tensor:
     """Return [R, Hkv, G*W, L] additive: the heads' biases of visible keys, -inf for the others."""
-    by_key = bias(_key_positions(run, like.device)).to(like.dtype)  # [H, L]
+    keys = _key_positions(run, like.device)
+    if callable(bias):
+        biases = bias(keys)[:, None]  # [H, 1, L]
+    else:
+        distances = (_query_positions(run, like.device)[:, :, None] - keys).clamp_min(0)
+        biases = bias.by_distance(run.length)[:, distances].transpose(0, 1)  # [R, H, W, L]
     hidden = ~_visible(run, window, like.device)
-    mask = by_key[:, None].masked_fill(hidden[:, None], float("-inf"))  # [R, H, W, L]
+    mask = biases.to(like.dtype).masked_fill(hidden[:, None], float("-inf"))  # [R, H, W, L]
     return mask.unflatten(1, (-1, groups)).flatten(2, 3)
+
+
+def mask_sources(lengths: Sequence[int], like: Tensor) -> Tensor:
+    """Return [R, 1, 1, S] additive: 0 for the positions of each row's source, -inf for the others."""
+    ends = torch.tensor(lengths, device=like.device)[:, None, None, None]
+    beyond = torch.arange(max(lengths), device=like.device) >= ends
+    return torch.zeros_like(beyond, dtype=like.dtype).masked_fill_(beyond, float("-inf"))
 
 
 def _visible(run: Run, window: int | None, device: torch.device) -> Tensor:
     """Return [R, W, L] bool: the cached positions that each new token may see."""
-    starts = torch.tensor(run.starts, device=device)[:, None, None]
     keys = _key_positions(run, device)
-    depths = torch.arange(run.width, device=device)[:, None]
+    position_of_query = _query_positions(run, device)[:, :, None]
     if run.ancestors is None:
-        position_of_query = starts + depths
         visible = keys <= position_of_query
     else:
-        start = run.starts[0]
-        tree = run.ancestors.to(device)
-        past = torch.ones(run.width, start, dtype=torch.bool, device=device)
-        visible = torch.cat([past, tree], dim=1)[None]
-        position_of_query = keys[None, start:, None]
+        past = torch.ones(run.width, run.starts[0], dtype=torch.bool, device=device)
+        visible = torch.cat([past, run.ancestors.to(device)], dim=1)[None]
     if window is not None:
         visible = visible & (keys > position_of_query - window)
     return visible
+
+
+def _query_positions(run: Run, device: torch.device) -> Tensor:
+    """Return the positions of the new tokens [R, W]."""
+    if run.ancestors is not None:
+        return _key_positions(run, device)[None, run.starts[0] :]
+    starts = torch.tensor(run.starts, device=device)[:, None]
+    return starts + torch.arange(run.width, device=device)
 
 
 def _key_positions(run: Run, device: torch.device) -> Tensor:

@@ -6,9 +6,15 @@ import bisect
 
 
 class Slots:
-    """Slots that are taken and given back, the lowest free one first; base of the caches on the CPU."""
+    """Slots that are taken and given back, the lowest free one first; base of the caches on the CPU.
 
-    def __init__(self) -> None:
+    Rows of a model with an encoder have a second cache, of their sources, whose slots have the same
+    numbers.
+    """
+
+    def __init__(self, of_sources: Slots | None = None) -> None:
+        """of_sources: an empty cache for the rows' sources."""
+        self._of_sources = of_sources
         self._free: list[int] = []
         self._lengths: list[int] = []  # positions that the row of each slot has needed so far
         self._limit: int | None = None
@@ -16,6 +22,8 @@ class Slots:
 
     def bound(self, limit: int | None, exact_fit: bool = False) -> None:
         self._limit, self._exact_fit = limit, exact_fit
+        if self._of_sources is not None:
+            self._of_sources.bound(limit, exact_fit)
 
     @property
     def num_rows(self) -> int:
@@ -30,8 +38,14 @@ class Slots:
     def num_slots_with_one_more(self) -> int:
         return len(self._lengths) + (not self._free)
 
+    def length(self, slot: int) -> int:
+        """Return the positions that the row of a slot has needed so far."""
+        return self._lengths[slot]
+
     def acquire(self) -> int:
         """Return the lowest free slot and take it, so that rows in flight stay neighbours."""
+        if self._of_sources is not None:
+            self._of_sources.acquire()  # of the same number
         if self._free:
             return self._free.pop(0)
         self._lengths.append(0)
@@ -39,6 +53,8 @@ class Slots:
 
     def release(self, slot: int) -> None:
         """Give a slot back; free slots after the last one in use are gone."""
+        if self._of_sources is not None:
+            self._of_sources.release(slot)
         bisect.insort(self._free, slot)
         self._lengths[slot] = 0
         while self._free and self._free[-1] == len(self._lengths) - 1:

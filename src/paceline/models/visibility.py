@@ -19,10 +19,17 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from paceline.models.encoder_decoder import (
+    body_of,
+    inputs_of_body,
+    is_encoder_decoder,
+    num_layers_of,
+)
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 FAILURES: Final = (
@@ -32,6 +39,7 @@ FAILURES: Final = (
 
 _PROBE: Final = "paceline_probe"
 _NUM_TOKENS: Final = 3
+_NUM_SOURCE: Final = 5  # positions; attention to so many keys is attention to the source
 
 
 @dataclass(slots=True)
@@ -40,10 +48,12 @@ class Visibility:
 
     windows: dict[int, int | None] = field(default_factory=dict)  # by layer index; None: all
     reasons: list[str] = field(default_factory=list)  # why the packed forward is wrong
+    # by layer index: the modules that attend to the text, and to the source
+    attentions: dict[int, nn.Module] = field(default_factory=dict)
+    cross_attentions: dict[int, nn.Module] = field(default_factory=dict)
     _context: int = 0
     _masks: dict[int, int | str | None] = field(default_factory=dict)  # by the tensor's address
     _kept: list[Tensor] = field(default_factory=list)  # kept alive, so that no address is reused
-    _layers: dict[int, int] = field(default_factory=dict)  # layer index -> its module's id
 
     def note(self, reason: str) -> None:
         """Add a reason once."""
@@ -78,21 +88,24 @@ def look_at(model: PreTrainedModel, context_length: int, device: torch.device) -
     device: of the token ids. The error of a forward that fails becomes a reason.
     """
     seen = Visibility(_context=context_length)
-    body: Any = model.base_model
+    body = body_of(model)
     tokens = torch.zeros((1, min(_NUM_TOKENS, context_length)), dtype=torch.int64, device=device)
     current = _current.set(seen)
     try:
         with torch.inference_mode(), attention_named(configs_of(model), _PROBE):
-            body(input_ids=tokens, use_cache=False)
+            body(input_ids=tokens, use_cache=False, **inputs_of_body(model, _NUM_SOURCE))
     except FAILURES as error:
         seen.note(f"its forward fails on plain tokens: {type(error).__name__}: {error}"[:200])
     finally:
         _current.reset(current)
         seen._masks.clear()
         seen._kept.clear()
+    if is_encoder_decoder(model):
+        _check_decoder(seen, body)
+        return seen
     if "position_ids" not in inspect.signature(body.forward).parameters:
         seen.note("its forward cannot be told the positions of its tokens")
-    num_layers: int = model.config.get_text_config().num_hidden_layers
+    num_layers = num_layers_of(model)
     without = [i for i in range(num_layers) if i not in seen.windows]
     if without and not seen.reasons:
         seen.note(
@@ -100,6 +113,12 @@ def look_at(model: PreTrainedModel, context_length: int, device: torch.device) -
             "through transformers' interface"
         )
     return seen
+
+
+def _check_decoder(seen: Visibility, decoder: Any) -> None:
+    """Note what keeps a decoder from running on packed rows."""
+    if not seen.reasons and seen.attentions.keys() != seen.cross_attentions.keys():
+        seen.note("not every layer of its decoder attends to both text and source")
 
 
 def _probe_mask(
@@ -158,13 +177,18 @@ def _probe_attention(
     seen = _current.get()
     assert seen is not None
     layer = getattr(module, "layer_idx", None)
+    reads_source = key.shape[2] == _NUM_SOURCE
+    known = seen.cross_attentions if reads_source else seen.attentions
     if layer is None:
         seen.note(f"{type(module).__name__} does not say which layer it is")
-    elif layer in seen._layers:
-        several = "several modules" if seen._layers[layer] != id(module) else "one module twice"
+    elif layer in known:
+        several = "several modules" if known[layer] is not module else "one module twice"
         seen.note(f"layer {layer} runs the attention of {several}, which would share one cache")
     else:
-        seen._layers[layer] = id(module)
+        known[layer] = module
+    out = query.new_zeros(*query.shape[:1], query.shape[2], query.shape[1], value.shape[3])
+    if reads_source:
+        return out, None
     rule: int | str | None = sliding_window
     if isinstance(attention_mask, torch.Tensor):
         unknown = f"{type(module).__name__} hands its attention a mask that it has made itself"
@@ -177,7 +201,7 @@ def _probe_attention(
         seen.note(rule)
     elif layer is not None:
         seen.windows[layer] = rule
-    return query.new_zeros(*query.shape[:1], query.shape[2], query.shape[1], value.shape[3]), None
+    return out, None
 
 
 AttentionInterface.register(_PROBE, _probe_attention)

@@ -53,8 +53,10 @@ class PackedRows(Slots):
     stores_all_first: Final = True
     block: Final = UNIT
 
-    def __init__(self, shape: CacheShape) -> None:
-        super().__init__()
+    def __init__(self, shape: CacheShape, has_sources: bool = False) -> None:
+        """has_sources: whether the model has an encoder."""
+        self.sources = PackedRows(shape) if has_sources else None
+        super().__init__(self.sources)
         self._shape = shape
         self._storage: list[Tensor | None] = []  # by slot
         self._addresses: list[int] = []
@@ -123,6 +125,8 @@ class PackedRows(Slots):
         storage = self._storage[slot]
         if storage is not None:
             ctypes.memset(storage.data_ptr(), 0, storage.nbytes)
+        if self.sources is not None:
+            self.sources.clear(slot)
 
     def extend(self, slot: int, num_positions: int) -> None:
         if num_positions > self._lengths[slot]:
@@ -168,7 +172,8 @@ class PackedRows(Slots):
     def num_bytes(self) -> int:
         """Return the bytes held now, by all slots together."""
         kept = [*self._storage, *self._spares]
-        return sum(storage.nbytes for storage in kept if storage is not None)
+        own = sum(storage.nbytes for storage in kept if storage is not None)
+        return own if self.sources is None else own + self.sources.num_bytes()
 
     def read(self, slot: int, start: int, stop: int) -> list[Tensor]:
         keys, values = self._whole(slot, start, stop)
@@ -236,4 +241,4 @@ class PackedRows(Slots):
 
     def for_checks(self) -> PackedRows:
         """Return an empty cache."""
-        return PackedRows(self._shape)
+        return PackedRows(self._shape, self.sources is not None)

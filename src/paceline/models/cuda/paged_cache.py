@@ -35,6 +35,7 @@ class PagedCache:
 
     block: Final = BLOCK
     stores_all_first: Final = True
+    sources: Final = None  # rows with a source have another cache
 
     def __init__(self, device: torch.device) -> None:
         self.layers: list[Tensor | None] = []

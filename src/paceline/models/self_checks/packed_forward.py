@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from paceline.models.encoder_decoder import Source
     from paceline.models.language_model import LanguageModel
 
 _SHORT: Final = 4  # tokens of the short prompts
@@ -34,6 +35,7 @@ _TRIES: Final = 4  # texts in half precision, before a model is refused
 _TREE: Final = (-1, -1, 1)  # the parents of its nodes, without the root's
 _PATHS: Final = ([0], [0, 1], [0, 2], [0, 2, 3])  # to each node from the root
 _ACCEPTED: Final = (0, 2, 3)  # the path of the tree that is accepted
+_SOURCES: Final = (9, 70, 5)  # tokens of the rows' sources
 
 
 def check_packed_forward(language_model: LanguageModel, seed: int = 0) -> None:
@@ -95,11 +97,16 @@ def _differences(
 
 
 class _Place(NamedTuple):
-    """One token that was fed: its step, its row's text up to it, and its logits."""
+    """One token that was fed: its step, its row, the row's text up to it, and its logits."""
 
     step: str
+    row: int
     text: list[int]
     logits: Tensor  # [V]
+
+    def holds(self, other: _Place) -> bool:
+        """Return whether the other's text is the beginning of this one's, in the same row."""
+        return self.row == other.row and self.text[: len(other.text)] == other.text
 
 
 class _FedRows:
@@ -112,6 +119,17 @@ class _FedRows:
         self._cache = model.cache.for_checks()
         self._texts: list[list[int]] = [[], [], []]  # as cached
         self._slots = [self._cache.acquire() for _ in self._texts]
+        self.sources = [self._read_source(row) for row in range(len(self._texts))]
+
+    def _read_source(self, row: int) -> Source | None:
+        """Read a random source into a row, of another length than the other rows'."""
+        encoder = self.model.encoder
+        if encoder is None:
+            return None
+        source = encoder.random_source(_SOURCES[row], self._generator)
+        with torch.inference_mode():
+            self.model.begin(self._slots[row], source, self._cache)
+        return source
 
     def feed(
         self, step: str, widths: dict[int, int], prefill: bool = False, tree: bool = False
@@ -123,18 +141,18 @@ class _FedRows:
         parents = [_TREE if tree else None, *[None] * (len(rows) - 1)]
         hidden = self.model.forward(torch.cat(pieces), spans, parents, cache=self._cache)
         compared: list[int] = []
-        texts: list[list[int]] = []
+        texts: list[tuple[int, list[int]]] = []
         first = 0
         for row, piece, is_tree in zip(rows, pieces, parents, strict=True):
             # of a prompt's piece, the last tokens are enough
             for k in range(max(0, len(piece) - PAST_BOUND) if prefill else 0, len(piece)):
                 path = piece[_PATHS[k]] if is_tree else piece[: k + 1]
                 compared.append(first + k)
-                texts.append([*self._texts[row], *path.tolist()])
+                texts.append((row, [*self._texts[row], *path.tolist()]))
             self._texts[row] += piece.tolist()
             first += len(piece)
         logits = self.model.unembed(hidden[compared]).float().cpu()
-        self.places += [_Place(step, text, row) for text, row in zip(texts, logits, strict=True)]
+        self.places += [_Place(step, *text, own) for text, own in zip(texts, logits, strict=True)]
 
     def accept_path(self, row: int) -> None:
         """Accept a path of the tree that was just fed."""
@@ -170,28 +188,28 @@ def _compare(rows: _FedRows) -> tuple[list[float], float]:
     """Return the difference of each place to the plain forward, and the spread of its logits."""
     float32 = _is_float32(rows.model)
     differences, scale = [0.0] * len(rows.places), 0.0
-    texts = [place.text for place in rows.places]
-    whole = [t for t in texts if not any(len(o) > len(t) and o[: len(t)] == t for o in texts)]
-    longest = max(map(len, whole))
+    places = rows.places
+    whole = [p for p in places if not any(len(o.text) > len(p.text) and o.holds(p) for o in places)]
+    longest = max(len(place.text) for place in whole)
     # texts of similar length share a forward; padding goes at their ends
-    is_long = [2 * len(text) > longest or longest < _FEW for text in whole]
+    is_long = [2 * len(place.text) > longest or longest < _FEW for place in whole]
     for side in (True, False):
-        group = [text for text, long in zip(whole, is_long, strict=True) if long == side]
+        group = [place for place, long in zip(whole, is_long, strict=True) if long == side]
         if not group:
             continue
-        plain = _plain_logits(rows.model, group)
-        for at, (_, text, logits) in enumerate(rows.places):
-            row = next((i for i, t in enumerate(group) if t[: len(text)] == text), None)
-            if row is None:
+        plain = _plain_logits(rows, group)
+        for at, place in enumerate(places):
+            holder = next((i for i, other in enumerate(group) if other.holds(place)), None)
+            if holder is None:
                 continue
-            expected = plain[row, len(text) - 1].float().cpu()
+            expected = plain[holder, len(place.text) - 1].float().cpu()
             if not expected.isfinite().all():
                 raise ModelError(
                     f"{rows.model.name}: the logits are not finite; the weights are damaged "
                     f"or too large for {rows.model.dtype}"
                 )
             # nan_to_num: Python's max would pass over a nan
-            off = (logits - expected).nan_to_num(nan=float("inf"))
+            off = (place.logits - expected).nan_to_num(nan=float("inf"))
             # rounding moves single logits far; a wrong forward moves all of them
             difference = (off.abs().max() if float32 else off.square().mean().sqrt()).item()
             differences[at] = max(differences[at], difference)
@@ -204,10 +222,20 @@ def _is_float32(model: LanguageModel) -> bool:
     return model.dtype == torch.float32 and model.weights == "own"
 
 
-def _plain_logits(language_model: LanguageModel, texts: Sequence[list[int]]) -> Tensor:
-    """Return transformers' own logits [texts, longest, V]; those after a text's end are undefined."""
-    longest = max(map(len, texts))
-    ids = torch.tensor([[*t, *t[-1:] * (longest - len(t))] for t in texts])
-    model: Any = language_model.model
-    logits: Tensor = model(input_ids=ids.to(language_model.device), use_cache=False).logits
-    return logits
+def _plain_logits(rows: _FedRows, places: Sequence[_Place]) -> Tensor:
+    """Return transformers' own logits [places, longest, V]; those after a text's end are undefined."""
+    longest = max(len(place.text) for place in places)
+    padded = [[*p.text, *p.text[-1:] * (longest - len(p.text))] for p in places]
+    model: Any = rows.model.model
+    ids = torch.tensor(padded, device=rows.model.device)
+    encoder = rows.model.encoder
+    if encoder is None:
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+        return logits
+    made = []
+    for place, text in zip(places, ids, strict=True):
+        source = rows.sources[place.row]
+        assert source is not None
+        given = encoder.as_inputs(source)
+        made.append(model(**given, decoder_input_ids=text[None], use_cache=False).logits)
+    return torch.cat(made)
