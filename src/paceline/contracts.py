@@ -144,7 +144,10 @@ def identity_of_arms(arms: Mapping[str, Mapping[str, object]]) -> dict[str, str]
 
 
 class RowView(Protocol):
-    """What a drafter may see of a row: its tokens so far, and how they are sampled."""
+    """What a drafter may see of a row: its tokens so far, and how they are sampled.
+
+    tokens: prompt and output, also where the target reads the prompt by an encoder.
+    """
 
     @property
     def id(self) -> int: ...
@@ -162,7 +165,10 @@ class RowView(Protocol):
 
     @property
     def num_cached(self) -> int:
-        """Leading positions of the slot that hold the row: all tokens but the last, 0 without a slot."""
+        """Leading positions of the slot that hold the row, 0 without a slot.
+
+        They hold all tokens but the last, or of a target with an encoder its own text.
+        """
 
 
 @dataclass(slots=True)
@@ -231,9 +237,10 @@ class DraftOutcome(NamedTuple):
 class RoundReport(NamedTuple):
     """One round of a controlled row, after its commit.
 
-    context: tokens in the target's cache before the round. rows: in the batch. room: tokens that may
-    still be emitted. num_drafted: tokens that all rows drafted in the round. The seconds are the row's
-    share: of starting its drafter since the last round, of drafting, of the rest, and of shadow drafts.
+    context: tokens of the row before the round, but for the last. rows: in the batch. room: tokens that
+    may still be emitted. num_drafted: tokens that all rows drafted in the round. The seconds are the
+    row's share: of starting its drafter since the last round, of drafting, of the rest, and of shadow
+    drafts.
     """
 
     arm: str

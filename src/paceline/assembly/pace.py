@@ -120,7 +120,9 @@ class Pace:
             )
         if generation_config == "auto":
             given = read.given()
-            merged = with_defaults(self.parts.target, given, len(tokens), read.stop_token_ids | eos)
+            target = self.parts.target
+            before = target.num_before_output(len(tokens))
+            merged = with_defaults(target, given, before, read.stop_token_ids | eos)
             if merged != given:
                 try:
                     read = RequestSettings.read(merged)

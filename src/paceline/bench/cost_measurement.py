@@ -2,8 +2,9 @@
 
 A workload prepares its rows once and then times several cells of the table. A cell repeats its round, as
 a request does, and the first time does not count. Texts are random ids. In every other repeat they are a
-few ids again and again, so that lookup drafters find something to propose. This module knows no prompts
-and no statistics. A width is 1 + drafted tokens.
+few ids again and again, so that lookup drafters find something to propose. Of a target with an encoder,
+half of a context is the source. This module knows no prompts and no statistics. A width is 1 + drafted
+tokens.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def time_forwards(
     times: Times = []
     for shape in order.sample(shapes, len(shapes)):
         cell = (TARGET, FORWARD, 1 + sum(shape), context, len(shape))
-        with _shortened(rows[: len(shape)], context) as shortened:
+        with _shortened(parts, rows[: len(shape)], context) as shortened:
             _use(drafter, shortened, shape)
             for timed in _repeated(len(shape)):
                 _, spent = _run_round(parts, shortened)
@@ -138,25 +139,38 @@ def time_skipping(
 
     subsets: operation -> the sub-layers to leave out.
     """
-    token, span = torch.tensor(row.tokens[context : context + 1]), [Span(row.slot, context, 1)]
     times: Times = []
-    for operation in order.sample(list(subsets), len(subsets)):
-        began = perf_counter()
-        hidden = parts.target.forward(token, span, skip=subsets[operation])
-        parts.target.unembed(hidden).argmax(dim=-1).tolist()
-        times.append(((SKIPPING, operation, 1, context, 1), perf_counter() - began))
+    with _shortened(parts, [row], context) as [shortened]:
+        token = torch.tensor(shortened.tokens[-1:])
+        span = [Span(shortened.slot, shortened.num_cached, 1)]
+        for operation in order.sample(list(subsets), len(subsets)):
+            began = perf_counter()
+            hidden = parts.target.forward(token, span, skip=subsets[operation])
+            parts.target.unembed(hidden).argmax(dim=-1).tolist()
+            times.append(((SKIPPING, operation, 1, context, 1), perf_counter() - began))
     return times
 
 
 @contextmanager
-def _shortened(rows: Sequence[Row], context: int) -> Iterator[Sequence[Row]]:
+def _shortened(parts: Parts, rows: Sequence[Row], context: int) -> Iterator[Sequence[Row]]:
     """Shorten the texts of cached rows to one token more than `context`, for a while."""
-    whole = [(row.tokens, row.num_cached) for row in rows]
+    whole = [(row.tokens, row.num_prompt, row.num_cached) for row in rows]
     for row in rows:
-        row.tokens, row.num_cached = row.tokens[: context + 1], context
+        row.tokens = row.tokens[: context + 1]
+        _split(parts, row, context)
+        if parts.target.encoder is not None:
+            parts.target.begin(row.slot, row.tokens[: row.num_prompt])
     yield rows
-    for row, (text, num_cached) in zip(rows, whole, strict=True):
-        row.tokens, row.num_cached, row.arm = text, num_cached, NONE
+    for row, (text, num_prompt, num_cached) in zip(rows, whole, strict=True):
+        row.tokens, row.num_prompt, row.num_cached, row.arm = text, num_prompt, num_cached, NONE
+
+
+def _split(parts: Parts, row: Row, context: int) -> None:
+    """Make half of a context the source of a row, if the target has an encoder; count its positions."""
+    if parts.target.reads_prompt_as_source:
+        row.num_prompt = max(1, context // 2)
+        row.start = parts.target.text_of(row.tokens[: row.num_prompt], row.num_prompt)
+    row.num_cached = row.positions_of(context + 1)
 
 
 def time_prefill(
@@ -239,7 +253,10 @@ def _started(
     rows = [_row(drafter, text[: context + 1], -1 - i) for i, text in enumerate(texts)]
     try:
         for row, other in zip(rows, cached, strict=False):
-            row.slot, row.num_cached = other.slot, context
+            row.slot = other.slot
+        for row in rows:
+            _split(parts, row, context)
+        _read_sources(parts, rows, cached)
         _evict_weights(parts, cached[0])
         began = perf_counter()
         for row in rows:
@@ -250,6 +267,13 @@ def _started(
         yield rows, perf_counter() - began
     finally:
         drafter.finish(rows)
+
+
+def _read_sources(parts: Parts, rows: Sequence[Row], cached: Sequence[Row]) -> None:
+    """Let the target's encoder read the sources of rows that take the slots of cached ones."""
+    if parts.target.encoder is not None:
+        for row, _ in zip(rows, cached, strict=False):
+            parts.target.begin(row.slot, row.tokens[: row.num_prompt])
 
 
 def _draft(parts: Parts, arm: str, rows: Sequence[Row], length: int) -> tuple[int, float, float]:
@@ -328,9 +352,9 @@ def cached_rows(parts: Parts, lengths: Sequence[int]) -> Iterator[list[Row]]:
 
 def _cache(parts: Parts, row: Row, length: int) -> None:
     """Put the row's first `length` tokens into the target's cache, unless they are there already."""
-    chunk = parts.config.engine.prefill_chunk
-    cache_text(parts.target, row.slot, row.tokens[:length], 0, chunk, row.num_cached)
-    row.num_cached = length
+    chunk, cached = parts.config.engine.prefill_chunk, row.num_cached
+    _split(parts, row, length)
+    cache_text(parts.target, row.slot, row.tokens[:length], row.num_prompt, chunk, cached)
 
 
 def _row(drafter: Drafter, tokens: list[int], id: int = -1) -> Row:

@@ -212,7 +212,7 @@ class Grid:
         growth = ROUNDS_PER_LENGTH * (1 + len(_DRAFTS))
         room = context - longest - growth - 2
         contexts = [c for c in _CONTEXTS if c <= room] or [max(1, room)]
-        limit = min(context, _LONGEST_PROMPT)
+        limit = min(parts.target.max_prompt, _LONGEST_PROMPT)
         prompts = [n for n in _PROMPTS if n < limit] + [limit]
         of_rows = [c for c in contexts if c <= _CONTEXT_OF_ROWS]
         of_rows = sorted({of_rows[0], of_rows[-1]}) if of_rows else contexts[:1]

@@ -313,7 +313,7 @@ def _encode(
         message: Any = {"role": "user", "content": record.prompt}
         tokens = tuple(pace.encode([message] if as_messages else record.prompt))
         # in a full context the answer is one token, and nothing can be drafted
-        fits = len(tokens) < pace.parts.target.context_length
+        fits = pace.parts.target.has_room_after(len(tokens))
         for sampling in samplings:
             id, seeded = seed_sampling(record.id, sampling)
             if id in encoded:

@@ -20,7 +20,7 @@ from paceline.bench.cost_measurement import plain_driver
 from paceline.contracts import NONE, Request
 from paceline.drafting.contract import blaming
 from paceline.drafting.draft_model import DraftModel
-from paceline.replay import max_output, replay, target_distributions
+from paceline.replay import replay, target_distributions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,7 +59,7 @@ class ReplayTask(_DrafterTask):
 
 
 def _replay_row(parts: Parts, row: Trajectory, name: str) -> dict[str, Any]:
-    limit = max_output(row.max_new_tokens, len(row.prompt_tokens), parts.target.context_length)
+    limit = parts.target.max_output(len(row.prompt_tokens), row.max_new_tokens)
     text = row.prompt_tokens, row.output_tokens
     drafter = parts.drafters[name]
     with blaming(name), drafter.without_answers_to(row.prompt_id):
@@ -123,7 +123,7 @@ class OutputTask:
                 p.prompt_id, p.prompt_tokens, p.max_new_tokens, stop_token_ids=stops, drafter=NONE
             )
             for p in self.prompts
-            if len(p.prompt_tokens) <= drafter.model.context_length
+            if len(p.prompt_tokens) <= drafter.model.max_prompt
         ]
         outputs: dict[str, list[int]] = {p.prompt_id: [] for p in self.prompts}
         only = {NONE: pace.parts.drafters[NONE]}

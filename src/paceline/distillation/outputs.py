@@ -256,7 +256,7 @@ def _encode_remaining(
                     f"{store.folder}: its answer {shorten(id)} is to another prompt than the one with "
                     f"this id now; {_REMEDY}"
                 )
-        if len(tokens) < pace.parts.target.context_length:
+        if pace.parts.target.has_room_after(len(tokens)):
             remaining += [_Question(id, record.domain, tokens, seeded) for id, seeded in missing]
     return sorted(remaining, key=lambda question: len(question.tokens))
 

@@ -153,9 +153,11 @@ class SharedTokens(DraftModel):
     def _own_id(self, token: int) -> int:
         return self._pairs[token]
 
-    def _own_text(self, tokens: Sequence[int]) -> tuple[Sequence[int], np.ndarray]:
-        own, counts = self._translate(tokens, [])
-        return own, np.array(counts)
+    def _own_text(
+        self, prompt: Sequence[int], output: Sequence[int]
+    ) -> tuple[Sequence[int], np.ndarray]:
+        own, counts = self._translate([*prompt, *output], [])
+        return own, np.array(counts[len(prompt) - 1 :])
 
     def _translate(self, tokens: Sequence[int], own: list[int]) -> tuple[list[int], list[int]]:
         """Append the own ids of tokens to `own`; return it and its length up to each token's end."""

@@ -23,8 +23,9 @@ class CachedRow:
     """The cached tokens of one row."""
 
     slot: int
-    num_cached: int = 0  # leading tokens of the row whose keys and values are cached
+    num_cached: int = 0  # leading tokens of the text whose keys and values are cached
     drafted: list[int] = field(default_factory=list)  # cached beyond them, not yet known accepted
+    has_source: bool = False  # whether the model's encoder has read the row's source
 
     def count_accepted(self, tokens: Sequence[int]) -> None:
         """Count the drafted tokens that the target accepted as cached text."""
@@ -62,6 +63,13 @@ class CachedRows(dict[int, CachedRow]):
             if state.num_cached + len(state.drafted) > self.max_positions:
                 state.num_cached, state.drafted = 0, []
                 self._model.cache.forget(state.slot)
+
+    def read_source(self, row_id: int, source: Sequence[int]) -> None:
+        """Let the model's encoder read a row's source, once."""
+        state = self[row_id]
+        if not state.has_source:
+            self._model.begin(state.slot, self.as_known(source))
+            state.has_source = True
 
     def prepare(self, row_id: int, text: Sequence[int], max_tokens: int) -> bool:
         """Cache up to `max_tokens` more tokens of a text, never its last; return True at its end."""

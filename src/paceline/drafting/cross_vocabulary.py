@@ -49,6 +49,11 @@ class CrossVocabulary(Drafter):
         context: BuildContext,
     ) -> Drafter:
         """Return the drafter of a loaded model."""
+        if bridge.level != "same" and model.encoder is not None:
+            raise VocabularyError(
+                f"drafter '{name}' has an encoder and another tokenizer than the target ({bridge.why}); "
+                "use a drafter without an encoder, or one with the target's tokenizer"
+            )
         drafter: Drafter
         if bridge.level == "same":
             drafter = DraftModel.from_model(name, model, context, settings)

@@ -114,6 +114,8 @@ class DraftModel(Drafter):
         self._states.start(rows)
 
     def prepare(self, row: RowView, max_tokens: int) -> bool:
+        if self.model.encoder is not None:
+            self._states.read_source(row.id, row.tokens[: row.num_prompt])
         return self._states.prepare(row.id, self._text(row), max_tokens)
 
     def finish(self, rows: Sequence[RowView]) -> None:
@@ -157,15 +159,18 @@ class DraftModel(Drafter):
 
     def _text(self, row: RowView) -> Sequence[int]:
         """Return the row's text so far in the model's ids; it only grows."""
-        return row.tokens
+        return self.model.text_of(row.tokens, row.num_prompt)
 
     def _own_id(self, token: int) -> int:
         """Return the model's id of a token it drafted."""
         return token
 
-    def _own_text(self, tokens: Sequence[int]) -> tuple[Sequence[int], np.ndarray]:
-        """Return the model's ids of a text, and [n] their number up to the end of each token."""
-        return tokens, np.arange(1, len(tokens) + 1)
+    def _own_text(
+        self, prompt: Sequence[int], output: Sequence[int]
+    ) -> tuple[Sequence[int], np.ndarray]:
+        """Return the model's ids of a text, and their number up to the output and each of its tokens."""
+        own = self.model.text_of([*prompt, *output], len(prompt))
+        return own, np.arange(len(own) - len(output), len(own) + 1)
 
     def _over_target(self, logits: Tensor) -> Tensor:
         """Return logits [R, V'] over the target's ids of the model's own."""
@@ -192,7 +197,7 @@ class DraftModel(Drafter):
         active = sorted((i for i, n in enumerate(longest) if n), key=slots.__getitem__)
         fed = {i: self._states.catch_up(rows[i].id, texts[i]) for i in active}
         if rule is FIXED_LENGTH:
-            chains = self._draft_chains(rows, longest, fed)
+            chains = self._draft_chains(rows, texts, longest, fed)
             if chains is not None:
                 return Drafts(*pad_drafts(chains, torch.device("cpu")))
         width = max(longest)
@@ -258,6 +263,7 @@ class DraftModel(Drafter):
     def _draft_chains(
         self,
         rows: Sequence[RowView],
+        texts: Sequence[Sequence[int]],
         lengths: Sequence[int],
         fed: dict[int, list[int]],
     ) -> list[list[int]] | None:
@@ -276,7 +282,7 @@ class DraftModel(Drafter):
             draws = draws_of([rows[i] for i in fed])
         # every row takes the steps of the longest draft, and each step needs a position
         num_steps = max(lengths)
-        if max(len(rows[i].tokens) for i in fed) + num_steps - 1 > self._states.max_positions:
+        if max(len(texts[i]) for i in fed) + num_steps - 1 > self._states.max_positions:
             return None
         flat, spans = self._states.ready([rows[i].id for i in fed], fed)
         states = [self._states[rows[i].id] for i in fed]
@@ -286,7 +292,7 @@ class DraftModel(Drafter):
         drafts: list[list[int]] = [[] for _ in rows]
         for i, state, chain in zip(fed, states, chains, strict=True):
             drafts[i] = chain[: lengths[i]]
-            state.num_cached = len(rows[i].tokens)
+            state.num_cached = len(texts[i])
             state.drafted = drafts[i][:-1]
         return drafts
 
@@ -316,25 +322,28 @@ class DraftModel(Drafter):
         wrong token are not those along the text. Under a price stop these are the rounds at full
         length; `replay.price_stops` makes the priced rounds from their scores.
         """
-        own, counts = self._own_text([*prompt, *trajectory[:-1]])
-        counts = counts[len(prompt) - 1 :]  # up to the end of the prompt, and of each output token
+        own, counts = self._own_text(prompt, trajectory[:-1])
         # [T] tokens that the context leaves to draft
         rooms = self.model.context_length + 1 - counts
         num_scored = int((rooms > 0).sum()) if len(trajectory) else 0
         scores = NO_SCORES
         if num_scored:
-            logits = self._logits_along(own, counts[:num_scored] - 1)
+            logits = self._logits_along(prompt, own, counts[:num_scored] - 1)
             scores = score_positions(logits, trajectory[:num_scored], len(prompt), p, sampling)
         if self.stop.stop == "confidence":
             return SimulatedReplay(self, prompt, trajectory, scores, sampling)
         return ChainReplay(scores, rooms, self.num_draft_tokens)
 
-    def _logits_along(self, own: Sequence[int], places: np.ndarray) -> Tensor:
+    def _logits_along(
+        self, prompt: Sequence[int], own: Sequence[int], places: np.ndarray
+    ) -> Tensor:
         """Return logits [n, V'] float32 after places [n] of a text in the model's ids, ascending."""
         text = self._states.as_tensor(own[: places[-1] + 1])
         slot = self.model.acquire()
         try:
             with torch.inference_mode():
+                if self.model.encoder is not None:
+                    self.model.begin(slot, self._states.as_known(prompt))
                 hidden = self.model.forward(text, [Span(slot, 0, len(text))])
                 picked = torch.from_numpy(places).to(hidden.device)
                 return self._over_target(self.model.unembed(hidden[picked])).float()

@@ -174,9 +174,11 @@ class CachedReplay(SimulatedReplay):
 
     def round_at(self, position: int, limit: int) -> tuple[int, int]:
         row, cache = self._row, self._target.cache
-        start = row.num_prompt + position - 1  # of the last token, which the drafter feeds first
+        before = self._target.num_before_output(row.num_prompt)
+        start = before + position - 1  # of the last token, which the drafter feeds first
         stop = start + max(0, min(limit, self._drafter.num_draft_tokens))
-        stop = min(stop, len(self._text) - 1)  # the text's last token is never fed
+        # the text's last token is never fed
+        stop = min(stop, before + len(self._text) - row.num_prompt - 1)
         row.num_cached = start
         true = cache.read(row.slot, start, stop)
         rounds = super().round_at(position, limit)
@@ -191,18 +193,24 @@ class CachedReplay(SimulatedReplay):
 def cache_text(
     target: LanguageModel,
     slot: int,
-    text: Sequence[int],
+    tokens: Sequence[int],
     num_prompt: int,
     chunk: int = 512,
     start: int = 0,
 ) -> None:
-    """Put a text, from `start` on, into a row of the target's cache, in the engine's pieces."""
+    """Put prompt and output into a row of the target's cache, in the engine's pieces.
+
+    num_prompt: leading tokens that are the prompt. start: the row's cached positions.
+    """
+    if target.encoder is not None and start == 0:
+        target.begin(slot, tokens[:num_prompt])
+    text, before = target.text_of(tokens, num_prompt), target.num_before_output(num_prompt)
     while start < len(text):
         stop = min(start + chunk, len(text))
-        if start < num_prompt:
-            stop = min(stop, num_prompt)
+        if start < before:
+            stop = min(stop, before)
         piece = torch.tensor(text[start:stop])
-        target.forward(piece, [Span(slot, start, len(piece), prefill=start < num_prompt)])
+        target.forward(piece, [Span(slot, start, len(piece), prefill=start < before)])
         start = stop
 
 

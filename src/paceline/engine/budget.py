@@ -71,7 +71,7 @@ class Budget:
             if draft.tokens:
                 chances += _chances(row, draft)
             ends.append(len(chances))
-            context += row.num_cached
+            context += row.num_read
             num_drafting += row.is_asked
         total = len(chances)
         if not total:

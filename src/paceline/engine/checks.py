@@ -31,12 +31,13 @@ def check_request(
 
     max_positions: the maximum number of positions of the target's cache.
     """
-    num_prompt, context = len(request.prompt_tokens), target.context_length
+    num_prompt = len(request.prompt_tokens)
     if num_prompt == 0:
         raise RequestError("the prompt is empty; give at least one token")
-    if num_prompt > context:
+    if num_prompt > target.max_prompt:
+        holder = "encoder reads" if target.reads_prompt_as_source else "context holds"
         raise RequestError(
-            f"the prompt has {num_prompt} tokens, the target's context holds {context}"
+            f"the prompt has {num_prompt} tokens, the target's {holder} {target.max_prompt}"
             f"{_cut(target)}; shorten the prompt"
         )
     _check_ids("the prompt has", request.prompt_tokens, target.num_logits)
@@ -44,14 +45,14 @@ def check_request(
     if request.rules is not None:
         for name in ("logit_bias", "suppress_tokens", "forced_tokens"):
             _check_ids(f"{name} names", getattr(request.rules, name), target.num_logits)
-    total = max_total(request, context)
+    total = max_total(request, target)
     if target.context_note is not None and total < num_prompt + request.max_new_tokens:
         warnings.warn(
             f"the answer may end early, after {total - num_prompt} of max_new_tokens = "
             f"{shorten(request.max_new_tokens)} tokens{_cut(target)}",
             stacklevel=2,
         )
-    needed = target.cache.rounded(num_positions(request, context, drafters))
+    needed = target.cache.rounded(num_positions(request, target, drafters))
     if max_positions is not None and needed > max_positions:
         raise RequestError(
             f"the request may need {needed} positions, the engine's cache holds {max_positions}; "
@@ -101,14 +102,14 @@ _MAX_DRAFT_POSITIONS: Final = 1024
 """Maximum number of positions for a draft in addition to the row's own."""
 
 
-def num_positions(request: Request, context_length: int, drafters: Mapping[str, Drafter]) -> int:
+def num_positions(request: Request, target: LanguageModel, drafters: Mapping[str, Drafter]) -> int:
     """Return the maximum number of cache positions of a request, those of a draft included.
 
     Any drafter may draft for a request with drafter `auto`, only the named one for another.
     """
     name = request.drafter.partition(AT)[0]
     others = [drafters[name]] if name in drafters else drafters.values()
-    return max_total(request, context_length) + max(map(_draft_positions, others), default=0)
+    return max_total(request, target) + max(map(_draft_positions, others), default=0)
 
 
 def fits(
@@ -123,8 +124,8 @@ def fits(
     """
     if max_positions is None or len(requests) == 1:
         return True  # `check_request` has compared one row alone with the bound
-    context, cache = target.context_length, target.cache
-    longest = max(num_positions(r, context, drafters) for r in requests)
+    cache = target.cache
+    longest = max(num_positions(r, target, drafters) for r in requests)
     return cache.num_slots_with_one_more * cache.rounded(longest) <= max_positions
 
 
@@ -136,8 +137,7 @@ def _draft_positions(drafter: Drafter) -> int:
         return _MAX_DRAFT_POSITIONS
 
 
-def max_total(request: Request, context_length: int) -> int:
+def max_total(request: Request, target: LanguageModel) -> int:
     """Return the maximum number of tokens of a request, prompt and output together."""
-    # the last emitted token is never fed, so it needs no position
-    room = context_length + 1 - len(request.prompt_tokens)
-    return len(request.prompt_tokens) + min(request.max_new_tokens, room)
+    num_prompt = len(request.prompt_tokens)
+    return num_prompt + target.max_output(num_prompt, request.max_new_tokens)

@@ -78,7 +78,6 @@ class _RoundStart:
     """The counts and seconds of a row before a round."""
 
     num_tokens: int
-    num_cached: int
     draft: float  # seconds of drafting so far
     other: float  # seconds of verification and commit so far
     start: float  # seconds of starting its own drafter, since the previous round
@@ -138,7 +137,6 @@ class ControlledRows:
         row.seconds.draft += spent
         return _RoundStart(
             num_tokens=len(row.tokens),
-            num_cached=row.num_cached,
             draft=row.seconds.draft,
             other=row.seconds.verify + row.seconds.commit,
             start=started,
@@ -194,7 +192,7 @@ class ControlledRows:
             arm=row.arm,
             stats=stats,
             emitted=emitted,
-            context=start.num_cached,
+            context=start.num_tokens - 1,
             rows=num_rows,
             room=row.max_total - len(row.tokens),
             outcomes=outcomes,

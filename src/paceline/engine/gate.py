@@ -99,7 +99,7 @@ class Gate:
         # all drafters share the price of all tokens; the last round lacks those of a skipped drafter
         added = int(verified) + 1
         together = max(added, self._num_verified + (added if record.num_skipped else 0))
-        context = sum(row.num_cached for row in own) // len(own)
+        context = sum(row.num_read for row in own) // len(own)
         seconds = self._seconds.up_to(num_rows, context, together)
         verifying = float(seconds[together] - seconds[0]) * verified / together
         return worth > (call + verifying) * self._emitted
@@ -118,7 +118,7 @@ class Gate:
         """Learn from a judged round of several rows. drafting: seconds of all calls."""
         num_accepted = num_verified = context = 0
         for row, draft, verdict in zip(rows, verified, verdicts, strict=True):
-            context += row.num_cached
+            context += row.num_read
             if not row.is_asked:
                 continue
             accepted, drafted = len(verdict.path), len(draft.tokens)

@@ -50,7 +50,12 @@ class Prefill:
         self._chunk = chunk
 
     def load_prefix(self, row: Row) -> None:
-        """Write the known beginning of a new row's prompt into its slot."""
+        """Write the known beginning of a new row's prompt into its slot.
+
+        A source is not shared: an encoder's state at any token depends on all of them.
+        """
+        if self._target.encoder is not None:
+            return
         totals = self._prefixes.load(row.request.prompt_tokens, self._target.cache, row.slot)
         if totals:
             row.num_cached = len(totals) * PREFILL_BLOCK
@@ -62,14 +67,19 @@ class Prefill:
         if not pieces:
             return []
         began = perf_counter()
-        tokens = [t for row, start, stop in pieces for t in row.tokens[start:stop]]
+        if self._target.encoder is not None:
+            for row, start, _ in pieces:
+                if start == 0:
+                    self._read_source(row)
+        tokens = [t for row, start, stop in pieces for t in row.start_of_text(start, stop)]
         spans = [Span(row.slot, start, stop - start, prefill=True) for row, start, stop in pieces]
         hidden = self._target.forward(torch.tensor(tokens), spans)  # [N, D]
         ending: list[Row] = []
         last: list[Tensor] = []
         parts = torch.split(hidden, [span.width for span in spans])
         for (row, _, stop), part in zip(pieces, parts, strict=True):
-            row.prompt_hidden.add(part)
+            if self._target.encoder is None:
+                row.prompt_hidden.add(part)
             row.num_cached = stop
             if row.is_prefilled:
                 row.prompt_hidden.last = part[-1].float().cpu().numpy()
@@ -82,13 +92,18 @@ class Prefill:
             row.seconds.prefill += spent * (stop - start) / len(tokens)
         return [row for row in ending if row.finish_reason is None]
 
+    def _read_source(self, row: Row) -> None:
+        """Encode a new row's source; the policy's features are of the encoder's hidden states."""
+        hidden = self._target.begin(row.slot, row.request.prompt_tokens)
+        row.prompt_hidden.add(hidden)
+
     def _next_pieces(self, rows: Iterable[Row]) -> list[_Piece]:
         """Return the pieces of the next forward. rows: those that are not prefilled."""
         pieces: list[_Piece] = []
         room = self._chunk
         for row in sorted(rows, key=lambda row: row.id):
             if room and row.finish_reason is None:
-                stop = min(row.num_prompt, row.num_cached + room)
+                stop = min(row.num_start, row.num_cached + room)
                 pieces.append(_Piece(row, row.num_cached, stop))
                 room -= stop - row.num_cached
         return sorted(pieces, key=lambda piece: piece.row.slot)
@@ -101,8 +116,9 @@ class Prefill:
             if verdict.error is not None:
                 row.fail(verdict.error, verdict.cause)
                 continue
-            totals = row.prompt_hidden.block_totals
-            self._prefixes.keep(row.request.prompt_tokens, self._target.cache, row.slot, totals)
+            if self._target.encoder is None:
+                totals = row.prompt_hidden.block_totals
+                self._prefixes.keep(row.request.prompt_tokens, self._target.cache, row.slot, totals)
             token = verdict.next_token
             if row.request.logprobs:
                 row.logprobs.append(float(row_logits.float().log_softmax(dim=-1)[token]))

@@ -1,7 +1,9 @@
 """A row: one request in flight, with its tokens, its slot in the target's cache and its counts.
 
-A row has three lengths, which only this module derives from one another: `source`, the tokens that an
-encoder reads; `tokens`, its text; `num_cached`, the positions of the target's cache that hold it.
+A row has three lengths, which only this module derives from one another. `tokens` are its prompt and
+output, whoever reads the prompt. If the target has an encoder, the `num_prompt` tokens are its source,
+and the decoder's text is `num_start` tokens of its own and the output. `num_cached` are the positions of
+the target's cache that hold the text.
 """
 
 from __future__ import annotations
@@ -56,8 +58,8 @@ class StartedDrafter:
 class Row:
     """One request in flight.
 
-    Its tokens are prompt and output. Between rounds the target's cache holds all but the last.
-    `max_total` is the maximum number of tokens, by max_new_tokens and by the context.
+    Its tokens are prompt and output. Between rounds the target's cache holds all of its text but the
+    last. `max_total` is the maximum number of tokens, by max_new_tokens and by the context.
     """
 
     id: int
@@ -88,6 +90,7 @@ class Row:
     prompt_hidden: PromptHidden = field(default_factory=PromptHidden)
     logprobs: list[float] = field(default_factory=list)
     stop_finder: StopFinder | None = None  # if it has stop strings
+    start: Sequence[int] | None = None  # what the target's text begins with, if not the prompt
     num_prompt: int = field(init=False)  # tokens of the prompt
     reads_logits: bool = field(init=False)  # of the target, not its most likely tokens alone
 
@@ -106,13 +109,33 @@ class Row:
         return self.tokens[self.num_prompt :]
 
     @property
-    def source(self) -> Sequence[int]:
-        """Tokens that an encoder reads; none, since the target is a causal model."""
-        return ()
+    def num_start(self) -> int:
+        """Tokens of the target's text before the output."""
+        return self.num_prompt if self.start is None else len(self.start)
 
     @property
     def is_prefilled(self) -> bool:
-        return self.num_cached >= self.num_prompt
+        return self.num_cached >= self.num_start
+
+    @property
+    def num_read(self) -> int:
+        """Tokens that the next forward reads from caches, a source's included; see `costs.table`."""
+        return len(self.tokens) - 1
+
+    def start_of_text(self, first: int, stop: int) -> Sequence[int]:
+        """Return the target's tokens at positions first to stop - 1, before the output."""
+        return (self.tokens if self.start is None else self.start)[first:stop]
+
+    @property
+    def text(self) -> tuple[list[int], int]:
+        """The target's text so far, and how many tokens of it come before the output."""
+        if self.start is None:
+            return self.tokens, self.num_prompt
+        return [*self.start, *self.output], len(self.start)
+
+    def positions_of(self, num_tokens: int) -> int:
+        """Return the positions of the target's cache that hold all but the last of the row's tokens."""
+        return num_tokens - 1 - self.num_prompt + self.num_start
 
     @property
     def draft_limit(self) -> int:
@@ -158,7 +181,7 @@ class Row:
             and request.stop_token_ids.isdisjoint(emitted)
         ):
             tokens += emitted  # none of them ends the answer
-            self.num_cached = len(tokens) - 1
+            self.num_cached = self.positions_of(len(tokens))
             return len(emitted)
         for token in emitted:
             tokens.append(token)
@@ -170,7 +193,7 @@ class Row:
             if len(tokens) >= self.max_total:
                 self.finish_reason = "length"
                 break
-        self.num_cached = len(tokens) - 1
+        self.num_cached = self.positions_of(len(tokens))
         return len(tokens) - before
 
     def _completes_stop_string(self, token: int, detokenizer: Detokenizer) -> bool:
@@ -207,7 +230,7 @@ class Row:
         assert hidden.total is not None and hidden.last is not None
         return Context(
             prompt_tokens=self.request.prompt_tokens,
-            mean_hidden=hidden.total / np.float32(self.num_prompt),
+            mean_hidden=hidden.total / np.float32(hidden.num_positions),
             last_hidden=hidden.last,
             sampling=self.sampling,
             rows_in_flight=rows_in_flight,

@@ -73,13 +73,15 @@ class SubsetReplay:
         first = 0
         with torch.inference_mode():
             for slot, t in zip(self._slots, trajectories, strict=True):
-                text = [*t.prompt, *t.output[:-1]]
-                cache_text(target, slot, text, len(t.prompt))
-                self._entries.append(target.cache.read(slot, len(t.prompt), len(text)))
-                starts = range(len(t.prompt), len(text), window)
+                tokens = [*t.prompt, *t.output[:-1]]
+                cache_text(target, slot, tokens, len(t.prompt))
+                text = target.text_of(tokens, len(t.prompt))
+                before = target.num_before_output(len(t.prompt))
+                self._entries.append(target.cache.read(slot, before, len(text)))
+                starts = range(before, len(text), window)
                 for turn, start in enumerate(reversed(starts)):
-                    fed = text[start : start + window]
-                    predicted = first + start - len(t.prompt) + 1
+                    fed = list(text[start : start + window])
+                    predicted = first + start - before + 1
                     forward = forwards.setdefault(turn if is_paged else 0, [])
                     forward.append((Span(slot, start, len(fed)), fed, predicted))
                 first += len(t.output)
@@ -100,7 +102,7 @@ class SubsetReplay:
             hidden = [target.forward(fed, spans, skip=subset) for fed, spans in self._forwards]
             best, probability = _likeliest(target, torch.cat(hidden))
             for slot, t, entries in zip(self._slots, self.trajectories, self._entries, strict=True):
-                target.cache.write(slot, len(t.prompt), entries)
+                target.cache.write(slot, target.num_before_output(len(t.prompt)), entries)
         output = np.concatenate([t.output for t in self.trajectories])
         match, confidence = np.ones(len(output), bool), np.ones(len(output), np.float32)
         match[self._places] = best == output[self._places]

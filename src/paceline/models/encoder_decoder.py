@@ -13,6 +13,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
+from transformers import (
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+)
 
 from paceline.errors import ModelError
 
@@ -20,17 +26,29 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     Source: TypeAlias = Sequence[int] | Tensor  # token ids [S], or features without a batch
 
 # the linear layers of keys and values in transformers' attention modules: T5's names, and the others'
 _KEYS_AND_VALUES: Final = (("k", "v"), ("k_proj", "v_proj"))
 
+# tokens, of a source whose encoder has no last position; its attention grows with their square
+_LONGEST_SOURCE: Final = 4096
+
 
 def is_encoder_decoder(model: PreTrainedModel) -> bool:
     """Return whether a model has an encoder."""
     return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def auto_class_of(config: PreTrainedConfig) -> Any:
+    """Return transformers' class that makes a model of a configuration with its output layer."""
+    if not getattr(config, "is_encoder_decoder", False):
+        return AutoModelForCausalLM
+    if type(config) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING:
+        return AutoModelForSpeechSeq2Seq
+    return AutoModelForSeq2SeqLM
 
 
 def body_of(model: PreTrainedModel) -> Any:
@@ -103,8 +121,9 @@ class Encoder:
         self.start = _start_token(model, name)
         parameters = inspect.signature(self._encoder.forward).parameters
         self.reads_features = "input_features" in parameters
-        # tokens that it reads at most; None: any number
-        self.max_source: int | None = getattr(model.config, "max_position_embeddings", None)
+        # tokens that it reads at most
+        limit = getattr(model.config, "max_position_embeddings", None)
+        self.max_source: int = limit or _LONGEST_SOURCE
 
     def encode(self, source: Source) -> Tensor:
         """Return the encoder's final hidden states [S, D] of one source."""
@@ -121,7 +140,7 @@ class Encoder:
     def random_source(self, num_positions: int, generator: torch.Generator) -> Source:
         """Return a source for checks: random ids, or features of the length that the encoder takes."""
         if not self.reads_features:
-            length = min(num_positions, self.max_source or num_positions)
+            length = min(num_positions, self.max_source)
             return torch.randint(self._num_ids, (length,), generator=generator).tolist()
         config = self._encoder.config
         return torch.randn(

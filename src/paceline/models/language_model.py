@@ -184,15 +184,36 @@ class LanguageModel:
         """Return a slot for a new row."""
         return self.cache.acquire()
 
-    def text_start(self, prompt: Sequence[int]) -> Sequence[int]:
-        """Return the tokens that the model's text has before the output of a request.
+    @property
+    def reads_prompt_as_source(self) -> bool:
+        """Whether an encoder reads a request's prompt, and the decoder's text begins without it."""
+        return self.encoder is not None and not self.encoder.reads_features
 
-        prompt: the request's. Those of a model with an encoder, which reads the prompt as its source,
-        are the decoder's first token; an encoder of features leaves the prompt to the decoder.
+    def text_of(self, tokens: Sequence[int], num_prompt: int) -> Sequence[int]:
+        """Return the model's text of a request's prompt and output: what `forward` is fed.
+
+        num_prompt: leading tokens that are the prompt.
         """
         if self.encoder is None or self.encoder.reads_features:
-            return prompt
-        return (self.encoder.start,)
+            return tokens
+        return [self.encoder.start, *tokens[num_prompt:]]
+
+    def num_before_output(self, num_prompt: int) -> int:
+        """Return the tokens of the model's text before the output, for a prompt of this many."""
+        return 1 if self.reads_prompt_as_source else num_prompt
+
+    def max_output(self, num_prompt: int, max_new_tokens: int) -> int:
+        """Return the tokens that an answer may have within its limit and the context."""
+        # the last emitted token is never fed, so it needs no position
+        room = self.context_length + 1 - self.num_before_output(num_prompt)
+        return min(max_new_tokens, room)
+
+    @property
+    def max_prompt(self) -> int:
+        """Maximum number of tokens of a prompt."""
+        if self.encoder is None or self.encoder.reads_features:
+            return self.context_length
+        return self.encoder.max_source
 
     def begin(self, slot: int, source: Source, cache: KVCache | None = None) -> Tensor:
         """Read the source of a new row; return the encoder's final hidden states [S, D].
@@ -207,6 +228,12 @@ class LanguageModel:
         cache.sources.forget(slot)
         cache.sources.write(slot, 0, self.encoder.entries(hidden))
         return hidden
+
+    def has_room_after(self, num_prompt: int) -> bool:
+        """Return whether a prompt of this many tokens leaves room for more than one token of answer."""
+        if self.reads_prompt_as_source:
+            return num_prompt <= self.max_prompt
+        return num_prompt < self.context_length
 
     def release(self, slot: int, damaged: bool = False) -> None:
         """Give a row's slot back; its cached text is lost.

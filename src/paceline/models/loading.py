@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from paceline.errors import ModelError
+from paceline.models.encoder_decoder import auto_class_of
 from paceline.models.language_model import LanguageModel
 from paceline.models.peft_adapters import merge_adapter
 from paceline.models.self_checks import check_packed_forward
@@ -130,9 +131,9 @@ def load_language_model(section: ModelSection, name: str, exact: bool = False) -
 
     Raises ModelError if the weights are unreadable, incomplete or unsupported.
     """
-    load_config(section)
+    config = load_config(section)
     device = resolve_device(section.device) if section.device_map is None else None
-    model = _load_weights(section)
+    model = _load_weights(section, auto_class_of(config))
     if device is not None:
         model = model.to(device)
     if section.adapter is not None:
@@ -145,12 +146,12 @@ def load_language_model(section: ModelSection, name: str, exact: bool = False) -
     return language_model
 
 
-def _load_weights(section: ModelSection) -> Any:
+def _load_weights(section: ModelSection, auto_class: Any) -> Any:
     """Return transformers' model. Raises ModelError if weights are unreadable, missing or misshapen."""
     dtype = "auto" if section.dtype == "auto" else DTYPES[section.dtype]
     try:
         model, info = _read(
-            AutoModelForCausalLM,
+            auto_class,
             section,
             dtype=dtype,
             device_map=section.device_map,

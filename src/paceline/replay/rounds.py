@@ -53,11 +53,6 @@ class Replay:
         return ReplayedDrafter(self.rounds, everywhere=False, proposed=self.proposed)
 
 
-def max_output(max_new_tokens: int, num_prompt: int, context_length: int) -> int:
-    """Return the maximum number of output tokens; the last one is never fed and needs no position."""
-    return min(max_new_tokens, context_length + 1 - num_prompt)
-
-
 def simulate(draft_replay: DraftReplay, num_output: int, max_total_output: int) -> np.ndarray:
     """Return [rounds, 2] int64, drafted and accepted: the engine's rounds over `num_output` tokens.
 
@@ -194,12 +189,14 @@ def target_distributions(
     tokens per forward.
     """
     warping = _UNWARPED if sampling.method == "greedy" else sampling
-    text = torch.tensor([*prompt, *trajectory[:-1]])
-    first = len(prompt) - 1  # the place that predicts the first output token
+    text = torch.tensor(target.text_of([*prompt, *trajectory[:-1]], len(prompt)))
+    first = target.num_before_output(len(prompt)) - 1  # what predicts the first output token
     parts: list[Tensor] = []
     slot = target.acquire()
     try:
         with torch.inference_mode():
+            if target.encoder is not None:
+                target.begin(slot, prompt)
             for start in range(0, len(text), chunk):
                 piece = text[start : start + chunk]
                 hidden = target.forward(piece, [Span(slot, start, len(piece))])

@@ -40,6 +40,10 @@ class RowText(Protocol):
     @property
     def tokens(self) -> list[int]: ...
     @property
+    def text(self) -> tuple[list[int], int]:
+        """The target's text, and how many tokens of it come before the output."""
+
+    @property
     def request(self) -> Request: ...
 
 
@@ -227,10 +231,10 @@ def _apply_rules(
 
     Each place is computed alone, so a processor that fails on a drafted text fails that place only.
     """
-    request, num_prompt = row.request, len(row.request.prompt_tokens)
+    request, (before, num_prompt) = row.request, row.text
     assert request.rules is not None
     ruled = torch.full(logits.shape, float("nan"), device=logits.device)
-    for place, text in enumerate(_texts_before(row.tokens, draft, logits.shape[-1])):
+    for place, text in enumerate(_texts_before(before, draft, logits.shape[-1])):
         if own[place] < 0:
             continue
         try:
