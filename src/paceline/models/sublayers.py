@@ -23,8 +23,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # transformers' names of the two sub-layers of a decoder layer; OPT's MLP is two bare linear layers,
-# GraniteMoeShared's the sum of two modules
-_ATTENTIONS: Final = (("self_attn",), ("attn",), ("attention",), ("self_attention",))
+# GraniteMoeShared's the sum of two modules. Where a layer attends to a source, too, both attentions are
+# one sub-layer
+_ATTENTIONS: Final = (
+    ("self_attn", "encoder_attn"),
+    ("SelfAttention", "EncDecAttention"),
+    ("self_attn",),
+    ("attn",),
+    ("attention",),
+    ("self_attention",),
+)
 _MLPS: Final = (
     ("mlp",),
     ("feed_forward",),
@@ -32,6 +40,7 @@ _MLPS: Final = (
     ("block_sparse_moe",),
     ("ffn",),
     ("fc1", "fc2"),
+    ("DenseReluDense",),
 )
 
 
@@ -115,6 +124,11 @@ def _silence_pair(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     return _silence(*args, **kwargs), None
 
 
+def _silence_biased(*args: Any, **kwargs: Any) -> tuple[Tensor, None, None]:
+    """Return zeros as T5's attention does, with neither a bias for the next layer nor weights."""
+    return _silence(*args, **kwargs), None, None
+
+
 def _pass_residual(hidden_states: Tensor, residual: Tensor, **kwargs: Any) -> Tensor:
     """Return the residual alone, for modules that add to it themselves (Bloom, MPT)."""
     return residual
@@ -129,8 +143,11 @@ def _pass_residual_pair(
 
 def _silent(module: nn.Module, is_attention: bool) -> Callable[..., Any]:
     """Return the function that replaces a silent module's forward."""
-    if "residual" in inspect.signature(type(module).forward).parameters:
+    parameters = inspect.signature(type(module).forward).parameters
+    if "residual" in parameters:
         return _pass_residual_pair if is_attention else _pass_residual
+    if "position_bias" in parameters:
+        return _silence_biased
     return _silence_pair if is_attention else _silence
 
 
@@ -146,6 +163,8 @@ def find_layers(body: nn.Module, num_layers: int, name: str) -> tuple[nn.Module,
 def _find_sublayers(layer: nn.Module, name: str) -> _Layer:
     """Return the sub-layers of a decoder layer. Raises ModelError if it has none of a known name."""
     children = dict(layer.named_children())
+    for part in children.pop("layer", ()):  # T5's sub-layers are each a module of their own
+        children |= dict(part.named_children())
 
     def find(what: str, known: Iterable[tuple[str, ...]]) -> list[nn.Module]:
         for names in known:

@@ -21,6 +21,7 @@ from paceline.experiments.recipes.shapes import (
     num_multiplied,
     num_parameters,
 )
+from paceline.models.encoder_decoder import body_of
 from paceline.models.loading import DTYPES
 from paceline.models.sublayers import SubLayers
 
@@ -221,7 +222,7 @@ class _Planner:
             )
         subset = subset_of(name, settings, self._target)
         check_forward(self._target, 1, subset)
-        layers = SubLayers(self._target.model.base_model, self._target.num_layers, name)
+        layers = SubLayers(body_of(self._target.model), self._target.num_layers, name)
         kept = 1 - layers.num_parameters(subset) / num_multiplied(self._target)
         return self._step(self._target, kept=kept)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from paceline.errors import ModelError
+from paceline.models.encoder_decoder import body_of, inputs_of_body
 from paceline.models.packing import Span
 from paceline.models.self_checks.bounds import past_windows
 from paceline.models.sublayers import LayerSubset, SubLayers
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from paceline.models.language_model import LanguageModel
+
+_SOURCE: Final = 7  # tokens
 
 
 def check_sublayers(language_model: LanguageModel, seed: int = 0) -> None:
@@ -29,9 +32,14 @@ def check_sublayers(language_model: LanguageModel, seed: int = 0) -> None:
     length = past_windows(language_model, 7, 0)
     tokens = torch.randint(language_model.num_logits, (length,), generator=generator)
 
+    encoder = language_model.encoder
+    source = None if encoder is None else encoder.random_source(_SOURCE, generator)
+
     def run(subset: LayerSubset | None) -> Tensor:
         cache = language_model.cache.for_checks()
         slot = cache.acquire()
+        if source is not None:
+            language_model.begin(slot, source, cache)
         try:
             span = Span(slot, 0, length, prefill=True)
             return language_model.forward(tokens, [span], cache=cache, skip=subset)
@@ -59,10 +67,12 @@ def check_sublayers(language_model: LanguageModel, seed: int = 0) -> None:
 
 def _without_layers(language_model: LanguageModel, tokens: Tensor) -> Tensor:
     """Return hidden states [N, D] of transformers' own code without decoder layers."""
-    body = language_model.model.base_model
+    body = body_of(language_model.model)
     sublayers = SubLayers(body, language_model.num_layers, language_model.name)
     with sublayers.no_layers():
         ids = tokens[None].to(language_model.device)
-        output: Any = body(input_ids=ids, use_cache=False)
+        output: Any = body(
+            input_ids=ids, use_cache=False, **inputs_of_body(language_model.model)
+        )
     hidden: Tensor = output.last_hidden_state
     return hidden[0]
