@@ -20,7 +20,7 @@ from paceline.bench.cost_measurement import plain_driver
 from paceline.contracts import NONE, Request
 from paceline.drafting.contract import blaming
 from paceline.drafting.draft_model import DraftModel
-from paceline.replay import replay, target_distributions
+from paceline.replay import max_output, replay, target_distributions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,7 +59,8 @@ class ReplayTask(_DrafterTask):
 
 
 def _replay_row(parts: Parts, row: Trajectory, name: str) -> dict[str, Any]:
-    limit = parts.target.max_output(len(row.prompt_tokens), row.max_new_tokens)
+    before = parts.target.num_before_output(len(row.prompt_tokens))
+    limit = max_output(row.max_new_tokens, before, parts.target.context_length)
     text = row.prompt_tokens, row.output_tokens
     drafter = parts.drafters[name]
     with blaming(name), drafter.without_answers_to(row.prompt_id):

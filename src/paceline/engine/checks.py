@@ -140,4 +140,6 @@ def _draft_positions(drafter: Drafter) -> int:
 def max_total(request: Request, target: LanguageModel) -> int:
     """Return the maximum number of tokens of a request, prompt and output together."""
     num_prompt = len(request.prompt_tokens)
-    return num_prompt + target.max_output(num_prompt, request.max_new_tokens)
+    # the last emitted token is never fed, so it needs no position
+    room = target.context_length + 1 - target.num_before_output(num_prompt)
+    return num_prompt + min(request.max_new_tokens, room)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from paceline.bench.timed import TimedPrompt, time_interleaved
 from paceline.contracts import no_progress, split_arm
-from paceline.replay.rounds import replay, walk
+from paceline.replay.rounds import max_output, replay, walk
 from paceline.store.records import ReplayedDrafter
 
 if TYPE_CHECKING:
@@ -84,7 +84,9 @@ def replay_arm(
 ) -> ReplayedDrafter:
     """Return the consecutive rounds of an arm along an output of the target."""
     name, length = split_arm(arm)
-    limit = pace.parts.target.max_output(len(tokens), max_new_tokens)
+    target = pace.parts.target
+    before = target.num_before_output(len(tokens))
+    limit = max_output(max_new_tokens, before, target.context_length)
     replayed = replay(pace.parts.drafters[name], tokens, output, limit)
     if replayed.ahead is None:
         return replayed.record

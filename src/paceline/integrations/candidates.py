@@ -18,6 +18,7 @@ from paceline.drafting.draft_replay import SimpleRow
 from paceline.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import TracebackType
 
     from torch import Tensor
@@ -44,9 +45,11 @@ class DrafterCandidates(CandidateGenerator):
         max_length: int,
         sampling: SamplingParams | None = None,
         num_padding: int = 0,
+        source: Sequence[int] | None = None,
     ) -> None:
         """max_length: of prompt and output. sampling: of the target's tokens, for drafters that sample.
-        num_padding: tokens to skip to the left of the prompt.
+        num_padding: tokens to skip to the left of the prompt. source: the prompt of a target with an
+        encoder; its text is the decoder's, which begins with one token of its own.
 
         Raises ConfigError for a drafter that reads the target's states.
         """
@@ -59,7 +62,7 @@ class DrafterCandidates(CandidateGenerator):
             )
         self.drafter = drafter
         self._max_length = max_length
-        self._num_padding = num_padding
+        self._num_padding, self._source = num_padding, source
         self._row = SimpleRow([], 0, id=next(_ROW_IDS), sampling=sampling or SamplingParams())
         self._started = False
 
@@ -73,7 +76,8 @@ class DrafterCandidates(CandidateGenerator):
         if room < 1:
             return input_ids, None
         row = self._row
-        row.tokens = input_ids[0, self._num_padding :].tolist()
+        text: list[int] = input_ids[0, self._num_padding :].tolist()
+        row.tokens = text if self._source is None else [*self._source, *text[1:]]
         with torch.inference_mode():  # drafters that an engine has used hold tensors made there
             self._start()
             drafts = self.drafter.propose([row], [room])
@@ -88,7 +92,8 @@ class DrafterCandidates(CandidateGenerator):
     def _start(self) -> None:
         if self._started:
             return
-        self._row.num_prompt = len(self._row.tokens)
+        source = self._row.tokens if self._source is None else self._source
+        self._row.num_prompt = len(source)
         self._started = True
         self.drafter.start([self._row])
         prepare_all(self.drafter, self._row, _PREFILL_CHUNK)

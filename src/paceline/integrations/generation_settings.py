@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from transformers import Cache
 from transformers.generation.logits_process import (
     PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
@@ -69,11 +68,6 @@ _REFUSED_HERE: Final[Mapping[str, str]] = {
     "compile_config": "paceline's forward is not compiled by transformers; remove it",
     "continuous_batching_config": "rows of a batch are decoded together already; remove it",
 }
-
-# inputs of the model's forward that a caller may give, in addition to an empty cache of any name
-_INPUTS: Final = frozenset(
-    {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,48 +129,6 @@ def _refuse_settings(config: GenerationConfig, refused: Mapping[str, str]) -> No
         if asks(config, name):
             value = shorten(getattr(config, name))
             raise RequestError(f"paceline does not support {name}={value} of generate: {advice}")
-
-
-def read_padding(
-    input_ids: Tensor, model_kwargs: Mapping[str, Any], given: Mapping[str, Any]
-) -> list[int]:
-    """Return the number of padding tokens to the left of each row.
-
-    input_ids: [B, L]. model_kwargs: prepared by transformers. given: the caller's own. Raises
-    RequestError for inputs other than text, left padding and an empty cache.
-    """
-    for name, value in given.items():
-        if isinstance(value, Cache) and not value.get_seq_length():
-            continue
-        if isinstance(value, Cache):
-            raise RequestError(
-                f"'{name}' already holds text; paceline has its own cache, which shares equal "
-                "beginnings of prompts, so give the whole prompt as input_ids"
-            )
-        if name not in _INPUTS and value is not None:
-            raise RequestError(
-                f"paceline does not support the model input '{name}'; give input_ids and "
-                "attention_mask only"
-            )
-    num_rows, length = input_ids.shape
-    mask = model_kwargs.get("attention_mask")
-    if mask is None:
-        mask = torch.ones_like(input_ids)
-    mask = (mask != 0).long()
-    if (mask[:, 1:] < mask[:, :-1]).any() or not mask[:, -1].all():
-        raise RequestError(
-            "attention_mask hides tokens that are not padding on the left; tokenize with "
-            "padding_side='left'"
-        )
-    positions = model_kwargs.get("position_ids")
-    usual = (mask.cumsum(dim=-1) - 1).clamp(min=0)
-    if positions is not None and ((positions - usual) * mask).any():
-        raise RequestError(
-            "paceline counts positions from each row's first token; remove position_ids"
-        )
-    padding: list[int] = (length - mask.sum(dim=-1)).tolist()
-    assert len(padding) == num_rows
-    return padding
 
 
 def processors_of_row(

@@ -25,11 +25,12 @@ from paceline.integrations.candidates import DrafterCandidates
 from paceline.integrations.generation_settings import (
     CallSettings,
     processors_of_row,
-    read_padding,
     read_sampling,
     read_settings,
     refuse_other_decoding,
 )
+from paceline.integrations.prompts import Prompt, read_prompts
+from paceline.models.encoder_decoder import is_encoder_decoder, start_token
 from paceline.selection import UntrainedController
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def generate(
     drafters: Mapping[str, DraftSource] | None = None,
     seed: int | None = None,
     streamer: BaseStreamer | None = None,
+    inputs_tensor: Tensor | None = None,
     **model_kwargs: Any,
 ) -> Tensor | GenerateOutput:
     """Decode a batch with paceline, for `custom_generate=`; the text is the one `generate` writes.
@@ -85,8 +87,10 @@ def generate(
     pace: made by `paceline.load(target=model, ...)`. Without one, a pace is made from `drafters`,
     `assistant_model=` or `prompt_lookup_num_tokens=` and cached on the model. drafter: the arm of all
     rows; by default the policy's choice, without a policy the only drafter, else `auto`. seed: of
-    sampling, by default drawn from torch's generator, so `set_seed` works. Returns [B, L + n] as
-    `generate` does, or a `GenerateOutput` with `return_dict_in_generate`.
+    sampling, by default drawn from torch's generator, so `set_seed` works. inputs_tensor: given by
+    transformers, what an encoder reads; transformers has run the encoder before, and paceline runs it
+    again for each row without padding. Returns [B, L + n] as `generate` does, or a `GenerateOutput` with
+    `return_dict_in_generate`.
 
     Raises RequestError for a setting that is not supported, ConfigError for a pace or drafter that
     does not fit the model, DecodingError if a row fails.
@@ -100,14 +104,14 @@ def generate(
             generation_config, logits_processor, stopping_criteria, input_ids.shape[1]
         )
         given = _given_inputs(lost, generation_config, model_kwargs)
-        padding = read_padding(input_ids, model_kwargs, given)
+        prompts = read_prompts(input_ids, model_kwargs, given, inputs_tensor, _start_of(model))
         if streamer is not None and len(input_ids) > 1:
             raise RequestError("a streamer takes one row; generate the rows of a batch one by one")
         pace = find_pace(model, generation_config, pace, drafters, lost["assistant_model"])
         arm = _arm(pace, drafter)
         rows = [
-            _Row(_request(pace, settings, input_ids[i], i, n, arm, seed), input_ids[i : i + 1], [])
-            for i, n in enumerate(padding)
+            _Row(_request(pace, settings, prompt, i, arm, seed), input_ids[i : i + 1], [])
+            for i, prompt in enumerate(prompts)
         ]
         _decode(pace, rows, settings, streamer)
         sequences = _sequences(input_ids, rows, settings.pad_token_id)
@@ -160,6 +164,11 @@ def _given_inputs(
     return {n: v for n, v in lost["kwargs"].items() if not hasattr(config, n)}
 
 
+def _start_of(model: PreTrainedModel) -> int | None:
+    """Return the first token of a decoder's text, None for a model without an encoder."""
+    return start_token(model, "the model") if is_encoder_decoder(model) else None
+
+
 def _arm(pace: Pace, drafter: str | None) -> str:
     if drafter is not None:
         return drafter
@@ -175,13 +184,12 @@ def _arm(pace: Pace, drafter: str | None) -> str:
 def _request(
     pace: Pace,
     call: CallSettings,
-    ids: Tensor,
+    prompt: Prompt,
     row: int,
-    num_padding: int,
     arm: str,
     seed: int | None,
 ) -> Request:
-    """Return one row's request. ids: [L] with padding."""
+    """Return one row's request."""
     sampling = dict(call.sampling)
     if sampling["temperature"] > 0:
         drawn = int(torch.randint(2**62, ()))
@@ -189,9 +197,9 @@ def _request(
         sampling["sampling"] = "residual" if seed is None else "invariant"
     rules: dict[str, Any] = {}
     if call.processors:
-        rules["processors"] = processors_of_row(call.processors, row, ids[:num_padding])
+        rules["processors"] = processors_of_row(call.processors, row, prompt.padding)
     return pace.request(
-        ids[num_padding:].tolist(),
+        prompt.tokens,
         id=str(row),
         max_new_tokens=call.max_new_tokens,
         drafter=arm,
@@ -262,6 +270,7 @@ def assisted(
     *,
     drafter: Drafter | None = None,
     streamer: BaseStreamer | None = None,
+    inputs_tensor: Tensor | None = None,
     **model_kwargs: Any,
 ) -> Any:
     """Decode one row in transformers' assisted decoding with a paceline drafter.
@@ -278,12 +287,15 @@ def assisted(
     if len(input_ids) > 1:
         raise RequestError("transformers' assisted decoding takes one row; give one prompt")
     inputs = _given_inputs(lost, generation_config, model_kwargs)
+    start = _start_of(model)
+    [prompt] = read_prompts(input_ids, model_kwargs, inputs, inputs_tensor, start)
     instance: Any = model
     with candidate_generator(
         drafter,
         max_length=generation_config.max_length,
         sampling=read_sampling(generation_config, logits_processor),
-        num_padding=read_padding(input_ids, model_kwargs, inputs)[0],
+        num_padding=len(prompt.padding),
+        source=None if start is None else prompt.tokens,
     ) as candidates:
         instance._get_candidate_generator = lambda **_: candidates
         try:

@@ -202,12 +202,6 @@ class LanguageModel:
         """Return the tokens of the model's text before the output, for a prompt of this many."""
         return 1 if self.reads_prompt_as_source else num_prompt
 
-    def max_output(self, num_prompt: int, max_new_tokens: int) -> int:
-        """Return the tokens that an answer may have within its limit and the context."""
-        # the last emitted token is never fed, so it needs no position
-        room = self.context_length + 1 - self.num_before_output(num_prompt)
-        return min(max_new_tokens, room)
-
     @property
     def max_prompt(self) -> int:
         """Maximum number of tokens of a prompt."""

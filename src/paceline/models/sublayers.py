@@ -163,7 +163,8 @@ def find_layers(body: nn.Module, num_layers: int, name: str) -> tuple[nn.Module,
 def _find_sublayers(layer: nn.Module, name: str) -> _Layer:
     """Return the sub-layers of a decoder layer. Raises ModelError if it has none of a known name."""
     children = dict(layer.named_children())
-    for part in children.pop("layer", ()):  # T5's sub-layers are each a module of their own
+    parts: Any = children.pop("layer", ())
+    for part in parts:  # T5's sub-layers are each a module of their own
         children |= dict(part.named_children())
 
     def find(what: str, known: Iterable[tuple[str, ...]]) -> list[nn.Module]:

@@ -3,6 +3,7 @@
 from paceline.replay.composed import calibrate, stored_drafters, with_cascades
 from paceline.replay.priced import price_rounds, price_stops
 from paceline.replay.rounds import (
+    max_output,
     replay,
     rounds_of,
     simulate,
@@ -12,6 +13,7 @@ from paceline.replay.rounds import (
 
 __all__ = [
     "calibrate",
+    "max_output",
     "price_rounds",
     "price_stops",
     "replay",

@@ -53,6 +53,14 @@ class Replay:
         return ReplayedDrafter(self.rounds, everywhere=False, proposed=self.proposed)
 
 
+def max_output(max_new_tokens: int, num_before: int, context_length: int) -> int:
+    """Return the maximum number of output tokens; the last one is never fed and needs no position.
+
+    num_before: tokens of the target's text before the output.
+    """
+    return min(max_new_tokens, context_length + 1 - num_before)
+
+
 def simulate(draft_replay: DraftReplay, num_output: int, max_total_output: int) -> np.ndarray:
     """Return [rounds, 2] int64, drafted and accepted: the engine's rounds over `num_output` tokens.
 

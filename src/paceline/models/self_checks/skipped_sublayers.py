@@ -71,8 +71,6 @@ def _without_layers(language_model: LanguageModel, tokens: Tensor) -> Tensor:
     sublayers = SubLayers(body, language_model.num_layers, language_model.name)
     with sublayers.no_layers():
         ids = tokens[None].to(language_model.device)
-        output: Any = body(
-            input_ids=ids, use_cache=False, **inputs_of_body(language_model.model)
-        )
+        output: Any = body(input_ids=ids, use_cache=False, **inputs_of_body(language_model.model))
     hidden: Tensor = output.last_hidden_state
     return hidden[0]
