@@ -18,7 +18,7 @@ from paceline.errors import ConfigError, shorten, suggest_name
 S = TypeVar("S", bound=BaseModel)
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
-GenerationDefaults = Literal["auto", "none"]
+GenerationDefaults = Literal["auto", "no_beams", "none"]
 
 MAX_DRAFT_TOKENS: Final = 64
 """Maximum draft length of the schema, the cost table and CUDA's captured steps."""
@@ -226,8 +226,9 @@ class Config(Section):
     exact: refuse a target that the compiled forward cannot run. On that forward each token's bits
     depend only on its own request, so the text is equal for every drafter and batch, in bfloat16, too.
     generation_config: `auto` takes defaults of requests from the target's own generation configuration
-    (penalties, lengths, sampling and so on), `none` only the tokens that end an answer. distillation:
-    what to train a drafter on and how, checked by `paceline distill`. threads: of torch.
+    (penalties, lengths, sampling and so on), `no_beams` all but its beam search, `none` only the tokens
+    that end an answer. distillation: what to train a drafter on and how, checked by `paceline distill`.
+    threads: of torch.
     """
 
     target: ModelSection

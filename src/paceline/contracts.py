@@ -82,7 +82,8 @@ class Request:
     is full: the last emitted token is not an input, so a context of C positions gives at most
     C + 1 - len(prompt_tokens) tokens. A stop or the limit inside an accepted draft ends the text there.
     logprobs: return each emitted token's log-probability under the target's own logits, before rules
-    and temperature.
+    and temperature. features: [bins, frames] for a target whose encoder reads features of audio; its
+    decoder's text begins with the prompt.
     """
 
     id: str
@@ -94,6 +95,7 @@ class Request:
     drafter: str = AUTO
     rules: LogitRules | None = None
     logprobs: bool = False
+    features: Tensor | None = field(default=None, compare=False, repr=False)
     # the engine that has checked it; a copy by `dataclasses.replace` has none
     checked_by: object | None = field(default=None, init=False, compare=False, repr=False)
 
@@ -156,6 +158,10 @@ class RowView(Protocol):
     @property
     def num_prompt(self) -> int:
         """How many of the tokens are the prompt's."""
+
+    @property
+    def features(self) -> Tensor | None:
+        """As in `Request`."""
 
     @property
     def sampling(self) -> SamplingParams: ...

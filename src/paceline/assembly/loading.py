@@ -70,14 +70,15 @@ def load(
     policy cannot be used (made for other models, without this machine's costs, damaged), `notes` says
     why. Without a policy, drafter `auto` is the first `suffix_lookup`, or one that is added, and `none`
     where it does not pay by the clock. With `with_policy=False`, requests must name a drafter.
-    generation_config: `auto` or `none`, overrides the configuration; see `Pace.request`.
+    generation_config: `auto`, `no_beams` or `none`, overrides the configuration; see `Pace.request`.
 
     Raises ConfigError, ModelError or VocabularyError for parts that cannot be used, and ArtefactError
     if a drafter stops by expected gain and the configuration's cost table is missing.
     """
     if generation_config not in (None, *get_args(GenerationDefaults)):
         raise ConfigError(
-            f"generation_config must be auto or none; got {shorten(generation_config)}"
+            f"generation_config must be {' or '.join(get_args(GenerationDefaults))}; got "
+            f"{shorten(generation_config)}"
         )
     parts = _build(config, target, tokenizer, drafters or {})
     if generation_config is not None:

@@ -100,13 +100,17 @@ class Pace:
         prompt: Prompt,
         id: str = "0",
         generation_config: GenerationDefaults | None = None,
+        features: np.ndarray | torch.Tensor | None = None,
         **settings: Any,
     ) -> Request:
         """Return a checked request; `settings` are the fields of `RequestSettings`.
 
         prompt: a string, a message or a list of messages, or token ids as a sequence or a
         one-dimensional array. generation_config: `auto` takes settings that the call omits from the
-        target's own generation configuration, `none` ignores it; the default is the configuration's.
+        target's own generation configuration, `no_beams` does so without its beam search, `none` ignores
+        it; the default is the configuration's.
+        features: [bins, frames] of audio for a target such as Whisper, whose decoder's text begins with
+        the prompt.
 
         Raises RequestError that names the setting that cannot be served.
         """
@@ -116,19 +120,21 @@ class Pace:
         generation_config = generation_config or self.parts.config.generation_config
         if generation_config not in get_args(GenerationDefaults):
             raise RequestError(
-                f"generation_config must be auto or none; got {shorten(generation_config)}"
+                f"generation_config must be {' or '.join(get_args(GenerationDefaults))}; got "
+                f"{shorten(generation_config)}"
             )
-        if generation_config == "auto":
+        if generation_config != "none":
             given = read.given()
             target = self.parts.target
             before = target.num_before_output(len(tokens))
-            merged = with_defaults(target, given, before, read.stop_token_ids | eos)
+            stops, no_beams = read.stop_token_ids | eos, generation_config == "no_beams"
+            merged = with_defaults(target, given, before, stops, no_beams)
             if merged != given:
                 try:
                     read = RequestSettings.read(merged)
                 except RequestError as error:
                     raise unusable(error) from error
-        return self.engine.check(read.request(tokens, id, eos), is_read=True)
+        return self.engine.check(read.request(tokens, id, eos, features), is_read=True)
 
     def complete(self, prompt: Prompt, **settings: Any) -> Completion:
         """Return the completion of one prompt; `settings` are those of `request`.

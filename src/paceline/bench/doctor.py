@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from paceline.assembly import steps_to_policy
 from paceline.config import ModelSection
@@ -23,9 +22,14 @@ from paceline.costs.table import CostTable
 from paceline.drafting.catalog import CATALOG, check_settings, find_kind
 from paceline.drafting.cross_vocabulary import CrossVocabularySettings, check_bridge
 from paceline.errors import ArtefactError, PacelineError, StoreError
+from paceline.models.encoder_decoder import auto_class_of
 from paceline.models.forward_choice import forward_before_weights
 from paceline.models.loading import DTYPES, load_config, load_tokenizer, resolve_device
-from paceline.models.model_facts import cache_bytes_per_position, count_packed_bytes
+from paceline.models.model_facts import (
+    cache_bytes_per_position,
+    context_length_of,
+    count_packed_bytes,
+)
 from paceline.models.vocabulary import Vocabulary
 from paceline.replay import price_rounds, rounds_of, stored_drafters
 from paceline.rewards import request_seconds
@@ -174,7 +178,7 @@ def model_facts(section: ModelSection, name: str = "target", exact: bool = False
     exact: require the compiled forward. Raises ModelError if a forward that is required does not fit.
     """
     raw = load_config(section)
-    from_config: Any = AutoModelForCausalLM.from_config
+    from_config: Any = auto_class_of(raw).from_config
     with torch.device("meta"):
         model = from_config(raw)
     parameters = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
@@ -189,7 +193,7 @@ def model_facts(section: ModelSection, name: str = "target", exact: bool = False
         weight_bytes=parameters * dtype.itemsize,
         packed_bytes=count_packed_bytes(model, section.weights) if is_compiled else 0,
         cache_bytes_per_token=cache_bytes_per_position(raw, dtype, is_compiled),
-        context=text.max_position_embeddings,
+        context=context_length_of(text)[0],
         num_logits=text.vocab_size,
         hidden_size=text.hidden_size,
         forward=forward,

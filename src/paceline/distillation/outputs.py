@@ -155,7 +155,11 @@ class Answerer:
     def request(self, question: _Question, max_new_tokens: int) -> Request:
         """Return the request of a question, without the target's own generation settings."""
         sampling = question.sampling
-        drawn = {"top_p": sampling.top_p, "seed": sampling.seed, "sampling": sampling.method}
+        drawn: dict[str, Any] = {
+            "top_p": sampling.top_p,
+            "seed": sampling.seed,
+            "sampling": sampling.method,
+        }
         return self.pace.request(
             question.tokens,
             id=question.id,

@@ -64,11 +64,12 @@ class CachedRows(dict[int, CachedRow]):
                 state.num_cached, state.drafted = 0, []
                 self._model.cache.forget(state.slot)
 
-    def read_source(self, row_id: int, source: Sequence[int]) -> None:
+    def read_source(self, row: RowView) -> None:
         """Let the model's encoder read a row's source, once."""
-        state = self[row_id]
+        state = self[row.id]
         if not state.has_source:
-            self._model.begin(state.slot, self.as_known(source))
+            source = self.as_known(row.tokens[: row.num_prompt])
+            self._model.begin(state.slot, source if row.features is None else row.features)
             state.has_source = True
 
     def prepare(self, row_id: int, text: Sequence[int], max_tokens: int) -> bool:

@@ -115,7 +115,7 @@ class DraftModel(Drafter):
 
     def prepare(self, row: RowView, max_tokens: int) -> bool:
         if self.model.encoder is not None:
-            self._states.read_source(row.id, row.tokens[: row.num_prompt])
+            self._states.read_source(row)
         return self._states.prepare(row.id, self._text(row), max_tokens)
 
     def finish(self, rows: Sequence[RowView]) -> None:

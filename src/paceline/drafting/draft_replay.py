@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy as np
+    from torch import Tensor
 
     from paceline.contracts import SamplingParams
     from paceline.drafting.contract import Proposer
@@ -43,6 +44,7 @@ class SimpleRow:
     id: int = _REPLAYED
     sampling: SamplingParams = GREEDY
     num_cached: int = 0
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

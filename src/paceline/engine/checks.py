@@ -40,6 +40,7 @@ def check_request(
             f"the prompt has {num_prompt} tokens, the target's {holder} {target.max_prompt}"
             f"{_cut(target)}; shorten the prompt"
         )
+    _check_features(request, target)
     _check_ids("the prompt has", request.prompt_tokens, target.num_logits)
     _check_ids("stop_token_ids names", request.stop_token_ids, target.num_logits)
     if request.rules is not None:
@@ -60,6 +61,19 @@ def check_request(
         )
     if request.drafter != AUTO:
         check_arm(request.drafter, drafters, RequestError)
+
+
+def _check_features(request: Request, target: LanguageModel) -> None:
+    wanted = None if target.encoder is None else target.encoder.feature_shape
+    given = None if request.features is None else tuple(request.features.shape)
+    if given is not None and wanted is None:
+        raise RequestError("the target reads tokens, not features of audio; remove features")
+    if given != wanted:
+        assert wanted is not None
+        raise RequestError(
+            f"the target's encoder reads features of the shape {list(wanted)}, bins and frames; got "
+            f"{'none' if given is None else list(given)}; give features="
+        )
 
 
 def _cut(target: LanguageModel) -> str:

@@ -94,7 +94,9 @@ class Prefill:
 
     def _read_source(self, row: Row) -> None:
         """Encode a new row's source; the policy's features are of the encoder's hidden states."""
-        hidden = self._target.begin(row.slot, row.request.prompt_tokens)
+        features = row.request.features
+        source = row.request.prompt_tokens if features is None else features
+        hidden = self._target.begin(row.slot, source)
         row.prompt_hidden.add(hidden)
 
     def _next_pieces(self, rows: Iterable[Row]) -> list[_Piece]:

@@ -31,6 +31,8 @@ from paceline.errors import describe
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from torch import Tensor
+
     from paceline.contracts import FinishReason, Request, SamplingParams
     from paceline.drafting.base import Drafter
     from paceline.models.detokenizer import Detokenizer
@@ -103,6 +105,10 @@ class Row:
     @property
     def sampling(self) -> SamplingParams:
         return self.request.sampling
+
+    @property
+    def features(self) -> Tensor | None:
+        return self.request.features
 
     @property
     def output(self) -> list[int]:

@@ -120,10 +120,18 @@ class Encoder:
         ]
         self.start = start_token(model, name)
         parameters = inspect.signature(self._encoder.forward).parameters
-        self.reads_features = "input_features" in parameters
+        self.feature_shape: tuple[int, int] | None = None  # bins and frames
+        if "input_features" in parameters:
+            own = self._encoder.config
+            self.feature_shape = (own.num_mel_bins, 2 * own.max_source_positions)
         # tokens that it reads at most
         limit = getattr(model.config, "max_position_embeddings", None)
         self.max_source: int = limit or _LONGEST_SOURCE
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether it reads features of audio instead of tokens."""
+        return self.feature_shape is not None
 
     def encode(self, source: Source) -> Tensor:
         """Return the encoder's final hidden states [S, D] of one source."""
@@ -139,13 +147,10 @@ class Encoder:
 
     def random_source(self, num_positions: int, generator: torch.Generator) -> Source:
         """Return a source for checks: random ids, or features of the length that the encoder takes."""
-        if not self.reads_features:
+        if self.feature_shape is None:
             length = min(num_positions, self.max_source)
             return torch.randint(self._num_ids, (length,), generator=generator).tolist()
-        config = self._encoder.config
-        return torch.randn(
-            config.num_mel_bins, 2 * config.max_source_positions, generator=generator
-        )
+        return torch.randn(self.feature_shape, generator=generator)
 
     def entries(self, hidden: Tensor) -> list[Tensor]:
         """Return each decoder layer's keys and values [2 * H, S, d] of hidden states [S, D]."""

@@ -34,6 +34,14 @@ OTHER_DECODING: Final = (
     "guidance_scale", "watermarking_config", "encoder_repetition_penalty",
     "encoder_no_repeat_ngram_size",
 )  # fmt: skip
+# settings of beam search
+_OF_BEAMS: Final = (
+    "num_beams",
+    "num_beam_groups",
+    "diversity_penalty",
+    "length_penalty",
+    "early_stopping",
+)
 # unsupported settings that transformers' `generate` honours before it calls paceline
 _BEFORE_DECODING: Final = ("num_return_sequences", "token_healing", "max_time")
 # values without effect that are not transformers' defaults
@@ -94,17 +102,23 @@ def with_defaults(
     given: Mapping[str, Any],
     num_prompt: int,
     stop_token_ids: Collection[int],
+    no_beams: bool = False,
 ) -> dict[str, Any]:
     """Return a call's settings in `Pace.request`'s names, completed by the model's own.
 
     given: settings of the call, each valid by itself. num_prompt: tokens of the prompt. stop_token_ids:
-    of the request. Raises RequestError for a setting of the model that is not supported.
+    of the request. no_beams: decode without the model's own beam search. Raises RequestError for a
+    setting of the model that is not supported.
     transformers' own defaults, such as top_k=50, are not in a model's configuration and are not used.
     """
     model: Any = target.model
     config: GenerationConfig | None = getattr(model, "generation_config", None)
     if config is None or all(getattr(config, name, None) is None for name in _ACTIVE):
         return dict(given)
+    if no_beams and asks(config, "num_beams"):
+        config = copy.copy(config)
+        for name in _OF_BEAMS:
+            setattr(config, name, None)
     _check_types(config)
     _refuse_other_decoding(config)
     asked = _merge(config, given, num_prompt)
@@ -129,6 +143,10 @@ def with_defaults(
 
 
 _REMEDY: Final = "set 'generation_config: none' to ignore it, or correct the model's"
+_REMEDY_OF_BEAMS: Final = (
+    "set 'generation_config: no_beams' to decode without beam search, or 'generation_config: none' to "
+    "ignore all of it"
+)
 
 
 def unusable(error: Exception) -> RequestError:
@@ -237,7 +255,8 @@ def _refuse_other_decoding(config: GenerationConfig) -> None:
     """Raise RequestError for an active setting of the model that paceline does not support."""
     for name in (*OTHER_DECODING, *_BEFORE_DECODING):
         if asks(config, name):
-            raise _wrong_setting(name, getattr(config, name), "paceline does not support")
+            remedy = _REMEDY_OF_BEAMS if name in _OF_BEAMS else _REMEDY
+            raise _wrong_setting(name, getattr(config, name), "paceline does not support", remedy)
 
 
 # --- settings of a merged configuration and its processors ---------------------------------------

@@ -166,9 +166,15 @@ class RequestSettings(BaseModel):
         return None if rules == _NO_RULES else rules
 
     def request(
-        self, prompt_tokens: tuple[int, ...], id: str, eos: AbstractSet[int] = frozenset()
+        self,
+        prompt_tokens: tuple[int, ...],
+        id: str,
+        eos: AbstractSet[int] = frozenset(),
+        features: Any = None,
     ) -> Request:
         """Return the request of a prompt with these settings. eos: the model's own end tokens.
+
+        features: of audio, as in `Request`.
 
         Raises RequestError if settings contradict each other.
         """
@@ -185,6 +191,7 @@ class RequestSettings(BaseModel):
             drafter=self.drafter,
             rules=self.logit_rules(),
             logprobs=self.logprobs,
+            features=values.features(features),
         )
 
 
@@ -222,7 +229,7 @@ def read_request(request: Request) -> Request:
     if rules is not None:
         settings |= {name: getattr(rules, name) for name in RULES}
     read = RequestSettings.read(settings).request(
-        values.prompt_ids(request.prompt_tokens), request.id
+        values.prompt_ids(request.prompt_tokens), request.id, features=request.features
     )
     return replace(read, sampling=GREEDY) if sampling is GREEDY else read
 

@@ -91,6 +91,24 @@ def id_set(value: Any) -> frozenset[int]:
     return frozenset(token_ids(value))
 
 
+def features(value: Any) -> torch.Tensor | None:
+    """Return features [bins, frames] of audio as a float32 tensor; None for None.
+
+    Raises RequestError for anything else.
+    """
+    if value is None:
+        return None
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(np.ascontiguousarray(value)) if value.dtype.kind == "f" else None
+    is_array = isinstance(value, torch.Tensor) and value.ndim == 2 and value.is_floating_point()
+    if not is_array or value.is_meta or not bool(value.isfinite().all()):
+        raise RequestError(
+            "features must be an array [bins, frames] of finite floats, one row of what the model's "
+            f"feature extractor gives as input_features; got {shorten(value)}"
+        )
+    return torch.as_tensor(value.detach(), dtype=torch.float32)
+
+
 @_contained
 def strings(value: Any) -> tuple[str, ...]:
     """Return stop strings from one string or several."""

@@ -259,4 +259,11 @@ def _for_parts(row: RowView) -> RowView:
     """Return the row as its parts see it: greedy, unless sampled by `invariant`."""
     if row.sampling.method in ("greedy", "invariant"):
         return row
-    return SimpleRow(row.tokens, row.num_prompt, row.slot, row.id, num_cached=row.num_cached)
+    return SimpleRow(
+        row.tokens,
+        row.num_prompt,
+        row.slot,
+        row.id,
+        num_cached=row.num_cached,
+        features=row.features,
+    )

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from paceline.errors import ConfigError
+from paceline.models.encoder_decoder import auto_class_of
 from paceline.models.language_model import LanguageModel
 from paceline.models.packing import Span
 
@@ -23,14 +24,13 @@ _TOLERANCE: Final = 0.05  # of the size in a model's name, which is rounded
 def model_of_shape(
     name: str, shape: Mapping[str, Any], dtype: torch.dtype, millions: float | None = None
 ) -> LanguageModel:
-    """Return a model without weights. Raises ConfigError if the shape is not that of a causal model.
+    """Return a model without weights. Raises ConfigError if the shape is not that of a language model.
 
     millions: its size, within the rounding of a name.
     """
     kind = shape.get("model_type")
     if not isinstance(kind, str):
         raise ConfigError(f"'{name}': its shape names no model_type, such as llama")
-    from_config: Any = AutoModelForCausalLM.from_config
     try:
         blank = AutoConfig.for_model(kind)
         strange = [key for key in shape if not hasattr(blank, key)]
@@ -38,10 +38,12 @@ def model_of_shape(
             raise ConfigError(f"'{name}': a {kind} has no '{strange[0]}' in its configuration")
         config = AutoConfig.for_model(**shape)
         with torch.device("meta"):
-            model = from_config(config, dtype=dtype)
+            model = auto_class_of(config).from_config(config, dtype=dtype)
     except (ValueError, StrictDataclassError) as error:
         reason = str(error).strip().split("\n")[-1].strip()
-        raise ConfigError(f"'{name}': not the shape of a causal model ({reason[:200]})") from error
+        raise ConfigError(
+            f"'{name}': not the shape of a language model ({reason[:200]})"
+        ) from error
     found = LanguageModel(model, name, forward="transformers", paged=False)
     size = num_parameters(found) / 1e6
     if millions is not None and abs(size / millions - 1) > _TOLERANCE:
@@ -69,6 +71,9 @@ def check_forward(model: LanguageModel, num_verified: int, skip: LayerSubset | N
     slot = model.cache.acquire()
     try:
         with torch.inference_mode():
+            if model.encoder is not None:
+                generator = torch.Generator().manual_seed(0)
+                model.begin(slot, model.encoder.random_source(4, generator))
             for start, width in ((0, 4), (4, num_verified)):
                 tokens = torch.zeros(width, dtype=torch.int64, device="meta")
                 hidden = model.forward(tokens, [Span(slot, start, width)], skip=skip)
