@@ -24,12 +24,12 @@ from paceline.drafting.trigram.settings import TrigramTreeSettings
 from paceline.drafting.union import Union
 from paceline.models.language_model import LanguageModel
 from paceline.store.answers import Answer, write_answers
-from paceline.testing.tiny_models import perturbed
+from paceline.testing.tiny_models import perturbed, tiny_model
 from support.reference import greedy_reference
 from support.relabelled import relabelled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from paceline.assembly import Parts
     from paceline.drafting.base import BuildContext, Drafter
@@ -93,8 +93,14 @@ def _layer_skip(name: str, context: BuildContext) -> Drafter:
 
 
 def _cross_vocabulary(name: str, context: BuildContext) -> Drafter:
-    """Return the target with noise on its weights and its tokens under other ids."""
-    model, tokenizer = relabelled(perturbed(context.target.model, 0.05), context.tokenizer)
+    """Return the target with noise on its weights and its tokens under other ids.
+
+    Such a drafter has no encoder, so for a target with one it is a random model.
+    """
+    near = perturbed(context.target.model, 0.05)
+    if context.target.encoder is not None:
+        near = tiny_model("llama", vocab_size=context.target.num_logits)
+    model, tokenizer = relabelled(near, context.tokenizer)
     bridge = Bridge.between(context.tokenizer, tokenizer, "shared")
     own = LanguageModel(model, name)
     return CrossVocabulary.from_model(name, own, StopSettings(), bridge, context)
@@ -134,8 +140,10 @@ _MAKERS: Final = {**EXAMPLES, **_VARIANTS}
 OTHER_KINDS: Final = tuple(k for k in _MAKERS if k not in (NoneDrafter.kind, DraftModel.kind))
 
 
-def add_examples(parts: Parts) -> Parts:
+def add_examples(parts: Parts, without: Collection[str] = ()) -> Parts:
     """Add a drafter of each other kind, named as its kind, and the variants; return the parts."""
     for kind in OTHER_KINDS:
+        if kind in without:
+            continue
         parts.drafters[kind] = _MAKERS[kind](kind, parts.build_context())
     return parts

@@ -35,8 +35,10 @@ def greedy_reference(
 ) -> Reference:
     """Return the greedy text of one prompt, which only the given stop tokens and the limits end.
 
-    It has at most the tokens that the context allows; the last one is not an input.
+    It has at most the tokens that the context allows; the last one is not an input. An encoder reads the
+    prompt if the model has one.
     """
+    before = 1 if model.config.is_encoder_decoder else len(prompt_tokens)
     context, _ = context_length_of(model.config.get_text_config())
     generate: Any = model.generate
     settings: Any = model.generation_config
@@ -48,12 +50,12 @@ def greedy_reference(
                 1, len(prompt_tokens), dtype=torch.int64, device=model.device
             ),
             do_sample=False,
-            max_new_tokens=min(max_new_tokens, context + 1 - len(prompt_tokens)),
+            max_new_tokens=min(max_new_tokens, context + 1 - before),
             return_dict_in_generate=True,
             output_logits=True,
         )
     finally:
         settings.eos_token_id = own_stop
     best = torch.cat(output.logits).float().topk(2).values
-    tokens = output.sequences[0, len(prompt_tokens) :].tolist()
+    tokens = output.sequences[0, before:].tolist()
     return Reference(tokens, float((best[:, 0] - best[:, 1]).min()))
