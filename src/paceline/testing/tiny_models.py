@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+)
 
 from paceline.testing.tokenizers import NUM_TOKENS
 
@@ -248,6 +254,53 @@ _GATED: Final = {
         layer_types=["sliding_attention", "full_attention"],
     ),
 }
+# Models with an encoder. Their decoders begin with the token 0.
+_T5: Final = {
+    "decoder_start_token_id": 0,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+}
+_BART: Final = {
+    "decoder_start_token_id": 0,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "forced_eos_token_id": None,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,  # a row of the embedding
+}
+_ENCODER_DECODERS: Final = {
+    # one relative position bias for all layers, a plain ReLU, a tied head and scaled logits
+    "t5": _Architecture("t5", {**_T5, "feed_forward_proj": "relu", "tie_word_embeddings": True}),
+    # one bias for all layers, a gated tanh GELU, a head of its own
+    "mt5": _Architecture("mt5", {**_T5, "feed_forward_proj": "gated-gelu"}),
+    # a bias per layer, a gated tanh GELU, scaled logits
+    "umt5": _Architecture("umt5", {**_T5, "feed_forward_proj": "gated-gelu"}),
+    # learned positions, norms after the residuals
+    "bart": _Architecture("bart", _BART),
+    # learned positions, norms before attention and MLP, a scaled embedding
+    "mbart": _Architecture("mbart", {**_BART, "scale_embedding": True}),
+    # sinusoidal positions
+    "marian": _Architecture("marian", _BART),
+    "pegasus": _Architecture("pegasus", _BART),
+    # an encoder of features
+    "whisper": _Architecture(
+        "whisper",
+        {**_BART, "max_source_positions": 20, "num_mel_bins": 8},
+        "max_target_positions",
+    ),
+}
+_UNTIED: Final = frozenset({"mt5"})  # whose configuration ties the head, whatever it is told
+_WITHOUT_CONTEXT: Final = frozenset({"t5", "mt5", "umt5"})
+ENCODER_DECODERS: Final = tuple(_ENCODER_DECODERS)
 ARCHITECTURES: Final = tuple(_ARCHITECTURES)
 FAMILIES: Final = tuple(_FAMILIES)  # tested less widely
 LEAN_ARCHITECTURES: Final = ("llama", "llama3", "mistral", "qwen2", "qwen3")
@@ -266,24 +319,39 @@ def tiny_model(
 ) -> PreTrainedModel:
     """Return a random model of one of the architectures in float32, without a stop token.
 
-    context: number of positions. std: of the weights; a larger one makes distributions less flat.
-    settings: other fields of the configuration. The default vocabulary is that of `byte_tokenizer`.
-    The global random state does not change.
+    context: number of positions, unless the architecture has no last one. std: of the weights; a larger
+    one makes distributions less flat. settings: other fields of the configuration. The default
+    vocabulary is that of `byte_tokenizer`. The global random state does not change.
     """
-    tiny = (_ARCHITECTURES | _FAMILIES | _GATED)[architecture]
+    tiny = (_ARCHITECTURES | _FAMILIES | _GATED | _ENCODER_DECODERS)[architecture]
     sizes = {"vocab_size": vocab_size, tiny.context: context}
+    if architecture in _WITHOUT_CONTEXT:
+        del sizes[tiny.context]
     config = CONFIG_MAPPING[tiny.model_type](**{**_PLAIN, **sizes, **tiny.settings, **settings})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model: Any = _auto_class(architecture).from_config(config)
+        if architecture in _UNTIED:
+            model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
         with torch.no_grad():
             for parameter in model.parameters():
+                if not parameter.requires_grad:
+                    continue  # sinusoids
                 if parameter.dim() > 1:  # vectors are biases and norms
                     parameter.normal_(std=std)
                 elif architecture not in ARCHITECTURES:
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    model.float().eval()  # type: ignore[no-untyped-call]
-    return model
+            if hasattr(model, "final_logits_bias"):
+                model.final_logits_bias.normal_()
+    model.float().eval()
+    return model  # type: ignore[no-any-return]
+
+
+def _auto_class(architecture: str) -> Any:
+    """Return the class of transformers that builds a model of an architecture."""
+    if architecture not in ENCODER_DECODERS:
+        return AutoModelForCausalLM
+    return AutoModelForSpeechSeq2Seq if architecture == "whisper" else AutoModelForSeq2SeqLM
 
 
 def perturbed(model: PreTrainedModel, amount: float, seed: int = 0) -> PreTrainedModel:
