@@ -14,6 +14,7 @@ from torch import nn
 from paceline.errors import ModelError
 from paceline.models.compiled.family import facts_of
 from paceline.models.compiled.weights import GROUP, HEAD_UNIT, PackedModel, rounded
+from paceline.models.encoder_decoder import num_layers_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,5 +124,5 @@ def count_packed_bytes(model: PreTrainedModel, weights: str) -> int:
         for key, buffer in module._buffers.items():
             if buffer is not None:  # small, and read while the weights are packed
                 module._buffers[key] = torch.zeros(buffer.shape, dtype=buffer.dtype)
-    windows = dict.fromkeys(range(model.config.get_text_config().num_hidden_layers))
+    windows = dict.fromkeys(range(num_layers_of(model)))
     return PackedModel(*facts_of(model, windows, 1), kind, inputs=kind).num_bytes

@@ -6,7 +6,7 @@ Source: Raffel et al. 2020, section 2.1. Symbols: H heads.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor, nn
+
+_FEWEST: Final = 128  # distances of a first table
 
 
 class RelativeBias:
@@ -26,12 +28,16 @@ class RelativeBias:
 
     def by_distance(self, num_distances: int) -> Tensor:
         """Return [H, at least num_distances] biases of distances 0, 1, ..."""
-        if num_distances > self._table.shape[1]:
-            length = max(num_distances, 2 * self._table.shape[1], 128)
+        # a distance is always computed by a call of one length, whichever lengths are asked for, so its
+        # bits do not depend on them
+        while num_distances > self._table.shape[1]:
+            known = self._table.shape[1]
+            length = max(2 * known, _FEWEST)
             with torch.no_grad():
                 # of one query after all keys: [1, H, 1, length], the last key at distance 0
                 biases = self._attention.compute_bias(1, length, past_seen_tokens=length - 1)
-            self._table = biases[0, :, 0].flip(-1)
+            new = biases[0, :, 0].flip(-1)
+            self._table = torch.cat((self._table, new[:, known:]), dim=1) if known else new
         return self._table
 
 

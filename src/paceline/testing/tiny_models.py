@@ -321,8 +321,7 @@ def tiny_model(
 
     context: number of positions, unless the architecture has no last one. std: of the weights; a larger
     one makes distributions less flat. settings: other fields of the configuration. The default
-    vocabulary is that of `byte_tokenizer`.
-    The global random state does not change.
+    vocabulary is that of `byte_tokenizer`. The global random state does not change.
     """
     tiny = (_ARCHITECTURES | _FAMILIES | _GATED | _ENCODER_DECODERS)[architecture]
     sizes = {"vocab_size": vocab_size, tiny.context: context}

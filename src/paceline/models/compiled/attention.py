@@ -1,4 +1,4 @@
-"""Attention of one row's tokens over its keys and values, for one key-value head.
+"""Attention of one row's tokens over its keys and values, or its source's, for one key-value head.
 
 Positions that a token does not see get the weight 0, which changes no bit of a sum. So a token's bits
 depend on its own row up to its own position alone. Scratch of a piece: queries, scores, weights, sums of
@@ -22,10 +22,12 @@ from paceline.models.compiled.memory import (
     put_f32,
     store,
 )
+from paceline.models.compiled.positions import bias_of
 from paceline.models.compiled.products import ROOM_ROWS
 from paceline.models.compiled.rows import Rows, tanh
 from paceline.models.compiled.tables import (
     ATTENDED,
+    BIAS,
     CAPACITY,
     FIRST,
     HEAD_ROOM,
@@ -35,7 +37,11 @@ from paceline.models.compiled.tables import (
     SCORE_CAP_F,
     SCORE_ROOM,
     SCORE_SCALE_F,
+    SOURCE,
+    SOURCE_CAPACITY,
+    SOURCE_LENGTH,
     START,
+    STORAGE,
     VALUE_ROOM,
     WIDTH,
     WINDOW,
@@ -89,29 +95,32 @@ def seen_positions(span, window, first, stop):
 
 
 def make_softmax(put_lanes: Callable[..., Any]) -> Callable[..., Any]:
-    """Return put_weights(scores, weights, low, high, base, top, scale, cap).
+    """Return put_weights(scores, weights, low, high, base, top, scale, cap, bias).
 
     It turns float32 scores of positions low to high - 1 into rounded softmax weights and returns their
     sum. Scores are overwritten. Positions from base to top - 1 that are not among them get the weight 0.
+    bias: address of what is added to the scaled scores, from position 0 on, or 0.
     """
 
     @compiled
-    def scale_scores(scores, low, high, scale, cap):
-        """Scale and cap scores in place; return the largest."""
+    def scale_scores(scores, low, high, scale, cap, bias):
+        """Scale, cap and bias scores in place; return the largest."""
         largest, factor = splat(np.float32(-1e30)), splat(scale)
         for at in range(low // 16 * 16, high, 16):
             score = load(scores + 4 * at) * factor
             if cap != np.float32(0):
                 bound = splat(cap)
                 score = bound * tanh(score / bound)
+            if bias != 0:
+                score = score + load(bias + 4 * at)
             score = keep_lanes(score, low - at, high - at)
             store(scores + 4 * at, score)
             largest = larger(largest, score)
         return max_lanes(largest)
 
     @compiled
-    def put_weights(scores, weights, low, high, base, top, scale, cap):
-        most = splat(scale_scores(scores, low, high, scale, cap))
+    def put_weights(scores, weights, low, high, base, top, scale, cap, bias):
+        most = splat(scale_scores(scores, low, high, scale, cap, bias))
         zero, begin = splat(np.float32(0)), low // 16 * 16
         total = zero
         for at in range(base, begin, 16):
@@ -169,10 +178,12 @@ def make_put_outputs(rows: Rows) -> Callable[..., Any]:
     return put_outputs
 
 
-def make_attention(product: Callable[..., Any], heads: Heads, rows: Rows) -> Callable[..., Any]:
-    """Return attend(job, model, layer, span, head, first, stop, scratch, index).
+def make_attention(
+    product: Callable[..., Any], heads: Heads, rows: Rows
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return attend(job, model, layer, span, head, first, stop, scratch, index), to text and to source.
 
-    It writes the attention output of tokens first to stop - 1 of a row into the inputs of the next
+    They write the attention output of tokens first to stop - 1 of a row into the inputs of the next
     product. product: of keys' and values' dtype. rows: of the inputs of the next product. scratch: an
     address; see `attention_bytes`. index: of the layer.
     """
@@ -191,8 +202,9 @@ def make_attention(product: Callable[..., Any], heads: Heads, rows: Rows) -> Cal
             product(block, words * 64, queries, room * input_size, words, to, stride, 1, rows)
 
     @compiled
-    def weigh(job, layer, span, first, stop, groups, base, top, scores, weights, totals):
+    def weigh(job, layer, span, head, first, stop, groups, base, top, scores, weights, totals):
         """Turn the scores of tokens first to stop - 1 into weights, and keep the weights' sums."""
+        table = field(layer, BIAS)
         scale, cap = float_field(layer, SCORE_SCALE_F), float_field(layer, SCORE_CAP_F)
         start, window, stride = field(span, START), field(layer, WINDOW), 4 * field(job, SCORE_ROOM)
         is_tree = field(span, PATHS) != 0
@@ -205,37 +217,72 @@ def make_attention(product: Callable[..., Any], heads: Heads, rows: Rows) -> Cal
                 if is_tree:
                     order_scores(score + 4 * start, path)
                 to = weights + row * stride
-                total = put_weights(score, to, low, high, base, top, scale, cap)
+                bias = bias_of(table, head * groups + row % groups, high - 1)
+                total = put_weights(score, to, low, high, base, top, scale, cap, bias)
                 put_f32(totals + 4 * row, total)
 
     @compiled
-    def attend(job, model, layer, span, head, first, stop, scratch, index):
+    def lay_out(job, model, rows, scratch):
+        """Return the addresses of queries, scores, weights, sums and totals of a piece."""
         room, value_room = field(model, HEAD_ROOM), field(model, VALUE_ROOM)
-        groups = field(model, HEADS) // field(model, KV_HEADS)
-        keys, values = find(model, span, head, index)
-        rows, stride = (stop - first) * groups, 4 * field(job, SCORE_ROOM)
-        whole_rows = up_to(rows, ROOM_ROWS)
+        stride, whole_rows = 4 * field(job, SCORE_ROOM), up_to(rows, ROOM_ROWS)
         queries = up_to(scratch, 64)
         scores = queries + 4 * whole_rows * room
         weights = scores + whole_rows * stride
         sums = weights + whole_rows * stride
-        totals = sums + 4 * whole_rows * value_room
-        packed = field(span, FIRST)
+        return queries, scores, weights, sums, sums + 4 * whole_rows * value_room
+
+    @compiled
+    def put_queries(job, model, layer, span, head, first, rows, groups, queries):
+        """Round the queries of a row's tokens from `first` on; a token has `groups` of the rows."""
+        size, begin = field(model, HEAD_ROOM) * input_size, field(span, FIRST) + first
         for row in range(rows):
-            token, of_head = packed + first + row // groups, head * groups + row % groups
-            put_query(job, model, layer, token, of_head, queries + row * room * input_size)
+            token, of_head = begin + row // groups, head * groups + row % groups
+            put_query(job, model, layer, token, of_head, queries + row * size)
+
+    @compiled
+    def put_all_outputs(job, model, span, head, first, stop, groups, sums, totals):
+        """Write the outputs of tokens first to stop - 1."""
+        for token in range(first, stop):
+            row, packed = (token - first) * groups, field(span, FIRST) + token
+            of = sums + 4 * row * field(model, VALUE_ROOM)
+            put_outputs(job, model, packed, head, of, totals + 4 * row)
+
+    @compiled
+    def attend(job, model, layer, span, head, first, stop, scratch, index):
+        groups = field(model, HEADS) // field(model, KV_HEADS)
+        rows, stride = (stop - first) * groups, 4 * field(job, SCORE_ROOM)
+        queries, scores, weights, sums, totals = lay_out(job, model, rows, scratch)
+        put_queries(job, model, layer, span, head, first, rows, groups, queries)
+        capacity = field(span, CAPACITY)
+        keys, values = find(model, field(span, STORAGE), capacity, head, index)
         base, end = seen_positions(span, field(layer, WINDOW), first, stop)
         score_keys(job, model, keys, base, end, queries, scores, rows)
         top = up_to(end, UNIT)
-        weigh(job, layer, span, first, stop, groups, base, top, scores, weights, totals)
+        weigh(job, layer, span, head, first, stop, groups, base, top, scores, weights, totals)
         if field(span, PATHS) != 0:
             attend_paths(job, model, span, head, first, stop, base, values, weights, sums, totals)
             return
-        words = field(span, CAPACITY) // word
+        words, value_room = capacity // word, field(model, VALUE_ROOM)
         sum_values(values, words, value_room, weights, stride, base, top, sums, 1, rows)
-        for token in range(first, stop):
-            row = (token - first) * groups
-            of = sums + 4 * row * value_room
-            put_outputs(job, model, packed + token, head, of, totals + 4 * row)
+        put_all_outputs(job, model, span, head, first, stop, groups, sums, totals)
 
-    return attend
+    @compiled
+    def attend_to_source(job, model, layer, span, head, first, stop, scratch, index):
+        groups = field(model, HEADS) // field(model, KV_HEADS)
+        rows, stride = (stop - first) * groups, 4 * field(job, SCORE_ROOM)
+        queries, scores, weights, sums, totals = lay_out(job, model, rows, scratch)
+        put_queries(job, model, layer, span, head, first, rows, groups, queries)
+        capacity, length = field(span, SOURCE_CAPACITY), field(span, SOURCE_LENGTH)
+        keys, values = find(model, field(span, SOURCE), capacity, head, index)
+        score_keys(job, model, keys, 0, length, queries, scores, rows)
+        top, scale, none = up_to(length, UNIT), float_field(layer, SCORE_SCALE_F), np.float32(0)
+        for row in range(rows):
+            score, to = scores + row * stride, weights + row * stride
+            total = put_weights(score, to, 0, length, 0, top, scale, none, 0)
+            put_f32(totals + 4 * row, total)
+        words, value_room = capacity // word, field(model, VALUE_ROOM)
+        sum_values(values, words, value_room, weights, stride, 0, top, sums, 1, rows)
+        put_all_outputs(job, model, span, head, first, stop, groups, sums, totals)
+
+    return attend, attend_to_source

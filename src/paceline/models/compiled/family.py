@@ -1,8 +1,9 @@
 """Architectures that the compiled forward runs, read from transformers' modules.
 
-All are decoders of rotary attention and a gated MLP; `_READERS` says how each differs from Llama.
-`facts_of` reads a model, `why_not_compiled` says why one does not fit, and the self-check at load
-compares the result with transformers' own forward. Symbols: O outputs, I inputs.
+Most are decoders of rotary attention and a gated MLP; `_READERS` says how each differs from Llama.
+T5's decoders are read in `t5.py`. `facts_of` reads a model, `why_not_compiled` says why one does not
+fit, and the self-check at load compares the result with transformers' own forward. Symbols: O outputs,
+I inputs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 from torch import nn
 
 from paceline.models.compiled.angles import RotaryAngles
-from paceline.models.compiled.facts import Facts, LayerFacts
+from paceline.models.compiled.facts import ACTIVATIONS, Facts, LayerFacts
+from paceline.models.compiled.t5 import T5Reader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _DTYPES: Final = (torch.bfloat16, torch.float32)
-_ACTIVATIONS: Final = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2}
 # angles that depend on the length of the text cannot be tabled by position; those of longrope do not
 # within the context that `context_length_of` gives
 _ROPES: Final = frozenset({"default", "linear", "llama3", "yarn", "proportional", "longrope"})
@@ -154,6 +155,16 @@ class _Reader:
     turns: Callable[[Any], bool] = _always
     body: Callable[[Any], Any] = _plain_body
 
+    def layers(self, model: Any) -> list[tuple[Any, Any]]:
+        """Return the modules of each layer that have linear ones, attention to the text first."""
+        return [(layer.self_attn, layer.mlp) for layer in self.body(model).layers]
+
+    def facts(
+        self, model: Any, windows: Mapping[int, int | None], num_positions: int
+    ) -> tuple[Facts, list[LayerFacts]]:
+        """Return what `facts_of` does."""
+        return _rotary_facts(self, model, windows, num_positions)
+
     def norm(self, owner: Any, name: str | None) -> Tensor | None:
         """Return the factors of a norm in float32, None if its owner has none of that name."""
         weight = None if name is None else getattr(getattr(owner, name, None), "weight", None)
@@ -166,7 +177,7 @@ def _gemma(norms: _Norms, factors: Callable[[Any, Any], dict[str, float]], **mor
 
 
 _LLAMA: Final = _Reader()
-_READERS: Final = {
+_READERS: Final[dict[str, _Reader | T5Reader]] = {
     "LlamaForCausalLM": _LLAMA,
     "CwmForCausalLM": _LLAMA,
     "MinistralForCausalLM": _LLAMA,
@@ -191,6 +202,9 @@ _READERS: Final = {
     "Olmo3ForCausalLM": _Reader(_POST_NORMS, norms_whole=True),
     "Phi3ForCausalLM": _Reader(projections=_fused),
     "SmolLM3ForCausalLM": _Reader(turns=_smollm3_turns),
+    "T5ForConditionalGeneration": T5Reader("scale_decoder_outputs"),
+    "MT5ForConditionalGeneration": T5Reader(),
+    "UMT5ForConditionalGeneration": T5Reader("tie_word_embeddings"),
 }
 
 
@@ -207,16 +221,16 @@ def why_not_compiled(model: PreTrainedModel) -> str | None:
         return f"its weights are on {parameters[0].device.type}, and compiled code runs on the CPU"
     if parameters[0].dtype not in _DTYPES:
         return f"its weights are {str(parameters[0].dtype).removeprefix('torch.')}"
-    parts: Any = model.get_input_embeddings(), model.get_output_embeddings()
+    parts: Any = reader.body(model).embed_tokens, model.get_output_embeddings()
     embedding, head = (part.weight for part in parts)
     if embedding.shape != head.shape:
         return f"its embedding {tuple(embedding.shape)} and its head {tuple(head.shape)} differ"
     return _why_not_config(reader, model.config.get_text_config()) or _why_not_modules(
-        reader.body(model), model.get_output_embeddings()
+        reader.body(model), reader.layers(model), model.get_output_embeddings()
     )
 
 
-def _why_not_config(reader: _Reader, config: Any) -> str | None:
+def _why_not_config(reader: _Reader | T5Reader, config: Any) -> str | None:
     """Return the field of a configuration that the compiled forward cannot follow."""
     rope = getattr(config, "rope_parameters", None) or {}
     # by layer type, or one for all
@@ -224,32 +238,32 @@ def _why_not_config(reader: _Reader, config: Any) -> str | None:
         if part.get("rope_type", "default") not in _ROPES:
             return f"its rope type '{part['rope_type']}' depends on the length of the text"
     activation = getattr(config, reader.activation)
-    return None if activation in _ACTIVATIONS else f"its activation is {activation}"
+    return None if activation in ACTIVATIONS else f"its activation is {activation}"
 
 
-def _why_not_modules(body: Any, head: Any) -> str | None:
+def _why_not_modules(body: Any, layers: Sequence[Sequence[Any]], head: Any) -> str | None:
     """Return what stands in a model instead of plain modules, or None."""
     for module in (head, *body.modules()):
         if module._forward_hooks or module._forward_pre_hooks:
             return "its modules have hooks"
-    for linear in (head, *(linear for layer in body.layers for linear in _linears(layer))):
+    for linear in (head, *(linear for layer in layers for linear in _linears(layer))):
         # quantised weights come as other layers, or as other tensors in the usual ones
         kinds = type(linear), type(linear.weight.data)
         if kinds != (nn.Linear, torch.Tensor):
             odd = next(k for k in kinds if k not in (nn.Linear, torch.Tensor))
             return f"{odd.__name__} stands where a plain linear layer should"
-    if not all(layer.self_attn.is_causal for layer in body.layers):
+    if not all(attention.is_causal for attention, *_ in layers):
         return "its attention sees later tokens"
     return None
 
 
-def _linears(layer: Any) -> list[Any]:
-    """Return a decoder layer's linear modules."""
+def _linears(parts: Sequence[Any]) -> list[Any]:
+    """Return the linear modules of a decoder layer's parts."""
     return [
         child
-        for part in (layer.self_attn, layer.mlp)
+        for part in parts
         for child in part.children()
-        if hasattr(child, "weight") and child.weight.ndim == 2
+        if hasattr(child, "weight") and child.weight.ndim == 2 and type(child) is not nn.Embedding
     ]
 
 
@@ -257,7 +271,15 @@ def facts_of(
     model: PreTrainedModel, windows: Mapping[int, int | None], num_positions: int
 ) -> tuple[Facts, list[LayerFacts]]:
     """Return a model's facts and those of its layers. windows: positions that each layer sees."""
-    reader = _READERS[type(model).__name__]
+    return _READERS[type(model).__name__].facts(model, windows, num_positions)
+
+
+def _rotary_facts(
+    reader: _Reader,
+    model: PreTrainedModel,
+    windows: Mapping[int, int | None],
+    num_positions: int,
+) -> tuple[Facts, list[LayerFacts]]:
     body, head = reader.body(model), _linear(model.get_output_embeddings())
     config: Any = model.config.get_text_config()
     angles = RotaryAngles(body.rotary_emb)
@@ -277,8 +299,9 @@ def facts_of(
         head=head.weight,
         head_bias=head.bias,
         epsilon=config.rms_norm_eps,
-        activation=_ACTIVATIONS[getattr(config, reader.activation)],
+        activation=ACTIVATIONS[getattr(config, reader.activation)],
         norms_whole=reader.norms_whole,
+        is_gated=True,
         **reader.factors(body, config),
     )
     tables = [angles.kinds.index(kind) for kind in config.layer_types] if angles.kinds else None
@@ -298,8 +321,7 @@ def _read_layer(reader: _Reader, layer: Any, window: int | None, turns: int) -> 
         qkv_bias=_biases(qkv),
         out=out.weight,
         out_bias=out.bias,
-        gate=gate.weight,
-        up=up.weight,
+        gate_up=(gate.weight, up.weight),
         gate_up_bias=_biases((gate, up)),
         down=down.weight,
         down_bias=down.bias,

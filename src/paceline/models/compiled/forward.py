@@ -58,7 +58,7 @@ class CompiledForward:
 
     def new_cache(self) -> PackedRows:
         """Return an empty cache."""
-        return PackedRows(self.packed.cache_shape())
+        return PackedRows(self.packed.cache_shape(), self.packed.has_sources)
 
     def hidden(
         self,

@@ -59,7 +59,7 @@ class _Layout:
 
     def __init__(self, model: PackedModel, shape: _Shape) -> None:
         facts = model.facts
-        products = ((shape.picked, model.logit_room), (shape.tokens, 2 * model.mlp_room))
+        products = ((shape.picked, model.logit_room), (shape.tokens, model.mlp_outputs))
         pieces = max(-(-rows // BLOCK_ROWS) * outputs // 64 for rows, outputs in products)
         if pieces > MAX_PIECES:
             raise ValueError(
@@ -160,11 +160,11 @@ class Job:
 
         draws: of the rows of a chain; None for the most likely tokens. ends: of such a chain.
         """
-        packed, more = self._packed, max(0, steps - 1)
+        packed, more, sources = self._packed, max(0, steps - 1), cache.sources
         numbers: list[int] = []
         positions: list[int] = []
         self._paths: list[np.ndarray] = []  # alive until the job has run
-        first = longest = widest = widest_tree = 0
+        first = longest = widest = widest_tree = most_seen = 0
         for i, span in enumerate(spans):
             stop = span.start + span.width
             cache.extend(span.slot, stop + more)
@@ -180,15 +180,18 @@ class Job:
                 positions.extend(range(span.start, stop))
             draw = _GREEDY if draws is None else _draw_fields(draws[i])
             least = 0 if ends is None else float_bits(ends.least[i])
+            source = _NO_SOURCE if sources is None else _source_fields(sources, span.slot)
             numbers += (
                 first, span.width, span.start, *cache.place(span.slot), *draw, address, _ONE, least,
+                *source,
             )  # fmt: skip
             first += span.width
             longest, widest = max(longest, stop + more), max(widest, span.width)
+            most_seen = max(most_seen, source[-1])
         packed.reserve_positions(longest)
         splits = widest > self._runnable.query_tokens
         queries = (self._runnable.query_tokens if splits else widest) * packed.groups
-        room = rounded(longest, _SCORE_UNIT)
+        room = rounded(max(longest, most_seen), _SCORE_UNIT)
         shape = _Shape(
             first, len(spans), len(picked), steps, _num_threads(), queries, room, widest_tree,
             ends is not None,
@@ -277,6 +280,17 @@ def paths_of(parents: Sequence[int]) -> list[list[int]]:
 @lru_cache(maxsize=64)
 def _bits_of(chances: tuple[float, ...]) -> tuple[int, ...]:
     return tuple(map(float_bits, chances))
+
+
+_NO_SOURCE: Final = (0, 0, 0)
+
+
+def _source_fields(sources: PackedRows, slot: int) -> tuple[int, int, int]:
+    """Return a row's SOURCE, SOURCE_CAPACITY and SOURCE_LENGTH."""
+    length = sources.length(slot)
+    if length == 0:
+        raise IndexError(f"the row of slot {slot} has no source")
+    return (*sources.place(slot), length)
 
 
 _GREEDY: Final = (0, 0, 0)

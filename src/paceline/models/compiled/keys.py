@@ -59,7 +59,8 @@ class Heads(NamedTuple):
 
     Queries and the weights of the softmax are inputs of products, of the kind `rows.inputs_of` tells.
 
-    find(model, span, head, index): the addresses of a head's keys and values in layer `index`.
+    find(model, storage, capacity, head, index): the addresses of a head's keys and values in layer
+    `index`. storage: address of a row's keys and values, for `capacity` positions.
     put_lanes(row, at, lanes): round 16 numbers into a row of inputs, from number `at` on.
     store_keys(job, model, layer, span, head, first, stop, index): cache tokens first to stop - 1 of a
     row. put_query(job, model, layer, packed, head, target): norm, rotate and round a packed token's
@@ -112,11 +113,11 @@ def make_heads(kernels: str, dtype: str) -> Heads:
     size = 4 // word
 
     @compiled
-    def find(model, span, head, index):
-        capacity, heads = field(span, CAPACITY), field(model, KV_HEADS)
+    def find(model, storage, capacity, head, index):
+        heads = field(model, KV_HEADS)
         key_bytes = capacity * field(model, HEAD_ROOM) * size
         value_bytes = capacity * field(model, VALUE_ROOM) * size
-        layer = field(span, STORAGE) + index * heads * (key_bytes + value_bytes)
+        layer = storage + index * heads * (key_bytes + value_bytes)
         return layer + head * key_bytes, layer + heads * key_bytes + head * value_bytes
 
     store_inputs = {"bfloat16": store_bf16, "widened": store_widened, "float32": store}[inputs]
@@ -165,8 +166,9 @@ def _make_store_keys(half: bool, find: Callable[..., Any]) -> Callable[..., Any]
     @compiled
     def store_keys(job, model, layer, span, head, first, stop, index):
         heads, kv_heads = field(model, HEADS), field(model, KV_HEADS)
-        keys, values = find(model, span, head, index)
-        words = field(span, CAPACITY) // word
+        capacity = field(span, CAPACITY)
+        keys, values = find(model, field(span, STORAGE), capacity, head, index)
+        words = capacity // word
         for token in range(first, stop):
             packed, position = field(span, FIRST) + token, field(span, START) + token
             key = projected_head(job, model, packed, heads + head)

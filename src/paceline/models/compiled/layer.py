@@ -1,4 +1,4 @@
-"""One layer of the Llama family: its phases, in the order of `phases.py`.
+"""One decoder layer: its phases, in the order of `phases.py`.
 
 Every phase is one thread's part, made by `in_pieces` of what does one piece.
 """
@@ -12,6 +12,10 @@ from paceline.models.compiled.keys import make_heads
 from paceline.models.compiled.memory import field, float_field, load, store
 from paceline.models.compiled.phases import (
     ATTEND_PHASE,
+    CROSS_ATTEND_PHASE,
+    CROSS_NORM_PHASE,
+    CROSS_OUT_PHASE,
+    CROSS_QUERY_PHASE,
     DOWN_PHASE,
     GATE_UP_PHASE,
     NORM_1_PHASE,
@@ -40,11 +44,15 @@ from paceline.models.compiled.tables import (
     ACTIVATED,
     ACTIVATION,
     ATTENDED,
+    CROSS_NORM,
+    CROSS_OUT,
+    CROSS_QUERY,
     DOWN,
     DOWN_BIAS,
     EPSILON_F,
     GATE_UP,
     GATE_UP_BIAS,
+    GATED,
     HEAD_ROOM,
     HEAD_SIZE,
     HEADS,
@@ -52,6 +60,7 @@ from paceline.models.compiled.tables import (
     KEY_NORM,
     KV_HEADS,
     MLP_GROUPS,
+    MLP_ROOM,
     NORM_1,
     NORM_2,
     OUT,
@@ -78,25 +87,27 @@ if TYPE_CHECKING:
 def make_project(
     multiply: Callable[..., Any], norms: Norms, rows: Rows, word: int
 ) -> Callable[..., Any]:
-    """Return the phase that computes queries, keys and values; given: the layer's table.
+    """Return the phase that computes queries, and keys and values if they are wanted.
 
-    word: inputs of a word.
+    given: (the norm before it, weights, bias, heads), of which the first three are addresses. word:
+    inputs of a word.
     """
     row_bytes, inputs_of = rows.row_bytes, norms.inputs_of
 
     @compiled
-    def project_piece(job, model, layer, private, piece, is_first):
-        x = inputs_of(job, model, field(layer, NORM_1), private, is_first)
+    def project_piece(job, model, given, private, piece, is_first):
+        before, weights, bias, heads = given
+        x = inputs_of(job, model, before, private, is_first)
         room, tile = field(model, HIDDEN_ROOM), tile_of(model, private)
-        heads = field(model, HEADS) + 2 * field(model, KV_HEADS)
         outputs = heads * field(model, HEAD_ROOM)
-        weights, bias, groups = field(layer, QKV), field(layer, QKV_BIAS), (outputs + 63) // 64
+        all_heads = field(model, HEADS) + 2 * field(model, KV_HEADS)
+        width, groups = all_heads * field(model, HEAD_ROOM), (outputs + 63) // 64
         group, first, rows = multiply(
             weights, bias, room // word, x, row_bytes(room), tile, field(job, TOKENS), groups, piece
         )
         count = min(64, outputs - 64 * group)
         for row in range(rows):
-            to = field(job, PROJECTED) + 4 * ((first + row) * outputs + 64 * group)
+            to = field(job, PROJECTED) + 4 * ((first + row) * width + 64 * group)
             for at in range(0, count, 16):
                 store(to + 4 * at, load(tile + 256 * row + 4 * at))
 
@@ -122,14 +133,15 @@ whole_norms = in_pieces(_whole_norms_piece)
 
 def make_attention_phases(
     kernels: str, dtype: str, rows: Rows
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return the phases that store keys and values, and attend; given: (the layer's table, its index).
+) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """Return the phases that store keys and values, attend to them, and attend to the source.
 
-    dtype: of keys and values. rows: of the inputs of the next product.
+    given: (the layer's table, its index). dtype: of keys and values. rows: of the inputs of the next
+    product.
     """
     heads = make_heads(kernels, dtype)
     store_keys = heads.store_keys
-    attend = make_attention(make_product(kernels, dtype), heads, rows)
+    attend, attend_to_source = make_attention(make_product(kernels, dtype), heads, rows)
 
     @compiled
     def store_piece(job, model, given, private, piece, is_first):
@@ -139,21 +151,33 @@ def make_attention_phases(
         store_keys(job, model, layer, span, head, first, stop, index)
 
     @compiled
-    def attend_piece(job, model, given, private, piece, is_first):
-        layer, index = given
+    def find_queries(job, model, piece):
+        """Return (span, head, first token, the one after the last) of a piece of attention."""
         kv_heads = field(model, KV_HEADS)
         if field(job, STORES_FIRST) != 0:
             tokens = field(job, QUERY_TOKENS)
             span, head, first = find_piece(job, kv_heads, tokens, piece)
-            stop = min(field(span, WIDTH), first + tokens)
-        else:
-            span = field(job, SPANS) + 8 * SPAN_SIZE * (piece // kv_heads)
-            head, first, stop = piece % kv_heads, 0, field(span, WIDTH)
+            return span, head, first, min(field(span, WIDTH), first + tokens)
+        span = field(job, SPANS) + 8 * SPAN_SIZE * (piece // kv_heads)
+        return span, piece % kv_heads, 0, field(span, WIDTH)
+
+    @compiled
+    def attend_piece(job, model, given, private, piece, is_first):
+        layer, index = given
+        span, head, first, stop = find_queries(job, model, piece)
+        if field(job, STORES_FIRST) == 0:
             store_keys(job, model, layer, span, head, first, stop, index)
         scratch = tile_of(model, private) + TILE_BYTES
         attend(job, model, layer, span, head, first, stop, scratch, index)
 
-    return in_pieces(store_piece), in_pieces(attend_piece)
+    @compiled
+    def source_piece(job, model, given, private, piece, is_first):
+        layer, index = given
+        span, head, first, stop = find_queries(job, model, piece)
+        scratch = tile_of(model, private) + TILE_BYTES
+        attend_to_source(job, model, layer, span, head, first, stop, scratch, index)
+
+    return in_pieces(store_piece), in_pieces(attend_piece), in_pieces(source_piece)
 
 
 def make_gate_up(
@@ -161,10 +185,20 @@ def make_gate_up(
 ) -> Callable[..., Any]:
     """Return the phase that computes act(gate) * up; given: the layer's table. word: inputs of a word.
 
-    A group of 64 outputs holds 32 numbers of the gate and 32 of up.
+    A group of 64 outputs holds 32 numbers of the gate and 32 of up. Without a gate it is act(up).
     """
     row_bytes, put_inputs, _ = rows
     inputs_of = norms.inputs_of
+
+    @compiled
+    def put_ungated(job, tile, kind, width, group, first, rows):
+        """Activate a group of 64 numbers of F into the inputs of the next product."""
+        for row in range(rows):
+            to = field(job, ACTIVATED) + (first + row) * row_bytes(width)
+            for at in range(0, 64, 32):
+                numbers = tile + 256 * row + 4 * at
+                one, two = activate(load(numbers), kind), activate(load(numbers + 64), kind)
+                put_inputs(to, width, 64 * group + at, one, two)
 
     @compiled
     def gate_up_piece(job, model, layer, private, piece, is_first):
@@ -178,13 +212,16 @@ def make_gate_up(
         group, first, rows = multiply(
             weights, bias, room // word, x, row_bytes(room), tile, field(job, TOKENS), groups, piece
         )
-        kind = field(model, ACTIVATION)
+        kind, width = field(model, ACTIVATION), field(model, MLP_ROOM)
+        if field(model, GATED) == 0:
+            put_ungated(job, tile, kind, width, group, first, rows)
+            return
         for row in range(rows):
-            to = field(job, ACTIVATED) + (first + row) * row_bytes(groups * 32)
+            to = field(job, ACTIVATED) + (first + row) * row_bytes(width)
             at = tile + 256 * row
             one = activate(load(at), kind) * load(at + 128)
             two = activate(load(at + 64), kind) * load(at + 192)
-            put_inputs(to, 32 * groups, 32 * group, one, two)
+            put_inputs(to, width, 32 * group, one, two)
 
     return in_pieces(gate_up_piece)
 
@@ -204,7 +241,7 @@ def make_layer(
         make_project(multiply, norms, rows, word),
         make_gate_up(multiply, norms, rows, word),
     )
-    store_phase, attend_phase = make_attention_phases(kernels, dtype, rows)
+    store_phase, attend_phase, source_phase = make_attention_phases(kernels, dtype, rows)
     add_product = make_add_product(multiply, rows, word)
 
     @compiled
@@ -212,10 +249,11 @@ def make_layer(
         norm_1, post = field(layer, NORM_1), field(layer, POST_NORM_1)
         width = field(model, HEADS) * field(model, HEAD_ROOM)
         out = (field(layer, OUT), field(layer, OUT_BIAS), post, field(job, ATTENDED), width)
-        of_layer = (layer, index)
+        of_layer, heads = (layer, index), field(model, HEADS) + 2 * field(model, KV_HEADS)
+        qkv = (norm_1, field(layer, QKV), field(layer, QKV_BIAS), heads)
         return (
             norm(job, model, norm_1, phase + NORM_1_PHASE * size, thread, tag)
-            and project(job, model, layer, phase + QKV_PHASE * size, thread, tag)
+            and project(job, model, qkv, phase + QKV_PHASE * size, thread, tag)
             and whole_norms(job, model, layer, phase + WHOLE_NORMS_PHASE * size, thread, tag)
             and store_phase(job, model, of_layer, phase + STORE_PHASE * size, thread, tag)
             and attend_phase(job, model, of_layer, phase + ATTEND_PHASE * size, thread, tag)
@@ -224,9 +262,23 @@ def make_layer(
         )
 
     @compiled
+    def run_cross(job, model, layer, index, phase, size, thread, tag):
+        before, heads = field(layer, CROSS_NORM), field(model, HEADS)
+        query = (before, field(layer, CROSS_QUERY), 0, heads)
+        width = heads * field(model, HEAD_ROOM)
+        out = (field(layer, CROSS_OUT), 0, 0, field(job, ATTENDED), width)
+        of_layer = (layer, index)
+        return (
+            norm(job, model, before, phase + CROSS_NORM_PHASE * size, thread, tag)
+            and project(job, model, query, phase + CROSS_QUERY_PHASE * size, thread, tag)
+            and source_phase(job, model, of_layer, phase + CROSS_ATTEND_PHASE * size, thread, tag)
+            and add_product(job, model, out, phase + CROSS_OUT_PHASE * size, thread, tag)
+        )
+
+    @compiled
     def run_mlp(job, model, layer, phase, size, thread, tag):
         norm_2, post = field(layer, NORM_2), field(layer, POST_NORM_2)
-        width = field(model, MLP_GROUPS) * 32
+        width = field(model, MLP_ROOM)
         down = (field(layer, DOWN), field(layer, DOWN_BIAS), post, field(job, ACTIVATED), width)
         return (
             norm(job, model, norm_2, phase + NORM_2_PHASE * size, thread, tag)
@@ -238,6 +290,8 @@ def make_layer(
     @compiled
     def run_layer(job, model, layer, index, phase, size, thread, tag):
         is_on = run_attention(job, model, layer, index, phase, size, thread, tag)
+        if field(layer, CROSS_QUERY) != 0:
+            is_on = is_on and run_cross(job, model, layer, index, phase, size, thread, tag)
         return is_on and run_mlp(job, model, layer, phase, size, thread, tag)
 
     return run_layer

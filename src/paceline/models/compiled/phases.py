@@ -1,6 +1,7 @@
 """The phases of a forward, and the number of pieces of each.
 
-A forward, or a step of a chain, is one phase to embed, eleven per layer and three for the logits. Phases
+A forward, or a step of a chain, is one phase to embed, eleven per layer and three for the logits; four
+more of a layer attend to the source, and are neither opened nor run where a model has no encoder. Phases
 that a model or a job does not need have no pieces. Products are split by groups of 64 outputs and blocks
 of tokens, attention by rows and key-value heads, and operations on single rows by a few of them.
 """
@@ -14,6 +15,7 @@ from paceline.models.compiled.products import BLOCK_ROWS
 from paceline.models.compiled.sharing import open_phase, phase_bytes
 from paceline.models.compiled.tables import (
     COUNTERS,
+    CROSS_QUERY,
     HEAD_ROOM,
     HEADS,
     HIDDEN_OUT,
@@ -53,12 +55,16 @@ from paceline.models.compiled.vectors import compiled
     ATTEND_PHASE,
     OUT_PHASE,
     POST_1_PHASE,  # norm of what attention adds
+    CROSS_NORM_PHASE,  # inputs of the product for queries to the source
+    CROSS_QUERY_PHASE,
+    CROSS_ATTEND_PHASE,
+    CROSS_OUT_PHASE,
     NORM_2_PHASE,
     GATE_UP_PHASE,
     DOWN_PHASE,
     POST_2_PHASE,  # norm of what the MLP adds
     LAYER_PHASES,
-) = range(12)
+) = range(16)
 # --- after the layers -----------------------------------------------------------------------------
 FINAL_PHASE, HEAD_PHASE, CHOOSE_PHASE, END_PHASES = range(4)
 
@@ -123,6 +129,22 @@ def _plan_attention(model, layer, phase, threads, tag, tokens, store, attend):
 
 
 @compiled
+def _plan_cross(model, phase, threads, tag, tokens, attend):
+    """Open the phases of a layer's attention to the source. attend: pieces of that phase."""
+    size, blocks, by_rows = (
+        phase_bytes(threads),
+        pieces_of(tokens, BLOCK_ROWS),
+        pieces_of(tokens, NORM_ROWS),
+    )
+    outputs = field(model, HEADS) * field(model, HEAD_ROOM)
+    wide = field(model, HIDDEN_ROOM) // 64 * blocks
+    open_phase(phase + CROSS_NORM_PHASE * size, threads, tag, by_rows if tokens > FEW else 0)
+    open_phase(phase + CROSS_QUERY_PHASE * size, threads, tag, pieces_of(outputs, 64) * blocks)
+    open_phase(phase + CROSS_ATTEND_PHASE * size, threads, tag, attend)
+    open_phase(phase + CROSS_OUT_PHASE * size, threads, tag, wide)
+
+
+@compiled
 def _plan_mlp(model, layer, phase, threads, tag, tokens):
     """Open the phases of a layer's MLP."""
     size, blocks, by_rows = (
@@ -175,9 +197,11 @@ def plan(job, tag):
         for index in range(layers):
             layer = field(model, LAYER_TABLE) + 8 * LAYER_SIZE * index
             if skipped != 0 and get_int(skipped + 8 * index) != 0:
-                _plan_nothing(phase, threads, tag, NORM_1_PHASE, POST_1_PHASE)
+                _plan_nothing(phase, threads, tag, NORM_1_PHASE, CROSS_OUT_PHASE)
             else:
                 _plan_attention(model, layer, phase, threads, tag, tokens, store, attend)
+                if field(layer, CROSS_QUERY) != 0:
+                    _plan_cross(model, phase, threads, tag, tokens, attend)
             if skipped != 0 and get_int(skipped + 8 * (layers + index)) != 0:
                 _plan_nothing(phase, threads, tag, NORM_2_PHASE, POST_2_PHASE)
             else:

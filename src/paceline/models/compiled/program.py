@@ -1,4 +1,4 @@
-"""The forward of the Llama family as one compiled function, run by every thread of a job.
+"""The forward of a decoder as one compiled function, run by every thread of a job.
 
 It runs the phases that `phases.plan` has opened, each a number of pieces that the threads share
 (`sharing.py`). The residual stream and all sums are float32; inputs of products are rounded to the dtype

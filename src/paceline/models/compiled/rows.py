@@ -136,13 +136,15 @@ def erf(x):
 
 @compiled
 def activate(x, kind):
-    """Return silu (kind 0), tanh gelu (1) or erf gelu (2) of each lane."""
+    """Return silu (kind 0), tanh gelu (1), erf gelu (2) or relu (3) of each lane."""
     one, half = splat(np.float32(1)), splat(np.float32(0.5))
     if kind == 0:
         return x / (one + exp(splat(np.float32(0)) - x))
     if kind == 1:
         inner = fma(x * x * x, splat(np.float32(0.044715)), x)
         return half * x * (one + tanh(inner * splat(np.float32(0.7978845608028654))))
+    if kind == 3:
+        return larger(splat(np.float32(0)), x)  # nan stays nan
     return half * x * (one + erf(x * splat(np.float32(0.7071067811865476))))
 
 

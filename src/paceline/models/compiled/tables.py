@@ -26,7 +26,9 @@ def rounded(number: int, unit: int) -> int:
     VALUE_ROOM,  # d rounded up to 64: numbers of a head in the products with values
     HEAD_SIZE,  # d
     HALF_TURNED,  # half the number of rotated numbers of a head
-    MLP_GROUPS,  # groups of 32 numbers of F
+    MLP_ROOM,  # F rounded up: to 32, or to 64 without a gate
+    MLP_GROUPS,  # groups of 64 outputs of the MLP's first product
+    GATED,  # whether the MLP has a gate
     VOCABULARY,  # V
     VOCABULARY_GROUPS,  # groups of 64 logits
     EMBEDDING,  # [V, D], as in transformers' model
@@ -37,14 +39,14 @@ def rounded(number: int, unit: int) -> int:
     HEAD_BIAS,
     ANGLES,  # float32 [positions, tables, 2 * HALF_TURNED]: cosines, then sines
     ANGLE_TABLES,
-    ACTIVATION,  # 0 silu, 1 gelu (tanh), 2 gelu (erf)
+    ACTIVATION,  # 0 silu, 1 gelu (tanh), 2 gelu (erf), 3 relu
     LOGIT_SCALE_F,
     LOGIT_CAP_F,  # 0: none
     RESIDUAL_SCALE_F,
     NORM_WHOLE,  # whether norms of queries and keys cover all heads at once
     LAYER_TABLE,  # address of the layers' tables, one after the other
     MODEL_SIZE,
-) = range(26)
+) = range(28)
 
 # --- a layer: weights and norms are addresses, 0 where the layer has none -------------------------
 (
@@ -57,7 +59,7 @@ def rounded(number: int, unit: int) -> int:
     OUT_BIAS,
     POST_NORM_1,  # after attention, before the residual
     NORM_2,
-    GATE_UP,  # of 64 outputs, 32 of the gate and 32 of up
+    GATE_UP,  # of 64 outputs, 32 of the gate and 32 of up; [F, D] without a gate
     GATE_UP_BIAS,
     DOWN,  # [D, F]
     DOWN_BIAS,
@@ -66,8 +68,12 @@ def rounded(number: int, unit: int) -> int:
     TURNS,  # the layer's table of angles, -1: none
     SCORE_SCALE_F,
     SCORE_CAP_F,  # 0: none
+    BIAS,  # what is added to scores, by distance; see `positions.py`
+    CROSS_NORM,  # float32 [D], before attention to the source
+    CROSS_QUERY,  # [H * HEAD_ROOM, D], packed; 0 for a layer that sees no source
+    CROSS_OUT,  # [D, H * HEAD_ROOM]
     LAYER_SIZE,
-) = range(19)
+) = range(23)
 
 # --- a job: one call ------------------------------------------------------------------------------
 (
@@ -93,7 +99,7 @@ def rounded(number: int, unit: int) -> int:
     INPUTS,  # inputs of the next product [N, HIDDEN_ROOM]
     PROJECTED,  # float32 [N, (H + 2 Hkv) * HEAD_ROOM], queries, keys, values
     ATTENDED,  # [N, H * HEAD_ROOM]
-    ACTIVATED,  # [N, MLP_GROUPS * 32]
+    ACTIVATED,  # [N, MLP_ROOM]
     ADDED,  # float32 [N, HIDDEN_ROOM], what a norm stands before
     BEST,  # (float32, int64) by group and place: the largest logit and its id
     CHOICES,  # int64 [NUM_PICKED]: the most likely ids, -1 where they are not finite
@@ -134,5 +140,8 @@ NUM_BUFFERS: Final = SCRATCH - STREAM + 1
     PATHS,  # address of int64 [WIDTH, WIDTH + 1]: number of ancestors and their places; 0: a chain
     HOPE_F,  # product of the chances of its drafted tokens, if WEIGHS
     LEAST_HOPE_F,  # below it the row's chain has ended
+    SOURCE,  # address of its source's keys and values, if the model has an encoder
+    SOURCE_CAPACITY,  # positions, a multiple of 64
+    SOURCE_LENGTH,  # positions
     SPAN_SIZE,
-) = range(12)
+) = range(15)

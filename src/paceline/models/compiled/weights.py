@@ -6,25 +6,25 @@ D hidden size, H query heads, Hkv key-value heads, d head size, F MLP size, V lo
 
 from __future__ import annotations
 
-import os
 import struct
-import threading
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from paceline.models.compiled import tables as t
 from paceline.models.compiled.cache import CacheShape
+from paceline.models.compiled.positions import PositionTables
 from paceline.models.compiled.rows import BYTES_OF_32
 from paceline.models.compiled.tables import rounded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from paceline.models.compiled.facts import Facts, LayerFacts
+    from torch import Tensor
+
+    from paceline.models.compiled.facts import CrossFacts, Facts, LayerFacts
 
 GROUP: Final = 64
 HEAD_UNIT: Final = 32
@@ -74,8 +74,13 @@ def padded_row(numbers: Tensor, size: int) -> Tensor:
     return F.pad(numbers.float(), (0, size - len(numbers))).contiguous()
 
 
-def interleave(gate: Tensor, up: Tensor) -> Tensor:
-    """Return [2 F, ...] with 32 outputs of the gate before 32 of up; F is padded to 32."""
+def interleave(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """Return [2 F, ...] with 32 outputs of the gate before 32 of up; F is padded to 32.
+
+    Without a gate, which is one part alone, return that.
+    """
+    if up is None:
+        return gate
     missing = (0, 0) * (gate.ndim - 1) + (0, -len(gate) % HEAD_UNIT)
     halves = [F.pad(w, missing).unflatten(0, (-1, HEAD_UNIT)) for w in (gate, up)]
     return torch.stack(halves, dim=1).flatten(0, 2)
@@ -84,18 +89,6 @@ def interleave(gate: Tensor, up: Tensor) -> Tensor:
 def float_bits(number: float) -> int:
     """Return a float32's bits, as a table holds it."""
     return int(struct.unpack("<I", struct.pack("<f", number))[0])
-
-
-_angles_lock = threading.Lock()  # of tables of angles
-
-
-def _renew_lock() -> None:
-    """Make a lock that no thread of a forked child's parent holds."""
-    global _angles_lock
-    _angles_lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_renew_lock)
 
 
 class Arena:
@@ -147,15 +140,15 @@ class PackedModel:
         self.room = rounded(facts.hidden_size, GROUP)
         self.head_room = rounded(facts.head_dim, HEAD_UNIT)
         self.value_room = rounded(facts.head_dim, GROUP)
-        self.mlp_room = rounded(facts.mlp_size, HEAD_UNIT)
+        self.mlp_room = rounded(facts.mlp_size, HEAD_UNIT if facts.is_gated else GROUP)
+        self.mlp_outputs = self.mlp_room * (2 if facts.is_gated else 1)
         self.num_logits = facts.head.shape[0]
         self.logit_room = rounded(self.num_logits, GROUP)
         self.outputs = (facts.heads + 2 * facts.kv_heads) * self.head_room
         self.dtype = facts.embedding.dtype
         self.num_layers = len(layers)
+        self.has_sources = any(layer.cross is not None for layer in layers)
         self._arena = Arena()
-        self._angles = torch.empty(0)
-        self._old_angles: list[Tensor] = []  # another thread's job may still read them
         self._table = np.zeros(t.MODEL_SIZE, np.int64)
         self._layers = np.zeros((len(layers), t.LAYER_SIZE), np.int64)
         _TABLES.extend((self._table, self._layers))
@@ -163,6 +156,7 @@ class PackedModel:
         for row, layer in zip(self._layers, layers, strict=True):
             self._fill_layer(row, layer)
         self._fill_model()
+        self._positions = PositionTables(facts, layers, self._table, self._layers)
 
     def _address(self, tensor: Tensor | None) -> int:
         """Return a tensor's address and keep it; 0 for None."""
@@ -185,9 +179,9 @@ class PackedModel:
             self._pack(pad_heads(layer.out, f.heads, 1), f.heads * self.head_room)
         )
         row[t.OUT_BIAS] = self._row(layer.out_bias, self.room)
-        row[t.GATE_UP] = self._address(self._pack(interleave(layer.gate, layer.up), self.room))
+        row[t.GATE_UP] = self._address(self._pack(interleave(*layer.gate_up), self.room))
         if layer.gate_up_bias is not None:
-            row[t.GATE_UP_BIAS] = self._row(interleave(*layer.gate_up_bias), 2 * self.mlp_room)
+            row[t.GATE_UP_BIAS] = self._row(interleave(*layer.gate_up_bias), self.mlp_outputs)
         row[t.DOWN] = self._address(self._pack(layer.down, self.mlp_room))
         row[t.DOWN_BIAS] = self._row(layer.down_bias, self.room)
         norms = {
@@ -210,6 +204,15 @@ class PackedModel:
         row[t.TURNS] = layer.turns
         row[t.SCORE_SCALE_F] = float_bits(layer.score_scale)
         row[t.SCORE_CAP_F] = float_bits(f.score_cap)
+        if layer.cross is not None:
+            self._fill_cross(row, layer.cross)
+
+    def _fill_cross(self, row: np.ndarray, cross: CrossFacts) -> None:
+        heads = self.facts.heads
+        query, out = pad_heads(cross.query, heads, 0), pad_heads(cross.out, heads, 1)
+        row[t.CROSS_NORM] = self._row(cross.norm, self.room)
+        row[t.CROSS_QUERY] = self._address(self._pack(query, self.room))
+        row[t.CROSS_OUT] = self._address(self._pack(out, heads * self.head_room))
 
     def _fill_model(self) -> None:
         f, table = self.facts, self._table
@@ -217,7 +220,8 @@ class PackedModel:
         table[t.HEADS], table[t.KV_HEADS] = f.heads, f.kv_heads
         table[t.HEAD_SIZE], table[t.HEAD_ROOM] = f.head_dim, self.head_room
         table[t.VALUE_ROOM], table[t.HALF_TURNED] = self.value_room, f.half_turned
-        table[t.MLP_GROUPS] = self.mlp_room // HEAD_UNIT
+        table[t.MLP_ROOM], table[t.GATED] = self.mlp_room, f.is_gated
+        table[t.MLP_GROUPS] = self.mlp_outputs // GROUP
         table[t.VOCABULARY] = self.num_logits
         table[t.VOCABULARY_GROUPS] = self.logit_room // GROUP
         table[t.EMBEDDING] = f.embedding.data_ptr()
@@ -234,19 +238,8 @@ class PackedModel:
         table[t.LAYER_TABLE] = self._layers.ctypes.data
 
     def reserve_positions(self, num_positions: int) -> None:
-        """Make the table of angles cover positions below `num_positions`."""
-        if num_positions <= self._angles.shape[0] or not self.facts.half_turned:
-            return
-        with _angles_lock:
-            known = self._angles.shape[0]
-            if num_positions <= known:  # another thread was first
-                return
-            length = min(max(num_positions, 2 * known, 256), self.facts.num_positions)
-            angles = self.facts.angles(max(length, num_positions))
-            self._old_angles.append(self._angles)
-            self._table[t.ANGLE_TABLES] = angles.shape[1]
-            self._table[t.ANGLES] = angles.data_ptr()
-            self._angles = angles  # last: whoever finds it long enough does not wait for the lock
+        """Make the tables of angles and biases cover positions below `num_positions`."""
+        self._positions.reserve(num_positions)
 
     def row_bytes(self, room: int) -> int:
         """Return the bytes of a row of inputs; see `rows.make_rows`."""

@@ -46,6 +46,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "biases": {"attention_bias": True, "mlp_bias": True},
     "gelu": {"hidden_act": "gelu"},
     "tanh_gelu": {"hidden_act": "gelu_pytorch_tanh"},
+    "relu": {"hidden_act": "relu"},
     "five_layers": {"num_hidden_layers": 5},
     "qwen2_biases": {"architecture": "qwen2", "hidden_size": 72, "head_dim": 18},
     "qwen3_norms": {"architecture": "qwen3", "hidden_size": 72, "head_dim": 24},
