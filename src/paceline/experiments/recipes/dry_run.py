@@ -19,6 +19,7 @@ from paceline.experiments.recipes.shapes import (
     check_forward,
     model_of_shape,
     num_multiplied,
+    num_of_encoder,
     num_parameters,
 )
 from paceline.models.encoder_decoder import body_of
@@ -88,6 +89,14 @@ class Roofline:
         work = 2 * weights * tokens + attention
         return kept * max(read / self._bandwidth, work / self._arithmetic)
 
+    def prompt_seconds(self, model: LanguageModel, num_prompt: int) -> float:
+        """Return the seconds of reading a prompt, by the encoder if the model has one."""
+        if model.encoder is None:
+            return self.seconds(model, num_prompt, num_prompt // 2)
+        weights = num_of_encoder(model)
+        read, work = weights * model.dtype.itemsize, 2 * weights * num_prompt
+        return max(read / self._bandwidth, work / self._arithmetic)
+
     def training_seconds(self, parameters: int, tokens: float, devices: int) -> float:
         """Return the seconds of training: six multiplications or additions per parameter and token."""
         return 6 * parameters * tokens / (self._arithmetic_of_one * devices)
@@ -96,10 +105,10 @@ class Roofline:
 def dry_run(recipe: Recipe) -> DryRun:
     """Check a recipe and predict its seconds. Raises ConfigError for the first misfit."""
     work = recipe.workload
-    length = work.prompt_tokens + work.new_tokens
     section = recipe.target
     target = model_of_shape(TARGET, section.shape, DTYPES[section.dtype], section.millions)
-    if length > target.context_length:
+    positions = target.num_before_output(work.prompt_tokens) + work.new_tokens
+    if work.prompt_tokens > target.max_prompt or positions > target.context_length:
         raise ConfigError(
             f"prompts of {work.prompt_tokens} and answers of {work.new_tokens} tokens do not fit the "
             f"target's context of {target.context_length}; lower one of them in 'workload'"
@@ -240,13 +249,16 @@ class _Planner:
     def stages(self, plans: Sequence[ModelPlan]) -> dict[str, float]:
         """Return the predicted seconds of a run by stage."""
         recipe, work = self._recipe, self._recipe.workload
-        prefill = self._roofline.seconds(self._target, work.prompt_tokens, work.prompt_tokens // 2)
+        prefill = self._roofline.prompt_seconds(self._target, work.prompt_tokens)
         answers = work.prompts * work.new_tokens / recipe.rows * self._step(self._target)
         seconds = {"decode with the target": work.prompts * prefill + answers}
         for plan in plans[1:]:
             model = self._models.get(plan.name)
             if model is not None:
                 one = self._roofline.seconds(model, self._length, self._length // 2)
+                if model.encoder is not None:
+                    one = self._roofline.prompt_seconds(model, work.prompt_tokens)
+                    one += self._roofline.seconds(model, work.new_tokens, self._context)
                 seconds[f"replay {plan.name}"] = work.prompts * one
             elif plan.step_seconds:
                 # a draft of full length after every token, one row at a time

@@ -37,6 +37,8 @@ def model_of_shape(
         if strange:
             raise ConfigError(f"'{name}': a {kind} has no '{strange[0]}' in its configuration")
         config = AutoConfig.for_model(**shape)
+        if getattr(config, "decoder_start_token_id", None) is None:
+            config.decoder_start_token_id = 0  # any, for no text is written
         with torch.device("meta"):
             model = auto_class_of(config).from_config(config, dtype=dtype)
     except (ValueError, StrictDataclassError) as error:
@@ -59,11 +61,22 @@ def num_parameters(model: LanguageModel) -> int:
 
 
 def num_multiplied(model: LanguageModel) -> int:
-    """Return the number of parameters in products: all but an embedding that is only looked up."""
+    """Return the number of parameters in products over the text: all but an encoder's, and an embedding
+    that is only looked up.
+    """
     embedding: Any = model.model.get_input_embeddings()
     head: Any = model.model.get_output_embeddings()
     looked_up = 0 if head.weight is embedding.weight else embedding.weight.numel()
-    return num_parameters(model) - int(looked_up)
+    return num_parameters(model) - int(looked_up) - num_of_encoder(model)
+
+
+def num_of_encoder(model: LanguageModel) -> int:
+    """Return the number of an encoder's parameters in products, 0 without one."""
+    if model.encoder is None:
+        return 0
+    embedding: Any = model.model.get_input_embeddings()
+    encoder: Any = model.model.get_encoder()
+    return sum(p.numel() for p in encoder.parameters() if p is not embedding.weight)
 
 
 def check_forward(model: LanguageModel, num_verified: int, skip: LayerSubset | None = None) -> None:
