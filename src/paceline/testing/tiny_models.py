@@ -11,13 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+import transformers as hf
 from torch import nn
-from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSpeechSeq2Seq,
-)
 
 from paceline.testing.tokenizers import NUM_TOKENS
 
@@ -265,18 +260,12 @@ _T5: Final = {
     "num_heads": 4,
 }
 _BART: Final = {
-    "decoder_start_token_id": 0,
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 3,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 64,
-    "decoder_ffn_dim": 64,
-    "forced_eos_token_id": None,
-    "tie_word_embeddings": True,
+    "decoder_start_token_id": 0, "d_model": 32, "encoder_layers": 2, "decoder_layers": 3,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64, "forced_eos_token_id": None, "tie_word_embeddings": True,
     "pad_token_id": 0,  # a row of the embedding
-}
+}  # fmt: skip
+_FEATURES: Final = {"max_source_positions": 20, "num_mel_bins": 8}
 _ENCODER_DECODERS: Final = {
     # one relative position bias for all layers, a plain ReLU, a tied head and scaled logits
     "t5": _Architecture("t5", {**_T5, "feed_forward_proj": "relu", "tie_word_embeddings": True}),
@@ -292,11 +281,7 @@ _ENCODER_DECODERS: Final = {
     "marian": _Architecture("marian", _BART),
     "pegasus": _Architecture("pegasus", _BART),
     # an encoder of features
-    "whisper": _Architecture(
-        "whisper",
-        {**_BART, "max_source_positions": 20, "num_mel_bins": 8},
-        "max_target_positions",
-    ),
+    "whisper": _Architecture("whisper", {**_BART, **_FEATURES}, "max_target_positions"),
 }
 _UNTIED: Final = frozenset({"mt5"})  # whose configuration ties the head, whatever it is told
 _WITHOUT_CONTEXT: Final = frozenset({"t5", "mt5", "umt5"})
@@ -327,7 +312,7 @@ def tiny_model(
     sizes = {"vocab_size": vocab_size, tiny.context: context}
     if architecture in _WITHOUT_CONTEXT:
         del sizes[tiny.context]
-    config = CONFIG_MAPPING[tiny.model_type](**{**_PLAIN, **sizes, **tiny.settings, **settings})
+    config = hf.CONFIG_MAPPING[tiny.model_type](**{**_PLAIN, **sizes, **tiny.settings, **settings})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: Any = _auto_class(architecture).from_config(config)
@@ -350,8 +335,8 @@ def tiny_model(
 def _auto_class(architecture: str) -> Any:
     """Return the class of transformers that builds a model of an architecture."""
     if architecture not in ENCODER_DECODERS:
-        return AutoModelForCausalLM
-    return AutoModelForSpeechSeq2Seq if architecture == "whisper" else AutoModelForSeq2SeqLM
+        return hf.AutoModelForCausalLM
+    return hf.AutoModelForSpeechSeq2Seq if architecture == "whisper" else hf.AutoModelForSeq2SeqLM
 
 
 def perturbed(model: PreTrainedModel, amount: float, seed: int = 0) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,6 +12,7 @@ import transformers as hf
 from paceline.assembly import load
 from paceline.errors import ModelError, RequestError
 from paceline.models import visibility
+from paceline.models.attention import RowBatch
 from paceline.models.cache import RowCache
 from paceline.models.language_model import LanguageModel
 from paceline.models.self_checks import check_packed_forward
@@ -20,6 +22,8 @@ from paceline.testing.tokenizers import NUM_TOKENS, byte_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch import Tensor
 
     from paceline.assembly import Pace
 
@@ -164,7 +168,8 @@ def test_the_check_is_longer_than_every_window_that_can_be_afforded() -> None:
 
 def test_a_forward_that_drops_a_window_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = LanguageModel(random_model(phimoe(window=100)), "target")
-    model._forward._windows = {}  # type: ignore[union-attr]
+    forward: Any = model._forward
+    forward._seen = replace(forward._seen, windows={})
 
     with pytest.raises(ModelError, match=r"PhimoeForCausalLM differs .* not supported"):
         check_packed_forward(model)
@@ -221,10 +226,27 @@ def test_a_window_of_one_which_transformers_cache_does_not_keep_is_refused() -> 
 # --- what cannot be checked -----------------------------------------------------------------------
 
 
-def test_encoder_decoder_models_are_refused_as_such() -> None:
+def test_a_decoder_without_a_first_token_is_refused() -> None:
     config = hf.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    with pytest.raises(ModelError, match=r"T5ForCondit.* not supported: it is an encoder-decoder"):
+    with pytest.raises(ModelError, match="names no decoder_start_token_id"):
         LanguageModel(hf.T5ForConditionalGeneration(config), "target")
+
+
+def test_a_row_that_attends_to_another_rows_source_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = LanguageModel(tiny_model("bart"), "target")
+    check_packed_forward(model)
+    attend = RowBatch.attend_to_source
+
+    def attend_to_first(self: RowBatch, layer: int, query: Tensor, scale: float) -> Tensor:
+        for run in self.runs:
+            run.slots = range(len(run.slots))
+        return attend(self, layer, query, scale)
+
+    monkeypatch.setattr(RowBatch, "attend_to_source", attend_to_first)
+    with pytest.raises(ModelError, match=r"BartForConditionalGeneration differs .* not supported"):
+        check_packed_forward(model)
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,26 @@ def test_a_draft_may_be_taken_back(shape: str, dtype: str) -> None:
     model.release(slot)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_bits_do_not_depend_on_the_number_of_threads(threads: int) -> None:
+    before = torch.get_num_threads()
+    expected = whole("t5", "float32", 1)  # by the threads of the other tests
+    model = model_of("t5", "float32")
+    torch.set_num_threads(threads)
+    try:
+        slot, other = begun(model, 1), begun(model, 3)
+        text = random_text(LENGTH, 1)
+        for start, stop in ((0, 90), (90, 91), (91, 94)):
+            hidden = feed(
+                model, {other: (start, text[start:stop]), slot: (start, text[start:stop])}
+            )
+            assert torch.equal(hidden[slot], expected[start:stop])
+    finally:
+        torch.set_num_threads(before)
+    model.release(slot)
+    model.release(other)
+
+
 @pytest.mark.parametrize("shape", ["t5", "umt5", "few_distances"])
 def test_longer_texts_of_other_rows_change_no_bias(shape: str) -> None:
     """The tables of biases grow past their first sizes, and known distances keep their bits."""

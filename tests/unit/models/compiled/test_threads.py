@@ -158,6 +158,20 @@ if child == 0:  # needs more angles than the parent has computed
     os._exit(0 if torch.equal(hidden_of(forward, texts[1]), expected[1]) else 1)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
+BIASES = """
+from support.compiled_models import random_text
+from support.t5_models import begin, feed, hidden_alone, load_t5, random_t5
+text = random_text(700)
+expected = hidden_alone(load_t5(random_t5()), [1, 2, 3], text)
+model = load_t5(random_t5())
+slot = begin(model, [1, 2, 3])
+assert torch.equal(feed(model, {slot: (0, text[:10])})[slot], expected[:10])
+torch.ones(400_000).cos()  # this thread has workers, which a child has not
+child = os.fork()
+if child == 0:  # needs biases of more distances than the parent has computed
+    os._exit(0 if torch.equal(feed(model, {slot: (10, text[10:])})[slot], expected[10:]) else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
 BUSY_FORK = """
 import threading
 stop = threading.Event()
@@ -178,7 +192,9 @@ stop.set()
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 @pytest.mark.parametrize(
-    "body", [FORK, LOADER, BUSY_FORK, ANGLES], ids=["fork", "loader", "busy", "angles"]
+    "body",
+    [FORK, LOADER, BUSY_FORK, ANGLES, BIASES],
+    ids=["fork", "loader", "busy", "angles", "biases"],
 )
 def test_a_forked_child_runs_the_model_too(body: str) -> None:
     check_end(run_script(body))
