@@ -33,6 +33,7 @@ class FakeRow:
     id: int
     tokens: list[int] = field(default_factory=list)
     sampling: SamplingParams = GREEDY
+    num_prompt: int = 1
 
 
 def draft_model(

@@ -88,7 +88,7 @@ def test_the_best_nodes_are_always_a_tree(budget: int) -> None:
 
 
 class Row:
-    num_prompt, slot, num_cached = 1, -1, 0
+    num_prompt, slot, num_cached, features = 1, -1, 0, None
 
     def __init__(self, tokens: list[int], sampling: SamplingParams = SamplingParams()) -> None:  # noqa: B008
         self.id, self.tokens, self.sampling = 0, tokens, sampling

@@ -39,7 +39,7 @@ def row(acceptance: float = 0.6, allowed: int = 8, arm: str = "math") -> Any:
     return SimpleNamespace(
         arm=arm,
         is_asked=arm != "none",
-        num_cached=100,
+        num_read=100,
         draft_limit=allowed,
         num_draft_tokens=allowed,
         in_use=SimpleNamespace(acceptance=Acceptance(1000.0 * acceptance, 1000.0)),
@@ -152,7 +152,7 @@ def test_one_row_and_rows_without_a_draft_ask_for_no_price() -> None:
 def test_prices_are_asked_at_the_rows_mean_context() -> None:
     prices: Any = FixedSeconds([1.0] * 4)
     rows = [row(), row(), row(arm="none")]
-    rows[1].num_cached = 400
+    rows[1].num_read = 400
 
     Budget(prices).cut(rows, [Draft([1, 2]), Draft([3]), Draft([])])
 

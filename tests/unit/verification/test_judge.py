@@ -24,6 +24,10 @@ class Row:
     request: Request
     tokens: list[int]
 
+    @property
+    def text(self) -> tuple[list[int], int]:
+        return self.tokens, len(self.request.prompt_tokens)
+
 
 def row_of(**settings: Any) -> Row:
     read = RequestSettings.read({"max_new_tokens": 50, **settings})
