@@ -11,6 +11,9 @@ from paceline.experiments.findings import SOURCES, Table, columns
 from paceline.experiments.prompt_files import TASKS
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from paceline.distillation.settings import LossName
     from paceline.experiments.direct_alignment.outcome import Outcome
     from paceline.experiments.findings import Source, Value
     from paceline.intervals import Interval
@@ -62,21 +65,32 @@ def remarks(outcome: Outcome) -> list[str]:
     """Return the findings, a line each: the main result, then the limits."""
     tuned = outcome.tuned
     base, best = outcome.of_loss(BASELINE), outcome.of_loss(tuned.best)
-    rise = outcome.rise(base, best)[MEAN].block_efficiency
-    clear = [
-        loss
-        for loss in outcome.plan.budget.losses
-        if loss != BASELINE
-        and outcome.rise(base, outcome.of_loss(loss))[MEAN].block_efficiency.is_gain
-    ]
+    losses = [loss for loss in outcome.plan.budget.losses if loss != BASELINE]
+    rises = {loss: outcome.rise(base, outcome.of_loss(loss))[MEAN] for loss in losses}
+    rise = rises[tuned.best].block_efficiency
+    greedy = {loss: own.block_efficiency for loss, own in rises.items()}
+    sampled = {loss: own.acceptance for loss, own in rises.items() if own.acceptance is not None}
     first = (
         f"`{tuned.best}`, the best other loss on validation answers, has tau "
         f"{outcome.tau(best):.2f} at K = {LONGEST} against {outcome.tau(base):.2f} of "
-        f"`{BASELINE}`: {signed(rise)}. "
+        f"`{BASELINE}`: {signed(rise)}."
     )
-    names = ", ".join(f"`{loss}`" for loss in clear)
-    first += f"Clear gains over `{BASELINE}`: {names or 'none'}."
-    return [first, *limits(outcome)]
+    return [
+        first,
+        f"Against `{BASELINE}`, tau on greedy answers {_gains_and_losses(greedy)}.",
+        f"Against `{BASELINE}`, acceptance under sampling {_gains_and_losses(sampled)}.",
+        *limits(outcome),
+    ]
+
+
+def _gains_and_losses(rises: Mapping[LossName, Interval]) -> str:
+    """Return which losses change a figure clearly, with their intervals on one side of 0."""
+    higher = [f"`{loss}`" for loss, own in rises.items() if own.is_gain]
+    lower = [f"`{loss}`" for loss, own in rises.items() if own.is_clear and not own.is_gain]
+    return (
+        f"is clearly higher with {', '.join(higher) or 'no loss'} and clearly lower with "
+        f"{', '.join(lower) or 'none'}"
+    )
 
 
 def limits(outcome: Outcome) -> list[str]:

@@ -11,7 +11,10 @@ from paceline.experiments.findings import Panel, Series
 from paceline.experiments.prompt_files import TASKS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from paceline.experiments.direct_alignment.outcome import Outcome
+    from paceline.intervals import Interval
 
 
 def panels(outcome: Outcome) -> list[Panel]:
@@ -21,22 +24,32 @@ def panels(outcome: Outcome) -> list[Panel]:
 
 def _losses_panel(outcome: Outcome) -> Panel:
     base = outcome.of_loss(BASELINE)
-    names = [loss for loss in outcome.plan.budget.losses if loss != BASELINE]
-    found = [outcome.rise(base, outcome.of_loss(loss))[MEAN].block_efficiency for loss in names]
-    series = Series(
-        "mean over tasks",
-        [name.replace("_", "\n") for name in names],
-        [own.value for own in found],
-        [own.low for own in found],
-        [own.high for own in found],
-    )
+    losses = [loss for loss in outcome.plan.budget.losses if loss != BASELINE]
+    rises = [outcome.rise(base, outcome.of_loss(loss))[MEAN] for loss in losses]
+    names = [loss.replace("_", "\n") for loss in losses]
+    tau, acceptance = outcome.tau(base), outcome.mean(base, "mean", "acceptance")
+    greedy = [own.block_efficiency for own in rises]
+    sampled = [own.acceptance for own in rises if own.acceptance is not None]  # all have one
+    series = [
+        _in_percent(f"tau on greedy answers, K = {LONGEST}", names, greedy, tau),
+        _in_percent("acceptance under sampling", names, sampled, acceptance),
+    ]
     return Panel(
-        f"losses: rise of tau over {BASELINE.replace('_', '-')}",
-        f"tokens per target forward, K = {LONGEST}",
-        [series],
+        f"losses: rise over {BASELINE.replace('_', '-')}, mean over tasks",
+        "%",
+        series,
         kind="bars",
         baseline=0.0,
     )
+
+
+def _in_percent(label: str, names: Sequence[str], rises: Sequence[Interval], of: float) -> Series:
+    """Return rises in percent of a figure."""
+    low, value, high = (
+        [100 * bound / of for bound in bounds]
+        for bounds in zip(*((own.low, own.value, own.high) for own in rises), strict=True)
+    )
+    return Series(label, list(names), value, low, high)
 
 
 def _left_out_panel(outcome: Outcome) -> Panel:
