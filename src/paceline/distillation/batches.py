@@ -1,8 +1,8 @@
 """Training texts and their batches.
 
 Texts of similar length share a batch and are padded on the right. Causal attention never reads the
-padding, so a batch needs no mask and each text's loss is the same as alone. All orders are functions
-of (seed, epoch). Knows no model. Symbols: B texts per batch, T their padded length.
+padding, and an encoder has a mask (`reading`), so each text's loss is the same as alone. All orders are
+functions of (seed, epoch). Knows no model. Symbols: B texts per batch, T their padded length.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Batch:
     targets: Tensor  # [n] int64
     weights: Tensor  # [n] float32
     examples: Tensor  # [n] int64, index of the text, 0 to B - 1
+    num_prompt: Tensor  # [B] int64
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
@@ -114,4 +115,5 @@ def collate(examples: Sequence[Example], prompt_weight: float) -> Batch:
         torch.from_numpy(np.concatenate(targets)),
         torch.from_numpy(np.concatenate(weights)),
         torch.from_numpy(np.concatenate(owners)),
+        torch.tensor([example.num_prompt for example in examples]),
     )

@@ -54,8 +54,8 @@ def plan_steps(
 def plan_text(
     texts: Sequence[Example], num_steps: int, settings: DistillSettings, batches_per_step: int
 ) -> list[PlannedStep]:
-    """Return steps of plain text, in as many passes as they need."""
-    weights = [total_weight(text, 1.0) for text in texts]
+    """Return steps of text, in as many passes as they need. The prompts of pairs are not learned."""
+    weights = [total_weight(text, 0.0) for text in texts]
     steps: list[PlannedStep] = []
     epoch = 0
     while len(steps) < num_steps:

@@ -118,7 +118,7 @@ class Encoder:
         self._projections = [
             _keys_and_values(cross_attentions[layer], name) for layer in sorted(cross_attentions)
         ]
-        self.start = _start_token(model, name)
+        self.start = start_token(model, name)
         parameters = inspect.signature(self._encoder.forward).parameters
         self.reads_features = "input_features" in parameters
         # tokens that it reads at most
@@ -168,7 +168,7 @@ def _keys_and_values(attention: Any, name: str) -> tuple[nn.Module, nn.Module, i
     )
 
 
-def _start_token(model: PreTrainedModel, name: str) -> int:
+def start_token(model: PreTrainedModel, name: str) -> int:
     """Return the token that the decoder's text begins with, as transformers' `generate` finds it."""
     places = (
         (getattr(model, "generation_config", None), ("decoder_start_token_id", "bos_token_id")),

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from support.training import new_student, rule_texts
 
 from paceline.distillation.batches import Example, collate, in_order, pack_epoch, total_weight
-from paceline.distillation.distributions import hidden_states
 from paceline.distillation.objective import judge
+from paceline.distillation.reading import hidden_states
 from paceline.distillation.teachers import TextTeacher
 
 
