@@ -28,6 +28,7 @@ _NUM_LAYERS: Final = {
     "decoder": ("num_decoder_layers", "decoder_layers"),
     "encoder": ("num_layers", "encoder_layers"),
 }
+_T5_FAMILY: Final = ("t5", "mt5", "umt5")
 _SHARING_A_BIAS: Final = ("t5", "mt5")  # the first layer's relative positions are those of all
 
 
@@ -57,6 +58,16 @@ def check_t5_shape(shape: StudentShape) -> None:
             f"num_kv_heads {shape.num_kv_heads}: a T5 has as many as num_heads, {shape.num_heads}; "
             "remove it"
         )
+    _check_depths(shape.num_layers, shape.encoder_layers)
+
+
+def _check_depths(num_layers: int, num_encoder_layers: int) -> None:
+    """Raise ConfigError for a T5 that transformers cannot run: its cache has the encoder's layers."""
+    if num_layers > num_encoder_layers:
+        raise ConfigError(
+            f"{num_layers} decoder layers and {num_encoder_layers} encoder layers: transformers' "
+            "`generate` needs a T5's encoder to have at least as many; add layers to the encoder"
+        )
 
 
 def copy_encoder_decoder_layers(
@@ -66,13 +77,16 @@ def copy_encoder_decoder_layers(
 ) -> PreTrainedModel:
     """Return a float32 copy of the target with these layers, in this order; None copies all.
 
-    Raises ConfigError for an index that the target does not have.
+    Raises ConfigError for an index that the target does not have, and for a T5 whose decoder would be
+    deeper than its encoder.
     """
     student = copy.deepcopy(target).float().cpu()
     if decoder_layers is not None:
         _keep_layers(student, "decoder", "target_layers", decoder_layers)
     if encoder_layers is not None:
         _keep_layers(student, "encoder", "target_encoder_layers", encoder_layers)
+    if student.config.model_type in _T5_FAMILY:
+        _check_depths(num_layers_of(student), student.config.num_hidden_layers)
     for parameter in student.parameters():
         parameter.requires_grad_(True)
     return student
