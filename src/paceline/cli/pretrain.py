@@ -42,8 +42,8 @@ def pretrain(
 
     from paceline.cli.progress import progress
     from paceline.config import parse
-    from paceline.distillation.pretrain import pretrain as run_pretrain
     from paceline.distillation.pretrain_settings import PretrainSettings
+    from paceline.distillation.pretraining import pretrain as run_pretrain
 
     flags = {"epochs": epochs, "seed": seed, "threads": threads}
     raw = {"tokenizer": tokenizer, "architecture": architecture}

@@ -122,7 +122,7 @@ def pair_example(id: str, domain: str, prompt: Sequence[int], output: Sequence[i
 def read_references(path: Path) -> dict[str, str]:
     """Return prompt -> its first reference. Raises ConfigError on a row without one."""
     found: dict[str, str] = {}
-    for where, row in _read_rows(path):
+    for where, row in _read_rows(Path(path)):
         if _REFERENCE not in row:
             raise ConfigError(
                 f"{where}: a row without '{_REFERENCE}', which is what is learned; add it"
