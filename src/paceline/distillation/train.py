@@ -13,7 +13,7 @@ import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from paceline.distillation.schedule import PlannedStep
     from paceline.distillation.settings import DistillSettings
     from paceline.distillation.teachers import Teacher
+
+    S = TypeVar("S", bound=DistillSettings)
 
 _SMOOTHING = 0.95  # of the reported loss, over about twenty steps
 
@@ -113,7 +115,7 @@ def start_accelerator(on_cpu: bool) -> Accelerator:
     return Accelerator(cpu=on_cpu)
 
 
-def choose_arithmetic(settings: DistillSettings, device: torch.device) -> DistillSettings:
+def choose_arithmetic(settings: S, device: torch.device) -> S:
     """Return the settings with `autocast` decided: on where the device multiplies bfloat16 itself."""
     if settings.autocast is not None:
         return settings
