@@ -9,12 +9,12 @@ import json
 from typing import TYPE_CHECKING, Any, Final
 
 from paceline.distillation.card import describe_model, front_matter
+from paceline.distillation.pretrain_settings import OF_A_TARGET, PretrainSettings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_FLAGS: Final = ("epochs", "seed", "threads")  # other settings use --set
-_REQUIRED: Final = ("tokenizer", "shape")
+_FLAGS: Final = ("architecture", "epochs", "seed", "threads")  # other settings use --set
 
 
 def pretrained_card(facts: Mapping[str, Any]) -> str:
@@ -86,17 +86,15 @@ def _training_paragraphs(facts: Mapping[str, Any]) -> list[str]:
 
 def _command_line(facts: Mapping[str, Any]) -> str:
     """Return the command that repeats the training, with the settings that differ from the default."""
-    from paceline.distillation.pretrain_settings import PretrainSettings
-
     settings = facts["settings"]
     words = ["paceline pretrain", *(f"data/{name}.jsonl" for name in facts["data"])]
     words += [f"--out {facts['name']}", f"--tokenizer {settings['tokenizer']}"]
-    fields = PretrainSettings.model_fields
     for name, value in settings.items():
-        if name == "tokenizer" or (name not in _REQUIRED and value == fields[name].default):
+        is_default = name != "shape" and value == PretrainSettings.model_fields[name].default
+        if name == "tokenizer" or name in OF_A_TARGET or is_default:
             continue
         if name in _FLAGS:
             words.append(f"--{name} {value}")
-        elif name not in ("samplings", "loss"):
+        else:
             words.append(f"--set '{name}={json.dumps(value)}'")
     return " \\\n  ".join(words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -93,6 +94,10 @@ def test_a_t5_is_trained_described_and_can_be_a_target(tokenizer: Path, tmp_path
     ):  # fmt: skip
         assert word in card, word
     assert str(tmp_path) not in card + json.dumps(facts)
+    # the command of the card gives settings that such a training has
+    named = dict(re.findall(r"--set '(\w+)=(.*)'", card))
+    again = {name: json.loads(value) for name, value in named.items()}
+    assert settings_of(tokenizer, **again).shape == settings_of(tokenizer).shape
     assert not out.with_name("model.part").exists()
 
 
