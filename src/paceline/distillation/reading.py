@@ -9,7 +9,7 @@ positions, D hidden size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
@@ -23,10 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from paceline.distillation.batches import Batch, Example
-    from paceline.distillation.settings import DistillSettings
+    from paceline.distillation.settings import AnySettings
     from paceline.models.language_model import LanguageModel
-
-    S = TypeVar("S", bound=DistillSettings)
 
 LONGEST: Final = 4096
 """Tokens of a source or of an answer, of a model whose positions have no last one (T5)."""
@@ -119,7 +117,7 @@ def check_target(target: LanguageModel) -> None:
         )
 
 
-def with_prompt_weight(settings: S, *models: PreTrainedModel | None) -> S:
+def with_prompt_weight(settings: AnySettings, *models: PreTrainedModel | None) -> AnySettings:
     """Return the settings of a training of these models: an encoder-decoder learns no prompts.
 
     Raises ConfigError if the settings ask for it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -217,6 +217,9 @@ class DistillSettings(Section):
         if isinstance(self.max_prompts, dict):
             return self.max_prompts.get(name)
         return self.max_prompts
+
+
+AnySettings = TypeVar("AnySettings", bound=DistillSettings)
 
 
 class DistillationSection(DistillSettings):

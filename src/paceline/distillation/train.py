@@ -13,7 +13,7 @@ import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from paceline.distillation.schedule import learning_rate, plan_steps, plan_text
 from paceline.distillation.teachers import TextTeacher
 from paceline.errors import ConfigError
 from paceline.models.compiled.processor import multiplies_bfloat16
+from paceline.models.encoder_decoder import is_encoder_decoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,10 +39,8 @@ if TYPE_CHECKING:
     from paceline.distillation.batches import Batch, Example
     from paceline.distillation.objective import Totals
     from paceline.distillation.schedule import PlannedStep
-    from paceline.distillation.settings import DistillSettings
+    from paceline.distillation.settings import AnySettings, DistillSettings
     from paceline.distillation.teachers import Teacher
-
-    S = TypeVar("S", bound=DistillSettings)
 
 _SMOOTHING = 0.95  # of the reported loss, over about twenty steps
 
@@ -115,7 +114,7 @@ def start_accelerator(on_cpu: bool) -> Accelerator:
     return Accelerator(cpu=on_cpu)
 
 
-def choose_arithmetic(settings: S, device: torch.device) -> S:
+def choose_arithmetic(settings: AnySettings, device: torch.device) -> AnySettings:
     """Return the settings with `autocast` decided: on where the device multiplies bfloat16 itself."""
     if settings.autocast is not None:
         return settings
@@ -149,11 +148,12 @@ class Trainer:
         self.phase = "pretrain" if pretrain_tokens else phase
         self._num_epochs = 1.0 if pretrain_tokens else settings.epochs
         per_step = settings.accumulate * accelerator.num_processes
+        reads_sources = is_encoder_decoder(student)
         if pretrain_tokens:
             steps = math.ceil(pretrain_tokens / (settings.batch_tokens * per_step))
-            self.plan = plan_text(lesson.texts, steps, settings, per_step)
+            self.plan = plan_text(lesson.texts, steps, settings, per_step, reads_sources)
         else:
-            self.plan = plan_steps(lesson.answers, lesson.texts, settings, per_step)
+            self.plan = plan_steps(lesson.answers, lesson.texts, settings, per_step, reads_sources)
         self.optimizer = _optimizer(student, settings)
         made_for = signature(
             student, [*lesson.answers, *lesson.texts], settings, accelerator.num_processes
