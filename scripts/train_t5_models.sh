@@ -13,15 +13,17 @@
 # drafters: 2 encoder layers and 1 decoder layer, d_model 128, 4 heads of 32, d_ff 256: 1.6 M, of which
 #   the embedding has 1.05 M. The encoder runs once per request, so a drafted token costs one layer.
 #
-# A training step needs 0.57 s of CPU time per 1,000 padded tokens of the target (float32, Xeon at
-# 2.8 GHz): about 20 minutes per pass on one idle core.
+# A pass over the pairs has some 1,170 steps of at most 2,048 padded tokens. A step of the target needs 1.2
+# to 1.4 s of CPU time in float32 (Xeon at 2.8 GHz, one thread), so a pass about 25 minutes on a core that
+# has nothing else to do. THREADS=2 is slower where other programs use the cores: torch's threads wait for
+# each other (190 instead of 890 tokens per second, two busy cores).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 out=$(mkdir -p "${1:?name a folder to write}" && cd "$1" && pwd)
 data=${PACELINE_DATA:?name the folder with translation.jsonl and summary.jsonl}
 run=("${PYTHON:-python3}" -m paceline)
-common=(--threads "${THREADS:-2}" --set events=null)
+common=(--threads "${THREADS:-1}" --set events=null)
 
 target_epochs=8 drafter_epochs=6
 if [[ -n ${TRIAL:-} ]]; then
@@ -44,7 +46,7 @@ drafters:
 YAML
 
 if [[ -n ${TRIAL:-} ]]; then
-    common=(--threads "${THREADS:-2}" --set events=null --set max_prompts=60 --set batch_tokens=512
+    common=(--threads "${THREADS:-1}" --set events=null --set max_prompts=60 --set batch_tokens=512
         --set max_new_tokens=24)
 fi
 for task in translation summary; do
