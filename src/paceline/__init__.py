@@ -15,6 +15,7 @@ _NAMES = {
     "paceline.bench": ("doctor", "drafters"),
     "paceline.config": ("Config", "load_config"),
     "paceline.contracts": ("GREEDY", "Completion", "Drafts", "PromptRecord", "RowView"),
+    "paceline.distillation.pretraining": ("pretrain",),
     "paceline.drafting.base": ("BuildContext", "Drafter", "Needs", "pad_drafts"),
     "paceline.drafting.draft_replay": ("DraftReplay", "SimulatedReplay"),
     "paceline.errors": ("ConfigError", "PacelineError"),
@@ -65,6 +66,7 @@ __all__ = [
     "load_config",
     "load_router",
     "pad_drafts",
+    "pretrain",
     "profile",
     "read_decisions",
     "read_prompts",
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
     from paceline.bench.drafters import drafters
     from paceline.config import Config, load_config
     from paceline.contracts import GREEDY, Completion, Drafts, PromptRecord, RowView
+    from paceline.distillation.pretraining import pretrain
     from paceline.drafting.base import BuildContext, Drafter, Needs, pad_drafts
     from paceline.drafting.draft_replay import DraftReplay, SimulatedReplay
     from paceline.errors import ConfigError, PacelineError

@@ -84,7 +84,7 @@ class Pace:
 
         Raises RequestError for other values and for messages that the template cannot render.
         """
-        return list(_encode(self.parts.tokenizer, read_prompt(prompt)))
+        return list(encode_prompt(self.parts.tokenizer, read_prompt(prompt)))
 
     def stop_token_ids(self) -> frozenset[int]:
         """Return the ids that end an answer: the target's generation config's, else the tokenizer's.
@@ -115,7 +115,7 @@ class Pace:
         Raises RequestError that names the setting that cannot be served.
         """
         read = RequestSettings.read(settings)
-        tokens = tuple(_encode(self.parts.tokenizer, read_prompt(prompt)))
+        tokens = tuple(encode_prompt(self.parts.tokenizer, read_prompt(prompt)))
         eos = frozenset() if read.ignore_eos else self.stop_token_ids()
         generation_config = generation_config or self.parts.config.generation_config
         if generation_config not in get_args(GenerationDefaults):
@@ -195,9 +195,13 @@ class Pace:
                     yield piece
 
 
-def _encode(
+def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: str | tuple[int, ...] | list[dict[str, Any]]
 ) -> Sequence[int]:
+    """Return the token ids of a prompt that `read_prompt` has read.
+
+    Raises RequestError for messages that the chat template cannot render.
+    """
     if isinstance(prompt, tuple):
         return prompt
     if isinstance(prompt, str):

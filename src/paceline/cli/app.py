@@ -17,6 +17,7 @@ from paceline.cli.layer_search import layer_search
 from paceline.cli.learn import learn
 from paceline.cli.next_steps import ResumingVerb, Verb
 from paceline.cli.paraphrase import paraphrase
+from paceline.cli.pretrain import pretrain
 from paceline.cli.profile import profile
 from paceline.cli.route import route
 from paceline.cli.trigram import trigram
@@ -42,10 +43,11 @@ _VERBS = (
     route,
     paraphrase,
     distill,
+    pretrain,
     layer_search,
     experiment,
 )
-_RESUMING = (collect, distill, layer_search, experiment)
+_RESUMING = (collect, distill, pretrain, layer_search, experiment)
 for verb in _VERBS:
     app.command(cls=ResumingVerb if verb in _RESUMING else Verb)(verb)
 app.add_typer(trigram)

@@ -12,13 +12,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from transformers import AutoModelForCausalLM
-
-from paceline.distillation.student import save_model
+from paceline.distillation.model_folders import load_model, save_model
 from paceline.errors import ArtefactError, ConfigError
 from paceline.files import write_atomically
 from paceline.intervals import Interval
-from paceline.models.loading import quiet_transformers
 from paceline.store.trained_on import TRAINED_ON
 
 if TYPE_CHECKING:
@@ -52,8 +49,7 @@ def make_candidate(folder: Path, student: PreTrainedModel, made: Path) -> None:
     shutil.rmtree(made, ignore_errors=True)
     weights = made.with_name(made.name + "-weights")
     shutil.copytree(folder, made, ignore=shutil.ignore_patterns(*_WEIGHT_FILES))
-    with quiet_transformers():
-        stored = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype
+    stored = load_model(folder, "auto").dtype
     save_model(student.to(stored), weights, max_shard_size=_ONE_FILE)  # type: ignore[arg-type]
     (weights / WEIGHTS).replace(made / WEIGHTS)
     shutil.rmtree(weights)

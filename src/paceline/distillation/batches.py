@@ -1,8 +1,8 @@
 """Training texts and their batches.
 
 Texts of similar length share a batch and are padded on the right. Causal attention never reads the
-padding, so a batch needs no mask and each text's loss is the same as alone. All orders are functions
-of (seed, epoch). Knows no model. Symbols: B texts per batch, T their padded length.
+padding, and an encoder has a mask (`reading`), so each text's loss is the same as alone. All orders are
+functions of (seed, epoch). Knows no model. Symbols: B texts per batch, T their padded length.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _POOL: Final = 24  # batches whose texts are sorted by length together
+_NEARLY: Final = 16  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,34 +45,56 @@ class Batch:
     targets: Tensor  # [n] int64
     weights: Tensor  # [n] float32
     examples: Tensor  # [n] int64, index of the text, 0 to B - 1
+    num_prompt: Tensor  # [B] int64
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
         return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-def pack_epoch(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:
+def pack_epoch(
+    lengths: Sequence[int],
+    batch_tokens: int,
+    seed: int,
+    epoch: int,
+    sources: Sequence[int] | None = None,
+) -> list[list[int]]:
     """Return an epoch's batches as text indices: each text once, at most `batch_tokens` padded tokens.
 
-    A longer text has its own batch.
+    sources: how many of each text's tokens an encoder reads, which are padded on their own. A longer
+    text has its own batch.
     """
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(lengths))
     mean = max(1.0, float(np.mean(lengths))) if len(lengths) else 1.0
     pool = max(1, int(_POOL * batch_tokens / mean))
+    own = np.zeros(len(lengths), dtype=np.int64) if sources is None else np.asarray(sources)
+    rest = np.asarray(lengths, dtype=np.int64) - own
+    # with a source, of nearly the same length in both
+    first_key = rest if sources is None else rest // _NEARLY
     batches: list[list[int]] = []
     for first in range(0, len(order), pool):
         members = order[first : first + pool]
-        members = members[np.argsort(np.asarray(lengths)[members], kind="stable")]
-        batches += _fill([int(i) for i in members], lengths, batch_tokens)
+        members = members[np.lexsort((own[members], first_key[members]))]
+        batches += _fill([int(i) for i in members], rest.tolist(), batch_tokens, own.tolist())
     return [batches[i] for i in random.permutation(len(batches))]
 
 
-def _fill(members: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+def _fill(
+    members: Sequence[int],
+    lengths: Sequence[int],
+    batch_tokens: int,
+    sources: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """Return batches of texts in this order; sources: tokens in addition to the lengths."""
     batches: list[list[int]] = []
+    width = source_width = 0
     for i in members:
-        if not batches or (len(batches[-1]) + 1) * lengths[i] > batch_tokens:
+        source = 0 if sources is None else sources[i]
+        width, source_width = max(width, lengths[i]), max(source_width, source)
+        if not batches or (len(batches[-1]) + 1) * (width + source_width) > batch_tokens:
             batches.append([])
+            width, source_width = lengths[i], source
         batches[-1].append(i)
     return batches
 
@@ -114,4 +137,5 @@ def collate(examples: Sequence[Example], prompt_weight: float) -> Batch:
         torch.from_numpy(np.concatenate(targets)),
         torch.from_numpy(np.concatenate(weights)),
         torch.from_numpy(np.concatenate(owners)),
+        torch.tensor([example.num_prompt for example in examples]),
     )

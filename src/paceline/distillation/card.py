@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from paceline.store.prompts import read_json_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from paceline.distillation.settings import DistillSettings
 
@@ -105,23 +105,43 @@ def card(facts: Mapping[str, Any]) -> str:
 
 def _front_matter(facts: Mapping[str, Any]) -> str:
     """Return the metadata that the Hub reads."""
-    lines = ["library_name: transformers", "pipeline_tag: text-generation"]
+    return front_matter(facts, ("speculative-decoding", "draft-model"))
+
+
+def front_matter(facts: Mapping[str, Any], tags: Sequence[str]) -> str:
+    """Return the Hub's metadata of a model: licence, task and tags."""
+    has_encoder = "encoder_layers" in facts["model"]
+    task = "text2text-generation" if has_encoder else "text-generation"
+    lines = ["library_name: transformers", f"pipeline_tag: {task}"]
     if facts["license"]:
         lines.insert(0, f"license: {facts['license']}")
-    lines += ["tags:", "- speculative-decoding", "- draft-model"]
+    lines += ["tags:", *(f"- {tag}" for tag in tags)]
     return "\n".join(["---", *lines, "---"]) + "\n\n"
 
 
 def _model_paragraphs(facts: Mapping[str, Any]) -> list[str]:
-    model = facts["model"]
     return [
         f"Proposes tokens for the target it was distilled from (weights `{facts['target']}`,\n"
         f"tokenizer `{facts['tokenizer']}`, also in this folder). Not a model to be used alone.",
-        f"{model['architecture']}: {model['layers']} layers, hidden {model['hidden']}, MLP"
-        f" {model['mlp']}, {model['heads']} heads with {model['kv_heads']} key-value\nheads,"
-        f" vocabulary {model['vocabulary']:,}, context {model['context']:,};"
-        f" {model['parameters']:,} parameters, {facts['settings']['dtype']}.",
+        describe_model(facts),
     ]
+
+
+def describe_model(facts: Mapping[str, Any]) -> str:
+    """Return a sentence on a model's architecture and sizes."""
+    model = facts["model"]
+    layers = f"{model['layers']} layers"
+    if "encoder_layers" in model:
+        layers = f"{model['encoder_layers']} encoder and {model['layers']} decoder layers"
+    context = "relative positions without a last one"
+    if model["context"] is not None:
+        context = f"context {model['context']:,}"
+    return (
+        f"{model['architecture']}: {layers}, hidden {model['hidden']}, MLP"
+        f" {model['mlp']}, {model['heads']} heads with {model['kv_heads']} key-value\nheads,"
+        f" vocabulary {model['vocabulary']:,}, {context};"
+        f" {model['parameters']:,} parameters, {facts['settings']['dtype']}."
+    )
 
 
 def _text_paragraphs(facts: Mapping[str, Any]) -> list[str]:
@@ -230,9 +250,8 @@ def _start(settings: Mapping[str, Any]) -> str:
     """Return sentences on the student's first weights, with a space after them."""
     if settings["start_from"] is not None:
         start = f"Started from `{settings['start_from']}`. "
-    elif settings["target_layers"] is not None:
-        layers = ", ".join(map(str, settings["target_layers"]))
-        start = f"Started as layers {layers} of the target. "
+    elif settings["target_layers"] is not None or settings["target_encoder_layers"] is not None:
+        start = f"Started as layers {_layers(settings)} of the target. "
     elif settings["embedding_init"] == "svd":
         start = "Started at random; the embedding is the target's, projected. "
     else:
@@ -241,6 +260,13 @@ def _start(settings: Mapping[str, Any]) -> str:
         names = ", ".join(settings["pretrain_text"])
         start += f"Pre-trained on {settings['pretrain_tokens']:,} tokens of {names}. "
     return start
+
+
+def _layers(settings: Mapping[str, Any]) -> str:
+    """Return the copied layers; of an encoder or decoder that is not named, all are."""
+    named = {"": settings["target_layers"], "of the encoder ": settings["target_encoder_layers"]}
+    parts = [f"{part}{', '.join(map(str, indices))}" for part, indices in named.items() if indices]
+    return " and ".join(parts)
 
 
 def _teacher(settings: Mapping[str, Any]) -> str:

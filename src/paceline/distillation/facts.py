@@ -15,6 +15,7 @@ import transformers
 from paceline.bench.circumstances import cpu_model
 from paceline.distillation.card import command_line
 from paceline.errors import ArtefactError
+from paceline.models.encoder_decoder import is_encoder_decoder, num_layers_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,7 +82,7 @@ def make_facts(
         "target": target.fingerprint(),
         "tokenizer": pace.parts.vocabulary.hash(),
         "outputs_dtype": str(target.dtype).removeprefix("torch."),
-        "model": _model_facts(student, report.num_parameters),
+        "model": model_facts(student, report.num_parameters),
         **_text_facts(texts),
         "earlier_domains": list(earlier_domains),
         "measures": report.measures.to_history(),
@@ -111,19 +112,26 @@ def _settings_facts(settings: DistillSettings) -> dict[str, Any]:
     return facts
 
 
-def _model_facts(student: PreTrainedModel, num_parameters: int) -> dict[str, Any]:
-    config = student.config.get_text_config()
-    return {
+def model_facts(student: PreTrainedModel, num_parameters: int) -> dict[str, Any]:
+    """Return a model's architecture and sizes; a context of None has no end."""
+    config = student.config.get_text_config(decoder=True)
+    mlps = (
+        getattr(config, name, None) for name in ("intermediate_size", "d_ff", "decoder_ffn_dim")
+    )
+    facts = {
         "architecture": type(student).__name__,
-        "layers": config.num_hidden_layers,
+        "layers": num_layers_of(student),
         "hidden": config.hidden_size,
-        "mlp": config.intermediate_size,
+        "mlp": next((size for size in mlps if size), None),
         "heads": config.num_attention_heads,
-        "kv_heads": getattr(config, "num_key_value_heads", config.num_attention_heads),
+        "kv_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         "vocabulary": config.vocab_size,
-        "context": config.max_position_embeddings,
+        "context": getattr(config, "max_position_embeddings", None),
         "parameters": num_parameters,
     }
+    if is_encoder_decoder(student):
+        facts["encoder_layers"] = student.config.num_hidden_layers
+    return facts
 
 
 def _text_facts(texts: TrainingTexts) -> dict[str, Any]:

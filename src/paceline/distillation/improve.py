@@ -30,10 +30,12 @@ from paceline.distillation.improve_report import ImproveReport
 from paceline.distillation.improve_texts import TextRecord, add_data, read_log
 from paceline.distillation.logged import SERVED, prompt_key
 from paceline.distillation.measures import LONGEST, measure
+from paceline.distillation.model_folders import load_float32
 from paceline.distillation.prompt_texts import PromptReader
+from paceline.distillation.reading import check_target, longest_text, with_prompt_weight
 from paceline.distillation.replays import matches_of, replay_validation, with_losses
 from paceline.distillation.run import locked
-from paceline.distillation.student import load_float32, make_student, num_parameters
+from paceline.distillation.student import make_student, num_parameters
 from paceline.distillation.train import Lesson, Trainer, TrainingProgress, start_accelerator
 from paceline.errors import ConfigError
 from paceline.files import write_atomically
@@ -138,7 +140,9 @@ class _Improvement:
         self, decisions: Sequence[LoggedDecision], out: Path | None, data: Sequence[Path]
     ) -> ImproveReport:
         """Train, judge, and adopt the weights if they are better."""
+        check_target(self.pace.parts.target)
         student = make_student(self.pace.parts.target, self.settings)
+        self.settings = with_prompt_weight(self.settings, self.pace.parts.target.model, student)
         texts = self._texts(decisions, student)
         if data and self.settings.data_share:
             add_data(texts, self.pace, data, self.settings, self._report)
@@ -169,8 +173,7 @@ class _Improvement:
         digest = hashlib.sha256(target.fingerprint().encode())
         for file in weight_files(self.drafter.folder):
             digest.update(file.read_bytes())
-        own = student.config.get_text_config().max_position_embeddings
-        context = min(target.context_length, own)
+        context = min(longest_text(target.model), longest_text(student))
         record = TextRecord(self.part, digest.digest())
         try:
             return read_log(self.pace, decisions, self.settings, context, self._may_judge, record)

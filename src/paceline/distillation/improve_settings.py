@@ -11,8 +11,10 @@ from paceline.distillation.settings import DistillSettings
 OF_A_NEW_DRAFTER: Final = (
     "size",
     "shape",
+    "architecture",
     "start_from",
     "target_layers",
+    "target_encoder_layers",
     "embedding_init",
     "pretrain_text",
     "pretrain_tokens",

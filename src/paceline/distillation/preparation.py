@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from paceline.assembly.pace import encode_prompt
 from paceline.distillation.card import read_sources
 from paceline.distillation.outputs import (
     answered_prompts,
@@ -18,13 +19,15 @@ from paceline.distillation.outputs import (
     read_examples,
 )
 from paceline.distillation.prompts import choose_prompts
+from paceline.distillation.reading import fits, longest_text
 from paceline.distillation.settings import AnswerSampling
-from paceline.distillation.texts import learned_prompts, read_texts
+from paceline.distillation.texts import learned_prompts, read_pairs, read_texts
 from paceline.errors import ConfigError
+from paceline.models.encoder_decoder import is_encoder_decoder
 from paceline.store import TrainedOn
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
     from pathlib import Path
 
     from transformers import PreTrainedModel
@@ -97,11 +100,12 @@ def prepare_texts(
     also_measure: Sequence[Path],
     settings: DistillSettings,
     on_progress: Progress,
-    context: int | None = None,
+    student: PreTrainedModel | None = None,
 ) -> TrainingTexts:
     """Return the texts of a distillation after decoding the missing answers.
 
-    context: of the student, if it is shorter than the target's; text for pre-training is cut at it.
+    student: reads the text for pre-training, which is cut at its context if that is shorter than the
+    target's.
     Raises ConfigError without a text to train or to validate on, or for a file that cannot be read;
     StoreError for answers of another target.
     """
@@ -111,8 +115,7 @@ def prepare_texts(
     plain: list[Example] = []
     learned = [record.prompt for file in files for record in file.answered]
     if settings.pretrain_text:
-        longest = min(pace.parts.target.context_length, context or math.inf)
-        plain = _read_plain(pace, files, settings, chosen.may_learn, int(longest))
+        plain = _read_plain(pace, files, settings, chosen.may_learn, student)
         learned += learned_prompts(settings.pretrain_text, chosen.may_learn)
     texts = TrainingTexts(files, measured, plain, TrainedOn.of(learned))
     if not texts.training or not texts.validation:
@@ -153,13 +156,13 @@ def _answer(
 
 def check_lengths(student: PreTrainedModel, texts: TrainingTexts) -> None:
     """Raise ConfigError if a text is longer than the student's context."""
-    context = student.config.get_text_config().max_position_embeddings
-    lengths = [len(example.tokens) - 1 for example in (*texts.training, *texts.unseen)]
-    if too_long := sum(length > context for length in lengths):
+    examples = [*texts.training, *texts.unseen]
+    if too_long := sum(not fits(student, example) for example in examples):
         raise ConfigError(
-            f"{too_long} of {len(lengths)} texts are longer than the student's context of {context} "
-            f"tokens, the longest has {max(lengths)}; start from a student with a longer context, or "
-            "lower max_new_tokens and leave out long prompts"
+            f"{too_long} of {len(examples)} texts are longer than the student's context of "
+            f"{longest_text(student)} tokens, the longest has "
+            f"{max(len(example.tokens) - 1 for example in examples)}; start from a student with a "
+            "longer context, or lower max_new_tokens and leave out long prompts"
         )
 
 
@@ -168,16 +171,37 @@ def _read_plain(
     files: Sequence[DataFile],
     settings: DistillSettings,
     may_learn: TrainedOn,
-    context: int,
+    student: PreTrainedModel | None,
 ) -> list[Example]:
     """Return the tokens of text that pre-training or the mixture needs, whichever are more."""
+    models = [model for model in (pace.parts.target.model, student) if model is not None]
+    context = min(map(longest_text, models))
+    has_encoder = student is not None and is_encoder_decoder(student)
     answers = sum(len(e.tokens) for file in files for e in file.training) * settings.epochs
     mixed = math.ceil(answers * settings.text_share / (1 - settings.text_share))
-    return read_texts(
-        settings.pretrain_text,
-        pace.encode,
-        context,
-        max(settings.pretrain_tokens, mixed),
-        settings.seed,
-        may_learn,
-    )
+    num_tokens = max(settings.pretrain_tokens, mixed)
+    files_of_text, seed = settings.pretrain_text, settings.seed
+    if not has_encoder:
+        return read_texts(files_of_text, pace.encode, context, num_tokens, seed, may_learn)
+    encode = PairEncoder(pace.parts.tokenizer, pace.stop_token_ids())
+    return read_pairs(files_of_text, encode, context, num_tokens, seed, may_learn)
+
+
+@dataclass(frozen=True, slots=True)
+class PairEncoder:
+    """The token ids of prompts, as the target reads them, and of references with an answer's end."""
+
+    tokenizer: Any
+    ends: Collection[int]  # ids that end an answer
+
+    def __call__(self, prompt: str, reference: str) -> tuple[list[int], list[int]]:
+        """Return the ids of a prompt and of its reference."""
+        has_template = getattr(self.tokenizer, "chat_template", None) is not None
+        message = {"role": "user", "content": prompt}
+        output = self.tokenizer(reference, add_special_tokens=False)["input_ids"]
+        own = self.tokenizer.eos_token_id
+        end = [own] if own in self.ends else sorted(self.ends)[:1]
+        return list(encode_prompt(self.tokenizer, [message] if has_template else prompt)), [
+            *output,
+            *end,
+        ]

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from paceline.distillation.batches import collate, in_order
-from paceline.distillation.distributions import hidden_states
 from paceline.distillation.measures import AnswerMatches
 from paceline.distillation.objective import judge
+from paceline.distillation.reading import hidden_states, output_scale
 from paceline.distillation.teachers import TextTeacher
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def replay_validation(
     """
     student.eval()
     head = student.get_output_embeddings().weight
+    scale = output_scale(student)
     found: dict[int, TextReplay] = {}
     for members in in_order([len(e.tokens) for e in examples], _BATCH_TOKENS):
         part = [examples[i] for i in members]
@@ -56,7 +57,7 @@ def replay_validation(
         teacher: Teacher = TextTeacher(batch.targets)
         if distributions is not None:
             teacher = distributions.teacher(batch, part)
-        hidden = hidden_states(student, batch)
+        hidden = hidden_states(student, batch) * scale
         figures = judge(hidden.to(head.dtype), head, batch.targets, teacher)
         for place, i in enumerate(members):
             own = batch.examples == place

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from transformers import GenerationConfig
 
 from paceline.config import Config
 from paceline.distillation.card import card
@@ -31,17 +30,12 @@ from paceline.distillation.facts import (
     read_earlier_domains,
 )
 from paceline.distillation.measures import measure
+from paceline.distillation.model_folders import load_float32, publish_folder, save_student
 from paceline.distillation.outputs import open_target
 from paceline.distillation.preparation import check_lengths, prepare_texts
+from paceline.distillation.reading import check_target, with_prompt_weight
 from paceline.distillation.replays import matches_of, replay_validation, with_losses
-from paceline.distillation.student import (
-    check_tokenizer,
-    load_float32,
-    make_student,
-    num_parameters,
-    save_model,
-    save_tokenizer,
-)
+from paceline.distillation.student import check_tokenizer, make_student, num_parameters
 from paceline.distillation.train import (
     Lesson,
     Trainer,
@@ -107,7 +101,7 @@ def distill(
         run = _Run(pace, settings, part, accelerator, on_progress, prices, out.name)
         report = run.train(data, also_measure, out)
         if accelerator.is_main_process:
-            _publish(part / "model", out)
+            publish_folder(part / "model", out)
             shutil.rmtree(part)
         accelerator.wait_for_everyone()
     return report
@@ -135,11 +129,13 @@ class _Run:
         if self.is_main:
             check_extras(has_events=settings.events is not None)
         check_top_k(pace.parts.target, settings)
+        check_target(pace.parts.target)
         start = settings.start_from
         check_tokenizer(start, pace.parts.vocabulary)
         self.earlier = None if start is None else TrainedOn.load(start)
         self.earlier_domains = read_earlier_domains(start)
         self.student = make_student(pace.parts.target, settings)
+        self.settings = with_prompt_weight(settings, pace.parts.target.model, self.student)
         own = num_parameters(self.student)
         self.ratio = own / num_parameters(pace.parts.target.model)
         self.phases: list[Training] = []
@@ -148,9 +144,8 @@ class _Run:
         """Run the phases, save and measure the student, and describe it in its folder."""
         # the first process writes what all of them read
         with self.accelerator.main_process_first(), _answers_lock(self.settings.outputs):
-            context = self.student.config.get_text_config().max_position_embeddings
             texts = prepare_texts(
-                self.pace, data, also_measure, self.settings, self._report, context
+                self.pace, data, also_measure, self.settings, self._report, self.student
             )
             check_lengths(self.student, texts)
             distributions = self._distributions(texts)
@@ -160,7 +155,8 @@ class _Run:
         self._phase(lesson, texts.validation, distributions)
         made = self.part / "model"
         if self.is_main:
-            _save(self.student, self.pace, made, self.settings)
+            parts, ends = self.pace.parts, self.pace.stop_token_ids()
+            save_student(self.student, parts.tokenizer, ends, made, self.settings.dtype)
         self.accelerator.wait_for_everyone()
         measures = self._measure(replay_validation(load_float32(made), texts.unseen, distributions))
         report = DistillReport(
@@ -298,29 +294,3 @@ def check_paths(data: Sequence[Path], also_measure: Sequence[Path], out: Path) -
             raise ConfigError(f"{path}: no such file of prompts; correct the path")
     if out.exists() and not (out / TRAINING).is_file():
         raise ConfigError(f"{out}: exists and is not a distilled drafter; name another folder")
-
-
-def _save(student: PreTrainedModel, pace: Pace, folder: Path, settings: DistillSettings) -> None:
-    """Write weights, configuration and the target's tokenizer for AutoModelForCausalLM."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
-    student.to(dtype)  # type: ignore[arg-type]
-    end = sorted(pace.stop_token_ids())
-    student.generation_config = GenerationConfig(
-        eos_token_id=end[0] if len(end) == 1 else end or None,
-        pad_token_id=student.config.pad_token_id,
-    )
-    save_model(student, folder)
-    save_tokenizer(pace.parts.tokenizer, folder)
-
-
-def _publish(made: Path, out: Path) -> None:
-    """Put the finished folder in its place; an earlier drafter goes into the folder of the work."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.exists():
-        before = made.with_name("before")
-        shutil.rmtree(before, ignore_errors=True)
-        # a drafter that is removed file by file would be a damaged one after a kill
-        out.replace(before)
-    made.replace(out)

@@ -32,18 +32,21 @@ def plan_steps(
     texts: Sequence[Example],
     settings: DistillSettings,
     batches_per_step: int,
+    has_encoder: bool = False,
 ) -> list[PlannedStep]:
     """Return the steps of the alignment: `epochs` passes over the answers, mixed with text.
 
-    batches_per_step: accumulated batches times processes. Steps of text are spread evenly at the stated
-    share; the text starts again where it is too short.
+    batches_per_step: accumulated batches times processes. has_encoder: whether the student has one.
+    Steps of text are spread evenly at the stated share; the text starts again where it is too short.
     """
     weights = [total_weight(example, settings.prompt_weight) for example in answers]
-    steps = _steps(_batches(answers, settings, settings.epochs), weights, True, batches_per_step)
+    steps = _steps(
+        _batches(answers, settings, settings.epochs, has_encoder), weights, True, batches_per_step
+    )
     if not settings.text_share:
         return steps
     wanted = round(len(steps) * settings.text_share / (1 - settings.text_share))
-    of_text = plan_text(texts, wanted, settings, batches_per_step)
+    of_text = plan_text(texts, wanted, settings, batches_per_step, has_encoder)
     mixed: list[PlannedStep] = []
     for i, step in enumerate(steps):
         mixed += of_text[i * wanted // len(steps) : (i + 1) * wanted // len(steps)]
@@ -52,30 +55,39 @@ def plan_steps(
 
 
 def plan_text(
-    texts: Sequence[Example], num_steps: int, settings: DistillSettings, batches_per_step: int
+    texts: Sequence[Example],
+    num_steps: int,
+    settings: DistillSettings,
+    batches_per_step: int,
+    has_encoder: bool = False,
 ) -> list[PlannedStep]:
-    """Return steps of plain text, in as many passes as they need."""
-    weights = [total_weight(text, 1.0) for text in texts]
+    """Return steps of text, in as many passes as they need. The prompts of pairs are not learned."""
+    weights = [total_weight(text, 0.0) for text in texts]
     steps: list[PlannedStep] = []
     epoch = 0
     while len(steps) < num_steps:
-        batches = _epoch(texts, settings, epoch)
+        batches = _epoch(texts, settings, epoch, has_encoder)
         steps += _steps(batches, weights, False, batches_per_step)
         epoch += 1
     return steps[:num_steps]
 
 
-def _epoch(texts: Sequence[Example], settings: DistillSettings, epoch: int) -> list[list[int]]:
-    # the last token is not an input
-    lengths = [len(text.tokens) - 1 for text in texts]
-    return pack_epoch(lengths, settings.batch_tokens, settings.seed, epoch)
+def _epoch(
+    texts: Sequence[Example], settings: DistillSettings, epoch: int, has_encoder: bool
+) -> list[list[int]]:
+    # the last token is not an input, but a decoder has a start token in addition
+    lengths = [len(text.tokens) - 1 + has_encoder for text in texts]
+    sources = [text.num_prompt for text in texts] if has_encoder else None
+    return pack_epoch(lengths, settings.batch_tokens, settings.seed, epoch, sources)
 
 
-def _batches(texts: Sequence[Example], settings: DistillSettings, epochs: float) -> list[list[int]]:
+def _batches(
+    texts: Sequence[Example], settings: DistillSettings, epochs: float, has_encoder: bool
+) -> list[list[int]]:
     """Return the batches of all epochs; the last epoch may be a part of one."""
     batches: list[list[int]] = []
     for epoch in range(math.ceil(epochs)):
-        whole = _epoch(texts, settings, epoch)
+        whole = _epoch(texts, settings, epoch, has_encoder)
         share = min(1.0, epochs - epoch)
         batches += whole[: max(1, round(share * len(whole)))]
     return batches

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -26,16 +26,35 @@ LossName = Literal[
 
 
 Cap = Annotated[int, Field(ge=0)]
+Layers = tuple[Annotated[int, Field(ge=0)], ...]
 
 
 class StudentShape(Section):
-    """The sizes of a student, which decide its speed."""
+    """The sizes of a student, which decide its speed.
+
+    num_layers: over its text, which are the decoder's of a student with an encoder. num_kv_heads: by
+    default as many as num_heads. num_encoder_layers: by default as many as num_layers; a causal
+    student has none.
+    """
 
     num_layers: int = Field(ge=1)
     hidden_size: int = Field(ge=1)
     mlp_size: int = Field(ge=1)
     num_heads: int = Field(ge=1)
     num_kv_heads: int = Field(ge=1)
+    num_encoder_layers: int | None = Field(default=None, ge=1)
+
+    @property
+    def encoder_layers(self) -> int:
+        """The layers of the encoder of a student that has one."""
+        return self.num_encoder_layers or self.num_layers
+
+    @model_validator(mode="before")
+    @classmethod
+    def _share_no_heads(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "num_heads" in given:
+            return {"num_kv_heads": given["num_heads"], **given}
+        return given
 
     @model_validator(mode="after")
     def _check_heads(self) -> StudentShape:
@@ -50,17 +69,25 @@ class StudentShape(Section):
         return self
 
 
-def _shape(layers: int, hidden: int, mlp: int, heads: int, kv_heads: int) -> StudentShape:
+def _shape(
+    layers: int, hidden: int, mlp: int, heads: int, kv_heads: int, encoder_layers: int | None = None
+) -> StudentShape:
     return StudentShape(
         num_layers=layers,
         hidden_size=hidden,
         mlp_size=mlp,
         num_heads=heads,
         num_kv_heads=kv_heads,
+        num_encoder_layers=encoder_layers,
     )
 
 
-SHAPES: Final = {"small": _shape(2, 128, 384, 4, 2), "medium": _shape(3, 256, 640, 4, 2)}
+Architecture = Literal["llama", "t5"]
+# an encoder runs once per request and its depth costs a drafted token nothing
+SHAPES: Final[dict[Architecture, dict[str, StudentShape]]] = {
+    "llama": {"small": _shape(2, 128, 384, 4, 2), "medium": _shape(3, 256, 640, 4, 2)},
+    "t5": {"small": _shape(1, 128, 256, 4, 4, 2), "medium": _shape(2, 256, 640, 4, 4, 3)},
+}
 
 
 class AnswerSampling(Section):
@@ -93,12 +120,15 @@ class AnswerSampling(Section):
 class DistillSettings(Section):
     """Settings of one distillation.
 
-    Student. size: a named shape; `shape`: another one; `start_from`: the folder of a model to train
+    Student. size: a named shape; `shape`: another one; architecture: of a new student; `auto` is a T5
+    for a target with an encoder and a Llama for others. `start_from`: the folder of a model to train
     further; `target_layers`: layers of the target that the student copies, with the target's width and
-    embedding. embedding_init: of a student from scratch.
+    embedding; of a target with an encoder they are the decoder's, and `target_encoder_layers` the
+    encoder's, by default all. embedding_init: of a student from scratch.
 
-    Phase 1. pretrain_text: files of text, see `texts`; pretrain_tokens: tokens of it to learn before the
-    answers, 0 skips the phase.
+    Phase 1. pretrain_text: files of text, see `texts`; of a student with an encoder, of prompts with
+    references, which are its labels. pretrain_tokens: tokens of it to learn before the answers, 0 skips
+    the phase.
 
     Phase 2. part: `training` leaves out the prompts that are kept for collecting and judging (see
     `store.splits`), `all` uses every prompt. max_prompts: cap on the prompts of every data file, or per
@@ -112,20 +142,20 @@ class DistillSettings(Section):
     `losses`. teacher: `cached` reads the target's `teacher_top_k` largest probabilities per position
     from `outputs`, `live` runs the target on each batch and uses all probabilities.
     teacher_temperature: of the target's distribution. prompt_weight: of a prompt's token in the loss,
-    where an answer's token has weight 1. batch_tokens: padded tokens per batch; accumulate: batches per
-    step. ema_decay: of the moving average of the weights, which is validated and saved; 0 has none.
-    autocast: products in bfloat16; by default where the device has instructions for them, since they
-    are slow elsewhere.
+    where an answer's token has weight 1; it is 0 if the target or the student reads prompts by an
+    encoder. batch_tokens: padded tokens per batch; accumulate: batches per step. ema_decay: of the
+    moving average of the weights, which is validated and saved; 0 has none. autocast: products in
+    bfloat16; by default where the device has instructions for them, since they are slow elsewhere.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
 
     size: Literal["small", "medium"] = "small"
     shape: StudentShape | None = None
+    architecture: Literal["auto"] | Architecture = "auto"
     start_from: Path | None = None
-    target_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
-        default=None, min_length=1
-    )
+    target_layers: Layers | None = Field(default=None, min_length=1)
+    target_encoder_layers: Layers | None = Field(default=None, min_length=1)
     embedding_init: Literal["svd", "random"] = "svd"
 
     pretrain_text: tuple[Path, ...] = ()
@@ -187,6 +217,9 @@ class DistillSettings(Section):
         if isinstance(self.max_prompts, dict):
             return self.max_prompts.get(name)
         return self.max_prompts
+
+
+AnySettings = TypeVar("AnySettings", bound=DistillSettings)
 
 
 class DistillationSection(DistillSettings):

@@ -1,9 +1,9 @@
-"""The student: a small Llama with the target's tokenizer, to be used as a drafter.
+"""The student: a small Llama or T5 with the target's tokenizer, to be used as a drafter.
 
-Vocabulary, context, rope and end token are the target's. The tied embedding can start as the target's
-own, projected to its D strongest singular directions and whitened, so that tokens with similar
-embeddings in the target start similar. A student can also start from a checkpoint or from layers of the
-target. Knows no data and no training.
+Vocabulary, context, rope and end token are the target's; `encoder_decoder_students` has the shape of
+the T5. The tied embedding can start as the target's own, projected to its D strongest singular
+directions and whitened, so that tokens with similar embeddings in the target start similar. A student
+can also start from a checkpoint or from layers of the target. Knows no data and no training.
 Symbols: V vocabulary, D student's hidden size, T target's hidden size.
 """
 
@@ -13,14 +13,19 @@ import copy
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from transformers.utils import CONFIG_NAME
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, T5ForConditionalGeneration
 
+from paceline.distillation.encoder_decoder_students import (
+    check_t5_shape,
+    copy_encoder_decoder_layers,
+    t5_config,
+)
+from paceline.distillation.model_folders import load_float32
+from paceline.distillation.reading import LONGEST, output_scale
 from paceline.distillation.settings import SHAPES
 from paceline.errors import ConfigError, shorten
-from paceline.models.loading import quiet_transformers
+from paceline.models.encoder_decoder import is_encoder_decoder, start_token
 from paceline.models.output_head import OutputHead
 from paceline.models.sublayers import find_layers
 from paceline.models.vocabulary import Vocabulary
@@ -30,9 +35,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, T5Config
 
-    from paceline.distillation.settings import DistillSettings, StudentShape
+    from paceline.distillation.settings import Architecture, DistillSettings, StudentShape
     from paceline.models.language_model import LanguageModel
 
 _STD: Final = 0.02  # of initial weights
@@ -54,7 +59,7 @@ def student_config(target: Any, shape: StudentShape) -> LlamaConfig:
         num_attention_heads=shape.num_heads,
         num_key_value_heads=shape.num_kv_heads,
         head_dim=shape.hidden_size // shape.num_heads,
-        max_position_embeddings=text.max_position_embeddings,
+        max_position_embeddings=_longest_text(text),
         rope_parameters={
             "rope_type": "default",
             "rope_theta": float(rope.get("rope_theta", 10000.0)),
@@ -62,10 +67,18 @@ def student_config(target: Any, shape: StudentShape) -> LlamaConfig:
         rms_norm_eps=1e-6,
         initializer_range=_STD,
         tie_word_embeddings=True,
-        bos_token_id=text.bos_token_id,
+        bos_token_id=getattr(text, "bos_token_id", None),
         eos_token_id=text.eos_token_id,
         pad_token_id=text.pad_token_id,
     )
+
+
+def _longest_text(text: Any) -> int:
+    """Return the context of a causal student: a prompt and an answer of the target's."""
+    own: int | None = getattr(text, "max_position_embeddings", None)
+    if not getattr(text, "is_encoder_decoder", False):
+        return int(text.max_position_embeddings)
+    return 2 * min(own or LONGEST, LONGEST)
 
 
 def build_student(
@@ -73,18 +86,47 @@ def build_student(
     shape: StudentShape,
     embedding_init: Literal["svd", "random"],
     seed: int,
-) -> LlamaForCausalLM:
+    architecture: Architecture = "llama",
+) -> PreTrainedModel:
     """Return a float32 student on the CPU, a function of the seed; the caller's RNG does not change."""
-    config = student_config(target.config, shape)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        student = LlamaForCausalLM(config).float()
+    student = new_model(
+        student_config(target.config, shape)
+        if architecture == "llama"
+        else t5_config(
+            shape,
+            target.config.get_text_config().vocab_size,
+            _start_of(target),
+            eos_token_id=target.config.get_text_config().eos_token_id,
+            pad_token_id=target.config.get_text_config().pad_token_id,
+        ),
+        seed,
+    )
     if embedding_init == "svd":
         table: Any = target.get_input_embeddings().weight
-        embedding = table.detach().float().cpu()
+        own: Any = student.get_input_embeddings().weight
+        # T5's embeddings begin with a deviation of 1
+        scale = 1.0 if architecture == "llama" else 1 / _STD
         with torch.no_grad():
-            student.get_input_embeddings().weight.copy_(project(embedding, shape.hidden_size))
+            own.copy_(project(table.detach().float().cpu(), shape.hidden_size) * scale)
     return student
+
+
+def new_model(config: LlamaConfig | T5Config, seed: int) -> PreTrainedModel:
+    """Return a model with random weights, float32 on the CPU; see `build_student`."""
+    made: Any = LlamaForCausalLM if isinstance(config, LlamaConfig) else T5ForConditionalGeneration
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = made(config).float()
+    return model
+
+
+def _start_of(target: PreTrainedModel) -> int:
+    """Return the start token of a T5 student: the target's, or else the one of padding, as T5's."""
+    if is_encoder_decoder(target):
+        return start_token(target, "the target")
+    text: Any = target.config.get_text_config()
+    end = text.eos_token_id[0] if isinstance(text.eos_token_id, list) else text.eos_token_id
+    return next((token for token in (text.pad_token_id, end) if token is not None), 0)
 
 
 def project(embedding: Tensor, width: int) -> Tensor:
@@ -113,18 +155,54 @@ def make_student(target: LanguageModel, settings: DistillSettings) -> PreTrained
     settings contradict each other or do not fit the target.
     """
     model: PreTrainedModel = target.model
-    own_shape = settings.start_from is not None or settings.target_layers is not None
-    if settings.start_from is not None and settings.target_layers is not None:
+    copies = (settings.target_layers, settings.target_encoder_layers) != (None, None)
+    if settings.start_from is not None and copies:
         raise ConfigError("'start_from' and 'target_layers' both begin a student; remove one")
-    if own_shape and settings.shape is not None:
-        raise ConfigError("'shape' is of a new student; remove it, or start_from and target_layers")
+    for name, given in (
+        ("shape", settings.shape is not None),
+        ("architecture", settings.architecture != "auto"),
+    ):
+        if given and (copies or settings.start_from is not None):
+            raise ConfigError(
+                f"'{name}' is of a new student; remove it, or start_from and target_layers"
+            )
     if settings.start_from is not None:
         return _load_student(settings.start_from, target)
-    if settings.target_layers is not None:
+    if copies:
         _check_head(model, f"target_layers of {target.name}")
-        return copy_layers(model, settings.target_layers)
-    shape = settings.shape or SHAPES[settings.size]
-    return build_student(model, shape, settings.embedding_init, settings.seed)
+        return _copy_layers(target, settings)
+    architecture: Architecture
+    if settings.architecture == "auto":
+        architecture = "llama" if target.encoder is None else "t5"
+    else:
+        architecture = settings.architecture
+    shape = settings.shape or SHAPES[architecture][settings.size]
+    check_shape(shape, architecture)
+    return build_student(model, shape, settings.embedding_init, settings.seed, architecture)
+
+
+def check_shape(shape: StudentShape, architecture: Architecture) -> None:
+    """Raise ConfigError for a shape that no model of the architecture has."""
+    if architecture == "t5":
+        check_t5_shape(shape)
+    elif shape.num_encoder_layers is not None:
+        raise ConfigError(
+            f"num_encoder_layers {shape.num_encoder_layers}: a Llama has no encoder; remove it, or set "
+            "architecture to t5"
+        )
+
+
+def _copy_layers(target: LanguageModel, settings: DistillSettings) -> PreTrainedModel:
+    if target.encoder is not None:
+        return copy_encoder_decoder_layers(
+            target.model, settings.target_layers, settings.target_encoder_layers
+        )
+    if settings.target_encoder_layers is not None:
+        raise ConfigError(
+            f"target_encoder_layers: {type(target.model).__name__} has no encoder; remove it"
+        )
+    assert settings.target_layers is not None
+    return copy_layers(target.model, settings.target_layers)
 
 
 def check_tokenizer(folder: Path | None, vocabulary: Vocabulary) -> None:
@@ -147,46 +225,14 @@ def check_tokenizer(folder: Path | None, vocabulary: Vocabulary) -> None:
         )
 
 
-def load_float32(folder: Path) -> PreTrainedModel:
-    """Return a folder's causal LM, its weights as saved. Raises OSError or ValueError without one."""
-    with quiet_transformers():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model
-
-
-def save_model(model: PreTrainedModel, folder: Path, **options: Any) -> None:
-    """Write a model as `save_pretrained` does. Raises ConfigError if the disk is full."""
-    try:
-        with quiet_transformers():
-            model.save_pretrained(folder, **options)
-        mode = (folder / CONFIG_NAME).stat().st_mode
-        for weights in folder.glob("*.safetensors"):
-            weights.chmod(mode)  # safetensors lets the owner alone read them
-    except (OSError, SafetensorError) as error:
-        raise _unwritable(folder, "weights", error) from error
-
-
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer as `save_pretrained` does. Raises ConfigError if the disk is full."""
-    try:
-        tokenizer.save_pretrained(folder)
-    except Exception as error:  # tokenizers raises the base class for a failed write
-        raise _unwritable(folder, "tokenizer", error) from error
-
-
-def _unwritable(folder: Path, what: str, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"{folder}: the {what} cannot be written ({shorten(str(error))}); the training is kept: "
-        "make room and run the same command"
-    )
-
-
 def _load_student(folder: Path, target: LanguageModel) -> PreTrainedModel:
     """Return a folder's model. Raises ConfigError if it cannot be loaded or has other logits."""
     try:
         student = load_float32(folder)
     except Exception as error:  # a damaged file raises almost any
-        raise ConfigError(f"start_from {folder}: not a causal LM ({shorten(error)})") from error
+        raise ConfigError(
+            f"start_from {folder}: not a causal LM or encoder-decoder ({shorten(error)})"
+        ) from error
     width = student.get_output_embeddings().weight.shape[0]
     if width != target.num_logits:
         raise ConfigError(
@@ -198,13 +244,17 @@ def _load_student(folder: Path, target: LanguageModel) -> PreTrainedModel:
 
 
 def _check_head(model: PreTrainedModel, where: str) -> None:
-    """Raise ConfigError unless the logits are products of hidden states and the head's weight."""
+    """Raise ConfigError unless the logits are products of hidden states and the head's weight.
+
+    T5's are scaled by a constant, which training does as well.
+    """
     head: Any = model.get_output_embeddings().weight
     probe = torch.randn(1, 2, head.shape[1], generator=torch.Generator().manual_seed(0))
     probe[:, 1] *= 100  # far enough for a cap to show
     probe = probe.to(head)
     with torch.inference_mode():
-        found, own = OutputHead(model, where)(probe).float(), (probe @ head.T).float()
+        found = OutputHead(model, where)(probe).float()
+        own = (probe @ head.T).float() * output_scale(model)
     tolerance = 1e-3 if head.dtype == torch.float32 else 2e-2
     allowed = tolerance * (own.abs() + own.std(dim=-1, keepdim=True))
     if not bool(((found - own).abs() <= allowed).all()):

@@ -1,9 +1,10 @@
 """Plain text that a student learns before and between the target's answers.
 
 A .txt file is one text. Rows of .jsonl and .parquet files have a column `text`, or are prompts with
-their references (`prompt`, `reference`), of which only those that may be trained on are read. The order
-of texts is a function of the seed. A larger number of tokens adds texts and removes none. Knows no
-model.
+their references (`prompt`, `reference`), of which only those that may be trained on are read. A causal
+student reads such a pair as one text; to one with an encoder the prompt is the source and the reference
+is learned. The order of texts is a function of the seed. A larger number of tokens adds texts and
+removes none. Knows no model.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def read_texts(
     for i in order:
         if max_tokens < 1:
             break
-        name = hashlib.sha256(texts[i].encode()).hexdigest()[:16]
+        name = _name(texts[i])
         tokens = np.array(encode(texts[i]), dtype=np.int64)[: max_tokens + 1]
         for first in range(0, len(tokens) - 1, length - 1):
             piece = tokens[first : first + length]
@@ -72,6 +73,62 @@ def read_texts(
             "no text of pretrain_text has two tokens, so none can be learned; add others"
         )
     return examples
+
+
+def read_pairs(
+    paths: Sequence[Path],
+    encode: Callable[[str, str], tuple[Sequence[int], Sequence[int]]],
+    context: int,
+    max_tokens: int,
+    seed: int,
+    may_learn: Container[str],
+) -> list[Example]:
+    """Return prompts with their references as answers, of about `max_tokens` tokens in total.
+
+    encode: prompt, reference -> token ids of each, the reference's with the end of an answer. Pairs
+    longer than `context` are left out; the rest is as in `read_texts`.
+    """
+    found: set[tuple[str, str]] = set()
+    for path in map(Path, paths):
+        if not is_prompt_file(path):
+            raise ConfigError(
+                f"{path}: has no prompts with references, of which a student with an encoder learns; "
+                "remove it from pretrain_text, or train one without an encoder"
+            )
+        found |= {(row[_PROMPT], row[_REFERENCE]) for _, row in _read_rows(path)}
+    pairs = sorted(pair for pair in found if pair[0] in may_learn)
+    wants_pairs, examples = max_tokens > 0, []
+    for i in np.random.default_rng(seed).permutation(len(pairs)):
+        if max_tokens < 1:
+            break
+        prompt, reference = pairs[i]
+        example = pair_example(_name(prompt + reference), DOMAIN, *encode(prompt, reference))
+        if example.num_prompt > 0 and len(example.tokens) <= context:
+            examples.append(example)
+            max_tokens -= len(example.tokens)
+    if wants_pairs and not examples:
+        raise ConfigError(
+            f"none of the {len(pairs)} prompts of pretrain_text that may be trained on is shorter, with "
+            f"its reference, than {context} tokens; add others"
+        )
+    return examples
+
+
+def pair_example(id: str, domain: str, prompt: Sequence[int], output: Sequence[int]) -> Example:
+    """Return the training text of a prompt's and an answer's token ids."""
+    return Example(id, domain, np.array([*prompt, *output], dtype=np.int64), len(prompt))
+
+
+def read_references(path: Path) -> dict[str, str]:
+    """Return prompt -> its first reference. Raises ConfigError on a row without one."""
+    found: dict[str, str] = {}
+    for where, row in _read_rows(Path(path)):
+        if _REFERENCE not in row:
+            raise ConfigError(
+                f"{where}: a row without '{_REFERENCE}', which is what is learned; add it"
+            )
+        found.setdefault(row[_PROMPT], row[_REFERENCE])
+    return found
 
 
 def learned_prompts(paths: Sequence[Path], may_learn: Container[str]) -> list[str]:
@@ -98,6 +155,10 @@ def is_prompt_file(path: Path) -> bool:
         return False
     first = next(_read_rows(path), None)
     return first is not None and _TEXT not in first[1]
+
+
+def _name(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _read_all(paths: Sequence[Path], may_learn: Container[str]) -> list[str]:

@@ -20,13 +20,14 @@ from torch import nn
 
 from paceline.distillation.batches import collate
 from paceline.distillation.checkpoints import Checkpoint, Training, signature
-from paceline.distillation.distributions import hidden_states
 from paceline.distillation.interrupts import deferred_interrupt
 from paceline.distillation.objective import sliced_loss
+from paceline.distillation.reading import hidden_states, output_scale
 from paceline.distillation.schedule import learning_rate, plan_steps, plan_text
 from paceline.distillation.teachers import TextTeacher
 from paceline.errors import ConfigError
 from paceline.models.compiled.processor import multiplies_bfloat16
+from paceline.models.encoder_decoder import is_encoder_decoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from paceline.distillation.batches import Batch, Example
     from paceline.distillation.objective import Totals
     from paceline.distillation.schedule import PlannedStep
-    from paceline.distillation.settings import DistillSettings
+    from paceline.distillation.settings import AnySettings, DistillSettings
     from paceline.distillation.teachers import Teacher
 
 _SMOOTHING = 0.95  # of the reported loss, over about twenty steps
@@ -87,6 +88,7 @@ class Objective(nn.Module):
         super().__init__()
         self.student = student
         self._settings = settings
+        self._scale = output_scale(student)
 
     def forward(self, batch: Batch, teacher: Teacher, of_answers: bool) -> Totals:
         """Return the weighted sums over the batch."""
@@ -97,7 +99,8 @@ class Objective(nn.Module):
         head = self.student.get_output_embeddings().weight
         dtype = torch.bfloat16 if settings.autocast else torch.float32
         loss = settings.loss if of_answers else "cross_entropy"
-        return sliced_loss(hidden.float(), head, batch.weights, teacher, loss, dtype)
+        hidden = hidden.float() * self._scale
+        return sliced_loss(hidden, head, batch.weights, teacher, loss, dtype)
 
 
 def start_accelerator(on_cpu: bool) -> Accelerator:
@@ -111,7 +114,7 @@ def start_accelerator(on_cpu: bool) -> Accelerator:
     return Accelerator(cpu=on_cpu)
 
 
-def choose_arithmetic(settings: DistillSettings, device: torch.device) -> DistillSettings:
+def choose_arithmetic(settings: AnySettings, device: torch.device) -> AnySettings:
     """Return the settings with `autocast` decided: on where the device multiplies bfloat16 itself."""
     if settings.autocast is not None:
         return settings
@@ -133,18 +136,24 @@ class Trainer:
         checkpoint: Path,
         accelerator: Accelerator,
         pretrain_tokens: int = 0,
+        phase: str = "align",
     ) -> None:
-        """pretrain_tokens: learn this number of tokens of text alone, instead of the answers."""
+        """pretrain_tokens: learn this number of tokens of text alone, instead of the answers.
+
+        phase: the name of a training of answers.
+        """
         settings = choose_arithmetic(settings, accelerator.device)
         self.student, self.lesson, self.settings = student, lesson, settings
         self.accelerator = accelerator
-        self.phase = "pretrain" if pretrain_tokens else "align"
+        self.phase = "pretrain" if pretrain_tokens else phase
+        self._num_epochs = 1.0 if pretrain_tokens else settings.epochs
         per_step = settings.accumulate * accelerator.num_processes
+        reads_sources = is_encoder_decoder(student)
         if pretrain_tokens:
             steps = math.ceil(pretrain_tokens / (settings.batch_tokens * per_step))
-            self.plan = plan_text(lesson.texts, steps, settings, per_step)
+            self.plan = plan_text(lesson.texts, steps, settings, per_step, reads_sources)
         else:
-            self.plan = plan_steps(lesson.answers, lesson.texts, settings, per_step)
+            self.plan = plan_steps(lesson.answers, lesson.texts, settings, per_step, reads_sources)
         self.optimizer = _optimizer(student, settings)
         made_for = signature(
             student, [*lesson.answers, *lesson.texts], settings, accelerator.num_processes
@@ -169,8 +178,7 @@ class Trainer:
         KeyboardInterrupt.
         """
         settings, training, total = self.settings, self.training, len(self.plan)
-        epochs = 1.0 if self.phase == "pretrain" else settings.epochs
-        every = max(1, round(settings.validate_every * total / epochs))
+        every = max(1, round(settings.validate_every * total / self._num_epochs))
         clock = _Clock(training)
         with deferred_interrupt() as interrupted:
             while training.step < total:
@@ -233,7 +241,7 @@ class Trainer:
         lesson, settings = self.lesson, self.settings
         source = self._source(step)
         examples = [source[i] for i in members]
-        prompt_weight = settings.prompt_weight if step.of_answers else 1.0
+        prompt_weight = settings.prompt_weight if step.of_answers else 0.0
         batch = collate(examples, prompt_weight).to(self.accelerator.device)
         teacher: Teacher = TextTeacher(batch.targets)
         learns_text = not step.of_answers or settings.loss == "cross_entropy"

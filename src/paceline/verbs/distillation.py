@@ -135,6 +135,11 @@ def suggest_shapes(config: Config, on_progress: Progress = no_progress) -> Sugge
     others = [n for n, q in distilled.items() if q.target not in ("", written_by)]
     rates = {n: q.match_rate for n, q in distilled.items() if n not in others}
     target: PreTrainedModel = parts.target.model
+    if parts.target.encoder is not None:
+        raise ConfigError(
+            f"{type(target).__name__} has an encoder, and shapes of students with one are not proposed "
+            "yet, since no rule says how deep their encoders should be; set 'shape' yourself"
+        )
     check_vocabulary(target.config, parts.target.num_logits, parts.vocabulary.num_tokens)
     shapes = shapes_for(target.config)
     total = len(rates) + len(shapes)

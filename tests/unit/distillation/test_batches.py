@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from support.training import new_student, rule_texts
 
 from paceline.distillation.batches import Example, collate, in_order, pack_epoch, total_weight
-from paceline.distillation.distributions import hidden_states
 from paceline.distillation.objective import judge
+from paceline.distillation.reading import hidden_states
 from paceline.distillation.teachers import TextTeacher
 
 
@@ -67,3 +67,16 @@ def test_an_epoch_has_every_text_once_within_the_budget() -> None:
         assert sorted(i for batch in batches for i in batch) == list(range(500))
         for batch in batches:
             assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 64
+
+
+def test_sources_are_padded_on_their_own() -> None:
+    """A batch holds its longest source and its longest answer for every text."""
+    random = np.random.default_rng(1)
+    sources, answers = random.integers(1, 60, 300), random.integers(1, 60, 300)
+    lengths = sources + answers
+    batches = pack_epoch(lengths.tolist(), 400, 0, 0, sources.tolist())
+    assert sorted(i for batch in batches for i in batch) == list(range(300))
+    padded = [len(b) * (sources[b].max() + answers[b].max()) for b in batches]
+    assert max(padded) <= 400
+    assert sum(padded) < 1.35 * lengths.sum()
+    assert pack_epoch(lengths.tolist(), 400, 0, 0, sources.tolist()) == batches

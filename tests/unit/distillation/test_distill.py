@@ -23,9 +23,9 @@ from paceline.assembly import Pace, build_from_objects
 from paceline.config import Config, ModelSection
 from paceline.contracts import PromptRecord
 from paceline.distillation import TrainingProgress, distill
+from paceline.distillation.model_folders import publish_folder
 from paceline.distillation.prices import Prices
 from paceline.distillation.prompts import choose_prompts
-from paceline.distillation.run import _publish
 from paceline.distillation.settings import DistillSettings, StudentShape
 from paceline.distillation.student import build_student, num_parameters
 from paceline.distillation.train import Lesson, Trainer
@@ -446,7 +446,7 @@ def test_an_earlier_drafter_is_moved_and_not_removed_in_its_place(
         folder.mkdir(parents=True)
         (folder / "name").write_text(folder.name)
     monkeypatch.setattr(shutil, "rmtree", lambda path, **options: removed.append(path))
-    _publish(made, out)
+    publish_folder(made, out)
     assert out not in removed
     assert (out / "name").read_text() == "model"
     assert (made.with_name("before") / "name").read_text() == "d"

@@ -16,12 +16,12 @@ from paceline.distillation.distributions import (
     LiveDistributions,
     StoredDistributions,
     gather_distributions,
-    hidden_states,
     open_distributions,
     read_distributions,
     store_distributions,
 )
 from paceline.distillation.objective import judge, sliced_loss
+from paceline.distillation.reading import hidden_states
 from paceline.errors import ConfigError, StoreError
 from paceline.models.language_model import LanguageModel
 from paceline.testing.tiny_models import tiny_model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from support.distillation import tiny_settings
 from support.training import rule_texts
@@ -9,7 +11,9 @@ from support.training import rule_texts
 from paceline.distillation.batches import total_weight
 from paceline.distillation.schedule import learning_rate, plan_steps, plan_text
 
-ANSWERS, TEXTS = rule_texts(80), rule_texts(25, seed=3, domain="text")
+ANSWERS = rule_texts(80)
+# plain text has one token of prompt
+TEXTS = [replace(text, num_prompt=1) for text in rule_texts(25, seed=3, domain="text")]
 
 
 def with_text(share: float) -> dict[str, object]:

@@ -11,6 +11,7 @@ from support.distillation import VOCAB, tiny_settings, tiny_target, tiny_tokeniz
 from support.training import TINY, new_student, same_weights
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
+from paceline.distillation.model_folders import save_model, save_tokenizer
 from paceline.distillation.student import (
     build_student,
     check_tokenizer,
@@ -18,8 +19,6 @@ from paceline.distillation.student import (
     make_student,
     num_parameters,
     project,
-    save_model,
-    save_tokenizer,
 )
 from paceline.errors import ConfigError
 from paceline.models.language_model import LanguageModel

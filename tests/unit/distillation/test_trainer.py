@@ -20,9 +20,10 @@ from support.training import (
 )
 
 from paceline.distillation.batches import Example, collate, total_weight
-from paceline.distillation.distributions import LiveDistributions, hidden_states
+from paceline.distillation.distributions import LiveDistributions
 from paceline.distillation.losses import LOSSES
 from paceline.distillation.objective import judge
+from paceline.distillation.reading import hidden_states
 from paceline.distillation.replays import replay_validation, with_losses
 from paceline.distillation.schedule import learning_rate, plan_steps
 from paceline.distillation.settings import DistillSettings

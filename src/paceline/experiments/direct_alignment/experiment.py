@@ -13,8 +13,9 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from paceline.bench.circumstances import circumstances, commit
+from paceline.distillation.model_folders import load_float32
 from paceline.distillation.outputs import open_target
-from paceline.distillation.student import load_float32, make_student, num_parameters
+from paceline.distillation.student import make_student, num_parameters
 from paceline.errors import ConfigError
 from paceline.experiments.direct_alignment.clock import time_students
 from paceline.experiments.direct_alignment.gradients import measure_noise

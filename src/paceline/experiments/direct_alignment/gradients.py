@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from paceline.distillation.batches import collate
-from paceline.distillation.distributions import LiveDistributions, hidden_states
+from paceline.distillation.distributions import LiveDistributions
 from paceline.distillation.losses import rewards, sampled_tvd_slopes, tvd
+from paceline.distillation.reading import hidden_states
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

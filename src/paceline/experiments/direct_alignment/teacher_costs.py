@@ -12,7 +12,7 @@ from paceline.distillation.distributions import (
     open_distributions,
     store_distributions,
 )
-from paceline.distillation.student import load_float32
+from paceline.distillation.model_folders import load_float32
 from paceline.distillation.train import Lesson, Trainer, start_accelerator
 from paceline.experiments.direct_alignment.training import new_student
 from paceline.learning.learners.networks import one_thread

@@ -15,8 +15,8 @@ import torch
 
 from paceline.bench.circumstances import cpu_model
 from paceline.distillation.measures import measure
+from paceline.distillation.model_folders import load_float32
 from paceline.distillation.replays import matches_of, replay_validation
-from paceline.distillation.student import load_float32
 from paceline.distillation.train import DivergedError, Lesson, Trainer, start_accelerator
 from paceline.errors import ConfigError
 from paceline.experiments.direct_alignment.plan import LENGTHS
