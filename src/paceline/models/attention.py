@@ -9,7 +9,7 @@ positions, H query heads, Hkv key-value heads, G = H / Hkv, D head size.
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from paceline.models.cache import RowCache
     from paceline.models.interfaces import Batch
     from paceline.models.packing import Bias, ChainMasks, Run, Span
 
@@ -30,6 +29,14 @@ CURRENT: Final[ContextVar[Batch]] = ContextVar("paceline_batch")
 
 # Drafts up to this length slice their mask from a table instead of building it.
 _MAX_TABLED_WIDTH: Final = 17
+
+
+class Sources(Protocol):
+    """The cache of the rows' sources; it has the same slots."""
+
+    layers: list[Tensor | None]
+
+    def length(self, slot: int) -> int: ...
 
 
 class RowBatch:
@@ -42,7 +49,7 @@ class RowBatch:
         device: torch.device,
         chain_masks: ChainMasks,
         parents: Sequence[Sequence[int] | None] | None = None,
-        sources: RowCache | None = None,
+        sources: Sources | None = None,
     ) -> None:
         """storage_of: a layer and its new entries -> [slots, 2*Hkv, positions, D] with room for them.
 

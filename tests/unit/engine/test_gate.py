@@ -45,8 +45,7 @@ class Rounds:
         self.gate = Gate(prices)
         drafter: Any = SimpleNamespace()
         self.rows: list[Any] = [
-            SimpleNamespace(drafter=drafter, num_read=100, is_asked=False)
-            for _ in range(num_rows)
+            SimpleNamespace(drafter=drafter, num_read=100, is_asked=False) for _ in range(num_rows)
         ]
         self.num_own = num_own
 
