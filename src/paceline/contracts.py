@@ -81,9 +81,8 @@ class Request:
     Exactly `max_new_tokens` tokens are emitted, or fewer if a stop comes first or the target's context
     is full: the last emitted token is not an input, so a context of C positions gives at most
     C + 1 - len(prompt_tokens) tokens. A stop or the limit inside an accepted draft ends the text there.
-    logprobs: return each emitted token's log-probability under the target's own logits, before rules
-    and temperature. features: [bins, frames] for a target whose encoder reads features of audio; its
-    decoder's text begins with the prompt.
+    logprobs: return log p of each emitted token by the target's own logits, before rules and
+    temperature. features: [bins, frames] of audio, if the target's encoder reads those.
     """
 
     id: str
@@ -146,9 +145,11 @@ def identity_of_arms(arms: Mapping[str, Mapping[str, object]]) -> dict[str, str]
 
 
 class RowView(Protocol):
-    """What a drafter may see of a row: its tokens so far, and how they are sampled.
+    """What a drafter may see of a row.
 
-    tokens: prompt and output, also where the target reads the prompt by an encoder.
+    tokens: prompt and output, whoever reads the prompt; `num_prompt` of them are the prompt's. slot: in
+    the target's cache. num_cached: its positions that hold the row, all of the target's text but its
+    last token; 0 without a slot. features: as in `Request`.
     """
 
     @property
@@ -156,25 +157,15 @@ class RowView(Protocol):
     @property
     def tokens(self) -> Sequence[int]: ...
     @property
-    def num_prompt(self) -> int:
-        """How many of the tokens are the prompt's."""
-
+    def num_prompt(self) -> int: ...
     @property
-    def features(self) -> Tensor | None:
-        """As in `Request`."""
-
+    def features(self) -> Tensor | None: ...
     @property
     def sampling(self) -> SamplingParams: ...
     @property
-    def slot(self) -> int:
-        """Its slot in the target's cache."""
-
+    def slot(self) -> int: ...
     @property
-    def num_cached(self) -> int:
-        """Leading positions of the slot that hold the row, 0 without a slot.
-
-        They hold all tokens but the last, or of a target with an encoder its own text.
-        """
+    def num_cached(self) -> int: ...
 
 
 @dataclass(slots=True)
@@ -213,8 +204,7 @@ class DraftOutcome(NamedTuple):
 
     drafted: tokens of the draft, at most `allowed`. accepted: leading tokens that equal the text.
     ended: the token after them differs from the text, or the draft stopped below `allowed`; otherwise
-    the text is too short to tell, or no more tokens were allowed. known: accepted tokens in an earlier
-    outcome of the same draft.
+    the text is too short to tell, or no more tokens were allowed. known: accepted earlier.
     """
 
     drafter: str
@@ -228,9 +218,7 @@ class DraftOutcome(NamedTuple):
     def of(
         cls, drafter: str, drafted: int, allowed: int, right: int, visible: int, known: int = 0
     ) -> DraftOutcome:
-        """Return the outcome of a draft. right: leading tokens that equal the `visible` tokens of text
-        written since the draft.
-        """
+        """Return an outcome. right: leading tokens that equal the `visible` ones written since."""
         ended = right < min(drafted, visible) or right == drafted < allowed
         return cls(drafter, drafted, allowed, right, ended, known)
 
@@ -243,10 +231,9 @@ class DraftOutcome(NamedTuple):
 class RoundReport(NamedTuple):
     """One round of a controlled row, after its commit.
 
-    context: tokens of the row before the round, but for the last. rows: in the batch. room: tokens that
-    may still be emitted. num_drafted: tokens that all rows drafted in the round. The seconds are the
-    row's share: of starting its drafter since the last round, of drafting, of the rest, and of shadow
-    drafts.
+    context: tokens before the round, but for the last. rows: in the batch. room: tokens that may still
+    be emitted. num_drafted: by all rows, in the round. The seconds are the row's share: of starting its
+    drafter since the last round, of drafting, of the rest, and of shadow drafts.
     """
 
     arm: str

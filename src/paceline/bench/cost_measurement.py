@@ -11,18 +11,23 @@ from __future__ import annotations
 
 import random
 from contextlib import contextmanager
-from itertools import cycle, islice
 from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
 import torch
 
+from paceline.bench.measured_rows import (
+    random_text,
+    read_sources,
+    row_of,
+    shortened,
+    split_context,
+)
 from paceline.config import MAX_DRAFT_TOKENS
 from paceline.contracts import NONE, Drafts, Request, Seconds
 from paceline.costs.table import ENGINE, FORWARD, PREFILL, PROPOSE, ROUND, START, TARGET
 from paceline.drafting.base import Drafter, pad_drafts
 from paceline.drafting.contract import Draft, blaming, prepare_all
-from paceline.drafting.draft_replay import cache_text
 from paceline.engine import Driver, Engine
 from paceline.engine.openmp import release_pool
 from paceline.engine.rows import Row
@@ -72,10 +77,10 @@ def time_forwards(
     times: Times = []
     for shape in order.sample(shapes, len(shapes)):
         cell = (TARGET, FORWARD, 1 + sum(shape), context, len(shape))
-        with _shortened(parts, rows[: len(shape)], context) as shortened:
-            _use(drafter, shortened, shape)
+        with shortened(parts, rows[: len(shape)], context) as few:
+            _use(drafter, few, shape)
             for timed in _repeated(len(shape)):
-                _, spent = _run_round(parts, shortened)
+                _, spent = _run_round(parts, few)
                 if timed:
                     times.append((cell, spent))
     return times
@@ -91,7 +96,7 @@ class _RandomDrafts(Drafter):
         self._parts, self._order = parts, order
 
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
-        drafts = [_text(self._parts, limit, self._order) for limit in limits]
+        drafts = [random_text(self._parts, limit, self._order) for limit in limits]
         return Drafts(*pad_drafts(drafts, torch.device("cpu")))
 
 
@@ -140,9 +145,9 @@ def time_skipping(
     subsets: operation -> the sub-layers to leave out.
     """
     times: Times = []
-    with _shortened(parts, [row], context) as [shortened]:
-        token = torch.tensor(shortened.tokens[-1:])
-        span = [Span(shortened.slot, shortened.num_cached, 1)]
+    with shortened(parts, [row], context) as [few]:
+        token = torch.tensor(few.tokens[-1:])
+        span = [Span(few.slot, few.num_cached, 1)]
         for operation in order.sample(list(subsets), len(subsets)):
             began = perf_counter()
             hidden = parts.target.forward(token, span, skip=subsets[operation])
@@ -151,33 +156,11 @@ def time_skipping(
     return times
 
 
-@contextmanager
-def _shortened(parts: Parts, rows: Sequence[Row], context: int) -> Iterator[Sequence[Row]]:
-    """Shorten the texts of cached rows to one token more than `context`, for a while."""
-    whole = [(row.tokens, row.num_prompt, row.num_cached) for row in rows]
-    for row in rows:
-        row.tokens = row.tokens[: context + 1]
-        _split(parts, row, context)
-        if parts.target.encoder is not None:
-            parts.target.begin(row.slot, row.tokens[: row.num_prompt])
-    yield rows
-    for row, (text, num_prompt, num_cached) in zip(rows, whole, strict=True):
-        row.tokens, row.num_prompt, row.num_cached, row.arm = text, num_prompt, num_cached, NONE
-
-
-def _split(parts: Parts, row: Row, context: int) -> None:
-    """Make half of a context the source of a row, if the target has an encoder; count its positions."""
-    if parts.target.reads_prompt_as_source:
-        row.num_prompt = max(1, context // 2)
-        row.start = parts.target.text_of(row.tokens[: row.num_prompt], row.num_prompt)
-    row.num_cached = row.positions_of(context + 1)
-
-
 def time_prefill(
     parts: Parts, driver: Driver, num_prompt: int, repeat: int, order: random.Random
 ) -> Times:
     """Time a request of one token: the target's prefill, and the host's work once per request."""
-    request = Request("", tuple(_text(parts, num_prompt, order)), 1, drafter=NONE)
+    request = Request("", tuple(random_text(parts, num_prompt, order)), 1, drafter=NONE)
     release_pool()  # of this thread, whose workers would disturb the driver's
     began = perf_counter()
     list(driver.generate([request]))
@@ -190,7 +173,7 @@ def time_rounds(
     """Time the host's part of a round: all seconds but those of prefill, choice, draft and forward."""
     num_prompt = min(16, parts.target.context_length)
     requests = [
-        Request("", tuple(_text(parts, num_prompt, order)), _ENGINE_TOKENS, drafter=arm)
+        Request("", tuple(random_text(parts, num_prompt, order)), _ENGINE_TOKENS, drafter=arm)
         for _ in range(num_rows)
     ]
     release_pool()
@@ -223,7 +206,7 @@ def time_drafts(
     rounds = max(len(list(_repeated(num))) for num in row_counts)
     longest = context + 3 + len(lengths) * len(row_counts) * rounds
     period = None if repeat % 2 else _PERIOD
-    texts = [_text(parts, longest, order, period) for _ in range(row_counts[-1])]
+    texts = [random_text(parts, longest, order, period) for _ in range(row_counts[-1])]
     times: Times = []
     with _started(parts, parts.drafters[arm], texts, context, cached) as (rows, seconds):
         if len(rows) == 1:
@@ -250,13 +233,13 @@ def _started(
     cached: Sequence[Row],
 ) -> Iterator[tuple[list[Row], float]]:
     """Start a drafter on the beginnings of texts; give its rows and the seconds of its prefill."""
-    rows = [_row(drafter, text[: context + 1], -1 - i) for i, text in enumerate(texts)]
+    rows = [row_of(drafter, text[: context + 1], -1 - i) for i, text in enumerate(texts)]
     try:
         for row, other in zip(rows, cached, strict=False):
             row.slot = other.slot
         for row in rows:
-            _split(parts, row, context)
-        _read_sources(parts, rows, cached)
+            split_context(parts, row, context)
+        read_sources(parts, rows, cached)
         _evict_weights(parts, cached[0])
         began = perf_counter()
         for row in rows:
@@ -267,13 +250,6 @@ def _started(
         yield rows, perf_counter() - began
     finally:
         drafter.finish(rows)
-
-
-def _read_sources(parts: Parts, rows: Sequence[Row], cached: Sequence[Row]) -> None:
-    """Let the target's encoder read the sources of rows that take the slots of cached ones."""
-    if parts.target.encoder is not None:
-        for row, _ in zip(rows, cached, strict=False):
-            parts.target.begin(row.slot, row.tokens[: row.num_prompt])
 
 
 def _draft(parts: Parts, arm: str, rows: Sequence[Row], length: int) -> tuple[int, float, float]:
@@ -332,41 +308,6 @@ def plain_driver(
             prefill_chunk=parts.config.engine.prefill_chunk,
         )
     )
-
-
-@contextmanager
-def cached_rows(parts: Parts, lengths: Sequence[int]) -> Iterator[list[Row]]:
-    """Give rows with this many tokens of random text in the target's cache, and one token more."""
-    rows: list[Row] = []
-    try:
-        for length in lengths:
-            row = _row(parts.drafters[NONE], _text(parts, length + 1, random.Random(0)))
-            row.slot = parts.target.acquire()
-            rows.append(row)
-            _cache(parts, row, length)
-        yield rows
-    finally:
-        for row in rows:
-            parts.target.release(row.slot)
-
-
-def _cache(parts: Parts, row: Row, length: int) -> None:
-    """Put the row's first `length` tokens into the target's cache, unless they are there already."""
-    chunk, cached = parts.config.engine.prefill_chunk, row.num_cached
-    _split(parts, row, length)
-    cache_text(parts.target, row.slot, row.tokens[:length], row.num_prompt, chunk, cached)
-
-
-def _row(drafter: Drafter, tokens: list[int], id: int = -1) -> Row:
-    """Return a row without a slot. id: negative, because the engine counts its rows from 0."""
-    return Row(id, Request("", (), 1), -1, len(tokens), 0.0, tokens, drafter, drafter.name)
-
-
-def _text(parts: Parts, length: int, order: random.Random, period: int | None = None) -> list[int]:
-    """Return random ids of the vocabulary; with a period, the same few again and again."""
-    num_tokens = min(parts.vocabulary.num_tokens, parts.target.num_logits)
-    drawn = [order.randrange(num_tokens) for _ in range(period or length)]
-    return list(islice(cycle(drawn), length))
 
 
 def _synchronize(parts: Parts) -> None:

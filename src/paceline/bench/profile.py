@@ -22,13 +22,13 @@ from paceline.bench.circumstances import cpu_capability, cpu_model
 from paceline.bench.cost_measurement import (
     ROUNDS_PER_LENGTH,
     SLOWDOWN,
-    cached_rows,
     plain_driver,
     time_drafts,
     time_forwards,
     time_prefill,
     time_rounds,
 )
+from paceline.bench.measured_rows import cached_rows
 from paceline.contracts import NONE, identity_of_arms, no_progress
 from paceline.costs.table import FORWARD, PROPOSE, TARGET, CostTable, Measurement
 from paceline.models.language_model import LanguageModel

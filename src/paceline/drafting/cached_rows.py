@@ -65,9 +65,9 @@ class CachedRows(dict[int, CachedRow]):
                 self._model.cache.forget(state.slot)
 
     def read_source(self, row: RowView) -> None:
-        """Let the model's encoder read a row's source, once."""
+        """Let the model's encoder, if it has one, read a row's source, once."""
         state = self[row.id]
-        if not state.has_source:
+        if self._model.encoder is not None and not state.has_source:
             source = self.as_known(row.tokens[: row.num_prompt])
             self._model.begin(state.slot, source if row.features is None else row.features)
             state.has_source = True

@@ -114,8 +114,7 @@ class DraftModel(Drafter):
         self._states.start(rows)
 
     def prepare(self, row: RowView, max_tokens: int) -> bool:
-        if self.model.encoder is not None:
-            self._states.read_source(row)
+        self._states.read_source(row)
         return self._states.prepare(row.id, self._text(row), max_tokens)
 
     def finish(self, rows: Sequence[RowView]) -> None:

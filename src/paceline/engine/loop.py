@@ -243,14 +243,7 @@ class Engine:
             tokens=list(request.prompt_tokens),
             drafter=self.drafters[NONE],
             seconds=Seconds(queue=now - waiting.since),
-            start=self._start(request),
-        )
-
-    def _start(self, request: Request) -> Sequence[int] | None:
-        """Return what the target's text of a request begins with, None for its prompt."""
-        prompt = request.prompt_tokens
-        return (
-            self.target.text_of(prompt, len(prompt)) if self.target.reads_prompt_as_source else None
+            start=self.target.start_of(request.prompt_tokens),
         )
 
     def _admit(self) -> None:

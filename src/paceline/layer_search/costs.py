@@ -15,12 +15,12 @@ import torch
 
 from paceline.bench.cost_measurement import (
     SKIPPING,
-    cached_rows,
     plain_driver,
     time_forwards,
     time_rounds,
     time_skipping,
 )
+from paceline.bench.measured_rows import cached_rows
 from paceline.bench.profile import fingerprint, measure_cells
 from paceline.contracts import NONE
 from paceline.costs.pricing import round_seconds

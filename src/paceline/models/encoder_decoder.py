@@ -64,7 +64,7 @@ def num_layers_of(model: PreTrainedModel) -> int:
 
 
 def inputs_of_body(model: PreTrainedModel, num_source: int = 1) -> dict[str, Tensor]:
-    """Return the inputs of a decoder beside its tokens: an encoder's output [1, num_source, D], zeros.
+    """Return a decoder's other inputs: an encoder's output [1, num_source, D] of zeros.
 
     Our attention reads the cached source instead, so what the decoder makes of them has no effect.
     """

@@ -64,7 +64,7 @@ class SourceBatch(Batch, Protocol):
         cap: float | None = None,
         bias: Bias | None = None,
     ) -> Tensor:
-        """As in `Batch`; the bias may be of the distances from the keys to the query (T5)."""
+        """Attend as in `Batch`; the bias may be of the distances from the keys to the query (T5)."""
 
     def attend_to_source(self, layer: int, query: Tensor, scale: float) -> Tensor:
         """Return [N, H, D] attention outputs over the cached sources of the tokens' rows.

@@ -1,8 +1,5 @@
 """A language model as the rest of paceline sees it: packed forward, unembed, row caches.
 
-A model with an encoder reads a row's source first, and its decoder's text begins with a token of its
-own; a causal model's text begins with the prompt.
-
 On a CPU the compiled forward runs the weights if it fits, elsewhere the lean one, transformers' own
 otherwise; each has its cache.
 Knows no drafting, sampling or text. Symbols: N packed tokens, D hidden size, V logits width.
@@ -33,6 +30,7 @@ from paceline.models.model_facts import (
     why_not_packed,
 )
 from paceline.models.peft_adapters import base_of
+from paceline.models.reading import Reading
 from paceline.models.scores import Scores
 from paceline.models.visibility import look_at
 from paceline.models.weights_monitor import WeightsMonitor
@@ -43,14 +41,13 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from paceline.models.encoder_decoder import Source
     from paceline.models.interfaces import BatchCache, BatchForward, KVCache
     from paceline.models.packing import ChainEnds, Draw, Span
     from paceline.models.sublayers import LayerSubset
     from paceline.store.trained_on import TrainedOn
 
 
-class LanguageModel:
+class LanguageModel(Reading):
     """The packed forward of one transformers model, with the caches of its rows.
 
     Several roles may share the weights (a target drafting for itself) by building several of these.
@@ -85,11 +82,10 @@ class LanguageModel:
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = _input_device(model)
         self._paged_cache: PagedCache | None = None
-        if paged and is_encoder_decoder(model):
-            raise ModelError(f"{name}: the paged cache has no place for a model's sources")
-        if paged is None:
-            paged = self.device.type == "cuda" and not is_encoder_decoder(model)
-        if paged:
+        has_sources = is_encoder_decoder(model)  # for which a paged cache has no place
+        if paged and has_sources:
+            raise ModelError(f"{name}: the cache of a model with an encoder cannot be paged")
+        if paged or (paged is None and self.device.type == "cuda" and not has_sources):
             attention_kernel()  # so that a missing triton is reported now
             self._paged_cache = PagedCache(self.device)
         self.visibility = look_at(model, self.context_length, self.device)
@@ -183,51 +179,6 @@ class LanguageModel:
     def acquire(self) -> int:
         """Return a slot for a new row."""
         return self.cache.acquire()
-
-    @property
-    def reads_prompt_as_source(self) -> bool:
-        """Whether an encoder reads a request's prompt, and the decoder's text begins without it."""
-        return self.encoder is not None and not self.encoder.reads_features
-
-    def text_of(self, tokens: Sequence[int], num_prompt: int) -> Sequence[int]:
-        """Return the model's text of a request's prompt and output: what `forward` is fed.
-
-        num_prompt: leading tokens that are the prompt.
-        """
-        if self.encoder is None or self.encoder.reads_features:
-            return tokens
-        return [self.encoder.start, *tokens[num_prompt:]]
-
-    def num_before_output(self, num_prompt: int) -> int:
-        """Return the tokens of the model's text before the output, for a prompt of this many."""
-        return 1 if self.reads_prompt_as_source else num_prompt
-
-    @property
-    def max_prompt(self) -> int:
-        """Maximum number of tokens of a prompt."""
-        if self.encoder is None or self.encoder.reads_features:
-            return self.context_length
-        return self.encoder.max_source
-
-    def begin(self, slot: int, source: Source, cache: KVCache | None = None) -> Tensor:
-        """Read the source of a new row; return the encoder's final hidden states [S, D].
-
-        For models with an encoder, once per row and before its first forward. source: token ids, or
-        the features that the encoder takes. cache: None for the model's own.
-        """
-        assert self.encoder is not None
-        cache = self.cache if cache is None else cache
-        assert cache.sources is not None
-        hidden = self.encoder.encode(source)
-        cache.sources.forget(slot)
-        cache.sources.write(slot, 0, self.encoder.entries(hidden))
-        return hidden
-
-    def has_room_after(self, num_prompt: int) -> bool:
-        """Return whether a prompt of this many tokens leaves room for more than one token of answer."""
-        if self.reads_prompt_as_source:
-            return num_prompt <= self.max_prompt
-        return num_prompt < self.context_length
 
     def release(self, slot: int, damaged: bool = False) -> None:
         """Give a row's slot back; its cached text is lost.

@@ -39,7 +39,7 @@ FAILURES: Final = (
 
 _PROBE: Final = "paceline_probe"
 _NUM_TOKENS: Final = 3
-_NUM_SOURCE: Final = 5  # positions; attention to so many keys is attention to the source
+_NUM_SOURCE: Final = 5  # positions; attention to this number of keys is to the source
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ import torch
 import transformers as hf
 from torch import nn
 
+from paceline.models.encoder_decoder import auto_class_of
 from paceline.testing.tokenizers import NUM_TOKENS
 
 if TYPE_CHECKING:
@@ -315,7 +316,7 @@ def tiny_model(
     config = hf.CONFIG_MAPPING[tiny.model_type](**{**_PLAIN, **sizes, **tiny.settings, **settings})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: Any = _auto_class(architecture).from_config(config)
+        model: Any = auto_class_of(config).from_config(config)
         if architecture in _UNTIED:
             model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
         with torch.no_grad():
@@ -330,13 +331,6 @@ def tiny_model(
                 model.final_logits_bias.normal_()
     model.float().eval()
     return model  # type: ignore[no-any-return]
-
-
-def _auto_class(architecture: str) -> Any:
-    """Return the class of transformers that builds a model of an architecture."""
-    if architecture not in ENCODER_DECODERS:
-        return hf.AutoModelForCausalLM
-    return hf.AutoModelForSpeechSeq2Seq if architecture == "whisper" else hf.AutoModelForSeq2SeqLM
 
 
 def perturbed(model: PreTrainedModel, amount: float, seed: int = 0) -> PreTrainedModel:

@@ -15,12 +15,12 @@ import torch
 from paceline.assembly import Pace, Parts, build
 from paceline.bench.cost_measurement import (
     ROUNDS_PER_LENGTH,
-    cached_rows,
     plain_driver,
     time_drafts,
     time_forwards,
     time_rounds,
 )
+from paceline.bench.measured_rows import cached_rows
 from paceline.bench.profile import measure_cells, with_slower_verification
 from paceline.config import parse
 from paceline.contracts import NONE, no_progress
