@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,26 +11,11 @@ from paceline.cli import options
 from paceline.cli.next_steps import command, say
 
 _PROMPT = "Translate English to French: The function returns a new list."
-# tasks of the T5 target, which was trained on these alone
-_T5_CONFIG, _T5_TASKS = Path("paceline-t5.yaml"), ("translation", "summary")
-
-
-class Models(StrEnum):
-    """The bundled models to show."""
-
-    LLAMA = "llama"
-    T5 = "t5"
 
 
 def demo(
-    config: Annotated[
-        Path | None,
-        typer.Option("--config", "-c", help="YAML file that names target, drafters and settings."),
-    ] = None,
-    models: Annotated[
-        Models, typer.Option(help="Bundled models: of paceline.yaml, or of paceline-t5.yaml.")
-    ] = Models.LLAMA,
-    out: Annotated[Path | None, typer.Option(help="Folder of the demo's files.")] = None,
+    config: options.ConfigFile = options.DEFAULT_CONFIG,
+    out: Annotated[Path, typer.Option(help="Folder of the demo's files.")] = Path("demo-output"),
     timed: Annotated[int, typer.Option(min=1, help="Timed prompts per task.")] = 8,
     collected: Annotated[int, typer.Option(min=1, help="Prompts per task to learn from.")] = 48,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 96,
@@ -48,7 +32,6 @@ def demo(
 
     from paceline.cli.progress import progress
     from paceline.errors import ConfigError
-    from paceline.experiments.demo_job import TASKS
     from paceline.experiments.demo_job import demo as run_demo
     from paceline.experiments.demo_report import (
         accepted_table,
@@ -64,11 +47,6 @@ def demo(
 
     began = perf_counter()
     console = Console()
-    is_t5 = models is Models.T5
-    if config is not None and is_t5:
-        raise ConfigError("--config and --models t5 both name the models; give one of them")
-    config = config or (_T5_CONFIG if is_t5 else options.DEFAULT_CONFIG)
-    out = out or Path("demo-output-t5" if is_t5 else "demo-output")
     settings = options.configured(config, dtype, device, threads, exact)
     own_config = out / "paceline.yaml"
     if own_config.exists() and not is_of_demo(own_config):
@@ -83,8 +61,7 @@ def demo(
     if work.exists():
         shutil.rmtree(work)  # every run measures anew
     with progress(console) as report:
-        tasks = _T5_TASKS if is_t5 else TASKS
-        result = run_demo(settings, work, collected, timed, max_new_tokens, report, tasks)
+        result = run_demo(settings, work, collected, timed, max_new_tokens, report)
     write_config(in_folder(settings, work.resolve()), own_config)
     write_json(result, out / "demo.json")
     write_figure(result, out / "demo.png")
@@ -104,7 +81,6 @@ def demo(
     made = ("--config", own_config)
     steps = [command("generate", _PROMPT, *made, "--stats"), command("doctor", *made)]
     if result.settings["dtype"] != "float32":
-        more = ("--models", "t5") if is_t5 else ()
-        steps.append(command("demo", *more, "--dtype", "float32"))
+        steps.append(command("demo", "--dtype", "float32"))
     for step in steps:
         say(console, f"  {step}")

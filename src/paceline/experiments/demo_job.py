@@ -25,12 +25,12 @@ from paceline.experiments.by_clock import (
     time_methods,
     without_prefixes,
 )
-from paceline.experiments.demo_prompts import HARVESTED_DOMAINS, WRITTEN_DOMAINS, demo_prompts
+from paceline.experiments.demo_prompts import demo_prompts
 from paceline.rewards import request_seconds
 from paceline.verbs.pipeline import in_folder, prepare
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from paceline.bench.timed import TimedPrompt
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 RANDOM = "random"
 ORACLE = "oracle"
 ALL_TASKS = "all"
-TASKS = (*WRITTEN_DOMAINS, *HARVESTED_DOMAINS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +77,12 @@ def demo(
     timed_per_task: int = 8,
     max_new_tokens: int = 96,
     on_progress: Progress = no_progress,
-    tasks: Collection[str] = TASKS,
 ) -> DemoResult:
     """Run the main job end to end; artefacts go into `folder`.
 
-    tasks: of the prompts, all of the demo's by default. Raises DecodingError if a text differs from that
-    of `none` in float32 or on an exact target.
+    Raises DecodingError if a text differs from that of `none` in float32 or on an exact target.
     """
-    collected, timed = demo_prompts(collect_per_task, timed_per_task, tasks=tasks)
+    collected, timed = demo_prompts(collect_per_task, timed_per_task)
     config = without_prefixes(in_folder(config, folder.resolve()))
     prepared = prepare(config, collected, max_new_tokens, on_progress)
     pace = prepared.pace

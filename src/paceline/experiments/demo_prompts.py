@@ -14,7 +14,7 @@ import sys
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
@@ -118,10 +118,7 @@ def harvest_functions(num: int, seed: int = 0) -> list[HarvestedFunction]:
 
 
 def demo_prompts(
-    per_task_collect: int,
-    per_task_timed: int,
-    seed: int = 0,
-    tasks: Collection[str] = (*WRITTEN_DOMAINS, *HARVESTED_DOMAINS),
+    per_task_collect: int, per_task_timed: int, seed: int = 0
 ) -> tuple[list[PromptRecord], list[PromptRecord]]:
     """Return prompts to collect and prompts to time, both grouped by task.
 
@@ -131,11 +128,11 @@ def demo_prompts(
     if per_task_collect < 0 or per_task_timed < 0:
         raise ValueError(f"negative number of prompts: {per_task_collect}, {per_task_timed}")
     num = per_task_collect + per_task_timed
-    pools = {domain: load_written(domain) for domain in WRITTEN_DOMAINS if domain in tasks}
+    pools = {domain: load_written(domain) for domain in WRITTEN_DOMAINS}
     for domain, pool in pools.items():
         _require(domain, num, len(pool))
     harvested = [function.record() for function in harvest_functions(num, seed)]
-    for domain in (domain for domain in HARVESTED_DOMAINS if domain in tasks):
+    for domain in HARVESTED_DOMAINS:
         pools[domain] = [record for record in harvested if record.domain == domain]
     collect: list[PromptRecord] = []
     timed: list[PromptRecord] = []
