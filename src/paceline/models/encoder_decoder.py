@@ -107,10 +107,15 @@ class Encoder:
     def __init__(
         self, model: PreTrainedModel, name: str, cross_attentions: Mapping[int, nn.Module]
     ) -> None:
-        """cross_attentions: the module of each decoder layer, by its index.
+        """cross_attentions: the module of each decoder layer, by its index, as far as they are found.
 
-        Raises ModelError if the model does not say with which token its decoder begins.
+        Raises ModelError if there are none, or if no token is named that the decoder begins with.
         """
+        if not cross_attentions:
+            raise ModelError(
+                f"{name}: {type(model).__name__} is not supported: its decoder has attention code of its "
+                "own, which does not go through transformers' interface"
+            )
         self._encoder: Any = model.get_encoder()
         self._device, self._dtype = model.device, model.dtype
         embedding: Any = model.get_input_embeddings()

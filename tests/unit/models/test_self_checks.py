@@ -232,6 +232,27 @@ def test_a_decoder_without_a_first_token_is_refused() -> None:
         LanguageModel(hf.T5ForConditionalGeneration(config), "target")
 
 
+@pytest.mark.parametrize("kind", ["fsmt", "prophetnet"])
+def test_a_decoder_with_attention_of_its_own_is_refused(kind: str) -> None:
+    small: dict[str, Any] = {
+        "decoder_start_token_id": 0,
+        "decoder_ffn_dim": 32,
+        "encoder_ffn_dim": 32,
+    }
+    if kind == "fsmt":
+        small |= {"langs": ["a", "b"], "src_vocab_size": 64, "tgt_vocab_size": 64, "d_model": 16}
+        small |= {"encoder_layers": 1, "decoder_layers": 1}
+        small |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    else:
+        small |= {"vocab_size": 64, "hidden_size": 16, "max_position_embeddings": 64}
+        small |= {"num_encoder_layers": 1, "num_decoder_layers": 1}
+        small |= {"num_encoder_attention_heads": 2, "num_decoder_attention_heads": 2}
+    config = hf.CONFIG_MAPPING[kind](**small)
+    build: Any = hf.AutoModelForSeq2SeqLM.from_config
+    with pytest.raises(ModelError, match="is not supported: its decoder has attention code of its"):
+        LanguageModel(build(config), "target")
+
+
 def test_a_row_that_attends_to_another_rows_source_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
