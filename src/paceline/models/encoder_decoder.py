@@ -113,8 +113,8 @@ class Encoder:
         """
         if not cross_attentions:
             raise ModelError(
-                f"{name}: {type(model).__name__} is not supported: its decoder has attention code of its "
-                "own, which does not go through transformers' interface"
+                f"{name}: {type(model).__name__} is not supported: its decoder has attention code of "
+                "its own, which does not go through transformers' interface"
             )
         self._encoder: Any = model.get_encoder()
         self._device, self._dtype = model.device, model.dtype
