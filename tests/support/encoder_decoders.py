@@ -1,7 +1,4 @@
-"""Tiny encoder-decoder models with random weights, and texts that only a reader of sources can learn.
-
-To be replaced by `paceline.testing.tiny_models` once that has these architectures.
-"""
+"""Tiny encoder-decoder models with random weights, and texts that only a reader of sources can learn."""
 
 from __future__ import annotations
 
@@ -9,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM
 
 from paceline.distillation.batches import Example
 from paceline.distillation.settings import StudentShape
+from paceline.testing.tiny_models import tiny_model
 from support.distillation import VOCAB
 
 if TYPE_CHECKING:
@@ -26,28 +23,12 @@ TINY_T5 = StudentShape(num_layers=1, hidden_size=16, mlp_size=24, num_heads=2, n
 
 def tiny_encoder_decoder(kind: str = "t5", seed: int = 3, std: float = 0.5) -> PreTrainedModel:
     """Return a model with 3 encoder and 2 decoder layers, end token 0 and start token 2."""
-    ids: dict[str, Any] = {
-        "vocab_size": VOCAB, "decoder_start_token_id": START, "pad_token_id": 1, "eos_token_id": 0,
-        "bos_token_id": None, "d_model": 24,
-    }  # fmt: skip
-    if kind in T5_FAMILY:
-        sizes = {"d_kv": 8, "d_ff": 32, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 3}
-        config = CONFIG_MAPPING[kind](**ids, **sizes, feed_forward_proj="gated-gelu")
-    else:
-        sizes = {
-            "encoder_layers": 3, "decoder_layers": 2, "encoder_attention_heads": 3,
-            "decoder_attention_heads": 3, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
-            "max_position_embeddings": 64, "forced_eos_token_id": None,
-        }  # fmt: skip
-        config = CONFIG_MAPPING[kind](**ids, **sizes)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForSeq2SeqLM.from_config(config).float().eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.dim() > 1 and "embed_positions" not in name:
-                    parameter.normal_(std=std)
-    return model
+    ids: dict[str, Any] = {"decoder_start_token_id": START, "pad_token_id": 1, "eos_token_id": 0}
+    layers = {} if kind in T5_FAMILY else {"encoder_layers": 3, "decoder_layers": 2}
+    model: Any = tiny_model(kind, seed, VOCAB, context=64, std=std, **ids, **layers)
+    if hasattr(model, "final_logits_bias"):
+        model.final_logits_bias.zero_()  # a student cannot have one
+    return model  # type: ignore[no-any-return]
 
 
 def source_texts(count: int, seed: int = 0, domain: str = "d") -> list[Example]:

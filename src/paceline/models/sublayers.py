@@ -146,7 +146,7 @@ def _silent(module: nn.Module, is_attention: bool) -> Callable[..., Any]:
     parameters = inspect.signature(type(module).forward).parameters
     if "residual" in parameters:
         return _pass_residual_pair if is_attention else _pass_residual
-    if "position_bias" in parameters:
+    if {"position_bias", "key_value_states"} <= parameters.keys():
         return _silence_biased
     return _silence_pair if is_attention else _silence
 

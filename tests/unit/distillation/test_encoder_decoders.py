@@ -137,13 +137,12 @@ def test_texts_fit_by_their_source_and_their_answer() -> None:
 def test_a_target_of_sounds_is_refused_by_name(target: LanguageModel) -> None:
     check_target(target)
     assert target.encoder is not None
-    reads = target.encoder.reads_features
-    target.encoder.reads_features = True
+    target.encoder.feature_shape = (8, 40)
     try:
         with pytest.raises(ConfigError, match="T5ForConditionalGeneration reads features"):
             check_target(target)
     finally:
-        target.encoder.reads_features = reads
+        target.encoder.feature_shape = None
 
 
 # --- teachers -------------------------------------------------------------------------------------

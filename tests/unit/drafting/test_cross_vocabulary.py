@@ -311,7 +311,7 @@ def test_drafts_are_drawn_from_the_renormalised_distribution(
     assert not q[..., [t for t in range(q.shape[-1]) if t not in known]].any()
     assert {int(t) for t in drafts.tokens.flatten()} <= known
     assert (q.gather(-1, drafts.tokens[..., None]) > 0).all()
-    own, _ = drafter._own_text(tokens)
+    own, _ = drafter._own_text(tokens, [])
     assert own[0] == drafter._bridge.own.tokenizer.bos_token_id
     with torch.inference_mode():
         logits = drafter.model.model(torch.tensor([own])).logits[0, -1]
