@@ -333,9 +333,9 @@ def test_none_leaves_all_but_the_end_aside() -> None:
 
 def test_a_word_that_is_neither_auto_nor_none_is_refused(tmp_path: Path) -> None:
     pace = pace_with()
-    with pytest.raises(RequestError, match="must be auto or none; got 'vllm'"):
+    with pytest.raises(RequestError, match="must be auto, no_beams or none; got 'vllm'"):
         pace.request(PROMPT, generation_config="vllm")
-    with pytest.raises(ConfigError, match="must be auto or none; got 'vllm'"):
+    with pytest.raises(ConfigError, match="must be auto, no_beams or none; got 'vllm'"):
         paceline.load(
             target=model_with(),
             tokenizer=byte_tokenizer(),
@@ -344,7 +344,7 @@ def test_a_word_that_is_neither_auto_nor_none_is_refused(tmp_path: Path) -> None
         )
     path = tmp_path / "paceline.yaml"
     path.write_text(yaml.safe_dump({"target": {"model": "x"}, "generation_config": "vllm"}))
-    with pytest.raises(ConfigError, match=r"'generation_config': .*'auto' or 'none'"):
+    with pytest.raises(ConfigError, match=r"'generation_config': .*'auto', 'no_beams' or 'none'"):
         paceline.load(path)
 
 

@@ -33,7 +33,8 @@ T5_SHAPES: dict[str, dict[str, Any]] = {
 def random_t5(dtype: str = "float32", architecture: str = "t5", **settings: Any) -> Any:
     """Return a model with activations around 1 and biases of about the size of its scores."""
     std = 1.4 * settings.get("d_model", 32) ** -0.5
-    model: Any = tiny_model(architecture, vocab_size=NUM_IDS, std=std, **settings)
+    layers = {"num_decoder_layers": 3}
+    model: Any = tiny_model(architecture, vocab_size=NUM_IDS, std=std, **layers, **settings)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

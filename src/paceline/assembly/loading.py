@@ -77,8 +77,7 @@ def load(
     """
     if generation_config not in (None, *get_args(GenerationDefaults)):
         raise ConfigError(
-            f"generation_config must be {' or '.join(get_args(GenerationDefaults))}; got "
-            f"{shorten(generation_config)}"
+            f"generation_config must be auto, no_beams or none; got {shorten(generation_config)}"
         )
     parts = _build(config, target, tokenizer, drafters or {})
     if generation_config is not None:

@@ -120,7 +120,7 @@ class Pace:
         generation_config = generation_config or self.parts.config.generation_config
         if generation_config not in get_args(GenerationDefaults):
             raise RequestError(
-                f"generation_config must be {' or '.join(get_args(GenerationDefaults))}; got "
+                "generation_config must be auto, no_beams or none; got "
                 f"{shorten(generation_config)}"
             )
         if generation_config != "none":

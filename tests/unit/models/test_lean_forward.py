@@ -121,7 +121,7 @@ def growing_rope(model: Any) -> None:
 
 
 def another_activation(model: Any) -> None:
-    model.config.hidden_act = "relu"
+    model.config.hidden_act = "relu6"
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def another_activation(model: Any) -> None:
         (hooked, "hooks"),
         (mixed_dtypes, "several dtypes"),
         (growing_rope, "rope type 'dynamic'"),
-        (another_activation, "activation is relu"),
+        (another_activation, "activation is relu6"),
     ],
 )
 def test_a_model_with_other_parts_runs_on_transformers_forward(change: Any, reason: str) -> None:

@@ -193,7 +193,7 @@ class View:
     """A row as a drafter sees it."""
 
     def __init__(self, row_id: int, tokens: list[int]) -> None:
-        self.id, self.tokens = row_id, tokens
+        self.id, self.tokens, self.num_prompt = row_id, tokens, 1
         self.sampling = SamplingParams()
 
 
