@@ -95,8 +95,8 @@ def check_prompts(
     if not training or not validation:
         raise ConfigError(
             f"the files have {training} prompts to train on and {validation} to validate on in the "
-            f"part '{settings.part}': both are needed; give more prompts, part 'all', or another "
-            "validation_share"
+            f"part '{settings.part}': both are needed; give more prompts, --set part=all, or "
+            f"--set validation_share=0.2 (now {settings.validation_share:g})"
         )
 
 

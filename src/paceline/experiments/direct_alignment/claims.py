@@ -105,9 +105,11 @@ def limits(outcome: Outcome) -> list[str]:
     found = [
         f"Short trainings: {budget.tokens:,} tokens per run, and {budget.pretrain_tokens:,} of "
         "pre-training, where third parties report 600 B for the paper's; the order of losses may "
-        "differ in longer ones.",
+        "differ in longer ones. A run may end before it has read all of its answers once; the passes "
+        "are in the table of the numbers of answers.",
         "The students are pre-trained on text of the four tasks, not on general text, so "
-        "`pre-trained only` knows the task that is left out.",
+        "`pre-trained only` knows the task that is left out. Where a task falls with all four tasks, "
+        "too, its fall without it is not the omission's alone.",
     ]
     if at_edge:
         found.append(

@@ -211,7 +211,8 @@ def numbers(outcome: Outcome) -> Table:
     heads += columns("against all answers")
     return Table(
         "Number of answers",
-        f"Loss `{tuned.best}`, equally many tokens per run: fewer answers are read more often. "
+        f"Loss `{tuned.best}`, equally many tokens per run: fewer answers are read more often, "
+        "and a run of less than one pass has read only that share of its answers. "
         f"Last column: the difference of tau at K = {LONGEST} to the run on all answers.",
         heads,
         rows,
