@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from paceline.contracts import SamplingParams
+    from paceline.contracts import RowView, SamplingParams
     from paceline.drafting.contract import Proposer
     from paceline.models.language_model import LanguageModel
 
@@ -45,6 +45,20 @@ class SimpleRow:
     sampling: SamplingParams = GREEDY
     num_cached: int = 0
     features: Tensor | None = None
+
+
+def row_for_parts(row: RowView) -> RowView:
+    """Return the row as a composed drafter's parts see it: greedy, unless sampled by `invariant`."""
+    if row.sampling.method in ("greedy", "invariant"):
+        return row
+    return SimpleRow(
+        row.tokens,
+        row.num_prompt,
+        row.slot,
+        row.id,
+        num_cached=row.num_cached,
+        features=row.features,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from paceline.config import MAX_DRAFT_TOKENS, Section
 from paceline.contracts import GREEDY, NONE, Drafts, identity_of_arms
 from paceline.drafting.base import Drafter, Needs, pad_drafts
 from paceline.drafting.contract import blaming, read_drafts, read_length, tree_depth
-from paceline.drafting.draft_replay import CachedReplay, SimpleRow, count_accepted
+from paceline.drafting.draft_replay import CachedReplay, count_accepted, row_for_parts
 from paceline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -125,20 +125,6 @@ class _State:
     num_prepared: int = 0  # parts whose prefill is complete
 
 
-def _for_parts(row: RowView) -> RowView:
-    """Return the row as its parts see it: greedy, unless sampled by `invariant`."""
-    if row.sampling.method in ("greedy", "invariant"):
-        return row
-    return SimpleRow(
-        row.tokens,
-        row.num_prompt,
-        row.slot,
-        row.id,
-        num_cached=row.num_cached,
-        features=row.features,
-    )
-
-
 class Union(Drafter):
     """Several drafters' proposals, merged into one tree.
 
@@ -175,7 +161,7 @@ class Union(Drafter):
     def start(self, rows: Sequence[RowView]) -> None:
         for row in rows:
             self._states[row.id] = _State([_Record() for _ in self.parts], len(row.tokens))
-        seen = [_for_parts(row) for row in rows]
+        seen = [row_for_parts(row) for row in rows]
         for part in self.parts.values():
             part.start(seen)
 
@@ -183,7 +169,7 @@ class Union(Drafter):
         """Prepare one part after the other, one piece per call."""
         state, parts = self._states[row.id], list(self.parts.values())
         while state.num_prepared < len(parts):
-            if not parts[state.num_prepared].prepare(_for_parts(row), max_tokens):
+            if not parts[state.num_prepared].prepare(row_for_parts(row), max_tokens):
                 return False
             state.num_prepared += 1
         return True
@@ -195,7 +181,7 @@ class Union(Drafter):
             part.finish(rows)
 
     def propose(self, rows: Sequence[RowView], limits: Sequence[int]) -> Drafts:
-        seen = [_for_parts(row) for row in rows]
+        seen = [row_for_parts(row) for row in rows]
         for row in rows:
             self._learn(row)
         proposals: list[list[Proposal]] = [[] for _ in rows]

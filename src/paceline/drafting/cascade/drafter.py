@@ -22,7 +22,7 @@ from paceline.drafting.cascade.chains import Chain, Wish, draft_chains, ends_by_
 from paceline.drafting.cascade.fields import BRANCHES, DRAFTED, LENGTH, PART
 from paceline.drafting.cascade.prices import Prices, assumed_prices, read_prices
 from paceline.drafting.cascade.settings import CascadeSettings, find_parts
-from paceline.drafting.draft_replay import CachedReplay, SimpleRow
+from paceline.drafting.draft_replay import CachedReplay, row_for_parts
 from paceline.drafting.suffix_lookup import SuffixLookup
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class Cascade(Drafter):
                 len(self.lookups), len(self.models), self._width, self._longest_chain,
                 num_read=len(row.tokens) - 1,
             )  # fmt: skip
-        seen = [_for_parts(row) for row in rows]
+        seen = [row_for_parts(row) for row in rows]
         for part in self.parts.values():
             part.start(seen)
 
@@ -137,7 +137,7 @@ class Cascade(Drafter):
         """Prepare one part after the other, one piece per call."""
         state, parts = self._states[row.id], list(self.parts.values())
         while state.num_prepared < len(parts):
-            if not parts[state.num_prepared].prepare(_for_parts(row), max_tokens):
+            if not parts[state.num_prepared].prepare(row_for_parts(row), max_tokens):
                 return False
             state.num_prepared += 1
         return True
@@ -164,7 +164,7 @@ class Cascade(Drafter):
                 continue
             if ends_by_itself(self._models[part - L], row):
                 length = min(limit, self._longest_chain, state.rooms.item(part - L))
-            wishes.append(Wish(i, part - L, _for_parts(row), length, state.least))
+            wishes.append(Wish(i, part - L, row_for_parts(row), length, state.least))
         for model in {wish.model for wish in wishes}:
             own = [wish for wish in wishes if wish.model == model]
             for chain in draft_chains(self._models[model], own, self._if_sure[model]):
@@ -253,17 +253,3 @@ class Cascade(Drafter):
 
     def holders(self) -> Sequence[Drafter]:
         return [holder for part in self.parts.values() for holder in part.holders()]
-
-
-def _for_parts(row: RowView) -> RowView:
-    """Return the row as its parts see it: greedy, unless sampled by `invariant`."""
-    if row.sampling.method in ("greedy", "invariant"):
-        return row
-    return SimpleRow(
-        row.tokens,
-        row.num_prompt,
-        row.slot,
-        row.id,
-        num_cached=row.num_cached,
-        features=row.features,
-    )
